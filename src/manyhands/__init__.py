@@ -1,0 +1,1 @@
+"""Manyhands: one PyTorch model, many workers, the same bits."""

@@ -1,0 +1,173 @@
+"""What is computed (`Recipe`, `Batch`) and with what (`Strategy`): frozen, keyword-only, checked when made.
+
+A recipe fixes every bit of the result; a strategy fixes only how long it takes and how much memory it needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from manyhands.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+PRECISIONS = ("fp32", "bf16")
+DEVICES = ("cpu", "cuda")
+STAGES = ("ddp", "zero1", "zero2")
+GROUPS = ("auto", "shared-memory", "process")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the known word closest to `name`, or lists them all."""
+    words = list(known)
+    close = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(words))}"
+
+
+def _choice(field: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"{field} is not known", expected=f"one of {', '.join(known)}", got=repr(value), hint=nearest(str(value), known)
+        )
+
+
+def _at_least(field: str, value: object, least: float, kind: type = int) -> None:
+    is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not is_number or value < least:  # type: ignore[operator]
+        noun = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{field} is out of range", expected=f"{noun} of at least {least}", got=repr(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How a step's global batch is cut. The cuts decide the bits of the result; the number of workers doesn't.
+
+    `global_size` samples make one optimizer step; forward and backward see `micro_size` of them at a time.
+    `virtual_workers` fixes the tree in which gradients are added (default: one virtual worker per micro-batch); each
+    one adds `accumulate` micro-batches in order before the tree begins.
+    """
+
+    global_size: int
+    micro_size: int
+    virtual_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("batch.global_size", self.global_size, 1)
+        _at_least("batch.micro_size", self.micro_size, 1)
+        _at_least("batch.virtual_workers", self.virtual_workers, 0)
+        if self.global_size % self.micro_size:
+            lower = self.global_size - self.global_size % self.micro_size
+            raise ConfigError(
+                "batch.global_size can't be cut into micro-batches of batch.micro_size samples",
+                expected=f"a multiple of {self.micro_size}",
+                got=self.global_size,
+                hint=f"use global_size = {lower or self.micro_size} or {lower + self.micro_size}, or another micro_size",
+            )
+        if self.virtual_workers == 0:
+            object.__setattr__(self, "virtual_workers", self.micro_batches)
+        if self.micro_batches % self.virtual_workers:
+            raise ConfigError(
+                "the step's micro-batches can't be shared evenly among batch.virtual_workers",
+                expected=f"a divisor of {self.micro_batches} (= {self.global_size} / {self.micro_size})",
+                got=self.virtual_workers,
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in one step."""
+        return self.global_size // self.micro_size
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches that one virtual worker adds up before the tree of sums begins."""
+        return self.micro_batches // self.virtual_workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is computed: everything that decides the bits of the result, and nothing else.
+
+    model: builds the model, on CPU in fp32; called once per worker with the run's seed set.
+    loss: `(model, batch) -> mean` or `(model, batch) -> (sum, weight)`; a scalar tensor, and the weight (a token
+        count, say) that the step's total is divided by, so that unequal micro-batches are exact.
+    optimizer: gets the model's `(name, parameter)` pairs and returns a torch optimizer over them (or over groups of
+        them). It must be elementwise: torch's own are known; say `elementwise_optimizer=True` of another one.
+    data: a map-style torch Dataset; `collate` (default: torch's) makes a batch of `micro_size` samples.
+    schedule: makes a torch LR scheduler from the optimizer; it is stepped once after every optimizer step.
+    clip_norm: the gradient's largest 2-norm; None: it's measured, not clipped.
+    precision: "fp32", or "bf16": parameters and gradients in bfloat16, master weights, moments and sums in fp32.
+    threads_per_worker, device: part of the arithmetic (they change the bits of matrix products), so they're here.
+    sample: shown at the end of a run, on one worker: `(model) -> str`; a generated text, say.
+    name, source: the recipe's name, and where it was read from (for messages and the run directory).
+
+    Raises ConfigError.
+    """
+
+    model: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | float | int]]
+    optimizer: Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
+    data: Any
+    batch: Batch
+    schedule: Callable[[Optimizer], LRScheduler] | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    sample: Callable[[nn.Module], str] | None = None
+    precision: str = "fp32"
+    clip_norm: float | None = None
+    seed: int = 0
+    threads_per_worker: int = 1
+    device: str = "cpu"
+    elementwise_optimizer: bool = False
+    name: str = "run"
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("model", "loss", "optimizer"):
+            if not callable(getattr(self, field)):
+                raise ConfigError(f"recipe.{field} can't be called", expected="a function", got=repr(getattr(self, field)))
+        if not isinstance(self.batch, Batch):
+            raise ConfigError("recipe.batch is of another type", expected="manyhands.Batch(...)", got=repr(self.batch))
+        if not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__"):
+            raise ConfigError(
+                "recipe.data is not a map-style dataset", expected="an object with __len__ and __getitem__", got=type(self.data).__name__
+            )
+        _choice("recipe.precision", self.precision, PRECISIONS)
+        _choice("recipe.device", self.device, DEVICES)
+        _at_least("recipe.seed", self.seed, 0)
+        _at_least("recipe.threads_per_worker", self.threads_per_worker, 1)
+        if self.clip_norm is not None:
+            _at_least("recipe.clip_norm", self.clip_norm, 0.0, float)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """With what a recipe is computed. It never changes a bit of the result.
+
+    stage: who holds which part of the state: "ddp", "zero1" or "zero2".
+    group: how bytes travel: "shared-memory" (workers on one host), "process" (torch.distributed: Gloo or NCCL), or
+        "auto": shared memory when all workers are on one host's CPUs.
+    overlap: exchange a unit's gradients while backward goes on; False: after backward.
+    units: names of modules whose parameters travel together; () finds them (repeated children of containers).
+    loader_workers: processes that read data ahead of each worker; 0 reads in the worker itself.
+    stall_seconds: how long a worker may keep the others waiting before it is declared stalled.
+
+    Raises ConfigError.
+    """
+
+    stage: str = "zero2"
+    group: str = "auto"
+    overlap: bool = True
+    units: tuple[str, ...] = ()
+    loader_workers: int = 0
+    stall_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        _choice("strategy.stage", self.stage, STAGES)
+        _choice("strategy.group", self.group, GROUPS)
+        _at_least("strategy.loader_workers", self.loader_workers, 0)
+        _at_least("strategy.stall_seconds", self.stall_seconds, 0.1, float)
