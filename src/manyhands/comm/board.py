@@ -1,0 +1,69 @@
+"""A worker's notice board: how far it has come and what it is doing, readable by its peers even after its death.
+
+Layout of a board, one shared page run per worker, written by its owner alone:
+
+    int64 [0]        posted: how many collective calls it has begun (or contributed to)
+    int64 [8]        drained: how many exchanges it has read to the end
+    int64 [16]       closed: it left on purpose
+    int64 [64:64+RING]  what it called: the tag's checksum, by call number modulo RING
+    bytes [TEXT:]    its status in words, zero-terminated
+"""
+
+from __future__ import annotations
+
+import zlib
+
+from torch import Tensor
+
+RING = 4096
+TEXT = (64 + RING) * 8
+TEXT_BYTES = 512
+BOARD_BYTES = TEXT + TEXT_BYTES
+_POSTED, _DRAINED, _CLOSED, _TAGS = 0, 8, 16, 64
+
+
+class Board:
+    """One worker's board over `memory`, uint8 [BOARD_BYTES]."""
+
+    def __init__(self, memory: Tensor) -> None:
+        array = memory.numpy()
+        self._counts = array[:TEXT].view("<i8")
+        self._text = memoryview(array[TEXT:BOARD_BYTES])
+
+    @property
+    def posted(self) -> int:
+        return int(self._counts[_POSTED])
+
+    @property
+    def drained(self) -> int:
+        return int(self._counts[_DRAINED])
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._counts[_CLOSED])
+
+    def post(self, number: int, tag: str) -> None:
+        """Owner: begin collective call `number`. The tag is written before the count that makes it visible."""
+        self._counts[_TAGS + number % RING] = zlib.crc32(tag.encode())
+        self._counts[_POSTED] = number
+
+    def has_tag(self, number: int, tag: str) -> bool:
+        """Whether call `number` had this tag; only to be asked once it is posted."""
+        return bool(self._counts[_TAGS + number % RING] == zlib.crc32(tag.encode()))
+
+    def drain(self, number: int) -> None:
+        """Owner: all exchanges up to `number` are read."""
+        self._counts[_DRAINED] = number
+
+    def close(self) -> None:
+        """Owner: I leave on purpose."""
+        self._counts[_CLOSED] = 1
+
+    @property
+    def status(self) -> str:
+        return bytes(self._text).split(b"\0", 1)[0].decode(errors="replace")
+
+    def say(self, text: str) -> None:
+        """Owner: what I am doing."""
+        line = text.encode()[: TEXT_BYTES - 1] + b"\0"
+        self._text[: len(line)] = line

@@ -1,0 +1,93 @@
+"""From the environment that a launcher leaves (torchrun's variables) to a group."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from manyhands.comm.group import Group
+from manyhands.comm.local import LocalGroup
+from manyhands.comm.memory import ProcessArena, ThreadArena
+from manyhands.comm.membership import JOIN_SECONDS, Membership
+from manyhands.comm.process import ProcessGroup
+from manyhands.comm.shared_memory import SharedMemoryGroup
+from manyhands.errors import ConfigError, WorkerError
+
+
+def environment_rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of workers, as its launcher says; (0, 1) without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def connect(
+    kind: str = "auto",
+    *,
+    device: str = "cpu",
+    stall_seconds: float = 600.0,
+    abandon: Callable[[WorkerError], None] | None = None,
+) -> Group:
+    """The group of this process's launcher. Collective.
+
+    kind: "auto", "shared-memory" or "process" (see the strategy). abandon: called in the watching thread when this
+    worker hangs although another one failed; it must end the process (default: it does, with the error on stderr).
+    Raises ConfigError, WorkerError.
+    """
+    rank, size = environment_rank_and_size()
+    where = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("the recipe asks for a GPU, and torch sees none here", expected="device = 'cpu'", got="'cuda'")
+    if size <= 1 and kind != "process":
+        return LocalGroup(where)
+    store = _numbered_store(rank, size)
+    arena = ProcessArena()
+    membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=abandon or _end_process)
+    if kind == "auto":
+        kind = "shared-memory" if membership.one_host and device == "cpu" else "process"
+    if kind == "shared-memory":
+        if not membership.one_host or device != "cpu":
+            raise ConfigError(
+                "the workers can't share memory", expected="CPU workers on one host", got=f"{device} workers", hint="use group = 'process'"
+            )
+        return SharedMemoryGroup(membership, arena)
+    return ProcessGroup(membership, store, where)
+
+
+def _numbered_store(rank: int, size: int) -> dist.Store:
+    """The launcher's store, under a name of its own for each time that this process connects."""
+    if "MASTER_ADDR" not in os.environ:
+        host = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False) if size == 1 else None
+        if host is None:
+            raise ConfigError("WORLD_SIZE is set, but MASTER_ADDR is not", hint="start the workers with manyhands run or torchrun")
+        return dist.PrefixStore("manyhands/1", host)
+    store: dist.Store = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=JOIN_SECONDS)))[0]
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    number = store.add(f"manyhands/{restart}/connections/{rank}", 1)
+    return dist.PrefixStore(f"manyhands/{restart}/{number}", store)
+
+
+def _end_process(error: WorkerError) -> None:
+    with suppress(OSError):
+        os.write(2, f"\n{error}\n".encode())
+    os._exit(1)
+
+
+def thread_groups(size: int, *, stall_seconds: float = 60.0) -> list[Callable[[], Group]]:
+    """For tests: makers of the groups of `size` workers that are threads of this process; each thread calls its own."""
+    store, arena, lock = dist.HashStore(), ThreadArena(), threading.RLock()
+
+    def maker(rank: int) -> Callable[[], Group]:
+        def make() -> Group:
+            if size == 1:
+                return LocalGroup(torch.device("cpu"))
+            membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=lambda error: None)
+            return SharedMemoryGroup(membership, arena, lock)
+
+        return make
+
+    return [maker(rank) for rank in range(size)]

@@ -1,0 +1,107 @@
+"""A group of workers: a rank, a size and two verbs on which all else is built, plus small ones.
+
+- `exchange(full)`: everyone's piece of *my* range of a buffer, in rank order (an all-to-all).
+- `publish(full)`: everyone's range to everyone (an all-gather, in place).
+- `gather(small)`, `barrier()`: for a step's control values.
+
+Buffers come from the group, so that it can put them where moving them is cheapest. All verbs are collective: every
+worker calls the same ones with the same tags in the same order. Every call carries a tag (`step 12 / layers.3 / grad`;
+its last word is its kind) and is recorded. A call that can't complete because another worker raised, died or is late
+raises WorkerError, which names that worker.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from manyhands.comm.record import Recorder
+
+
+class Contribution:
+    """A buffer that each worker has for itself, of which others read the ranges that they own.
+
+    local: this worker's, [numel]; peers: everyone's, by rank, where the group can see them (else empty).
+    """
+
+    def __init__(self, local: Tensor, peers: Sequence[Tensor] = ()) -> None:
+        self.local, self.peers = local, tuple(peers)
+
+
+class Exchange(ABC):
+    """An exchange under way. `pieces`, then `release`, each once; exchanges are released in the order they began."""
+
+    @abstractmethod
+    def pieces(self) -> list[Tensor]:
+        """Wait for the contributors' pieces of my range, in rank order: each [shard_numel], borrowed until `release`."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """I've read the pieces: their owners may overwrite them."""
+
+    @abstractmethod
+    def wait_reusable(self) -> None:
+        """Wait until everyone has read what I contributed; only then may I overwrite it."""
+
+
+class Group(ABC):
+    """See the module. Attributes: `kind` ("local", "shared-memory", "process"), `rank`, `size`, `device`, `recorder`;
+    `shares_memory`: whether a replicated buffer is one physical copy, and exchanged pieces are views."""
+
+    kind: str
+    shares_memory: bool
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.recorder = Recorder()
+
+    @abstractmethod
+    def empty_replicated(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A zeroed buffer [numel] that all workers hold alike. Collective where memory is shared."""
+
+    @abstractmethod
+    def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
+        """A zeroed buffer [numel] to exchange from. Collective where memory is shared."""
+
+    @abstractmethod
+    def exchange(
+        self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
+    ) -> Exchange:
+        """Begin to give everyone their piece of `contribution[start : start + size * shard_numel]`. Collective.
+
+        Worker r's piece is the r-th run of `shard_numel` elements. Only `contributors` (ranks, rising) give anything.
+        """
+
+    @abstractmethod
+    def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
+        """Begin to give everyone my range of the replicated `full`, [size * shard_numel], in place. Collective.
+
+        Returns a function that waits until all ranges are there.
+        """
+
+    @abstractmethod
+    def gather(self, small: Tensor, tag: str) -> list[Tensor]:
+        """Everyone's `small` (same shape and dtype, CPU), by rank: copies. Collective, blocks."""
+
+    def barrier(self, tag: str) -> None:
+        """Wait until everyone is here. Collective, blocks."""
+        self.gather(torch.zeros(1, dtype=torch.uint8), tag)
+
+    @abstractmethod
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this worker goes down with `error`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the group: wait for the others to have finished, then free everything. Collective unless failed."""
+
+    def status(self, text: str) -> None:  # noqa: B027  (an alone worker has nobody to tell)
+        """Say what this worker is doing, for the others' errors about it."""
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Held while computing with process-wide state (the random generators), where workers are threads."""
+        return nullcontext()

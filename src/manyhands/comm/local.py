@@ -1,0 +1,60 @@
+"""A group of one: every verb is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from manyhands.comm.group import Contribution, Exchange, Group
+
+
+class _OwnPiece(Exchange):
+    def __init__(self, piece: Tensor | None) -> None:
+        self._pieces = [] if piece is None else [piece]
+
+    def pieces(self) -> list[Tensor]:
+        return self._pieces
+
+    def release(self) -> None:
+        pass
+
+    def wait_reusable(self) -> None:
+        pass
+
+
+class LocalGroup(Group):
+    """One worker."""
+
+    kind = "local"
+    shares_memory = False
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(0, 1, device)
+
+    def empty_replicated(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
+        return Contribution(torch.zeros(numel, dtype=dtype, device=self.device))
+
+    def exchange(
+        self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
+    ) -> Exchange:
+        self.recorder.add("exchange", tag, 0, 0.0)
+        return _OwnPiece(contribution.local[start : start + shard_numel] if contributors else None)
+
+    def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
+        self.recorder.add("publish", tag, 0, 0.0)
+        return lambda: None
+
+    def gather(self, small: Tensor, tag: str) -> list[Tensor]:
+        self.recorder.add("gather", tag, 0, 0.0)
+        return [small.clone()]
+
+    def fail(self, error: BaseException) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

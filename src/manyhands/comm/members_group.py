@@ -1,0 +1,62 @@
+"""What the groups of several workers have in common: collective calls are numbered, tagged and watched while waited for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from manyhands.comm.group import Group
+from manyhands.comm.membership import Membership
+from manyhands.errors import InvariantError
+
+YIELDS = 200
+NAP_SECONDS = 0.0002
+
+
+class MembersGroup(Group):
+    """A group whose workers watch each other through a Membership."""
+
+    def __init__(self, membership: Membership, device: torch.device) -> None:
+        super().__init__(membership.rank, membership.size, device)
+        self.membership = membership
+        self._calls = 0
+
+    def _post(self, tag: str) -> int:
+        """Begin collective call `tag`; its number."""
+        self.membership.check()
+        self._calls += 1
+        self.membership.board.post(self._calls, tag)
+        self.membership.board.say(tag)
+        return self._calls
+
+    def _wait(self, ready: Callable[[], bool], call: int, tag: str) -> float:
+        """Wait until `ready()`, for call `call`; the seconds it took. Raises WorkerError."""
+        began = time.monotonic()
+        for _ in range(YIELDS):  # most waits are short, and a yield costs a microsecond
+            if ready():
+                return time.monotonic() - began
+            os.sched_yield()
+        while not ready():
+            self.membership.check_wait(began, tag, call)
+            time.sleep(NAP_SECONDS)
+        return time.monotonic() - began
+
+    def _check_tags(self, call: int, tag: str) -> None:
+        """That everyone's call of this number is the same one. Only once all have posted it."""
+        for peer in self.membership.peers.values():
+            if peer.board is not None and not peer.board.has_tag(call, tag):
+                raise InvariantError(
+                    f"workers {self.rank} and {peer.rank} took different ways: their collective call {call} differs",
+                    expected=tag,
+                    where=peer.where,
+                    hint="does the model or the data depend on the worker's number, the time or an unseeded generator?",
+                )
+
+    def status(self, text: str) -> None:
+        self.membership.board.say(text)
+
+    def fail(self, error: BaseException) -> None:
+        self.membership.fail(error)

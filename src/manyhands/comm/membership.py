@@ -1,0 +1,308 @@
+"""Who is in the group, and whether they are well.
+
+Every worker announces itself in the store (host, pid, notice board), opens the boards of the workers on its host and
+keeps a watching thread. A worker that raises leaves its story in the store. One that dies is noticed by its pidfd if it
+is on this host, else by its heartbeat in the store. One that keeps the others waiting too long is declared stalled by
+those who wait, who ask it for its Python stack. Whatever comes first is *the* failure: all workers raise the same
+WorkerError; one that doesn't come round to raising it (it hangs in a kernel, say) ends GRACE_SECONDS later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from manyhands.comm.board import BOARD_BYTES, Board
+from manyhands.comm.memory import Arena
+from manyhands.errors import InvariantError, WorkerError
+
+LOOK_SECONDS = 0.1
+BEAT_SECONDS = 1.0
+LOST_SECONDS = 10.0
+GRACE_SECONDS = 3.0
+JOIN_SECONDS = 300.0
+STACK_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 10
+
+
+@dataclass
+class Peer:
+    """Another worker, as this one sees it."""
+
+    rank: int
+    host: str
+    pid: int
+    thread: int
+    stack: str  # "pid:fd" of the file that it dumps its stack into
+    board: Board | None  # None: on another host
+    pidfd: int | None = None
+    beat: bytes = b""
+    beat_seen: float = 0.0
+
+    @property
+    def status(self) -> str:
+        if self.board is not None:
+            return self.board.status
+        return "".join(self.beat.decode(errors="replace").split(" ", 2)[2:])
+
+    @property
+    def posted(self) -> int:
+        if self.board is not None:
+            return self.board.posted
+        return int(self.beat.split(b" ")[0] or 0)
+
+    @property
+    def where(self) -> str:
+        return f"worker {self.rank} (pid {self.pid} on {self.host}), {self.status or 'starting'}"
+
+
+class Membership:
+    """This worker's place among `size` workers that share `store`. Collective: returns when all are there.
+
+    Attributes: `board` (mine), `peers` (the others, by rank), `failure` (set once something went wrong).
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, arena: Arena, *, stall_seconds: float, abandon: Callable[[WorkerError], None]
+    ) -> None:
+        self.rank, self.size, self.stall_seconds = rank, size, stall_seconds
+        self.failure: WorkerError | None = None
+        self._store, self._abandon, self._meetings, self._beats = store, abandon, 0, 0
+        self._stop = threading.Event()
+        self._stack_file = _dump_stacks_on_signal()
+        memory, address = arena.create(BOARD_BYTES)
+        self.board = Board(memory)
+        me = {
+            "host": _host(),
+            "pid": os.getpid(),
+            "thread": threading.get_ident(),
+            "board": address,
+            "stack": f"{os.getpid()}:{self._stack_file}",
+        }
+        others = [json.loads(text) for text in self.meet(json.dumps(me))]
+        self.one_host = all(other["host"] == me["host"] for other in others)
+        self.peers: dict[int, Peer] = {}
+        for other_rank, other in enumerate(others):
+            if other_rank == rank:
+                continue
+            here = other["host"] == me["host"]
+            self.peers[other_rank] = Peer(
+                rank=other_rank,
+                host=other["host"],
+                pid=other["pid"],
+                thread=other["thread"],
+                stack=other["stack"],
+                board=Board(arena.open(other["board"])) if here else None,
+                pidfd=os.pidfd_open(other["pid"]) if here and other["pid"] != os.getpid() else None,
+                beat_seen=time.monotonic(),
+            )
+        self.meet("opened")
+        arena.seal()
+        # A thread has a client of its own: one that waits holds its client's lock.
+        self._watch_store = store.clone() if hasattr(store, "clone") else store
+        self._watcher = threading.Thread(target=self._watch, name="manyhands-watch", daemon=True)
+        self._watcher.start()
+
+    def meet(self, text: str) -> list[str]:
+        """Everyone's text, by rank. Collective, blocks; slow (through the store): for setting up."""
+        self._meetings += 1
+        prefix = f"meeting/{self._meetings}"
+        self._store.set(f"{prefix}/{self.rank}", text)
+        texts = []
+        deadline = time.monotonic() + JOIN_SECONDS
+        for rank in range(self.size):
+            while not self._store.check([f"{prefix}/{rank}"]):
+                self.check()
+                if time.monotonic() > deadline:
+                    raise WorkerError(
+                        f"worker {rank} did not come to the group within {JOIN_SECONDS:.0f} s",
+                        rank=rank,
+                        hint="see that all workers run the same program and can reach MASTER_ADDR:MASTER_PORT",
+                    )
+                time.sleep(0.002)
+            texts.append(self._store.get(f"{prefix}/{rank}").decode())
+        return texts
+
+    def check(self) -> None:
+        """Raise the failure, if there is one."""
+        if self.failure is not None:
+            raise self.failure
+
+    def check_wait(self, began: float, tag: str, wanted: int) -> None:
+        """Called while waiting since `began` (monotonic) for everyone's collective call number `wanted`."""
+        self.check()
+        if time.monotonic() - began < self.stall_seconds:
+            return
+        behind = [peer for peer in self.peers.values() if peer.posted < wanted]
+        if behind:
+            self._report_stalled(behind[0], tag)
+            raise self._await_failure()
+        raise InvariantError("waited too long for calls that every worker has made", where=tag)
+
+    def fail(self, error: BaseException) -> None:
+        """Leave `error`, raised here, for the others. The first failure of the group wins."""
+        if isinstance(error, WorkerError) and error.rank != self.rank:
+            return
+        first = str(error).splitlines()[0] if str(error) else ""
+        self._report(
+            self.rank,
+            f"worker {self.rank} raised {type(error).__name__}: {first}",
+            f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.status or 'starting'}",
+            "".join(traceback.format_exception(error)),
+        )
+
+    def close(self) -> None:
+        """Leave on purpose; the others don't take it for a failure."""
+        self.board.close()
+        with contextlib.suppress(RuntimeError):  # the store may be gone with its host
+            self._watch_store.set(f"beat/{self.rank}", "closed")
+        self._stop.set()
+        self._watcher.join()
+        for peer in self.peers.values():
+            if peer.pidfd is not None:
+                os.close(peer.pidfd)
+                peer.pidfd = None
+
+    # - Failures
+
+    def _report(self, rank: int, what: str, where: str, detail: str | None) -> None:
+        failure = json.dumps({"rank": rank, "what": what, "where": where, "detail": detail})
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set("failure", "", failure)
+
+    def _report_stalled(self, peer: Peer, tag: str) -> None:
+        stack, stopped = _stack_of(peer), _is_stopped(peer)
+        self._report(
+            peer.rank,
+            f"worker {peer.rank} has kept the others waiting for more than {self.stall_seconds:g} s"
+            + (" (its process is stopped: SIGSTOP?)" if stopped else ""),
+            f"{peer.where}; the others wait in {tag}",
+            stack,
+        )
+        if stopped and peer.pidfd is not None:
+            signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)  # it can't end by itself, and was just given up
+
+    def _await_failure(self) -> WorkerError:
+        deadline = time.monotonic() + 2.0
+        while self.failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.failure or WorkerError("a worker failed, and the store with its story is gone")
+
+    # - The watching thread
+
+    def _watch(self) -> None:
+        last_beat, failed_at = 0.0, 0.0
+        while not self._stop.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            if self.failure is None:
+                try:
+                    self._look()
+                    if not self.one_host and now - last_beat > BEAT_SECONDS:
+                        self._beat(now)
+                        last_beat = now
+                except (RuntimeError, ConnectionError) as error:
+                    self.failure = WorkerError(
+                        "the store through which the workers find each other is gone (did the launcher end?)", detail=str(error)
+                    )
+                failed_at = now
+            elif now - failed_at > GRACE_SECONDS:
+                self._abandon(self.failure)
+                return
+
+    def _look(self) -> None:
+        self._take_report()
+        for peer in self.peers.values():
+            if self.failure is None and peer.pidfd is not None and _has_ended(peer.pidfd):
+                closed = peer.board is not None and peer.board.closed
+                os.close(peer.pidfd)
+                peer.pidfd = None
+                if not closed:
+                    time.sleep(0.05)  # what it left in the store may be on its way
+                    self._take_report()
+                    self._report(peer.rank, f"worker {peer.rank} ended without a word (killed?)", peer.where, None)
+                    self._take_report()
+
+    def _take_report(self) -> None:
+        if self.failure is None and self._watch_store.check(["failure"]):
+            report = json.loads(self._watch_store.get("failure").decode())
+            self.failure = WorkerError(
+                report["what"],
+                rank=report["rank"],
+                where=report["where"],
+                detail=report["detail"],
+                hint="mend what it names and start again; the run goes on from its last checkpoint",
+            )
+
+    def _beat(self, now: float) -> None:
+        self._beats += 1  # so that no two beats are the same
+        self._watch_store.set(f"beat/{self.rank}", f"{self.board.posted} {self._beats} {self.board.status}")
+        for peer in self.peers.values():
+            if peer.board is not None or peer.beat == b"closed":
+                continue
+            key = f"beat/{peer.rank}"
+            beat = self._watch_store.get(key) if self._watch_store.check([key]) else b""
+            if beat != peer.beat:
+                peer.beat, peer.beat_seen = beat, now
+            elif now - peer.beat_seen > LOST_SECONDS:
+                self._report(peer.rank, f"worker {peer.rank}'s host has not been heard of for {LOST_SECONDS:g} s", peer.where, None)
+
+
+def _host() -> str:
+    """This host, as told apart from others that may share its name (containers)."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{socket.gethostname()}/{file.read(8)}"
+    return socket.gethostname()
+
+
+def _has_ended(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], 0)[0])
+
+
+def _is_stopped(peer: Peer) -> bool:
+    if peer.pidfd is None:
+        return False
+    with contextlib.suppress(OSError), open(f"/proc/{peer.pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+    return False
+
+
+def _dump_stacks_on_signal() -> int:
+    """Let peers ask for this process's Python stacks by a signal, also while it is inside a kernel."""
+    fd = os.memfd_create("manyhands-stack", os.MFD_CLOEXEC)
+    if threading.current_thread() is threading.main_thread():
+        faulthandler.register(STACK_SIGNAL, file=fd, all_threads=True)
+    return fd
+
+
+def _stack_of(peer: Peer) -> str | None:
+    """The peer's Python stack, if it lives on this host and answers within a second."""
+    if peer.pid == os.getpid():
+        frame = sys._current_frames().get(peer.thread)
+        return "".join(traceback.format_stack(frame)) if frame else None
+    if peer.pidfd is None:
+        return None
+    with contextlib.suppress(OSError):
+        pid, fd = peer.stack.split(":")
+        file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY)
+        try:
+            signal.pidfd_send_signal(peer.pidfd, STACK_SIGNAL)
+            for _ in range(20):
+                time.sleep(0.05)
+                text = os.pread(file, 1 << 16, 0).decode(errors="replace")
+                if text.rstrip().endswith(")") or "<module>" in text:
+                    return text
+        finally:
+            os.close(file)
+    return None

@@ -1,0 +1,80 @@
+"""Memory that several workers see: anonymous files between processes, plain tensors between threads.
+
+A process creates a memfd and tells the others its address, `pid:fd:bytes`; they open it through /proc. Nothing has a
+name in any file system, so nothing is left behind whoever is killed, and /dev/shm's limit doesn't apply. The kernel
+frees the memory with the last process that maps it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Arena(Protocol):
+    """Where shared buffers come from."""
+
+    def create(self, num_bytes: int) -> tuple[Tensor, str]:
+        """A zeroed uint8 buffer and the address under which others find it."""
+
+    def open(self, address: str) -> Tensor:
+        """The buffer that another worker created."""
+
+    def seal(self) -> None:
+        """Everyone has opened what I created so far: drop the addresses."""
+
+
+class ProcessArena:
+    """Between processes of one host, by the same user."""
+
+    def __init__(self) -> None:
+        self._created: list[int] = []
+
+    def create(self, num_bytes: int) -> tuple[Tensor, str]:
+        fd = os.memfd_create("manyhands", os.MFD_CLOEXEC)
+        os.ftruncate(fd, num_bytes)
+        self._created.append(fd)
+        return _map(fd, num_bytes), f"{os.getpid()}:{fd}:{num_bytes}"
+
+    def open(self, address: str) -> Tensor:
+        pid, number, num_bytes = (int(part) for part in address.split(":"))
+        if pid == os.getpid():
+            return _map(number, num_bytes)
+        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        try:
+            return _map(fd, num_bytes)
+        finally:
+            os.close(fd)  # the mapping keeps the memory
+
+    def seal(self) -> None:
+        while self._created:
+            os.close(self._created.pop())
+
+
+def _map(fd: int, num_bytes: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
+
+
+class ThreadArena:
+    """Between threads of one process: one instance for all of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buffers: dict[str, Tensor] = {}
+
+    def create(self, num_bytes: int) -> tuple[Tensor, str]:
+        with self._lock:
+            address = str(len(self._buffers))
+            self._buffers[address] = torch.zeros(num_bytes, dtype=torch.uint8)
+            return self._buffers[address], address
+
+    def open(self, address: str) -> Tensor:
+        return self._buffers[address]
+
+    def seal(self) -> None:
+        pass  # addresses are shared by all threads; they go with the arena

@@ -1,0 +1,135 @@
+"""Workers anywhere, through torch.distributed: Gloo between CPUs, NCCL between GPUs.
+
+Only data movement is asked of it (all-to-all, all-gather), as bytes: never a sum, whose order would be the library's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from manyhands.comm.group import Contribution, Exchange
+from manyhands.comm.members_group import MembersGroup
+from manyhands.comm.membership import Membership
+from manyhands.errors import WorkerError
+
+
+class _ProcessExchange(Exchange):
+    def __init__(self, received: Tensor, num_pieces: int, wait: Callable[[], None]) -> None:
+        self._received, self._num_pieces, self._wait = received, num_pieces, wait
+
+    def pieces(self) -> list[Tensor]:
+        self._wait()
+        return list(self._received.chunk(self._num_pieces)) if self._num_pieces else []
+
+    def release(self) -> None:
+        del self._received
+
+    def wait_reusable(self) -> None:
+        self._wait()  # what I gave has left
+
+
+class ProcessGroup(MembersGroup):
+    """Every worker has memory of its own."""
+
+    kind = "process"
+    shares_memory = False
+
+    def __init__(self, membership: Membership, store: dist.Store, device: torch.device) -> None:
+        super().__init__(membership, device)
+        # Ours ends waits itself, earlier and with a name; the library's limit is only the last resort.
+        timeout = timedelta(seconds=max(60.0, 2 * membership.stall_seconds))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+
+    def empty_replicated(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
+        return Contribution(torch.zeros(numel, dtype=dtype, device=self.device))
+
+    def exchange(
+        self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
+    ) -> Exchange:
+        gives = self.rank in contributors
+        sent = contribution.local[start : start + self.size * shard_numel] if gives else contribution.local[:0]
+        received = torch.empty(len(contributors) * shard_numel, dtype=sent.dtype, device=self.device)
+        item = shard_numel * sent.dtype.itemsize
+        call = self._post(tag)
+        work = self._call(
+            lambda: dist.all_to_all_single(
+                received.view(torch.uint8),
+                sent.view(torch.uint8),
+                output_split_sizes=[item if rank in contributors else 0 for rank in range(self.size)],
+                input_split_sizes=[item if gives else 0] * self.size,
+                async_op=True,
+            )
+        )
+        others = len(contributors) - gives
+        return _ProcessExchange(received, len(contributors), self._waiter("exchange", work, call, tag, others * item))
+
+    def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
+        as_bytes = full.view(torch.uint8)
+        mine = as_bytes.chunk(self.size)[self.rank]
+        call = self._post(tag)
+        work = self._call(lambda: dist.all_gather_into_tensor(as_bytes, mine, async_op=True))
+        return self._waiter("publish", work, call, tag, as_bytes.numel() - mine.numel())
+
+    def gather(self, small: Tensor, tag: str) -> list[Tensor]:
+        flat = small.detach().contiguous().view(-1).view(torch.uint8)
+        copies = torch.empty(self.size * flat.numel(), dtype=torch.uint8)
+        call = self._post(tag)
+        work = self._call(lambda: dist.all_gather_into_tensor(copies, flat, async_op=True))
+        self._waiter("gather", work, call, tag, flat.numel() * (self.size - 1))()
+        return [copy.view(small.dtype).view(small.shape) for copy in copies.chunk(self.size)]
+
+    def _call(self, begin: Callable[[], dist.Work | None]) -> dist.Work:
+        try:
+            work = begin()
+        except RuntimeError as error:
+            raise self._failure_behind(error) from error
+        if work is None:
+            raise self._failure_behind(RuntimeError("this process is not part of the group"))
+        return work
+
+    def _waiter(self, operation: str, work: dist.Work, call: int, tag: str, num_bytes: int) -> Callable[[], None]:
+        done = False
+
+        def wait() -> None:
+            nonlocal done
+            if done:
+                return
+            began = time.monotonic()
+            try:
+                if self.device.type == "cpu":
+                    self._wait(work.is_completed, call, tag)
+                work.wait()
+            except RuntimeError as error:
+                raise self._failure_behind(error) from error
+            done = True
+            self._check_tags(call, tag)
+            self.recorder.add(operation, tag, num_bytes, time.monotonic() - began)
+
+        return wait
+
+    def _failure_behind(self, error: RuntimeError) -> WorkerError:
+        """A broken connection is what a peer's death looks like from here: wait for the watcher to name the peer."""
+        deadline = time.monotonic() + 2.0
+        while self.membership.failure is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self.membership.failure is not None:
+            return self.membership.failure
+        return WorkerError("the connection to the other workers broke", detail=str(error), hint="see the workers' logs")
+
+    def close(self) -> None:
+        if self.membership.failure is None:
+            self.barrier("close / control")
+        self.membership.close()
+        with contextlib.suppress(RuntimeError):  # a broken group can't be taken down in order, and needn't be
+            dist.destroy_process_group()

@@ -1,0 +1,128 @@
+"""Workers on one host: `exchange` hands out views of the peers' buffers, and a replicated buffer is one physical copy.
+
+Order of memory accesses: data are written before the count on the board that announces them, and read after that count
+was seen. Between the two lie system calls (sched_yield, nanosleep) or the interpreter's lock, which order them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from manyhands.comm.group import Contribution, Exchange
+from manyhands.comm.members_group import MembersGroup
+from manyhands.comm.memory import Arena
+from manyhands.comm.membership import Membership
+
+MAILBOX_BYTES = 1 << 20
+
+
+class _SharedExchange(Exchange):
+    def __init__(self, group: SharedMemoryGroup, call: int, number: int, pieces: list[tuple[int, Tensor]], tag: str) -> None:
+        self._group, self._call, self._number, self._tag = group, call, number, tag
+        self._pieces = pieces
+
+    def pieces(self) -> list[Tensor]:
+        seconds = self._group.wait_posted(self._call, self._tag)
+        num_bytes = sum(piece.nbytes for rank, piece in self._pieces if rank != self._group.rank)
+        self._group.recorder.add("exchange", self._tag, num_bytes, seconds)
+        return [piece for _, piece in self._pieces]
+
+    def release(self) -> None:
+        self._group.membership.board.drain(self._number)
+
+    def wait_reusable(self) -> None:
+        self._group.wait_drained(self._number, self._call, self._tag)
+
+
+class SharedMemoryGroup(MembersGroup):
+    """CPU workers that share memory: processes of one host, or (in tests) threads of one process."""
+
+    kind = "shared-memory"
+    shares_memory = True
+
+    def __init__(self, membership: Membership, arena: Arena, compute_lock: threading.RLock | None = None) -> None:
+        super().__init__(membership, torch.device("cpu"))
+        self._arena, self._lock = arena, compute_lock
+        self._exchanges = 0
+        self._mailboxes = self._create(2 * MAILBOX_BYTES)
+        self._letters = 0
+
+    def _create(self, num_bytes: int) -> list[Tensor]:
+        """Everyone's new buffer of that size, by rank."""
+        mine, address = self._arena.create(num_bytes)
+        addresses = self.membership.meet(address)
+        buffers = [mine if rank == self.rank else self._arena.open(other) for rank, other in enumerate(addresses)]
+        self.membership.meet("opened")
+        self._arena.seal()
+        return buffers
+
+    def empty_replicated(self, numel: int, dtype: torch.dtype) -> Tensor:
+        mine, address = self._arena.create(numel * dtype.itemsize) if self.rank == 0 else (None, "")
+        first = self.membership.meet(address)[0]
+        buffer = self._arena.open(first) if mine is None else mine
+        self.membership.meet("opened")
+        self._arena.seal()
+        return buffer.view(dtype)
+
+    def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
+        everyone = [buffer.view(dtype) for buffer in self._create(numel * dtype.itemsize)]
+        return Contribution(everyone[self.rank], everyone)
+
+    def exchange(
+        self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
+    ) -> Exchange:
+        begin = start + self.rank * shard_numel
+        pieces = [(rank, contribution.peers[rank][begin : begin + shard_numel]) for rank in contributors]
+        self._exchanges += 1
+        return _SharedExchange(self, self._post(tag), self._exchanges, pieces, tag)
+
+    def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
+        call = self._post(tag)
+
+        def wait() -> None:
+            self.recorder.add("publish", tag, 0, self.wait_posted(call, tag))
+
+        return wait
+
+    def gather(self, small: Tensor, tag: str) -> list[Tensor]:
+        flat = small.detach().contiguous().view(-1).view(torch.uint8)
+        copies = [torch.empty_like(flat) for _ in range(self.size)]
+        seconds = 0.0
+        for chunk in range(max(1, math.ceil(flat.numel() / MAILBOX_BYTES))):
+            part = slice(chunk * MAILBOX_BYTES, min((chunk + 1) * MAILBOX_BYTES, flat.numel()))
+            # Two boxes in turn: a box is written again only after everyone posted the next letter, having read this one.
+            self._letters += 1
+            box = slice(self._letters % 2 * MAILBOX_BYTES, self._letters % 2 * MAILBOX_BYTES + part.stop - part.start)
+            self._mailboxes[self.rank][box] = flat[part]
+            call = self._post(tag)
+            seconds += self.wait_posted(call, tag)
+            for rank in range(self.size):
+                copies[rank][part] = self._mailboxes[rank][box]
+        self.recorder.add("gather", tag, flat.numel() * (self.size - 1), seconds)
+        return [copy.view(small.dtype).view(small.shape) for copy in copies]
+
+    def wait_posted(self, call: int, tag: str) -> float:
+        """Wait until everyone has begun collective call `call`; the seconds it took."""
+        boards = [peer.board for peer in self.membership.peers.values() if peer.board is not None]
+        seconds = self._wait(lambda: all(board.posted >= call for board in boards), call, tag)
+        self._check_tags(call, tag)
+        return seconds
+
+    def wait_drained(self, number: int, call: int, tag: str) -> None:
+        """Wait until everyone has read exchange `number`."""
+        boards = [peer.board for peer in self.membership.peers.values() if peer.board is not None]
+        self._wait(lambda: all(board.drained >= number for board in boards), call + 1, tag)
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        return self._lock if self._lock is not None else nullcontext()
+
+    def close(self) -> None:
+        if self.membership.failure is None:
+            self.barrier("close / control")
+        self.membership.close()

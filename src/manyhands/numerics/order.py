@@ -1,0 +1,136 @@
+"""The one order in which a step's gradients are added, whoever adds them and wherever.
+
+A step has `V` virtual workers with `accumulate` micro-batches each; micro-batch `i = v * accumulate + a` is the `a`-th
+of virtual worker `v`. The sum is *defined* as: sequentially over `a` inside each virtual worker, then over the virtual
+workers by the binary-counter tree: equal-sized neighbours merge, left + right; what is left over merges from the right.
+
+    V = 6:   ((0+1)+(2+3)) + (4+5)            V = 7:   ((0+1)+(2+3)) + ((4+5)+6)
+
+Everything here is a pure function of integers, or of values that know how to be added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Subtree(NamedTuple):
+    """A complete subtree of the sum: virtual workers [start, start + 2**level)."""
+
+    start: int
+    level: int
+
+    @property
+    def end(self) -> int:
+        return self.start + (1 << self.level)
+
+
+def maximal_subtrees(start: int, end: int) -> tuple[Subtree, ...]:
+    """The fewest complete subtrees that cover virtual workers [start, end), in order.
+
+    One, if the run is an aligned power of two; never more than 2 * log2(end - start) + 1.
+    """
+    subtrees = []
+    while start < end:
+        level = (start & -start).bit_length() - 1 if start else end.bit_length()
+        while start + (1 << level) > end:
+            level -= 1
+        subtrees.append(Subtree(start, level))
+        start += 1 << level
+    return tuple(subtrees)
+
+
+def run_of_virtual_workers(rank: int, workers: int, virtual_workers: int) -> range:
+    """The virtual workers that `rank` computes when gradients are exchanged once a step: a contiguous run."""
+    return range(rank * virtual_workers // workers, (rank + 1) * virtual_workers // workers)
+
+
+def micro_batch_of_round(round_index: int, rank: int, workers: int, micro_batches: int) -> int | None:
+    """The micro-batch that `rank` computes in this round when gradients are exchanged every micro-batch, if any."""
+    index = round_index * workers + rank
+    return index if index < micro_batches else None
+
+
+def num_rounds(workers: int, micro_batches: int) -> int:
+    """Rounds in a step when gradients are exchanged every micro-batch."""
+    return -(-micro_batches // workers)
+
+
+class OrderedSum(Generic[T]):
+    """The sum of a step's gradients, fed in index order, in memory for at most log2(V) + 2 partial sums.
+
+    own(value): a value that the sum may keep and overwrite, equal to `value`, which is only borrowed.
+    add(left, right): left + right, stored in `left`; `right` may be borrowed.
+    free(value): called with each owned value that the sum no longer needs.
+    """
+
+    def __init__(
+        self,
+        accumulate: int,
+        *,
+        own: Callable[[T], T],
+        add: Callable[[T, T], T],
+        free: Callable[[T], None] = lambda value: None,
+    ) -> None:
+        self.accumulate = accumulate
+        self._own, self._add, self._free = own, add, free
+        self._stack: list[tuple[int, T]] = []  # (level, partial), levels falling from left to right
+        self._current: T | None = None  # the virtual worker being accumulated
+        self._in_current = 0
+
+    def add_micro_batch(self, value: T) -> None:
+        """Add the next micro-batch's gradient (borrowed)."""
+        if self.accumulate == 1:
+            self.push(value, 0)
+            return
+        self._current = self._own(value) if self._current is None else self._add(self._current, value)
+        self._in_current += 1
+        if self._in_current == self.accumulate:
+            done, self._current, self._in_current = self._current, None, 0
+            self._push_owned(done, 0)
+
+    def push(self, value: T, level: int) -> None:
+        """Add the next complete subtree of 2**level virtual workers (borrowed)."""
+        if self._stack and self._stack[-1][0] == level:
+            self._push_owned(self._add(self._stack.pop()[1], value), level + 1)
+        else:
+            self._stack.append((level, self._own(value)))
+
+    def _push_owned(self, value: T, level: int) -> None:
+        while self._stack and self._stack[-1][0] == level:
+            left = self._add(self._stack.pop()[1], value)
+            self._free(value)
+            value, level = left, level + 1
+        self._stack.append((level, value))
+
+    def fold(self) -> T:
+        """The total; the sum is empty afterwards and the caller owns the total."""
+        total = self._stack.pop()[1]
+        while self._stack:
+            left = self._add(self._stack.pop()[1], total)
+            self._free(total)
+            total = left
+        return total
+
+    def partials(self) -> tuple[tuple[int, T], ...]:
+        """The complete subtrees added so far, as (level, owned value), left to right."""
+        return tuple(self._stack)
+
+    def part(self, cut: Callable[[T], T], own: Callable[[T], T], free: Callable[[T], None]) -> OrderedSum[T]:
+        """The same sum over a part of every value; `cut` gives that part as a view that may be overwritten."""
+        part: OrderedSum[T] = OrderedSum(self.accumulate, own=own, add=self._add, free=free)
+        part._stack = [(level, cut(value)) for level, value in self._stack]
+        part._current = None if self._current is None else cut(self._current)
+        part._in_current = self._in_current
+        return part
+
+    def clear(self) -> None:
+        """Forget everything (after the parts were folded, or on abort), freeing what is owned."""
+        for _, value in self._stack:
+            self._free(value)
+        if self._current is not None:
+            self._free(self._current)
+        self._stack, self._current, self._in_current = [], None, 0

@@ -1,0 +1,52 @@
+"""Who holds which part of the state: three placements, named after the papers' stages.
+
+    bytes per parameter and worker, bf16 with AdamW (N workers; the fp32 sums in flight come on top)
+              param         grad          optim          bytes
+    DDP       replicated    replicated    replicated     2 + 2 + 12
+    ZERO1     replicated    replicated    sharded        2 + 2 + 12/N
+    ZERO2     replicated    sharded       sharded        2 + 2/N + 12/N
+
+Stages 1 and 2: Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from manyhands.config import nearest
+from manyhands.errors import ConfigError
+
+
+class Placement(Enum):
+    """Whether every worker holds all of something, or only its shard."""
+
+    REPLICATED = "replicated"
+    SHARDED = "sharded"
+
+
+REPLICATED, SHARDED = Placement.REPLICATED, Placement.SHARDED
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where parameters, gradients and optimizer state (with master weights) are."""
+
+    name: str
+    param: Placement
+    grad: Placement
+    optim: Placement
+
+
+DDP = Stage("ddp", REPLICATED, REPLICATED, REPLICATED)
+ZERO1 = Stage("zero1", REPLICATED, REPLICATED, SHARDED)
+ZERO2 = Stage("zero2", REPLICATED, SHARDED, SHARDED)
+
+STAGES = {stage.name: stage for stage in (DDP, ZERO1, ZERO2)}
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of that name. Raises ConfigError."""
+    if name not in STAGES:
+        raise ConfigError("no such stage", expected=", ".join(STAGES), got=repr(name), hint=nearest(name, STAGES))
+    return STAGES[name]
