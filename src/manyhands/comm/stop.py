@@ -1,0 +1,106 @@
+"""How a run on this machine is stopped: signals to the parent, noted and passed on; and the end of what is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed.elastic.multiprocessing import SignalException
+
+from manyhands.comm.failure import WorkerEnd, explain
+from manyhands.errors import Interrupted
+
+_SAME_PRESS_SECONDS = 0.3
+_START_SECONDS = 10.0
+
+
+class Stop:
+    """Whether this process was asked to stop, and by what signal."""
+
+    def __init__(self, folder: Path, workers: int, grace_seconds: float) -> None:
+        self.signal: signal.Signals | None = None
+        self.grace_seconds = grace_seconds
+        self._folder, self._workers = folder, workers
+        self._asked = self._passed_on = 0.0  # monotonic seconds
+        self._killed = False
+        self._began = time.monotonic()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While it lasts, a signal to stop is noted here. One that is ignored (nohup, say) stays ignored."""
+        previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    previous[number] = signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal, self._asked = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._asked > _SAME_PRESS_SECONDS:
+            # Wrappers (uv, npm) pass on a Ctrl-C that the terminal has delivered already: that's not a second one.
+            self._killed = True
+            _kill_sessions(self._folder)
+
+    def raise_if_asked(self) -> None:
+        """Raises SignalException, on which the launcher passes the signal on and awaits the workers' end."""
+        if self.signal is None:
+            return
+        started = len(_started(self._folder)) == self._workers or time.monotonic() - self._began > _START_SECONDS
+        if started:  # before that, a second Ctrl-C wouldn't find them all
+            self._passed_on = time.monotonic()
+            sent = signal.SIGINT if self.signal is signal.SIGINT else signal.SIGTERM
+            raise SignalException(f"asked to stop by {self.signal.name}", sent)
+
+    def interrupted(self, ends: Sequence[WorkerEnd]) -> Interrupted:
+        """The error that tells how the stop went."""
+        name = self.signal.name if self.signal is not None else "a signal"
+        late = self._passed_on > 0 and time.monotonic() - self._passed_on >= self.grace_seconds
+        if self._killed:
+            how = "and its workers were killed at the second Ctrl-C"
+        elif late:
+            how = f"and workers that had not ended after {self.grace_seconds:g} s were killed"
+        else:
+            how = "and its workers ended"
+        if any(end.exit_code for end in ends):  # one had failed before the signal could be passed on
+            told = [str(explain(ends))]
+        else:
+            failures = [end.failure for end in ends if end.failure is not None]
+            told = [f"worker {failure.rank} reported {failure.kind}: {failure.message}" for failure in failures]
+        return Interrupted(f"the run was asked to stop ({name}), {how}", detail="\n".join(told) or None)
+
+
+def _started(folder: Path) -> list[int]:
+    """The pids of the workers that have begun; each leads a session (and so a process group) of that number.
+
+    The files' names are made by launch/child.py.
+    """
+    return [int(path.name.rpartition("-")[2]) for path in folder.glob("started-*")]
+
+
+def _kill_sessions(folder: Path) -> None:
+    for pid in _started(folder):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def end_all(folder: Path) -> None:
+    """Nothing that the workers have started outlives them; and no worker is left where the launcher itself failed."""
+    _kill_sessions(folder)
+    deadline = time.monotonic() + 5.0
+    for pid in _started(folder):
+        # Usually the launcher has reaped them all: no such child.
+        with suppress(ChildProcessError):
+            while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
+                time.sleep(0.02)

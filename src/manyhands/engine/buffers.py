@@ -1,0 +1,92 @@
+"""The model's buffers (batch norm's running statistics): a step's result doesn't depend on who computed what.
+
+Each micro-batch starts from the buffers as they were before the step. Afterwards a buffer that any micro-batch changed
+becomes the mean over the micro-batches, added in index order (integers: the first micro-batch's value).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.comm.group import Group
+
+
+class Buffers:
+    """All buffers of a model. names: in the model's order."""
+
+    def __init__(self, model: nn.Module, micro_batches: int) -> None:
+        self._owners = {name: _owner(model, name) for name, _ in model.named_buffers()}
+        self.names = list(self._owners)
+        self._micro_batches = micro_batches
+        self._start: dict[str, Tensor] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
+        self._after: dict[str, dict[int, Tensor]] = {}
+
+    def _now(self, name: str) -> Tensor:
+        owner, attribute = self._owners[name]
+        buffer: Tensor = owner._buffers[attribute]  # type: ignore[assignment]
+        return buffer
+
+    def _assign(self, name: str, value: Tensor) -> None:
+        owner, attribute = self._owners[name]
+        owner._buffers[attribute] = value
+
+    def begin_step(self) -> None:
+        """Keep the buffers as they are."""
+        for name in self.names:
+            now = self._now(name)
+            if name not in self._start or self._start[name].shape != now.shape:
+                self._start[name] = now.detach().clone()
+            elif self._versions.get(name) != (id(now), now._version):
+                self._start[name].copy_(now)
+            self._versions[name] = (id(now), now._version)
+        self._after = {}
+
+    def end_micro_batch(self, micro_batch: int) -> None:
+        """Take what this micro-batch made of the buffers, and put the step's back."""
+        for name in self.names:
+            now = self._now(name)
+            if self._versions[name] != (id(now), now._version):
+                self._after.setdefault(name, {})[micro_batch] = now.detach().clone()
+                self._restore(name)
+
+    def _restore(self, name: str) -> None:
+        self._assign(name, self._start[name].clone())
+        now = self._now(name)
+        self._versions[name] = (id(now), now._version)
+
+    def abort(self) -> None:
+        """The step failed: put its start back."""
+        for name in self.names:
+            if name in self._start:
+                self._restore(name)
+
+    def changed(self) -> list[bool]:
+        """For each buffer whether a micro-batch of this worker changed it."""
+        return [name in self._after for name in self.names]
+
+    def merge(self, changed: list[bool], mine: list[int], group: Group, tag: str) -> None:
+        """Set the step's result for the buffers that any worker changed. mine: my micro-batches. Collective."""
+        names = [name for name, is_changed in zip(self.names, changed, strict=True) if is_changed]
+        for name in names:
+            start = self._start[name]
+            values = start.new_zeros((self._micro_batches, *start.shape))
+            for micro_batch in mine:
+                values[micro_batch] = self._after.get(name, {}).get(micro_batch, start)
+            taken = torch.zeros(self._micro_batches, dtype=torch.uint8)
+            taken[mine] = 1
+            who = group.gather(taken, tag)
+            everyone = group.gather(values.cpu(), tag)
+            owner = [next(rank for rank in range(group.size) if who[rank][index]) for index in range(self._micro_batches)]
+            result = everyone[owner[0]][0]
+            if start.is_floating_point():
+                for micro_batch in range(1, self._micro_batches):
+                    result = result + everyone[owner[micro_batch]][micro_batch]
+                result = result / self._micro_batches
+            self._assign(name, result.to(start))
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute

@@ -1,0 +1,80 @@
+"""A step's control values: what every worker must know of every micro-batch before anything is updated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from manyhands.comm.group import Group
+from manyhands.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """losses, weights: [micro_batches] fp64, in index order. got_gradient: [params]; changed_buffers: [buffers]: on any
+    worker. bad: (micro-batch, index of the parameter) of the first gradient that isn't finite. stop: someone was asked to."""
+
+    losses: np.ndarray  # type: ignore[type-arg]
+    weights: np.ndarray  # type: ignore[type-arg]
+    got_gradient: np.ndarray  # type: ignore[type-arg]
+    changed_buffers: np.ndarray  # type: ignore[type-arg]
+    bad: tuple[int, int] | None
+    stop: bool
+
+
+def gather_control(mine: Control, group: Group, tag: str) -> Control:
+    """Everyone's control values as one. `mine` has zeros for the micro-batches of others. Collective."""
+    bad = (0, 0) if mine.bad is None else (mine.bad[0] + 1, mine.bad[1] + 1)
+    floats = np.concatenate([mine.losses, mine.weights, [float(mine.stop), *bad]])
+    flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
+    packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), flags]))
+    all_floats, all_flags = [], []
+    for other in group.gather(packed, tag):
+        array = other.numpy()
+        all_floats.append(array[: floats.nbytes].view(np.float64))
+        all_flags.append(array[floats.nbytes :])
+    count = len(mine.losses)
+    # Each micro-batch has one worker that computed it; the others' zeros change nothing, whatever the order.
+    losses = np.sum([values[:count] for values in all_floats], axis=0)
+    weights = np.sum([values[count : 2 * count] for values in all_floats], axis=0)
+    bads = [tuple(int(value) - 1 for value in values[2 * count + 1 :]) for values in all_floats]
+    found = sorted((micro_batch, index) for micro_batch, index in bads if micro_batch >= 0)
+    flags_of_any = np.max(all_flags, axis=0).astype(bool)
+    params = len(mine.got_gradient)
+    return Control(
+        losses=losses,
+        weights=weights,
+        got_gradient=flags_of_any[:params],
+        changed_buffers=flags_of_any[params:],
+        bad=found[0] if found else None,
+        stop=any(bool(values[2 * count]) for values in all_floats),
+    )
+
+
+def gather_json(group: Group, value: object, tag: str) -> list[object]:
+    """Everyone's value, by rank. Collective; for setting up."""
+    text = json.dumps(value).encode()
+    lengths = [int(length) for length in group.gather(torch.tensor([len(text)]), tag)]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    texts = group.gather(padded, tag)
+    return [json.loads(bytes(other[:length].numpy())) for other, length in zip(texts, lengths, strict=True)]
+
+
+def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> None:
+    """That all workers have the same facts. Collective; raises the same ConfigError on all of them."""
+    everyone: Sequence[dict[str, str]] = gather_json(group, dict(facts), f"start / {what} / control")  # type: ignore[assignment]
+    for rank, theirs in enumerate(everyone):
+        for name in [*everyone[0], *theirs]:
+            first, other = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
+            if first != other:
+                raise ConfigError(
+                    f"workers 0 and {rank} don't have the same {what}: they differ in {name}",
+                    expected=f"{first} (worker 0)",
+                    got=f"{other} (worker {rank})",
+                    hint=hint,
+                )

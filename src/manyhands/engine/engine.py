@@ -1,0 +1,273 @@
+"""One worker's engine: the model in its units, and the step that all workers make together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manyhands.comm.group import Group
+from manyhands.config import Recipe, Strategy
+from manyhands.engine.buffers import Buffers
+from manyhands.engine.clock import PhaseClock
+from manyhands.engine.control import Control, agree, gather_control
+from manyhands.engine.hooks import on_gradients
+from manyhands.engine.metrics import StepMetrics
+from manyhands.engine.reducer import Reducer
+from manyhands.engine.storage import agree_on_model, build_model, lay_out
+from manyhands.engine.update import Updater
+from manyhands.errors import ConfigError, InvariantError, NumericsError
+from manyhands.numerics.digest import digest_of, slots_in_order
+from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
+from manyhands.optim.sliced import SlicedOptimizer
+from manyhands.sharding.stage import stage_named
+
+_HINT_SAME_RECIPE = "start all workers with the same program, the same recipe and the same data"
+
+
+class StepEngine:
+    """The model of a recipe on this worker, and its steps. Making one is collective.
+
+    model: the worker's model; its parameters are views of flat buffers, with the names, order and shapes they were built
+    with. step_index: the number of steps made so far. Raises ConfigError, on all workers alike.
+    """
+
+    def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
+        self.recipe, self.strategy, self.group = recipe, strategy, group
+        torch.set_num_threads(recipe.threads_per_worker)
+        _check_workers(recipe, group.size)
+        agree(group, "recipe", _recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
+        agree(group, "strategy", {"stage": strategy.stage, "units": str(strategy.units)}, hint=_HINT_SAME_RECIPE)
+        stage = stage_named(strategy.stage)
+        with group.exclusive():
+            self.model = build_model(recipe)
+        agree_on_model(self.model, group)
+        optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
+        self.optimizer = SlicedOptimizer(
+            recipe.optimizer, optimizer_params, declared_elementwise=recipe.elementwise_optimizer
+        )
+        storage = lay_out(self.model, recipe, group, stage, strategy.units)
+        self.layout, self.units = storage.layout, storage.units
+        self._params = dict(storage.named_params)
+        self._param_names = list(self._params)
+        agree(group, "optimizer", _optimizer_facts(self.optimizer), hint=_HINT_SAME_RECIPE)
+        self.schedule = recipe.schedule(self.optimizer.front) if recipe.schedule is not None else None
+        self.buffers = Buffers(self.model, recipe.batch.micro_batches)
+        self._reducer = Reducer(group, self.units, recipe.batch, stage)
+        self.updater = Updater(group, self.units, self.layout, stage, self.optimizer)
+        self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
+        self._clock = PhaseClock(group.recorder)
+        self.step_index = 0
+        self.stop_wanted = False  # set by whoever hears a signal; all workers learn it at the next step
+        self._failed: BaseException | None = None
+
+    @property
+    def my_micro_batches(self) -> list[int]:
+        """The micro-batches of a step that this worker computes, in order."""
+        return [this.micro_batch for this in self._reducer.rounds if this.micro_batch is not None]
+
+    def run_step(self, load: Callable[[int], Any], *, digest: bool = False) -> StepMetrics:
+        """Make one step. Collective.
+
+        load(i) gives micro-batch i, for each of `my_micro_batches` in order. digest: compute the digest, too.
+        Raises NumericsError (a loss or gradient is not finite; nothing was changed, the next step may follow),
+        WorkerError, and what the model or the loss raises; after those the engine can't be used any more.
+        """
+        if self._failed is not None:
+            raise InvariantError(
+                f"this engine failed in step {self.step_index} and can't go on: {self._failed}",
+                hint="make a new engine and load the last checkpoint",
+            )
+        try:
+            return self._step(load, digest)
+        except BaseException as error:
+            if not (isinstance(error, NumericsError) and getattr(error, "nothing_changed", False)):
+                self._failed = error
+                self.group.fail(error)
+                for unit in self.units:
+                    unit.abort()
+            raise
+
+    def _step(self, load: Callable[[int], Any], digest: bool) -> StepMetrics:
+        step, tag = self.step_index, f"step {self.step_index}"
+        self._clock.begin()
+        self.buffers.begin_step()
+        self._reducer.begin_step(step)
+        losses = {}
+        for index, this in enumerate(self._reducer.rounds):
+            with self._clock.phase("data"):
+                if this.micro_batch is not None:
+                    self.group.status(f"{tag}, micro-batch {this.micro_batch} / data")
+                    batch = load(this.micro_batch)
+            with self._clock.phase("exchange"):
+                self._reducer.begin(index)
+            with self._clock.phase("compute"):
+                if this.micro_batch is not None:
+                    losses[this.micro_batch] = self._compute(step, this.micro_batch, batch)
+                    batch = None
+            with self._clock.phase("exchange"):
+                self.group.status(f"{tag} / exchange")
+                self._reducer.end()
+        with self._clock.phase("exchange"):
+            self._reducer.close_rounds()
+            control = gather_control(self._my_control(losses), self.group, f"{tag} / control")
+            self._reducer.await_pieces()
+        self._refuse_not_finite(control, tag)
+        weight = _added_in_order(control.weights)
+        with self._clock.phase("update"):
+            learning_rates = self.optimizer.learning_rates
+            norm = self._update(control, weight, tag)
+            self.step_index += 1
+            digest_text = self.digest() if digest else None
+        return StepMetrics(
+            step=step,
+            loss=_added_in_order(control.losses) / weight,
+            weight=weight,
+            samples=self.recipe.batch.global_size,
+            gradient_norm=norm,
+            learning_rates=learning_rates,
+            step_seconds=self._clock.step_seconds,
+            seconds=self._clock.seconds,
+            bytes_moved=self._clock.bytes_moved,
+            digest=digest_text,
+        )
+
+    def _compute(self, step: int, micro_batch: int, batch: Any) -> tuple[Tensor, Tensor | float]:
+        """Forward and backward of one micro-batch; its loss and weight."""
+        self.group.status(f"step {step}, micro-batch {micro_batch} / forward and backward")
+        with self.group.exclusive(), preserved_generators():
+            seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
+            self.model.train()
+            result = self.recipe.loss(self.model, batch)
+            loss, weight = result if isinstance(result, tuple) else (result, 1.0)
+            _check_loss(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if not self._hooks:
+                for name, param in self._params.items():
+                    self._reducer.arrived(name, param)
+            self.buffers.end_micro_batch(micro_batch)
+        return loss.detach(), weight.detach() if isinstance(weight, Tensor) else weight
+
+    def _my_control(self, losses: dict[int, tuple[Tensor, Tensor | float]]) -> Control:
+        count = self.recipe.batch.micro_batches
+        values, weights = np.zeros(count), np.zeros(count)
+        for micro_batch, (loss, weight) in losses.items():
+            values[micro_batch], weights[micro_batch] = float(loss), float(weight)
+        bad = self._reducer.not_finite
+        return Control(
+            losses=values,
+            weights=weights,
+            got_gradient=np.array([name not in self._reducer.without_gradient for name in self._param_names]),
+            changed_buffers=np.array(self.buffers.changed(), dtype=bool),
+            bad=None if bad is None else (bad[0], self._param_names.index(bad[1])),
+            stop=self.stop_wanted,
+        )
+
+    def _refuse_not_finite(self, control: Control, tag: str) -> None:
+        """Raised on all workers alike, before anything has changed."""
+        bad_losses = np.flatnonzero(~np.isfinite(control.losses))
+        weight = _added_in_order(control.weights)
+        error: NumericsError | None = None
+        if control.bad is not None and not (len(bad_losses) and bad_losses[0] < control.bad[0]):
+            loss = control.losses[control.bad[0]]
+            error = NumericsError(
+                f"the gradient of {self._param_names[control.bad[1]]!r} is not finite in micro-batch {control.bad[0]}",
+                where=f"{tag}, samples {self._positions(control.bad[0])}; its loss is {loss:g}",
+                hint="lower the learning rate, set clip_norm, or look at those samples; no weight has been changed",
+            )
+        elif len(bad_losses):
+            error = NumericsError(
+                f"the loss of micro-batch {bad_losses[0]} is {control.losses[bad_losses[0]]:g}",
+                where=f"{tag}, samples {self._positions(int(bad_losses[0]))}",
+                hint="look at those samples, or lower the learning rate; no weight has been changed",
+            )
+        elif not (math.isfinite(weight) and weight > 0):
+            error = NumericsError(
+                "the global batch has no weight", where=tag, expected="a positive sum of the loss function's weights", got=weight
+            )
+        if error is not None:
+            self._reducer.drop()
+            self.buffers.abort()
+            error.nothing_changed = True  # type: ignore[attr-defined]
+            raise error
+
+    def _positions(self, micro_batch: int) -> str:
+        first = self.step_index * self.recipe.batch.global_size + micro_batch * self.recipe.batch.micro_size
+        return f"{first} to {first + self.recipe.batch.micro_size - 1} of the run's order"
+
+    def _update(self, control: Control, weight: float, tag: str) -> float:
+        self.stop_wanted = control.stop
+        unused = {name for name, got in zip(self._param_names, control.got_gradient, strict=True) if not got}
+        self.group.status(f"{tag} / update")
+        norm = self.updater.update(self._reducer, weight, self.recipe.clip_norm, unused, tag)
+        self._reducer.release()
+        self.buffers.merge(list(control.changed_buffers), self.my_micro_batches, self.group, f"{tag} / buffers")
+        self.optimizer.front.step()  # updates nothing (no parameter has a gradient); schedules want to see it
+        if self.schedule is not None:
+            self.schedule.step()
+        return norm
+
+    def digest(self) -> str:
+        """SHA-256 over the hashes of the master weights' blocks. Collective."""
+        return digest_of(self.digest_names, self.block_hashes().numpy())
+
+    def block_hashes(self) -> Tensor:
+        """The hash of each block of the master weights, [num_blocks] int64, by number. Collective."""
+        return self.updater.hashes(f"step {self.step_index}")
+
+    @property
+    def digest_names(self) -> list[tuple[str, int]]:
+        """(name, numel) of the parameters that the digest covers, in order."""
+        return slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
+
+    def close(self) -> None:
+        """Leave the group. Collective, unless a worker failed."""
+        for hook in self._hooks:
+            hook.remove()
+        self.group.close()
+
+
+def _added_in_order(values: np.ndarray) -> float:  # type: ignore[type-arg]
+    """Their sum, left to right."""
+    total = 0.0
+    for value in values:
+        total += float(value)
+    return total
+
+
+def _check_loss(loss: object) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ConfigError(
+            "recipe.loss did not return a loss", expected="a scalar tensor with a gradient, or (sum, weight)", got=got
+        )
+
+
+def _check_workers(recipe: Recipe, workers: int) -> None:
+    if workers > recipe.batch.micro_batches:
+        raise ConfigError(
+            f"{workers} workers are more than the step has micro-batches: some would never compute",
+            expected=f"at most {recipe.batch.micro_batches} workers (= global_size {recipe.batch.global_size} / micro_size {recipe.batch.micro_size})",
+            got=f"{workers} workers",
+            hint="use fewer workers; or cut the batch finer (a smaller micro_size changes the recipe, and its bits)",
+        )
+
+
+def _recipe_facts(recipe: Recipe) -> dict[str, str]:
+    facts = {f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")}
+    for name in ("precision", "clip_norm", "seed", "threads_per_worker", "device"):
+        facts[name] = str(getattr(recipe, name))
+    return facts | {"len(data)": str(len(recipe.data))}
+
+
+def _optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
+    facts = {"class": type(optimizer.front).__qualname__}
+    for index, group in enumerate(optimizer.hyperparameters()):
+        facts.update({f"group {index}.{key}": str(value) for key, value in group.items()})
+    return facts
+
+

@@ -1,0 +1,216 @@
+"""From micro-batches' gradients to ordered sums of shards: what is exchanged when, and what is added in which order.
+
+Two ways, the same sum (DESIGN section 2). *Every micro-batch*: in round j the workers compute micro-batches
+j*W .. j*W+W-1 and each owner adds the pieces in index order. *Every step*: a worker computes a contiguous run of virtual
+workers, adds locally, and sends the complete subtrees that its run covers.
+
+Units are exchanged in one fixed order on all workers (the last built first, as backward usually completes them), whatever
+the order in which their gradients come: so no worker ever waits for a message that another doesn't send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from manyhands.comm.group import Contribution, Exchange, Group
+from manyhands.config import Batch
+from manyhands.engine.lifecycle import Event
+from manyhands.engine.sums import RUN, Adder, LocalSums, Scratch, ShardSum
+from manyhands.engine.unit import Unit
+from manyhands.numerics.order import Subtree, maximal_subtrees, micro_batch_of_round, num_rounds, run_of_virtual_workers
+from manyhands.sharding.stage import SHARDED, Stage
+
+IN_FLIGHT = 2
+"""Exchanges of gradients under way at a time, where each has a buffer of its own."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """micro_batch: what this worker computes (None: nothing); contributors: the ranks that compute something."""
+
+    micro_batch: int | None
+    contributors: range
+
+
+def plan_rounds(batch: Batch, rank: int, workers: int, every_step: bool) -> list[Round]:
+    """The rounds of a step on this worker, in order. Pure."""
+    if every_step:
+        run = run_of_virtual_workers(rank, workers, batch.virtual_workers)
+        micro_batches = range(run.start * batch.accumulate, run.stop * batch.accumulate)
+        return [Round(index, range(0)) for index in micro_batches]
+    rounds = []
+    for index in range(num_rounds(workers, batch.micro_batches)):
+        contributors = range(min(workers, batch.micro_batches - index * workers))
+        rounds.append(Round(micro_batch_of_round(index, rank, workers, batch.micro_batches), contributors))
+    return rounds
+
+
+class Reducer:
+    """One worker's part in the sums of a step.
+
+    For each round: `begin`, then the gradients as they come (`arrived`), then `end`. After the last one `close_rounds`;
+    then each unit's sum (`sums`) is complete once `await_pieces` returned. `release` lets the next step begin.
+    """
+
+    def __init__(self, group: Group, units: Sequence[Unit], batch: Batch, stage: Stage) -> None:
+        self._group, self._batch = group, batch
+        self._order = list(reversed(units))
+        self._views = group.shares_memory or group.size == 1  # pieces cost nothing to keep
+        self._every_step = stage.grad is not SHARDED and not self._views and group.size <= batch.virtual_workers
+        self.rounds = plan_rounds(batch, group.rank, group.size, self._every_step)
+        self._last = len(self.rounds) - 1
+        adder, run = Adder(group.device), Scratch(RUN, group.device)
+        self.sums: dict[str, ShardSum] = {}
+        self._local: dict[str, LocalSums] = {}
+        self._unit_of: dict[str, Unit] = {}
+        self._scratches = [run]
+        for unit in units:
+            whole = Scratch(unit.layout.shard_numel, group.device)
+            self._scratches.append(whole)
+            self.sums[unit.name] = ShardSum(batch.accumulate, adder, whole, run)
+            self._unit_of.update({slot.name: unit for slot in unit.layout.slots})
+            if self._every_step:
+                mine = run_of_virtual_workers(group.rank, group.size, batch.virtual_workers)
+                scratch = Scratch(unit.layout.padded_numel, group.device)
+                self._scratches.append(scratch)
+                self._local[unit.name] = LocalSums(maximal_subtrees(mine.start, mine.stop), batch.accumulate, adder, scratch)
+        self.without_gradient: set[str] = set()  # in every micro-batch of this worker so far
+        self.not_finite: tuple[int, str] | None = None  # the first micro-batch and parameter
+        self._begin_step_state()
+
+    def _begin_step_state(self) -> None:
+        self._step, self._round = 0, 0
+        self._complete: set[str] = set()
+        self._next = 0  # the first unit, in the fixed order, that is not yet sent in this round
+        self._in_flight: list[tuple[Unit, Exchange]] = []
+        self._last_round: list[tuple[Unit, Exchange]] = []
+
+    def begin_step(self, step: int) -> None:
+        """Before a step's first round."""
+        self._begin_step_state()
+        self._step = step
+        self.without_gradient = set(self._unit_of)
+        self.not_finite = None
+
+    def begin(self, index: int) -> None:
+        """Before this worker computes in round `index`."""
+        self._round, self._next = index, 0
+        self._complete.clear()
+        if self.rounds[index].micro_batch is not None:
+            for unit in self._order:
+                unit.begin()
+
+    def arrived(self, name: str, param: nn.Parameter) -> None:
+        """A parameter's gradient is there: take it, and send what has become complete."""
+        unit, grad = self._unit_of[name], param.grad
+        if grad is None:
+            return
+        param.grad = None
+        self.without_gradient.discard(name)
+        if unit.take(name, grad, self._group):
+            self._complete.add(unit.name)
+            self._send_complete()
+
+    def end(self) -> None:
+        """After backward: what got no gradient contributes zeros, and everything left is sent."""
+        this = self.rounds[self._round]
+        if this.micro_batch is not None:
+            for unit in self._order:
+                unit.complete(self._group)
+        self._complete.update(unit.name for unit in self._order)
+        self._send_complete()
+        if self._every_step:
+            return
+        if self._round == self._last and self._views:
+            self._last_round, self._in_flight = self._in_flight, []
+        while self._in_flight:
+            self._drain(*self._in_flight.pop(0))
+
+    def _send_complete(self) -> None:
+        this = self.rounds[self._round]
+        while self._next < len(self._order) and self._order[self._next].name in self._complete:
+            unit = self._order[self._next]
+            self._next += 1
+            if this.micro_batch is not None and self.not_finite is None:
+                bad = unit.first_not_finite(self._group)
+                self.not_finite = None if bad is None else (this.micro_batch, bad)
+            if self._every_step and this.micro_batch is not None:
+                self._local[unit.name].add(this.micro_batch, unit.local_grads(self._group))
+                unit.life.on(Event.KEEP)
+                continue
+            self._in_flight.append((unit, unit.send(self._group, this.contributors, self._tag(unit))))
+            while not self._views and len(self._in_flight) > IN_FLIGHT:
+                self._drain(*self._in_flight.pop(0))
+
+    def _tag(self, unit: Unit) -> str:
+        return f"step {self._step}, round {self._round} / {unit.name} / grad"
+
+    def _drain(self, unit: Unit, exchange: Exchange) -> None:
+        for piece in exchange.pieces():
+            self.sums[unit.name].add(piece)
+        exchange.release()
+        unit.sent()
+
+    def close_rounds(self) -> None:
+        """After the last round: send the local sums, if that is the way."""
+        if not self._every_step:
+            return
+        for unit in self._order:
+            for level, piece in self._exchange_subtrees(unit):
+                self.sums[unit.name].keep(piece, level)
+            self._local[unit.name].clear()
+
+    def _exchange_subtrees(self, unit: Unit) -> list[tuple[int, torch.Tensor]]:
+        """(level, piece of my shard) of all workers' subtrees, in the order of the virtual workers."""
+        size, virtual = self._group.size, self._batch.virtual_workers
+        runs = [run_of_virtual_workers(rank, size, virtual) for rank in range(size)]
+        subtrees = [maximal_subtrees(run.start, run.stop) for run in runs]
+        mine = self._local[unit.name].values
+        under_way = []
+        unit.life.on(Event.REDUCE)
+        for slot in range(max(len(trees) for trees in subtrees)):
+            contributors = [rank for rank in range(size) if slot < len(subtrees[rank])]
+            # A lone micro-batch travels as it is, in its own dtype; sums travel in fp32.
+            leaves = self._batch.accumulate == 1 and all(subtrees[rank][slot].level == 0 for rank in contributors)
+            dtype = unit.params.dtype if leaves else torch.float32
+            value = mine[slot].to(dtype) if slot < len(mine) else torch.empty(0, dtype=dtype, device=self._group.device)
+            tag = f"step {self._step}, subtree {slot} / {unit.name} / grad"
+            under_way.append(self._group.exchange(Contribution(value), 0, unit.layout.shard_numel, contributors, tag))
+        pieces = [exchange.pieces() for exchange in under_way]
+        unit.life.on(Event.REDUCED)
+        found: list[tuple[Subtree, torch.Tensor]] = []
+        for slot, in_slot in enumerate(pieces):
+            contributors = [rank for rank in range(size) if slot < len(subtrees[rank])]
+            found += [(subtrees[rank][slot], piece) for rank, piece in zip(contributors, in_slot, strict=True)]
+        return [(subtree.level, piece) for subtree, piece in sorted(found, key=lambda item: item[0].start)]
+
+    def await_pieces(self) -> None:
+        """Wait for the last round's pieces, where they are views that were left in place."""
+        for unit, exchange in self._last_round:
+            for piece in exchange.pieces():
+                self.sums[unit.name].keep(piece)
+
+    def release(self) -> None:
+        """The sums were used: give back everything that they held."""
+        for shard_sum in self.sums.values():
+            shard_sum.clear()
+        for unit, exchange in self._last_round:
+            exchange.release()
+            unit.sent()
+        self._last_round = []
+
+    def drop(self) -> None:
+        """All workers give up this step alike: drop its gradients, leaving the group in order."""
+        self.await_pieces()
+        self.release()
+        for local in self._local.values():
+            local.clear()
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the sums in flight have taken so far."""
+        return sum(scratch.num_bytes for scratch in self._scratches)

@@ -1,0 +1,124 @@
+"""Ordered sums over tensors: the fp32 sums in flight of one unit's shard, and of a worker's own run of virtual workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from manyhands.layout import Range
+from manyhands.numerics.order import OrderedSum, Subtree
+
+RUN = 1 << 18
+"""Elements that one pass of the update handles at a time: small enough to stay in a core's cache."""
+
+
+class Scratch:
+    """fp32 buffers of a given size, used again and again (a fresh one costs page faults)."""
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self.numel, self._device = numel, device
+        self._free: list[Tensor] = []
+        self._mine: dict[int, Tensor] = {}
+
+    def copy_of(self, value: Tensor) -> Tensor:
+        """An fp32 copy of `value` (at most `numel` elements), to be given back with `free`."""
+        buffer = self._free.pop() if self._free else torch.empty(self.numel, device=self._device)
+        self._mine[buffer.data_ptr()] = buffer
+        return buffer[: value.numel()].copy_(value)
+
+    def free(self, value: Tensor) -> None:
+        """Take `value` back, if it's from here."""
+        buffer = self._mine.pop(value.data_ptr(), None)
+        if buffer is not None:
+            self._free.append(buffer)
+
+    @property
+    def num_bytes(self) -> int:
+        """All that it holds."""
+        return (len(self._free) + len(self._mine)) * self.numel * 4
+
+
+class Adder:
+    """left += right in fp32; a bf16 `right` goes through a small fp32 buffer, which is twice as fast on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._widened = torch.empty(RUN, device=device)
+
+    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+        if right.dtype == torch.float32:
+            return left.add_(right)
+        for start in range(0, left.numel(), RUN):
+            part = left[start : start + RUN]
+            part.add_(self._widened[: part.numel()].copy_(right[start : start + RUN]))
+        return left
+
+
+class ShardSum:
+    """The sum of a step's gradients over one shard, [shard_numel].
+
+    Pieces are borrowed. Those of earlier rounds are added at once; those of the last (`keep`) only when `total` passes
+    over them, run by run, so that on one host nothing is ever copied for them.
+    """
+
+    def __init__(self, accumulate: int, adder: Adder, whole: Scratch, run: Scratch) -> None:
+        self._run = run
+        self._sum: OrderedSum[Tensor] = OrderedSum(accumulate, own=whole.copy_of, add=adder, free=whole.free)
+        self._kept: list[tuple[int | None, Tensor]] = []
+
+    def add(self, piece: Tensor) -> None:
+        """Add the next micro-batch's piece now."""
+        self._sum.add_micro_batch(piece)
+
+    def keep(self, piece: Tensor, level: int | None = None) -> None:
+        """Add a piece later: the next micro-batch's, or that of the next complete subtree of this level."""
+        self._kept.append((level, piece))
+
+    def total(self, run: Range, divisor: float, out: Tensor) -> None:
+        """Write the total over elements [start, end) of the shard, divided, into `out`. Once for each element."""
+        cut = slice(run.start, run.end)
+        part = self._sum.part(lambda value: value[cut], own=self._run.copy_of, free=self._run.free)
+        for level, piece in self._kept:
+            if level is None:
+                part.add_micro_batch(piece[cut])
+            else:
+                part.push(piece[cut], level)
+        total = part.fold()
+        torch.div(total, divisor, out=out)
+        self._run.free(total)
+
+    def clear(self) -> None:
+        """Drop everything, after all totals were taken or on abort."""
+        self._sum.clear()
+        self._kept.clear()
+
+
+class LocalSums:
+    """What one worker adds by itself when gradients are exchanged once a step: its run's maximal complete subtrees.
+
+    values: for each subtree its sum over the whole unit, [padded_numel], complete once all micro-batches were added.
+    """
+
+    def __init__(self, subtrees: Sequence[Subtree], accumulate: int, adder: Adder, scratch: Scratch) -> None:
+        self._subtrees, self._accumulate = subtrees, accumulate
+        self._scratch = scratch
+        self._sums: list[OrderedSum[Tensor]] = [
+            OrderedSum(accumulate, own=scratch.copy_of, add=adder, free=scratch.free) for _ in subtrees
+        ]
+        self.values: list[Tensor] = []
+
+    def add(self, micro_batch: int, gradient: Tensor) -> None:
+        """Add the whole unit's gradient of a micro-batch of this run (borrowed), in index order."""
+        which = len(self.values)
+        self._sums[which].add_micro_batch(gradient)
+        if micro_batch + 1 == self._subtrees[which].end * self._accumulate:
+            self.values.append(self._sums[which].fold())
+
+    def clear(self) -> None:
+        """Give all buffers back."""
+        for value in self.values:
+            self._scratch.free(value)
+        for unfinished in self._sums:
+            unfinished.clear()
+        self.values.clear()

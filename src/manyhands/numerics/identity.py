@@ -1,0 +1,23 @@
+"""The numerics identity: everything outside the recipe that may change the bits of its arithmetic."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+
+def numerics_identity(device: torch.device, threads: int) -> dict[str, str]:
+    """What a run records, and what a resumed run is compared with. The same on all workers of a run."""
+    identity = {
+        "torch": torch.__version__,
+        "device": device.type,
+        "threads_per_worker": str(threads),
+        "machine": platform.machine(),
+        "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
+        "onednn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
+    }
+    if device.type == "cuda":
+        identity["device_name"] = torch.cuda.get_device_name(device)
+        identity["cuda"] = str(torch.version.cuda)
+    return identity

@@ -1,0 +1,379 @@
+"""A recipe file's text and its check: TOML, overrides, tables. Imports neither the user's code nor torch.
+
+Every value keeps its origin (`recipe.toml:12`, or the `--set` that gave it), and all problems come out in one error.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_core.core_schema import ValidationInfo
+
+from manyhands.config import Batch, Recipe, Strategy, nearest
+from manyhands.errors import ConfigError
+
+Key = tuple[str | int, ...]  # where a value is: ("optimizer", "groups", 0, "match")
+Arguments = dict[str, JsonValue]
+
+EXPECTED = {
+    "model_type": "a table",
+    "dict_type": "a table",
+    "list_type": "an array",
+    "invalid-json-value": "a string, number, boolean, array or table",
+    "string_pattern_mismatch": 'an import path, "module:attribute"',
+}
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Target(_Table):
+    """Something that is imported and called with `arguments`."""
+
+    path: str = Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$")
+    arguments: Arguments = {}
+
+
+class GroupTable(_Table):
+    """The parameters whose names match, and what the optimizer does differently for them."""
+
+    match: list[str] = Field(min_length=1)
+    arguments: Arguments = {}
+
+
+class OptimizerTable(Target):
+    """The optimizer and its param groups; the first group that matches a parameter gets it."""
+
+    groups: list[GroupTable] = []
+
+
+class BatchTable(_Table):
+    """`manyhands.Batch`, checked by it."""
+
+    global_size: int
+    micro_size: int
+    virtual_workers: int = Batch.virtual_workers
+
+    @model_validator(mode="after")
+    def _as_batch_checks(self) -> BatchTable:
+        self.build()
+        return self
+
+    def build(self) -> Batch:
+        """The Batch itself."""
+        return Batch(**self.model_dump())
+
+
+class StrategyTable(_Table):
+    """`manyhands.Strategy`, each field checked by it."""
+
+    stage: str = Strategy.stage
+    group: str = Strategy.group
+    overlap: bool = Strategy.overlap
+    units: list[str] = list(Strategy.units)
+    loader_workers: int = Strategy.loader_workers
+    stall_seconds: float = Strategy.stall_seconds
+
+    @field_validator("stage", "group", "loader_workers", "stall_seconds")
+    @classmethod
+    def _as_strategy_checks(cls, value: Any, info: ValidationInfo) -> Any:
+        Strategy(**{str(info.field_name): value})
+        return value
+
+    def build(self) -> Strategy:
+        """The Strategy itself."""
+        return Strategy(**{**self.model_dump(), "units": tuple(self.units)})
+
+
+class RecipeSchema(_Table):
+    """A recipe file's tables, with defaults for what it leaves out; nothing of them is imported yet."""
+
+    name: str = Field(min_length=1)
+    seed: int = Recipe.seed
+    precision: str = Recipe.precision
+    device: str = Recipe.device
+    clip_norm: float | None = Recipe.clip_norm
+    threads_per_worker: int = Recipe.threads_per_worker
+    elementwise_optimizer: bool = Recipe.elementwise_optimizer
+    steps: int | None = Field(default=None, ge=1)
+    model: Target
+    loss: Target
+    data: Target
+    collate: Target | None = None
+    optimizer: OptimizerTable
+    schedule: Target | None = None
+    sample: Target | None = None
+    batch: BatchTable
+    strategy: StrategyTable = StrategyTable()
+
+    @field_validator("seed", "precision", "device", "clip_norm", "threads_per_worker")
+    @classmethod
+    def _as_recipe_checks(cls, value: Any, info: ValidationInfo) -> Any:
+        # Recipe's own check of this one field; the rest is filled with what it doesn't object to.
+        rest: dict[str, Any] = {"model": len, "loss": len, "optimizer": len, "data": ()}
+        Recipe(**rest, batch=Batch(global_size=1, micro_size=1), **{str(info.field_name): value})
+        return value
+
+
+@dataclass(frozen=True)
+class Document:
+    """A recipe file that was read and checked. `origins` tells where each value comes from."""
+
+    path: Path
+    schema: RecipeSchema
+    origins: dict[Key, str]
+
+    def origin(self, *key: str | int) -> str:
+        """`recipe.toml:12`, or `--set ...`: of a value, or else of the table it would be in."""
+        return _origin(self.path, self.origins, key)
+
+    def relocated(self, error: ConfigError) -> ConfigError:
+        """A ConfigError of Batch, Strategy or Recipe, which tells the field only, with the field's origin."""
+        return _relocated(error, self.path, self.origins)
+
+
+def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+    """Read and check a recipe file. Raises one ConfigError that tells all problems."""
+    path = Path(path)
+    text = _read_text(path)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"line (\d+)", str(error))
+        line = found[1] if found else str(text.rstrip().count("\n") + 1)  # "at end of document"
+        raise ConfigError(f"{path} is not TOML: {error}", where=f"{path}:{line}", expected="valid TOML (toml.io)") from None
+    origins = {key: f"{path}:{line}" for key, line in _lines(text).items()}
+    problems = [problem for override in overrides if (problem := _apply(override, values, origins))]
+    values.setdefault("name", path.stem)
+    try:
+        schema = RecipeSchema.model_validate(values)
+    except ValidationError as invalid:
+        problems += [_problem(details, values, path, origins) for details in invalid.errors()]
+    raise_all(problems, path)
+    return Document(path, schema, origins)
+
+
+def raise_all(problems: Sequence[ConfigError], path: Path) -> None:
+    """Raise the only problem, or one error that lists them all; nothing if there are none."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError(f"{len(problems)} problems in {path}", detail="\n".join(str(problem) for problem in problems))
+
+
+def hint_nearest(name: str, known: Iterable[str]) -> str | None:
+    """`nearest`, but nothing where it would list a crowd (all of a module's names, say)."""
+    hint = nearest(name, known)
+    return hint if len(hint) <= 300 and hint != "known: " else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path} is not UTF-8 text", where=f"{path}:{line}", got=str(error)) from None
+    except OSError as error:
+        folder = path if path.is_dir() else path.parent
+        near = sorted(str(file.relative_to(folder)) for file in (*folder.glob("*.toml"), *folder.glob("*/*.toml")))
+        what = f"there is no recipe {path}" if not path.exists() else f"the recipe {path} can't be read"
+        hint = hint_nearest(path.name, near) or (f"in {folder} there are {', '.join(near[:5])}, ..." if near else None)
+        raise ConfigError(what, where=str(path.absolute()), got=error.strerror, hint=hint) from None
+
+
+def _lines(text: str) -> dict[Key, int]:
+    """The line at which each table and value of a valid TOML text begins.
+
+    tomllib doesn't tell; but a statement is the shortest run of lines that is valid TOML by itself.
+    """
+    lines: dict[Key, int] = {}
+    table: Key = ()
+    last_index: dict[Key, int] = {}  # of each array of tables
+    statement, start = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        statement += line + "\n"
+        try:
+            parsed = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            continue
+        if statement.lstrip().startswith("["):
+            table = _header(parsed, last_index)
+            lines.setdefault(table, start)
+        for key in _keys(parsed) if not statement.lstrip().startswith("[") else ():
+            lines.setdefault(table + key, start)
+        statement, start = "", number + 1
+    return lines
+
+
+def _header(parsed: dict[str, Any], last_index: dict[Key, int]) -> Key:
+    """The key of `[a.b]` or `[[a.b]]`, parsed alone: inside arrays of tables it's that of the last table so far."""
+    key: Key = ()
+    value: Any = parsed
+    while isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        key += (name,)
+        if isinstance(value, list):
+            last_index[key] = last_index.get(key, -1) + 1
+        if key in last_index:
+            key += (last_index[key],)
+    return key
+
+
+def _keys(value: Any, base: Key = ()) -> Iterator[Key]:
+    entries: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list):
+        entries = enumerate(value)
+    for name, inner in entries:
+        yield (*base, name)
+        yield from _keys(inner, (*base, name))
+
+
+def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> ConfigError | None:
+    """Put `key=value` into the values; returns what's wrong with it, if it can't be put there."""
+    dotted, equals, written = override.partition("=")
+    names = [name.strip() for name in dotted.split(".")]
+    origin = f"--set {override}"
+    if not equals or not all(names):
+        return ConfigError("an override can't be understood", where=origin, expected="key=value, such as batch.micro_size=2")
+    key: Key = ()
+    table: Any = values
+    for position, name in enumerate(names):
+        step: str | int = int(name) if isinstance(table, list) and name.isdecimal() else name
+        if not isinstance(table, dict) and not (isinstance(table, list) and step in range(len(table))):
+            return ConfigError(f"there is no {dotted.strip()}", where=origin, got=f"{_dotted(key)} = {table!r}")
+        key += (step,)
+        if position == len(names) - 1:
+            table[step] = _override_value(written.strip())
+            for old in [known for known in origins if known[: len(key)] == key]:
+                del origins[old]
+        elif isinstance(table, dict):
+            table.setdefault(step, {})
+        origins.setdefault(key, origin)
+        table = table[step]
+    return None
+
+
+def _override_value(written: str) -> Any:
+    """A TOML value; or a Python number or boolean (`.5`, `True`), which nobody means as text; or else a plain string."""
+    try:
+        parsed = tomllib.loads(f"value = {written}")
+        if parsed.keys() == {"value"}:
+            return parsed["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        literal = ast.literal_eval(written)
+    except (ValueError, SyntaxError):
+        return written
+    return literal if isinstance(literal, int | float) else written
+
+
+def _problem(details: ErrorDetails, values: dict[str, Any], path: Path, origins: dict[Key, str]) -> ConfigError:
+    """What pydantic found, in our words."""
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return _relocated(cause, path, origins)
+    key, field = _real_key(details["loc"], values), _dotted(details["loc"])
+    where = _origin(path, origins, key)
+    if details["type"] == "missing":
+        table = _table_at(details["loc"])
+        known = table.model_fields[str(details["loc"][-1])].annotation if table else None
+        is_table = isinstance(known, type) and issubclass(known, _Table)
+        return ConfigError(f"{field} is missing", where=where, expected=f"a table, [{field}]" if is_table else f"{field} = ...")
+    if details["type"] == "extra_forbidden":
+        return ConfigError(f"{field} is not known", where=where, got=repr(details["input"]), hint=_unknown_hint(details["loc"]))
+    expected = EXPECTED.get(details["type"]) or re.sub(r"^(Input|String|List) should (be|have) ", "", details["msg"])
+    return ConfigError(f"{_dotted(key)} has a wrong value", where=where, expected=expected, got=repr(details["input"]))
+
+
+def _unknown_hint(loc: Key) -> str | None:
+    table, name = _table_at(loc), str(loc[-1])
+    if table is None:
+        return None
+    hint = nearest(name, table.model_fields)
+    if len(loc) > 1 and name in RecipeSchema.model_fields:
+        return f"{name} belongs at the top of the file, above the first [table]"
+    if "arguments" in table.model_fields and not hint.startswith("did"):
+        return f"{hint}; what is passed on goes into {_dotted((*loc[:-1], 'arguments'))}"
+    return hint
+
+
+def _table_at(loc: Key) -> type[_Table] | None:
+    """The table that a key's last name is (or should have been) in."""
+    table: type[_Table] = RecipeSchema
+    for name in loc[:-1]:
+        if isinstance(name, str):
+            annotation = table.model_fields[name].annotation
+            choices = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, _Table)]
+            if not choices:
+                return None
+            table = choices[0]
+    return table
+
+
+def _real_key(loc: Key, values: Any) -> Key:
+    """pydantic puts names of types between a nested value's keys: leave them out."""
+    key: Key = ()
+    for position, name in enumerate(loc):
+        inside = isinstance(values, dict) and name in values or isinstance(values, list) and isinstance(name, int)
+        if inside:
+            values = values[name]
+        if inside or position < 1:
+            key += (name,)
+    return key
+
+
+def _relocated(error: ConfigError, path: Path, origins: dict[Key, str]) -> ConfigError:
+    what = error.what.removeprefix("recipe.")
+    named = re.search(r"\b(?:(batch|strategy)\.)?(\w+)", what) if what != error.what else re.search(r"\b(batch|strategy)\.(\w+)", what)
+    key: Key = tuple(part for part in named.groups() if part) if named else ()
+    where = _origin(path, origins, key)
+    return ConfigError(what, expected=error.expected, got=error.got, where=where, hint=error.hint, detail=error.detail)
+
+
+def _origin(path: Path, origins: dict[Key, str], key: Key) -> str:
+    for length in range(len(key), 0, -1):
+        if key[:length] in origins:
+            return origins[key[:length]]
+    return f"{path}:1"  # a table that isn't there at all
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(str(name) for name in key)
+
+
+def to_toml(settings: dict[str, Any]) -> str:
+    """Settings (of JSON's types) as TOML text: plain values first, then one table for each that is one."""
+    plain = [f"{name} = {_toml_value(value)}\n" for name, value in settings.items() if not isinstance(value, dict)]
+    tables = [
+        f"\n[{name}]\n" + "".join(f"{_toml_key(inner)} = {_toml_value(value)}\n" for inner, value in table.items())
+        for name, table in settings.items()
+        if isinstance(table, dict)
+    ]
+    return "".join(plain + tables)
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(name)} = {_toml_value(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value) if isinstance(value, float) else json.dumps(value)
