@@ -1,0 +1,325 @@
+"""Workers as real processes: what they're given, how they fail, how they're stopped, and that nothing is left.
+
+The workers' scripts import no torch, so that a worker starts in some 30 ms.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from manyhands.comm.failure import Failure, WorkerEnd, explain
+from manyhands.comm.launcher import run_workers
+from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.launch.function import launch
+
+PRELUDE = """
+import json, os, signal, sys, time
+from pathlib import Path
+rank = int(os.environ["RANK"])
+here = Path(sys.argv[1])
+def wait_for(*names):
+    while not all((here / name).exists() for name in names):
+        time.sleep(0.01)
+"""
+DRIVER = """
+import sys
+from manyhands.comm.launcher import run_workers
+from manyhands.errors import ManyhandsError
+try:
+    run_workers(sys.argv[1:], workers=2)
+except ManyhandsError as error:
+    print(type(error).__name__, error)
+"""
+HANDLES_SIGNALS = """
+asked = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: asked.append(number))
+(here / f"ready-{rank}").touch()
+while not asked:
+    time.sleep(0.01)
+"""
+
+Script = Callable[[str], list[str]]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """Makes a worker's command from the body of its script."""
+
+    def make(body: str) -> list[str]:
+        path = tmp_path / "worker.py"
+        path.write_text(PRELUDE + body)
+        return [sys.executable, str(path), str(tmp_path)]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test does: no temporary file, no process, no signal handler, no variable is left behind."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    yield
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert "TORCHELASTIC_SIGNALS_TO_HANDLE" not in os.environ
+    assert list(temporary.iterdir()) == []
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_workers_get_their_numbers_and_run_as_a_plain_script_would(
+    script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    command = script("""
+names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS MINE".split()
+facts = {name: os.environ[name] for name in names}
+facts.update(argv=sys.argv[2:], main=__name__, path=sys.path[0], file=__file__)
+(here / f"facts-{rank}").write_text(repr(facts))
+print("out of", rank); print("err of", rank, file=sys.stderr)
+""")
+    run_workers([*command, "$$a", "${local_rank}"], workers=2, environment={"MINE": "x"}, log_dir=tmp_path / "logs")
+    facts = [eval((tmp_path / f"facts-{rank}").read_text()) for rank in range(2)]
+    for rank in range(2):
+        assert facts[rank]["RANK"] == facts[rank]["LOCAL_RANK"] == str(rank)
+        assert facts[rank]["WORLD_SIZE"] == facts[rank]["LOCAL_WORLD_SIZE"] == "2"
+        assert facts[rank]["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1")
+        assert facts[rank]["argv"] == ["$$a", "${local_rank}"]
+        assert facts[rank]["main"] == "__main__"
+        assert (facts[rank]["path"], facts[rank]["file"]) == (str(tmp_path), command[1])
+        assert facts[rank]["MINE"] == "x"
+    assert facts[0]["MASTER_ADDR"] == "127.0.0.1"
+    assert facts[0]["MASTER_PORT"] == facts[1]["MASTER_PORT"] != "0"
+    assert (tmp_path / "logs" / "worker-1.log").read_text() == "out of 1\nerr of 1\n"
+    assert os.listdir(tmp_path / "logs") == ["worker-1.log"]
+    assert capfd.readouterr() == ("out of 0\n", "err of 0\n")
+    assert caplog.records == []
+
+
+def test_exit_code_names_the_worker_and_shows_its_log(
+    script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = script('print("my last words"); sys.exit(3) if rank == 1 else time.sleep(60)')
+    log = tmp_path / "worker-1.log"
+    log.write_text("of an earlier run\n")
+    with pytest.raises(WorkerError, match="worker 1 ended with exit code 3") as caught:
+        run_workers(command, workers=2, log_dir=tmp_path)
+    assert caught.value.rank == 1
+    assert caught.value.detail == "the last lines of worker 1:\nmy last words"
+    assert capfd.readouterr() == ("my last words\n", "")
+
+
+def test_killed_worker_is_named_with_what_its_peer_noticed(
+    script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = script("""
+from manyhands.comm.failure import record_failure
+from manyhands.errors import WorkerError
+(here / f"ready-{rank}").touch()
+wait_for("ready-0", "ready-1")
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(0.3)
+record_failure(WorkerError("worker 1 was lost at step 12 / layers.3 / grad", rank=1))
+sys.exit(1)
+""")
+    with pytest.raises(WorkerError, match="worker 1 was killed by SIGKILL") as caught:
+        run_workers(command, workers=2)
+    assert caught.value.rank == 1
+    assert "step 12 / layers.3 / grad" in str(caught.value.detail)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_command_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="isn't there"):
+        run_workers(["/nowhere/python"], workers=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("code", [0, 130])
+def test_signal_to_the_parent_lets_workers_finish(script: Script, tmp_path: Path, number: int, code: int) -> None:
+    command = script(
+        f"""
+{HANDLES_SIGNALS}
+(here / f"asked-{{rank}}").write_text(str(asked))
+if rank == 0:
+    time.sleep(0.5)  # the other one's exit must not hurry this one
+(here / f"saved-{{rank}}").touch()
+sys.exit({code})
+""".replace(
+            "while not asked",
+            f"""
+if rank == 0:
+    wait_for("ready-1")
+    os.kill(os.getppid(), {number})
+while not asked""",
+        )
+    )
+    with pytest.raises(Interrupted, match=signal.Signals(number).name):
+        run_workers(command, workers=2)
+    for rank in range(2):
+        assert (tmp_path / f"asked-{rank}").read_text() == f"[{int(number)}]"  # once
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
+
+
+def test_second_interrupt_kills_at_once(script: Script) -> None:
+    command = script("""
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+(here / f"ready-{rank}").touch()
+wait_for("ready-0", "ready-1")
+if rank == 0:
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(1)
+    os.kill(os.getppid(), signal.SIGINT)
+time.sleep(60)
+""")
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="killed at the second Ctrl-C"):
+        run_workers(command, workers=2)
+    assert time.monotonic() - began < 10
+
+
+def test_workers_that_ignore_the_signal_are_killed_after_the_grace(script: Script) -> None:
+    command = script("""
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(here / f"ready-{rank}").touch()
+wait_for("ready-0", "ready-1")
+if rank == 0:
+    os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+""")
+    with pytest.raises(Interrupted, match="had not ended after 1 s"):
+        run_workers(command, workers=2, grace_seconds=1)
+
+
+def drive(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_interrupt_of_the_group_and_no_noise(script: Script, tmp_path: Path) -> None:
+    driver = drive(script(HANDLES_SIGNALS))
+    assert wait_until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-1").exists(), 60)
+    os.killpg(driver.pid, signal.SIGINT)
+    out, err = driver.communicate(timeout=30)
+    assert (out, err) == ("Interrupted the run was asked to stop (SIGINT), and its workers ended\n", "")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel must do it")
+def test_workers_end_with_a_killed_parent(script: Script, tmp_path: Path) -> None:
+    driver = drive(
+        script(
+            '(here / f"pid-{rank}").write_text(str(os.getpid())); (here / f"ready-{rank}").touch()\n'
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+        )
+    )
+    assert wait_until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-1").exists(), 60)
+    pids = [int((tmp_path / f"pid-{rank}").read_text()) for rank in range(2)]
+    assert all(is_alive(pid) for pid in pids)
+    driver.kill()
+    driver.communicate(timeout=30)
+    assert wait_until(lambda: not any(is_alive(pid) for pid in pids), 5)
+    # A killed parent can't clean up: its folder stays, for the system's own cleaning of temporary files.
+    for folder in (tmp_path / "temporary").iterdir():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def test_launch_gives_results_in_rank_order() -> None:
+    offset = 10
+
+    def work(factor: int, *, plus: int) -> tuple[int, str]:
+        time.sleep(0.2 if os.environ["RANK"] == "0" else 0.0)
+        return offset + factor * int(os.environ["RANK"]) + plus, os.environ["WORLD_SIZE"]
+
+    assert launch(work, 100, workers=3, plus=1) == [(11, "3"), (111, "3"), (211, "3")]
+
+
+def test_launch_raises_what_a_worker_raised(capfd: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        if os.environ["RANK"] == "1":
+            raise ValueError("no such thing")
+        time.sleep(60)
+
+    with pytest.raises(WorkerError, match="worker 1 failed: ValueError: no such thing") as caught:
+        launch(work, workers=2)
+    assert caught.value.rank == 1
+    assert "in work" in str(caught.value.detail)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_launch_refuses_what_cannot_travel() -> None:
+    lock = threading.Lock()
+    with pytest.raises(ConfigError, match="can't be sent"):
+        launch(lambda: lock, workers=2)
+
+
+def end(rank: int, exit_code: int, *, own: bool = False, notices: int | None = None, seconds: float = 0.0) -> WorkerEnd:
+    failure = None
+    if own or notices is not None:
+        failure = Failure(
+            rank=rank, pid=1, kind="K", message=f"said by {rank}", traceback="", culprit=notices, notice=not own
+        )
+    return WorkerEnd(rank=rank, exit_code=exit_code, seconds=seconds, failure=failure)
+
+
+@pytest.mark.parametrize(
+    ("ends", "culprit"),
+    [
+        ([end(0, 1, notices=1), end(1, 1, own=True)], 1),
+        ([end(0, 1, notices=1), end(1, -signal.SIGSEGV)], 1),
+        ([end(0, 1, notices=1), end(1, 1)], 1),
+        ([end(0, 1, notices=1), end(1, -signal.SIGTERM)], 1),  # it stalled
+        ([end(0, 1, own=True), end(1, -signal.SIGKILL)], 1),  # 0 took the broken connection for its own fault
+        ([end(0, 1, own=True), end(1, -signal.SIGKILL, seconds=30.0)], 0),  # the launcher killed 1
+        ([end(0, 1, own=True), end(1, -signal.SIGABRT)], 0),  # 1 aborted on its way out
+        ([end(0, -signal.SIGTERM), end(1, 2)], 1),
+    ],
+)
+def test_the_culprit(ends: list[WorkerEnd], culprit: int) -> None:
+    error = explain(ends)
+    assert isinstance(error, WorkerError)
+    assert error.rank == culprit
+
+
+def test_a_stalled_worker_is_described_by_the_one_that_noticed() -> None:
+    assert explain([end(0, 1, notices=1), end(1, -signal.SIGTERM)]).what == "said by 0"
+
+
+def test_workers_that_stopped_when_asked_are_no_failure() -> None:
+    assert isinstance(explain([end(0, 130), end(1, 0)]), Interrupted)
