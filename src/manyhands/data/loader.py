@@ -11,6 +11,7 @@ import pickle
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from manyhands.data.order import micro_batch_positions, sample_indices
 from manyhands.data.read_ahead import ReadAhead
 from manyhands.errors import DataError
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
+
 
 class LoadedBatch(NamedTuple):
     """One micro-batch, and which one it is."""
@@ -69,7 +71,7 @@ class MicroBatchLoader:
         """
         if self._ahead is None:
             return (LoadedBatch(step, micro_batch, self.load(step, micro_batch)) for step, micro_batch in tasks)
-        return self._read_ahead(self._ahead, tasks)
+        return self._unpacked(self._ahead.stream(tasks), self._ahead)
 
     def close(self) -> None:
         """End the loader processes, if there are any. May be called twice."""
@@ -82,12 +84,13 @@ class MicroBatchLoader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _read_ahead(self, ahead: ReadAhead, tasks: Iterable[tuple[int, int]]) -> Iterator[LoadedBatch]:
-        for loaded in ahead.stream(tasks):
-            if isinstance(loaded, _Failure):
+    def _unpacked(self, results: Iterator[bytes], ahead: ReadAhead) -> Iterator[LoadedBatch]:
+        for packed in results:
+            result: LoadedBatch | _Failure = ForkingPickler.loads(packed)
+            if isinstance(result, _Failure):
                 ahead.close()
-                raise loaded.error from loaded.cause
-            yield loaded
+                raise result.error from result.cause
+            yield result
 
 
 class _Tasks(Dataset[Any]):
@@ -123,15 +126,38 @@ class _Tasks(Dataset[Any]):
                     hint=f"call {doing} by hand to see it alone; the error's own traceback is above or below",
                 ) from error
 
-    def __getitem__(self, task: tuple[int, int]) -> LoadedBatch | _Failure:
-        """As `load`, in a loader process: nothing raised, because torch would pass on only the error's text."""
+    def __getitem__(self, task: tuple[int, int]) -> bytes:
+        """As `load`, in a loader process: the pickled LoadedBatch or _Failure.
+
+        Nothing is raised, because torch would pass on only the error's text. Pickled here, because the queue would
+        print the error of a batch that can't be pickled and drop the batch, and its reader would wait for ever.
+        """
         step, micro_batch = task
         try:
-            return LoadedBatch(step, micro_batch, self.load(step, micro_batch))
+            return _packed(LoadedBatch(step, micro_batch, self.load(step, micro_batch)))
         except DataError as error:
-            cause = error.__cause__
-            error.detail = "".join(traceback.format_exception(cause)) if cause else None
-            return _Failure(error, _portable(cause))
+            return _packed(_failure(error))
+        except Exception as error:
+            mended = DataError(
+                f"a batch can't be sent by a loader process: {type(error).__name__}: {error}",
+                where=f"step {step}, micro-batch {micro_batch}",
+                hint="make the data set and recipe.collate return tensors, numbers, text and containers of them, "
+                "or set strategy.loader_workers = 0",
+            )
+            mended.__cause__ = error
+            return _packed(_failure(mended))
+
+
+def _packed(result: LoadedBatch | _Failure) -> bytes:
+    """Pickled so that tensors stay in shared memory."""
+    return bytes(ForkingPickler.dumps(result))
+
+
+def _failure(error: DataError) -> _Failure:
+    """The error and its cause, with the traceback in words: a traceback itself doesn't cross processes."""
+    cause = error.__cause__
+    error.detail = "".join(traceback.format_exception(cause)) if cause else None
+    return _Failure(error, _portable(cause))
 
 
 @contextmanager

@@ -7,9 +7,10 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from manyhands.errors import DataError, InvariantError
 
 _PER_PROCESS = 2  # results that each process keeps ready
+_END = object()
 
 
 class ReadAhead:
@@ -25,7 +27,8 @@ class ReadAhead:
 
     torch's DataLoader does the work. Here is what it lacks: a process that dies ends the wait within seconds with a
     DataError that names it, and nothing global (signal handlers, generators) is left changed. The processes are
-    started by the first `stream` and kept until `close`, or until something goes wrong.
+    started by the first `stream`, which sets them to work at once, and kept until `close` or until something goes
+    wrong.
     """
 
     def __init__(self, dataset: Dataset[Any], num_processes: int) -> None:
@@ -43,7 +46,9 @@ class ReadAhead:
         stream is read that has ended.
         """
         self._stream += 1
-        return self._read(tasks, self._stream)
+        with self._watched():
+            self._begin(tasks)
+        return self._read(self._stream)
 
     def close(self) -> None:
         """End the processes, if there are any. May be called twice."""
@@ -55,37 +60,28 @@ class ReadAhead:
                 process.join()
         self._processes = []
 
-    def _read(self, tasks: Iterable[Any], stream: int) -> Iterator[Any]:
-        self._begin(tasks)
+    def _read(self, stream: int) -> Iterator[Any]:
         while True:
             if stream != self._stream or self._results is None:
                 raise InvariantError(
                     "a stream of batches was read after it had ended",
                     hint="read one stream at a time: a later stream(), or close(), ends the earlier one",
                 )
-            try:
-                with self._watched():
-                    result = next(self._results)
-            except StopIteration:
+            with self._watched():
+                result = next(self._results, _END)
+            if result is _END:
                 return
-            except DataError:
-                self.close()
-                raise
-            except RuntimeError as error:
-                died = self._died()
-                self.close()
-                raise died or error from error
             yield result
 
     def _begin(self, tasks: Iterable[Any]) -> None:
         """Hand `tasks` to the processes, which are started the first time."""
         self._source.tasks = tasks
         if self._loader is not None:
-            with self._watched():
-                self._results = iter(self._loader)
+            self._results = iter(self._loader)
             return
         others = set(multiprocessing.active_children())
-        with _unchanged_child_signal(), warnings.catch_warnings():
+        get_temp_dir()  # the processes share ours, removed when we exit; else one that is killed leaves its own in /tmp
+        with _child_signal(None), warnings.catch_warnings():
             # Python 3.12 and later warn of fork in a process with threads, but only fork can hand on any data set.
             # torch warns of more processes than cores; their number was chosen by name, and they may well be waiting.
             warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
@@ -107,7 +103,7 @@ class ReadAhead:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """While waiting here, the death of a loader process raises DataError at once.
+        """In here the death of a process raises DataError at once, and whatever is raised ends all processes.
 
         [Note: the child signal] torch's DataLoader installs a handler for good that raises wherever the main thread
         is, in the middle of a step, say. Ours is there only while we wait; elsewhere deaths are noticed at the
@@ -118,15 +114,18 @@ class ReadAhead:
             if died := self._died():
                 raise died
 
-        on_child()
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGCHLD, on_child)
         try:
-            yield
-        finally:
-            signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+            with _child_signal(on_child):
+                on_child()
+                yield
+        except BaseException as error:
+            died = self._died() if isinstance(error, RuntimeError) else None
+            for process in self._processes:  # the traceback holds what torch would have to let go of to end them
+                process.kill()
+            self.close()
+            if died:
+                raise died from error
+            raise
 
     def _died(self) -> DataError | None:
         """What to say if a loader process is no longer there."""
@@ -161,11 +160,17 @@ def _prepare_process(_: int) -> None:
 
 
 @contextmanager
-def _unchanged_child_signal() -> Iterator[None]:
-    """Put the handler of SIGCHLD back: see [Note: the child signal]."""
+def _child_signal(handler: Callable[..., None] | None) -> Iterator[None]:
+    """Inside, SIGCHLD is answered by `handler` (None: as before); afterwards as before, whatever was done inside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
 
