@@ -5,11 +5,9 @@ Every value keeps its origin (`recipe.toml:12`, or the `--set` that gave it), an
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,8 +18,8 @@ from pydantic_core.core_schema import ValidationInfo
 
 from manyhands.config import Batch, Recipe, Strategy, nearest
 from manyhands.errors import ConfigError
+from manyhands.train.toml_text import Key, apply_override, dotted, line_numbers
 
-Key = tuple[str | int, ...]  # where a value is: ("optimizer", "groups", 0, "match")
 Arguments = dict[str, JsonValue]
 
 EXPECTED = {
@@ -151,9 +149,11 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"line (\d+)", str(error))
         line = found[1] if found else str(text.rstrip().count("\n") + 1)  # "at end of document"
-        raise ConfigError(f"{path} is not TOML: {error}", where=f"{path}:{line}", expected="valid TOML (toml.io)") from None
-    origins = {key: f"{path}:{line}" for key, line in _lines(text).items()}
-    problems = [problem for override in overrides if (problem := _apply(override, values, origins))]
+        raise ConfigError(
+            f"{path} is not TOML: {error}", where=f"{path}:{line}", expected="valid TOML (toml.io)"
+        ) from None
+    origins = {key: f"{path}:{line}" for key, line in line_numbers(text).items()}
+    problems = [problem for override in overrides if (problem := apply_override(override, values, origins))]
     values.setdefault("name", path.stem)
     try:
         schema = RecipeSchema.model_validate(values)
@@ -191,111 +191,23 @@ def _read_text(path: Path) -> str:
         raise ConfigError(what, where=str(path.absolute()), got=error.strerror, hint=hint) from None
 
 
-def _lines(text: str) -> dict[Key, int]:
-    """The line at which each table and value of a valid TOML text begins.
-
-    tomllib doesn't tell; but a statement is the shortest run of lines that is valid TOML by itself.
-    """
-    lines: dict[Key, int] = {}
-    table: Key = ()
-    last_index: dict[Key, int] = {}  # of each array of tables
-    statement, start = "", 1
-    for number, line in enumerate(text.split("\n"), 1):
-        statement += line + "\n"
-        try:
-            parsed = tomllib.loads(statement)
-        except tomllib.TOMLDecodeError:
-            continue
-        if statement.lstrip().startswith("["):
-            table = _header(parsed, last_index)
-            lines.setdefault(table, start)
-        for key in _keys(parsed) if not statement.lstrip().startswith("[") else ():
-            lines.setdefault(table + key, start)
-        statement, start = "", number + 1
-    return lines
-
-
-def _header(parsed: dict[str, Any], last_index: dict[Key, int]) -> Key:
-    """The key of `[a.b]` or `[[a.b]]`, parsed alone: inside arrays of tables it's that of the last table so far."""
-    key: Key = ()
-    value: Any = parsed
-    while isinstance(value, dict) and value:
-        name, value = next(iter(value.items()))
-        key += (name,)
-        if isinstance(value, list):
-            last_index[key] = last_index.get(key, -1) + 1
-        if key in last_index:
-            key += (last_index[key],)
-    return key
-
-
-def _keys(value: Any, base: Key = ()) -> Iterator[Key]:
-    entries: Iterable[tuple[str | int, Any]] = ()
-    if isinstance(value, dict):
-        entries = value.items()
-    elif isinstance(value, list):
-        entries = enumerate(value)
-    for name, inner in entries:
-        yield (*base, name)
-        yield from _keys(inner, (*base, name))
-
-
-def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> ConfigError | None:
-    """Put `key=value` into the values; returns what's wrong with it, if it can't be put there."""
-    dotted, equals, written = override.partition("=")
-    names = [name.strip() for name in dotted.split(".")]
-    origin = f"--set {override}"
-    if not equals or not all(names):
-        return ConfigError("an override can't be understood", where=origin, expected="key=value, such as batch.micro_size=2")
-    key: Key = ()
-    table: Any = values
-    for position, name in enumerate(names):
-        step: str | int = int(name) if isinstance(table, list) and name.isdecimal() else name
-        if not isinstance(table, dict) and not (isinstance(table, list) and step in range(len(table))):
-            return ConfigError(f"there is no {dotted.strip()}", where=origin, got=f"{_dotted(key)} = {table!r}")
-        key += (step,)
-        if position == len(names) - 1:
-            table[step] = _override_value(written.strip())
-            for old in [known for known in origins if known[: len(key)] == key]:
-                del origins[old]
-        elif isinstance(table, dict):
-            table.setdefault(step, {})
-        origins.setdefault(key, origin)
-        table = table[step]
-    return None
-
-
-def _override_value(written: str) -> Any:
-    """A TOML value; or a Python number or boolean (`.5`, `True`), which nobody means as text; or else a plain string."""
-    try:
-        parsed = tomllib.loads(f"value = {written}")
-        if parsed.keys() == {"value"}:
-            return parsed["value"]
-    except tomllib.TOMLDecodeError:
-        pass
-    try:
-        literal = ast.literal_eval(written)
-    except (ValueError, SyntaxError):
-        return written
-    return literal if isinstance(literal, int | float) else written
-
-
 def _problem(details: ErrorDetails, values: dict[str, Any], path: Path, origins: dict[Key, str]) -> ConfigError:
     """What pydantic found, in our words."""
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return _relocated(cause, path, origins)
-    key, field = _real_key(details["loc"], values), _dotted(details["loc"])
+    key, field = _real_key(details["loc"], values), dotted(details["loc"])
     where = _origin(path, origins, key)
     if details["type"] == "missing":
-        table = _table_at(details["loc"])
-        known = table.model_fields[str(details["loc"][-1])].annotation if table else None
-        is_table = isinstance(known, type) and issubclass(known, _Table)
-        return ConfigError(f"{field} is missing", where=where, expected=f"a table, [{field}]" if is_table else f"{field} = ...")
+        is_table = len(details["loc"]) == 1 and _table_named(field, RecipeSchema)
+        expected = f"a table, [{field}]" if is_table else f"{field} = ..."
+        return ConfigError(f"{field} is missing", where=where, expected=expected)
     if details["type"] == "extra_forbidden":
-        return ConfigError(f"{field} is not known", where=where, got=repr(details["input"]), hint=_unknown_hint(details["loc"]))
+        return ConfigError(
+            f"{field} is not known", where=where, got=repr(details["input"]), hint=_unknown_hint(details["loc"])
+        )
     expected = EXPECTED.get(details["type"]) or re.sub(r"^(Input|String|List) should (be|have) ", "", details["msg"])
-    return ConfigError(f"{_dotted(key)} has a wrong value", where=where, expected=expected, got=repr(details["input"]))
+    return ConfigError(f"{dotted(key)} has a wrong value", where=where, expected=expected, got=repr(details["input"]))
 
 
 def _unknown_hint(loc: Key) -> str | None:
@@ -304,40 +216,45 @@ def _unknown_hint(loc: Key) -> str | None:
         return None
     hint = nearest(name, table.model_fields)
     if len(loc) > 1 and name in RecipeSchema.model_fields:
+        if _table_named(name, RecipeSchema):
+            return f"[{name}] is a table of its own"
         return f"{name} belongs at the top of the file, above the first [table]"
     if "arguments" in table.model_fields and not hint.startswith("did"):
-        return f"{hint}; what is passed on goes into {_dotted((*loc[:-1], 'arguments'))}"
+        return f"{hint}; what is passed on goes into {dotted((*loc[:-1], 'arguments'))}"
     return hint
 
 
 def _table_at(loc: Key) -> type[_Table] | None:
     """The table that a key's last name is (or should have been) in."""
-    table: type[_Table] = RecipeSchema
+    table: type[_Table] | None = RecipeSchema
     for name in loc[:-1]:
-        if isinstance(name, str):
-            annotation = table.model_fields[name].annotation
-            choices = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, _Table)]
-            if not choices:
-                return None
-            table = choices[0]
+        if isinstance(name, str) and table is not None:
+            table = _table_named(name, table)
     return table
 
 
+def _table_named(name: str, outer: type[_Table]) -> type[_Table] | None:
+    """The table that may be given under a name (once, or in an array), if it's a table that may be."""
+    field = outer.model_fields.get(name)
+    annotation = field.annotation if field else None
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, _Table)), None)
+
+
 def _real_key(loc: Key, values: Any) -> Key:
-    """pydantic puts names of types between a nested value's keys: leave them out."""
+    """pydantic puts names of types between a nested value's keys, and names what's missing: keep what's there."""
     key: Key = ()
-    for position, name in enumerate(loc):
-        inside = isinstance(values, dict) and name in values or isinstance(values, list) and isinstance(name, int)
-        if inside:
+    name: Any
+    for name in loc:
+        if (isinstance(values, dict) and name in values) or (isinstance(values, list) and isinstance(name, int)):
             values = values[name]
-        if inside or position < 1:
             key += (name,)
     return key
 
 
 def _relocated(error: ConfigError, path: Path, origins: dict[Key, str]) -> ConfigError:
     what = error.what.removeprefix("recipe.")
-    named = re.search(r"\b(?:(batch|strategy)\.)?(\w+)", what) if what != error.what else re.search(r"\b(batch|strategy)\.(\w+)", what)
+    named = re.search(r"\b(?:recipe|(batch|strategy))\.(\w+)", error.what)
     key: Key = tuple(part for part in named.groups() if part) if named else ()
     where = _origin(path, origins, key)
     return ConfigError(what, expected=error.expected, got=error.got, where=where, hint=error.hint, detail=error.detail)
@@ -348,32 +265,3 @@ def _origin(path: Path, origins: dict[Key, str], key: Key) -> str:
         if key[:length] in origins:
             return origins[key[:length]]
     return f"{path}:1"  # a table that isn't there at all
-
-
-def _dotted(key: Key) -> str:
-    return ".".join(str(name) for name in key)
-
-
-def to_toml(settings: dict[str, Any]) -> str:
-    """Settings (of JSON's types) as TOML text: plain values first, then one table for each that is one."""
-    plain = [f"{name} = {_toml_value(value)}\n" for name, value in settings.items() if not isinstance(value, dict)]
-    tables = [
-        f"\n[{name}]\n" + "".join(f"{_toml_key(inner)} = {_toml_value(value)}\n" for inner, value in table.items())
-        for name, table in settings.items()
-        if isinstance(table, dict)
-    ]
-    return "".join(plain + tables)
-
-
-def _toml_key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_key(name)} = {_toml_value(inner)}" for name, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value) if isinstance(value, float) else json.dumps(value)

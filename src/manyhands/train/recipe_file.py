@@ -1,0 +1,271 @@
+"""Recipes as TOML files: a file's import paths and arguments become a `Recipe`.
+
+    [model]
+    path = "gpt:GPT"              # module:attribute; the file's own folder is looked in first
+    arguments = { depth = 4 }
+
+What a path names is imported and its arguments are held against its signature here, so that a slip is told with its
+line before anything is built. `recipe_schema` has the file's form, and its check that imports nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manyhands.config import Recipe, Strategy
+from manyhands.errors import ConfigError, ManyhandsError
+from manyhands.train.recipe_schema import Document, RecipeSchema, Target, hint_nearest, raise_all, read_document
+from manyhands.train.toml_text import to_toml
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+CALLED_WITH = {  # what each function gets by position, before its arguments
+    "model": (),
+    "loss": ("model", "batch"),
+    "data": (),
+    "collate": ("samples",),
+    "optimizer": ("params",),
+    "schedule": ("optimizer",),
+    "sample": ("model",),
+}
+NAMED = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFile:
+    """A recipe file, read.
+
+    steps: how long to train, if the file says so. settings: the recipe as it was used, defaults and overrides
+    included, of JSON's types only. text: the same as TOML; kept beside the file's modules, it is the same recipe.
+    """
+
+    recipe: Recipe
+    strategy: Strategy
+    steps: int | None
+    text: str
+    settings: dict[str, Any]
+
+
+def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchema:
+    """Read a recipe file and check its form; imports neither what it names nor torch.
+
+    overrides: `key=value` with dotted keys, such as "optimizer.arguments.lr=1e-3".
+    Raises one ConfigError that tells all problems, each with file and line.
+    """
+    return read_document(path, overrides).schema
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
+    """Read a recipe file, import what it names and make its data set; the model is built later, by the recipe.
+
+    The file's folder is put first on sys.path and stays there: what reads data or builds the model may import later.
+    Raises one ConfigError that tells all problems, each with file and line; what the data set raises comes through.
+    """
+    document = read_document(path, overrides)
+    functions = _import_all(document)
+    data = functions["data"]()
+    schema = document.schema
+    try:
+        recipe = Recipe(
+            model=functions["model"],
+            loss=functions["loss"],
+            optimizer=functions["optimizer"],
+            data=data,
+            batch=schema.batch.build(),
+            schedule=functions.get("schedule"),
+            collate=functions.get("collate"),
+            sample=functions.get("sample"),
+            precision=schema.precision,
+            clip_norm=schema.clip_norm,
+            seed=schema.seed,
+            threads_per_worker=schema.threads_per_worker,
+            device=schema.device,
+            elementwise_optimizer=schema.elementwise_optimizer,
+            name=schema.name,
+            source=str(document.path),
+        )
+    except ConfigError as error:
+        raise document.relocated(error) from None
+    settings = schema.model_dump(exclude_none=True)
+    strategy = schema.strategy.build()
+    return RecipeFile(recipe=recipe, strategy=strategy, steps=schema.steps, text=to_toml(settings), settings=settings)
+
+
+def _import_all(document: Document) -> dict[str, Callable[..., Any]]:
+    """The recipe's functions by table, with their arguments filled in. Raises one ConfigError for all problems."""
+    folder = document.path.absolute().parent
+    if sys.path[:1] != [str(folder)]:
+        sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    functions: dict[str, Callable[..., Any]] = {}
+    problems: list[ConfigError] = []
+    for table in CALLED_WITH:
+        target: Target | None = getattr(document.schema, table)
+        if target is None:
+            continue
+        try:
+            function = _find(target.path, folder)
+        except ConfigError as error:
+            error.what, error.where = f"{table}.path: {error.what}", document.origin(table, "path")
+            problems.append(error)
+            continue
+        problems += _argument_problems(table, function, target, document)
+        bound = functools.partial(function, **target.arguments)
+        functions[table] = bound if table in ("loss", "collate", "sample") else _noted(bound, table, document)
+    raise_all(problems, document.path)
+    if document.schema.optimizer.groups:
+        functions["optimizer"] = _grouped(functions["optimizer"], document)
+    return functions
+
+
+def _find(path: str, folder: Path) -> Callable[..., Any]:
+    """What `module:attribute` names. Raises ConfigError without a place."""
+    module_name, _, attribute = path.partition(":")
+    found: Any = _import(module_name, folder)
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            public = [known for known in dir(found) if not known.startswith("_")]
+            owner = getattr(found, "__name__", path)
+            hint = hint_nearest(name, public)
+            raise ConfigError(f"{owner} has no {name}", expected="module:attribute", got=repr(path), hint=hint)
+        found = getattr(found, name)
+    if not callable(found):
+        raise ConfigError(f"{path} can't be called", expected="a function or a class", got=repr(found))
+    return found  # type: ignore[no-any-return]
+
+
+def _import(name: str, folder: Path) -> Any:
+    try:
+        module = importlib.import_module(name)
+    except ManyhandsError:
+        raise
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name == missing or name.startswith(missing + "."):
+            *parents, last = missing.split(".")
+            paths = getattr(sys.modules.get(".".join(parents)), "__path__", ()) if parents else [str(folder)]
+            hint = hint_nearest(last, [found.name for found in pkgutil.iter_modules(paths)])
+            looked = f"a module in {folder}, or an installed one"
+            raise ConfigError(f"there is no module {missing}", expected=looked, got=repr(name), hint=hint) from None
+        raise _import_failed(name, error) from error
+    except Exception as error:  # whatever the user's module raises while it's imported
+        raise _import_failed(name, error) from error
+    _check_not_another(name, folder)
+    return module
+
+
+def _import_failed(name: str, error: Exception) -> ConfigError:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
+    at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""  # else it's in the message: bad syntax, say
+    return ConfigError(f"module {name} can't be imported", got=f"{type(error).__name__}: {error}{at}")
+
+
+def _check_not_another(name: str, folder: Path) -> None:
+    """Python imports a name once per process: refuse a module of that name that came from elsewhere before."""
+    top = name.partition(".")[0]
+    used = getattr(sys.modules[top], "__file__", None) or "built into Python"
+    own = [file for file in (folder / f"{top}.py", folder / top / "__init__.py") if file.is_file()]
+    if own and Path(used).resolve() not in [file.resolve() for file in own]:
+        raise ConfigError(
+            f"another module {top} is already imported",
+            expected=str(own[0]),
+            got=used,
+            hint=f"rename {own[0].name}, or load the recipe in a fresh process",
+        )
+
+
+def _argument_problems(
+    table: str, function: Callable[..., Any], target: Target, document: Document
+) -> list[ConfigError]:
+    """Arguments that the function doesn't take, and what it wants and isn't given."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C don't tell
+        return []
+    parameters = signature.parameters.values()
+    takes = [p.name for p in parameters if p.kind in NAMED]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    names_only = signature.replace(
+        parameters=[p.replace(annotation=p.empty) for p in parameters], return_annotation=signature.empty
+    )
+    expected = f"{target.path}{names_only}"
+    problems = []
+
+    def unknown(names: Iterable[str], *key: str | int) -> None:
+        for name in names:
+            if name not in takes and not takes_any:
+                what = f"{'.'.join(map(str, key))}.{name}: {target.path} takes no {name}"
+                hint = hint_nearest(name, takes[len(CALLED_WITH[table]) :])
+                where = document.origin(*key, name)
+                problems.append(ConfigError(what, expected=expected, where=where, hint=hint))
+
+    unknown(target.arguments, table, "arguments")
+    if table == "optimizer":
+        for index, group in enumerate(document.schema.optimizer.groups):
+            unknown(group.arguments, table, "groups", index, "arguments")
+    try:
+        known = {name: value for name, value in target.arguments.items() if name in takes or takes_any}
+        signature.bind(*CALLED_WITH[table], **known)
+    except TypeError as error:
+        called = ", ".join([*CALLED_WITH[table], *(f"{name}=..." for name in known)])
+        what = f"{table}.arguments don't fit {target.path}: {error}"
+        where = document.origin(table, "arguments")
+        problems.append(ConfigError(what, expected=expected, got=f"({called})", where=where))
+    return problems
+
+
+def _noted(function: Callable[..., Any], table: str, document: Document) -> Callable[..., Any]:
+    """The function; what it raises gets a note that tells the table it was called for."""
+    where = document.origin(table)
+
+    def call(*given: Any) -> Any:
+        try:
+            return function(*given)
+        except ManyhandsError:
+            raise
+        except Exception as error:
+            error.add_note(f"(raised by [{table}], {where})")
+            raise
+
+    return call
+
+
+def _grouped(optimizer: Callable[..., Any], document: Document) -> Callable[..., Optimizer]:
+    """The optimizer over param groups: the rest, then each group's own. A pattern must match a parameter."""
+    groups = document.schema.optimizer.groups
+    patterns = [(index, pattern) for index, group in enumerate(groups) for pattern in group.match]
+
+    def build(named_params: list[tuple[str, nn.Parameter]]) -> Optimizer:
+        names = [name for name, _ in named_params]
+        parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
+        problems = [
+            ConfigError(
+                f"optimizer.groups.{index}.match: {pattern!r} matches no parameter",
+                where=document.origin("optimizer", "groups", index, "match"),
+                expected=f"a pattern for names like {', '.join(names[:3])}",
+                hint=hint_nearest(pattern.strip("*."), parts),
+            )
+            for index, pattern in patterns
+            if not any(fnmatchcase(name, pattern) for name in names)
+        ]
+        raise_all(problems, document.path)
+        members: dict[int, list[tuple[str, nn.Parameter]]] = {index: [] for index in range(-1, len(groups))}
+        for name, param in named_params:
+            first = next((index for index, pattern in patterns if fnmatchcase(name, pattern)), -1)
+            members[first].append((name, param))
+        options = {-1: {}, **{index: group.arguments for index, group in enumerate(groups)}}
+        return optimizer([{"params": params, **options[index]} for index, params in members.items() if params])  # type: ignore[no-any-return]
+
+    return build

@@ -1,0 +1,495 @@
+"""Recipe files: what they become, and what is said when they are wrong. Real files, real imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manyhands.config import Strategy
+from manyhands.errors import ConfigError, DataError
+from manyhands.train.recipe_file import check_recipe, load_recipe
+from manyhands.train.toml_text import to_toml
+
+RECIPE = """\
+name = "small"
+seed = 3
+precision = "bf16"
+clip_norm = 1.0
+steps = 20
+
+[model]
+path = "tiny:Net"
+arguments = { width = 4 }
+
+[loss]
+path = "tiny:loss"
+
+[data]
+path = "tiny:Numbers"
+arguments = { count = 32 }
+
+[optimizer]
+path = "torch.optim:AdamW"
+arguments = { lr = 3e-4, weight_decay = 0.1 }
+
+[batch]
+global_size = 8
+micro_size = 2
+"""
+
+MODULE = """\
+import torch
+from torch import nn
+from manyhands.errors import DataError
+
+NUMBER = 3
+
+class Net(nn.Module):
+    def __init__(self, width, depth=1):
+        super().__init__()
+        if width < 1:
+            raise ValueError("no width")
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+class Numbers:
+    def __init__(self, count):
+        if count == 0:
+            raise DataError("there are no numbers")
+        if count < 0:
+            raise ZeroDivisionError("count")
+        self.count = count
+    def __len__(self):
+        return self.count
+    def __getitem__(self, index):
+        return torch.full((4,), float(index))
+
+def loss(model, batch, *, scale=1.0):
+    return scale * batch.sum()
+
+def sample(model, prompt):
+    return prompt + type(model).__name__
+
+def collate(samples):
+    return torch.stack(samples) + 1
+
+def no_dataset():
+    return 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _clean_imports() -> Iterator[None]:
+    """Each test has modules of its own under the same names."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if "pytest-" in file or name in ("tiny", "broken", "needy"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.py").write_text(MODULE)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path / "recipe.toml"
+
+
+def edit(recipe: Path, old: str, new: str) -> Path:
+    text = recipe.read_text()
+    assert old in text
+    recipe.write_text(text.replace(old, new))
+    return recipe
+
+
+def problem(recipe: Path, *overrides: str, check_only: bool = False) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        (check_recipe if check_only else load_recipe)(recipe, overrides)
+    return caught.value
+
+
+def untold(text: str, expected: list[str]) -> list[str]:
+    """Which of these a message lacks; a line number must be the whole number."""
+    return [part for part in expected if (f"{part}\n" if ".toml:" in part else part) not in f"{text}\n"]
+
+
+# What a file becomes
+
+
+def test_a_recipe_is_built(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    made = loaded.recipe
+    assert (made.name, made.seed, made.precision, made.clip_norm) == ("small", 3, "bf16", 1.0)
+    assert (made.batch.micro_batches, made.batch.virtual_workers) == (4, 4)
+    assert made.source == str(recipe)
+    assert (loaded.steps, loaded.strategy) == (20, Strategy())
+    assert (made.schedule, made.collate, made.sample) == (None, None, None)
+    model = made.model()
+    assert model.layers[0].weight.shape == (4, 4)  # type: ignore[index, union-attr]
+    assert made.loss(model, torch.ones(2)) == 2.0
+    assert len(made.data) == 32
+    optimizer = made.optimizer(list(model.named_parameters()))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(3e-4, 0.1)]
+
+
+def test_optional_tables(recipe: Path) -> None:
+    with recipe.open("a") as file:
+        file.write(
+            """
+[schedule]
+path = "torch.optim.lr_scheduler:CosineAnnealingLR"
+arguments = { T_max = 20 }
+[sample]
+path = "tiny:sample"
+arguments.prompt = "a "
+[collate]
+path = "tiny:collate"
+[strategy]
+stage = "ddp"
+units = ["layers.0"]
+stall_seconds = 5
+"""
+        )
+    loaded = load_recipe(recipe)
+    made, model = loaded.recipe, loaded.recipe.model()
+    assert made.schedule is not None
+    assert made.sample is not None
+    assert made.collate is not None
+    schedule = made.schedule(made.optimizer(list(model.named_parameters())))
+    assert schedule.T_max == 20  # type: ignore[attr-defined]
+    assert made.sample(model) == "a Net"
+    assert made.collate([torch.zeros(1), torch.ones(1)]).tolist() == [[1.0], [2.0]]
+    assert loaded.strategy == Strategy(stage="ddp", units=("layers.0",), stall_seconds=5)
+
+
+def test_name_is_the_files_by_default(recipe: Path) -> None:
+    assert load_recipe(edit(recipe, 'name = "small"\n', "")).recipe.name == "recipe"
+
+
+def test_param_groups_first_match_wins(recipe: Path) -> None:
+    edit(
+        recipe,
+        "[batch]",
+        """\
+[[optimizer.groups]]
+match = ["*.bias"]
+arguments = { weight_decay = 0.0 }
+[[optimizer.groups]]
+match = ["norm.*"]
+arguments = { lr = 1.0 }
+[batch]""",
+    )
+    made = load_recipe(recipe).recipe
+    optimizer = made.optimizer(list(made.model().named_parameters()))
+    found = [(group["param_names"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [
+        (["layers.0.weight"], 3e-4, 0.1),
+        (["layers.0.bias", "norm.bias"], 3e-4, 0.0),
+        (["norm.weight"], 1.0, 0.1),
+    ]
+
+
+def test_the_folder_stays_first_on_the_path(recipe: Path) -> None:
+    load_recipe(recipe)
+    load_recipe(recipe)
+    assert sys.path[0] == str(recipe.parent)
+    assert sys.path.count(str(recipe.parent)) == 1
+
+
+def test_check_imports_neither_torch_nor_the_users_modules(recipe: Path) -> None:
+    recipe.with_name("tiny.py").write_text("raise SystemExit('imported')")
+    code = (
+        "import sys; from manyhands.train.recipe_file import check_recipe; "
+        f"schema = check_recipe({str(recipe)!r}, ['strategy.stage=zero1']); "
+        "sys.exit('torch' in sys.modules or 'tiny' in sys.modules or schema.strategy.build().stage != 'zero1')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_text_is_the_recipe_as_used(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["seed=8", "model.arguments.depth=2", 'name=a "b" ü😀'])
+    assert tomllib.loads(loaded.text) == loaded.settings
+    assert loaded.settings["seed"] == 8
+    assert loaded.settings["strategy"]["stage"] == Strategy.stage
+    again = recipe.with_name("again.toml")
+    again.write_text(loaded.text, encoding="utf-8")
+    assert load_recipe(again).settings == loaded.settings
+
+
+JSON = st.recursive(
+    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(values=st.dictionaries(st.sampled_from(["a", "b-c", "d_2"]), JSON))
+def test_toml_is_written_as_it_is_read(values: dict[str, object]) -> None:
+    assert tomllib.loads(to_toml(values)) == values
+
+
+# Overrides
+
+
+def test_overrides(recipe: Path) -> None:
+    given = [
+        "optimizer.arguments.lr=1e-3",
+        "batch.micro_size=4",
+        "seed = 5",
+        "name=plain text",
+        "strategy.overlap=False",
+    ]
+    loaded = load_recipe(recipe, given)
+    made = loaded.recipe
+    assert (made.seed, made.name, made.batch.micro_size, loaded.strategy.overlap) == (5, "plain text", 4, False)
+    assert loaded.settings["optimizer"]["arguments"] == {"lr": 1e-3, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [(".5", 0.5), ("true", True), ("True", True), ("1_000", 1000), ("[1, 2]", [1, 2]), ("{a = 1}", {"a": 1}), ("", "")],
+)
+def test_override_values(recipe: Path, written: str, value: object) -> None:
+    assert check_recipe(recipe, [f"model.arguments.x={written}"]).model.arguments["x"] == value
+
+
+def test_override_of_a_group(recipe: Path) -> None:
+    edit(recipe, "[batch]", '[[optimizer.groups]]\nmatch = ["*"]\n[batch]')
+    checked = check_recipe(recipe, ["optimizer.groups.0.arguments.lr=1"])
+    assert checked.optimizer.groups[0].arguments == {"lr": 1}
+    assert "there is no optimizer.groups.1.match" in str(problem(recipe, "optimizer.groups.1.match=[]"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sed=3", ["sed is not known", "--set sed=3", "did you mean 'seed'?"]),
+        ("optimzer.arguments.lr=1", ["optimzer is not known", "--set optimzer", "did you mean 'optimizer'?"]),
+        ("batch.micro_sise=1", ["batch.micro_sise is not known", "did you mean 'micro_size'?"]),
+        ("batch.micro_size=3", ["can't be cut", "a multiple of 3"]),
+        ("seed.x=1", ["there is no seed.x", "seed = 3"]),
+        ("seed", ["can't be understood", "key=value"]),
+        ("=3", ["can't be understood"]),
+        ("precision=fp8", ["precision is not known", "--set precision=fp8", "'fp8'", "fp32"]),
+        ("schedule.arguments.T_max=3", ["schedule.path is missing", "--set schedule"]),
+    ],
+)
+def test_wrong_overrides(recipe: Path, override: str, expected: list[str]) -> None:
+    text = str(problem(recipe, override, check_only=True))
+    assert untold(text, expected) == []
+
+
+# What is wrong with the form: (text, its replacement, what must be told)
+
+WRONG_FORM = [
+    ("clip_norm", "clip_nrm", ["recipe.toml:4", "clip_nrm is not known", "did you mean 'clip_norm'?", "1.0"]),
+    (
+        "width = 4 }",
+        "width = 4 }\nsteps = 3",
+        ["recipe.toml:10", "model.steps is not known", "above the first [table]"],
+    ),
+    ("[batch]", "lr = 1\n[batch]", ["recipe.toml:22", "optimizer.lr is not known", "goes into optimizer.arguments"]),
+    ("seed = 3", 'seed = "3"', ["recipe.toml:2", "seed has a wrong value", "a valid integer", "'3'"]),
+    ("seed = 3", "seed = -3", ["recipe.toml:2", "seed is out of range", "at least 0", "-3"]),
+    ("seed = 3", "seed = true", ["recipe.toml:2", "seed has a wrong value", "a valid integer", "True"]),
+    ('"bf16"', '"bf61"', ["recipe.toml:3", "precision is not known", "'bf61'", "did you mean 'bf16'?"]),
+    ("steps = 20", "steps = 0", ["recipe.toml:5", "steps has a wrong value", "greater than or equal to 1"]),
+    ('"tiny:Net"', '"tiny.Net"', ["recipe.toml:8", "model.path has a wrong value", "module:attribute", "tiny.Net"]),
+    (
+        '[loss]\npath = "tiny:loss"',
+        'loss = "tiny:loss"',
+        ["recipe.toml:11", "model.loss is not known", "[loss] is a table of its own", "loss is missing"],
+    ),
+    ("{ width = 4 }", "4", ["recipe.toml:9", "model.arguments has a wrong value", "a table", "4"]),
+    ("{ width = 4 }", "{ a = [1, {b = 2000-01-01}] }", ["recipe.toml:9", "model.arguments.a.1.b", "a string, number"]),
+    ("micro_size = 2\n", "", ["recipe.toml:22", "batch.micro_size is missing", "batch.micro_size = ..."]),
+    ('[loss]\npath = "tiny:loss"\n', "", ["recipe.toml:1", "loss is missing", "a table, [loss]"]),
+    (
+        "global_size = 8",
+        "global_size = 7",
+        ["recipe.toml:23", "batch.global_size can't be cut", "a multiple of 2", "7"],
+    ),
+    (
+        "micro_size = 2",
+        "micro_size = 2\nvirtual_workers = 3",
+        ["recipe.toml:25", "batch.virtual_workers", "a divisor of 4"],
+    ),
+    ("[batch]", '[strategy]\nstage = "zero7"\n[batch]', ["recipe.toml:23", "strategy.stage is not known", "zero7"]),
+    (
+        "[batch]",
+        "[strategy]\nunits = 3\n[batch]",
+        ["recipe.toml:23", "strategy.units has a wrong value", "an array"],
+    ),
+    ("[batch]", "[[optimizer.groups]]\nmatch = []\n[batch]", ["recipe.toml:23", "optimizer.groups.0.match"]),
+    (
+        "[batch]",
+        "[[optimizer.groups]]\nmatch = [\n  '*',  # all\n]\n[[optimizer.groups]]\nmatch = ['*']\nargs = {}\n[batch]",
+        ["recipe.toml:28", "optimizer.groups.1.args is not known", "did you mean 'arguments'?"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), WRONG_FORM)
+def test_wrong_form(recipe: Path, old: str, new: str, expected: list[str]) -> None:
+    text = str(problem(edit(recipe, old, new), check_only=True))
+    assert untold(text, expected) == []
+    assert "pydantic" not in text
+
+
+def test_all_problems_come_in_one_error(recipe: Path) -> None:
+    edit(recipe, "seed = 3", "sede = 3")
+    edit(recipe, "bf16", "fp16")
+    edit(recipe, "global_size = 8", "global_size = 0")
+    text = str(problem(recipe, "batch=3", "nonsense", "steps=few"))
+    assert text.startswith("5 problems in ")  # the override replaces the file's [batch]
+    places = ["recipe.toml:2", "recipe.toml:3", "--set batch=3", "--set nonsense", "--set steps=few"]
+    assert untold(text, places) == []
+
+
+def test_lines_after_text_that_looks_like_toml(recipe: Path) -> None:
+    tricky = 'name = """\n[model]\nsteps = 1\n"""\nthreads_per_worker = 0\n'
+    text = str(problem(edit(recipe, 'name = "small"\n', tricky)))
+    assert "recipe.toml:5" in text
+    assert "threads_per_worker is out of range" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("seed = 3", "seed = ", 2),
+        ("[loss]", "[loss", 11),
+        ("[batch]", "[data]", 22),
+        ("micro_size = 2\n", 'x = """', 24),
+    ],
+)
+def test_bad_syntax(recipe: Path, old: str, new: str, line: int) -> None:
+    text = str(problem(edit(recipe, old, new), check_only=True))
+    assert "is not TOML" in text
+    assert f"recipe.toml:{line}\n" in text
+
+
+def test_not_utf8(recipe: Path) -> None:
+    recipe.write_bytes(b"seed = 1\nname = '\xff'\n")
+    text = str(problem(recipe))
+    assert "is not UTF-8" in text
+    assert "recipe.toml:2" in text
+
+
+def test_missing_file(recipe: Path) -> None:
+    text = str(problem(recipe.with_name("recip.toml")))
+    assert "there is no recipe" in text
+    assert "did you mean 'recipe.toml'?" in text
+    assert "known: recipe.toml" in str(problem(recipe.with_name("zzz")))
+    assert "known: recipe.toml" in str(problem(recipe.parent))
+    assert "there is no recipe" in str(problem(recipe.parent / "nowhere" / "recipe.toml"))
+
+
+# What is wrong with what the file names
+
+WRONG_NAMES = [
+    ('"tiny:Net"', '"tinny:Net"', ["recipe.toml:8", "model.path: there is no module tinny", "did you mean 'tiny'?"]),
+    ('"tiny:Net"', '"tiny:Nett"', ["recipe.toml:8", "model.path: tiny has no Nett", "did you mean 'Net'?"]),
+    ('"tiny:Net"', '"tiny.part:Net"', ["recipe.toml:8", "there is no module tiny.part"]),
+    ('"tiny:Net"', '"tiny:NUMBER"', ["recipe.toml:8", "tiny:NUMBER can't be called"]),
+    ("torch.optim:AdamW", "torch.optim:AdmaW", ["recipe.toml:19", "optimizer.path", "did you mean 'AdamW'?"]),
+    ("torch.optim:AdamW", "torch.optm:AdamW", ["recipe.toml:19", "no module torch.optm", "did you mean 'optim'?"]),
+    ("width = 4", "widht = 4", ["recipe.toml:9", "model.arguments.widht", "did you mean 'width'?", "(width, depth=1)"]),
+    ("{ width = 4 }", "{}", ["recipe.toml:9", "model.arguments don't fit", "missing a required argument: 'width'"]),
+    ('"tiny:loss"', '"tiny:loss"\narguments = { scal = 2 }', ["recipe.toml:13", "takes no scal", "'scale'"]),
+    (
+        '"tiny:loss"',
+        '"tiny:loss"\narguments = { batch = 2 }',
+        ["recipe.toml:13", "multiple values for argument 'batch'"],
+    ),
+    ('"tiny:loss"', '"tiny:Numbers"', ["recipe.toml:11", "loss.arguments don't fit", "too many positional arguments"]),
+    ("lr = 3e-4", "learn = 3e-4", ["recipe.toml:20", "optimizer.arguments.learn: torch.optim:AdamW takes no learn"]),
+    (
+        "[batch]",
+        "[[optimizer.groups]]\nmatch = ['*']\narguments.weight_decy = 0\n[batch]",
+        ["recipe.toml:24", "optimizer.groups.0.arguments.weight_decy", "did you mean 'weight_decay'?"],
+    ),
+    ('"tiny:Numbers"\narguments = { count = 32 }', '"tiny:no_dataset"', ["recipe.toml:14", "data is not a map-style"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), WRONG_NAMES)
+def test_wrong_names(recipe: Path, old: str, new: str, expected: list[str]) -> None:
+    edit(recipe, old, new)
+    check_recipe(recipe)
+    text = str(problem(recipe))
+    assert untold(text, expected) == []
+
+
+def test_all_wrong_names_come_in_one_error(recipe: Path) -> None:
+    edit(recipe, "tiny:Net", "tiny:Ned")
+    edit(recipe, "count", "cuont")
+    text = str(problem(recipe))
+    assert text.startswith("3 problems in ")  # Numbers also lacks its count
+    assert "tiny has no Ned" in text
+    assert "takes no cuont" in text
+
+
+def test_a_module_that_raises(recipe: Path) -> None:
+    recipe.with_name("broken.py").write_text("x = 1\ny = x / 0\n")
+    text = str(problem(edit(recipe, "tiny:Net", "broken:Net")))
+    assert "model.path: module broken can't be imported" in text
+    assert "ZeroDivisionError" in text
+    assert "broken.py:2" in text
+
+
+def test_a_module_that_lacks_another(recipe: Path) -> None:
+    recipe.with_name("needy.py").write_text("\nimport not_there_at_all\n")
+    text = str(problem(edit(recipe, "tiny:Net", "needy:Net")))
+    assert "module needy can't be imported" in text
+    assert "No module named 'not_there_at_all'" in text
+    assert "needy.py:2" in text
+
+
+def test_a_module_of_the_same_name_from_elsewhere_is_refused(recipe: Path, tmp_path: Path) -> None:
+    load_recipe(recipe)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tiny.py").write_text(MODULE)
+    (other / "recipe.toml").write_text(RECIPE)
+    text = str(problem(other / "recipe.toml"))
+    assert "another module tiny is already imported" in text
+    assert str(other / "tiny.py") in text
+
+
+def test_a_pattern_that_matches_nothing(recipe: Path) -> None:
+    edit(recipe, "[batch]", '[[optimizer.groups]]\nmatch = ["*.bias", "nrom.*", "zz"]\n[batch]')
+    made = load_recipe(recipe).recipe
+    with pytest.raises(ConfigError, match="2 problems") as caught:
+        made.optimizer(list(made.model().named_parameters()))
+    text = str(caught.value)
+    expected = [
+        "recipe.toml:23",
+        "optimizer.groups.0.match: 'nrom.*' matches no parameter",
+        "did you mean 'norm'?",
+        "'zz'",
+    ]
+    assert untold(text, expected) == []
+
+
+def test_what_the_users_code_raises_comes_through(recipe: Path) -> None:
+    with pytest.raises(DataError, match=r"^there are no numbers$"):
+        load_recipe(recipe, ["data.arguments.count=0"])
+    with pytest.raises(ZeroDivisionError) as data:
+        load_recipe(recipe, ["data.arguments.count=-1"])
+    assert [note for note in data.value.__notes__ if "[data]" in note and "recipe.toml:14" in note]
+    made = load_recipe(recipe, ["model.arguments.width=0"]).recipe
+    with pytest.raises(ValueError, match="no width") as model:
+        made.model()
+    assert [note for note in model.value.__notes__ if "[model]" in note and "recipe.toml:7" in note]
