@@ -1,0 +1,217 @@
+"""What people see: progress, summary, curves, and numbers with their units."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from manyhands.engine.metrics import PHASES, StepMetrics
+from manyhands.report.progress import TrainingProgress
+from manyhands.report.summary import Summary, figures, render, to_json
+from manyhands.report.tensorboard import TensorBoardLog
+from manyhands.units import GIB, MIB, format_bytes, format_count, format_seconds
+
+SECONDS = {"data": 0.01, "compute": 0.6, "exchange": 0.2, "update": 0.1, "waiting": 0.09}
+
+
+def step_metrics(step: int, step_seconds: float = 1.0) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        loss=5.0 / (step + 1),
+        weight=2000.0,
+        samples=8,
+        gradient_norm=0.5,
+        learning_rates=(0.1, 0.2),
+        step_seconds=step_seconds,
+        seconds=SECONDS,
+    )
+
+
+def summary(**changes: Any) -> Summary:
+    values: dict[str, Any] = {
+        "name": "gpt",
+        **figures([step_metrics(step, 9.0 if step == 0 else 1.0) for step in range(5)])._asdict(),
+        "peak_memory_bytes_per_worker": [1191 * MIB, 1187 * MIB],
+        "workers": 2,
+        "stage": "zero2",
+        "group": "shared-memory",
+        "precision": "bf16",
+        "parameters": 69_400_000,
+        "sample": "To be, [bold]or not[/] to be",
+        "digest": "9f" * 32,
+        "run_dir": "runs/first",
+        "wall_seconds": 48.2,
+    }
+    return Summary(**(values | changes))
+
+
+def rendered(value: Summary, width: int = 100) -> str:
+    console = Console(file=StringIO(), width=width, force_terminal=False)
+    console.print(render(value))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.50 KiB"),
+        (1191 * MIB, "1,191 MiB"),
+        (12.34 * GIB, "12.3 GiB"),
+        (3 * 2**40, "3.00 TiB"),
+        (-2 * MIB, "-2.00 MiB"),
+    ],
+)
+def test_bytes(num_bytes: float, text: str) -> None:
+    assert format_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"), (7, "7"), (2.345, "2.35"), (950, "950"), (999.7, "1.00 k"), (12_345, "12.3 k"), (999_999, "1.00 M"),
+        (69_400_000, "69.4 M"), (1_500_000_000, "1.50 B"), (2e12, "2.00 T"), (math.nan, "nan"),
+    ],
+)  # fmt: skip
+def test_counts(count: float, text: str) -> None:
+    assert format_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 µs"), (85e-6, "85 µs"), (0.0123, "12.3 ms"), (0.9999, "1.00 s"), (1.742, "1.74 s"),
+        (59.99, "1 min 00 s"), (125, "2 min 05 s"), (11220, "3 h 07 min"), (52 * 3600, "2 d 04 h"), (math.inf, "?"),
+        (math.nan, "?"),
+    ],
+)  # fmt: skip
+def test_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_figures_are_medians_and_a_slow_first_step_does_not_show() -> None:
+    found = figures([step_metrics(0, 9.0), step_metrics(1), step_metrics(2)])
+    assert found.steps == 3
+    assert (found.first_loss, found.last_loss) == (5.0, 5.0 / 3)
+    assert (found.tokens_per_second, found.step_seconds_median) == (2000.0, 1.0)
+    assert found.seconds_by_phase == SECONDS
+    nothing = figures([])
+    assert nothing.steps == 0
+    assert math.isnan(nothing.last_loss)
+    assert set(nothing.seconds_by_phase) == set(PHASES)
+
+
+def test_the_summary_says_it_all() -> None:
+    text = rendered(summary())
+    for part in (
+        "gpt", "5 steps in 48.2 s", "5.0000 → 1.0000", "2.00 k tokens/s", "1.00 s/step", "compute", "600 ms", "60 %",
+        "1 %", "1,191 · 1,187 MiB by worker", "To be, [bold]or not[/] to be", "9f" * 32, "runs/first",
+        "2 workers · zero2 · shared-memory · bf16 · 69.4 M parameters",
+    ):  # fmt: skip
+        assert part in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_the_summary_fits_every_terminal(width: int) -> None:
+    assert all(len(line) <= width for line in rendered(summary(), width).splitlines())
+
+
+def test_the_summary_survives_what_is_missing() -> None:
+    nothing = figures([])._asdict()
+    text = rendered(summary(**nothing, sample=None, peak_memory_bytes_per_worker=[], workers=1))
+    assert text.count("not measured") == 2
+    assert "sample" not in text
+    assert "1 worker ·" in text
+    many = rendered(summary(peak_memory_bytes_per_worker=[(20 + rank) * GIB for rank in range(64)]))
+    assert "20.0 · 21.0" in many
+    assert "most: 83.0" in many
+
+
+def test_the_stacked_bar_has_one_length_and_unknown_phases_are_shown() -> None:
+    text = rendered(summary(seconds_by_phase={"compute": 1.0, "prefetch": 1.0}))
+    bar = next(line for line in text.splitlines() if "a step" in line)
+    assert bar.count("█") == bar.count("▚") == 23
+    assert "prefetch" in text
+
+
+def test_the_json_has_the_figures_and_is_strict() -> None:
+    value = to_json(summary(last_loss=math.nan))
+    keys = "digest steps loss workers stage group tokens_per_second step_seconds_median peak_memory_bytes_per_worker"
+    assert set(keys.split()) <= set(value)
+    assert value["loss"] is None
+    assert json.loads(json.dumps(value, allow_nan=False)) == value
+
+
+def progress_of(console: Console, steps: int, **options: Any) -> str:
+    with TrainingProgress(100, 40, console, **options) as bar:
+        bar.note("resumed at step 40 [from a checkpoint]")
+        for step in range(40, 40 + steps):
+            bar.update(step_metrics(step))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_progress_on_a_terminal_is_a_bar() -> None:
+    console = Console(file=StringIO(), force_terminal=True, force_interactive=True, width=100, color_system=None)
+    text = progress_of(console, 60)
+    assert "resumed at step 40 [from a checkpoint]" in text
+    assert " 41/100" in text
+    last = [line for line in text.splitlines() if "/100" in line][-1]
+    assert "100/100" in last
+    assert "loss 0.0500  2.00 k tokens/s  1.00 s/step  done" in last
+
+
+def test_progress_elsewhere_is_a_plain_line_now_and_then() -> None:
+    lines = progress_of(Console(file=StringIO(), width=60), 30).splitlines()
+    assert lines == [
+        "resumed at step 40 [from a checkpoint]",
+        "step 41/100  loss 0.1220  2.00 k tokens/s  1.00 s/step  59.0 s left",
+        "step 70/100  loss 0.0714  2.00 k tokens/s  1.00 s/step  30.0 s left",
+    ]
+    lines = progress_of(Console(file=StringIO()), 60, line_seconds=0.0, weight_name="samples").splitlines()
+    assert len(lines) == 61
+    assert lines[-1] == "step 100/100  loss 0.0500  2.00 k samples/s  1.00 s/step  done"
+
+
+def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainingProgress(1) as bar:
+        bar.update(step_metrics(0))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("step 1/1  loss 5.0000")
+    with TrainingProgress(1):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_curves_can_be_read_by_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with TensorBoardLog(tmp_path) as log:
+        for step in range(3):
+            log.write(step_metrics(step))
+    with TensorBoardLog(tmp_path, start_step=2) as log:
+        log.write(step_metrics(2))
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    names = {"loss", "gradient_norm", "learning_rate", "learning_rate/group_1", "throughput/weight_per_second"}
+    assert names | {f"seconds/{phase}" for phase in PHASES} <= set(events.Tags()["scalars"])
+    assert [point.step for point in events.Scalars("loss")] == [0, 1, 2]
+    assert events.Scalars("throughput/weight_per_second")[0].value == 2000.0
+
+
+def test_without_tensorboard_nothing_is_written_or_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with TensorBoardLog(tmp_path / "curves") as log:
+        log.write(step_metrics(0))
+    assert not (tmp_path / "curves").exists()

@@ -1,0 +1,193 @@
+"""The run directory: what's written can be read, nothing is half written, others' directories are left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from manyhands.config import Batch, Recipe, Strategy
+from manyhands.engine.metrics import StepMetrics
+from manyhands.errors import ConfigError, DataError
+from manyhands.report.run_directory import RunDirectory, write_json
+
+
+def step_metrics(step: int, loss: float = 1.5) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        loss=loss,
+        weight=512.0,
+        samples=8,
+        gradient_norm=0.1,
+        learning_rates=(3e-4, 0.1),
+        step_seconds=0.5,
+        seconds={"compute": 0.4, "exchange": 0.1},
+        bytes_moved={"grad": 1024},
+        digest="ab" * 32 if step % 2 else None,
+    )
+
+
+def make_model() -> nn.Module:
+    return nn.Linear(1, 1)
+
+
+def started(path: Path) -> RunDirectory:
+    run = RunDirectory(path)
+    run.write_manifest({"torch": torch.__version__}, Strategy(stage="zero1"), seed=3)
+    return run
+
+
+def test_everything_has_its_place(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "runs" / "first")
+    assert sorted(p.name for p in run.path.iterdir()) == ["checkpoints", "digests", "logs", "tensorboard"]
+    run.log(3).write_text("hello\n")
+    assert run.log(3) == run.path / "logs" / "worker-3.log"
+    assert run.checkpoints.is_dir()
+    assert run.digests.is_dir()
+    assert run.tensorboard.is_dir()
+
+
+def test_the_manifest_keeps_the_time_of_creation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = started(tmp_path)
+    first = run.read_manifest()
+    assert first["numerics"] == {"torch": torch.__version__}
+    assert first["strategy"]["stage"] == "zero1"
+    assert first["seed"] == 3
+    assert {"python", "torch", "numpy", "manyhands", "platform"} <= set(first["versions"])
+    write_json(run.path / "manifest.json", {**first, "created_at": "2001-01-01T00:00:00+00:00"})
+    run.write_manifest({}, {"stage": "ddp"})
+    again = RunDirectory.open_existing(tmp_path).read_manifest()
+    assert again["created_at"].startswith("2001")
+    assert again["updated_at"] >= first["updated_at"]
+    assert again["strategy"] == {"stage": "ddp"}
+
+
+def test_a_recipe_is_described(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    recipe = Recipe(
+        model=make_model,
+        loss=lambda model, batch: batch,
+        optimizer=lambda params: torch.optim.SGD([p for _, p in params]),
+        data=list(range(10)),
+        batch=Batch(global_size=4, micro_size=2),
+        clip_norm=1.0,
+    )
+    run.write_recipe(recipe)
+    described = run.read_recipe()
+    assert described["batch"] == {"global_size": 4, "micro_size": 2, "virtual_workers": 2}
+    assert described["data"] == {"type": "builtins:list", "samples": 10}
+    assert ":make_model (" in described["model"]
+    assert __file__ in described["loss"]
+    assert described["clip_norm"] == 1.0
+    assert described["collate"] is None
+    run.write_recipe({"model": "package:GPT", "rate": math.inf})
+    assert run.read_recipe() == {"model": "package:GPT", "rate": "inf"}
+
+
+def test_metrics_come_back_as_they_were(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.read_metrics() == []
+    written = [step_metrics(0), step_metrics(1, math.inf), step_metrics(2, 0.1 + 0.2)]
+    for metrics in written:
+        run.append_metrics(metrics)
+    assert run.read_metrics() == written
+    run.append_metrics(step_metrics(3, math.nan))
+    assert math.isnan(run.read_metrics()[-1].loss)
+    for line in run.metrics.read_text().splitlines():
+        entry = json.loads(line, parse_constant=pytest.fail)  # no NaN or Infinity, which JSON doesn't have
+        assert set(entry) == {field.name for field in dataclasses.fields(StepMetrics)}
+
+
+@given(st.integers(0, 300), st.integers(0, 6))
+def test_resuming_drops_later_steps_and_a_torn_line(
+    tmp_path_factory: pytest.TempPathFactory, torn: int, n: int
+) -> None:
+    run = RunDirectory(tmp_path_factory.mktemp("run"))
+    for step in range(5):
+        run.append_metrics(step_metrics(step))
+    text = run.metrics.read_bytes()
+    run.metrics.write_bytes(text[: len(text) - torn])
+    whole = [step_metrics(step) for step in range(text[: len(text) - torn].count(b"\n"))]
+    assert run.read_metrics() == whole
+    run.truncate_metrics(n)
+    assert run.read_metrics() == whole[:n]
+    run.append_metrics(step_metrics(n))
+    assert run.read_metrics() == [*whole[:n], step_metrics(n)]
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.truncate_metrics(0)
+    run.append_metrics(step_metrics(0))
+    with run.metrics.open("a") as file:
+        file.write('{"step": 1}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
+        run.read_metrics()
+
+
+def test_a_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = started(tmp_path)
+    before = run.read_manifest()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        run.write_manifest({}, {})
+    monkeypatch.undo()
+    assert run.read_manifest() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_directories_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"not a run directory") as caught:
+        RunDirectory(tmp_path)
+    assert "thesis.tex" in str(caught.value)
+    assert "choose another run_dir" in str(caught.value)
+    with pytest.raises(ConfigError, match="not a run directory"):
+        RunDirectory(tmp_path / "thesis.tex")
+    with pytest.raises(ConfigError, match="can't be written"):
+        RunDirectory(tmp_path / "thesis.tex" / "run")
+    with pytest.raises(ConfigError, match="can't be written"):
+        RunDirectory("/proc/run")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").rename(tmp_path / "manifest.json")  # another program's
+    with pytest.raises(ConfigError, match="not a run directory"):
+        RunDirectory(tmp_path)
+
+
+def test_runs_are_taken_up_again_also_with_notes_in_them_and_unfinished_ones(tmp_path: Path) -> None:
+    started(tmp_path / "a")
+    (tmp_path / "a" / "notes.txt").touch()
+    RunDirectory(tmp_path / "a")
+    unfinished = RunDirectory(tmp_path / "b")
+    unfinished.append_metrics(step_metrics(0))
+    (tmp_path / "b" / ".manifest.json.77.tmp").touch()
+    RunDirectory(tmp_path / "b")
+
+
+def test_readers_are_told_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no run directory here"):
+        RunDirectory.open_existing(tmp_path / "absent")
+    started(tmp_path / "first")
+    started(tmp_path / "second").append_metrics(step_metrics(0))
+    with pytest.raises(ConfigError, match=r"the runs first, second"):
+        RunDirectory.open_existing(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"not a run directory"):
+        RunDirectory.open_existing(tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert len(RunDirectory.open_existing(tmp_path / "second").read_metrics()) == 1
+    (tmp_path / "first" / "recipe.json").write_text("{")
+    with pytest.raises(DataError, match=r"recipe\.json can't be read"):
+        RunDirectory.open_existing(tmp_path / "first").read_recipe()
