@@ -1,0 +1,298 @@
+"""Measure Manyhands and its peers side by side in one run; print one table, and which targets are met.
+
+    .venv-bench/bin/python benchmarks/run.py [--rounds 3] [--steps 8] [--only SETTING/KIND ...]
+
+Machines are noisy, and their speed drifts. So every contender runs once per round, A B C A B C, each time as whole new
+processes with one thread each; ratios are taken inside a round, and the median over the rounds is shown. Use a
+machine that does nothing else. A peer that isn't installed is skipped by name. All figures go to runs/bench/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "runs" / "bench"
+OURS = "manyhands-zero2"
+SECONDS_ALLOWED = 600
+ALL_PEERS = (
+    "ddp",
+    "ddp-bf16hook",
+    "zero-redundancy",
+    "fsdp2",
+    "deepspeed-1",
+    "deepspeed-2",
+    "deepspeed-3",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How many workers compute how much, in which precision, and who is measured at it."""
+
+    name: str
+    workers: int
+    batch: int
+    precision: str
+    kinds: tuple[str, ...]
+    length: int = 128
+
+    def __str__(self) -> str:
+        workers = f"{self.workers} workers" if self.workers > 1 else "1 worker alone"
+        return f"{self.name}: {workers}, {self.batch} x {self.length} tokens each, {self.precision}"
+
+
+SETTINGS = (
+    Setting(name="alone-bf16", workers=1, batch=4, precision="bf16", kinds=(OURS, "single", "single-bf16")),
+    Setting(name="2-bf16", workers=2, batch=4, precision="bf16", kinds=(OURS, *ALL_PEERS)),
+    Setting(name="alone-fp32", workers=1, batch=4, precision="fp32", kinds=(OURS, "single")),
+    Setting(
+        name="2-fp32",
+        workers=2,
+        batch=4,
+        precision="fp32",
+        kinds=(OURS, *(kind for kind in ALL_PEERS if kind != "ddp-bf16hook")),
+    ),
+    Setting(
+        name="4-bf16", workers=4, batch=1, precision="bf16", kinds=(OURS, "ddp", "fsdp2", "deepspeed-2", "deepspeed-3")
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A bound on the ratio of our figure in `setting` to `peer`'s; of step times, on the peer's to ours."""
+
+    what: str
+    setting: str
+    peer: tuple[str, str]  # its setting and kind
+    figure: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+TARGETS = (
+    Target(what="times as fast as DDP", setting="2-bf16", peer=("2-bf16", "ddp"), figure="step_ms", at_least=1.3),
+    Target(what="times as fast as FSDP2", setting="2-bf16", peer=("2-bf16", "fsdp2"), figure="step_ms", at_least=2.4),
+    Target(
+        what="times as fast as DeepSpeed ZeRO-2",
+        setting="2-bf16",
+        peer=("2-bf16", "deepspeed-2"),
+        figure="step_ms",
+        at_least=2.2,
+    ),
+    Target(
+        what="of one plain PyTorch process's tokens/s, per worker",
+        setting="2-bf16",
+        peer=("alone-bf16", "single"),
+        figure="tokens_per_second_per_worker",
+        at_least=0.93,
+    ),
+    Target(what="of DDP's memory", setting="2-bf16", peer=("2-bf16", "ddp"), figure="peak_pss_mib", at_most=0.65),
+    Target(
+        what="of DeepSpeed ZeRO-2's memory",
+        setting="2-bf16",
+        peer=("2-bf16", "deepspeed-2"),
+        figure="peak_pss_mib",
+        at_most=1.0,
+    ),
+    Target(what="times as fast as DDP", setting="2-fp32", peer=("2-fp32", "ddp"), figure="step_ms", at_least=1.08),
+    Target(what="times as fast as DDP", setting="4-bf16", peer=("4-bf16", "ddp"), figure="step_ms", at_least=1.8),
+)
+
+Record = dict[str, Any]
+Results = dict[tuple[str, str], list[Record]]  # (setting, kind): one record a round, {"error": ...} if it failed
+
+
+def command_of(setting: Setting, kind: str, steps: int) -> list[str]:
+    """A whole launch: torch's own launcher, one process per worker."""
+    ours = kind.startswith("manyhands-")
+    script = ["ours.py", "--stage", kind.removeprefix("manyhands-")] if ours else ["peers.py", kind]
+    shape = {"--precision": setting.precision, "--batch": setting.batch, "--length": setting.length, "--steps": steps}
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.workers)),
+        *(str(HERE / script[0]), *script[1:]),
+        *(str(word) for option in shape.items() for word in option),
+    ]
+
+
+def measure(setting: Setting, kind: str, steps: int) -> Record:
+    """Run one contender once; its JSON line, or {"error": why}."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    # DeepSpeed compiles a part of itself at its first use, with the ninja that stands beside this Python.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    process = subprocess.Popen(
+        command_of(setting, kind, steps),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that a contender that hangs can be ended with all its workers
+    )
+    try:
+        out, err = process.communicate(timeout=SECONDS_ALLOWED)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return {"error": f"took longer than {SECONDS_ALLOWED} seconds"}
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)  # torch's launcher ends its workers
+        raise
+    lines = [line for line in out.splitlines() if line.startswith('{"kind"')]
+    if process.returncode or not lines:
+        return {"error": err[-2000:] or f"exit status {process.returncode}, and no result"}
+    return json.loads(lines[-1])
+
+
+def wanted(patterns: list[str]) -> list[tuple[Setting, str]]:
+    """The contenders of one round, in order: those that `--only` names, or all that are installed."""
+    pairs = [(setting, kind) for setting in SETTINGS for kind in setting.kinds]
+    if patterns:
+        pairs = [
+            (setting, kind)
+            for setting, kind in pairs
+            if any(fnmatch.fnmatch(f"{setting.name}/{kind}", pattern) for pattern in patterns)
+        ]
+    if not importlib.util.find_spec("deepspeed"):
+        pairs = [(setting, kind) for setting, kind in pairs if not kind.startswith("deepspeed")]
+    return pairs
+
+
+def median(results: Results, key: tuple[str, str], figure: str) -> float | None:
+    values = [record[figure] for record in results.get(key, []) if figure in record]
+    return statistics.median(values) if values else None
+
+
+def ratio(results: Results, above: tuple[str, str], below: tuple[str, str], figure: str) -> float | None:
+    """The median over the rounds of `above`'s figure divided by `below`'s in the same round."""
+    rounds = zip(results.get(above, []), results.get(below, []), strict=False)
+    values = [one[figure] / other[figure] for one, other in rounds if figure in one and figure in other]
+    return statistics.median(values) if values else None
+
+
+def table_of(results: Results) -> Table:
+    table = Table(title="One training step of a GPT of 69.4 M parameters (ratios: to Manyhands in the same setting)")
+    for heading in ("", "step ms", "ratio", "tokens/s per worker", "peak PSS MiB per worker", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    for setting in SETTINGS:
+        rows = [kind for kind in setting.kinds if (setting.name, kind) in results]
+        if not rows:
+            continue
+        table.add_section()
+        table.add_row(f"[bold]{setting}")
+        for kind in rows:
+            key, ours = (setting.name, kind), (setting.name, OURS)
+            step = median(results, key, "step_ms")
+            if step is None:
+                table.add_row(f"  {kind}", "failed")
+                continue
+            table.add_row(
+                f"  {kind}",
+                f"{step:,.0f}",
+                shown(ratio(results, key, ours, "step_ms")),
+                f"{median(results, key, 'tokens_per_second_per_worker'):,.0f}",
+                f"{median(results, key, 'peak_pss_mib'):,.0f}",
+                shown(ratio(results, key, ours, "peak_pss_mib")),
+            )
+    return table
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def judged(results: Results) -> list[Record]:
+    """Each target with what was measured: met, missed or not measured."""
+    verdicts = []
+    for target in TARGETS:
+        ours = (target.setting, OURS)
+        above, below = (target.peer, ours) if target.figure == "step_ms" else (ours, target.peer)
+        value = ratio(results, above, below, target.figure)
+        bound = f"at least {target.at_least}" if target.at_least is not None else f"at most {target.at_most}"
+        if value is None:
+            verdict = "not measured"
+        elif target.at_least is not None:
+            verdict = "met" if value >= target.at_least else "missed"
+        else:
+            verdict = "met" if value <= (target.at_most or 0.0) else "missed"
+        verdicts.append(
+            {"setting": target.setting, "what": target.what, "target": bound, "measured": value, "verdict": verdict}
+        )
+    return verdicts
+
+
+def machine() -> Record:
+    """Where the figures come from."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
+    installed = {}
+    for name in ("torch", "deepspeed"):
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **installed,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="steps measured in each run")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SETTING/KIND", help='such as "2-bf16/*" "*/ddp"')
+    options = parser.parse_args()
+    console = Console(width=max(120, Console().width))
+    pairs, where = wanted(options.only), machine()
+    if not pairs:
+        names = ", ".join(f"{setting.name}/{kind}" for setting in SETTINGS for kind in setting.kinds)
+        raise SystemExit(f"--only {' '.join(options.only)} names no contender that is installed; there are: {names}")
+    console.print(f"{where['processor']}, {where['cores']} cores, torch {where['torch']}", highlight=False)
+    if "deepspeed" not in where:
+        console.print("skipped: deepspeed-1, deepspeed-2, deepspeed-3 (not installed: pip install '.[bench]')")
+    if where["load_before"] > 0.5:
+        console.print(f"[yellow]This machine is busy (load {where['load_before']:.1f}): don't trust these figures.")
+    results: Results = {}
+    for number in range(options.rounds):
+        for setting, kind in pairs:
+            record = measure(setting, kind, options.steps)
+            results.setdefault((setting.name, kind), []).append(record)
+            outcome = f"{record['step_ms']:,.0f} ms" if "step_ms" in record else f"failed\n{record['error']}"
+            label = f"round {number + 1} of {options.rounds}  {setting.name}/{kind}"
+            console.print(f"{label}: {outcome}", highlight=False, markup=False)
+    console.print(table_of(results))
+    verdicts = judged(results)
+    for verdict in verdicts:
+        colour = {"met": "green", "missed": "red"}.get(verdict["verdict"], "dim")
+        figure = f"{verdict['setting']}: {shown(verdict['measured'])} {verdict['what']} (target: {verdict['target']})"
+        console.print(f"[{colour}]{verdict['verdict']:>12}[/]  {figure}", highlight=False)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / time.strftime("%Y%m%d-%H%M%S.json")
+    runs = [{"setting": setting, "kind": kind, "rounds": records} for (setting, kind), records in results.items()]
+    path.write_text(json.dumps({"machine": where, "runs": runs, "targets": verdicts}, indent=1) + "\n")
+    console.print(f"all figures: {path}")
+
+
+if __name__ == "__main__":
+    main()
