@@ -1,1 +1,82 @@
-"""Manyhands: one PyTorch model, many workers, the same bits."""
+"""Manyhands: one PyTorch model, many workers, the same bits.
+
+Names are looked up when they are first used, so that importing the package costs nothing and starts nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from manyhands.config import Batch, Recipe, Strategy
+    from manyhands.engine.metrics import StepMetrics
+    from manyhands.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        Interrupted,
+        InvariantError,
+        ManyhandsError,
+        NumericsError,
+        WorkerError,
+    )
+    from manyhands.launching.function import launch
+    from manyhands.numerics.digest import digest_of_tensors
+    from manyhands.report.summary import Summary
+    from manyhands.training.engine import Engine
+    from manyhands.training.loop import train
+    from manyhands.training.recipe_file import load_recipe
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Batch": "config",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Engine": "training.engine",
+    "Interrupted": "errors",
+    "InvariantError": "errors",
+    "ManyhandsError": "errors",
+    "NumericsError": "errors",
+    "Recipe": "config",
+    "StepMetrics": "engine.metrics",
+    "Strategy": "config",
+    "Summary": "report.summary",
+    "WorkerError": "errors",
+    "digest_of_tensors": "numerics.digest",
+    "launch": "launching.function",
+    "load_recipe": "training.recipe_file",
+    "train": "training.loop",
+}
+
+__all__ = [
+    "Batch",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Engine",
+    "Interrupted",
+    "InvariantError",
+    "ManyhandsError",
+    "NumericsError",
+    "Recipe",
+    "StepMetrics",
+    "Strategy",
+    "Summary",
+    "WorkerError",
+    "digest_of_tensors",
+    "launch",
+    "load_recipe",
+    "train",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'manyhands' has no attribute {name!r}")
+    # A sub-package may have the name of what it holds (manyhands.training): what was asked for takes its place.
+    value = getattr(importlib.import_module(f"manyhands.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value

@@ -7,7 +7,7 @@ when one fails. Three things of it are replaced, each through an interface that 
   that the system picks and that is never given back before it is used;
 - the signal handlers (`Stop`): torch's raise from wherever the parent happens to be, also between two starts of
   workers, which are then lost; ours note the signal, and the launcher's next look at the workers acts on it;
-- the log folders (`_Logs`): plain files, written by the workers themselves (see launch/child.py).
+- the log folders (`_Logs`): plain files, written by the workers themselves (see launching/child.py).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from manyhands.errors import ConfigError
 __all__ = ["record_failure", "run_workers"]
 
 _BACKEND = "manyhands-local"
-_CHILD = Path(__file__).resolve().parents[1] / "launch" / "child.py"
-_PLAN_FILE = "plan.json"  # as in launch/child.py, which runs without this package
+_CHILD = Path(__file__).resolve().parents[1] / "launching" / "child.py"
+_PLAN_FILE = "plan.json"  # as in launching/child.py, which runs without this package
 _LOG_TAIL_LINES = 20
 _TALKERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torchelastic-events-null")
 

@@ -84,7 +84,7 @@ class Stop:
 def _started(folder: Path) -> list[int]:
     """The pids of the workers that have begun; each leads a session (and so a process group) of that number.
 
-    The files' names are made by launch/child.py.
+    The files' names are made by launching/child.py.
     """
     return [int(path.name.rpartition("-")[2]) for path in folder.glob("started-*")]
 

@@ -62,6 +62,7 @@ class StepEngine:
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
         self._clock = PhaseClock(group.recorder)
         self.step_index = 0
+        self.last_hashes: np.ndarray | None = None  # type: ignore[type-arg]
         self.stop_wanted = False  # set by whoever hears a signal; all workers learn it at the next step
         self._failed: BaseException | None = None
 
@@ -212,17 +213,41 @@ class StepEngine:
         return norm
 
     def digest(self) -> str:
-        """SHA-256 over the hashes of the master weights' blocks. Collective."""
-        return digest_of(self.digest_names, self.block_hashes().numpy())
-
-    def block_hashes(self) -> Tensor:
-        """The hash of each block of the master weights, [num_blocks] int64, by number. Collective."""
-        return self.updater.hashes(f"step {self.step_index}")
+        """SHA-256 over the hashes of the master weights' blocks; `last_hashes` keeps these, [num_blocks] int64.
+        Collective."""
+        self.last_hashes = self.updater.hashes(f"step {self.step_index}").numpy()
+        return digest_of(self.digest_names, self.last_hashes)
 
     @property
     def digest_names(self) -> list[tuple[str, int]]:
         """(name, numel) of the parameters that the digest covers, in order."""
         return slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
+
+    def full_params(self) -> dict[str, Tensor]:
+        """Every trainable parameter's master weights, whole, fp32 on CPU, under its name. Collective."""
+        full = {}
+        for unit in self.units:
+            mine = torch.zeros(unit.layout.shard_numel)
+            start = unit.shard.start - unit.held.start
+            mine[: unit.shard.numel] = unit.master[start : start + unit.shard.numel]
+            whole = torch.cat(self.group.gather(mine, f"step {self.step_index} / {unit.name} / full"))
+            for slot in unit.layout.slots:
+                full[slot.name] = whole[slot.range.start : slot.range.end].view(self._params[slot.name].shape).clone()
+        return full
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The model's state_dict with the master weights, fp32 on CPU; frozen parameters and buffers as they are.
+        Collective; every worker gets it whole."""
+        full = self.full_params()
+        names = {id(param): name for name, param in self._params.items()}
+        state = self.model.state_dict(keep_vars=True)  # tied parameters under all of their names
+        return {
+            key: full[names[id(value)]] if id(value) in names else value.detach().cpu().clone() for key, value in state.items()
+        }
+
+    def facts(self) -> dict[str, str]:
+        """What a checkpoint must have in common with this engine: names and sizes, and how a batch is cut."""
+        return _recipe_facts(self.recipe) | {f"parameter {name}": str(numel) for name, numel in self.digest_names}
 
     def close(self) -> None:
         """Leave the group. Collective, unless a worker failed."""

@@ -67,9 +67,14 @@ class Updater:
         return Run(unit, within, tuple(slices), tuple(grads), self._optimizer.runs(slices))
 
     @property
-    def slices(self) -> Iterator[Slice]:
-        """All slices whose master weights and optimizer state this worker holds."""
-        return (piece for runs in self._runs.values() for run in runs for piece in run.slices)
+    def slices(self) -> Iterator[tuple[Slice, Range]]:
+        """All slices whose master weights and optimizer state this worker holds, and the elements of each (counted in
+        the slice) that lie in its shard: all of them, unless every worker holds everything."""
+        for runs in self._runs.values():
+            for run in runs:
+                for piece, whole in zip(run.slices, run.unit.layout.pieces(run.range), strict=True):
+                    owned = whole.in_unit.overlap(run.unit.shard)
+                    yield piece, Range(owned.start - whole.in_unit.start, owned.end - whole.in_unit.start)
 
     def update(self, reducer: Reducer, weight: float, clip_norm: float | None, unused: set[str], tag: str) -> float:
         """Update this worker's weights and publish them; the gradient's norm before clipping. Collective.
@@ -133,6 +138,18 @@ class Updater:
         for piece, grad in zip(run.slices, run.grads, strict=True):
             piece.master.grad = None if piece.name in unused else grad
         self._optimizer.step(run.groups)
+        self._write(run)
+
+    def refresh_params(self) -> None:
+        """Make the parameters what the master weights are (after loading them). Collective."""
+        for runs in self._runs.values():
+            for run in runs:
+                self._write(run)
+        for unit in self._units:
+            if self._publishes:
+                self._group.publish(unit.params, f"start / {unit.name} / param")()
+
+    def _write(self, run: Run) -> None:
         unit = run.unit
         writes = run.range.overlap(unit.shard) if self._group.shares_memory else run.range
         if writes.numel and not is_view_of(unit.master, unit.params):

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from manyhands.config import Recipe, Strategy
 from manyhands.errors import ConfigError, ManyhandsError
-from manyhands.train.recipe_schema import Document, RecipeSchema, Target, hint_nearest, raise_all, read_document
-from manyhands.train.toml_text import to_toml
+from manyhands.training.recipe_schema import Document, RecipeSchema, Target, hint_nearest, raise_all, read_document
+from manyhands.training.toml_text import to_toml
 
 if TYPE_CHECKING:
     from torch import nn

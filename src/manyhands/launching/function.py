@@ -20,7 +20,7 @@ _PATH_FILE, _CALL_FILE = "path.json", "call.pkl"
 # The worker finds modules where its parent did, this package included: so nothing is imported before the path is set.
 _BOOT = (
     f"import json, sys; sys.path[:] = json.load(open(sys.argv[1] + '/{_PATH_FILE}'));"
-    "from manyhands.launch.function import answer_call; answer_call(sys.argv[1])"
+    "from manyhands.launching.function import answer_call; answer_call(sys.argv[1])"
 )
 
 

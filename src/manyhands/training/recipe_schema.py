@@ -18,7 +18,7 @@ from pydantic_core.core_schema import ValidationInfo
 
 from manyhands.config import Batch, Recipe, Strategy, nearest
 from manyhands.errors import ConfigError
-from manyhands.train.toml_text import Key, apply_override, dotted, line_numbers
+from manyhands.training.toml_text import Key, apply_override, dotted, line_numbers
 
 Arguments = dict[str, JsonValue]
 

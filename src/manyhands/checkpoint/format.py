@@ -1,0 +1,84 @@
+"""One logical format, whoever saved it and whoever loads it.
+
+    checkpoints/step-00000100/
+        manifest.json           step, facts of the recipe, numerics identity, scalars, and which file holds which range
+        worker-0.safetensors    named pieces: "<kind>|<parameter>|<first element>", 1-D, e.g. "exp_avg|blocks.0.up.weight|0"
+
+Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer". A folder appears under its name
+only when it is whole: all files are written and synced in `.step-00000100.partial`, which is then renamed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from manyhands.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class PieceRecord(BaseModel):
+    """Elements [start, start + numel) of a tensor, under `key` in `file`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    key: str
+    kind: str
+    name: str
+    start: int
+    numel: int
+    dtype: str
+    shape: list[int] | None = None  # of a buffer
+    crc32: int
+
+
+class Manifest(BaseModel):
+    """What a checkpoint is. `scalars`: by parameter, the optimizer's numbers; `schedule`: the LR scheduler's state."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int
+    step: int
+    workers: int
+    stage: str
+    facts: dict[str, str]
+    identity: dict[str, str]
+    digest: str
+    hyperparameters: list[dict[str, Any]]
+    schedule: dict[str, Any] | None
+    scalars: dict[str, dict[str, float | int | bool]]
+    pieces: list[PieceRecord]
+
+
+def folder_name(step: int) -> str:
+    """The folder of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the whole checkpoints below `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted(found)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises CheckpointError."""
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError("not a checkpoint: its manifest can't be read", where=str(path), got=error) from error
+    except ValueError as error:
+        raise CheckpointError("the checkpoint's manifest is broken", where=str(path), got=error) from error
+    if manifest.format != FORMAT:
+        raise CheckpointError("the checkpoint has another format", where=str(path), expected=FORMAT, got=manifest.format)
+    return manifest

@@ -1,0 +1,112 @@
+"""The engine that users hold: steps, their data, and the state on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from manyhands.checkpoint.format import Manifest
+from manyhands.checkpoint.load import load_checkpoint
+from manyhands.checkpoint.save import save_checkpoint
+from manyhands.comm.connect import connect
+from manyhands.comm.group import Group
+from manyhands.config import Recipe, Strategy
+from manyhands.data.loader import LoadedBatch, MicroBatchLoader
+from manyhands.engine.engine import StepEngine
+from manyhands.engine.metrics import StepMetrics
+from manyhands.errors import InvariantError
+
+
+class StepBatch(NamedTuple):
+    """One step's data on this worker: its micro-batches, read when the step wants them."""
+
+    step: int
+    stream: Iterator[LoadedBatch]
+
+
+class Engine(StepEngine):
+    """Trains a recipe's model, one step at a time, together with the other workers of this program's launcher.
+
+        engine = Engine(recipe, Strategy(stage="zero2"))
+        for batch in engine.batches(steps=100):
+            metrics = engine.step(batch)
+        engine.close()
+
+    Making one, `step`, `save`, `load`, `digest`, `full_state_dict` and `close` are collective. A group is given only to
+    run workers as threads (tests); otherwise it comes from the launcher's environment.
+    Raises ConfigError, DataError.
+    """
+
+    def __init__(self, recipe: Recipe, strategy: Strategy | None = None, group: Group | None = None) -> None:
+        strategy = strategy or Strategy()
+        self._loader: MicroBatchLoader | None = None
+        own = group or connect(strategy.group, device=recipe.device, stall_seconds=strategy.stall_seconds)
+        try:
+            self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
+            super().__init__(recipe, strategy, own)
+        except BaseException as error:
+            own.fail(error)
+            raise
+
+    def batches(self, steps: int | None = None) -> Iterator[StepBatch]:
+        """The data of the steps from here on: until `steps` have been made altogether, or forever."""
+        stream: Iterator[LoadedBatch] | None = None
+        expected = -1
+        while steps is None or self.step_index < steps:
+            if stream is None or self.step_index != expected:  # a checkpoint was loaded meanwhile
+                stream = self._stream(self.step_index, steps)
+            expected = self.step_index + 1
+            yield StepBatch(self.step_index, stream)
+
+    def _stream(self, first: int, steps: int | None) -> Iterator[LoadedBatch]:
+        if self._loader is None:
+            raise InvariantError("the engine was closed")
+        numbers = count(first) if steps is None else range(first, steps)
+        return self._loader.stream((step, micro_batch) for step in numbers for micro_batch in self.my_micro_batches)
+
+    def step(self, batch: StepBatch, *, digest: bool = False) -> StepMetrics:
+        """Make the next step. Collective. See `run_step` for what is raised."""
+
+        def load(micro_batch: int) -> Any:
+            loaded = next(batch.stream)
+            if (loaded.step, loaded.micro_batch) != (self.step_index, micro_batch):
+                raise InvariantError(
+                    "the engine was given another step's batch",
+                    expected=f"step {self.step_index}, micro-batch {micro_batch}",
+                    got=f"step {loaded.step}, micro-batch {loaded.micro_batch}",
+                    hint="give each batch of batches() to step() once, in order",
+                )
+            return loaded.batch
+
+        return self.run_step(load, digest=digest)
+
+    def save(self, folder: str | Path, *, keep: int | None = None) -> Path:
+        """Write a checkpoint below `folder` and return its path; `keep`: how many to leave there. Collective.
+
+        Raises CheckpointError.
+        """
+        return save_checkpoint(self, Path(folder), keep=keep)
+
+    def load(self, checkpoint: str | Path, *, accept_new_numerics: bool = False) -> Manifest:
+        """Go on from a checkpoint, whatever number of workers and stage it was saved with. Collective.
+
+        Raises CheckpointError, NumericsError.
+        """
+        return load_checkpoint(self, Path(checkpoint), accept_new_numerics=accept_new_numerics)
+
+    def close(self) -> None:
+        """Leave the group and end loader processes. Collective, unless a worker failed."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+        super().close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.group.fail(error)
+        self.close()

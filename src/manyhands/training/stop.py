@@ -1,0 +1,32 @@
+"""Being asked to stop: the first Ctrl-C (or SIGTERM) is noted and ends the run after the step at hand; a second ends it now."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class StopSignals:
+    """While active (a context manager, in the main thread): `wanted` tells whether someone asked to stop."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # Only Ctrl-C may be impatience; service managers repeat SIGTERM as a matter of course.
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted = True
