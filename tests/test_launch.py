@@ -20,7 +20,7 @@ import pytest
 from manyhands.comm.failure import Failure, WorkerEnd, explain
 from manyhands.comm.launcher import run_workers
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.launch.function import launch
+from manyhands.launching.function import launch
 
 PRELUDE = """
 import json, os, signal, sys, time

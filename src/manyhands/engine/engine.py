@@ -16,6 +16,7 @@ from manyhands.engine.buffers import Buffers
 from manyhands.engine.clock import PhaseClock
 from manyhands.engine.control import Control, agree, gather_control
 from manyhands.engine.hooks import on_gradients
+from manyhands.engine.memory import give_back_memory
 from manyhands.engine.metrics import StepMetrics
 from manyhands.engine.reducer import Reducer
 from manyhands.engine.storage import agree_on_model, build_model, lay_out
@@ -51,6 +52,7 @@ class StepEngine:
             recipe.optimizer, optimizer_params, declared_elementwise=recipe.elementwise_optimizer
         )
         storage = lay_out(self.model, recipe, group, stage, strategy.units)
+        give_back_memory()
         self.layout, self.units = storage.layout, storage.units
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.group import Group
+from manyhands.engine.memory import give_back_memory
 from manyhands.engine.reducer import Reducer
 from manyhands.engine.sums import RUN
 from manyhands.engine.unit import Unit
@@ -51,6 +52,7 @@ class Updater:
         self._grad = torch.zeros(RUN, device=group.device)
         self._runs = {unit.name: [self._run(unit, run) for run in runs_of(unit.held)] for unit in units}
         self._numbers = [torch.tensor(layout.block_numbers(rank), dtype=torch.int64) for rank in range(group.size)]
+        self._settled = False
         self._full: dict[str, Tensor] = {}  # the step's gradient in fp32, where a second pass needs it
         self._norms: dict[str, Tensor] = {
             unit.name: torch.zeros(unit.shard.numel // BLOCK, device=group.device) for unit in units
@@ -103,7 +105,16 @@ class Updater:
         for wait in waits:
             if wait is not None:
                 wait()
+        if not self._settled:
+            self.settle()
         return norm
+
+    def settle(self) -> None:
+        """The optimizer has made its state (or it was loaded): put it in order."""
+        for runs in self._runs.values():
+            self._optimizer.settle([piece for run in runs for piece in run.slices])
+        give_back_memory()
+        self._settled = True
 
     @property
     def _publishes(self) -> bool:

@@ -1,0 +1,155 @@
+"""The command line: what a person types, checked before anything is started."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, NoReturn, Optional
+
+import typer
+
+from manyhands import __version__
+from manyhands.config import GROUPS, STAGES
+from manyhands.errors import ConfigError, Interrupted, ManyhandsError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Train one PyTorch model with any number of workers: the same recipe gives the same bits.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+INTERRUPTED = 130
+FAILED = 1
+WRONG = 2
+
+
+def main() -> None:
+    """Run the command line; what went wrong is told on stderr, without a traceback unless it's a bug."""
+    try:
+        app()
+    except Interrupted as error:
+        _leave(str(error), INTERRUPTED)
+    except ConfigError as error:
+        _leave(str(error), WRONG)
+    except ManyhandsError as error:
+        _leave(str(error), FAILED)
+
+
+def _leave(text: str, code: int) -> NoReturn:
+    sys.stderr.write(f"{text}\n")
+    sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"manyhands {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe: a TOML file.", show_default=False)],
+    workers: Annotated[Optional[int], typer.Option("--workers", "-n", min=1, help="Worker processes on this machine. [default: CPUs / threads per worker]", show_default=False)] = None,
+    stage: Annotated[Optional[str], typer.Option(help=f"Who holds what: {', '.join(STAGES)}.", show_default=False)] = None,
+    group: Annotated[Optional[str], typer.Option(help=f"How bytes travel: {', '.join(GROUPS)}.", show_default=False)] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Train until this many steps are made. [default: the recipe's]", show_default=False)] = None,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe: `--set optimizer.arguments.lr=1e-3`. Repeat as needed.", show_default=False)] = None,
+    run_dir: Annotated[Optional[Path], typer.Option(help="Where figures and checkpoints go; the directory of an earlier run is gone on with. [default: runs/NAME-TIME]", show_default=False)] = None,
+    checkpoint_every: Annotated[Optional[int], typer.Option(min=1, help="Steps between checkpoints. [default: only at the end, and when stopped]", show_default=False)] = None,
+    digest_every: Annotated[int, typer.Option(min=1, help="Steps between digests of the weights.")] = 10,
+    accept_new_numerics: Annotated[bool, typer.Option("--accept-new-numerics", help="Go on with a run that was begun under other numerics (another torch, CPU kind, thread count).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False,
+) -> None:
+    """Train a recipe. The same recipe gives the same bits with any number of workers and any stage.
+
+    Ctrl-C stops after the step at hand, with a checkpoint; the same command with the same `--run-dir` goes on.
+    """
+    from manyhands.training.recipe_file import check_recipe
+
+    overrides = list(set_ or [])
+    overrides += [f"strategy.{key}={value}" for key, value in (("stage", stage), ("group", group)) if value is not None]
+    checked = check_recipe(recipe, overrides)
+    if workers is None:
+        workers = default_workers(checked.threads_per_worker, checked.batch.build().micro_batches)
+    if steps is None and checked.steps is None:
+        raise ConfigError("nobody says how many steps to train", where=str(recipe), hint="use --steps N, or steps = N in the recipe")
+    directory = run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    from manyhands.report.run_directory import RunDirectory
+
+    RunDirectory(directory)  # a wrong place is refused before workers start
+    request = {
+        "recipe": str(recipe),
+        "overrides": overrides,
+        "steps": steps or checked.steps,
+        "run_dir": str(directory),
+        "checkpoint_every": checkpoint_every,
+        "digest_every": digest_every,
+        "accept_new_numerics": accept_new_numerics,
+        "json": as_json,
+    }
+    _run_workers([sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)], workers, directory / "logs")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="Your script; what follows it are its arguments.", show_default=False)],
+    workers: Annotated[Optional[int], typer.Option("--workers", "-n", min=1, help="Worker processes on this machine. [default: CPUs]", show_default=False)] = None,
+) -> None:
+    """Run your own script in N workers, as `torchrun` would, but quietly and with errors that name the culprit.
+
+    Inside, `manyhands.train` or `manyhands.Engine` finds the other workers.
+    """
+    if not script.is_file():
+        raise ConfigError("there is no such script", where=str(script.absolute()))
+    _run_workers([sys.executable, str(script), *context.args], workers or default_workers(1, None), None)
+
+
+@app.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    other: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Say that two runs are equal, or name the first step, parameter and block at which they differ.
+
+    Exit code 0: equal; 1: different.
+    """
+    from dataclasses import asdict
+
+    from manyhands.report.compare import compare_runs, explain
+
+    comparison = compare_runs(run, other)
+    typer.echo(json.dumps(asdict(comparison)) if as_json else explain(comparison, str(run), str(other)))
+    if not comparison.equal:
+        raise typer.Exit(1)
+
+
+def default_workers(threads_per_worker: int, micro_batches: int | None) -> int:
+    """As many workers as the CPUs that this process may use allow, but no more than there are micro-batches."""
+    import os
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, cpus // threads_per_worker)
+    return workers if micro_batches is None else min(workers, micro_batches)
+
+
+def _run_workers(command: list[str], workers: int, log_dir: Path | None) -> None:
+    from manyhands.comm.launcher import run_workers
+
+    run_workers(command, workers=workers, log_dir=log_dir)
+
+
+if __name__ == "__main__":
+    main()

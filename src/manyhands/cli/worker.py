@@ -1,0 +1,64 @@
+"""One worker of `manyhands train`: started by the launcher, told by one JSON argument what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from manyhands.comm.failure import record_failure
+from manyhands.errors import Interrupted
+from manyhands.training.stop import StopSignals
+
+
+def main() -> int:
+    """The exit code. Errors are left for the parent, which shows the one that matters."""
+    request = json.loads(sys.argv[1])
+    with StopSignals() as stop:  # before torch is imported: a Ctrl-C meanwhile is only noted
+        try:
+            _train(request, stop)
+        except Interrupted as error:
+            if int(os.environ["RANK"]) == 0:
+                sys.stderr.write(f"{error}\n")
+            return 130
+        except KeyboardInterrupt:
+            return 130
+        except BaseException as error:  # whatever it is, the parent must hear of it
+            record_failure(error)
+            sys.stderr.write(f"{type(error).__name__}: {error}\n" if _has_log() else "")
+            return 1
+    return 0
+
+
+def _has_log() -> bool:
+    return int(os.environ["RANK"]) != 0  # worker 0 writes to the terminal, where the parent will show the error
+
+
+def _train(request: dict[str, object], stop: StopSignals) -> None:
+    from rich.console import Console
+
+    from manyhands.report.summary import render, to_json
+    from manyhands.training.loop import train
+    from manyhands.training.recipe_file import load_recipe
+
+    loaded = load_recipe(str(request["recipe"]), request["overrides"])  # type: ignore[arg-type]
+    summary = train(
+        loaded.recipe,
+        steps=request["steps"],  # type: ignore[arg-type]
+        strategy=loaded.strategy,
+        run_dir=str(request["run_dir"]),
+        checkpoint_every=request["checkpoint_every"],  # type: ignore[arg-type]
+        digest_every=request["digest_every"],  # type: ignore[arg-type]
+        accept_new_numerics=bool(request["accept_new_numerics"]),
+        recipe_as_used=loaded.settings,
+        stop=stop,
+    )
+    if int(os.environ["RANK"]) == 0:
+        console = Console(stderr=bool(request["json"]), highlight=False)
+        console.print(render(summary))
+        if request["json"]:
+            sys.stdout.write(json.dumps(to_json(summary)) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
