@@ -33,7 +33,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _choice(field: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(
-            f"{field} is not known", expected=f"one of {', '.join(known)}", got=repr(value), hint=nearest(str(value), known)
+            f"{field} is not known",
+            expected=f"one of {', '.join(known)}",
+            got=repr(value),
+            hint=nearest(str(value), known),
         )
 
 
@@ -67,7 +70,7 @@ class Batch:
                 "batch.global_size can't be cut into micro-batches of batch.micro_size samples",
                 expected=f"a multiple of {self.micro_size}",
                 got=self.global_size,
-                hint=f"use global_size = {lower or self.micro_size} or {lower + self.micro_size}, or another micro_size",
+                hint=f"use global_size = {lower or self.micro_size} or {lower + self.micro_size}, or change micro_size",
             )
         if self.virtual_workers == 0:
             object.__setattr__(self, "virtual_workers", self.micro_batches)
@@ -129,12 +132,16 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in ("model", "loss", "optimizer"):
             if not callable(getattr(self, field)):
-                raise ConfigError(f"recipe.{field} can't be called", expected="a function", got=repr(getattr(self, field)))
+                raise ConfigError(
+                    f"recipe.{field} can't be called", expected="a function", got=repr(getattr(self, field))
+                )
         if not isinstance(self.batch, Batch):
             raise ConfigError("recipe.batch is of another type", expected="manyhands.Batch(...)", got=repr(self.batch))
         if not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__"):
             raise ConfigError(
-                "recipe.data is not a map-style dataset", expected="an object with __len__ and __getitem__", got=type(self.data).__name__
+                "recipe.data is not a map-style dataset",
+                expected="an object with __len__ and __getitem__",
+                got=type(self.data).__name__,
             )
         _choice("recipe.precision", self.precision, PRECISIONS)
         _choice("recipe.device", self.device, DEVICES)

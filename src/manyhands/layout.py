@@ -8,7 +8,7 @@ Every parameter starts at a block, so a block belongs to one parameter and has o
     3 workers             [  worker 0: 2  ][  worker 1: 2  ][ worker 2: 2, only padding  ]
 
 A shard is a run of whole blocks, as long for every worker (the last ones may hold nothing but padding). So an
-elementwise kernel sees the same vector lanes, and a block-wise reduction the same blocks, whatever the number of workers.
+elementwise kernel sees the same vector lanes, and a block-wise reduction the same blocks, with any number of workers.
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ class Layout:
         for before, after in pairwise(slots):
             if before.first_block + before.num_blocks != after.first_block:
                 raise InvariantError(
-                    "blocks are not numbered without gaps", where=f"{before.name} -> {after.name}", got=after.first_block
+                    "blocks are not numbered without gaps",
+                    where=f"{before.name} -> {after.name}",
+                    got=after.first_block,
                 )
         for unit in self.units:
             for one, other in pairwise(unit.slots):

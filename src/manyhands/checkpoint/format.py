@@ -2,7 +2,7 @@
 
     checkpoints/step-00000100/
         manifest.json           step, facts of the recipe, numerics identity, scalars, and which file holds which range
-        worker-0.safetensors    named pieces: "<kind>|<parameter>|<first element>", 1-D, e.g. "exp_avg|blocks.0.up.weight|0"
+        worker-0.safetensors    1-D pieces named "<kind>|<parameter>|<first element>": "exp_avg|head.weight|0"
 
 Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer". A folder appears under its name
 only when it is whole: all files are written and synced in `.step-00000100.partial`, which is then renamed.
@@ -66,7 +66,9 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the whole checkpoints below `root`, oldest first."""
     if not root.is_dir():
         return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    found = [
+        (int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
     return sorted(found)
 
 
@@ -80,5 +82,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise CheckpointError("the checkpoint's manifest is broken", where=str(path), got=error) from error
     if manifest.format != FORMAT:
-        raise CheckpointError("the checkpoint has another format", where=str(path), expected=FORMAT, got=manifest.format)
+        raise CheckpointError(
+            "the checkpoint has another format", where=str(path), expected=FORMAT, got=manifest.format
+        )
     return manifest

@@ -56,7 +56,10 @@ class CheckpointReader:
                 tensor: Tensor = file.get_tensor(piece.key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                "a file of the checkpoint is missing or broken", where=str(path), got=error, hint="go back to an earlier checkpoint"
+                "a file of the checkpoint is missing or broken",
+                where=str(path),
+                got=error,
+                hint="go back to an earlier checkpoint",
             ) from error
         if (piece.file, piece.key) not in self._checked:
             self._checked.add((piece.file, piece.key))
@@ -90,7 +93,9 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
     manifest = reader.manifest
     _check_facts(manifest, engine, folder)
     if not accept_new_numerics:
-        check_identity(manifest.identity, numerics_identity(engine.group.device, engine.recipe.threads_per_worker), str(folder))
+        check_identity(
+            manifest.identity, numerics_identity(engine.group.device, engine.recipe.threads_per_worker), str(folder)
+        )
     for piece, _ in engine.updater.slices:
         numel = piece.master.numel()
         piece.master.copy_(reader.read("master", piece.name, piece.start, numel))
@@ -146,5 +151,5 @@ def check_identity(saved: dict[str, str], now: dict[str, str], where: str) -> No
                 where=where,
                 expected=f"{saved.get(name)} (saved)",
                 got=f"{now.get(name)} (here)",
-                hint="go on elsewhere, or say --accept-new-numerics (accept_new_numerics=True) and get other bits from here on",
+                hint="go on elsewhere, or say --accept-new-numerics (accept_new_numerics=True)",
             )

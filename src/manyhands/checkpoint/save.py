@@ -144,7 +144,7 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-class _as_checkpoint_error:  # noqa: N801  (reads as a statement)
+class _as_checkpoint_error:
     """An OSError inside (a full disk, a folder that may not be written) becomes a CheckpointError naming `path`."""
 
     def __init__(self, path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -52,7 +52,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _app(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -60,15 +62,54 @@ def _app(
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe: a TOML file.", show_default=False)],
-    workers: Annotated[Optional[int], typer.Option("--workers", "-n", min=1, help="Worker processes on this machine. [default: CPUs / threads per worker]", show_default=False)] = None,
-    stage: Annotated[Optional[str], typer.Option(help=f"Who holds what: {', '.join(STAGES)}.", show_default=False)] = None,
-    group: Annotated[Optional[str], typer.Option(help=f"How bytes travel: {', '.join(GROUPS)}.", show_default=False)] = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Train until this many steps are made. [default: the recipe's]", show_default=False)] = None,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe: `--set optimizer.arguments.lr=1e-3`. Repeat as needed.", show_default=False)] = None,
-    run_dir: Annotated[Optional[Path], typer.Option(help="Where figures and checkpoints go; the directory of an earlier run is gone on with. [default: runs/NAME-TIME]", show_default=False)] = None,
-    checkpoint_every: Annotated[Optional[int], typer.Option(min=1, help="Steps between checkpoints. [default: only at the end, and when stopped]", show_default=False)] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            "-n",
+            min=1,
+            help="Worker processes on this machine. [default: CPUs / threads per worker]",
+            show_default=False,
+        ),
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help=f"Who holds what: {', '.join(STAGES)}.", show_default=False)] = None,
+    group: Annotated[
+        str | None, typer.Option(help=f"How bytes travel: {', '.join(GROUPS)}.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train until this many steps are made. [default: the recipe's]", show_default=False),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a value of the recipe: `--set optimizer.arguments.lr=1e-3`. Repeat as needed.",
+            show_default=False,
+        ),
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where figures and checkpoints go; the directory of an earlier run is continued. [default: runs/NAME-TIME]",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps between checkpoints. [default: only at the end, and when stopped]", show_default=False
+        ),
+    ] = None,
     digest_every: Annotated[int, typer.Option(min=1, help="Steps between digests of the weights.")] = 10,
-    accept_new_numerics: Annotated[bool, typer.Option("--accept-new-numerics", help="Go on with a run that was begun under other numerics (another torch, CPU kind, thread count).")] = False,
+    accept_new_numerics: Annotated[
+        bool,
+        typer.Option(
+            "--accept-new-numerics",
+            help="Go on with a run that was begun under other numerics (another torch, CPU kind, thread count).",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False,
 ) -> None:
     """Train a recipe. The same recipe gives the same bits with any number of workers and any stage.
@@ -83,7 +124,9 @@ def train(
     if workers is None:
         workers = default_workers(checked.threads_per_worker, checked.batch.build().micro_batches)
     if steps is None and checked.steps is None:
-        raise ConfigError("nobody says how many steps to train", where=str(recipe), hint="use --steps N, or steps = N in the recipe")
+        raise ConfigError(
+            "nobody says how many steps to train", where=str(recipe), hint="use --steps N, or steps = N in the recipe"
+        )
     directory = run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
     from manyhands.report.run_directory import RunDirectory
 
@@ -101,11 +144,18 @@ def train(
     _run_workers([sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)], workers, directory / "logs")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
 def run(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="Your script; what follows it are its arguments.", show_default=False)],
-    workers: Annotated[Optional[int], typer.Option("--workers", "-n", min=1, help="Worker processes on this machine. [default: CPUs]", show_default=False)] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", "-n", min=1, help="Worker processes on this machine. [default: CPUs]", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Run your own script in N workers, as `torchrun` would, but quietly and with errors that name the culprit.
 

@@ -28,7 +28,7 @@ class Board:
     def __init__(self, memory: Tensor) -> None:
         array = memory.numpy()
         self._counts = array[:TEXT].view("<i8")
-        self._text = memoryview(array[TEXT:BOARD_BYTES])
+        self._text = memoryview(array[TEXT:BOARD_BYTES])  # type: ignore[arg-type]
 
     @property
     def posted(self) -> int:

@@ -9,12 +9,12 @@ from contextlib import suppress
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from manyhands.comm.group import Group
 from manyhands.comm.local import LocalGroup
-from manyhands.comm.memory import ProcessArena, ThreadArena
 from manyhands.comm.membership import JOIN_SECONDS, Membership
+from manyhands.comm.memory import ProcessArena, ThreadArena
 from manyhands.comm.process import ProcessGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.errors import ConfigError, WorkerError
@@ -41,7 +41,9 @@ def connect(
     rank, size = environment_rank_and_size()
     where = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("the recipe asks for a GPU, and torch sees none here", expected="device = 'cpu'", got="'cuda'")
+        raise ConfigError(
+            "the recipe asks for a GPU, and torch sees none here", expected="device = 'cpu'", got="'cuda'"
+        )
     if size <= 1 and kind != "process":
         return LocalGroup(where)
     store = _numbered_store(rank, size)
@@ -52,23 +54,27 @@ def connect(
     if kind == "shared-memory":
         if not membership.one_host or device != "cpu":
             raise ConfigError(
-                "the workers can't share memory", expected="CPU workers on one host", got=f"{device} workers", hint="use group = 'process'"
+                "the workers can't share memory",
+                expected="CPU workers on one host",
+                got=f"{device} workers",
+                hint="use group = 'process'",
             )
         return SharedMemoryGroup(membership, arena)
     return ProcessGroup(membership, store, where)
 
 
-def _numbered_store(rank: int, size: int) -> dist.Store:
+def _numbered_store(rank: int, size: int) -> Store:
     """The launcher's store, under a name of its own for each time that this process connects."""
     if "MASTER_ADDR" not in os.environ:
-        host = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False) if size == 1 else None
-        if host is None:
-            raise ConfigError("WORLD_SIZE is set, but MASTER_ADDR is not", hint="start the workers with manyhands run or torchrun")
-        return dist.PrefixStore("manyhands/1", host)
-    store: dist.Store = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=JOIN_SECONDS)))[0]
+        if size == 1:
+            return HashStore()
+        raise ConfigError(
+            "WORLD_SIZE is set, but MASTER_ADDR is not", hint="start the workers with manyhands run or torchrun"
+        )
+    store: Store = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=JOIN_SECONDS)))[0]
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     number = store.add(f"manyhands/{restart}/connections/{rank}", 1)
-    return dist.PrefixStore(f"manyhands/{restart}/{number}", store)
+    return PrefixStore(f"manyhands/{restart}/{number}", store)
 
 
 def _end_process(error: WorkerError) -> None:
@@ -79,7 +85,7 @@ def _end_process(error: WorkerError) -> None:
 
 def thread_groups(size: int, *, stall_seconds: float = 60.0) -> list[Callable[[], Group]]:
     """For tests: makers of the groups of `size` workers that are threads of this process; each thread calls its own."""
-    store, arena, lock = dist.HashStore(), ThreadArena(), threading.RLock()
+    store, arena, lock = HashStore(), ThreadArena(), threading.RLock()
 
     def maker(rank: int) -> Callable[[], Group]:
         def make() -> Group:

@@ -37,7 +37,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def pieces(self) -> list[Tensor]:
-        """Wait for the contributors' pieces of my range, in rank order: each [shard_numel], borrowed until `release`."""
+        """Wait for the contributors' pieces of my range, in rank order: each [shard_numel], borrowed."""
 
     @abstractmethod
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""What the groups of several workers have in common: collective calls are numbered, tagged and watched while waited for."""
+"""What groups of several workers share: collective calls are numbered, tagged, and watched while waited for."""
 
 from __future__ import annotations
 

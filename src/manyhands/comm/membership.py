@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from manyhands.comm.board import BOARD_BYTES, Board
 from manyhands.comm.memory import Arena
@@ -75,7 +75,14 @@ class Membership:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, arena: Arena, *, stall_seconds: float, abandon: Callable[[WorkerError], None]
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        arena: Arena,
+        *,
+        stall_seconds: float,
+        abandon: Callable[[WorkerError], None],
     ) -> None:
         self.rank, self.size, self.stall_seconds = rank, size, stall_seconds
         self.failure: WorkerError | None = None
@@ -214,7 +221,8 @@ class Membership:
                         last_beat = now
                 except (RuntimeError, ConnectionError) as error:
                     self.failure = WorkerError(
-                        "the store through which the workers find each other is gone (did the launcher end?)", detail=str(error)
+                        "the store through which the workers find each other is gone (did the launcher end?)",
+                        detail=str(error),
                     )
                 failed_at = now
             elif now - failed_at > GRACE_SECONDS:
@@ -256,7 +264,12 @@ class Membership:
             if beat != peer.beat:
                 peer.beat, peer.beat_seen = beat, now
             elif now - peer.beat_seen > LOST_SECONDS:
-                self._report(peer.rank, f"worker {peer.rank}'s host has not been heard of for {LOST_SECONDS:g} s", peer.where, None)
+                self._report(
+                    peer.rank,
+                    f"worker {peer.rank}'s host has not been heard of for {LOST_SECONDS:g} s",
+                    peer.where,
+                    None,
+                )
 
 
 def _host() -> str:

@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from manyhands.comm.group import Contribution, Exchange
 from manyhands.comm.members_group import MembersGroup
@@ -41,7 +42,7 @@ class ProcessGroup(MembersGroup):
     kind = "process"
     shares_memory = False
 
-    def __init__(self, membership: Membership, store: dist.Store, device: torch.device) -> None:
+    def __init__(self, membership: Membership, store: Store, device: torch.device) -> None:
         super().__init__(membership, device)
         # Ours ends waits itself, earlier and with a name; the library's limit is only the last resort.
         timeout = timedelta(seconds=max(60.0, 2 * membership.stall_seconds))

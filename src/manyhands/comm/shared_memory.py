@@ -16,14 +16,16 @@ from torch import Tensor
 
 from manyhands.comm.group import Contribution, Exchange
 from manyhands.comm.members_group import MembersGroup
-from manyhands.comm.memory import Arena
 from manyhands.comm.membership import Membership
+from manyhands.comm.memory import Arena
 
 MAILBOX_BYTES = 1 << 20
 
 
 class _SharedExchange(Exchange):
-    def __init__(self, group: SharedMemoryGroup, call: int, number: int, pieces: list[tuple[int, Tensor]], tag: str) -> None:
+    def __init__(
+        self, group: SharedMemoryGroup, call: int, number: int, pieces: list[tuple[int, Tensor]], tag: str
+    ) -> None:
         self._group, self._call, self._number, self._tag = group, call, number, tag
         self._pieces = pieces
 
@@ -96,7 +98,7 @@ class SharedMemoryGroup(MembersGroup):
         seconds = 0.0
         for chunk in range(max(1, math.ceil(flat.numel() / MAILBOX_BYTES))):
             part = slice(chunk * MAILBOX_BYTES, min((chunk + 1) * MAILBOX_BYTES, flat.numel()))
-            # Two boxes in turn: a box is written again only after everyone posted the next letter, having read this one.
+            # Two boxes in turn: one is written again only after everyone has posted the next letter, having read it.
             self._letters += 1
             box = slice(self._letters % 2 * MAILBOX_BYTES, self._letters % 2 * MAILBOX_BYTES + part.stop - part.start)
             self._mailboxes[self.rank][box] = flat[part]

@@ -78,7 +78,9 @@ class Buffers:
             taken[mine] = 1
             who = group.gather(taken, tag)
             everyone = group.gather(values.cpu(), tag)
-            owner = [next(rank for rank in range(group.size) if who[rank][index]) for index in range(self._micro_batches)]
+            owner = [
+                next(rank for rank in range(group.size) if who[rank][index]) for index in range(self._micro_batches)
+            ]
             result = everyone[owner[0]][0]
             if start.is_floating_point():
                 for micro_batch in range(1, self._micro_batches):

@@ -15,13 +15,13 @@ from manyhands.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """losses, weights: [micro_batches] fp64, in index order. got_gradient: [params]; changed_buffers: [buffers]: on any
-    worker. bad: (micro-batch, index of the parameter) of the first gradient that isn't finite. stop: someone was asked to."""
+    """losses, weights: [micro_batches] fp64, by index. got_gradient: [params], changed_buffers: [buffers]: on any.
+    bad: (micro-batch, index of the parameter) of the first gradient that isn't finite. stop: someone was asked to."""
 
-    losses: np.ndarray  # type: ignore[type-arg]
-    weights: np.ndarray  # type: ignore[type-arg]
-    got_gradient: np.ndarray  # type: ignore[type-arg]
-    changed_buffers: np.ndarray  # type: ignore[type-arg]
+    losses: np.ndarray
+    weights: np.ndarray
+    got_gradient: np.ndarray
+    changed_buffers: np.ndarray
     bad: tuple[int, int] | None
     stop: bool
 

@@ -33,8 +33,8 @@ _HINT_SAME_RECIPE = "start all workers with the same program, the same recipe an
 class StepEngine:
     """The model of a recipe on this worker, and its steps. Making one is collective.
 
-    model: the worker's model; its parameters are views of flat buffers, with the names, order and shapes they were built
-    with. step_index: the number of steps made so far. Raises ConfigError, on all workers alike.
+    model: the worker's model; its parameters are views of flat buffers, with the names, order and shapes they were
+    built with. step_index: the number of steps made so far. Raises ConfigError, on all workers alike.
     """
 
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
@@ -64,7 +64,7 @@ class StepEngine:
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
         self._clock = PhaseClock(group.recorder)
         self.step_index = 0
-        self.last_hashes: np.ndarray | None = None  # type: ignore[type-arg]
+        self.last_hashes: np.ndarray | None = None
         self.stop_wanted = False  # set by whoever hears a signal; all workers learn it at the next step
         self._failed: BaseException | None = None
 
@@ -190,7 +190,10 @@ class StepEngine:
             )
         elif not (math.isfinite(weight) and weight > 0):
             error = NumericsError(
-                "the global batch has no weight", where=tag, expected="a positive sum of the loss function's weights", got=weight
+                "the global batch has no weight",
+                where=tag,
+                expected="a positive sum of the loss function's weights",
+                got=weight,
             )
         if error is not None:
             self._reducer.drop()
@@ -244,7 +247,8 @@ class StepEngine:
         names = {id(param): name for name, param in self._params.items()}
         state = self.model.state_dict(keep_vars=True)  # tied parameters under all of their names
         return {
-            key: full[names[id(value)]] if id(value) in names else value.detach().cpu().clone() for key, value in state.items()
+            key: full[names[id(value)]] if id(value) in names else value.detach().cpu().clone()
+            for key, value in state.items()
         }
 
     def facts(self) -> dict[str, str]:
@@ -258,7 +262,7 @@ class StepEngine:
         self.group.close()
 
 
-def _added_in_order(values: np.ndarray) -> float:  # type: ignore[type-arg]
+def _added_in_order(values: np.ndarray) -> float:
     """Their sum, left to right."""
     total = 0.0
     for value in values:
@@ -278,14 +282,17 @@ def _check_workers(recipe: Recipe, workers: int) -> None:
     if workers > recipe.batch.micro_batches:
         raise ConfigError(
             f"{workers} workers are more than the step has micro-batches: some would never compute",
-            expected=f"at most {recipe.batch.micro_batches} workers (= global_size {recipe.batch.global_size} / micro_size {recipe.batch.micro_size})",
+            expected=f"at most {recipe.batch.micro_batches} workers (= global_size / micro_size ="
+            f" {recipe.batch.global_size} / {recipe.batch.micro_size})",
             got=f"{workers} workers",
             hint="use fewer workers; or cut the batch finer (a smaller micro_size changes the recipe, and its bits)",
         )
 
 
 def _recipe_facts(recipe: Recipe) -> dict[str, str]:
-    facts = {f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")}
+    facts = {
+        f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")
+    }
     for name in ("precision", "clip_norm", "seed", "threads_per_worker", "device"):
         facts[name] = str(getattr(recipe, name))
     return facts | {"len(data)": str(len(recipe.data))}
@@ -296,5 +303,3 @@ def _optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
     for index, group in enumerate(optimizer.hyperparameters()):
         facts.update({f"group {index}.{key}": str(value) for key, value in group.items()})
     return facts
-
-

@@ -17,6 +17,7 @@ def on_gradients(
         def hook(_: Tensor) -> None:
             arrived(name, param)
 
-        return param.register_post_accumulate_grad_hook(hook)
+        handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        return handle
 
     return [wire(name, param) for name, param in named_params]

@@ -1,10 +1,10 @@
 """A unit's life: four states and a literal table of what may follow what. Anything else raises with the unit's story.
 
-    state       meaning                                         its parameters       its gradients
-    RESTING     between uses                                    as the stage keeps   none, or summed
-    GATHERING   parameters on their way                         arriving             none
-    READY       a micro-batch computes with it                  full                 arriving, one by one
-    REDUCING    gradients complete, on their way to the owners  as the stage keeps   leaving
+state       meaning                                         its parameters       its gradients
+RESTING     between uses                                    as the stage keeps   none, or summed
+GATHERING   parameters on their way                         arriving             none
+READY       a micro-batch computes with it                  full                 arriving, one by one
+REDUCING    gradients complete, on their way to the owners  as the stage keeps   leaving
 """
 
 from __future__ import annotations

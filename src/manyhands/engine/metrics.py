@@ -1,4 +1,4 @@
-"""What one step reports: plain numbers, the same on every worker except for the seconds and bytes, which are its own."""
+"""What one step reports: plain numbers, the same on every worker but for the seconds and bytes, which are its own."""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ def plan_units(model: nn.Module, precision: str, named_units: Sequence[str] = ()
     modules = dict(model.named_modules())
     for name in named_units:
         if name not in modules:
-            raise ConfigError("strategy.units names a module that the model doesn't have", got=repr(name), hint=nearest(name, modules))
+            raise ConfigError(
+                "strategy.units names a module that the model doesn't have", got=repr(name), hint=nearest(name, modules)
+            )
     roots = sorted(named_units, key=len, reverse=True) or _repeated_children(model)
     kinds: dict[tuple[str, torch.dtype, bool], list[str]] = {}
     numels = {}
@@ -65,6 +67,8 @@ def plan_units(model: nn.Module, precision: str, named_units: Sequence[str] = ()
 def _repeated_children(model: nn.Module) -> list[str]:
     found: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(name.startswith(outer + ".") for outer in found):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(
+            name.startswith(outer + ".") for outer in found
+        ):
             found.extend(f"{name}.{child}" if name else child for child, _ in module.named_children())
     return found

@@ -1,11 +1,11 @@
 """From micro-batches' gradients to ordered sums of shards: what is exchanged when, and what is added in which order.
 
-Two ways, the same sum (DESIGN section 2). *Every micro-batch*: in round j the workers compute micro-batches
-j*W .. j*W+W-1 and each owner adds the pieces in index order. *Every step*: a worker computes a contiguous run of virtual
-workers, adds locally, and sends the complete subtrees that its run covers.
+Two ways, the same sum. *Every micro-batch*: in round j the workers compute micro-batches j*W .. j*W+W-1, and each owner
+adds the pieces in index order. *Every step*: a worker computes a contiguous run of virtual workers, adds locally, and
+sends the complete subtrees that its run covers.
 
-Units are exchanged in one fixed order on all workers (the last built first, as backward usually completes them), whatever
-the order in which their gradients come: so no worker ever waits for a message that another doesn't send.
+Units are exchanged in one fixed order on all workers (the last built first, as backward usually completes them), in
+whatever order their gradients come: so no worker ever waits for a message that another doesn't send.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Reducer:
                 mine = run_of_virtual_workers(group.rank, group.size, batch.virtual_workers)
                 scratch = Scratch(unit.layout.padded_numel, group.device)
                 self._scratches.append(scratch)
-                self._local[unit.name] = LocalSums(maximal_subtrees(mine.start, mine.stop), batch.accumulate, adder, scratch)
+                self._local[unit.name] = LocalSums(
+                    maximal_subtrees(mine.start, mine.stop), batch.accumulate, adder, scratch
+                )
         self.without_gradient: set[str] = set()  # in every micro-batch of this worker so far
         self.not_finite: tuple[int, str] | None = None  # the first micro-batch and parameter
         self._begin_step_state()

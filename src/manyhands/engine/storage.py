@@ -38,7 +38,9 @@ def build_model(recipe: Recipe) -> nn.Module:
         raise ConfigError("recipe.model did not return a model", expected="a torch.nn.Module", got=repr(model))
     for name, param in model.named_parameters():
         if isinstance(param, nn.parameter.UninitializedParameter):
-            raise ConfigError(f"parameter {name!r} has no shape yet", hint="run the lazy module once before returning it")
+            raise ConfigError(
+                f"parameter {name!r} has no shape yet", hint="run the lazy module once before returning it"
+            )
         if param.dtype != torch.float32 or param.device.type != "cpu":
             raise ConfigError(
                 f"parameter {name!r} is not built in fp32 on the CPU",
@@ -60,7 +62,7 @@ def agree_on_model(model: nn.Module, group: Group) -> None:
         group,
         "model",
         facts,
-        hint="the model's construction must not depend on the worker's number, the time, or a generator that it seeds itself",
+        hint="the model's construction must not depend on the worker's number, the time, or its own generator",
     )
 
 

@@ -1,4 +1,4 @@
-"""Ordered sums over tensors: the fp32 sums in flight of one unit's shard, and of a worker's own run of virtual workers."""
+"""Ordered sums over tensors: the fp32 sums in flight of a unit's shard, and of a worker's own virtual workers."""
 
 from __future__ import annotations
 

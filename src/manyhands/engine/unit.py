@@ -1,7 +1,8 @@
 """A unit: parameters that travel together, with the buffers that they live in.
 
-A unit owns views of the model's flat buffers. Lifetimes: `params` and `master` as long as the engine; `grads` too, unless
-the stage shards gradients and workers don't share memory: then only from a micro-batch's first gradient until they left.
+A unit owns views of the model's flat buffers. Lifetimes: `params` and `master` as long as the engine; `grads` too,
+unless the stage shards gradients and workers don't share memory: then only from a micro-batch's first gradient until
+they have left.
 """
 
 from __future__ import annotations
@@ -65,13 +66,16 @@ class Unit:
         """Keep a parameter's gradient of this micro-batch; whether it was the last one missing."""
         if grad.layout != torch.strided:
             raise ConfigError(
-                f"the gradient of {name!r} is sparse", expected="a dense gradient", got=str(grad.layout), hint="use Embedding(sparse=False)"
+                f"the gradient of {name!r} is sparse",
+                expected="a dense gradient",
+                got=str(grad.layout),
+                hint="use Embedding(sparse=False)",
             )
         if name not in self._missing:
             raise InvariantError(
                 f"parameter {name!r} got two gradients in one micro-batch",
                 where=f"unit {self.name}",
-                hint="call backward once, on the returned loss alone (the engine does), and checkpoint with use_reentrant=False",
+                hint="call backward once, on the returned loss alone , and checkpoint with use_reentrant=False",
             )
         slot = self._slots[name]
         self.grads_of(group).local[self._at(slot)].view(grad.shape).copy_(grad)
@@ -102,7 +106,9 @@ class Unit:
     def send(self, group: Group, contributors: range, tag: str) -> Exchange:
         """Begin to exchange this micro-batch's gradients."""
         self.life.on(Event.REDUCE)
-        self.exchange = group.exchange(self.grads_of(group), self._grads_start, self.layout.shard_numel, contributors, tag)
+        self.exchange = group.exchange(
+            self.grads_of(group), self._grads_start, self.layout.shard_numel, contributors, tag
+        )
         return self.exchange
 
     def sent(self) -> None:

@@ -46,7 +46,9 @@ class Run:
 class Updater:
     """See the module."""
 
-    def __init__(self, group: Group, units: Sequence[Unit], layout: Layout, stage: Stage, optimizer: SlicedOptimizer) -> None:
+    def __init__(
+        self, group: Group, units: Sequence[Unit], layout: Layout, stage: Stage, optimizer: SlicedOptimizer
+    ) -> None:
         self._group, self._units, self._layout, self._optimizer = group, units, layout, optimizer
         self._replicated = stage.optim is REPLICATED
         self._grad = torch.zeros(RUN, device=group.device)
@@ -94,13 +96,17 @@ class Updater:
                     grad = self._full[unit.name][run.range.start - self._full_start(unit) :][: run.range.numel]
                     torch.mul(grad, scale, out=self._grad[: run.range.numel])
                     self._step(run, unused)
-                waits.append(self._group.publish(unit.params, f"{tag} / {unit.name} / param") if self._publishes else None)
+                waits.append(
+                    self._group.publish(unit.params, f"{tag} / {unit.name} / param") if self._publishes else None
+                )
         else:
             for unit in self._units:
                 for run in self._runs[unit.name]:
                     self._total(reducer, unit, run.range, weight, self._grad[: run.range.numel])
                     self._step(run, unused)
-                waits.append(self._group.publish(unit.params, f"{tag} / {unit.name} / param") if self._publishes else None)
+                waits.append(
+                    self._group.publish(unit.params, f"{tag} / {unit.name} / param") if self._publishes else None
+                )
             norm = self._gather_norm(tag)
         for wait in waits:
             if wait is not None:
@@ -168,7 +174,9 @@ class Updater:
             unit.params[writes.start : writes.end].copy_(master)
 
     def _gather_norm(self, tag: str) -> float:
-        norm = total_norm(self._in_block_order([self._norms[unit.name] for unit in self._units], f"{tag} / norm / control"))
+        norm = total_norm(
+            self._in_block_order([self._norms[unit.name] for unit in self._units], f"{tag} / norm / control")
+        )
         if not norm < float("inf"):
             raise NumericsError(
                 f"the sum of the step's gradients is not finite, though each micro-batch's is (norm {norm})",

@@ -1,7 +1,7 @@
-"""What is reduced over a buffer is reduced per block, and the blocks' results are added in block order: never per shard.
+"""What is reduced over a buffer is reduced per block, and blocks' results are added in block order: never per shard.
 
-Functions take a flat tensor of whole blocks, [num_blocks * BLOCK], and give one value a block. A block's value depends on
-that block's elements alone, not on how many blocks are looked at together (a test holds this).
+Functions take a flat tensor of whole blocks, [num_blocks * BLOCK], and give one value a block. A block's value depends
+on that block's elements alone, not on how many blocks are looked at together (a test holds this).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _HASH_SEED = 0x6D616E79  # "many"
 
 def block_norms(values: Tensor) -> Tensor:
     """The 2-norm of each block: [num_blocks * BLOCK] fp32 -> [num_blocks] fp32."""
-    return torch.linalg.vector_norm(values.view(-1, BLOCK), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(values.view(-1, BLOCK), dim=1)
+    return norms
 
 
 def total_norm(norms_in_block_order: Tensor) -> float:

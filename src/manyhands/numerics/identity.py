@@ -15,7 +15,7 @@ def numerics_identity(device: torch.device, threads: int) -> dict[str, str]:
         "threads_per_worker": str(threads),
         "machine": platform.machine(),
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
-        "onednn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
+        "onednn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),  # type: ignore[no-untyped-call]
     }
     if device.type == "cuda":
         identity["device_name"] = torch.cuda.get_device_name(device)

@@ -64,7 +64,10 @@ class SlicedOptimizer:
 
     def refresh(self, runs: Sequence[list[dict[str, Any]]]) -> None:
         """Take over the front's hyperparameters, as they are now (a schedule may have changed them)."""
-        hyper = [{key: value for key, value in group.items() if key not in ("params", "param_names")} for group in self.front.param_groups]
+        hyper = [
+            {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            for group in self.front.param_groups
+        ]
         for run in runs:
             for group in run:
                 group.update(hyper[group["_front"]])
@@ -76,7 +79,8 @@ class SlicedOptimizer:
 
     def state_of(self, piece: Slice) -> dict[str, Any]:
         """The optimizer's state of a slice: tensors like it, and numbers; empty before its first step."""
-        return self._worker.state[piece.master]
+        state: dict[str, Any] = self._worker.state[piece.master]
+        return state
 
     def load_state_of(self, piece: Slice, state: dict[str, Any]) -> None:
         """Set it."""
@@ -91,14 +95,17 @@ class SlicedOptimizer:
                 if isinstance(value, Tensor) and value.dim() and value.shape == piece.master.shape:
                     kinds.setdefault(kind, []).append(self.state_of(piece))
         for kind, states in kinds.items():
-            flat = torch.empty(sum(state[kind].numel() for state in states), dtype=states[0][kind].dtype, device=states[0][kind].device)
-            for state, view in zip(states, flat.split([state[kind].numel() for state in states]), strict=True):
+            flat = torch.empty(
+                sum(state[kind].numel() for state in states), dtype=states[0][kind].dtype, device=states[0][kind].device
+            )
+            for state, view in zip(states, torch.split(flat, [state[kind].numel() for state in states]), strict=True):
                 state[kind] = view.copy_(state[kind])
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """The front's param groups without their parameters."""
         return [
-            {key: value for key, value in group.items() if key not in ("params", "param_names")} for group in self.front.param_groups
+            {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            for group in self.front.param_groups
         ]
 
     def load_hyperparameters(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -109,18 +116,22 @@ class SlicedOptimizer:
 
 def _check_elementwise(optimizer: torch.optim.Optimizer, declared: bool) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError("recipe.optimizer did not return an optimizer", expected="a torch.optim.Optimizer", got=repr(optimizer))
+        raise ConfigError(
+            "recipe.optimizer did not return an optimizer", expected="a torch.optim.Optimizer", got=repr(optimizer)
+        )
     kind = type(optimizer)
     known = kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE
     if not known and not declared:
         raise ConfigError(
-            f"{kind.__module__}.{kind.__qualname__} is not known to be elementwise: on a shard it could give other bits",
+            f"{kind.__module__}.{kind.__qualname__} is not known to be elementwise: a shard could get other bits",
             expected=f"one of torch.optim's {', '.join(sorted(ELEMENTWISE))}",
-            hint="if each element's update depends on that element alone, say elementwise_optimizer = true in the recipe",
+            hint="if each element's update depends on that element alone, set elementwise_optimizer in the recipe",
         )
 
 
-def _groups_by_name(optimizer: torch.optim.Optimizer, named_params: Sequence[tuple[str, nn.Parameter]]) -> dict[str, int]:
+def _groups_by_name(
+    optimizer: torch.optim.Optimizer, named_params: Sequence[tuple[str, nn.Parameter]]
+) -> dict[str, int]:
     names = {id(param): name for name, param in named_params}
     found: dict[str, int] = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -128,7 +139,7 @@ def _groups_by_name(optimizer: torch.optim.Optimizer, named_params: Sequence[tup
             name = names.get(id(param))
             if name is None:
                 raise ConfigError(
-                    f"recipe.optimizer was given a tensor that is no trainable parameter of the model (in param group {index})",
+                    f"recipe.optimizer was given a tensor that is no trainable parameter (in param group {index})",
                     got=f"shape {tuple(param.shape)}",
                     hint="make the groups from the (name, parameter) pairs that the factory gets",
                 )

@@ -119,7 +119,11 @@ def _first_block(one: RunDirectory, other: RunDirectory, step: int) -> dict[str,
             parameters += 1
             if "parameter" not in found:
                 block = int(inside[0]) - first
-                found |= {"parameter": name, "block": block, "elements": (block * BLOCK, min((block + 1) * BLOCK, numel))}
+                found |= {
+                    "parameter": name,
+                    "block": block,
+                    "elements": (block * BLOCK, min((block + 1) * BLOCK, numel)),
+                }
         first = last
     return found | {"parameters_differing": parameters}
 

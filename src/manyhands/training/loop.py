@@ -111,9 +111,14 @@ class _Record:
         if self.path is None:
             return
         found = [str(path) for _, path in list_checkpoints(self.path / "checkpoints")]
-        last = [paths[-1] if paths else None for paths in gather_json(self.engine.group, found, "start / resume / control")]  # type: ignore[index]
+        everyone: list[Any] = gather_json(self.engine.group, found, "start / resume / control")
+        last = [paths[-1] if paths else None for paths in everyone]
         if len(set(last)) > 1:
-            raise CheckpointError("the workers don't see the same checkpoints", got=last, hint="put run_dir on a file system that all hosts share")
+            raise CheckpointError(
+                "the workers don't see the same checkpoints",
+                got=last,
+                hint="put run_dir on a file system that all hosts share",
+            )
         if last[0] is not None:
             self.engine.load(last[0], accept_new_numerics=accept_new_numerics)
             self.notes.append(f"going on from step {self.engine.step_index} ({last[0]})")

@@ -1,4 +1,4 @@
-"""Being asked to stop: the first Ctrl-C (or SIGTERM) is noted and ends the run after the step at hand; a second ends it now."""
+"""To be asked to stop: the first Ctrl-C (or SIGTERM) ends the run after this step; a second Ctrl-C, now."""
 
 from __future__ import annotations
 
