@@ -1,108 +1,157 @@
-"""The order of the samples: a bijection at every size, well mixed, the same for scalars and arrays."""
+"""The order of sums is one expression, whoever evaluates it: any workers, either way of exchanging, in parts."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+from collections.abc import Sequence
 
-import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.config import Batch
-from manyhands.data.order import MAX_SIZE, Permutation, micro_batch_positions, sample_indices
-from manyhands.errors import DataError
-from manyhands.numerics.seeds import derive
-
-keys = st.integers(0, 2**63 - 1)
-
-
-@given(st.integers(1, 3000), keys)
-def test_every_index_comes_once(size: int, key: int) -> None:
-    indices = Permutation(size, key).take(np.arange(size))
-    assert indices.dtype == np.int64
-    assert sorted(indices.tolist()) == list(range(size))
+from manyhands.engine.reducer import plan_rounds
+from manyhands.numerics.order import (
+    OrderedSum,
+    maximal_subtrees,
+    micro_batch_of_round,
+    num_rounds,
+    run_of_virtual_workers,
+)
 
 
-@given(st.integers(1, MAX_SIZE), keys, st.data())
-def test_one_at_a_time_is_the_same_as_many_and_large_sizes_work(size: int, key: int, data: st.DataObject) -> None:
-    positions = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=8, unique=True))
-    permutation = Permutation(size, key)
-    assert len(permutation) == size
-    indices = permutation.take(np.array(positions))
-    assert indices.tolist() == [permutation[p] for p in positions]
-    assert len(set(indices.tolist())) == len(positions)
-    assert all(0 <= i < size for i in indices.tolist())
+def defined_sum(virtual_workers: int, accumulate: int) -> str:
+    """The sum as the design defines it, as an expression: written from its words, not from the code."""
+    leaves = []
+    for v in range(virtual_workers):
+        expression = str(v * accumulate)
+        for a in range(1, accumulate):
+            expression = f"({expression}+{v * accumulate + a})"
+        leaves.append(expression)
+
+    def tree(items: Sequence[str]) -> str:
+        if len(items) == 1:
+            return items[0]
+        half = len(items) // 2
+        return f"({tree(items[:half])}+{tree(items[half:])})"
+
+    blocks, start = [], 0
+    while start < virtual_workers:  # complete trees, the largest first
+        size = 1 << ((virtual_workers - start).bit_length() - 1)
+        blocks.append(tree(leaves[start : start + size]))
+        start += size
+    total = blocks.pop()
+    while blocks:  # what is left over merges from the right
+        total = f"({blocks.pop()}+{total})"
+    return total
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6])
-def test_small_sizes_reach_every_permutation_equally_often(size: int) -> None:
-    trials = 20 * math.factorial(size) + 400
-    seen = Counter(tuple(Permutation(size, derive(1, i)).take(np.arange(size)).tolist()) for i in range(trials))
-    expected = trials / math.factorial(size)
-    assert len(seen) == math.factorial(size)
-    chi_squared = sum((count - expected) ** 2 / expected for count in seen.values())
-    freedom = len(seen) - 1
-    assert chi_squared < freedom + 5 * math.sqrt(2 * freedom) + 1
+def symbolic(accumulate: int) -> OrderedSum[str]:
+    return OrderedSum(accumulate, own=lambda value: value, add=lambda left, right: f"({left}+{right})")
 
 
-@pytest.mark.parametrize("size", [16, 100, 4096, 10_007])
-def test_neighbours_land_apart_and_positions_are_forgotten(size: int) -> None:
-    moves, kept, gaps = [], 0, 0
-    for key in range(40):
-        indices = Permutation(size, key).take(np.arange(size))
-        kept += int((indices == np.arange(size)).sum())
-        gaps += int((np.diff(indices) == 1).sum())
-        moves.append(float(np.corrcoef(np.arange(size), indices)[0, 1]))
-    assert kept < 40 * 2.2  # a random permutation keeps one index in place on average
-    assert gaps < 40 * 2.2
-    assert abs(float(np.mean(moves))) < 6 / math.sqrt(40 * size)
+batches = st.builds(
+    lambda virtual_workers, accumulate: Batch(
+        global_size=virtual_workers * accumulate, micro_size=1, virtual_workers=virtual_workers
+    ),
+    st.integers(1, 96),
+    st.integers(1, 4),
+)
+worker_counts = st.integers(1, 64)
 
 
-def test_the_order_never_changes() -> None:
-    """These numbers are part of the promise: changing one changes the bits of every run."""
-    assert Permutation(10, 0).take(np.arange(10)).tolist() == [1, 5, 7, 2, 0, 3, 4, 6, 9, 8]
-    assert Permutation(MAX_SIZE, 1)[12345] == 1_279_388_076_502_066_187
-    assert sample_indices(7, 5, range(12)).tolist() == [2, 0, 4, 3, 1, 1, 3, 0, 2, 4, 0, 3]
+def test_the_definitions_own_examples() -> None:
+    assert defined_sum(6, 1) == "(((0+1)+(2+3))+(4+5))"
+    assert defined_sum(7, 1) == "(((0+1)+(2+3))+((4+5)+6))"
+    assert defined_sum(2, 3) == "(((0+1)+2)+((3+4)+5))"
 
 
-def test_shapes_are_kept_and_positions_outside_are_refused() -> None:
-    permutation = Permutation(6, 0)
-    assert permutation.take(np.arange(6).reshape(2, 3)).shape == (2, 3)
-    assert permutation.take(np.array([], dtype=np.int64)).tolist() == []
-    assert sorted(permutation[p] for p in range(len(permutation))) == list(range(6))
-    for outside in (-1, 6):
-        with pytest.raises(IndexError, match="permutation of 6"):
-            permutation[outside]
-        with pytest.raises(IndexError, match="permutation of 6"):
-            permutation.take(np.array([0, outside]))
-    for size in (0, -1, MAX_SIZE + 1):
-        with pytest.raises(DataError):
-            Permutation(size, 0)
+@given(batches, worker_counts)
+def test_exchanging_every_micro_batch_gives_the_defined_sum(batch: Batch, workers: int) -> None:
+    total = symbolic(batch.accumulate)
+    for index in range(num_rounds(workers, batch.micro_batches)):
+        for rank in range(workers):
+            micro_batch = micro_batch_of_round(index, rank, workers, batch.micro_batches)
+            if micro_batch is not None:
+                total.add_micro_batch(str(micro_batch))
+    assert total.fold() == defined_sum(batch.virtual_workers, batch.accumulate)
 
 
-@given(st.integers(0, 2**40), st.integers(1, 50), st.integers(0, 200), st.integers(1, 120))
-def test_a_run_sees_every_sample_once_an_epoch(seed: int, size: int, start: int, count: int) -> None:
-    indices = sample_indices(seed, size, range(start, start + count))
-    for position, index in zip(range(start, start + count), indices.tolist(), strict=True):
-        assert index == Permutation(size, derive(seed, "order", position // size))[position % size]
-    epoch = sample_indices(seed, size, range(start * size, (start + 1) * size))
-    assert sorted(epoch.tolist()) == list(range(size))
+@given(batches, worker_counts)
+def test_exchanging_every_step_gives_the_defined_sum(batch: Batch, workers: int) -> None:
+    total = symbolic(batch.accumulate)
+    for rank in range(workers):
+        run = run_of_virtual_workers(rank, workers, batch.virtual_workers)
+        for subtree in maximal_subtrees(run.start, run.stop):
+            local = symbolic(batch.accumulate)
+            for micro_batch in range(subtree.start * batch.accumulate, subtree.end * batch.accumulate):
+                local.add_micro_batch(str(micro_batch))
+            assert len(local.partials()) == 1
+            total.push(local.fold(), subtree.level)
+    assert total.fold() == defined_sum(batch.virtual_workers, batch.accumulate)
 
 
-def test_epochs_and_seeds_differ() -> None:
-    epochs = [tuple(sample_indices(seed, 20, range(e * 20, e * 20 + 20)).tolist()) for seed in (0, 1) for e in (0, 1)]
-    assert len(set(epochs)) == 4
+@given(batches, worker_counts, st.booleans())
+def test_every_micro_batch_is_computed_once(batch: Batch, workers: int, every_step: bool) -> None:
+    rounds = [plan_rounds(batch, rank, workers, every_step) for rank in range(workers)]
+    computed = sorted(this.micro_batch for mine in rounds for this in mine if this.micro_batch is not None)
+    assert computed == list(range(batch.micro_batches))
+    if not every_step:  # then all workers have the same rounds, and agree on who contributes
+        assert len({len(mine) for mine in rounds}) == 1
+        for together in zip(*rounds, strict=True):
+            assert len({this.contributors for this in together}) == 1
+            assert [rank for rank, this in enumerate(together) if this.micro_batch is not None] == list(
+                together[0].contributors
+            )
 
 
-def test_empty_data_are_refused() -> None:
-    with pytest.raises(DataError, match="empty"):
-        sample_indices(0, 0, [0])
+@given(st.integers(0, 200), st.integers(0, 64))
+def test_maximal_subtrees_cover_a_run_and_are_few(start: int, length: int) -> None:
+    trees = maximal_subtrees(start, start + length)
+    covered = [index for tree in trees for index in range(tree.start, tree.end)]
+    assert covered == list(range(start, start + length))
+    assert all(tree.start % (1 << tree.level) == 0 for tree in trees)
+    assert len(trees) <= 2 * max(1, length).bit_length()
+    if length and length & (length - 1) == 0 and start % length == 0:
+        assert len(trees) == 1
 
 
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 4))
-def test_micro_batches_tile_the_run(micro_size: int, micro_batches: int, step: int) -> None:
-    batch = Batch(global_size=micro_size * micro_batches, micro_size=micro_size)
-    positions = [p for i in range(micro_batches) for p in micro_batch_positions(step, i, batch)]
-    assert positions == list(range(step * batch.global_size, (step + 1) * batch.global_size))
+@given(batches, st.integers(0, 200))
+@settings(max_examples=50)
+def test_a_part_of_the_sum_goes_on_where_the_whole_stands(batch: Batch, stop: int) -> None:
+    whole = symbolic(batch.accumulate)
+    stop = min(stop, batch.micro_batches)
+    for micro_batch in range(stop):
+        whole.add_micro_batch(str(micro_batch))
+    part = whole.part(lambda value: value, lambda value: value, lambda value: None)
+    for micro_batch in range(stop, batch.micro_batches):
+        part.add_micro_batch(str(micro_batch))
+    assert part.fold() == defined_sum(batch.virtual_workers, batch.accumulate)
+
+
+@given(batches)
+def test_partial_sums_in_flight_are_few_and_all_given_back(batch: Batch) -> None:
+    held, most = 0, 0
+
+    def own(value: str) -> str:
+        nonlocal held, most
+        held += 1
+        most = max(most, held)
+        return value
+
+    def free(value: str) -> None:
+        nonlocal held
+        held -= 1
+
+    total = OrderedSum(batch.accumulate, own=own, add=lambda left, right: f"({left}+{right})", free=free)
+    for micro_batch in range(batch.micro_batches):
+        total.add_micro_batch(str(micro_batch))
+    free(total.fold())
+    assert held == 0
+    assert most <= batch.virtual_workers.bit_length() + 1
+
+
+@pytest.mark.parametrize(("workers", "virtual_workers"), [(2, 8), (4, 8), (8, 8), (1, 8)])
+def test_an_aligned_power_of_two_sends_one_subtree(workers: int, virtual_workers: int) -> None:
+    for rank in range(workers):
+        run = run_of_virtual_workers(rank, workers, virtual_workers)
+        assert len(maximal_subtrees(run.start, run.stop)) == 1

@@ -92,7 +92,7 @@ def train(
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where figures and checkpoints go; the directory of an earlier run is continued. [default: runs/NAME-TIME]",
+            help="Where figures and checkpoints go; the directory of an earlier run is continued.",
             show_default=False,
         ),
     ] = None,

@@ -50,10 +50,12 @@ class Exchange(ABC):
 
 class Group(ABC):
     """See the module. Attributes: `kind` ("local", "shared-memory", "process"), `rank`, `size`, `device`, `recorder`;
-    `shares_memory`: whether a replicated buffer is one physical copy, and exchanged pieces are views."""
+    `shares_memory`: whether a replicated buffer is one physical copy; `pieces_are_views`: whether exchanged pieces are
+    views of what the others gave, so that keeping them costs nothing."""
 
     kind: str
     shares_memory: bool
+    pieces_are_views: bool
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device

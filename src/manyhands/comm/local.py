@@ -29,6 +29,7 @@ class LocalGroup(Group):
 
     kind = "local"
     shares_memory = False
+    pieces_are_views = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(0, 1, device)

@@ -41,6 +41,7 @@ class ProcessGroup(MembersGroup):
 
     kind = "process"
     shares_memory = False
+    pieces_are_views = False
 
     def __init__(self, membership: Membership, store: Store, device: torch.device) -> None:
         super().__init__(membership, device)

@@ -47,6 +47,7 @@ class SharedMemoryGroup(MembersGroup):
 
     kind = "shared-memory"
     shares_memory = True
+    pieces_are_views = True
 
     def __init__(self, membership: Membership, arena: Arena, compute_lock: threading.RLock | None = None) -> None:
         super().__init__(membership, torch.device("cpu"))

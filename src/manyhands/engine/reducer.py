@@ -59,7 +59,7 @@ class Reducer:
     def __init__(self, group: Group, units: Sequence[Unit], batch: Batch, stage: Stage) -> None:
         self._group, self._batch = group, batch
         self._order = list(reversed(units))
-        self._views = group.shares_memory or group.size == 1  # pieces cost nothing to keep
+        self._views = group.pieces_are_views
         self._every_step = stage.grad is not SHARDED and not self._views and group.size <= batch.virtual_workers
         self.rounds = plan_rounds(batch, group.rank, group.size, self._every_step)
         self._last = len(self.rounds) - 1

@@ -88,7 +88,7 @@ def _fill_pool(
     """The units of one dtype, in one flat buffer for parameters and one for gradients."""
     dtype, numel = plans[0][0].dtype, sum(unit.padded_numel for _, unit in plans)
     pool = group.empty_replicated(numel, dtype)
-    persistent = stage.grad is REPLICATED or group.shares_memory or group.size == 1
+    persistent = stage.grad is REPLICATED or group.pieces_are_views
     grads: Contribution | None = group.empty_contribution(numel, dtype) if persistent else None
     units, start = [], 0
     for _, layout in plans:

@@ -1,0 +1,90 @@
+"""A block's norm and hash depend on that block's bits alone; the hash sees every change."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manyhands.layout import BLOCK
+from manyhands.numerics.blocks import block_hashes, block_norms, total_norm
+from manyhands.numerics.digest import digest_of_tensors
+
+
+def values(blocks: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(blocks * BLOCK, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 300), st.integers(0, 299), st.integers(1, 300), st.sampled_from([1, 2]))
+@settings(max_examples=60, deadline=None)
+def test_a_blocks_value_does_not_depend_on_its_company(blocks: int, first: int, count: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = values(blocks)
+        first %= blocks
+        part = whole[first * BLOCK : (first + count) * BLOCK]
+        assert torch.equal(block_norms(whole)[first : first + count], block_norms(part))
+        assert torch.equal(block_hashes(whole)[first : first + count], block_hashes(part))
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(st.integers(0, BLOCK - 1), st.integers(0, 31))
+@settings(max_examples=200, deadline=None)
+def test_the_hash_sees_every_single_bit(element: int, bit: int) -> None:
+    one = values(1)
+    other = one.clone()
+    bits = other.view(torch.int32)
+    bits[element] = bits[element] ^ torch.tensor(1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32)
+    assert not torch.equal(block_hashes(one), block_hashes(other))
+
+
+@given(st.sets(st.integers(0, BLOCK - 1), min_size=2, max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_sign_flips_and_swaps_do_not_cancel_out(elements: set[int]) -> None:
+    one = values(1)
+    flipped = one.clone()
+    flipped[list(elements)] *= -1
+    assert not torch.equal(block_hashes(one), block_hashes(flipped))
+    first, second, *_ = elements
+    swapped = one.clone()
+    swapped[[first, second]] = one[[second, first]]
+    assert not torch.equal(block_hashes(one), block_hashes(swapped))
+
+
+def test_zero_and_minus_zero_differ() -> None:
+    zeros = torch.zeros(BLOCK)
+    assert not torch.equal(block_hashes(zeros), block_hashes(-zeros))
+
+
+def test_random_blocks_do_not_collide() -> None:
+    hashes = block_hashes(values(20_000))
+    assert len(set(hashes.tolist())) == 20_000
+
+
+def test_the_norm_is_the_norm() -> None:
+    tensor = values(7)
+    assert abs(total_norm(block_norms(tensor)) / float(tensor.double().norm()) - 1) < 1e-6
+    tensor[5] = float("nan")
+    assert not total_norm(block_norms(tensor)) < float("inf")
+
+
+def test_the_digest_covers_names_order_and_every_element() -> None:
+    one = [("a", torch.ones(3, 5)), ("b", torch.zeros(2000))]
+    digest = digest_of_tensors(one)
+    assert digest == digest_of_tensors(one)
+    assert digest != digest_of_tensors(one[::-1])
+    assert digest != digest_of_tensors([("c", one[0][1]), one[1]])
+    changed = one[1][1].clone()
+    changed[1999] = 1e-45
+    assert digest != digest_of_tensors([one[0], ("b", changed)])
+
+
+def test_the_digest_stays_what_it_is() -> None:
+    """Recorded digests must stay comparable: a change of the hash is a change of the format."""
+    ramp = torch.arange(3000, dtype=torch.float32) / 7
+    assert digest_of_tensors([("ramp", ramp)]) == PINNED
+
+
+PINNED = "4738ac562b17507d1cea925dbd50c06f51b19b5ec797c5ab435a0ea3337c9816"

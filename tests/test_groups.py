@@ -1,0 +1,186 @@
+"""The groups' verbs, with threads standing in for workers: what arrives, in which order, and what happens if one errs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+import torch
+
+from manyhands.comm.connect import thread_groups
+from manyhands.comm.group import Group
+from manyhands.comm.local import LocalGroup
+from manyhands.comm.shared_memory import MAILBOX_BYTES
+from manyhands.errors import InvariantError, WorkerError
+
+T = TypeVar("T")
+
+
+def in_threads(size: int, work: Callable[[Group], T], *, stall_seconds: float = 30.0) -> list[T | BaseException]:
+    """What `work` returned or raised on each of `size` workers."""
+    results: list[T | BaseException] = [AssertionError("did not end")] * size
+
+    def run(rank: int, make: Callable[[], Group]) -> None:
+        try:
+            group = make()
+            try:
+                results[rank] = work(group)
+            except BaseException as error:
+                group.fail(error)
+                raise
+            finally:
+                group.close()
+        except BaseException as error:
+            results[rank] = error
+
+    makers = thread_groups(size, stall_seconds=stall_seconds)
+    threads = [threading.Thread(target=run, args=(rank, make)) for rank, make in enumerate(makers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_exchange_gives_everyones_piece_of_my_range_in_rank_order(size: int) -> None:
+    def work(group: Group) -> bool:
+        mine = group.empty_contribution(size * 4 + 8, torch.float32)
+        for step in range(5):
+            mine.local[8:] = torch.arange(size * 4) + 100 * group.rank + 1000 * step
+            exchange = group.exchange(mine, 8, 4, range(size), f"step {step} / unit / grad")
+            expected = [torch.arange(4.0) + 4 * group.rank + 100 * rank + 1000 * step for rank in range(size)]
+            if not all(map(torch.equal, exchange.pieces(), expected)):
+                return False
+            exchange.release()
+            exchange.wait_reusable()  # without this, a fast worker would overwrite what a slow one still reads
+        return True
+
+    assert in_threads(size, work) == [True] * size
+
+
+@pytest.mark.parametrize("contributors", [[0], [1, 2], [0, 2], []])
+def test_only_contributors_give(contributors: list[int]) -> None:
+    def work(group: Group) -> list[float]:
+        mine = group.empty_contribution(3, torch.bfloat16)
+        mine.local.fill_(group.rank + 1)
+        exchange = group.exchange(mine, 0, 1, contributors, "a / grad")
+        found = [float(piece) for piece in exchange.pieces()]
+        exchange.release()
+        exchange.wait_reusable()
+        return found
+
+    assert in_threads(3, work) == [[rank + 1.0 for rank in contributors]] * 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_publish_brings_all_ranges_to_all(size: int) -> None:
+    def work(group: Group) -> bool:
+        full = group.empty_replicated(size * 3, torch.float32)
+        for step in range(4):
+            full[group.rank * 3 : group.rank * 3 + 3] = group.rank + 10 * step
+            group.publish(full, f"step {step} / unit / param")()
+            if not torch.equal(full, (torch.arange(size) + 10 * step).repeat_interleave(3).float()):
+                return False
+            group.barrier(f"step {step} read / control")
+        return True
+
+    assert in_threads(size, work) == [True] * size
+
+
+def test_a_replicated_buffer_is_one_physical_copy() -> None:
+    def work(group: Group) -> int:
+        return group.empty_replicated(10, torch.float32).data_ptr()
+
+    assert len(set(in_threads(4, work))) == 1
+
+
+@pytest.mark.parametrize("numel", [1, 1000, MAILBOX_BYTES // 4, MAILBOX_BYTES // 2 + 3])
+def test_gather_copies_any_size(numel: int) -> None:
+    def work(group: Group) -> bool:
+        for step in range(3):
+            everyone = group.gather(torch.full((numel,), group.rank + 10 * step, dtype=torch.int32), "x / control")
+            if [int(copy[-1]) for copy in everyone] != [rank + 10 * step for rank in range(3)]:
+                return False
+        return True
+
+    assert in_threads(3, work) == [True] * 3
+
+
+def test_the_record_counts_bytes_by_kind() -> None:
+    def work(group: Group) -> dict[str, int]:
+        mine = group.empty_contribution(4 * 1024, torch.bfloat16)
+        exchange = group.exchange(mine, 0, 1024, range(4), "step 0 / unit / grad")
+        exchange.pieces()
+        exchange.release()
+        exchange.wait_reusable()
+        group.barrier("step 0 / control")
+        return group.recorder.take()[0]
+
+    assert in_threads(4, work) == [{"grad": 3 * 2048, "control": 3}] * 4
+
+
+def test_a_group_of_one_is_the_identity() -> None:
+    group = LocalGroup(torch.device("cpu"))
+    mine = group.empty_contribution(5, torch.float32)
+    mine.local.copy_(torch.arange(5))
+    (piece,) = group.exchange(mine, 1, 4, [0], "a / grad").pieces()
+    assert torch.equal(piece, torch.arange(1.0, 5.0))
+    assert piece.data_ptr() == mine.local[1:].data_ptr()
+    assert group.gather(torch.tensor([7]), "b / control")[0].item() == 7
+
+
+def test_workers_that_take_different_ways_are_told_so() -> None:
+    def work(group: Group) -> None:
+        group.barrier("step 3 / left / control" if group.rank == 1 else "step 3 / right / control")
+
+    first, second = in_threads(2, work)
+    assert isinstance(first, InvariantError | WorkerError)
+    assert isinstance(second, InvariantError | WorkerError)
+    assert "took different ways" in str(first) + str(second)
+
+
+def test_a_worker_that_raises_ends_the_others_naming_itself_and_where_it_was() -> None:
+    def work(group: Group) -> None:
+        group.status("step 12 / layers.3 / grad")
+        if group.rank == 2:
+            raise ValueError("the sky fell")
+        group.barrier("step 12 / control")
+
+    began = time.monotonic()
+    results = in_threads(4, work)
+    assert time.monotonic() - began < 5
+    assert isinstance(results[2], ValueError)
+    for rank in (0, 1, 3):
+        error = results[rank]
+        assert isinstance(error, WorkerError)
+        assert error.rank == 2
+        assert "the sky fell" in str(error)
+        assert "step 12 / layers.3 / grad" in str(error)
+
+
+def test_a_worker_that_stalls_is_named_with_its_stack() -> None:
+    let_go = threading.Event()
+
+    def oversleep() -> None:
+        let_go.wait(20)
+
+    def work(group: Group) -> None:
+        group.status("step 5, micro-batch 1 / forward and backward")
+        if group.rank == 1:
+            oversleep()
+        try:
+            group.barrier("step 5 / control")
+        finally:
+            let_go.set()
+
+    results = in_threads(3, work, stall_seconds=0.5)
+    for rank in (0, 2):
+        error = results[rank]
+        assert isinstance(error, WorkerError)
+        assert error.rank == 1
+        assert "step 5, micro-batch 1" in str(error)
+        assert "in oversleep" in str(error)

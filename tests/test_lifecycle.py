@@ -1,0 +1,36 @@
+"""A unit's life: what the table allows happens, everything else raises with the unit's story."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from manyhands.engine.lifecycle import TRANSITIONS, Event, Lifecycle, State
+from manyhands.errors import InvariantError
+
+
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, Event)))
+def test_every_pair_of_state_and_event(state: State, event: Event) -> None:
+    life = Lifecycle("blocks.0")
+    life.state = state
+    if (state, event) in TRANSITIONS:
+        life.on(event)
+        assert life.state is TRANSITIONS[state, event]
+    else:
+        with pytest.raises(InvariantError, match=r"blocks\.0"):
+            life.on(event)
+        assert life.state is state
+
+
+def test_the_error_tells_the_story() -> None:
+    life = Lifecycle("blocks.0")
+    life.on(Event.GATHER)
+    life.on(Event.GATHERED)
+    with pytest.raises(InvariantError) as caught:
+        life.on(Event.REDUCED)
+    assert "resting--gather-->gathering gathering--gathered-->ready" in str(caught.value)
+
+
+def test_abort_leads_to_rest_from_anywhere() -> None:
+    assert all(TRANSITIONS[state, Event.ABORT] is State.RESTING for state in State)
