@@ -1,4 +1,4 @@
-"""The groups' verbs, with threads standing in for workers: what arrives, in which order, and what happens if one errs."""
+"""The groups' verbs, with threads standing in for workers: what arrives, in which order, and who is blamed."""
 
 from __future__ import annotations
 

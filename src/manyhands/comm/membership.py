@@ -86,6 +86,7 @@ class Membership:
     ) -> None:
         self.rank, self.size, self.stall_seconds = rank, size, stall_seconds
         self.failure: WorkerError | None = None
+        self._noticed = False  # the main thread has raised the failure (or its own): it is on its way out
         self._store, self._abandon, self._meetings, self._beats = store, abandon, 0, 0
         self._stop = threading.Event()
         self._stack_file = _dump_stacks_on_signal()
@@ -145,6 +146,7 @@ class Membership:
     def check(self) -> None:
         """Raise the failure, if there is one."""
         if self.failure is not None:
+            self._noticed = True
             raise self.failure
 
     def check_wait(self, began: float, tag: str, wanted: int) -> None:
@@ -160,6 +162,7 @@ class Membership:
 
     def fail(self, error: BaseException) -> None:
         """Leave `error`, raised here, for the others. The first failure of the group wins."""
+        self._noticed = True
         if isinstance(error, WorkerError) and error.rank != self.rank:
             return
         first = str(error).splitlines()[0] if str(error) else ""
@@ -169,6 +172,11 @@ class Membership:
             f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.status or 'starting'}",
             "".join(traceback.format_exception(error)),
         )
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nobody has failed, as far as is known here."""
+        return self.failure is None and not self._noticed
 
     def close(self) -> None:
         """Leave on purpose; the others don't take it for a failure."""
@@ -225,7 +233,7 @@ class Membership:
                         detail=str(error),
                     )
                 failed_at = now
-            elif now - failed_at > GRACE_SECONDS:
+            elif now - failed_at > GRACE_SECONDS and not self._noticed:
                 self._abandon(self.failure)
                 return
 

@@ -130,7 +130,7 @@ class ProcessGroup(MembersGroup):
         return WorkerError("the connection to the other workers broke", detail=str(error), hint="see the workers' logs")
 
     def close(self) -> None:
-        if self.membership.failure is None:
+        if self.membership.is_well:
             self.barrier("close / control")
         self.membership.close()
         with contextlib.suppress(RuntimeError):  # a broken group can't be taken down in order, and needn't be

@@ -126,6 +126,6 @@ class SharedMemoryGroup(MembersGroup):
         return self._lock if self._lock is not None else nullcontext()
 
     def close(self) -> None:
-        if self.membership.failure is None:
+        if self.membership.is_well:
             self.barrier("close / control")
         self.membership.close()
