@@ -12,6 +12,7 @@ from torch import Tensor
 
 from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy
+from manyhands.engine.arithmetic import fix_arithmetic, to_device
 from manyhands.engine.buffers import Buffers
 from manyhands.engine.clock import PhaseClock
 from manyhands.engine.control import Control, agree, gather_control
@@ -39,7 +40,7 @@ class StepEngine:
 
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
         self.recipe, self.strategy, self.group = recipe, strategy, group
-        torch.set_num_threads(recipe.threads_per_worker)
+        fix_arithmetic(recipe)
         _check_workers(recipe, group.size)
         agree(group, "recipe", _recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
         agree(group, "strategy", {"stage": strategy.stage, "units": str(strategy.units)}, hint=_HINT_SAME_RECIPE)
@@ -105,7 +106,7 @@ class StepEngine:
             with self._clock.phase("data"):
                 if this.micro_batch is not None:
                     self.group.status(f"{tag}, micro-batch {this.micro_batch} / data")
-                    batch = load(this.micro_batch)
+                    batch = to_device(load(this.micro_batch), self.group.device)
             with self._clock.phase("exchange"):
                 self._reducer.begin(index)
             with self._clock.phase("compute"):
