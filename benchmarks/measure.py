@@ -73,13 +73,15 @@ class PeakPss:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What rank 0 saw. seconds: of all steps, the warm-up's included. peak_pss_mib: of one more step, not timed."""
+    """What rank 0 saw. seconds: of all steps, the warm-up's included. peak_pss_mib: of one more step, not timed.
+    overhead: of a step, for what Manyhands does besides training (digests, records)."""
 
     kind: str
     workers: int
     seconds: list[float]
     peak_pss_mib: float
     loss: float
+    overhead: float | None = None
 
 
 def report(options: argparse.Namespace, measured: Measured) -> None:
@@ -99,6 +101,8 @@ def report(options: argparse.Namespace, measured: Measured) -> None:
         "pss_mib": round(pss_mib()),
         "loss": round(measured.loss, 4),
     }
+    if measured.overhead is not None:
+        record["overhead"] = round(measured.overhead, 4)
     print(json.dumps(record), flush=True)
 
 

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
+import tempfile
 import time
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import manyhands as mh
 from gpt import GPT
+from manyhands.report.run_directory import RunDirectory
+from manyhands.report.tensorboard import TensorBoardLog
 from measure import WARM_UP, Measured, PeakPss, RandomTokens, argument_parser, leave, report
+
+DIGEST_EVERY = 10  # as mh.train has it
+TIMES = 10
 
 
 def recipe_of(options: argparse.Namespace, workers: int) -> mh.Recipe:
@@ -37,6 +45,30 @@ def recipe_of(options: argparse.Namespace, workers: int) -> mh.Recipe:
     )
 
 
+def digest_seconds(engine: mh.Engine) -> float:
+    """What a digest costs a step, on this worker."""
+    engine.group.barrier("bench / control")
+    began = time.perf_counter()
+    for _ in range(TIMES):
+        engine.digest()
+    return (time.perf_counter() - began) / TIMES
+
+
+def record_seconds(engine: mh.Engine, metrics: mh.StepMetrics) -> float:
+    """What a step's records cost: its line of metrics, TensorBoard's if installed, a tenth of its table of hashes."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory, board = RunDirectory(folder), TensorBoardLog(folder)
+        began = time.perf_counter()
+        for step in range(TIMES):
+            directory.append_metrics(metrics)
+            board.write(metrics)
+            if step % DIGEST_EVERY == 0:
+                np.save(directory.digests / f"step-{step}.npy", engine.last_hashes)
+        seconds = (time.perf_counter() - began) / TIMES
+        board.close()
+        return seconds
+
+
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--stage", default="zero2")
@@ -54,10 +86,22 @@ def main() -> None:
         seconds.append(time.perf_counter() - began)
     batch = next(batches)
     with PeakPss() as peak:
-        loss = engine.step(batch).loss
+        metrics = engine.step(batch)
+    overhead = digest_seconds(engine) / DIGEST_EVERY + record_seconds(engine, metrics)
     if rank == 0:
-        kind = f"manyhands-{options.stage}"
-        report(options, Measured(kind=kind, workers=workers, seconds=seconds, peak_pss_mib=peak.mib, loss=loss))
+        share = overhead / statistics.median(seconds[WARM_UP:])
+        kind = f"manyhands-{options.stage}" + ("" if options.group == "auto" else f"-{options.group}")
+        report(
+            options,
+            Measured(
+                kind=kind,
+                workers=workers,
+                seconds=seconds,
+                peak_pss_mib=peak.mib,
+                loss=metrics.loss,
+                overhead=share,
+            ),
+        )
     engine.close()
     leave()
 

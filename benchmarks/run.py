@@ -30,7 +30,7 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "runs" / "bench"
-OURS = "manyhands-zero2"
+OURS = "manyhands-zero2"  # manyhands-STAGE[-GROUP]
 SECONDS_ALLOWED = 600
 ALL_PEERS = (
     "ddp",
@@ -61,7 +61,13 @@ class Setting:
 
 SETTINGS = (
     Setting(name="alone-bf16", workers=1, batch=4, precision="bf16", kinds=(OURS, "single", "single-bf16")),
-    Setting(name="2-bf16", workers=2, batch=4, precision="bf16", kinds=(OURS, *ALL_PEERS)),
+    Setting(
+        name="2-bf16",
+        workers=2,
+        batch=4,
+        precision="bf16",
+        kinds=(OURS, "manyhands-ddp", "manyhands-zero2-process", *ALL_PEERS),
+    ),
     Setting(name="alone-fp32", workers=1, batch=4, precision="fp32", kinds=(OURS, "single")),
     Setting(
         name="2-fp32",
@@ -105,9 +111,10 @@ TARGETS = (
         figure="tokens_per_second_per_worker",
         at_least=0.93,
     ),
-    Target(what="of DDP's memory", setting="2-bf16", peer=("2-bf16", "ddp"), figure="peak_pss_mib", at_most=0.65),
+    Target(what="of DDP's peak memory", setting="2-bf16", peer=("2-bf16", "ddp"), figure="peak_pss_mib", at_most=0.65),
+    Target(what="of DDP's memory at rest", setting="2-bf16", peer=("2-bf16", "ddp"), figure="pss_mib", at_most=0.65),
     Target(
-        what="of DeepSpeed ZeRO-2's memory",
+        what="of DeepSpeed ZeRO-2's peak memory",
         setting="2-bf16",
         peer=("2-bf16", "deepspeed-2"),
         figure="peak_pss_mib",
@@ -117,14 +124,17 @@ TARGETS = (
     Target(what="times as fast as DDP", setting="4-bf16", peer=("4-bf16", "ddp"), figure="step_ms", at_least=1.8),
 )
 
+MOST_OVERHEAD = 0.02
+
 Record = dict[str, Any]
 Results = dict[tuple[str, str], list[Record]]  # (setting, kind): one record a round, {"error": ...} if it failed
 
 
 def command_of(setting: Setting, kind: str, steps: int) -> list[str]:
     """A whole launch: torch's own launcher, one process per worker."""
+    stage, _, group = kind.removeprefix("manyhands-").partition("-")
     ours = kind.startswith("manyhands-")
-    script = ["ours.py", "--stage", kind.removeprefix("manyhands-")] if ours else ["peers.py", kind]
+    script = ["ours.py", "--stage", stage, "--group", group or "auto"] if ours else ["peers.py", kind]
     shape = {"--precision": setting.precision, "--batch": setting.batch, "--length": setting.length, "--steps": steps}
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.workers)),
@@ -189,7 +199,7 @@ def ratio(results: Results, above: tuple[str, str], below: tuple[str, str], figu
 
 def table_of(results: Results) -> Table:
     table = Table(title="One training step of a GPT of 69.4 M parameters (ratios: to Manyhands in the same setting)")
-    for heading in ("", "step ms", "ratio", "tokens/s per worker", "peak PSS MiB per worker", "ratio"):
+    for heading in ("", "step ms", "ratio", "tokens/s per worker", "peak PSS MiB", "ratio", "PSS at rest", "ratio"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for setting in SETTINGS:
         rows = [kind for kind in setting.kinds if (setting.name, kind) in results]
@@ -210,12 +220,14 @@ def table_of(results: Results) -> Table:
                 f"{median(results, key, 'tokens_per_second_per_worker'):,.0f}",
                 f"{median(results, key, 'peak_pss_mib'):,.0f}",
                 shown(ratio(results, key, ours, "peak_pss_mib")),
+                f"{median(results, key, 'pss_mib'):,.0f}",
+                shown(ratio(results, key, ours, "pss_mib")),
             )
     return table
 
 
 def shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 def judged(results: Results) -> list[Record]:
@@ -235,6 +247,11 @@ def judged(results: Results) -> list[Record]:
         verdicts.append(
             {"setting": target.setting, "what": target.what, "target": bound, "measured": value, "verdict": verdict}
         )
+    overhead = median(results, ("2-bf16", OURS), "overhead")
+    verdict = "not measured" if overhead is None else "met" if overhead <= MOST_OVERHEAD else "missed"
+    what = "of a step for digests (every 10th step) and records"
+    bound = f"at most {MOST_OVERHEAD}"
+    verdicts.append({"setting": "2-bf16", "what": what, "target": bound, "measured": overhead, "verdict": verdict})
     return verdicts
 
 
