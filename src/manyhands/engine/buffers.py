@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from manyhands.comm.group import Group
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class Buffers:
     """All buffers of a model. names: in the model's order."""
@@ -19,8 +21,8 @@ class Buffers:
         self._owners = {name: _owner(model, name) for name, _ in model.named_buffers()}
         self.names = list(self._owners)
         self._micro_batches = micro_batches
+        self._tensors: dict[str, Tensor] = {}  # the model's own objects, which others may hold, too
         self._start: dict[str, Tensor] = {}
-        self._versions: dict[str, tuple[int, int]] = {}
         self._after: dict[str, dict[int, Tensor]] = {}
 
     def _now(self, name: str) -> Tensor:
@@ -28,39 +30,37 @@ class Buffers:
         buffer: Tensor = owner._buffers[attribute]  # type: ignore[assignment]
         return buffer
 
-    def _assign(self, name: str, value: Tensor) -> None:
-        owner, attribute = self._owners[name]
-        owner._buffers[attribute] = value
-
     def begin_step(self) -> None:
         """Keep the buffers as they are."""
         for name in self.names:
-            now = self._now(name)
-            if name not in self._start or self._start[name].shape != now.shape:
+            now = self._tensors[name] = self._now(name)
+            if name not in self._start or not _same_bits(self._start[name], now):
                 self._start[name] = now.detach().clone()
-            elif self._versions.get(name) != (id(now), now._version):
-                self._start[name].copy_(now)
-            self._versions[name] = (id(now), now._version)
         self._after = {}
 
     def end_micro_batch(self, micro_batch: int) -> None:
-        """Take what this micro-batch made of the buffers, and put the step's back."""
+        """Take what this micro-batch made of the buffers, and put the step's back.
+
+        Values are compared: torch doesn't count what batch norm does to its statistics as a change (`_version` stays).
+        """
         for name in self.names:
             now = self._now(name)
-            if self._versions[name] != (id(now), now._version):
+            if not _same_bits(self._start[name], now):
                 self._after.setdefault(name, {})[micro_batch] = now.detach().clone()
-                self._restore(name)
+            self._put(name, self._start[name])
 
-    def _restore(self, name: str) -> None:
-        self._assign(name, self._start[name].clone())
-        now = self._now(name)
-        self._versions[name] = (id(now), now._version)
+    def _put(self, name: str, value: Tensor) -> None:
+        """Give the buffer this value, in the model's own object."""
+        tensor = self._tensors[name]
+        if not _same_bits(tensor, value):
+            tensor.detach().copy_(value)
+        owner, attribute = self._owners[name]
+        owner._buffers[attribute] = tensor
 
     def abort(self) -> None:
         """The step failed: put its start back."""
-        for name in self.names:
-            if name in self._start:
-                self._restore(name)
+        for name in self._start:
+            self._put(name, self._start[name])
 
     def changed(self) -> list[bool]:
         """For each buffer whether a micro-batch of this worker changed it."""
@@ -86,7 +86,17 @@ class Buffers:
                 for micro_batch in range(1, self._micro_batches):
                     result = result + everyone[owner[micro_batch]][micro_batch]
                 result = result / self._micro_batches
-            self._assign(name, result.to(start))
+            self._put(name, result.to(start))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether both are equal to the bit: a NaN is itself, 0 is not -0."""
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
+
+
+def _bits(value: Tensor) -> Tensor:
+    value = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
+    return value.view(_INTEGERS[value.itemsize]) if value.is_floating_point() else value
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
