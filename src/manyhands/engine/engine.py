@@ -99,6 +99,7 @@ class StepEngine:
     def _step(self, load: Callable[[int], Any], digest: bool) -> StepMetrics:
         step, tag = self.step_index, f"step {self.step_index}"
         self._clock.begin()
+        self.model.train()  # also after an evaluation that forgot to: a step depends on the last one's state alone
         self.buffers.begin_step()
         self._reducer.begin_step(step)
         losses = {}
@@ -145,7 +146,6 @@ class StepEngine:
         self.group.status(f"step {step}, micro-batch {micro_batch} / forward and backward")
         with self.group.exclusive(), preserved_generators():
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
-            self.model.train()
             result = self.recipe.loss(self.model, batch)
             loss, weight = result if isinstance(result, tuple) else (result, 1.0)
             _check_loss(loss)

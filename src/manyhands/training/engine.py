@@ -16,7 +16,7 @@ from manyhands.config import Recipe, Strategy
 from manyhands.data.loader import LoadedBatch, MicroBatchLoader
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.metrics import StepMetrics
-from manyhands.errors import InvariantError
+from manyhands.errors import Interrupted, InvariantError
 
 
 class StepBatch(NamedTuple):
@@ -107,6 +107,6 @@ class Engine(StepEngine):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, Interrupted):  # that one, all workers raise together
             self.group.fail(error)
         self.close()
