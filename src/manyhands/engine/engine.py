@@ -107,7 +107,8 @@ class StepEngine:
             with self._clock.phase("data"):
                 if this.micro_batch is not None:
                     self.group.status(f"{tag}, micro-batch {this.micro_batch} / data")
-                    batch = to_device(load(this.micro_batch), self.group.device)
+                    with self.group.exclusive():  # loading seeds the generators, too
+                        batch = to_device(load(this.micro_batch), self.group.device)
             with self._clock.phase("exchange"):
                 self._reducer.begin(index)
             with self._clock.phase("compute"):
