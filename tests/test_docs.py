@@ -1,0 +1,100 @@
+"""The documents are true where a machine can tell: links, files, tests and messages that they name are there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "manyhands"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+USERS_MEET = {"ConfigError", "DataError", "NumericsError", "CheckpointError", "WorkerError", "Interrupted"}
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The places in a page that a link can name, as GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(other), f"{page.name} links to {target}"
+
+
+def test_the_annotated_tree_is_the_source() -> None:
+    tree = re.search(r"^```text\n(src/manyhands/.*?)^```$", text_of("docs/design.md"), re.MULTILINE | re.DOTALL)
+    assert tree, "docs/design.md has no annotated tree"
+    listed, folder = [], ""
+    for line in tree[1].splitlines()[1:]:
+        indent, name, says = re.fullmatch(r"( +)(\S+)(?: +(\S.*))?", line).groups()  # type: ignore[union-attr]
+        folder = "" if len(indent) == 2 else folder
+        if name.endswith("/"):
+            folder = name
+        else:
+            listed.append(folder + name)
+        assert says, f"{name}: what is it for?"
+    there = {
+        str(path.relative_to(SOURCE))
+        for path in SOURCE.rglob("*.py")
+        if path.name != "__init__.py" or path.parent == SOURCE
+    }
+    assert set(listed) == there
+    assert len(listed) == len(set(listed))
+
+
+def test_tests_that_documents_name_exist() -> None:
+    for page in PAGES:
+        for file, function in re.findall(r"\b(tests/\w+\.py)(?:::(\w+))?", page.read_text(encoding="utf-8")):
+            assert (ROOT / file).exists(), f"{page.name} names {file}"
+            if function:
+                assert re.search(rf"^def {function}\b", text_of(file), re.MULTILINE), f"{page.name}: {file}::{function}"
+
+
+def template(node: ast.expr) -> str | None:
+    """A message in the source, with … for what is filled in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return None
+
+
+def messages() -> tuple[set[str], set[str]]:
+    """All texts in the source, and those that errors which users can meet begin with."""
+    texts, raised = set(), set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.expr) and (text := template(node)) is not None:
+                texts.add(text)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in USERS_MEET:
+                said = template(node.args[0]) if node.args else None
+                if said is not None and re.search(r"\w", said.replace("…", "")):
+                    raised.add(said)
+    return texts, raised
+
+
+def test_troubleshooting_has_the_messages_that_users_meet() -> None:
+    headings = re.findall(r"^### (.+)$", text_of("docs/troubleshooting.md"), re.MULTILINE)
+    assert all(re.fullmatch(r"`[^`]+`", heading) for heading in headings)
+    listed = {heading.strip("`") for heading in headings}
+    texts, raised = messages()
+    assert not listed - texts, "headings of messages that the source doesn't have (any more)"
+    assert not raised - listed, "messages without a heading"

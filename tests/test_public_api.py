@@ -1,0 +1,139 @@
+"""The public surface: its names, its options, and every example of the documentation, which is run as it stands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import manyhands as mh
+from manyhands.cli.main import app
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+NAMES = [
+    "Batch",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Engine",
+    "Interrupted",
+    "InvariantError",
+    "ManyhandsError",
+    "NumericsError",
+    "Recipe",
+    "StepMetrics",
+    "Strategy",
+    "Summary",
+    "WorkerError",
+    "digest_of_tensors",
+    "launch",
+    "load_recipe",
+    "train",
+]
+
+OPTIONS = {
+    "train": {
+        "--accept-new-numerics",
+        "--checkpoint-every",
+        "--digest-every",
+        "--group",
+        "--json",
+        "--run-dir",
+        "--set",
+        "--stage",
+        "--steps",
+        "--workers",
+        "-n",
+        "recipe",
+    },
+    "run": {"--workers", "-n", "script"},
+    "compare": {"--json", "other", "run"},
+}
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of the code blocks of a page."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def run_page(page: str, folder: Path) -> None:
+    """Write the blocks that begin with `# file: NAME` to files, and run the other Python blocks in order."""
+    programs = []
+    for language, text in blocks(page):
+        file = re.match(r"# file: (\S+)\n", text)
+        if file:
+            (folder / file[1]).write_text(text, encoding="utf-8")
+        elif language == "python":
+            programs.append(text)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for number, text in enumerate(programs, 1):
+        exec(compile(text, f"docs/{page}, Python block {number}", "exec"), namespace)
+
+
+def test_the_names_are_these() -> None:
+    assert mh.__all__ == NAMES == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_is_documented(name: str) -> None:
+    # A dataclass without a docstring is given its signature as one.
+    text = getattr(mh, name).__doc__ or f"{name}("
+    assert not text.startswith(f"{name}("), f"{name} has no docstring"
+    examples = "".join(text for language, text in blocks("api.md") if language == "python")
+    assert re.search(rf"\bmh\.{name}\b", examples), f"docs/api.md has no example of {name}"
+
+
+def test_public_methods_of_the_engine_are_documented() -> None:
+    for kind in (mh.Engine, mh.Batch):
+        for base in kind.__mro__[:-1]:
+            for name, value in vars(base).items():
+                if not name.startswith("_") and (callable(value) or isinstance(value, property)):
+                    assert value.__doc__, f"{base.__name__}.{name}"
+
+
+@pytest.mark.parametrize("page", ["api.md", "quickstart.md"])
+def test_the_examples_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    run_page(page, tmp_path)
+    for name in ("line", "sine_model"):
+        sys.modules.pop(name, None)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        _ = mh.Trainer  # type: ignore[attr-defined]
+
+
+def test_importing_does_nothing() -> None:
+    program = textwrap.dedent("""
+        import sys, threading
+        import manyhands
+        heavy = {"torch", "numpy", "pydantic", "rich", "typer"} & set(sys.modules)
+        assert not heavy, heavy
+        assert threading.active_count() == 1
+        assert all(hasattr(manyhands, name) for name in manyhands.__all__[:5])
+    """)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_command_line_is_this() -> None:
+    command = typer.main.get_command(app)
+    found = {
+        name: {option for parameter in sub.params for option in parameter.opts}
+        for name, sub in command.commands.items()  # type: ignore[attr-defined]
+    }
+    assert found == OPTIONS
+    assert all(sub.help for sub in command.commands.values())  # type: ignore[attr-defined]
