@@ -40,7 +40,8 @@ class Unit:
 
     def give_grads(self, grads: Contribution | None, start: int) -> None:
         """Use `grads` from `start` on for good; None: make a buffer when the first gradient comes."""
-        self._grads, self._grads_start, self._transient = grads, start, grads is None
+        self._transient = grads is None
+        self._grads, self._grads_start = grads, 0 if self._transient else start  # a buffer of its own has no others
 
     def bind(self, params: dict[str, nn.Parameter]) -> None:
         """Let the model's parameters be views of `params`."""
