@@ -74,7 +74,11 @@ class CheckpointError(ManyhandsError):
 
 
 class WorkerError(ManyhandsError):
-    """A worker raised, died or stalled. `rank` is the culprit's number, not the number of the one that noticed."""
+    """A worker raised, died or stalled. `rank` is the culprit's number, not the number of the one that noticed;
+    `alive`: it was alive when that was noticed. What a launcher passes on of Manyhands's other errors is the cause.
+    """
+
+    alive = False
 
     def __init__(self, what: str, *, rank: int = -1, **where: object) -> None:
         super().__init__(what, **where)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import typer
 
 from manyhands import __version__
 from manyhands.config import GROUPS, STAGES
-from manyhands.errors import ConfigError, Interrupted, ManyhandsError
+from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
 
 app = typer.Typer(
     add_completion=False,
@@ -30,13 +30,19 @@ WRONG = 2
 def main() -> None:
     """Run the command line; what went wrong is told on stderr, without a traceback unless it's a bug."""
     try:
-        app()
-    except Interrupted as error:
-        _leave(str(error), INTERRUPTED)
-    except ConfigError as error:
-        _leave(str(error), WRONG)
+        app(standalone_mode=True)
     except ManyhandsError as error:
-        _leave(str(error), FAILED)
+        passed_on = error.__cause__ if isinstance(error, WorkerError) else None  # what a worker has raised on purpose
+        told = passed_on if isinstance(passed_on, ManyhandsError) and not _is_ours(passed_on) else error
+        _leave(
+            str(told),
+            INTERRUPTED if isinstance(told, Interrupted) else WRONG if isinstance(told, ConfigError) else FAILED,
+        )
+
+
+def _is_ours(error: ManyhandsError) -> bool:
+    """A bug of ours, or news of another worker: there, who and how is what matters."""
+    return isinstance(error, (InvariantError, WorkerError))
 
 
 def _leave(text: str, code: int) -> NoReturn:

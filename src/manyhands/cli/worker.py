@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from manyhands.comm.failure import record_failure
+from manyhands.comm.failure import record_failure, story_of
 from manyhands.errors import Interrupted
 from manyhands.training.stop import StopSignals
 
@@ -14,24 +14,18 @@ from manyhands.training.stop import StopSignals
 def main() -> int:
     """The exit code. Errors are left for the parent, which shows the one that matters."""
     request = json.loads(sys.argv[1])
-    with StopSignals() as stop:  # before torch is imported: a Ctrl-C meanwhile is only noted
+    with StopSignals() as stop:
         try:
             _train(request, stop)
-        except Interrupted as error:
-            if int(os.environ["RANK"]) == 0:
-                sys.stderr.write(f"{error}\n")
-            return 130
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt) as error:
+            record_failure(error)
             return 130
         except BaseException as error:  # whatever it is, the parent must hear of it
             record_failure(error)
-            sys.stderr.write(f"{type(error).__name__}: {error}\n" if _has_log() else "")
+            if int(os.environ["RANK"]) != 0:  # worker 0 writes to the terminal, where the parent will show the error
+                sys.stderr.write(f"{story_of(error)}\n")
             return 1
     return 0
-
-
-def _has_log() -> bool:
-    return int(os.environ["RANK"]) != 0  # worker 0 writes to the terminal, where the parent will show the error
 
 
 def _train(request: dict[str, object], stop: StopSignals) -> None:

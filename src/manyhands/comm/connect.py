@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 
 import torch
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
+from manyhands.comm.failure import forget_failure
 from manyhands.comm.group import Group
+from manyhands.comm.last_words import LastWords, end_process
 from manyhands.comm.local import LocalGroup
 from manyhands.comm.membership import JOIN_SECONDS, Membership
 from manyhands.comm.memory import ProcessArena, ThreadArena
 from manyhands.comm.process import ProcessGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
-from manyhands.errors import ConfigError, WorkerError
+from manyhands.errors import ConfigError
 
 
 def environment_rank_and_size() -> tuple[int, int]:
@@ -30,14 +31,13 @@ def connect(
     *,
     device: str = "cpu",
     stall_seconds: float = 600.0,
-    abandon: Callable[[WorkerError], None] | None = None,
 ) -> Group:
-    """The group of this process's launcher. Collective.
+    """The group of this process's launcher. Collective. A worker that doesn't come round to raising another one's
+    failure (it hangs, say) is ended.
 
-    kind: "auto", "shared-memory" or "process" (see the strategy). abandon: called in the watching thread when this
-    worker hangs although another one failed; it must end the process (default: it does, with the error on stderr).
-    Raises ConfigError, WorkerError.
+    kind: "auto", "shared-memory" or "process" (see the strategy). Raises ConfigError, WorkerError.
     """
+    forget_failure()
     rank, size = environment_rank_and_size()
     where = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
     if device == "cuda" and not torch.cuda.is_available():
@@ -48,7 +48,8 @@ def connect(
         return LocalGroup(where)
     store = _numbered_store(rank, size)
     arena = ProcessArena()
-    membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=abandon or _end_process)
+    membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=end_process)
+    LastWords(membership)
     if kind == "auto":
         kind = "shared-memory" if membership.one_host and device == "cpu" else "process"
     if kind == "shared-memory":
@@ -75,12 +76,6 @@ def _numbered_store(rank: int, size: int) -> Store:
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     number = store.add(f"manyhands/{restart}/connections/{rank}", 1)
     return PrefixStore(f"manyhands/{restart}/{number}", store)
-
-
-def _end_process(error: WorkerError) -> None:
-    with suppress(OSError):
-        os.write(2, f"\n{error}\n".encode())
-    os._exit(1)
 
 
 def thread_groups(size: int, *, stall_seconds: float = 60.0) -> list[Callable[[], Group]]:

@@ -17,18 +17,23 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from manyhands.errors import Interrupted, WorkerError
+from manyhands import errors
+from manyhands.errors import Interrupted, InvariantError, ManyhandsError, WorkerError
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 STOPPED_CODES = (130, 143)
 """Exit codes of a worker that was asked to stop and did: 128 + SIGINT, 128 + SIGTERM."""
 LAUNCHER_KILL_SECONDS = 20.0
 """A worker found killed this long after the first failure was killed by the launcher, which waits 30 s."""
+PARENT_TELLS_VARIABLE = "MANYHANDS_PARENT_TELLS"
+"""Set for workers whose parent shows the error that matters: they needn't print theirs."""
+_PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """One worker's own account. `notice`: it merely noticed that a peer (`culprit`) raised, died or stalled."""
+    """One worker's own account. `notice`: it merely noticed that a peer (`culprit`) raised, died or stalled; `alive`:
+    the peer was alive then. `what` to `detail` are a ManyhandsError's own (see errors)."""
 
     rank: int
     pid: int
@@ -37,9 +42,29 @@ class Failure:
     traceback: str
     culprit: int | None = None
     notice: bool = False
+    alive: bool = False
+    what: str | None = None
+    expected: str | None = None
+    got: str | None = None
     where: str | None = None
     hint: str | None = None
+    detail: str | None = None
     seconds: float = 0.0
+
+    @property
+    def first_line(self) -> str:
+        """The message's."""
+        return self.message.partition("\n")[0]
+
+    def error(self) -> ManyhandsError | None:
+        """The ManyhandsError that it tells of, made again; None for another kind."""
+        kind = getattr(errors, self.kind, None)
+        if self.what is None or not (isinstance(kind, type) and issubclass(kind, ManyhandsError)):
+            return None
+        made: ManyhandsError = kind(
+            self.what, expected=self.expected, got=self.got, where=self.where, hint=self.hint, detail=self.detail
+        )
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,29 +81,33 @@ class WorkerEnd:
     log_tail: str = ""
 
 
-def record_failure(error: BaseException, culprit: int | None = None, notice: bool | None = None) -> None:
+def record_failure(error: BaseException, *, where: str | None = None) -> None:
     """Leave `error` for the parent. Called by a worker, once, before it ends; without a launcher it does nothing.
 
-    culprit: the rank to blame, where known. notice: this worker only noticed a peer's failure; None: it is so when
-    `error` is a WorkerError that names another rank. The first record stays: what comes later is a consequence.
+    where: what the worker was doing, if the error itself doesn't tell. A WorkerError that names another rank, and being
+    asked to stop, are only notices: not this worker's fault. The first record stays: what comes later is a consequence.
     Never raises: a full disk must not hide the error itself.
     """
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path or os.path.exists(path):
         return
     rank = int(os.environ.get("RANK", "-1"))
-    if culprit is None and isinstance(error, WorkerError) and error.rank >= 0:
-        culprit = error.rank
+    culprit = error.rank if isinstance(error, WorkerError) and error.rank >= 0 else None
     failure = Failure(
         rank=rank,
         pid=os.getpid(),
         kind=type(error).__name__,
         message=str(error),
-        traceback="".join(traceback.format_exception(error)),
+        traceback=story_of(error),
         culprit=culprit,
-        notice=culprit not in (None, rank) if notice is None else notice,
-        where=getattr(error, "where", None),
+        notice=culprit not in (None, rank) or isinstance(error, (Interrupted, KeyboardInterrupt)),
+        alive=isinstance(error, WorkerError) and error.alive,
+        what=getattr(error, "what", None),
+        expected=getattr(error, "expected", None),
+        got=getattr(error, "got", None),
+        where=getattr(error, "where", None) or where,
         hint=getattr(error, "hint", None),
+        detail=getattr(error, "detail", None) or _story_behind(error),
         seconds=time.time(),
     )
     account = {
@@ -93,6 +122,35 @@ def record_failure(error: BaseException, culprit: int | None = None, notice: boo
         temporary = f"{path}.{failure.pid}"
         Path(temporary).write_text(json.dumps(account, default=str), encoding="utf-8")
         os.replace(temporary, path)  # the launcher reads it only whole
+
+
+def forget_failure() -> None:
+    """What this worker recorded before, it has survived."""
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if path and os.environ.get(PARENT_TELLS_VARIABLE):  # torch's own file is left alone
+        Path(path).unlink(missing_ok=True)
+
+
+def story_of(error: BaseException) -> str:
+    """Its traceback from where the user's code was called on: without our own frames above, unless the bug is ours."""
+    story = traceback.TracebackException.from_exception(error)
+    if not isinstance(error, InvariantError):
+        _cut_above_user(story)
+    return "".join(story.format()).rstrip()
+
+
+def _story_behind(error: BaseException) -> str | None:
+    """The user's code that made us raise `error`. (What is behind a WorkerError happened in another worker.)"""
+    return None if error.__cause__ is None or isinstance(error, WorkerError) else story_of(error.__cause__)
+
+
+def _cut_above_user(story: traceback.TracebackException) -> None:
+    ours = [index for index, frame in enumerate(story.stack) if frame.filename.startswith((_PACKAGE, "<frozen"))]
+    if ours and ours[-1] + 1 < len(story.stack):
+        story.stack = traceback.StackSummary.from_list(list(story.stack)[ours[-1] + 1 :])
+    for other in (story.__cause__, story.__context__):
+        if other is not None:
+            _cut_above_user(other)
 
 
 def read_failure(path: Path, rank: int) -> Failure | None:
@@ -130,29 +188,49 @@ def explain(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
     4. the one that the others noticed;  5. one with an exit code;  6. one that was sent SIGTERM.
     """
     failures = [end.failure for end in ends if end.failure is not None]
-    codes = {end.exit_code for end in ends}
+    codes = {_stopped_code(end) for end in ends}
     stopped = {0, *STOPPED_CODES, -signal.SIGINT, -signal.SIGTERM}
     if codes <= stopped and codes & set(STOPPED_CODES) and all(failure.notice for failure in failures):
         return Interrupted("the workers were asked to stop, and stopped")
-    notices = sorted((failure for failure in failures if failure.notice), key=lambda failure: failure.seconds)
-    named = next((notice.culprit for notice in notices if notice.culprit is not None), None)
+    notices = sorted(
+        (failure for failure in failures if failure.notice and failure.culprit is not None),
+        key=lambda failure: failure.seconds,
+    )
+    named = notices[0].culprit if notices else None
     first_seconds = min(end.seconds for end in ends if end.exit_code != 0)
     culprit = min(ends, key=lambda end: _blame(end, named, first_seconds))
-    failure = culprit.failure
-    if failure is not None and not failure.notice:
-        what = f"worker {culprit.rank} failed: {failure.kind}: {_first_line(failure.message)}"
-    elif culprit.exit_code in (0, -signal.SIGTERM) and culprit.rank == named:
-        # It was alive (a stall, say) and ended only because the launcher told it to: the noticer knows more.
-        what = _first_line(notices[0].message)
+    return _error_about(culprit, [notice for notice in notices if notice.culprit == culprit.rank], ends)
+
+
+def _stopped_code(end: WorkerEnd) -> int:
+    """A program that leaves with the Interrupted that it was given has stopped, too."""
+    asked = end.failure is not None and end.failure.kind in ("Interrupted", "KeyboardInterrupt")
+    return STOPPED_CODES[0] if asked and end.exit_code > 0 else end.exit_code
+
+
+def _error_about(culprit: WorkerEnd, notices: Sequence[Failure], ends: Sequence[WorkerEnd]) -> WorkerError:
+    """What is told of the culprit; `notices` are what others noticed about it."""
+    failure = culprit.failure if culprit.failure is not None and not culprit.failure.notice else None
+    notice = notices[0] if notices else None
+    made = None if failure is None else failure.error()
+    if failure is not None and isinstance(made, WorkerError):  # it was given up by the others, and learned it from them
+        what = made.what
+    elif failure is not None:
+        what = f"worker {culprit.rank} failed: {failure.kind}: {failure.first_line}"
+    elif notice is not None and (notice.alive or culprit.exit_code in (0, -signal.SIGTERM)):
+        # It was alive (a stall, say) and ended only because it was told to, or killed: the noticer knows more.
+        what = notice.what or notice.first_line
     else:
         what = f"worker {culprit.rank} {_ended(culprit.exit_code)}"
-    return WorkerError(
+    error = WorkerError(
         what,
         rank=culprit.rank,
-        where=failure.where if failure is not None else None,
-        hint=_hint(culprit),
-        detail=_detail(culprit, notices, ends) or None,
+        where=next((account.where for account in (failure, notice) if account and account.where), None),
+        hint=_hint(culprit, failure, notice),
+        detail=_detail(culprit, failure, notices, ends) or None,
     )
+    error.__cause__ = made
+    return error
 
 
 def _blame(end: WorkerEnd, named: int | None, first_seconds: float) -> tuple[int, float]:
@@ -174,29 +252,37 @@ def _blame(end: WorkerEnd, named: int | None, first_seconds: float) -> tuple[int
     return (6 if end.exit_code else 8), end.seconds
 
 
-def _detail(culprit: WorkerEnd, notices: Sequence[Failure], ends: Sequence[WorkerEnd]) -> str:
+def _detail(culprit: WorkerEnd, failure: Failure | None, notices: Sequence[Failure], ends: Sequence[WorkerEnd]) -> str:
     parts = []
-    if culprit.failure is not None:
-        parts.append(culprit.failure.traceback.rstrip())
-    else:
-        parts += [f"worker {notice.rank} noticed: {notice.message}" for notice in notices]
-        if culprit.log_tail:
-            parts.append(f"the last lines of worker {culprit.rank}:\n{culprit.log_tail}")
+    if failure is not None:
+        parts.append((failure.detail or "") if failure.kind == "WorkerError" else failure.traceback)
+    elif notices:
+        if not notices[0].alive:  # else it's what was said of the culprit already
+            parts.append(f"worker {notices[0].rank} noticed: {notices[0].first_line}")
+        parts.append(notices[0].detail or "")
+    if failure is None and culprit.log_tail:
+        parts.append(f"the last lines of worker {culprit.rank}:\n{culprit.log_tail}")
     for end in ends:
-        own = end.failure is not None and not end.failure.notice
-        # Who was merely told to end by the launcher has no story of its own.
-        if end.rank != culprit.rank and (own or end.exit_code not in (0, -signal.SIGTERM, -signal.SIGKILL)):
-            told = f": {end.failure.kind}: {_first_line(end.failure.message)}" if end.failure is not None else ""
-            parts.append(f"then worker {end.rank} {_ended(end.exit_code)}{told}")
-    return "\n".join(parts)
+        told = end.failure
+        # Who was merely told to end, or says the same, has no story of its own.
+        same = told is not None and (told.culprit == culprit.rank or (failure and told.message == failure.message))
+        own = told is not None and not told.notice
+        if (
+            end.rank != culprit.rank
+            and not same
+            and (own or end.exit_code not in (0, -signal.SIGTERM, -signal.SIGKILL))
+        ):
+            why = f": {told.kind}: {told.first_line}" if told is not None else ""
+            parts.append(f"then worker {end.rank} {_ended(end.exit_code)}{why}")
+    return "\n".join(part.rstrip() for part in parts if part.strip())
 
 
-def _hint(culprit: WorkerEnd) -> str | None:
-    if culprit.failure is not None:
-        return culprit.failure.hint
-    if culprit.exit_code == -signal.SIGKILL:
+def _hint(culprit: WorkerEnd, failure: Failure | None, notice: Failure | None) -> str | None:
+    if failure is not None:
+        return failure.hint
+    if culprit.exit_code == -signal.SIGKILL and not (notice is not None and notice.alive):
         return "if nobody killed it, memory ran out (see `dmesg`): use fewer workers or smaller micro-batches"
-    return None
+    return None if notice is None else notice.hint
 
 
 def _ended(exit_code: int) -> str:
@@ -206,7 +292,3 @@ def _ended(exit_code: int) -> str:
         return f"was killed by {signal.Signals(-exit_code).name}"
     except ValueError:
         return f"was killed by signal {-exit_code}"
-
-
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]

@@ -38,7 +38,14 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from manyhands.comm.failure import ERROR_FILE_VARIABLE, WorkerEnd, explain, read_failure, record_failure
+from manyhands.comm.failure import (
+    ERROR_FILE_VARIABLE,
+    PARENT_TELLS_VARIABLE,
+    WorkerEnd,
+    explain,
+    read_failure,
+    record_failure,
+)
 from manyhands.comm.stop import Stop, end_all
 from manyhands.errors import ConfigError
 
@@ -197,6 +204,7 @@ class _Logs(LogsSpecs):
             if self._log_dir is not None and "PYTHONUNBUFFERED" not in os.environ:
                 # What a killed worker has printed isn't lost. (On a shared terminal it would cut lines into pieces.)
                 variables.setdefault("PYTHONUNBUFFERED", "1")
+            variables[PARENT_TELLS_VARIABLE] = "1"
             variables[ERROR_FILE_VARIABLE] = str(self._folder / f"error-{rank}.json")
         nowhere = dict.fromkeys(envs, "")
         # Other error files than those in the environment: torch raises from within at one that it can't parse.

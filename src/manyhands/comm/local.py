@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from manyhands.comm.failure import record_failure
 from manyhands.comm.group import Contribution, Exchange, Group
 
 
@@ -55,7 +56,7 @@ class LocalGroup(Group):
         return [small.clone()]
 
     def fail(self, error: BaseException) -> None:
-        pass
+        record_failure(error)
 
     def close(self) -> None:
         pass

@@ -40,6 +40,8 @@ class MembersGroup(Group):
                 return time.monotonic() - began
             os.sched_yield()
         while not ready():
+            if self.membership.failure is not None and ready():
+                break  # who raised made this call first: everyone shall see it made
             self.membership.check_wait(began, tag, call)
             time.sleep(NAP_SECONDS)
         return time.monotonic() - began

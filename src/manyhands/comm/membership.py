@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import select
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from manyhands.comm.board import BOARD_BYTES, Board
+from manyhands.comm.failure import record_failure, story_of
 from manyhands.comm.memory import Arena
 from manyhands.errors import InvariantError, WorkerError
 
@@ -89,7 +91,6 @@ class Membership:
         self._noticed = False  # the main thread has raised the failure (or its own): it is on its way out
         self._store, self._abandon, self._meetings, self._beats = store, abandon, 0, 0
         self._stop = threading.Event()
-        self._stack_file = _dump_stacks_on_signal()
         memory, address = arena.create(BOARD_BYTES)
         self.board = Board(memory)
         me = {
@@ -97,10 +98,11 @@ class Membership:
             "pid": os.getpid(),
             "thread": threading.get_ident(),
             "board": address,
-            "stack": f"{os.getpid()}:{self._stack_file}",
+            "stack": f"{os.getpid()}:{_stack_file()}",
         }
         others = [json.loads(text) for text in self.meet(json.dumps(me))]
         self.one_host = all(other["host"] == me["host"] for other in others)
+        self.at_close: list[Callable[[], None]] = []
         self.peers: dict[int, Peer] = {}
         for other_rank, other in enumerate(others):
             if other_rank == rank:
@@ -152,26 +154,32 @@ class Membership:
     def check_wait(self, began: float, tag: str, wanted: int) -> None:
         """Called while waiting since `began` (monotonic) for everyone's collective call number `wanted`."""
         self.check()
+        behind = [peer for peer in self.peers.values() if peer.posted < wanted]
+        self._report_left(behind, tag)
         if time.monotonic() - began < self.stall_seconds:
             return
-        behind = [peer for peer in self.peers.values() if peer.posted < wanted]
         if behind:
             self._report_stalled(behind[0], tag)
             raise self._await_failure()
         raise InvariantError("waited too long for calls that every worker has made", where=tag)
 
     def fail(self, error: BaseException) -> None:
-        """Leave `error`, raised here, for the others. The first failure of the group wins."""
+        """Leave `error`, raised here, for the others and for the parent. The first failure of the group wins."""
+        where = f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.status or 'starting'}"
+        record_failure(error, where=where)
         self._noticed = True
         if isinstance(error, WorkerError) and error.rank != self.rank:
             return
-        first = str(error).splitlines()[0] if str(error) else ""
-        self._report(
-            self.rank,
+        first = str(error).partition("\n")[0]
+        mine = WorkerError(
             f"worker {self.rank} raised {type(error).__name__}: {first}",
-            f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.status or 'starting'}",
-            "".join(traceback.format_exception(error)),
+            rank=self.rank,
+            where=where,
+            detail=story_of(error),
+            hint=getattr(error, "hint", None),
         )
+        self._report(mine)
+        self.failure = self.failure or mine
 
     @property
     def is_well(self) -> bool:
@@ -180,32 +188,50 @@ class Membership:
 
     def close(self) -> None:
         """Leave on purpose; the others don't take it for a failure."""
-        self.board.close()
-        with contextlib.suppress(RuntimeError):  # the store may be gone with its host
-            self._watch_store.set(f"beat/{self.rank}", "closed")
+        if self.is_well:
+            self.leave()
         self._stop.set()
         self._watcher.join()
         for peer in self.peers.values():
             if peer.pidfd is not None:
                 os.close(peer.pidfd)
                 peer.pidfd = None
+        while self.at_close:
+            self.at_close.pop()()
+
+    def leave(self) -> None:
+        """Say that this worker goes on purpose."""
+        self.board.close()
+        with contextlib.suppress(RuntimeError):  # the store may be gone with its host
+            self._watch_store.set(f"beat/{self.rank}", "closed")
 
     # - Failures
 
-    def _report(self, rank: int, what: str, where: str, detail: str | None) -> None:
-        failure = json.dumps({"rank": rank, "what": what, "where": where, "detail": detail})
+    def _report(self, error: WorkerError) -> None:
+        names = ("rank", "what", "where", "detail", "hint", "alive")
         with contextlib.suppress(RuntimeError):
-            self._store.compare_set("failure", "", failure)
+            self._store.compare_set("failure", "", json.dumps({name: getattr(error, name) for name in names}))
+
+    def _report_left(self, behind: list[Peer], tag: str) -> None:
+        """Those who are waited for, but have left."""
+        for peer in behind:
+            if peer.board is not None and peer.board.closed:
+                what = f"worker {peer.rank} has left (its program came to its end, or closed the engine)"
+                self._report(WorkerError(what, rank=peer.rank, where=f"{peer.where}; the others wait in {tag}"))
+                raise self._await_failure()
 
     def _report_stalled(self, peer: Peer, tag: str) -> None:
         stack, stopped = _stack_of(peer), _is_stopped(peer)
-        self._report(
-            peer.rank,
+        error = WorkerError(
             f"worker {peer.rank} has kept the others waiting for more than {self.stall_seconds:g} s"
             + (" (its process is stopped: SIGSTOP?)" if stopped else ""),
-            f"{peer.where}; the others wait in {tag}",
-            stack,
+            rank=peer.rank,
+            where=f"{peer.where}; the others wait in {tag}",
+            detail=None if stack is None else f"its stack (most recent call first):\n{stack}",
+            hint="see where it hangs; if it only takes long, raise strategy.stall_seconds",
         )
+        error.alive = True
+        self._report(error)
         if stopped and peer.pidfd is not None:
             signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)  # it can't end by itself, and was just given up
 
@@ -247,19 +273,16 @@ class Membership:
                 if not closed:
                     time.sleep(0.05)  # what it left in the store may be on its way
                     self._take_report()
-                    self._report(peer.rank, f"worker {peer.rank} ended without a word (killed?)", peer.where, None)
+                    what = f"worker {peer.rank} ended without a word (killed?)"
+                    self._report(WorkerError(what, rank=peer.rank, where=peer.where))
                     self._take_report()
 
     def _take_report(self) -> None:
         if self.failure is None and self._watch_store.check(["failure"]):
             report = json.loads(self._watch_store.get("failure").decode())
-            self.failure = WorkerError(
-                report["what"],
-                rank=report["rank"],
-                where=report["where"],
-                detail=report["detail"],
-                hint="mend what it names and start again; the run goes on from its last checkpoint",
-            )
+            alive = report.pop("alive")
+            self.failure = WorkerError(**report)
+            self.failure.alive = alive
 
     def _beat(self, now: float) -> None:
         self._beats += 1  # so that no two beats are the same
@@ -272,12 +295,8 @@ class Membership:
             if beat != peer.beat:
                 peer.beat, peer.beat_seen = beat, now
             elif now - peer.beat_seen > LOST_SECONDS:
-                self._report(
-                    peer.rank,
-                    f"worker {peer.rank}'s host has not been heard of for {LOST_SECONDS:g} s",
-                    peer.where,
-                    None,
-                )
+                what = f"worker {peer.rank}'s host has not been heard of for {LOST_SECONDS:g} s"
+                self._report(WorkerError(what, rank=peer.rank, where=peer.where))
 
 
 def _host() -> str:
@@ -299,8 +318,9 @@ def _is_stopped(peer: Peer) -> bool:
     return False
 
 
-def _dump_stacks_on_signal() -> int:
-    """Let peers ask for this process's Python stacks by a signal, also while it is inside a kernel."""
+@functools.cache
+def _stack_file() -> int:
+    """Where this process's Python stacks go when a peer asks for them by a signal, also while it is inside a kernel."""
     fd = os.memfd_create("manyhands-stack", os.MFD_CLOEXEC)
     if threading.current_thread() is threading.main_thread():
         faulthandler.register(STACK_SIGNAL, file=fd, all_threads=True)
@@ -308,10 +328,10 @@ def _dump_stacks_on_signal() -> int:
 
 
 def _stack_of(peer: Peer) -> str | None:
-    """The peer's Python stack, if it lives on this host and answers within a second."""
+    """The peer's Python stack, if it lives on this host and answers within a second: its main thread's."""
     if peer.pid == os.getpid():
         frame = sys._current_frames().get(peer.thread)
-        return "".join(traceback.format_stack(frame)) if frame else None
+        return "".join(reversed(traceback.format_stack(frame))) if frame else None
     if peer.pidfd is None:
         return None
     with contextlib.suppress(OSError):
@@ -319,11 +339,19 @@ def _stack_of(peer: Peer) -> str | None:
         file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY)
         try:
             signal.pidfd_send_signal(peer.pidfd, STACK_SIGNAL)
+            before = b""
             for _ in range(20):
                 time.sleep(0.05)
-                text = os.pread(file, 1 << 16, 0).decode(errors="replace")
-                if text.rstrip().endswith(")") or "<module>" in text:
-                    return text
+                dump = os.pread(file, 1 << 18, 0)
+                if dump and dump == before:  # it's whole
+                    return _current_thread(dump.decode(errors="replace"))
+                before = dump
         finally:
             os.close(file)
     return None
+
+
+def _current_thread(dump: str) -> str:
+    """Of faulthandler's dumps, one after another, the last part about the thread that took the signal: the main one."""
+    part = dump.rpartition("Current thread ")[2]
+    return part.partition("\n\n")[0].partition("\n")[2].partition("\nThread ")[0]

@@ -73,12 +73,17 @@ class Stop:
             how = f"and workers that had not ended after {self.grace_seconds:g} s were killed"
         else:
             how = "and its workers ended"
+        failures = [end.failure for end in ends if end.failure is not None]
+        word = next((failure for failure in failures if failure.kind == "Interrupted"), None)  # all give the same
+        if word is not None and word.what is not None:
+            return Interrupted(f"{word.what} ({name})", where=word.where, hint=word.hint)
+        told = None
         if any(end.exit_code for end in ends):  # one had failed before the signal could be passed on
-            told = [str(explain(ends))]
+            told = str(explain(ends))
         else:
-            failures = [end.failure for end in ends if end.failure is not None]
-            told = [f"worker {failure.rank} reported {failure.kind}: {failure.message}" for failure in failures]
-        return Interrupted(f"the run was asked to stop ({name}), {how}", detail="\n".join(told) or None)
+            own = [failure for failure in failures if not failure.notice]
+            told = "\n".join(f"worker {failure.rank} reported {failure.kind}: {failure.message}" for failure in own)
+        return Interrupted(f"the run was asked to stop ({name}), {how}", detail=told or None)
 
 
 def _started(folder: Path) -> list[int]:

@@ -48,6 +48,7 @@ class Engine(StepEngine):
             super().__init__(recipe, strategy, own)
         except BaseException as error:
             own.fail(error)
+            own.close()
             raise
 
     def batches(self, steps: int | None = None) -> Iterator[StepBatch]:

@@ -70,6 +70,7 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
                 bar.note(note)
         memory = PeakMemory()
         first = engine.step_index
+        signals.training_begins()
         for batch in engine.batches(steps):
             step = engine.step_index
             digest_wanted = (step + 1) % digest_every == 0 or step + 1 == steps

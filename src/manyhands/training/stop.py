@@ -8,10 +8,14 @@ from types import FrameType
 
 
 class StopSignals:
-    """While active (a context manager, in the main thread): `wanted` tells whether someone asked to stop."""
+    """While active (a context manager, in the main thread): `wanted` tells whether someone asked to stop.
+
+    Before `training_begins` there is nothing to finish: KeyboardInterrupt is raised at once, on every worker asked.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
+        self._training = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -25,8 +29,12 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
 
+    def training_begins(self) -> None:
+        """From now on the first signal is only noted."""
+        self._training = True
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Only Ctrl-C may be impatience; service managers repeat SIGTERM as a matter of course.
-        if self.wanted and number == signal.SIGINT:
+        if not self._training or (self.wanted and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.wanted = True

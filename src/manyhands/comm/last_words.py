@@ -1,0 +1,79 @@
+"""A worker's last words: what it knows is told before it ends, however it ends.
+
+While this process is in a group, and only where the program hasn't its own ways: an uncaught exception is told to the
+peers and the parent; a SIGTERM, which launchers send as soon as another worker has failed, waits until this one has
+heard why; a program that ends without closing its engine leaves the group.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import FrameType, TracebackType
+
+from manyhands.comm.failure import PARENT_TELLS_VARIABLE, record_failure
+from manyhands.comm.membership import Membership
+from manyhands.errors import WorkerError
+
+_HEARSAY_SECONDS = 1.0
+
+
+class LastWords:
+    """See the module. In force from here on until `membership` is closed in order."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+        self._previous_hook = sys.excepthook
+        self._handles_signal = False
+        sys.excepthook = self._uncaught
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._asked_to_end)
+            self._handles_signal = True
+        atexit.register(self._ending)
+        membership.at_close.append(self._remove)
+
+    def _remove(self) -> None:
+        atexit.unregister(self._ending)
+        if self._membership.failure is None and sys.excepthook == self._uncaught:
+            sys.excepthook = self._previous_hook
+        if self._handles_signal and signal.getsignal(signal.SIGTERM) == self._asked_to_end:
+            with suppress(ValueError):  # closed in another thread: it stays
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self._membership.fail(error)
+        if not os.environ.get(PARENT_TELLS_VARIABLE):
+            self._previous_hook(kind, error, trace)
+
+    def _asked_to_end(self, number: int, frame: FrameType | None) -> None:
+        deadline = time.monotonic() + _HEARSAY_SECONDS
+        while self._membership.failure is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self._membership.failure is not None:
+            tell(self._membership.failure)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _ending(self) -> None:
+        if self._membership.failure is None:
+            self._membership.leave()
+
+
+def tell(error: WorkerError) -> None:
+    """Leave what another worker's failure is for the parent, or on the terminal where there is none that shows it."""
+    record_failure(error)
+    if not os.environ.get(PARENT_TELLS_VARIABLE):
+        with suppress(OSError):
+            os.write(2, f"\n{error}\n".encode())
+
+
+def end_process(error: WorkerError) -> None:
+    """Tell, and end at once: this worker didn't come round to raising the error itself."""
+    tell(error)
+    os._exit(1)
