@@ -1,0 +1,172 @@
+"""A run in plain PyTorch, in one process: what every other way of computing the recipe must agree with, to the bit.
+
+Autograd and torch.optim over whole parameters. The order of sums is written here once more, from its definition; of
+Manyhands only the documented seeds and order of samples are used, and the digest that both sides are compared by.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+import manyhands as mh
+from manyhands.data.order import micro_batch_positions, sample_indices
+from manyhands.numerics.seeds import derive
+
+BLOCK = 1024
+
+
+@dataclass
+class OracleRun:
+    """What came out. digests, losses, norms, learning_rates: one a step."""
+
+    digests: list[str] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    learning_rates: list[tuple[float, ...]] = field(default_factory=list)
+    params: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+
+def oracle_run(recipe: mh.Recipe, steps: int) -> OracleRun:
+    """Train `steps` steps."""
+    torch.set_num_threads(recipe.threads_per_worker)
+    seed_everything(derive(recipe.seed, "init"))
+    model = recipe.model()
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    masters = {name: nn.Parameter(param.detach().clone()) for name, param in params.items()}
+    if recipe.precision == "bf16":
+        keep_in_bf16(model)
+    optimizer = recipe.optimizer(list(masters.items()))
+    schedule = recipe.schedule(optimizer) if recipe.schedule else None
+    run = OracleRun()
+    for step in range(steps):
+        gradients, loss, weight = step_gradient(recipe, model, params, step)
+        for name, master in masters.items():
+            gradient = gradients[name]
+            master.grad = None if gradient is None else gradient / weight
+        norm = gradient_norm(list(masters.values()))
+        if recipe.clip_norm is not None:
+            scale = min(1.0, recipe.clip_norm / (norm + 1e-6))
+            for master in masters.values():
+                if master.grad is not None:
+                    master.grad.mul_(scale)
+        run.learning_rates.append(tuple(group["lr"] for group in optimizer.param_groups))
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(masters[name])
+        run.digests.append(mh.digest_of_tensors(list(masters.items())))
+        run.losses.append(loss / weight)
+        run.norms.append(norm)
+    run.params = {name: master.detach() for name, master in masters.items()}
+    run.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    return run
+
+
+def seed_everything(seed: int) -> None:
+    """The three generators that a model, a loss or a data set may draw from."""
+    random.seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+    torch.manual_seed(seed)
+
+
+def keep_in_bf16(model: nn.Module) -> None:
+    """All parameters but those of batch norm."""
+    for module in model.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for param in module.parameters(recurse=False):
+                param.data = param.data.to(torch.bfloat16)
+
+
+def step_gradient(
+    recipe: mh.Recipe, model: nn.Module, params: dict[str, nn.Parameter], step: int
+) -> tuple[dict[str, Tensor | None], float, float]:
+    """The sum of the step's gradients in fp32 (None: no micro-batch has one), of its losses, and of its weights.
+
+    Leaves the mean of what the micro-batches made of them in the model's buffers.
+    """
+    count, accumulate = recipe.batch.micro_batches, recipe.batch.accumulate
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gradients: dict[str, list[Tensor | None]] = {name: [] for name in params}
+    buffers: dict[str, list[Tensor]] = {name: [] for name in before}
+    loss_sum, weight_sum = 0.0, 0.0
+    for micro_batch in range(count):
+        set_buffers(model, before)
+        for param in params.values():
+            param.grad = None
+        batch = load(recipe, step, micro_batch)
+        seed_everything(derive(recipe.seed, "compute", step, micro_batch))
+        result = recipe.loss(model.train(), batch)
+        loss, weight = result if isinstance(result, tuple) else (result, 1.0)
+        loss.backward()
+        loss_sum, weight_sum = loss_sum + float(loss.detach()), weight_sum + float(weight)
+        for name, param in params.items():
+            gradients[name].append(None if param.grad is None else param.grad.float())
+        for name, buffer in model.named_buffers():
+            buffers[name].append(buffer.clone())
+    set_buffers(model, {name: mean_in_order(values, before[name]) for name, values in buffers.items()})
+    sums: dict[str, Tensor | None] = {}
+    for name, values in gradients.items():
+        whole = [torch.zeros(params[name].shape) if value is None else value for value in values]
+        virtual_workers = [add_in_order(whole[i : i + accumulate]) for i in range(0, count, accumulate)]
+        sums[name] = None if all(value is None for value in values) else add_as_tree(virtual_workers)
+    return sums, loss_sum, weight_sum
+
+
+def load(recipe: mh.Recipe, step: int, micro_batch: int) -> Any:
+    """The micro-batch's samples, collated."""
+    positions = micro_batch_positions(step, micro_batch, recipe.batch)
+    seed_everything(derive(recipe.seed, "data", step, micro_batch))
+    indices = sample_indices(recipe.seed, len(recipe.data), positions).tolist()
+    return (recipe.collate or default_collate)([recipe.data[index] for index in indices])
+
+
+def add_in_order(values: list[Tensor]) -> Tensor:
+    """Left to right."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+def add_as_tree(values: list[Tensor]) -> Tensor:
+    """The tree over as many as the largest power of two that is less than all, plus the rest's: ((01)(23))((45)6)."""
+    if len(values) == 1:
+        return values[0]
+    left = 1
+    while 2 * left < len(values):
+        left *= 2
+    return add_as_tree(values[:left]) + add_as_tree(values[left:])
+
+
+def mean_in_order(values: list[Tensor], before: Tensor) -> Tensor:
+    """The mean of the micro-batches' buffers; the first of integers. One that nobody changed stays as it is."""
+    if not before.is_floating_point() or all(torch.equal(value, before) for value in values):
+        return values[0]
+    return add_in_order(values) / len(values)
+
+
+def set_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """In place, where the model's code may hold on to them."""
+    for name, buffer in model.named_buffers():
+        buffer.copy_(values[name])
+
+
+def gradient_norm(params: list[nn.Parameter]) -> float:
+    """From the 2-norms of blocks of 1,024 elements of each parameter, in order; their squares are added in fp64."""
+    norms = []
+    for param in params:
+        flat = torch.zeros(-(-param.numel() // BLOCK) * BLOCK)
+        if param.grad is not None:
+            flat[: param.numel()] = param.grad.flatten()
+        norms.append(torch.linalg.vector_norm(flat.view(-1, BLOCK), dim=1))
+    return float(torch.cat(norms).double().square().sum().sqrt())

@@ -1,0 +1,39 @@
+"""A worker of test_parity.py: trains the GPT in many ways, one after the other, and writes the digests.
+
+    python parity_worker.py FOLDER GROUP JOBS.json
+
+Every job makes its own engine, which connects anew. Each worker writes what it found to FOLDER/worker-R.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import manyhands as mh
+from support.models import gpt_recipe
+from support.training import train_with_engine
+
+
+def main(folder: Path, group: str, jobs: list[dict[str, Any]]) -> None:
+    """Run the jobs."""
+    digests = {}
+    for job in jobs:
+        strategy = mh.Strategy(group=group, stall_seconds=60, **job["strategy"] | {"units": tuple(job["units"])})
+        outcome = train_with_engine(
+            gpt_recipe(job["precision"]),
+            strategy,
+            steps=job["steps"],
+            load=Path(job["load"]) if job["load"] else None,
+            save=Path(job["save"]) if job["save"] else None,
+            save_at=job["save_at"],
+        )
+        digests[job["name"]] = outcome.digest
+    (folder / f"worker-{os.environ['RANK']}.json").write_text(json.dumps(digests))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], json.loads(Path(sys.argv[3]).read_text()))

@@ -1,0 +1,49 @@
+"""A run of the engine in one call, and what came out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+import manyhands as mh
+from manyhands.comm.group import Group
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a run: the digest at its end, loss and norm of every step, and the model's buffers."""
+
+    digest: str
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    buffers: dict[str, Tensor]
+
+
+def train_with_engine(
+    recipe: mh.Recipe,
+    strategy: mh.Strategy,
+    *,
+    steps: int,
+    group: Group | None = None,
+    load: Path | None = None,
+    save: Path | None = None,
+    save_at: int | None = None,
+) -> Outcome:
+    """Train until `steps` steps are made altogether.
+
+    load: the checkpoint to go on from. save: where to leave one, after `save_at` steps (default: at the end).
+    """
+    losses, norms = [], []
+    with mh.Engine(recipe, strategy, group=group) as engine:
+        if load is not None:
+            engine.load(load)
+        for batch in engine.batches(steps):
+            metrics = engine.step(batch)
+            losses.append(metrics.loss)
+            norms.append(metrics.gradient_norm)
+            if save is not None and engine.step_index == (save_at or steps):
+                engine.save(save)
+        buffers = {name: buffer.detach().clone() for name, buffer in engine.model.named_buffers()}
+        return Outcome(engine.digest(), tuple(losses), tuple(norms), buffers)

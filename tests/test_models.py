@@ -1,0 +1,126 @@
+"""Models with something special have the same bits with any number of workers and any stage (workers as threads)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import manyhands as mh
+from manyhands.errors import ConfigError
+from oracle import oracle_run
+from support.models import (
+    GPT_UNITS,
+    ConvNet,
+    Tokens,
+    conv_recipe,
+    gpt_recipe,
+    next_token_loss,
+    padded_recipe,
+    partly_used_recipe,
+)
+from support.threads import run_threads
+from support.training import Outcome, train_with_engine
+
+STEPS = 3
+STAGES = ("ddp", "zero1", "zero2")
+RECIPES: dict[str, Callable[[str], mh.Recipe]] = {
+    "conv": conv_recipe,
+    "partly used": partly_used_recipe,
+    "padded": padded_recipe,
+}
+
+
+def outcomes(recipe: mh.Recipe, strategy: mh.Strategy, workers: int) -> list[Outcome]:
+    """Of every worker."""
+    return run_threads(workers, lambda group: train_with_engine(recipe, strategy, steps=STEPS, group=group))
+
+
+def assert_same(found: Outcome, expected: Outcome) -> None:
+    """Digest, loss and norm of every step, and buffers."""
+    assert found.digest == expected.digest
+    assert found.losses == expected.losses
+    assert found.norms == expected.norms
+    assert found.buffers.keys() == expected.buffers.keys()
+    for name, buffer in found.buffers.items():
+        assert torch.equal(buffer, expected.buffers[name]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", RECIPES)
+def test_the_same_bits_with_one_two_and_three_workers(model: str, precision: str, stage: str) -> None:
+    recipe, strategy = RECIPES[model](precision), mh.Strategy(stage=stage)
+    expected = train_with_engine(recipe, strategy, steps=STEPS)
+    assert expected.digest == oracle_run(recipe, STEPS).digests[-1]
+    for workers in (2, 3):
+        for found in outcomes(recipe, strategy, workers):
+            assert_same(found, expected)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5, 8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eight_workers_train_the_gpt_to_the_bits_of_one(precision: str, workers: int) -> None:
+    recipe = gpt_recipe(precision)
+    expected = train_with_engine(recipe, mh.Strategy(), steps=STEPS)
+    for stage in STAGES if workers == 8 else ("zero2",):
+        for found in outcomes(recipe, mh.Strategy(stage=stage, units=GPT_UNITS), workers):
+            assert_same(found, expected)
+
+
+def test_as_many_workers_as_micro_batches_and_no_more() -> None:
+    recipe = gpt_recipe(batch=mh.Batch(global_size=6, micro_size=2))
+    expected = train_with_engine(recipe, mh.Strategy(), steps=STEPS)
+    for found in outcomes(recipe, mh.Strategy(), 3):
+        assert_same(found, expected)
+    with pytest.raises(ConfigError, match="4 workers are more than the step has micro-batches"):
+        outcomes(recipe, mh.Strategy(), 4)
+
+
+class ConvNetWithFrozenStem(ConvNet):
+    """Its first convolution isn't trained, though its batch norm's statistics move on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_1.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_parameters_stay_and_take_part(precision: str) -> None:
+    recipe = conv_recipe(precision, model=ConvNetWithFrozenStem)
+    expected = train_with_engine(recipe, mh.Strategy(), steps=STEPS)
+    assert expected.digest == oracle_run(recipe, STEPS).digests[-1]
+    for found in outcomes(recipe, mh.Strategy(), 3):
+        assert_same(found, expected)
+
+
+class Counting(nn.Module):
+    """Its buffers are replaced, not written to, and more than once in a forward; one of them has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(61, 16), nn.Linear(16, 61)
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("limits", torch.tensor([-1.0, 1.0]))
+        self.other = nn.Module()
+        self.other.register_buffer("limits", self.limits)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        for part in x.detach().float().chunk(2):
+            self.mean = 0.9 * self.mean + 0.1 * part.mean((0, 1))
+        self.calls = self.calls + 1
+        return self.head((x - self.mean.to(x.dtype)).clamp(*self.other.limits.tolist())).float()
+
+
+def test_buffers_that_a_model_replaces_have_the_same_bits() -> None:
+    recipe = gpt_recipe(model=Counting, loss=next_token_loss, data=Tokens())
+    expected = train_with_engine(recipe, mh.Strategy(), steps=STEPS)
+    assert expected.buffers["calls"] == STEPS
+    assert bool(expected.buffers["mean"].abs().sum() > 0)
+    for workers in (2, 3):
+        for found in outcomes(recipe, mh.Strategy(), workers):
+            assert_same(found, expected)

@@ -1,0 +1,189 @@
+"""The promise itself, with real processes: one digest, whatever the stage, the workers, the group, and the way there.
+
+Each (workers, group) is started once, because importing torch takes a process seconds: its workers train all stages and
+precisions one after the other and leave checkpoints; half of them also go on from the checkpoints of the others.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import manyhands as mh
+from manyhands.comm.launcher import run_workers
+from oracle import oracle_run
+from support.models import GPT_UNITS, gpt_recipe
+from support.training import train_with_engine
+
+STEPS, SAVED_AT = 4, 2
+STAGES, PRECISIONS = ("ddp", "zero1", "zero2"), ("fp32", "bf16")
+WORKER = Path(__file__).parent / "support" / "parity_worker.py"
+
+
+class Launch(NamedTuple):
+    """Some workers and how they talk."""
+
+    workers: int
+    group: str
+
+    def __str__(self) -> str:
+        return f"{self.workers}-{self.group}"
+
+
+class Resume(NamedTuple):
+    """A run stopped in one place and gone on with in another."""
+
+    source: Launch
+    source_stage: str
+    target: Launch
+    target_stage: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.source_stage} to {self.target} {self.target_stage} {self.precision}"
+
+
+SAVING = (Launch(1, "shared-memory"), Launch(2, "process"), Launch(3, "shared-memory"), Launch(4, "process"))
+RESUMING = (Launch(1, "process"), Launch(2, "shared-memory"), Launch(3, "process"), Launch(4, "shared-memory"))
+
+
+def resumes_of(target: Launch) -> list[Resume]:
+    """Every target stage goes on from every saving launch, from another stage each time."""
+    return [
+        Resume(source, STAGES[(index + source.workers + target.workers) % 3], target, stage, precision)
+        for source, (index, stage), precision in product(SAVING, enumerate(STAGES), PRECISIONS)
+    ]
+
+
+def checkpoints(folder: Path, launch: Launch, stage: str, precision: str) -> Path:
+    """Where a launch leaves its checkpoints."""
+    return folder / f"{launch}-{stage}-{precision}"
+
+
+def job(name: str, precision: str, stage: str, **changes: Any) -> dict[str, Any]:
+    """What a worker reads (see parity_worker.py)."""
+    return {
+        "name": name,
+        "precision": precision,
+        "strategy": {"stage": stage},
+        "units": GPT_UNITS,
+        "steps": STEPS,
+        "load": None,
+        "save": None,
+        "save_at": SAVED_AT,
+    } | changes
+
+
+def jobs_of(launch: Launch, folder: Path) -> list[dict[str, Any]]:
+    """All that the workers of one launch do."""
+    jobs = [
+        job(f"{stage} {precision}", precision, stage, save=str(checkpoints(folder, launch, stage, precision)))
+        for stage, precision in product(STAGES, PRECISIONS)
+    ]
+    if launch.workers == 2:
+        for precision in PRECISIONS:
+            jobs += [
+                job(f"no overlap {precision}", precision, "zero2", strategy={"stage": "zero2", "overlap": False}),
+                job(f"loader {precision}", precision, "ddp", strategy={"stage": "ddp", "loader_workers": 1}),
+                job(f"one unit {precision}", precision, "zero1", units=()),
+            ]
+    if launch in RESUMING:
+        jobs += [
+            job(
+                str(resume),
+                resume.precision,
+                resume.target_stage,
+                load=str(
+                    checkpoints(folder, resume.source, resume.source_stage, resume.precision) / f"step-{SAVED_AT:08d}"
+                ),
+            )
+            for resume in resumes_of(launch)
+        ]
+    return jobs
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for all processes that run the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parity"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def digests_of(launch: Launch, folder: Path) -> list[dict[str, str]]:
+    """Of each worker, by job. The first test that asks starts the workers; others wait for it."""
+    if launch in RESUMING:
+        for source in SAVING:
+            digests_of(source, folder)
+    mine = folder / str(launch)
+    with open(folder / f"{launch}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (mine / "done").exists():
+            mine.mkdir(exist_ok=True)
+            (mine / "jobs.json").write_text(json.dumps(jobs_of(launch, folder)))
+            paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            run_workers(
+                [sys.executable, str(WORKER), str(mine), launch.group, str(mine / "jobs.json")],
+                workers=launch.workers,
+                environment={"PYTHONPATH": os.pathsep.join(paths)},
+                log_dir=mine,
+            )
+            (mine / "done").touch()
+    return [json.loads((mine / f"worker-{rank}.json").read_text()) for rank in range(launch.workers)]
+
+
+@cache
+def oracle_digest(precision: str) -> str:
+    """Plain PyTorch's."""
+    return oracle_run(gpt_recipe(precision), STEPS).digests[-1]
+
+
+def assert_one_digest(launch: Launch, folder: Path, names: list[tuple[str, str]]) -> None:
+    """names: (job, precision)."""
+    for rank, digests in enumerate(digests_of(launch, folder)):
+        found = {name: digests[name] for name, _ in names}
+        assert found == {name: oracle_digest(precision) for name, precision in names}, f"worker {rank}"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_worker_in_this_process_gives_the_oracles_digest(precision: str) -> None:
+    assert train_with_engine(gpt_recipe(precision), mh.Strategy(), steps=STEPS).digest == oracle_digest(precision)
+
+
+@pytest.mark.parametrize("launch", SAVING + RESUMING, ids=str)
+def test_every_stage_and_precision_gives_the_oracles_digest(launch: Launch, shared_folder: Path) -> None:
+    names = [(f"{stage} {precision}", precision) for stage, precision in product(STAGES, PRECISIONS)]
+    assert_one_digest(launch, shared_folder, names)
+
+
+@pytest.mark.parametrize("launch", [launch for launch in SAVING + RESUMING if launch.workers == 2], ids=str)
+@pytest.mark.parametrize("way", ["no overlap", "loader", "one unit"])
+def test_overlap_loaders_and_units_change_nothing(way: str, launch: Launch, shared_folder: Path) -> None:
+    assert_one_digest(launch, shared_folder, [(f"{way} {precision}", precision) for precision in PRECISIONS])
+
+
+@pytest.mark.parametrize("launch", RESUMING, ids=str)
+def test_a_run_stopped_in_one_and_resumed_in_another_ends_in_the_same_digest(
+    launch: Launch, shared_folder: Path
+) -> None:
+    assert_one_digest(launch, shared_folder, [(str(resume), resume.precision) for resume in resumes_of(launch)])
+
+
+def test_resumes_go_between_every_two_stages_worker_counts_and_groups() -> None:
+    resumes = [resume for launch in RESUMING for resume in resumes_of(launch)]
+    for precision in PRECISIONS:
+        some = [resume for resume in resumes if resume.precision == precision]
+        assert {(one.source_stage, one.target_stage) for one in some} == set(product(STAGES, STAGES))
+        assert {(one.source.workers, one.target.workers) for one in some} == set(product(range(1, 5), range(1, 5)))
+        assert {(one.source.group, one.target.group) for one in some} == set(
+            product(("shared-memory", "process"), ("shared-memory", "process"))
+        )
