@@ -27,6 +27,7 @@ def step_metrics(step: int, step_seconds: float = 1.0) -> StepMetrics:
         loss=5.0 / (step + 1),
         weight=2000.0,
         samples=8,
+        weighted=True,
         gradient_norm=0.5,
         learning_rates=(0.1, 0.2),
         step_seconds=step_seconds,
@@ -178,9 +179,9 @@ def test_progress_elsewhere_is_a_plain_line_now_and_then() -> None:
         "step 41/100  loss 0.1220  2.00 k tokens/s  1.00 s/step  59.0 s left",
         "step 70/100  loss 0.0714  2.00 k tokens/s  1.00 s/step  30.0 s left",
     ]
-    lines = progress_of(Console(file=StringIO()), 60, line_seconds=0.0, weight_name="samples").splitlines()
+    lines = progress_of(Console(file=StringIO()), 60, line_seconds=0.0).splitlines()
     assert len(lines) == 61
-    assert lines[-1] == "step 100/100  loss 0.0500  2.00 k samples/s  1.00 s/step  done"
+    assert lines[-1] == "step 100/100  loss 0.0500  2.00 k tokens/s  1.00 s/step  done"
 
 
 def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,10 +205,10 @@ def test_curves_can_be_read_by_tensorboard(tmp_path: Path) -> None:
     log.close()
     events = accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
-    names = {"loss", "gradient_norm", "learning_rate", "learning_rate/group_1", "throughput/weight_per_second"}
+    names = {"loss", "gradient_norm", "learning_rate", "learning_rate/group_1", "throughput/tokens_per_second"}
     assert names | {f"seconds/{phase}" for phase in PHASES} <= set(events.Tags()["scalars"])
     assert [point.step for point in events.Scalars("loss")] == [0, 1, 2]
-    assert events.Scalars("throughput/weight_per_second")[0].value == 2000.0
+    assert events.Scalars("throughput/tokens_per_second")[0].value == 2000.0
 
 
 def test_without_tensorboard_nothing_is_written_or_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -46,6 +47,8 @@ def connect(
         )
     if size <= 1 and kind != "process":
         return LocalGroup(where)
+    if not sys.platform.startswith("linux"):
+        raise ConfigError("several workers need Linux", got=sys.platform, hint="elsewhere, one worker works")
     store = _numbered_store(rank, size)
     arena = ProcessArena()
     membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=end_process)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy
@@ -57,14 +58,17 @@ class StepEngine:
         self.layout, self.units = storage.layout, storage.units
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
-        agree(group, "optimizer", _optimizer_facts(self.optimizer), hint=_HINT_SAME_RECIPE)
+        self._optimizer_facts = _optimizer_facts(self.optimizer)  # as the recipe has it: a schedule changes it
         self.schedule = recipe.schedule(self.optimizer.front) if recipe.schedule is not None else None
+        self._optimizer_facts |= _schedule_facts(self.schedule)
+        agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
         self._reducer = Reducer(group, self.units, recipe.batch, stage)
         self.updater = Updater(group, self.units, self.layout, stage, self.optimizer)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
         self._clock = PhaseClock(group.recorder)
         self.step_index = 0
+        self._weighted = False  # whether the loss function gives weights
         self.last_hashes: np.ndarray | None = None
         self.stop_wanted = False  # set by whoever hears a signal; all workers learn it at the next step
         self._failed: BaseException | None = None
@@ -134,6 +138,7 @@ class StepEngine:
             loss=_added_in_order(control.losses) / weight,
             weight=weight,
             samples=self.recipe.batch.global_size,
+            weighted=self._weighted,
             gradient_norm=norm,
             learning_rates=learning_rates,
             step_seconds=self._clock.step_seconds,
@@ -148,6 +153,7 @@ class StepEngine:
         with self.group.exclusive(), preserved_generators():
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
             result = self.recipe.loss(self.model, batch)
+            self._weighted = isinstance(result, tuple)
             loss, weight = result if isinstance(result, tuple) else (result, 1.0)
             _check_loss(loss)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -254,8 +260,9 @@ class StepEngine:
         }
 
     def facts(self) -> dict[str, str]:
-        """What a checkpoint must have in common with this engine: names and sizes, and how a batch is cut."""
-        return _recipe_facts(self.recipe) | {f"parameter {name}": str(numel) for name, numel in self.digest_names}
+        """What a checkpoint must have in common with this engine: the recipe, as far as it can be told."""
+        params = {f"parameter {name}": str(numel) for name, numel in self.digest_names}
+        return _recipe_facts(self.recipe) | self._optimizer_facts | params
 
     def close(self) -> None:
         """Leave the group. Collective, unless a worker failed."""
@@ -301,7 +308,17 @@ def _recipe_facts(recipe: Recipe) -> dict[str, str]:
 
 
 def _optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
-    facts = {"class": type(optimizer.front).__qualname__}
+    facts = {"optimizer": type(optimizer.front).__qualname__}
     for index, group in enumerate(optimizer.hyperparameters()):
-        facts.update({f"group {index}.{key}": str(value) for key, value in group.items()})
+        facts.update({f"optimizer group {index}.{key}": str(value) for key, value in group.items()})
+        facts[f"optimizer group {index}.params"] = " ".join(optimizer.names_in_group(index))
     return facts
+
+
+def _schedule_facts(schedule: LRScheduler | None) -> dict[str, str]:
+    """Its class and its plain numbers, as they are before the first step."""
+    if schedule is None:
+        return {"schedule": "none"}
+    numbers = {key: value for key, value in schedule.state_dict().items() if isinstance(value, (int, float, list))}
+    plain = {f"schedule.{key}": str(value) for key, value in numbers.items() if not key.startswith("_")}
+    return {"schedule": type(schedule).__qualname__} | plain

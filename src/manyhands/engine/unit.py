@@ -1,7 +1,7 @@
 """A unit: parameters that travel together, with the buffers that they live in.
 
 A unit owns views of the model's flat buffers. Lifetimes: `params` and `master` as long as the engine; `grads` too,
-unless the stage shards gradients and workers don't share memory: then only from a micro-batch's first gradient until
+unless the stage shards gradients and others get copies of them: then only from a micro-batch's first gradient until
 they have left.
 """
 
@@ -76,7 +76,7 @@ class Unit:
             raise InvariantError(
                 f"parameter {name!r} got two gradients in one micro-batch",
                 where=f"unit {self.name}",
-                hint="call backward once, on the returned loss alone , and checkpoint with use_reentrant=False",
+                hint="call backward once, on the returned loss alone, and checkpoint with use_reentrant=False",
             )
         slot = self._slots[name]
         self.grads_of(group).local[self._at(slot)].view(grad.shape).copy_(grad)

@@ -72,6 +72,10 @@ class SlicedOptimizer:
             for group in run:
                 group.update(hyper[group["_front"]])
 
+    def names_in_group(self, index: int) -> list[str]:
+        """The parameters of one param group, sorted."""
+        return sorted(name for name, group in self._group_of.items() if group == index)
+
     @property
     def learning_rates(self) -> tuple[float, ...]:
         """One per param group, as they are now."""

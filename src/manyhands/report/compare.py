@@ -71,7 +71,9 @@ def explain(comparison: Comparison, one: str, other: str) -> str:
         equal_until = comparison.last_equal_step
         since = f"the same after step {equal_until}" if equal_until else "no earlier step to compare"
         lines.append(f"different: first after step {comparison.step} ({since})")
-        if comparison.parameter is not None and comparison.elements is not None:
+        if comparison.parameter is not None and comparison.elements is None:
+            lines.append(f"  {comparison.parameter}")
+        elif comparison.parameter is not None and comparison.elements is not None:
             lines.append(
                 f"  parameter {comparison.parameter!r}, block {comparison.block}"
                 f" (elements {comparison.elements[0]} to {comparison.elements[1] - 1}): the first of"
@@ -128,10 +130,14 @@ def _first_block(one: RunDirectory, other: RunDirectory, step: int) -> dict[str,
     return found | {"parameters_differing": parameters}
 
 
+def _without_strategy(run: RunDirectory) -> dict[str, object]:
+    return {name: value for name, value in run.read_recipe().items() if name != "strategy"}
+
+
 def _differences(one: RunDirectory, other: RunDirectory) -> tuple[str, ...]:
     found = []
     for title, first, second in (
-        ("recipe", one.read_recipe(), other.read_recipe()),
+        ("recipe", _without_strategy(one), _without_strategy(other)),
         ("numerics", one.read_manifest()["numerics"], other.read_manifest()["numerics"]),
     ):
         for name in dict.fromkeys([*first, *second]):

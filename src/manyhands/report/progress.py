@@ -23,7 +23,7 @@ class TrainingProgress:
 
     On a terminal, a bar with step, loss, throughput, time per step and time left, all over the last 20 steps.
     Elsewhere, one plain line at the first step, at the last, and every `line_seconds` between. There is no
-    thread: what is shown changes in `update` and `note`. `weight_name` is what a step's weight counts.
+    thread: what is shown changes in `update` and `note`.
     """
 
     def __init__(
@@ -32,10 +32,9 @@ class TrainingProgress:
         start_step: int = 0,
         console: Console | None = None,
         *,
-        weight_name: str = "tokens",
         line_seconds: float = 10.0,
     ) -> None:
-        self._total_steps, self._weight_name, self._line_seconds = total_steps, weight_name, line_seconds
+        self._total_steps, self._line_seconds = total_steps, line_seconds
         self._console = console or Console(stderr=True, highlight=False)
         self._recent: deque[StepMetrics] = deque(maxlen=_RECENT_STEPS)
         self._shown_at = float("-inf")
@@ -90,12 +89,12 @@ class TrainingProgress:
             raise InvariantError("progress was shown before there was any")
         step_seconds = median(metrics.step_seconds for metrics in self._recent)
         seconds = sum(metrics.step_seconds for metrics in self._recent)
-        per_second = sum(metrics.weight for metrics in self._recent) / seconds if seconds > 0 else float("nan")
+        per_second = sum(metrics.amount for metrics in self._recent) / seconds if seconds > 0 else float("nan")
         left = (self._total_steps - done) * step_seconds
         return "  ".join(
             (
                 f"loss {self._recent[-1].loss:.4f}",
-                f"{format_count(per_second)} {self._weight_name}/s",
+                f"{format_count(per_second)} {self._recent[-1].unit}/s",
                 f"{format_seconds(step_seconds)}/step",
                 f"{format_seconds(left)} left" if left > 0 else "done",
             )

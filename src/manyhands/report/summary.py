@@ -36,6 +36,7 @@ class Figures(NamedTuple):
     first_loss: float
     last_loss: float
     tokens_per_second: float
+    throughput_unit: str
     step_seconds_median: float
     seconds_by_phase: dict[str, float]
 
@@ -55,6 +56,7 @@ class Summary:
     first_loss: float
     last_loss: float
     tokens_per_second: float
+    throughput_unit: str
     step_seconds_median: float
     seconds_by_phase: dict[str, float]
     peak_memory_bytes_per_worker: list[int]
@@ -72,16 +74,18 @@ class Summary:
 def figures(metrics: Sequence[StepMetrics]) -> Figures:
     """The figures of these steps; NaN where there are none.
 
-    first_loss, last_loss: of the first and the last step. tokens_per_second (weight per second), step_seconds and
+    first_loss, last_loss: of the first and the last step. tokens_per_second (samples, if the loss function gives no
+    weights: `throughput_unit` tells which), step_seconds and
     seconds_by_phase are medians over the steps, so that a slow first step or a checkpoint doesn't show in them.
     """
     if not metrics:
-        return Figures(0, math.nan, math.nan, math.nan, math.nan, dict.fromkeys(PHASES, 0.0))
+        return Figures(0, math.nan, math.nan, math.nan, "tokens", math.nan, dict.fromkeys(PHASES, 0.0))
     return Figures(
         steps=len(metrics),
         first_loss=metrics[0].loss,
         last_loss=metrics[-1].loss,
-        tokens_per_second=median(m.weight / m.step_seconds if m.step_seconds > 0 else math.nan for m in metrics),
+        tokens_per_second=median(m.amount / m.step_seconds if m.step_seconds > 0 else math.nan for m in metrics),
+        throughput_unit=metrics[-1].unit,
         step_seconds_median=median(m.step_seconds for m in metrics),
         seconds_by_phase={phase: median(m.seconds.get(phase, 0.0) for m in metrics) for phase in PHASES},
     )
@@ -101,6 +105,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "precision": summary.precision,
         "parameters": summary.parameters,
         "tokens_per_second": summary.tokens_per_second,
+        "throughput_unit": summary.throughput_unit,
         "step_seconds_median": summary.step_seconds_median,
         "seconds_by_phase": dict(summary.seconds_by_phase),
         "peak_memory_bytes_per_worker": list(summary.peak_memory_bytes_per_worker),
@@ -113,13 +118,13 @@ def to_json(summary: Summary) -> dict[str, Any]:
     }
 
 
-def render(summary: Summary, weight_name: str = "tokens") -> RenderableType:
-    """The summary for a terminal: print it with a rich Console. `weight_name` is what a step's weight counts."""
+def render(summary: Summary) -> RenderableType:
+    """The summary for a terminal: print it with a rich Console."""
     facts = Table.grid(padding=(0, 3))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
     facts.add_row("loss", _loss(summary))
-    speed = Text(f"{format_count(summary.tokens_per_second)} {weight_name}/s", style="bold")
+    speed = Text(f"{format_count(summary.tokens_per_second)} {summary.throughput_unit}/s", style="bold")
     speed.append(f"   {format_seconds(summary.step_seconds_median)}/step (median)", style="default not bold")
     facts.add_row("speed", speed)
     facts.add_row("a step", _time_split(summary.seconds_by_phase))

@@ -11,7 +11,7 @@ from manyhands.engine.metrics import StepMetrics
 class TensorBoardLog:
     """Writes a run's curves into `directory`; does nothing, and says nothing, if tensorboard isn't installed.
 
-    Curves: loss, gradient_norm, learning_rate (one per param group), throughput (weight per second), seconds by phase.
+    Curves: loss, gradient_norm, learning_rate (one per param group), throughput (tokens or samples per second) and
     What an earlier process wrote for `start_step` and later (the run is resumed) is no longer shown. Own until `close`.
     """
 
@@ -31,7 +31,7 @@ class TensorBoardLog:
         for index, rate in enumerate(metrics.learning_rates):
             points["learning_rate" if index == 0 else f"learning_rate/group_{index}"] = rate
         if metrics.step_seconds > 0:
-            points["throughput/weight_per_second"] = metrics.weight / metrics.step_seconds
+            points[f"throughput/{metrics.unit}_per_second"] = metrics.amount / metrics.step_seconds
         points |= {f"seconds/{phase}": seconds for phase, seconds in metrics.seconds.items()}
         for name, value in points.items():
             self._writer.add_scalar(name, value, metrics.step)

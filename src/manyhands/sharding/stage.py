@@ -1,10 +1,12 @@
 """Who holds which part of the state: three placements, named after the papers' stages.
 
-    bytes per parameter and worker, bf16 with AdamW (N workers; the fp32 sums in flight come on top)
+    bytes per parameter and worker, bf16 with AdamW, each worker with memory of its own (N workers; the fp32 sums in
+    flight, and what clipping keeps, come on top; where workers share memory, see docs/design.md)
+
               param         grad          optim          bytes
-    DDP       replicated    replicated    replicated     2 + 2 + 12
+    DDP       replicated    replicated    replicated     2 + 2 + 12 + 4 (the summed gradient)
     ZERO1     replicated    replicated    sharded        2 + 2 + 12/N
-    ZERO2     replicated    sharded       sharded        2 + 2/N + 12/N
+    ZERO2     replicated    sharded       sharded        2 + one unit's + 12/N
 
 Stages 1 and 2: Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 5.
 """
