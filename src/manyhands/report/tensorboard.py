@@ -11,7 +11,8 @@ from manyhands.engine.metrics import StepMetrics
 class TensorBoardLog:
     """Writes a run's curves into `directory`; does nothing, and says nothing, if tensorboard isn't installed.
 
-    Curves: loss, gradient_norm, learning_rate (one per param group), throughput (tokens or samples per second) and
+    Curves: loss, gradient_norm, learning_rate (one per param group), throughput (tokens or samples per second),
+    seconds by phase.
     What an earlier process wrote for `start_step` and later (the run is resumed) is no longer shown. Own until `close`.
     """
 
