@@ -39,6 +39,15 @@ class PieceRecord(BaseModel):
     crc32: int
 
 
+class Scalar(BaseModel):
+    """A number of the optimizer's state. dtype: of the 0-d tensor that holds it; None: it's a plain number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float | int | bool
+    dtype: str | None = None
+
+
 class Manifest(BaseModel):
     """What a checkpoint is. `scalars`: by parameter, the optimizer's numbers; `schedule`: the LR scheduler's state."""
 
@@ -53,7 +62,7 @@ class Manifest(BaseModel):
     digest: str
     hyperparameters: list[dict[str, Any]]
     schedule: dict[str, Any] | None
-    scalars: dict[str, dict[str, float | int | bool]]
+    scalars: dict[str, dict[str, Scalar]]
     pieces: list[PieceRecord]
 
 

@@ -38,7 +38,7 @@ class CheckpointReader:
         for piece in self._pieces.get((kind, name), []):
             first, last = max(position, piece.start), min(start + numel, piece.start + piece.numel)
             if first == position and first < last:
-                parts.append(self._read_piece(piece)[first - piece.start : last - piece.start])
+                parts.append(self._read_piece(piece, first - piece.start, last - piece.start))
                 position = last
         if position != start + numel:
             raise CheckpointError(
@@ -49,11 +49,13 @@ class CheckpointReader:
             )
         return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
 
-    def _read_piece(self, piece: PieceRecord) -> Tensor:
+    def _read_piece(self, piece: PieceRecord, start: int, end: int) -> Tensor:
+        """Elements [start, end) of the piece; the whole of it is read, and checked, the first time."""
         path = self.folder / piece.file
+        checked = (piece.file, piece.key) in self._checked
         try:
             with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(piece.key)
+                tensor: Tensor = file.get_slice(piece.key)[start:end] if checked else file.get_tensor(piece.key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 "a file of the checkpoint is missing or broken",
@@ -61,8 +63,7 @@ class CheckpointReader:
                 got=error,
                 hint="go back to an earlier checkpoint",
             ) from error
-        if (piece.file, piece.key) not in self._checked:
-            self._checked.add((piece.file, piece.key))
+        if not checked:
             found = zlib.crc32(tensor.numpy().data.cast("B")) if tensor.numel() else zlib.crc32(b"")
             if tensor.numel() != piece.numel or found != piece.crc32:
                 raise CheckpointError(
@@ -72,6 +73,8 @@ class CheckpointReader:
                     got=f"{tensor.numel()} elements with checksum {found:08x}",
                     hint="go back to an earlier checkpoint",
                 )
+            self._checked.add((piece.file, piece.key))
+            tensor = tensor[start:end]
         return tensor
 
     def buffers(self) -> dict[str, Tensor]:
@@ -79,7 +82,7 @@ class CheckpointReader:
         found = {}
         for (kind, name), pieces in self._pieces.items():
             if kind == "buffer":
-                found[name] = self._read_piece(pieces[0]).view(pieces[0].shape or [])
+                found[name] = self._read_piece(pieces[0], 0, pieces[0].numel).view(pieces[0].shape or [])
         return found
 
 
@@ -105,10 +108,10 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
             if kind != "master"
         }
         for kind, number in manifest.scalars.get(piece.name, {}).items():
-            # torch keeps its step counts as tensors, and everything else of this kind as numbers.
-            state[kind] = torch.tensor(float(number)) if kind == "step" else number
-        if state:
-            engine.optimizer.load_state_of(piece, state)
+            # torch's optimizers change their step counts and the like in place, where these are tensors.
+            dtype = number.dtype
+            state[kind] = number.value if dtype is None else torch.tensor(number.value, dtype=getattr(torch, dtype))
+        engine.optimizer.load_state_of(piece, state)  # empty before a parameter's first update, also if it had one here
     buffers = dict(engine.model.named_buffers())
     for name, value in reader.buffers().items():
         if name in buffers:

@@ -14,13 +14,14 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from manyhands.checkpoint.format import FORMAT, MANIFEST, Manifest, PieceRecord, folder_name, list_checkpoints
+from manyhands.checkpoint.format import FORMAT, MANIFEST, Manifest, PieceRecord, Scalar, folder_name, list_checkpoints
 from manyhands.engine.control import gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError
 from manyhands.numerics.identity import numerics_identity
 
-Scalars = dict[str, dict[str, float | int | bool]]
+Scalars = dict[str, dict[str, dict[str, Any]]]
+"""By parameter and kind: a Scalar, as JSON has it."""
 
 
 def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) -> Path:
@@ -54,7 +55,11 @@ def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) 
             digest=digest,
             hyperparameters=engine.optimizer.hyperparameters(),
             schedule=_schedule_state(engine),
-            scalars={name: numbers for theirs in everyone for name, numbers in theirs["scalars"].items()},
+            scalars={
+                name: {kind: Scalar(**number) for kind, number in numbers.items()}
+                for theirs in everyone
+                for name, numbers in theirs["scalars"].items()
+            },
             pieces=[PieceRecord(**record) for theirs in everyone for record in theirs["pieces"]],
         )
         with _as_checkpoint_error(final):
@@ -101,11 +106,17 @@ def _tensors(engine: StepEngine, scalars: Scalars) -> Iterator[tuple[str, str, i
             if isinstance(value, Tensor) and value.dim() and value.numel() == piece.master.numel():
                 yield kind, piece.name, start, value[cut], None
             elif value is not None:
-                scalars.setdefault(piece.name, {})[kind] = value.item() if isinstance(value, Tensor) else value
+                scalars.setdefault(piece.name, {})[kind] = _scalar(value).model_dump()
     if engine.group.rank == 0:
         for name, buffer in engine.model.named_buffers():
             kept = buffer.view(torch.int16) if buffer.dtype == torch.bfloat16 else buffer
             yield "buffer", name, 0, kept.reshape(-1), list(buffer.shape)
+
+
+def _scalar(value: Tensor | float | int | bool) -> Scalar:
+    if isinstance(value, Tensor):
+        return Scalar(value=value.item(), dtype=str(value.dtype).removeprefix("torch."))
+    return Scalar(value=value)
 
 
 def _schedule_state(engine: StepEngine) -> dict[str, Any] | None:
