@@ -5,6 +5,7 @@ FAULT is "KIND PLACE", such as "kill exchange"; empty: none. The other words of 
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+sys.modules["tensorboard"] = None  # type: ignore[assignment]  # not there: a worker starts a second sooner
 STEP, RANK = 2, 1
 MICRO_BATCHES_A_WORKER = 2  # in a step: 4 micro-batches, 2 workers
 losses_computed = 0
@@ -75,16 +77,25 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).square().mean()
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's, with a fault."""
+class Descent(torch.optim.Optimizer):
+    """Plain gradient descent, with a fault."""
 
-    def step(self, closure: Any = None) -> Any:
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)  # doesn't import torch.compile's machinery
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
         misbehave("update")
-        return super().step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(param.grad, alpha=group["lr"])
 
 
-def optimizer(params: Any, lr: float = 1e-2) -> torch.optim.Optimizer:
-    return AdamW(params, lr=lr)
+def optimizer(params: Any, lr: float = 0.1) -> torch.optim.Optimizer:
+    return Descent(params, lr=lr)
 
 
 class Data(torch.utils.data.Dataset[Tensor]):

@@ -110,11 +110,12 @@ def record_failure(error: BaseException, *, where: str | None = None) -> None:
         detail=getattr(error, "detail", None) or _story_behind(error),
         seconds=time.time(),
     )
+    whole_seconds = int(failure.seconds) + failure.notice  # torch blames the earliest: a cause is before what it causes
     account = {
         # The shape that torch's own launcher reads and prints.
         "message": {
             "message": f"{failure.kind}: {failure.message}",
-            "extraInfo": {"py_callstack": failure.traceback, "timestamp": str(int(failure.seconds))},
+            "extraInfo": {"py_callstack": failure.traceback, "timestamp": str(whole_seconds)},
         },
         "manyhands": asdict(failure),
     }
@@ -132,7 +133,10 @@ def forget_failure() -> None:
 
 
 def story_of(error: BaseException) -> str:
-    """Its traceback from where the user's code was called on: without our own frames above, unless the bug is ours."""
+    """Its traceback from where the user's code was called on: without our own frames above, unless the bug is ours.
+    Of a WorkerError only the message: what matters happened elsewhere."""
+    if isinstance(error, WorkerError):
+        return "".join(traceback.format_exception_only(error)).rstrip()
     story = traceback.TracebackException.from_exception(error)
     if not isinstance(error, InvariantError):
         _cut_above_user(story)

@@ -34,7 +34,7 @@ from manyhands.errors import InvariantError, WorkerError
 LOOK_SECONDS = 0.1
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 10.0
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 1.5
 JOIN_SECONDS = 300.0
 STACK_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 10
 
