@@ -183,7 +183,7 @@ class StepEngine:
         bad_losses = np.flatnonzero(~np.isfinite(control.losses))
         weight = _added_in_order(control.weights)
         error: NumericsError | None = None
-        if control.bad is not None and not (len(bad_losses) and bad_losses[0] < control.bad[0]):
+        if control.bad is not None and not (len(bad_losses) and bad_losses[0] <= control.bad[0]):
             loss = control.losses[control.bad[0]]
             error = NumericsError(
                 f"the gradient of {self._param_names[control.bad[1]]!r} is not finite in micro-batch {control.bad[0]}",
@@ -262,7 +262,7 @@ class StepEngine:
     def facts(self) -> dict[str, str]:
         """What a checkpoint must have in common with this engine: the recipe, as far as it can be told."""
         params = {f"parameter {name}": str(numel) for name, numel in self.digest_names}
-        return _recipe_facts(self.recipe) | self._optimizer_facts | params
+        return _recipe_facts(self.recipe) | params | self._optimizer_facts
 
     def close(self) -> None:
         """Leave the group. Collective, unless a worker failed."""
