@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import GPT_UNITS, conv_recipe, gpt_recipe, grouped, partly_used_recipe
-from support.threads import run_threads
-from support.training import Outcome, train_with_engine
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
 import manyhands as mh
 from manyhands.checkpoint.format import list_checkpoints
 from manyhands.checkpoint.load import load_checkpoint
 from manyhands.errors import CheckpointError, NumericsError, WorkerError
+from support.models import Wide, conv_recipe, gpt_recipe, grouped, partly_used_recipe
+from support.threads import run_threads
+from support.training import Outcome, train_with_engine
 
 STEPS, SAVED_AT = 4, 2
 STAGES, WORKERS = ("ddp", "zero1", "zero2"), (1, 2, 3)
@@ -207,7 +207,8 @@ OTHERS: dict[str, Callable[[], mh.Recipe]] = {
     "precision": lambda: gpt_recipe("bf16"),
     "batch.micro_size": lambda: gpt_recipe(batch=mh.Batch(global_size=20, micro_size=4, virtual_workers=5)),
     "clip_norm": lambda: gpt_recipe(clip_norm=None),
-    "parameter": lambda: partly_used_recipe(),
+    "parameter": lambda: gpt_recipe(model=Wide),
+    "optimizer": lambda: gpt_recipe(optimizer=OPTIMIZERS["NAdam"]),
 }
 
 
