@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,14 +89,25 @@ class Engine(StepEngine):
 
         Raises CheckpointError.
         """
-        return save_checkpoint(self, Path(folder), keep=keep)
+        with self._telling():
+            return save_checkpoint(self, Path(folder), keep=keep)
 
     def load(self, checkpoint: str | Path, *, accept_new_numerics: bool = False) -> Manifest:
         """Go on from a checkpoint, whatever number of workers and stage it was saved with. Collective.
 
         Raises CheckpointError, NumericsError.
         """
-        return load_checkpoint(self, Path(checkpoint), accept_new_numerics=accept_new_numerics)
+        with self._telling():
+            return load_checkpoint(self, Path(checkpoint), accept_new_numerics=accept_new_numerics)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What fails inside may fail on this worker alone (a damaged file): the others hear of it."""
+        try:
+            yield
+        except BaseException as error:
+            self.group.fail(error)
+            raise
 
     def close(self) -> None:
         """Leave the group and end loader processes. Collective, unless a worker failed."""
