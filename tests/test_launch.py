@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from manyhands.comm.failure import Failure, WorkerEnd, explain
+from manyhands.comm.culprit import explain
+from manyhands.comm.failure import Failure, WorkerEnd
 from manyhands.comm.launcher import run_workers
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.launching.function import launch

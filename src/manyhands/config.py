@@ -91,6 +91,17 @@ class Batch:
         """Micro-batches that one virtual worker adds up before the tree of sums begins."""
         return self.micro_batches // self.virtual_workers
 
+    def check_workers(self, workers: int) -> None:
+        """That each of so many workers has something to compute. Raises ConfigError."""
+        if workers > self.micro_batches:
+            raise ConfigError(
+                f"{workers} workers are more than the step has micro-batches: some would never compute",
+                expected=f"at most {self.micro_batches} workers"
+                f" (= global_size / micro_size = {self.global_size} / {self.micro_size})",
+                got=f"{workers} workers",
+                hint="use fewer workers; or a smaller micro_size (which changes the recipe, and its bits)",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

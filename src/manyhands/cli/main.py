@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -65,55 +66,86 @@ def _app(
     pass
 
 
+def _from_one(value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise typer.BadParameter(f"{value} is not a whole number of at least 1")
+    return value
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        "-n",
+        metavar="N",
+        callback=_from_one,
+        help="Worker processes on this machine (default: as many as its CPUs allow).",
+        show_default=False,
+    ),
+]
+
+
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe: a TOML file.", show_default=False)],
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            "-n",
-            min=1,
-            help="Worker processes on this machine. [default: CPUs / threads per worker]",
-            show_default=False,
-        ),
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a TOML file.", show_default=False)],
+    workers: Workers = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Who holds what: {', '.join(STAGES)}.", show_default=False),
     ] = None,
-    stage: Annotated[str | None, typer.Option(help=f"Who holds what: {', '.join(STAGES)}.", show_default=False)] = None,
     group: Annotated[
-        str | None, typer.Option(help=f"How bytes travel: {', '.join(GROUPS)}.", show_default=False)
+        str | None,
+        typer.Option(metavar="NAME", help=f"How bytes travel: {', '.join(GROUPS)}.", show_default=False),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Train until this many steps are made. [default: the recipe's]", show_default=False),
+        typer.Option(
+            metavar="N",
+            callback=_from_one,
+            help="Train until this many steps are made (default: as the recipe says).",
+            show_default=False,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change a value of the recipe: `--set optimizer.arguments.lr=1e-3`. Repeat as needed.",
+            help="Change a value of the recipe, such as seed=1 or batch.micro_size=2. Repeat as needed.",
             show_default=False,
         ),
     ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where figures and checkpoints go; the directory of an earlier run is continued.",
+            metavar="DIR",
+            help="Where figures and checkpoints go; an earlier run's is continued (default: runs/NAME-TIME).",
             show_default=False,
         ),
     ] = None,
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Steps between checkpoints. [default: only at the end, and when stopped]", show_default=False
+            metavar="N",
+            callback=_from_one,
+            help="Steps between checkpoints (default: only at the end, and when stopped).",
+            show_default=False,
         ),
     ] = None,
-    digest_every: Annotated[int, typer.Option(min=1, help="Steps between digests of the weights.")] = 10,
+    digest_every: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            callback=_from_one,
+            help="Steps between digests of the weights (default: 10).",
+            show_default=False,
+        ),
+    ] = 10,
     accept_new_numerics: Annotated[
         bool,
         typer.Option(
             "--accept-new-numerics",
-            help="Go on with a run that was begun under other numerics (another torch, CPU kind, thread count).",
+            help="Go on with a run begun under other numerics (another torch, CPU kind, thread count).",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False,
@@ -121,14 +153,18 @@ def train(
     """Train a recipe. The same recipe gives the same bits with any number of workers and any stage.
 
     Ctrl-C stops after the step at hand, with a checkpoint; the same command with the same `--run-dir` goes on.
+
+    Example: `manyhands train recipe.toml --workers 4 --stage zero2 --set seed=1`
     """
     from manyhands.training.recipe_file import check_recipe
 
     overrides = list(set_ or [])
     overrides += [f"strategy.{key}={value}" for key, value in (("stage", stage), ("group", group)) if value is not None]
     checked = check_recipe(recipe, overrides)
+    batch = checked.batch.build()
     if workers is None:
-        workers = default_workers(checked.threads_per_worker, checked.batch.build().micro_batches)
+        workers = default_workers(checked.threads_per_worker, batch.micro_batches)
+    batch.check_workers(workers)
     if steps is None and checked.steps is None:
         raise ConfigError(
             "nobody says how many steps to train", where=str(recipe), hint="use --steps N, or steps = N in the recipe"
@@ -147,7 +183,10 @@ def train(
         "accept_new_numerics": accept_new_numerics,
         "json": as_json,
     }
-    _run_workers([sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)], workers, directory / "logs")
+    try:
+        _run_workers([sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)], workers, directory / "logs")
+    except Interrupted as error:
+        raise _with_the_way_on(error, directory, given=run_dir is not None) from None
 
 
 @app.command(
@@ -155,17 +194,17 @@ def train(
 )
 def run(
     context: typer.Context,
-    script: Annotated[Path, typer.Argument(help="Your script; what follows it are its arguments.", show_default=False)],
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", "-n", min=1, help="Worker processes on this machine. [default: CPUs]", show_default=False
-        ),
-    ] = None,
+    script: Annotated[
+        Path,
+        typer.Argument(metavar="SCRIPT", help="Your script; what follows it are its arguments.", show_default=False),
+    ],
+    workers: Workers = None,
 ) -> None:
     """Run your own script in N workers, as `torchrun` would, but quietly and with errors that name the culprit.
 
     Inside, `manyhands.train` or `manyhands.Engine` finds the other workers.
+
+    Example: `manyhands run --workers 4 script.py --its-own-option`
     """
     if not script.is_file():
         raise ConfigError("there is no such script", where=str(script.absolute()))
@@ -174,13 +213,15 @@ def run(
 
 @app.command()
 def compare(
-    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    other: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Say that two runs are equal, or name the first step, parameter and block at which they differ.
 
-    Exit code 0: equal; 1: different.
+    Exit code 0: equal; 1: different; 2: they can't be compared.
+
+    Example: `manyhands compare runs/first runs/second`
     """
     from dataclasses import asdict
 
@@ -202,9 +243,26 @@ def default_workers(threads_per_worker: int, micro_batches: int | None) -> int:
 
 
 def _run_workers(command: list[str], workers: int, log_dir: Path | None) -> None:
-    from manyhands.comm.launcher import run_workers
+    try:
+        from manyhands.comm.launcher import run_workers
 
-    run_workers(command, workers=workers, log_dir=log_dir)
+        run_workers(command, workers=workers, log_dir=log_dir)
+    except KeyboardInterrupt:  # before the launcher listened to signals
+        raise Interrupted("stopped before any worker began, as asked (SIGINT)") from None
+
+
+def _with_the_way_on(error: Interrupted, directory: Path, *, given: bool) -> Interrupted:
+    """The same, with where the last checkpoint is and how to go on from it; or that there is none."""
+    from manyhands.checkpoint.format import list_checkpoints
+
+    found = list_checkpoints(directory / "checkpoints")
+    again = shlex.join(["manyhands", *sys.argv[1:], *([] if given else ["--run-dir", str(directory)])])
+    return Interrupted(
+        error.what,
+        where=f"its last checkpoint is {found[-1][1]}" if found else "there is no checkpoint: no step was finished",
+        hint=f"to go on: {again}" if found else None,
+        detail=error.detail,
+    )
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from manyhands.comm.culprit import explain
 from manyhands.comm.failure import (
     ERROR_FILE_VARIABLE,
     PARENT_TELLS_VARIABLE,
     WorkerEnd,
-    explain,
     read_failure,
     record_failure,
 )

@@ -52,9 +52,11 @@ class MembersGroup(Group):
             if peer.board is not None and not peer.board.has_tag(call, tag):
                 raise InvariantError(
                     f"workers {self.rank} and {peer.rank} took different ways: their collective call {call} differs",
-                    expected=tag,
-                    where=peer.where,
-                    hint="does the model or the data depend on the worker's number, the time or an unseeded generator?",
+                    expected=f"{tag} (worker {self.rank})",
+                    got=f"another one; worker {peer.rank} is now in {peer.status or 'its start'}",
+                    where=f"worker {self.rank}, {tag}",
+                    hint="make the same calls and as many steps on all workers; neither the model nor the data may "
+                    "depend on the worker's number, the time or an unseeded generator",
                 )
 
     def status(self, text: str) -> None:

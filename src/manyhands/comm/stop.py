@@ -13,7 +13,8 @@ from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from manyhands.comm.failure import WorkerEnd, explain
+from manyhands.comm.culprit import explain
+from manyhands.comm.failure import WorkerEnd
 from manyhands.errors import Interrupted
 
 _SAME_PRESS_SECONDS = 0.3

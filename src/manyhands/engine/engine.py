@@ -42,7 +42,7 @@ class StepEngine:
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
         self.recipe, self.strategy, self.group = recipe, strategy, group
         fix_arithmetic(recipe)
-        _check_workers(recipe, group.size)
+        recipe.batch.check_workers(group.size)
         agree(group, "recipe", _recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
         agree(group, "strategy", {"stage": strategy.stage, "units": str(strategy.units)}, hint=_HINT_SAME_RECIPE)
         stage = stage_named(strategy.stage)
@@ -284,17 +284,6 @@ def _check_loss(loss: object) -> None:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ConfigError(
             "recipe.loss did not return a loss", expected="a scalar tensor with a gradient, or (sum, weight)", got=got
-        )
-
-
-def _check_workers(recipe: Recipe, workers: int) -> None:
-    if workers > recipe.batch.micro_batches:
-        raise ConfigError(
-            f"{workers} workers are more than the step has micro-batches: some would never compute",
-            expected=f"at most {recipe.batch.micro_batches} workers (= global_size / micro_size ="
-            f" {recipe.batch.global_size} / {recipe.batch.micro_size})",
-            got=f"{workers} workers",
-            hint="use fewer workers; or cut the batch finer (a smaller micro_size changes the recipe, and its bits)",
         )
 
 
