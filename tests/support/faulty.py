@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.modules["tensorboard"] = None  # type: ignore[assignment]  # not there: a worker starts a second sooner
+if "RANK" in os.environ:
+    sys.modules["tensorboard"] = None  # type: ignore[assignment]  # not there: a worker starts a second sooner
 STEP, RANK = 2, 1
 MICRO_BATCHES_A_WORKER = 2  # in a step: 4 micro-batches, 2 workers
 losses_computed = 0
