@@ -184,7 +184,8 @@ def train(
         "json": as_json,
     }
     try:
-        _run_workers([sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)], workers, directory / "logs")
+        command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
+        _run_workers(command, workers, directory / "logs", holds_signals=True)
     except Interrupted as error:
         raise _with_the_way_on(error, directory, given=run_dir is not None) from None
 
@@ -208,7 +209,9 @@ def run(
     """
     if not script.is_file():
         raise ConfigError("there is no such script", where=str(script.absolute()))
-    _run_workers([sys.executable, str(script), *context.args], workers or default_workers(1, None), None)
+    _run_workers(
+        [sys.executable, str(script), *context.args], workers or default_workers(1, None), None, holds_signals=False
+    )
 
 
 @app.command()
@@ -242,11 +245,11 @@ def default_workers(threads_per_worker: int, micro_batches: int | None) -> int:
     return workers if micro_batches is None else min(workers, micro_batches)
 
 
-def _run_workers(command: list[str], workers: int, log_dir: Path | None) -> None:
+def _run_workers(command: list[str], workers: int, log_dir: Path | None, *, holds_signals: bool) -> None:
     try:
         from manyhands.comm.launcher import run_workers
 
-        run_workers(command, workers=workers, log_dir=log_dir)
+        run_workers(command, workers=workers, log_dir=log_dir, holds_signals=holds_signals)
     except KeyboardInterrupt:  # before the launcher listened to signals
         raise Interrupted("stopped before any worker began, as asked (SIGINT)") from None
 

@@ -14,17 +14,17 @@ from manyhands.training.stop import StopSignals
 def main() -> int:
     """The exit code. Errors are left for the parent, which shows the one that matters."""
     request = json.loads(sys.argv[1])
-    with StopSignals() as stop:
-        try:
+    try:
+        with StopSignals() as stop:
             _train(request, stop)
-        except (Interrupted, KeyboardInterrupt) as error:
-            record_failure(error)
-            return 130
-        except BaseException as error:  # whatever it is, the parent must hear of it
-            record_failure(error)
-            if int(os.environ["RANK"]) != 0:  # worker 0 writes to the terminal, where the parent will show the error
-                sys.stderr.write(f"{story_of(error)}\n")
-            return 1
+    except (Interrupted, KeyboardInterrupt) as error:
+        record_failure(error)
+        return 130
+    except BaseException as error:  # whatever it is, the parent must hear of it
+        record_failure(error)
+        if int(os.environ["RANK"]) != 0:  # worker 0 writes to the terminal, where the parent will show the error
+            sys.stderr.write(f"{story_of(error)}\n")
+        return 1
     return 0
 
 

@@ -66,11 +66,13 @@ def run_workers(
     log_dir: Path | None = None,
     grace_seconds: float = 30.0,
     quiet: bool = True,
+    holds_signals: bool = False,
 ) -> None:
     """Run `command` in `workers` processes on this host; returns when all have ended well (exit code 0).
 
     Worker 0 writes to this terminal; the others to `log_dir/worker-R.log` (appended), or to the terminal without one.
     `environment` is added to what the workers inherit. `quiet=False` lets the elastic launcher's own log through.
+    `holds_signals`: a worker begins with SIGINT and SIGTERM blocked, and unblocks them once it listens (StopSignals).
 
     SIGINT, SIGTERM and SIGHUP are passed on once to the workers, which have `grace_seconds` to finish their step and
     save; a second Ctrl-C kills them at once. (Workers are sessions of their own: a Ctrl-C reaches only the parent.)
@@ -93,6 +95,7 @@ def run_workers(
             "command": [program, *command[1:]],
             "log_dir": None if log_dir is None else str(log_dir),
             "parent": os.getpid(),
+            "holds_signals": holds_signals,
         }
         (folder / _PLAN_FILE).write_text(json.dumps(plan), encoding="utf-8")
         logs = _Logs(folder, log_dir, dict(environment or {}))

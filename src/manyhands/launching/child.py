@@ -42,6 +42,8 @@ def become_worker(folder: str) -> None:
         with open(os.path.join(folder, PLAN_FILE), encoding="utf-8") as file:
             plan = json.load(file)
         die_with_parent(plan["parent"])
+        if plan["holds_signals"]:  # it listens once it's ready; until then they wait
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         rank = int(os.environ["RANK"])
         os.close(os.open(os.path.join(folder, started_marker(rank, os.getpid())), os.O_CREAT | os.O_WRONLY, 0o600))
     except FileNotFoundError:  # the parent gave up while this process was starting, and took the folder away

@@ -22,6 +22,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)  # a launcher may have held them back so far
         return self
 
     def __exit__(self, *_: object) -> None:
