@@ -143,11 +143,11 @@ def test_killed_worker_is_named_with_what_its_peer_noticed(
     command = script("""
 from manyhands.comm.failure import record_failure
 from manyhands.errors import WorkerError
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (here / f"ready-{rank}").touch()
 wait_for("ready-0", "ready-1")
 if rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
 time.sleep(0.3)
 record_failure(WorkerError("worker 1 was lost at step 12 / layers.3 / grad", rank=1))
 sys.exit(1)

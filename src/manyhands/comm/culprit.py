@@ -64,7 +64,7 @@ def _error_about(culprit: WorkerEnd, notices: Sequence[Failure], ends: Sequence[
         rank=culprit.rank,
         where=next((account.where for account in (failure, notice) if account and account.where), None),
         hint=_hint(culprit, failure, notice),
-        detail=_detail(culprit, failure, notices, ends) or None,
+        detail=_detail(what, culprit, failure, notices, ends) or None,
     )
     error.__cause__ = made
     return error
@@ -89,12 +89,15 @@ def _blame(end: WorkerEnd, named: int | None, first_seconds: float) -> tuple[int
     return (6 if end.exit_code else 8), end.seconds
 
 
-def _detail(culprit: WorkerEnd, failure: Failure | None, notices: Sequence[Failure], ends: Sequence[WorkerEnd]) -> str:
+def _detail(
+    what: str, culprit: WorkerEnd, failure: Failure | None, notices: Sequence[Failure], ends: Sequence[WorkerEnd]
+) -> str:
+    """What else is known, beside `what`."""
     parts = []
     if failure is not None:
         parts.append((failure.detail or "") if failure.kind == "WorkerError" else failure.traceback)
     elif notices:
-        if not notices[0].alive:  # else it's what was said of the culprit already
+        if notices[0].first_line != what:
             parts.append(f"worker {notices[0].rank} noticed: {notices[0].first_line}")
         parts.append(notices[0].detail or "")
     if failure is None and culprit.log_tail:

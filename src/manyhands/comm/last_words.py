@@ -24,12 +24,12 @@ _HEARSAY_SECONDS = 1.0
 
 
 class LastWords:
-    """See the module. In force from here on until `membership` is closed in order."""
+    """See the module. In force from here on until `membership` is closed; for the parent, to the program's end."""
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
         self._previous_hook = sys.excepthook
-        self._handles_signal = False
+        self._handles_signal = self._closed = False
         sys.excepthook = self._uncaught
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -39,15 +39,20 @@ class LastWords:
         membership.at_close.append(self._remove)
 
     def _remove(self) -> None:
+        self._closed = True
         atexit.unregister(self._ending)
-        if self._membership.failure is None and sys.excepthook == self._uncaught:
+        wanted = self._membership.failure is not None or os.environ.get(PARENT_TELLS_VARIABLE)  # for what comes later
+        if not wanted and sys.excepthook == self._uncaught:
             sys.excepthook = self._previous_hook
         if self._handles_signal and signal.getsignal(signal.SIGTERM) == self._asked_to_end:
             with suppress(ValueError):  # closed in another thread: it stays
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        self._membership.fail(error)
+        if self._closed:
+            record_failure(error)
+        else:
+            self._membership.fail(error)
         if not os.environ.get(PARENT_TELLS_VARIABLE):
             self._previous_hook(kind, error, trace)
 

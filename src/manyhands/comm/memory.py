@@ -28,18 +28,26 @@ class Arena(Protocol):
     def seal(self) -> None:
         """Everyone has opened what I created so far: drop the addresses."""
 
+    def discard(self, buffer: Tensor) -> None:
+        """The contents of a buffer that I created are of no use any more: it reads as zeros, and holds no memory until
+        it's written again (where the system can do that; else nothing happens)."""
+
 
 class ProcessArena:
     """Between processes of one host, by the same user."""
 
     def __init__(self) -> None:
         self._created: list[int] = []
+        self._maps: dict[int, mmap.mmap] = {}  # mine, by address in memory
 
     def create(self, num_bytes: int) -> tuple[Tensor, str]:
         fd = os.memfd_create("manyhands", os.MFD_CLOEXEC)
         os.ftruncate(fd, num_bytes)
         self._created.append(fd)
-        return _map(fd, num_bytes), f"{os.getpid()}:{fd}:{num_bytes}"
+        memory = mmap.mmap(fd, num_bytes)
+        buffer = torch.frombuffer(memory, dtype=torch.uint8)
+        self._maps[buffer.data_ptr()] = memory
+        return buffer, f"{os.getpid()}:{fd}:{num_bytes}"
 
     def open(self, address: str) -> Tensor:
         pid, number, num_bytes = (int(part) for part in address.split(":"))
@@ -54,6 +62,9 @@ class ProcessArena:
     def seal(self) -> None:
         while self._created:
             os.close(self._created.pop())
+
+    def discard(self, buffer: Tensor) -> None:
+        self._maps[buffer.data_ptr()].madvise(mmap.MADV_REMOVE)
 
 
 def _map(fd: int, num_bytes: int) -> Tensor:
@@ -78,3 +89,6 @@ class ThreadArena:
 
     def seal(self) -> None:
         pass  # addresses are shared by all threads; they go with the arena
+
+    def discard(self, buffer: Tensor) -> None:
+        buffer.zero_()
