@@ -237,3 +237,44 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with mh.Engine(gpt_recipe()) as engine, pytest.raises(CheckpointError, match="can't be written"):
         engine.save(tmp_path / "file" / "checkpoints")
+
+
+def test_a_schedule_with_milestones_goes_on_exactly(tmp_path: Path) -> None:
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[3, 3, 4], gamma=0.1)
+
+    recipe = gpt_recipe("fp32", schedule=schedule)
+    undisturbed = train_with_engine(recipe, mh.Strategy(), steps=6)
+    train_with_engine(recipe, mh.Strategy(), steps=2, save=tmp_path)
+    resumed = train_with_engine(recipe, mh.Strategy(stage="ddp"), steps=6, load=tmp_path / "step-00000002")
+    assert resumed.digest == undisturbed.digest
+
+
+def test_a_checkpoint_of_other_weights_at_the_same_step_is_replaced(tmp_path: Path) -> None:
+    with mh.Engine(gpt_recipe("fp32")) as engine:
+        for batch in engine.batches(1):
+            engine.step(batch)
+        path = engine.save(tmp_path)
+        with torch.no_grad():
+            for piece, _ in engine.updater.slices:
+                piece.master.add_(1.0)
+        engine.updater.refresh_params()
+        wanted = engine.digest()
+        assert engine.save(tmp_path) == path
+    with mh.Engine(gpt_recipe("fp32")) as engine:
+        engine.load(path)
+        assert engine.digest() == wanted
+
+
+def test_the_checkpoint_just_written_is_kept_whatever_keep_says(tmp_path: Path) -> None:
+    with mh.Engine(gpt_recipe("fp32")) as engine:
+        for batch in engine.batches(1):
+            engine.step(batch)
+        first = engine.save(tmp_path / "elsewhere")
+        for batch in engine.batches(3):
+            engine.step(batch)
+        engine.save(tmp_path)
+        engine.load(first)
+        path = engine.save(tmp_path, keep=1)
+        assert path.is_dir()
+        engine.load(path)

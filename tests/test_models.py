@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import manyhands as mh
+from manyhands.comm.group import Group
 from manyhands.errors import ConfigError
 from oracle import oracle_run
 from support.models import (
@@ -124,3 +125,40 @@ def test_buffers_that_a_model_replaces_have_the_same_bits() -> None:
     for workers in (2, 3):
         for found in outcomes(recipe, mh.Strategy(), workers):
             assert_same(found, expected)
+
+
+def test_two_dtypes_in_one_block_are_two_units_and_both_are_trained() -> None:
+    """bf16 with batch norm inside a repeated child: convolutions in bf16, batch norm in fp32."""
+
+    def model() -> torch.nn.Module:
+        def block(channels: int) -> torch.nn.Module:
+            return torch.nn.Sequential(torch.nn.Conv2d(channels, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+
+        return torch.nn.Sequential(block(3), block(8), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+    recipe = mh.Recipe(
+        model=model,
+        loss=lambda model, batch: model(batch.bfloat16()).float().square().mean(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
+        data=[torch.randn(3, 9, 9, generator=torch.Generator().manual_seed(index)) for index in range(24)],
+        batch=mh.Batch(global_size=24, micro_size=4),
+        precision="bf16",
+    )
+
+    def work(group: Group, stage: str) -> tuple[str, tuple[str, ...]]:
+        with mh.Engine(recipe, mh.Strategy(stage=stage), group=group) as engine:
+            before = engine.full_state_dict()
+            for batch in engine.batches(2):
+                engine.step(batch)
+            after = engine.full_state_dict()
+            return engine.digest(), tuple(name for name in before if torch.equal(before[name], after[name]))
+
+    found = {
+        outcome
+        for workers in (1, 2, 3)
+        for stage in ("ddp", "zero1", "zero2")
+        for outcome in run_threads(workers, lambda group, stage=stage: work(group, stage))  # type: ignore[misc]
+    }
+    assert len(found) == 1
+    ((_, unchanged),) = found
+    assert unchanged == ()

@@ -42,7 +42,7 @@ def _choice(field: str, value: object, known: tuple[str, ...]) -> None:
 
 def _at_least(field: str, value: object, least: float, kind: type = int) -> None:
     is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not is_number or value < least:  # type: ignore[operator]
+    if not is_number or not least <= value < float("inf"):  # type: ignore[operator]
         noun = "a whole number" if kind is int else "a number"
         raise ConfigError(f"{field} is out of range", expected=f"{noun} of at least {least}", got=repr(value))
 

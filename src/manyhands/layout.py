@@ -137,6 +137,8 @@ class Layout:
                     where=f"{before.name} -> {after.name}",
                     got=after.first_block,
                 )
+        if len({unit.name for unit in self.units}) != len(self.units):
+            raise InvariantError("two units have the same name", got=[unit.name for unit in self.units])
         for unit in self.units:
             for one, other in pairwise(unit.slots):
                 if other.start != one.start + one.num_blocks * BLOCK:

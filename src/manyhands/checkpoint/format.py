@@ -11,6 +11,7 @@ only when it is whole: all files are written and synced in `.step-00000100.parti
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ class PieceRecord(BaseModel):
 
 
 class Scalar(BaseModel):
-    """A number of the optimizer's state. dtype: of the 0-d tensor that holds it; None: it's a plain number."""
+    """A number of the optimizer's state. dtype, device: of the 0-d tensor that holds it; None: it's a plain number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     value: float | int | bool
     dtype: str | None = None
+    device: str = "cpu"
 
 
 class Manifest(BaseModel):
@@ -79,6 +81,28 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
         (int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()
     ]
     return sorted(found)
+
+
+_PAIRS = "pairs of a dict"
+
+
+def encode_state(value: Any) -> Any:
+    """A scheduler's state as JSON can hold it: dicts with keys that aren't texts become lists of pairs."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: encode_state(item) for key, item in value.items()}
+    if isinstance(value, dict):
+        return {_PAIRS: [[key, encode_state(item)] for key, item in value.items()], "type": type(value).__name__}
+    return [encode_state(item) for item in value] if isinstance(value, list) else value
+
+
+def decode_state(value: Any) -> Any:
+    """What `encode_state` was given."""
+    if isinstance(value, dict) and _PAIRS in value:
+        kind = Counter if value["type"] == "Counter" else dict
+        return kind({key: decode_state(item) for key, item in value[_PAIRS]})
+    if isinstance(value, dict):
+        return {key: decode_state(item) for key, item in value.items()}
+    return [decode_state(item) for item in value] if isinstance(value, list) else value
 
 
 def read_manifest(folder: Path) -> Manifest:

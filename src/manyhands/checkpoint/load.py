@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from manyhands.checkpoint.format import Manifest, PieceRecord, read_manifest
+from manyhands.checkpoint.format import Manifest, PieceRecord, decode_state, read_manifest
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError, NumericsError
 from manyhands.numerics.identity import numerics_identity
@@ -110,7 +110,11 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
         for kind, number in manifest.scalars.get(piece.name, {}).items():
             # torch's optimizers change their step counts and the like in place, where these are tensors.
             dtype = number.dtype
-            state[kind] = number.value if dtype is None else torch.tensor(number.value, dtype=getattr(torch, dtype))
+            state[kind] = (
+                number.value
+                if dtype is None
+                else torch.tensor(number.value, dtype=getattr(torch, dtype), device=number.device)
+            )
         engine.optimizer.load_state_of(piece, state)  # empty before a parameter's first update, also if it had one here
     buffers = dict(engine.model.named_buffers())
     for name, value in reader.buffers().items():
@@ -121,7 +125,7 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
     engine.updater.refresh_params()
     engine.optimizer.load_hyperparameters(manifest.hyperparameters)
     if engine.schedule is not None and manifest.schedule is not None:
-        engine.schedule.load_state_dict(manifest.schedule)
+        engine.schedule.load_state_dict(decode_state(manifest.schedule))
     engine.step_index = manifest.step
     found = engine.digest()
     if found != manifest.digest:

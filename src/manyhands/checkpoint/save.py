@@ -14,7 +14,18 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from manyhands.checkpoint.format import FORMAT, MANIFEST, Manifest, PieceRecord, Scalar, folder_name, list_checkpoints
+from manyhands.checkpoint.format import (
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    PieceRecord,
+    Scalar,
+    decode_state,
+    encode_state,
+    folder_name,
+    list_checkpoints,
+    read_manifest,
+)
 from manyhands.engine.control import gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError
@@ -27,7 +38,8 @@ Scalars = dict[str, dict[str, dict[str, Any]]]
 def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) -> Path:
     """Write the engine's state to a new folder in `root`; returns it. Collective.
 
-    keep: how many checkpoints to leave in `root` (None: all). A checkpoint of this step that is already there stays.
+    keep: how many checkpoints to leave in `root` (None: all). One of this step with the same weights stays;
+    one with others is replaced.
     Raises CheckpointError; what was published before is never touched by a failure.
     """
     group, step = engine.group, engine.step_index
@@ -35,7 +47,7 @@ def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) 
     tag = f"step {step} / checkpoint"
     group.status(tag)
     digest = engine.digest()
-    if all(gather_json(group, final.exists(), f"{tag} / control")):
+    if all(gather_json(group, _holds(final, digest), f"{tag} / control")):
         return final
     if group.rank == 0:
         with _as_checkpoint_error(partial):
@@ -65,7 +77,8 @@ def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) 
         with _as_checkpoint_error(final):
             _publish(partial, final, manifest)
             for _, old in list_checkpoints(root)[: -keep if keep else 0]:
-                shutil.rmtree(old)
+                if old != final:
+                    _remove(old)
     group.barrier(f"{tag} published / control")
     return final
 
@@ -115,20 +128,22 @@ def _tensors(engine: StepEngine, scalars: Scalars) -> Iterator[tuple[str, str, i
 
 def _scalar(value: Tensor | float | int | bool) -> Scalar:
     if isinstance(value, Tensor):
-        return Scalar(value=value.item(), dtype=str(value.dtype).removeprefix("torch."))
+        return Scalar(value=value.item(), dtype=str(value.dtype).removeprefix("torch."), device=value.device.type)
     return Scalar(value=value)
 
 
 def _schedule_state(engine: StepEngine) -> dict[str, Any] | None:
     if engine.schedule is None:
         return None
-    state = engine.schedule.state_dict()
-    try:
-        json.dumps(state)
-    except TypeError:
-        # Schedulers made of others or of objects: only their plain numbers can be kept; a step count tells the rest.
-        state = {key: value for key, value in state.items() if isinstance(value, (int, float, list, str, bool))}
-    return state
+    state: dict[str, Any] = engine.schedule.state_dict()
+    encoded: dict[str, Any] = encode_state(state)
+    if decode_state(json.loads(json.dumps(encoded))) != state:
+        raise CheckpointError(
+            f"the state of the schedule {type(engine.schedule).__qualname__} can't be written down exactly",
+            got=", ".join(state),
+            hint="use a schedule whose state_dict() holds numbers, texts, lists and dicts of them",
+        )
+    return encoded
 
 
 def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
@@ -136,8 +151,26 @@ def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
     path.write_text(manifest.model_dump_json())
     _sync(path)
     _sync(partial)
+    if final.exists():
+        _remove(final)
     os.rename(partial, final)
     _sync(final.parent)
+
+
+def _holds(folder: Path, digest: str) -> bool:
+    """Whether the checkpoint in `folder` is there and has these weights."""
+    try:
+        return read_manifest(folder).digest == digest
+    except CheckpointError:
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint: out of sight first, so that a kill on the way leaves none that is only half there."""
+    hidden = folder.with_name(f".{folder.name}.old.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
 
 
 def _remove_partial(root: Path) -> None:

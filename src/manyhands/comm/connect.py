@@ -51,11 +51,14 @@ def connect(
         raise ConfigError("several workers need Linux", got=sys.platform, hint="elsewhere, one worker works")
     store = _numbered_store(rank, size)
     arena = ProcessArena()
-    membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=end_process)
+    wishes = f"group {kind} on {device}"
+    membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=end_process, wishes=wishes)
     LastWords(membership)
-    if kind == "auto":
-        kind = "shared-memory" if membership.one_host and device == "cpu" else "process"
-    if kind == "shared-memory":
+    try:
+        if kind == "auto":
+            kind = "shared-memory" if membership.one_host and device == "cpu" else "process"
+        if kind == "process":
+            return ProcessGroup(membership, store, where)
         if not membership.one_host or device != "cpu":
             raise ConfigError(
                 "the workers can't share memory",
@@ -64,7 +67,10 @@ def connect(
                 hint="use group = 'process'",
             )
         return SharedMemoryGroup(membership, arena)
-    return ProcessGroup(membership, store, where)
+    except BaseException as error:
+        membership.fail(error)
+        membership.close()
+        raise
 
 
 def _numbered_store(rank: int, size: int) -> Store:

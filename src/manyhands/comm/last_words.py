@@ -27,7 +27,7 @@ class LastWords:
     """See the module. In force from here on until `membership` is closed; for the parent, to the program's end."""
 
     def __init__(self, membership: Membership) -> None:
-        self._membership = membership
+        self._membership, self._pid = membership, os.getpid()
         self._previous_hook = sys.excepthook
         self._handles_signal = self._closed = False
         sys.excepthook = self._uncaught
@@ -66,7 +66,7 @@ class LastWords:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _ending(self) -> None:
-        if self._membership.failure is None:
+        if self._membership.failure is None and os.getpid() == self._pid:  # not in a child that the program forked
             self._membership.leave()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from manyhands.comm.group import Group
-from manyhands.comm.membership import Membership
+from manyhands.comm.membership import Membership, Peer
 from manyhands.errors import InvariantError
 
 YIELDS = 200
@@ -23,6 +23,7 @@ class MembersGroup(Group):
         super().__init__(membership.rank, membership.size, device)
         self.membership = membership
         self._calls = 0
+        self._closed = False
 
     def _post(self, tag: str) -> int:
         """Begin collective call `tag`; its number."""
@@ -32,8 +33,8 @@ class MembersGroup(Group):
         self.membership.board.say(tag)
         return self._calls
 
-    def _wait(self, ready: Callable[[], bool], call: int, tag: str) -> float:
-        """Wait until `ready()`, for call `call`; the seconds it took. Raises WorkerError."""
+    def _wait(self, ready: Callable[[], bool], is_behind: Callable[[Peer], bool], tag: str) -> float:
+        """Wait until `ready()`; the seconds it took. is_behind: which peers it waits for. Raises WorkerError."""
         began = time.monotonic()
         for _ in range(YIELDS):  # most waits are short, and a yield costs a microsecond
             if ready():
@@ -42,14 +43,15 @@ class MembersGroup(Group):
         while not ready():
             if self.membership.failure is not None and ready():
                 break  # who raised made this call first: everyone shall see it made
-            self.membership.check_wait(began, tag, call)
+            self.membership.check_wait(began, tag, is_behind)
             time.sleep(NAP_SECONDS)
         return time.monotonic() - began
 
     def _check_tags(self, call: int, tag: str) -> None:
         """That everyone's call of this number is the same one. Only once all have posted it."""
         for peer in self.membership.peers.values():
-            if peer.board is not None and not peer.board.has_tag(call, tag):
+            # With a GPU's streams a wait may end before a peer's call; whoever is last still compares.
+            if peer.board is not None and peer.posted >= call and not peer.board.has_tag(call, tag):
                 raise InvariantError(
                     f"workers {self.rank} and {peer.rank} took different ways: their collective call {call} differs",
                     expected=f"{tag} (worker {self.rank})",
@@ -64,3 +66,17 @@ class MembersGroup(Group):
 
     def fail(self, error: BaseException) -> None:
         self.membership.fail(error)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self.membership.is_well:
+                self.barrier("close / control")
+        finally:
+            self.membership.close()
+            self._take_down()
+
+    def _take_down(self) -> None:
+        """What else there is to free."""

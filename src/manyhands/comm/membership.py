@@ -29,13 +29,14 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from manyhands.comm.board import BOARD_BYTES, Board
 from manyhands.comm.failure import record_failure, story_of
 from manyhands.comm.memory import Arena
-from manyhands.errors import InvariantError, WorkerError
+from manyhands.errors import ConfigError, InvariantError, WorkerError
 
 LOOK_SECONDS = 0.1
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 10.0
 GRACE_SECONDS = 1.5
 JOIN_SECONDS = 300.0
+CLOSED = b"closed"  # the last beat of a worker that left on purpose
 STACK_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 10
 
 
@@ -63,7 +64,15 @@ class Peer:
     def posted(self) -> int:
         if self.board is not None:
             return self.board.posted
-        return int(self.beat.split(b" ")[0] or 0)
+        return 0 if self.beat in (b"", CLOSED) else int(self.beat.split(b" ")[0])
+
+    @property
+    def drained(self) -> int:
+        return 0 if self.board is None else self.board.drained
+
+    @property
+    def has_left(self) -> bool:
+        return self.beat == CLOSED if self.board is None else self.board.closed
 
     @property
     def where(self) -> str:
@@ -73,6 +82,7 @@ class Peer:
 class Membership:
     """This worker's place among `size` workers that share `store`. Collective: returns when all are there.
 
+    wishes: what all must want alike (the kind of group, the device). Raises ConfigError, WorkerError.
     Attributes: `board` (mine), `peers` (the others, by rank), `failure` (set once something went wrong).
     """
 
@@ -85,6 +95,7 @@ class Membership:
         *,
         stall_seconds: float,
         abandon: Callable[[WorkerError], None],
+        wishes: str = "",
     ) -> None:
         self.rank, self.size, self.stall_seconds = rank, size, stall_seconds
         self.failure: WorkerError | None = None
@@ -99,8 +110,17 @@ class Membership:
             "thread": threading.get_ident(),
             "board": address,
             "stack": f"{os.getpid()}:{_stack_file()}",
+            "wishes": wishes,
         }
         others = [json.loads(text) for text in self.meet(json.dumps(me))]
+        for other_rank, other in enumerate(others):
+            if other["wishes"] != others[0]["wishes"]:
+                raise ConfigError(
+                    f"workers 0 and {other_rank} don't want the same group",
+                    expected=f"{others[0]['wishes']} (worker 0)",
+                    got=f"{other['wishes']} (worker {other_rank})",
+                    hint="start all workers with the same program and strategy",
+                )
         self.one_host = all(other["host"] == me["host"] for other in others)
         self.at_close: list[Callable[[], None]] = []
         self.peers: dict[int, Peer] = {}
@@ -151,10 +171,10 @@ class Membership:
             self._noticed = True
             raise self.failure
 
-    def check_wait(self, began: float, tag: str, wanted: int) -> None:
-        """Called while waiting since `began` (monotonic) for everyone's collective call number `wanted`."""
+    def check_wait(self, began: float, tag: str, is_behind: Callable[[Peer], bool]) -> None:
+        """Called while waiting since `began` (monotonic) for those peers that are behind."""
         self.check()
-        behind = [peer for peer in self.peers.values() if peer.posted < wanted]
+        behind = [peer for peer in self.peers.values() if is_behind(peer)]
         self._report_left(behind, tag)
         if time.monotonic() - began < self.stall_seconds:
             return
@@ -203,7 +223,7 @@ class Membership:
         """Say that this worker goes on purpose."""
         self.board.close()
         with contextlib.suppress(RuntimeError):  # the store may be gone with its host
-            self._watch_store.set(f"beat/{self.rank}", "closed")
+            self._watch_store.set(f"beat/{self.rank}", CLOSED.decode())
 
     # - Failures
 
@@ -215,7 +235,7 @@ class Membership:
     def _report_left(self, behind: list[Peer], tag: str) -> None:
         """Those who are waited for, but have left."""
         for peer in behind:
-            if peer.board is not None and peer.board.closed:
+            if peer.has_left:
                 what = f"worker {peer.rank} has left (its program came to its end, or closed the engine)"
                 self._report(WorkerError(what, rank=peer.rank, where=f"{peer.where}; the others wait in {tag}"))
                 raise self._await_failure()
@@ -253,7 +273,7 @@ class Membership:
                     if not self.one_host and now - last_beat > BEAT_SECONDS:
                         self._beat(now)
                         last_beat = now
-                except (RuntimeError, ConnectionError) as error:
+                except (RuntimeError, OSError) as error:
                     self.failure = WorkerError(
                         "the store through which the workers find each other is gone (did the launcher end?)",
                         detail=str(error),
@@ -288,7 +308,7 @@ class Membership:
         self._beats += 1  # so that no two beats are the same
         self._watch_store.set(f"beat/{self.rank}", f"{self.board.posted} {self._beats} {self.board.status}")
         for peer in self.peers.values():
-            if peer.board is not None or peer.beat == b"closed":
+            if peer.board is not None or peer.beat == CLOSED:
                 continue
             key = f"beat/{peer.rank}"
             beat = self._watch_store.get(key) if self._watch_store.check([key]) else b""
@@ -307,7 +327,9 @@ def _host() -> str:
 
 
 def _has_ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])
+    poll = select.poll()  # not select: it can't look at descriptors from 1,024 on
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _is_stopped(peer: Peer) -> bool:
@@ -322,8 +344,7 @@ def _is_stopped(peer: Peer) -> bool:
 def _stack_file() -> int:
     """Where this process's Python stacks go when a peer asks for them by a signal, also while it is inside a kernel."""
     fd = os.memfd_create("manyhands-stack", os.MFD_CLOEXEC)
-    if threading.current_thread() is threading.main_thread():
-        faulthandler.register(STACK_SIGNAL, file=fd, all_threads=True)
+    faulthandler.register(STACK_SIGNAL, file=fd, all_threads=True)
     return fd
 
 

@@ -18,7 +18,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from manyhands.comm.group import Contribution, Exchange
 from manyhands.comm.members_group import MembersGroup
 from manyhands.comm.membership import Membership
-from manyhands.errors import WorkerError
+from manyhands.errors import ConfigError, WorkerError
 
 
 class _ProcessExchange(Exchange):
@@ -45,6 +45,11 @@ class ProcessGroup(MembersGroup):
 
     def __init__(self, membership: Membership, store: Store, device: torch.device) -> None:
         super().__init__(membership, device)
+        if dist.is_initialized():
+            raise ConfigError(
+                "torch.distributed's default process group is taken",
+                hint="close the other engine first; a script must not call init_process_group itself",
+            )
         # Ours ends waits itself, earlier and with a name; the library's limit is only the last resort.
         timeout = timedelta(seconds=max(60.0, 2 * membership.stall_seconds))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -88,7 +93,7 @@ class ProcessGroup(MembersGroup):
         copies = torch.empty(self.size * flat.numel(), dtype=torch.uint8)
         call = self._post(tag)
         work = self._call(lambda: dist.all_gather_into_tensor(copies, flat, async_op=True))
-        self._waiter("gather", work, call, tag, flat.numel() * (self.size - 1))()
+        self._waiter("gather", work, call, tag, flat.numel() * (self.size - 1), on_host=True)()
         return [copy.view(small.dtype).view(small.shape) for copy in copies.chunk(self.size)]
 
     def _call(self, begin: Callable[[], dist.Work | None]) -> dist.Work:
@@ -100,8 +105,12 @@ class ProcessGroup(MembersGroup):
             raise self._failure_behind(RuntimeError("this process is not part of the group"))
         return work
 
-    def _waiter(self, operation: str, work: dist.Work, call: int, tag: str, num_bytes: int) -> Callable[[], None]:
+    def _waiter(
+        self, operation: str, work: dist.Work, call: int, tag: str, num_bytes: int, *, on_host: bool | None = None
+    ) -> Callable[[], None]:
+        """on_host: the tensors are the CPU's, so that waiting for the work is waiting here (None: as the group's)."""
         done = False
+        on_host = self.device.type == "cpu" if on_host is None else on_host
 
         def wait() -> None:
             nonlocal done
@@ -109,8 +118,8 @@ class ProcessGroup(MembersGroup):
                 return
             began = time.monotonic()
             try:
-                if self.device.type == "cpu":
-                    self._wait(work.is_completed, call, tag)
+                if on_host:
+                    self._wait(work.is_completed, lambda peer: peer.posted < call, tag)
                 work.wait()
             except RuntimeError as error:
                 raise self._failure_behind(error) from error
@@ -129,9 +138,6 @@ class ProcessGroup(MembersGroup):
             return self.membership.failure
         return WorkerError("the connection to the other workers broke", detail=str(error), hint="see the workers' logs")
 
-    def close(self) -> None:
-        if self.membership.is_well:
-            self.barrier("close / control")
-        self.membership.close()
+    def _take_down(self) -> None:
         with contextlib.suppress(RuntimeError):  # a broken group can't be taken down in order, and needn't be
             dist.destroy_process_group()

@@ -39,7 +39,7 @@ class _SharedExchange(Exchange):
         self._group.membership.board.drain(self._number)
 
     def wait_reusable(self) -> None:
-        self._group.wait_drained(self._number, self._call, self._tag)
+        self._group.wait_drained(self._number, self._tag)
 
 
 class SharedMemoryGroup(MembersGroup):
@@ -116,19 +116,16 @@ class SharedMemoryGroup(MembersGroup):
     def wait_posted(self, call: int, tag: str) -> float:
         """Wait until everyone has begun collective call `call`; the seconds it took."""
         boards = [peer.board for peer in self.membership.peers.values() if peer.board is not None]
-        seconds = self._wait(lambda: all(board.posted >= call for board in boards), call, tag)
+        seconds = self._wait(
+            lambda: all(board.posted >= call for board in boards), lambda peer: peer.posted < call, tag
+        )
         self._check_tags(call, tag)
         return seconds
 
-    def wait_drained(self, number: int, call: int, tag: str) -> None:
+    def wait_drained(self, number: int, tag: str) -> None:
         """Wait until everyone has read exchange `number`."""
         boards = [peer.board for peer in self.membership.peers.values() if peer.board is not None]
-        self._wait(lambda: all(board.drained >= number for board in boards), call + 1, tag)
+        self._wait(lambda: all(board.drained >= number for board in boards), lambda peer: peer.drained < number, tag)
 
     def exclusive(self) -> AbstractContextManager[object]:
         return self._lock if self._lock is not None else nullcontext()
-
-    def close(self) -> None:
-        if self.membership.is_well:
-            self.barrier("close / control")
-        self.membership.close()

@@ -12,11 +12,14 @@ from manyhands.config import Recipe
 
 
 def fix_arithmetic(recipe: Recipe) -> None:
-    """Set the process's thread count and, for a GPU, deterministic kernels. They stay so after the engine is closed."""
+    """Set the process's thread count and deterministic kernels. They stay so after the engine is closed."""
     torch.set_num_threads(recipe.threads_per_worker)
+    if recipe.threads_per_worker > 1 or recipe.device == "cuda":  # one CPU thread always adds in the same order
+        torch.use_deterministic_algorithms(True)
+        # Filling new memory costs time, and nothing reads it before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if recipe.device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
-        torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False  # it would choose kernels by their speed on the day
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy
@@ -24,11 +24,13 @@ from manyhands.engine.reducer import Reducer
 from manyhands.engine.storage import agree_on_model, build_model, lay_out
 from manyhands.engine.update import Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
-from manyhands.numerics.digest import digest_of, slots_in_order
+from manyhands.numerics.digest import digest_of, digest_of_tensors, slots_in_order
+from manyhands.numerics.identity import numerics_identity
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
 from manyhands.optim.sliced import SlicedOptimizer
 from manyhands.sharding.stage import stage_named
 
+_HINT_SAME_MACHINES = "use the same version of torch and the same kind of CPU (and GPU) for all workers"
 _HINT_SAME_RECIPE = "start all workers with the same program, the same recipe and the same data"
 
 
@@ -45,6 +47,7 @@ class StepEngine:
         recipe.batch.check_workers(group.size)
         agree(group, "recipe", _recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
         agree(group, "strategy", {"stage": strategy.stage, "units": str(strategy.units)}, hint=_HINT_SAME_RECIPE)
+        agree(group, "numerics", numerics_identity(group.device, recipe.threads_per_worker), hint=_HINT_SAME_MACHINES)
         stage = stage_named(strategy.stage)
         with group.exclusive():
             self.model = build_model(recipe)
@@ -61,6 +64,7 @@ class StepEngine:
         self._optimizer_facts = _optimizer_facts(self.optimizer)  # as the recipe has it: a schedule changes it
         self.schedule = recipe.schedule(self.optimizer.front) if recipe.schedule is not None else None
         self._optimizer_facts |= _schedule_facts(self.schedule)
+        self._frozen = _frozen_facts(self.model)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
         self._reducer = Reducer(group, self.units, recipe.batch, stage)
@@ -82,7 +86,8 @@ class StepEngine:
         """Make one step. Collective.
 
         load(i) gives micro-batch i, for each of `my_micro_batches` in order. digest: compute the digest, too.
-        Raises NumericsError (a loss or gradient is not finite; nothing was changed, the next step may follow),
+        Raises NumericsError (a loss or gradient is not finite; nothing was changed: the engine may be saved, or the
+        step made again with other data),
         WorkerError, and what the model or the loss raises; after those the engine can't be used any more.
         """
         if self._failed is not None:
@@ -262,7 +267,8 @@ class StepEngine:
     def facts(self) -> dict[str, str]:
         """What a checkpoint must have in common with this engine: the recipe, as far as it can be told."""
         params = {f"parameter {name}": str(numel) for name, numel in self.digest_names}
-        return _recipe_facts(self.recipe) | params | self._optimizer_facts
+        buffers = {f"buffer {name}": str(list(buffer.shape)) for name, buffer in self.model.named_buffers()}
+        return _recipe_facts(self.recipe) | params | self._frozen | buffers | self._optimizer_facts
 
     def close(self) -> None:
         """Leave the group. Collective, unless a worker failed."""
@@ -304,10 +310,25 @@ def _optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
     return facts
 
 
+def _frozen_facts(model: nn.Module) -> dict[str, str]:
+    """What the digest doesn't cover, since no step changes it: the bits of frozen parameters."""
+    return {
+        f"frozen parameter {name}": digest_of_tensors([(name, param)])[:16]
+        for name, param in model.named_parameters()
+        if not param.requires_grad
+    }
+
+
 def _schedule_facts(schedule: LRScheduler | None) -> dict[str, str]:
     """Its class and its plain numbers, as they are before the first step."""
     if schedule is None:
         return {"schedule": "none"}
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise ConfigError(
+            "recipe.schedule wants to be told a measurement after each step",
+            got="ReduceLROnPlateau",
+            hint="use a schedule that depends on the step alone",
+        )
     numbers = {key: value for key, value in schedule.state_dict().items() if isinstance(value, (int, float, list))}
     plain = {f"schedule.{key}": str(value) for key, value in numbers.items() if not key.startswith("_")}
     return {"schedule": type(schedule).__qualname__} | plain

@@ -53,14 +53,17 @@ def plan_units(model: nn.Module, precision: str, named_units: Sequence[str] = ()
         kinds.setdefault((root, storage_dtype(owner, precision), param.requires_grad), []).append(name)
         numels[name] = param.numel()
     plans: list[UnitPlan] = []
+    roots_of_several = {root for root, *_ in kinds if sum(other == root for other, *_ in kinds) > 1}
     for (root, dtype, trainable), names in kinds.items():
+        frozen = "" if trainable else ", frozen"
+        name = f"{root} ({str(dtype).removeprefix('torch.')}{frozen})" if root in roots_of_several else root
         last = plans[-1] if plans else None
         alike = last is not None and (last.dtype, last.trainable) == (dtype, trainable) and not named_units
         if last is not None and alike and sum(numels[name] for name in (*last.params, *names)) <= SMALL_NUMEL:
             first = last.name.partition(" to ")[0]
-            plans[-1] = UnitPlan(f"{first} to {root}", (*last.params, *names), dtype, trainable)
+            plans[-1] = UnitPlan(f"{first} to {name}", (*last.params, *names), dtype, trainable)
         else:
-            plans.append(UnitPlan(root, tuple(names), dtype, trainable))
+            plans.append(UnitPlan(name, tuple(names), dtype, trainable))
     return plans
 
 

@@ -44,6 +44,7 @@ class SlicedOptimizer:
     ) -> None:
         self.front = factory(list(named_params))
         _check_elementwise(self.front, declared_elementwise)
+        _check_plain(self.hyperparameters())
         self._group_of = _groups_by_name(self.front, named_params)
         self._worker = object.__new__(type(self.front))
         self._worker.__dict__.update(self.front.__dict__)
@@ -64,10 +65,7 @@ class SlicedOptimizer:
 
     def refresh(self, runs: Sequence[list[dict[str, Any]]]) -> None:
         """Take over the front's hyperparameters, as they are now (a schedule may have changed them)."""
-        hyper = [
-            {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            for group in self.front.param_groups
-        ]
+        hyper = self.hyperparameters()
         for run in runs:
             for group in run:
                 group.update(hyper[group["_front"]])
@@ -131,6 +129,19 @@ def _check_elementwise(optimizer: torch.optim.Optimizer, declared: bool) -> None
             expected=f"one of torch.optim's {', '.join(sorted(ELEMENTWISE))}",
             hint="if each element's update depends on that element alone, set elementwise_optimizer in the recipe",
         )
+
+
+def _check_plain(groups: Sequence[dict[str, Any]]) -> None:
+    """Hyperparameters are written into checkpoints and compared between workers."""
+    for index, group in enumerate(groups):
+        for name, value in group.items():
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if not all(item is None or isinstance(item, (bool, int, float, str)) for item in values):
+                raise ConfigError(
+                    f"the optimizer's {name} (param group {index}) is not a plain number or text",
+                    got=repr(value),
+                    hint="give float(...) instead of a tensor",
+                )
 
 
 def _groups_by_name(

@@ -16,6 +16,7 @@ from manyhands.engine.control import gather_json
 from manyhands.engine.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError, Interrupted
 from manyhands.numerics.identity import numerics_identity
+from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
 from manyhands.report.progress import TrainingProgress
 from manyhands.report.run_directory import RunDirectory, write_json
 from manyhands.report.summary import Summary, figures
@@ -173,7 +174,9 @@ def _summary(engine: Engine, record: _Record, peak_bytes: int, wall_seconds: flo
     digest = engine.digest()
     sample = None
     if recipe.sample is not None and group.rank == 0:
-        sample = recipe.sample(engine.model)
+        with preserved_generators():
+            seed_generators(derive(recipe.seed, "sample"))
+            sample = recipe.sample(engine.model)
     return Summary(
         **figures(record.metrics)._asdict(),
         name=recipe.name,
