@@ -73,13 +73,15 @@ class PeakPss:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What rank 0 saw. seconds: of all steps, the warm-up's included. peak_pss_mib: of one more step, not timed.
+    """What rank 0 saw. seconds: of all steps, the warm-up's included. peak_pss_mib: of one more step, not timed;
+    rest_pss_mib: after it.
     overhead: of a step, for what Manyhands does besides training (digests, records)."""
 
     kind: str
     workers: int
     seconds: list[float]
     peak_pss_mib: float
+    rest_pss_mib: float
     loss: float
     overhead: float | None = None
 
@@ -98,7 +100,7 @@ def report(options: argparse.Namespace, measured: Measured) -> None:
         "least_ms": round(min(counted) * 1e3, 1),
         "tokens_per_second_per_worker": round(options.batch * options.length / median, 1),
         "peak_pss_mib": round(measured.peak_pss_mib),
-        "pss_mib": round(pss_mib()),
+        "pss_mib": round(measured.rest_pss_mib),
         "loss": round(measured.loss, 4),
     }
     if measured.overhead is not None:

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from gpt import GPT
-from manyhands.report.run_directory import RunDirectory
-from manyhands.report.tensorboard import TensorBoardLog
-from measure import WARM_UP, Measured, PeakPss, RandomTokens, argument_parser, leave, report
+from measure import WARM_UP, Measured, PeakPss, RandomTokens, argument_parser, leave, pss_mib, report
 
 DIGEST_EVERY = 10  # as mh.train has it
 TIMES = 10
@@ -56,6 +54,9 @@ def digest_seconds(engine: mh.Engine) -> float:
 
 def record_seconds(engine: mh.Engine, metrics: mh.StepMetrics) -> float:
     """What a step's records cost: its line of metrics, TensorBoard's if installed, a tenth of its table of hashes."""
+    from manyhands.report.run_directory import RunDirectory  # here: a bare engine doesn't load them
+    from manyhands.report.tensorboard import TensorBoardLog
+
     with tempfile.TemporaryDirectory() as folder:
         directory, board = RunDirectory(folder), TensorBoardLog(folder)
         began = time.perf_counter()
@@ -87,6 +88,7 @@ def main() -> None:
     batch = next(batches)
     with PeakPss() as peak:
         metrics = engine.step(batch)
+    at_rest = pss_mib()
     overhead = digest_seconds(engine) / DIGEST_EVERY + record_seconds(engine, metrics)
     if rank == 0:
         share = overhead / statistics.median(seconds[WARM_UP:])
@@ -98,6 +100,7 @@ def main() -> None:
                 workers=workers,
                 seconds=seconds,
                 peak_pss_mib=peak.mib,
+                rest_pss_mib=at_rest,
                 loss=metrics.loss,
                 overhead=share,
             ),

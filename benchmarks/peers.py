@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt import GPT
-from measure import WARM_UP, Measured, PeakPss, RandomTokens, argument_parser, batch_of, leave, report
+from measure import WARM_UP, Measured, PeakPss, RandomTokens, argument_parser, batch_of, leave, pss_mib, report
 
 KINDS = (
     "single",
@@ -159,7 +159,8 @@ def main() -> None:
     with PeakPss() as peak:
         loss = float(step(tokens).detach())
     if rank == 0:
-        report(options, Measured(kind=options.kind, workers=world, seconds=seconds, peak_pss_mib=peak.mib, loss=loss))
+        memory = {"peak_pss_mib": peak.mib, "rest_pss_mib": pss_mib()}
+        report(options, Measured(kind=options.kind, workers=world, seconds=seconds, loss=loss, **memory))
     dist.barrier()
     leave()
 

@@ -121,7 +121,6 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
         if name in buffers:
             saved = value.view(torch.bfloat16) if buffers[name].dtype == torch.bfloat16 else value
             buffers[name].copy_(saved)
-    engine.updater.settle()
     engine.updater.refresh_params()
     engine.optimizer.load_hyperparameters(manifest.hyperparameters)
     if engine.schedule is not None and manifest.schedule is not None:

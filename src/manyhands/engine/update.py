@@ -7,7 +7,7 @@ sums first).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Updater:
         self._grad = torch.zeros(RUN, device=group.device)
         self._runs = {unit.name: [self._run(unit, run) for run in runs_of(unit.held)] for unit in units}
         self._numbers = [torch.tensor(layout.block_numbers(rank), dtype=torch.int64) for rank in range(group.size)]
-        self._settled = False
+        self._has_state = False  # before the first update
         self._full: dict[str, Tensor] = {}  # the step's gradient in fp32, where a second pass needs it
         self._norms: dict[str, Tensor] = {
             unit.name: torch.zeros(unit.shard.numel // BLOCK, device=group.device) for unit in units
@@ -86,41 +86,31 @@ class Updater:
         unused: parameters without a gradient in the whole step; they're left alone.
         """
         self._optimizer.refresh([run.groups for runs in self._runs.values() for run in runs])
-        waits = []
+        norm = scale = None
         if self._replicated or clip_norm is not None:
             self._sum_first(reducer, weight, tag)
             norm = self._gather_norm(tag)
             scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
-            for unit in self._units:
-                for run in self._runs[unit.name]:
-                    grad = self._full[unit.name][run.range.start - self._full_start(unit) :][: run.range.numel]
-                    torch.mul(grad, scale, out=self._grad[: run.range.numel])
-                    self._step(run, unused)
-                waits.append(
-                    self._group.publish(unit.params, f"{tag} / {unit.name} / param") if self._publishes else None
-                )
-        else:
-            for unit in self._units:
-                for run in self._runs[unit.name]:
-                    self._total(reducer, unit, run.range, weight, self._grad[: run.range.numel])
-                    self._step(run, unused)
-                waits.append(
-                    self._group.publish(unit.params, f"{tag} / {unit.name} / param") if self._publishes else None
-                )
+        waits: list[Callable[[], None]] = []
+        for unit in self._units:
+            for run in self._runs[unit.name]:
+                grad = self._grad[: run.range.numel]
+                if scale is None:
+                    self._total(reducer, unit, run.range, weight, grad)
+                else:
+                    full = self._full[unit.name][run.range.start - self._full_start(unit) :]
+                    torch.mul(full[: run.range.numel], scale, out=grad)
+                self._step(run, unused)
+            if self._publishes:  # while the next unit is updated
+                waits.append(self._group.publish(unit.params, f"{tag} / {unit.name} / param"))
+        if norm is None:
             norm = self._gather_norm(tag)
         for wait in waits:
-            if wait is not None:
-                wait()
-        if not self._settled:
-            self.settle()
+            wait()
+        if not self._has_state:
+            self._has_state = True
+            give_back_memory()  # torch has made the optimizer's state, and left holes
         return norm
-
-    def settle(self) -> None:
-        """The optimizer has made its state (or it was loaded): put it in order."""
-        for runs in self._runs.values():
-            self._optimizer.settle([piece for run in runs for piece in run.slices])
-        give_back_memory()
-        self._settled = True
 
     @property
     def _publishes(self) -> bool:
@@ -181,7 +171,7 @@ class Updater:
             raise NumericsError(
                 f"the sum of the step's gradients is not finite, though each micro-batch's is (norm {norm})",
                 where=tag,
-                hint="lower the learning rate, or scale the loss: sums are kept in fp32",
+                hint="lower the learning rate or scale the loss, and go on from the last checkpoint",
             )
         return norm
 

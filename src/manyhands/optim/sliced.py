@@ -88,21 +88,6 @@ class SlicedOptimizer:
         """Set it."""
         self._worker.state[piece.master] = state
 
-    def settle(self, slices: Sequence[Slice]) -> None:
-        """Move the slices' state tensors, which torch makes one by one, into one flat buffer a kind: no holes between
-        them, and each where it can be found."""
-        kinds: dict[str, list[dict[str, Any]]] = {}
-        for piece in slices:
-            for kind, value in self.state_of(piece).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape == piece.master.shape:
-                    kinds.setdefault(kind, []).append(self.state_of(piece))
-        for kind, states in kinds.items():
-            flat = torch.empty(
-                sum(state[kind].numel() for state in states), dtype=states[0][kind].dtype, device=states[0][kind].device
-            )
-            for state, view in zip(states, torch.split(flat, [state[kind].numel() for state in states]), strict=True):
-                state[kind] = view.copy_(state[kind])
-
     def hyperparameters(self) -> list[dict[str, Any]]:
         """The front's param groups without their parameters."""
         return [

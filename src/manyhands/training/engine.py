@@ -72,12 +72,12 @@ class Engine(StepEngine):
         """Make the next step. Collective. See `run_step` for what is raised."""
 
         def load(micro_batch: int) -> Any:
-            loaded = next(batch.stream)
-            if (loaded.step, loaded.micro_batch) != (self.step_index, micro_batch):
+            loaded = next(batch.stream, None)
+            if loaded is None or (loaded.step, loaded.micro_batch) != (self.step_index, micro_batch):
                 raise InvariantError(
                     "the engine was given another step's batch",
                     expected=f"step {self.step_index}, micro-batch {micro_batch}",
-                    got=f"step {loaded.step}, micro-batch {loaded.micro_batch}",
+                    got="none left" if loaded is None else f"step {loaded.step}, micro-batch {loaded.micro_batch}",
                     hint="give each batch of batches() to step() once, in order",
                 )
             return loaded.batch

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import time
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from manyhands.checkpoint.format import list_checkpoints
 from manyhands.config import Recipe, Strategy
@@ -64,11 +66,7 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
         engine = stack.enter_context(Engine(recipe, strategy))
         record = _Record(engine, run_dir, recipe_as_used, stack)
         record.resume(accept_new_numerics)
-        bar = None
-        if show and engine.group.rank == 0 and engine.step_index < steps:
-            bar = stack.enter_context(TrainingProgress(steps, engine.step_index))
-            for note in record.notes:
-                bar.note(note)
+        bars = record.bars(steps, show)
         memory = PeakMemory()
         first = engine.step_index
         signals.training_begins()
@@ -81,7 +79,7 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
                 engine.stop_wanted = signals.wanted
                 metrics = engine.step(batch, digest=digest_wanted)
             record.add(metrics)
-            if bar is not None:
+            for bar in bars:
                 bar.update(metrics)
             if engine.stop_wanted:
                 raise _interrupted(engine, record, keep_checkpoints)
@@ -100,12 +98,14 @@ class _Record:
         self.engine, self.path = engine, None if run_dir is None else Path(run_dir)
         self.metrics: list[StepMetrics] = []
         self.notes: list[str] = []
+        self.log: Console | None = None  # worker 0's; the others' output goes to theirs
         self._directory: RunDirectory | None = None
         self._recipe_as_used = recipe_as_used
         self._tensorboard: TensorBoardLog | None = None
         self._stack = stack
         if self.path is not None and engine.group.rank == 0:
             self._directory = RunDirectory(self.path)
+            self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
         engine.group.barrier("start / run directory / control")
 
     def resume(self, accept_new_numerics: bool) -> None:
@@ -138,6 +138,17 @@ class _Record:
         directory.write_recipe(self._recipe_as_used or engine.recipe)
         write_json(directory.digests / "parameters.json", {"parameters": engine.digest_names})
         self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
+
+    def bars(self, steps: int, show: bool) -> list[TrainingProgress]:
+        """Where worker 0 tells how far the run is: on the terminal if `show`, and in its log."""
+        if self.engine.group.rank != 0 or self.engine.step_index >= steps:
+            return []
+        consoles = ([None] if show else []) + ([self.log] if self.log is not None else [])
+        start = self.engine.step_index
+        bars = [self._stack.enter_context(TrainingProgress(steps, start, console)) for console in consoles]
+        for bar, note in product(bars, self.notes):
+            bar.note(note)
+        return bars
 
     def add(self, metrics: StepMetrics) -> None:
         """A step was made."""
