@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -496,15 +495,3 @@ def test_other_numerics_do_not_go_on_with_a_run_unless_accepted(tmp_path: Path) 
     assert "--accept-new-numerics" in str(caught.value.hint)
     summary = mh.train(recipe(), steps=6, run_dir=tmp_path / "run", show=False, accept_new_numerics=True)
     assert summary.digest == mh.train(recipe(), steps=6, show=False).digest
-
-
-def test_a_run_directory_that_cannot_be_used(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("mine")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
-    for path, got in ((file, "a file"), (tmp_path / "foreign", "a directory with thesis.txt")):
-        with pytest.raises(mh.ConfigError, match="not a run directory") as caught:
-            mh.train(recipe(), steps=1, run_dir=path, show=False)
-        assert caught.value.got == got
-    assert os.listdir(tmp_path / "foreign") == ["thesis.txt"]

@@ -16,7 +16,7 @@ from manyhands.engine.metrics import PHASES, StepMetrics
 from manyhands.report.progress import TrainingProgress
 from manyhands.report.summary import Summary, figures, render, to_json
 from manyhands.report.tensorboard import TensorBoardLog
-from manyhands.units import GIB, MIB, format_bytes, format_count, format_seconds
+from manyhands.units import GIB, MIB, format_count, format_seconds
 
 SECONDS = {"data": 0.01, "compute": 0.6, "exchange": 0.2, "update": 0.1, "waiting": 0.09}
 
@@ -58,22 +58,6 @@ def rendered(value: Summary, width: int = 100) -> str:
     console.print(render(value))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1536, "1.50 KiB"),
-        (1191 * MIB, "1,191 MiB"),
-        (12.34 * GIB, "12.3 GiB"),
-        (3 * 2**40, "3.00 TiB"),
-        (-2 * MIB, "-2.00 MiB"),
-    ],
-)
-def test_bytes(num_bytes: float, text: str) -> None:
-    assert format_bytes(num_bytes) == text
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import manyhands as mh
 from manyhands.config import Batch, Recipe, Strategy
 from manyhands.engine.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
 from manyhands.report.run_directory import RunDirectory, write_json
+from support.models import gpt_recipe
 
 
 def step_metrics(step: int, loss: float = 1.5) -> StepMetrics:
@@ -191,3 +193,15 @@ def test_readers_are_told_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "first" / "recipe.json").write_text("{")
     with pytest.raises(DataError, match=r"recipe\.json can't be read"):
         RunDirectory.open_existing(tmp_path / "first").read_recipe()
+
+
+def test_training_into_something_else_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
+    for path, got in ((file, "a file"), (tmp_path / "foreign", "a directory with thesis.txt")):
+        with pytest.raises(mh.ConfigError, match="not a run directory") as caught:
+            mh.train(gpt_recipe(), steps=1, run_dir=path, show=False)
+        assert caught.value.got == got
+    assert os.listdir(tmp_path / "foreign") == ["thesis.txt"]

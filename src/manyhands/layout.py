@@ -157,14 +157,6 @@ class Layout:
         """The numbers of the blocks in `rank`'s shards, unit by unit."""
         return [number for unit in self.units for number in unit.block_numbers(unit.shard(rank))]
 
-    def find_block(self, number: int) -> tuple[str, int]:
-        """The parameter that block `number` belongs to, and which of its blocks it is."""
-        for unit in self.units:
-            for slot in unit.slots:
-                if slot.first_block <= number < slot.first_block + slot.num_blocks:
-                    return slot.name, number - slot.first_block
-        raise InvariantError("no such block", expected=f"0..{self.num_blocks - 1}", got=number)
-
 
 def build_layout(params: Sequence[tuple[str, int]], units: Sequence[tuple[str, Sequence[str]]], workers: int) -> Layout:
     """Lay out `params` (name, numel; in construction order) in `units` (unit name, parameter names).

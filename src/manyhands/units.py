@@ -1,22 +1,11 @@
-"""Units and how they're written for people: GiB for memory, GB/s for links, seconds for durations."""
+"""Units, and how counts and seconds are written for people. Memory is in MiB and GiB."""
 
 from __future__ import annotations
 
 import math
 
-KIB = 2**10
 MIB = 2**20
 GIB = 2**30
-TIB = 2**40
-GB = 10**9
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Memory or disk: `512 B`, `1.5 KiB`, `1,191 MiB`, `12.3 GiB`; at least three digits of it."""
-    for unit, name in ((TIB, "TiB"), (10 * GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if abs(num_bytes) >= unit:
-            return f"{_three_digits(num_bytes / (GIB if name == 'GiB' else unit))} {name}"
-    return f"{num_bytes:.0f} B"
 
 
 def format_count(count: float) -> str:
