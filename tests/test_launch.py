@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from manyhands.comm.culprit import explain
-from manyhands.comm.failure import Failure, WorkerEnd
-from manyhands.comm.launcher import run_workers
 from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.failure import Failure, WorkerEnd
+from manyhands.launching.culprit import explain
 from manyhands.launching.function import launch
+from manyhands.launching.launcher import run_workers
 
 PRELUDE = """
 import json, os, signal, sys, time
@@ -34,7 +34,7 @@ def wait_for(*names):
 """
 DRIVER = """
 import sys
-from manyhands.comm.launcher import run_workers
+from manyhands.launching.launcher import run_workers
 from manyhands.errors import ManyhandsError
 try:
     run_workers(sys.argv[1:], workers=2)
@@ -141,7 +141,7 @@ def test_killed_worker_is_named_with_what_its_peer_noticed(
     script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = script("""
-from manyhands.comm.failure import record_failure
+from manyhands.failure import record_failure
 from manyhands.errors import WorkerError
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (here / f"ready-{rank}").touch()

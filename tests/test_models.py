@@ -26,7 +26,7 @@ from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
 STEPS = 3
-STAGES = ("ddp", "zero1", "zero2")
+STAGES = ("ddp", "zero1", "zero2", "zero3")
 RECIPES: dict[str, Callable[[str], mh.Recipe]] = {
     "conv": conv_recipe,
     "partly used": partly_used_recipe,
@@ -156,7 +156,7 @@ def test_two_dtypes_in_one_block_are_two_units_and_both_are_trained() -> None:
     found = {
         outcome
         for workers in (1, 2, 3)
-        for stage in ("ddp", "zero1", "zero2")
+        for stage in STAGES
         for outcome in run_threads(workers, lambda group, stage=stage: work(group, stage))  # type: ignore[misc]
     }
     assert len(found) == 1

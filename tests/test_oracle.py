@@ -60,7 +60,7 @@ def test_one_worker_gives_the_oracles_bits(optimizer: str, precision: str, clip_
     assert min(expected.norms) > 0.5  # so that clipping does something
 
 
-@pytest.mark.parametrize("stage", ["ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("stage", ["ddp", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_hooks_and_stages_change_nothing(precision: str, overlap: bool, stage: str) -> None:

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import pytest
 
 import manyhands as mh
-from manyhands.comm.launcher import run_workers
+from manyhands.launching.launcher import run_workers
 from oracle import oracle_run
 from support.models import GPT_UNITS, gpt_recipe
 from support.training import train_with_engine
 
 STEPS, SAVED_AT = 4, 2
-STAGES, PRECISIONS = ("ddp", "zero1", "zero2"), ("fp32", "bf16")
+STAGES, PRECISIONS = ("ddp", "zero1", "zero2", "zero3"), ("fp32", "bf16")
 WORKER = Path(__file__).parent / "support" / "parity_worker.py"
 
 
@@ -58,7 +58,7 @@ RESUMING = (Launch(1, "process"), Launch(2, "shared-memory"), Launch(3, "process
 def resumes_of(target: Launch) -> list[Resume]:
     """Every target stage goes on from every saving launch, from another stage each time."""
     return [
-        Resume(source, STAGES[(index + source.workers + target.workers) % 3], target, stage, precision)
+        Resume(source, STAGES[(index + source.workers + target.workers) % len(STAGES)], target, stage, precision)
         for source, (index, stage), precision in product(SAVING, enumerate(STAGES), PRECISIONS)
     ]
 
@@ -94,6 +94,12 @@ def jobs_of(launch: Launch, folder: Path) -> list[dict[str, Any]]:
                 job(f"no overlap {precision}", precision, "zero2", strategy={"stage": "zero2", "overlap": False}),
                 job(f"loader {precision}", precision, "ddp", strategy={"stage": "ddp", "loader_workers": 1}),
                 job(f"one unit {precision}", precision, "zero1", units=()),
+                job(
+                    f"computed twice {precision}",
+                    precision,
+                    "zero3",
+                    strategy={"stage": "zero3", "activation_checkpointing": ("blocks.*",)},
+                ),
             ]
     if launch in RESUMING:
         jobs += [
@@ -166,8 +172,8 @@ def test_every_stage_and_precision_gives_the_oracles_digest(launch: Launch, shar
 
 
 @pytest.mark.parametrize("launch", [launch for launch in SAVING + RESUMING if launch.workers == 2], ids=str)
-@pytest.mark.parametrize("way", ["no overlap", "loader", "one unit"])
-def test_overlap_loaders_and_units_change_nothing(way: str, launch: Launch, shared_folder: Path) -> None:
+@pytest.mark.parametrize("way", ["no overlap", "loader", "one unit", "computed twice"])
+def test_overlap_loaders_units_and_checkpointing_change_nothing(way: str, launch: Launch, shared_folder: Path) -> None:
     assert_one_digest(launch, shared_folder, [(f"{way} {precision}", precision) for precision in PRECISIONS])
 
 

@@ -70,10 +70,10 @@ def test_optimizer_state_is_sharded_as_the_stage_says() -> None:
                 if isinstance(value, torch.Tensor) and value.dim()
             )
 
-    for stage in ("ddp", "zero1", "zero2"):
+    for stage in ("ddp", "zero1", "zero2", "zero3"):
         held[stage] = run_threads(3, lambda group, stage=stage: count(group, stage))  # type: ignore[misc]
     parameters = sum(param.numel() for param in recipe.model().parameters())
     assert held["ddp"] == [2 * parameters] * 3
-    for stage in ("zero1", "zero2"):
+    for stage in ("zero1", "zero2", "zero3"):
         assert sum(held[stage]) == 2 * parameters
         assert max(held[stage]) < parameters

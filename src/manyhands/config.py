@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16")
 DEVICES = ("cpu", "cuda")
-STAGES = ("ddp", "zero1", "zero2")
+STAGES = ("ddp", "zero1", "zero2", "zero3")
 GROUPS = ("auto", "shared-memory", "process")
 
 
@@ -166,11 +166,14 @@ class Recipe:
 class Strategy:
     """With what a recipe is computed. It never changes a bit of the result.
 
-    stage: who holds which part of the state: "ddp", "zero1" or "zero2".
+    stage: who holds which part of the state: "ddp", "zero1", "zero2" or "zero3".
     group: how bytes travel: "shared-memory" (workers on one host), "process" (torch.distributed: Gloo or NCCL), or
         "auto": shared memory when all workers are on one host's CPUs.
     overlap: exchange a unit's gradients while backward goes on; False: after backward.
     units: names of modules whose parameters travel together; () finds them (repeated children of containers).
+    activation_checkpointing: names of modules, or patterns ("blocks.*"), whose activations are computed again in
+        backward instead of kept: less memory, more time.
+    prefetch: where parameters are sharded, how many units are gathered before they are needed.
     loader_workers: processes that read data ahead of each worker; 0 reads in the worker itself.
     stall_seconds: how long a worker may keep the others waiting before it is declared stalled.
 
@@ -181,6 +184,8 @@ class Strategy:
     group: str = "auto"
     overlap: bool = True
     units: tuple[str, ...] = ()
+    activation_checkpointing: tuple[str, ...] = ()
+    prefetch: int = 1
     loader_workers: int = 0
     stall_seconds: float = 600.0
 
@@ -188,4 +193,5 @@ class Strategy:
         _choice("strategy.stage", self.stage, STAGES)
         _choice("strategy.group", self.group, GROUPS)
         _at_least("strategy.loader_workers", self.loader_workers, 0)
+        _at_least("strategy.prefetch", self.prefetch, 0)
         _at_least("strategy.stall_seconds", self.stall_seconds, 0.1, float)

@@ -99,6 +99,12 @@ class UnitLayout:
         """All blocks, without the padding that only evens out the shards."""
         return Range(0, self.num_blocks * BLOCK)
 
+    @property
+    def gaps(self) -> list[Range]:
+        """The padding behind each parameter, and behind the last one up to padded_numel."""
+        starts = [*(slot.start for slot in self.slots[1:]), self.padded_numel]
+        return [Range(slot.range.end, start) for slot, start in zip(self.slots, starts, strict=True)]
+
     def shard(self, rank: int) -> Range:
         """The blocks that `rank` owns, without the padding that only evens out the shards."""
         return Range(rank * self.shard_numel, (rank + 1) * self.shard_numel).overlap(self.whole)

@@ -247,7 +247,7 @@ def default_workers(threads_per_worker: int, micro_batches: int | None) -> int:
 
 def _run_workers(command: list[str], workers: int, log_dir: Path | None, *, holds_signals: bool) -> None:
     try:
-        from manyhands.comm.launcher import run_workers
+        from manyhands.launching.launcher import run_workers
 
         run_workers(command, workers=workers, log_dir=log_dir, holds_signals=holds_signals)
     except KeyboardInterrupt:  # before the launcher listened to signals

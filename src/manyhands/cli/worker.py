@@ -6,8 +6,8 @@ import json
 import os
 import sys
 
-from manyhands.comm.failure import record_failure, story_of
 from manyhands.errors import Interrupted
+from manyhands.failure import record_failure, story_of
 from manyhands.training.stop import StopSignals
 
 

@@ -2,11 +2,13 @@
 
 Layout of a board, one shared page run per worker, written by its owner alone:
 
-    int64 [0]        posted: how many collective calls it has begun (or contributed to)
+    int64 [0], [1]   posted: how many collective calls it has begun (or contributed to), by lane
     int64 [8]        drained: how many exchanges it has read to the end
     int64 [16]       closed: it left on purpose
-    int64 [64:64+RING]  what it called: the tag's checksum, by call number modulo RING
+    int64 [64:64+RING], [64+RING:64+2*RING]  what it called: the tag's checksum, by call number modulo RING, by lane
     bytes [TEXT:]    its status in words, zero-terminated
+
+A lane is a sequence of collective calls that all workers make in one order; two lanes keep no order between them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import zlib
 from torch import Tensor
 
 RING = 4096
-TEXT = (64 + RING) * 8
+LANES = 2
+TEXT = (64 + LANES * RING) * 8
 TEXT_BYTES = 512
 BOARD_BYTES = TEXT + TEXT_BYTES
 _POSTED, _DRAINED, _CLOSED, _TAGS = 0, 8, 16, 64
@@ -30,9 +33,9 @@ class Board:
         self._counts = array[:TEXT].view("<i8")
         self._text = memoryview(array[TEXT:BOARD_BYTES])  # type: ignore[arg-type]
 
-    @property
-    def posted(self) -> int:
-        return int(self._counts[_POSTED])
+    def posted(self, lane: int) -> int:
+        """How many collective calls it has begun on that lane."""
+        return int(self._counts[_POSTED + lane])
 
     @property
     def drained(self) -> int:
@@ -42,14 +45,14 @@ class Board:
     def closed(self) -> bool:
         return bool(self._counts[_CLOSED])
 
-    def post(self, number: int, tag: str) -> None:
-        """Owner: begin collective call `number`. The tag is written before the count that makes it visible."""
-        self._counts[_TAGS + number % RING] = zlib.crc32(tag.encode())
-        self._counts[_POSTED] = number
+    def post(self, number: int, tag: str, lane: int) -> None:
+        """Owner: begin collective call `number` of a lane. The tag is written before the count that shows it."""
+        self._counts[_TAGS + lane * RING + number % RING] = zlib.crc32(tag.encode())
+        self._counts[_POSTED + lane] = number
 
-    def has_tag(self, number: int, tag: str) -> bool:
-        """Whether call `number` had this tag; only to be asked once it is posted."""
-        return bool(self._counts[_TAGS + number % RING] == zlib.crc32(tag.encode()))
+    def has_tag(self, number: int, tag: str, lane: int) -> bool:
+        """Whether call `number` of that lane had this tag; only to be asked once it is posted."""
+        return bool(self._counts[_TAGS + lane * RING + number % RING] == zlib.crc32(tag.encode()))
 
     def drain(self, number: int) -> None:
         """Owner: all exchanges up to `number` are read."""

@@ -11,7 +11,6 @@ from datetime import timedelta
 import torch
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
-from manyhands.comm.failure import forget_failure
 from manyhands.comm.group import Group
 from manyhands.comm.last_words import LastWords, end_process
 from manyhands.comm.local import LocalGroup
@@ -20,6 +19,7 @@ from manyhands.comm.memory import ProcessArena, ThreadArena
 from manyhands.comm.process import ProcessGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.errors import ConfigError
+from manyhands.failure import forget_failure
 
 
 def environment_rank_and_size() -> tuple[int, int]:
@@ -58,7 +58,7 @@ def connect(
         if kind == "auto":
             kind = "shared-memory" if membership.one_host and device == "cpu" else "process"
         if kind == "process":
-            return ProcessGroup(membership, store, where)
+            return ProcessGroup.begin(membership, store, where)
         if not membership.one_host or device != "cpu":
             raise ConfigError(
                 "the workers can't share memory",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.record import Recorder
+from manyhands.errors import InvariantError
 
 
 class Contribution:
@@ -35,6 +36,11 @@ class Contribution:
 class Exchange(ABC):
     """An exchange under way. `pieces`, then `release`, each once; exchanges are released in the order they began."""
 
+    @property
+    @abstractmethod
+    def is_complete(self) -> bool:
+        """Whether `pieces` would return at once."""
+
     @abstractmethod
     def pieces(self) -> list[Tensor]:
         """Wait for the contributors' pieces of my range, in rank order: each [shard_numel], borrowed."""
@@ -42,6 +48,11 @@ class Exchange(ABC):
     @abstractmethod
     def release(self) -> None:
         """I've read the pieces: their owners may overwrite them."""
+
+    @property
+    @abstractmethod
+    def is_reusable(self) -> bool:
+        """Whether `wait_reusable` would return at once."""
 
     @abstractmethod
     def wait_reusable(self) -> None:
@@ -92,6 +103,13 @@ class Group(ABC):
     @abstractmethod
     def gather(self, small: Tensor, tag: str) -> list[Tensor]:
         """Everyone's `small` (same shape and dtype, CPU), by rank: copies. Collective, blocks."""
+
+    def sibling(self) -> Group:
+        """The same workers with another sequence of collective calls: the two keep no order between them. Collective.
+
+        Only where workers have memory of their own, and at most one; it ends with this group.
+        """
+        raise InvariantError(f"a {self.kind} group has one sequence of calls")
 
     def barrier(self, tag: str) -> None:
         """Wait until everyone is here. Collective, blocks."""

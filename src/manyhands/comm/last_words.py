@@ -16,9 +16,9 @@ import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 
-from manyhands.comm.failure import PARENT_TELLS_VARIABLE, record_failure
 from manyhands.comm.membership import Membership
 from manyhands.errors import WorkerError
+from manyhands.failure import PARENT_TELLS_VARIABLE, record_failure
 
 _HEARSAY_SECONDS = 1.0
 

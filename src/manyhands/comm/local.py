@@ -7,13 +7,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from manyhands.comm.failure import record_failure
 from manyhands.comm.group import Contribution, Exchange, Group
+from manyhands.failure import record_failure
 
 
 class _OwnPiece(Exchange):
     def __init__(self, piece: Tensor | None) -> None:
         self._pieces = [] if piece is None else [piece]
+
+    @property
+    def is_complete(self) -> bool:
+        return True
+
+    @property
+    def is_reusable(self) -> bool:
+        return True
 
     def pieces(self) -> list[Tensor]:
         return self._pieces

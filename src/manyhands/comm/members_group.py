@@ -19,9 +19,9 @@ NAP_SECONDS = 0.0002
 class MembersGroup(Group):
     """A group whose workers watch each other through a Membership."""
 
-    def __init__(self, membership: Membership, device: torch.device) -> None:
+    def __init__(self, membership: Membership, device: torch.device, lane: int = 0) -> None:
         super().__init__(membership.rank, membership.size, device)
-        self.membership = membership
+        self.membership, self.lane = membership, lane
         self._calls = 0
         self._closed = False
 
@@ -29,7 +29,7 @@ class MembersGroup(Group):
         """Begin collective call `tag`; its number."""
         self.membership.check()
         self._calls += 1
-        self.membership.board.post(self._calls, tag)
+        self.membership.board.post(self._calls, tag, self.lane)
         self.membership.board.say(tag)
         return self._calls
 
@@ -51,7 +51,11 @@ class MembersGroup(Group):
         """That everyone's call of this number is the same one. Only once all have posted it."""
         for peer in self.membership.peers.values():
             # With a GPU's streams a wait may end before a peer's call; whoever is last still compares.
-            if peer.board is not None and peer.posted >= call and not peer.board.has_tag(call, tag):
+            if (
+                peer.board is not None
+                and peer.posted(self.lane) >= call
+                and not peer.board.has_tag(call, tag, self.lane)
+            ):
                 raise InvariantError(
                     f"workers {self.rank} and {peer.rank} took different ways: their collective call {call} differs",
                     expected=f"{tag} (worker {self.rank})",

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from manyhands.comm.board import BOARD_BYTES, Board
-from manyhands.comm.failure import record_failure, story_of
+from manyhands.comm.board import BOARD_BYTES, LANES, Board
 from manyhands.comm.memory import Arena
 from manyhands.errors import ConfigError, InvariantError, WorkerError
+from manyhands.failure import record_failure, story_of
 
 LOOK_SECONDS = 0.1
 BEAT_SECONDS = 1.0
@@ -60,11 +60,11 @@ class Peer:
             return self.board.status
         return "".join(self.beat.decode(errors="replace").split(" ", 2)[2:])
 
-    @property
-    def posted(self) -> int:
+    def posted(self, lane: int) -> int:
+        """How many collective calls it has begun on that lane, as far as is known here."""
         if self.board is not None:
-            return self.board.posted
-        return 0 if self.beat in (b"", CLOSED) else int(self.beat.split(b" ")[0])
+            return self.board.posted(lane)
+        return 0 if self.beat in (b"", CLOSED) else int(self.beat.split(b" ")[0].split(b",")[lane])
 
     @property
     def drained(self) -> int:
@@ -306,7 +306,8 @@ class Membership:
 
     def _beat(self, now: float) -> None:
         self._beats += 1  # so that no two beats are the same
-        self._watch_store.set(f"beat/{self.rank}", f"{self.board.posted} {self._beats} {self.board.status}")
+        posted = ",".join(str(self.board.posted(lane)) for lane in range(LANES))
+        self._watch_store.set(f"beat/{self.rank}", f"{posted} {self._beats} {self.board.status}")
         for peer in self.peers.values():
             if peer.board is not None or peer.beat == CLOSED:
                 continue

@@ -18,12 +18,16 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from manyhands.comm.group import Contribution, Exchange
 from manyhands.comm.members_group import MembersGroup
 from manyhands.comm.membership import Membership
-from manyhands.errors import ConfigError, WorkerError
+from manyhands.errors import ConfigError, InvariantError, WorkerError
 
 
 class _ProcessExchange(Exchange):
-    def __init__(self, received: Tensor, num_pieces: int, wait: Callable[[], None]) -> None:
-        self._received, self._num_pieces, self._wait = received, num_pieces, wait
+    def __init__(self, received: Tensor, num_pieces: int, work: dist.Work, wait: Callable[[], None]) -> None:
+        self._received, self._num_pieces, self._work, self._wait = received, num_pieces, work, wait
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self._work.is_completed())
 
     def pieces(self) -> list[Tensor]:
         self._wait()
@@ -31,6 +35,10 @@ class _ProcessExchange(Exchange):
 
     def release(self) -> None:
         del self._received
+
+    @property
+    def is_reusable(self) -> bool:
+        return self.is_complete
 
     def wait_reusable(self) -> None:
         self._wait()  # what I gave has left
@@ -43,8 +51,15 @@ class ProcessGroup(MembersGroup):
     shares_memory = False
     pieces_are_views = False
 
-    def __init__(self, membership: Membership, store: Store, device: torch.device) -> None:
-        super().__init__(membership, device)
+    def __init__(
+        self, membership: Membership, device: torch.device, dist_group: dist.ProcessGroup | None = None, lane: int = 0
+    ) -> None:
+        super().__init__(membership, device, lane)
+        self._dist_group = dist_group  # None: torch's default group
+
+    @classmethod
+    def begin(cls, membership: Membership, store: Store, device: torch.device) -> ProcessGroup:
+        """Make torch's default process group. Collective; raises ConfigError."""
         if dist.is_initialized():
             raise ConfigError(
                 "torch.distributed's default process group is taken",
@@ -53,7 +68,16 @@ class ProcessGroup(MembersGroup):
         # Ours ends waits itself, earlier and with a name; the library's limit is only the last resort.
         timeout = timedelta(seconds=max(60.0, 2 * membership.stall_seconds))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=membership.rank, world_size=membership.size, timeout=timeout)
+        return cls(membership, device)
+
+    def sibling(self) -> ProcessGroup:
+        new = dist.new_group()
+        if not isinstance(new, dist.ProcessGroup):
+            raise InvariantError("this process is not part of its own group")
+        other = ProcessGroup(self.membership, self.device, new, self.lane + 1)
+        other.recorder = self.recorder
+        return other
 
     def empty_replicated(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=self.device)
@@ -75,24 +99,26 @@ class ProcessGroup(MembersGroup):
                 sent.view(torch.uint8),
                 output_split_sizes=[item if rank in contributors else 0 for rank in range(self.size)],
                 input_split_sizes=[item if gives else 0] * self.size,
+                group=self._dist_group,
                 async_op=True,
             )
         )
         others = len(contributors) - gives
-        return _ProcessExchange(received, len(contributors), self._waiter("exchange", work, call, tag, others * item))
+        wait = self._waiter("exchange", work, call, tag, others * item)
+        return _ProcessExchange(received, len(contributors), work, wait)
 
     def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
         as_bytes = full.view(torch.uint8)
         mine = as_bytes.chunk(self.size)[self.rank]
         call = self._post(tag)
-        work = self._call(lambda: dist.all_gather_into_tensor(as_bytes, mine, async_op=True))
+        work = self._call(lambda: dist.all_gather_single(as_bytes, mine, self._dist_group, async_op=True))
         return self._waiter("publish", work, call, tag, as_bytes.numel() - mine.numel())
 
     def gather(self, small: Tensor, tag: str) -> list[Tensor]:
         flat = small.detach().contiguous().view(-1).view(torch.uint8)
         copies = torch.empty(self.size * flat.numel(), dtype=torch.uint8)
         call = self._post(tag)
-        work = self._call(lambda: dist.all_gather_into_tensor(copies, flat, async_op=True))
+        work = self._call(lambda: dist.all_gather_single(copies, flat, self._dist_group, async_op=True))
         self._waiter("gather", work, call, tag, flat.numel() * (self.size - 1), on_host=True)()
         return [copy.view(small.dtype).view(small.shape) for copy in copies.chunk(self.size)]
 
@@ -119,7 +145,7 @@ class ProcessGroup(MembersGroup):
             began = time.monotonic()
             try:
                 if on_host:
-                    self._wait(work.is_completed, lambda peer: peer.posted < call, tag)
+                    self._wait(work.is_completed, lambda peer: peer.posted(self.lane) < call, tag)
                 work.wait()
             except RuntimeError as error:
                 raise self._failure_behind(error) from error

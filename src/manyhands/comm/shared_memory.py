@@ -29,6 +29,14 @@ class _SharedExchange(Exchange):
         self._group, self._call, self._number, self._tag = group, call, number, tag
         self._pieces = pieces
 
+    @property
+    def is_complete(self) -> bool:
+        return self._group.all_posted(self._call)
+
+    @property
+    def is_reusable(self) -> bool:
+        return self._group.all_drained(self._number)
+
     def pieces(self) -> list[Tensor]:
         seconds = self._group.wait_posted(self._call, self._tag)
         num_bytes = sum(piece.nbytes for rank, piece in self._pieces if rank != self._group.rank)
@@ -52,6 +60,7 @@ class SharedMemoryGroup(MembersGroup):
     def __init__(self, membership: Membership, arena: Arena, compute_lock: threading.RLock | None = None) -> None:
         super().__init__(membership, torch.device("cpu"))
         self._arena, self._lock = arena, compute_lock
+        self._boards = [peer.board for peer in membership.peers.values() if peer.board is not None]
         self._exchanges = 0
         self._mailboxes = self._create(2 * MAILBOX_BYTES)
         self._letters = 0
@@ -115,17 +124,21 @@ class SharedMemoryGroup(MembersGroup):
 
     def wait_posted(self, call: int, tag: str) -> float:
         """Wait until everyone has begun collective call `call`; the seconds it took."""
-        boards = [peer.board for peer in self.membership.peers.values() if peer.board is not None]
-        seconds = self._wait(
-            lambda: all(board.posted >= call for board in boards), lambda peer: peer.posted < call, tag
-        )
+        seconds = self._wait(lambda: self.all_posted(call), lambda peer: peer.posted(self.lane) < call, tag)
         self._check_tags(call, tag)
         return seconds
 
     def wait_drained(self, number: int, tag: str) -> None:
         """Wait until everyone has read exchange `number`."""
-        boards = [peer.board for peer in self.membership.peers.values() if peer.board is not None]
-        self._wait(lambda: all(board.drained >= number for board in boards), lambda peer: peer.drained < number, tag)
+        self._wait(lambda: self.all_drained(number), lambda peer: peer.drained < number, tag)
+
+    def all_posted(self, call: int) -> bool:
+        """Whether everyone has begun collective call `call`."""
+        return all(board.posted(self.lane) >= call for board in self._boards)
+
+    def all_drained(self, number: int) -> bool:
+        """Whether everyone has read exchange `number`."""
+        return all(board.drained >= number for board in self._boards)
 
     def exclusive(self) -> AbstractContextManager[object]:
         return self._lock if self._lock is not None else nullcontext()

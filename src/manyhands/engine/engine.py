@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.hooks import RemovableHandle
 
 from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy
@@ -17,14 +19,18 @@ from manyhands.engine.arithmetic import fix_arithmetic, to_device
 from manyhands.engine.buffers import Buffers
 from manyhands.engine.clock import PhaseClock
 from manyhands.engine.control import Control, agree, gather_control
-from manyhands.engine.hooks import on_gradients
+from manyhands.engine.facts import frozen_facts, optimizer_facts, recipe_facts, schedule_facts
+from manyhands.engine.gathers import Gathers
+from manyhands.engine.hooks import around_forward, on_gradients
 from manyhands.engine.memory import give_back_memory
 from manyhands.engine.metrics import StepMetrics
+from manyhands.engine.recompute import checkpoint_activations
 from manyhands.engine.reducer import Reducer
 from manyhands.engine.storage import agree_on_model, build_model, lay_out
+from manyhands.engine.unit import ParamUnit
 from manyhands.engine.update import Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
-from manyhands.numerics.digest import digest_of, digest_of_tensors, slots_in_order
+from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.identity import numerics_identity
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
 from manyhands.optim.sliced import SlicedOptimizer
@@ -45,7 +51,7 @@ class StepEngine:
         self.recipe, self.strategy, self.group = recipe, strategy, group
         fix_arithmetic(recipe)
         recipe.batch.check_workers(group.size)
-        agree(group, "recipe", _recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
+        agree(group, "recipe", recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
         agree(group, "strategy", {"stage": strategy.stage, "units": str(strategy.units)}, hint=_HINT_SAME_RECIPE)
         agree(group, "numerics", numerics_identity(group.device, recipe.threads_per_worker), hint=_HINT_SAME_MACHINES)
         stage = stage_named(strategy.stage)
@@ -56,26 +62,39 @@ class StepEngine:
         self.optimizer = SlicedOptimizer(
             recipe.optimizer, optimizer_params, declared_elementwise=recipe.elementwise_optimizer
         )
+        self._frozen = frozen_facts(self.model)
         storage = lay_out(self.model, recipe, group, stage, strategy.units)
         give_back_memory()
         self.layout, self.units = storage.layout, storage.units
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
-        self._optimizer_facts = _optimizer_facts(self.optimizer)  # as the recipe has it: a schedule changes it
+        self._optimizer_facts = optimizer_facts(self.optimizer)  # as the recipe has it: a schedule changes it
         self.schedule = recipe.schedule(self.optimizer.front) if recipe.schedule is not None else None
-        self._optimizer_facts |= _schedule_facts(self.schedule)
-        self._frozen = _frozen_facts(self.model)
+        self._optimizer_facts |= schedule_facts(self.schedule)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
         self._reducer = Reducer(group, self.units, recipe.batch, stage)
         self.updater = Updater(group, self.units, self.layout, stage, self.optimizer)
+        self._gathers = Gathers(group, storage.sharded_units, strategy.prefetch)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
+        self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._gathers.using)
+        self._module_hooks = self._gather_around_forwards(storage.sharded_units)
         self._clock = PhaseClock(group.recorder)
         self.step_index = 0
         self._weighted = False  # whether the loss function gives weights
         self.last_hashes: np.ndarray | None = None
         self.stop_wanted = False  # set by whoever hears a signal; all workers learn it at the next step
         self._failed: BaseException | None = None
+
+    def _gather_around_forwards(self, units: Sequence[ParamUnit]) -> list[RemovableHandle]:
+        """Modules make the units whole that they use."""
+        gathers, handles = self._gathers, []
+        for unit in units:
+            for name in unit.modules:
+                handles += around_forward(
+                    self.model.get_submodule(name), partial(gathers.enter, unit), partial(gathers.leave, unit)
+                )
+        return handles
 
     @property
     def my_micro_batches(self) -> list[int]:
@@ -101,6 +120,7 @@ class StepEngine:
             if not (isinstance(error, NumericsError) and getattr(error, "nothing_changed", False)):
                 self._failed = error
                 self.group.fail(error)
+                self._gathers.abort()
                 for unit in self.units:
                     unit.abort()
             raise
@@ -120,14 +140,17 @@ class StepEngine:
                         batch = to_device(load(this.micro_batch), self.group.device)
             with self._clock.phase("exchange"):
                 self._reducer.begin(index)
+                self._gathers.begin(step, index, computes=this.micro_batch is not None)
             with self._clock.phase("compute"):
                 if this.micro_batch is not None:
                     losses[this.micro_batch] = self._compute(step, this.micro_batch, batch)
                     batch = None
             with self._clock.phase("exchange"):
                 self.group.status(f"{tag} / exchange")
+                self._gathers.end()
                 self._reducer.end()
         with self._clock.phase("exchange"):
+            self._gathers.end_step()
             self._reducer.close_rounds()
             control = gather_control(self._my_control(losses), self.group, f"{tag} / control")
             self._reducer.await_pieces()
@@ -157,10 +180,12 @@ class StepEngine:
         self.group.status(f"step {step}, micro-batch {micro_batch} / forward and backward")
         with self.group.exclusive(), preserved_generators():
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
-            result = self.recipe.loss(self.model, batch)
+            with self._gathers.watching_autograd():
+                result = self.recipe.loss(self.model, batch)
             self._weighted = isinstance(result, tuple)
             loss, weight = result if isinstance(result, tuple) else (result, 1.0)
             _check_loss(loss)
+            self._gathers.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
             if not self._hooks:
                 for name, param in self._params.items():
@@ -199,7 +224,8 @@ class StepEngine:
             error = NumericsError(
                 f"the loss of micro-batch {bad_losses[0]} is {control.losses[bad_losses[0]]:g}",
                 where=f"{tag}, samples {self._positions(int(bad_losses[0]))}",
-                hint="look at those samples, or lower the learning rate; no weight has been changed",
+                hint="look at those samples, or lower the learning rate; no weight has been changed"
+                + self._gathers.why_not_finite,
             )
         elif not (math.isfinite(weight) and weight > 0):
             error = NumericsError(
@@ -230,6 +256,13 @@ class StepEngine:
             self.schedule.step()
         return norm
 
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """The model with all its parameters, to evaluate it between two steps. Collective; where parameters are sharded
+        they take the whole model's memory on every worker meanwhile."""
+        with self._gathers.whole():
+            yield self.model
+
     def digest(self) -> str:
         """SHA-256 over the hashes of the master weights' blocks; `last_hashes` keeps these, [num_blocks] int64.
         Collective."""
@@ -258,22 +291,24 @@ class StepEngine:
         Collective; every worker gets it whole."""
         full = self.full_params()
         names = {id(param): name for name, param in self._params.items()}
-        state = self.model.state_dict(keep_vars=True)  # tied parameters under all of their names
-        return {
-            key: full[names[id(value)]] if id(value) in names else value.detach().cpu().clone()
-            for key, value in state.items()
-        }
+        with self.whole_model() as model:
+            state = model.state_dict(keep_vars=True)  # tied parameters under all of their names
+            return {
+                key: full[names[id(value)]] if id(value) in names else value.detach().cpu().clone()
+                for key, value in state.items()
+            }
 
     def facts(self) -> dict[str, str]:
         """What a checkpoint must have in common with this engine: the recipe, as far as it can be told."""
         params = {f"parameter {name}": str(numel) for name, numel in self.digest_names}
         buffers = {f"buffer {name}": str(list(buffer.shape)) for name, buffer in self.model.named_buffers()}
-        return _recipe_facts(self.recipe) | params | self._frozen | buffers | self._optimizer_facts
+        return recipe_facts(self.recipe) | params | self._frozen | buffers | self._optimizer_facts
 
     def close(self) -> None:
         """Leave the group. Collective, unless a worker failed."""
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._module_hooks):
             hook.remove()
+        self._undo()
         self.group.close()
 
 
@@ -291,44 +326,3 @@ def _check_loss(loss: object) -> None:
         raise ConfigError(
             "recipe.loss did not return a loss", expected="a scalar tensor with a gradient, or (sum, weight)", got=got
         )
-
-
-def _recipe_facts(recipe: Recipe) -> dict[str, str]:
-    facts = {
-        f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")
-    }
-    for name in ("precision", "clip_norm", "seed", "threads_per_worker", "device"):
-        facts[name] = str(getattr(recipe, name))
-    return facts | {"len(data)": str(len(recipe.data))}
-
-
-def _optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
-    facts = {"optimizer": type(optimizer.front).__qualname__}
-    for index, group in enumerate(optimizer.hyperparameters()):
-        facts.update({f"optimizer group {index}.{key}": str(value) for key, value in group.items()})
-        facts[f"optimizer group {index}.params"] = " ".join(optimizer.names_in_group(index))
-    return facts
-
-
-def _frozen_facts(model: nn.Module) -> dict[str, str]:
-    """What the digest doesn't cover, since no step changes it: the bits of frozen parameters."""
-    return {
-        f"frozen parameter {name}": digest_of_tensors([(name, param)])[:16]
-        for name, param in model.named_parameters()
-        if not param.requires_grad
-    }
-
-
-def _schedule_facts(schedule: LRScheduler | None) -> dict[str, str]:
-    """Its class and its plain numbers, as they are before the first step."""
-    if schedule is None:
-        return {"schedule": "none"}
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise ConfigError(
-            "recipe.schedule wants to be told a measurement after each step",
-            got="ReduceLROnPlateau",
-            hint="use a schedule that depends on the step alone",
-        )
-    numbers = {key: value for key, value in schedule.state_dict().items() if isinstance(value, (int, float, list))}
-    plain = {f"schedule.{key}": str(value) for key, value in numbers.items() if not key.startswith("_")}
-    return {"schedule": type(schedule).__qualname__} | plain

@@ -1,10 +1,11 @@
-"""The only place where autograd hooks are registered: each is a wire to a named method."""
+"""The only place where autograd and module hooks are registered: each is a wire to a named method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 
@@ -21,3 +22,21 @@ def on_gradients(
         return handle
 
     return [wire(name, param) for name, param in named_params]
+
+
+def around_forward(
+    module: nn.Module, before: Callable[[], None], after: Callable[[list[Tensor]], None]
+) -> list[RemovableHandle]:
+    """Call `before()` when the module's forward begins, and `after(its results' tensors)` when it ends; also by an
+    error, then without any."""
+
+    def begin(*_: object) -> None:
+        before()
+
+    def end(_: nn.Module, args: object, result: object) -> None:
+        after([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
+
+    return [
+        module.register_forward_pre_hook(begin),
+        module.register_forward_hook(end, always_call=True),
+    ]

@@ -29,6 +29,7 @@ class Event(Enum):
 
     GATHER = "gather"  # its parameters are wanted
     GATHERED = "gathered"  # they are there
+    RELEASE = "release"  # they aren't wanted for now
     REDUCE = "reduce"  # all its gradients of a micro-batch are there, and leave
     REDUCED = "reduced"  # its owners have added them
     KEEP = "keep"  # all its gradients are there, and are added on this worker, for now
@@ -38,10 +39,12 @@ class Event(Enum):
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.RESTING, Event.GATHER): State.GATHERING,
     (State.GATHERING, Event.GATHERED): State.READY,
+    (State.READY, Event.RELEASE): State.RESTING,
     (State.READY, Event.REDUCE): State.REDUCING,
     (State.READY, Event.KEEP): State.RESTING,
     (State.REDUCING, Event.REDUCED): State.RESTING,
-    # A worker that has no micro-batch in a round reduces without having computed; so does one that sends its sums.
+    # A worker that has no micro-batch in a round reduces without having computed; so does one that sends its sums, and
+    # one whose model has left the unit before every gradient was there.
     (State.RESTING, Event.REDUCE): State.REDUCING,
     **{(state, Event.ABORT): State.RESTING for state in State},
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,12 +17,17 @@ SMALL_NUMEL = 1 << 18
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """A unit to be: its name, its parameters' names in construction order, and what they have in common."""
+    """A unit to be: its name, its parameters' names in construction order, and what they have in common.
+
+    modules: the names of the modules in whose forwards they are used: the repeated or named ones that they belong to,
+    and those that own one of them. () for what belongs to no such module, and may be used anywhere.
+    """
 
     name: str
     params: tuple[str, ...]
     dtype: torch.dtype
     trainable: bool
+    modules: tuple[str, ...] = ()
 
 
 def storage_dtype(owner: nn.Module, precision: str) -> torch.dtype:
@@ -58,13 +63,32 @@ def plan_units(model: nn.Module, precision: str, named_units: Sequence[str] = ()
         frozen = "" if trainable else ", frozen"
         name = f"{root} ({str(dtype).removeprefix('torch.')}{frozen})" if root in roots_of_several else root
         last = plans[-1] if plans else None
-        alike = last is not None and (last.dtype, last.trainable) == (dtype, trainable) and not named_units
-        if last is not None and alike and sum(numels[name] for name in (*last.params, *names)) <= SMALL_NUMEL:
+        plan = UnitPlan(
+            name, tuple(names), dtype, trainable, _using_modules(model, names, root) if root in roots else ()
+        )
+        if last is not None and not named_units and _may_join(last, plan, numels):
             first = last.name.partition(" to ")[0]
-            plans[-1] = UnitPlan(f"{first} to {name}", (*last.params, *names), dtype, trainable)
+            using = tuple(dict.fromkeys(last.modules + plan.modules))
+            plans[-1] = replace(plan, name=f"{first} to {name}", params=last.params + plan.params, modules=using)
         else:
-            plans.append(UnitPlan(name, tuple(names), dtype, trainable))
+            plans.append(plan)
     return plans
+
+
+def _may_join(last: UnitPlan, plan: UnitPlan, numels: Mapping[str, int]) -> bool:
+    alike = (last.dtype, last.trainable, bool(last.modules)) == (plan.dtype, plan.trainable, bool(plan.modules))
+    return alike and sum(numels[name] for name in (*last.params, *plan.params)) <= SMALL_NUMEL
+
+
+def _using_modules(model: nn.Module, names: Sequence[str], root: str) -> tuple[str, ...]:
+    params = dict(model.named_parameters())
+    wanted = {id(params[name]) for name in names}
+    owners = [
+        name
+        for name, module in model.named_modules()
+        if any(id(param) in wanted for param in module.parameters(recurse=False))
+    ]
+    return tuple(dict.fromkeys([root, *owners]))
 
 
 def _repeated_children(model: nn.Module) -> list[str]:

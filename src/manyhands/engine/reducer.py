@@ -59,7 +59,8 @@ class Reducer:
     def __init__(self, group: Group, units: Sequence[Unit], batch: Batch, stage: Stage) -> None:
         self._group, self._batch = group, batch
         self._order = list(reversed(units))
-        self._views = group.pieces_are_views
+        self._views = group.pieces_are_views and stage.param is not SHARDED  # and the gradients stay where they are
+        self._may_not_wait = stage.param is SHARDED and not group.pieces_are_views
         self._every_step = stage.grad is not SHARDED and not self._views and group.size <= batch.virtual_workers
         self.rounds = plan_rounds(batch, group.rank, group.size, self._every_step)
         self._last = len(self.rounds) - 1
@@ -113,7 +114,7 @@ class Reducer:
             return
         param.grad = None
         self.without_gradient.discard(name)
-        if unit.take(name, grad, self._group):
+        if unit.take(name, grad):
             self._complete.add(unit.name)
             self._send_complete()
 
@@ -122,7 +123,7 @@ class Reducer:
         this = self.rounds[self._round]
         if this.micro_batch is not None:
             for unit in self._order:
-                unit.complete(self._group)
+                unit.complete()
         self._complete.update(unit.name for unit in self._order)
         self._send_complete()
         if self._every_step:
@@ -138,14 +139,17 @@ class Reducer:
             unit = self._order[self._next]
             self._next += 1
             if this.micro_batch is not None and self.not_finite is None:
-                bad = unit.first_not_finite(self._group)
+                bad = unit.first_not_finite()
                 self.not_finite = None if bad is None else (this.micro_batch, bad)
             if self._every_step and this.micro_batch is not None:
-                self._local[unit.name].add(this.micro_batch, unit.local_grads(self._group))
+                self._local[unit.name].add(this.micro_batch, unit.gradients.place())
                 unit.life.on(Event.KEEP)
                 continue
-            self._in_flight.append((unit, unit.send(self._group, this.contributors, self._tag(unit))))
+            self._in_flight.append((unit, unit.send(this.contributors, self._tag(unit))))
+            # Who waits here for others must not keep them waiting: in a backward that gathers parameters it might.
             while not self._views and len(self._in_flight) > IN_FLIGHT:
+                if self._may_not_wait and not self._in_flight[0][1].is_complete:
+                    break
                 self._drain(*self._in_flight.pop(0))
 
     def _tag(self, unit: Unit) -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from manyhands.comm.group import Contribution, Group
+from manyhands.comm.group import Group
 from manyhands.config import Recipe
 from manyhands.engine.control import agree
+from manyhands.engine.gradients import Gradients, KeptGradients, PassingGradients, Ring, RingGradients
+from manyhands.engine.params import BufferPool, Params, ShardedParams, WholeParams
 from manyhands.engine.partition import UnitPlan, plan_units, storage_dtype
-from manyhands.engine.unit import Unit
-from manyhands.errors import ConfigError
-from manyhands.layout import Layout, UnitLayout, build_layout
+from manyhands.engine.unit import ParamUnit, Unit
+from manyhands.errors import ConfigError, InvariantError
+from manyhands.layout import Layout, Range, UnitLayout, build_layout
 from manyhands.numerics.digest import digest_of_tensors
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
 from manyhands.sharding.stage import REPLICATED, SHARDED, Stage
@@ -22,11 +25,18 @@ from manyhands.sharding.stage import REPLICATED, SHARDED, Stage
 
 @dataclass(frozen=True)
 class Storage:
-    """The laid out model. named_params: the trainable ones, in construction order."""
+    """The laid out model. units: of trainable parameters; frozen: of the others, where those are sharded, too.
+    named_params: the trainable ones, in construction order."""
 
     layout: Layout
     units: tuple[Unit, ...]
+    frozen: tuple[ParamUnit, ...]
     named_params: tuple[tuple[str, nn.Parameter], ...]
+
+    @property
+    def sharded_units(self) -> list[ParamUnit]:
+        """Those that are whole only now and then."""
+        return [unit for unit in (*self.units, *self.frozen) if isinstance(unit.params, ShardedParams)]
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -67,58 +77,105 @@ def agree_on_model(model: nn.Module, group: Group) -> None:
 
 
 def lay_out(model: nn.Module, recipe: Recipe, group: Group, stage: Stage, named_units: Sequence[str]) -> Storage:
-    """Move the model's trainable parameters into flat buffers; the others are only cast. Collective."""
-    plans = [plan for plan in plan_units(model, recipe.precision, named_units) if plan.trainable]
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    layout = build_layout(
-        [(name, param.numel()) for name, param in named], [(plan.name, plan.params) for plan in plans], group.size
-    )
+    """Move the model's parameters into flat buffers. Collective.
+
+    Frozen parameters are only cast, unless the stage shards parameters and every worker has memory of its own.
+    """
     _cast_frozen(model, recipe.precision, group.device)
-    units: list[Unit] = []
-    for dtype in dict.fromkeys(plan.dtype for plan in plans):
-        alike = [(plan, unit) for plan, unit in zip(plans, layout.units, strict=True) if plan.dtype == dtype]
-        units += _fill_pool(alike, dict(named), group, stage)
-    ordered = sorted(units, key=lambda unit: [plan.name for plan in plans].index(unit.name))
-    return Storage(layout, tuple(ordered), tuple(named))
+    plans = plan_units(model, recipe.precision, named_units)
+    filler = _Filler(dict(model.named_parameters()), group, stage)
+    layout = filler.layout_of([plan for plan in plans if plan.trainable])
+    trainable = list(zip((plan for plan in plans if plan.trainable), layout.units, strict=True))
+    units: dict[str, Unit] = {}
+    for dtype in dict.fromkeys(plan.dtype for plan, _ in trainable):
+        units |= filler.units([pair for pair in trainable if pair[0].dtype == dtype])
+    frozen: list[ParamUnit] = []
+    if filler.pool is not None:
+        still = [plan for plan in plans if not plan.trainable]
+        for plan, unit_layout in zip(still, filler.layout_of(still).units, strict=True):
+            frozen.append(ParamUnit(unit_layout, filler.sharded(unit_layout, plan.dtype), plan.modules))
+            frozen[-1].bind(filler.params)
+    named = tuple((name, param) for name, param in filler.params.items() if param.requires_grad)
+    return Storage(layout, tuple(units[unit.name] for unit in layout.units), tuple(frozen), named)
 
 
-def _fill_pool(
-    plans: Sequence[tuple[UnitPlan, UnitLayout]], params: dict[str, nn.Parameter], group: Group, stage: Stage
-) -> list[Unit]:
-    """The units of one dtype, in one flat buffer for parameters and one for gradients."""
-    dtype, numel = plans[0][0].dtype, sum(unit.padded_numel for _, unit in plans)
-    pool = group.empty_replicated(numel, dtype)
-    persistent = stage.grad is REPLICATED or group.pieces_are_views
-    grads: Contribution | None = group.empty_contribution(numel, dtype) if persistent else None
-    units, start = [], 0
-    for _, layout in plans:
-        view = pool[start : start + layout.padded_numel]
-        units.append(_fill_unit(layout, view, params, group, stage))
-        units[-1].give_grads(grads, start)
-        start += layout.padded_numel
-    group.barrier(f"start / {dtype} filled / control")
-    for unit in units:
-        unit.bind(params)
-    return units
+class _Filler:
+    """Moves the model's parameters, `params` by name, into units. pool: where sharded units become whole; None: they
+    all are whole for good."""
 
+    def __init__(self, params: Mapping[str, nn.Parameter], group: Group, stage: Stage) -> None:
+        self.params, self._group, self._stage = params, group, stage
+        # Workers that share memory have one copy of the parameters together: there's nothing to shard.
+        shards = stage.param is SHARDED and not group.pieces_are_views
+        self.pool = BufferPool(group.device) if shards else None
 
-def _fill_unit(layout: UnitLayout, view: Tensor, params: dict[str, nn.Parameter], group: Group, stage: Stage) -> Unit:
-    shard = layout.shard(group.rank)
-    held = shard if stage.optim is SHARDED else layout.whole
-    writes = shard if group.shares_memory else layout.whole
-    for piece in layout.pieces(writes):
-        flat = params[piece.slot.name].detach().flatten()
-        view[piece.in_unit.start : piece.in_unit.end].copy_(flat[piece.in_param.start : piece.in_param.end])
-    # In fp32 the parameters are the master weights, unless others see them while each worker keeps all of its own.
-    if view.dtype == torch.float32 and (stage.optim is SHARDED or not group.shares_memory):
-        master = view[held.start : held.end]
-    else:
-        master = torch.zeros(held.numel, device=group.device)
-        for piece in layout.pieces(held):
-            flat = params[piece.slot.name].detach().flatten()
-            start = piece.in_unit.start - held.start
-            master[start : start + piece.in_unit.numel].copy_(flat[piece.in_param.start : piece.in_param.end])
-    return Unit(layout, group.rank, view, held, master)
+    def layout_of(self, plans: Sequence[UnitPlan]) -> Layout:
+        """Of those parameters, in construction order."""
+        names = {name for plan in plans for name in plan.params}
+        named = [(name, param.numel()) for name, param in self.params.items() if name in names]
+        return build_layout(named, [(plan.name, plan.params) for plan in plans], self._group.size)
+
+    def units(self, plans: Sequence[tuple[UnitPlan, UnitLayout]]) -> dict[str, Unit]:
+        """The trainable units of one dtype, by name. Collective."""
+        group, dtype = self._group, plans[0][0].dtype
+        starts = [0, *accumulate(layout.padded_numel for _, layout in plans)]
+        flat = group.empty_replicated(starts[-1], dtype) if self.pool is None else None
+        gradients = self._gradients([layout for _, layout in plans], starts, dtype)
+        units = {}
+        for (plan, layout), start, place in zip(plans, starts, gradients, strict=False):
+            store = (
+                self.sharded(layout, dtype)
+                if flat is None
+                else self._whole(layout, flat[start : start + layout.padded_numel])
+            )
+            held = layout.shard(group.rank) if self._stage.optim is SHARDED else layout.whole
+            units[plan.name] = Unit(layout, group.rank, store, held, self._master(store, held), place, plan.modules)
+        group.barrier(f"start / {dtype} filled / control")
+        for unit in units.values():
+            unit.bind(self.params)
+        return units
+
+    def sharded(self, layout: UnitLayout, dtype: torch.dtype) -> ShardedParams:
+        """My shard of a unit's parameters."""
+        if self.pool is None:
+            raise InvariantError("this stage keeps parameters whole")
+        shard = torch.zeros(layout.shard_numel, dtype=dtype, device=self._group.device)
+        self._copy(layout, layout.shard(self._group.rank), shard)
+        return ShardedParams(layout, self._group.rank, shard, self.pool)
+
+    def _whole(self, layout: UnitLayout, full: Tensor) -> WholeParams:
+        writes = layout.shard(self._group.rank) if self._group.shares_memory else layout.whole
+        self._copy(layout, writes, full[writes.start : writes.end])
+        return WholeParams(layout, full)
+
+    def _master(self, store: Params, held: Range) -> Tensor:
+        # In fp32 the parameters are the master weights, unless others see them while each worker keeps all of its own.
+        if store.dtype == torch.float32 and (self._stage.optim is SHARDED or not self._group.shares_memory):
+            return store.kept(held)
+        master = torch.zeros(held.numel, device=self._group.device)
+        self._copy(store.layout, held, master)
+        return master
+
+    def _copy(self, layout: UnitLayout, within: Range, out: Tensor) -> None:
+        """The model's parameters, as they were built, into `out`, which begins with the first element of `within`."""
+        for piece in layout.pieces(within):
+            flat = self.params[piece.slot.name].detach().flatten()
+            out[piece.in_unit.start - within.start : piece.in_unit.end - within.start].copy_(
+                flat[piece.in_param.start : piece.in_param.end]
+            )
+
+    def _gradients(self, layouts: Sequence[UnitLayout], starts: Sequence[int], dtype: torch.dtype) -> list[Gradients]:
+        group, numels = self._group, [layout.padded_numel for layout in layouts]
+        if self._stage.grad is REPLICATED or (group.pieces_are_views and self._stage.param is REPLICATED):
+            contribution = group.empty_contribution(starts[-1], dtype)
+            return [
+                KeptGradients(group, numel, contribution, start) for numel, start in zip(numels, starts, strict=False)
+            ]
+        if not group.pieces_are_views:
+            return [PassingGradients(group, numel, dtype) for numel in numels]
+        ring = Ring(group, max(numels), dtype, len(numels))
+        last = len(numels) - 1  # units are sent from the last to the first
+        return [RingGradients(group, layout, dtype, ring, last - index) for index, layout in enumerate(layouts)]
 
 
 def _cast_frozen(model: nn.Module, precision: str, device: torch.device) -> None:

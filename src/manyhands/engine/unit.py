@@ -1,69 +1,109 @@
 """A unit: parameters that travel together, with the buffers that they live in.
 
-A unit owns views of the model's flat buffers. Lifetimes: `params` and `master` as long as the engine; `grads` too,
-unless the stage shards gradients and others get copies of them: then only from a micro-batch's first gradient until
-they have left.
+`params` and `master` live as long as the engine. Where gradients live is `gradients`' concern (gradients.py), where
+parameters are whole and where not, `params`' (params.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 
-from manyhands.comm.group import Contribution, Exchange, Group
-from manyhands.engine.lifecycle import Event, Lifecycle
+from manyhands.comm.group import Exchange, Group
+from manyhands.engine.gradients import Gradients
+from manyhands.engine.lifecycle import Event, Lifecycle, State
+from manyhands.engine.params import Params, ShardedParams
 from manyhands.errors import ConfigError, InvariantError
 from manyhands.layout import Range, Slot, UnitLayout
 
 
-class Unit:
-    """See the module. Ranges count elements of the unit.
+class ParamUnit:
+    """The parameters of a unit, trainable or frozen, and the unit's life.
 
-    params: [padded_numel], parameter dtype; what the model computes with.
-    grads: [padded_numel], parameter dtype; of one micro-batch.
-    held: what this worker keeps master weights and optimizer state of; shard: what it adds gradients for.
-    master: [held.numel] fp32; a view of params where that is possible.
+    modules: the names of the modules in whose forwards the parameters are used; () if that isn't known, and they must
+    be whole as long as a micro-batch goes on.
     """
 
-    def __init__(self, layout: UnitLayout, rank: int, params: Tensor, held: Range, master: Tensor) -> None:
-        self.name, self.layout = layout.name, layout
+    def __init__(self, layout: UnitLayout, params: Params, modules: tuple[str, ...] = ()) -> None:
+        self.name, self.layout, self.params, self.modules = layout.name, layout, params, modules
         self.life = Lifecycle(layout.name)
-        self.params, self.held, self.master = params, held, master
+        self._arrive: Callable[[], None] | None = None
+
+    def bind(self, params: Mapping[str, nn.Parameter]) -> None:
+        """Let the model's parameters be those of this unit."""
+        self.params.bind(params)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the model can compute with it."""
+        return self.life.state is State.READY
+
+    def gather(self, group: Group, tag: str) -> None:
+        """Begin to make its parameters whole. Collective, of sharded parameters."""
+        self.life.on(Event.GATHER)
+        self._arrive = self._sharded.gather(group, tag)
+
+    def gathered(self) -> None:
+        """Wait until they are, if that was begun."""
+        if self._arrive is not None:
+            self._arrive()
+            self._arrive = None
+            self.life.on(Event.GATHERED)
+
+    def release(self) -> None:
+        """They aren't wanted for now."""
+        self.gathered()
+        if self.is_whole:
+            self.life.on(Event.RELEASE)
+            self._sharded.release()
+
+    def serve(self, group: Group, tag: str) -> Callable[[], None]:
+        """Take part in a gather that only others want. Collective; returns what waits for its end."""
+        return self._sharded.serve(group, tag)
+
+    @property
+    def _sharded(self) -> ShardedParams:
+        if not isinstance(self.params, ShardedParams):
+            raise InvariantError(f"unit {self.name!r} is always whole")
+        return self.params
+
+
+class Unit(ParamUnit):
+    """Trainable parameters. Ranges count elements of the unit.
+
+    held: what this worker keeps master weights and optimizer state of; shard: what it adds gradients for.
+    master: [held.numel] fp32; a view of the parameters where that is possible.
+    """
+
+    def __init__(
+        self,
+        layout: UnitLayout,
+        rank: int,
+        params: Params,
+        held: Range,
+        master: Tensor,
+        gradients: Gradients,
+        modules: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(layout, params, modules)
+        self.held, self.master, self.gradients = held, master, gradients
         self.shard = layout.shard(rank)
         self.finite_sums: list[tuple[Slot, Tensor]] = []
-        self.exchange: Exchange | None = None  # the last one of my gradients
-        self._grads: Contribution | None = None
-        self._grads_start = 0
-        self._transient = False
         self._missing: set[str] = set()
         self._slots = {slot.name: slot for slot in layout.slots}
 
-    def give_grads(self, grads: Contribution | None, start: int) -> None:
-        """Use `grads` from `start` on for good; None: make a buffer when the first gradient comes."""
-        self._transient = grads is None
-        self._grads, self._grads_start = grads, 0 if self._transient else start  # a buffer of its own has no others
-
-    def bind(self, params: dict[str, nn.Parameter]) -> None:
-        """Let the model's parameters be views of `params`."""
-        for slot in self.layout.slots:
-            param = params[slot.name]
-            param.data = self.params[slot.range.start : slot.range.end].view(param.shape)
-
     def begin(self) -> None:
-        """A micro-batch begins on this worker: parameters are wanted, gradients will come."""
-        self.life.on(Event.GATHER)  # nothing moves: every stage so far keeps parameters whole
-        self.life.on(Event.GATHERED)
-        self.wait_reusable()
+        """A micro-batch begins on this worker: gradients will come."""
+        if not isinstance(self.params, ShardedParams):  # nothing moves
+            self.life.on(Event.GATHER)
+            self.life.on(Event.GATHERED)
+        self.gradients.begin()
         self._missing = set(self._slots)
         self.finite_sums.clear()
 
-    def wait_reusable(self) -> None:
-        """Wait until the others have read the gradients that I gave last."""
-        if self.exchange is not None:
-            self.exchange.wait_reusable()
-            self.exchange = None
-
-    def take(self, name: str, grad: Tensor, group: Group) -> bool:
+    def take(self, name: str, grad: Tensor) -> bool:
         """Keep a parameter's gradient of this micro-batch; whether it was the last one missing."""
         if grad.layout != torch.strided:
             raise ConfigError(
@@ -79,52 +119,40 @@ class Unit:
                 hint="call backward once, on the returned loss alone, and checkpoint with use_reentrant=False",
             )
         slot = self._slots[name]
-        self.grads_of(group).local[self._at(slot)].view(grad.shape).copy_(grad)
+        self._place(slot).view(grad.shape).copy_(grad)
         # The sum of finite numbers is finite (or overflows, and is then looked at closely): one pass over what is in
         # cache, and the offender is known by name before anything of this step is updated.
         self.finite_sums.append((slot, grad.sum()))
         self._missing.discard(name)
         return not self._missing
 
-    def complete(self, group: Group) -> list[str]:
+    def complete(self) -> list[str]:
         """Parameters that got no gradient contribute zeros; their names."""
         missing = [name for name in self._slots if name in self._missing]
         for name in missing:
-            self.grads_of(group).local[self._at(self._slots[name])].zero_()
+            self._place(self._slots[name]).zero_()
         self._missing.clear()
         return missing
 
-    def grads_of(self, group: Group) -> Contribution:
-        """The buffer for this micro-batch's gradients."""
-        if self._grads is None:
-            self._grads = group.empty_contribution(self.layout.padded_numel, self.params.dtype)
-        return self._grads
-
-    def local_grads(self, group: Group) -> Tensor:
-        """This worker's gradients of the micro-batch, [padded_numel]."""
-        return self.grads_of(group).local[self._grads_start : self._grads_start + self.layout.padded_numel]
-
-    def send(self, group: Group, contributors: range, tag: str) -> Exchange:
-        """Begin to exchange this micro-batch's gradients."""
+    def send(self, contributors: range, tag: str) -> Exchange:
+        """Begin to exchange this micro-batch's gradients. Collective."""
+        self.gathered()  # it may be on its way again, for a use that isn't going to be
         self.life.on(Event.REDUCE)
-        self.exchange = group.exchange(
-            self.grads_of(group), self._grads_start, self.layout.shard_numel, contributors, tag
-        )
-        return self.exchange
+        if isinstance(self.params, ShardedParams):
+            self.params.release()
+        return self.gradients.send(self.layout.shard_numel, contributors, tag)
 
     def sent(self) -> None:
         """The exchange is over on this worker."""
         self.life.on(Event.REDUCED)
-        if self._transient:
-            self.wait_reusable()
-            self._grads = None
+        self.gradients.sent()
 
-    def first_not_finite(self, group: Group) -> str | None:
+    def first_not_finite(self) -> str | None:
         """The first parameter, in the order they came, whose gradient has an element that is not finite."""
         if not self.finite_sums or bool(torch.stack([total.float() for _, total in self.finite_sums]).isfinite().all()):
             return None
         for slot, total in self.finite_sums:
-            if not bool(total.isfinite()) and not bool(self.grads_of(group).local[self._at(slot)].isfinite().all()):
+            if not bool(total.isfinite()) and not bool(self._place(slot).isfinite().all()):
                 return slot.name
         return None
 
@@ -133,8 +161,8 @@ class Unit:
         self.life.on(Event.ABORT)
         self._missing.clear()
         self.finite_sums.clear()
-        if self._transient:
-            self._grads = None
+        self.gradients.abort()
 
-    def _at(self, slot: Slot) -> slice:
-        return slice(self._grads_start + slot.range.start, self._grads_start + slot.range.end)
+    def _place(self, slot: Slot) -> Tensor:
+        """Where a parameter's gradient goes, [numel]."""
+        return self.gradients.place()[slot.range.start : slot.range.end]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from manyhands.comm.group import Group
 from manyhands.engine.memory import give_back_memory
+from manyhands.engine.params import WholeParams
 from manyhands.engine.reducer import Reducer
 from manyhands.engine.sums import RUN
 from manyhands.engine.unit import Unit
@@ -101,8 +102,8 @@ class Updater:
                     full = self._full[unit.name][run.range.start - self._full_start(unit) :]
                     torch.mul(full[: run.range.numel], scale, out=grad)
                 self._step(run, unused)
-            if self._publishes:  # while the next unit is updated
-                waits.append(self._group.publish(unit.params, f"{tag} / {unit.name} / param"))
+            if self._publishes and isinstance(unit.params, WholeParams):  # while the next unit is updated
+                waits.append(self._group.publish(unit.params.full, f"{tag} / {unit.name} / param"))
         if norm is None:
             norm = self._gather_norm(tag)
         for wait in waits:
@@ -153,15 +154,16 @@ class Updater:
             for run in runs:
                 self._write(run)
         for unit in self._units:
-            if self._publishes:
-                self._group.publish(unit.params, f"start / {unit.name} / param")()
+            if self._publishes and isinstance(unit.params, WholeParams):
+                self._group.publish(unit.params.full, f"start / {unit.name} / param")()
 
     def _write(self, run: Run) -> None:
         unit = run.unit
         writes = run.range.overlap(unit.shard) if self._group.shares_memory else run.range
-        if writes.numel and not is_view_of(unit.master, unit.params):
-            master = unit.master[writes.start - unit.held.start : writes.end - unit.held.start]
-            unit.params[writes.start : writes.end].copy_(master)
+        if writes.numel:
+            kept = unit.params.kept(writes)
+            if not is_view_of(unit.master, kept):
+                kept.copy_(unit.master[writes.start - unit.held.start : writes.end - unit.held.start])
 
     def _gather_norm(self, tag: str) -> float:
         norm = total_norm(

@@ -13,8 +13,8 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 
-from manyhands.comm.failure import record_failure
 from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.failure import record_failure
 
 _PATH_FILE, _CALL_FILE = "path.json", "call.pkl"
 # The worker finds modules where its parent did, this package included: so nothing is imported before the path is set.
@@ -33,7 +33,7 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
     Raises WorkerError, naming the worker, with its traceback in `detail`; Interrupted (Ctrl-C: see `run_workers`);
     ConfigError for what can't be shipped. Nothing is left behind, neither processes nor files.
     """
-    from manyhands.comm.launcher import run_workers  # not in the worker, which imports this module too
+    from manyhands.launching.launcher import run_workers  # not in the worker, which imports this module too
 
     try:
         call = cloudpickle.dumps((fn, args, kwargs))

@@ -11,9 +11,12 @@ import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _DOMAIN = b"manyhands seed 1;"
 
@@ -46,16 +49,36 @@ def seed_generators(value: int) -> None:
     torch.manual_seed(value)
 
 
+@dataclass(frozen=True)
+class GeneratorsState:
+    """Of Python's `random`, numpy's global generator, and torch's on the CPU and on every device in use."""
+
+    python: Any
+    arrays: Any
+    tensors: Tensor
+    devices: list[Tensor] | None
+
+
+def generators_state() -> GeneratorsState:
+    """As they are now."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return GeneratorsState(random.getstate(), np.random.get_state(), torch.get_rng_state(), devices)
+
+
+def restore_generators(state: GeneratorsState) -> None:
+    """Put them back as they were."""
+    random.setstate(state.python)
+    np.random.set_state(state.arrays)
+    torch.set_rng_state(state.tensors)
+    if state.devices is not None:
+        torch.cuda.set_rng_state_all(state.devices)
+
+
 @contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Put all global generators (Python's, numpy's, torch's on every device in use) back as they were on entry."""
-    python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    """Put all global generators back as they were on entry."""
+    state = generators_state()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-        torch.set_rng_state(tensors)
-        if devices is not None:
-            torch.cuda.set_rng_state_all(devices)
+        restore_generators(state)

@@ -7,8 +7,9 @@
     DDP       replicated    replicated    replicated     2 + 2 + 12 + 4 (the summed gradient)
     ZERO1     replicated    replicated    sharded        2 + 2 + 12/N
     ZERO2     replicated    sharded       sharded        2 + one unit's + 12/N
+    ZERO3     sharded       sharded       sharded        2/N + one unit's + 12/N
 
-Stages 1 and 2: Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 5.
+Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 5.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class Stage:
 DDP = Stage("ddp", REPLICATED, REPLICATED, REPLICATED)
 ZERO1 = Stage("zero1", REPLICATED, REPLICATED, SHARDED)
 ZERO2 = Stage("zero2", REPLICATED, SHARDED, SHARDED)
+ZERO3 = Stage("zero3", SHARDED, SHARDED, SHARDED)
 
-STAGES = {stage.name: stage for stage in (DDP, ZERO1, ZERO2)}
+STAGES = {stage.name: stage for stage in (DDP, ZERO1, ZERO2, ZERO3)}
 
 
 def stage_named(name: str) -> Stage:

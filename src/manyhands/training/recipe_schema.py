@@ -79,10 +79,12 @@ class StrategyTable(_Table):
     group: str = Strategy.group
     overlap: bool = Strategy.overlap
     units: list[str] = list(Strategy.units)
+    activation_checkpointing: list[str] = list(Strategy.activation_checkpointing)
+    prefetch: int = Strategy.prefetch
     loader_workers: int = Strategy.loader_workers
     stall_seconds: float = Strategy.stall_seconds
 
-    @field_validator("stage", "group", "loader_workers", "stall_seconds")
+    @field_validator("stage", "group", "prefetch", "loader_workers", "stall_seconds")
     @classmethod
     def _as_strategy_checks(cls, value: Any, info: ValidationInfo) -> Any:
         Strategy(**{str(info.field_name): value})
@@ -90,7 +92,8 @@ class StrategyTable(_Table):
 
     def build(self) -> Strategy:
         """The Strategy itself."""
-        return Strategy(**{**self.model_dump(), "units": tuple(self.units)})
+        lists = {"units": tuple(self.units), "activation_checkpointing": tuple(self.activation_checkpointing)}
+        return Strategy(**{**self.model_dump(), **lists})
 
 
 class RecipeSchema(_Table):

@@ -38,16 +38,16 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from manyhands.comm.culprit import explain
-from manyhands.comm.failure import (
+from manyhands.errors import ConfigError
+from manyhands.failure import (
     ERROR_FILE_VARIABLE,
     PARENT_TELLS_VARIABLE,
     WorkerEnd,
     read_failure,
     record_failure,
 )
-from manyhands.comm.stop import Stop, end_all
-from manyhands.errors import ConfigError
+from manyhands.launching.culprit import explain
+from manyhands.launching.stop import Stop, end_all
 
 __all__ = ["record_failure", "run_workers"]
 

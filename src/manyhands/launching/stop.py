@@ -13,9 +13,9 @@ from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from manyhands.comm.culprit import explain
-from manyhands.comm.failure import WorkerEnd
 from manyhands.errors import Interrupted
+from manyhands.failure import WorkerEnd
+from manyhands.launching.culprit import explain
 
 _SAME_PRESS_SECONDS = 0.3
 _START_SECONDS = 10.0

@@ -1,0 +1,54 @@
+"""What workers, and a run and its checkpoints, must have in common: facts by name, as text."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from manyhands.config import Recipe
+from manyhands.errors import ConfigError
+from manyhands.numerics.digest import digest_of_tensors
+from manyhands.optim.sliced import SlicedOptimizer
+
+
+def recipe_facts(recipe: Recipe) -> dict[str, str]:
+    """Of what decides the bits, as far as it can be told."""
+    facts = {
+        f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")
+    }
+    for name in ("precision", "clip_norm", "seed", "threads_per_worker", "device"):
+        facts[name] = str(getattr(recipe, name))
+    return facts | {"len(data)": str(len(recipe.data))}
+
+
+def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
+    """Its class, and each param group's hyperparameters and parameters."""
+    facts = {"optimizer": type(optimizer.front).__qualname__}
+    for index, group in enumerate(optimizer.hyperparameters()):
+        facts.update({f"optimizer group {index}.{key}": str(value) for key, value in group.items()})
+        facts[f"optimizer group {index}.params"] = " ".join(optimizer.names_in_group(index))
+    return facts
+
+
+def frozen_facts(model: nn.Module) -> dict[str, str]:
+    """What the digest doesn't cover, since no step changes it: the bits of frozen parameters."""
+    return {
+        f"frozen parameter {name}": digest_of_tensors([(name, param)])[:16]
+        for name, param in model.named_parameters()
+        if not param.requires_grad
+    }
+
+
+def schedule_facts(schedule: LRScheduler | None) -> dict[str, str]:
+    """Its class and its plain numbers, as they are before the first step."""
+    if schedule is None:
+        return {"schedule": "none"}
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise ConfigError(
+            "recipe.schedule wants to be told a measurement after each step",
+            got="ReduceLROnPlateau",
+            hint="use a schedule that depends on the step alone",
+        )
+    numbers = {key: value for key, value in schedule.state_dict().items() if isinstance(value, (int, float, list))}
+    plain = {f"schedule.{key}": str(value) for key, value in numbers.items() if not key.startswith("_")}
+    return {"schedule": type(schedule).__qualname__} | plain

@@ -1,0 +1,135 @@
+"""Where a unit's parameters are: whole all the time, or a shard on each worker, and whole only while gathered."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.comm.group import Group
+from manyhands.layout import Range, UnitLayout
+
+
+class Params(ABC):
+    """A unit's parameters in their flat buffers. Ranges count elements of the unit. dtype: theirs."""
+
+    def __init__(self, layout: UnitLayout, dtype: torch.dtype) -> None:
+        self.layout, self.dtype = layout, dtype
+        self._params: dict[str, nn.Parameter] = {}
+        self._shapes: dict[str, torch.Size] = {}
+
+    @abstractmethod
+    def kept(self, within: Range) -> Tensor:
+        """The elements `within` in the buffer that outlives a step; each worker may ask for its shard."""
+
+    def bind(self, params: Mapping[str, nn.Parameter]) -> None:
+        """From now on the model's parameters are these."""
+        self._params = {slot.name: params[slot.name] for slot in self.layout.slots}
+        self._shapes = {name: param.shape for name, param in self._params.items()}
+
+    def _point(self, full: Tensor) -> None:
+        """Let the model's parameters be views of `full`, [padded_numel]."""
+        for slot in self.layout.slots:
+            param = self._params[slot.name]
+            param.data = full[slot.range.start : slot.range.end].view(self._shapes[slot.name])
+
+
+class WholeParams(Params):
+    """In `full`, [padded_numel], for good."""
+
+    def __init__(self, layout: UnitLayout, full: Tensor) -> None:
+        super().__init__(layout, full.dtype)
+        self.full = full
+
+    def kept(self, within: Range) -> Tensor:
+        return self.full[within.start : within.end]
+
+    def bind(self, params: Mapping[str, nn.Parameter]) -> None:
+        super().bind(params)
+        self._point(self.full)
+
+
+class BufferPool:
+    """Flat buffers for whole units, used again and again (a fresh one costs page faults)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self.num_bytes = 0  # of all that were ever made
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised buffer [numel]."""
+        free = self._free.setdefault((numel, dtype), [])
+        if not free:
+            self.num_bytes += numel * dtype.itemsize
+            free.append(torch.empty(numel, dtype=dtype, device=self._device))
+        return free.pop()
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Its next user overwrites it, in the order of the device's stream."""
+        self._free[buffer.numel(), buffer.dtype].append(buffer)
+
+
+class ShardedParams(Params):
+    """Each worker keeps its shard, `shard` [shard_numel].
+
+    While a unit isn't whole its parameters have their shapes, take no memory, and read as NaN: who uses one then gets a
+    loss that is refused, and never a wrong result.
+    """
+
+    def __init__(self, layout: UnitLayout, rank: int, shard: Tensor, pool: BufferPool) -> None:
+        super().__init__(layout, shard.dtype)
+        self.shard, self._rank, self._pool = shard, rank, pool
+        self.full: Tensor | None = None
+        self._absent = torch.full((), float("nan"), dtype=shard.dtype, device=shard.device)
+
+    def kept(self, within: Range) -> Tensor:
+        start = self._rank * self.layout.shard_numel
+        return self.shard[within.start - start : within.end - start]
+
+    def bind(self, params: Mapping[str, nn.Parameter]) -> None:
+        super().bind(params)
+        self.release()
+
+    def gather(self, group: Group, tag: str) -> Callable[[], None]:
+        """Begin to make the parameters whole; returns what waits for them. Collective."""
+        full, wait = self._publish(group, tag)
+        self.full = full
+
+        def arrive() -> None:
+            wait()
+            self._point(full)
+
+        return arrive
+
+    def serve(self, group: Group, tag: str) -> Callable[[], None]:
+        """Take part in a gather whose result isn't wanted here; returns what waits for its end. Collective."""
+        full, wait = self._publish(group, tag)
+
+        def end() -> None:
+            wait()
+            self._pool.give_back(full)
+
+        return end
+
+    def _publish(self, group: Group, tag: str) -> tuple[Tensor, Callable[[], None]]:
+        full = self._pool.take(self.layout.padded_numel, self.dtype)
+        start = self._rank * self.layout.shard_numel
+        full[start : start + self.layout.shard_numel].copy_(self.shard)
+        return full, group.publish(full, tag)
+
+    def release(self) -> None:
+        """The whole parameters aren't needed any more."""
+        for name, param in self._params.items():
+            param.data = self._absent.expand(self._shapes[name])
+        if self.full is not None:
+            self._pool.give_back(self.full)
+            self.full = None
+
+    def view_of(self, tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int] | None:
+        """Shape, strides and offset of `tensor`, if it's a view of the whole parameters; None if it isn't."""
+        if self.full is None or tensor.untyped_storage().data_ptr() != self.full.untyped_storage().data_ptr():
+            return None
+        return tensor.shape, tensor.stride(), int(tensor.storage_offset())

@@ -1,0 +1,163 @@
+"""Models whose forwards don't use each block once, in the order in which they were built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import manyhands as mh
+from support.models import GPT, VOCABULARY, WIDTH, Block, gpt_recipe, next_token_loss
+
+UNITS = ("blocks.0", "blocks.1", "blocks.2", "blocks.3")
+
+
+class Odd(GPT):
+    """Four blocks; a subclass says in which order a micro-batch goes through them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def order(self, tokens: Tensor) -> list[int]:
+        return [0, 1, 2, 3]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        for index in self.order(tokens):
+            x = self.blocks[index](x)
+        return self.head(self.norm(x)).float()
+
+
+class Twice(Odd):
+    """Goes through all blocks two times."""
+
+    def order(self, tokens: Tensor) -> list[int]:
+        return [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+class Shared(Odd):
+    """One block, six times in a row; the others never."""
+
+    def order(self, tokens: Tensor) -> list[int]:
+        return [1] * 6
+
+
+class Backwards(Odd):
+    """The other way round."""
+
+    def order(self, tokens: Tensor) -> list[int]:
+        return [3, 2, 1, 0]
+
+
+class Skips(Odd):
+    """Leaves out what the data say."""
+
+    def order(self, tokens: Tensor) -> list[int]:
+        return [index for index in range(4) if (int(tokens[0, 1]) + index) % 3]
+
+
+class Chooses(Odd):
+    """Another order for each micro-batch, some blocks more than once."""
+
+    def order(self, tokens: Tensor) -> list[int]:
+        return [int(token) % 4 for token in tokens[0, :7]]
+
+
+class Stops(Odd):
+    """Leaves early."""
+
+    def order(self, tokens: Tensor) -> list[int]:
+        return list(range(1 + int(tokens[0, 1]) % 4))
+
+
+class Inner(Odd):
+    """Calls what is inside of blocks, never the blocks themselves."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        for block in self.blocks:
+            x = x + block.down(F.gelu(block.up(block.norm_1(x))))
+        return self.head(self.norm(x)).float()
+
+
+class Across(Odd):
+    """A later block uses an earlier one's parameter, and the head uses another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[2].up.weight = self.blocks[0].up.weight
+        self.head = nn.Linear(4 * WIDTH, VOCABULARY, bias=False)
+        self.wide = nn.Linear(WIDTH, 4 * WIDTH)
+        self.wide.weight = self.blocks[1].up.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.wide(self.norm(x))).float()
+
+
+class FrozenBase(Odd):
+    """Only every other block is trained, and a frozen one is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index in (0, 2):
+            self.blocks[index].requires_grad_(False)
+        self.tokens.requires_grad_(False)
+
+    def order(self, tokens: Tensor) -> list[int]:
+        return [0, 1, 2, 3, 0]
+
+
+class ReturnsParameter(Odd):
+    """A block that hands its parameter out."""
+
+    class Giver(Block):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), self.norm_1.weight
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1] = self.Giver()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.blocks[0](self.tokens(tokens))
+        x, scale = self.blocks[1](x)
+        x = self.blocks[3](self.blocks[2](x)) * scale
+        return self.head(self.norm(x)).float()
+
+
+class UsesFromOutside(Odd):
+    """The model itself takes a block's parameter."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * self.blocks[0].norm_1.weight.sum()
+
+
+class ChangesInPlace(Odd):
+    """Changes a tensor that backward needs."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        y = x.exp()
+        y += 1
+        return self.head(self.norm(self.blocks[0](y))).float()
+
+
+def penalised_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """With a penalty on all parameters, outside of any module's forward."""
+    loss, weight = next_token_loss(model, tokens)
+    return loss / weight + sum(param.float().square().sum() for param in model.parameters())
+
+
+def recipe_of(model: Callable[[], nn.Module], precision: str = "fp32") -> mh.Recipe:
+    """The GPT's recipe with another model."""
+    return gpt_recipe(precision, model=model)
+
+
+ODD: dict[str, Callable[[], nn.Module]] = {
+    kind.__name__: kind for kind in (Odd, Twice, Shared, Backwards, Skips, Chooses, Stops, Inner, Across, FrozenBase)
+}

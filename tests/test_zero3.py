@@ -1,0 +1,159 @@
+"""Sharded parameters: gathered for any order in which a model uses its units, and refused where that can't be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import manyhands as mh
+from manyhands.engine.params import ShardedParams
+from manyhands.errors import ConfigError, NumericsError
+from manyhands.launching.launcher import run_workers
+from oracle import oracle_run
+from support.models import gpt_recipe
+from support.odd_models import (
+    ODD,
+    UNITS,
+    ChangesInPlace,
+    Odd,
+    ReturnsParameter,
+    Twice,
+    UsesFromOutside,
+    penalised_loss,
+    recipe_of,
+)
+from support.training import train_with_engine
+from support.zero3_worker import STEPS, jobs
+
+WORKER = Path(__file__).parent / "support" / "zero3_worker.py"
+
+
+def alone(**options: Any) -> mh.Strategy:
+    """One worker with a process group: everything is gathered, from itself."""
+    return mh.Strategy(stage="zero3", group="process", units=UNITS, **options)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def digests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Of each worker, by model and way."""
+    folder = tmp_path_factory.mktemp("zero3")
+    paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    run_workers(
+        [sys.executable, str(WORKER), str(folder)],
+        workers=request.param,
+        environment={"PYTHONPATH": os.pathsep.join(paths)},
+        log_dir=folder,
+    )
+    return [json.loads((folder / f"worker-{rank}.json").read_text()) for rank in range(request.param)]
+
+
+def test_whatever_a_model_chooses_it_has_the_oracles_bits(digests: list[dict[str, str]]) -> None:
+    oracle = cache(lambda name, precision: oracle_run(recipe_of(ODD[name], precision), STEPS).digests[-1])
+    expected = {f"{name}, {way}": oracle(name, precision) for name, way, precision in jobs(len(digests))}
+    for rank, found in enumerate(digests):
+        assert found == expected, f"worker {rank}"
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_no_more_units_are_whole_than_are_needed(ahead: int) -> None:
+    with mh.Engine(recipe_of(Odd), alone(prefetch=ahead)) as engine:
+        pool = next(unit.params for unit in engine.units if isinstance(unit.params, ShardedParams))._pool
+        always = sum(unit.layout.padded_numel for unit in engine.units if not unit.modules)
+        block = engine.units[-2].layout.padded_numel
+        assert len([unit for unit in engine.units if unit.modules]) == 4
+        for batch in engine.batches(2):
+            engine.step(batch)
+        assert pool.num_bytes <= 4 * (always + block * (1 + ahead) + block)  # the one that is left goes after the next
+
+
+def test_the_second_step_knows_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    with mh.Engine(recipe_of(Twice), alone()) as engine:
+        tags: list[str] = []
+        group = engine._gathers._group
+        gather = group.gather
+        monkeypatch.setattr(group, "gather", lambda small, tag: (tags.append(tag), gather(small, tag))[1])
+        for batch in engine.batches(3):
+            engine.step(batch)
+        asked = [sum(tag.startswith(f"step {step},") and "ask" in tag for tag in tags) for step in range(3)]
+        assert asked[0] > asked[1] == asked[2] == len(engine.my_micro_batches)
+
+
+def test_between_steps_parameters_take_no_memory_and_the_whole_model_can_be_had() -> None:
+    recipe = gpt_recipe(model=Odd)
+    with mh.Engine(recipe, alone()) as engine:
+        state = engine.full_state_dict()
+        assert all(bool(param.isnan().all()) for param in engine.model.parameters())
+        assert all(set(param.stride()) == {0} for param in engine.model.parameters())
+        with pytest.raises(ConfigError, match="whole only during a step"):
+            engine.model(torch.zeros(1, 4, dtype=torch.int64))
+        with engine.whole_model() as model:
+            found = model.eval()(torch.zeros(1, 4, dtype=torch.int64))
+    plain = recipe.model()
+    plain.load_state_dict(state)
+    assert torch.equal(found, plain.eval()(torch.zeros(1, 4, dtype=torch.int64)))
+
+
+def test_a_module_that_returns_its_parameter_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unit 'blocks\.1' returns its own parameter"):
+        train_with_engine(recipe_of(ReturnsParameter), alone(), steps=1)
+
+
+@pytest.mark.parametrize("recipe", [recipe_of(UsesFromOutside), gpt_recipe(model=Odd, loss=penalised_loss)])
+def test_a_parameter_used_outside_of_its_unit_is_refused(recipe: mh.Recipe) -> None:
+    with pytest.raises(NumericsError, match="loss of micro-batch 0 is nan") as caught:
+        train_with_engine(recipe, alone(), steps=1)
+    assert "outside" in str(caught.value.hint)
+
+
+def test_a_tensor_changed_in_place_is_noticed() -> None:
+    with pytest.raises(ConfigError, match="was changed in place"):
+        train_with_engine(recipe_of(ChangesInPlace), alone(), steps=1)
+
+
+def test_activation_checkpointing_wants_modules_that_are_there() -> None:
+    with pytest.raises(ConfigError, match="matches no module") as caught:
+        train_with_engine(recipe_of(Odd), alone(activation_checkpointing=("block.*",)), steps=1)
+    assert "blocks" in str(caught.value.hint)
+
+
+class DrawsEverywhere(nn.Module):
+    """Draws from every generator, and counts in a buffer that it computes with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        import random
+
+        import numpy as np
+
+        self.calls += 1
+        x = self.linear(x) * (1 + self.calls.to(x.dtype)) * random.random() * float(np.random.rand())
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+def test_computing_twice_draws_and_counts_once() -> None:
+    def model() -> nn.Module:
+        made = Odd()
+        made.blocks[1] = DrawsEverywhere()
+        return made
+
+    recipe = recipe_of(model)
+    expected = oracle_run(recipe, STEPS)
+    for strategy in (
+        mh.Strategy(activation_checkpointing=("blocks.*",)),
+        alone(activation_checkpointing=("blocks.*",)),
+    ):
+        found = train_with_engine(recipe, strategy, steps=STEPS)
+        assert found.digest == expected.digests[-1]
+        assert torch.equal(found.buffers["blocks.1.calls"], expected.buffers["blocks.1.calls"])
