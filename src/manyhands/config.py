@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16")
 DEVICES = ("cpu", "cuda")
 STAGES = ("ddp", "zero1", "zero2", "zero3")
+HOMES = ("device", "host", "disk")
 GROUPS = ("auto", "shared-memory", "process")
 
 
@@ -167,6 +168,9 @@ class Strategy:
     """With what a recipe is computed. It never changes a bit of the result.
 
     stage: who holds which part of the state: "ddp", "zero1", "zero2" or "zero3".
+    home: where the optimizer's state and the master weights live, and at zero3 the parameters: "device", "host" (the
+        host's memory, for a GPU), or "disk": files in `scratch`, read ahead and written behind.
+    scratch: a folder on a disk for that; "": in the run directory, or the system's for temporary files.
     group: how bytes travel: "shared-memory" (workers on one host), "process" (torch.distributed: Gloo or NCCL), or
         "auto": shared memory when all workers are on one host's CPUs.
     overlap: exchange a unit's gradients while backward goes on; False: after backward.
@@ -181,6 +185,8 @@ class Strategy:
     """
 
     stage: str = "zero2"
+    home: str = "device"
+    scratch: str = ""
     group: str = "auto"
     overlap: bool = True
     units: tuple[str, ...] = ()
@@ -191,6 +197,7 @@ class Strategy:
 
     def __post_init__(self) -> None:
         _choice("strategy.stage", self.stage, STAGES)
+        _choice("strategy.home", self.home, HOMES)
         _choice("strategy.group", self.group, GROUPS)
         _at_least("strategy.loader_workers", self.loader_workers, 0)
         _at_least("strategy.prefetch", self.prefetch, 0)

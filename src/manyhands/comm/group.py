@@ -21,6 +21,7 @@ from torch import Tensor
 
 from manyhands.comm.record import Recorder
 from manyhands.errors import InvariantError
+from manyhands.offload.home import Home
 
 
 class Contribution:
@@ -73,8 +74,9 @@ class Group(ABC):
         self.recorder = Recorder()
 
     @abstractmethod
-    def empty_replicated(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A zeroed buffer [numel] that all workers hold alike. Collective where memory is shared."""
+    def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
+        """A zeroed buffer [numel] that all workers hold alike; at `home`, if one is given. Collective where memory is
+        shared."""
 
     @abstractmethod
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:

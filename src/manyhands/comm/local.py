@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manyhands.comm.group import Contribution, Exchange, Group
 from manyhands.failure import record_failure
+from manyhands.offload.home import Home
 
 
 class _OwnPiece(Exchange):
@@ -43,8 +44,8 @@ class LocalGroup(Group):
     def __init__(self, device: torch.device) -> None:
         super().__init__(0, 1, device)
 
-    def empty_replicated(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(numel, dtype=dtype, device=self.device)
+    def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
+        return (home or Home(self.device)).empty(numel, dtype)
 
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
         return Contribution(torch.zeros(numel, dtype=dtype, device=self.device))

@@ -10,17 +10,21 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from manyhands.offload.home import map_file, open_unnamed
+
 
 class Arena(Protocol):
     """Where shared buffers come from."""
 
-    def create(self, num_bytes: int) -> tuple[Tensor, str]:
-        """A zeroed uint8 buffer and the address under which others find it."""
+    def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
+        """A zeroed uint8 buffer and the address under which others find it. scratch: a folder for a file to hold it, if
+        memory shall not. Raises ConfigError."""
 
     def open(self, address: str) -> Tensor:
         """The buffer that another worker created."""
@@ -40,9 +44,12 @@ class ProcessArena:
         self._created: list[int] = []
         self._maps: dict[int, mmap.mmap] = {}  # mine, by address in memory
 
-    def create(self, num_bytes: int) -> tuple[Tensor, str]:
-        fd = os.memfd_create("manyhands", os.MFD_CLOEXEC)
-        os.ftruncate(fd, num_bytes)
+    def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
+        if scratch is not None:
+            fd = open_unnamed(scratch, num_bytes)
+        else:
+            fd = os.memfd_create("manyhands", os.MFD_CLOEXEC)
+            os.ftruncate(fd, num_bytes)
         self._created.append(fd)
         memory = mmap.mmap(fd, num_bytes)
         buffer = torch.frombuffer(memory, dtype=torch.uint8)
@@ -78,10 +85,12 @@ class ThreadArena:
         self._lock = threading.Lock()
         self._buffers: dict[str, Tensor] = {}
 
-    def create(self, num_bytes: int) -> tuple[Tensor, str]:
+    def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
         with self._lock:
             address = str(len(self._buffers))
-            self._buffers[address] = torch.zeros(num_bytes, dtype=torch.uint8)
+            self._buffers[address] = (
+                torch.zeros(num_bytes, dtype=torch.uint8) if scratch is None else map_file(scratch, num_bytes)
+            )
             return self._buffers[address], address
 
     def open(self, address: str) -> Tensor:

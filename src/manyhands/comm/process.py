@@ -19,6 +19,7 @@ from manyhands.comm.group import Contribution, Exchange
 from manyhands.comm.members_group import MembersGroup
 from manyhands.comm.membership import Membership
 from manyhands.errors import ConfigError, InvariantError, WorkerError
+from manyhands.offload.home import Home
 
 
 class _ProcessExchange(Exchange):
@@ -79,8 +80,8 @@ class ProcessGroup(MembersGroup):
         other.recorder = self.recorder
         return other
 
-    def empty_replicated(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(numel, dtype=dtype, device=self.device)
+    def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
+        return (home or Home(self.device)).empty(numel, dtype)
 
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
         return Contribution(torch.zeros(numel, dtype=dtype, device=self.device))

@@ -18,6 +18,7 @@ from manyhands.comm.group import Contribution, Exchange
 from manyhands.comm.members_group import MembersGroup
 from manyhands.comm.membership import Membership
 from manyhands.comm.memory import Arena
+from manyhands.offload.home import Home
 
 MAILBOX_BYTES = 1 << 20
 
@@ -74,12 +75,15 @@ class SharedMemoryGroup(MembersGroup):
         self._arena.seal()
         return buffers
 
-    def empty_replicated(self, numel: int, dtype: torch.dtype) -> Tensor:
-        mine, address = self._arena.create(numel * dtype.itemsize) if self.rank == 0 else (None, "")
+    def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
+        scratch = None if home is None else home.scratch
+        mine, address = self._arena.create(numel * dtype.itemsize, scratch) if self.rank == 0 else (None, "")
         first = self.membership.meet(address)[0]
         buffer = self._arena.open(first) if mine is None else mine
         self.membership.meet("opened")
         self._arena.seal()
+        if home is not None:
+            home.adopt(buffer)
         return buffer.view(dtype)
 
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from manyhands.comm.group import Group
+from manyhands.comm.local import LocalGroup
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.arithmetic import fix_arithmetic, to_device
 from manyhands.engine.buffers import Buffers
@@ -33,6 +36,7 @@ from manyhands.errors import ConfigError, InvariantError, NumericsError
 from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.identity import numerics_identity
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
+from manyhands.offload.home import home_of
 from manyhands.optim.sliced import SlicedOptimizer
 from manyhands.sharding.stage import stage_named
 
@@ -63,7 +67,8 @@ class StepEngine:
             recipe.optimizer, optimizer_params, declared_elementwise=recipe.elementwise_optimizer
         )
         self._frozen = frozen_facts(self.model)
-        storage = lay_out(self.model, recipe, group, stage, strategy.units)
+        self.home = home_of(strategy.home, group.device, Path(strategy.scratch or tempfile.gettempdir()))
+        storage = lay_out(self.model, recipe, group, stage, strategy.units, self.home)
         give_back_memory()
         self.layout, self.units = storage.layout, storage.units
         self._params = dict(storage.named_params)
@@ -75,10 +80,13 @@ class StepEngine:
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
         self._reducer = Reducer(group, self.units, recipe.batch, stage)
         self.updater = Updater(group, self.units, self.layout, stage, self.optimizer)
-        self._gathers = Gathers(group, storage.sharded_units, strategy.prefetch)
+        gathered = storage.gathered_units
+        # Where memory is shared, or nobody else is there, a gather is a copy, and needs nobody.
+        gathering = group.sibling() if gathered and not group.pieces_are_views else LocalGroup(group.device)
+        self._gathers = Gathers(gathering, gathered, strategy.prefetch)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
         self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._gathers.using)
-        self._module_hooks = self._gather_around_forwards(storage.sharded_units)
+        self._module_hooks = self._gather_around_forwards(gathered)
         self._clock = PhaseClock(group.recorder)
         self.step_index = 0
         self._weighted = False  # whether the loss function gives weights
@@ -309,6 +317,7 @@ class StepEngine:
         for hook in (*self._hooks, *self._module_hooks):
             hook.remove()
         self._undo()
+        self.home.close()
         self.group.close()
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from manyhands.comm.group import Group
 from manyhands.engine.control import gather_json
 from manyhands.engine.lifecycle import State
-from manyhands.engine.params import ShardedParams
+from manyhands.engine.params import GatheredParams
 from manyhands.engine.unit import ParamUnit
 from manyhands.errors import ConfigError, InvariantError
 
@@ -49,13 +49,13 @@ class _Saved(NamedTuple):
 class Gathers:
     """See the module. For each round: `begin`; `need`, `enter` and `leave` while the model computes; then `end`.
 
-    units: those whose parameters are sharded; without any nothing is done. ahead: how many are gathered before they are
-    needed. Making one is collective.
+    group: for gathers alone. units: those whose parameters are gathered; without any nothing is done. ahead: how many
+    are gathered before they are needed.
     """
 
     def __init__(self, group: Group, units: Sequence[ParamUnit], ahead: int) -> None:
         self._units, self._ahead = list(units), ahead
-        self._group = group.sibling() if units else group
+        self._group = group
         self._always = [unit for unit in self._units if not unit.modules]
         self._order = [unit for unit in self._units if unit.modules]  # as forward is expected to need them
         self._in_round = self._backward = False
@@ -147,7 +147,7 @@ class Gathers:
         self._inside[unit.name] = self._inside.get(unit.name, 1) - 1
         if self._inside[unit.name] == 0 and self._in_round and not self._backward:
             for tensor in results:
-                if self._sharded(unit).view_of(tensor) is not None:
+                if self._gathered_params(unit).view_of(tensor) is not None:
                     raise ConfigError(
                         f"a module of unit {unit.name!r} returns its own parameter, which is gone when it's used",
                         where=self._tag,
@@ -194,11 +194,13 @@ class Gathers:
         self._left.append(unit)
         while len(self._coming) < self._ahead and self._next < len(self._plan):
             self._issue()
+        if self._next < len(self._plan):
+            self._gathered_params(self._plan[self._next]).soon()
 
     def pack(self, tensor: Tensor) -> _Saved:
         """What autograd shall keep of a tensor that backward will need."""
         unit = self._at.get(tensor.untyped_storage().data_ptr())
-        view = None if unit is None else self._sharded(unit).view_of(tensor)
+        view = None if unit is None else self._gathered_params(unit).view_of(tensor)
         values = tensor.detach()  # not the tensor itself, which may hold what keeps it
         return _Saved(unit, view, values, values._version)
 
@@ -213,7 +215,7 @@ class Gathers:
         if saved.unit is None or saved.view is None:
             return saved.values
         self.need(saved.unit)
-        full = self._sharded(saved.unit).full
+        full = self._gathered_params(saved.unit).full
         if full is None:
             raise InvariantError(f"unit {saved.unit.name!r} is not whole", where=self._tag)
         return full.as_strided(*saved.view)
@@ -247,7 +249,7 @@ class Gathers:
 
     def _arrive(self, unit: ParamUnit) -> None:
         unit.gathered()
-        full = self._sharded(unit).full
+        full = self._gathered_params(unit).full
         if full is not None:
             self._at[full.untyped_storage().data_ptr()] = unit
 
@@ -304,7 +306,7 @@ class Gathers:
             self._serving.popleft()()
 
     @staticmethod
-    def _sharded(unit: ParamUnit) -> ShardedParams:
-        if not isinstance(unit.params, ShardedParams):
+    def _gathered_params(unit: ParamUnit) -> GatheredParams:
+        if not isinstance(unit.params, GatheredParams):
             raise InvariantError(f"unit {unit.name!r} is always whole")
         return unit.params

@@ -1,4 +1,4 @@
-"""Where a unit's parameters are: whole all the time, or a shard on each worker, and whole only while gathered."""
+"""Where a unit's parameters are: whole all the time, or elsewhere and whole only while they are gathered."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manyhands.comm.group import Group
 from manyhands.layout import Range, UnitLayout
+from manyhands.offload.home import Home
 
 
 class Params(ABC):
@@ -55,7 +56,7 @@ class BufferPool:
     """Flat buffers for whole units, used again and again (a fresh one costs page faults)."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self.num_bytes = 0  # of all that were ever made
 
@@ -64,7 +65,7 @@ class BufferPool:
         free = self._free.setdefault((numel, dtype), [])
         if not free:
             self.num_bytes += numel * dtype.itemsize
-            free.append(torch.empty(numel, dtype=dtype, device=self._device))
+            free.append(torch.empty(numel, dtype=dtype, device=self.device))
         return free.pop()
 
     def give_back(self, buffer: Tensor) -> None:
@@ -72,30 +73,31 @@ class BufferPool:
         self._free[buffer.numel(), buffer.dtype].append(buffer)
 
 
-class ShardedParams(Params):
-    """Each worker keeps its shard, `shard` [shard_numel].
+class GatheredParams(Params):
+    """Whole only while they are gathered.
 
     While a unit isn't whole its parameters have their shapes, take no memory, and read as NaN: who uses one then gets a
     loss that is refused, and never a wrong result.
     """
 
-    def __init__(self, layout: UnitLayout, rank: int, shard: Tensor, pool: BufferPool) -> None:
-        super().__init__(layout, shard.dtype)
-        self.shard, self._rank, self._pool = shard, rank, pool
+    def __init__(self, layout: UnitLayout, kept: Tensor, home: Home, pool: BufferPool) -> None:
+        super().__init__(layout, kept.dtype)
+        self._kept, self._home, self._pool = kept, home, pool
         self.full: Tensor | None = None
-        self._absent = torch.full((), float("nan"), dtype=shard.dtype, device=shard.device)
-
-    def kept(self, within: Range) -> Tensor:
-        start = self._rank * self.layout.shard_numel
-        return self.shard[within.start - start : within.end - start]
+        self._absent = torch.full((), float("nan"), dtype=kept.dtype, device=pool.device)
 
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
         super().bind(params)
         self.release()
 
+    def soon(self) -> None:
+        """A gather will begin soon."""
+        self._home.soon(self._kept)
+
     def gather(self, group: Group, tag: str) -> Callable[[], None]:
         """Begin to make the parameters whole; returns what waits for them. Collective."""
-        full, wait = self._publish(group, tag)
+        full = self._pool.take(self.layout.padded_numel, self.dtype)
+        wait = self._fetch(full, group, tag)
         self.full = full
 
         def arrive() -> None:
@@ -106,7 +108,8 @@ class ShardedParams(Params):
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
         """Take part in a gather whose result isn't wanted here; returns what waits for its end. Collective."""
-        full, wait = self._publish(group, tag)
+        full = self._pool.take(self.layout.padded_numel, self.dtype)
+        wait = self._fetch(full, group, tag)
 
         def end() -> None:
             wait()
@@ -114,11 +117,9 @@ class ShardedParams(Params):
 
         return end
 
-    def _publish(self, group: Group, tag: str) -> tuple[Tensor, Callable[[], None]]:
-        full = self._pool.take(self.layout.padded_numel, self.dtype)
-        start = self._rank * self.layout.shard_numel
-        full[start : start + self.layout.shard_numel].copy_(self.shard)
-        return full, group.publish(full, tag)
+    @abstractmethod
+    def _fetch(self, full: Tensor, group: Group, tag: str) -> Callable[[], None]:
+        """Begin to fill `full`; returns what waits for that."""
 
     def release(self) -> None:
         """The whole parameters aren't needed any more."""
@@ -133,3 +134,47 @@ class ShardedParams(Params):
         if self.full is None or tensor.untyped_storage().data_ptr() != self.full.untyped_storage().data_ptr():
             return None
         return tensor.shape, tensor.stride(), int(tensor.storage_offset())
+
+
+class ShardedParams(GatheredParams):
+    """Each worker keeps its shard, [shard_numel]."""
+
+    def __init__(self, layout: UnitLayout, rank: int, shard: Tensor, home: Home, pool: BufferPool) -> None:
+        super().__init__(layout, shard, home, pool)
+        self._start = rank * layout.shard_numel
+
+    def kept(self, within: Range) -> Tensor:
+        return self._kept[within.start - self._start : within.end - self._start]
+
+    def _fetch(self, full: Tensor, group: Group, tag: str) -> Callable[[], None]:
+        full[self._start : self._start + self.layout.shard_numel].copy_(self._kept, non_blocking=True)
+        self._home.done(self._kept)
+        return group.publish(full, tag)
+
+
+class HomeParams(GatheredParams):
+    """All of them are at a home that this worker reaches alone, [padded_numel]: one copy for all that share memory."""
+
+    def __init__(self, layout: UnitLayout, kept: Tensor, home: Home, pool: BufferPool) -> None:
+        super().__init__(layout, kept, home, pool)
+        on_gpu = pool.device.type == "cuda"
+        self._stream = torch.cuda.Stream(pool.device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    @property
+    def everything(self) -> Tensor:
+        """What the workers that share memory write their shards into."""
+        return self._kept
+
+    def kept(self, within: Range) -> Tensor:
+        return self._kept[within.start : within.end]
+
+    def _fetch(self, full: Tensor, group: Group, tag: str) -> Callable[[], None]:
+        stream = self._stream
+        if stream is None:
+            full.copy_(self._kept)
+            self._home.done(self._kept)
+            return lambda: None
+        stream.wait_stream(torch.cuda.current_stream(full.device))  # who used the buffer before may still compute
+        with torch.cuda.stream(stream):
+            full.copy_(self._kept, non_blocking=True)
+        return lambda: torch.cuda.current_stream(full.device).wait_stream(stream)

@@ -22,6 +22,7 @@ from manyhands.engine.lifecycle import Event
 from manyhands.engine.sums import RUN, Adder, LocalSums, Scratch, ShardSum
 from manyhands.engine.unit import Unit
 from manyhands.numerics.order import Subtree, maximal_subtrees, micro_batch_of_round, num_rounds, run_of_virtual_workers
+from manyhands.offload.home import Home
 from manyhands.sharding.stage import SHARDED, Stage
 
 IN_FLIGHT = 2
@@ -54,9 +55,10 @@ class Reducer:
 
     For each round: `begin`, then the gradients as they come (`arrived`), then `end`. After the last one `close_rounds`;
     then each unit's sum (`sums`) is complete once `await_pieces` returned. `release` lets the next step begin.
+    home: of the sums in flight.
     """
 
-    def __init__(self, group: Group, units: Sequence[Unit], batch: Batch, stage: Stage) -> None:
+    def __init__(self, group: Group, units: Sequence[Unit], batch: Batch, stage: Stage, home: Home) -> None:
         self._group, self._batch = group, batch
         self._order = list(reversed(units))
         self._views = group.pieces_are_views and stage.param is not SHARDED  # and the gradients stay where they are
@@ -64,19 +66,20 @@ class Reducer:
         self._every_step = stage.grad is not SHARDED and not self._views and group.size <= batch.virtual_workers
         self.rounds = plan_rounds(batch, group.rank, group.size, self._every_step)
         self._last = len(self.rounds) - 1
-        adder, run = Adder(group.device), Scratch(RUN, group.device)
+        memory = Home(group.device)
+        adder, run = Adder(group.device), Scratch(RUN, memory)
         self.sums: dict[str, ShardSum] = {}
         self._local: dict[str, LocalSums] = {}
         self._unit_of: dict[str, Unit] = {}
         self._scratches = [run]
         for unit in units:
-            whole = Scratch(unit.layout.shard_numel, group.device)
+            whole = Scratch(unit.layout.shard_numel, home)
             self._scratches.append(whole)
             self.sums[unit.name] = ShardSum(batch.accumulate, adder, whole, run)
             self._unit_of.update({slot.name: unit for slot in unit.layout.slots})
             if self._every_step:
                 mine = run_of_virtual_workers(group.rank, group.size, batch.virtual_workers)
-                scratch = Scratch(unit.layout.padded_numel, group.device)
+                scratch = Scratch(unit.layout.padded_numel, memory)
                 self._scratches.append(scratch)
                 self._local[unit.name] = LocalSums(
                     maximal_subtrees(mine.start, mine.stop), batch.accumulate, adder, scratch
@@ -158,6 +161,7 @@ class Reducer:
     def _drain(self, unit: Unit, exchange: Exchange) -> None:
         for piece in exchange.pieces():
             self.sums[unit.name].add(piece)
+        self.sums[unit.name].rest()
         exchange.release()
         unit.sent()
 

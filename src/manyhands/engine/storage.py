@@ -13,19 +13,20 @@ from manyhands.comm.group import Group
 from manyhands.config import Recipe
 from manyhands.engine.control import agree
 from manyhands.engine.gradients import Gradients, KeptGradients, PassingGradients, Ring, RingGradients
-from manyhands.engine.params import BufferPool, Params, ShardedParams, WholeParams
+from manyhands.engine.params import BufferPool, GatheredParams, HomeParams, Params, ShardedParams, WholeParams
 from manyhands.engine.partition import UnitPlan, plan_units, storage_dtype
 from manyhands.engine.unit import ParamUnit, Unit
-from manyhands.errors import ConfigError, InvariantError
+from manyhands.errors import ConfigError
 from manyhands.layout import Layout, Range, UnitLayout, build_layout
 from manyhands.numerics.digest import digest_of_tensors
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
+from manyhands.offload.home import Home
 from manyhands.sharding.stage import REPLICATED, SHARDED, Stage
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The laid out model. units: of trainable parameters; frozen: of the others, where those are sharded, too.
+    """The laid out model. units: of trainable parameters; frozen: of the others, where those are gathered, too.
     named_params: the trainable ones, in construction order."""
 
     layout: Layout
@@ -34,9 +35,9 @@ class Storage:
     named_params: tuple[tuple[str, nn.Parameter], ...]
 
     @property
-    def sharded_units(self) -> list[ParamUnit]:
+    def gathered_units(self) -> list[ParamUnit]:
         """Those that are whole only now and then."""
-        return [unit for unit in (*self.units, *self.frozen) if isinstance(unit.params, ShardedParams)]
+        return [unit for unit in (*self.units, *self.frozen) if isinstance(unit.params, GatheredParams)]
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -76,38 +77,44 @@ def agree_on_model(model: nn.Module, group: Group) -> None:
     )
 
 
-def lay_out(model: nn.Module, recipe: Recipe, group: Group, stage: Stage, named_units: Sequence[str]) -> Storage:
+def lay_out(
+    model: nn.Module, recipe: Recipe, group: Group, stage: Stage, named_units: Sequence[str], home: Home
+) -> Storage:
     """Move the model's parameters into flat buffers. Collective.
 
-    Frozen parameters are only cast, unless the stage shards parameters and every worker has memory of its own.
+    home: of master weights and, if the stage shards them, of parameters. Frozen parameters are only cast, unless they
+    are gathered, too.
     """
     _cast_frozen(model, recipe.precision, group.device)
     plans = plan_units(model, recipe.precision, named_units)
-    filler = _Filler(dict(model.named_parameters()), group, stage)
+    filler = _Filler(dict(model.named_parameters()), group, stage, home)
     layout = filler.layout_of([plan for plan in plans if plan.trainable])
     trainable = list(zip((plan for plan in plans if plan.trainable), layout.units, strict=True))
     units: dict[str, Unit] = {}
     for dtype in dict.fromkeys(plan.dtype for plan, _ in trainable):
         units |= filler.units([pair for pair in trainable if pair[0].dtype == dtype])
     frozen: list[ParamUnit] = []
-    if filler.pool is not None:
+    if filler.gathers:
         still = [plan for plan in plans if not plan.trainable]
         for plan, unit_layout in zip(still, filler.layout_of(still).units, strict=True):
-            frozen.append(ParamUnit(unit_layout, filler.sharded(unit_layout, plan.dtype), plan.modules))
-            frozen[-1].bind(filler.params)
+            frozen.append(ParamUnit(unit_layout, filler.store(unit_layout, plan.dtype), plan.modules))
+        group.barrier("start / frozen filled / control")
+        for unit in frozen:
+            unit.bind(filler.params)
     named = tuple((name, param) for name, param in filler.params.items() if param.requires_grad)
     return Storage(layout, tuple(units[unit.name] for unit in layout.units), tuple(frozen), named)
 
 
 class _Filler:
-    """Moves the model's parameters, `params` by name, into units. pool: where sharded units become whole; None: they
-    all are whole for good."""
+    """Moves the model's parameters, `params` by name, into units. gathers: whether units become whole now and
+    then only; else they are so for good."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], group: Group, stage: Stage) -> None:
-        self.params, self._group, self._stage = params, group, stage
+    def __init__(self, params: Mapping[str, nn.Parameter], group: Group, stage: Stage, home: Home) -> None:
+        self.params, self._group, self._stage, self._home = params, group, stage, home
         # Workers that share memory have one copy of the parameters together: there's nothing to shard.
-        shards = stage.param is SHARDED and not group.pieces_are_views
-        self.pool = BufferPool(group.device) if shards else None
+        elsewhere = home.is_apart or home.device != group.device
+        self.gathers = stage.param is SHARDED and (elsewhere or not group.pieces_are_views)
+        self._pool = BufferPool(group.device)
 
     def layout_of(self, plans: Sequence[UnitPlan]) -> Layout:
         """Of those parameters, in construction order."""
@@ -119,15 +126,12 @@ class _Filler:
         """The trainable units of one dtype, by name. Collective."""
         group, dtype = self._group, plans[0][0].dtype
         starts = [0, *accumulate(layout.padded_numel for _, layout in plans)]
-        flat = group.empty_replicated(starts[-1], dtype) if self.pool is None else None
+        whole = group.empty_replicated(starts[-1], dtype) if not self.gathers else None
         gradients = self._gradients([layout for _, layout in plans], starts, dtype)
         units = {}
         for (plan, layout), start, place in zip(plans, starts, gradients, strict=False):
-            store = (
-                self.sharded(layout, dtype)
-                if flat is None
-                else self._whole(layout, flat[start : start + layout.padded_numel])
-            )
+            full = None if whole is None else whole[start : start + layout.padded_numel]
+            store = self.store(layout, dtype, full)
             held = layout.shard(group.rank) if self._stage.optim is SHARDED else layout.whole
             units[plan.name] = Unit(layout, group.rank, store, held, self._master(store, held), place, plan.modules)
         group.barrier(f"start / {dtype} filled / control")
@@ -135,24 +139,32 @@ class _Filler:
             unit.bind(self.params)
         return units
 
-    def sharded(self, layout: UnitLayout, dtype: torch.dtype) -> ShardedParams:
-        """My shard of a unit's parameters."""
-        if self.pool is None:
-            raise InvariantError("this stage keeps parameters whole")
-        shard = torch.zeros(layout.shard_numel, dtype=dtype, device=self._group.device)
-        self._copy(layout, layout.shard(self._group.rank), shard)
-        return ShardedParams(layout, self._group.rank, shard, self.pool)
-
-    def _whole(self, layout: UnitLayout, full: Tensor) -> WholeParams:
-        writes = layout.shard(self._group.rank) if self._group.shares_memory else layout.whole
-        self._copy(layout, writes, full[writes.start : writes.end])
-        return WholeParams(layout, full)
+    def store(self, layout: UnitLayout, dtype: torch.dtype, full: Tensor | None = None) -> Params:
+        """A unit's parameters: in `full`, or at home. Collective where memory is shared."""
+        group = self._group
+        shard = layout.shard(group.rank)
+        writes = shard if group.shares_memory else layout.whole
+        store: Params
+        if full is not None:
+            store = WholeParams(layout, full)
+        elif group.pieces_are_views:
+            everything = group.empty_replicated(layout.padded_numel, dtype, self._home)
+            store = HomeParams(layout, everything, self._home, self._pool)
+        else:
+            store = ShardedParams(
+                layout, group.rank, self._home.empty(layout.shard_numel, dtype), self._home, self._pool
+            )
+            writes = shard
+        self._copy(layout, writes, store.kept(writes))
+        return store
 
     def _master(self, store: Params, held: Range) -> Tensor:
         # In fp32 the parameters are the master weights, unless others see them while each worker keeps all of its own.
         if store.dtype == torch.float32 and (self._stage.optim is SHARDED or not self._group.shares_memory):
-            return store.kept(held)
-        master = torch.zeros(held.numel, device=self._group.device)
+            kept = store.kept(held)
+            if kept.device == self._home.device:
+                return kept
+        master = self._home.empty(held.numel, torch.float32)
         self._copy(store.layout, held, master)
         return master
 

@@ -9,22 +9,23 @@ from torch import Tensor
 
 from manyhands.layout import Range
 from manyhands.numerics.order import OrderedSum, Subtree
+from manyhands.offload.home import Home
 
 RUN = 1 << 18
 """Elements that one pass of the update handles at a time: small enough to stay in a core's cache."""
 
 
 class Scratch:
-    """fp32 buffers of a given size, used again and again (a fresh one costs page faults)."""
+    """fp32 buffers of a given size at `home`, used again and again (a fresh one costs page faults)."""
 
-    def __init__(self, numel: int, device: torch.device) -> None:
-        self.numel, self._device = numel, device
+    def __init__(self, numel: int, home: Home) -> None:
+        self.numel, self._home = numel, home
         self._free: list[Tensor] = []
         self._mine: dict[int, Tensor] = {}
 
     def copy_of(self, value: Tensor) -> Tensor:
         """An fp32 copy of `value` (at most `numel` elements), to be given back with `free`."""
-        buffer = self._free.pop() if self._free else torch.empty(self.numel, device=self._device)
+        buffer = self._free.pop() if self._free else self._home.empty(self.numel, torch.float32)
         self._mine[buffer.data_ptr()] = buffer
         return buffer[: value.numel()].copy_(value)
 
@@ -33,6 +34,11 @@ class Scratch:
         buffer = self._mine.pop(value.data_ptr(), None)
         if buffer is not None:
             self._free.append(buffer)
+
+    def rest(self) -> None:
+        """What is in use isn't wanted for a while."""
+        for buffer in self._mine.values():
+            self._home.done(buffer)
 
     @property
     def num_bytes(self) -> int:
@@ -63,13 +69,17 @@ class ShardSum:
     """
 
     def __init__(self, accumulate: int, adder: Adder, whole: Scratch, run: Scratch) -> None:
-        self._run = run
+        self._whole, self._run = whole, run
         self._sum: OrderedSum[Tensor] = OrderedSum(accumulate, own=whole.copy_of, add=adder, free=whole.free)
         self._kept: list[tuple[int | None, Tensor]] = []
 
     def add(self, piece: Tensor) -> None:
         """Add the next micro-batch's piece now."""
         self._sum.add_micro_batch(piece)
+
+    def rest(self) -> None:
+        """Nothing will be added for a while."""
+        self._whole.rest()
 
     def keep(self, piece: Tensor, level: int | None = None) -> None:
         """Add a piece later: the next micro-batch's, or that of the next complete subtree of this level."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from manyhands.comm.group import Exchange, Group
 from manyhands.engine.gradients import Gradients
 from manyhands.engine.lifecycle import Event, Lifecycle, State
-from manyhands.engine.params import Params, ShardedParams
+from manyhands.engine.params import GatheredParams, Params
 from manyhands.errors import ConfigError, InvariantError
 from manyhands.layout import Range, Slot, UnitLayout
 
@@ -43,7 +43,7 @@ class ParamUnit:
     def gather(self, group: Group, tag: str) -> None:
         """Begin to make its parameters whole. Collective, of sharded parameters."""
         self.life.on(Event.GATHER)
-        self._arrive = self._sharded.gather(group, tag)
+        self._arrive = self._gathered_params.gather(group, tag)
 
     def gathered(self) -> None:
         """Wait until they are, if that was begun."""
@@ -57,15 +57,15 @@ class ParamUnit:
         self.gathered()
         if self.is_whole:
             self.life.on(Event.RELEASE)
-            self._sharded.release()
+            self._gathered_params.release()
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
         """Take part in a gather that only others want. Collective; returns what waits for its end."""
-        return self._sharded.serve(group, tag)
+        return self._gathered_params.serve(group, tag)
 
     @property
-    def _sharded(self) -> ShardedParams:
-        if not isinstance(self.params, ShardedParams):
+    def _gathered_params(self) -> GatheredParams:
+        if not isinstance(self.params, GatheredParams):
             raise InvariantError(f"unit {self.name!r} is always whole")
         return self.params
 
@@ -96,7 +96,7 @@ class Unit(ParamUnit):
 
     def begin(self) -> None:
         """A micro-batch begins on this worker: gradients will come."""
-        if not isinstance(self.params, ShardedParams):  # nothing moves
+        if not isinstance(self.params, GatheredParams):  # nothing moves
             self.life.on(Event.GATHER)
             self.life.on(Event.GATHERED)
         self.gradients.begin()
@@ -138,7 +138,7 @@ class Unit(ParamUnit):
         """Begin to exchange this micro-batch's gradients. Collective."""
         self.gathered()  # it may be on its way again, for a use that isn't going to be
         self.life.on(Event.REDUCE)
-        if isinstance(self.params, ShardedParams):
+        if isinstance(self.params, GatheredParams):
             self.params.release()
         return self.gradients.send(self.layout.shard_numel, contributors, tag)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.errors import ConfigError
+from manyhands.offload.home import Home
 
 ELEMENTWISE = frozenset(
     {"AdamW", "Adam", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD"}
@@ -87,6 +88,14 @@ class SlicedOptimizer:
     def load_state_of(self, piece: Slice, state: dict[str, Any]) -> None:
         """Set it."""
         self._worker.state[piece.master] = state
+
+    def settle(self, piece: Slice, home: Home) -> None:
+        """Move its state to `home`, where torch has made it elsewhere."""
+        state = self.state_of(piece)
+        for kind, value in state.items():
+            if isinstance(value, Tensor) and value.dim():
+                place = home.empty(value.numel(), value.dtype).view(value.shape)
+                state[kind] = place.copy_(value)
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """The front's param groups without their parameters."""

@@ -76,6 +76,8 @@ class StrategyTable(_Table):
     """`manyhands.Strategy`, each field checked by it."""
 
     stage: str = Strategy.stage
+    home: str = Strategy.home
+    scratch: str = Strategy.scratch
     group: str = Strategy.group
     overlap: bool = Strategy.overlap
     units: list[str] = list(Strategy.units)
@@ -84,7 +86,7 @@ class StrategyTable(_Table):
     loader_workers: int = Strategy.loader_workers
     stall_seconds: float = Strategy.stall_seconds
 
-    @field_validator("stage", "group", "prefetch", "loader_workers", "stall_seconds")
+    @field_validator("stage", "home", "group", "prefetch", "loader_workers", "stall_seconds")
     @classmethod
     def _as_strategy_checks(cls, value: Any, info: ValidationInfo) -> Any:
         Strategy(**{str(info.field_name): value})

@@ -1,0 +1,271 @@
+"""Where state lives between its uses: on the device, in the host's memory, or in files that are mapped into memory.
+
+Offload is where a buffer lives, not another way to train: whoever uses a buffer says what it will want `soon` and what
+it is `done` with, and the bits are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import tempfile
+import threading
+import time
+from bisect import bisect_right, insort
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from manyhands.errors import ConfigError, InvariantError
+from manyhands.units import MIB
+
+SLAB_BYTES = 64 * MIB
+"""A file holds many buffers: each costs a descriptor."""
+BEHIND_BYTES = 128 * MIB
+"""What may wait to be written; whoever is done with more than that waits."""
+PROBE_BYTES = 32 * MIB
+MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+_PAGE = mmap.PAGESIZE
+_MS_SYNC = 4
+
+
+class Home:
+    """Buffers in the memory of `device`; pinned, if they are the host's and used by a GPU."""
+
+    def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
+        self.device = device
+        self._pinned = pinned
+        self.scratch: Path | None = None  # the folder of files that buffers are in
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A zeroed buffer [numel]."""
+        return torch.zeros(numel, dtype=dtype, device=self.device, pin_memory=self._pinned)
+
+    def soon(self, buffer: Tensor) -> None:
+        """The buffer, or this part of one, will be wanted soon."""
+
+    def done(self, buffer: Tensor) -> None:
+        """It isn't wanted for a while."""
+
+    def adopt(self, mapped: Tensor) -> None:
+        """Look after a buffer of whole pages in a file that the group mapped."""
+
+    def close(self) -> None:
+        """Free what belongs to no buffer."""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether what is done with leaves the memory."""
+        return self.scratch is not None
+
+
+class DiskHome(Home):
+    """Buffers in files of `folder` that have no name, so that nothing is left of them however the process ends.
+
+    The kernel reads pages when they're touched and may drop those that are written; `soon` has it read ahead, and
+    `done` writes behind, in a thread of its own, and takes the pages out of this process. Raises ConfigError.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(torch.device("cpu"))
+        self.scratch = folder
+        check_scratch(folder)
+        self._maps: list[tuple[int, int]] = []  # addresses [start, end), rising
+        self._free = 0  # bytes left in the last slab
+        self._slab: Tensor | None = None
+        self._behind: deque[tuple[int, int]] = deque()
+        self._behind_bytes = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._error: OSError | None = None
+        self._writer = threading.Thread(target=self._write_behind, name="manyhands-write", daemon=True)
+        self._writer.start()
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        num_bytes = numel * dtype.itemsize
+        whole_pages = -(-num_bytes // _PAGE) * _PAGE
+        if self._slab is None or whole_pages > self._free:
+            self._slab = map_file(self.scratch or Path(), max(SLAB_BYTES, whole_pages))
+            self._free = self._slab.numel()
+            self.adopt(self._slab)
+        start = self._slab.numel() - self._free
+        self._free -= whole_pages
+        return self._slab[start : start + num_bytes].view(dtype)
+
+    def adopt(self, mapped: Tensor) -> None:
+        insort(self._maps, (mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes))
+
+    def soon(self, buffer: Tensor) -> None:
+        address, num_bytes = self._pages_of(buffer)
+        _advise(address, num_bytes, mmap.MADV_WILLNEED)
+
+    def done(self, buffer: Tensor) -> None:
+        address, num_bytes = self._pages_of(buffer)
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            while self._behind_bytes > BEHIND_BYTES:
+                self._changed.wait()
+            self._behind.append((address, num_bytes))
+            self._behind_bytes += num_bytes
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._writer.join()
+
+    def _pages_of(self, buffer: Tensor) -> tuple[int, int]:
+        """Address and length of the pages that hold the buffer; only of files: dropping others would empty them."""
+        first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
+        index = bisect_right(self._maps, (first, sys.maxsize)) - 1
+        if index < 0 or end > self._maps[index][1]:
+            raise InvariantError("a buffer is not of this home", got=f"{buffer.nbytes} bytes at {first:#x}")
+        start = first // _PAGE * _PAGE
+        return start, end - start
+
+    def _write_behind(self) -> None:
+        while True:
+            with self._changed:
+                while not self._behind and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                address, num_bytes = self._behind[0]
+            try:
+                _call("msync", address, num_bytes, _MS_SYNC)
+                _advise(address, num_bytes, mmap.MADV_DONTNEED)
+            except OSError as error:
+                self._error = error
+            with self._changed:
+                self._behind.popleft()
+                self._behind_bytes -= num_bytes
+                self._changed.notify_all()
+
+
+def home_of(kind: str, device: torch.device, scratch: Path) -> Home:
+    """The home of that kind for what `device` computes with. Raises ConfigError."""
+    if kind == "disk":
+        return DiskHome(scratch)
+    if kind == "host":
+        return Home(torch.device("cpu"), pinned=device.type == "cuda")
+    return Home(device)
+
+
+def map_file(folder: Path, num_bytes: int) -> Tensor:
+    """A zeroed buffer, uint8 [num_bytes], in a new file of `folder` that has no name. Raises ConfigError."""
+    try:
+        fd = open_unnamed(folder, num_bytes)
+        try:
+            return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
+        finally:
+            os.close(fd)  # the mapping keeps the file
+    except OSError as error:
+        raise _cannot_use(folder, error) from error
+
+
+def open_unnamed(folder: Path, num_bytes: int) -> int:
+    """The descriptor of a new file without a name, with all its space: a full disk shows now. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:  # a file system without such files
+        fd, name = tempfile.mkstemp(dir=folder)
+        os.unlink(name)
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def check_scratch(folder: Path) -> None:
+    """That it can hold state: a folder on a disk, to be written. Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(open_unnamed(folder, _PAGE))
+    except OSError as error:
+        raise _cannot_use(folder, error) from error
+    kind = file_system_of(folder)
+    if kind in MEMORY_FILE_SYSTEMS:
+        raise ConfigError(
+            "the scratch folder is in memory, not on a disk",
+            where=str(folder),
+            got=kind,
+            hint="name another one in strategy.scratch, or use home = 'host'",
+        )
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """That so much can be written to the scratch folder. Raises ConfigError."""
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    if free < num_bytes:
+        raise ConfigError(
+            "the scratch folder has too little space for the state that is to live there",
+            where=str(folder),
+            expected=f"{num_bytes / MIB:,.0f} MiB",
+            got=f"{free / MIB:,.0f} MiB free",
+            hint="free some, or name another folder in strategy.scratch",
+        )
+
+
+def measure_speed(folder: Path) -> tuple[float, float]:
+    """GB/s that are written to and read from a file of the folder, in one stream, past the system's cache."""
+    fd = open_unnamed(folder, PROBE_BYTES)
+    try:
+        data = os.urandom(MIB) * (PROBE_BYTES // MIB)
+        began = time.perf_counter()
+        os.pwrite(fd, data, 0)
+        os.fsync(fd)
+        written = time.perf_counter()
+        os.posix_fadvise(fd, 0, PROBE_BYTES, os.POSIX_FADV_DONTNEED)
+        began_reading = time.perf_counter()
+        os.pread(fd, PROBE_BYTES, 0)
+        read = time.perf_counter()
+    finally:
+        os.close(fd)
+    return PROBE_BYTES / 1e9 / (written - began), PROBE_BYTES / 1e9 / (read - began_reading)
+
+
+def file_system_of(folder: Path) -> str:
+    """The kind of file system that holds the folder, as the kernel calls it; "?" if it doesn't say."""
+    found = "?"
+    with suppress(OSError):
+        longest, real = -1, os.path.realpath(folder)
+        for line in Path("/proc/mounts").read_text().splitlines():
+            _, point, kind, *_ = line.split()
+            inside = real == point or real.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= longest:
+                longest, found = len(point), kind
+    return found
+
+
+def _cannot_use(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the scratch folder can't be used: {error.strerror or error}",
+        where=str(folder),
+        hint="free some space, or name another folder in strategy.scratch",
+    )
+
+
+def _advise(address: int, num_bytes: int, advice: int) -> None:
+    with suppress(OSError):  # advice may be refused, and nothing depends on it
+        _call("madvise", address, num_bytes, advice)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, address: int, num_bytes: int, what: int) -> None:
+    """A call that Python's mmap has too, but for whole mappings, and holding the interpreter's lock."""
+    if getattr(_libc, name)(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), what) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
