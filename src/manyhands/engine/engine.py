@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,17 +53,15 @@ class StepEngine:
             self.model = build_model(recipe)
         agree_on_model(self.model, group)
         optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
-        self.optimizer = SlicedOptimizer(
-            recipe.optimizer, optimizer_params, declared_elementwise=recipe.elementwise_optimizer
-        )
-        storage = lay_out(self.model, recipe, group, stage, strategy.units)
+        self.optimizer = SlicedOptimizer(recipe.optimizer, optimizer_params, declared_kind=recipe.optimizer_kind)
+        storage = lay_out(self.model, recipe, group, stage, strategy.units, self.optimizer.uncut)
         give_back_memory()
         self.layout, self.units = storage.layout, storage.units
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
         self._optimizer_facts = _optimizer_facts(self.optimizer)  # as the recipe has it: a schedule changes it
-        self.schedule = recipe.schedule(self.optimizer.front) if recipe.schedule is not None else None
-        self._optimizer_facts |= _schedule_facts(self.schedule)
+        self.schedules = tuple(map(recipe.schedule, self.optimizer.fronts)) if recipe.schedule is not None else ()
+        self._optimizer_facts |= _schedule_facts(self.schedules)
         self._frozen = _frozen_facts(self.model)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
@@ -225,9 +223,10 @@ class StepEngine:
         norm = self.updater.update(self._reducer, weight, self.recipe.clip_norm, unused, tag)
         self._reducer.release()
         self.buffers.merge(list(control.changed_buffers), self.my_micro_batches, self.group, f"{tag} / buffers")
-        self.optimizer.front.step()  # updates nothing (no parameter has a gradient); schedules want to see it
-        if self.schedule is not None:
-            self.schedule.step()
+        for front in self.optimizer.fronts:
+            front.step()  # updates nothing (no parameter has a gradient); schedules want to see it
+        for schedule in self.schedules:
+            schedule.step()
         return norm
 
     def digest(self) -> str:
@@ -303,7 +302,8 @@ def _recipe_facts(recipe: Recipe) -> dict[str, str]:
 
 
 def _optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
-    facts = {"optimizer": type(optimizer.front).__qualname__}
+    kinds = zip(optimizer.fronts, optimizer.kinds, strict=True)
+    facts = {"optimizer": ", ".join(f"{type(front).__qualname__} ({kind})" for front, kind in kinds)}
     for index, group in enumerate(optimizer.hyperparameters()):
         facts.update({f"optimizer group {index}.{key}": str(value) for key, value in group.items()})
         facts[f"optimizer group {index}.params"] = " ".join(optimizer.names_in_group(index))
@@ -319,16 +319,16 @@ def _frozen_facts(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _schedule_facts(schedule: LRScheduler | None) -> dict[str, str]:
-    """Its class and its plain numbers, as they are before the first step."""
-    if schedule is None:
-        return {"schedule": "none"}
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise ConfigError(
-            "recipe.schedule wants to be told a measurement after each step",
-            got="ReduceLROnPlateau",
-            hint="use a schedule that depends on the step alone",
-        )
-    numbers = {key: value for key, value in schedule.state_dict().items() if isinstance(value, (int, float, list))}
-    plain = {f"schedule.{key}": str(value) for key, value in numbers.items() if not key.startswith("_")}
-    return {"schedule": type(schedule).__qualname__} | plain
+def _schedule_facts(schedules: Sequence[LRScheduler]) -> dict[str, str]:
+    """Their classes and plain numbers, as they are before the first step."""
+    facts = {"schedule": ", ".join(type(schedule).__qualname__ for schedule in schedules) or "none"}
+    for index, schedule in enumerate(schedules):
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise ConfigError(
+                "recipe.schedule wants to be told a measurement after each step",
+                got="ReduceLROnPlateau",
+                hint="use a schedule that depends on the step alone",
+            )
+        numbers = {key: value for key, value in schedule.state_dict().items() if isinstance(value, (int, float, list))}
+        facts |= {f"schedule {index}.{key}": str(value) for key, value in numbers.items() if not key.startswith("_")}
+    return facts

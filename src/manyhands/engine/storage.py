@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,12 +66,21 @@ def agree_on_model(model: nn.Module, group: Group) -> None:
     )
 
 
-def lay_out(model: nn.Module, recipe: Recipe, group: Group, stage: Stage, named_units: Sequence[str]) -> Storage:
-    """Move the model's trainable parameters into flat buffers; the others are only cast. Collective."""
-    plans = [plan for plan in plan_units(model, recipe.precision, named_units) if plan.trainable]
+def lay_out(
+    model: nn.Module, recipe: Recipe, group: Group, stage: Stage, named_units: Sequence[str], uncut: Collection[str]
+) -> Storage:
+    """Move the model's trainable parameters into flat buffers; the others are only cast. Collective.
+
+    uncut: the parameters that their optimizer must see whole.
+    """
+    planned = plan_units(model, recipe.precision, named_units, uncut=uncut, workers=group.size)
+    plans = [plan for plan in planned if plan.trainable]
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     layout = build_layout(
-        [(name, param.numel()) for name, param in named], [(plan.name, plan.params) for plan in plans], group.size
+        [(name, param.numel()) for name, param in named],
+        [(plan.name, plan.params) for plan in plans],
+        group.size,
+        uncut={plan.name for plan in plans if plan.uncut},
     )
     _cast_frozen(model, recipe.precision, group.device)
     units: list[Unit] = []

@@ -1,8 +1,8 @@
 """The update: from the sums of a step's gradients to new weights, in one pass over runs of elements that stay in cache.
 
-For each run of the shard: read the pieces, add, divide, clip, optimizer, write the parameters. Two passes only where
-they are needed: to clip (the norm comes first), and where every worker holds all optimizer state (it needs everyone's
-sums first).
+For each run of the shard: read the pieces, add, divide, clip, optimizer, write the parameters. A parameter that its
+optimizer must see whole is a run of its own, however long. Two passes only where they are needed: to clip (the norm
+comes first), and where every worker holds all optimizer state (it needs everyone's sums first).
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ def runs_of(within: Range) -> Iterator[Range]:
         yield Range(start, min(start + RUN, within.end))
 
 
+def ranges_of(unit: Unit) -> list[Range]:
+    """What one pass of the update handles at a time: runs of elements, or whole parameters with their padding."""
+    if not unit.layout.uncut:
+        return list(runs_of(unit.held))
+    return [slot.padded for slot in unit.layout.slots if slot.padded.overlap(unit.held).numel]
+
+
 @dataclass(frozen=True)
 class Run:
     """One pass: elements `range` of the unit (all held here), its slices, and the optimizer's groups over them."""
@@ -40,7 +47,7 @@ class Run:
     range: Range
     slices: tuple[Slice, ...]
     grads: tuple[Tensor, ...]  # each slice's gradient, a view of the updater's one run of gradient
-    groups: list[dict[str, Any]]
+    groups: list[list[dict[str, Any]]]
 
 
 class Updater:
@@ -51,8 +58,10 @@ class Updater:
     ) -> None:
         self._group, self._units, self._layout, self._optimizer = group, units, layout, optimizer
         self._replicated = stage.optim is REPLICATED
-        self._grad = torch.zeros(RUN, device=group.device)
-        self._runs = {unit.name: [self._run(unit, run) for run in runs_of(unit.held)] for unit in units}
+        ranges = {unit.name: ranges_of(unit) for unit in units}
+        longest = max((each.numel for several in ranges.values() for each in several), default=0)
+        self._grad = torch.zeros(longest, device=group.device)
+        self._runs = {unit.name: [self._run(unit, each) for each in ranges[unit.name]] for unit in units}
         self._numbers = [torch.tensor(layout.block_numbers(rank), dtype=torch.int64) for rank in range(group.size)]
         self._has_state = False  # before the first update
         self._full: dict[str, Tensor] = {}  # the step's gradient in fp32, where a second pass needs it
@@ -65,9 +74,10 @@ class Updater:
         for piece in unit.layout.pieces(within):
             start = piece.in_unit.start - unit.held.start
             grad_start = piece.in_unit.start - within.start
-            master = unit.master[start : start + piece.in_unit.numel]
+            shape = self._optimizer.shape_of(piece.slot.name, piece.in_unit.numel)
+            master = unit.master[start : start + piece.in_unit.numel].view(shape)
             slices.append(Slice(piece.slot.name, piece.in_param.start, master))
-            grads.append(self._grad[grad_start : grad_start + piece.in_unit.numel])
+            grads.append(self._grad[grad_start : grad_start + piece.in_unit.numel].view(shape))
         return Run(unit, within, tuple(slices), tuple(grads), self._optimizer.runs(slices))
 
     @property
@@ -119,11 +129,13 @@ class Updater:
     def _full_start(self, unit: Unit) -> int:
         return 0 if self._replicated else unit.shard.start
 
-    def _total(self, reducer: Reducer, unit: Unit, run: Range, weight: float, out: Tensor) -> None:
-        """The step's gradient over `run`, which lies in the shard, and the norms of its blocks."""
-        in_shard = Range(run.start - unit.shard.start, run.end - unit.shard.start)
-        reducer.sums[unit.name].total(in_shard, weight, out)
-        self._norms[unit.name][in_shard.start // BLOCK : in_shard.end // BLOCK] = block_norms(out)
+    def _total(self, reducer: Reducer, unit: Unit, within: Range, weight: float, out: Tensor) -> None:
+        """The step's gradient over `within`, which lies in the shard, and the norms of its blocks."""
+        for run in runs_of(within):
+            in_shard = Range(run.start - unit.shard.start, run.end - unit.shard.start)
+            part = out[run.start - within.start : run.end - within.start]
+            reducer.sums[unit.name].total(in_shard, weight, part)
+            self._norms[unit.name][in_shard.start // BLOCK : in_shard.end // BLOCK] = block_norms(part)
 
     def _sum_first(self, reducer: Reducer, weight: float, tag: str) -> None:
         for unit in self._units:
@@ -133,9 +145,8 @@ class Updater:
                     if self._replicated
                     else torch.zeros(unit.shard.numel, device=self._group.device)
                 )
-            full = self._full[unit.name]
-            for run in runs_of(unit.shard):
-                self._total(reducer, unit, run, weight, full[run.start - self._full_start(unit) :][: run.numel])
+            full = self._full[unit.name][unit.shard.start - self._full_start(unit) :]
+            self._total(reducer, unit, unit.shard, weight, full[: unit.shard.numel])
         if self._replicated:
             waits = [self._group.publish(self._full[unit.name], f"{tag} / {unit.name} / grad") for unit in self._units]
             for wait in waits:
