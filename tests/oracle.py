@@ -39,12 +39,15 @@ def oracle_run(recipe: mh.Recipe, steps: int) -> OracleRun:
     torch.set_num_threads(recipe.threads_per_worker)
     seed_everything(derive(recipe.seed, "init"))
     model = recipe.model()
+    for param in model.parameters():
+        param.data = param.data.contiguous()  # as the engine keeps them
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     masters = {name: nn.Parameter(param.detach().clone()) for name, param in params.items()}
     if recipe.precision == "bf16":
         keep_in_bf16(model)
-    optimizer = recipe.optimizer(list(masters.items()))
-    schedule = recipe.schedule(optimizer) if recipe.schedule else None
+    made = recipe.optimizer(list(masters.items()))
+    optimizers = made if isinstance(made, list) else [made]
+    schedules = [recipe.schedule(optimizer) for optimizer in optimizers] if recipe.schedule else []
     run = OracleRun()
     for step in range(steps):
         gradients, loss, weight = step_gradient(recipe, model, params, step)
@@ -57,9 +60,10 @@ def oracle_run(recipe: mh.Recipe, steps: int) -> OracleRun:
             for master in masters.values():
                 if master.grad is not None:
                     master.grad.mul_(scale)
-        run.learning_rates.append(tuple(group["lr"] for group in optimizer.param_groups))
-        optimizer.step()
-        if schedule is not None:
+        run.learning_rates.append(tuple(group["lr"] for each in optimizers for group in each.param_groups))
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
             schedule.step()
         with torch.no_grad():
             for name, param in params.items():

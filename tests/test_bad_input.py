@@ -131,6 +131,10 @@ def trained(recipe: mh.Recipe, strategy: mh.Strategy, group: Group, steps: int =
         return engine.digest()
 
 
+class Unknown(torch.optim.Optimizer):
+    """Nobody knows what it does."""
+
+
 class NaNLoss:
     """The loss of step 1, micro-batch 2 is not a number: the second one that worker 0 computes in that step."""
 
@@ -146,12 +150,58 @@ ON_ALL: dict[str, tuple[Callable[[int], mh.Recipe], type[Exception], list[str]]]
     "optimizer: LBFGS": (
         lambda rank: recipe(optimizer=lambda named: torch.optim.LBFGS([param for _, param in named])),
         mh.ConfigError,
-        ["torch.optim.lbfgs.LBFGS is not known to be elementwise", "elementwise_optimizer"],
+        ["torch.optim.lbfgs.LBFGS can't be used: it looks at all parameters together", "AdamW"],
     ),
-    "optimizer: Muon": (
+    "optimizer: SparseAdam": (
+        lambda rank: recipe(
+            optimizer=lambda named: torch.optim.SparseAdam([p for _, p in named]), optimizer_kind="elementwise"
+        ),
+        mh.ConfigError,
+        ["SparseAdam can't be used: it wants sparse gradients"],
+    ),
+    "optimizer: Muon for a bias": (
+        lambda rank: recipe(optimizer=lambda named: torch.optim.Muon(named)),
+        mh.ConfigError,
+        ["torch.optim.Muon was given a parameter that is no matrix: 0.bias or 2.bias", "(8,)", "torch.optim.AdamW"],
+    ),
+    "optimizer: Muon for matrices only": (
         lambda rank: recipe(optimizer=lambda named: torch.optim.Muon([p for _, p in named if p.ndim == 2])),
         mh.ConfigError,
-        ["Muon is not known to be elementwise"],
+        ["leaves out 2 trainable parameter(s): 0.bias, 2.bias"],
+    ),
+    "optimizer: unknown": (
+        lambda rank: recipe(optimizer=lambda named: Unknown(named, {"lr": 0.1})),
+        mh.ConfigError,
+        ["Unknown is not known", "optimizer_kind = 'elementwise'", "'per-parameter'"],
+    ),
+    "optimizer: unknown among several": (
+        lambda rank: recipe(
+            optimizer=lambda named: [torch.optim.SGD(named[1:], lr=0.1), Unknown(named[:1], {"lr": 0.1})]
+        ),
+        mh.ConfigError,
+        ["Unknown is not known"],
+    ),
+    "optimizer: none": (
+        lambda rank: recipe(optimizer=lambda named: []),
+        mh.ConfigError,
+        ["recipe.optimizer did not return an optimizer"],
+    ),
+    "optimizer: one is none": (
+        lambda rank: recipe(optimizer=lambda named: [torch.optim.SGD(named, lr=0.1), "Muon"]),
+        mh.ConfigError,
+        ["recipe.optimizer did not return an optimizer", "a list of them", "'Muon'"],
+    ),
+    "optimizer: a parameter twice": (
+        lambda rank: recipe(
+            optimizer=lambda named: [torch.optim.SGD(named, lr=0.1), torch.optim.AdamW(named[2:3], lr=0.1)]
+        ),
+        mh.ConfigError,
+        ["two of recipe.optimizer's optimizers have the parameter '2.weight'", "param groups 0 and 1"],
+    ),
+    "optimizer: kind": (
+        lambda rank: recipe(optimizer_kind="matrix"),
+        mh.ConfigError,
+        ["recipe.optimizer_kind is not known", "elementwise, per-parameter"],
     ),
     "optimizer: leaves out": (
         lambda rank: recipe(optimizer=lambda named: torch.optim.SGD(named[1:], lr=0.1)),

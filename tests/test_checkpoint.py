@@ -13,10 +13,10 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
 import manyhands as mh
-from manyhands.checkpoint.format import list_checkpoints
+from manyhands.checkpoint.format import list_checkpoints, read_manifest
 from manyhands.checkpoint.load import load_checkpoint
 from manyhands.errors import CheckpointError, NumericsError, WorkerError
-from support.models import Wide, conv_recipe, gpt_recipe, grouped, partly_used_recipe
+from support.models import OWNED, OptimizerFactory, Wide, conv_recipe, gpt_recipe, grouped, partly_used_recipe
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
@@ -74,7 +74,7 @@ def test_buffers_momentum_and_unused_parameters_come_back(
     assert_resumed(train(recipe, 1, "ddp", load=checkpoint), undisturbed)
 
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, OptimizerFactory] = {
     "SGD": grouped(torch.optim.SGD, lr=0.1),
     "SGD momentum": grouped(torch.optim.SGD, lr=0.1, momentum=0.9),
     "AdamW fused": grouped(torch.optim.AdamW, lr=3e-3, fused=True),
@@ -87,7 +87,7 @@ OPTIMIZERS = {
     "RMSprop": grouped(torch.optim.RMSprop, lr=1e-3, momentum=0.5, centered=True),
     "Rprop": lambda named_params: torch.optim.Rprop([param for _, param in named_params], lr=1e-3),
     "ASGD": grouped(torch.optim.ASGD, lr=0.1, t0=1),
-}
+} | OWNED
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -96,6 +96,24 @@ def test_every_optimizers_state_comes_back(tmp_path: Path, optimizer: str) -> No
     undisturbed = train(recipe)
     checkpoint = saved(recipe, tmp_path, 2)
     assert_resumed(train(recipe, 3, load=checkpoint), undisturbed)
+
+
+@pytest.mark.parametrize("optimizer", OWNED)
+def test_owners_change_with_the_workers(tmp_path: Path, optimizer: str) -> None:
+    recipe = gpt_recipe("bf16", optimizer=OWNED[optimizer])
+    undisturbed = train(recipe)
+    for source, target in zip(product(WORKERS, STAGES), reversed([*product(WORKERS, STAGES)]), strict=True):
+        checkpoint = saved(recipe, tmp_path / f"{source}", *source)
+        assert_resumed(train(recipe, *target, load=checkpoint), undisturbed)
+
+
+def test_factors_of_a_matrix_are_saved_whole_by_its_owner_alone(tmp_path: Path) -> None:
+    for workers, stage in ((3, "zero2"), (2, "ddp")):
+        checkpoint = saved(gpt_recipe(optimizer=OWNED["Adafactor"]), tmp_path / stage, workers, stage)
+        pieces = read_manifest(checkpoint).pieces
+        found = {piece.name: piece.shape for piece in pieces if piece.kind == "row_var"}
+        assert len(found) == len([piece for piece in pieces if piece.kind == "row_var"])
+        assert found["blocks.1.up.weight"] == [128, 1]
 
 
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhands.layout import BLOCK, Layout, Range, build_layout
+from manyhands.layout import BLOCK, Layout, Range, build_layout, shared_evenly
 
 numels = st.lists(st.integers(1, 5000), min_size=1, max_size=12)
 
@@ -52,6 +52,62 @@ def test_blocks_are_numbered_alike_whatever_the_workers_and_units(layout: Layout
     assert {slot.name: slot.first_block for slot in alone.units[0].slots} == {
         name: slot.first_block for name, slot in slots.items()
     }
+
+
+@st.composite
+def owned_layouts(draw: st.DrawFn) -> Layout:
+    """Some units are uncut."""
+    cut = draw(layouts())
+    params = sorted((slot for unit in cut.units for slot in unit.slots), key=lambda slot: slot.first_block)
+    uncut = draw(st.sets(st.sampled_from([unit.name for unit in cut.units])))
+    units = [(unit.name, [slot.name for slot in unit.slots]) for unit in cut.units]
+    return build_layout([(slot.name, slot.numel) for slot in params], units, cut.workers, uncut)
+
+
+@given(owned_layouts())
+def test_every_element_has_one_owner_and_uncut_parameters_lie_in_one_shard(layout: Layout) -> None:
+    for unit in layout.units:
+        owners: dict[str, list[int]] = {slot.name: [] for slot in unit.slots}
+        numel = 0
+        for rank in range(layout.workers):
+            shard = unit.shard(rank)
+            assert (shard.start % BLOCK, shard.numel % BLOCK) == (0, 0)
+            assert shard.start == rank * unit.shard_numel
+            assert shard.numel <= unit.shard_numel
+            assert len(unit.block_numbers(shard)) == shard.numel // BLOCK
+            for piece in unit.pieces(shard):
+                owners[piece.slot.name].append(rank)
+                numel += piece.in_unit.numel
+        assert numel == sum(slot.numel for slot in unit.slots)
+        if unit.uncut:
+            assert all(len(ranks) == 1 for ranks in owners.values())
+            assert unit.shard_numel == max(unit.shard(rank).numel for rank in range(layout.workers))
+    numbers = sorted(number for rank in range(layout.workers) for number in layout.block_numbers(rank))
+    assert numbers == list(range(layout.num_blocks))
+
+
+@given(owned_layouts())
+def test_owners_change_no_block_number(layout: Layout) -> None:
+    slots = sorted((slot for unit in layout.units for slot in unit.slots), key=lambda slot: slot.first_block)
+    alone = build_layout([(slot.name, slot.numel) for slot in slots], [("all", [slot.name for slot in slots])], 1)
+    assert [slot.first_block for slot in alone.units[0].slots] == [slot.first_block for slot in slots]
+
+
+@given(st.lists(st.integers(0, 1000), max_size=20), st.integers(1, 8))
+def test_shares_hold_everything_once_and_the_heaviest_is_not_far_from_the_mean(sizes: list[int], shares: int) -> None:
+    found = shared_evenly(sizes, shares)
+    assert sorted(index for share in found for index in share) == list(range(len(sizes)))
+    loads = [sum(sizes[index] for index in share) for share in found]
+    assert loads == sorted(loads, reverse=True)
+    assert loads[0] * shares <= sum(sizes) + (shares - 1) * max(sizes, default=0)
+    assert found == shared_evenly(sizes, shares)
+
+
+def test_loads_are_carried_on_from_unit_to_unit() -> None:
+    params = [(f"{unit}{index}", size * BLOCK) for unit in "abcd" for index, size in enumerate((3, 1))]
+    units = [(unit, [f"{unit}0", f"{unit}1"]) for unit in "abcd"]
+    layout = build_layout(params, units, 2, "abcd")
+    assert [sum(unit.shard(rank).numel for unit in layout.units) // BLOCK for rank in range(2)] == [8, 8]
 
 
 @given(layouts(), st.integers(0, 63))

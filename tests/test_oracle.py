@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
 
 import manyhands as mh
 from oracle import OracleRun, add_as_tree, oracle_run
@@ -34,6 +34,10 @@ OPTIMIZERS = {
     "RMSprop": grouped(RMSprop, lr=1e-3, momentum=0.5, centered=True),
     "NAdam": grouped(NAdam, lr=3e-3),
     "RAdam": grouped(RAdam, lr=3e-3),
+    "Adadelta": grouped(Adadelta, lr=1.0),
+    "Adamax": grouped(Adamax, lr=3e-3),
+    "Rprop": lambda named_params: Rprop([param for _, param in named_params], lr=1e-3),
+    "ASGD": grouped(ASGD, lr=0.1, t0=1),
 }
 
 

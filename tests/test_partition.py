@@ -8,6 +8,7 @@ from torch import nn
 
 from manyhands.engine.partition import SMALL_NUMEL, plan_units
 from manyhands.errors import ConfigError
+from manyhands.layout import build_layout, shared_evenly
 
 
 class Body(nn.Module):
@@ -55,6 +56,49 @@ def test_tied_parameters_travel_once() -> None:
     names = [name for plan in plan_units(model, "fp32") for name in plan.params]
     assert "head.weight" not in names
     assert names.count("embedding.weight") == 1
+
+
+class Decoder(nn.Module):
+    """The matrices of a GPT: 3 + 1 + 4 + 4 parts in each of 12 blocks."""
+
+    def __init__(self, depth: int = 12, width: int = 256) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(1000, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(nn.Linear(a * width, b * width) for a, b in ((1, 3), (1, 1), (1, 4), (4, 1))))
+            for _ in range(depth)
+        )
+
+
+@pytest.mark.parametrize(("workers", "most"), [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0), (6, 0.0), (8, 0.17), (16, 0.34)])
+def test_uncut_matrices_are_shared_out_with_little_padding(workers: int, most: float) -> None:
+    with torch.device("meta"):
+        model = Decoder()
+    numels = {name: param.numel() for name, param in model.named_parameters()}
+    uncut = {name for name, param in model.named_parameters() if param.ndim == 2 and "blocks" in name}
+    plans = plan_units(model, "fp32", uncut=uncut, workers=workers)
+    assert sorted(name for plan in plans for name in plan.params) == sorted(numels)
+    assert all((name in uncut) == plan.uncut for plan in plans for name in plan.params)
+    names = {plan.name for plan in plans if plan.uncut}
+    layout = build_layout(list(numels.items()), [(plan.name, plan.params) for plan in plans], workers, names)
+    padded = sum(unit.padded_numel for unit in layout.units if unit.uncut)
+    assert padded <= (1 + most) * sum(numels[name] for name in uncut)
+    loads = [sum(unit.shard(rank).numel for unit in layout.units if unit.uncut) for rank in range(workers)]
+    assert max(loads) <= (1 + most) * sum(loads) / workers
+
+
+def test_a_matrix_larger_than_all_others_travels_with_as_many_as_even_it_out() -> None:
+    with torch.device("meta"):
+        model = Decoder()
+        model.embedding = nn.Embedding(9000, 256)
+    uncut = {name for name, param in model.named_parameters() if param.ndim == 2}
+    numels = {name: param.numel() for name, param in model.named_parameters()}
+    plans = plan_units(model, "fp32", uncut=uncut, workers=2)
+    first = next(plan for plan in plans if plan.uncut)
+    assert first.params[0] == "embedding.weight"
+    shares = shared_evenly([numels[name] for name in first.params], 2)
+    heaviest = max(sum(numels[first.params[index]] for index in share) for share in shares)
+    assert heaviest * 2 <= 1.07 * sum(numels[name] for name in first.params)
 
 
 def test_named_units() -> None:

@@ -6,7 +6,7 @@ A recipe fixes every bit of the result; a strategy fixes only how long it takes 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ PRECISIONS = ("fp32", "bf16")
 DEVICES = ("cpu", "cuda")
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 HOMES = ("device", "host", "disk")
+OPTIMIZER_KINDS = ("elementwise", "per-parameter")
 GROUPS = ("auto", "shared-memory", "process")
 
 
@@ -112,9 +113,12 @@ class Recipe:
     loss: `(model, batch) -> mean` or `(model, batch) -> (sum, weight)`; a scalar tensor, and the weight (a token
         count, say) that the step's total is divided by, so that unequal micro-batches are exact.
     optimizer: gets the model's `(name, parameter)` pairs and returns a torch optimizer over them (or over groups of
-        them). It must be elementwise: torch's own are known; say `elementwise_optimizer=True` of another one.
+        them), or a list of optimizers that share them, each parameter in one.
+    optimizer_kind: of an optimizer that isn't torch's: "elementwise" (an element's update depends on that element
+        alone) or "per-parameter" (it looks at a whole parameter, but at one at a time).
     data: a map-style torch Dataset; `collate` (default: torch's) makes a batch of `micro_size` samples.
-    schedule: makes a torch LR scheduler from the optimizer; it is stepped once after every optimizer step.
+    schedule: makes a torch LR scheduler from the optimizer (from each, if there are several); it is stepped once after
+        every optimizer step.
     clip_norm: the gradient's largest 2-norm; None: it's measured, not clipped.
     precision: "fp32", or "bf16": parameters and gradients in bfloat16, master weights, moments and sums in fp32.
     threads_per_worker, device: part of the arithmetic (they change the bits of matrix products), so they're here.
@@ -126,7 +130,7 @@ class Recipe:
 
     model: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | float | int]]
-    optimizer: Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
+    optimizer: Callable[[list[tuple[str, nn.Parameter]]], Optimizer | Sequence[Optimizer]]
     data: Any
     batch: Batch
     schedule: Callable[[Optimizer], LRScheduler] | None = None
@@ -137,7 +141,7 @@ class Recipe:
     seed: int = 0
     threads_per_worker: int = 1
     device: str = "cpu"
-    elementwise_optimizer: bool = False
+    optimizer_kind: str | None = None
     name: str = "run"
     source: str | None = None
 
@@ -157,6 +161,8 @@ class Recipe:
             )
         _choice("recipe.precision", self.precision, PRECISIONS)
         _choice("recipe.device", self.device, DEVICES)
+        if self.optimizer_kind is not None:
+            _choice("recipe.optimizer_kind", self.optimizer_kind, OPTIMIZER_KINDS)
         _at_least("recipe.seed", self.seed, 0)
         _at_least("recipe.threads_per_worker", self.threads_per_worker, 1)
         if self.clip_norm is not None:

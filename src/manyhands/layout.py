@@ -9,13 +9,18 @@ Every parameter starts at a block, so a block belongs to one parameter and has o
 
 A shard is a run of whole blocks, as long for every worker (the last ones may hold nothing but padding). So an
 elementwise kernel sees the same vector lanes, and a block-wise reduction the same blocks, with any number of workers.
+
+In an *uncut* unit every parameter lies whole in the shard of one worker, its owner; padding evens the shards out:
+
+    uncut "layers.1"     |w: 2,500 elements              |b: 30      |
+    2 workers             [ worker 0: w, 3 blocks               ][ worker 1: b, 1 block, then 2 of padding ]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from manyhands.errors import InvariantError
@@ -63,6 +68,11 @@ class Slot:
     def num_blocks(self) -> int:
         return blocks_of(self.numel)
 
+    @property
+    def padded(self) -> Range:
+        """Its blocks' elements in the unit."""
+        return Range(self.start, self.start + self.num_blocks * BLOCK)
+
 
 class Piece(NamedTuple):
     """The part of a parameter that lies in a given range of its unit."""
@@ -74,20 +84,21 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class UnitLayout:
-    """Parameters that travel together, and their shards among `workers`."""
+    """Parameters that travel together, and their shards among `workers`.
+
+    slots: in the order in which they lie in the unit. shard_numel: elements of each worker's shard, padding included.
+    uncut: whether every parameter lies in one shard; then there is padding behind each shard's last parameter.
+    """
 
     name: str
     slots: tuple[Slot, ...]
     workers: int
+    shard_numel: int
+    uncut: bool = False
 
     @property
     def num_blocks(self) -> int:
         return sum(slot.num_blocks for slot in self.slots)
-
-    @property
-    def shard_numel(self) -> int:
-        """Elements of each worker's shard, padding included."""
-        return -(-self.num_blocks // self.workers) * BLOCK
 
     @property
     def padded_numel(self) -> int:
@@ -96,18 +107,21 @@ class UnitLayout:
 
     @property
     def whole(self) -> Range:
-        """All blocks, without the padding that only evens out the shards."""
-        return Range(0, self.num_blocks * BLOCK)
+        """From the first block to the last, without the padding behind it that only evens out the shards."""
+        return Range(0, max((slot.padded.end for slot in self.slots), default=0))
 
     @property
     def gaps(self) -> list[Range]:
-        """The padding behind each parameter, and behind the last one up to padded_numel."""
-        starts = [*(slot.start for slot in self.slots[1:]), self.padded_numel]
-        return [Range(slot.range.end, start) for slot, start in zip(self.slots, starts, strict=True)]
+        """The padding between parameters, before the first and behind the last one up to padded_numel."""
+        ends = [0, *(slot.range.end for slot in self.slots)]
+        starts = [*(slot.start for slot in self.slots), self.padded_numel]
+        return [Range(end, start) for end, start in zip(ends, starts, strict=True)]
 
     def shard(self, rank: int) -> Range:
         """The blocks that `rank` owns, without the padding that only evens out the shards."""
-        return Range(rank * self.shard_numel, (rank + 1) * self.shard_numel).overlap(self.whole)
+        mine = Range(rank * self.shard_numel, (rank + 1) * self.shard_numel)
+        ends = [common.end for slot in self.slots if (common := slot.padded.overlap(mine)).numel]
+        return Range(mine.start, max(ends, default=mine.start))
 
     def pieces(self, within: Range) -> Iterator[Piece]:
         """The parts of parameters inside `within`, in order."""
@@ -147,8 +161,12 @@ class Layout:
             raise InvariantError("two units have the same name", got=[unit.name for unit in self.units])
         for unit in self.units:
             for one, other in pairwise(unit.slots):
-                if other.start != one.start + one.num_blocks * BLOCK:
+                gap = other.start - one.padded.end
+                if gap < 0 or (gap and not unit.uncut):
                     raise InvariantError("parameters overlap or leave a gap", where=f"{unit.name}: {other.name}")
+            for slot in filter(lambda slot: slot.numel, unit.slots):
+                if unit.uncut and slot.start // unit.shard_numel != (slot.padded.end - 1) // unit.shard_numel:
+                    raise InvariantError("a parameter is cut", where=f"{unit.name}: {slot.name}", got=slot.padded)
 
     @property
     def num_blocks(self) -> int:
@@ -164,9 +182,27 @@ class Layout:
         return [number for unit in self.units for number in unit.block_numbers(unit.shard(rank))]
 
 
-def build_layout(params: Sequence[tuple[str, int]], units: Sequence[tuple[str, Sequence[str]]], workers: int) -> Layout:
+def shared_evenly(sizes: Sequence[int], shares: int) -> list[list[int]]:
+    """The indices of `sizes` in so many shares, the heaviest share first: each size, the largest first, goes to the
+    share that is lightest so far. (So the heaviest is at most 4/3 of the best possible: Graham, 1969.)"""
+    found: list[list[int]] = [[] for _ in range(shares)]
+    loads = [0] * shares
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        lightest = loads.index(min(loads))
+        found[lightest].append(index)
+        loads[lightest] += sizes[index]
+    return [found[share] for share in sorted(range(shares), key=lambda share: -loads[share])]
+
+
+def build_layout(
+    params: Sequence[tuple[str, int]],
+    units: Sequence[tuple[str, Sequence[str]]],
+    workers: int,
+    uncut: Collection[str] = (),
+) -> Layout:
     """Lay out `params` (name, numel; in construction order) in `units` (unit name, parameter names).
 
+    uncut: the units whose parameters are each owned whole by one worker.
     Blocks are numbered in construction order, so a block's number depends on neither the units nor the workers.
     """
     numels = dict(params)
@@ -174,11 +210,41 @@ def build_layout(params: Sequence[tuple[str, int]], units: Sequence[tuple[str, S
     for name, numel in params:
         first_blocks[name] = number
         number += blocks_of(numel)
-    layouts = []
+    layouts, loads = [], [0] * workers
     for unit_name, names in units:
-        slots, start = [], 0
-        for name in names:
-            slots.append(Slot(name=name, numel=numels[name], start=start, first_block=first_blocks[name]))
-            start += blocks_of(numels[name]) * BLOCK
-        layouts.append(UnitLayout(name=unit_name, slots=tuple(slots), workers=workers))
+        blocks = [blocks_of(numels[name]) for name in names]
+        if unit_name in uncut:
+            places, shard_blocks = _uncut_places(blocks, loads)
+        else:
+            places, shard_blocks = [0, *accumulate(blocks)], -(-sum(blocks) // workers)
+        slots = [
+            Slot(name=name, numel=numels[name], start=place * BLOCK, first_block=first_blocks[name])
+            for name, place in zip(names, places, strict=False)
+        ]
+        layouts.append(
+            UnitLayout(
+                name=unit_name,
+                slots=tuple(sorted(slots, key=lambda slot: slot.start)),
+                workers=workers,
+                shard_numel=shard_blocks * BLOCK,
+                uncut=unit_name in uncut,
+            )
+        )
     return Layout(units=tuple(layouts), workers=workers)
+
+
+def _uncut_places(blocks: Sequence[int], loads: list[int]) -> tuple[list[int], int]:
+    """(the first block of each parameter in its unit, blocks of a shard); adds to `loads`, each worker's blocks so far.
+
+    The heaviest share goes to the worker that has least from the units before, so the whole model evens out.
+    """
+    shares = shared_evenly(blocks, len(loads))
+    shard_blocks = sum(blocks[index] for index in shares[0])
+    places = [0] * len(blocks)
+    for share, owner in zip(shares, sorted(range(len(loads)), key=lambda rank: loads[rank]), strict=True):
+        place = owner * shard_blocks
+        for index in sorted(share):
+            places[index] = place
+            place += blocks[index]
+        loads[owner] += place - owner * shard_blocks
+    return places, shard_blocks

@@ -117,7 +117,7 @@ def main() -> None:
         model=Model,
         loss=loss,
         optimizer=optimizer,
-        elementwise_optimizer=True,
+        optimizer_kind="elementwise",
         data=Data(),
         batch=mh.Batch(global_size=8, micro_size=2),
     )

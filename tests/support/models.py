@@ -15,7 +15,7 @@ from manyhands import Batch, Recipe
 
 VOCABULARY, LENGTH, WIDTH = 61, 12, 32
 NamedParams = list[tuple[str, nn.Parameter]]
-OptimizerFactory = Callable[[NamedParams], torch.optim.Optimizer]
+OptimizerFactory = Callable[[NamedParams], torch.optim.Optimizer | list[torch.optim.Optimizer]]
 LossResult = tuple[Tensor, Tensor | float | int]
 
 BATCH = Batch(global_size=20, micro_size=2, virtual_workers=5)
@@ -181,6 +181,24 @@ def grouped(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Optim
         return kind([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], **options)
 
     return make
+
+
+def muon_and_adamw(**options: Any) -> OptimizerFactory:
+    """A factory of Muon for the matrices inside the model and AdamW for its embeddings, norms and biases."""
+
+    def make(named_params: NamedParams) -> list[torch.optim.Optimizer]:
+        matrices = [(name, param) for name, param in named_params if param.ndim == 2 and "blocks" in name]
+        rest = [(name, param) for name, param in named_params if param.ndim != 2 or "blocks" not in name]
+        return [torch.optim.Muon(matrices, **({"lr": 2e-2} | options)), torch.optim.AdamW(rest, lr=3e-3, fused=True)]
+
+    return make
+
+
+OWNED: dict[str, OptimizerFactory] = {
+    "Muon and AdamW": muon_and_adamw(),
+    "Adafactor": grouped(torch.optim.Adafactor, lr=1e-2),
+}
+"""By name: factories of optimizers that must see whole parameters (Adafactor: rows and columns, and whole vectors)."""
 
 
 def warm_up(optimizer: torch.optim.Optimizer) -> LambdaLR:

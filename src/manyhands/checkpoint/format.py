@@ -4,8 +4,10 @@
         manifest.json           step, facts of the recipe, numerics identity, scalars, and which file holds which range
         worker-0.safetensors    1-D pieces named "<kind>|<parameter>|<first element>": "exp_avg|head.weight|0"
 
-Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer". A folder appears under its name
-only when it is whole: all files are written and synced in `.step-00000100.partial`, which is then renamed.
+Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer". Tensors that have their
+parameter's shape are saved in ranges of it; others (buffers, Adafactor's row factors) whole, with a shape of their own.
+A folder appears under its name only when it is whole: all files are written and synced in `.step-00000100.partial`,
+which is then renamed.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class PieceRecord(BaseModel):
     start: int
     numel: int
     dtype: str
-    shape: list[int] | None = None  # of a buffer
+    shape: list[int] | None = None  # of a tensor that is saved whole, in one piece
     crc32: int
 
 
@@ -51,7 +53,7 @@ class Scalar(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a checkpoint is. `scalars`: by parameter, the optimizer's numbers; `schedule`: the LR scheduler's state."""
+    """What a checkpoint is. `scalars`: by parameter, the optimizer's numbers; `schedules`: LR schedulers' states."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,7 +65,7 @@ class Manifest(BaseModel):
     identity: dict[str, str]
     digest: str
     hyperparameters: list[dict[str, Any]]
-    schedule: dict[str, Any] | None
+    schedules: list[dict[str, Any]]
     scalars: dict[str, dict[str, Scalar]]
     pieces: list[PieceRecord]
 

@@ -14,6 +14,7 @@ from manyhands.checkpoint.format import Manifest, PieceRecord, decode_state, rea
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError, NumericsError
 from manyhands.numerics.identity import numerics_identity
+from manyhands.optim.sliced import Slice
 
 
 class CheckpointReader:
@@ -77,13 +78,17 @@ class CheckpointReader:
             tensor = tensor[start:end]
         return tensor
 
+    def read_whole(self, kind: str, name: str) -> Tensor | None:
+        """A tensor that was saved whole, with its own shape; None if it was saved in ranges."""
+        pieces = self._pieces.get((kind, name))
+        if not pieces or pieces[0].shape is None:
+            return None
+        return self._read_piece(pieces[0], 0, pieces[0].numel).view(pieces[0].shape).clone()
+
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers."""
-        found = {}
-        for (kind, name), pieces in self._pieces.items():
-            if kind == "buffer":
-                found[name] = self._read_piece(pieces[0], 0, pieces[0].numel).view(pieces[0].shape or [])
-        return found
+        found = {name: self.read_whole(kind, name) for kind, name in self._pieces if kind == "buffer"}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bool = False) -> Manifest:
@@ -100,10 +105,9 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
             manifest.identity, numerics_identity(engine.group.device, engine.recipe.threads_per_worker), str(folder)
         )
     for piece, _ in engine.updater.slices:
-        numel = piece.master.numel()
-        piece.master.copy_(reader.read("master", piece.name, piece.start, numel))
+        piece.master.copy_(_read_like(piece, "master", reader))
         state: dict[str, Tensor | float | int | bool] = {
-            kind: reader.read(kind, piece.name, piece.start, numel).to(engine.group.device)
+            kind: _read_like(piece, kind, reader).to(engine.group.device)
             for kind in reader.kinds_of(piece.name)
             if kind != "master"
         }
@@ -123,8 +127,8 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
             buffers[name].copy_(saved)
     engine.updater.refresh_params()
     engine.optimizer.load_hyperparameters(manifest.hyperparameters)
-    if engine.schedule is not None and manifest.schedule is not None:
-        engine.schedule.load_state_dict(decode_state(manifest.schedule))
+    for schedule, saved_schedule in zip(engine.schedules, manifest.schedules, strict=True):
+        schedule.load_state_dict(decode_state(saved_schedule))
     engine.step_index = manifest.step
     found = engine.digest()
     if found != manifest.digest:
@@ -132,6 +136,14 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
             "the loaded weights are not those that were saved", where=str(folder), expected=manifest.digest, got=found
         )
     return manifest
+
+
+def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:
+    """What a slice's optimizer has under that name, in the shape that it wants; or the slice's master weights."""
+    whole = reader.read_whole(kind, piece.name)
+    if whole is None:
+        whole = reader.read(kind, piece.name, piece.start, piece.master.numel()).view(piece.master.shape)
+    return whole
 
 
 def _check_facts(manifest: Manifest, engine: StepEngine, folder: Path) -> None:

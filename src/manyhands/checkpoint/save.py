@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.numpy import save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from manyhands.checkpoint.format import (
     FORMAT,
@@ -66,7 +67,7 @@ def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) 
             identity=numerics_identity(group.device, engine.recipe.threads_per_worker),
             digest=digest,
             hyperparameters=engine.optimizer.hyperparameters(),
-            schedule=_schedule_state(engine),
+            schedules=[_schedule_state(schedule) for schedule in engine.schedules],
             scalars={
                 name: {kind: Scalar(**number) for kind, number in numbers.items()}
                 for theirs in everyone
@@ -109,15 +110,17 @@ def _write_pieces(engine: StepEngine, folder: Path) -> tuple[list[dict[str, Any]
 
 
 def _tensors(engine: StepEngine, scalars: Scalars) -> Iterator[tuple[str, str, int, Tensor, list[int] | None]]:
-    """(kind, name, first element, 1-D tensor, shape of a buffer) of what this worker owns; fills in `scalars`."""
+    """(kind, name, first element, 1-D tensor, shape if saved whole) of what this worker owns; fills in `scalars`."""
     for piece, owned in engine.updater.slices:
         if not owned.numel:
             continue
         cut, start = slice(owned.start, owned.end), piece.start + owned.start
-        yield "master", piece.name, start, piece.master[cut], None
+        yield "master", piece.name, start, piece.master.view(-1)[cut], None
         for kind, value in engine.optimizer.state_of(piece).items():
-            if isinstance(value, Tensor) and value.dim() and value.numel() == piece.master.numel():
-                yield kind, piece.name, start, value[cut], None
+            if isinstance(value, Tensor) and value.dim() and value.shape == piece.master.shape:
+                yield kind, piece.name, start, value.reshape(-1)[cut], None
+            elif isinstance(value, Tensor) and value.dim() and piece.name in engine.optimizer.uncut:
+                yield kind, piece.name, 0, value.reshape(-1), list(value.shape)
             elif value is not None:
                 scalars.setdefault(piece.name, {})[kind] = _scalar(value).model_dump()
     if engine.group.rank == 0:
@@ -132,14 +135,12 @@ def _scalar(value: Tensor | float | int | bool) -> Scalar:
     return Scalar(value=value)
 
 
-def _schedule_state(engine: StepEngine) -> dict[str, Any] | None:
-    if engine.schedule is None:
-        return None
-    state: dict[str, Any] = engine.schedule.state_dict()
+def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
+    state: dict[str, Any] = schedule.state_dict()
     encoded: dict[str, Any] = encode_state(state)
     if decode_state(json.loads(json.dumps(encoded))) != state:
         raise CheckpointError(
-            f"the state of the schedule {type(engine.schedule).__qualname__} can't be written down exactly",
+            f"the state of the schedule {type(schedule).__qualname__} can't be written down exactly",
             got=", ".join(state),
             hint="use a schedule whose state_dict() holds numbers, texts, lists and dicts of them",
         )

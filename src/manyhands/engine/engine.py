@@ -31,14 +31,14 @@ from manyhands.engine.recompute import checkpoint_activations
 from manyhands.engine.reducer import Reducer
 from manyhands.engine.storage import agree_on_model, build_model, lay_out
 from manyhands.engine.unit import ParamUnit
-from manyhands.engine.update import Updater
+from manyhands.engine.update import Homes, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
 from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.identity import numerics_identity
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
-from manyhands.offload.home import home_of
+from manyhands.offload.home import Home, home_of
 from manyhands.optim.sliced import SlicedOptimizer
-from manyhands.sharding.stage import stage_named
+from manyhands.sharding.stage import SHARDED, stage_named
 
 _HINT_SAME_MACHINES = "use the same version of torch and the same kind of CPU (and GPU) for all workers"
 _HINT_SAME_RECIPE = "start all workers with the same program, the same recipe and the same data"
@@ -63,23 +63,23 @@ class StepEngine:
             self.model = build_model(recipe)
         agree_on_model(self.model, group)
         optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
-        self.optimizer = SlicedOptimizer(
-            recipe.optimizer, optimizer_params, declared_elementwise=recipe.elementwise_optimizer
-        )
+        self.optimizer = SlicedOptimizer(recipe.optimizer, optimizer_params, declared_kind=recipe.optimizer_kind)
         self._frozen = frozen_facts(self.model)
         self.home = home_of(strategy.home, group.device, Path(strategy.scratch or tempfile.gettempdir()))
-        storage = lay_out(self.model, recipe, group, stage, strategy.units, self.home)
+        storage = lay_out(self.model, recipe, group, strategy, self.optimizer.uncut, self.home)
         give_back_memory()
         self.layout, self.units = storage.layout, storage.units
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
         self._optimizer_facts = optimizer_facts(self.optimizer)  # as the recipe has it: a schedule changes it
-        self.schedule = recipe.schedule(self.optimizer.front) if recipe.schedule is not None else None
-        self._optimizer_facts |= schedule_facts(self.schedule)
+        self.schedules = tuple(map(recipe.schedule, self.optimizer.fronts)) if recipe.schedule is not None else ()
+        self._optimizer_facts |= schedule_facts(self.schedules)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
-        self._reducer = Reducer(group, self.units, recipe.batch, stage)
-        self.updater = Updater(group, self.units, self.layout, stage, self.optimizer)
+        # A model that doesn't fit has sums of gradients that don't.
+        sums_home = self.home if self.home.is_apart and stage.param is SHARDED else Home(group.device)
+        self._reducer = Reducer(group, self.units, recipe.batch, stage, sums_home)
+        self.updater = Updater(group, self.units, self.layout, stage, self.optimizer, Homes(self.home, sums_home))
         gathered = storage.gathered_units
         # Where memory is shared, or nobody else is there, a gather is a copy, and needs nobody.
         gathering = group.sibling() if gathered and not group.pieces_are_views else LocalGroup(group.device)
@@ -259,9 +259,10 @@ class StepEngine:
         norm = self.updater.update(self._reducer, weight, self.recipe.clip_norm, unused, tag)
         self._reducer.release()
         self.buffers.merge(list(control.changed_buffers), self.my_micro_batches, self.group, f"{tag} / buffers")
-        self.optimizer.front.step()  # updates nothing (no parameter has a gradient); schedules want to see it
-        if self.schedule is not None:
-            self.schedule.step()
+        for front in self.optimizer.fronts:
+            front.step()  # updates nothing (no parameter has a gradient); schedules want to see it
+        for schedule in self.schedules:
+            schedule.step()
         return norm
 
     @contextmanager

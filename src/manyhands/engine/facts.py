@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -22,8 +24,9 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
 
 
 def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
-    """Its class, and each param group's hyperparameters and parameters."""
-    facts = {"optimizer": type(optimizer.front).__qualname__}
+    """The optimizers' classes, and each param group's hyperparameters and parameters."""
+    kinds = zip(optimizer.fronts, optimizer.kinds, strict=True)
+    facts = {"optimizer": ", ".join(f"{type(front).__qualname__} ({kind})" for front, kind in kinds)}
     for index, group in enumerate(optimizer.hyperparameters()):
         facts.update({f"optimizer group {index}.{key}": str(value) for key, value in group.items()})
         facts[f"optimizer group {index}.params"] = " ".join(optimizer.names_in_group(index))
@@ -39,16 +42,16 @@ def frozen_facts(model: nn.Module) -> dict[str, str]:
     }
 
 
-def schedule_facts(schedule: LRScheduler | None) -> dict[str, str]:
-    """Its class and its plain numbers, as they are before the first step."""
-    if schedule is None:
-        return {"schedule": "none"}
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise ConfigError(
-            "recipe.schedule wants to be told a measurement after each step",
-            got="ReduceLROnPlateau",
-            hint="use a schedule that depends on the step alone",
-        )
-    numbers = {key: value for key, value in schedule.state_dict().items() if isinstance(value, (int, float, list))}
-    plain = {f"schedule.{key}": str(value) for key, value in numbers.items() if not key.startswith("_")}
-    return {"schedule": type(schedule).__qualname__} | plain
+def schedule_facts(schedules: Sequence[LRScheduler]) -> dict[str, str]:
+    """Their classes and plain numbers, as they are before the first step."""
+    facts = {"schedule": ", ".join(type(schedule).__qualname__ for schedule in schedules) or "none"}
+    for index, schedule in enumerate(schedules):
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise ConfigError(
+                "recipe.schedule wants to be told a measurement after each step",
+                got="ReduceLROnPlateau",
+                hint="use a schedule that depends on the step alone",
+            )
+        numbers = {key: value for key, value in schedule.state_dict().items() if isinstance(value, (int, float, list))}
+        facts |= {f"schedule {index}.{key}": str(value) for key, value in numbers.items() if not key.startswith("_")}
+    return facts

@@ -21,6 +21,11 @@ class Params(ABC):
         self._params: dict[str, nn.Parameter] = {}
         self._shapes: dict[str, torch.Size] = {}
 
+    @property
+    def replicated(self) -> Tensor | None:
+        """The buffer, [padded_numel], whose shards are written by their owners; None if others don't see it."""
+        return None
+
     @abstractmethod
     def kept(self, within: Range) -> Tensor:
         """The elements `within` in the buffer that outlives a step; each worker may ask for its shard."""
@@ -43,6 +48,10 @@ class WholeParams(Params):
     def __init__(self, layout: UnitLayout, full: Tensor) -> None:
         super().__init__(layout, full.dtype)
         self.full = full
+
+    @property
+    def replicated(self) -> Tensor:
+        return self.full
 
     def kept(self, within: Range) -> Tensor:
         return self.full[within.start : within.end]
@@ -161,8 +170,7 @@ class HomeParams(GatheredParams):
         self._stream = torch.cuda.Stream(pool.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     @property
-    def everything(self) -> Tensor:
-        """What the workers that share memory write their shards into."""
+    def replicated(self) -> Tensor:
         return self._kept
 
     def kept(self, within: Range) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.comm.group import Group
-from manyhands.config import Recipe
+from manyhands.config import Recipe, Strategy
 from manyhands.engine.control import agree
 from manyhands.engine.gradients import Gradients, KeptGradients, PassingGradients, Ring, RingGradients
 from manyhands.engine.params import BufferPool, GatheredParams, HomeParams, Params, ShardedParams, WholeParams
@@ -21,7 +21,7 @@ from manyhands.layout import Layout, Range, UnitLayout, build_layout
 from manyhands.numerics.digest import digest_of_tensors
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
 from manyhands.offload.home import Home
-from manyhands.sharding.stage import REPLICATED, SHARDED, Stage
+from manyhands.sharding.stage import REPLICATED, SHARDED, Stage, stage_named
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,16 @@ def agree_on_model(model: nn.Module, group: Group) -> None:
 
 
 def lay_out(
-    model: nn.Module, recipe: Recipe, group: Group, stage: Stage, named_units: Sequence[str], home: Home
+    model: nn.Module, recipe: Recipe, group: Group, strategy: Strategy, uncut: Collection[str], home: Home
 ) -> Storage:
     """Move the model's parameters into flat buffers. Collective.
 
-    home: of master weights and, if the stage shards them, of parameters. Frozen parameters are only cast, unless they
-    are gathered, too.
+    uncut: the parameters that their optimizer must see whole. home: of master weights and, if the stage shards them, of
+    parameters. Frozen parameters are only cast, unless they are gathered, too.
     """
+    stage = stage_named(strategy.stage)
     _cast_frozen(model, recipe.precision, group.device)
-    plans = plan_units(model, recipe.precision, named_units)
+    plans = plan_units(model, recipe.precision, strategy.units, uncut=uncut, workers=group.size)
     filler = _Filler(dict(model.named_parameters()), group, stage, home)
     layout = filler.layout_of([plan for plan in plans if plan.trainable])
     trainable = list(zip((plan for plan in plans if plan.trainable), layout.units, strict=True))
@@ -120,7 +121,8 @@ class _Filler:
         """Of those parameters, in construction order."""
         names = {name for plan in plans for name in plan.params}
         named = [(name, param.numel()) for name, param in self.params.items() if name in names]
-        return build_layout(named, [(plan.name, plan.params) for plan in plans], self._group.size)
+        units = [(plan.name, plan.params) for plan in plans]
+        return build_layout(named, units, self._group.size, uncut={plan.name for plan in plans if plan.uncut})
 
     def units(self, plans: Sequence[tuple[UnitPlan, UnitLayout]]) -> dict[str, Unit]:
         """The trainable units of one dtype, by name. Collective."""

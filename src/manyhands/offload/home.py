@@ -101,10 +101,14 @@ class DiskHome(Home):
         insort(self._maps, (mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes))
 
     def soon(self, buffer: Tensor) -> None:
+        if not buffer.nbytes:
+            return
         address, num_bytes = self._pages_of(buffer)
         _advise(address, num_bytes, mmap.MADV_WILLNEED)
 
     def done(self, buffer: Tensor) -> None:
+        if not buffer.nbytes:
+            return
         address, num_bytes = self._pages_of(buffer)
         with self._changed:
             if self._error is not None:

@@ -24,12 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 from manyhands.config import Recipe, Strategy
 from manyhands.errors import ConfigError, ManyhandsError
-from manyhands.training.recipe_schema import Document, RecipeSchema, Target, hint_nearest, raise_all, read_document
-from manyhands.training.toml_text import to_toml
+from manyhands.training.recipe_schema import (
+    Document,
+    GroupTable,
+    RecipeSchema,
+    Target,
+    hint_nearest,
+    raise_all,
+    read_document,
+)
+from manyhands.training.toml_text import Key, dotted, to_toml
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.optim import Optimizer
 
 CALLED_WITH = {  # what each function gets by position, before its arguments
     "model": (),
@@ -92,7 +99,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
             seed=schema.seed,
             threads_per_worker=schema.threads_per_worker,
             device=schema.device,
-            elementwise_optimizer=schema.elementwise_optimizer,
+            optimizer_kind=schema.optimizer_kind,
             name=schema.name,
             source=str(document.path),
         )
@@ -111,22 +118,29 @@ def _import_all(document: Document) -> dict[str, Callable[..., Any]]:
     importlib.invalidate_caches()
     functions: dict[str, Callable[..., Any]] = {}
     problems: list[ConfigError] = []
+
+    def bind(target: Target | GroupTable, *key: str | int) -> Callable[..., Any] | None:
+        table = str(key[0])
+        try:
+            function = _find(str(target.path), folder)
+        except ConfigError as error:
+            error.what, error.where = f"{dotted(key)}.path: {error.what}", document.origin(*key, "path")
+            problems.append(error)
+            return None
+        problems.extend(_argument_problems(key, function, target, document))
+        bound = functools.partial(function, **target.arguments)
+        return bound if table in ("loss", "collate", "sample") else _noted(bound, document.origin(*key), table)
+
     for table in CALLED_WITH:
         target: Target | None = getattr(document.schema, table)
-        if target is None:
-            continue
-        try:
-            function = _find(target.path, folder)
-        except ConfigError as error:
-            error.what, error.where = f"{table}.path: {error.what}", document.origin(table, "path")
-            problems.append(error)
-            continue
-        problems += _argument_problems(table, function, target, document)
-        bound = functools.partial(function, **target.arguments)
-        functions[table] = bound if table in ("loss", "collate", "sample") else _noted(bound, table, document)
+        bound = None if target is None else bind(target, table)
+        if bound is not None:
+            functions[table] = bound
+    groups = enumerate(document.schema.optimizer.groups)
+    own = {index: bind(group, "optimizer", "groups", index) for index, group in groups if group.path is not None}
     raise_all(problems, document.path)
     if document.schema.optimizer.groups:
-        functions["optimizer"] = _grouped(functions["optimizer"], document)
+        functions["optimizer"] = _grouped(functions["optimizer"], own, document)
     return functions
 
 
@@ -187,9 +201,10 @@ def _check_not_another(name: str, folder: Path) -> None:
 
 
 def _argument_problems(
-    table: str, function: Callable[..., Any], target: Target, document: Document
+    key: Key, function: Callable[..., Any], target: Target | GroupTable, document: Document
 ) -> list[ConfigError]:
-    """Arguments that the function doesn't take, and what it wants and isn't given."""
+    """Arguments that the function doesn't take, and what it wants and isn't given. key: the table's."""
+    table = str(key[0])
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some functions written in C don't tell
@@ -206,29 +221,29 @@ def _argument_problems(
     def unknown(names: Iterable[str], *key: str | int) -> None:
         for name in names:
             if name not in takes and not takes_any:
-                what = f"{'.'.join(map(str, key))}.{name}: {target.path} takes no {name}"
+                what = f"{dotted(key)}.{name}: {target.path} takes no {name}"
                 hint = hint_nearest(name, takes[len(CALLED_WITH[table]) :])
                 where = document.origin(*key, name)
                 problems.append(ConfigError(what, expected=expected, where=where, hint=hint))
 
-    unknown(target.arguments, table, "arguments")
-    if table == "optimizer":
+    unknown(target.arguments, *key, "arguments")
+    if key == ("optimizer",):
         for index, group in enumerate(document.schema.optimizer.groups):
-            unknown(group.arguments, table, "groups", index, "arguments")
+            if group.path is None:
+                unknown(group.arguments, *key, "groups", index, "arguments")
     try:
         known = {name: value for name, value in target.arguments.items() if name in takes or takes_any}
         signature.bind(*CALLED_WITH[table], **known)
     except TypeError as error:
         called = ", ".join([*CALLED_WITH[table], *(f"{name}=..." for name in known)])
-        what = f"{table}.arguments don't fit {target.path}: {error}"
-        where = document.origin(table, "arguments")
+        what = f"{dotted(key)}.arguments don't fit {target.path}: {error}"
+        where = document.origin(*key, "arguments")
         problems.append(ConfigError(what, expected=expected, got=f"({called})", where=where))
     return problems
 
 
-def _noted(function: Callable[..., Any], table: str, document: Document) -> Callable[..., Any]:
+def _noted(function: Callable[..., Any], where: str, table: str) -> Callable[..., Any]:
     """The function; what it raises gets a note that tells the table it was called for."""
-    where = document.origin(table)
 
     def call(*given: Any) -> Any:
         try:
@@ -242,30 +257,44 @@ def _noted(function: Callable[..., Any], table: str, document: Document) -> Call
     return call
 
 
-def _grouped(optimizer: Callable[..., Any], document: Document) -> Callable[..., Optimizer]:
-    """The optimizer over param groups: the rest, then each group's own. A pattern must match a parameter."""
+def _grouped(
+    rest: Callable[..., Any], own: dict[int, Callable[..., Any] | None], document: Document
+) -> Callable[..., Any]:
+    """The optimizer over param groups: the rest, then each group's own; and the groups with an optimizer of their own.
+
+    A pattern must match a parameter.
+    """
     groups = document.schema.optimizer.groups
     patterns = [(index, pattern) for index, group in enumerate(groups) for pattern in group.match]
 
-    def build(named_params: list[tuple[str, nn.Parameter]]) -> Optimizer:
+    def matches(index: int, pattern: str, name: str, param: nn.Parameter) -> bool:
+        return fnmatchcase(name, pattern) and groups[index].dimensions in (None, param.ndim)
+
+    def build(named_params: list[tuple[str, nn.Parameter]]) -> Any:
         names = [name for name, _ in named_params]
         parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
         problems = [
             ConfigError(
                 f"optimizer.groups.{index}.match: {pattern!r} matches no parameter",
                 where=document.origin("optimizer", "groups", index, "match"),
-                expected=f"a pattern for names like {', '.join(names[:3])}",
+                expected=f"a pattern for names like {', '.join(names[:3])}"
+                + ("" if groups[index].dimensions is None else f", with {groups[index].dimensions} dimensions"),
                 hint=hint_nearest(pattern.strip("*."), parts),
             )
             for index, pattern in patterns
-            if not any(fnmatchcase(name, pattern) for name in names)
+            if not any(matches(index, pattern, *named) for named in named_params)
         ]
         raise_all(problems, document.path)
         members: dict[int, list[tuple[str, nn.Parameter]]] = {index: [] for index in range(-1, len(groups))}
-        for name, param in named_params:
-            first = next((index for index, pattern in patterns if fnmatchcase(name, pattern)), -1)
-            members[first].append((name, param))
+        for named in named_params:
+            first = next((index for index, pattern in patterns if matches(index, pattern, *named)), -1)
+            members[first].append(named)
         options = {-1: {}, **{index: group.arguments for index, group in enumerate(groups)}}
-        return optimizer([{"params": params, **options[index]} for index, params in members.items() if params])  # type: ignore[no-any-return]
+        shared = [
+            {"params": params, **options[index]} for index, params in members.items() if params and index not in own
+        ]
+        made = [rest(shared)] if shared else []
+        made += [make(members[index]) for index, make in own.items() if make is not None and members[index]]
+        return made if own else made[0]
 
     return build

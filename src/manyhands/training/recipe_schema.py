@@ -22,6 +22,8 @@ from manyhands.training.toml_text import Key, apply_override, dotted, line_numbe
 
 Arguments = dict[str, JsonValue]
 
+IMPORT_PATH = r"^\w+(\.\w+)*:\w+(\.\w+)*$"
+
 EXPECTED = {
     "model_type": "a table",
     "dict_type": "a table",
@@ -38,19 +40,23 @@ class _Table(BaseModel):
 class Target(_Table):
     """Something that is imported and called with `arguments`."""
 
-    path: str = Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$")
+    path: str = Field(pattern=IMPORT_PATH)
     arguments: Arguments = {}
 
 
 class GroupTable(_Table):
-    """The parameters whose names match, and what the optimizer does differently for them."""
+    """The parameters whose names match (and that have so many dimensions), and what the optimizer does differently for
+    them; with a path, the optimizer of their own."""
 
     match: list[str] = Field(min_length=1)
+    dimensions: int | None = Field(default=None, ge=0)
+    path: str | None = Field(default=None, pattern=IMPORT_PATH)
     arguments: Arguments = {}
 
 
 class OptimizerTable(Target):
-    """The optimizer and its param groups; the first group that matches a parameter gets it."""
+    """The optimizer, its param groups, and those with an optimizer of their own; the first that matches a parameter
+    gets it."""
 
     groups: list[GroupTable] = []
 
@@ -107,7 +113,7 @@ class RecipeSchema(_Table):
     device: str = Recipe.device
     clip_norm: float | None = Recipe.clip_norm
     threads_per_worker: int = Recipe.threads_per_worker
-    elementwise_optimizer: bool = Recipe.elementwise_optimizer
+    optimizer_kind: str | None = Recipe.optimizer_kind
     steps: int | None = Field(default=None, ge=1)
     model: Target
     loss: Target
@@ -119,7 +125,7 @@ class RecipeSchema(_Table):
     batch: BatchTable
     strategy: StrategyTable = StrategyTable()
 
-    @field_validator("seed", "precision", "device", "clip_norm", "threads_per_worker")
+    @field_validator("seed", "precision", "device", "clip_norm", "threads_per_worker", "optimizer_kind")
     @classmethod
     def _as_recipe_checks(cls, value: Any, info: ValidationInfo) -> Any:
         # Recipe's own check of this one field; the rest is filled with what it doesn't object to.
