@@ -70,6 +70,14 @@ def test_every_stage_and_number_of_workers_gives_the_oracles_bits(
 
 
 @pytest.mark.parametrize("optimizer", OWNED)
+def test_several_threads_a_worker_give_the_oracles_bits(optimizer: str) -> None:
+    recipe = gpt_recipe("bf16", optimizer=OWNED[optimizer], threads_per_worker=2)
+    expected = oracle_run(recipe, STEPS)
+    for workers in (1, 2):
+        assert_bits(recipe, expected, workers)
+
+
+@pytest.mark.parametrize("optimizer", OWNED)
 def test_units_that_are_found_change_nothing(optimizer: str) -> None:
     recipe, expected = gpt_with(optimizer, "bf16", None)
     assert_bits(recipe, expected, 3, overlap=False)
