@@ -29,7 +29,7 @@ from support.models import (
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
-STEPS = 3
+STEPS = 2
 STAGES, WORKERS = ("ddp", "zero1", "zero2"), (1, 2, 3, 4)
 
 
