@@ -29,7 +29,7 @@ from support.models import (
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
-STEPS = 3
+STEPS = 2
 STAGES, WORKERS = ("ddp", "zero1", "zero2"), (1, 2, 3, 4)
 
 
@@ -67,6 +67,14 @@ def test_every_stage_and_number_of_workers_gives_the_oracles_bits(
     assert len(set(expected.digests)) == STEPS
     for workers in WORKERS:
         assert_bits(recipe, expected, workers, stage=stage, units=GPT_UNITS)
+
+
+@pytest.mark.parametrize("optimizer", OWNED)
+def test_several_threads_a_worker_give_the_oracles_bits(optimizer: str) -> None:
+    recipe = gpt_recipe("bf16", optimizer=OWNED[optimizer], threads_per_worker=2)
+    expected = oracle_run(recipe, STEPS)
+    for workers in (1, 2):
+        assert_bits(recipe, expected, workers)
 
 
 @pytest.mark.parametrize("optimizer", OWNED)

@@ -20,7 +20,7 @@ import pytest
 import manyhands as mh
 from manyhands.launching.launcher import run_workers
 from oracle import oracle_run
-from support.models import GPT_UNITS, gpt_recipe
+from support.models import GPT_UNITS, OWNED, gpt_recipe
 from support.training import train_with_engine
 
 STEPS, SAVED_AT = 4, 2
@@ -79,7 +79,26 @@ def job(name: str, precision: str, stage: str, **changes: Any) -> dict[str, Any]
         "load": None,
         "save": None,
         "save_at": SAVED_AT,
+        "optimizer": None,
     } | changes
+
+
+OWNED_JOBS = (("ddp", "bf16"), ("zero1", "fp32"), ("zero2", "bf16"))
+"""(stage, precision) in which Muon and AdamW are run together by 2 and by 3 workers."""
+
+
+def owned_jobs(launch: Launch, folder: Path) -> list[dict[str, Any]]:
+    """Matrices by owner; the resuming launches go on from those of the other number of workers, in another stage."""
+    jobs = []
+    for index, (stage, precision) in enumerate(OWNED_JOBS):
+        name, left = f"owned {stage} {precision}", checkpoints(folder, launch, f"owned-{stage}", precision)
+        jobs.append(job(name, precision, stage, optimizer="Muon and AdamW", save=str(left)))
+        if launch in RESUMING:
+            source = next(other for other in SAVING if other.workers == 5 - launch.workers)
+            load = checkpoints(folder, source, f"owned-{stage}", precision) / f"step-{SAVED_AT:08d}"
+            target = STAGES[(index + 1) % len(STAGES)]
+            jobs.append(job(f"{name} resumed", precision, target, optimizer="Muon and AdamW", load=str(load)))
+    return jobs
 
 
 def jobs_of(launch: Launch, folder: Path) -> list[dict[str, Any]]:
@@ -101,6 +120,8 @@ def jobs_of(launch: Launch, folder: Path) -> list[dict[str, Any]]:
                     strategy={"stage": "zero3", "activation_checkpointing": ("blocks.*",)},
                 ),
             ]
+    if launch.workers in (2, 3):
+        jobs += owned_jobs(launch, folder)
     if launch in RESUMING:
         jobs += [
             job(
@@ -148,16 +169,17 @@ def digests_of(launch: Launch, folder: Path) -> list[dict[str, str]]:
 
 
 @cache
-def oracle_digest(precision: str) -> str:
+def oracle_digest(precision: str, optimizer: str | None = None) -> str:
     """Plain PyTorch's."""
-    return oracle_run(gpt_recipe(precision), STEPS).digests[-1]
+    changes = {"optimizer": OWNED[optimizer]} if optimizer else {}
+    return oracle_run(gpt_recipe(precision, **changes), STEPS).digests[-1]
 
 
-def assert_one_digest(launch: Launch, folder: Path, names: list[tuple[str, str]]) -> None:
+def assert_one_digest(launch: Launch, folder: Path, names: list[tuple[str, str]], optimizer: str | None = None) -> None:
     """names: (job, precision)."""
     for rank, digests in enumerate(digests_of(launch, folder)):
         found = {name: digests[name] for name, _ in names}
-        assert found == {name: oracle_digest(precision) for name, precision in names}, f"worker {rank}"
+        assert found == {name: oracle_digest(precision, optimizer) for name, precision in names}, f"worker {rank}"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -182,6 +204,13 @@ def test_a_run_stopped_in_one_and_resumed_in_another_ends_in_the_same_digest(
     launch: Launch, shared_folder: Path
 ) -> None:
     assert_one_digest(launch, shared_folder, [(str(resume), resume.precision) for resume in resumes_of(launch)])
+
+
+@pytest.mark.parametrize("launch", [launch for launch in SAVING + RESUMING if launch.workers in (2, 3)], ids=str)
+def test_matrices_by_owner_give_the_oracles_digest_and_change_owners(launch: Launch, shared_folder: Path) -> None:
+    names = [(name["name"], name["precision"]) for name in owned_jobs(launch, shared_folder)]
+    assert len(names) == (6 if launch in RESUMING else 3)
+    assert_one_digest(launch, shared_folder, names, "Muon and AdamW")
 
 
 def test_resumes_go_between_every_two_stages_worker_counts_and_groups() -> None:

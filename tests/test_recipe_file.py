@@ -177,6 +177,35 @@ def test_name_is_the_files_by_default(recipe: Path) -> None:
     assert load_recipe(edit(recipe, 'name = "small"\n', "")).recipe.name == "recipe"
 
 
+def test_a_group_with_a_path_is_an_optimizer_of_its_own(recipe: Path) -> None:
+    edit(
+        recipe,
+        "[batch]",
+        """\
+[[optimizer.groups]]
+match = ["layers.*"]
+dimensions = 2
+path = "torch.optim:Muon"
+arguments = { lr = 0.02, ns_coefficients = [3.4, -4.7, 2.0] }
+[[optimizer.groups]]
+match = ["*"]
+dimensions = 1
+arguments = { weight_decay = 0.0 }
+[batch]""",
+    )
+    loaded = load_recipe(recipe)
+    named_params = list(loaded.recipe.model().named_parameters())
+    rest, muon = loaded.recipe.optimizer(named_params)
+    assert isinstance(muon, torch.optim.Muon)
+    assert [(group["param_names"], group["lr"]) for group in muon.param_groups] == [(["layers.0.weight"], 0.02)]
+    assert isinstance(rest, torch.optim.AdamW)
+    assert [(group["param_names"], group["weight_decay"]) for group in rest.param_groups] == [
+        (["layers.0.bias", "norm.weight", "norm.bias"], 0.0)
+    ]
+    (recipe.parent / "again.toml").write_text(loaded.text)
+    assert load_recipe(recipe.parent / "again.toml").settings == loaded.settings
+
+
 def test_param_groups_first_match_wins(recipe: Path) -> None:
     edit(
         recipe,
@@ -333,6 +362,12 @@ WRONG_FORM = [
         ["recipe.toml:23", "strategy.units has a wrong value", "an array"],
     ),
     ("[batch]", "[[optimizer.groups]]\nmatch = []\n[batch]", ["recipe.toml:23", "optimizer.groups.0.match"]),
+    ("seed = 3", 'optimizer_kind = "matrix"', ["recipe.toml:2", "optimizer_kind is not known", "per-parameter"]),
+    (
+        "[batch]",
+        "[[optimizer.groups]]\nmatch = ['*']\npath = 'Muon'\n[batch]",
+        ["recipe.toml:24", "optimizer.groups.0.path has a wrong value", "module:attribute"],
+    ),
     (
         "[batch]",
         "[[optimizer.groups]]\nmatch = [\n  '*',  # all\n]\n[[optimizer.groups]]\nmatch = ['*']\nargs = {}\n[batch]",
@@ -415,6 +450,16 @@ WRONG_NAMES = [
     ),
     ('"tiny:loss"', '"tiny:Numbers"', ["recipe.toml:11", "loss.arguments don't fit", "too many positional arguments"]),
     ("lr = 3e-4", "learn = 3e-4", ["recipe.toml:20", "optimizer.arguments.learn: torch.optim:AdamW takes no learn"]),
+    (
+        "[batch]",
+        "[[optimizer.groups]]\nmatch = ['*']\npath = 'torch.optim:Mion'\n[batch]",
+        ["recipe.toml:24", "optimizer.groups.0.path: torch.optim has no Mion", "did you mean 'Muon'?"],
+    ),
+    (
+        "[batch]",
+        "[[optimizer.groups]]\nmatch = ['*']\npath = 'torch.optim:Muon'\narguments = { betas = 1 }\n[batch]",
+        ["recipe.toml:25", "optimizer.groups.0.arguments.betas: torch.optim:Muon takes no betas", "momentum"],
+    ),
     (
         "[batch]",
         "[[optimizer.groups]]\nmatch = ['*']\narguments.weight_decy = 0\n[batch]",

@@ -17,7 +17,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 LAYERS = (  # from the bottom up: imports go down only
     {"errors", "units", "config", "layout", "numerics"},
-    {"sharding", "comm", "optim", "failure"},
+    {"sharding", "comm", "optim", "offload", "failure"},
     {"engine"},
     {"checkpoint", "data", "report"},
     {"training", "launching"},
@@ -28,6 +28,8 @@ SAME_LAYER = {  # who may import whom on one layer
     ("layout", "errors"),
     ("numerics", "layout"),
     ("comm", "failure"),
+    ("comm", "offload"),
+    ("optim", "offload"),
 }
 PURE = {"errors", "units", "config", "layout", "numerics"}
 NOT_PURE = {"socket", "subprocess", "time", "threading", "multiprocessing"}

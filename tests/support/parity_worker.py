@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import manyhands as mh
-from support.models import gpt_recipe
+from support.models import OWNED, gpt_recipe
 from support.training import train_with_engine
 
 
@@ -23,8 +23,9 @@ def main(folder: Path, group: str, jobs: list[dict[str, Any]]) -> None:
     digests = {}
     for job in jobs:
         strategy = mh.Strategy(group=group, stall_seconds=60, **job["strategy"] | {"units": tuple(job["units"])})
+        changes = {"optimizer": OWNED[job["optimizer"]]} if job["optimizer"] else {}
         outcome = train_with_engine(
-            gpt_recipe(job["precision"]),
+            gpt_recipe(job["precision"], **changes),
             strategy,
             steps=job["steps"],
             load=Path(job["load"]) if job["load"] else None,

@@ -188,7 +188,7 @@ def _kind(optimizer: object, declared: str | None) -> str:
             f"{name} can't be used: {REFUSED[kind.__name__]}",
             expected=f"one of torch.optim's {', '.join(sorted(KINDS))}",
         )
-    found = KINDS.get(kind.__name__) if is_torchs else declared
+    found = KINDS.get(kind.__name__, declared) if is_torchs else declared
     if found is None:
         raise ConfigError(
             f"{name} is not known: on a part of the parameters it could give other bits",
