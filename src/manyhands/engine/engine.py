@@ -52,6 +52,7 @@ class StepEngine:
         with group.exclusive():
             self.model = build_model(recipe)
         agree_on_model(self.model, group)
+        self.param_shapes = {name: param.shape for name, param in self.model.named_parameters()}  # as they were built
         optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
         self.optimizer = SlicedOptimizer(
             recipe.optimizer, optimizer_params, declared_elementwise=recipe.elementwise_optimizer
