@@ -16,14 +16,14 @@ def config_files(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     A module that only wraps such a model isn't one, also if it hands on its config: its weights have other names.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not (hasattr(type(model), "config_class") and hasattr(config, "to_json_string") and hasattr(config, "to_dict")):
         return {}
     content = json.loads(config.to_json_string())
     fields = config.to_dict()
     content[_DTYPE_FIELDS[0] if _DTYPE_FIELDS[0] in fields else _DTYPE_FIELDS[1]] = None
     files = {CONFIG: {**content, "architectures": [type(model).__name__]}}
-    generation = getattr(model, "generation_config", None)
+    generation: Any = getattr(model, "generation_config", None)
     if hasattr(generation, "to_json_string"):
         files[GENERATION_CONFIG] = json.loads(generation.to_json_string())
     return files

@@ -63,7 +63,7 @@ def in_file_order(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
 def bytes_of(part: Tensor) -> memoryview:
     """A CPU tensor's bytes."""
     flat = part.detach().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 class TensorFileWriter:
