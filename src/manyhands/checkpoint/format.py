@@ -76,7 +76,8 @@ class Manifest(BaseModel):
     """What a checkpoint is. `scalars`: by parameter, the optimizer's numbers; `schedule`: the LR scheduler's state.
 
     tensors: parameters in construction order, then buffers. frozen: the folder beside this one that holds the frozen
-    ones. config_files: what Hugging Face's loaders want beside the weights, by file name.
+    ones. computed: names in the model's state_dict of tensors that aren't in the model; they aren't saved.
+    config_files: what Hugging Face's loaders want beside the weights, by file name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -93,6 +94,7 @@ class Manifest(BaseModel):
     scalars: dict[str, dict[str, Scalar]]
     tensors: list[TensorRecord]
     frozen: str | None
+    computed: list[str]
     config_files: dict[str, dict[str, Any]]
     pieces: list[PieceRecord]
 

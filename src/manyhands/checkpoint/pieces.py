@@ -42,7 +42,8 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> list[PieceRecord]:
     for piece in pieces:
         if piece.tensor.dtype not in CODES:
             raise CheckpointError(
-                f"{piece.kind} {piece.name!r} has a type that a checkpoint can't hold",
+                f"{piece.name!r} has a type that a checkpoint can't hold",
+                where=f"{piece.kind} of the model",
                 expected=", ".join(dtype_name(dtype) for dtype in CODES),
                 got=dtype_name(piece.tensor.dtype),
             )

@@ -55,7 +55,7 @@ def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) 
     digest = engine.digest()
     if all(gather_json(group, _holds(final, digest), f"{tag} / control")):
         return final
-    tensors = _tensor_records(engine)
+    tensors, computed = _tensor_records(engine)
     frozen = _save_frozen(engine, root, tensors, f"step {step} / frozen")
 
     def manifest_of(everyone: list[dict[str, Any]]) -> Manifest:
@@ -76,6 +76,7 @@ def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) 
             },
             tensors=tensors,
             frozen=frozen,
+            computed=computed,
             config_files=config_files(engine.model),
             pieces=_joined(everyone),
         )
@@ -121,11 +122,13 @@ def _pieces(engine: StepEngine, scalars: Scalars) -> Iterator[Piece]:
             yield Piece("buffer", name, 0, buffer.reshape(-1))
 
 
-def _tensor_records(engine: StepEngine) -> list[TensorRecord]:
-    """All tensors of the model, and under which names its state_dict has them."""
+def _tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
+    """All tensors of the model with their names in its state_dict, and the names there of what isn't one of them."""
     keys: dict[int, list[str]] = {}
-    for key, value in engine.model.state_dict(keep_vars=True).items():
-        keys.setdefault(id(value), []).append(key)
+    state = engine.model.state_dict(keep_vars=True)
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            keys.setdefault(id(value), []).append(key)
     records = []
     for name, tensor in [*engine.model.named_parameters(), *engine.model.named_buffers()]:
         is_param = name in engine.param_shapes
@@ -134,10 +137,10 @@ def _tensor_records(engine: StepEngine) -> list[TensorRecord]:
             name=name,
             shape=tuple(engine.param_shapes[name] if is_param else tensor.shape),
             dtype=dtype_name(tensor.dtype),
-            keys=tuple(keys.get(id(tensor), [])),
+            keys=tuple(keys.pop(id(tensor), [])),
         )
         records.append(record)
-    return records
+    return records, [key for others in keys.values() for key in others]
 
 
 def _save_frozen(engine: StepEngine, root: Path, tensors: list[TensorRecord], tag: str) -> str | None:

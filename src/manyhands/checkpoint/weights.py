@@ -27,6 +27,12 @@ class Weights:
 
     def __init__(self, folder: Path, cast: torch.dtype | None) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
+        if self.manifest.computed:
+            raise CheckpointError(
+                f"the model's state_dict has tensors that aren't the model's: {', '.join(self.manifest.computed[:5])}",
+                where=str(folder),
+                hint="they come from a hook or a state_dict() of its own, and checkpoints don't hold them",
+            )
         self._pieces = PieceReader(folder, self.manifest.pieces)
         self._frozen = _frozen_reader(folder, self.manifest)
         self._records = {record.keys[0]: record for record in self.manifest.tensors if record.keys}
