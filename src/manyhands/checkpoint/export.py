@@ -99,7 +99,7 @@ def export(
     folder = find_checkpoint(Path(run), step)
     _refuse_taken(target)
     weights = Weights(folder, None if dtype is None else _PRECISION_DTYPES[dtype])
-    with _published(target) as partial:
+    with _published(target) as partial, _one_thread():
         shards = plan_shards(weights.entries, max_bytes)
         _write_shards(partial, shards, weights, told)
         weights.check_digest()
@@ -205,6 +205,17 @@ def _refuse_taken(out: Path) -> None:
                 got="a file" if entries is None else f"a folder with {', '.join(entries[:5])}",
                 hint="choose another path; nothing was written",
             )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is done to a piece is too short to share: on a busy machine threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

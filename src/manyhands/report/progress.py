@@ -102,7 +102,10 @@ class TrainingProgress:
 
 
 class BytesProgress:
-    """Bytes done, rate and time left, on standard error if it is a terminal; nothing elsewhere. A context manager."""
+    """Bytes done, rate and time left, on standard error if it is a terminal; nothing elsewhere. A context manager.
+
+    The bar appears with the first bytes: what is refused before leaves none.
+    """
 
     def __init__(self, verb: str, console: Console | None = None) -> None:
         console = console or Console(stderr=True, highlight=False)
@@ -119,7 +122,6 @@ class BytesProgress:
         self._began = self._shown_at = time.monotonic()
 
     def __enter__(self) -> BytesProgress:
-        self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -138,5 +140,6 @@ class BytesProgress:
             f"{format_bytes(per_second)}/s",
             f"{format_seconds(left)} left" if left > 0 else "done",
         )
+        self._progress.start()
         self._progress.update(self._task, total=total_bytes, completed=done_bytes, figures="  ".join(figures))
         self._progress.refresh()
