@@ -83,7 +83,8 @@ def export(
     (default: the last). dtype: "fp32" (the master weights, to the bit) or "bf16"; default: as the model was trained.
     Buffers keep their type. max_shard_size: of a file; a larger tensor has a file of its own. told: hears of progress.
 
-    One process, whatever the size: about one piece of a tensor (some MiB) is in memory. Raises ConfigError, and
+    One process: in memory are a piece of a parameter (some MiB) or a whole buffer, the checkpoint's list of pieces, and
+    8 bytes for every 1,024 elements, for the digest. Optimizer state isn't read. Raises ConfigError, and
     CheckpointError for what is missing or damaged; then nothing is left at `out`, which must not exist before, or be
     an empty folder.
     """
