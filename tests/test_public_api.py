@@ -23,6 +23,7 @@ NAMES = [
     "ConfigError",
     "DataError",
     "Engine",
+    "ExportSummary",
     "Interrupted",
     "InvariantError",
     "ManyhandsError",
@@ -33,6 +34,7 @@ NAMES = [
     "Summary",
     "WorkerError",
     "digest_of_tensors",
+    "export",
     "launch",
     "load_recipe",
     "train",
@@ -55,6 +57,7 @@ OPTIONS = {
     },
     "run": {"--workers", "-n", "script"},
     "compare": {"--json", "other", "run"},
+    "export": {"--dtype", "--json", "--max-shard-size", "--step", "out", "run"},
 }
 
 

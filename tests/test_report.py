@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from manyhands.engine.metrics import PHASES, StepMetrics
-from manyhands.report.progress import TrainingProgress
+from manyhands.report.progress import BytesProgress, TrainingProgress
 from manyhands.report.summary import Summary, figures, render, to_json
 from manyhands.report.tensorboard import TensorBoardLog
-from manyhands.units import GIB, MIB, format_count, format_seconds
+from manyhands.units import GIB, MIB, format_bytes, format_count, format_seconds
 
 SECONDS = {"data": 0.01, "compute": 0.6, "exchange": 0.2, "update": 0.1, "waiting": 0.09}
 
@@ -83,6 +83,14 @@ def test_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (950, "950 B"), (12_345, "12.1 KiB"), (2 * MIB, "2.00 MiB"), (5e9, "4.66 GiB")],
+)  # fmt: skip
+def test_bytes(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
 def test_figures_are_medians_and_a_slow_first_step_does_not_show() -> None:
     found = figures([step_metrics(0, 9.0), step_metrics(1), step_metrics(2)])
     assert found.steps == 3
@@ -135,6 +143,23 @@ def test_the_json_has_the_figures_and_is_strict() -> None:
     assert set(keys.split()) <= set(value)
     assert value["loss"] is None
     assert json.loads(json.dumps(value, allow_nan=False)) == value
+
+
+def bytes_progress_of(console: Console) -> str:
+    with BytesProgress("exporting", console) as bar:
+        for done in range(1, 6):
+            bar.update(done * MIB, 5 * MIB)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_bytes_move_on_a_terminal_and_are_silent_elsewhere() -> None:
+    text = bytes_progress_of(
+        Console(file=StringIO(), force_terminal=True, force_interactive=True, width=100, color_system=None)
+    )
+    for part in ("exporting", "5.00 MiB of 5.00 MiB", "/s  done"):
+        assert part in text
+    assert bytes_progress_of(Console(file=StringIO())) == ""
 
 
 def progress_of(console: Console, steps: int, **options: Any) -> str:

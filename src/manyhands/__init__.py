@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from manyhands.checkpoint.export import ExportSummary, export
     from manyhands.config import Batch, Recipe, Strategy
     from manyhands.engine.metrics import StepMetrics
     from manyhands.errors import (
@@ -36,6 +37,7 @@ _WHERE = {
     "ConfigError": "errors",
     "DataError": "errors",
     "Engine": "training.engine",
+    "ExportSummary": "checkpoint.export",
     "Interrupted": "errors",
     "InvariantError": "errors",
     "ManyhandsError": "errors",
@@ -46,6 +48,7 @@ _WHERE = {
     "Summary": "report.summary",
     "WorkerError": "errors",
     "digest_of_tensors": "numerics.digest",
+    "export": "checkpoint.export",
     "launch": "launching.function",
     "load_recipe": "training.recipe_file",
     "train": "training.loop",
@@ -57,6 +60,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Engine",
+    "ExportSummary",
     "Interrupted",
     "InvariantError",
     "ManyhandsError",
@@ -67,6 +71,7 @@ __all__ = [
     "Summary",
     "WorkerError",
     "digest_of_tensors",
+    "export",
     "launch",
     "load_recipe",
     "train",

@@ -16,6 +16,14 @@ def format_count(count: float) -> str:
     return f"{count:.0f}" if float(count).is_integer() or abs(count) >= 100 else f"{count:.3g}"
 
 
+def format_bytes(count: float) -> str:
+    """How much memory or disk: `950 B`, `12.3 KiB`, `1.95 MiB`, `4.66 GiB`."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB")):
+        if abs(count) >= 0.9995 * unit:
+            return f"{_three_digits(count / unit)} {name}"
+    return f"{count:.0f} B"
+
+
 def format_seconds(seconds: float) -> str:
     """A duration: `85 µs`, `12.3 ms`, `1.74 s`, `2 min 05 s`, `3 h 07 min`, `2 d 04 h`; `?` if it isn't known."""
     if not math.isfinite(seconds):

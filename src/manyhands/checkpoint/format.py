@@ -1,28 +1,32 @@
 """One logical format, whoever saved it and whoever loads it.
 
     checkpoints/step-00000100/
-        manifest.json           step, facts of the recipe, numerics identity, scalars, and which file holds which range
+        manifest.json           step, facts of the recipe, numerics identity, scalars, the model's tensors, and which
+                                file holds which range
         worker-0.safetensors    1-D pieces named "<kind>|<parameter>|<first element>": "exp_avg|head.weight|0"
+    checkpoints/frozen-5f0c.../ parameters that no step changes, once for all checkpoints; files as above
 
-Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer". Tensors that have their
-parameter's shape are saved in ranges of it; others (buffers, Adafactor's row factors) whole, with a shape of their own.
-A folder appears under its name only when it is whole: all files are written and synced in `.step-00000100.partial`,
-which is then renamed.
+Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer", "frozen". What of the optimizer's
+state has another shape than its parameter (Adafactor's row factors) is saved whole. A folder appears under its name only
+when it is whole: all files are written and synced in `.step-00000100.partial`, which is then renamed.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from manyhands.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+_M = TypeVar("_M", bound=BaseModel)
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -38,8 +42,26 @@ class PieceRecord(BaseModel):
     start: int
     numel: int
     dtype: str
-    shape: list[int] | None = None  # of a tensor that is saved whole, in one piece
+    shape: tuple[int, ...] | None = None  # of what has another shape than its parameter, and is whole in this piece
     crc32: int
+
+
+class TensorRecord(BaseModel):
+    """A tensor of the model. kind: whose pieces make it up; dtype: as the model computes with it. keys: its names in
+    the model's state_dict: several if it is tied, none if it is a buffer that isn't persistent."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["master", "frozen", "buffer"]
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    keys: tuple[str, ...]
+
+    @property
+    def numel(self) -> int:
+        """Its elements."""
+        return math.prod(self.shape)
 
 
 class Scalar(BaseModel):
@@ -53,7 +75,12 @@ class Scalar(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a checkpoint is. `scalars`: by parameter, the optimizer's numbers; `schedules`: LR schedulers' states."""
+    """What a checkpoint is. `scalars`: by parameter, the optimizer's numbers; `schedules`: LR schedulers' states.
+
+    tensors: parameters in construction order, then buffers. frozen: the folder beside this one that holds the frozen
+    ones. computed: names in the model's state_dict of tensors that aren't in the model; they aren't saved.
+    config_files: what Hugging Face's loaders want beside the weights, by file name.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,6 +94,19 @@ class Manifest(BaseModel):
     hyperparameters: list[dict[str, Any]]
     schedules: list[dict[str, Any]]
     scalars: dict[str, dict[str, Scalar]]
+    tensors: list[TensorRecord]
+    frozen: str | None
+    computed: list[str]
+    config_files: dict[str, dict[str, Any]]
+    pieces: list[PieceRecord]
+
+
+class FrozenManifest(BaseModel):
+    """What a folder of frozen parameters is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int
     pieces: list[PieceRecord]
 
 
@@ -109,15 +149,23 @@ def decode_state(value: Any) -> Any:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError."""
+    return _read(folder, Manifest)
+
+
+def read_frozen_manifest(folder: Path) -> FrozenManifest:
+    """Raises CheckpointError."""
+    return _read(folder, FrozenManifest)
+
+
+def _read(folder: Path, kind: type[_M]) -> _M:
     path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        said = json.loads(path.read_bytes())
+        found = said.get("format") if isinstance(said, dict) else None
+        if not isinstance(found, int) or found == FORMAT:
+            return kind.model_validate(said)
     except OSError as error:
         raise CheckpointError("not a checkpoint: its manifest can't be read", where=str(path), got=error) from error
     except ValueError as error:
         raise CheckpointError("the checkpoint's manifest is broken", where=str(path), got=error) from error
-    if manifest.format != FORMAT:
-        raise CheckpointError(
-            "the checkpoint has another format", where=str(path), expected=FORMAT, got=manifest.format
-        )
-    return manifest
+    raise CheckpointError("the checkpoint has another format", where=str(path), expected=FORMAT, got=found)

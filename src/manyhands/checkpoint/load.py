@@ -2,93 +2,33 @@
 
 from __future__ import annotations
 
-import zlib
-from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from manyhands.checkpoint.format import Manifest, PieceRecord, decode_state, read_manifest
+from manyhands.checkpoint.format import Manifest, decode_state, read_manifest
+from manyhands.checkpoint.pieces import PieceReader
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError, NumericsError
 from manyhands.numerics.identity import numerics_identity
 from manyhands.optim.sliced import Slice
 
 
-class CheckpointReader:
-    """Reads ranges of named tensors out of a checkpoint's files, whatever pieces they were written in."""
+class CheckpointReader(PieceReader):
+    """Reads ranges of named tensors out of a checkpoint's files. Raises CheckpointError."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
-        self._pieces: dict[tuple[str, str], list[PieceRecord]] = defaultdict(list)
-        for piece in self.manifest.pieces:
-            self._pieces[piece.kind, piece.name].append(piece)
-        for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece.start)
-        self._checked: set[tuple[str, str]] = set()
-
-    def kinds_of(self, name: str) -> list[str]:
-        """Which tensors there are of a parameter."""
-        return [kind for kind, other in self._pieces if other == name]
-
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel), 1-D. Raises CheckpointError."""
-        parts, position = [], start
-        for piece in self._pieces.get((kind, name), []):
-            first, last = max(position, piece.start), min(start + numel, piece.start + piece.numel)
-            if first == position and first < last:
-                parts.append(self._read_piece(piece, first - piece.start, last - piece.start))
-                position = last
-        if position != start + numel:
-            raise CheckpointError(
-                f"the checkpoint lacks elements of {kind} of {name!r}",
-                where=str(self.folder),
-                expected=f"[{start}, {start + numel})",
-                got=f"[{start}, {position})",
-            )
-        return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
-
-    def _read_piece(self, piece: PieceRecord, start: int, end: int) -> Tensor:
-        """Elements [start, end) of the piece; the whole of it is read, and checked, the first time."""
-        path = self.folder / piece.file
-        checked = (piece.file, piece.key) in self._checked
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_slice(piece.key)[start:end] if checked else file.get_tensor(piece.key)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                "a file of the checkpoint is missing or broken",
-                where=str(path),
-                got=error,
-                hint="go back to an earlier checkpoint",
-            ) from error
-        if not checked:
-            found = zlib.crc32(tensor.numpy().data.cast("B")) if tensor.numel() else zlib.crc32(b"")
-            if tensor.numel() != piece.numel or found != piece.crc32:
-                raise CheckpointError(
-                    f"the checkpoint's {piece.key!r} is damaged",
-                    where=str(path),
-                    expected=f"{piece.numel} elements with checksum {piece.crc32:08x}",
-                    got=f"{tensor.numel()} elements with checksum {found:08x}",
-                    hint="go back to an earlier checkpoint",
-                )
-            self._checked.add((piece.file, piece.key))
-            tensor = tensor[start:end]
-        return tensor
-
-    def read_whole(self, kind: str, name: str) -> Tensor | None:
-        """A tensor that was saved whole, with its own shape; None if it was saved in ranges."""
-        pieces = self._pieces.get((kind, name))
-        if not pieces or pieces[0].shape is None:
-            return None
-        return self._read_piece(pieces[0], 0, pieces[0].numel).view(pieces[0].shape).clone()
+        self.manifest = read_manifest(folder)
+        super().__init__(folder, self.manifest.pieces)
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers."""
-        found = {name: self.read_whole(kind, name) for kind, name in self._pieces if kind == "buffer"}
-        return {name: value for name, value in found.items() if value is not None}
+        return {
+            record.name: self.read("buffer", record.name, 0, record.numel).view(record.shape)
+            for record in self.manifest.tensors
+            if record.kind == "buffer"
+        }
 
 
 def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bool = False) -> Manifest:
@@ -123,8 +63,7 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
     buffers = dict(engine.model.named_buffers())
     for name, value in reader.buffers().items():
         if name in buffers:
-            saved = value.view(torch.bfloat16) if buffers[name].dtype == torch.bfloat16 else value
-            buffers[name].copy_(saved)
+            buffers[name].copy_(value)
     engine.updater.refresh_params()
     engine.optimizer.load_hyperparameters(manifest.hyperparameters)
     for schedule, saved_schedule in zip(engine.schedules, manifest.schedules, strict=True):

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.numpy import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from manyhands.checkpoint.format import (
     FORMAT,
-    MANIFEST,
+    FrozenManifest,
     Manifest,
     PieceRecord,
     Scalar,
+    TensorRecord,
     decode_state,
     encode_state,
     folder_name,
     list_checkpoints,
+    read_frozen_manifest,
     read_manifest,
 )
+from manyhands.checkpoint.hugging_face import config_files
+from manyhands.checkpoint.pieces import Piece, dtype_name, write_pieces
+from manyhands.checkpoint.publish import as_checkpoint_error, publish_together, remove
 from manyhands.engine.control import gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError
@@ -35,30 +38,29 @@ from manyhands.numerics.identity import numerics_identity
 Scalars = dict[str, dict[str, dict[str, Any]]]
 """By parameter and kind: a Scalar, as JSON has it."""
 
+FROZEN_PIECE_NUMEL = 1 << 20
+"""Elements in a piece of a frozen parameter: what a reader has in memory at once."""
+
 
 def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) -> Path:
     """Write the engine's state to a new folder in `root`; returns it. Collective.
 
     keep: how many checkpoints to leave in `root` (None: all). One of this step with the same weights stays;
-    one with others is replaced.
+    one with others is replaced. Frozen parameters are written once, beside the first checkpoint.
     Raises CheckpointError; what was published before is never touched by a failure.
     """
     group, step = engine.group, engine.step_index
-    final, partial = root / folder_name(step), root / f".{folder_name(step)}.partial"
+    final = root / folder_name(step)
     tag = f"step {step} / checkpoint"
     group.status(tag)
     digest = engine.digest()
     if all(gather_json(group, _holds(final, digest), f"{tag} / control")):
         return final
-    if group.rank == 0:
-        with _as_checkpoint_error(partial):
-            _remove_partial(root)
-            partial.mkdir(parents=True)
-    group.barrier(f"{tag} begins / control")
-    records, scalars = _write_pieces(engine, partial)
-    everyone: list[Any] = gather_json(group, {"pieces": records, "scalars": scalars}, f"{tag} / control")
-    if group.rank == 0:
-        manifest = Manifest(
+    tensors, computed = _tensor_records(engine)
+    frozen = _save_frozen(engine, root, tensors, f"step {step} / frozen")
+
+    def manifest_of(everyone: list[dict[str, Any]]) -> Manifest:
+        return Manifest(
             format=FORMAT,
             step=step,
             workers=group.size,
@@ -73,65 +75,125 @@ def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) 
                 for theirs in everyone
                 for name, numbers in theirs["scalars"].items()
             },
-            pieces=[PieceRecord(**record) for theirs in everyone for record in theirs["pieces"]],
+            tensors=tensors,
+            frozen=frozen,
+            computed=computed,
+            config_files=config_files(engine.model),
+            pieces=_joined(everyone),
         )
-        with _as_checkpoint_error(final):
-            _publish(partial, final, manifest)
+
+    publish_together(final, group, partial(_write_mine, engine), manifest_of, tag)
+    if group.rank == 0:
+        with as_checkpoint_error(root):
             for _, old in list_checkpoints(root)[: -keep if keep else 0]:
                 if old != final:
-                    _remove(old)
+                    remove(old)
     group.barrier(f"{tag} published / control")
     return final
 
 
-def _write_pieces(engine: StepEngine, folder: Path) -> tuple[list[dict[str, Any]], Scalars]:
-    file, arrays, records = f"worker-{engine.group.rank}.safetensors", {}, []
+def _write_mine(engine: StepEngine, folder: Path) -> dict[str, Any]:
     scalars: Scalars = {}
-    for kind, name, start, tensor, shape in _tensors(engine, scalars):
-        key = f"{kind}|{name}|{start}"
-        array = tensor.detach().cpu().contiguous().numpy()
-        arrays[key] = array
-        record = PieceRecord(
-            file=file,
-            key=key,
-            kind=kind,
-            name=name,
-            start=start,
-            numel=tensor.numel(),
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=shape,
-            crc32=zlib.crc32(array.data.cast("B") if array.size else b""),
-        )
-        records.append(record.model_dump())
-    with _as_checkpoint_error(folder / file):
-        save_file(arrays, folder / file)
-        _sync(folder / file)
-    return records, scalars
+    records = write_pieces(_file_of(engine, folder), list(_pieces(engine, scalars)))
+    return {"pieces": [record.model_dump() for record in records], "scalars": scalars}
 
 
-def _tensors(engine: StepEngine, scalars: Scalars) -> Iterator[tuple[str, str, int, Tensor, list[int] | None]]:
-    """(kind, name, first element, 1-D tensor, shape if saved whole) of what this worker owns; fills in `scalars`."""
+def _file_of(engine: StepEngine, folder: Path) -> Path:
+    return folder / f"worker-{engine.group.rank}.safetensors"
+
+
+def _joined(everyone: list[dict[str, Any]]) -> list[PieceRecord]:
+    return [PieceRecord(**record) for theirs in everyone for record in theirs["pieces"]]
+
+
+def _pieces(engine: StepEngine, scalars: Scalars) -> Iterator[Piece]:
+    """What this worker owns; fills in `scalars`."""
     for piece, owned in engine.updater.slices:
         if not owned.numel:
             continue
         cut, start = slice(owned.start, owned.end), piece.start + owned.start
-        yield "master", piece.name, start, piece.master.view(-1)[cut], None
+        yield Piece("master", piece.name, start, piece.master.view(-1)[cut])
         for kind, value in engine.optimizer.state_of(piece).items():
             if isinstance(value, Tensor) and value.dim() and value.shape == piece.master.shape:
-                yield kind, piece.name, start, value.reshape(-1)[cut], None
+                yield Piece(kind, piece.name, start, value.reshape(-1)[cut])
             elif isinstance(value, Tensor) and value.dim() and piece.name in engine.optimizer.uncut:
-                yield kind, piece.name, 0, value.reshape(-1), list(value.shape)
+                yield Piece(kind, piece.name, 0, value.reshape(-1), tuple(value.shape))
             elif value is not None:
                 scalars.setdefault(piece.name, {})[kind] = _scalar(value).model_dump()
     if engine.group.rank == 0:
         for name, buffer in engine.model.named_buffers():
-            kept = buffer.view(torch.int16) if buffer.dtype == torch.bfloat16 else buffer
-            yield "buffer", name, 0, kept.reshape(-1), list(buffer.shape)
+            yield Piece("buffer", name, 0, buffer.reshape(-1))
+
+
+def _tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
+    """All tensors of the model with their names in its state_dict, and the names there of what isn't one of them."""
+    keys: dict[int, list[str]] = {}
+    state = engine.model.state_dict(keep_vars=True)
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            keys.setdefault(id(value), []).append(key)
+    records = []
+    for name, tensor in [*engine.model.named_parameters(), *engine.model.named_buffers()]:
+        is_param = name in engine.param_shapes
+        record = TensorRecord(
+            kind="buffer" if not is_param else "master" if tensor.requires_grad else "frozen",
+            name=name,
+            shape=tuple(engine.param_shapes[name] if is_param else tensor.shape),
+            dtype=dtype_name(tensor.dtype),
+            keys=tuple(keys.pop(id(tensor), [])),
+        )
+        records.append(record)
+    return records, [key for others in keys.values() for key in others]
+
+
+def _save_frozen(engine: StepEngine, root: Path, tensors: list[TensorRecord], tag: str) -> str | None:
+    """Write the parameters that no step changes, unless they are there; the folder's name. Collective.
+
+    The name comes from what is in it, so that runs of several recipes in one folder don't get in each other's way.
+    """
+    frozen = [record for record in tensors if record.kind == "frozen"]
+    if not frozen:
+        return None
+    facts = engine.facts()
+    said = [(record.name, record.shape, record.dtype, facts[f"frozen parameter {record.name}"]) for record in frozen]
+    final = root / f"frozen-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
+    if not all(gather_json(engine.group, _is_there(final), f"{tag} / control")):
+        params = dict(engine.model.named_parameters())
+
+        def write(folder: Path) -> dict[str, Any]:
+            mine = list(_frozen_pieces({record.name: params[record.name] for record in frozen}, engine))
+            return {"pieces": [record.model_dump() for record in write_pieces(_file_of(engine, folder), mine)]}
+
+        publish_together(
+            final, engine.group, write, lambda all_: FrozenManifest(format=FORMAT, pieces=_joined(all_)), tag
+        )
+    return final.name
+
+
+def _frozen_pieces(params: dict[str, torch.nn.Parameter], engine: StepEngine) -> Iterator[Piece]:
+    """A worker writes its shard of those that are sharded, and of the others, which every worker has, its share."""
+    sharded = set()
+    for unit in engine.frozen_units:
+        sharded |= {slot.name for slot in unit.layout.slots}
+        for piece in unit.layout.pieces(unit.layout.shard(engine.group.rank)):
+            yield from _cut(piece.slot.name, piece.in_param.start, unit.params.kept(piece.in_unit))
+    number = 0
+    for name, param in params.items():
+        if name not in sharded:
+            for cut in _cut(name, 0, param.detach().reshape(-1)):
+                if number % engine.group.size == engine.group.rank:
+                    yield cut
+                number += 1
+
+
+def _cut(name: str, first: int, values: Tensor) -> Iterator[Piece]:
+    for start in range(0, values.numel(), FROZEN_PIECE_NUMEL):
+        yield Piece("frozen", name, first + start, values[start : start + FROZEN_PIECE_NUMEL])
 
 
 def _scalar(value: Tensor | float | int | bool) -> Scalar:
     if isinstance(value, Tensor):
-        return Scalar(value=value.item(), dtype=str(value.dtype).removeprefix("torch."), device=value.device.type)
+        return Scalar(value=value.item(), dtype=dtype_name(value.dtype), device=value.device.type)
     return Scalar(value=value)
 
 
@@ -147,17 +209,6 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
     return encoded
 
 
-def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
-    path = partial / MANIFEST
-    path.write_text(manifest.model_dump_json())
-    _sync(path)
-    _sync(partial)
-    if final.exists():
-        _remove(final)
-    os.rename(partial, final)
-    _sync(final.parent)
-
-
 def _holds(folder: Path, digest: str) -> bool:
     """Whether the checkpoint in `folder` is there and has these weights."""
     try:
@@ -166,42 +217,9 @@ def _holds(folder: Path, digest: str) -> bool:
         return False
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint: out of sight first, so that a kill on the way leaves none that is only half there."""
-    hidden = folder.with_name(f".{folder.name}.old.partial")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(folder, hidden)
-    shutil.rmtree(hidden)
-
-
-def _remove_partial(root: Path) -> None:
-    """What earlier runs were killed over."""
-    if root.is_dir():
-        for path in root.glob(".step-*.partial"):
-            shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+def _is_there(frozen: Path) -> bool:
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-class _as_checkpoint_error:
-    """An OSError inside (a full disk, a folder that may not be written) becomes a CheckpointError naming `path`."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"the checkpoint can't be written: {error.strerror or error}",
-                where=str(self._path),
-                hint="free some space or choose another run directory; earlier checkpoints are whole",
-            ) from error
+        read_frozen_manifest(frozen)
+    except CheckpointError:
+        return False
+    return True

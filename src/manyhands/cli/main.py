@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from manyhands import __version__
+from manyhands.cli.export import export
 from manyhands.config import GROUPS, STAGES
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
 
@@ -234,6 +235,9 @@ def compare(
     typer.echo(json.dumps(asdict(comparison)) if as_json else explain(comparison, str(run), str(other)))
     if not comparison.equal:
         raise typer.Exit(1)
+
+
+app.command()(export)
 
 
 def default_workers(threads_per_worker: int, micro_batches: int | None) -> int:

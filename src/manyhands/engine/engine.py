@@ -62,13 +62,14 @@ class StepEngine:
         with group.exclusive():
             self.model = build_model(recipe)
         agree_on_model(self.model, group)
+        self.param_shapes = {name: param.shape for name, param in self.model.named_parameters()}  # as they were built
         optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
         self.optimizer = SlicedOptimizer(recipe.optimizer, optimizer_params, declared_kind=recipe.optimizer_kind)
         self._frozen = frozen_facts(self.model)
         self.home = home_of(strategy.home, group.device, Path(strategy.scratch or tempfile.gettempdir()))
         storage = lay_out(self.model, recipe, group, strategy, self.optimizer.uncut, self.home)
         give_back_memory()
-        self.layout, self.units = storage.layout, storage.units
+        self.layout, self.units, self.frozen_units = storage.layout, storage.units, storage.frozen
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
         self._optimizer_facts = optimizer_facts(self.optimizer)  # as the recipe has it: a schedule changes it

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from manyhands.engine.metrics import StepMetrics
 from manyhands.errors import InvariantError
-from manyhands.units import format_count, format_seconds
+from manyhands.units import format_bytes, format_count, format_seconds
 
 _RECENT_STEPS = 20
 _REDRAW_SECONDS = 0.1
@@ -99,3 +99,47 @@ class TrainingProgress:
                 f"{format_seconds(left)} left" if left > 0 else "done",
             )
         )
+
+
+class BytesProgress:
+    """Bytes done, rate and time left, on standard error if it is a terminal; nothing elsewhere. A context manager.
+
+    The bar appears with the first bytes: what is refused before leaves none.
+    """
+
+    def __init__(self, verb: str, console: Console | None = None) -> None:
+        console = console or Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn(verb, style="bold"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            auto_refresh=False,
+            expand=True,
+            disable=not console.is_interactive,
+        )
+        self._task = self._progress.add_task(verb, total=None, figures="")
+        self._began = self._shown_at = time.monotonic()
+
+    def __enter__(self) -> BytesProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def update(self, done_bytes: int, total_bytes: int) -> None:
+        """So much is done."""
+        now = time.monotonic()
+        if now - self._shown_at < _REDRAW_SECONDS and done_bytes < total_bytes:
+            return
+        self._shown_at = now
+        per_second = done_bytes / max(now - self._began, 1e-9)
+        left = (total_bytes - done_bytes) / per_second if per_second > 0 else float("inf")
+        figures = (
+            f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}",
+            f"{format_bytes(per_second)}/s",
+            f"{format_seconds(left)} left" if left > 0 else "done",
+        )
+        self._progress.start()
+        self._progress.update(self._task, total=total_bytes, completed=done_bytes, figures="  ".join(figures))
+        self._progress.refresh()

@@ -1,0 +1,241 @@
+"""A checkpoint's weights as Hugging Face's loaders read them: safetensors files, an index, config.json.
+
+    OUT/
+        config.json                          as the model has it, if it is one of transformers'
+        generation_config.json               likewise
+        model-00001-of-00002.safetensors     or model.safetensors alone, if one file is enough
+        model.safetensors.index.json         which file holds which tensor
+
+Pieces stream from the checkpoint's files to these: each is read, checked, cast and written before the next one is
+read. The folder is written under a hidden name, and appears when it is whole and its digest is the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from manyhands.checkpoint.format import MANIFEST, list_checkpoints, read_manifest
+from manyhands.checkpoint.hugging_face import CONFIG, config_text
+from manyhands.checkpoint.pieces import dtype_name
+from manyhands.checkpoint.publish import sync
+from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, in_file_order
+from manyhands.checkpoint.weights import Weights
+from manyhands.config import PRECISIONS, nearest
+from manyhands.errors import CheckpointError, ConfigError
+
+INDEX = "model.safetensors.index.json"
+_PRECISION_DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16), strict=True))
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+Told = Callable[[int, int], None]
+"""Hears how many bytes of weights have been written, of how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSummary:
+    """What an export came to.
+
+    out: the folder. files: their names, in order. weights_bytes: of all tensors. dtype: of the weights (of the first
+    one, if the recipe keeps some in another: batch norm's, in bf16). tensors, parameters: how many tensors, and
+    elements of parameters, were written. step, digest, checkpoint: of the weights, before any cast.
+    """
+
+    out: str
+    files: list[str]
+    weights_bytes: int
+    dtype: str
+    tensors: int
+    parameters: int
+    step: int
+    digest: str
+    checkpoint: str
+    seconds: float
+
+    @property
+    def has_config(self) -> bool:
+        """Whether `AutoModel.from_pretrained(out)` finds what it needs."""
+        return CONFIG in self.files
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    told: Told | None = None,
+) -> ExportSummary:
+    """Write the weights of a run's checkpoint to the folder `out`, as safetensors in Hugging Face's layout.
+
+    run: a run directory, a folder that `Engine.save` was given, or one checkpoint. step: which checkpoint of the run
+    (default: the last). dtype: "fp32" (the master weights, to the bit) or "bf16"; default: as the model was trained.
+    Buffers keep their type. max_shard_size: of a file; a larger tensor has a file of its own. told: hears of progress.
+
+    One process: in memory are a piece of a parameter (some MiB) or a whole buffer, the checkpoint's list of pieces, and
+    8 bytes for every 1,024 elements, for the digest. Optimizer state isn't read. Raises ConfigError, and
+    CheckpointError for what is missing or damaged; then nothing is left at `out`, which must not exist before, or be
+    an empty folder.
+    """
+    began = time.monotonic()
+    target, max_bytes = Path(out), parse_size(max_shard_size)
+    if dtype is not None and dtype not in PRECISIONS:
+        raise ConfigError(
+            "export has no such dtype",
+            expected=" or ".join(PRECISIONS),
+            got=repr(dtype),
+            hint=nearest(dtype, PRECISIONS),
+        )
+    folder = find_checkpoint(Path(run), step)
+    _refuse_taken(target)
+    weights = Weights(folder, None if dtype is None else _PRECISION_DTYPES[dtype])
+    with _published(target) as partial, _one_thread():
+        shards = plan_shards(weights.entries, max_bytes)
+        _write_shards(partial, shards, weights, told)
+        weights.check_digest()
+        for name, content in weights.manifest.config_files.items():
+            _write_text(partial / name, config_text(content, dtype_name(weights.dtype)))
+        files = sorted(path.name for path in partial.iterdir())
+    return ExportSummary(
+        out=str(out),
+        files=files,
+        weights_bytes=weights.nbytes,
+        dtype=dtype_name(weights.dtype),
+        tensors=len(weights.entries),
+        parameters=weights.num_parameters,
+        step=weights.manifest.step,
+        digest=weights.manifest.digest,
+        checkpoint=str(folder),
+        seconds=time.monotonic() - began,
+    )
+
+
+def find_checkpoint(run: Path, step: int | None) -> Path:
+    """The folder of the run's checkpoint of that step, or its last one. Raises ConfigError."""
+    if (run / MANIFEST).is_file() and not (run / "checkpoints").is_dir():
+        found = [(read_manifest(run).step, run)]
+    else:
+        root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+        found = list_checkpoints(root)
+        if not found:
+            raise ConfigError(
+                "there is no checkpoint here",
+                where=str(run.absolute()),
+                expected="a run directory, a folder of checkpoints, or a checkpoint",
+                got="nothing" if not run.exists() else "no whole checkpoint",
+                hint="check the path; a run writes its checkpoint at its end, when it is stopped, "
+                "and every N steps with --checkpoint-every N",
+            )
+    if step is None:
+        return found[-1][1]
+    for number, folder in found:
+        if number == step:
+            return folder
+    steps = ", ".join(str(number) for number, _ in found)
+    raise ConfigError(f"the run has no checkpoint of step {step}", where=str(run.absolute()), expected=steps, got=step)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes: of 5_000_000_000, "5GB" (powers of 1000) or "5GiB" (powers of 1024). Raises ConfigError."""
+    match = _SIZE.fullmatch(f"{size}B" if str(size).strip().isdigit() else str(size))
+    number = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()])
+    if number < 1:
+        raise ConfigError(
+            "max_shard_size can't be understood", expected='a size such as "5GB" or "500MiB"', got=repr(size)
+        )
+    return number
+
+
+def plan_shards(entries: list[TensorEntry], max_bytes: int) -> dict[str, list[TensorEntry]]:
+    """By file name, its tensors, in the order given: a file is full when the next tensor would exceed `max_bytes`."""
+    shards: list[list[TensorEntry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    count = len(shards)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return dict(zip(names if len(names) > 1 else ["model.safetensors"], shards, strict=True))
+
+
+def _write_shards(folder: Path, shards: dict[str, list[TensorEntry]], weights: Weights, told: Told | None) -> None:
+    written = 0
+    for name, entries in shards.items():
+        ordered = in_file_order(entries)
+        with TensorFileWriter(folder / name, ordered, {"format": "pt"}) as file:
+            for entry in ordered:
+                for part in weights.parts(entry):
+                    written += file.write(part)
+                    if told is not None:
+                        told(written, weights.nbytes)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_parameters": weights.num_parameters, "total_size": weights.nbytes},
+            "weight_map": {entry.name: name for name, entries in shards.items() for entry in entries},
+        }
+        _write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.is_symlink() or out.exists():
+        entries = sorted(path.name for path in out.iterdir()) if out.is_dir() else None
+        if entries != []:
+            raise ConfigError(
+                "there is something where the export shall go",
+                where=str(out.absolute()),
+                expected="a new path, or an empty folder",
+                got="a file" if entries is None else f"a folder with {', '.join(entries[:5])}",
+                hint="choose another path; nothing was written",
+            )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is done to a piece is too short to share: on a busy machine threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out` if what happens inside goes well, and is removed otherwise."""
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        os.rename(partial, out)
+        sync(out.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"the export can't be written: {error.strerror or error}",
+            where=str(error.filename or partial),
+            hint="choose a folder on a disk with space left where you may write",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

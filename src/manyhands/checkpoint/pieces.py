@@ -1,0 +1,161 @@
+"""Pieces of named tensors: written with their checksums, and read as ranges, whatever pieces they were written in."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manyhands.checkpoint.format import PieceRecord
+from manyhands.checkpoint.tensor_file import (
+    CODES,
+    TensorEntry,
+    TensorFile,
+    TensorFileWriter,
+    bytes_of,
+    in_file_order,
+)
+from manyhands.errors import CheckpointError
+from manyhands.layout import Range
+
+
+class Piece(NamedTuple):
+    """Elements of a tensor from `start` on, 1-D. shape: if it has another one than its parameter, and is whole here."""
+
+    kind: str
+    name: str
+    start: int
+    tensor: Tensor
+    shape: tuple[int, ...] | None = None
+
+
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> list[PieceRecord]:
+    """Write a file of pieces, one after the other; what a manifest says of them. OSErrors are passed on.
+
+    Raises CheckpointError for a type that can't be kept.
+    """
+    by_key = {f"{piece.kind}|{piece.name}|{piece.start}": piece for piece in pieces}
+    for piece in pieces:
+        if piece.tensor.dtype not in CODES:
+            raise CheckpointError(
+                f"{piece.name!r} has a type that a checkpoint can't hold",
+                where=f"{piece.kind} of the model",
+                expected=", ".join(dtype_name(dtype) for dtype in CODES),
+                got=dtype_name(piece.tensor.dtype),
+            )
+    entries = in_file_order(
+        [TensorEntry(key, piece.tensor.dtype, (piece.tensor.numel(),)) for key, piece in by_key.items()]
+    )
+    records = []
+    with TensorFileWriter(path, entries) as file:
+        for entry in entries:
+            piece = by_key[entry.name]
+            part = piece.tensor.detach().cpu().contiguous()
+            file.write(part)
+            record = PieceRecord(
+                file=path.name,
+                key=entry.name,
+                kind=piece.kind,
+                name=piece.name,
+                start=piece.start,
+                numel=part.numel(),
+                dtype=dtype_name(part.dtype),
+                shape=piece.shape,
+                crc32=zlib.crc32(bytes_of(part)),
+            )
+            records.append(record)
+    return records
+
+
+class PieceReader:
+    """Reads the pieces that lie in `folder`. Raises CheckpointError for what is missing or damaged."""
+
+    def __init__(self, folder: Path, pieces: Sequence[PieceRecord]) -> None:
+        self.folder = folder
+        self._pieces: dict[tuple[str, str], list[PieceRecord]] = defaultdict(list)
+        for piece in sorted(pieces, key=lambda piece: piece.start):
+            self._pieces[piece.kind, piece.name].append(piece)
+        self._files: dict[str, TensorFile] = {}
+        self._checked: set[tuple[str, str]] = set()
+
+    def kinds_of(self, name: str) -> list[str]:
+        """Which tensors there are of a parameter."""
+        return [kind for kind, other in self._pieces if other == name]
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel), 1-D."""
+        parts, position = [], start
+        for piece in self._pieces.get((kind, name), []):
+            first, last = max(position, piece.start), min(start + numel, piece.start + piece.numel)
+            if first == position and first < last:
+                parts.append(self._read_piece(piece, first - piece.start, last - piece.start))
+                position = last
+        if position != start + numel:
+            raise self._lacks(kind, name, Range(start, start + numel), Range(start, position))
+        return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
+
+    def read_whole(self, kind: str, name: str) -> Tensor | None:
+        """A tensor that was saved whole, in its own shape; None if it was saved in ranges."""
+        pieces = self._pieces.get((kind, name))
+        if not pieces or pieces[0].shape is None:
+            return None
+        return self._read_piece(pieces[0], 0, pieces[0].numel).view(pieces[0].shape).clone()
+
+    def parts(self, kind: str, name: str, numel: int) -> Iterator[Piece]:
+        """All `numel` elements in order, as they were written: no more than one piece is in memory."""
+        position = 0
+        for piece in self._pieces.get((kind, name), []):
+            if piece.start != position:
+                break
+            yield Piece(kind, name, position, self._read_piece(piece, 0, piece.numel))
+            position += piece.numel
+        if position != numel:
+            raise self._lacks(kind, name, Range(0, numel), Range(0, position))
+
+    def _lacks(self, kind: str, name: str, wanted: Range, found: Range) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint lacks elements of {kind} of {name!r}",
+            where=str(self.folder),
+            expected=f"[{wanted.start}, {wanted.end})",
+            got=f"[{found.start}, {found.end})",
+        )
+
+    def _read_piece(self, piece: PieceRecord, start: int, end: int) -> Tensor:
+        """Elements [start, end) of the piece; the whole of it is read, and checked, the first time."""
+        path = self.folder / piece.file
+        checked = (piece.file, piece.key) in self._checked
+        try:
+            if piece.file not in self._files:
+                self._files[piece.file] = TensorFile(path)
+            file = self._files[piece.file]
+            if checked:
+                return file.read(piece.key, start, end - start)
+            tensor = file.read(piece.key, 0, piece.numel)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                "a file of the checkpoint is missing or broken",
+                where=str(path),
+                got=error,
+                hint="go back to an earlier checkpoint",
+            ) from error
+        found = zlib.crc32(bytes_of(tensor))
+        if found != piece.crc32 or dtype_name(tensor.dtype) != piece.dtype:
+            raise CheckpointError(
+                f"the checkpoint's {piece.key!r} is damaged",
+                where=str(path),
+                expected=f"{piece.numel} elements of {piece.dtype} with checksum {piece.crc32:08x}",
+                got=f"elements of {dtype_name(tensor.dtype)} with checksum {found:08x}",
+                hint="go back to an earlier checkpoint",
+            )
+        self._checked.add((piece.file, piece.key))
+        return tensor[start:end]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, as torch has it as an attribute."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,154 @@
+"""Safetensors files, written and read a part at a time, so that memory never holds more than what is asked for.
+
+The library of that name wants a file's tensors all at once, and maps what it reads into memory. The format: 8 bytes,
+the header's length; the header, JSON: each tensor's type, shape and place; the tensors' bytes, without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manyhands.errors import InvariantError
+
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+"""The types that such a file can hold, and their names there."""
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_METADATA = "__metadata__"
+
+
+class TensorEntry(NamedTuple):
+    """A tensor of a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def in_file_order(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
+    """Large elements first: then every tensor starts at a multiple of its element's size, as readers want it."""
+    return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+
+
+def bytes_of(part: Tensor) -> memoryview:
+    """A CPU tensor's bytes."""
+    flat = part.detach().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+class TensorFileWriter:
+    """Writes the file of `entries`: their elements come in this order, in parts of any size. A context manager.
+
+    Left without an error the file is whole, and on the disk. OSErrors are passed on.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> None:
+        header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+        end = 0
+        for entry in entries:
+            start, end = end, end + entry.nbytes
+            header[entry.name] = {
+                "dtype": CODES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._path, self._left = path, end
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, part: Tensor) -> int:
+        """The next elements, of a CPU tensor of the file's type; how many bytes that were."""
+        data = bytes_of(part)
+        self._file.write(data)
+        self._left -= data.nbytes
+        return data.nbytes
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        with self._file:
+            if error is not None:
+                return
+            if self._left:
+                raise InvariantError("a file of tensors is not whole", where=str(self._path), got=f"{self._left} left")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+class TensorFile:
+    """Reads ranges of a file's tensors. entries: by name. Raises OSError, and ValueError for what isn't such a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+            if length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError("its header is cut short")
+            header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        header.pop(_METADATA, None)
+        self.entries: dict[str, TensorEntry] = {}
+        self._starts: dict[str, int] = {}
+        for name, said in header.items():
+            entry, start, end = _parse(name, said)
+            if not 0 <= start <= end <= size - 8 - length or end - start != entry.nbytes:
+                raise ValueError(f"{name!r} does not lie in it: bytes {start} to {end} of {size - 8 - length}")
+            self.entries[name], self._starts[name] = entry, 8 + length + start
+
+    def read(self, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of the flattened tensor, 1-D."""
+        if name not in self.entries:
+            raise ValueError(f"it lacks {name!r}")
+        entry = self.entries[name]
+        if not 0 <= start <= start + numel <= math.prod(entry.shape):
+            raise ValueError(f"{name!r} has no elements [{start}, {start + numel})")
+        part = torch.empty(numel, dtype=entry.dtype)
+        with self._path.open("rb") as file:
+            file.seek(self._starts[name] + start * entry.dtype.itemsize)
+            wanted = bytes_of(part)
+            if wanted.nbytes and file.readinto(wanted) != wanted.nbytes:
+                raise ValueError("it is cut short")
+        return part
+
+
+def _parse(name: str, said: Any) -> tuple[TensorEntry, int, int]:
+    try:
+        dtype, shape = _DTYPES[said["dtype"]], tuple(int(size) for size in said["shape"])
+        start, end = (int(offset) for offset in said["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name!r} is of an unknown kind: {said}") from error
+    return TensorEntry(name, dtype, shape), start, end

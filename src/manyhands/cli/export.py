@@ -1,0 +1,79 @@
+"""`manyhands export`: a run's weights for other programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manyhands.config import PRECISIONS
+from manyhands.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from manyhands.checkpoint.export import ExportSummary
+
+
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.", show_default=False)
+    ],
+    step: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="The checkpoint after N steps (default: the last one).", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Write parameters as {' or '.join(PRECISIONS)} (default: as the recipe trained them).",
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Begin a new file when one gets larger: 5GB, 500MiB (default: 5GB).",
+            show_default=False,
+        ),
+    ] = "5GB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the summary.")] = False,
+) -> None:
+    """Write a run's weights as safetensors that Hugging Face's `from_pretrained` loads.
+
+    The weights stream from the checkpoint's files, checked on the way: the model is never in memory as a whole.
+    OUT appears when it is complete.
+
+    Example: `manyhands export runs/first exported --dtype bf16`
+    """
+    from manyhands.checkpoint.export import export as export_weights
+    from manyhands.report.progress import BytesProgress
+
+    with BytesProgress("exporting") as bar:
+        summary = export_weights(run, out, step=step, dtype=dtype, max_shard_size=max_shard_size, told=bar.update)
+    said = asdict(summary) | {"has_config": summary.has_config}
+    typer.echo(json.dumps(said) if as_json else explain(summary))
+
+
+def explain(summary: ExportSummary) -> str:
+    """The summary for people."""
+    speed = summary.weights_bytes / summary.seconds if summary.seconds > 0 else 0.0
+    shown = summary.files if len(summary.files) <= 8 else [*summary.files[:3], "...", *summary.files[-2:]]
+    lines = [
+        f"exported the weights after step {summary.step} to {summary.out}",
+        f"  weights     {format_bytes(summary.weights_bytes)} in {summary.dtype}: "
+        f"{format_count(summary.parameters)} parameters, {summary.tensors:,} tensors, "
+        f"in {format_seconds(summary.seconds)} ({format_bytes(speed)}/s)",
+        f"  files       {len(summary.files)}: {', '.join(shown)}",
+        f"  checkpoint  {summary.checkpoint}",
+        f"  digest      {summary.digest}",
+    ]
+    if not summary.has_config:
+        lines.append("  no config.json, since the model has no Hugging Face config: load the files by name")
+    return "\n".join(lines)
