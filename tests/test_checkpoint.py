@@ -113,7 +113,7 @@ def test_factors_of_a_matrix_are_saved_whole_by_its_owner_alone(tmp_path: Path) 
         pieces = read_manifest(checkpoint).pieces
         found = {piece.name: piece.shape for piece in pieces if piece.kind == "row_var"}
         assert len(found) == len([piece for piece in pieces if piece.kind == "row_var"])
-        assert found["blocks.1.up.weight"] == [128, 1]
+        assert found["blocks.1.up.weight"] == (128, 1)
 
 
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.failure import Failure, WorkerEnd
 from manyhands.launching.culprit import explain
 from manyhands.launching.function import launch
 from manyhands.launching.launcher import run_workers
+from manyhands.members.failure import Failure, WorkerEnd
 
 PRELUDE = """
 import json, os, signal, sys, time
@@ -141,7 +141,7 @@ def test_killed_worker_is_named_with_what_its_peer_noticed(
     script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = script("""
-from manyhands.failure import record_failure
+from manyhands.members.failure import record_failure
 from manyhands.errors import WorkerError
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (here / f"ready-{rank}").touch()

@@ -7,8 +7,8 @@
     checkpoints/frozen-5f0c.../ parameters that no step changes, once for all checkpoints; files as above
 
 Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer", "frozen". What of the optimizer's
-state has another shape than its parameter (Adafactor's row factors) is saved whole. A folder appears under its name only
-when it is whole: all files are written and synced in `.step-00000100.partial`, which is then renamed.
+state has another shape than its parameter (Adafactor's row factors) is saved whole. A folder appears under its name
+only when it is whole: all files are written and synced in `.step-00000100.partial`, which is then renamed.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import os
 import sys
 
 from manyhands.errors import Interrupted
-from manyhands.failure import record_failure, story_of
+from manyhands.members.failure import record_failure, story_of
 from manyhands.training.stop import StopSignals
 
 

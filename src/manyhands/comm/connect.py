@@ -12,14 +12,14 @@ import torch
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from manyhands.comm.group import Group
-from manyhands.comm.last_words import LastWords, end_process
 from manyhands.comm.local import LocalGroup
-from manyhands.comm.membership import JOIN_SECONDS, Membership
 from manyhands.comm.memory import ProcessArena, ThreadArena
 from manyhands.comm.process import ProcessGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.errors import ConfigError
-from manyhands.failure import forget_failure
+from manyhands.members.failure import forget_failure
+from manyhands.members.last_words import LastWords, end_process
+from manyhands.members.membership import JOIN_SECONDS, Membership
 
 
 def environment_rank_and_size() -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.group import Contribution, Exchange, Group
-from manyhands.failure import record_failure
+from manyhands.members.failure import record_failure
 from manyhands.offload.home import Home
 
 

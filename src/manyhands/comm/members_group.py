@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 
 from manyhands.comm.group import Group
-from manyhands.comm.membership import Membership, Peer
 from manyhands.errors import InvariantError
+from manyhands.members.membership import Membership, Peer
 
 YIELDS = 200
 NAP_SECONDS = 0.0002

@@ -11,30 +11,11 @@ import mmap
 import os
 import threading
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from manyhands.offload.home import map_file, open_unnamed
-
-
-class Arena(Protocol):
-    """Where shared buffers come from."""
-
-    def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
-        """A zeroed uint8 buffer and the address under which others find it. scratch: a folder for a file to hold it, if
-        memory shall not. Raises ConfigError."""
-
-    def open(self, address: str) -> Tensor:
-        """The buffer that another worker created."""
-
-    def seal(self) -> None:
-        """Everyone has opened what I created so far: drop the addresses."""
-
-    def discard(self, buffer: Tensor) -> None:
-        """The contents of a buffer that I created are of no use any more: it reads as zeros, and holds no memory until
-        it's written again (where the system can do that; else nothing happens)."""
 
 
 class ProcessArena:

@@ -17,8 +17,8 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from manyhands.comm.group import Contribution, Exchange
 from manyhands.comm.members_group import MembersGroup
-from manyhands.comm.membership import Membership
 from manyhands.errors import ConfigError, InvariantError, WorkerError
+from manyhands.members.membership import Membership
 from manyhands.offload.home import Home
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from manyhands.comm.group import Contribution, Exchange
 from manyhands.comm.members_group import MembersGroup
-from manyhands.comm.membership import Membership
-from manyhands.comm.memory import Arena
+from manyhands.members.arena import Arena
+from manyhands.members.membership import Membership
 from manyhands.offload.home import Home
 
 MAILBOX_BYTES = 1 << 20

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Sequence
 
 from manyhands.errors import Interrupted, WorkerError
-from manyhands.failure import Failure, WorkerEnd
+from manyhands.members.failure import Failure, WorkerEnd
 
 STOPPED_CODES = (130, 143)
 """Exit codes of a worker that was asked to stop and did: 128 + SIGINT, 128 + SIGTERM."""

@@ -14,7 +14,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.failure import record_failure
+from manyhands.members.failure import record_failure
 
 _PATH_FILE, _CALL_FILE = "path.json", "call.pkl"
 # The worker finds modules where its parent did, this package included: so nothing is imported before the path is set.

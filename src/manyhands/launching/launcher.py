@@ -39,15 +39,15 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from manyhands.errors import ConfigError
-from manyhands.failure import (
+from manyhands.launching.culprit import explain
+from manyhands.launching.stop import Stop, end_all
+from manyhands.members.failure import (
     ERROR_FILE_VARIABLE,
     PARENT_TELLS_VARIABLE,
     WorkerEnd,
     read_failure,
     record_failure,
 )
-from manyhands.launching.culprit import explain
-from manyhands.launching.stop import Stop, end_all
 
 __all__ = ["record_failure", "run_workers"]
 

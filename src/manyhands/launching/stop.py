@@ -14,8 +14,8 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from manyhands.errors import Interrupted
-from manyhands.failure import WorkerEnd
 from manyhands.launching.culprit import explain
+from manyhands.members.failure import WorkerEnd
 
 _SAME_PRESS_SECONDS = 0.3
 _START_SECONDS = 10.0

@@ -24,12 +24,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch.distributed import Store  # type: ignore[attr-defined]
-
-from manyhands.comm.board import BOARD_BYTES, LANES, Board
-from manyhands.comm.memory import Arena
 from manyhands.errors import ConfigError, InvariantError, WorkerError
-from manyhands.failure import record_failure, story_of
+from manyhands.members.arena import Arena, Store
+from manyhands.members.board import BOARD_BYTES, LANES, Board
+from manyhands.members.failure import record_failure, story_of
 
 LOOK_SECONDS = 0.1
 BEAT_SECONDS = 1.0

@@ -16,9 +16,9 @@ import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 
-from manyhands.comm.membership import Membership
 from manyhands.errors import WorkerError
-from manyhands.failure import PARENT_TELLS_VARIABLE, record_failure
+from manyhands.members.failure import PARENT_TELLS_VARIABLE, record_failure
+from manyhands.members.membership import Membership
 
 _HEARSAY_SECONDS = 1.0
 
