@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from manyhands.comm.group import Group
 from manyhands.engine.memory import give_back_memory
 from manyhands.engine.params import WholeParams
 from manyhands.engine.reducer import Reducer
-from manyhands.engine.sums import RUN
+from manyhands.engine.runs import Run, ranges_of, runs_of
 from manyhands.engine.unit import Unit
 from manyhands.errors import NumericsError
 from manyhands.layout import BLOCK, Layout, Range
@@ -28,32 +27,6 @@ from manyhands.numerics.blocks import block_hashes, block_norms, total_norm
 from manyhands.offload.home import Home
 from manyhands.optim.sliced import Slice, SlicedOptimizer
 from manyhands.sharding.stage import REPLICATED, Stage
-
-
-def runs_of(within: Range) -> Iterator[Range]:
-    """`within` cut into runs of at most RUN elements."""
-    for start in range(within.start, within.end, RUN):
-        yield Range(start, min(start + RUN, within.end))
-
-
-def ranges_of(unit: Unit) -> list[Range]:
-    """What one pass of the update handles at a time: runs of elements, or whole parameters with their padding."""
-    if not unit.layout.uncut:
-        return list(runs_of(unit.held))
-    return [slot.padded for slot in unit.layout.slots if slot.padded.overlap(unit.held).numel]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One pass: elements `range` of the unit (all held here), its slices, and the optimizer's groups over them."""
-
-    unit: Unit
-    range: Range
-    slices: tuple[Slice, ...]
-    grads: tuple[Tensor, ...]  # each slice's gradient, a view of `grad`
-    groups: list[list[dict[str, Any]]]
-    grad: Tensor  # [range.numel], where the state is; of one of the updater's buffers
-    at_home: list[Tensor]  # what is let go after an update
 
 
 class Homes(NamedTuple):
