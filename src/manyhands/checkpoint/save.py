@@ -121,7 +121,7 @@ def _tensors(engine: StepEngine, scalars: Scalars) -> Iterator[tuple[str, str, i
             elif value is not None:
                 scalars.setdefault(piece.name, {})[kind] = _scalar(value).model_dump()
     if engine.group.rank == 0:
-        for name, buffer in engine.model.named_buffers():
+        for name, buffer in engine.buffers.named().items():
             kept = buffer.view(torch.int16) if buffer.dtype == torch.bfloat16 else buffer
             yield "buffer", name, 0, kept.reshape(-1), list(buffer.shape)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from manyhands.engine.hooks import on_gradients
 from manyhands.engine.memory import give_back_memory
 from manyhands.engine.metrics import StepMetrics
 from manyhands.engine.reducer import Reducer
-from manyhands.engine.storage import agree_on_model, build_model, lay_out
+from manyhands.engine.storage import agree_on_model, build_model, fingerprint, lay_out
 from manyhands.engine.update import Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
-from manyhands.numerics.digest import digest_of, digest_of_tensors, slots_in_order
+from manyhands.models.watch import Watch
+from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.identity import numerics_identity
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
 from manyhands.optim.sliced import SlicedOptimizer
@@ -67,6 +69,7 @@ class StepEngine:
         self._frozen = _frozen_facts(self.model)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
+        self._watch = Watch(self.model, self._moved, self.buffers.frozen)
         self._reducer = Reducer(group, self.units, recipe.batch, stage)
         self.updater = Updater(group, self.units, self.layout, stage, self.optimizer)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
@@ -108,6 +111,7 @@ class StepEngine:
     def _step(self, load: Callable[[int], Any], digest: bool) -> StepMetrics:
         step, tag = self.step_index, f"step {self.step_index}"
         self._clock.begin()
+        self._watch.before_step()
         self.model.train()  # also after an evaluation that forgot to: a step depends on the last one's state alone
         self.buffers.begin_step()
         self._reducer.begin_step(step)
@@ -127,6 +131,7 @@ class StepEngine:
             with self._clock.phase("exchange"):
                 self.group.status(f"{tag} / exchange")
                 self._reducer.end()
+        self._watch.after_backward()
         with self._clock.phase("exchange"):
             self._reducer.close_rounds()
             control = gather_control(self._my_control(losses), self.group, f"{tag} / control")
@@ -158,15 +163,17 @@ class StepEngine:
         with self.group.exclusive(), preserved_generators():
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
             result = self.recipe.loss(self.model, batch)
-            self._weighted = isinstance(result, tuple)
-            loss, weight = result if isinstance(result, tuple) else (result, 1.0)
-            _check_loss(loss)
+            self._weighted = isinstance(result, tuple) and len(result) == 2
+            loss, weight = _loss_and_weight(result)
+            self._watch.before_backward(loss)
             loss.backward()  # type: ignore[no-untyped-call]
-            if not self._hooks:
-                for name, param in self._params.items():
-                    self._reducer.arrived(name, param)
+            for name, param in self._params.items():  # what no hook has told of: all, or what the loss set by hand
+                self._reducer.arrived(name, param)
             self.buffers.end_micro_batch(micro_batch)
         return loss.detach(), weight.detach() if isinstance(weight, Tensor) else weight
+
+    def _moved(self, params: Mapping[str, nn.Parameter]) -> list[str]:
+        return [name for unit in self.units for name in unit.not_bound(params)]
 
     def _my_control(self, losses: dict[int, tuple[Tensor, Tensor | float]]) -> Control:
         count = self.recipe.batch.micro_batches
@@ -285,12 +292,21 @@ def _added_in_order(values: np.ndarray) -> float:
     return total
 
 
-def _check_loss(loss: object) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+def _loss_and_weight(result: object) -> tuple[Tensor, Tensor | float]:
+    """What recipe.loss returned. Raises ConfigError."""
+    loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, 1.0)
+    is_loss = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
+    is_weight = isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.numel() == 1)
+    if not is_loss or not is_weight:
+        wrong = weight if is_loss else loss
+        got = f"a tensor of shape {tuple(wrong.shape)}" if isinstance(wrong, Tensor) else type(wrong).__name__
         raise ConfigError(
-            "recipe.loss did not return a loss", expected="a scalar tensor with a gradient, or (sum, weight)", got=got
+            "recipe.loss did not return a loss",
+            expected="a scalar tensor with a gradient, or (sum, weight)",
+            got=f"{got} as the weight" if is_loss else got,
+            hint="of an object with several results return the loss alone: model(**batch).loss, say",
         )
+    return loss, weight  # type: ignore[return-value]
 
 
 def _recipe_facts(recipe: Recipe) -> dict[str, str]:
@@ -313,7 +329,7 @@ def _optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
 def _frozen_facts(model: nn.Module) -> dict[str, str]:
     """What the digest doesn't cover, since no step changes it: the bits of frozen parameters."""
     return {
-        f"frozen parameter {name}": digest_of_tensors([(name, param)])[:16]
+        f"frozen parameter {name}": fingerprint(name, param)
         for name, param in model.named_parameters()
         if not param.requires_grad
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from manyhands.engine.partition import UnitPlan, plan_units, storage_dtype
 from manyhands.engine.unit import Unit
 from manyhands.errors import ConfigError
 from manyhands.layout import Layout, UnitLayout, build_layout
+from manyhands.models.admission import admit
 from manyhands.numerics.digest import digest_of_tensors
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
 from manyhands.sharding.stage import REPLICATED, SHARDED, Stage
@@ -36,20 +38,7 @@ def build_model(recipe: Recipe) -> nn.Module:
         model = recipe.model()
     if not isinstance(model, nn.Module):
         raise ConfigError("recipe.model did not return a model", expected="a torch.nn.Module", got=repr(model))
-    for name, param in model.named_parameters():
-        if isinstance(param, nn.parameter.UninitializedParameter):
-            raise ConfigError(
-                f"parameter {name!r} has no shape yet", hint="run the lazy module once before returning it"
-            )
-        if param.dtype != torch.float32 or param.device.type != "cpu":
-            raise ConfigError(
-                f"parameter {name!r} is not built in fp32 on the CPU",
-                expected="torch.float32 on cpu",
-                got=f"{param.dtype} on {param.device}",
-                hint="leave dtype and device to the recipe's precision and device",
-            )
-    if not any(param.requires_grad for param in model.parameters()):
-        raise ConfigError("the model has no trainable parameter")
+    admit(model)
     return model
 
 
@@ -57,13 +46,21 @@ def agree_on_model(model: nn.Module, group: Group) -> None:
     """That every worker built the same model, to the bit. Collective; raises ConfigError."""
     facts = {}
     for name, param in model.named_parameters():
-        facts[name] = f"{list(param.shape)} {param.requires_grad} {digest_of_tensors([(name, param)])[:16]}"
+        facts[name] = f"{list(param.shape)} {param.requires_grad} {fingerprint(name, param)}"
     agree(
         group,
         "model",
         facts,
         hint="the model's construction must not depend on the worker's number, the time, or its own generator",
     )
+
+
+def fingerprint(name: str, param: Tensor) -> str:
+    """16 hex digits that tell a parameter's bits."""
+    if param.dtype == torch.float32:
+        return digest_of_tensors([(name, param)])[:16]
+    in_bytes = param.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # frozen: of whatever dtype
+    return hashlib.sha256(in_bytes.numpy().tobytes()).hexdigest()[:16]
 
 
 def lay_out(model: nn.Module, recipe: Recipe, group: Group, stage: Stage, named_units: Sequence[str]) -> Storage:
@@ -124,7 +121,8 @@ def _fill_unit(layout: UnitLayout, view: Tensor, params: dict[str, nn.Parameter]
 def _cast_frozen(model: nn.Module, precision: str, device: torch.device) -> None:
     for module in model.modules():
         for param in module.parameters(recurse=False):
-            if not param.requires_grad:
-                param.data = param.data.to(device=device, dtype=storage_dtype(module, precision))
+            if not param.requires_grad:  # one that isn't fp32 was made so on purpose
+                dtype = storage_dtype(module, precision) if param.dtype == torch.float32 else param.dtype
+                param.data = param.data.to(device=device, dtype=dtype)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

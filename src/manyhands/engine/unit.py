@@ -7,6 +7,8 @@ they have left.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,15 @@ class Unit:
             param = params[slot.name]
             param.data = self.params[slot.range.start : slot.range.end].view(param.shape)
 
+    def not_bound(self, params: Mapping[str, nn.Parameter]) -> list[str]:
+        """Parameters that are no longer views of `params`: somebody gave them other data."""
+        start, itemsize = self.params.data_ptr(), self.params.itemsize
+        return [
+            slot.name
+            for slot in self.layout.slots
+            if slot.numel and params[slot.name].data_ptr() != start + slot.range.start * itemsize
+        ]
+
     def begin(self) -> None:
         """A micro-batch begins on this worker: parameters are wanted, gradients will come."""
         self.life.on(Event.GATHER)  # nothing moves: every stage so far keeps parameters whole
@@ -76,7 +87,7 @@ class Unit:
             raise InvariantError(
                 f"parameter {name!r} got two gradients in one micro-batch",
                 where=f"unit {self.name}",
-                hint="call backward once, on the returned loss alone, and checkpoint with use_reentrant=False",
+                hint="call no backward in the loss function or outside a step, and checkpoint with use_reentrant=False",
             )
         slot = self._slots[name]
         self.grads_of(group).local[self._at(slot)].view(grad.shape).copy_(grad)
