@@ -83,6 +83,11 @@ class Buffers:
         for name in self.names:
             now = self._now(name)
             if not _same_bits(self._start[name], now):
+                if name in self.frozen and now.dtype == torch.bfloat16:
+                    raise ConfigError(
+                        f"frozen parameter {name!r} changes in forward, and bf16 would round its changes away",
+                        hint="use precision = fp32, or make it a buffer: buffers keep their dtype",
+                    )
                 self._after.setdefault(name, {})[micro_batch] = now.detach().clone()
             self._put(name, self._start[name])
 

@@ -45,6 +45,7 @@ class Watch:
         mine = {id(param) for param in self._known.values()}
         for leaf in _leaves(loss):
             if isinstance(leaf, nn.Parameter) and id(leaf) not in mine:
+                self.after_backward()  # which knows its name, if it's in the model by now
                 raise ConfigError(
                     "the loss depends on a trainable parameter that the model doesn't have: it would never be updated",
                     got=f"one of shape {tuple(leaf.shape)}",
