@@ -6,6 +6,7 @@ Cases are run with one worker and with several, and with gradients exchanged dur
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,6 +274,24 @@ def test_it_has_the_same_bits(case: str) -> None:
                 for name, value in state.items():
                     assert its_state[name].dtype == value.dtype
                     assert torch.equal(its_state[name], value), name
+
+
+@pytest.mark.parametrize("model", [Frozen, Counts, FrozenStatistics, Noncontiguous])
+def test_it_survives_a_checkpoint(model: type[nn.Module], tmp_path: Path) -> None:
+    def one(group: Group, load: Path | None) -> tuple[str, dict[str, Tensor]]:
+        with mh.Engine(recipe(model), mh.Strategy(), group) as engine:
+            if load is not None:
+                engine.load(load)
+            for batch in engine.batches(3):
+                engine.step(batch)
+                if load is None and engine.step_index == 2:
+                    engine.save(tmp_path)
+            return engine.digest(), engine.full_state_dict() | dict(engine.model.named_buffers())
+
+    ((digest, state),) = run_threads(1, lambda group: one(group, None))
+    for found, its_state in run_threads(2, lambda group: one(group, tmp_path / "step-00000002")):
+        assert found == digest
+        assert all(torch.equal(its_state[name], value) for name, value in state.items())
 
 
 # What is refused when the model is built
