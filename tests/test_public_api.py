@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -101,10 +102,14 @@ def test_public_methods_of_the_engine_are_documented() -> None:
                     assert value.__doc__, f"{base.__name__}.{name}"
 
 
-@pytest.mark.parametrize("page", ["api.md", "quickstart.md"])
+# peft asks transformers for a property by the name that it had before transformers 5.24.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("page", ["api.md", "quickstart.md", "models.md"])
 def test_the_examples_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    if page == "models.md" and not all(map(importlib.util.find_spec, ("transformers", "peft", "keras"))):
+        pytest.skip("the extra `models` isn't installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

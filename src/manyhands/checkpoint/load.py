@@ -60,7 +60,7 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
                 else torch.tensor(number.value, dtype=getattr(torch, dtype), device=number.device)
             )
         engine.optimizer.load_state_of(piece, state)  # empty before a parameter's first update, also if it had one here
-    buffers = dict(engine.model.named_buffers())
+    buffers = engine.buffers.named()
     for name, value in reader.buffers().items():
         if name in buffers:
             buffers[name].copy_(value)

@@ -121,7 +121,7 @@ def _pieces(engine: StepEngine, scalars: Scalars) -> Iterator[Piece]:
             elif value is not None:
                 scalars.setdefault(piece.name, {})[kind] = _scalar(value).model_dump()
     if engine.group.rank == 0:
-        for name, buffer in engine.model.named_buffers():
+        for name, buffer in engine.buffers.named().items():
             yield Piece("buffer", name, 0, buffer.reshape(-1))
 
 

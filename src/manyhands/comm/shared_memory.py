@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch import Tensor
 from manyhands.comm.group import Contribution, Exchange
 from manyhands.comm.members_group import MembersGroup
 from manyhands.members.arena import Arena
-from manyhands.members.membership import Membership
+from manyhands.members.membership import Membership, Peer
+from manyhands.numerics.seeds import generators_state, restore_generators
 from manyhands.offload.home import Home
 
 MAILBOX_BYTES = 1 << 20
@@ -60,7 +61,7 @@ class SharedMemoryGroup(MembersGroup):
 
     def __init__(self, membership: Membership, arena: Arena, compute_lock: threading.RLock | None = None) -> None:
         super().__init__(membership, torch.device("cpu"))
-        self._arena, self._lock = arena, compute_lock
+        self._arena, self._lock, self._held = arena, compute_lock, 0
         self._boards = [peer.board for peer in membership.peers.values() if peer.board is not None]
         self._exchanges = 0
         self._mailboxes = self._create(2 * MAILBOX_BYTES)
@@ -145,4 +146,27 @@ class SharedMemoryGroup(MembersGroup):
         return all(board.drained >= number for board in self._boards)
 
     def exclusive(self) -> AbstractContextManager[object]:
-        return self._lock if self._lock is not None else nullcontext()
+        return self._holding(self._lock) if self._lock is not None else nullcontext()
+
+    @contextmanager
+    def _holding(self, lock: threading.RLock) -> Iterator[None]:
+        with lock:
+            self._held += 1
+            try:
+                yield
+            finally:
+                self._held -= 1
+
+    def _wait(self, ready: Callable[[], bool], is_behind: Callable[[Peer], bool], tag: str) -> float:
+        """Others must be able to compute meanwhile, where they are threads; the random generators are theirs, too."""
+        if self._lock is None or not self._held or ready():
+            return super()._wait(ready, is_behind, tag)
+        held, generators = self._held, generators_state()
+        for _ in range(held):
+            self._lock.release()
+        try:
+            return super()._wait(ready, is_behind, tag)
+        finally:
+            for _ in range(held):
+                self._lock.acquire()
+            restore_generators(generators)

@@ -24,7 +24,7 @@ def fix_arithmetic(recipe: Recipe) -> None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """`batch` with its tensors on `device`: of a tensor, or of tuples, lists and dicts of them."""
+    """`batch` with its tensors on `device`: of a tensor, of tuples, lists and dicts of them, or of what has a `to`."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, dict):
@@ -33,4 +33,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
+    if callable(getattr(batch, "to", None)):  # transformers' BatchEncoding, say
+        return batch.to(device)
     return batch

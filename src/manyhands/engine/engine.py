@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from manyhands.engine.storage import agree_on_model, build_model, lay_out
 from manyhands.engine.unit import ParamUnit
 from manyhands.engine.update import Homes, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
+from manyhands.models.watch import Watch
 from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.identity import numerics_identity
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
@@ -77,6 +79,7 @@ class StepEngine:
         self._optimizer_facts |= schedule_facts(self.schedules)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
+        self._watch = Watch(self.model, self._moved, self.buffers.frozen)
         # A model that doesn't fit has sums of gradients that don't.
         sums_home = self.home if self.home.is_apart and stage.param is SHARDED else Home(group.device)
         self._reducer = Reducer(group, self.units, recipe.batch, stage, sums_home)
@@ -137,6 +140,7 @@ class StepEngine:
     def _step(self, load: Callable[[int], Any], digest: bool) -> StepMetrics:
         step, tag = self.step_index, f"step {self.step_index}"
         self._clock.begin()
+        self._watch.before_step()
         self.model.train()  # also after an evaluation that forgot to: a step depends on the last one's state alone
         self.buffers.begin_step()
         self._reducer.begin_step(step)
@@ -158,6 +162,7 @@ class StepEngine:
                 self.group.status(f"{tag} / exchange")
                 self._gathers.end()
                 self._reducer.end()
+        self._watch.after_backward()
         with self._clock.phase("exchange"):
             self._gathers.end_step()
             self._reducer.close_rounds()
@@ -191,16 +196,18 @@ class StepEngine:
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
             with self._gathers.watching_autograd():
                 result = self.recipe.loss(self.model, batch)
-            self._weighted = isinstance(result, tuple)
-            loss, weight = result if isinstance(result, tuple) else (result, 1.0)
-            _check_loss(loss)
+            self._weighted = isinstance(result, tuple) and len(result) == 2
+            loss, weight = _loss_and_weight(result)
+            self._watch.before_backward(loss)
             self._gathers.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
-            if not self._hooks:
-                for name, param in self._params.items():
-                    self._reducer.arrived(name, param)
+            for name, param in self._params.items():  # what no hook has told of: all, or what the loss set by hand
+                self._reducer.arrived(name, param)
             self.buffers.end_micro_batch(micro_batch)
         return loss.detach(), weight.detach() if isinstance(weight, Tensor) else weight
+
+    def _moved(self, params: Mapping[str, nn.Parameter]) -> list[str]:
+        return [name for unit in self.units for name in unit.not_bound(params)]
 
     def _my_control(self, losses: dict[int, tuple[Tensor, Tensor | float]]) -> Control:
         count = self.recipe.batch.micro_batches
@@ -331,9 +338,18 @@ def _added_in_order(values: np.ndarray) -> float:
     return total
 
 
-def _check_loss(loss: object) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+def _loss_and_weight(result: object) -> tuple[Tensor, Tensor | float]:
+    """What recipe.loss returned. Raises ConfigError."""
+    loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, 1.0)
+    is_loss = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
+    is_weight = isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.numel() == 1)
+    if not is_loss or not is_weight:
+        wrong = weight if is_loss else loss
+        got = f"a tensor of shape {tuple(wrong.shape)}" if isinstance(wrong, Tensor) else type(wrong).__name__
         raise ConfigError(
-            "recipe.loss did not return a loss", expected="a scalar tensor with a gradient, or (sum, weight)", got=got
+            "recipe.loss did not return a loss",
+            expected="a scalar tensor with a gradient, or (sum, weight)",
+            got=f"{got} as the weight" if is_loss else got,
+            hint="of an object with several results return the loss alone: model(**batch).loss, say",
         )
+    return loss, weight  # type: ignore[return-value]

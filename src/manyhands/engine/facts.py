@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manyhands.config import Recipe
@@ -33,10 +35,18 @@ def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
     return facts
 
 
+def fingerprint(name: str, param: Tensor) -> str:
+    """16 hex digits that tell a parameter's bits."""
+    if param.dtype == torch.float32:
+        return digest_of_tensors([(name, param)])[:16]
+    in_bytes = param.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # frozen: of whatever dtype
+    return hashlib.sha256(in_bytes.numpy().tobytes()).hexdigest()[:16]
+
+
 def frozen_facts(model: nn.Module) -> dict[str, str]:
     """What the digest doesn't cover, since no step changes it: the bits of frozen parameters."""
     return {
-        f"frozen parameter {name}": digest_of_tensors([(name, param)])[:16]
+        f"frozen parameter {name}": fingerprint(name, param)
         for name, param in model.named_parameters()
         if not param.requires_grad
     }

@@ -35,6 +35,10 @@ class Params(ABC):
         self._params = {slot.name: params[slot.name] for slot in self.layout.slots}
         self._shapes = {name: param.shape for name, param in self._params.items()}
 
+    @abstractmethod
+    def not_bound(self, params: Mapping[str, nn.Parameter]) -> list[str]:
+        """Parameters that are not where they were put."""
+
     def _point(self, full: Tensor) -> None:
         """Let the model's parameters be views of `full`, [padded_numel]."""
         for slot in self.layout.slots:
@@ -59,6 +63,14 @@ class WholeParams(Params):
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
         super().bind(params)
         self._point(self.full)
+
+    def not_bound(self, params: Mapping[str, nn.Parameter]) -> list[str]:
+        start, itemsize = self.full.data_ptr(), self.full.itemsize
+        return [
+            slot.name
+            for slot in self.layout.slots
+            if slot.numel and params[slot.name].data_ptr() != start + slot.range.start * itemsize
+        ]
 
 
 class BufferPool:
@@ -98,6 +110,10 @@ class GatheredParams(Params):
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
         super().bind(params)
         self.release()
+
+    def not_bound(self, params: Mapping[str, nn.Parameter]) -> list[str]:
+        absent = self._absent.data_ptr()
+        return [slot.name for slot in self.layout.slots if slot.numel and params[slot.name].data_ptr() != absent]
 
     def soon(self) -> None:
         """A gather will begin soon."""

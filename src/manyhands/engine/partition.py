@@ -51,8 +51,10 @@ class UnitPlan:
         return self.dtype, self.trainable, self.uncut, bool(self.modules)
 
 
-def storage_dtype(owner: nn.Module, precision: str) -> torch.dtype:
-    """The dtype in which a module's own parameters are kept. Batch norm stays in fp32: its kernels want it so."""
+def storage_dtype(owner: nn.Module, param: nn.Parameter, precision: str) -> torch.dtype:
+    """The dtype in which a module's own parameter is kept. Batch norm stays in fp32: its kernels want it so."""
+    if param.dtype != torch.float32:  # it's frozen, and was made so on purpose
+        return param.dtype
     if precision == "bf16" and not isinstance(owner, nn.modules.batchnorm._BatchNorm):
         return torch.bfloat16
     return torch.float32
@@ -84,7 +86,7 @@ def plan_units(
     for name, param in model.named_parameters():
         owner = modules[name.rpartition(".")[0]]
         root = next((root for root in roots if name.startswith(root + ".")), name.partition(".")[0])
-        kind = (root, storage_dtype(owner, precision), param.requires_grad, name in uncut)
+        kind = (root, storage_dtype(owner, param, precision), param.requires_grad, name in uncut)
         kinds.setdefault(kind, []).append(name)
         numels[name] = param.numel()
     roots_of_several = {root for root, *_ in kinds if sum(other == root for other, *_ in kinds) > 1}

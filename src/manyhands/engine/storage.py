@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy
+from manyhands.engine.buffers import may_change
 from manyhands.engine.control import agree
+from manyhands.engine.facts import fingerprint
 from manyhands.engine.gradients import Gradients, KeptGradients, PassingGradients, Ring, RingGradients
 from manyhands.engine.params import BufferPool, GatheredParams, HomeParams, Params, ShardedParams, WholeParams
 from manyhands.engine.partition import UnitPlan, plan_units, storage_dtype
 from manyhands.engine.unit import ParamUnit, Unit
 from manyhands.errors import ConfigError
 from manyhands.layout import Layout, Range, UnitLayout, build_layout
-from manyhands.numerics.digest import digest_of_tensors
+from manyhands.models.admission import admit
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
 from manyhands.offload.home import Home
 from manyhands.sharding.stage import REPLICATED, SHARDED, Stage, stage_named
@@ -47,20 +49,7 @@ def build_model(recipe: Recipe) -> nn.Module:
         model = recipe.model()
     if not isinstance(model, nn.Module):
         raise ConfigError("recipe.model did not return a model", expected="a torch.nn.Module", got=repr(model))
-    for name, param in model.named_parameters():
-        if isinstance(param, nn.parameter.UninitializedParameter):
-            raise ConfigError(
-                f"parameter {name!r} has no shape yet", hint="run the lazy module once before returning it"
-            )
-        if param.dtype != torch.float32 or param.device.type != "cpu":
-            raise ConfigError(
-                f"parameter {name!r} is not built in fp32 on the CPU",
-                expected="torch.float32 on cpu",
-                got=f"{param.dtype} on {param.device}",
-                hint="leave dtype and device to the recipe's precision and device",
-            )
-    if not any(param.requires_grad for param in model.parameters()):
-        raise ConfigError("the model has no trainable parameter")
+    admit(model)
     return model
 
 
@@ -68,7 +57,7 @@ def agree_on_model(model: nn.Module, group: Group) -> None:
     """That every worker built the same model, to the bit. Collective; raises ConfigError."""
     facts = {}
     for name, param in model.named_parameters():
-        facts[name] = f"{list(param.shape)} {param.requires_grad} {digest_of_tensors([(name, param)])[:16]}"
+        facts[name] = f"{list(param.shape)} {param.requires_grad} {fingerprint(name, param)}"
     agree(
         group,
         "model",
@@ -96,7 +85,7 @@ def lay_out(
         units |= filler.units([pair for pair in trainable if pair[0].dtype == dtype])
     frozen: list[ParamUnit] = []
     if filler.gathers:
-        still = [plan for plan in plans if not plan.trainable]
+        still = _gathered_frozen(plans, filler.params)
         for plan, unit_layout in zip(still, filler.layout_of(still).units, strict=True):
             frozen.append(ParamUnit(unit_layout, filler.store(unit_layout, plan.dtype), plan.modules))
         group.barrier("start / frozen filled / control")
@@ -192,10 +181,20 @@ class _Filler:
         return [RingGradients(group, layout, dtype, ring, last - index) for index, layout in enumerate(layouts)]
 
 
+def _gathered_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Parameter]) -> list[UnitPlan]:
+    """Without those that may change, or can't read as NaN while they're away."""
+    found = []
+    for plan in plans:
+        names = [name for name in plan.params if not may_change(params[name]) and params[name].is_floating_point()]
+        if names and not plan.trainable:
+            found.append(replace(plan, params=tuple(names)))
+    return found
+
+
 def _cast_frozen(model: nn.Module, precision: str, device: torch.device) -> None:
     for module in model.modules():
         for param in module.parameters(recurse=False):
             if not param.requires_grad:
-                param.data = param.data.to(device=device, dtype=storage_dtype(module, precision))
+                param.data = param.data.to(device=device, dtype=storage_dtype(module, param, precision))
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

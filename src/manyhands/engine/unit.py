@@ -35,6 +35,10 @@ class ParamUnit:
         """Let the model's parameters be those of this unit."""
         self.params.bind(params)
 
+    def not_bound(self, params: Mapping[str, nn.Parameter]) -> list[str]:
+        """Parameters that are elsewhere by now: somebody gave them other data. Between two rounds."""
+        return self.params.not_bound(params)
+
     @property
     def is_whole(self) -> bool:
         """Whether the model can compute with it."""
@@ -116,7 +120,7 @@ class Unit(ParamUnit):
             raise InvariantError(
                 f"parameter {name!r} got two gradients in one micro-batch",
                 where=f"unit {self.name}",
-                hint="call backward once, on the returned loss alone, and checkpoint with use_reentrant=False",
+                hint="call no backward in the loss function or outside a step, and checkpoint with use_reentrant=False",
             )
         slot = self._slots[name]
         self._place(slot).view(grad.shape).copy_(grad)

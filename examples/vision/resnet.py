@@ -1,0 +1,54 @@
+"""torchvision's ResNet-18 on pictures that are generated: coloured shapes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.models import ResNet, resnet18
+
+KINDS = 4  # a disc, a square, a cross, stripes
+
+
+class Shapes(Dataset[tuple[Tensor, int]]):
+    """Item i is a picture [3, size, size] of a shape in some colour, place and size on a noisy ground, and its kind.
+
+    Each is a function of its index; no file is read.
+    """
+
+    def __init__(self, count: int = 4096, size: int = 32) -> None:
+        self.count, self.size = count, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"item {index} of {self.count}")
+        generator = torch.Generator().manual_seed(index)
+        kind = index % KINDS
+        centre = self.size * (0.3 + 0.4 * torch.rand(2, generator=generator))
+        radius = self.size * (0.15 + 0.1 * torch.rand((), generator=generator))
+        steps = torch.arange(self.size, dtype=torch.float32)
+        down, across = (steps - centre[0])[:, None].abs(), (steps - centre[1])[None, :].abs()
+        square = (down < radius) & (across < radius)
+        inside = (
+            (down.square() + across.square()).sqrt() < radius,
+            square,
+            square & ((down < radius / 3) | (across < radius / 3)),
+            square & (torch.arange(self.size) % 4 < 2),
+        )[kind]
+        colour = 0.5 + torch.rand(3, 1, 1, generator=generator)
+        return colour * inside + 0.2 * torch.randn(3, self.size, self.size, generator=generator), kind
+
+
+def model() -> ResNet:
+    """ResNet-18 with new weights. Its batch norms' statistics are the means over a step's micro-batches."""
+    return resnet18(num_classes=KINDS)
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean cross entropy (fp32) of the pictures, which are cast to what the model computes in."""
+    pictures, kinds = batch
+    return F.cross_entropy(model(pictures.to(model.conv1.weight.dtype)).float(), kinds)
