@@ -109,10 +109,11 @@ def test_the_bytes_of_an_export_do_not_depend_on_workers_and_stage(tmp_path: Pat
 
 
 class FrozenStem(ConvNet):
-    """Its first layers aren't trained."""
+    """Its first layers aren't trained, nor are two tables, which are too large to be looked after like buffers."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.tables = nn.ModuleList(nn.Linear(300, 300, bias=False) for _ in range(3)).requires_grad_(False)
         self.conv_1.requires_grad_(False)
         self.norm_1.requires_grad_(False)
 

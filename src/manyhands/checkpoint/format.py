@@ -47,13 +47,15 @@ class PieceRecord(BaseModel):
 
 
 class TensorRecord(BaseModel):
-    """A tensor of the model. kind: whose pieces make it up; dtype: as the model computes with it. keys: its names in
-    the model's state_dict: several if it is tied, none if it is a buffer that isn't persistent."""
+    """A tensor of the model. kind: whose pieces make it up ("buffer" also of small frozen parameters, which are looked
+    after like buffers); dtype: as the model computes with it. keys: its names in the model's state_dict: several if it
+    is tied, none if it is a buffer that isn't persistent."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["master", "frozen", "buffer"]
     name: str
+    is_parameter: bool
     shape: tuple[int, ...]
     dtype: str
     keys: tuple[str, ...]

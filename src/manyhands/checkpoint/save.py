@@ -135,9 +135,11 @@ def _tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
     records = []
     for name, tensor in [*engine.model.named_parameters(), *engine.model.named_buffers()]:
         is_param = name in engine.param_shapes
+        may_change = not is_param or name in engine.buffers.frozen
         record = TensorRecord(
-            kind="buffer" if not is_param else "master" if tensor.requires_grad else "frozen",
+            kind="buffer" if may_change else "master" if tensor.requires_grad else "frozen",
             name=name,
+            is_parameter=is_param,
             shape=tuple(engine.param_shapes[name] if is_param else tensor.shape),
             dtype=dtype_name(tensor.dtype),
             keys=tuple(keys.pop(id(tensor), [])),

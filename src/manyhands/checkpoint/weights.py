@@ -44,7 +44,7 @@ class Weights:
         self.entries = [TensorEntry(key, _stored(record, cast), record.shape) for key, record in self._records.items()]
         self.dtype = next((entry.dtype for entry in self.entries if entry.dtype.is_floating_point), torch.float32)
         self.nbytes = sum(entry.nbytes for entry in self.entries)
-        self.num_parameters = sum(record.numel for record in self._records.values() if record.kind != "buffer")
+        self.num_parameters = sum(record.numel for record in self._records.values() if record.is_parameter)
 
     def parts(self, entry: TensorEntry) -> Iterator[Tensor]:
         """The tensor's elements, in order, in parts."""
@@ -80,7 +80,7 @@ class Weights:
 
 def _stored(record: TensorRecord, cast: torch.dtype | None) -> torch.dtype:
     own: torch.dtype = getattr(torch, record.dtype)
-    return own if cast is None or record.kind == "buffer" else cast
+    return own if cast is None or not (record.is_parameter and own.is_floating_point) else cast
 
 
 def _frozen_reader(folder: Path, manifest: Manifest) -> PieceReader:

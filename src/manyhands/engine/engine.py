@@ -61,15 +61,18 @@ class StepEngine:
         agree(group, "strategy", {"stage": strategy.stage, "units": str(strategy.units)}, hint=_HINT_SAME_RECIPE)
         agree(group, "numerics", numerics_identity(group.device, recipe.threads_per_worker), hint=_HINT_SAME_MACHINES)
         stage = stage_named(strategy.stage)
+        scratch = Path(strategy.scratch or tempfile.gettempdir())
+        building = home_of(strategy.home, torch.device("cpu"), scratch)
         with group.exclusive():
-            self.model = build_model(recipe)
-        agree_on_model(self.model, group)
+            self.model = build_model(recipe, building)
+        agree_on_model(self.model, group, building)
         self.param_shapes = {name: param.shape for name, param in self.model.named_parameters()}  # as they were built
         optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
         self.optimizer = SlicedOptimizer(recipe.optimizer, optimizer_params, declared_kind=recipe.optimizer_kind)
         self._frozen = frozen_facts(self.model)
-        self.home = home_of(strategy.home, group.device, Path(strategy.scratch or tempfile.gettempdir()))
+        self.home = home_of(strategy.home, group.device, scratch)
         storage = lay_out(self.model, recipe, group, strategy, self.optimizer.uncut, self.home)
+        building.close()
         give_back_memory()
         self.layout, self.units, self.frozen_units = storage.layout, storage.units, storage.frozen
         self._params = dict(storage.named_params)

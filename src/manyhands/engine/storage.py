@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -22,6 +23,7 @@ from manyhands.errors import ConfigError
 from manyhands.layout import Layout, Range, UnitLayout, build_layout
 from manyhands.models.admission import admit
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
+from manyhands.offload.construction import BuiltAt, let_go
 from manyhands.offload.home import Home
 from manyhands.sharding.stage import REPLICATED, SHARDED, Stage, stage_named
 
@@ -42,9 +44,12 @@ class Storage:
         return [unit for unit in (*self.units, *self.frozen) if isinstance(unit.params, GatheredParams)]
 
 
-def build_model(recipe: Recipe) -> nn.Module:
-    """The recipe's model with its initial weights: a function of the recipe and its seed alone. Raises ConfigError."""
-    with preserved_generators():
+def build_model(recipe: Recipe, home: Home) -> nn.Module:
+    """The recipe's model with its initial weights: a function of the recipe and its seed alone. Raises ConfigError.
+
+    home: of what is built, until it's laid out; if it's apart, the whole model is never in memory.
+    """
+    with preserved_generators(), BuiltAt(home) if home.is_apart else nullcontext():
         seed_generators(derive(recipe.seed, "init"))
         model = recipe.model()
     if not isinstance(model, nn.Module):
@@ -53,11 +58,12 @@ def build_model(recipe: Recipe) -> nn.Module:
     return model
 
 
-def agree_on_model(model: nn.Module, group: Group) -> None:
-    """That every worker built the same model, to the bit. Collective; raises ConfigError."""
+def agree_on_model(model: nn.Module, group: Group, home: Home) -> None:
+    """That every worker built the same model, to the bit, at `home`. Collective; raises ConfigError."""
     facts = {}
     for name, param in model.named_parameters():
         facts[name] = f"{list(param.shape)} {param.requires_grad} {fingerprint(name, param)}"
+        let_go([param], home)
     agree(
         group,
         "model",

@@ -52,6 +52,10 @@ class Home:
     def done(self, buffer: Tensor) -> None:
         """It isn't wanted for a while."""
 
+    def has(self, buffer: Tensor) -> bool:
+        """Whether the buffer is one that can be `done` with."""
+        return False
+
     def adopt(self, mapped: Tensor) -> None:
         """Look after a buffer of whole pages in a file that the group mapped."""
 
@@ -125,11 +129,15 @@ class DiskHome(Home):
             self._changed.notify_all()
         self._writer.join()
 
+    def has(self, buffer: Tensor) -> bool:
+        first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
+        index = bisect_right(self._maps, (first, sys.maxsize)) - 1
+        return index >= 0 and end <= self._maps[index][1]
+
     def _pages_of(self, buffer: Tensor) -> tuple[int, int]:
         """Address and length of the pages that hold the buffer; only of files: dropping others would empty them."""
         first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
-        index = bisect_right(self._maps, (first, sys.maxsize)) - 1
-        if index < 0 or end > self._maps[index][1]:
+        if not self.has(buffer):
             raise InvariantError("a buffer is not of this home", got=f"{buffer.nbytes} bytes at {first:#x}")
         start = first // _PAGE * _PAGE
         return start, end - start

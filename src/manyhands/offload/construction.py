@@ -1,0 +1,54 @@
+"""Build a model that doesn't fit: what its constructor makes lies in files from the start.
+
+The constructor runs as it is, so the initial weights have the bits that they have in memory; the kernel keeps as much of
+them in memory as there is room for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from manyhands.offload.home import Home
+
+LARGE_BYTES = 1 << 18
+"""Smaller tensors stay where they are: mapping one costs pages of its own."""
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+
+class BuiltAt(TorchFunctionMode):
+    """`with BuiltAt(home):` large tensors that torch's factories make on the CPU are buffers of `home`."""
+
+    def __init__(self, home: Home) -> None:
+        super().__init__()
+        self._home = home
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _FACTORIES or "out" in kwargs or kwargs.get("layout", torch.strided) != torch.strided:
+            return func(*args, **kwargs)
+        size = kwargs.get("size", args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args)
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        device = torch.device(kwargs.get("device") or torch.get_default_device())
+        if device.type != "cpu" or math.prod(size) * dtype.itemsize < LARGE_BYTES:
+            return func(*args, **kwargs)
+        place = self._home.empty(math.prod(size), dtype).view(tuple(size))
+        if func is not torch.empty:
+            drawn_from = {key: value for key, value in kwargs.items() if key == "generator"}
+            func(size, out=place, **drawn_from)
+        return place.requires_grad_() if kwargs.get("requires_grad") else place
+
+
+def let_go(tensors: Iterable[Tensor], home: Home) -> None:
+    """None of those that are at `home` is wanted for a while."""
+    for tensor in tensors:
+        if home.has(tensor):
+            home.done(tensor)
