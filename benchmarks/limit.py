@@ -59,12 +59,7 @@ class Limits:
 
 def run(kind: str, workers: int, folder: Path | None, options: argparse.Namespace) -> dict[str, object]:
     """Train with one contender; its JSON line, or {"failed": how it ended}."""
-    words = {
-        "--depth": options.depth,
-        "--length": options.length,
-        "--steps": options.steps,
-        "--scratch": options.scratch,
-    }
+    words = {f"--{name}": getattr(options, name) for name in ("depth", "length", "steps", "scratch")}
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)),
         *(str(HERE / "limited.py"), kind, str(folder or "none")),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import manyhands as mh
+from manyhands.checkpoint.format import seal
 from manyhands.cli import main as cli
 from manyhands.comm.connect import thread_groups
 from manyhands.comm.group import Group
@@ -538,7 +539,7 @@ def test_other_numerics_do_not_go_on_with_a_run_unless_accepted(tmp_path: Path) 
     (manifest,) = (tmp_path / "run" / "checkpoints").glob("*/manifest.json")
     saved = json.loads(manifest.read_text())
     saved["identity"]["torch"] = "1.0"
-    manifest.write_text(json.dumps(saved))
+    manifest.write_text(seal(saved))
     with pytest.raises(mh.NumericsError, match="begun under other numerics: torch differs") as caught:
         mh.train(recipe(), steps=6, run_dir=tmp_path / "run", show=False)
     assert caught.value.expected == "1.0 (saved)"

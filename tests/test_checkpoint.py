@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
 import manyhands as mh
-from manyhands.checkpoint.format import list_checkpoints, read_manifest
+from manyhands.checkpoint.format import list_checkpoints, read_manifest, seal
 from manyhands.checkpoint.load import load_checkpoint
 from manyhands.errors import CheckpointError, NumericsError, WorkerError
 from support.models import OWNED, OptimizerFactory, Wide, conv_recipe, gpt_recipe, grouped, partly_used_recipe
@@ -243,7 +243,7 @@ def test_another_numerics_identity_is_refused_unless_accepted(tmp_path: Path) ->
     path = checkpoint / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["identity"]["torch"] = "1.0"
-    path.write_text(json.dumps(manifest))
+    path.write_text(seal(manifest))
     with mh.Engine(recipe) as engine:
         with pytest.raises(NumericsError, match="under other numerics: torch differs"):
             load_checkpoint(engine, checkpoint)

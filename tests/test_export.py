@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from manyhands.checkpoint.export import parse_size, plan_shards
-from manyhands.checkpoint.format import list_checkpoints
+from manyhands.checkpoint.format import list_checkpoints, seal
 from manyhands.checkpoint.tensor_file import TensorEntry
 from manyhands.cli import main as cli
 from support.models import ConvNet, PartlyUsed, Tokens, conv_recipe, gpt_recipe, grouped, partly_used_recipe
@@ -353,7 +353,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_nothing_is_left(
 
 def changed(checkpoint: Path, **fields: Any) -> None:
     path = checkpoint / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_text(seal(json.loads(path.read_text()) | fields))
 
 
 def test_other_weights_than_the_manifest_says_are_refused(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ OPTIONS = {
         "--checkpoint-every",
         "--digest-every",
         "--group",
+        "--home",
         "--json",
         "--run-dir",
         "--set",

@@ -13,6 +13,7 @@ only when it is whole: all files are written and synced in `.step-00000100.parti
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -159,12 +160,24 @@ def read_frozen_manifest(folder: Path) -> FrozenManifest:
     return _read(folder, FrozenManifest)
 
 
+def seal(said: dict[str, Any]) -> str:
+    """A manifest's text, with a checksum over all that it says."""
+    return json.dumps({**said, "checksum": _checksum(said)})
+
+
+def _checksum(said: dict[str, Any]) -> str:
+    words = json.dumps({key: value for key, value in said.items() if key != "checksum"}, sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
 def _read(folder: Path, kind: type[_M]) -> _M:
     path = folder / MANIFEST
     try:
         said = json.loads(path.read_bytes())
         found = said.get("format") if isinstance(said, dict) else None
         if not isinstance(found, int) or found == FORMAT:
+            if isinstance(said, dict) and said.pop("checksum", None) != _checksum(said):
+                raise ValueError("its checksum differs")
             return kind.model_validate(said)
     except OSError as error:
         raise CheckpointError("not a checkpoint: its manifest can't be read", where=str(path), got=error) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from manyhands.checkpoint.format import MANIFEST
+from manyhands.checkpoint.format import MANIFEST, seal
 from manyhands.comm.group import Group
 from manyhands.engine.control import gather_json
 from manyhands.errors import CheckpointError
@@ -41,7 +41,7 @@ def publish_together(
         manifest = manifest_of(everyone)
         with as_checkpoint_error(final):
             path = partial / MANIFEST
-            path.write_text(manifest.model_dump_json())
+            path.write_text(seal(manifest.model_dump(mode="json")))
             sync(path)
             sync(partial)
             if final.exists():

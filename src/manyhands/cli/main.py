@@ -13,7 +13,7 @@ import typer
 
 from manyhands import __version__
 from manyhands.cli.export import export
-from manyhands.config import GROUPS, STAGES
+from manyhands.config import GROUPS, HOMES, STAGES
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
 
 app = typer.Typer(
@@ -94,6 +94,10 @@ def train(
         str | None,
         typer.Option(metavar="NAME", help=f"Who holds what: {', '.join(STAGES)}.", show_default=False),
     ] = None,
+    home: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Where state lives: {', '.join(HOMES)}.", show_default=False),
+    ] = None,
     group: Annotated[
         str | None,
         typer.Option(metavar="NAME", help=f"How bytes travel: {', '.join(GROUPS)}.", show_default=False),
@@ -160,7 +164,8 @@ def train(
     from manyhands.training.recipe_file import check_recipe
 
     overrides = list(set_ or [])
-    overrides += [f"strategy.{key}={value}" for key, value in (("stage", stage), ("group", group)) if value is not None]
+    strategy = {"stage": stage, "home": home, "group": group}
+    overrides += [f"strategy.{key}={value}" for key, value in strategy.items() if value is not None]
     checked = check_recipe(recipe, overrides)
     batch = checked.batch.build()
     if workers is None:

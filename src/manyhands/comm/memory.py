@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from manyhands.offload.home import map_file, open_unnamed
+from manyhands.offload.scratch import map_file, open_unnamed
 
 
 class ProcessArena:

@@ -30,7 +30,7 @@ from manyhands.engine.memory import give_back_memory
 from manyhands.engine.metrics import StepMetrics
 from manyhands.engine.recompute import checkpoint_activations
 from manyhands.engine.reducer import Reducer
-from manyhands.engine.storage import agree_on_model, build_model, lay_out
+from manyhands.engine.storage import agree_on_model, build_model, check_scratch_space, lay_out
 from manyhands.engine.unit import ParamUnit
 from manyhands.engine.update import Homes, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
@@ -73,6 +73,7 @@ class StepEngine:
         self.home = home_of(strategy.home, group.device, scratch)
         storage = lay_out(self.model, recipe, group, strategy, self.optimizer.uncut, self.home)
         building.close()
+        check_scratch_space(self.home, group, storage.units, self.optimizer)
         give_back_memory()
         self.layout, self.units, self.frozen_units = storage.layout, storage.units, storage.frozen
         self._params = dict(storage.named_params)

@@ -34,8 +34,8 @@ than a worker's share."""
 class UnitPlan:
     """A unit to be: its name, its parameters' names in construction order, and what they have in common.
 
-    modules: the names of the modules in whose forwards they are used: the repeated or named ones that they belong to,
-    and those that own one of them. () for what belongs to no such module, and may be used anywhere.
+    modules: of units that are gathered, the names of the modules in whose forwards they are used: the repeated or named
+    ones that they belong to, and those that own one of them. () for what belongs to none, and may be used anywhere.
     """
 
     name: str
@@ -67,12 +67,14 @@ def plan_units(
     *,
     uncut: Collection[str] = (),
     workers: int = 1,
+    gathered: bool = False,
 ) -> list[UnitPlan]:
     """The model's units, in the construction order of their first parameters.
 
     named_units: modules whose parameters make a unit each; without them, the children of every outermost ModuleList
     and Sequential do. What is left goes by its top module; small neighbours are put together.
-    uncut: parameters that must have one owner each, among `workers`. Raises ConfigError.
+    uncut: parameters that must have one owner each, among `workers`. gathered: whether units are whole now and then
+    only; what may be used anywhere is then kept apart from what belongs to modules. Raises ConfigError.
     """
     modules = dict(model.named_modules())
     for name in named_units:
@@ -99,7 +101,7 @@ def plan_units(
             dtype=dtype,
             trainable=trainable,
             uncut=is_uncut,
-            modules=_using_modules(model, names, root) if root in roots else (),
+            modules=_using_modules(model, names, root) if gathered and root in roots else (),
         )
         by_kind.setdefault(plan.kind, []).append(plan)
     if not named_units:

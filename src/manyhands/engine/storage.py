@@ -25,6 +25,8 @@ from manyhands.models.admission import admit
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
 from manyhands.offload.construction import BuiltAt, let_go
 from manyhands.offload.home import Home
+from manyhands.offload.scratch import check_space
+from manyhands.optim.sliced import SlicedOptimizer
 from manyhands.sharding.stage import REPLICATED, SHARDED, Stage, stage_named
 
 
@@ -82,8 +84,10 @@ def lay_out(
     """
     stage = stage_named(strategy.stage)
     _cast_frozen(model, recipe.precision, group.device)
-    plans = plan_units(model, recipe.precision, strategy.units, uncut=uncut, workers=group.size)
     filler = _Filler(dict(model.named_parameters()), group, stage, home)
+    plans = plan_units(
+        model, recipe.precision, strategy.units, uncut=uncut, workers=group.size, gathered=filler.gathers
+    )
     layout = filler.layout_of([plan for plan in plans if plan.trainable])
     trainable = list(zip((plan for plan in plans if plan.trainable), layout.units, strict=True))
     units: dict[str, Unit] = {}
@@ -195,6 +199,18 @@ def _gathered_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Paramete
         if names and not plan.trainable:
             found.append(replace(plan, params=tuple(names)))
     return found
+
+
+def check_scratch_space(home: Home, group: Group, units: Sequence[Unit], optimizer: SlicedOptimizer) -> None:
+    """That what the first step will add to the files of all workers finds space: the optimizer's state, and sums of
+    gradients. (Master weights and parameters are there by now.) Raises ConfigError."""
+    if home.scratch is None:
+        return
+    each, needed = optimizer.state_bytes(), 0.0
+    for unit in units:
+        needed += sum(piece.in_unit.numel * each[piece.slot.name] for piece in unit.layout.pieces(unit.held))
+        needed += 2 * 4 * unit.shard.numel if isinstance(unit.params, GatheredParams) else 0
+    check_space(home.scratch, int(needed) * group.size)
 
 
 def _cast_frozen(model: nn.Module, precision: str, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Build a model that doesn't fit: what its constructor makes lies in files from the start.
 
-The constructor runs as it is, so the initial weights have the bits that they have in memory; the kernel keeps as much of
-them in memory as there is room for.
+The constructor runs as it is, so the initial weights have the bits that they have in memory; the kernel keeps as much
+of them in memory as there is room for.
 """
 
 from __future__ import annotations

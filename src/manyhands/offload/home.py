@@ -10,9 +10,7 @@ import ctypes
 import mmap
 import os
 import sys
-import tempfile
 import threading
-import time
 from bisect import bisect_right, insort
 from collections import deque
 from contextlib import suppress
@@ -21,15 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from manyhands.errors import ConfigError, InvariantError
+from manyhands.errors import InvariantError
+from manyhands.offload.scratch import check_scratch, map_file
 from manyhands.units import MIB
 
 SLAB_BYTES = 64 * MIB
 """A file holds many buffers: each costs a descriptor."""
 BEHIND_BYTES = 128 * MIB
 """What may wait to be written; whoever is done with more than that waits."""
-PROBE_BYTES = 32 * MIB
-MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _PAGE = mmap.PAGESIZE
 _MS_SYNC = 4
 
@@ -168,104 +165,6 @@ def home_of(kind: str, device: torch.device, scratch: Path) -> Home:
     if kind == "host":
         return Home(torch.device("cpu"), pinned=device.type == "cuda")
     return Home(device)
-
-
-def map_file(folder: Path, num_bytes: int) -> Tensor:
-    """A zeroed buffer, uint8 [num_bytes], in a new file of `folder` that has no name. Raises ConfigError."""
-    try:
-        fd = open_unnamed(folder, num_bytes)
-        try:
-            return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
-        finally:
-            os.close(fd)  # the mapping keeps the file
-    except OSError as error:
-        raise _cannot_use(folder, error) from error
-
-
-def open_unnamed(folder: Path, num_bytes: int) -> int:
-    """The descriptor of a new file without a name, with all its space: a full disk shows now. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError:  # a file system without such files
-        fd, name = tempfile.mkstemp(dir=folder)
-        os.unlink(name)
-    try:
-        os.posix_fallocate(fd, 0, num_bytes)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def check_scratch(folder: Path) -> None:
-    """That it can hold state: a folder on a disk, to be written. Raises ConfigError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        os.close(open_unnamed(folder, _PAGE))
-    except OSError as error:
-        raise _cannot_use(folder, error) from error
-    kind = file_system_of(folder)
-    if kind in MEMORY_FILE_SYSTEMS:
-        raise ConfigError(
-            "the scratch folder is in memory, not on a disk",
-            where=str(folder),
-            got=kind,
-            hint="name another one in strategy.scratch, or use home = 'host'",
-        )
-
-
-def check_space(folder: Path, num_bytes: int) -> None:
-    """That so much can be written to the scratch folder. Raises ConfigError."""
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    if free < num_bytes:
-        raise ConfigError(
-            "the scratch folder has too little space for the state that is to live there",
-            where=str(folder),
-            expected=f"{num_bytes / MIB:,.0f} MiB",
-            got=f"{free / MIB:,.0f} MiB free",
-            hint="free some, or name another folder in strategy.scratch",
-        )
-
-
-def measure_speed(folder: Path) -> tuple[float, float]:
-    """GB/s that are written to and read from a file of the folder, in one stream, past the system's cache."""
-    fd = open_unnamed(folder, PROBE_BYTES)
-    try:
-        data = os.urandom(MIB) * (PROBE_BYTES // MIB)
-        began = time.perf_counter()
-        os.pwrite(fd, data, 0)
-        os.fsync(fd)
-        written = time.perf_counter()
-        os.posix_fadvise(fd, 0, PROBE_BYTES, os.POSIX_FADV_DONTNEED)
-        began_reading = time.perf_counter()
-        os.pread(fd, PROBE_BYTES, 0)
-        read = time.perf_counter()
-    finally:
-        os.close(fd)
-    return PROBE_BYTES / 1e9 / (written - began), PROBE_BYTES / 1e9 / (read - began_reading)
-
-
-def file_system_of(folder: Path) -> str:
-    """The kind of file system that holds the folder, as the kernel calls it; "?" if it doesn't say."""
-    found = "?"
-    with suppress(OSError):
-        longest, real = -1, os.path.realpath(folder)
-        for line in Path("/proc/mounts").read_text().splitlines():
-            _, point, kind, *_ = line.split()
-            inside = real == point or real.startswith(point.rstrip("/") + "/")
-            if inside and len(point) >= longest:
-                longest, found = len(point), kind
-    return found
-
-
-def _cannot_use(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"the scratch folder can't be used: {error.strerror or error}",
-        where=str(folder),
-        hint="free some space, or name another folder in strategy.scratch",
-    )
 
 
 def _advise(address: int, num_bytes: int, advice: int) -> None:

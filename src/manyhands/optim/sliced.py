@@ -124,6 +124,21 @@ class SlicedOptimizer:
         """Set it."""
         self._workers[self._front_of(piece.name)].state[piece.master] = state
 
+    def state_bytes(self) -> dict[str, float]:
+        """For each parameter, how many bytes of state its optimizer keeps per element (of tensors of its shape), found
+        by letting a copy of it update a small one."""
+        by_group = []
+        for index, group in enumerate(self.hyperparameters()):
+            which = self._front_of_group[index]
+            trial = nn.Parameter(torch.zeros((32, 32) if self.kinds[which] == PER_PARAMETER else 1024))
+            trial.grad = torch.zeros_like(trial)
+            worker = _worker(self.fronts[which])
+            worker.param_groups = [{**group, "params": [trial]}]
+            worker.step()
+            tensors = [value for value in worker.state[trial].values() if isinstance(value, Tensor)]
+            by_group.append(sum(tensor.nbytes for tensor in tensors if tensor.dim()) / trial.numel())
+        return {name: by_group[group] for name, group in self._group_of.items()}
+
     def settle(self, piece: Slice, home: Home) -> list[Tensor]:
         """Move a slice's state to `home`, where torch or a checkpoint has put it elsewhere; the tensors of it there."""
         state = self.state_of(piece)

@@ -26,7 +26,7 @@ from manyhands.errors import ConfigError, DataError
 
 FORMAT = "manyhands run 1"
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
-_BEFORE_MANIFEST = (*_FOLDERS, "recipe.json", "metrics.jsonl")  # all that a run may have written without one
+_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl")  # all that a run may have written without one
 
 
 class RunDirectory:

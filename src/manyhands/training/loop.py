@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from manyhands.engine.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError, Interrupted
 from manyhands.numerics.identity import numerics_identity
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
+from manyhands.offload.scratch import scratch_line
 from manyhands.report.progress import TrainingProgress
 from manyhands.report.run_directory import RunDirectory, write_json
 from manyhands.report.summary import Summary, figures
@@ -63,7 +65,7 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
     began = time.monotonic()
     with ExitStack() as stack:
         signals = stop or stack.enter_context(StopSignals())
-        engine = stack.enter_context(Engine(recipe, strategy))
+        engine = stack.enter_context(Engine(recipe, _with_scratch(strategy or Strategy(), run_dir)))
         record = _Record(engine, run_dir, recipe_as_used, stack)
         record.resume(accept_new_numerics)
         bars = record.bars(steps, show)
@@ -106,6 +108,8 @@ class _Record:
         if self.path is not None and engine.group.rank == 0:
             self._directory = RunDirectory(self.path)
             self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
+        if engine.home.scratch is not None:
+            self.notes.append(scratch_line(engine.home.scratch))
         engine.group.barrier("start / run directory / control")
 
     def resume(self, accept_new_numerics: bool) -> None:
@@ -167,6 +171,13 @@ class _Record:
     def save(self, keep: int) -> Path | None:
         """Write a checkpoint, if there is a directory. Collective."""
         return None if self.path is None else self.engine.save(self.path / "checkpoints", keep=keep)
+
+
+def _with_scratch(strategy: Strategy, run_dir: str | Path | None) -> Strategy:
+    """Files that state lives in are the run's own, unless the strategy says otherwise."""
+    if strategy.home != "disk" or strategy.scratch or run_dir is None:
+        return strategy
+    return replace(strategy, scratch=str(Path(run_dir) / "scratch"))
 
 
 def _interrupted(engine: Engine, record: _Record, keep: int) -> Interrupted:

@@ -1,0 +1,191 @@
+"""Where state lives changes no bit; what lives on a disk leaves the memory, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import manyhands as mh
+from manyhands.engine.params import GatheredParams, HomeParams, WholeParams
+from manyhands.errors import ConfigError, InvariantError
+from manyhands.offload.construction import BuiltAt
+from manyhands.offload.home import DiskHome
+from manyhands.offload.scratch import check_space, file_system_of, measure_speed
+from oracle import oracle_run
+from support.models import GPT_UNITS, conv_recipe, gpt_recipe
+from support.odd_models import UNITS, Odd, recipe_of
+from support.threads import run_threads
+from support.training import train_with_engine
+
+STEPS = 3
+STAGES = ("ddp", "zero1", "zero2", "zero3")
+
+
+def on_disk(scratch: Path, stage: str = "zero3", **options: Any) -> mh.Strategy:
+    return mh.Strategy(**({"stage": stage, "home": "disk", "scratch": str(scratch), "units": GPT_UNITS} | options))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_state_on_disk_has_the_oracles_bits(workers: int, stage: str, precision: str, tmp_path: Path) -> None:
+    recipe = gpt_recipe(precision)
+    expected = oracle_run(recipe, STEPS).digests[-1]
+    strategy = on_disk(tmp_path, stage)
+    for found in run_threads(workers, lambda group: train_with_engine(recipe, strategy, steps=STEPS, group=group)):
+        assert found.digest == expected
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shards_on_disk_have_the_oracles_bits(precision: str, tmp_path: Path) -> None:
+    recipe = recipe_of(Odd, precision)
+    strategy = on_disk(tmp_path, group="process", units=UNITS, activation_checkpointing=("blocks.*",))
+    assert train_with_engine(recipe, strategy, steps=STEPS).digest == oracle_run(recipe, STEPS).digests[-1]
+
+
+def test_any_home_goes_on_from_any_other(tmp_path: Path) -> None:
+    recipe = gpt_recipe("bf16")
+    expected = oracle_run(recipe, 4).digests[-1]
+    homes = {
+        "disk": on_disk(tmp_path / "scratch"),
+        "device": mh.Strategy(stage="zero1"),
+        "host": mh.Strategy(home="host"),
+    }
+    for name, strategy in homes.items():
+        train_with_engine(recipe, strategy, steps=2, save=tmp_path / name)
+    for source in homes:
+        checkpoint = tmp_path / source / "step-00000002"
+        for target in homes.values():
+            assert train_with_engine(recipe, target, steps=4, load=checkpoint).digest == expected
+
+
+def test_what_is_at_the_home_is_what_shall_be(tmp_path: Path) -> None:
+    with mh.Engine(gpt_recipe("bf16"), on_disk(tmp_path)) as engine:
+        for batch in engine.batches(2):
+            engine.step(batch)
+        for unit in engine.units:
+            assert isinstance(unit.params, HomeParams)
+            assert engine.home.has(unit.master)
+            assert engine.home.has(unit.params.replicated)
+        for piece, _ in engine.updater.slices:
+            moments = [value for value in engine.optimizer.state_of(piece).values() if value.dim()]
+            assert len(moments) == 2
+            assert all(engine.home.has(moment) for moment in moments)
+
+
+def test_host_is_the_device_where_that_is_the_cpu() -> None:
+    recipe = conv_recipe()
+    with mh.Engine(recipe, mh.Strategy(stage="zero3", home="host")) as engine:
+        assert not any(isinstance(unit.params, GatheredParams) for unit in engine.units)
+        assert all(isinstance(unit.params, WholeParams) for unit in engine.units)
+
+
+# - Files
+
+
+def test_a_buffer_survives_leaving_the_memory(tmp_path: Path) -> None:
+    home = DiskHome(tmp_path)
+    try:
+        buffers = [home.empty(300_000, torch.float32) for _ in range(3)]
+        for number, buffer in enumerate(buffers):
+            assert bool((buffer == 0).all())
+            buffer.fill_(number + 1)
+            home.done(buffer)
+        for number, buffer in enumerate(buffers):
+            home.soon(buffer)
+            assert bool((buffer == number + 1).all())
+        with pytest.raises(InvariantError, match="not of this home"):
+            home.done(torch.zeros(10))
+    finally:
+        home.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_left_of_a_killed_run(tmp_path: Path) -> None:
+    code = f"""
+        import os, signal, torch
+        from pathlib import Path
+        from manyhands.offload.home import DiskHome
+        home = DiskHome(Path({str(tmp_path)!r}))
+        home.empty(1000, torch.float32).fill_(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", "\n".join(line[8:] for line in code.splitlines())], check=False)
+    assert done.returncode == -9
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_without_space_is_told_before_anything_is_lost(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))  # what a full disk is to a file
+    try:
+        with pytest.raises(ConfigError, match="scratch folder can't be used: File too large") as caught:
+            train_with_engine(gpt_recipe(), on_disk(tmp_path), steps=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(ConfigError, match="too little space"):
+        check_space(tmp_path, 1 << 60)
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_a_folder_that_will_not_do_is_refused(where: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" if where == "file" else Path("/dev/shm")
+    if where == "memory" and file_system_of(folder) != "tmpfs":
+        pytest.skip("/dev/shm is not in memory here")
+    with pytest.raises(ConfigError, match="scratch folder"):
+        train_with_engine(gpt_recipe(), on_disk(folder), steps=1)
+
+
+def test_speeds_are_measured(tmp_path: Path) -> None:
+    assert all(speed > 0 for speed in measure_speed(tmp_path))
+
+
+def test_a_run_has_a_scratch_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = mh.train(gpt_recipe(), steps=2, strategy=mh.Strategy(home="disk"), run_dir=tmp_path / "run")
+    assert summary.digest == oracle_run(gpt_recipe(), 2).digests[-1]
+    assert os.listdir(tmp_path / "run" / "scratch") == []
+    told = capsys.readouterr()
+    assert "state lives in" in told.out + told.err
+
+
+# - Construction
+
+
+class Wide(nn.Module):
+    """Large parameters, made in the ways that torch's modules and others make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.embedding = nn.Linear(700, 500), nn.Embedding(900, 300)
+        self.drawn = nn.Parameter(torch.randn(400, 300))
+        self.uniform = nn.Parameter(torch.rand((300, 400), dtype=torch.float32))
+        self.ones = nn.Parameter(torch.ones(size=(300, 400)))
+        self.small = nn.Parameter(torch.randn(3))
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+
+
+def test_a_model_built_in_files_has_the_same_bits(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    expected = Wide()
+    home = DiskHome(tmp_path)
+    try:
+        torch.manual_seed(1)
+        with BuiltAt(home):
+            found = Wide()
+        for (name, param), other in zip(found.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(param, other), name
+            assert param.requires_grad
+            assert home.has(param) is (param.nbytes >= 1 << 18), name
+    finally:
+        home.close()
