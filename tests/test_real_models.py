@@ -17,7 +17,7 @@ from support.real_models import RECIPES
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
-STAGES = ("ddp", "zero2")
+STAGES = ("ddp", "zero2", "zero3")
 WORKERS = (1, 2, 3)
 STEPS = 2
 NEEDS = {"keras": ["keras"], "resnet": ["torchvision"], "winding": [], "lora": ["peft"], "lora on bf16": ["peft"]}
