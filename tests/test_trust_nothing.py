@@ -20,7 +20,9 @@ from oracle import oracle_run
 from support.threads import run_threads
 from support.training import train_with_engine
 
-STAGES = ("ddp", "zero2")
+STAGES = ("ddp", "zero2", "zero3")
+GATHERED = mh.Strategy(stage="zero3", home="disk")
+"""With it parameters are gathered and released; else zero3 leaves them where they are, as they are in shared memory."""
 WIDTH = 8
 SAMPLES = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(index)) for index in range(24)]
 
@@ -268,7 +270,7 @@ def test_it_has_the_same_bits(case: str) -> None:
     if case in AS_PLAIN:
         assert digest == oracle_run(recipe(AS_PLAIN[case]), 3).digests[-1]
     for workers in (1, 2, 3):
-        for strategy in [*(mh.Strategy(stage=stage) for stage in STAGES), mh.Strategy(overlap=False)]:
+        for strategy in [*(mh.Strategy(stage=stage) for stage in STAGES), GATHERED, mh.Strategy(overlap=False)]:
             for found, its_state in run_threads(workers, lambda group, strategy=strategy: one(group, strategy)):
                 assert found == digest
                 for name, value in state.items():
@@ -453,6 +455,10 @@ def new_data(net: Late) -> None:
     net.first.weight.data = net.first.weight.detach().clone()
 
 
+def new_frozen_data(net: Late) -> None:
+    net.frozen.data = net.frozen.detach() + 1
+
+
 def to_other_dtype(net: Late) -> None:
     net.last.double().float()
 
@@ -492,6 +498,7 @@ HAPPENS: dict[str, tuple[Callable[[Late], None], str]] = {
     "a parameter is replaced": (replaced, "parameter 'first.weight' was replaced or removed"),
     "a parameter is removed": (removed, "parameter 'first.weight' was replaced or removed"),
     "a parameter is given other data": (new_data, "parameter 'first.weight' was given other data"),
+    "a frozen parameter is given other data": (new_frozen_data, "parameter 'frozen' was given other data"),
     "a module is cast": (to_other_dtype, "parameter 'last.weight' was given other data"),
     "a parameter is changed in place": (in_place, "parameter 'first.weight' was changed in place"),
     "a frozen parameter is changed": (in_place_frozen, "parameter 'frozen' was changed in place"),
@@ -503,24 +510,31 @@ HAPPENS: dict[str, tuple[Callable[[Late], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    "strategy", [mh.Strategy(), mh.Strategy(overlap=False), GATHERED], ids=["zero2", "after", "zero3"]
+)
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("case", HAPPENS)
-def test_it_is_refused_when_it_happens(case: str, at: int, overlap: bool) -> None:
+def test_it_is_refused_when_it_happens(case: str, at: int, strategy: mh.Strategy) -> None:
     what, message = HAPPENS[case]
     made = recipe(happening(what, at))
     with pytest.raises(mh.ConfigError, match=message):
-        train_with_engine(made, mh.Strategy(overlap=overlap), steps=2)
+        train_with_engine(made, strategy, steps=2)
     with pytest.raises((mh.ConfigError, mh.WorkerError), match=message):
-        run_threads(2, lambda group: train_with_engine(made, mh.Strategy(overlap=overlap), steps=2, group=group))
+        run_threads(2, lambda group: train_with_engine(made, strategy, steps=2, group=group))
 
 
+@pytest.mark.parametrize("strategy", [mh.Strategy(), GATHERED], ids=["zero2", "zero3"])
 @pytest.mark.parametrize("case", [case for case in HAPPENS if "buffer has another" not in case])
-def test_it_is_refused_between_steps_too(case: str) -> None:
+def test_it_is_refused_between_steps_too(case: str, strategy: mh.Strategy) -> None:
     what, message = HAPPENS[case]
-    with mh.Engine(recipe(Late)) as engine:
+    with mh.Engine(recipe(Late), strategy) as engine:
         batches = engine.batches(3)
         engine.step(next(batches))
+        if strategy is GATHERED and what in (in_place, in_place_frozen):
+            with pytest.raises(RuntimeError, match="refers to a single memory location"):
+                what(engine.model)  # the parameter isn't there, and torch knows
+            return
         what(engine.model)
         with pytest.raises(mh.ConfigError, match=message):
             engine.step(next(batches))

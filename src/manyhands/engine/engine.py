@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from numbers import Real
@@ -83,7 +83,7 @@ class StepEngine:
         self._optimizer_facts |= schedule_facts(self.schedules)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
-        self._watch = Watch(self.model, self._moved, self.buffers.frozen)
+        self._watch = Watch(self.model, self.buffers.frozen, (*self.units, *self.frozen_units))
         # A model that doesn't fit has sums of gradients that don't.
         sums_home = self.home if self.home.is_apart and stage.param is SHARDED else Home(group.device)
         self._reducer = Reducer(group, self.units, recipe.batch, stage, sums_home)
@@ -209,9 +209,6 @@ class StepEngine:
                 self._reducer.arrived(name, param)
             self.buffers.end_micro_batch(micro_batch)
         return loss.detach(), weight.detach() if isinstance(weight, Tensor) else weight
-
-    def _moved(self, params: Mapping[str, nn.Parameter]) -> list[str]:
-        return [name for unit in self.units for name in unit.not_bound(params)]
 
     def _my_control(self, losses: dict[int, tuple[Tensor, Tensor | float]]) -> Control:
         count = self.recipe.batch.micro_batches

@@ -20,6 +20,8 @@ class Params(ABC):
         self.layout, self.dtype = layout, dtype
         self._params: dict[str, nn.Parameter] = {}
         self._shapes: dict[str, torch.Size] = {}
+        self._places: dict[str, int] = {}  # where the parameters' data begin
+        self._lost: set[str] = set()
 
     @property
     def replicated(self) -> Tensor | None:
@@ -35,15 +37,24 @@ class Params(ABC):
         self._params = {slot.name: params[slot.name] for slot in self.layout.slots}
         self._shapes = {name: param.shape for name, param in self._params.items()}
 
-    @abstractmethod
-    def not_bound(self, params: Mapping[str, nn.Parameter]) -> list[str]:
-        """Parameters that are not where they were put."""
+    def not_bound(self) -> list[str]:
+        """Parameters that are not where they were put, or weren't when they were put elsewhere."""
+        return [slot.name for slot in self.layout.slots if slot.name in self._lost or self._is_lost(slot.name)]
+
+    def _is_lost(self, name: str) -> bool:
+        param = self._params[name]
+        return param.numel() > 0 and self._places.get(name, param.data_ptr()) != param.data_ptr()
+
+    def _put(self, name: str, data: Tensor) -> None:
+        if self._is_lost(name):
+            self._lost.add(name)  # what somebody else put there is gone now
+        self._params[name].data = data
+        self._places[name] = data.data_ptr()
 
     def _point(self, full: Tensor) -> None:
         """Let the model's parameters be views of `full`, [padded_numel]."""
         for slot in self.layout.slots:
-            param = self._params[slot.name]
-            param.data = full[slot.range.start : slot.range.end].view(self._shapes[slot.name])
+            self._put(slot.name, full[slot.range.start : slot.range.end].view(self._shapes[slot.name]))
 
 
 class WholeParams(Params):
@@ -63,14 +74,6 @@ class WholeParams(Params):
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
         super().bind(params)
         self._point(self.full)
-
-    def not_bound(self, params: Mapping[str, nn.Parameter]) -> list[str]:
-        start, itemsize = self.full.data_ptr(), self.full.itemsize
-        return [
-            slot.name
-            for slot in self.layout.slots
-            if slot.numel and params[slot.name].data_ptr() != start + slot.range.start * itemsize
-        ]
 
 
 class BufferPool:
@@ -111,10 +114,6 @@ class GatheredParams(Params):
         super().bind(params)
         self.release()
 
-    def not_bound(self, params: Mapping[str, nn.Parameter]) -> list[str]:
-        absent = self._absent.data_ptr()
-        return [slot.name for slot in self.layout.slots if slot.numel and params[slot.name].data_ptr() != absent]
-
     def soon(self) -> None:
         """A gather will begin soon."""
         self._home.soon(self._kept)
@@ -148,8 +147,8 @@ class GatheredParams(Params):
 
     def release(self) -> None:
         """The whole parameters aren't needed any more."""
-        for name, param in self._params.items():
-            param.data = self._absent.expand(self._shapes[name])
+        for name, shape in self._shapes.items():
+            self._put(name, self._absent.expand(shape))
         if self.full is not None:
             self._pool.give_back(self.full)
             self.full = None

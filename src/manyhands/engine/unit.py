@@ -35,9 +35,9 @@ class ParamUnit:
         """Let the model's parameters be those of this unit."""
         self.params.bind(params)
 
-    def not_bound(self, params: Mapping[str, nn.Parameter]) -> list[str]:
-        """Parameters that are elsewhere by now: somebody gave them other data. Between two rounds."""
-        return self.params.not_bound(params)
+    def not_bound(self) -> list[str]:
+        """Parameters that somebody else gave other data."""
+        return self.params.not_bound()
 
     @property
     def is_whole(self) -> bool:

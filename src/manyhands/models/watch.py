@@ -3,7 +3,9 @@ change them. Whatever else a model does to them would train it wrongly without a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Sequence
+from itertools import chain
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -12,20 +14,30 @@ from manyhands.errors import ConfigError
 _HINT = "make all parameters in recipe.model, before it returns: run the model once there, if it makes some in forward"
 
 
+class Place(Protocol):
+    """Where some parameters lie."""
+
+    def not_bound(self) -> list[str]:
+        """Those that somebody else gave other data."""
+
+
 class Watch:
     """Of a model whose parameters have found their place.
 
-    moved: given the parameters by name, those that lie elsewhere now. changeable: names of frozen parameters that may
-    change (they are looked after like buffers).
+    changeable: names of frozen parameters that may change, being looked after like buffers. places: of all trainable
+    parameters, and of some that are frozen.
     """
 
-    def __init__(
-        self, model: nn.Module, moved: Callable[[Mapping[str, nn.Parameter]], list[str]], changeable: Container[str]
-    ) -> None:
-        self._model, self._moved = model, moved
+    def __init__(self, model: nn.Module, changeable: Container[str], places: Sequence[Place]) -> None:
+        self._model, self._places = model, places
         self._known = dict(model.named_parameters())
         self._trainable = {name for name, param in self._known.items() if param.requires_grad}
         self._versions = {name: param._version for name, param in self._known.items() if name not in changeable}
+        self._still = {  # where frozen ones are: between two rounds always there, also if they're gathered
+            name: param.data_ptr()
+            for name, param in self._known.items()
+            if not param.requires_grad and name not in changeable
+        }
         self._graph_is_known = False
 
     def before_step(self) -> None:
@@ -67,7 +79,8 @@ class Watch:
             if now.get(name) is not param:
                 what = f"parameter {name!r} was replaced or removed after the engine was made"
                 raise ConfigError(what, hint=f"write to it in recipe.model only; {_HINT}")
-        for name in self._moved(self._known):
+        elsewhere = (name for name, place in self._still.items() if self._known[name].data_ptr() != place)
+        for name in chain(*(place.not_bound() for place in self._places), elsewhere):
             raise ConfigError(
                 f"parameter {name!r} was given other data after the engine was made",
                 hint="leave dtype and device to the recipe: no .to(), .half() or param.data = ... afterwards",
