@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench bench-limit clean
+.PHONY: demo test test-all check bench bench-limit clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -15,6 +15,10 @@ demo: $(READY)
 
 test: check
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+# The cases that make test leaves out, too: about as long again.
+test-all: check
+	$(BIN)/python -m pytest -q -n 2 -m "slow or not slow" $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

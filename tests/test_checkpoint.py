@@ -49,7 +49,7 @@ def assert_resumed(found: Outcome, undisturbed: Outcome) -> None:
         assert torch.equal(found.buffers[name], buffer), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("workers", WORKERS)
 def test_any_number_of_workers_and_any_stage_loads_what_any_other_saved(
     tmp_path: Path, workers: int, precision: str

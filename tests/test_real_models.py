@@ -25,7 +25,10 @@ WORKERS = (1, 2, 3)
 STEPS = 2
 NEEDS = {"keras": ["keras"], "resnet": ["torchvision"], "winding": [], "lora": ["peft"], "lora on bf16": ["peft"]}
 IN_BF16 = ("gpt2", "llama", "bert", "t5", "mixtral", "lora", "lora on bf16", "winding")
-JOBS = [(name, "fp32") for name in RECIPES] + [(name, "bf16") for name in IN_BF16]
+JOBS = [(name, "fp32") for name in RECIPES] + [
+    pytest.param(name, "bf16", marks=[] if name in ("gpt2", "mixtral", "lora") else pytest.mark.slow)
+    for name in IN_BF16
+]
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [
@@ -112,6 +115,7 @@ def test_keras_statistics_in_bf16_are_refused() -> None:
         train_with_engine(RECIPES["keras"]("bf16"), mh.Strategy(), steps=1)
 
 
+@pytest.mark.slow
 def test_a_users_model_has_the_same_bits_in_processes(tmp_path: Path) -> None:
     needed("gpt2")
     expected = train_with_engine(RECIPES["gpt2"]("bf16"), mh.Strategy(), steps=STEPS).digest

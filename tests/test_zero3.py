@@ -41,7 +41,7 @@ def alone(**options: Any) -> mh.Strategy:
     return mh.Strategy(stage="zero3", group="process", units=UNITS, **options)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def digests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Of each worker, by model and way."""
     folder = tmp_path_factory.mktemp("zero3")
