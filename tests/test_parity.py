@@ -56,11 +56,13 @@ RESUMING = (Launch(1, "process"), Launch(2, "shared-memory"), Launch(3, "process
 
 
 def resumes_of(target: Launch) -> list[Resume]:
-    """Every target stage goes on from every saving launch, from another stage each time."""
-    return [
-        Resume(source, STAGES[(index + source.workers + target.workers) % len(STAGES)], target, stage, precision)
-        for source, (index, stage), precision in product(SAVING, enumerate(STAGES), PRECISIONS)
-    ]
+    """From every saving launch, in both precisions; over all targets each stage goes on from each other one."""
+    found = []
+    for source, precision in product(SAVING, PRECISIONS):
+        # (s, t) -> (s + t, s + 2 t) modulo 4 gives every pair once.
+        before, after = source.workers + target.workers, source.workers + 2 * target.workers
+        found.append(Resume(source, STAGES[before % 4], target, STAGES[after % 4], precision))
+    return found
 
 
 def checkpoints(folder: Path, launch: Launch, stage: str, precision: str) -> Path:

@@ -21,7 +21,7 @@ WAYS = {
     "checkpointing": {"activation_checkpointing": ("blocks.*",)},
     "no overlap": {"overlap": False},
 }
-EVERY_WAY = {"Odd", "Twice", "Chooses", "FrozenBase"}
+EVERY_WAY = {"Twice", "Chooses"}
 STEPS = 2
 
 
