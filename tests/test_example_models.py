@@ -48,6 +48,7 @@ def test_an_example_trains_alike_with_one_worker_and_two(
         del sys.modules[module]
 
 
+@pytest.mark.slow
 def test_an_example_trains_from_the_command_line(tmp_path: Path) -> None:
     package, overrides = EXAMPLES["vision/resnet.toml"]
     if importlib.util.find_spec(package) is None:

@@ -35,7 +35,7 @@ def on_disk(scratch: Path, stage: str = "zero3", **options: Any) -> mh.Strategy:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_state_on_disk_has_the_oracles_bits(workers: int, stage: str, precision: str, tmp_path: Path) -> None:
     recipe = gpt_recipe(precision)
     expected = oracle_run(recipe, STEPS).digests[-1]

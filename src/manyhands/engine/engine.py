@@ -58,7 +58,12 @@ class StepEngine:
         fix_arithmetic(recipe)
         recipe.batch.check_workers(group.size)
         agree(group, "recipe", recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
-        agree(group, "strategy", {"stage": strategy.stage, "units": str(strategy.units)}, hint=_HINT_SAME_RECIPE)
+        agree(
+            group,
+            "strategy",
+            {"stage": strategy.stage, "home": strategy.home, "units": str(strategy.units)},
+            hint=_HINT_SAME_RECIPE,
+        )
         agree(group, "numerics", numerics_identity(group.device, recipe.threads_per_worker), hint=_HINT_SAME_MACHINES)
         stage = stage_named(strategy.stage)
         scratch = Path(strategy.scratch or tempfile.gettempdir())

@@ -195,10 +195,12 @@ def _summary(engine: Engine, record: _Record, peak_bytes: int, wall_seconds: flo
     peaks: list[Any] = gather_json(group, peak_bytes, "end / memory / control")
     digest = engine.digest()
     sample = None
-    if recipe.sample is not None and group.rank == 0:
-        with preserved_generators():
-            seed_generators(derive(recipe.seed, "sample"))
-            sample = recipe.sample(engine.model)
+    if recipe.sample is not None:
+        with engine.whole_model() as model, preserved_generators():
+            if group.rank == 0:
+                seed_generators(derive(recipe.seed, "sample"))
+                sample = recipe.sample(model)
+            group.barrier("end / sample / control")
     return Summary(
         **figures(record.metrics)._asdict(),
         name=recipe.name,
