@@ -92,7 +92,7 @@ def main() -> None:
         f"{limit / MIB:,.0f} MiB",
         highlight=False,
     )
-    table = Table("", "workers", "limit", "outcome", "peak MiB by worker", "s/step", "loss", "digest")
+    table = Table("", "workers", "limit", "outcome", "peak MiB", "s/step", "loss", "digest")
     contenders = (
         ("plain", 1, True),
         ("ddp", WORKERS, True),

@@ -26,7 +26,7 @@ from manyhands.engine.control import Control, agree, gather_control
 from manyhands.engine.facts import frozen_facts, optimizer_facts, recipe_facts, schedule_facts
 from manyhands.engine.gathers import Gathers
 from manyhands.engine.hooks import around_forward, on_gradients
-from manyhands.engine.memory import give_back_memory
+from manyhands.engine.memory import give_back_memory, keep_no_large_memory
 from manyhands.engine.metrics import StepMetrics
 from manyhands.engine.recompute import checkpoint_activations
 from manyhands.engine.reducer import Reducer
@@ -67,6 +67,8 @@ class StepEngine:
         agree(group, "numerics", numerics_identity(group.device, recipe.threads_per_worker), hint=_HINT_SAME_MACHINES)
         stage = stage_named(strategy.stage)
         scratch = Path(strategy.scratch or tempfile.gettempdir())
+        if strategy.home == "disk":
+            keep_no_large_memory()
         building = home_of(strategy.home, torch.device("cpu"), scratch)
         with group.exclusive():
             self.model = build_model(recipe, building)

@@ -191,6 +191,9 @@ class HomeParams(GatheredParams):
     def kept(self, within: Range) -> Tensor:
         return self._kept[within.start : within.end]
 
+    def serve(self, group: Group, tag: str) -> Callable[[], None]:
+        return lambda: None  # nobody else needs this worker for it
+
     def _fetch(self, full: Tensor, group: Group, tag: str) -> Callable[[], None]:
         stream = self._stream
         if stream is None:

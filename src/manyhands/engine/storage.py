@@ -157,6 +157,7 @@ class _Filler:
             )
             writes = shard
         self._copy(layout, writes, store.kept(writes))
+        let_go([store.kept(writes)], self._home)
         return store
 
     def _master(self, store: Params, held: Range) -> Tensor:
@@ -167,6 +168,7 @@ class _Filler:
                 return kept
         master = self._home.empty(held.numel, torch.float32)
         self._copy(store.layout, held, master)
+        let_go([master], self._home)
         return master
 
     def _copy(self, layout: UnitLayout, within: Range, out: Tensor) -> None:

@@ -7,6 +7,7 @@ of them in memory as there is room for.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,9 @@ from manyhands.offload.home import Home
 LARGE_BYTES = 1 << 18
 """Smaller tensors stay where they are: mapping one costs pages of its own."""
 
+RECENT = 2
+"""So many of the last ones stay in memory: modules fill a tensor soon after they made it."""
+
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
@@ -28,6 +32,7 @@ class BuiltAt(TorchFunctionMode):
     def __init__(self, home: Home) -> None:
         super().__init__()
         self._home = home
+        self._recent: deque[Tensor] = deque()  # what the constructor may still be filling
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -40,7 +45,10 @@ class BuiltAt(TorchFunctionMode):
         device = torch.device(kwargs.get("device") or torch.get_default_device())
         if device.type != "cpu" or math.prod(size) * dtype.itemsize < LARGE_BYTES:
             return func(*args, **kwargs)
+        while len(self._recent) >= RECENT:
+            self._home.done(self._recent.popleft())
         place = self._home.empty(math.prod(size), dtype).view(tuple(size))
+        self._recent.append(place.detach())
         if func is not torch.empty:
             drawn_from = {key: value for key, value in kwargs.items() if key == "generator"}
             func(size, out=place, **drawn_from)
