@@ -132,12 +132,12 @@ def _tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
     for key, value in state.items():
         if isinstance(value, Tensor):
             keys.setdefault(id(value), []).append(key)
-    records = []
+    records, trained = [], {name for name, _ in engine.digest_names}
     for name, tensor in [*engine.model.named_parameters(), *engine.model.named_buffers()]:
         is_param = name in engine.param_shapes
         may_change = not is_param or name in engine.buffers.frozen
         record = TensorRecord(
-            kind="buffer" if may_change else "master" if tensor.requires_grad else "frozen",
+            kind="buffer" if may_change else "master" if name in trained else "frozen",
             name=name,
             is_parameter=is_param,
             shape=tuple(engine.param_shapes[name] if is_param else tensor.shape),

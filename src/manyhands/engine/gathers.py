@@ -202,6 +202,8 @@ class Gathers:
         unit = self._at.get(tensor.untyped_storage().data_ptr())
         view = None if unit is None else self._gathered_params(unit).view_of(tensor)
         values = tensor.detach()  # not the tensor itself, which may hold what keeps it
+        if view is not None:
+            values.data = values.new_empty(0)  # counts changes still, and holds no buffer
         return _Saved(unit, view, values, values._version)
 
     def unpack(self, saved: _Saved) -> Tensor:

@@ -76,6 +76,10 @@ class WholeParams(Params):
         self._point(self.full)
 
 
+ALONE = 2
+"""Users of a storage that only its buffer and the asking one have."""
+
+
 class BufferPool:
     """Flat buffers for whole units, used again and again (a fresh one costs page faults)."""
 
@@ -93,8 +97,14 @@ class BufferPool:
         return free.pop()
 
     def give_back(self, buffer: Tensor) -> None:
-        """Its next user overwrites it, in the order of the device's stream."""
-        self._free[buffer.numel(), buffer.dtype].append(buffer)
+        """Its next user overwrites it, in the order of the device's stream; unless somebody still looks into it (a node
+        of autograd, activation checkpointing, a model that kept a view): then it's theirs, and goes with them."""
+        storage = buffer.untyped_storage()
+        users = torch._C._storage_Use_Count(storage._cdata)
+        if users > ALONE:
+            self.num_bytes -= buffer.nbytes
+        else:
+            self._free[buffer.numel(), buffer.dtype].append(buffer)
 
 
 class GatheredParams(Params):

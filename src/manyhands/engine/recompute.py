@@ -45,7 +45,7 @@ def checkpoint_activations(
 
     def undo() -> None:
         for name in chosen:
-            del modules[name].forward  # the class's is there again
+            modules[name].__dict__.pop("forward", None)  # the class's is there again
 
     return undo
 

@@ -77,6 +77,7 @@ class DiskHome(Home):
         self.scratch = folder
         check_scratch(folder)
         self._maps: list[tuple[int, int]] = []  # addresses [start, end), rising
+        self._held: list[Tensor] = []  # as long as the home lives nobody else gets these addresses
         self._free = 0  # bytes left in the last slab
         self._slab: Tensor | None = None
         self._behind: deque[tuple[int, int]] = deque()
@@ -100,6 +101,7 @@ class DiskHome(Home):
 
     def adopt(self, mapped: Tensor) -> None:
         insort(self._maps, (mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes))
+        self._held.append(mapped)
 
     def soon(self, buffer: Tensor) -> None:
         if not buffer.nbytes:
@@ -114,8 +116,10 @@ class DiskHome(Home):
         with self._changed:
             if self._error is not None:
                 raise self._error
-            while self._behind_bytes > BEHIND_BYTES:
+            while self._behind_bytes > BEHIND_BYTES and not self._closed:
                 self._changed.wait()
+            if self._closed:
+                return
             self._behind.append((address, num_bytes))
             self._behind_bytes += num_bytes
             self._changed.notify_all()
