@@ -157,3 +157,46 @@ def test_computing_twice_draws_and_counts_once() -> None:
         found = train_with_engine(recipe, strategy, steps=STEPS)
         assert found.digest == expected.digests[-1]
         assert torch.equal(found.buffers["blocks.1.calls"], expected.buffers["blocks.1.calls"])
+
+
+class KeepsAView(torch.autograd.Function):
+    """x @ w.T, which keeps its weight in a way that autograd doesn't know of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.x, ctx.transposed = x, weight.t()
+        return x @ ctx.transposed
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grad @ ctx.transposed.t(), grad.flatten(0, -2).t() @ ctx.x.flatten(0, -2)
+
+
+class Keeper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32) / 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(KeepsAView.apply(x, self.weight))
+
+
+class Stack(nn.Module):
+    """All blocks inside of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(61, 32)
+        self.encoder = nn.Sequential(*(Keeper() for _ in range(4)))
+        self.head = nn.Linear(32, 61)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.tokens(tokens))).float()
+
+
+@pytest.mark.parametrize("checkpointed", [(), ("encoder",), ("encoder.*",)])
+def test_what_still_looks_into_a_units_buffer_keeps_its_values(checkpointed: tuple[str, ...]) -> None:
+    recipe = recipe_of(Stack)
+    units = tuple(f"encoder.{index}" for index in range(4))
+    strategy = mh.Strategy(stage="zero3", group="process", units=units, activation_checkpointing=checkpointed)
+    assert train_with_engine(recipe, strategy, steps=STEPS).digest == oracle_run(recipe, STEPS).digests[-1]
