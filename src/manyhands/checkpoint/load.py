@@ -44,37 +44,43 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
         check_identity(
             manifest.identity, numerics_identity(engine.group.device, engine.recipe.threads_per_worker), str(folder)
         )
-    for piece, _ in engine.updater.slices:
-        piece.master.copy_(_read_like(piece, "master", reader))
-        state: dict[str, Tensor | float | int | bool] = {
-            kind: _read_like(piece, kind, reader).to(engine.group.device)
-            for kind in reader.kinds_of(piece.name)
-            if kind != "master"
-        }
-        for kind, number in manifest.scalars.get(piece.name, {}).items():
-            # torch's optimizers change their step counts and the like in place, where these are tensors.
-            dtype = number.dtype
-            state[kind] = (
-                number.value
-                if dtype is None
-                else torch.tensor(number.value, dtype=getattr(torch, dtype), device=number.device)
+    engine.group.barrier(f"{folder.name} / load / control")  # others may still use the weights that they have
+    with engine.changing():
+        engine.optimizer.load_hyperparameters(manifest.hyperparameters)
+        engine.updater.refill(lambda piece: _fill(piece, engine, reader))
+        buffers = engine.buffers.named()
+        for name, value in reader.buffers().items():
+            if name in buffers:
+                buffers[name].copy_(value)
+        for schedule, saved_schedule in zip(engine.schedules, manifest.schedules, strict=True):
+            schedule.load_state_dict(decode_state(saved_schedule))
+        engine.step_index = manifest.step
+        found = engine.digest()
+        if found != manifest.digest:
+            raise CheckpointError(
+                "the loaded weights are not those that were saved",
+                where=str(folder),
+                expected=manifest.digest,
+                got=found,
             )
-        engine.optimizer.load_state_of(piece, state)  # empty before a parameter's first update, also if it had one here
-    buffers = engine.buffers.named()
-    for name, value in reader.buffers().items():
-        if name in buffers:
-            buffers[name].copy_(value)
-    engine.updater.refresh_params()
-    engine.optimizer.load_hyperparameters(manifest.hyperparameters)
-    for schedule, saved_schedule in zip(engine.schedules, manifest.schedules, strict=True):
-        schedule.load_state_dict(decode_state(saved_schedule))
-    engine.step_index = manifest.step
-    found = engine.digest()
-    if found != manifest.digest:
-        raise CheckpointError(
-            "the loaded weights are not those that were saved", where=str(folder), expected=manifest.digest, got=found
-        )
     return manifest
+
+
+def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
+    """Give a slice the master weights and the optimizer's state of the checkpoint."""
+    piece.master.copy_(_read_like(piece, "master", reader))
+    state: dict[str, Tensor | float | int | bool] = {
+        kind: _read_like(piece, kind, reader) for kind in reader.kinds_of(piece.name) if kind != "master"
+    }
+    for kind, number in reader.manifest.scalars.get(piece.name, {}).items():
+        # torch's optimizers change their step counts and the like in place, where these are tensors.
+        place = "cpu" if number.device == "cpu" else piece.master.device
+        dtype = number.dtype
+        state[kind] = (
+            number.value if dtype is None else torch.tensor(number.value, dtype=getattr(torch, dtype), device=place)
+        )
+    # It's empty before a parameter's first update, also if it had one here.
+    engine.optimizer.load_state_of(piece, state)
 
 
 def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:

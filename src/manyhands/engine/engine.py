@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -30,7 +30,7 @@ from manyhands.engine.memory import give_back_memory, keep_no_large_memory
 from manyhands.engine.metrics import StepMetrics
 from manyhands.engine.recompute import checkpoint_activations
 from manyhands.engine.reducer import Reducer
-from manyhands.engine.storage import agree_on_model, build_model, check_scratch_space, lay_out
+from manyhands.engine.storage import Storage, agree_on_model, build_model, check_scratch_space, lay_out
 from manyhands.engine.unit import ParamUnit
 from manyhands.engine.update import Homes, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
@@ -65,23 +65,37 @@ class StepEngine:
             hint=_HINT_SAME_RECIPE,
         )
         agree(group, "numerics", numerics_identity(group.device, recipe.threads_per_worker), hint=_HINT_SAME_MACHINES)
-        stage = stage_named(strategy.stage)
         scratch = Path(strategy.scratch or tempfile.gettempdir())
         if strategy.home == "disk":
             keep_no_large_memory()
-        building = home_of(strategy.home, torch.device("cpu"), scratch)
+        self.home = home_of(strategy.home, group.device, scratch)
+        try:
+            with closing(home_of(strategy.home, torch.device("cpu"), scratch)) as building:
+                storage = self._build(building)
+            give_back_memory()
+            self._set_up(storage)
+        except BaseException:
+            self.home.close()
+            raise
+
+    def _build(self, building: Home) -> Storage:
+        """The model, first at `building`, in its units."""
+        recipe, group = self.recipe, self.group
         with group.exclusive():
             self.model = build_model(recipe, building)
         agree_on_model(self.model, group, building)
         self.param_shapes = {name: param.shape for name, param in self.model.named_parameters()}  # as they were built
         optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
         self.optimizer = SlicedOptimizer(recipe.optimizer, optimizer_params, declared_kind=recipe.optimizer_kind)
-        self._frozen = frozen_facts(self.model)
-        self.home = home_of(strategy.home, group.device, scratch)
-        storage = lay_out(self.model, recipe, group, strategy, self.optimizer.uncut, self.home)
-        building.close()
-        check_scratch_space(self.home, group, storage.units, self.optimizer)
-        give_back_memory()
+        self._frozen = frozen_facts(self.model, building)
+        storage = lay_out(self.model, recipe, group, self.strategy, self.optimizer.uncut, self.home)
+        check_scratch_space(self.home, group, storage.units, self.optimizer, recipe.batch)
+        return storage
+
+    def _set_up(self, storage: Storage) -> None:
+        """What trains the model."""
+        recipe, strategy, group = self.recipe, self.strategy, self.group
+        stage = stage_named(strategy.stage)
         self.layout, self.units, self.frozen_units = storage.layout, storage.units, storage.frozen
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
@@ -132,13 +146,23 @@ class StepEngine:
         step made again with other data),
         WorkerError, and what the model or the loss raises; after those the engine can't be used any more.
         """
+        with self.changing():
+            return self._step(load, digest)
+
+    def check_usable(self) -> None:
+        """Raises InvariantError after a failure that left the state half changed."""
         if self._failed is not None:
             raise InvariantError(
-                f"this engine failed in step {self.step_index} and can't go on: {self._failed}",
+                f"this engine failed at step {self.step_index} and can't go on: {self._failed}",
                 hint="make a new engine and load the last checkpoint",
             )
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """While the state changes: unless an error says that nothing did, the engine is of no use after it."""
+        self.check_usable()
         try:
-            return self._step(load, digest)
+            yield
         except BaseException as error:
             if not (isinstance(error, NumericsError) and getattr(error, "nothing_changed", False)):
                 self._failed = error
@@ -164,7 +188,7 @@ class StepEngine:
                         batch = to_device(load(this.micro_batch), self.group.device)
             with self._clock.phase("exchange"):
                 self._reducer.begin(index)
-                self._gathers.begin(step, index, computes=this.micro_batch is not None)
+                self._gathers.begin(f"{tag}, round {index}", computes=this.micro_batch is not None)
             with self._clock.phase("compute"):
                 if this.micro_batch is not None:
                     losses[this.micro_batch] = self._compute(step, this.micro_batch, batch)
@@ -283,14 +307,27 @@ class StepEngine:
 
     @contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
-        """The model with all its parameters, to evaluate it between two steps. Collective; where parameters are sharded
-        they take the whole model's memory on every worker meanwhile."""
+        """The model with all its parameters, to look into it between two steps. Collective; where these are sharded they
+        take the whole model's memory on every worker meanwhile."""
         with self._gathers.whole():
             yield self.model
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model, to call it between two steps; sharded parameters are gathered unit by unit, as it needs them, also
+        if a worker calls it more often than another one, or never. Collective: its end waits for everyone."""
+        try:
+            with self._gathers.evaluating():
+                yield self.model
+        except BaseException as error:
+            self.group.fail(error)  # the others wait for this worker
+            self._gathers.abort()
+            raise
 
     def digest(self) -> str:
         """SHA-256 over the hashes of the master weights' blocks; `last_hashes` keeps these, [num_blocks] int64.
         Collective."""
+        self.check_usable()
         self.last_hashes = self.updater.hashes(f"step {self.step_index}").numpy()
         return digest_of(self.digest_names, self.last_hashes)
 
@@ -316,12 +353,11 @@ class StepEngine:
         Collective; every worker gets it whole."""
         full = self.full_params()
         names = {id(param): name for name, param in self._params.items()}
-        with self.whole_model() as model:
-            state = model.state_dict(keep_vars=True)  # tied parameters under all of their names
-            return {
-                key: full[names[id(value)]] if id(value) in names else value.detach().cpu().clone()
-                for key, value in state.items()
-            }
+        state = {}
+        with self._gathers.whole(self.frozen_units):
+            for key, value in self.model.state_dict(keep_vars=True).items():  # tied parameters under all of their names
+                state[key] = full[names[id(value)]] if id(value) in names else value.detach().cpu().clone()
+        return state
 
     def facts(self) -> dict[str, str]:
         """What a checkpoint must have in common with this engine: the recipe, as far as it can be told."""

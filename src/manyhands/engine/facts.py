@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from manyhands.config import Recipe
 from manyhands.errors import ConfigError
 from manyhands.numerics.digest import digest_of_tensors
+from manyhands.offload.construction import let_go
+from manyhands.offload.home import Home
 from manyhands.optim.sliced import SlicedOptimizer
 
 
@@ -43,13 +45,14 @@ def fingerprint(name: str, param: Tensor) -> str:
     return hashlib.sha256(in_bytes.numpy().tobytes()).hexdigest()[:16]
 
 
-def frozen_facts(model: nn.Module) -> dict[str, str]:
-    """What the digest doesn't cover, since no step changes it: the bits of frozen parameters."""
-    return {
-        f"frozen parameter {name}": fingerprint(name, param)
-        for name, param in model.named_parameters()
-        if not param.requires_grad
-    }
+def frozen_facts(model: nn.Module, home: Home) -> dict[str, str]:
+    """What the digest doesn't cover, since no step changes it: the bits of frozen parameters, which are at `home`."""
+    facts = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            facts[f"frozen parameter {name}"] = fingerprint(name, param)
+            let_go([param], home)
+    return facts
 
 
 def schedule_facts(schedules: Sequence[LRScheduler]) -> dict[str, str]:

@@ -73,13 +73,13 @@ class Gathers:
 
     # - A round
 
-    def begin(self, step: int, index: int, computes: bool) -> None:
+    def begin(self, tag: str, *, computes: bool, backward: bool = True) -> None:
         """A round begins. computes: whether this worker has a micro-batch in it. Collective."""
         if not self._units:
             return
-        self._tag = f"step {step}, round {index}"
+        self._tag = tag
         # Backward begins with the unit that forward ended with.
-        self._plan = [*self._always, *self._order, *reversed(self._order[:-1])]
+        self._plan = [*self._always, *self._order, *(reversed(self._order[:-1]) if backward else ())]
         self._next, self._needed, self._in_round, self._backward = 0, [], True, False
         self._inside, self._left, self._passed = {}, [], set()
         if computes:
@@ -179,6 +179,8 @@ class Gathers:
         if whole:
             return
         self._check_need(unit)
+        if unit in self._coming and unit.life.state is State.RESTING:  # it was let go with its gradients
+            self._coming.remove(unit)
         self._release_left(unit)
         while unit not in self._coming and self._next < len(self._plan):
             self._issue(wanted=self._plan[self._next] is unit or len(self._coming) < self._ahead)
@@ -226,7 +228,8 @@ class Gathers:
         if not self._in_round:
             raise ConfigError(
                 f"the parameters of {unit.name!r} are sharded, and whole only during a step",
-                hint="use the model inside `with engine.whole_model():`",
+                hint="use the model inside `with engine.evaluating():` or, if every worker has memory for all of it, "
+                "`with engine.whole_model():`",
             )
         if unit.life.state is State.REDUCING:
             raise ConfigError(
@@ -238,16 +241,27 @@ class Gathers:
     # - Gathers
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """All units whole, between steps. Collective."""
-        for unit in self._units:
+    def whole(self, units: Sequence[ParamUnit] | None = None) -> Iterator[None]:
+        """These units (None: all) whole, between steps; some may be so already. Collective."""
+        resting = [unit for unit in (self._units if units is None else units) if not unit.is_whole]
+        for unit in resting:
             unit.gather(self._group, f"{self._tag} / {unit.name} / param")
             unit.gathered()
         try:
             yield
         finally:
-            for unit in self._units:
+            for unit in resting:
                 unit.release()
+            for unit in resting[:1]:  # they share one pool
+                self._gathered_params(unit).trim_pool()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A round of forwards, as many as each worker likes. Collective."""
+        self.begin("evaluation", computes=True, backward=False)
+        yield
+        self.end()
+        self._surprised = False  # steps go on as they were
 
     def _arrive(self, unit: ParamUnit) -> None:
         unit.gathered()
@@ -277,10 +291,11 @@ class Gathers:
             self._coming.popleft().release()
 
     def _release_left(self, needed: ParamUnit) -> None:
-        """Release what was used before, unless its forward is still going on."""
+        """Release what was used before, unless its forward is still going on. Units of one module (a block's matrices
+        and the rest of it, say) go together, since backward wants them in turn."""
         staying = []
         for unit in self._left:
-            if unit is needed or self._inside.get(unit.name, 0) > 0:
+            if unit is needed or self._inside.get(unit.name, 0) > 0 or set(unit.modules) & set(needed.modules):
                 staying.append(unit)
             else:
                 unit.release()

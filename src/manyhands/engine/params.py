@@ -106,6 +106,12 @@ class BufferPool:
         else:
             self._free[buffer.numel(), buffer.dtype].append(buffer)
 
+    def trim(self) -> None:
+        """Free what nobody uses."""
+        for free in self._free.values():
+            self.num_bytes -= sum(buffer.nbytes for buffer in free)
+            free.clear()
+
 
 class GatheredParams(Params):
     """Whole only while they are gathered.
@@ -162,6 +168,10 @@ class GatheredParams(Params):
         if self.full is not None:
             self._pool.give_back(self.full)
             self.full = None
+
+    def trim_pool(self) -> None:
+        """More units were whole than a step has at a time: free their buffers."""
+        self._pool.trim()
 
     def view_of(self, tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int] | None:
         """Shape, strides and offset of `tensor`, if it's a view of the whole parameters; None if it isn't."""

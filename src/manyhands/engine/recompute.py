@@ -39,13 +39,16 @@ def checkpoint_activations(
         inside = any(name.startswith(f"{outer}.") for outer in chosen)
         if not inside and any(fnmatchcase(name, pattern) for pattern in patterns):
             chosen.append(name)
+    own = {name: modules[name].__dict__.get("forward") for name in chosen}  # of the object, not of its class
     for name in chosen:
         module = modules[name]
         module.forward = partial(_forward, module, module.forward, partial(using, name))
 
     def undo() -> None:
         for name in chosen:
-            modules[name].__dict__.pop("forward", None)  # the class's is there again
+            modules[name].__dict__.pop("forward", None)
+            if own[name] is not None:
+                modules[name].__dict__["forward"] = own[name]
 
     return undo
 

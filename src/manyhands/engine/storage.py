@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from manyhands.comm.group import Group
-from manyhands.config import Recipe, Strategy
+from manyhands.config import Batch, Recipe, Strategy
 from manyhands.engine.buffers import may_change
-from manyhands.engine.control import agree
+from manyhands.engine.control import agree, gather_json
 from manyhands.engine.facts import fingerprint
 from manyhands.engine.gradients import Gradients, KeptGradients, PassingGradients, Ring, RingGradients
 from manyhands.engine.params import BufferPool, GatheredParams, HomeParams, Params, ShardedParams, WholeParams
@@ -203,16 +205,22 @@ def _gathered_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Paramete
     return found
 
 
-def check_scratch_space(home: Home, group: Group, units: Sequence[Unit], optimizer: SlicedOptimizer) -> None:
+def check_scratch_space(
+    home: Home, group: Group, units: Sequence[Unit], optimizer: SlicedOptimizer, batch: Batch
+) -> None:
     """That what the first step will add to the files of all workers finds space: the optimizer's state, and sums of
-    gradients. (Master weights and parameters are there by now.) Raises ConfigError."""
+    gradients. (Master weights and parameters are there by now.) Collective; raises ConfigError."""
     if home.scratch is None:
         return
     each, needed = optimizer.state_bytes(), 0.0
+    # One sum for each level of the tree, one that is being added to it, and the whole, for the norm.
+    sums = batch.virtual_workers.bit_length() + 2
     for unit in units:
         needed += sum(piece.in_unit.numel * each[piece.slot.name] for piece in unit.layout.pieces(unit.held))
-        needed += 2 * 4 * unit.shard.numel if isinstance(unit.params, GatheredParams) else 0
-    check_space(home.scratch, int(needed) * group.size)
+        needed += sums * 4 * unit.shard.numel if isinstance(unit.params, GatheredParams) else 0
+    mine = [platform.node(), home.scratch.stat().st_dev]
+    everyone: list[Any] = gather_json(group, [*mine, needed], "start / scratch / control")
+    check_space(home.scratch, int(sum(theirs for *place, theirs in everyone if place == mine)))
 
 
 def _cast_frozen(model: nn.Module, precision: str, device: torch.device) -> None:

@@ -65,7 +65,7 @@ class Updater:
         for unit in units:
             self._runs[unit.name] = [self._run(unit, each, next(numbers)) for each in ranges[unit.name]]
         self._numbers = [torch.tensor(layout.block_numbers(rank), dtype=torch.int64) for rank in range(group.size)]
-        self._has_state = False  # before the first update
+        self._updated = False  # before the first update
         self._full: dict[str, Tensor] = {}  # the step's gradient in fp32, where a second pass needs it
         self._norms: dict[str, Tensor] = {
             unit.name: torch.zeros(unit.shard.numel // BLOCK, device=group.device) for unit in units
@@ -131,8 +131,8 @@ class Updater:
             norm = self._gather_norm(tag)
         for wait in waits:
             wait()
-        if not self._has_state:
-            self._has_state = True
+        if not self._updated:
+            self._updated = True
             give_back_memory()  # torch has made the optimizer's state, and left holes
         return norm
 
@@ -199,28 +199,25 @@ class Updater:
         for piece, grad in zip(run.slices, run.grads, strict=True):
             piece.master.grad = None if piece.name in unused else grad
         self._optimizer.step(run.groups)
-        if self._home.is_apart and not self._has_state:
-            self._settle(run)
+        self._finish(run)
+
+    def _finish(self, run: Run) -> None:
+        """Its master weights or state have changed: write the parameters, and let all of it go to where it's to be."""
+        if self._home.is_apart:  # torch makes state when it wants to, in memory
+            state = [tensor for piece in run.slices for tensor in self._optimizer.settle(piece, self._home)]
+            run.at_home[:] = [*self._weights_at_home(run.unit, run.range), *state]
         self._write(run)
-        self._let_go(run)
-
-    def _settle(self, run: Run) -> None:
-        """Move the state that torch made for a run to where it's to be."""
-        state = [tensor for piece in run.slices for tensor in self._optimizer.settle(piece, self._home)]
-        run.at_home[:] = [*self._weights_at_home(run.unit, run.range), *state]
-
-    def _let_go(self, run: Run) -> None:
         for tensor in run.at_home:
             self._home.done(tensor)
 
-    def refresh_params(self) -> None:
-        """Make the parameters what the master weights are (after loading them). Collective."""
+    def refill(self, fill: Callable[[Slice], None]) -> None:
+        """Let `fill` give every slice its master weights and state, then make the parameters what these are.
+        Collective."""
         for runs in self._runs.values():
             for run in runs:
-                if self._home.is_apart:
-                    self._settle(run)
-                self._write(run)
-                self._let_go(run)
+                for piece in run.slices:
+                    fill(piece)
+                self._finish(run)
         for unit in self._units:
             for wait in self._publish(unit, "start"):
                 wait()

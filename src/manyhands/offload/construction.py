@@ -38,21 +38,34 @@ class BuiltAt(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _FACTORIES or "out" in kwargs or kwargs.get("layout", torch.strided) != torch.strided:
+        if func is Tensor.clone:  # what copy.deepcopy makes a parameter with: layers may be copies of one
+            return self._copy(*args, **kwargs)
+        plain = "out" not in kwargs and "memory_format" not in kwargs and kwargs.get("layout") in (None, torch.strided)
+        if func not in _FACTORIES or not plain:
             return func(*args, **kwargs)
         size = kwargs.get("size", args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args)
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         device = torch.device(kwargs.get("device") or torch.get_default_device())
         if device.type != "cpu" or math.prod(size) * dtype.itemsize < LARGE_BYTES:
             return func(*args, **kwargs)
-        while len(self._recent) >= RECENT:
-            self._home.done(self._recent.popleft())
-        place = self._home.empty(math.prod(size), dtype).view(tuple(size))
-        self._recent.append(place.detach())
+        place = self._place(tuple(size), dtype)
         if func is not torch.empty:
             drawn_from = {key: value for key, value in kwargs.items() if key == "generator"}
             func(size, out=place, **drawn_from)
         return place.requires_grad_() if kwargs.get("requires_grad") else place
+
+    def _copy(self, tensor: Tensor, **kwargs: Any) -> Tensor:
+        large = tensor.device.type == "cpu" and tensor.nbytes >= LARGE_BYTES
+        if not large or not tensor.is_contiguous() or tensor.requires_grad:
+            return tensor.clone(**kwargs)
+        return self._place(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+    def _place(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        while len(self._recent) >= RECENT:
+            self._home.done(self._recent.popleft())
+        place = self._home.empty(math.prod(size), dtype).view(size)
+        self._recent.append(place.detach())
+        return place
 
 
 def let_go(tensors: Iterable[Tensor], home: Home) -> None:

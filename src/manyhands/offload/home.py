@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from manyhands.errors import InvariantError
-from manyhands.offload.scratch import check_scratch, map_file
+from manyhands.offload.scratch import cannot_use, check_scratch, map_file
 from manyhands.units import MIB
 
 SLAB_BYTES = 64 * MIB
@@ -84,7 +84,7 @@ class DiskHome(Home):
         self._behind_bytes = 0
         self._changed = threading.Condition()
         self._closed = False
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self._writer = threading.Thread(target=self._write_behind, name="manyhands-write", daemon=True)
         self._writer.start()
 
@@ -114,8 +114,8 @@ class DiskHome(Home):
             return
         address, num_bytes = self._pages_of(buffer)
         with self._changed:
-            if self._error is not None:
-                raise self._error
+            if self._error is not None:  # its pages may be lost: nobody goes on with them
+                raise cannot_use(self.scratch or Path(), self._error) from self._error
             while self._behind_bytes > BEHIND_BYTES and not self._closed:
                 self._changed.wait()
             if self._closed:
@@ -154,7 +154,7 @@ class DiskHome(Home):
             try:
                 _call("msync", address, num_bytes, _MS_SYNC)
                 _advise(address, num_bytes, mmap.MADV_DONTNEED)
-            except OSError as error:
+            except BaseException as error:  # told to who is `done` next
                 self._error = error
             with self._changed:
                 self._behind.popleft()

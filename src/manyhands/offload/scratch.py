@@ -22,39 +22,37 @@ _PAGE = mmap.PAGESIZE
 
 def map_file(folder: Path, num_bytes: int) -> Tensor:
     """A zeroed buffer, uint8 [num_bytes], in a new file of `folder` that has no name. Raises ConfigError."""
+    fd = open_unnamed(folder, num_bytes)
     try:
-        fd = open_unnamed(folder, num_bytes)
-        try:
-            return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
-        finally:
-            os.close(fd)  # the mapping keeps the file
+        return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
     except OSError as error:
-        raise _cannot_use(folder, error) from error
+        raise cannot_use(folder, error) from error
+    finally:
+        os.close(fd)  # the mapping keeps the file
 
 
 def open_unnamed(folder: Path, num_bytes: int) -> int:
-    """The descriptor of a new file without a name, with all its space: a full disk shows now. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The descriptor of a new file without a name, with all its space: a full disk shows now. Raises ConfigError."""
     try:
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError:  # a file system without such files
-        fd, name = tempfile.mkstemp(dir=folder)
-        os.unlink(name)
-    try:
-        os.posix_fallocate(fd, 0, num_bytes)
-    except OSError:
-        os.close(fd)
-        raise
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError:  # a file system without such files
+            fd, name = tempfile.mkstemp(dir=folder)
+            os.unlink(name)
+        try:
+            os.posix_fallocate(fd, 0, num_bytes)
+        except OSError:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise cannot_use(folder, error) from error
     return fd
 
 
 def check_scratch(folder: Path) -> None:
     """That it can hold state: a folder on a disk, to be written. Raises ConfigError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        os.close(open_unnamed(folder, _PAGE))
-    except OSError as error:
-        raise _cannot_use(folder, error) from error
+    os.close(open_unnamed(folder, _PAGE))
     kind = file_system_of(folder)
     if kind in MEMORY_FILE_SYSTEMS:
         raise ConfigError(
@@ -110,9 +108,10 @@ def file_system_of(folder: Path) -> str:
     return found
 
 
-def _cannot_use(folder: Path, error: OSError) -> ConfigError:
+def cannot_use(folder: Path, error: BaseException) -> ConfigError:
+    """What is raised when the folder's files can't be."""
     return ConfigError(
-        f"the scratch folder can't be used: {error.strerror or error}",
+        f"the scratch folder can't be used: {getattr(error, 'strerror', None) or error}",
         where=str(folder),
         hint="free some space, or name another folder in strategy.scratch",
     )

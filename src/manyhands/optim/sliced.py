@@ -121,8 +121,14 @@ class SlicedOptimizer:
         return state
 
     def load_state_of(self, piece: Slice, state: dict[str, Any]) -> None:
-        """Set it."""
-        self._workers[self._front_of(piece.name)].state[piece.master] = state
+        """Set it. Tensors go to where the slice is; a number among them (a step count) only if the optimizer's kernels
+        want it there, by the rule of torch.optim.Optimizer.load_state_dict."""
+        group = list(self._front_groups())[self._group_of[piece.name]]
+        beside = bool(group.get("fused") or group.get("capturable"))
+        self._workers[self._front_of(piece.name)].state[piece.master] = {
+            kind: value.to(piece.master.device) if isinstance(value, Tensor) and (value.dim() or beside) else value
+            for kind, value in state.items()
+        }
 
     def state_bytes(self) -> dict[str, float]:
         """For each parameter, how many bytes of state its optimizer keeps per element (of tensors of its shape), found

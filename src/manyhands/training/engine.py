@@ -89,6 +89,7 @@ class Engine(StepEngine):
 
         Raises CheckpointError.
         """
+        self.check_usable()
         with self._telling():
             return save_checkpoint(self, Path(folder), keep=keep)
 

@@ -196,11 +196,11 @@ def _summary(engine: Engine, record: _Record, peak_bytes: int, wall_seconds: flo
     digest = engine.digest()
     sample = None
     if recipe.sample is not None:
-        with engine.whole_model() as model, preserved_generators():
+        with engine.evaluating() as model, preserved_generators():
             if group.rank == 0:
                 seed_generators(derive(recipe.seed, "sample"))
                 sample = recipe.sample(model)
-            group.barrier("end / sample / control")
+        group.barrier("end / sample / control")
     return Summary(
         **figures(record.metrics)._asdict(),
         name=recipe.name,
