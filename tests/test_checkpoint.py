@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, Se
 import manyhands as mh
 from manyhands.checkpoint.format import list_checkpoints, read_manifest, seal
 from manyhands.checkpoint.load import load_checkpoint
-from manyhands.errors import CheckpointError, NumericsError, WorkerError
+from manyhands.errors import CheckpointError, InvariantError, NumericsError, WorkerError
 from support.models import OWNED, OptimizerFactory, Wide, conv_recipe, gpt_recipe, grouped, partly_used_recipe
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine
@@ -208,6 +208,25 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: str, file: st
     with pytest.raises((CheckpointError, WorkerError)) as caught:
         train(recipe, workers, load=checkpoint)
     assert file in str(caught.value)
+
+
+def test_a_load_that_fails_midway_ends_the_engine(tmp_path: Path) -> None:
+    with mh.Engine(gpt_recipe("fp32")) as engine:
+        for batch in engine.batches(1):
+            engine.step(batch)
+        checkpoint = engine.save(tmp_path)
+        before = engine.digest()
+        (checkpoint / "manifest.json").rename(tmp_path / "away")
+        with pytest.raises(CheckpointError):
+            engine.load(checkpoint)
+        assert engine.digest() == before  # nothing was changed yet
+        (tmp_path / "away").rename(checkpoint / "manifest.json")
+        flip_a_bit(checkpoint / "worker-0.safetensors")
+        with pytest.raises(CheckpointError, match="is damaged"):
+            engine.load(checkpoint)
+        for use in (engine.digest, lambda: engine.save(tmp_path), lambda: engine.load(checkpoint)):
+            with pytest.raises(InvariantError, match="can't go on"):
+                use()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,23 @@ def test_a_buffer_survives_leaving_the_memory(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_what_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str, *args: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    home = DiskHome(tmp_path)
+    try:
+        buffer = home.empty(1000, torch.float32)
+        monkeypatch.setattr("manyhands.offload.home._call", fails)  # a disk that breaks can't be had here
+        monkeypatch.setattr("manyhands.offload.home.BEHIND_BYTES", 0)
+        home.done(buffer)
+        with pytest.raises(ConfigError, match="Input/output error") as caught:
+            home.done(buffer)
+        assert str(tmp_path) in str(caught.value)
+    finally:
+        home.close()
+
+
 def test_nothing_is_left_of_a_killed_run(tmp_path: Path) -> None:
     code = f"""
         import os, signal, torch
@@ -133,6 +153,7 @@ def test_a_disk_without_space_is_told_before_anything_is_lost(tmp_path: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert str(tmp_path) in str(caught.value)
+    assert not [thread for thread in threading.enumerate() if thread.name == "manyhands-write"]
     with pytest.raises(ConfigError, match="too little space"):
         check_space(tmp_path, 1 << 60)
 
@@ -171,6 +192,7 @@ class Wide(nn.Module):
         self.drawn = nn.Parameter(torch.randn(400, 300))
         self.uniform = nn.Parameter(torch.rand((300, 400), dtype=torch.float32))
         self.ones = nn.Parameter(torch.ones(size=(300, 400)))
+        self.copied = copy.deepcopy(self.linear)
         self.small = nn.Parameter(torch.randn(3))
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
 

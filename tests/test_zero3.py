@@ -18,10 +18,11 @@ from manyhands.engine.params import ShardedParams
 from manyhands.errors import ConfigError, NumericsError
 from manyhands.launching.launcher import run_workers
 from oracle import oracle_run
-from support.models import gpt_recipe
+from support.models import gpt_recipe, muon_and_adamw
 from support.odd_models import (
     ODD,
     UNITS,
+    Backwards,
     ChangesInPlace,
     Odd,
     ReturnsParameter,
@@ -42,8 +43,8 @@ def alone(**options: Any) -> mh.Strategy:
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def digests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Of each worker, by model and way."""
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the workers have left what they found."""
     folder = tmp_path_factory.mktemp("zero3")
     paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     run_workers(
@@ -52,14 +53,25 @@ def digests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         environment={"PYTHONPATH": os.pathsep.join(paths)},
         log_dir=folder,
     )
-    return [json.loads((folder / f"worker-{rank}.json").read_text()) for rank in range(request.param)]
+    return folder
 
 
-def test_whatever_a_model_chooses_it_has_the_oracles_bits(digests: list[dict[str, str]]) -> None:
+def test_whatever_a_model_chooses_it_has_the_oracles_bits(found: Path) -> None:
+    digests = [json.loads(path.read_text()) for path in sorted(found.glob("worker-*.json"))]
     oracle = cache(lambda name, precision: oracle_run(recipe_of(ODD[name], precision), STEPS).digests[-1])
     expected = {f"{name}, {way}": oracle(name, precision) for name, way, precision in jobs(len(digests))}
-    for rank, found in enumerate(digests):
-        assert found == expected, f"worker {rank}"
+    for rank, theirs in enumerate(digests):
+        assert theirs == expected, f"worker {rank}"
+
+
+def test_a_worker_may_evaluate_more_often_than_another_one(found: Path) -> None:
+    values = [json.loads(path.read_text()) for path in sorted(found.glob("evaluated-*.json"))]
+    with mh.Engine(recipe_of(Backwards), mh.Strategy()) as engine:
+        for batch in engine.batches(STEPS):
+            engine.step(batch)
+        with engine.evaluating() as model, torch.no_grad():
+            expected = float(model.eval()(torch.arange(8).view(1, 8)).sum())
+    assert values == [0.0, *[expected] * (len(values) - 1)]
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -74,16 +86,48 @@ def test_no_more_units_are_whole_than_are_needed(ahead: int) -> None:
         assert pool.num_bytes <= 4 * (always + block * (1 + ahead) + block)  # the one that is left goes after the next
 
 
+class Scaled(nn.Module):
+    """A node of autograd that keeps a parameter of each of the block's two units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32) / 6)
+        self.scale = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(nn.functional.linear(x, self.weight * self.scale))
+
+
+class ScaledStack(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Scaled() for _ in range(4))
+
+
+def test_units_of_one_block_are_there_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(ScaledStack, optimizer=muon_and_adamw())
+    with mh.Engine(recipe, alone(prefetch=1)) as engine:
+        assert len([unit for unit in engine.units if "blocks.0" in unit.modules]) == 2
+        asked = asks_of(engine, monkeypatch, STEPS)
+        assert engine.digest() == oracle_run(recipe, STEPS).digests[-1]
+    assert asked[-1] == len(engine.my_micro_batches)
+
+
 def test_the_second_step_knows_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     with mh.Engine(recipe_of(Twice), alone()) as engine:
-        tags: list[str] = []
-        group = engine._gathers._group
-        gather = group.gather
-        monkeypatch.setattr(group, "gather", lambda small, tag: (tags.append(tag), gather(small, tag))[1])
-        for batch in engine.batches(3):
-            engine.step(batch)
-        asked = [sum(tag.startswith(f"step {step},") and "ask" in tag for tag in tags) for step in range(3)]
+        asked = asks_of(engine, monkeypatch, 3)
         assert asked[0] > asked[1] == asked[2] == len(engine.my_micro_batches)
+
+
+def asks_of(engine: mh.Engine, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[int]:
+    """How often this worker took part in asking for a unit, by step: once a micro-batch if nothing surprised it."""
+    tags: list[str] = []
+    group = engine._gathers._group
+    gather = group.gather
+    monkeypatch.setattr(group, "gather", lambda small, tag: (tags.append(tag), gather(small, tag))[1])
+    for batch in engine.batches(steps):
+        engine.step(batch)
+    return [sum(tag.startswith(f"step {step},") and "ask" in tag for tag in tags) for step in range(steps)]
 
 
 def test_between_steps_parameters_take_no_memory_and_the_whole_model_can_be_had() -> None:
@@ -92,13 +136,19 @@ def test_between_steps_parameters_take_no_memory_and_the_whole_model_can_be_had(
         state = engine.full_state_dict()
         assert all(bool(param.isnan().all()) for param in engine.model.parameters())
         assert all(set(param.stride()) == {0} for param in engine.model.parameters())
-        with pytest.raises(ConfigError, match="whole only during a step"):
+        with pytest.raises(ConfigError, match="whole only during a step") as caught:
             engine.model(torch.zeros(1, 4, dtype=torch.int64))
+        assert "evaluating" in str(caught.value.hint)
         with engine.whole_model() as model:
             found = model.eval()(torch.zeros(1, 4, dtype=torch.int64))
+            assert engine.full_state_dict().keys() == state.keys()  # also in there
+        assert next(unit.params for unit in engine.units if isinstance(unit.params, ShardedParams))._pool.num_bytes == 0
+        with engine.evaluating() as model:
+            again = model(torch.zeros(1, 4, dtype=torch.int64))
     plain = recipe.model()
     plain.load_state_dict(state)
     assert torch.equal(found, plain.eval()(torch.zeros(1, 4, dtype=torch.int64)))
+    assert torch.equal(again, found)
 
 
 def test_a_module_that_returns_its_parameter_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -153,9 +154,9 @@ def penalised_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return loss / weight + sum(param.float().square().sum() for param in model.parameters())
 
 
-def recipe_of(model: Callable[[], nn.Module], precision: str = "fp32") -> mh.Recipe:
+def recipe_of(model: Callable[[], nn.Module], precision: str = "fp32", **options: Any) -> mh.Recipe:
     """The GPT's recipe with another model."""
-    return gpt_recipe(precision, model=model)
+    return gpt_recipe(precision, model=model, **options)
 
 
 ODD: dict[str, Callable[[], nn.Module]] = {

@@ -307,8 +307,8 @@ class StepEngine:
 
     @contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
-        """The model with all its parameters, to look into it between two steps. Collective; where these are sharded they
-        take the whole model's memory on every worker meanwhile."""
+        """The model with all its parameters, to look into it between two steps. Collective; where these are sharded
+        they take the whole model's memory on every worker meanwhile."""
         with self._gathers.whole():
             yield self.model
 

@@ -114,10 +114,10 @@ class DiskHome(Home):
             return
         address, num_bytes = self._pages_of(buffer)
         with self._changed:
-            if self._error is not None:  # its pages may be lost: nobody goes on with them
-                raise cannot_use(self.scratch or Path(), self._error) from self._error
             while self._behind_bytes > BEHIND_BYTES and not self._closed:
                 self._changed.wait()
+            if self._error is not None:  # its pages may be lost: nobody goes on with them
+                raise cannot_use(self.scratch or Path(), self._error) from self._error
             if self._closed:
                 return
             self._behind.append((address, num_bytes))
