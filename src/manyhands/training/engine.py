@@ -35,8 +35,8 @@ class Engine(StepEngine):
             metrics = engine.step(batch)
         engine.close()
 
-    Making one, `step`, `save`, `load`, `digest`, `full_state_dict` and `close` are collective. A group is given only to
-    run workers as threads (tests); otherwise it comes from the launcher's environment.
+    Making one, `step`, `evaluating`, `save`, `load`, `digest`, `full_state_dict` and `close` are collective. A group is
+    given only to run workers as threads (tests); otherwise it comes from the launcher's environment.
     Raises ConfigError, DataError.
     """
 
