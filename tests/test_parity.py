@@ -82,6 +82,7 @@ def job(name: str, precision: str, stage: str, **changes: Any) -> dict[str, Any]
         "save": None,
         "save_at": SAVED_AT,
         "optimizer": None,
+        "device": "cpu",
     } | changes
 
 

@@ -25,7 +25,7 @@ def main(folder: Path, group: str, jobs: list[dict[str, Any]]) -> None:
         strategy = mh.Strategy(group=group, stall_seconds=60, **job["strategy"] | {"units": tuple(job["units"])})
         changes = {"optimizer": OWNED[job["optimizer"]]} if job["optimizer"] else {}
         outcome = train_with_engine(
-            gpt_recipe(job["precision"], **changes),
+            gpt_recipe(job["precision"], device=job["device"], **changes),
             strategy,
             steps=job["steps"],
             load=Path(job["load"]) if job["load"] else None,

@@ -40,11 +40,7 @@ def connect(
     """
     forget_failure()
     rank, size = environment_rank_and_size()
-    where = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "the recipe asks for a GPU, and torch sees none here", expected="device = 'cpu'", got="'cuda'"
-        )
+    where = _gpu() if device == "cuda" else torch.device(device)
     if size <= 1 and kind != "process":
         return LocalGroup(where)
     if not sys.platform.startswith("linux"):
@@ -58,7 +54,8 @@ def connect(
         if kind == "auto":
             kind = "shared-memory" if membership.one_host and device == "cpu" else "process"
         if kind == "process":
-            return ProcessGroup.begin(membership, store, where)
+            gloo = device != "cuda" or _gpus_are_shared()
+            return ProcessGroup.begin(membership, store, where, "gloo" if gloo else "cpu:gloo,cuda:nccl")
         if not membership.one_host or device != "cpu":
             raise ConfigError(
                 "the workers can't share memory",
@@ -71,6 +68,20 @@ def connect(
         membership.fail(error)
         membership.close()
         raise
+
+
+def _gpu() -> torch.device:
+    """This worker's; several have one where there are more workers than GPUs."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "the recipe asks for a GPU, and torch sees none here", expected="device = 'cpu'", got="'cuda'"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def _gpus_are_shared() -> bool:
+    """NCCL wants a GPU for every worker; Gloo takes what is on a GPU through the host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
 
 
 def _numbered_store(rank: int, size: int) -> Store:

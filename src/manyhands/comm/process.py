@@ -59,21 +59,24 @@ class ProcessGroup(MembersGroup):
         self._dist_group = dist_group  # None: torch's default group
 
     @classmethod
-    def begin(cls, membership: Membership, store: Store, device: torch.device) -> ProcessGroup:
+    def begin(cls, membership: Membership, store: Store, device: torch.device, backend: str) -> ProcessGroup:
         """Make torch's default process group. Collective; raises ConfigError."""
         if dist.is_initialized():
             raise ConfigError(
                 "torch.distributed's default process group is taken",
                 hint="close the other engine first; a script must not call init_process_group itself",
             )
-        # Ours ends waits itself, earlier and with a name; the library's limit is only the last resort.
-        timeout = timedelta(seconds=max(60.0, 2 * membership.stall_seconds))
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=membership.rank, world_size=membership.size, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=membership.rank,
+            world_size=membership.size,
+            timeout=_last_resort(membership),
+        )
         return cls(membership, device)
 
     def sibling(self) -> ProcessGroup:
-        new = dist.new_group()
+        new = dist.new_group(timeout=_last_resort(self.membership))
         if not isinstance(new, dist.ProcessGroup):
             raise InvariantError("this process is not part of its own group")
         other = ProcessGroup(self.membership, self.device, new, self.lane + 1)
@@ -168,3 +171,8 @@ class ProcessGroup(MembersGroup):
     def _take_down(self) -> None:
         with contextlib.suppress(RuntimeError):  # a broken group can't be taken down in order, and needn't be
             dist.destroy_process_group()
+
+
+def _last_resort(membership: Membership) -> timedelta:
+    """The library's own limit: ours ends waits itself, earlier and with a name."""
+    return timedelta(seconds=max(60.0, 2 * membership.stall_seconds))
