@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench bench-limit clean
+.PHONY: demo test test-all check bench bench-limit bench-gpu clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -38,6 +38,10 @@ bench: $(BENCH_VENV)/.ready
 # A model four times as large as the memory that each worker may use; as root, for the control groups.
 bench-limit: $(READY)
 	$(BIN)/python benchmarks/limit.py $(ARGS)
+
+# On one GPU: our step beside plain PyTorch's and DeepSpeed ZeRO-Offload's. make bench-gpu ARGS=--largest
+bench-gpu: $(BENCH_VENV)/.ready
+	$(BENCH_VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
