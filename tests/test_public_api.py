@@ -49,6 +49,8 @@ OPTIONS = {
         "--group",
         "--home",
         "--json",
+        "--keep-checkpoints",
+        "--keep-every",
         "--run-dir",
         "--set",
         "--stage",

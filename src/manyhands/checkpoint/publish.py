@@ -1,53 +1,27 @@
-"""Folders that appear whole or not at all: written by all workers under a hidden name, published by one rename."""
+"""Folders that appear whole or not at all: written under a hidden name, published by one rename."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
 from manyhands.checkpoint.format import MANIFEST, seal
-from manyhands.comm.group import Group
-from manyhands.engine.control import gather_json
 from manyhands.errors import CheckpointError
 
 
-def publish_together(
-    final: Path,
-    group: Group,
-    write: Callable[[Path], dict[str, Any]],
-    manifest_of: Callable[[list[dict[str, Any]]], BaseModel],
-    tag: str,
-) -> None:
-    """Make the folder `final`, in place of what is there. Collective.
-
-    write: writes this worker's files into the folder that it is given, and returns what worker 0 must know to make the
-    manifest from everyone's. Raises CheckpointError; what was published before is never touched by a failure.
-    """
-    partial = final.with_name(f".{final.name}.partial")
-    if group.rank == 0:
-        with as_checkpoint_error(partial):
-            _remove_partial(final.parent)
-            partial.mkdir(parents=True)
-    group.barrier(f"{tag} begins / control")
-    with as_checkpoint_error(partial):
-        mine = write(partial)
-    everyone: list[Any] = gather_json(group, mine, f"{tag} / control")
-    if group.rank == 0:
-        manifest = manifest_of(everyone)
-        with as_checkpoint_error(final):
-            path = partial / MANIFEST
-            path.write_text(seal(manifest.model_dump(mode="json")))
-            sync(path)
-            sync(partial)
-            if final.exists():
-                remove(final)
-            os.rename(partial, final)
-            sync(final.parent)
+def publish(partial: Path, final: Path, manifest: BaseModel) -> None:
+    """Let `partial`, whose files are on the disk, be the folder `final`, in place of what is there."""
+    path = partial / MANIFEST
+    path.write_text(seal(manifest.model_dump(mode="json")))
+    sync(path)
+    sync(partial)
+    if final.exists():
+        remove(final)
+    os.rename(partial, final)
+    sync(final.parent)
 
 
 def remove(folder: Path) -> None:
@@ -58,7 +32,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _remove_partial(root: Path) -> None:
+def remove_partial(root: Path) -> None:
     """What earlier runs were killed over."""
     if root.is_dir():
         for path in [*root.glob(".step-*.partial"), *root.glob(".frozen-*.partial")]:

@@ -1,4 +1,4 @@
-"""Save an engine's state: every worker writes the ranges that it owns, and the whole is published by one rename."""
+"""What a checkpoint is made of: every worker writes the ranges that it owns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from manyhands.checkpoint.format import (
 )
 from manyhands.checkpoint.hugging_face import config_files
 from manyhands.checkpoint.pieces import Piece, dtype_name, write_pieces
-from manyhands.checkpoint.publish import as_checkpoint_error, publish_together, remove
+from manyhands.checkpoint.publish import remove
+from manyhands.checkpoint.saving import Contents, Saving
 from manyhands.engine.control import gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError
@@ -42,12 +43,15 @@ FROZEN_PIECE_NUMEL = 1 << 20
 """Elements in a piece of a frozen parameter: what a reader has in memory at once."""
 
 
-def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) -> Path:
-    """Write the engine's state to a new folder in `root`; returns it. Collective.
+def begin_checkpoint(
+    engine: StepEngine, root: Path, *, keep: int | None = None, keep_every: int | None = None
+) -> Saving | None:
+    """Begin to write the engine's state, as it is now, to a new folder in `root`; None if it's there. Collective.
 
-    keep: how many checkpoints to leave in `root` (None: all). One of this step with the same weights stays;
-    one with others is replaced. Frozen parameters are written once, beside the first checkpoint.
-    Raises CheckpointError; what was published before is never touched by a failure.
+    keep, keep_every: which checkpoints to leave in `root`: the last `keep` (None: all), and those of every
+    `keep_every`-th step. One of this step with the same weights stays; one with others is replaced. Frozen parameters
+    are written once, beside the first checkpoint, before this returns; so is state at a home that is apart, of which
+    there's no copy in memory. What was published before is never touched by a failure. Raises CheckpointError.
     """
     group, step = engine.group, engine.step_index
     final = root / folder_name(step)
@@ -55,51 +59,64 @@ def save_checkpoint(engine: StepEngine, root: Path, *, keep: int | None = None) 
     group.status(tag)
     digest = engine.digest()
     if all(gather_json(group, _holds(final, digest), f"{tag} / control")):
-        return final
-    tensors, computed = _tensor_records(engine)
-    frozen = _save_frozen(engine, root, tensors, f"step {step} / frozen")
+        return None
+    manifest = _manifest(engine, root, digest)
 
     def manifest_of(everyone: list[dict[str, Any]]) -> Manifest:
-        return Manifest(
-            format=FORMAT,
-            step=step,
-            workers=group.size,
-            stage=engine.strategy.stage,
-            facts=engine.facts(),
-            identity=numerics_identity(group.device, engine.recipe.threads_per_worker),
-            digest=digest,
-            hyperparameters=engine.optimizer.hyperparameters(),
-            schedules=[_schedule_state(schedule) for schedule in engine.schedules],
-            scalars={
-                name: {kind: Scalar(**number) for kind, number in numbers.items()}
-                for theirs in everyone
-                for name, numbers in theirs["scalars"].items()
-            },
-            tensors=tensors,
-            frozen=frozen,
-            computed=computed,
-            config_files=config_files(engine.model),
-            pieces=_joined(everyone),
-        )
+        scalars = {
+            name: {kind: Scalar(**number) for kind, number in numbers.items()}
+            for theirs in everyone
+            for name, numbers in theirs["scalars"].items()
+        }
+        return manifest.model_copy(update={"scalars": scalars, "pieces": _joined(everyone)})
 
-    publish_together(final, group, partial(_write_mine, engine), manifest_of, tag)
-    if group.rank == 0:
-        with as_checkpoint_error(root):
-            for _, old in list_checkpoints(root)[: -keep if keep else 0]:
-                if old != final:
-                    remove(old)
-    group.barrier(f"{tag} published / control")
-    return final
-
-
-def _write_mine(engine: StepEngine, folder: Path) -> dict[str, Any]:
     scalars: Scalars = {}
-    records = write_pieces(_file_of(engine, folder), list(_pieces(engine, scalars)))
-    return {"pieces": [record.model_dump() for record in records], "scalars": scalars}
+    pieces = list(_pieces(engine, scalars))
+    if not engine.home.is_apart:
+        pieces = [piece._replace(tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
+
+    def write(folder: Path) -> dict[str, Any]:
+        records = write_pieces(folder / name, pieces)
+        return {"pieces": [record.model_dump() for record in records], "scalars": scalars}
+
+    name = _file_of(engine)
+    contents = Contents(write=write, manifest_of=manifest_of, published=partial(_prune, final, keep, keep_every))
+    saving = Saving(final, group, contents, tag)
+    if engine.home.is_apart:
+        saving.wait_written()
+    return saving
 
 
-def _file_of(engine: StepEngine, folder: Path) -> Path:
-    return folder / f"worker-{engine.group.rank}.safetensors"
+def _manifest(engine: StepEngine, root: Path, digest: str) -> Manifest:
+    """As it is now, without what the workers add. Collective, for the frozen parameters."""
+    tensors, computed = _tensor_records(engine)
+    return Manifest(
+        format=FORMAT,
+        step=engine.step_index,
+        workers=engine.group.size,
+        stage=engine.strategy.stage,
+        facts=engine.facts(),
+        identity=numerics_identity(engine.group.device, engine.recipe.threads_per_worker),
+        digest=digest,
+        hyperparameters=engine.optimizer.hyperparameters(),
+        schedules=[_schedule_state(schedule) for schedule in engine.schedules],
+        scalars={},
+        tensors=tensors,
+        frozen=_save_frozen(engine, root, tensors, f"step {engine.step_index} / frozen"),
+        computed=computed,
+        config_files=config_files(engine.model),
+        pieces=[],
+    )
+
+
+def _prune(final: Path, keep: int | None, keep_every: int | None) -> None:
+    for step, old in list_checkpoints(final.parent)[: -keep if keep else 0]:
+        if old != final and not (keep_every and step % keep_every == 0):
+            remove(old)
+
+
+def _file_of(engine: StepEngine) -> str:
+    return f"worker-{engine.group.rank}.safetensors"
 
 
 def _joined(everyone: list[dict[str, Any]]) -> list[PieceRecord]:
@@ -164,11 +181,13 @@ def _save_frozen(engine: StepEngine, root: Path, tensors: list[TensorRecord], ta
 
         def write(folder: Path) -> dict[str, Any]:
             mine = list(_frozen_pieces({record.name: params[record.name] for record in frozen}, engine))
-            return {"pieces": [record.model_dump() for record in write_pieces(_file_of(engine, folder), mine)]}
+            records = write_pieces(folder / _file_of(engine), mine)
+            return {"pieces": [record.model_dump() for record in records]}
 
-        publish_together(
-            final, engine.group, write, lambda all_: FrozenManifest(format=FORMAT, pieces=_joined(all_)), tag
-        )
+        def manifest_of(everyone: list[dict[str, Any]]) -> FrozenManifest:
+            return FrozenManifest(format=FORMAT, pieces=_joined(everyone))
+
+        Saving(final, engine.group, Contents(write=write, manifest_of=manifest_of), tag).wait()
     return final.name
 
 

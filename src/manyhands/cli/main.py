@@ -129,11 +129,25 @@ def train(
         ),
     ] = None,
     checkpoint_every: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Steps or time between checkpoints: 500, 30s, 10m, 2h (default: only at the end, and when stopped).",
+            show_default=False,
+        ),
+    ] = None,
+    keep_checkpoints: Annotated[
+        int,
+        typer.Option(
+            metavar="N", callback=_from_one, help="How many checkpoints stay (default: 3).", show_default=False
+        ),
+    ] = 3,
+    keep_every: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             callback=_from_one,
-            help="Steps between checkpoints (default: only at the end, and when stopped).",
+            help="Keep the checkpoints of every N-th step for good.",
             show_default=False,
         ),
     ] = None,
@@ -161,8 +175,11 @@ def train(
 
     Example: `manyhands train recipe.toml --workers 4 --stage zero2 --set seed=1`
     """
+    from manyhands.training.every import every
     from manyhands.training.recipe_file import check_recipe
 
+    if checkpoint_every is not None:
+        every(checkpoint_every)
     overrides = list(set_ or [])
     strategy = {"stage": stage, "home": home, "group": group}
     overrides += [f"strategy.{key}={value}" for key, value in strategy.items() if value is not None]
@@ -185,6 +202,8 @@ def train(
         "steps": steps or checked.steps,
         "run_dir": str(directory),
         "checkpoint_every": checkpoint_every,
+        "keep_checkpoints": keep_checkpoints,
+        "keep_every": keep_every,
         "digest_every": digest_every,
         "accept_new_numerics": accept_new_numerics,
         "json": as_json,

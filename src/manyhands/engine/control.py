@@ -16,7 +16,8 @@ from manyhands.errors import ConfigError
 @dataclass(frozen=True, kw_only=True)
 class Control:
     """losses, weights: [micro_batches] fp64, by index. got_gradient: [params], changed_buffers: [buffers]: on any.
-    bad: (micro-batch, index of the parameter) of the first gradient that isn't finite. stop: someone was asked to."""
+    bad: (micro-batch, index of the parameter) of the first gradient that isn't finite. stop, save: someone wants to,
+    after the step."""
 
     losses: np.ndarray
     weights: np.ndarray
@@ -24,12 +25,13 @@ class Control:
     changed_buffers: np.ndarray
     bad: tuple[int, int] | None
     stop: bool
+    save: bool
 
 
 def gather_control(mine: Control, group: Group, tag: str) -> Control:
     """Everyone's control values as one. `mine` has zeros for the micro-batches of others. Collective."""
     bad = (0, 0) if mine.bad is None else (mine.bad[0] + 1, mine.bad[1] + 1)
-    floats = np.concatenate([mine.losses, mine.weights, [float(mine.stop), *bad]])
+    floats = np.concatenate([mine.losses, mine.weights, [float(mine.stop), float(mine.save), *bad]])
     flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
     packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), flags]))
     all_floats, all_flags = [], []
@@ -41,7 +43,7 @@ def gather_control(mine: Control, group: Group, tag: str) -> Control:
     # Each micro-batch has one worker that computed it; the others' zeros change nothing, whatever the order.
     losses = np.sum([values[:count] for values in all_floats], axis=0)
     weights = np.sum([values[count : 2 * count] for values in all_floats], axis=0)
-    bads = [tuple(int(value) - 1 for value in values[2 * count + 1 :]) for values in all_floats]
+    bads = [tuple(int(value) - 1 for value in values[2 * count + 2 :]) for values in all_floats]
     found = sorted((micro_batch, index) for micro_batch, index in bads if micro_batch >= 0)
     flags_of_any = np.max(all_flags, axis=0).astype(bool)
     params = len(mine.got_gradient)
@@ -52,6 +54,7 @@ def gather_control(mine: Control, group: Group, tag: str) -> Control:
         changed_buffers=flags_of_any[params:],
         bad=found[0] if found else None,
         stop=any(bool(values[2 * count]) for values in all_floats),
+        save=any(bool(values[2 * count + 1]) for values in all_floats),
     )
 
 

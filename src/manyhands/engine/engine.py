@@ -120,7 +120,8 @@ class StepEngine:
         self.step_index = 0
         self._weighted = False  # whether the loss function gives weights
         self.last_hashes: np.ndarray | None = None
-        self.stop_wanted = False  # set by whoever hears a signal; all workers learn it at the next step
+        # Set by one worker that hears a signal, or by its clock; all of them learn it at the next step.
+        self.stop_wanted = self.save_wanted = False
         self._failed: BaseException | None = None
 
     def _gather_around_forwards(self, units: Sequence[ParamUnit]) -> list[RemovableHandle]:
@@ -254,6 +255,7 @@ class StepEngine:
             changed_buffers=np.array(self.buffers.changed(), dtype=bool),
             bad=None if bad is None else (bad[0], self._param_names.index(bad[1])),
             stop=self.stop_wanted,
+            save=self.save_wanted,
         )
 
     def _refuse_not_finite(self, control: Control, tag: str) -> None:
@@ -293,7 +295,7 @@ class StepEngine:
         return f"{first} to {first + self.recipe.batch.micro_size - 1} of the run's order"
 
     def _update(self, control: Control, weight: float, tag: str) -> float:
-        self.stop_wanted = control.stop
+        self.stop_wanted, self.save_wanted = control.stop, control.save
         unused = {name for name, got in zip(self._param_names, control.got_gradient, strict=True) if not got}
         self.group.status(f"{tag} / update")
         norm = self.updater.update(self._reducer, weight, self.recipe.clip_norm, unused, tag)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from manyhands.checkpoint.format import Manifest
+from manyhands.checkpoint.format import Manifest, folder_name
 from manyhands.checkpoint.load import load_checkpoint
-from manyhands.checkpoint.save import save_checkpoint
+from manyhands.checkpoint.save import begin_checkpoint
+from manyhands.checkpoint.saving import Saving
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy
 from manyhands.data.loader import LoadedBatch, MicroBatchLoader
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.metrics import StepMetrics
-from manyhands.errors import Interrupted, InvariantError
+from manyhands.errors import CheckpointError, Interrupted, InvariantError
 
 
 class StepBatch(NamedTuple):
@@ -43,6 +43,7 @@ class Engine(StepEngine):
     def __init__(self, recipe: Recipe, strategy: Strategy | None = None, group: Group | None = None) -> None:
         strategy = strategy or Strategy()
         self._loader: MicroBatchLoader | None = None
+        self._saving: Saving | None = None
         own = group or connect(strategy.group, device=recipe.device, stall_seconds=strategy.stall_seconds)
         try:
             self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
@@ -84,38 +85,65 @@ class Engine(StepEngine):
 
         return self.run_step(load, digest=digest)
 
-    def save(self, folder: str | Path, *, keep: int | None = None) -> Path:
-        """Write a checkpoint below `folder` and return its path; `keep`: how many to leave there. Collective.
+    def save(self, folder: str | Path, *, keep: int | None = None, keep_every: int | None = None) -> Path:
+        """Write a checkpoint below `folder` and return its path. Collective.
 
-        Raises CheckpointError.
+        keep, keep_every: leave the last `keep` there, and those of every `keep_every`-th step (default: all).
+        Raises CheckpointError, alike on all workers; the engine may go on then.
+        """
+        self.begin_save(folder, keep=keep, keep_every=keep_every)
+        self.finish_save()
+        return Path(folder) / folder_name(self.step_index)
+
+    def begin_save(self, folder: str | Path, *, keep: int | None = None, keep_every: int | None = None) -> None:
+        """As `save`, but steps may go on while it's written: what the state is now is copied. Collective.
+
+        Waits for the one before, as `finish_save` does.
         """
         self.check_usable()
-        with self._telling():
-            return save_checkpoint(self, Path(folder), keep=keep)
+        self.finish_save()
+        try:
+            self._saving = begin_checkpoint(self, Path(folder), keep=keep, keep_every=keep_every)
+        except CheckpointError:
+            raise  # on all workers
+        except BaseException as error:
+            self.group.fail(error)
+            raise
+
+    def finish_save(self) -> Path | None:
+        """Wait until what `begin_save` began is published, and return its path (None: nothing was). Collective.
+
+        Raises CheckpointError, alike on all workers.
+        """
+        saving, self._saving = self._saving, None
+        return None if saving is None else saving.wait()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether this worker still writes, or waits to publish, what `begin_save` began."""
+        return self._saving is not None and not self._saving.is_done
 
     def load(self, checkpoint: str | Path, *, accept_new_numerics: bool = False) -> Manifest:
         """Go on from a checkpoint, whatever number of workers and stage it was saved with. Collective.
 
         Raises CheckpointError, NumericsError.
         """
-        with self._telling():
-            return load_checkpoint(self, Path(checkpoint), accept_new_numerics=accept_new_numerics)
-
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """What fails inside may fail on this worker alone (a damaged file): the others hear of it."""
         try:
-            yield
-        except BaseException as error:
+            return load_checkpoint(self, Path(checkpoint), accept_new_numerics=accept_new_numerics)
+        except BaseException as error:  # perhaps on this worker alone (a damaged file)
             self.group.fail(error)
             raise
 
     def close(self) -> None:
-        """Leave the group and end loader processes. Collective, unless a worker failed."""
+        """Finish a checkpoint that was begun, leave the group and end loader processes. Collective, unless a worker
+        failed. Raises CheckpointError."""
         if self._loader is not None:
             self._loader.close()
             self._loader = None
-        super().close()
+        try:
+            self.finish_save()
+        finally:
+            super().close()
 
     def __enter__(self) -> Engine:
         return self
@@ -123,4 +151,7 @@ class Engine(StepEngine):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, Interrupted):  # that one, all workers raise together
             self.group.fail(error)
+            if self._saving is not None:
+                self._saving.abandon()
+                self._saving = None
         self.close()

@@ -6,7 +6,7 @@ import io
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,12 @@ from manyhands.report.run_directory import RunDirectory, write_json
 from manyhands.report.summary import Summary, figures
 from manyhands.report.tensorboard import TensorBoardLog
 from manyhands.training.engine import Engine
+from manyhands.training.every import Every, every
 from manyhands.training.memory import PeakMemory
 from manyhands.training.stop import StopSignals
+
+RETRY_SECONDS = 5
+"""Before the last checkpoint is tried again."""
 
 MEASURED_STEPS = 3
 """Memory is measured in the first steps (the first makes the optimizer's state), so that it costs nothing later."""
@@ -39,8 +43,9 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
     steps: int,
     strategy: Strategy | None = None,
     run_dir: str | Path | None = None,
-    checkpoint_every: int | None = None,
+    checkpoint_every: int | str | None = None,
     keep_checkpoints: int = 3,
+    keep_every: int | None = None,
     digest_every: int = 10,
     accept_new_numerics: bool = False,
     show: bool = True,
@@ -50,25 +55,28 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
     """Train until `steps` steps have been made altogether. Collective: every worker calls it alike.
 
     run_dir: where figures and checkpoints go; one that holds checkpoints of this recipe is gone on with. None: nothing
-    is written. checkpoint_every: steps between checkpoints (one is written at the end in any case);
-    keep_checkpoints: how many stay. digest_every: steps between digests (the last step has one in any case).
-    show: a progress bar on worker 0. recipe_as_used, stop: for the command line.
+    is written. checkpoint_every: steps (500) or time ("10m") between checkpoints, which are written while training goes
+    on (one is written at the end in any case); one that can't be written is told of, and the next one tried.
+    keep_checkpoints: how many stay, beside those of every `keep_every`-th step. digest_every: steps between digests
+    (the last step has one in any case). show: a progress bar on worker 0. recipe_as_used, stop: for the command line.
 
     Returns the run's summary: `summary.digest`, `summary.last_loss`, ... Raises ConfigError, DataError, NumericsError,
     CheckpointError, WorkerError, and Interrupted after Ctrl-C.
     """
-    if steps < 1 or digest_every < 1 or keep_checkpoints < 1 or (checkpoint_every is not None and checkpoint_every < 1):
+    if min(steps, digest_every, keep_checkpoints, keep_every or 1) < 1:
         raise ConfigError(
-            "steps, digest_every, checkpoint_every and keep_checkpoints count from 1",
-            got=f"{steps}, {digest_every}, {checkpoint_every}, {keep_checkpoints}",
+            "steps, digest_every, keep_checkpoints and keep_every count from 1",
+            got=f"{steps}, {digest_every}, {keep_checkpoints}, {keep_every}",
         )
+    often = Every() if checkpoint_every is None else every(checkpoint_every)
     began = time.monotonic()
     with ExitStack() as stack:
         signals = stop or stack.enter_context(StopSignals())
         engine = stack.enter_context(Engine(recipe, _with_scratch(strategy or Strategy(), run_dir)))
         record = _Record(engine, run_dir, recipe_as_used, stack)
         record.resume(accept_new_numerics)
-        bars = record.bars(steps, show)
+        record.show(steps, show)
+        saver = _Saver(record, often, keep_checkpoints, keep_every)
         memory = PeakMemory()
         first = engine.step_index
         signals.training_begins()
@@ -78,16 +86,14 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
             with ExitStack() as watched:
                 if step - first < MEASURED_STEPS:
                     watched.enter_context(memory)
-                engine.stop_wanted = signals.wanted
+                engine.stop_wanted, engine.save_wanted = signals.wanted, saver.is_due
                 metrics = engine.step(batch, digest=digest_wanted)
             record.add(metrics)
-            for bar in bars:
-                bar.update(metrics)
             if engine.stop_wanted:
-                raise _interrupted(engine, record, keep_checkpoints)
-            if checkpoint_every is not None and (step + 1) % checkpoint_every == 0 and step + 1 < steps:
-                record.save(keep_checkpoints)
-        record.save(keep_checkpoints)
+                raise _interrupted(engine, saver)
+            if engine.save_wanted and step + 1 < steps:
+                saver.begin()
+        saver.finish()
         return _summary(engine, record, memory.peak_bytes, time.monotonic() - began)
 
 
@@ -104,6 +110,7 @@ class _Record:
         self._directory: RunDirectory | None = None
         self._recipe_as_used = recipe_as_used
         self._tensorboard: TensorBoardLog | None = None
+        self._bars: list[TrainingProgress] = []
         self._stack = stack
         if self.path is not None and engine.group.rank == 0:
             self._directory = RunDirectory(self.path)
@@ -143,16 +150,20 @@ class _Record:
         write_json(directory.digests / "parameters.json", {"parameters": engine.digest_names})
         self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
 
-    def bars(self, steps: int, show: bool) -> list[TrainingProgress]:
-        """Where worker 0 tells how far the run is: on the terminal if `show`, and in its log."""
+    def show(self, steps: int, on_terminal: bool) -> None:
+        """From now on worker 0 tells how far the run is: on the terminal if that's wanted, and in its log."""
         if self.engine.group.rank != 0 or self.engine.step_index >= steps:
-            return []
-        consoles = ([None] if show else []) + ([self.log] if self.log is not None else [])
+            return
+        consoles = ([None] if on_terminal else []) + ([self.log] if self.log is not None else [])
         start = self.engine.step_index
-        bars = [self._stack.enter_context(TrainingProgress(steps, start, console)) for console in consoles]
-        for bar, note in product(bars, self.notes):
-            bar.note(note)
-        return bars
+        self._bars = [self._stack.enter_context(TrainingProgress(steps, start, console)) for console in consoles]
+        for note in self.notes:
+            self.tell(note)
+
+    def tell(self, text: str) -> None:
+        """Something happened."""
+        for bar in self._bars:
+            bar.note(text)
 
     def add(self, metrics: StepMetrics) -> None:
         """A step was made."""
@@ -167,10 +178,50 @@ class _Record:
                 (self._directory.digests / f"step-{metrics.step + 1:08d}.npy").write_bytes(table.getvalue())
         if self._tensorboard is not None:
             self._tensorboard.write(metrics)
+        for bar in self._bars:
+            bar.update(metrics)
 
-    def save(self, keep: int) -> Path | None:
-        """Write a checkpoint, if there is a directory. Collective."""
-        return None if self.path is None else self.engine.save(self.path / "checkpoints", keep=keep)
+
+class _Saver:
+    """Writes a run's checkpoints, if it has a directory."""
+
+    def __init__(self, record: _Record, often: Every, keep: int, keep_every: int | None) -> None:
+        self._record, self._engine, self._often = record, record.engine, often
+        self._keep = {"keep": keep, "keep_every": keep_every}
+        self._last = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this worker wants one after the next step. Clocks differ: worker 0's is asked."""
+        if self._often.seconds is not None:
+            return self._engine.group.rank == 0 and time.monotonic() - self._last >= self._often.seconds
+        return self._often.steps is not None and (self._engine.step_index + 1) % self._often.steps == 0
+
+    def begin(self) -> None:
+        """Begin to write one; that the one before couldn't be written is told. Collective."""
+        self._last = time.monotonic()
+        if self._record.path is None:
+            return
+        folder = self._record.path / "checkpoints"
+        for save in (self._engine.finish_save, partial(self._engine.begin_save, folder, **self._keep)):
+            try:
+                save()
+            except CheckpointError as error:
+                self._record.tell(f"training goes on, but {error}")
+
+    def finish(self) -> Path | None:
+        """Write one of the state as it is, and wait for it. Collective; raises CheckpointError."""
+        if self._record.path is None:
+            return None
+        for last_try in (False, True):
+            try:
+                return self._engine.save(self._record.path / "checkpoints", **self._keep)
+            except CheckpointError as error:
+                if last_try:
+                    raise
+                self._record.tell(f"once more in {RETRY_SECONDS} seconds: {error}")
+                time.sleep(RETRY_SECONDS)
+        return None
 
 
 def _with_scratch(strategy: Strategy, run_dir: str | Path | None) -> Strategy:
@@ -180,8 +231,8 @@ def _with_scratch(strategy: Strategy, run_dir: str | Path | None) -> Strategy:
     return replace(strategy, scratch=str(Path(run_dir) / "scratch"))
 
 
-def _interrupted(engine: Engine, record: _Record, keep: int) -> Interrupted:
-    checkpoint = record.save(keep)
+def _interrupted(engine: Engine, saver: _Saver) -> Interrupted:
+    checkpoint = saver.finish()
     return Interrupted(
         f"stopped after step {engine.step_index}, as asked",
         where=f"checkpoint {checkpoint}" if checkpoint else "no checkpoint was written: the run has no directory",

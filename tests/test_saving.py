@@ -1,0 +1,162 @@
+"""Checkpoints that are written while training goes on: what was the state when they began, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import manyhands as mh
+from manyhands.checkpoint import save
+from manyhands.checkpoint.format import list_checkpoints
+from manyhands.comm.group import Group
+from manyhands.errors import CheckpointError, ConfigError
+from manyhands.training.every import Every, every
+from support.models import gpt_recipe
+from support.threads import run_threads
+from support.training import train_with_engine
+
+STEPS = 4
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [step for step, _ in list_checkpoints(folder)]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process may have more than a few bytes: what a full disk is to a file."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("stage", ["ddp", "zero3"])
+def test_what_is_saved_is_the_state_when_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, stage: str
+) -> None:
+    go_on = threading.Event()
+    write_pieces = save.write_pieces
+
+    def late(*args: Any) -> Any:
+        assert go_on.wait(60)
+        return write_pieces(*args)
+
+    monkeypatch.setattr(save, "write_pieces", late)
+
+    def work(group: Group) -> str:
+        with mh.Engine(gpt_recipe("bf16"), mh.Strategy(stage=stage), group=group) as engine:
+            for batch in engine.batches(STEPS):
+                engine.step(batch)
+                if engine.step_index == 2:
+                    engine.begin_save(tmp_path)
+                    assert engine.is_saving
+            assert steps_in(tmp_path) == []
+            group.barrier("test / control")
+            go_on.set()
+            assert engine.finish_save() == tmp_path / "step-00000002"
+            assert engine.finish_save() is None
+            return engine.digest()
+
+    digests = set(run_threads(workers, work))
+    assert digests == {train_with_engine(gpt_recipe("bf16"), mh.Strategy(), steps=STEPS).digest}
+    resumed = train_with_engine(gpt_recipe("bf16"), mh.Strategy(), steps=STEPS, load=tmp_path / "step-00000002")
+    assert digests == {resumed.digest}
+
+
+def test_a_checkpoint_that_was_begun_is_finished_before_the_engine_closes(tmp_path: Path) -> None:
+    with mh.Engine(gpt_recipe()) as engine:
+        engine.begin_save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
+
+
+def test_a_full_disk_is_told_to_all_and_training_goes_on(tmp_path: Path) -> None:
+    def work(group: Group) -> tuple[str, str]:
+        with mh.Engine(gpt_recipe(), group=group) as engine:
+            engine.save(tmp_path)
+            for batch in engine.batches(STEPS):
+                engine.step(batch)
+                if engine.step_index == 2:
+                    group.barrier("test / control")
+                    with full_disk() if group.rank == 0 else contextmanager(lambda: iter([None]))():
+                        engine.begin_save(tmp_path)
+                        with pytest.raises(CheckpointError, match="can't be written") as caught:
+                            engine.finish_save()
+                        group.barrier("test / control")
+                    assert steps_in(tmp_path) == [0]
+            engine.save(tmp_path)
+            return str(caught.value), engine.digest()
+
+    found = run_threads(2, work)
+    assert {digest for _, digest in found} == {train_with_engine(gpt_recipe(), mh.Strategy(), steps=STEPS).digest}
+    assert len({words for words, _ in found}) == 1
+    assert "File too large" in found[0][0]
+    assert str(tmp_path) in found[0][0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000000", "step-00000004"]
+
+
+def test_a_run_tells_what_could_not_be_written_and_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures = iter([OSError(28, os.strerror(28)), OSError(28, os.strerror(28))])
+    write_pieces = save.write_pieces
+
+    def sometimes(*args: Any) -> Any:
+        error = next(failures, None)
+        if error is not None:
+            raise error
+        return write_pieces(*args)
+
+    monkeypatch.setattr(save, "write_pieces", sometimes)
+    summary = mh.train(gpt_recipe(), steps=4, run_dir=tmp_path, checkpoint_every=1)
+    assert summary.digest == train_with_engine(gpt_recipe(), mh.Strategy(), steps=4).digest
+    assert steps_in(tmp_path / "checkpoints") == [3, 4]
+    told = capsys.readouterr().err
+    assert told.count("training goes on, but the checkpoint can't be written: No space left on device") == 2
+
+
+def test_some_checkpoints_are_kept_for_good(tmp_path: Path) -> None:
+    mh.train(gpt_recipe(), steps=7, run_dir=tmp_path, checkpoint_every="1step", keep_checkpoints=2, keep_every=3)
+    assert steps_in(tmp_path / "checkpoints") == [3, 6, 7]
+
+
+def test_time_is_worker_0s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10**6, 30))
+    monkeypatch.setattr("manyhands.training.loop.time.monotonic", lambda: float(next(now)))
+    mh.train(gpt_recipe(), steps=5, run_dir=tmp_path, checkpoint_every="1m", keep_checkpoints=9, show=False)
+    found = steps_in(tmp_path / "checkpoints")
+    assert 1 < len(found) < 5
+    assert found[-1] == 5
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        (500, Every(steps=500)),
+        ("500", Every(steps=500)),
+        ("1step", Every(steps=1)),
+        ("500 steps", Every(steps=500)),
+        ("30s", Every(seconds=30)),
+        ("10m", Every(seconds=600)),
+        ("2h", Every(seconds=7200)),
+    ],
+)
+def test_how_often(said: int | str, meant: Every) -> None:
+    assert every(said) == meant
+
+
+@pytest.mark.parametrize("said", ["", "0", "10 minutes", "-3", "1.5h", "steps"])
+def test_what_is_not_how_often(said: str) -> None:
+    with pytest.raises(ConfigError, match="how often") as caught:
+        every(said)
+    assert "10m" in str(caught.value)
