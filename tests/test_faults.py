@@ -37,9 +37,10 @@ WHAT = {
 }
 
 
-def training(folder: Path, group: str) -> list[str]:
+def training(folder: Path, group: str, restarts: str = "0") -> list[str]:
     recipe, run_dir = str(SUPPORT / "faulty.toml"), str(folder / "directory")
-    return [*MANYHANDS, "train", recipe, "--workers", "2", "--group", group, "--run-dir", run_dir]
+    options = ["--workers", "2", "--group", group, "--run-dir", run_dir, "--max-restarts", restarts]
+    return [*MANYHANDS, "train", recipe, *options]
 
 
 def script(loop: str, group: str) -> list[str]:

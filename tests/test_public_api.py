@@ -51,6 +51,7 @@ OPTIONS = {
         "--json",
         "--keep-checkpoints",
         "--keep-every",
+        "--max-restarts",
         "--run-dir",
         "--set",
         "--stage",

@@ -93,6 +93,11 @@ class Batch:
         """Micro-batches that one virtual worker adds up before the tree of sums begins."""
         return self.micro_batches // self.virtual_workers
 
+    def samples_of(self, step: int, micro_batch: int) -> str:
+        """Which samples a micro-batch of a step holds, in words."""
+        first = step * self.global_size + micro_batch * self.micro_size
+        return f"samples {first} to {first + self.micro_size - 1} of the run's order"
+
     def check_workers(self, workers: int) -> None:
         """That each of so many workers has something to compute. Raises ConfigError."""
         if workers > self.micro_batches:

@@ -1,6 +1,7 @@
 """A tiny training run in which worker 1 misbehaves at a chosen moment: as a recipe's module, and as a script.
 
-FAULT is "KIND PLACE", such as "kill exchange"; empty: none. The other words of the environment are the script's own.
+FAULT is "KIND PLACE", such as "kill exchange"; empty: none. "kill-once exchange": only the first time. The other words
+of the environment are the script's own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ def misbehave(place: str) -> None:
     kind, _, where = os.environ.get("FAULT", "").partition(" ")
     step = (losses_computed - 1) // MICRO_BATCHES_A_WORKER
     if int(os.environ.get("RANK", "0")) != RANK or step != STEP or place != where:
+        return
+    kind, _, once = kind.partition("-")
+    if once and os.path.exists(os.environ["FAULT_TIME"]):
         return
     with open(os.environ["FAULT_TIME"], "w") as file:
         file.write(repr(time.time()))

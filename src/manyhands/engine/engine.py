@@ -267,13 +267,13 @@ class StepEngine:
             loss = control.losses[control.bad[0]]
             error = NumericsError(
                 f"the gradient of {self._param_names[control.bad[1]]!r} is not finite in micro-batch {control.bad[0]}",
-                where=f"{tag}, samples {self._positions(control.bad[0])}; its loss is {loss:g}",
+                where=f"{tag}, {self.recipe.batch.samples_of(self.step_index, control.bad[0])}; its loss is {loss:g}",
                 hint="lower the learning rate, set clip_norm, or look at those samples; no weight has been changed",
             )
         elif len(bad_losses):
             error = NumericsError(
                 f"the loss of micro-batch {bad_losses[0]} is {control.losses[bad_losses[0]]:g}",
-                where=f"{tag}, samples {self._positions(int(bad_losses[0]))}",
+                where=f"{tag}, {self.recipe.batch.samples_of(self.step_index, int(bad_losses[0]))}",
                 hint="look at those samples, or lower the learning rate; no weight has been changed"
                 + self._gathers.why_not_finite,
             )
@@ -289,10 +289,6 @@ class StepEngine:
             self.buffers.abort()
             error.nothing_changed = True  # type: ignore[attr-defined]
             raise error
-
-    def _positions(self, micro_batch: int) -> str:
-        first = self.step_index * self.recipe.batch.global_size + micro_batch * self.recipe.batch.micro_size
-        return f"{first} to {first + self.recipe.batch.micro_size - 1} of the run's order"
 
     def _update(self, control: Control, weight: float, tag: str) -> float:
         self.stop_wanted, self.save_wanted = control.stop, control.save

@@ -1,10 +1,11 @@
 """What a run leaves on disk for people and tools.
 
     recipe.json      what was computed, as used          metrics.jsonl   one JSON object per step
-    manifest.json    numerics, strategy, versions        logs/           worker-0.log, ...
-    checkpoints/     digests/                            tensorboard/
+    manifest.json    numerics, strategy, versions        events.jsonl    one JSON object per event: what happened, when
+    checkpoints/     digests/     tensorboard/           logs/           worker-0.log, ...
 
-Only worker 0 writes here, except for its own log of each worker and what the checkpoint writer does in checkpoints/.
+Only worker 0 writes here, except for its own log of each worker, what the checkpoint writer does in checkpoints/, and
+the launcher's events.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -26,7 +28,8 @@ from manyhands.errors import ConfigError, DataError
 
 FORMAT = "manyhands run 1"
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
-_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl")  # all that a run may have written without one
+_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl", "events.jsonl")
+"""All that a run may have written without one."""
 
 
 class RunDirectory:
@@ -123,12 +126,17 @@ class RunDirectory:
 
     def append_metrics(self, metrics: StepMetrics) -> None:
         """Add one step's line to metrics.jsonl; it's in the system's hands on return. Raises ConfigError."""
-        line = json.dumps(_numbers(dataclasses.asdict(metrics)), allow_nan=False) + "\n"
-        try:
-            with self.metrics.open("ab", buffering=0) as file:
-                file.write(line.encode())
-        except OSError as error:
-            raise _not_writable(self.metrics, error) from error
+        _append_line(self.metrics, dataclasses.asdict(metrics))
+
+    def append_event(self, event: str, **facts: Any) -> None:
+        """Add a line to events.jsonl: what happened ("began", "saved", "not saved", "failed", "ended", "stopped"), the
+        time in seconds since the epoch, and what there is to say of it. Raises ConfigError."""
+        _append_line(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """All events, in the order written; a last line cut short is left out."""
+        path = self.path / "events.jsonl"
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
     def read_metrics(self) -> list[StepMetrics]:
         """All steps' figures, in the order written; none if there are none. A last line cut short is left out.
@@ -144,6 +152,15 @@ class RunDirectory:
             kept = [metrics for metrics in self.read_metrics() if metrics.step < step]
             lines = [json.dumps(_numbers(dataclasses.asdict(m)), allow_nan=False) + "\n" for m in kept]
             _write_atomic(self.metrics, "".join(lines))
+
+
+def _append_line(path: Path, value: Mapping[str, Any]) -> None:
+    line = json.dumps(_numbers(value), allow_nan=False) + "\n"
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+    except OSError as error:
+        raise _not_writable(path, error) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

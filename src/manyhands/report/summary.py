@@ -48,7 +48,8 @@ class Summary:
     steps, first_loss, last_loss, tokens_per_second, step_seconds_median, seconds_by_phase: see `figures`, which
     computes them. peak_memory_bytes_per_worker: by rank. stage, group, precision: as in the strategy and the recipe.
     parameters: elements of the model. sample: the text that recipe.sample made, if any. digest: SHA-256 of the
-    final master weights. wall_seconds: from the start of the run to its end, everything included.
+    final master weights. wall_seconds: from the start of the run to its end, everything included (since its workers
+    were last started). failures, lost_seconds, repeated_steps: see `Failures`.
     """
 
     name: str
@@ -69,6 +70,29 @@ class Summary:
     digest: str
     run_dir: str
     wall_seconds: float
+    failures: int = 0
+    lost_seconds: float = 0.0
+    repeated_steps: int = 0
+
+
+class Failures(NamedTuple):
+    """What workers' failures have cost a run: the time until it went on, and the steps made again."""
+
+    failures: int
+    lost_seconds: float
+    repeated_steps: int
+
+
+def failures_among(events: Sequence[dict[str, Any]]) -> Failures:
+    """From a run directory's events."""
+    count, seconds, steps, since = 0, 0.0, 0, None
+    for event in events:
+        if event["event"] == "failed":
+            count += 1
+            since = since or event["seconds"]
+        elif event["event"] == "began" and since is not None:
+            seconds, steps, since = seconds + event["seconds"] - since, steps + event["repeats"], None
+    return Failures(count, seconds, steps)
 
 
 def figures(metrics: Sequence[StepMetrics]) -> Figures:
@@ -110,6 +134,9 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "seconds_by_phase": dict(summary.seconds_by_phase),
         "peak_memory_bytes_per_worker": list(summary.peak_memory_bytes_per_worker),
         "wall_seconds": summary.wall_seconds,
+        "failures": summary.failures,
+        "lost_seconds": summary.lost_seconds,
+        "repeated_steps": summary.repeated_steps,
         "run_dir": summary.run_dir,
         "sample": summary.sample,
     }
@@ -129,6 +156,8 @@ def render(summary: Summary) -> RenderableType:
     facts.add_row("speed", speed)
     facts.add_row("a step", _time_split(summary.seconds_by_phase))
     facts.add_row("peak memory", _memory(summary.peak_memory_bytes_per_worker))
+    if summary.failures:
+        facts.add_row("failures", Text(_failures(summary), style="yellow"))
     facts.add_row("digest", Text(summary.digest, style="bold"))
     facts.add_row("run directory", Text(summary.run_dir))
     parts: list[RenderableType] = [facts]
@@ -157,6 +186,11 @@ def _strategy(summary: Summary) -> Text:
     workers = f"{summary.workers} worker{'' if summary.workers == 1 else 's'}"
     parameters = f"{format_count(summary.parameters)} parameters"
     return Text(" · ".join((workers, summary.stage, summary.group, summary.precision, parameters)), style="dim")
+
+
+def _failures(summary: Summary) -> str:
+    steps = f"{summary.repeated_steps:,} step{'' if summary.repeated_steps == 1 else 's'} made again"
+    return f"{summary.failures}: {format_seconds(summary.lost_seconds)} until the run went on, {steps}"
 
 
 def _loss(summary: Summary) -> Text:

@@ -1,0 +1,188 @@
+"""manyhands train."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manyhands.cli.workers import Workers, default_workers, from_one, start_workers
+from manyhands.config import GROUPS, HOMES, STAGES
+from manyhands.errors import ConfigError, Interrupted
+
+if TYPE_CHECKING:  # what torch is loaded for waits until it's needed
+    from manyhands.launching.restarts import Restart
+    from manyhands.report.run_directory import RunDirectory
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a TOML file.", show_default=False)],
+    workers: Workers = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Who holds what: {', '.join(STAGES)}.", show_default=False),
+    ] = None,
+    home: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Where state lives: {', '.join(HOMES)}.", show_default=False),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"How bytes travel: {', '.join(GROUPS)}.", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            callback=from_one,
+            help="Train until this many steps are made (default: as the recipe says).",
+            show_default=False,
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a value of the recipe, such as seed=1 or batch.micro_size=2. Repeat as needed.",
+            show_default=False,
+        ),
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where figures and checkpoints go; an earlier run's is continued (default: runs/NAME-TIME).",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Steps or time between checkpoints: 500, 30s, 10m, 2h (default: only at the end, and when stopped).",
+            show_default=False,
+        ),
+    ] = None,
+    keep_checkpoints: Annotated[
+        int,
+        typer.Option(
+            metavar="N", callback=from_one, help="How many checkpoints stay (default: 3).", show_default=False
+        ),
+    ] = 3,
+    keep_every: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            callback=from_one,
+            help="Keep the checkpoints of every N-th step for good.",
+            show_default=False,
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="How often to start the workers again after one failed, without a new checkpoint (default: 3).",
+            show_default=False,
+        ),
+    ] = 3,
+    digest_every: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            callback=from_one,
+            help="Steps between digests of the weights (default: 10).",
+            show_default=False,
+        ),
+    ] = 10,
+    accept_new_numerics: Annotated[
+        bool,
+        typer.Option(
+            "--accept-new-numerics",
+            help="Go on with a run begun under other numerics (another torch, CPU kind, thread count).",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False,
+) -> None:
+    """Train a recipe. The same recipe gives the same bits with any number of workers and any stage.
+
+    Ctrl-C stops after the step at hand, with a checkpoint; the same command with the same `--run-dir` goes on.
+
+    Example: `manyhands train recipe.toml --workers 4 --stage zero2 --set seed=1`
+    """
+    from manyhands.training.every import every
+    from manyhands.training.recipe_file import check_recipe
+
+    if checkpoint_every is not None:
+        every(checkpoint_every)
+    overrides = list(set_ or [])
+    strategy = {"stage": stage, "home": home, "group": group}
+    overrides += [f"strategy.{key}={value}" for key, value in strategy.items() if value is not None]
+    checked = check_recipe(recipe, overrides)
+    batch = checked.batch.build()
+    if workers is None:
+        workers = default_workers(checked.threads_per_worker, batch.micro_batches)
+    batch.check_workers(workers)
+    if steps is None and checked.steps is None:
+        raise ConfigError(
+            "nobody says how many steps to train", where=str(recipe), hint="use --steps N, or steps = N in the recipe"
+        )
+    directory = run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    from manyhands.checkpoint.format import list_checkpoints
+    from manyhands.launching.restarts import run_again
+    from manyhands.report.run_directory import RunDirectory
+
+    RunDirectory(directory)  # a wrong place is refused before workers start
+    request = {
+        "recipe": str(recipe),
+        "overrides": overrides,
+        "steps": steps or checked.steps,
+        "run_dir": str(directory),
+        "checkpoint_every": checkpoint_every,
+        "keep_checkpoints": keep_checkpoints,
+        "keep_every": keep_every,
+        "digest_every": digest_every,
+        "accept_new_numerics": accept_new_numerics,
+        "json": as_json,
+    }
+    command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
+    try:
+        run_again(
+            lambda: start_workers(command, workers, directory / "logs", holds_signals=True),
+            saved_step=lambda: max((step for step, _ in list_checkpoints(directory / "checkpoints")), default=0),
+            most=max_restarts,
+            tell=partial(_tell_restart, RunDirectory(directory)),
+            samples_of=batch.samples_of,
+        )
+    except Interrupted as error:
+        raise _with_the_way_on(error, directory, given=run_dir is not None) from None
+
+
+def _tell_restart(directory: RunDirectory, restart: Restart) -> None:
+    cause = restart.cause
+    directory.append_event("failed", rank=cause.rank, what=cause.what, where=cause.where, restart=restart.number)
+    place = f"\n  where: {cause.where}" if cause.where else ""
+    hint = f"\n  what to do: {cause.hint}" if cause.hint else ""
+    sys.stderr.write(f"{cause.what}{place}{hint}\nstarting again ({restart.number} of {restart.most})\n")
+
+
+def _with_the_way_on(error: Interrupted, directory: Path, *, given: bool) -> Interrupted:
+    """The same, with where the last checkpoint is and how to go on from it; or that there is none."""
+    from manyhands.checkpoint.format import list_checkpoints
+
+    found = list_checkpoints(directory / "checkpoints")
+    again = shlex.join(["manyhands", *sys.argv[1:], *([] if given else ["--run-dir", str(directory)])])
+    return Interrupted(
+        error.what,
+        where=f"its last checkpoint is {found[-1][1]}" if found else "there is no checkpoint: no step was finished",
+        hint=f"to go on: {again}" if found else None,
+        detail=error.detail,
+    )

@@ -1,0 +1,202 @@
+"""What a run leaves behind, if it has a directory: figures, events and checkpoints."""
+
+from __future__ import annotations
+
+import io
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from manyhands.checkpoint.format import folder_name, list_checkpoints
+from manyhands.engine.control import gather_json
+from manyhands.engine.metrics import StepMetrics
+from manyhands.errors import CheckpointError
+from manyhands.numerics.identity import numerics_identity
+from manyhands.offload.scratch import scratch_line
+from manyhands.report.progress import TrainingProgress
+from manyhands.report.run_directory import RunDirectory, write_json
+from manyhands.report.tensorboard import TensorBoardLog
+from manyhands.training.engine import Engine
+from manyhands.training.every import Every
+
+RETRY_SECONDS = 5
+"""Before the last checkpoint is tried again."""
+
+
+class Record:
+    """What a run leaves behind, if it has a directory: worker 0 writes, all save."""
+
+    def __init__(
+        self, engine: Engine, run_dir: str | Path | None, recipe_as_used: dict[str, Any] | None, stack: ExitStack
+    ) -> None:
+        self.engine, self.path = engine, None if run_dir is None else Path(run_dir)
+        self.metrics: list[StepMetrics] = []
+        self.notes: list[str] = []
+        self.log: Console | None = None  # worker 0's; the others' output goes to theirs
+        self._directory: RunDirectory | None = None
+        self._recipe_as_used = recipe_as_used
+        self._tensorboard: TensorBoardLog | None = None
+        self._bars: list[TrainingProgress] = []
+        self._stack = stack
+        if self.path is not None and engine.group.rank == 0:
+            self._directory = RunDirectory(self.path)
+            self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
+        if engine.home.scratch is not None:
+            self.notes.append(scratch_line(engine.home.scratch))
+        engine.group.barrier("start / run directory / control")
+
+    def resume(self, accept_new_numerics: bool) -> None:
+        """Go on from the directory's last checkpoint, if there is one; then begin to write. Collective."""
+        if self.path is None:
+            return
+        found = [str(path) for _, path in list_checkpoints(self.path / "checkpoints")]
+        everyone: list[Any] = gather_json(self.engine.group, found, "start / resume / control")
+        last = [paths[-1] if paths else None for paths in everyone]
+        if len(set(last)) > 1:
+            raise CheckpointError(
+                "the workers don't see the same checkpoints",
+                got=last,
+                hint="put run_dir on a file system that all hosts share",
+            )
+        if last[0] is not None:
+            self._load(found, accept_new_numerics)
+            self.notes.append(f"going on from step {self.engine.step_index} ({last[0]})")
+        if self._directory is None:
+            return
+        engine, directory = self.engine, self._directory
+        repeats = sum(metrics.step >= engine.step_index for metrics in directory.read_metrics())
+        directory.truncate_metrics(engine.step_index)
+        self.metrics = directory.read_metrics()
+        self.event(
+            "began", step=engine.step_index, repeats=repeats, workers=engine.group.size, stage=engine.strategy.stage
+        )
+        directory.write_manifest(
+            numerics_identity(engine.group.device, engine.recipe.threads_per_worker),
+            engine.strategy,
+            workers=engine.group.size,
+            group=engine.group.kind,
+        )
+        directory.write_recipe(self._recipe_as_used or engine.recipe)
+        write_json(directory.digests / "parameters.json", {"parameters": engine.digest_names})
+        self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
+
+    def _load(self, found: list[str], accept_new_numerics: bool) -> None:
+        """The last one; of a damaged one it's told how to go on from the one before."""
+        try:
+            self.engine.load(found[-1], accept_new_numerics=accept_new_numerics)
+        except CheckpointError as error:
+            if len(found) > 1:
+                way = f"to go on from the one before, {found[-2]}, remove {found[-1]}"
+                error.hint = f"{error.hint}; {way}" if error.hint else way
+            raise
+
+    def show(self, steps: int, on_terminal: bool) -> None:
+        """From now on worker 0 tells how far the run is: on the terminal if that's wanted, and in its log."""
+        if self.engine.group.rank != 0 or self.engine.step_index >= steps:
+            return
+        consoles = ([None] if on_terminal else []) + ([self.log] if self.log is not None else [])
+        start = self.engine.step_index
+        self._bars = [self._stack.enter_context(TrainingProgress(steps, start, console)) for console in consoles]
+        for note in self.notes:
+            self.tell(note)
+
+    def tell(self, text: str) -> None:
+        """Something happened, for people."""
+        for bar in self._bars:
+            bar.note(text)
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Something happened, for the run's directory."""
+        if self._directory is not None:
+            self._directory.append_event(event, **facts)
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """All that has happened to the run so far (on worker 0)."""
+        return [] if self._directory is None else self._directory.read_events()
+
+    def add(self, metrics: StepMetrics) -> None:
+        """A step was made."""
+        if self.engine.group.rank != 0:
+            return
+        self.metrics.append(metrics)
+        if self._directory is not None:
+            self._directory.append_metrics(metrics)
+            if metrics.digest is not None and self.engine.last_hashes is not None:
+                table = io.BytesIO()
+                np.save(table, self.engine.last_hashes)
+                (self._directory.digests / f"step-{metrics.step + 1:08d}.npy").write_bytes(table.getvalue())
+        if self._tensorboard is not None:
+            self._tensorboard.write(metrics)
+        for bar in self._bars:
+            bar.update(metrics)
+
+
+class Saver:
+    """Writes a run's checkpoints, if it has a directory."""
+
+    def __init__(self, record: Record, often: Every, keep: int, keep_every: int | None) -> None:
+        self._record, self._engine, self._often = record, record.engine, often
+        self._keep = {"keep": keep, "keep_every": keep_every}
+        self._last = time.monotonic()
+        self._begun: int | None = None  # the step of what is being written
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this worker wants one after the next step. Clocks differ: worker 0's is asked."""
+        if self._often.seconds is not None:
+            return self._engine.group.rank == 0 and time.monotonic() - self._last >= self._often.seconds
+        return self._often.steps is not None and (self._engine.step_index + 1) % self._often.steps == 0
+
+    def after_step(self, *, last: bool) -> None:
+        """One is begun if someone wanted it before the step (after the last one `finish` comes). Collective."""
+        self._look()
+        if self._engine.save_wanted and not last:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begin to write one; that the one before couldn't be written is told. Collective."""
+        self._last = time.monotonic()
+        if self._record.path is None:
+            return
+        folder = self._record.path / "checkpoints"
+        for save in (self._engine.finish_save, partial(self._engine.begin_save, folder, **self._keep)):
+            try:
+                save()
+                self._look()
+                self._begun = self._engine.step_index
+            except CheckpointError as error:
+                self._begun = None
+                self._record.event("not saved", why=error.what, where=error.where)
+                self._record.tell(f"training goes on, but {error}")
+
+    def _look(self) -> None:
+        """Note that a checkpoint is there, once it is."""
+        if self._begun is None or self._record.path is None or self._engine.is_saving:
+            return
+        path = self._record.path / "checkpoints" / folder_name(self._begun)
+        if path.exists():
+            self._record.event("saved", step=self._begun)
+            self._begun = None
+
+    def finish(self) -> Path | None:
+        """Write one of the state as it is, and wait for it. Collective; raises CheckpointError."""
+        if self._record.path is None:
+            return None
+        for last_try in (False, True):
+            try:
+                self._look()
+                path = self._engine.save(self._record.path / "checkpoints", **self._keep)
+                self._record.event("saved", step=self._engine.step_index)
+                return path
+            except CheckpointError as error:
+                self._record.event("not saved", why=error.what, where=error.where)
+                if last_try:
+                    raise
+                self._record.tell(f"once more in {RETRY_SECONDS} seconds: {error}")
+                time.sleep(RETRY_SECONDS)
+        return None

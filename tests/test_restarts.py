@@ -1,0 +1,158 @@
+"""After a worker's failure all are started again, and the run ends in the digest that it would have had anyway."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from manyhands.errors import DataError, WorkerError
+from manyhands.launching.restarts import Restart, run_again
+from manyhands.report.run_directory import RunDirectory
+from test_faults import Run, training
+
+
+def failed(what: str = "worker 1 was killed by SIGKILL", where: str = "worker 1, step 4 / update") -> WorkerError:
+    return WorkerError(what, rank=1, where=where)
+
+
+def raised(step: int) -> WorkerError:
+    place = f"worker 1, step {step}, micro-batch 2 / forward and backward"
+    return failed("worker 1 failed: RuntimeError: out of cheese", place)
+
+
+class Launches:
+    """Ends in turn as it is told: with an error, or well; `saved` grows by what stands beside."""
+
+    def __init__(self, *ends: tuple[WorkerError | None, int]) -> None:
+        self.ends, self.saved, self.told = list(ends), 0, list[Restart]()
+
+    def run(self) -> None:
+        error, steps = self.ends.pop(0)
+        self.saved += steps
+        if error is not None:
+            raise error
+
+    def again(self, most: int = 3) -> None:
+        run_again(
+            self.run,
+            saved_step=lambda: self.saved,
+            most=most,
+            tell=self.told.append,
+            samples_of=lambda step, micro_batch: f"samples of {step}, {micro_batch}",
+        )
+
+
+def test_it_is_started_again_until_it_ends_well() -> None:
+    launches = Launches((failed(), 0), (failed(), 0), (failed(), 0), (None, 9))
+    launches.again()
+    assert [restart.number for restart in launches.told] == [1, 2, 3]
+
+
+def test_progress_makes_failures_forgotten() -> None:
+    launches = Launches(*[(failed(), 1)] * 20, (None, 1))
+    launches.again(most=1)
+    assert {restart.number for restart in launches.told} == {1}
+
+
+def test_without_progress_there_is_an_end() -> None:
+    launches = Launches((failed(), 2), *[(failed(), 0)] * 9)
+    with pytest.raises(WorkerError, match="was killed") as caught:
+        launches.again(most=3)
+    assert len(launches.ends) == 6
+    assert "not started again: that's failure 4 without a checkpoint since step 2" in str(caught.value.hint)
+
+
+def test_what_comes_again_in_the_same_micro_batch_will_always_come() -> None:
+    launches = Launches((raised(4), 0), (raised(4), 0), (None, 0))
+    with pytest.raises(WorkerError, match="out of cheese") as caught:
+        launches.again()
+    assert len(launches.told) == 1
+    assert "samples of 4, 2" in str(caught.value.where)
+    assert "it failed there the time before, too" in str(caught.value.hint)
+
+
+def test_what_comes_elsewhere_may_have_been_chance() -> None:
+    launches = Launches((raised(4), 0), (raised(5), 0), (failed(), 0), (None, 0))
+    launches.again()
+    assert len(launches.told) == 3
+
+
+def test_what_a_person_must_mend_is_raised_at_once() -> None:
+    error = failed("worker 0 failed: DataError: no such file")
+    error.__cause__ = DataError("no such file")
+    with pytest.raises(WorkerError) as caught:
+        Launches((error, 0)).again()
+    assert caught.value is error
+
+
+def test_what_is_raised_before_the_first_step_is_raised_at_once() -> None:
+    error = failed("worker 0 failed: FileNotFoundError: corpus.bin", "worker 0, start / model / control")
+    with pytest.raises(WorkerError) as caught:
+        Launches((error, 0)).again()
+    assert caught.value is error
+
+
+def test_without_restarts_the_error_is_the_workers() -> None:
+    error = failed()
+    with pytest.raises(WorkerError) as caught:
+        Launches((error, 0)).again(most=0)
+    assert str(caught.value) == str(error)
+
+
+# - Real workers
+
+
+def again(folder: Path, fault: str, *options: str) -> Run:
+    return Run(folder, [*training(folder, "auto", "3"), "--json", *options], fault).wait(120)
+
+
+def digest_of(run: Run) -> str:
+    digest: str = json.loads(run.output.splitlines()[-1])["digest"]
+    return digest
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    run = again(tmp_path_factory.mktemp("undisturbed") / "run", "")
+    assert run.process.returncode == 0, run.output
+    return digest_of(run)
+
+
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [
+        ("kill-once update", ("--checkpoint-every", "1")),
+        pytest.param("kill-once forward", (), marks=pytest.mark.slow),
+        pytest.param("raise-once exchange", ("--checkpoint-every", "2"), marks=pytest.mark.slow),
+        pytest.param("stop-once exchange", ("--checkpoint-every", "1"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_run_ends_as_if_nothing_had_been(
+    tmp_path: Path, undisturbed: str, fault: str, options: tuple[str, ...]
+) -> None:
+    run = again(tmp_path / "run", fault, *options)
+    assert run.process.returncode == 0, run.output
+    assert digest_of(run) == undisturbed
+    assert "starting again (1 of 3)" in run.output
+    assert run.left_behind() == []
+    events = RunDirectory.open_existing(tmp_path / "run" / "directory").read_events()
+    kinds = [event["event"] for event in events if "saved" not in event["event"]]
+    assert kinds == ["began", "failed", "began", "ended"]
+    assert [event["seconds"] for event in events] == sorted(event["seconds"] for event in events)
+    resumed = [event for event in events if event["event"] == "began"][-1]
+    saved = [event["step"] for event in events[: events.index(resumed)] if event["event"] == "saved"]
+    assert resumed["step"] >= max(saved, default=0)
+    summary = json.loads(run.output.splitlines()[-1])
+    assert summary["failures"] == 1
+    assert summary["repeated_steps"] == 2 - resumed["step"]
+    assert summary["lost_seconds"] > 0
+
+
+def test_a_micro_batch_that_always_fails_is_named_with_its_samples(tmp_path: Path) -> None:
+    run = again(tmp_path / "run", "raise forward")
+    assert run.process.returncode == 1
+    assert run.output.count("starting again") == 1
+    assert "samples 18 to 19 of the run's order" in run.output, run.output
+    assert "the run is not started again: it failed there the time before, too" in run.output
