@@ -1,7 +1,9 @@
-"""A tiny training run in which worker 1 misbehaves at a chosen moment: as a recipe's module, and as a script.
+"""A tiny training run in which workers misbehave at chosen moments: as a recipe's module, and as a script.
 
-FAULT is "KIND PLACE", such as "kill exchange"; empty: none. "kill-once exchange": only the first time. The other words
-of the environment are the script's own.
+FAULT is "KIND PLACE COUNT RANK", such as "kill exchange 5 1": the worker of that rank goes wrong there once it has
+computed COUNT losses (both may be left out: 5 1). Several are separated by ";"; empty: none. "kill-once exchange": only
+the first time that a process comes there. KIND: raise, kill, terminate, stop, stall. PLACE: start, forward, exchange,
+update, checkpoint.
 """
 
 from __future__ import annotations
@@ -16,28 +18,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyhands.checkpoint import save
+
 if "RANK" in os.environ:
     sys.modules["tensorboard"] = None  # type: ignore[assignment]  # not there: a worker starts a second sooner
-STEP, RANK = 2, 1
-MICRO_BATCHES_A_WORKER = 2  # in a step: 4 micro-batches, 2 workers
-losses_computed = 0
+losses_computed = 0  # by this process
 
 
 def misbehave(place: str) -> None:
-    """If this is the worker, the step and the place: tell the test when, and go wrong."""
-    kind, _, where = os.environ.get("FAULT", "").partition(" ")
-    step = (losses_computed - 1) // MICRO_BATCHES_A_WORKER
-    if int(os.environ.get("RANK", "0")) != RANK or step != STEP or place != where:
-        return
-    kind, _, once = kind.partition("-")
-    if once and os.path.exists(os.environ["FAULT_TIME"]):
-        return
-    with open(os.environ["FAULT_TIME"], "w") as file:
-        file.write(repr(time.time()))
+    """If this is the worker, the moment and the place: tell the test when, and go wrong."""
+    for number, fault in enumerate(filter(None, os.environ.get("FAULT", "").split(";"))):
+        kind, where, count, rank = [*fault.split(), "5", "1"][:4]
+        mine = int(os.environ.get("RANK", "0")) == int(rank)
+        if not mine or where != place or losses_computed < int(count):
+            continue
+        kind, _, once = kind.partition("-")
+        mark = f"{os.environ['FAULT_TIME']}-{number}"
+        if once and os.path.exists(mark):
+            continue
+        for path in (mark, os.environ["FAULT_TIME"]):
+            with open(path, "w") as file:
+                file.write(repr(time.time()))
+        go_wrong(kind)
+
+
+def go_wrong(kind: str) -> None:
     if kind == "raise":
         raise RuntimeError("out of cheese")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
+        return  # it's asked to stop, and does after its step
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     oversleep()
@@ -46,6 +58,9 @@ def misbehave(place: str) -> None:
 def oversleep() -> None:
     """Its name is looked for in the stack that the others show."""
     time.sleep(600)
+
+
+misbehave("start")
 
 
 class _InBackward(torch.autograd.Function):
@@ -83,7 +98,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 class Descent(torch.optim.Optimizer):
-    """Plain gradient descent, with a fault."""
+    """Gradient descent with momentum, and with a fault."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)  # doesn't import torch.compile's machinery
 
@@ -96,7 +111,18 @@ class Descent(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    param.sub_(param.grad, alpha=group["lr"])
+                    momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
+                    param.sub_(momentum.mul_(0.9).add_(param.grad), alpha=group["lr"])
+
+
+def write_pieces(*args: Any, whole: Any = save.write_pieces) -> Any:
+    """The checkpoint's own, with a fault when this worker's file is written and nobody knows yet."""
+    written = whole(*args)
+    misbehave("checkpoint")
+    return written
+
+
+save.write_pieces = write_pieces  # type: ignore[assignment]
 
 
 def optimizer(params: Any, lr: float = 0.1) -> torch.optim.Optimizer:

@@ -1,0 +1,128 @@
+"""Many random faults over many short runs: each run must end in the digest that it would have had undisturbed.
+
+    .venv/bin/python tests/faults.py [--runs 40] [--seed 0] [--only SEED]
+
+A run is one directory that commands train in, one after the other, until it's done: each with another number of
+workers, stage and group, and with a few faults. A worker raises, is killed, stopped, asked to stop or sleeps, as it
+starts, computes, exchanges, updates or writes a checkpoint; or the launcher is killed. After each command no process of
+it may be left, nor a file; what was said to be saved may not be lost. A run's seed replays it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from manyhands.checkpoint.format import list_checkpoints
+from manyhands.errors import ManyhandsError
+from manyhands.report.run_directory import RunDirectory
+from test_faults import MANYHANDS, SUPPORT, Run
+
+STEPS, MICRO_BATCHES = 8, 4
+KINDS = ("kill", "kill", "raise", "terminate", "stop", "stall")
+PLACES = ("start", "forward", "exchange", "update", "checkpoint")
+STAGES, GROUPS = ("ddp", "zero1", "zero2", "zero3"), ("shared-memory", "process")
+COMMANDS = 12  # for a run: more means that it doesn't come to an end
+
+
+class Failed(Exception):
+    """A run that broke the promise."""
+
+
+def command(folder: Path, workers: int, chance: random.Random) -> list[str]:
+    """Train on, in some way."""
+    stage, group = chance.choice(STAGES), chance.choice(GROUPS)
+    options = ["--workers", str(workers), "--stage", stage, "--group", group, "--checkpoint-every", "1", "--json"]
+    where = ["--run-dir", str(folder / "directory"), "--steps", str(STEPS), "--max-restarts", "2"]
+    return [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), *options, *where]
+
+
+def faults(workers: int, chance: random.Random) -> str:
+    """For one command, which starts its workers up to three times; each fault happens once."""
+    found = []
+    for _ in range(chance.randint(2, 4)):
+        kind, place = chance.choice(KINDS), chance.choice(PLACES)
+        count = 0 if place == "start" else chance.randint(1, 2 * MICRO_BATCHES // workers)
+        found.append(f"{kind}-once {place} {count} {chance.randrange(workers)}")
+    return ";".join(found)
+
+
+def check(folder: Path, run: Run, saved: int) -> int:
+    """After a command: what it may not have left, and may not have lost. How many steps are saved."""
+    if run.left_behind():
+        raise Failed(f"left behind: {run.left_behind()}")
+    found = [step for step, _ in list_checkpoints(folder / "directory" / "checkpoints")]
+    told = [event["step"] for event in RunDirectory(folder / "directory").read_events() if event["event"] == "saved"]
+    last = max(found, default=0)
+    if last < max([saved, *told]):
+        raise Failed(f"step {max([saved, *told])} was saved, and the last checkpoint is of step {last}")
+    return last
+
+
+def trained(folder: Path, seed: int) -> tuple[str, int]:
+    """Train to the end, whatever happens; the digest, and how many faults there were."""
+    chance, saved, count = random.Random(seed), 0, 0
+    for number in range(COMMANDS):
+        last = number == COMMANDS - 1
+        place, workers = folder / str(number), chance.randint(1, 4)
+        run = Run(place, command(folder, workers, chance), "" if last else faults(workers, chance))
+        if not last and chance.random() < 0.2:
+            time.sleep(chance.uniform(1, 12))
+            if run.process.poll() is None:
+                run.process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
+                count += 1
+        run.wait(120)
+        count += len(list(place.glob("fault-time-*")))
+        saved = check(folder, run, saved)
+        if run.process.returncode == 0:
+            return str(json.loads(run.output.splitlines()[-1])["digest"]), count
+        if "InvariantError" in run.output or run.process.returncode not in (1, 130, -signal.SIGKILL):
+            raise Failed(f"ended with {run.process.returncode}:\n{run.output}")
+    raise Failed("it didn't come to an end")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0, help="of the first run; the others follow")
+    options = parser.parse_args()
+    console = Console(highlight=False)
+    scratch = Path(tempfile.mkdtemp(prefix="faults-"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
+    undisturbed = Run(scratch / "undisturbed" / "0", command(scratch / "undisturbed", 1, random.Random(0)), "").wait(
+        120
+    )
+    expected = json.loads(undisturbed.output.splitlines()[-1])["digest"]
+    total, bad = 0, []
+    for seed in range(options.seed, options.seed + options.runs):
+        folder, began = scratch / str(seed), time.monotonic()
+        try:
+            digest, count = trained(folder, seed)
+            if digest != expected:
+                raise Failed(f"its digest is {digest}, not {expected}")
+        except (Failed, ManyhandsError, pytest.fail.Exception) as error:
+            bad.append(seed)
+            console.print(f"[red]seed {seed} failed[/]: {error}\n  see {folder}", markup=True)
+            continue
+        total += count
+        console.print(f"seed {seed}: {count} faults, {time.monotonic() - began:.0f} s, {total} so far")
+        shutil.rmtree(folder)
+    console.print(f"{total} faults; {len(bad)} of {options.runs} runs failed: {bad}")
+    if not bad:
+        shutil.rmtree(scratch)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
