@@ -33,6 +33,7 @@ NAMES = [
     "StepMetrics",
     "Strategy",
     "Summary",
+    "Weights",
     "WorkerError",
     "digest_of_tensors",
     "export",

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhands.config import Strategy
+from manyhands.config import Strategy, Weights
 from manyhands.errors import ConfigError, DataError
 from manyhands.training.recipe_file import check_recipe, load_recipe
 from manyhands.training.toml_text import to_toml
@@ -171,6 +171,48 @@ stall_seconds = 5
     assert made.sample(model) == "a Net"
     assert made.collate([torch.zeros(1), torch.ones(1)]).tolist() == [[1.0], [2.0]]
     assert loaded.strategy == Strategy(stage="ddp", units=("layers.0",), stall_seconds=5)
+
+
+def test_weights_are_a_path_or_a_table(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_recipe(recipe).recipe.weights is None
+    edit(recipe, "steps = 20\n", 'steps = 20\nweights = "pretrained/small"\n')
+    assert load_recipe(recipe).recipe.weights == Weights(path=recipe.parent / "pretrained" / "small")
+    (recipe.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(recipe.parent / "elsewhere")
+    assert load_recipe(recipe, ["weights=here"]).recipe.weights == Weights(path=recipe.parent / "elsewhere" / "here")
+    edit(recipe, 'weights = "pretrained/small"\n', "")
+    table = """\
+[weights]
+path = "/pretrained"
+rename = { '^' = 'model.', '(q|v)' = '\\1_' }
+allow_missing = ["head.*"]
+[batch]"""
+    loaded = load_recipe(edit(recipe, "[batch]", table), ["weights.ignore=['old.*']"])
+    expected = Weights(
+        path="/pretrained", rename={"^": "model.", "(q|v)": r"\1_"}, allow_missing=["head.*"], ignore=["old.*"]
+    )
+    assert loaded.recipe.weights == expected
+    assert loaded.settings["weights"]["path"] == "/pretrained"
+    recipe.write_text(loaded.text)
+    assert load_recipe(recipe).recipe.weights == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("weights = 3", ["weights has a wrong value", "recipe.toml:5", "3"]),
+        ('weights = ""', ["weights has a wrong value", "recipe.toml:5", "at least 1 character"]),
+        ('[weights]\nallow_missing = ["a"]', ["weights.path is missing", "recipe.toml:5"]),
+        (
+            '[weights]\npath = "a"\nignored = []',
+            ["weights.ignored is not known", "mean 'ignore'?", "recipe.toml:7"],
+        ),
+        ('[weights]\npath = "a"\nrename = {"(" = ""}', ["not a regular expression", "missing )", "recipe.toml:7"]),
+    ],
+)
+def test_wrong_weights_are_told_with_their_line(recipe: Path, text: str, expected: list[str]) -> None:
+    told = str(problem(edit(recipe, "steps = 20\n", f"{text}\n"), check_only=True))
+    assert untold(told, expected) == [], told
 
 
 def test_name_is_the_files_by_default(recipe: Path) -> None:

@@ -29,6 +29,7 @@ SAME_LAYER = {  # who may import whom on one layer
     ("numerics", "layout"),
     ("comm", "members"),
     ("comm", "offload"),
+    ("models", "offload"),
     ("optim", "offload"),
 }
 PURE = {"errors", "units", "config", "layout", "numerics"}

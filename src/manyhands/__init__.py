@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.export import ExportSummary, export
-    from manyhands.config import Batch, Recipe, Strategy
+    from manyhands.config import Batch, Recipe, Strategy, Weights
     from manyhands.engine.metrics import StepMetrics
     from manyhands.errors import (
         CheckpointError,
@@ -46,6 +46,7 @@ _WHERE = {
     "StepMetrics": "engine.metrics",
     "Strategy": "config",
     "Summary": "report.summary",
+    "Weights": "config",
     "WorkerError": "errors",
     "digest_of_tensors": "numerics.digest",
     "export": "checkpoint.export",
@@ -69,6 +70,7 @@ __all__ = [
     "StepMetrics",
     "Strategy",
     "Summary",
+    "Weights",
     "WorkerError",
     "digest_of_tensors",
     "export",

@@ -1,4 +1,4 @@
-"""What is computed (`Recipe`, `Batch`) and with what (`Strategy`): frozen, keyword-only, checked when made.
+"""What is computed (`Recipe`, `Batch`, `Weights`) and with what (`Strategy`): frozen, keyword-only, checked when made.
 
 A recipe fixes every bit of the result; a strategy fixes only how long it takes and how much memory it needs.
 """
@@ -6,8 +6,12 @@ A recipe fixes every bit of the result; a strategy fixes only how long it takes 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as field_of
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from manyhands.errors import ConfigError
@@ -30,6 +34,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     words = list(known)
     close = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(words))}"
+
+
+def hint_nearest(name: str, known: Iterable[str]) -> str | None:
+    """`nearest`, but nothing where it would list a crowd (all of a module's names, say)."""
+    hint = nearest(name, known)
+    return hint if len(hint) <= 300 and hint != "known: " else None
 
 
 def _choice(field: str, value: object, known: tuple[str, ...]) -> None:
@@ -111,6 +121,47 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Initial weights from safetensors files. Each worker reads only what it holds of them.
+
+    path: a folder in Hugging Face's layout (model.safetensors, or several files and model.safetensors.index.json), an
+        index, or one file. Names are those of the model's state_dict.
+    rename: regular expressions and what they are replaced by, one after the other, in each name that the files have.
+    allow_missing: patterns ("classifier.*") of names that the files may lack: they keep their built values.
+    ignore: patterns of names in the files, renamed, that the model may lack.
+
+    Raises ConfigError.
+    """
+
+    path: str | os.PathLike[str]
+    rename: Mapping[str, str] = field_of(default_factory=dict)
+    allow_missing: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, (str, os.PathLike)) or not str(self.path):
+            raise ConfigError("weights.path is not a path", expected="a folder or a file", got=repr(self.path))
+        object.__setattr__(self, "path", str(self.path))
+        for name in ("allow_missing", "ignore"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"weights.{name} is one text", expected="a list of patterns", got=repr(self))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "rename", dict(self.rename))
+        for pattern, replacement in self.rename.items():
+            try:
+                re.sub(pattern, replacement, "")
+            except re.error as error:
+                raise ConfigError(
+                    f"weights.rename is not a regular expression and its replacement: {error}",
+                    got=f"{pattern!r} and {replacement!r}",
+                ) from None
+
+    def may_lack(self, names: Iterable[str]) -> bool:
+        """Whether the files needn't have a tensor, which the model's state_dict has under these names."""
+        return any(fnmatchcase(name, pattern) for name in names for pattern in self.allow_missing)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What is computed: everything that decides the bits of the result, and nothing else.
 
@@ -121,6 +172,8 @@ class Recipe:
         them), or a list of optimizers that share them, each parameter in one.
     optimizer_kind: of an optimizer that isn't torch's: "elementwise" (an element's update depends on that element
         alone) or "per-parameter" (it looks at a whole parameter, but at one at a time).
+    weights: where the initial weights come from instead of the constructor: a path, or `Weights`. A run that goes on
+        from a checkpoint has that one's.
     data: a map-style torch Dataset; `collate` (default: torch's) makes a batch of `micro_size` samples.
     schedule: makes a torch LR scheduler from the optimizer (from each, if there are several); it is stepped once after
         every optimizer step.
@@ -138,6 +191,7 @@ class Recipe:
     optimizer: Callable[[list[tuple[str, nn.Parameter]]], Optimizer | Sequence[Optimizer]]
     data: Any
     batch: Batch
+    weights: Weights | str | os.PathLike[str] | None = None
     schedule: Callable[[Optimizer], LRScheduler] | None = None
     collate: Callable[[list[Any]], Any] | None = None
     sample: Callable[[nn.Module], str] | None = None
@@ -164,6 +218,14 @@ class Recipe:
                 expected="an object with __len__ and __getitem__",
                 got=type(self.data).__name__,
             )
+        if isinstance(self.weights, (str, os.PathLike)):
+            object.__setattr__(self, "weights", Weights(path=self.weights))
+        elif not (self.weights is None or isinstance(self.weights, Weights)):
+            raise ConfigError(
+                "recipe.weights is of another type",
+                expected="a path, or manyhands.Weights(path=...)",
+                got=repr(self.weights),
+            )
         _choice("recipe.precision", self.precision, PRECISIONS)
         _choice("recipe.device", self.device, DEVICES)
         if self.optimizer_kind is not None:
@@ -172,6 +234,11 @@ class Recipe:
         _at_least("recipe.threads_per_worker", self.threads_per_worker, 1)
         if self.clip_norm is not None:
             _at_least("recipe.clip_norm", self.clip_norm, 0.0, float)
+
+    @property
+    def initial_weights(self) -> Weights | None:
+        """`weights` as what it was made of a path."""
+        return self.weights if isinstance(self.weights, Weights) else None
 
 
 @dataclass(frozen=True, kw_only=True)

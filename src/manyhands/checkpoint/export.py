@@ -25,15 +25,14 @@ from pathlib import Path
 import torch
 
 from manyhands.checkpoint.format import MANIFEST, list_checkpoints, read_manifest
-from manyhands.checkpoint.hugging_face import CONFIG, config_text
+from manyhands.checkpoint.hugging_face import CONFIG, INDEX, SINGLE, config_text
 from manyhands.checkpoint.pieces import dtype_name
 from manyhands.checkpoint.publish import sync
 from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, in_file_order
-from manyhands.checkpoint.weights import Weights
+from manyhands.checkpoint.weights import SavedWeights
 from manyhands.config import PRECISIONS, nearest
 from manyhands.errors import CheckpointError, ConfigError
 
-INDEX = "model.safetensors.index.json"
 _PRECISION_DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16), strict=True))
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -99,7 +98,7 @@ def export(
         )
     folder = find_checkpoint(Path(run), step)
     _refuse_taken(target)
-    weights = Weights(folder, None if dtype is None else _PRECISION_DTYPES[dtype])
+    weights = SavedWeights(folder, None if dtype is None else _PRECISION_DTYPES[dtype])
     with _published(target) as partial, _one_thread():
         shards = plan_shards(weights.entries, max_bytes)
         _write_shards(partial, shards, weights, told)
@@ -169,10 +168,10 @@ def plan_shards(entries: list[TensorEntry], max_bytes: int) -> dict[str, list[Te
         size += entry.nbytes
     count = len(shards)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    return dict(zip(names if len(names) > 1 else ["model.safetensors"], shards, strict=True))
+    return dict(zip(names if len(names) > 1 else [SINGLE], shards, strict=True))
 
 
-def _write_shards(folder: Path, shards: dict[str, list[TensorEntry]], weights: Weights, told: Told | None) -> None:
+def _write_shards(folder: Path, shards: dict[str, list[TensorEntry]], weights: SavedWeights, told: Told | None) -> None:
     written = 0
     for name, entries in shards.items():
         ordered = in_file_order(entries)

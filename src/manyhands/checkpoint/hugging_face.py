@@ -1,4 +1,4 @@
-"""The small files that Hugging Face's loaders want beside a model's weights, written without transformers."""
+"""The files of Hugging Face's layout: their names; and the small ones, written without transformers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The file that holds all weights; or what tells which file holds which of them."""
 _DTYPE_FIELDS = ("dtype", "torch_dtype")  # as new and old versions of transformers call it
 
 

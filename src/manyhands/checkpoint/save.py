@@ -89,7 +89,7 @@ def begin_checkpoint(
 
 def _manifest(engine: StepEngine, root: Path, digest: str) -> Manifest:
     """As it is now, without what the workers add. Collective, for the frozen parameters."""
-    tensors, computed = _tensor_records(engine)
+    tensors, computed = tensor_records(engine)
     return Manifest(
         format=FORMAT,
         step=engine.step_index,
@@ -142,7 +142,7 @@ def _pieces(engine: StepEngine, scalars: Scalars) -> Iterator[Piece]:
             yield Piece("buffer", name, 0, buffer.reshape(-1))
 
 
-def _tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
+def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
     """All tensors of the model with their names in its state_dict, and the names there of what isn't one of them."""
     keys: dict[int, list[str]] = {}
     state = engine.model.state_dict(keep_vars=True)

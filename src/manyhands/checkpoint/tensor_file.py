@@ -60,6 +60,15 @@ def in_file_order(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
+def once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict. Raises ValueError for a name that is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} is in it twice")
+    return found
+
+
 def bytes_of(part: Tensor) -> memoryview:
     """A CPU tensor's bytes."""
     flat = part.detach().contiguous().flatten()
@@ -117,7 +126,7 @@ class TensorFile:
             length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
             if length > min(size - 8, _MAX_HEADER_BYTES):
                 raise ValueError("its header is cut short")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=once_each)
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
         header.pop(_METADATA, None)
@@ -128,6 +137,8 @@ class TensorFile:
             if not 0 <= start <= end <= size - 8 - length or end - start != entry.nbytes:
                 raise ValueError(f"{name!r} does not lie in it: bytes {start} to {end} of {size - 8 - length}")
             self.entries[name], self._starts[name] = entry, 8 + length + start
+        if sum(entry.nbytes for entry in self.entries.values()) != size - 8 - length:
+            raise ValueError("its size is not that of its tensors: it was cut short, or something was added")
 
     def read(self, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of the flattened tensor, 1-D."""

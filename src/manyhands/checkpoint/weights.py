@@ -19,7 +19,7 @@ from manyhands.numerics.blocks import block_hashes
 from manyhands.numerics.digest import digest_of
 
 
-class Weights:
+class SavedWeights:
     """The tensors of a checkpoint under their names in the model's state_dict, as they shall be written.
 
     A tied tensor has the first of its names, that of `named_parameters()`: loaders tie it again.

@@ -30,10 +30,11 @@ from manyhands.engine.memory import give_back_memory, keep_no_large_memory
 from manyhands.engine.metrics import StepMetrics
 from manyhands.engine.recompute import checkpoint_activations
 from manyhands.engine.reducer import Reducer
-from manyhands.engine.storage import Storage, agree_on_model, build_model, check_scratch_space, lay_out
+from manyhands.engine.storage import Storage, agree_on_model, check_scratch_space, lay_out
 from manyhands.engine.unit import ParamUnit
 from manyhands.engine.update import Homes, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
+from manyhands.models.building import build_model
 from manyhands.models.watch import Watch
 from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.identity import numerics_identity
@@ -51,6 +52,7 @@ class StepEngine:
 
     model: the worker's model; its parameters are views of flat buffers, with the names, order and shapes they were
     built with. step_index: the number of steps made so far. Raises ConfigError, on all workers alike.
+    awaited: the parameters whose values are to be loaded from the recipe's files, and told in `frozen_facts` if frozen.
     """
 
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
@@ -82,13 +84,14 @@ class StepEngine:
         """The model, first at `building`, in its units."""
         recipe, group = self.recipe, self.group
         with group.exclusive():
-            self.model = build_model(recipe, building)
-        agree_on_model(self.model, group, building)
+            self.model, self.awaited = build_model(recipe, building)
+        agree_on_model(self.model, self.awaited, group, building)
         self.param_shapes = {name: param.shape for name, param in self.model.named_parameters()}  # as they were built
+        self.param_dtypes = {name: param.dtype for name, param in self.model.named_parameters()}  # likewise
         optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
         self.optimizer = SlicedOptimizer(recipe.optimizer, optimizer_params, declared_kind=recipe.optimizer_kind)
-        self._frozen = frozen_facts(self.model, building)
-        storage = lay_out(self.model, recipe, group, self.strategy, self.optimizer.uncut, self.home)
+        self.frozen_facts = frozen_facts(self.model, self.awaited, building)
+        storage = lay_out(self.model, recipe, group, self.strategy, self.optimizer.uncut, self.awaited, self.home)
         check_scratch_space(self.home, group, storage.units, self.optimizer, recipe.batch)
         return storage
 
@@ -361,7 +364,7 @@ class StepEngine:
         """What a checkpoint must have in common with this engine: the recipe, as far as it can be told."""
         params = {f"parameter {name}": str(numel) for name, numel in self.digest_names}
         buffers = {f"buffer {name}": str(list(buffer.shape)) for name, buffer in self.model.named_buffers()}
-        return recipe_facts(self.recipe) | params | self._frozen | buffers | self._optimizer_facts
+        return recipe_facts(self.recipe) | params | self.frozen_facts | buffers | self._optimizer_facts
 
     def close(self) -> None:
         """Leave the group. Collective, unless a worker failed."""

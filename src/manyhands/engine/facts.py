@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manyhands.config import Recipe
 from manyhands.errors import ConfigError
-from manyhands.numerics.digest import digest_of_tensors
+from manyhands.models.fingerprint import fingerprint
 from manyhands.offload.construction import let_go
 from manyhands.offload.home import Home
 from manyhands.optim.sliced import SlicedOptimizer
@@ -37,19 +35,12 @@ def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
     return facts
 
 
-def fingerprint(name: str, param: Tensor) -> str:
-    """16 hex digits that tell a parameter's bits."""
-    if param.dtype == torch.float32:
-        return digest_of_tensors([(name, param)])[:16]
-    in_bytes = param.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # frozen: of whatever dtype
-    return hashlib.sha256(in_bytes.numpy().tobytes()).hexdigest()[:16]
-
-
-def frozen_facts(model: nn.Module, home: Home) -> dict[str, str]:
-    """What the digest doesn't cover, since no step changes it: the bits of frozen parameters, which are at `home`."""
+def frozen_facts(model: nn.Module, awaited: Container[str], home: Home) -> dict[str, str]:
+    """What the digest doesn't cover, since no step changes it: the bits of frozen parameters, which are at `home`;
+    without those that have no values as yet."""
     facts = {}
     for name, param in model.named_parameters():
-        if not param.requires_grad:
+        if not (param.requires_grad or name in awaited):
             facts[f"frozen parameter {name}"] = fingerprint(name, param)
             let_go([param], home)
     return facts

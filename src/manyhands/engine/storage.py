@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,16 +16,13 @@ from manyhands.comm.group import Group
 from manyhands.config import Batch, Recipe, Strategy
 from manyhands.engine.buffers import may_change
 from manyhands.engine.control import agree, gather_json
-from manyhands.engine.facts import fingerprint
 from manyhands.engine.gradients import Gradients, KeptGradients, PassingGradients, Ring, RingGradients
 from manyhands.engine.params import BufferPool, GatheredParams, HomeParams, Params, ShardedParams, WholeParams
 from manyhands.engine.partition import UnitPlan, plan_units, storage_dtype
 from manyhands.engine.unit import ParamUnit, Unit
-from manyhands.errors import ConfigError
 from manyhands.layout import Layout, Range, UnitLayout, build_layout
-from manyhands.models.admission import admit
-from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
-from manyhands.offload.construction import BuiltAt, let_go
+from manyhands.models.fingerprint import fingerprint
+from manyhands.offload.construction import let_go
 from manyhands.offload.home import Home
 from manyhands.offload.scratch import check_space
 from manyhands.optim.sliced import SlicedOptimizer
@@ -48,25 +45,13 @@ class Storage:
         return [unit for unit in (*self.units, *self.frozen) if isinstance(unit.params, GatheredParams)]
 
 
-def build_model(recipe: Recipe, home: Home) -> nn.Module:
-    """The recipe's model with its initial weights: a function of the recipe and its seed alone. Raises ConfigError.
-
-    home: of what is built, until it's laid out; if it's apart, the whole model is never in memory.
-    """
-    with preserved_generators(), BuiltAt(home) if home.is_apart else nullcontext():
-        seed_generators(derive(recipe.seed, "init"))
-        model = recipe.model()
-    if not isinstance(model, nn.Module):
-        raise ConfigError("recipe.model did not return a model", expected="a torch.nn.Module", got=repr(model))
-    admit(model)
-    return model
-
-
-def agree_on_model(model: nn.Module, group: Group, home: Home) -> None:
-    """That every worker built the same model, to the bit, at `home`. Collective; raises ConfigError."""
+def agree_on_model(model: nn.Module, awaited: Collection[str], group: Group, home: Home) -> None:
+    """That every worker built the same model, to the bit, at `home`; apart from values that are awaited. Collective;
+    raises ConfigError."""
     facts = {}
     for name, param in model.named_parameters():
-        facts[name] = f"{list(param.shape)} {param.requires_grad} {fingerprint(name, param)}"
+        values = "awaited" if name in awaited else fingerprint(name, param)
+        facts[name] = f"{list(param.shape)} {param.requires_grad} {values}"
         let_go([param], home)
     agree(
         group,
@@ -77,16 +62,22 @@ def agree_on_model(model: nn.Module, group: Group, home: Home) -> None:
 
 
 def lay_out(
-    model: nn.Module, recipe: Recipe, group: Group, strategy: Strategy, uncut: Collection[str], home: Home
+    model: nn.Module,
+    recipe: Recipe,
+    group: Group,
+    strategy: Strategy,
+    uncut: Collection[str],
+    awaited: Collection[str],
+    home: Home,
 ) -> Storage:
     """Move the model's parameters into flat buffers. Collective.
 
-    uncut: the parameters that their optimizer must see whole. home: of master weights and, if the stage shards them, of
-    parameters. Frozen parameters are only cast, unless they are gathered, too.
+    uncut: the parameters that their optimizer must see whole. awaited: those without values as yet. home: of master
+    weights and, if the stage shards them, of parameters. Frozen parameters are only cast, unless gathered, too.
     """
     stage = stage_named(strategy.stage)
-    _cast_frozen(model, recipe.precision, group.device)
-    filler = _Filler(dict(model.named_parameters()), group, stage, home)
+    _cast_frozen(model, recipe.precision, group.device, awaited)
+    filler = _Filler(dict(model.named_parameters()), awaited, group, stage, home)
     plans = plan_units(
         model, recipe.precision, strategy.units, uncut=uncut, workers=group.size, gathered=filler.gathers
     )
@@ -109,10 +100,12 @@ def lay_out(
 
 class _Filler:
     """Moves the model's parameters, `params` by name, into units. gathers: whether units become whole now and
-    then only; else they are so for good."""
+    then only; else they are so for good. awaited: see `lay_out`."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], group: Group, stage: Stage, home: Home) -> None:
-        self.params, self._group, self._stage, self._home = params, group, stage, home
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], awaited: Collection[str], group: Group, stage: Stage, home: Home
+    ) -> None:
+        self.params, self._awaited, self._group, self._stage, self._home = params, awaited, group, stage, home
         # Workers that share memory have one copy of the parameters together: there's nothing to shard.
         elsewhere = home.is_apart or home.device != group.device
         self.gathers = stage.param is SHARDED and (elsewhere or not group.pieces_are_views)
@@ -176,6 +169,8 @@ class _Filler:
     def _copy(self, layout: UnitLayout, within: Range, out: Tensor) -> None:
         """The model's parameters, as they were built, into `out`, which begins with the first element of `within`."""
         for piece in layout.pieces(within):
+            if piece.slot.name in self._awaited:
+                continue
             flat = self.params[piece.slot.name].detach().flatten()
             out[piece.in_unit.start - within.start : piece.in_unit.end - within.start].copy_(
                 flat[piece.in_param.start : piece.in_param.end]
@@ -223,10 +218,12 @@ def check_scratch_space(
     check_space(home.scratch, int(sum(theirs for *place, theirs in everyone if place == mine)))
 
 
-def _cast_frozen(model: nn.Module, precision: str, device: torch.device) -> None:
+def _cast_frozen(model: nn.Module, precision: str, device: torch.device, awaited: Collection[str]) -> None:
+    without_values = {id(param) for name, param in model.named_parameters() if name in awaited}
     for module in model.modules():
         for param in module.parameters(recurse=False):
             if not param.requires_grad:
-                param.data = param.data.to(device=device, dtype=storage_dtype(module, param, precision))
+                cast = partial(torch.empty_like, param.data) if id(param) in without_values else param.data.to
+                param.data = cast(device=device, dtype=storage_dtype(module, param, precision))
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

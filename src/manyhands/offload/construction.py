@@ -1,7 +1,8 @@
-"""Build a model that doesn't fit: what its constructor makes lies in files from the start.
+"""Build a model that doesn't fit: what its constructor makes lies in files from the start, or is never written.
 
 The constructor runs as it is, so the initial weights have the bits that they have in memory; the kernel keeps as much
-of them in memory as there is room for.
+of them in memory as there is room for. Where all weights come from elsewhere they needn't be initialised: memory that
+nobody writes to takes none.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from manyhands.offload.home import Home
 
 LARGE_BYTES = 1 << 18
 """Smaller tensors stay where they are: mapping one costs pages of its own."""
+
+UNWRITTEN_BYTES = 1 << 22
+"""Smaller parameters are initialised also if their values will come from elsewhere: not all of them may (adapters)."""
 
 RECENT = 2
 """So many of the last ones stay in memory: modules fill a tensor soon after they made it."""
@@ -66,6 +70,46 @@ class BuiltAt(TorchFunctionMode):
         place = self._home.empty(math.prod(size), dtype).view(size)
         self._recent.append(place.detach())
         return place
+
+
+_WRITES = frozenset(name for name in dir(nn.init) if name.endswith("_") and name[0] != "_") | frozenset(
+    ("add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "mul_", "normal_", "sub_", "uniform_", "zero_")
+)
+"""Functions that initialise (libraries put others of the same names in their place), and the tensors' methods that they
+are made of; others are left to write."""
+
+
+class Unwritten(TorchFunctionMode):
+    """`with Unwritten():` large parameters aren't initialised, since their values will come from elsewhere.
+
+    Everything else is as it would be: shapes, types, other tensors, small parameters; though these are drawn from
+    generators that nothing was drawn from for the large ones.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._data: list[Tensor] = []  # what `.data` gave of large parameters
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") in _WRITES:
+            if is_unwritten(target) or any(target is data for data in self._data):
+                return target
+        elif func == _GET_DATA and is_unwritten(target):
+            self._data.append(func(*args, **kwargs))
+            return self._data[-1]
+        return func(*args, **kwargs)
+
+
+def is_unwritten(target: object) -> bool:
+    """Whether it's a parameter of the size that `Unwritten` leaves as it is."""
+    return isinstance(target, nn.Parameter) and target.nbytes >= UNWRITTEN_BYTES
+
+
+_GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def let_go(tensors: Iterable[Tensor], home: Home) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from manyhands.checkpoint.format import Manifest, folder_name
+from manyhands.checkpoint.initial import load_initial
 from manyhands.checkpoint.load import load_checkpoint
 from manyhands.checkpoint.save import begin_checkpoint
 from manyhands.checkpoint.saving import Saving
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
-from manyhands.config import Recipe, Strategy
+from manyhands.config import Recipe, Strategy, Weights
 from manyhands.data.loader import LoadedBatch, MicroBatchLoader
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.metrics import StepMetrics
@@ -37,6 +38,7 @@ class Engine(StepEngine):
 
     Making one, `step`, `evaluating`, `save`, `load`, `digest`, `full_state_dict` and `close` are collective. A group is
     given only to run workers as threads (tests); otherwise it comes from the launcher's environment.
+    weights_read_bytes: what this worker has read of the recipe's initial weights.
     Raises ConfigError, DataError.
     """
 
@@ -48,9 +50,17 @@ class Engine(StepEngine):
         try:
             self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
             super().__init__(recipe, strategy, own)
+            self.weights_read_bytes = self._load_initial(recipe.initial_weights)
         except BaseException as error:
             own.fail(error)
             own.close()
+            raise
+
+    def _load_initial(self, weights: Weights | None) -> int:
+        try:
+            return 0 if weights is None else load_initial(self, weights)
+        except BaseException:
+            self.home.close()
             raise
 
     def batches(self, steps: int | None = None) -> Iterator[StepBatch]:

@@ -22,14 +22,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyhands.config import Recipe, Strategy
+from manyhands.config import Recipe, Strategy, Weights, hint_nearest
 from manyhands.errors import ConfigError, ManyhandsError
 from manyhands.training.recipe_schema import (
+    PLAIN_FIELDS,
     Document,
     GroupTable,
     RecipeSchema,
     Target,
-    hint_nearest,
     raise_all,
     read_document,
 )
@@ -83,31 +83,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     document = read_document(path, overrides)
     functions = _import_all(document)
     data = functions["data"]()
-    schema = document.schema
+    schema, weights = document.schema, _weights(document)
     try:
         recipe = Recipe(
-            model=functions["model"],
-            loss=functions["loss"],
-            optimizer=functions["optimizer"],
-            data=data,
+            **functions | {"data": data},
+            **{field: getattr(schema, field) for field in PLAIN_FIELDS},
+            weights=weights,
             batch=schema.batch.build(),
-            schedule=functions.get("schedule"),
-            collate=functions.get("collate"),
-            sample=functions.get("sample"),
-            precision=schema.precision,
-            clip_norm=schema.clip_norm,
-            seed=schema.seed,
-            threads_per_worker=schema.threads_per_worker,
-            device=schema.device,
-            optimizer_kind=schema.optimizer_kind,
             name=schema.name,
             source=str(document.path),
         )
     except ConfigError as error:
         raise document.relocated(error) from None
     settings = schema.model_dump(exclude_none=True)
+    if weights is not None:
+        settings["weights"]["path"] = weights.path
     strategy = schema.strategy.build()
     return RecipeFile(recipe=recipe, strategy=strategy, steps=schema.steps, text=to_toml(settings), settings=settings)
+
+
+def _weights(document: Document) -> Weights | None:
+    """The initial weights; a path counts from the recipe's folder, or from the working one if an override gave it."""
+    table = document.schema.weights
+    overridden = document.origin("weights", "path").startswith("--set")
+    return None if table is None else table.build((Path() if overridden else document.path.parent).absolute())
 
 
 def _import_all(document: Document) -> dict[str, Callable[..., Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from pydantic_core import ErrorDetails
 from pydantic_core.core_schema import ValidationInfo
 
-from manyhands.config import Batch, Recipe, Strategy, nearest
+from manyhands.config import Batch, Recipe, Strategy, Weights, hint_nearest, nearest
 from manyhands.errors import ConfigError
 from manyhands.training.toml_text import Key, apply_override, dotted, line_numbers
 
 Arguments = dict[str, JsonValue]
 
+PLAIN_FIELDS = ("seed", "precision", "device", "clip_norm", "threads_per_worker", "optimizer_kind")  # Recipe's own
 IMPORT_PATH = r"^\w+(\.\w+)*:\w+(\.\w+)*$"
 
 EXPECTED = {
@@ -59,6 +60,30 @@ class OptimizerTable(Target):
     gets it."""
 
     groups: list[GroupTable] = []
+
+
+class WeightsTable(_Table):
+    """`manyhands.Weights`, checked by it; or its path alone."""
+
+    path: str = Field(min_length=1)
+    rename: dict[str, str] = {}
+    allow_missing: list[str] = []
+    ignore: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("rename")
+    @classmethod
+    def _as_weights_checks(cls, value: dict[str, str]) -> dict[str, str]:
+        Weights(path=".", rename=value)
+        return value
+
+    def build(self, folder: Path) -> Weights:
+        """The Weights themselves; a relative path counts from `folder`."""
+        return Weights(**self.model_dump() | {"path": folder / self.path})
 
 
 class BatchTable(_Table):
@@ -117,6 +142,7 @@ class RecipeSchema(_Table):
     steps: int | None = Field(default=None, ge=1)
     model: Target
     loss: Target
+    weights: WeightsTable | None = None
     data: Target
     collate: Target | None = None
     optimizer: OptimizerTable
@@ -125,7 +151,7 @@ class RecipeSchema(_Table):
     batch: BatchTable
     strategy: StrategyTable = StrategyTable()
 
-    @field_validator("seed", "precision", "device", "clip_norm", "threads_per_worker", "optimizer_kind")
+    @field_validator(*PLAIN_FIELDS)
     @classmethod
     def _as_recipe_checks(cls, value: Any, info: ValidationInfo) -> Any:
         # Recipe's own check of this one field; the rest is filled with what it doesn't object to.
@@ -180,12 +206,6 @@ def raise_all(problems: Sequence[ConfigError], path: Path) -> None:
         raise problems[0]
     if problems:
         raise ConfigError(f"{len(problems)} problems in {path}", detail="\n".join(str(problem) for problem in problems))
-
-
-def hint_nearest(name: str, known: Iterable[str]) -> str | None:
-    """`nearest`, but nothing where it would list a crowd (all of a module's names, say)."""
-    hint = nearest(name, known)
-    return hint if len(hint) <= 300 and hint != "known: " else None
 
 
 def _read_text(path: Path) -> str:
@@ -265,7 +285,7 @@ def _real_key(loc: Key, values: Any) -> Key:
 
 def _relocated(error: ConfigError, path: Path, origins: dict[Key, str]) -> ConfigError:
     what = error.what.removeprefix("recipe.")
-    named = re.search(r"\b(?:recipe|(batch|strategy))\.(\w+)", error.what)
+    named = re.search(r"\b(?:recipe|(batch|strategy|weights))\.(\w+)", error.what)
     key: Key = tuple(part for part in named.groups() if part) if named else ()
     where = _origin(path, origins, key)
     return ConfigError(what, expected=error.expected, got=error.got, where=where, hint=error.hint, detail=error.detail)

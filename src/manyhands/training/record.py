@@ -66,6 +66,8 @@ class Record:
         if last[0] is not None:
             self._load(found, accept_new_numerics)
             self.notes.append(f"going on from step {self.engine.step_index} ({last[0]})")
+        elif self.engine.recipe.initial_weights is not None:
+            self.notes.append(f"beginning with the weights of {self.engine.recipe.initial_weights.path}")
         if self._directory is None:
             return
         engine, directory = self.engine, self._directory

@@ -1,0 +1,116 @@
+"""Initial weights from files: each worker reads the ranges that it holds, straight into the engine's buffers.
+
+What doesn't fit the model is refused as a whole, before anything is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhands.checkpoint.fit import fit
+from manyhands.checkpoint.format import TensorRecord
+from manyhands.checkpoint.save import FROZEN_PIECE_NUMEL, tensor_records
+from manyhands.checkpoint.weight_files import WeightFiles
+from manyhands.config import Weights
+from manyhands.engine.control import agree, gather_json
+from manyhands.engine.engine import StepEngine
+from manyhands.errors import ConfigError
+from manyhands.models.fingerprint import fingerprint_of_parts
+from manyhands.offload.construction import let_go
+from manyhands.optim.sliced import Slice
+
+
+def load_initial(engine: StepEngine, weights: Weights) -> int:
+    """Make the engine's weights those of the files; how many bytes of tensors this worker has read. Collective.
+
+    Parameters, frozen ones and persistent buffers get their values as if the model had been built with them.
+    Raises ConfigError (nothing there, or not of this model) and CheckpointError (missing or broken).
+    """
+    engine.group.status("start / initial weights")
+    loader = _Loader(engine, weights)
+    agree(engine.group, "initial weights", loader.files.facts(), hint="give all workers the same files")
+    loader.fill_frozen_units()
+    loader.fill_others()
+    engine.updater.refill(loader.fill_slice)
+    everyone: list[Any] = gather_json(engine.group, loader.frozen_facts(), "start / frozen / control")
+    for facts in everyone:
+        engine.frozen_facts |= facts
+    return loader.files.read_bytes
+
+
+class _Loader:
+    def __init__(self, engine: StepEngine, weights: Weights) -> None:
+        self._engine = engine
+        self.files = WeightFiles(Path(weights.path))
+        self._records = {record.name: record for record in tensor_records(engine)[0]}
+        self._sources = fit(list(self._records.values()), self.files, weights)
+        for name in engine.awaited - set(self._sources):  # only of models that have other names in their state_dict
+            raise ConfigError(
+                f"parameter {name!r} may be missing in the initial weights, but was built without values",
+                where=str(self.files.path),
+                hint="let a pattern of weights.allow_missing match this name, too",
+            )
+
+    def fill_slice(self, piece: Slice) -> None:
+        """Master weights that this worker holds."""
+        if piece.name in self._sources:
+            values = self._read(piece.name, piece.start, piece.master.numel())
+            piece.master.copy_(values.view(piece.master.shape))
+
+    def fill_frozen_units(self) -> None:
+        """This worker's shard of what is gathered without being trained."""
+        for unit in self._engine.frozen_units:
+            for piece in unit.layout.pieces(unit.layout.shard(self._engine.group.rank)):
+                if piece.slot.name in self._sources:
+                    kept, first = unit.params.kept(piece.in_unit), piece.in_param.start
+                    for start in range(0, kept.numel(), FROZEN_PIECE_NUMEL):
+                        part = kept[start : start + FROZEN_PIECE_NUMEL]
+                        part.copy_(self._read(piece.slot.name, first + start, part.numel()))
+                    let_go([kept], self._engine.home)
+
+    def fill_others(self) -> None:
+        """Buffers, and the frozen parameters that every worker keeps for itself."""
+        in_units = {slot.name for unit in self._engine.frozen_units for slot in unit.layout.slots}
+        tensors = dict(self._engine.model.named_parameters()) | self._engine.buffers.named()
+        for record in self._found("buffer", "frozen"):
+            if record.name not in in_units:
+                values = self._read(record.name, 0, record.numel)
+                tensors[record.name].data.copy_(values.view(record.shape))  # .data: nothing that is watched changes
+
+    def frozen_facts(self) -> dict[str, str]:
+        """The bits of this worker's share of the frozen parameters, which are read once more for it, a part at a time:
+        what a checkpoint must have in common with a run, whatever the number of workers."""
+        names = [record.name for record in self._found("buffer", "frozen") if record.is_parameter]
+        mine = names[self._engine.group.rank :: self._engine.group.size]
+        return {
+            f"frozen parameter {name}": fingerprint_of_parts(name, self._engine.param_dtypes[name], self._parts(name))
+            for name in mine
+        }
+
+    def _found(self, *kinds: str) -> list[TensorRecord]:
+        return [record for name, record in self._records.items() if record.kind in kinds and name in self._sources]
+
+    def _parts(self, name: str) -> Iterator[Tensor]:
+        numel = self._records[name].numel
+        for start in range(0, max(1, numel), FROZEN_PIECE_NUMEL):
+            yield self._read(name, start, min(FROZEN_PIECE_NUMEL, numel - start))
+
+    def _read(self, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) as the model was built with them, 1-D."""
+        dtype = self._engine.param_dtypes.get(name)  # None: of a buffer, which has one type only
+        values = [self.files.read(source, start, numel) for source in self._sources[name]]
+        for source, other in zip(self._sources[name][1:], values[1:], strict=True):
+            if not torch.equal(values[0].to(dtype), other.to(dtype)):
+                raise ConfigError(
+                    f"the initial weights have two values for {name!r}, which is one parameter in the model",
+                    where=str(self.files.path),
+                    got=f"{self._sources[name][0]} and {source} differ in elements [{start}, {start + numel})",
+                    hint="don't tie the two in the model; or leave one of them out: "
+                    "rename it to a name that `ignore` matches",
+                )
+        return values[0] if dtype is None else values[0].to(dtype)
