@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench bench-limit bench-gpu clean
+.PHONY: demo test test-all faults check bench bench-limit bench-gpu clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -24,6 +24,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Hundreds of random faults, each run to the undisturbed digest: most of an hour. make faults ARGS='--runs 5 --seed 7'
+faults: $(READY)
+	PYTHONPATH=tests $(BIN)/python tests/faults.py $(ARGS)
 
 # Our step beside the peers'; use a quiet machine. make bench ARGS='--rounds 5 --only "2-bf16/*"'
 BENCH_VENV ?= .venv-bench

@@ -52,7 +52,9 @@ def faults(workers: int, chance: random.Random) -> str:
     """For one command, which starts its workers up to three times; each fault happens once."""
     found = []
     for _ in range(chance.randint(2, 4)):
-        kind, place = chance.choice(KINDS), chance.choice(PLACES)
+        place = chance.choice(PLACES)
+        # Who hangs is noticed by the others, once they have met.
+        kind = chance.choice(KINDS[:4] if workers == 1 or place == "start" else KINDS)
         count = 0 if place == "start" else chance.randint(1, 2 * MICRO_BATCHES // workers)
         found.append(f"{kind}-once {place} {count} {chance.randrange(workers)}")
     return ";".join(found)
