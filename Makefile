@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults check bench bench-limit bench-gpu clean
+.PHONY: demo test test-all faults check bench bench-limit bench-gpu bench-checkpoint clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -46,6 +46,10 @@ bench-limit: $(READY)
 # On one GPU: our step beside plain PyTorch's and DeepSpeed ZeRO-Offload's. make bench-gpu ARGS=--largest
 bench-gpu: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python benchmarks/gpu.py $(ARGS)
+
+# What a checkpoint costs beside torch.save and torch.distributed.checkpoint.
+bench-checkpoint: $(READY)
+	$(BIN)/python benchmarks/checkpoint.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
