@@ -179,6 +179,7 @@ class Recipe:
         every optimizer step.
     clip_norm: the gradient's largest 2-norm; None: it's measured, not clipped.
     precision: "fp32", or "bf16": parameters and gradients in bfloat16, master weights, moments and sums in fp32.
+    compile: let torch.compile make code of the model's repeated blocks. It changes bits, so it's here.
     threads_per_worker, device: part of the arithmetic (they change the bits of matrix products), so they're here.
     sample: shown at the end of a run, on one worker: `(model) -> str`; a generated text, say.
     name, source: the recipe's name, and where it was read from (for messages and the run directory).
@@ -197,6 +198,7 @@ class Recipe:
     sample: Callable[[nn.Module], str] | None = None
     precision: str = "fp32"
     clip_norm: float | None = None
+    compile: bool = False
     seed: int = 0
     threads_per_worker: int = 1
     device: str = "cpu"
@@ -230,6 +232,14 @@ class Recipe:
         _choice("recipe.device", self.device, DEVICES)
         if self.optimizer_kind is not None:
             _choice("recipe.optimizer_kind", self.optimizer_kind, OPTIMIZER_KINDS)
+        if not isinstance(self.compile, bool):
+            raise ConfigError("recipe.compile is of another type", expected="True or False", got=repr(self.compile))
+        if self.compile and self.device != "cpu":
+            raise ConfigError(
+                "recipe.compile is for the CPU alone so far: on a GPU nothing proves that the bits stay the same",
+                expected="device = cpu, or compile = false",
+                got=f"device = {self.device}",
+            )
         _at_least("recipe.seed", self.seed, 0)
         _at_least("recipe.threads_per_worker", self.threads_per_worker, 1)
         if self.clip_norm is not None:

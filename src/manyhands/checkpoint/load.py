@@ -11,7 +11,6 @@ from manyhands.checkpoint.format import Manifest, decode_state, read_manifest
 from manyhands.checkpoint.pieces import PieceReader
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError, NumericsError
-from manyhands.numerics.identity import numerics_identity
 from manyhands.optim.sliced import Slice
 
 
@@ -41,9 +40,7 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
     manifest = reader.manifest
     _check_facts(manifest, engine, folder)
     if not accept_new_numerics:
-        check_identity(
-            manifest.identity, numerics_identity(engine.group.device, engine.recipe.threads_per_worker), str(folder)
-        )
+        check_identity(manifest.identity, engine.identity, str(folder))
     engine.group.barrier(f"{folder.name} / load / control")  # others may still use the weights that they have
     with engine.changing():
         engine.optimizer.load_hyperparameters(manifest.hyperparameters)

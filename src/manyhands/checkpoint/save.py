@@ -34,7 +34,6 @@ from manyhands.checkpoint.saving import Contents, Saving
 from manyhands.engine.control import gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError
-from manyhands.numerics.identity import numerics_identity
 
 Scalars = dict[str, dict[str, dict[str, Any]]]
 """By parameter and kind: a Scalar, as JSON has it."""
@@ -96,7 +95,7 @@ def _manifest(engine: StepEngine, root: Path, digest: str) -> Manifest:
         workers=engine.group.size,
         stage=engine.strategy.stage,
         facts=engine.facts(),
-        identity=numerics_identity(engine.group.device, engine.recipe.threads_per_worker),
+        identity=engine.identity,
         digest=digest,
         hyperparameters=engine.optimizer.hyperparameters(),
         schedules=[_schedule_state(schedule) for schedule in engine.schedules],

@@ -28,6 +28,7 @@ from manyhands.engine.gathers import Gathers
 from manyhands.engine.hooks import around_forward, on_gradients
 from manyhands.engine.memory import give_back_memory, keep_no_large_memory
 from manyhands.engine.metrics import StepMetrics
+from manyhands.engine.partition import repeated_children
 from manyhands.engine.recompute import checkpoint_activations
 from manyhands.engine.reducer import Reducer
 from manyhands.engine.storage import Storage, agree_on_model, check_scratch_space, lay_out
@@ -35,6 +36,7 @@ from manyhands.engine.unit import ParamUnit
 from manyhands.engine.update import Homes, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
 from manyhands.models.building import build_model
+from manyhands.models.compiled import CompiledModules, compiler_identity
 from manyhands.models.watch import Watch
 from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.identity import numerics_identity
@@ -51,7 +53,8 @@ class StepEngine:
     """The model of a recipe on this worker, and its steps. Making one is collective.
 
     model: the worker's model; its parameters are views of flat buffers, with the names, order and shapes they were
-    built with. step_index: the number of steps made so far. Raises ConfigError, on all workers alike.
+    built with. step_index: the number of steps made so far. identity: the run's numerics identity. Raises ConfigError,
+    on all workers alike.
     awaited: the parameters whose values are to be loaded from the recipe's files, and told in `frozen_facts` if frozen.
     """
 
@@ -66,7 +69,8 @@ class StepEngine:
             {"stage": strategy.stage, "home": strategy.home, "units": str(strategy.units)},
             hint=_HINT_SAME_RECIPE,
         )
-        agree(group, "numerics", numerics_identity(group.device, recipe.threads_per_worker), hint=_HINT_SAME_MACHINES)
+        self.identity = numerics_identity(group.device, recipe.threads_per_worker) | compiler_identity(recipe.compile)
+        agree(group, "numerics", self.identity, hint=_HINT_SAME_MACHINES)
         scratch = Path(strategy.scratch or tempfile.gettempdir())
         if strategy.home == "disk":
             keep_no_large_memory()
@@ -112,11 +116,15 @@ class StepEngine:
         sums_home = self.home if self.home.is_apart and stage.param is SHARDED else Home(group.device)
         self._reducer = Reducer(group, self.units, recipe.batch, stage, sums_home)
         self.updater = Updater(group, self.units, self.layout, stage, self.optimizer, Homes(self.home, sums_home))
+        self._compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
         gathered = storage.gathered_units
+        for unit in gathered:
+            unit.modules = self._compiled.around(unit.modules)
         # Where memory is shared, or nobody else is there, a gather is a copy, and needs nobody.
         gathering = group.sibling() if gathered and not group.pieces_are_views else LocalGroup(group.device)
         self._gathers = Gathers(gathering, gathered, strategy.prefetch)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
+        self._compiled.refuse_inside(strategy.activation_checkpointing, "strategy.activation_checkpointing")
         self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._gathers.using)
         self._module_hooks = self._gather_around_forwards(gathered)
         self._clock = PhaseClock(group.recorder)
@@ -132,9 +140,8 @@ class StepEngine:
         gathers, handles = self._gathers, []
         for unit in units:
             for name in unit.modules:
-                handles += around_forward(
-                    self.model.get_submodule(name), partial(gathers.enter, unit), partial(gathers.leave, unit)
-                )
+                enter = self._compiled.outside(partial(gathers.enter, unit))
+                handles += around_forward(self.model.get_submodule(name), enter, partial(gathers.leave, unit))
         return handles
 
     @property
@@ -231,7 +238,7 @@ class StepEngine:
     def _compute(self, step: int, micro_batch: int, batch: Any) -> tuple[Tensor, Tensor | float]:
         """Forward and backward of one micro-batch; its loss and weight."""
         self.group.status(f"step {step}, micro-batch {micro_batch} / forward and backward")
-        with self.group.exclusive(), preserved_generators():
+        with self.group.exclusive(), preserved_generators(), self._compiled.computing():
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
             with self._gathers.watching_autograd():
                 result = self.recipe.loss(self.model, batch)
@@ -371,6 +378,7 @@ class StepEngine:
         for hook in (*self._hooks, *self._module_hooks):
             hook.remove()
         self._undo()
+        self._compiled.undo()
         self.home.close()
         self.group.close()
 

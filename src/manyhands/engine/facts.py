@@ -20,7 +20,7 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
     facts = {
         f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")
     }
-    for name in ("precision", "clip_norm", "seed", "threads_per_worker", "device"):
+    for name in ("precision", "clip_norm", "seed", "threads_per_worker", "device", *["compile"] * recipe.compile):
         facts[name] = str(getattr(recipe, name))
     return facts | {"len(data)": str(len(recipe.data))}
 

@@ -82,7 +82,7 @@ def plan_units(
             raise ConfigError(
                 "strategy.units names a module that the model doesn't have", got=repr(name), hint=nearest(name, modules)
             )
-    roots = sorted(named_units, key=len, reverse=True) or _repeated_children(model)
+    roots = sorted(named_units, key=len, reverse=True) or repeated_children(model)
     kinds: dict[tuple[str, torch.dtype, bool, bool], list[str]] = {}
     numels = {}
     for name, param in model.named_parameters():
@@ -163,7 +163,8 @@ def _using_modules(model: nn.Module, names: Sequence[str], root: str) -> tuple[s
     return tuple(dict.fromkeys([root, *owners]))
 
 
-def _repeated_children(model: nn.Module) -> list[str]:
+def repeated_children(model: nn.Module) -> list[str]:
+    """The names of the children of every outermost ModuleList and Sequential."""
     found: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(

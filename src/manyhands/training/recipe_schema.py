@@ -22,7 +22,7 @@ from manyhands.training.toml_text import Key, apply_override, dotted, line_numbe
 
 Arguments = dict[str, JsonValue]
 
-PLAIN_FIELDS = ("seed", "precision", "device", "clip_norm", "threads_per_worker", "optimizer_kind")  # Recipe's own
+PLAIN_FIELDS = ("seed", "precision", "device", "clip_norm", "compile", "threads_per_worker", "optimizer_kind")
 IMPORT_PATH = r"^\w+(\.\w+)*:\w+(\.\w+)*$"
 
 EXPECTED = {
@@ -137,6 +137,7 @@ class RecipeSchema(_Table):
     precision: str = Recipe.precision
     device: str = Recipe.device
     clip_norm: float | None = Recipe.clip_norm
+    compile: bool = Recipe.compile
     threads_per_worker: int = Recipe.threads_per_worker
     optimizer_kind: str | None = Recipe.optimizer_kind
     steps: int | None = Field(default=None, ge=1)

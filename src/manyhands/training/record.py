@@ -16,7 +16,6 @@ from manyhands.checkpoint.format import folder_name, list_checkpoints
 from manyhands.engine.control import gather_json
 from manyhands.engine.metrics import StepMetrics
 from manyhands.errors import CheckpointError
-from manyhands.numerics.identity import numerics_identity
 from manyhands.offload.scratch import scratch_line
 from manyhands.report.progress import TrainingProgress
 from manyhands.report.run_directory import RunDirectory, write_json
@@ -78,7 +77,7 @@ class Record:
             "began", step=engine.step_index, repeats=repeats, workers=engine.group.size, stage=engine.strategy.stage
         )
         directory.write_manifest(
-            numerics_identity(engine.group.device, engine.recipe.threads_per_worker),
+            engine.identity,
             engine.strategy,
             workers=engine.group.size,
             group=engine.group.kind,
