@@ -130,6 +130,7 @@ def test_a_recipe_is_built(recipe: Path) -> None:
     loaded = load_recipe(recipe)
     made = loaded.recipe
     assert (made.name, made.seed, made.precision, made.clip_norm) == ("small", 3, "bf16", 1.0)
+    assert (made.compile, load_recipe(recipe, ["compile=true"]).recipe.compile) == (False, True)
     assert (made.batch.micro_batches, made.batch.virtual_workers) == (4, 4)
     assert made.source == str(recipe)
     assert (loaded.steps, loaded.strategy) == (20, Strategy())

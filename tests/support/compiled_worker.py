@@ -1,0 +1,42 @@
+"""A worker of test_compiled.py: trains the compiled model in some ways, one after the other, and writes the digests.
+
+python compiled_worker.py FOLDER PRECISION...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import manyhands as mh
+from support.compiled_models import UNITS, compiled_recipe
+from support.training import train_with_engine
+
+WAYS: dict[str, dict[str, Any]] = {
+    "ddp": {"stage": "ddp"},
+    "zero2": {"stage": "zero2"},
+    "zero2, process": {"stage": "zero2", "group": "process"},
+    "zero3": {"stage": "zero3"},
+    "zero3, process": {"stage": "zero3", "group": "process"},
+    "units inside of what is compiled": {"stage": "zero3", "group": "process", "units": ("blocks.0.mix",)},
+    "computed twice": {"stage": "zero3", "group": "process", "activation_checkpointing": ("blocks.*",)},
+    "no overlap": {"stage": "zero1", "overlap": False},
+}
+STEPS = 3
+
+
+def main(folder: Path, precisions: list[str]) -> None:
+    digests = {}
+    for precision in precisions:
+        for way, options in WAYS.items():
+            strategy = mh.Strategy(**({"units": UNITS} | options))
+            outcome = train_with_engine(compiled_recipe(precision), strategy, steps=STEPS)
+            digests[f"{way}, {precision}"] = outcome.digest
+    (folder / f"worker-{os.environ['RANK']}.json").write_text(json.dumps(digests))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
