@@ -69,9 +69,11 @@ class StepEngine:
             {"stage": strategy.stage, "home": strategy.home, "units": str(strategy.units)},
             hint=_HINT_SAME_RECIPE,
         )
-        self.identity = numerics_identity(group.device, recipe.threads_per_worker) | compiler_identity(recipe.compile)
-        agree(group, "numerics", self.identity, hint=_HINT_SAME_MACHINES)
         scratch = Path(strategy.scratch or tempfile.gettempdir())
+        update_on = group.device if strategy.home == "device" else torch.device("cpu")
+        self.identity = numerics_identity(group.device, recipe.threads_per_worker, update_on)
+        self.identity |= compiler_identity(recipe.compile)
+        agree(group, "numerics", self.identity, hint=_HINT_SAME_MACHINES)
         if strategy.home == "disk":
             keep_no_large_memory()
         self.home = home_of(strategy.home, group.device, scratch)

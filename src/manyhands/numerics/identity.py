@@ -7,8 +7,11 @@ import platform
 import torch
 
 
-def numerics_identity(device: torch.device, threads: int) -> dict[str, str]:
-    """What a run records, and what a resumed run is compared with. The same on all workers of a run."""
+def numerics_identity(device: torch.device, threads: int, update_on: torch.device) -> dict[str, str]:
+    """What a run records, and what a resumed run is compared with. The same on all workers of a run.
+
+    update_on: where the optimizer computes. The same update has other bits on a GPU than on a CPU.
+    """
     identity = {
         "torch": torch.__version__,
         "device": device.type,
@@ -20,4 +23,5 @@ def numerics_identity(device: torch.device, threads: int) -> dict[str, str]:
     if device.type == "cuda":
         identity["device_name"] = torch.cuda.get_device_name(device)
         identity["cuda"] = str(torch.version.cuda)
+        identity["update"] = update_on.type
     return identity
