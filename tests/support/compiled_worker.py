@@ -1,6 +1,6 @@
 """A worker of test_compiled.py: trains the compiled model in some ways, one after the other, and writes the digests.
 
-python compiled_worker.py FOLDER PRECISION...
+python compiled_worker.py FOLDER PRECISION;... WAY;...
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ WAYS: dict[str, dict[str, Any]] = {
 STEPS = 3
 
 
-def main(folder: Path, precisions: list[str]) -> None:
+def main(folder: Path, precisions: list[str], ways: list[str]) -> None:
     digests = {}
     for precision in precisions:
-        for way, options in WAYS.items():
-            strategy = mh.Strategy(**({"units": UNITS} | options))
+        for way in ways:
+            strategy = mh.Strategy(**({"units": UNITS} | WAYS[way]))
             outcome = train_with_engine(compiled_recipe(precision), strategy, steps=STEPS)
             digests[f"{way}, {precision}"] = outcome.digest
     (folder / f"worker-{os.environ['RANK']}.json").write_text(json.dumps(digests))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2].split(";"), sys.argv[3].split(";"))
