@@ -19,16 +19,19 @@ from manyhands.cli.main import app
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 NAMES = [
+    "Aggregate",
     "Batch",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Dataset",
     "Engine",
     "ExportSummary",
     "Interrupted",
     "InvariantError",
     "ManyhandsError",
     "NumericsError",
+    "PrepareSummary",
     "Recipe",
     "StepMetrics",
     "Strategy",
@@ -99,8 +102,8 @@ def test_a_public_name_is_documented(name: str) -> None:
     assert re.search(rf"\bmh\.{name}\b", examples), f"docs/api.md has no example of {name}"
 
 
-def test_public_methods_of_the_engine_are_documented() -> None:
-    for kind in (mh.Engine, mh.Batch):
+def test_public_methods_are_documented() -> None:
+    for kind in (mh.Engine, mh.Batch, mh.Dataset, mh.Aggregate):
         for base in kind.__mro__[:-1]:
             for name, value in vars(base).items():
                 if not name.startswith("_") and (callable(value) or isinstance(value, property)):
@@ -109,7 +112,7 @@ def test_public_methods_of_the_engine_are_documented() -> None:
 
 # peft asks transformers for a property by the name that it had before transformers 5.24.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("page", ["api.md", "quickstart.md", "models.md"])
+@pytest.mark.parametrize("page", ["api.md", "quickstart.md", "models.md", "prepare.md"])
 def test_the_examples_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     )
     from manyhands.launching.function import launch
     from manyhands.numerics.digest import digest_of_tensors
+    from manyhands.prepare.aggregate import Aggregate
+    from manyhands.prepare.dataset import Dataset
+    from manyhands.prepare.summary import PrepareSummary
     from manyhands.report.summary import Summary
     from manyhands.training.engine import Engine
     from manyhands.training.loop import train
@@ -32,16 +35,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Aggregate": "prepare.aggregate",
     "Batch": "config",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
+    "Dataset": "prepare.dataset",
     "Engine": "training.engine",
     "ExportSummary": "checkpoint.export",
     "Interrupted": "errors",
     "InvariantError": "errors",
     "ManyhandsError": "errors",
     "NumericsError": "errors",
+    "PrepareSummary": "prepare.summary",
     "Recipe": "config",
     "StepMetrics": "engine.metrics",
     "Strategy": "config",
@@ -56,16 +62,19 @@ _WHERE = {
 }
 
 __all__ = [
+    "Aggregate",
     "Batch",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Dataset",
     "Engine",
     "ExportSummary",
     "Interrupted",
     "InvariantError",
     "ManyhandsError",
     "NumericsError",
+    "PrepareSummary",
     "Recipe",
     "StepMetrics",
     "Strategy",

@@ -6,8 +6,6 @@ micro-batch, which process loads it, or whether the run was interrupted in betwe
 
 from __future__ import annotations
 
-import hashlib
-import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,24 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_DOMAIN = b"manyhands seed 1;"
-
-
-def derive(seed: int, *counters: int | str) -> int:
-    """The seed for one purpose: 63 bits of SHA-256 over the canonical encoding of `(seed, *counters)`.
-
-    Integers and strings are told apart (`1` isn't `"1"`), and no two different tuples have the same encoding.
-    Deterministic: the same number on every machine and in every version of Python, numpy and torch.
-    Raises TypeError for a counter that is neither a whole number nor a string.
-    """
-    encoded = bytearray(_DOMAIN)
-    for counter in (seed, *counters):
-        if isinstance(counter, str):
-            text = counter.encode()
-            encoded += b"s%d:%b;" % (len(text), text)
-        else:
-            encoded += b"i%d;" % operator.index(counter)
-    return int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big") >> 1
+from manyhands.numerics.counters import derive as derive  # known by this name, too
 
 
 def seed_generators(value: int) -> None:

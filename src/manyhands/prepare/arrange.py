@@ -1,0 +1,193 @@
+"""The end of a stage before a shuffle: records get keys, and leave in sorted runs in the task's one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from manyhands.prepare.aggregate import Grouping
+from manyhands.prepare.chunks import Chunk, is_table, num_records, records_of
+from manyhands.prepare.keyed import Keyed, KeyedLists, KeyedTable, joined
+from manyhands.prepare.keys import Key, check_keys, keys_of
+from manyhands.prepare.pipeline import BadKey
+from manyhands.prepare.run_file import RunFileWriter
+
+ORDER_COLUMN = "manyhands order"
+_POSITION_BITS = 40  # of a position in a partition
+
+
+class Arrangement(Protocol):
+    """How records are arranged for the next stage."""
+
+    def keyed(self, partition: int) -> Callable[[Chunk], Keyed]:
+        """What gives the chunks of a partition, one after the other, their keys. Raises BadKey."""
+        ...
+
+    def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
+        """What writes keyed chunks as runs of about this size, as estimated from the records."""
+        ...
+
+    def describe(self) -> str:
+        """In a few words, for `explain`."""
+        ...
+
+
+class RunWriter(Protocol):
+    """Takes keyed chunks and writes runs."""
+
+    def add(self, keyed: Any) -> None:
+        """Take a chunk. Where runs end depends on the chunks only, not on the memory that there is."""
+        ...
+
+    def flush(self) -> None:
+        """Write what is left."""
+        ...
+
+
+class SortingWriter:
+    """Collects records, and writes them in order."""
+
+    def __init__(self, file: RunFileWriter, run_bytes: int) -> None:
+        self._file, self._run_bytes = file, run_bytes
+        self._parts: list[Keyed] = []
+        self._bytes = 0
+
+    def add(self, keyed: Keyed) -> None:
+        if len(keyed):
+            self._parts.append(keyed)
+            self._bytes += keyed.size_bytes()
+            if self._bytes >= self._run_bytes:
+                self.flush()
+
+    def flush(self) -> None:
+        if self._parts:
+            parts, self._parts, self._bytes = self._parts, [], 0
+            self._file.add(joined(parts).in_order())
+
+
+class CombiningWriter:
+    """Merges the states of groups, and writes them in the order of their keys."""
+
+    def __init__(self, file: RunFileWriter, run_bytes: int, grouping: Grouping) -> None:
+        self._file, self._run_bytes, self._grouping = file, run_bytes, grouping
+        self._states: list[dict[Any, Any]] = [{} for _ in grouping.aggregates]
+        self._bytes = 0
+
+    def add(self, keyed: KeyedLists) -> None:
+        self._grouping.merge_into(self._states, keyed)
+        self._bytes += keyed.size_bytes()
+        if self._bytes >= self._run_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        states, self._states, self._bytes = self._states, [{} for _ in self._states], 0
+        if states[0]:
+            self._file.add(in_key_order(states))
+
+
+def in_key_order(states: list[dict[Any, Any]]) -> KeyedLists:
+    """Groups' states by key, as columns in the order of the keys."""
+    keys = list(states[0])
+    ordered = KeyedLists(keys, [keys]).in_order().keys
+    return KeyedLists(ordered, [list(map(column.__getitem__, ordered)) for column in states])
+
+
+@dataclass(frozen=True)
+class ByKey:
+    """Sorted by a key: for sort_by and join."""
+
+    key: Key
+    what: str
+
+    def keyed(self, partition: int) -> Callable[[Chunk], Keyed]:
+        return self._keyed
+
+    def _keyed(self, chunk: Chunk) -> Keyed:
+        if not isinstance(chunk, list) and isinstance(self.key, tuple):
+            return _checked_table(chunk, self.key)
+        keys = keys_of(chunk, self.key)
+        check_keys(keys)
+        return KeyedLists(keys, [records_of(chunk)])
+
+    def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
+        return SortingWriter(file, run_bytes)
+
+    def describe(self) -> str:
+        return self.what
+
+
+def _checked_table(table: Any, by: tuple[str, ...]) -> KeyedTable:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name in by:
+        if name not in table.column_names:
+            raise BadKey(f"the record has no column {name!r}")
+        column = table.column(name)
+        if column.null_count:
+            raise BadKey("the key is None: leave such records out, or give them a key of their own")
+        if pa.types.is_floating(column.type) and pc.any(pc.is_nan(column)).as_py():
+            raise BadKey("the key is NaN, which equals nothing: leave such records out, or give them another key")
+    return KeyedTable(table, by)
+
+
+@dataclass(frozen=True)
+class ByGroup:
+    """Combined by key."""
+
+    grouping: Grouping
+    what: str
+
+    def keyed(self, partition: int) -> Callable[[Chunk], Keyed]:
+        return self.grouping.combine
+
+    def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
+        return CombiningWriter(file, run_bytes, self.grouping)
+
+    def describe(self) -> str:
+        return self.what
+
+
+@dataclass(frozen=True)
+class ByPosition:
+    """In an order that only positions decide: shuffled (by counted random words), or as they are (seed None)."""
+
+    seed: int | None
+    what: str
+
+    def keyed(self, partition: int) -> Callable[[Chunk], Keyed]:
+        """Stateful: counts the records that it has seen. It never fails, so each is seen once."""
+        seen = 0
+
+        def keyed(chunk: Chunk) -> Keyed:
+            nonlocal seen
+            count = num_records(chunk)
+            start, seen = seen, seen + count
+            if self.seed is None:
+                first = (partition << _POSITION_BITS) + start
+                keys = list(range(first, first + count))
+            else:
+                from manyhands.prepare.counted import words_at
+
+                words = words_at(self.seed, "shuffle", partition, start, count)
+                if is_table(chunk):
+                    return KeyedTable(_with_order(chunk, words), (ORDER_COLUMN,))
+                keys = words.tolist()
+            if is_table(chunk):
+                return KeyedTable(_with_order(chunk, keys), (ORDER_COLUMN,))
+            return KeyedLists(keys, [records_of(chunk)])
+
+        return keyed
+
+    def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
+        return SortingWriter(file, run_bytes)
+
+    def describe(self) -> str:
+        return self.what
+
+
+def _with_order(table: Any, order: Any) -> Any:
+    import pyarrow as pa
+
+    return table.append_column(ORDER_COLUMN, pa.array(order, pa.uint64()))

@@ -1,0 +1,115 @@
+"""With what a job is done: workers, memory, engine. None of it changes a byte of the output."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from manyhands.errors import ConfigError
+from manyhands.units import GIB, MIB, format_bytes
+
+if TYPE_CHECKING:
+    from manyhands.prepare.engine import Engine
+
+LEAST_BYTES = 192 * MIB  # that a worker needs, whatever it does
+_UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class How(TypedDict, total=False):
+    """What every method that runs a job takes beside its own arguments.
+
+    workers: processes on this machine (default: one a CPU; 0: none, tasks run in this process). memory: for all of
+    them together, a number of bytes or text like "2GiB" (default: 70 % of the machine's); fewer workers run if it
+    is too little for all. max_bad_records: how many records may be set aside (default 0). engine: another engine than
+    processes on this machine. progress: show it on standard error (default: yes).
+    """
+
+    workers: int | None
+    memory: int | str | None
+    max_bad_records: int
+    engine: Engine | None
+    progress: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`How`, checked. Raises ConfigError."""
+
+    workers: int | None = None
+    memory: int | str | None = None
+    max_bad_records: int = 0
+    engine: Engine | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in (("workers", self.workers), ("max_bad_records", self.max_bad_records)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ConfigError(f"{name} is not a whole number of at least 0", got=repr(value))
+        if self.memory is not None and self.total_bytes() < LEAST_BYTES:
+            raise ConfigError(
+                "memory is too little for one worker",
+                expected=f"at least {format_bytes(LEAST_BYTES)}",
+                got=format_bytes(self.total_bytes()),
+            )
+
+    def total_bytes(self) -> int:
+        """The memory for all workers together."""
+        return _machine_bytes() * 7 // 10 if self.memory is None else parse_bytes(self.memory)
+
+    def open_engine(self) -> Engine:
+        """The engine that was given, or one on this machine."""
+        from manyhands.prepare.engine import InProcess
+        from manyhands.prepare.pool import Pool
+
+        if self.engine is not None:
+            return self.engine
+        total = self.total_bytes()
+        if self.workers == 0:
+            return InProcess(total)
+        workers = min(self.workers or _cpus(), max(1, total // LEAST_BYTES))
+        return Pool(workers, total // workers)
+
+
+def options_of(how: How) -> Options:
+    """The options that a caller gave. Raises ConfigError for one that isn't known."""
+    given: dict[str, Any] = dict(how)
+    known = [field.name for field in fields(Options)]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise ConfigError(
+                f"there is no option {name!r}",
+                expected=", ".join(known),
+                hint=f"did you mean {near[0]!r}?" if near else None,
+            )
+    return Options(**given)
+
+
+def parse_bytes(text: int | str) -> int:
+    """A number of bytes, also as text: 2GiB, 512 MiB, 1.5GB. Raises ConfigError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    if match and match[2].upper() in _UNITS:
+        try:
+            return int(float(match[1]) * _UNITS[match[2].upper()])
+        except ValueError:
+            pass
+    raise ConfigError("an amount of memory can't be understood", expected="2GiB, 512MiB or a number of bytes", got=text)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine_bytes() -> int:
+    """The memory that this process may have: the machine's, or its control group's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            return min(total, int(file.read()))
+    except (OSError, ValueError):  # no control group, or "max"
+        return total

@@ -1,0 +1,182 @@
+"""A folder of output files: written in its hidden job folder, then moved into place and listed in a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from manyhands.errors import ConfigError, DataError
+from manyhands.prepare.job import JobFolder, StageResult, run_stages
+from manyhands.prepare.options import Options
+from manyhands.prepare.plan import Plan
+from manyhands.prepare.progress import JobProgress
+from manyhands.prepare.storage import exists, is_local, join, move, names_in, read_bytes, remove, replace_bytes
+from manyhands.prepare.summary import PrepareSummary, StageFigures
+
+MANIFEST = "_manifest.json"
+BAD_RECORDS = "_bad_records.jsonl"
+JOB = ".manyhands"
+_FORMAT = "manyhands prepared 1"
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file of the output, as the manifest lists it."""
+
+    name: str
+    bytes: int
+    records: int
+    sha256: str
+
+
+def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) -> PrepareSummary:
+    """Run a plan whose files shall lie in `folder`. What is there of the same plan, finished or begun, is used.
+
+    Raises ConfigError if there is something else, and what the tasks raise; the files then aren't there, and the same
+    call goes on where this one ended.
+    """
+    began = time.monotonic()
+    folder = folder if not is_local(folder) else os.path.abspath(folder)
+    there = read_manifest(folder)
+    if there is not None and there.get("identity") == plan.identity and not exists(join(folder, JOB)):
+        return _summary(there, folder, [], time.monotonic() - began)
+    _refuse_foreign(folder, there, plan, overwrite=overwrite)
+    job = JobFolder(join(folder, JOB))
+    complete = False
+    try:
+        with JobProgress(len(plan.stages), show=options.progress) as progress:
+            stages = run_stages(plan, plan.stages, job, options, progress)
+        manifest = _publish(plan, folder, stages, there)
+        complete = True
+    except OSError as error:
+        raise ConfigError(
+            f"the output folder can't be written: {error.strerror or error}",
+            where=folder,
+            hint="make room or choose another folder, and run again: what is done stays done",
+        ) from error
+    finally:
+        job.close(delete=complete)
+    return _summary(manifest, folder, stages, time.monotonic() - began)
+
+
+def read_manifest(folder: str) -> dict[str, Any] | None:
+    """The manifest of an output that is whole; None if there is none."""
+    try:
+        manifest: dict[str, Any] = json.loads(read_bytes(join(folder, MANIFEST)))
+    except (OSError, ValueError):
+        return None
+    return manifest if manifest.get("format") == _FORMAT else None
+
+
+def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
+    """`use(folder, progress)` with a job folder among the system's temporary files, that is gone afterwards.
+
+    It is named by the plan: what a killed run has left there is used and removed by the next one.
+    """
+    root = join(tempfile.gettempdir(), f"manyhands-{os.getuid()}")
+    for attempt in range(1000):
+        try:
+            job = JobFolder(join(root, f"{plan.identity[:20]}-{attempt}"))
+            break
+        except ConfigError:
+            continue  # another process runs the same plan
+    else:
+        raise ConfigError("another run is at work here", where=root)
+    try:
+        with JobProgress(len(plan.stages), show=options.progress) as progress:
+            return use(job, progress)
+    finally:
+        job.close(delete=True)
+
+
+def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Move the files into place, and write the manifest last. A kill on the way is made good by the next run."""
+    last = stages[-1]
+    files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
+    if before is not None:
+        remove(join(folder, MANIFEST))
+    keep = {file.name for file in files}
+    for name in names_in(folder):
+        if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
+            remove(join(folder, name))
+    for file in files:
+        made = join(last.folder, file.name)
+        if exists(made):
+            move(made, join(folder, file.name))
+        elif not exists(join(folder, file.name)):
+            raise DataError(
+                "a file that was written is gone",
+                where=made,
+                hint=f"remove {join(folder, JOB)}, and run again",
+            )
+    bad = b"".join(line for stage in stages for line in stage.bad_records)
+    if bad:
+        replace_bytes(join(folder, BAD_RECORDS), bad)
+    manifest = {
+        "format": _FORMAT,
+        "identity": plan.identity,
+        "digest": _digest(files, bad),
+        "records": last.records,
+        "bad_records": bad.count(b"\n"),
+        "files": [vars(file) for file in files],
+    }
+    replace_bytes(join(folder, MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+    return manifest
+
+
+def _digest(files: list[OutputFile], bad: bytes) -> str:
+    """SHA-256 over the names and hashes of all output files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.bytes} {file.sha256}\n".encode())
+    digest.update(hashlib.sha256(bad).digest() if bad else b"")
+    return digest.hexdigest()
+
+
+def _refuse_foreign(folder: str, there: dict[str, Any] | None, plan: Plan, *, overwrite: bool) -> None:
+    """Raise unless the folder is free, is this plan's, holds an unfinished job, or may be overwritten."""
+    names = names_in(folder)
+    if there is not None and not overwrite and there.get("identity") != plan.identity:
+        raise ConfigError(
+            "the output folder holds the output of another job",
+            where=folder,
+            hint="the functions, the input or the format have changed: write to a new folder, or use overwrite=True",
+        )
+    foreign = [name for name in names if not (name in (JOB, MANIFEST, BAD_RECORDS) or name.startswith("part-"))]
+    if foreign or (names and there is None and JOB not in names):
+        raise ConfigError(
+            "the output folder holds something that isn't an output",
+            where=folder,
+            expected="a new folder, an empty one, or one of an earlier run",
+            got=f"a folder with {', '.join((foreign or names)[:5])}",
+            hint="choose another folder; nothing was written",
+        )
+    if is_local(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ConfigError("the output folder is a file", where=folder, hint="choose another path")
+
+
+def _summary(manifest: dict[str, Any], folder: str, stages: list[StageResult], seconds: float) -> PrepareSummary:
+    return PrepareSummary(
+        path=folder,
+        files=tuple(file["name"] for file in manifest["files"]),
+        records=manifest["records"],
+        bytes=sum(file["bytes"] for file in manifest["files"]),
+        bad_records=manifest["bad_records"],
+        digest=manifest["digest"],
+        seconds=seconds,
+        stages=tuple(
+            StageFigures(
+                title=stage.title,
+                tasks=len(stage.results),
+                records=stage.records,
+                bytes=sum(result.bytes_out for result in stage.results),
+                seconds=stage.seconds,
+            )
+            for stage in stages
+        ),
+    )

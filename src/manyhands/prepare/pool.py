@@ -1,0 +1,194 @@
+"""The embedded engine: supervised worker processes on this machine.
+
+A worker that is killed is replaced and its task begun again, until a task has ended three workers; one that has taken
+more memory than it may is replaced after its task. Workers end with this process, however it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+
+from manyhands.errors import WorkerError
+from manyhands.prepare.task import Task, TaskResult
+
+_STRIKES = 3
+_PATIENCE_SECONDS = 5.0
+
+
+class _Job:
+    """A task, its future, and how many workers it has ended."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.strikes = task, 0
+        self.future: Future[TaskResult] = Future()
+
+
+class _Worker:
+    """A process and the connection to it. `job`: what it does now; None also while it starts."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = Pipe()
+        # Sets in users' functions are iterated in an order that depends on the seed of hashes: one seed for all.
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": "0",
+            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+        }
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "manyhands.prepare.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=environment,
+            )
+        finally:
+            theirs.close()
+        self.ready = False
+        self.job: _Job | None = None
+
+    def end(self, *, at_once: bool) -> int | None:
+        """Close the connection and see the process end; its exit code."""
+        self.connection.close()
+        if at_once:
+            self.process.kill()
+        try:
+            return self.process.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+
+class Pool:
+    """`workers` processes that run tasks; `memory_bytes` is what each may take. Started when there is work for them.
+
+    One thread owns the workers; `submit` and `close` may be called from any other.
+    """
+
+    def __init__(self, workers: int, memory_bytes: int) -> None:
+        self.workers, self.memory_bytes, self.retries = workers, memory_bytes, 0
+        self._lock = threading.Lock()
+        self._waiting: deque[_Job] = deque()
+        self._members: list[_Worker] = []
+        self._closing = False
+        self._false_starts = 0
+        self._bell, self._ear = os.pipe()[::-1]
+        self._thread = threading.Thread(target=self._supervise, name="manyhands-pool", daemon=True)
+        self._thread.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the workers that have come up."""
+        with self._lock:
+            return [worker.process.pid for worker in self._members if worker.ready]
+
+    def submit(self, task: Task) -> Future[TaskResult]:
+        """Begin a task when a worker is free."""
+        job = _Job(task)
+        with self._lock:
+            self._waiting.append(job)
+        os.write(self._bell, b"!")
+        return job.future
+
+    def close(self) -> None:
+        """End all workers; tasks that aren't done are given up."""
+        if self._thread.is_alive():
+            self._closing = True
+            os.write(self._bell, b"!")
+            self._thread.join()
+            os.close(self._bell)
+            os.close(self._ear)
+
+    def _supervise(self) -> None:
+        try:
+            while not self._closing:
+                self._hand_out()
+                by_connection = {worker.connection: worker for worker in self._members}
+                for source in wait([*by_connection, self._ear]):
+                    if isinstance(source, Connection):
+                        self._hear(by_connection[source])
+                    else:
+                        os.read(self._ear, 4096)
+        finally:
+            for worker in self._members:
+                if worker.job is not None:
+                    worker.job.future.cancel()
+                worker.end(at_once=worker.job is not None or not worker.ready)
+            self._members = []
+            for job in self._waiting:
+                job.future.cancel()
+
+    def _hand_out(self) -> None:
+        """Give waiting tasks to idle workers; start as many more workers as are wanted."""
+        for worker in self._members:
+            if worker.ready and worker.job is None and self._waiting:
+                worker.job = self._waiting.popleft()
+                with suppress(OSError):  # if it has just died, its connection says so next
+                    worker.connection.send_bytes(pickle.dumps(worker.job.task))
+        starting = sum(not worker.ready for worker in self._members)
+        while len(self._members) < self.workers and starting < len(self._waiting):
+            with self._lock:
+                self._members.append(_Worker())
+            starting += 1
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            kind, value, rss = pickle.loads(worker.connection.recv_bytes())
+        except (EOFError, OSError):
+            self._lost(worker)
+            return
+        job, worker.job = worker.job, None
+        if kind == "ready" or job is None:
+            worker.ready, self._false_starts = True, 0
+        elif kind == "done":
+            job.future.set_result(value)
+        else:
+            job.future.set_exception(value)
+        if kind != "ready" and rss > self.memory_bytes:
+            self._remove(worker, at_once=False)
+
+    def _lost(self, worker: _Worker) -> None:
+        job, code = worker.job, self._remove(worker, at_once=False)
+        how = (
+            f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"it left with code {code}"
+        )
+        if not worker.ready:
+            self._false_starts += 1
+            if self._false_starts >= _STRIKES:
+                self._give_up(
+                    WorkerError(f"no worker can be started: {how}", hint="its last words are above, on stderr")
+                )
+        if job is None:
+            return
+        job.strikes += 1
+        if job.strikes < _STRIKES:
+            self.retries += 1
+            self._waiting.appendleft(job)
+            return
+        job.future.set_exception(
+            WorkerError(
+                f"a task has ended {_STRIKES} workers: {how}",
+                where=job.task.name,
+                hint="if the kernel killed them for want of memory (dmesg tells), give fewer workers or less memory; "
+                "if a function crashes, run with workers=0 to see it in this process",
+            )
+        )
+
+    def _give_up(self, error: WorkerError) -> None:
+        while self._waiting:
+            self._waiting.popleft().future.set_exception(error)
+        self._false_starts = 0
+
+    def _remove(self, worker: _Worker, *, at_once: bool) -> int | None:
+        with self._lock:
+            self._members.remove(worker)
+        return worker.end(at_once=at_once)

@@ -1,0 +1,193 @@
+"""Reads a split: lines of text, JSON lines, rows of Parquet and CSV files, as pieces that know where they are from."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedReader
+from typing import IO, Any, cast
+
+import orjson
+
+from manyhands.errors import DataError
+from manyhands.prepare.bad_records import BadRecords
+from manyhands.prepare.chunks import CHUNK_BYTES, TABLE_CHUNK_BYTES, Chunk
+from manyhands.prepare.listing import Split
+from manyhands.prepare.pipeline import Piece
+from manyhands.prepare.storage import open_to_read
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def read_split(
+    split: Split, bad: BadRecords, columns: tuple[str, ...] | None, types: Mapping[str, str]
+) -> Iterator[Piece]:
+    """The records of a split. Those that can't be read are set aside. Raises DataError for a file that breaks off."""
+    if split.format == "parquet":
+        return _parquet(split, columns)
+    if split.format == "csv":
+        from manyhands.prepare.reading_csv import read_csv
+
+        return read_csv(split, bad, types, opened)
+    return _lines(split, bad, _text if split.format == "text" else _json)
+
+
+@contextmanager
+def opened(split: Split) -> Iterator[IO[bytes]]:
+    """The split's file, decompressed. Errors of reading it become DataError."""
+    try:
+        with open_to_read(split.path) as raw:
+            if split.compression == "gzip":
+                yield cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
+            elif split.compression == "zstd":
+                import pyarrow as pa
+
+                yield BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
+            else:
+                yield raw
+    except (OSError, EOFError, zlib.error) as error:
+        broken = split.compression and not isinstance(error, (FileNotFoundError, PermissionError))
+        raise DataError(
+            f"a {split.compression} file is broken off or damaged: {error}"
+            if broken
+            else f"a file can't be read: {error}",
+            where=split.path,
+            hint="get the file again: an unknown number of records is missing, so it can't be skipped"
+            if broken
+            else None,
+        ) from error
+
+
+def line_blocks(file: IO[bytes], start: int, end: int | None) -> Iterator[bytes]:
+    """Whole lines, about a chunk at a time: those that begin in bytes `start` to `end` of the file."""
+    position = start
+    if start:
+        file.seek(start - 1)
+        position += len(file.readline()) - 1
+    while end is None or position < end:
+        data = file.read(CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - position))
+        if not data:
+            return
+        if data[-1:] != b"\n":
+            data += file.readline()
+        yield data
+        position += len(data)
+
+
+def _lines(split: Split, bad: BadRecords, parse: Callable[..., tuple[list[Any], list[int] | None]]) -> Iterator[Piece]:
+    seen = 0
+    with opened(split) as file:
+        for data in line_blocks(file, split.start, split.end):
+            if not seen and not split.start and data.startswith(_BOM):
+                data = data[len(_BOM) :]
+            lines = data.split(b"\n")
+            if not lines[-1]:
+                lines.pop()
+            place = _Place(split, seen)
+            records, kept = parse(lines, place, bad)
+            yield Piece(records, place if kept is None else _chosen(place, kept))
+            seen += len(lines)
+
+
+class _Place:
+    """File and line of the i-th line of a block. The lines before the split are counted only when that is asked."""
+
+    def __init__(self, split: Split, before: int) -> None:
+        self._split, self._before = split, before
+
+    def __call__(self, index: int) -> str:
+        before = self._before + 1 + index
+        if self._split.start:
+            with open_to_read(self._split.path) as file:
+                for data in line_blocks(file, 0, self._split.start):
+                    before += data.count(b"\n")
+        return f"{self._split.path}, line {before}"
+
+
+def _text(lines: list[bytes], place: Callable[[int], str], bad: BadRecords) -> tuple[list[Any], list[int] | None]:
+    """Lines as text, without their ends; and which lines they are, if not all."""
+    try:
+        texts = b"\n".join(lines).decode().split("\n") if lines else []
+        return ([text.removesuffix("\r") for text in texts] if "\r" in "".join(texts) else texts), None
+    except UnicodeDecodeError:
+        return _each(lines, lambda line: line.decode().removesuffix("\r"), place, bad)
+
+
+def _json(lines: list[bytes], place: Callable[[int], str], bad: BadRecords) -> tuple[list[Any], list[int] | None]:
+    """Lines as JSON values; empty lines are none."""
+    try:
+        return list(map(orjson.loads, lines)), None
+    except orjson.JSONDecodeError:
+        return _each(lines, _loads, place, bad, skip_empty=True)
+
+
+def _loads(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(line.decode())  # whole numbers beyond 64 bits, NaN; or an error that says where
+
+
+def _each(
+    lines: list[bytes],
+    parse: Callable[[bytes], Any],
+    place: Callable[[int], str],
+    bad: BadRecords,
+    *,
+    skip_empty: bool = False,
+) -> tuple[list[Any], list[int]]:
+    records, kept = [], []
+    for index, line in enumerate(lines):
+        if skip_empty and not line.strip():
+            continue
+        try:
+            records.append(parse(line))
+            kept.append(index)
+        except UnicodeDecodeError as error:
+            shown = line.decode(errors="backslashreplace")
+            bad.add(place(index), f"the line is not UTF-8 text: {error.reason} at byte {error.start + 1}", shown, error)
+        except ValueError as error:
+            bad.add(place(index), f"the line is not JSON: {error}", line.decode(errors="backslashreplace"), error)
+    return records, kept
+
+
+def _parquet(split: Split, columns: tuple[str, ...] | None) -> Iterator[Piece]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    seen = 0
+    try:
+        with open_to_read(split.path) as raw:
+            reader = pq.ParquetFile(raw)
+            groups = [reader.metadata.row_group(index) for index in split.row_groups]
+            rows = sum(group.num_rows for group in groups)
+            size = sum(group.total_byte_size for group in groups)
+            batch = max(1, min(65_536, rows * TABLE_CHUNK_BYTES // max(1, size)))
+            before = sum(reader.metadata.row_group(index).num_rows for index in range(split.row_groups[0]))
+            wanted = None if columns is None else list(columns)
+            if wanted is not None and (unknown := [name for name in wanted if name not in reader.schema_arrow.names]):
+                raise DataError(
+                    f"there is no column {unknown[0]!r}",
+                    where=split.path,
+                    expected=f"one of {', '.join(reader.schema_arrow.names)}",
+                    got=repr(unknown[0]),
+                )
+            batches = reader.iter_batches(batch, list(split.row_groups), wanted, use_threads=False)
+            for one in batches:
+                chunk: Chunk = pa.Table.from_batches([one]).replace_schema_metadata()
+                first = before + seen + 1
+                yield Piece(chunk, _row(split.path, first))
+                seen += one.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"a Parquet file can't be read: {error}", where=split.path) from error
+
+
+def _chosen(place: Callable[[int], str], kept: list[int]) -> Callable[[int], str]:
+    return lambda index: place(kept[index])
+
+
+def _row(path: str, first: int) -> Callable[[int], str]:
+    return lambda index: f"{path}, row {first + index}"

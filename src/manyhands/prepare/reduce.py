@@ -1,0 +1,204 @@
+"""The beginning of a stage behind a shuffle: one range of keys out of all run files, within a limit of memory.
+
+The range is worked on in parts that fit: each is loaded, put in order and let go. Where the parts are cut changes
+nothing in what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+from manyhands.prepare.aggregate import Grouping
+from manyhands.prepare.arrange import ORDER_COLUMN, in_key_order
+from manyhands.prepare.chunks import TABLE_CHUNK_BYTES, Chunk, concatenate, num_records, part_of
+from manyhands.prepare.keyed import Cut, Keyed, KeyedLists, KeyedTable, joined
+from manyhands.prepare.run_file import Block, cuts_by_size, read_blocks, read_index, trimmed
+
+
+class Range(NamedTuple):
+    """From one cut to another."""
+
+    start: Cut | None
+    stop: Cut | None
+
+    @property
+    def is_one_key(self) -> bool:
+        """It holds the records of a single key."""
+        return self.start is not None and self.stop == (self.start[0], 1) and self.start[1] == 0
+
+
+EVERYTHING = Range(None, None)
+
+
+class RangeReader:
+    """Reads one range of keys out of run files, in the order of the files and their runs.
+
+    by: the key columns of tables. limit_bytes: how large a part may be, as estimated from its records.
+    """
+
+    def __init__(self, paths: Sequence[str], by: tuple[str, ...], wanted: Range, limit_bytes: int) -> None:
+        self._by, self._wanted, self._limit_bytes = by, wanted, limit_bytes
+        self._runs: list[tuple[str, list[Block]]] = []
+        for path in paths:
+            for run in read_index(path):
+                touched = [block for block in run if block.touches(*wanted)]
+                if touched:
+                    self._runs.append((path, touched))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All that touch the range."""
+        return [block for _, run in self._runs for block in run]
+
+    def parts(self, others: Sequence[RangeReader] = ()) -> list[Range]:
+        """The range, cut into parts that fit in memory together with the same parts of `others`."""
+        blocks = [block for reader in (self, *others) for block in reader.blocks]
+        start, stop = self._wanted
+        cuts = [
+            cut
+            for cut in cuts_by_size(blocks, self._limit_bytes)
+            if (start is None or cut > start) and (stop is None or cut < stop)
+        ]
+        edges: list[Cut | None] = [start, *cuts, stop]
+        return [Range(low, high) for low, high in pairwise(edges)]
+
+    def stream(self, part: Range) -> Iterator[Keyed]:
+        """The records of a part, run after run, a few blocks at a time."""
+        for path, run in self._runs:
+            touched = [block for block in run if block.touches(*part)]
+            for block in touched:
+                for keyed in read_blocks(path, [block], self._by):
+                    found = trimmed(keyed, *part)
+                    if len(found):
+                        yield found
+
+
+class Reducer(Protocol):
+    """What is done with the records of a range of keys."""
+
+    @property
+    def by(self) -> tuple[str, ...]:
+        """The key columns of tables."""
+        ...
+
+    @property
+    def descending(self) -> bool:
+        """The first partition has the greatest keys."""
+        ...
+
+    def reduce(self, readers: Sequence[RangeReader]) -> Iterator[Chunk]:
+        """The chunks that come out; a reader for each side."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """The records in the order of their keys; equal keys in the order of the input."""
+
+    by: tuple[str, ...]
+    descending: bool = False
+
+    def reduce(self, readers: Sequence[RangeReader]) -> Iterator[Chunk]:
+        (reader,) = readers
+        parts = reader.parts()
+        for part in reversed(parts) if self.descending else parts:
+            if part.is_one_key:  # perhaps more than fits: all have the same key, and the runs are in the order wanted
+                for keyed in reader.stream(part):
+                    yield self._records(keyed)
+            elif found := list(reader.stream(part)):
+                yield self._records(joined(found).in_order(descending=self.descending))
+
+    def _records(self, keyed: Keyed) -> Chunk:
+        if isinstance(keyed, KeyedTable) and self.by == (ORDER_COLUMN,):
+            return keyed.table.drop_columns([ORDER_COLUMN])
+        return keyed.chunk
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A record per group: a dict of the key's columns and the aggregates; or the only aggregate itself, if `bare`."""
+
+    grouping: Grouping
+    key_names: tuple[str, ...]
+    bare: bool = False
+    by: tuple[str, ...] = ()
+    descending: bool = False
+
+    def reduce(self, readers: Sequence[RangeReader]) -> Iterator[Chunk]:
+        (reader,) = readers
+        for part in reader.parts():
+            states: list[dict[Any, Any]] = [{} for _ in self.grouping.aggregates]
+            for keyed in reader.stream(part):
+                if isinstance(keyed, KeyedLists):
+                    self.grouping.merge_into(states, keyed)
+            if states[0]:
+                yield self._records(in_key_order(states))
+
+    def _records(self, groups: KeyedLists) -> Chunk:
+        columns = []
+        for aggregate, states in zip(self.grouping.aggregates.values(), groups.columns, strict=True):
+            columns.append(states if aggregate.finish is None else list(map(aggregate.finish, states)))
+        if self.bare:
+            return columns[0]
+        names = (*self.key_names, *self.grouping.aggregates)
+        if len(self.key_names) == 1:
+            return [dict(zip(names, row, strict=True)) for row in zip(groups.keys, *columns, strict=True)]
+        return [dict(zip(names, (*key, *row), strict=True)) for key, *row in zip(groups.keys, *columns, strict=True)]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Pairs (left, right) of records with the same key; `how`: whether one side may be missing, as None."""
+
+    how: str
+    by: tuple[str, ...] = ()
+    descending: bool = False
+
+    def reduce(self, readers: Sequence[RangeReader]) -> Iterator[Chunk]:
+        left, right = readers
+        for part in left.parts([right]):
+            groups = [_groups(reader, part) for reader in readers]
+            keys = list({**groups[0], **groups[1]})
+            for key in KeyedLists(keys, [keys]).in_order().keys:
+                yield from self._pairs(groups[0].get(key), groups[1].get(key))
+
+    def _pairs(self, lefts: list[Any] | None, rights: list[Any] | None) -> Iterator[Chunk]:
+        if lefts is None:
+            lefts = [None] if self.how in ("right", "outer") else []
+        if rights is None:
+            rights = [None] if self.how in ("left", "outer") else []
+        for left in lefts:
+            yield [(left, right) for right in rights]
+
+
+def _groups(reader: RangeReader, part: Range) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for keyed in reader.stream(part):
+        lists = keyed.as_lists() if isinstance(keyed, KeyedTable) else keyed
+        for key, record in zip(lists.keys, lists.columns[0], strict=True):
+            groups.setdefault(key, []).append(record)
+    return groups
+
+
+def rebatched(chunks: Iterator[Chunk], readers: Sequence[RangeReader]) -> Iterator[Chunk]:
+    """The same records in chunks of a size that doesn't depend on memory: batches that functions see stay the same."""
+    blocks = [block for reader in readers for block in reader.blocks]
+    records, size = sum(block.records for block in blocks), sum(block.size_bytes for block in blocks)
+    want = max(1, min(65_536, records * TABLE_CHUNK_BYTES // max(1, size)))
+    waiting: list[Chunk] = []
+    count = 0
+    for chunk in chunks:
+        start, total = 0, num_records(chunk)
+        while count + total - start >= want:
+            waiting.append(part_of(chunk, start, start + want - count))
+            start += want - count
+            yield concatenate(waiting)
+            waiting, count = [], 0
+        if start < total:
+            waiting.append(part_of(chunk, start, total))
+            count += total - start
+    if waiting:
+        yield concatenate(waiting)

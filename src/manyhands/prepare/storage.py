@@ -1,0 +1,156 @@
+"""Where files are: a local folder, or any address that fsspec knows. Files appear whole or not at all.
+
+On a local disk a file is written under a temporary name and linked to its own: the first of several writers wins. An
+object store publishes a file when its last byte has arrived; a later writer, whose bytes are the same, changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import IO, Any
+
+from manyhands.errors import ConfigError
+
+TEMPORARY = ".tmp"
+_attempts = count()
+
+
+def is_local(path: str) -> bool:
+    """A path of this machine's file system, not an address such as s3://bucket/key."""
+    return "://" not in path
+
+
+def join(folder: str, name: str) -> str:
+    """The path of `name` in `folder`."""
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """The fsspec file system of an address, and the path in it. Raises ConfigError for one that it can't have."""
+    try:
+        import fsspec
+
+        system, inner = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"the address can't be used: {error}", where=path, hint="install fsspec's package for it: s3fs, gcsfs, ..."
+        ) from error
+    return system, inner
+
+
+def open_to_read(path: str) -> IO[bytes]:
+    """The file, for reading and seeking. Raises OSError."""
+    if is_local(path):
+        return open(path, "rb")
+    system, inner = file_system(path)
+    file: IO[bytes] = system.open(inner, "rb")
+    return file
+
+
+@contextmanager
+def publish(path: str) -> Iterator[IO[bytes]]:
+    """A file to write, that appears under `path` when the block ends: not if it raises, nor if nothing was written."""
+    if is_local(path):
+        folder, name = os.path.split(path)
+        temporary = os.path.join(folder, f".{name}.{os.getpid()}-{next(_attempts)}{TEMPORARY}")
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                if not file.tell():
+                    return
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                pass  # the first writer has won, and its bytes are ours
+            except OSError:  # a file system without links
+                os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+        return
+    system, inner = file_system(path)
+    with tempfile.NamedTemporaryFile() as file:
+        yield file
+        if not file.tell():
+            return
+        file.flush()
+        system.put_file(file.name, inner)
+
+
+def read_bytes(path: str) -> bytes:
+    """All of a file. Raises OSError."""
+    with open_to_read(path) as file:
+        return file.read()
+
+
+def replace_bytes(path: str, data: bytes) -> None:
+    """Make `data` the file's content, on the disk, in place of what was there."""
+    if not is_local(path):
+        system, inner = file_system(path)
+        system.pipe_file(inner, data)
+        return
+    temporary = f"{path}.{os.getpid()}-{next(_attempts)}{TEMPORARY}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def exists(path: str) -> bool:
+    """There is a file or folder of that name."""
+    if is_local(path):
+        return os.path.lexists(path)
+    system, inner = file_system(path)
+    return bool(system.exists(inner))
+
+
+def names_in(folder: str) -> list[str]:
+    """The names of all files and folders in a folder, sorted; none if there is no such folder."""
+    if is_local(folder):
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    system, inner = file_system(folder)
+    if not system.isdir(inner):
+        return []
+    system.invalidate_cache()
+    return sorted(entry.rstrip("/").rpartition("/")[2] for entry in system.ls(inner, detail=False))
+
+
+def make_folder(folder: str) -> None:
+    """Make the folder and those above it, where they aren't there."""
+    if is_local(folder):
+        os.makedirs(folder, exist_ok=True)
+        return
+    system, inner = file_system(folder)
+    system.makedirs(inner, exist_ok=True)
+
+
+def move(path: str, to: str) -> None:
+    """Give a file another name, in place of what has that name."""
+    if is_local(path):
+        os.replace(path, to)
+        return
+    system, inner = file_system(path)
+    system.mv(inner, file_system(to)[1])
+
+
+def remove(path: str) -> None:
+    """Delete a file or a folder with all that is in it, if it is there."""
+    if is_local(path):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            os.unlink(path)
+        return
+    system, inner = file_system(path)
+    if system.exists(inner):
+        system.rm(inner, recursive=True)

@@ -1,0 +1,220 @@
+"""The unit of work: a pure function of (plan, stage, partition) that leaves one file, and a note that it is done.
+
+Whoever runs it, wherever and however often: the file has the same records, and the first one published stays.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import cloudpickle  # type: ignore[import-untyped]
+
+from manyhands.errors import DataError
+from manyhands.numerics.counters import derive
+from manyhands.prepare.bad_records import BadRecords
+from manyhands.prepare.chunks import Chunk, num_records
+from manyhands.prepare.hashed import HashedFile
+from manyhands.prepare.pipeline import Piece, Pipeline, whole
+from manyhands.prepare.plan import Counting, Given, Kept, Output, Plan, Read, Stage
+from manyhands.prepare.reading import read_split
+from manyhands.prepare.reduce import EVERYTHING, Range, RangeReader, rebatched
+from manyhands.prepare.run_file import RunFileWriter, read_blocks, read_index
+from manyhands.prepare.storage import join, publish, read_bytes, replace_bytes
+from manyhands.prepare.writing import Writer, file_name, open_writer
+
+_BASE_BYTES = 2**27  # of a worker's memory, before it has any records
+_EXPANSION = 8  # how much more memory records take while they are read and put in order than their estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Small, and all that is needed. `inputs`: for each stage that it reads, the files. `wanted`: its range of keys."""
+
+    plan_path: str
+    folder: str
+    stage: int
+    partition: int
+    inputs: tuple[tuple[str, ...], ...] = ()
+    wanted: Range = EVERYTHING
+    memory_bytes: int
+    max_bad_records: int
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"stage {self.stage}, partition {self.partition}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What came of a task: counts, and the name and hash of its file. Nothing of the data goes through the engine."""
+
+    stage: int
+    partition: int
+    records_in: int
+    records: int
+    bytes_out: int
+    bad_records: int
+    file: str | None
+    sha256: str | None
+    seconds: float
+
+
+def run_task(task: Task) -> TaskResult:
+    """Do a task, unless it is done. Raises DataError for data that can't be used, or a full disk."""
+    found = finished(task.folder, task.stage, task.partition)
+    if found is not None:
+        return found
+    began = time.monotonic()
+    stage = load_plan(task.plan_path).stages[task.stage]
+    random.seed(derive(0, "task", stage.identity, task.partition))  # functions that draw get the same every time
+    bad = BadRecords(task.max_bad_records)
+    try:
+        made = _END_OF.get(type(stage.end), _arrange)(task, stage, bad)
+    except OSError as error:
+        raise DataError(
+            f"a task could not read or write: {error}",
+            where=task.name,
+            hint="if the disk is full, make room, and run again: what is done stays done",
+        ) from error
+    if bad.found:
+        replace_bytes(join(task.folder, f"part-{task.partition:05d}.bad"), bad.to_jsonl())
+    result = TaskResult(
+        stage=task.stage,
+        partition=task.partition,
+        records_in=made.records_in,
+        records=made.records,
+        bytes_out=made.bytes_out,
+        bad_records=len(bad.found),
+        file=made.file,
+        sha256=made.sha256,
+        seconds=time.monotonic() - began,
+    )
+    with publish(_done_path(task.folder, task.partition)) as note:
+        note.write(json.dumps(asdict(result)).encode())
+    return result
+
+
+def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
+    """What came of this task when it was done; None if it has to be done."""
+    try:
+        noted = json.loads(read_bytes(_done_path(folder, partition)))
+    except (OSError, ValueError):
+        return None
+    return TaskResult(**{**noted, "stage": stage})
+
+
+def chunks_of(task: Task) -> Iterator[Chunk]:
+    """The records of a task of a plan's last stage, without writing them."""
+    stage = load_plan(task.plan_path).stages[task.stage]
+    bad = BadRecords(task.max_bad_records)
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, whole)
+    return pipeline.run(_pieces(task, stage, bad))
+
+
+@lru_cache(maxsize=1)
+def load_plan(path: str) -> Plan:
+    """The plan of a job, as it was saved."""
+    plan: Plan = cloudpickle.loads(read_bytes(path))
+    return plan
+
+
+def _done_path(folder: str, partition: int) -> str:
+    return join(folder, f"part-{partition:05d}.done")
+
+
+def runs_path(folder: str, partition: int) -> str:
+    """The file that a task before a shuffle leaves."""
+    return join(folder, f"part-{partition:05d}.runs")
+
+
+class _Made(NamedTuple):
+    """What the end of a stage has made: counts, and the output file with its hash, if there is one."""
+
+    records_in: int
+    records: int
+    bytes_out: int
+    file: str | None = None
+    sha256: str | None = None
+
+
+def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Made:
+    arrangement: Any = stage.end
+    keyed: Callable[[Chunk], Any] = arrangement.keyed(task.partition)
+    pipeline = Pipeline(stage.operations, task.partition, bad, keyed)
+    path = runs_path(task.folder, task.partition)
+    with publish(path) as file:
+        runs = RunFileWriter(file, stage.block_bytes)
+        writer = arrangement.writer(runs, stage.partition_bytes)
+        for chunk in pipeline.run(_pieces(task, stage, bad)):
+            writer.add(chunk)
+        writer.flush()
+        runs.close()
+    records = sum(block.records for run in runs.runs for block in run)
+    return _Made(pipeline.records_in, records, runs.written_bytes)
+
+
+def _output(task: Task, stage: Stage, bad: BadRecords) -> _Made:
+    output: Any = stage.end
+    name = file_name(task.partition, output.form)
+    path = join(task.folder, name)
+    records = 0
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, whole)
+    with publish(path) as opened:
+        file: Any = HashedFile(opened)
+        writer: Writer | None = None
+        for chunk in pipeline.run(_pieces(task, stage, bad)):
+            if num_records(chunk):
+                writer = writer or open_writer(output.form, file, output.schema, f"{name}, {task.name}")
+                writer.add(chunk)
+                records += num_records(chunk)
+        if writer is not None:
+            writer.close()
+        file.sync()
+    if writer is None:
+        return _Made(pipeline.records_in, 0, 0)
+    return _Made(pipeline.records_in, records, file.tell(), name, file.hexdigest())
+
+
+def _count(task: Task, stage: Stage, bad: BadRecords) -> _Made:
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, whole)
+    records = sum(num_records(chunk) for chunk in pipeline.run(_pieces(task, stage, bad)))
+    return _Made(pipeline.records_in, records, 0)
+
+
+_END_OF: dict[type, Callable[[Task, Stage, BadRecords], _Made]] = {
+    Output: _output,
+    Counting: _count,
+}
+
+
+def _pieces(task: Task, stage: Stage, bad: BadRecords) -> Iterator[Piece]:
+    source = stage.source
+    if isinstance(source, Read):
+        yield from read_split(source.splits[task.partition], bad, source.columns, source.types)
+    elif isinstance(source, Given):
+        yield Piece(list(source.partitions[task.partition]), _placed("given records", task.partition, 0))
+    elif isinstance(source, Kept):
+        seen = 0
+        path = source.paths[task.partition]
+        for run in read_index(path):
+            for keyed in read_blocks(path, run, ()):
+                yield Piece(keyed.chunk, _placed(path, task.partition, seen))
+                seen += len(keyed)
+    else:
+        limit = max(4 * stage.block_bytes, (task.memory_bytes - _BASE_BYTES) // _EXPANSION)
+        readers = [RangeReader(paths, source.reducer.by, task.wanted, limit) for paths in task.inputs]
+        seen = 0
+        for chunk in rebatched(source.reducer.reduce(readers), readers):
+            yield Piece(chunk, _placed(f"stage {stage.number}", task.partition, seen))
+            seen += num_records(chunk)
+
+
+def _placed(what: str, partition: int, before: int) -> Callable[[int], str]:
+    return lambda index: f"{what}, partition {partition}, record {before + index + 1}"

@@ -1,0 +1,68 @@
+"""A worker process of the pool: takes tasks from a connection, one at a time, and ends when its other end is gone."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from manyhands.errors import DataError, ManyhandsError
+
+
+def main() -> None:
+    """Serve the connection whose file descriptor is the only argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to everyone; the parent answers it
+    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    threading.Thread(target=_end_with_parent, args=(connection.fileno(), os.getppid()), daemon=True).start()
+    try:
+        from manyhands.prepare.task import run_task
+
+        connection.send_bytes(pickle.dumps(("ready", None, rss_bytes())))
+        while True:
+            task = pickle.loads(connection.recv_bytes())
+            try:
+                answer: tuple[str, object, int] = ("done", run_task(task), rss_bytes())
+            except BaseException as error:
+                answer = ("failed", _portable(error, task.name), rss_bytes())
+            connection.send_bytes(pickle.dumps(answer))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent wants no more
+
+
+def rss_bytes() -> int:
+    """How much memory this process has now; 0 where /proc isn't there."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _end_with_parent(fd: int, parent: int) -> None:
+    """End this process at once when the parent is gone, in the middle of a task, too: however the parent ended."""
+    poller = select.poll()
+    poller.register(fd, 0)  # reports only that the other end was closed
+    while os.getppid() == parent:
+        if poller.poll(1000):
+            break
+    os._exit(1)
+
+
+def _portable(error: BaseException, name: str) -> BaseException:
+    """The error, if it can be sent; with the traceback in words. What isn't ours becomes a DataError of this task."""
+    if not isinstance(error, ManyhandsError):
+        story = "".join(traceback.format_exception(error))
+        error = DataError(f"a task failed: {type(error).__name__}: {error}", where=name, detail=story)
+    elif error.__cause__ is not None and error.detail is None:
+        error.detail = "".join(traceback.format_exception(error.__cause__))
+    return error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Preparing data: what comes out is right (DuckDB says what is), whatever the partitions and the memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import manyhands as mh
+from manyhands.prepare.engine import InProcess
+
+TIGHT = InProcess(0)  # ranges are worked on a few blocks at a time
+TINY = 512  # bytes a partition: a few records
+
+keys = st.one_of(st.integers(-3, 3), st.integers(-(2**62), 2**62))
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=4)
+rows = st.lists(st.fixed_dictionaries({"k": keys, "t": texts, "v": st.integers(-(10**6), 10**6)}), max_size=60)
+cases = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def dataset(records: list[Any], *, as_table: bool) -> mh.Dataset:
+    made = mh.Dataset.from_records(records, partition_bytes=TINY)
+    return made.map_batches(lambda table: table) if as_table else made
+
+
+def all_of(made: mh.Dataset) -> list[Any]:
+    return made.take(10**9, engine=TIGHT, progress=False)
+
+
+def table_of(records: list[dict[str, Any]]) -> pa.Table:
+    return pa.table(
+        {
+            name: pa.array([r[name] for r in records], kind)
+            for name, kind in (("k", "int64"), ("t", "string"), ("v", "int64"))
+        }
+    )
+
+
+def ask(sql: str, *tables: pa.Table) -> list[tuple[Any, ...]]:
+    with duckdb.connect() as connection:
+        for name, table in zip("ab", tables, strict=False):
+            connection.register(name, table)
+        return connection.execute(sql).fetchall()
+
+
+@cases
+@given(rows, st.booleans(), st.sampled_from([("k",), ("t",), ("k", "t")]))
+def test_groups_are_those_of_duckdb(records: list[dict[str, Any]], as_table: bool, by: tuple[str, ...]) -> None:
+    ways = mh.Aggregate
+    groups = dataset(records, as_table=as_table).group_by(by)
+    made = groups.aggregate(
+        n=ways.count(),
+        total=ways.sum(of="v"),
+        least=ways.minimum(of="v"),
+        most=ways.maximum(of="v"),
+        mean=ways.mean(of="v"),
+    )
+    names = ", ".join(by)
+    asked = ask(
+        f"select {names}, count(*), sum(v), min(v), max(v), avg(v) from a group by {names} order by {names}",
+        table_of(records),
+    )
+    assert [tuple(row.values()) for row in all_of(made)] == asked
+
+
+@cases
+@given(rows, st.booleans(), st.booleans(), st.sampled_from(["k", "t", ["t", "k"]]))
+def test_sorting_is_that_of_duckdb_and_keeps_the_order_of_equals(
+    records: list[dict[str, Any]], as_table: bool, descending: bool, by: Any
+) -> None:
+    numbered = [{**record, "v": number} for number, record in enumerate(records)]
+    order = "desc" if descending else "asc"
+    names = ", ".join(f"{name} {order}" for name in ([by] if isinstance(by, str) else by))
+    made = all_of(dataset(numbered, as_table=as_table).sort_by(by, descending=descending))
+    assert [(row["k"], row["t"], row["v"]) for row in made] == ask(
+        f"select k, t, v from a order by {names}, v", table_of(numbered)
+    )
+
+
+@cases
+@given(rows, rows, st.booleans(), st.sampled_from(["inner", "left", "right", "outer"]))
+def test_joins_are_those_of_duckdb(
+    left: list[dict[str, Any]], right: list[dict[str, Any]], as_table: bool, how: str
+) -> None:
+    made = dataset(left, as_table=as_table).join(dataset(right, as_table=False), on="k", how=how)
+    none = {"k": None, "v": None}
+    pairs = [tuple(side[name] for side in (a or none, b or none) for name in ("k", "v")) for a, b in all_of(made)]
+    sql = f"select a.k, a.v, b.k, b.v from a {'full' if how == 'outer' else how} join b on a.k = b.k"
+    assert Counter(pairs) == Counter(ask(sql, table_of(left), table_of(right)))
+    ordered = [pair[0] if pair[0] is not None else pair[2] for pair in pairs]
+    assert ordered == sorted(ordered)
+
+
+@cases
+@given(rows, st.booleans())
+def test_distinct_records_are_those_of_duckdb(records: list[dict[str, Any]], as_table: bool) -> None:
+    twice = records + records[::2]
+    made = [(row["k"], row["t"], row["v"]) for row in all_of(dataset(twice, as_table=as_table).distinct())]
+    assert len(made) == len(set(made))
+    assert set(made) == set(ask("select distinct k, t, v from a", table_of(twice)))
+    firsts = all_of(dataset(twice, as_table=as_table).distinct(key="k"))
+    assert firsts == [{**record} for _, record in sorted({r["k"]: r for r in reversed(twice)}.items())]
+
+
+@cases
+@given(st.lists(st.one_of(st.integers(), st.text(max_size=9)), max_size=80), st.integers(0, 3))
+def test_a_shuffle_loses_nothing_and_depends_on_its_seed_alone(records: list[Any], seed: int) -> None:
+    made = dataset(records, as_table=False)
+    shuffled = all_of(made.shuffle(seed))
+    assert Counter(map(repr, shuffled)) == Counter(map(repr, records))
+    assert shuffled == made.shuffle(seed).take(10**9, workers=0, progress=False)  # ample memory
+    assert all_of(made.repartition()) == records
+
+
+def test_another_seed_is_another_order_and_samples_are_as_large_as_asked() -> None:
+    made = mh.Dataset.from_records(range(20_000), partition_bytes=2**14)
+    first, other = (made.shuffle(seed).take(10**9, workers=0, progress=False) for seed in (1, 2))
+    assert first != other
+    assert sorted(first) == sorted(other) == list(range(20_000))
+    assert sum(value < 10_000 for value in first[:10_000]) == pytest.approx(5000, abs=250)
+    for as_table in (False, True):
+        source = made.map_batches(lambda table: table) if as_table else made
+        assert source.sample(0.1, seed=3).count(workers=0, progress=False) == pytest.approx(2000, abs=200)
+    assert made.sample(0.0).count(workers=0) == 0
+    assert made.sample(1.0).count(workers=0) == 20_000
+
+
+def test_a_key_that_outweighs_all_others_is_sorted_within_little_memory() -> None:
+    records = [{"k": 7 if number % 10 else number, "n": number} for number in range(600)]
+    for as_table in (False, True):
+        made = all_of(dataset(records, as_table=as_table).sort_by("k"))
+        assert made == sorted(records, key=lambda record: record["k"])
+
+
+def test_steps_do_what_their_names_say() -> None:
+    made = mh.Dataset.from_records([1, 2, 3, 4], partition_bytes=16)
+    assert all_of(made.map(lambda x: x * x).filter(lambda x: x % 2)) == [1, 9]
+    assert all_of(made.flat_map(range)) == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3]
+    assert all_of(made.key_by(lambda x: x % 2)) == [(1, 1), (0, 2), (1, 3), (0, 4)]
+    assert all_of(made.map_batches(lambda batch: {"x": batch["value"] * 2}, form="numpy")) == [
+        {"x": x} for x in (2, 4, 6, 8)
+    ]
+    own = mh.Aggregate(start=lambda x: [x], add=lambda xs, x: [*xs, x], merge=lambda xs, ys: xs + ys, finish=tuple)
+    assert all_of(made.group_by(lambda x: x % 2).aggregate(all=own)) == [
+        {"key": 0, "all": (2, 4)},
+        {"key": 1, "all": (1, 3)},
+    ]
+    assert made.take(2, workers=0) == [1, 2]
+    assert made.take(0, workers=0) == []
+    assert mh.Dataset.from_records([]).group_by().aggregate(n=mh.Aggregate.count()).count(workers=0) == 0
+
+
+def test_all_formats_come_back_as_they_were_written(tmp_path: Path) -> None:
+    records = [{"n": number, "text": f"ü {number}", "nothing": None} for number in range(100)]
+    source = mh.Dataset.from_records(records, partition_bytes=2**10)
+    for form in ("jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
+        written = source.write(str(tmp_path / form), format=form, workers=0, progress=False)
+        assert written.records == 100
+        assert len(written.files) > 1
+        assert all_of(mh.Dataset.read(written.path)) == records
+    lines = source.map(lambda record: record["text"])
+    for form in ("text", "text.gz", "text.zst"):
+        written = lines.write(str(tmp_path / form), format=form, workers=0, progress=False)
+        assert all_of(mh.Dataset.read(written.path)) == [record["text"] for record in records]
+
+
+def test_csv_is_text_unless_it_is_said_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('zip,age,says\n007,3,"two\nlines"\n010,,x\n')
+    assert all_of(mh.Dataset.read(str(tmp_path / "a.csv"))) == [
+        {"zip": "007", "age": "3", "says": "two\nlines"},
+        {"zip": "010", "age": "", "says": "x"},
+    ]
+    typed = all_of(mh.Dataset.read(str(tmp_path / "a.csv"), types={"age": "int64"}))
+    assert [row["age"] for row in typed] == [3, None]
+
+
+def test_parquet_is_read_by_row_groups_and_columns(tmp_path: Path) -> None:
+    table = pa.table({"n": range(1000), "t": [f"text {n}" for n in range(1000)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=100)
+    made = mh.Dataset.read(str(tmp_path), columns=["n"], partition_bytes=2**12)
+    assert "partitions" in made.explain()
+    assert all_of(made) == [{"n": n} for n in range(1000)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=12), max_size=30),
+    st.integers(1, 60),
+    st.booleans(),
+)
+def test_every_line_is_read_once_wherever_files_are_cut(
+    tmp_path: Path, lines: list[str], size: int, ends: bool
+) -> None:
+    text = "\n".join(lines) + ("\n" if ends and lines else "")
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    expected = text.removeprefix("\ufeff").split("\n")
+    if expected[-1] == "":
+        expected.pop()
+    assert all_of(mh.Dataset.read(str(tmp_path / "a.txt"), partition_bytes=size)) == expected
+
+
+def test_addresses_of_fsspec_can_be_read_and_written() -> None:
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.pipe("/in/a.jsonl", b'{"x": 1}\n{"x": 2}\n')
+    system.pipe("/in/b.jsonl.gz", gzip.compress(b'{"x": 3}\n'))
+    made = mh.Dataset.read("memory://in/*").group_by(lambda row: row["x"] % 2).aggregate(n=mh.Aggregate.count())
+    written = made.write("memory://out", workers=0, progress=False)
+    assert all_of(mh.Dataset.read("memory://out")) == [{"key": 0, "n": 1}, {"key": 1, "n": 2}]
+    assert made.write("memory://out", workers=0, progress=False).digest == written.digest
+    assert not [path for path in system.find("/out") if ".manyhands" in path]
+
+
+def test_a_cache_is_computed_once(tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+
+    def note(x: int) -> int:
+        with seen.open("a") as file:
+            file.write("x")
+        return x
+
+    made = mh.Dataset.from_records([1, 2, 3], partition_bytes=16).map(note).cache()
+    assert all_of(made) == [1, 2, 3]
+    assert all_of(made.map(lambda x: -x)) == [-1, -2, -3]
+    assert made.count(workers=0) == 3
+    assert len(seen.read_text()) == 3
+
+
+def test_what_is_there_is_not_computed_again_and_another_job_is_refused(tmp_path: Path) -> None:
+    made = mh.Dataset.from_records([3, 1, 2], partition_bytes=16)
+    first = made.sort_by().write(str(tmp_path / "out"), workers=0)
+    again = made.sort_by().write(str(tmp_path / "out"), workers=0)
+    assert (first.digest, bool(first.stages)) == (again.digest, True)
+    assert not again.stages
+    with pytest.raises(mh.ConfigError, match="holds the output of another job"):
+        made.write(str(tmp_path / "out"), workers=0)
+    assert made.write(str(tmp_path / "out"), workers=0, overwrite=True).digest != first.digest
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["records"] == 3
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(mh.ConfigError, match="something that isn't an output"):
+        made.write(str(tmp_path / "mine"), workers=0, overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_the_plan_is_cut_at_shuffles_and_knows_its_partitions(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("x y\n" * 100)
+    made = mh.Dataset.read(f"{tmp_path}/*.txt", partition_bytes=200)
+    words = made.flat_map(str.split).group_by().aggregate(n=mh.Aggregate.count())
+    assert words.sort_by("n").explain().splitlines() == [
+        "stage 0  read 2 text files → flat_map split → group by the record: n",
+        "         4 partitions, 800 B",
+        "stage 1  stage 0 → sort by n",
+        "         partitions as the data come out, about 400 B each",
+        "stage 2  stage 1 → count",
+        "         partitions as the data come out, about 400 B each",
+    ]
+    twice = words.join(words, on="key").explain()
+    assert twice.count("read 2 text files") == 1  # both sides are the same stage
