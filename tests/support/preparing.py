@@ -13,7 +13,7 @@ import manyhands as mh
 SIZE = 2**17  # so that little data makes many tasks
 
 
-def write_posts(folder: Path, count: int = 4000) -> None:
+def write_posts(folder: Path, count: int = 2500) -> None:
     """Posts in three files of JSON lines: some users and words are frequent, most are rare."""
     generator = random.Random(0)
     files = [(folder / f"posts-{number}.jsonl").open("w") for number in range(3)]

@@ -119,6 +119,11 @@ class Grouping:
     key: Key
     aggregates: Mapping[str, Aggregate]
 
+    @property
+    def adds(self) -> bool:
+        """All states are merged by adding them."""
+        return all(aggregate.kind in ("count", "sum") for aggregate in self.aggregates.values())
+
     def combine(self, chunk: Chunk) -> KeyedLists:
         """The states of the chunk's groups: distinct keys, and a column of states per aggregate.
 

@@ -1,4 +1,4 @@
-"""Combines a table's groups by Arrow's kernels, where they compute exactly what the plain functions would."""
+"""Combines and merges groups by Arrow's kernels, where they compute exactly what the plain functions would."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import pyarrow.compute as pc
 
 from manyhands.prepare.keyed import KeyedLists
 from manyhands.prepare.keys import Key
+from manyhands.prepare.table_order import order_of
 
 if TYPE_CHECKING:
     from manyhands.prepare.aggregate import Aggregate
 
 _FUNCTIONS = {"count": ("count_all",), "sum": ("sum",), "min": ("min",), "max": ("max",), "mean": ("sum", "count")}
+_MERGED_KINDS = {"count", "sum"}
+_KEY = "key"
+_SMALL = 2**40  # sums of states below it stay in 64 bits, however many tasks there are
 _SAFE = 2**47  # the sum of a chunk of at most 65,536 whole numbers below it stays in 64 bits
 
 
@@ -51,3 +55,35 @@ def _exact(table: pa.Table, of: Any) -> bool:
         return False  # floats: one order of addition for all ways
     ends = pc.min_max(column)
     return ends["min"].as_py() is None or max(abs(ends["min"].as_py()), abs(ends["max"].as_py())) < _SAFE
+
+
+def states_table(combined: KeyedLists, aggregates: Sequence[Aggregate]) -> pa.Table | None:
+    """Groups' states as a table of `key`, `0`, `1`, ...; None if it couldn't hold them or add them exactly."""
+    if not all(aggregate.kind in _MERGED_KINDS for aggregate in aggregates):
+        return None
+    if set(map(type, combined.keys)) not in ({str}, {int}, {bytes}):
+        return None
+    for column in combined.columns:
+        if set(map(type, column)) != {int} or not -_SMALL < min(column) <= max(column) < _SMALL:
+            return None
+    try:
+        columns = {str(number): pa.array(column, pa.int64()) for number, column in enumerate(combined.columns)}
+        return pa.table({_KEY: pa.array(combined.keys), **columns})
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        return None
+
+
+def merged_states(tables: Sequence[pa.Table]) -> pa.Table | None:
+    """Tables of states with equal keys added, in the order of the keys; None if they are of different types."""
+    if any(table.schema != tables[0].schema for table in tables):
+        return None
+    names = tables[0].column_names[1:]
+    grouped = pa.concat_tables(tables).group_by(_KEY, use_threads=False).aggregate([(name, "sum") for name in names])
+    merged = grouped.select([_KEY, *(f"{name}_sum" for name in names)]).rename_columns([_KEY, *names])
+    return merged.take(order_of(merged, (_KEY,), descending=False))
+
+
+def are_small(table: pa.Table) -> bool:
+    """All states of a run are so small that those of all runs can be added in 64 bits."""
+    ends = [pc.min_max(table.column(name)) for name in table.column_names[1:]]
+    return all(-_SMALL < end["min"].as_py() <= end["max"].as_py() < _SMALL for end in ends)

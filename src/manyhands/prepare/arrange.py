@@ -14,6 +14,7 @@ from manyhands.prepare.pipeline import BadKey
 from manyhands.prepare.run_file import RunFileWriter
 
 ORDER_COLUMN = "manyhands order"
+GROUP_COLUMN = "key"  # in tables of groups' states
 _POSITION_BITS = 40  # of a position in a partition
 
 
@@ -67,23 +68,57 @@ class SortingWriter:
 
 
 class CombiningWriter:
-    """Merges the states of groups, and writes them in the order of their keys."""
+    """Merges the states of groups, and writes them in the order of their keys: as a table where that is exact."""
 
     def __init__(self, file: RunFileWriter, run_bytes: int, grouping: Grouping) -> None:
         self._file, self._run_bytes, self._grouping = file, run_bytes, grouping
+        self._tables: list[Any] = []  # of states, as long as all could be made tables
         self._states: list[dict[Any, Any]] = [{} for _ in grouping.aggregates]
         self._bytes = 0
 
     def add(self, keyed: KeyedLists) -> None:
-        self._grouping.merge_into(self._states, keyed)
+        if not len(keyed):
+            return
+        table = None if self._states[0] or not self._grouping.adds else _states_table(keyed, self._grouping)
+        if table is None:
+            self._tables_to_states()
+            self._grouping.merge_into(self._states, keyed)
+        else:
+            self._tables.append(table)
         self._bytes += keyed.size_bytes()
         if self._bytes >= self._run_bytes:
             self.flush()
 
     def flush(self) -> None:
+        if self._tables:
+            from manyhands.prepare.aggregate_table import are_small, merged_states
+
+            merged = merged_states(self._tables)
+            if merged is not None and are_small(merged):
+                self._file.add(KeyedTable(merged, (GROUP_COLUMN,)))
+                self._tables, self._bytes = [], 0
+                return
+            self._tables_to_states()
         states, self._states, self._bytes = self._states, [{} for _ in self._states], 0
         if states[0]:
             self._file.add(in_key_order(states))
+
+    def _tables_to_states(self) -> None:
+        for table in self._tables:
+            self._grouping.merge_into(self._states, states_of(table))
+        self._tables = []
+
+
+def _states_table(keyed: KeyedLists, grouping: Grouping) -> Any:
+    from manyhands.prepare.aggregate_table import states_table
+
+    return states_table(keyed, list(grouping.aggregates.values()))
+
+
+def states_of(table: Any) -> KeyedLists:
+    """A table of states as lists."""
+    keys, *columns = (column.to_pylist() for column in table.columns)
+    return KeyedLists(keys, columns)
 
 
 def in_key_order(states: list[dict[Any, Any]]) -> KeyedLists:

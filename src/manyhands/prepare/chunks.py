@@ -22,7 +22,7 @@ Chunk: TypeAlias = "list[Any] | pa.Table"
 
 CHUNK_BYTES = 2**20  # of text, or of a table's columns: enough to pay for a call, little enough for the cache
 TABLE_CHUNK_BYTES = 4 * CHUNK_BYTES
-_TABLE, _PICKLE = b"A", b"P"
+_TABLE, _PICKLE = b"A" + bytes(15), b"P"  # Arrow wants its buffers at multiples of 8
 
 
 def is_table(chunk: Chunk) -> bool:
@@ -144,10 +144,10 @@ def pack(value: Any) -> bytes:
 
 def unpack(packed: bytes) -> Any:
     """What `pack` was given."""
-    if packed[:1] == _TABLE:
+    if packed[:1] == _TABLE[:1]:
         import pyarrow as pa
 
-        return pa.ipc.open_stream(pa.py_buffer(memoryview(packed)[1:])).read_all()
+        return pa.ipc.open_stream(pa.py_buffer(memoryview(packed)[len(_TABLE) :])).read_all()
     if packed[:1] != _PICKLE:
         raise InvariantError("packed values begin with another byte than they were packed with", got=packed[:1])
     return pickle.loads(memoryview(packed)[1:])

@@ -101,11 +101,9 @@ class KeyedTable:
 
     def in_order(self, *, descending: bool = False) -> KeyedTable:
         """By keys; equal ones stay as they are."""
-        import pyarrow.compute as pc
+        from manyhands.prepare.table_order import order_of
 
-        how = "descending" if descending else "ascending"
-        indices = pc.sort_indices(self.table, sort_keys=[(name, how) for name in self.by])
-        return KeyedTable(self.table.take(indices), self.by)
+        return KeyedTable(self.table.take(order_of(self.table, self.by, descending=descending)), self.by)
 
     def size_bytes(self) -> int:
         """How much memory the columns take."""

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 from manyhands.prepare.aggregate import Grouping
-from manyhands.prepare.arrange import ORDER_COLUMN, in_key_order
+from manyhands.prepare.arrange import GROUP_COLUMN, ORDER_COLUMN, in_key_order, states_of
 from manyhands.prepare.chunks import TABLE_CHUNK_BYTES, Chunk, concatenate, num_records, part_of
 from manyhands.prepare.keyed import Cut, Keyed, KeyedLists, KeyedTable, joined
 from manyhands.prepare.run_file import Block, cuts_by_size, read_blocks, read_index, trimmed
@@ -52,6 +52,12 @@ class RangeReader:
     def blocks(self) -> list[Block]:
         """All that touch the range."""
         return [block for _, run in self._runs for block in run]
+
+    @property
+    def all_tables(self) -> bool:
+        """All blocks are tables, with keys of one type."""
+        blocks = self.blocks
+        return all(block.is_table for block in blocks) and len({type(block.first) for block in blocks}) == 1
 
     def parts(self, others: Sequence[RangeReader] = ()) -> list[Range]:
         """The range, cut into parts that fit in memory together with the same parts of `others`."""
@@ -124,18 +130,31 @@ class Grouped:
     grouping: Grouping
     key_names: tuple[str, ...]
     bare: bool = False
-    by: tuple[str, ...] = ()
+    by: tuple[str, ...] = (GROUP_COLUMN,)
     descending: bool = False
 
     def reduce(self, readers: Sequence[RangeReader]) -> Iterator[Chunk]:
         (reader,) = readers
+        # Which of both ways is taken depends on the whole range, never on its parts, and so not on the memory.
+        if reader.all_tables:
+            yield from self._merge_tables(reader)
+            return
         for part in reader.parts():
             states: list[dict[Any, Any]] = [{} for _ in self.grouping.aggregates]
             for keyed in reader.stream(part):
-                if isinstance(keyed, KeyedLists):
-                    self.grouping.merge_into(states, keyed)
+                lists = states_of(keyed.table) if isinstance(keyed, KeyedTable) else keyed
+                self.grouping.merge_into(states, lists)
             if states[0]:
                 yield self._records(in_key_order(states))
+
+    def _merge_tables(self, reader: RangeReader) -> Iterator[Chunk]:
+        from manyhands.prepare.aggregate_table import merged_states
+
+        for part in reader.parts():
+            tables = [keyed.chunk for keyed in reader.stream(part)]
+            merged = merged_states(tables) if tables else None
+            if merged is not None:
+                yield merged.rename_columns([*self.key_names, *self.grouping.aggregates])
 
     def _records(self, groups: KeyedLists) -> Chunk:
         columns = []

@@ -30,6 +30,7 @@ class Block(NamedTuple):
     checksum: int
     records: int
     size_bytes: int
+    is_table: bool
     first: Any
     last: Any
 
@@ -58,7 +59,17 @@ class RunFileWriter:
             packed = pack(part.table if isinstance(part, KeyedTable) else (part.keys, part.columns))
             weight = max(1, size * len(part) // total)
             ends = part.key_at(0), part.key_at(len(part) - 1)
-            blocks.append(Block(self._offset, len(packed), zlib.crc32(packed), len(part), weight, *ends))
+            blocks.append(
+                Block(
+                    self._offset,
+                    len(packed),
+                    zlib.crc32(packed),
+                    len(part),
+                    weight,
+                    isinstance(part, KeyedTable),
+                    *ends,
+                )
+            )
             self._write(packed)
         self.runs.append(blocks)
 
