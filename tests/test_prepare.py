@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import duckdb
 import pyarrow as pa
@@ -17,8 +22,10 @@ from hypothesis import strategies as st
 
 import manyhands as mh
 from manyhands.prepare.engine import InProcess
+from manyhands.prepare.table_order import order_of
 
 TIGHT = InProcess(0)  # ranges are worked on a few blocks at a time
+ALIKE = [b"a" * 8, b"a" * 8 + b"\0", b""]  # in their first 8 bytes
 TINY = 512  # bytes a partition: a few records
 
 keys = st.one_of(st.integers(-3, 3), st.integers(-(2**62), 2**62))
@@ -132,6 +139,22 @@ def test_another_seed_is_another_order_and_samples_are_as_large_as_asked() -> No
         assert source.sample(0.1, seed=3).count(workers=0, progress=False) == pytest.approx(2000, abs=200)
     assert made.sample(0.0).count(workers=0) == 0
     assert made.sample(1.0).count(workers=0) == 20_000
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.binary(max_size=3), st.binary(max_size=12), st.sampled_from([b"a" * 8, b"a" * 8 + b"\0", b""]))
+    )
+)
+def test_rows_are_ordered_by_their_whole_keys(values: list[bytes]) -> None:
+    for kind in (pa.binary(), pa.large_binary()):
+        table = pa.table({"k": pa.array([b"", *values], kind)}).slice(
+            1
+        )  # a column that begins in the middle of its buffers
+        for descending in (False, True):
+            expected = sorted(range(len(values)), key=values.__getitem__, reverse=descending)
+            assert order_of(table, ("k",), descending=descending).to_pylist() == expected
 
 
 def test_a_key_that_outweighs_all_others_is_sorted_within_little_memory() -> None:
@@ -251,6 +274,38 @@ def test_what_is_there_is_not_computed_again_and_another_job_is_refused(tmp_path
     with pytest.raises(mh.ConfigError, match="something that isn't an output"):
         made.write(str(tmp_path / "mine"), workers=0, overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_files_that_were_deleted_are_made_again(tmp_path: Path) -> None:
+    made = mh.Dataset.from_records([3, 1, 2], partition_bytes=16)
+    first = made.write(str(tmp_path / "out"), workers=0)
+    (tmp_path / "out" / first.files[0]).unlink()
+    assert made.write(str(tmp_path / "out"), workers=0).digest == first.digest
+    assert (tmp_path / "out" / first.files[0]).exists()
+
+
+def test_a_terminal_sees_a_bar_for_each_stage(tmp_path: Path) -> None:
+    program = "import manyhands as mh; print(mh.Dataset.from_records([2, 1]).sort_by().write('out', workers=1))"
+    shown = tmp_path / "shown"
+    with shown.open("wb") as file:
+        code = pty_spawn([sys.executable, "-c", program], tmp_path, file)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.read_text())
+    assert code == 0
+    assert re.search(r"stage 1/2  given records → sort by the record  1/1 tasks  .* records/s", text)
+    assert re.search(r"stage 2/2  stage 0 → write jsonl  1/1 tasks", text)
+    assert "2 records in 1 file" in text
+
+
+def pty_spawn(command: list[str], folder: Path, file: IO[bytes]) -> int:
+    """Run a command on a terminal of its own, and copy what it shows; its exit code."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    with suppress(OSError):  # the terminal's end
+        while data := os.read(ours, 4096):
+            file.write(data)
+    os.close(ours)
+    return process.wait()
 
 
 def test_the_plan_is_cut_at_shuffles_and_knows_its_partitions(tmp_path: Path) -> None:

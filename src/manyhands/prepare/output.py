@@ -43,7 +43,7 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
     began = time.monotonic()
     folder = folder if not is_local(folder) else os.path.abspath(folder)
     there = read_manifest(folder)
-    if there is not None and there.get("identity") == plan.identity and not exists(join(folder, JOB)):
+    if there is not None and there.get("identity") == plan.identity and _is_whole(there, folder):
         return _summary(there, folder, [], time.monotonic() - began)
     _refuse_foreign(folder, there, plan, overwrite=overwrite)
     job = JobFolder(join(folder, JOB))
@@ -62,6 +62,11 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
     finally:
         job.close(delete=complete)
     return _summary(manifest, folder, stages, time.monotonic() - began)
+
+
+def _is_whole(manifest: dict[str, Any], folder: str) -> bool:
+    """All files are there, and no job is still moving them."""
+    return set(names_in(folder)) >= {file["name"] for file in manifest["files"]} and not exists(join(folder, JOB))
 
 
 def read_manifest(folder: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from manyhands.prepare.task import TaskResult
-from manyhands.units import format_count, format_seconds
+from manyhands.units import format_bytes, format_count, format_seconds
 
 _LINE_SECONDS = 10.0
 _REDRAW_SECONDS = 0.1
@@ -86,6 +86,8 @@ class JobProgress:
             f"{format_count(self._records / max(seconds, 1e-9))} records/s",
             f"{self._bytes / max(seconds, 1e-9) / 1e6:,.1f} MB/s",
         ]
+        if self._written:
+            parts.append(f"{format_bytes(self._written)} written")
         if self._found:
             parts.append(f"{self._found} were done before")
         if self._retries:
