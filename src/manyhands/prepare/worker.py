@@ -27,10 +27,12 @@ def main() -> None:
         while True:
             task = pickle.loads(connection.recv_bytes())
             try:
-                answer: tuple[str, object, int] = ("done", run_task(task), rss_bytes())
+                answer: tuple[str, object] = ("done", run_task(task))
             except BaseException as error:
-                answer = ("failed", _portable(error, task.name), rss_bytes())
-            connection.send_bytes(pickle.dumps(answer))
+                answer = ("failed", _portable(error, task.name))
+            if "pyarrow" in sys.modules:
+                sys.modules["pyarrow"].default_memory_pool().release_unused()
+            connection.send_bytes(pickle.dumps((*answer, rss_bytes())))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent wants no more
 
