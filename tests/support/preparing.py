@@ -10,7 +10,7 @@ from typing import Any
 
 import manyhands as mh
 
-SIZE = 2**17  # so that little data makes many tasks
+SIZE = 2**16  # so that little data makes many tasks
 
 
 def write_posts(folder: Path, count: int = 2500) -> None:
