@@ -128,6 +128,19 @@ def test_a_shuffle_loses_nothing_and_depends_on_its_seed_alone(records: list[Any
     assert all_of(made.repartition()) == records
 
 
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_batches_of_different_columns_are_arranged_without_loss_in_any_memory(tmp_path: Path, form: str) -> None:
+    records = [{"n": n, "a": None if n < 40 else n, "t": f"text {n}"} for n in range(100)]  # null, then int64
+    made = dataset(records, as_table=True).filter(lambda row: row["n"] != 50)
+    made = made.map_batches(lambda table: table if table["n"][0].as_py() % 3 else table.to_pylist())
+    for name, arranged in (("shuffle", made.shuffle(1)), ("sort", made.sort_by("n", descending=True))):
+        tight = arranged.write(str(tmp_path / f"{name}-tight"), format=form, engine=TIGHT, progress=False)
+        ample = arranged.write(str(tmp_path / f"{name}-ample"), format=form, workers=0, progress=False)
+        assert tight.digest == ample.digest
+        found = [row for path in tight.files for row in all_of(mh.Dataset.read(f"{tight.path}/{path}"))]
+        assert sorted(found, key=lambda row: row["n"]) == [record for record in records if record["n"] != 50]
+
+
 def test_another_seed_is_another_order_and_samples_are_as_large_as_asked() -> None:
     made = mh.Dataset.from_records(range(20_000), partition_bytes=2**14)
     first, other = (made.shuffle(seed).take(10**9, workers=0, progress=False) for seed in (1, 2))

@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 from manyhands.prepare.aggregate import Grouping
 from manyhands.prepare.chunks import Chunk, is_table, num_records, records_of
-from manyhands.prepare.keyed import Keyed, KeyedLists, KeyedTable, joined
+from manyhands.prepare.keyed import ORDER_COLUMN, Keyed, KeyedLists, KeyedTable, joined
 from manyhands.prepare.keys import Key, check_keys, keys_of
 from manyhands.prepare.pipeline import BadKey
 from manyhands.prepare.run_file import RunFileWriter
 
-ORDER_COLUMN = "manyhands order"
 GROUP_COLUMN = "key"  # in tables of groups' states
 _POSITION_BITS = 40  # of a position in a partition
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from manyhands.errors import ConfigError
 from manyhands.prepare.aggregate import Aggregate, Grouping
-from manyhands.prepare.arrange import ORDER_COLUMN, Arrangement, ByGroup, ByKey, ByPosition
+from manyhands.prepare.arrange import Arrangement, ByGroup, ByKey, ByPosition
 from manyhands.prepare.chunks import size_bytes
+from manyhands.prepare.keyed import ORDER_COLUMN
 from manyhands.prepare.keys import Key, KeyLike, as_function, columns_of, content_key, key_from, key_name
 from manyhands.prepare.listing import FORMATS, find_files, split_files
 from manyhands.prepare.operations import Filter, FlatMap, KeyBy, Map, MapBatches, Operation, Sample

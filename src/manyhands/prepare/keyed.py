@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Cut: TypeAlias = tuple[Any, int]
+ORDER_COLUMN = "manyhands order"  # a key that isn't the records' own
 T = TypeVar("T")
 
 
@@ -113,7 +114,8 @@ class KeyedTable:
         """The same as Python objects."""
         columns = [self.table.column(name).to_pylist() for name in self.by]
         keys = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-        return KeyedLists(keys, [self.table.to_pylist()])
+        own = self.table.drop_columns([ORDER_COLUMN]) if self.by == (ORDER_COLUMN,) else self.table
+        return KeyedLists(keys, [own.to_pylist()])
 
 
 class _Keys(Sequence[Any]):

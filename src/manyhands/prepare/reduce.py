@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
+from manyhands.errors import InvariantError
 from manyhands.prepare.aggregate import Grouping
-from manyhands.prepare.arrange import GROUP_COLUMN, ORDER_COLUMN, in_key_order, states_of
+from manyhands.prepare.arrange import GROUP_COLUMN, in_key_order, states_of
 from manyhands.prepare.chunks import TABLE_CHUNK_BYTES, Chunk, concatenate, num_records, part_of
-from manyhands.prepare.keyed import Cut, Keyed, KeyedLists, KeyedTable, joined
+from manyhands.prepare.keyed import ORDER_COLUMN, Cut, Keyed, KeyedLists, KeyedTable, joined
 from manyhands.prepare.run_file import Block, cuts_by_size, read_blocks, read_index, trimmed
 
 
@@ -47,6 +48,7 @@ class RangeReader:
                 touched = [block for block in run if block.touches(*wanted)]
                 if touched:
                     self._runs.append((path, touched))
+        self._is_uniform = len({block.form for block in self.blocks}) <= 1
 
     @property
     def blocks(self) -> list[Block]:
@@ -55,9 +57,8 @@ class RangeReader:
 
     @property
     def all_tables(self) -> bool:
-        """All blocks are tables, with keys of one type."""
-        blocks = self.blocks
-        return all(block.is_table for block in blocks) and len({type(block.first) for block in blocks}) == 1
+        """All that it reads are tables with the same columns."""
+        return self._is_uniform and all(block.form for block in self.blocks)
 
     def parts(self, others: Sequence[RangeReader] = ()) -> list[Range]:
         """The range, cut into parts that fit in memory together with the same parts of `others`."""
@@ -72,14 +73,17 @@ class RangeReader:
         return [Range(low, high) for low, high in pairwise(edges)]
 
     def stream(self, part: Range) -> Iterator[Keyed]:
-        """The records of a part, run after run, a few blocks at a time."""
+        """The records of a part, run after run, a few blocks at a time: as tables only if all of the range are alike.
+
+        So it depends on the range and not on its parts, and thereby not on the memory, what comes out.
+        """
         for path, run in self._runs:
             touched = [block for block in run if block.touches(*part)]
             for block in touched:
                 for keyed in read_blocks(path, [block], self._by):
                     found = trimmed(keyed, *part)
                     if len(found):
-                        yield found
+                        yield found if self._is_uniform or isinstance(found, KeyedLists) else found.as_lists()
 
 
 class Reducer(Protocol):
@@ -135,7 +139,6 @@ class Grouped:
 
     def reduce(self, readers: Sequence[RangeReader]) -> Iterator[Chunk]:
         (reader,) = readers
-        # Which of both ways is taken depends on the whole range, never on its parts, and so not on the memory.
         if reader.all_tables:
             yield from self._merge_tables(reader)
             return
@@ -153,6 +156,8 @@ class Grouped:
         for part in reader.parts():
             tables = [keyed.chunk for keyed in reader.stream(part)]
             merged = merged_states(tables) if tables else None
+            if merged is None and tables:
+                raise InvariantError("tables of groups' states with the same columns couldn't be merged")
             if merged is not None:
                 yield merged.rename_columns([*self.key_names, *self.grouping.aggregates])
 

@@ -23,14 +23,17 @@ _MAGIC = b"mhruns01"
 
 
 class Block(NamedTuple):
-    """Where a block of a run is, and what is in it. `size_bytes` depends on the records only, `length` may not."""
+    """Where a block of a run is, and what is in it. `size_bytes` depends on the records only, `length` may not.
+
+    form: 0 for lists; for tables, another number for each schema.
+    """
 
     offset: int
     length: int
     checksum: int
     records: int
     size_bytes: int
-    is_table: bool
+    form: int
     first: Any
     last: Any
 
@@ -53,23 +56,15 @@ class RunFileWriter:
         """Write a run, which is in order. Raises DataError for records that can't be pickled."""
         total, size = len(run), run.size_bytes()
         step = max(1, total * self._block_bytes // max(1, size))
+        form = _form_of(run)
         blocks = []
         for start in range(0, total, step):
             part = run.part(start, min(start + step, total))
             packed = pack(part.table if isinstance(part, KeyedTable) else (part.keys, part.columns))
             weight = max(1, size * len(part) // total)
             ends = part.key_at(0), part.key_at(len(part) - 1)
-            blocks.append(
-                Block(
-                    self._offset,
-                    len(packed),
-                    zlib.crc32(packed),
-                    len(part),
-                    weight,
-                    isinstance(part, KeyedTable),
-                    *ends,
-                )
-            )
+            facts = zlib.crc32(packed), len(part), weight, form
+            blocks.append(Block(self._offset, len(packed), *facts, *ends))
             self._write(packed)
         self.runs.append(blocks)
 
@@ -87,6 +82,10 @@ class RunFileWriter:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._offset += len(data)
+
+
+def _form_of(run: Keyed) -> int:
+    return zlib.crc32(run.table.schema.to_string().encode()) | 1 if isinstance(run, KeyedTable) else 0
 
 
 def read_index(path: str) -> list[list[Block]]:
