@@ -433,23 +433,27 @@ def model():
 @pytest.mark.parametrize(
     ("changes", "code", "expected"),
     [
-        (
+        pytest.param(
             ["data.path=own:corpus", "data.arguments.kind=data"],
             1,
             "the corpus isn't there\n  where: /nowhere/corpus.bin\n  what to do: run download.sh\n",
+            id="DataError",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["data.path=own:corpus", "data.arguments.kind=file"],
             1,
             "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/corpus.bin'\n",
+            id="FileNotFoundError",
         ),
-        (
+        pytest.param(
             ["model.path=own:model", "strategy.units=[]"],
             2,
             "workers 0 and 1 don't have the same model: they differ in weight\n  expected: [8, 8] ",
+            id="ConfigError",
+            marks=pytest.mark.slow,
         ),
     ],
-    ids=["DataError", "FileNotFoundError", "ConfigError"],
 )
 def test_what_workers_raise_reaches_the_terminal_as_it_is(
     tmp_path: Path, changes: list[str], code: int, expected: str

@@ -50,7 +50,7 @@ def assert_resumed(found: Outcome, undisturbed: Outcome) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 3))])
 def test_any_number_of_workers_and_any_stage_loads_what_any_other_saved(
     tmp_path: Path, workers: int, precision: str
 ) -> None:

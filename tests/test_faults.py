@@ -120,13 +120,16 @@ def run_all(folder: Path, group: str, kind: str, places: tuple[str, ...]) -> dic
 @pytest.mark.parametrize(
     ("group", "kind", "places"),
     [
-        ("shared-memory", "raise", ("forward", "exchange")),  # in the update: see below
-        ("shared-memory", "kill", ("forward", "exchange", "update")),
-        ("shared-memory", "stall", ("forward", "exchange", "update")),
-        ("shared-memory", "stop", ("forward", "exchange")),
-        ("process", "raise", ("exchange",)),
+        ("shared-memory", "raise", ("exchange",)),  # in the update: see below
+        ("shared-memory", "kill", ("update",)),
+        ("shared-memory", "stall", ("forward",)),
         ("process", "kill", ("exchange",)),
-        ("process", "stall", ("update",)),
+        pytest.param("shared-memory", "raise", ("forward",), marks=pytest.mark.slow),
+        pytest.param("shared-memory", "kill", ("forward", "exchange"), marks=pytest.mark.slow),
+        pytest.param("shared-memory", "stall", ("exchange", "update"), marks=pytest.mark.slow),
+        pytest.param("shared-memory", "stop", ("forward", "exchange"), marks=pytest.mark.slow),
+        pytest.param("process", "raise", ("exchange",), marks=pytest.mark.slow),
+        pytest.param("process", "stall", ("update",), marks=pytest.mark.slow),
         pytest.param("process", "stop", ("update",), marks=pytest.mark.slow),
     ],
 )

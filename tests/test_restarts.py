@@ -150,6 +150,7 @@ def test_the_run_ends_as_if_nothing_had_been(
     assert summary["lost_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_always_fails_is_named_with_its_samples(tmp_path: Path) -> None:
     run = again(tmp_path / "run", "raise forward")
     assert run.process.returncode == 1
