@@ -445,6 +445,7 @@ def model():
             1,
             "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/corpus.bin'\n",
             id="FileNotFoundError",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             ["model.path=own:model", "strategy.units=[]"],

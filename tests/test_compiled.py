@@ -46,6 +46,7 @@ def trained(strategy: mh.Strategy | None = None, precision: str = "fp32") -> str
     return train_with_engine(compiled_recipe(precision), strategy or mh.Strategy(), steps=STEPS).digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "ways"),
     [
@@ -104,6 +105,10 @@ def test_sharded_parameters_are_gathered_without_compiling_anew() -> None:
             model.eval()(torch.zeros(1, 4, dtype=torch.int64))  # another shape
         assert num_graphs() == counts[0]
     assert counts == [counts[0]] * STEPS
+
+
+def test_stages_of_one_worker_have_one_digest() -> None:
+    assert trained() == trained(SHARDED)
 
 
 def test_a_model_keeps_its_names_and_forwards() -> None:

@@ -120,11 +120,10 @@ def run_all(folder: Path, group: str, kind: str, places: tuple[str, ...]) -> dic
 @pytest.mark.parametrize(
     ("group", "kind", "places"),
     [
-        ("shared-memory", "raise", ("exchange",)),  # in the update: see below
         ("shared-memory", "kill", ("update",)),
         ("shared-memory", "stall", ("forward",)),
         ("process", "kill", ("exchange",)),
-        pytest.param("shared-memory", "raise", ("forward",), marks=pytest.mark.slow),
+        pytest.param("shared-memory", "raise", ("forward", "exchange"), marks=pytest.mark.slow),  # update: see below
         pytest.param("shared-memory", "kill", ("forward", "exchange"), marks=pytest.mark.slow),
         pytest.param("shared-memory", "stall", ("exchange", "update"), marks=pytest.mark.slow),
         pytest.param("shared-memory", "stop", ("forward", "exchange"), marks=pytest.mark.slow),
@@ -153,6 +152,7 @@ def test_all_end_and_the_culprit_is_named(tmp_path: Path, group: str, kind: str,
             assert "; the others wait in step 2" in run.output, told
 
 
+@pytest.mark.slow
 def test_under_plain_torchrun(tmp_path: Path) -> None:
     def run(kind: str, place: str, loop: str) -> Run:
         return Run(tmp_path / kind, [*TORCHRUN, *script(loop, "auto")], f"{kind} {place}").wait()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,29 +47,26 @@ def stopped(run_dir: Path, number: signal.Signals, *, when: Path) -> subprocess.
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def test_a_stopped_run_says_how_to_go_on_and_does(tmp_path: Path) -> None:
-    folders = {number: tmp_path / number.name for number in (signal.SIGINT, signal.SIGTERM)}
-    with ThreadPoolExecutor(2) as pool:
-        endings = list(
-            pool.map(lambda number: stopped(folders[number], number, when=folders[number] / "metrics.jsonl"), folders)
-        )
-    for (number, folder), ended in zip(folders.items(), endings, strict=True):
-        assert ended.returncode == 130
-        assert ended.stdout == ""
-        found = re.search(rf"^stopped after step (\d+), as asked \({number.name}\)$", ended.stderr, re.MULTILINE)
-        assert found, ended.stderr
-        (checkpoint,) = (folder / "checkpoints").iterdir()
-        assert checkpoint.name == f"step-{int(found[1]):08d}"
-        assert int(found[1]) < STEPS
-        assert f"  where: its last checkpoint is {checkpoint}\n" in ended.stderr
-        assert f"  what to do: to go on: manyhands train {RECIPE} --steps {STEPS}" in ended.stderr
-        assert "Traceback" not in ended.stderr
-        assert len((folder / "metrics.jsonl").read_text().splitlines()) == int(found[1])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_stopped_run_says_how_to_go_on_and_does(tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / number.name
+    ended = stopped(folder, number, when=folder / "metrics.jsonl")
+    assert ended.returncode == 130
+    assert ended.stdout == ""
+    found = re.search(rf"^stopped after step (\d+), as asked \({number.name}\)$", ended.stderr, re.MULTILINE)
+    assert found, ended.stderr
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{int(found[1]):08d}"
+    assert int(found[1]) < STEPS
+    assert f"  where: its last checkpoint is {checkpoint}\n" in ended.stderr
+    assert f"  what to do: to go on: manyhands train {RECIPE} --steps {STEPS}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == int(found[1])
 
     loaded = mh.load_recipe(RECIPE)
     undisturbed = mh.train(loaded.recipe, steps=STEPS, show=False).digest
     again = subprocess.run(
-        command(folders[signal.SIGINT], "--workers", "1", "--stage", "ddp", "--json"),
+        command(folder, "--workers", "1", "--stage", "ddp", "--json"),
         capture_output=True,
         text=True,
         timeout=60,

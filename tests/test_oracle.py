@@ -54,8 +54,14 @@ def agree(recipe: mh.Recipe, *, steps: int = STEPS, **strategy: Any) -> tuple[Or
     return expected, found
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "clip_norm"),
+    [
+        ("fp32", 0.5),
+        ("bf16", None),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("fp32", None), ("bf16", 0.5))),
+    ],
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_worker_gives_the_oracles_bits(optimizer: str, precision: str, clip_norm: float | None) -> None:
     recipe = gpt_recipe(precision, optimizer=OPTIMIZERS[optimizer], clip_norm=clip_norm)

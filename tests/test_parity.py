@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -53,6 +54,13 @@ class Resume(NamedTuple):
 
 SAVING = (Launch(1, "shared-memory"), Launch(2, "process"), Launch(3, "shared-memory"), Launch(4, "process"))
 RESUMING = (Launch(1, "process"), Launch(2, "shared-memory"), Launch(3, "process"), Launch(4, "shared-memory"))
+
+SLOW = (Launch(1, "process"), Launch(4, "shared-memory"))
+
+
+def params(launches: Sequence[Launch]) -> list[Any]:
+    """For tests: some wait for `make test-all`."""
+    return [pytest.param(launch, id=str(launch), marks=[pytest.mark.slow] * (launch in SLOW)) for launch in launches]
 
 
 def resumes_of(target: Launch) -> list[Resume]:
@@ -190,7 +198,7 @@ def test_one_worker_in_this_process_gives_the_oracles_digest(precision: str) -> 
     assert train_with_engine(gpt_recipe(precision), mh.Strategy(), steps=STEPS).digest == oracle_digest(precision)
 
 
-@pytest.mark.parametrize("launch", SAVING + RESUMING, ids=str)
+@pytest.mark.parametrize("launch", params(SAVING + RESUMING))
 def test_every_stage_and_precision_gives_the_oracles_digest(launch: Launch, shared_folder: Path) -> None:
     names = [(f"{stage} {precision}", precision) for stage, precision in product(STAGES, PRECISIONS)]
     assert_one_digest(launch, shared_folder, names)
@@ -202,7 +210,7 @@ def test_overlap_loaders_units_and_checkpointing_change_nothing(way: str, launch
     assert_one_digest(launch, shared_folder, [(f"{way} {precision}", precision) for precision in PRECISIONS])
 
 
-@pytest.mark.parametrize("launch", RESUMING, ids=str)
+@pytest.mark.parametrize("launch", params(RESUMING))
 def test_a_run_stopped_in_one_and_resumed_in_another_ends_in_the_same_digest(
     launch: Launch, shared_folder: Path
 ) -> None:
