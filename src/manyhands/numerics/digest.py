@@ -12,6 +12,9 @@ from torch import Tensor
 from manyhands.layout import BLOCK, Slot, blocks_of
 from manyhands.numerics.blocks import block_hashes
 
+HASHED_TOGETHER = 256 * BLOCK
+"""Elements: hashing takes several times their memory, and a parameter may be as large as there's room for."""
+
 
 def digest_of(names_and_numels: Sequence[tuple[str, int]], hashes: npt.NDArray[np.int64]) -> str:
     """64 hex digits. hashes: [num_blocks] int64, in the order of the parameters."""
@@ -31,10 +34,12 @@ def slots_in_order(slots: Sequence[Slot]) -> list[tuple[str, int]]:
 
 def digest_of_tensors(tensors: Sequence[tuple[str, Tensor]]) -> str:
     """The digest of plain named fp32 tensors, in the order given: what any other program can check ours against."""
-    hashes = []
+    hashes = [np.empty(0, dtype=np.int64)]
     for _, tensor in tensors:
-        flat = tensor.detach().float().cpu().flatten()
-        padded = flat.new_zeros(blocks_of(flat.numel()) * BLOCK)
-        padded[: flat.numel()] = flat
-        hashes.append(block_hashes(padded).numpy())
+        flat = tensor.detach().flatten()
+        for start in range(0, flat.numel(), HASHED_TOGETHER):
+            part = flat[start : start + HASHED_TOGETHER].float().cpu()
+            padded = part.new_zeros(blocks_of(part.numel()) * BLOCK)
+            padded[: part.numel()] = part
+            hashes.append(block_hashes(padded).numpy())
     return digest_of([(name, tensor.numel()) for name, tensor in tensors], np.concatenate(hashes))

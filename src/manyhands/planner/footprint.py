@@ -66,7 +66,8 @@ class Footprint:
     @property
     def peak(self) -> float:
         """In a step, beside activations. Most of it lasts as long as the engine."""
-        return sum(value for name, value in asdict(self).items() if name not in ("files", "start"))
+        total: float = sum(value for name, value in asdict(self).items() if name not in ("files", "start"))
+        return total
 
     @property
     def mapped(self) -> float:
