@@ -144,7 +144,7 @@ def footprint(
     files += (1 - sums_here) * (shard_sums + step_gradient)
     start = params * params_here + masters * state_here
     start += state_here * BUILT_ITEMSIZE * workers * sum(unit.shard_numel for unit in units)
-    if ways.views and not ways.shares:  # shared memory is taken only when it's written
+    if (ways.views or ways.keeps_gradients) and not ways.shares:  # shared memory is taken only when it's written
         start += gradients
     longest = held_shards * max((unit.shard_numel for unit in trained), default=0)
     return Footprint(
