@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from manyhands.layout import BLOCK, Slot, blocks_of
 from manyhands.numerics.blocks import block_hashes
@@ -34,12 +36,8 @@ def slots_in_order(slots: Sequence[Slot]) -> list[tuple[str, int]]:
 
 def digest_of_tensors(tensors: Sequence[tuple[str, Tensor]]) -> str:
     """The digest of plain named fp32 tensors, in the order given: what any other program can check ours against."""
-    hashes = [np.empty(0, dtype=np.int64)]
+    hashes = []
     for _, tensor in tensors:
-        flat = tensor.detach().flatten()
-        for start in range(0, flat.numel(), HASHED_TOGETHER):
-            part = flat[start : start + HASHED_TOGETHER].float().cpu()
-            padded = part.new_zeros(blocks_of(part.numel()) * BLOCK)
-            padded[: part.numel()] = part
-            hashes.append(block_hashes(padded).numpy())
+        for part in torch.split(tensor.detach().flatten(), HASHED_TOGETHER):
+            hashes.append(block_hashes(pad(part.float().cpu(), (0, -part.numel() % BLOCK))).numpy())
     return digest_of([(name, tensor.numel()) for name, tensor in tensors], np.concatenate(hashes))
