@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults check bench bench-limit bench-gpu bench-checkpoint clean
+.PHONY: demo test test-all faults check bench bench-limit bench-gpu bench-checkpoint bench-memory clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -50,6 +50,11 @@ bench-gpu: $(BENCH_VENV)/.ready
 # What a checkpoint costs beside torch.save and torch.distributed.checkpoint.
 bench-checkpoint: $(READY)
 	$(BIN)/python benchmarks/checkpoint.py $(ARGS)
+
+# What workers take against the formula, into docs/memory.md; as root, for the control group.
+bench-memory: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
+	$(BIN)/python -W ignore benchmarks/memory.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,11 @@
 """Measured memory against the formula, for every stage, home and precision: docs/memory.md.
 
-    .venv/bin/python benchmarks/memory.py [--depth 20] [--workers 1 2 4]
+    .venv/bin/python benchmarks/memory.py [--workers 1 2 4] [--only "zero3 disk"] [--most-gib 9]
 
-Trains a GPT for three steps and compares what a worker holds between two of them (proportional set size) with what the
-formula says, beyond the same process before it made its engine. Writes runs/memory.json, and runs/memory.png where
-matplotlib is installed.
+Trains a GPT of 154 M parameters for two steps with each strategy and reads what the workers take meanwhile, beyond what
+the same processes took before they made their engines; as root, for the control group that counts it. Writes
+runs/memory.json as it goes; cases that are there are left out (--again: they aren't). In the end the tables go into
+docs/memory.md, and the plot beside it.
 """
 
 from __future__ import annotations
@@ -15,128 +16,216 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "runs"
-MIB = 2**20
-STAGES, PRECISIONS = ("ddp", "zero1", "zero2", "zero3"), ("fp32", "bf16")
-
-
-def formula(stage: str, home: str, precision: str, workers: int, group: str) -> float:
-    """Bytes a parameter between two steps, with AdamW and one round of micro-batches, without clipping."""
-    itemsize = 2 if precision == "bf16" else 4
-    shared = group == "shared-memory"
-    state = 8 + (4 if precision == "bf16" or (stage == "ddp" and shared) else 0)  # in fp32 parameters are the masters
-    whole = stage != "zero3"
-    params = itemsize / workers if shared or not whole else itemsize
-    gathers = stage == "zero3" and (home == "disk" or not shared)
-    grads = 0.0 if stage == "zero3" or (stage == "zero2" and not shared) else itemsize
-    sums = 4 / workers if stage == "ddp" and shared else 4 if stage == "ddp" else 0.0
-    optim = state if stage == "ddp" else state / workers
-    if home == "disk":
-        optim, params = 0.0, 0.0 if gathers else params
-    in_flight = (
-        4 / workers if stage == "zero3" and home != "disk" else 0.0
-    )  # the sums' scratch is kept for the next step
-    return params + grads + optim + sums + in_flight
-
-
-WORKER = """
-import json, os, sys
-sys.path.insert(0, {here!r})
 import torch
+
 import manyhands as mh
 from gpt import GPT
-from measure import RandomTokens, pss_mib
-stage, home, precision, group, scratch, depth = {options!r}
-workers = int(os.environ.get("WORLD_SIZE", "1"))
-def recipe_of(*shape):
-    return mh.Recipe(
-        model=lambda: GPT(32, *shape),
-        loss=lambda model, batch: model(batch),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-4),
-        data=RandomTokens(64, 32),
-        batch=mh.Batch(global_size=workers, micro_size=1),
-        precision=precision,
-    )
-strategy = mh.Strategy(stage=stage, home=home, group=group, scratch=scratch)
-with mh.Engine(recipe_of(64, 1, 1), strategy) as engine:  # what torch takes for itself
-    for batch in engine.batches(2):
-        engine.step(batch)
-before = pss_mib()
-with mh.Engine(recipe_of(768, depth, 12), strategy) as engine:
-    for batch in engine.batches(3):
-        engine.step(batch)
-    numel = sum(param.numel() for param in engine.model.parameters())
-    largest = max(unit.layout.padded_numel for unit in engine.units)
-    engine.group.barrier("memory / control")
-    after = pss_mib()
-    engine.group.barrier("memory / control")
-    if engine.group.rank == 0:
-        print(json.dumps(dict(mib=after - before, numel=numel, largest=largest, digest=engine.digest())), flush=True)
-    else:
-        engine.digest()
-"""
+from manyhands.planner.footprint import Footprint, footprint, sizes_of
+from memory_report import write_report
+from memory_worker import BATCH, HEADS, LENGTH, WIDTH, recipe_of
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "runs" / "memory.json"
+MIB, GIB = 2**20, 2**30
+SAMPLE_SECONDS = 0.003
 
 
-def measure(stage: str, home: str, precision: str, workers: int, options: argparse.Namespace) -> dict[str, float]:
-    """One run of whole new processes."""
-    with tempfile.TemporaryDirectory(dir=options.scratch or None) as scratch:
-        given = (stage, home, precision, options.group, scratch, options.depth)
-        script = Path(scratch) / "worker.py"
-        script.write_text(WORKER.format(here=str(HERE), options=given))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=900)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"mib"')]
-    if not lines:
-        raise SystemExit(done.stderr[-2000:])
-    found: dict[str, float] = json.loads(lines[-1])
-    return found
+@dataclass(frozen=True)
+class Case:
+    """One run. stage "none": forward and backward alone."""
+
+    group: str
+    workers: int
+    precision: str
+    stage: str
+    home: str
+
+    def __str__(self) -> str:
+        return f"{self.group} {self.workers} {self.precision} {self.stage} {self.home}"
+
+
+def cases(workers: Sequence[int]) -> Iterator[Case]:
+    """Everything on shared memory; over torch.distributed two workers; of both what activations take."""
+    stages, homes = ("ddp", "zero1", "zero2", "zero3"), ("device", "disk")
+    for precision in ("fp32", "bf16"):  # bf16 is slow where the CPU has no instructions for it
+        yield Case("alone", 1, precision, "none", "device")
+        for count, stage, home in product(workers, stages, homes):
+            yield Case("shared-memory", count, precision, stage, home)
+        for stage, home in product(stages, homes):
+            if 2 in workers and (home == "device" or stage == "zero3"):
+                yield Case("process", 2, precision, stage, home)
+
+
+class ControlGroup:
+    """The kernel's count of what a set of processes has in memory, `with ControlGroup() as folder:`; they join it by
+    themselves. Version 1 or 2."""
+
+    def __init__(self) -> None:
+        first = Path("/sys/fs/cgroup/memory")
+        self._is_first = first.is_dir()
+        self._folder = (first if self._is_first else Path("/sys/fs/cgroup")) / f"manyhands-memory-{os.getpid()}"
+
+    def __enter__(self) -> Path:
+        self._folder.mkdir()
+        return self._folder
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # a process may still be ending
+            self._folder.rmdir()
+
+    def read(self) -> tuple[float, float]:
+        """MiB: in memory, and mapped from files (which the kernel may drop, once they are written)."""
+        stat = dict(line.split() for line in (self._folder / "memory.stat").read_text().splitlines())
+        anonymous, mapped = ("rss", "mapped_file") if self._is_first else ("anon", "file_mapped")
+        shared = int(stat["shmem"])  # counts as mapped, too
+        return (int(stat[anonymous]) + shared) / MIB, (int(stat[mapped]) - shared) / MIB
+
+
+class Reading:
+    """Of one case: the most that its processes take together in each phase, beyond what they took before."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.phase = case, "before"
+        self._before = (0.0, 0.0)
+        self._memory_mib: dict[str, float] = {}
+        self._mapped_mib: dict[str, float] = {}
+        self._ready = 0
+
+    def a_worker_is_ready(self, now: tuple[float, float]) -> None:
+        """It will begin when all are."""
+        self._ready += 1
+        if self._ready == self.case.workers:
+            self._before, self.phase = now, "start"
+
+    def add(self, now: tuple[float, float]) -> None:
+        """What is there now."""
+        for largest, value, before in zip((self._memory_mib, self._mapped_mib), now, self._before, strict=True):
+            largest[self.phase] = max(largest.get(self.phase, 0.0), (value - before) / self.case.workers)
+
+    def row(self) -> dict[str, Any]:
+        """MiB a worker."""
+        phases = ("start", "steps")
+        return {
+            **{f"{phase}_mib": round(self._memory_mib.get(phase, 0.0), 1) for phase in phases},
+            **{f"{phase}_mapped_mib": round(max(0.0, self._mapped_mib.get(phase, 0.0)), 1) for phase in phases},
+            "before_mib": round(self._before[0] / self.case.workers, 1),
+        }
+
+
+def foreseen(case: Case, depth: int) -> Footprint:
+    """The formula's words about a case, from a model that has no memory."""
+    with torch.device("meta"):
+        model = GPT(LENGTH, WIDTH, depth, HEADS)
+    strategy = mh.Strategy(stage=case.stage, home=case.home, group=case.group)
+    sizes = sizes_of(model, recipe_of(case.precision, WIDTH, depth, HEADS), strategy, case.workers)
+    return footprint(sizes, BATCH, strategy, case.workers)
+
+
+class Run:
+    """Several cases in one set of processes; `measured` is called with each one's row as it ends."""
+
+    def __init__(self, several: Sequence[Case], measured: Callable[[Case, dict[str, Any]], None]) -> None:
+        self._cases = {str(case): case for case in several}
+        self._measured = measured
+        self._control, self._reading = ControlGroup(), Reading(several[0])
+        self._done = threading.Event()
+
+    def run(self, depth: int) -> None:
+        """Start the workers, and read until they end."""
+        with (
+            tempfile.TemporaryDirectory(prefix="manyhands-") as scratch,
+            tempfile.TemporaryFile("w+") as errors,
+            self._control as control,
+        ):
+            given = [{**vars(case), "scratch": scratch, "name": name} for name, case in self._cases.items()]
+            workers = next(iter(self._cases.values())).workers
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)),
+                *(str(HERE / "memory_worker.py"), str(control), str(depth), json.dumps(given)),
+            ]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+            thread = threading.Thread(target=self._read, daemon=True)
+            thread.start()
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    self._hear(json.loads(line))
+            self._done.set()
+            thread.join()
+            if process.wait() != 0:
+                errors.seek(0)
+                raise SystemExit(f"{list(self._cases)} failed:\n{errors.read()[-3000:]}")
+
+    def _read(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self._reading.add(self._control.read())
+
+    def _hear(self, heard: dict[str, Any]) -> None:
+        if heard["case"] not in self._cases:
+            return  # warming up
+        case = self._cases[heard["case"]]
+        if self._reading.case != case:
+            self._reading = Reading(case)
+        if heard.get("ended") == "nothing yet":
+            self._reading.a_worker_is_ready(self._control.read())
+        elif "ended" in heard:
+            self._reading.phase = "steps" if heard["ended"] == "start" else "over"
+            if self._reading.phase == "over":
+                self._measured(case, self._reading.row())
+
+
+def formula_mib(case: Case, depth: int) -> dict[str, float]:
+    """The formula's words in MiB; nothing of what activations take."""
+    if case.stage == "none":
+        return {}
+    expected = foreseen(case, depth)
+    everything = {**vars(expected), "peak": expected.peak, "mapped": expected.mapped}
+    return {name: round(value / MIB, 1) for name, value in everything.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=20, help="blocks of the GPT, 7.1 M parameters each")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--homes", nargs="+", default=["device", "disk"])
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
-    parser.add_argument("--stages", nargs="+", default=list(STAGES))
-    parser.add_argument("--group", default="auto")
-    parser.add_argument("--scratch", default="")
+    parser.add_argument("--only", default="", help="run only cases whose names have this in them")
+    parser.add_argument("--most-gib", type=float, default=9.0, help="leave out what takes more memory, all together")
+    parser.add_argument("--again", action="store_true", help="run also what was measured before")
+    parser.add_argument("--no-report", action="store_true", help="leave docs/memory.md as it is")
     options = parser.parse_args()
-    console, rows = Console(width=110), []
-    table = Table("stage", "home", "precision", "workers", "formula MiB", "measured MiB", "ratio", "digest")
-    for workers, precision, stage, home in product(options.workers, options.precisions, options.stages, options.homes):
-        found = measure(stage, home, precision, workers, options)
-        group = options.group if options.group != "auto" else "shared-memory"
-        expected = formula(stage, home, precision, workers, group) * found["numel"] / MIB
-        units = 0.0
-        if stage == "zero3":  # the ring of gradients, and what is whole or was
-            itemsize = 2 if precision == "bf16" else 4
-            units = (3 + (4 if home == "disk" else 0)) * found["largest"] * itemsize / MIB
-        row = {"stage": stage, "home": home, "precision": precision, "workers": workers, **found}
-        rows.append({**row, "formula_mib": expected + units})
-        ratio = found["mib"] / (expected + units)
-        words = (
-            stage,
-            home,
-            precision,
-            str(workers),
-            f"{expected + units:,.0f}",
-            f"{found['mib']:,.0f}",
-            f"{ratio:.2f}",
-        )
-        table.add_row(*words, str(found["digest"])[:12])
-        console.print(" ".join(words), highlight=False)
-    console.print(table)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    RESULTS.parent.mkdir(exist_ok=True)
+    rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    together: dict[tuple[str, int, str, str], list[Case]] = {}  # with files, malloc is set up another way
+    for case in cases(options.workers):
+        if options.only not in str(case) or (str(case) in rows and not options.again):
+            continue
+        total = 0.0
+        if case.stage != "none":
+            expected = foreseen(case, options.depth)
+            total = max(expected.peak, expected.start) * case.workers / GIB
+        if total > options.most_gib:
+            print(f"{case}: left out, it would take {total:.1f} GiB")
+        else:
+            together.setdefault((case.group, case.workers, case.precision, case.home), []).append(case)
+
+    def measured(case: Case, row: dict[str, Any]) -> None:
+        rows[str(case)] = row = {**vars(case), **row, "formula_mib": formula_mib(case, options.depth)}
+        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        told = {name: value for name, value in row.items() if name.endswith("mib") and name != "formula_mib"}
+        print(f"{case}: {row['formula_mib'].get('peak', 0):,.0f} MiB by the formula, {told}", flush=True)
+
+    for several in together.values():
+        Run(several, measured).run(options.depth)
+    if not options.no_report:
+        known = [case for case in cases(options.workers) if str(case) in rows]
+        write_report([{**rows[str(case)], "formula_mib": formula_mib(case, options.depth)} for case in known])
 
 
 if __name__ == "__main__":

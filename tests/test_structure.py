@@ -19,7 +19,7 @@ LAYERS = (  # from the bottom up: imports go down only
     {"errors", "units", "config", "layout", "numerics"},
     {"sharding", "comm", "members", "optim", "offload", "models"},
     {"engine"},
-    {"checkpoint", "data", "prepare", "report"},
+    {"checkpoint", "data", "prepare", "report", "planner"},
     {"training", "launching"},
     {"cli"},
 )

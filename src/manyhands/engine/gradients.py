@@ -23,7 +23,7 @@ class Gradients(ABC):
     """A unit's gradients of a micro-batch: `begin`, `place` as often as wanted, `send`, `sent`."""
 
     def __init__(self, group: Group, numel: int) -> None:
-        self._group, self._numel = group, numel
+        self._group, self._numel, self.device = group, numel, group.device
         self.exchange: Exchange | None = None  # the last one
 
     def begin(self) -> None:

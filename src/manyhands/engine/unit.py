@@ -97,6 +97,9 @@ class Unit(ParamUnit):
         self.finite_sums: list[tuple[Slot, Tensor]] = []
         self._missing: set[str] = set()
         self._slots = {slot.name: slot for slot in layout.slots}
+        # Made once: small things made beside each gradient keep the C library from using its memory again.
+        sums = torch.zeros(len(layout.slots), dtype=params.dtype, device=gradients.device)
+        self._sums = dict(zip(self._slots, sums.unbind(), strict=True))
 
     def begin(self) -> None:
         """A micro-batch begins on this worker: gradients will come."""
@@ -123,10 +126,11 @@ class Unit(ParamUnit):
                 hint="call no backward in the loss function or outside a step, and checkpoint with use_reentrant=False",
             )
         slot = self._slots[name]
-        self._place(slot).view(grad.shape).copy_(grad)
+        place = self._place(slot)
+        place.view(grad.shape).copy_(grad)
         # The sum of finite numbers is finite (or overflows, and is then looked at closely): one pass over what is in
         # cache, and the offender is known by name before anything of this step is updated.
-        self.finite_sums.append((slot, grad.sum()))
+        self.finite_sums.append((slot, torch.sum(place, 0, out=self._sums[name])))
         self._missing.discard(name)
         return not self._missing
 

@@ -12,12 +12,13 @@ from torch.nn.functional import pad
 
 from manyhands.layout import BLOCK
 from manyhands.numerics.blocks import block_hashes
-from manyhands.numerics.digest import digest_of
+from manyhands.numerics.digest import HASHED_TOGETHER, digest_of
 
 
 def fingerprint(name: str, param: Tensor) -> str:
     """16 hex digits that tell a parameter's bits."""
-    return fingerprint_of_parts(name, param.dtype, [param.detach().cpu().contiguous().reshape(-1)])
+    parts = torch.split(param.detach().cpu().contiguous().reshape(-1), HASHED_TOGETHER)
+    return fingerprint_of_parts(name, param.dtype, parts)
 
 
 def fingerprint_of_parts(name: str, dtype: torch.dtype, parts: Iterable[Tensor]) -> str:

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from manyhands.layout import BLOCK, Slot, blocks_of
 from manyhands.numerics.blocks import block_hashes
+
+HASHED_TOGETHER = 256 * BLOCK
+"""Elements: hashing takes several times their memory, and a parameter may be as large as there's room for."""
 
 
 def digest_of(names_and_numels: Sequence[tuple[str, int]], hashes: npt.NDArray[np.int64]) -> str:
@@ -33,8 +38,6 @@ def digest_of_tensors(tensors: Sequence[tuple[str, Tensor]]) -> str:
     """The digest of plain named fp32 tensors, in the order given: what any other program can check ours against."""
     hashes = []
     for _, tensor in tensors:
-        flat = tensor.detach().float().cpu().flatten()
-        padded = flat.new_zeros(blocks_of(flat.numel()) * BLOCK)
-        padded[: flat.numel()] = flat
-        hashes.append(block_hashes(padded).numpy())
+        for part in torch.split(tensor.detach().flatten(), HASHED_TOGETHER):
+            hashes.append(block_hashes(pad(part.float().cpu(), (0, -part.numel() % BLOCK))).numpy())
     return digest_of([(name, tensor.numel()) for name, tensor in tensors], np.concatenate(hashes))

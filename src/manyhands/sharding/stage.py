@@ -1,7 +1,7 @@
 """Who holds which part of the state: three placements, named after the papers' stages.
 
     bytes per parameter and worker, bf16 with AdamW, each worker with memory of its own (N workers; the fp32 sums in
-    flight, and what clipping keeps, come on top; where workers share memory, see docs/design.md)
+    flight, and what clipping keeps, come on top; where workers share memory, see docs/memory.md)
 
               param         grad          optim          bytes
     DDP       replicated    replicated    replicated     2 + 2 + 12 + 4 (the summed gradient)

@@ -1,0 +1,100 @@
+"""What memory.py measured, as tables in docs/memory.md and as a plot beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
+STAGES, HOMES, PRECISIONS = ("ddp", "zero1", "zero2", "zero3"), ("device", "disk"), ("fp32", "bf16")
+GROUPS = {"shared-memory": "on shared memory", "process": "over torch.distributed"}
+COLOURS = {1: "#4c78a8", 2: "#f58518", 4: "#54a24b"}
+
+Row = dict[str, Any]
+"""Of one case: what memory.py wrote. `foreseen_mib`: the formula and activations."""
+
+
+def write_report(rows: Iterable[Row]) -> None:
+    """Put the tables between their marks in docs/memory.md, and draw docs/memory.svg."""
+    several = list(rows)
+    alone = {row["precision"]: row["steps_mib"] for row in several if row["stage"] == "none"}
+    measured = [
+        {**row, "foreseen_mib": row["formula_mib"]["peak"] + alone[row["precision"]]}
+        for row in several
+        if row["stage"] != "none" and row["precision"] in alone
+    ]
+    taken = ", ".join(f"{value:,.0f} MiB in {precision}" for precision, value in alone.items())
+    text = f"Activations, and the gradient on its way: {taken}.\n\n{_tables(measured)}"
+    page = re.sub(
+        r"(<!-- measured -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}\n{text}\n{found[2]}",
+        PAGE.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
+    PAGE.write_text(page, encoding="utf-8")
+    _draw([row for row in measured if row["group"] == "shared-memory"])
+
+
+def _tables(rows: list[Row]) -> str:
+    found = {(row["group"], row["precision"], row["stage"], row["home"], row["workers"]): row for row in rows}
+    parts = []
+    for group, precision in product(GROUPS, PRECISIONS):
+        workers = sorted({key[4] for key in found if key[:2] == (group, precision)})
+        if not workers:
+            continue
+        names = [f"{count} worker{'s' if count > 1 else ''}" for count in workers]
+        parts += [f"**{precision}, {GROUPS[group]}** (MiB a worker: foreseen, measured, ratio)\n"]
+        parts += ["| stage | home | " + " | ".join(f"{name} | | " for name in names) + "|"]
+        parts += ["|---|---|" + "---:|---:|---:|" * len(workers)]
+        for stage, home in product(STAGES, HOMES):
+            cells = [_cells(found.get((group, precision, stage, home, count))) for count in workers]
+            if any(cell != _cells(None) for cell in cells):
+                parts.append(f"| `{stage}` | {home} | " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _cells(row: Row | None) -> str:
+    if row is None:
+        return "- | - | -"
+    foreseen, measured = row["foreseen_mib"], row["steps_mib"]
+    return f"{foreseen:,.0f} | {measured:,.0f} | {measured / foreseen:.2f}"
+
+
+def _draw(rows: list[Row]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "manyhands", "font.size": 9})
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 2, figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained")
+    for (row, precision), (column, home) in product(enumerate(PRECISIONS), enumerate(HOMES)):
+        panel = panels[row][column]
+        for place, count in enumerate(COLOURS):
+            for stage in STAGES:
+                for found in rows:
+                    if (found["precision"], found["home"], found["stage"]) == (precision, home, stage):
+                        if found["workers"] != count:
+                            continue
+                        left = STAGES.index(stage) + (place - 1) * 0.27
+                        panel.bar(left, found["steps_mib"], 0.24, color=COLOURS[count], zorder=2)
+                        ends = (left - 0.12, left + 0.12)
+                        panel.hlines(found["foreseen_mib"], *ends, color="black", linewidth=1.6, zorder=3)
+        panel.set_title(f"{precision}, home = {home}", fontsize=10)
+        panel.set_xlim(-0.6, len(STAGES) - 0.4)
+        panel.set_xticks(range(len(STAGES)), STAGES)
+        panel.grid(axis="y", color="#dddddd", linewidth=0.6, zorder=0)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.yaxis.set_major_formatter("{x:,.0f}")
+    figure.supylabel("peak of a worker in a step, MiB", fontsize=10)
+    bars = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    names = [f"measured, {count} worker{'s' if count > 1 else ''}" for count in COLOURS]
+    line = pyplot.Line2D([], [], color="black", linewidth=1.6)
+    figure.legend(
+        [*bars, line], [*names, "formula and activations"], loc="outside upper center", ncols=4, frameon=False
+    )
+    figure.savefig(PAGE.with_suffix(".svg"), metadata={"Date": None})

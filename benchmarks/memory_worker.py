@@ -1,0 +1,148 @@
+"""One worker of memory.py: trains a GPT for a few steps in one case after the other, and says where it is, so that its
+memory can be read meanwhile.
+
+    python -m torch.distributed.run --nproc-per-node W benchmarks/memory_worker.py CGROUP DEPTH CASES
+
+CGROUP: a folder of the memory controller, which the worker joins. CASES: JSON, [{"stage": "zero2", ...}, ...].
+Prints JSON lines: every worker before it makes an engine, rank 0 as each phase ends.
+With stage "none" it computes forward and backward alone, in plain PyTorch: what activations take.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # before torch is loaded, whose memory counts, too
+    (Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
+
+import torch
+from torch import Tensor, nn
+
+import manyhands as mh
+from gpt import GPT
+from manyhands.engine.memory import give_back_memory
+from measure import RandomTokens
+
+BATCH = mh.Batch(global_size=4, micro_size=1)
+STEPS = 2
+WIDTH, HEADS, LENGTH = 768, 12, 4
+
+
+class Product(torch.autograd.Function):
+    """x @ weight.T in fp32, rounded: CPUs without instructions for bf16 take a hundred times as long otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return (x.float() @ weight.float().T).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        wide, rows = grad.float(), x.float().flatten(0, -2)
+        return (wide @ weight.float()).to(x.dtype), (wide.flatten(0, -2).T @ rows).to(weight.dtype)
+
+
+def linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """What the module computes, with that product."""
+    product: Tensor = Product.apply(x, module.weight)  # type: ignore[no-untyped-call]
+    return product if module.bias is None else product + module.bias
+
+
+def model_of(precision: str, *shape: int) -> GPT:
+    """The GPT of that shape: width, depth, heads."""
+    model = GPT(LENGTH, *shape)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and precision == "bf16":
+            module.forward = partial(linear, module)  # type: ignore[method-assign]
+    return model
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The GPT computes it itself."""
+    loss: Tensor = model(tokens)
+    return loss
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    """In one operator: without temporary memory."""
+    return torch.optim.AdamW(params, lr=1e-4, fused=True)
+
+
+def recipe_of(precision: str, *shape: int) -> mh.Recipe:
+    """The same for all cases of a precision."""
+    return mh.Recipe(
+        model=lambda: model_of(precision, *shape),
+        loss=loss_of,
+        optimizer=adamw,
+        data=RandomTokens(64, LENGTH),
+        batch=BATCH,
+        precision=precision,
+    )
+
+
+def tell(**what: object) -> None:
+    """One JSON line, whole: several workers write to one pipe."""
+    os.write(1, (json.dumps(what) + "\n").encode())
+
+
+def train(given: dict[str, Any], *shape: int) -> None:
+    """Some steps of the engine."""
+    strategy = mh.Strategy(**{name: given[name] for name in ("stage", "home", "group", "scratch")})
+    with mh.Engine(recipe_of(given["precision"], *shape), strategy) as engine:
+
+        def all_ended(phase: str) -> None:
+            engine.group.barrier("memory / control")
+            if engine.group.rank == 0:
+                tell(case=given["name"], ended=phase)
+
+        all_ended("start")
+        for batch in engine.batches(STEPS):
+            engine.step(batch)
+        all_ended("steps")
+
+
+def compute_alone(given: dict[str, Any], *shape: int) -> None:
+    """Forward and backward of one micro-batch at a time; gradients are dropped as they come."""
+    torch.set_num_threads(1)
+    model = model_of(given["precision"], *shape)
+    model.to(torch.bfloat16 if given["precision"] == "bf16" else torch.float32)
+
+    def drop(param: Tensor) -> None:
+        param.grad = None
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(drop)
+    data = RandomTokens(64, LENGTH)
+    for step in range(1 + STEPS * BATCH.micro_batches):
+        if step == 1:  # by now torch has its kernels' own memory
+            give_back_memory()
+            tell(case=given["name"], ended="nothing yet")
+            tell(case=given["name"], ended="start")
+        loss_of(model, data[step][None]).backward()  # type: ignore[no-untyped-call]
+    tell(case=given["name"], ended="steps")
+
+
+def main() -> None:
+    depth, several = int(sys.argv[2]), json.loads(sys.argv[3])
+    for number, given in enumerate(several):
+        if given["stage"] == "none":
+            compute_alone(given, WIDTH, depth, HEADS)
+            continue
+        if number == 0:  # a tiny model first: torch loads all that it loads by itself
+            for precision in ("fp32", "bf16"):
+                train({**given, "precision": precision, "name": ""}, 64, 2, 1)
+        gc.collect()
+        give_back_memory()
+        tell(case=given["name"], ended="nothing yet")
+        train(given, WIDTH, depth, HEADS)
+
+
+if __name__ == "__main__":
+    main()
