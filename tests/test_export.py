@@ -463,6 +463,7 @@ MEASURE = """
 """
 
 
+@pytest.mark.slow
 def test_the_model_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     small = Trained(conv_recipe(model=FrozenStem), tmp_path / "small").checkpoint
     recipe = gpt_recipe(model=Big, optimizer=grouped(torch.optim.SGD, lr=0.1))

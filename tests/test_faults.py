@@ -121,7 +121,7 @@ def run_all(folder: Path, group: str, kind: str, places: tuple[str, ...]) -> dic
     ("group", "kind", "places"),
     [
         ("shared-memory", "kill", ("update",)),
-        ("shared-memory", "stall", ("forward",)),
+        pytest.param("shared-memory", "stall", ("forward",), marks=pytest.mark.slow),
         ("process", "kill", ("exchange",)),
         pytest.param("shared-memory", "raise", ("forward", "exchange"), marks=pytest.mark.slow),  # update: see below
         pytest.param("shared-memory", "kill", ("forward", "exchange"), marks=pytest.mark.slow),

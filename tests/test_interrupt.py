@@ -77,7 +77,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(tmp_path: Path, number: signal
     assert (summary["digest"], summary["steps"]) == (undisturbed, STEPS)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_stopped_while_starting_says_that_there_is_no_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     run_dir = tmp_path / "run"
     # Worker 1's log is opened when it begins, a second before the first step.

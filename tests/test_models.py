@@ -61,7 +61,7 @@ def test_the_same_bits_with_one_two_and_three_workers(model: str, precision: str
             assert_same(found, expected)
 
 
-@pytest.mark.parametrize("workers", [2, 3, 5, 8])
+@pytest.mark.parametrize("workers", [3, 8, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 5))])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_eight_workers_train_the_gpt_to_the_bits_of_one(precision: str, workers: int) -> None:
     recipe = gpt_recipe(precision)

@@ -55,7 +55,7 @@ class Resume(NamedTuple):
 SAVING = (Launch(1, "shared-memory"), Launch(2, "process"), Launch(3, "shared-memory"), Launch(4, "process"))
 RESUMING = (Launch(1, "process"), Launch(2, "shared-memory"), Launch(3, "process"), Launch(4, "shared-memory"))
 
-SLOW = (Launch(1, "process"), Launch(4, "shared-memory"))
+SLOW = (Launch(1, "process"), Launch(3, "process"), Launch(4, "shared-memory"))
 
 
 def params(launches: Sequence[Launch]) -> list[Any]:
@@ -204,7 +204,7 @@ def test_every_stage_and_precision_gives_the_oracles_digest(launch: Launch, shar
     assert_one_digest(launch, shared_folder, names)
 
 
-@pytest.mark.parametrize("launch", [launch for launch in SAVING + RESUMING if launch.workers == 2], ids=str)
+@pytest.mark.parametrize("launch", params([launch for launch in SAVING + RESUMING if launch.workers == 2]))
 @pytest.mark.parametrize("way", ["no overlap", "loader", "one unit", "computed twice"])
 def test_overlap_loaders_units_and_checkpointing_change_nothing(way: str, launch: Launch, shared_folder: Path) -> None:
     assert_one_digest(launch, shared_folder, [(f"{way} {precision}", precision) for precision in PRECISIONS])
@@ -217,7 +217,7 @@ def test_a_run_stopped_in_one_and_resumed_in_another_ends_in_the_same_digest(
     assert_one_digest(launch, shared_folder, [(str(resume), resume.precision) for resume in resumes_of(launch)])
 
 
-@pytest.mark.parametrize("launch", [launch for launch in SAVING + RESUMING if launch.workers in (2, 3)], ids=str)
+@pytest.mark.parametrize("launch", params([one for one in SAVING + RESUMING if one.workers in (2, 3)]))
 def test_matrices_by_owner_give_the_oracles_digest_and_change_owners(launch: Launch, shared_folder: Path) -> None:
     names = [(name["name"], name["precision"]) for name in owned_jobs(launch, shared_folder)]
     assert len(names) == (6 if launch in RESUMING else 3)
