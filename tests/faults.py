@@ -54,7 +54,9 @@ def faults(workers: int, chance: random.Random) -> str:
     for _ in range(chance.randint(2, 4)):
         place = chance.choice(PLACES)
         # Who hangs is noticed by the others, once they have met.
-        kind = chance.choice(KINDS[:4] if workers == 1 or place == "start" else KINDS)
+        kind = chance.choice(KINDS[:4] if workers == 1 else KINDS)
+        if place == "start":  # what a recipe raises as it's imported is for a person to mend
+            kind = chance.choice(["kill", "terminate"])
         count = 0 if place == "start" else chance.randint(1, 2 * MICRO_BATCHES // workers)
         found.append(f"{kind}-once {place} {count} {chance.randrange(workers)}")
     return ";".join(found)
