@@ -82,10 +82,6 @@ class Group(ABC):
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
         """A zeroed buffer [numel] to exchange from. Collective where memory is shared."""
 
-    def discard(self, contribution: Contribution) -> None:  # noqa: B027  (where nothing can be saved)
-        """What this worker's part of it holds is of no use any more, to anyone: give its memory back until it's written
-        again. The whole buffer then reads as zeros, or as it was."""
-
     @abstractmethod
     def exchange(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str

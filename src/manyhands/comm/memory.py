@@ -23,7 +23,6 @@ class ProcessArena:
 
     def __init__(self) -> None:
         self._created: list[int] = []
-        self._maps: dict[int, mmap.mmap] = {}  # mine, by address in memory
 
     def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
         if scratch is not None:
@@ -32,10 +31,7 @@ class ProcessArena:
             fd = os.memfd_create("manyhands", os.MFD_CLOEXEC)
             os.ftruncate(fd, num_bytes)
         self._created.append(fd)
-        memory = mmap.mmap(fd, num_bytes)
-        buffer = torch.frombuffer(memory, dtype=torch.uint8)
-        self._maps[buffer.data_ptr()] = memory
-        return buffer, f"{os.getpid()}:{fd}:{num_bytes}"
+        return _map(fd, num_bytes), f"{os.getpid()}:{fd}:{num_bytes}"
 
     def open(self, address: str) -> Tensor:
         pid, number, num_bytes = (int(part) for part in address.split(":"))
@@ -50,9 +46,6 @@ class ProcessArena:
     def seal(self) -> None:
         while self._created:
             os.close(self._created.pop())
-
-    def discard(self, buffer: Tensor) -> None:
-        self._maps[buffer.data_ptr()].madvise(mmap.MADV_REMOVE)
 
 
 def _map(fd: int, num_bytes: int) -> Tensor:
@@ -79,6 +72,3 @@ class ThreadArena:
 
     def seal(self) -> None:
         pass  # addresses are shared by all threads; they go with the arena
-
-    def discard(self, buffer: Tensor) -> None:
-        buffer.zero_()

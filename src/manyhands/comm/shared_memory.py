@@ -91,9 +91,6 @@ class SharedMemoryGroup(MembersGroup):
         everyone = [buffer.view(dtype) for buffer in self._create(numel * dtype.itemsize)]
         return Contribution(everyone[self.rank], everyone)
 
-    def discard(self, contribution: Contribution) -> None:
-        self._arena.discard(contribution.local.view(torch.uint8))
-
     def exchange(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
     ) -> Exchange:

@@ -21,10 +21,6 @@ class Arena(Protocol):
     def seal(self) -> None:
         """Everyone has opened what I created so far: drop the addresses."""
 
-    def discard(self, buffer: Tensor) -> None:
-        """The contents of a buffer that I created are of no use any more: it reads as zeros, and holds no memory until
-        it's written again (where the system can do that; else nothing happens)."""
-
 
 class Store(Protocol):
     """Small texts by key that all workers see: torch.distributed's stores."""
