@@ -123,7 +123,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("fault", "options"),
     [
-        ("kill-once update", ("--checkpoint-every", "1")),
+        pytest.param("kill-once update", ("--checkpoint-every", "1"), marks=pytest.mark.slow),
         pytest.param("kill-once forward", (), marks=pytest.mark.slow),
         pytest.param("raise-once exchange", ("--checkpoint-every", "2"), marks=pytest.mark.slow),
         pytest.param("stop-once exchange", ("--checkpoint-every", "1"), marks=pytest.mark.slow),
@@ -132,7 +132,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_run_ends_as_if_nothing_had_been(
     tmp_path: Path, undisturbed: str, fault: str, options: tuple[str, ...]
 ) -> None:
-    run = again(tmp_path / "run", fault, *options)
+    run = again(tmp_path / "run", fault, "--snapshot-every", "never", *options)
     assert run.process.returncode == 0, run.output
     assert digest_of(run) == undisturbed
     assert "starting again (1 of 3)" in run.output
@@ -152,7 +152,7 @@ def test_the_run_ends_as_if_nothing_had_been(
 
 @pytest.mark.slow
 def test_a_micro_batch_that_always_fails_is_named_with_its_samples(tmp_path: Path) -> None:
-    run = again(tmp_path / "run", "raise forward")
+    run = again(tmp_path / "run", "raise forward", "--snapshot-every", "never")
     assert run.process.returncode == 1
     assert run.output.count("starting again") == 1
     assert "samples 18 to 19 of the run's order" in run.output, run.output

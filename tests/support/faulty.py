@@ -3,7 +3,7 @@
 FAULT is "KIND PLACE COUNT RANK", such as "kill exchange 5 1": the worker of that rank goes wrong there once it has
 computed COUNT losses (both may be left out: 5 1). Several are separated by ";"; empty: none. "kill-once exchange": only
 the first time that a process comes there. KIND: raise, kill, terminate, stop, stall. PLACE: start, forward, exchange,
-update, checkpoint.
+update, checkpoint, snapshot.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyhands.checkpoint import save
+from manyhands.checkpoint import save, snapshot
 
 if "RANK" in os.environ:
     sys.modules["tensorboard"] = None  # type: ignore[assignment]  # not there: a worker starts a second sooner
@@ -123,6 +123,16 @@ def write_pieces(*args: Any, whole: Any = save.write_pieces) -> Any:
 
 
 save.write_pieces = write_pieces  # type: ignore[assignment]
+
+
+def write_snapshot(*args: Any, whole: Any = snapshot._write) -> Any:
+    """The snapshot's own, with a fault between this worker's pieces and the record."""
+    written = whole(*args)
+    misbehave("snapshot")
+    return written
+
+
+snapshot._write = write_snapshot
 
 
 def optimizer(params: Any, lr: float = 0.1) -> torch.optim.Optimizer:

@@ -36,8 +36,12 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
     Raises CheckpointError (missing, damaged, of another recipe) and NumericsError (saved under another numerics
     identity, unless accepted: then later bits may differ from the saving run's).
     """
-    reader = CheckpointReader(folder)
-    manifest = reader.manifest
+    return restore(engine, CheckpointReader(folder), accept_new_numerics=accept_new_numerics)
+
+
+def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics: bool = False) -> Manifest:
+    """As `load_checkpoint`, with what `reader` gives."""
+    manifest, folder = reader.manifest, reader.folder
     _check_facts(manifest, engine, folder)
     if not accept_new_numerics:
         check_identity(manifest.identity, engine.identity, str(folder))
@@ -52,7 +56,7 @@ def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bo
         for schedule, saved_schedule in zip(engine.schedules, manifest.schedules, strict=True):
             schedule.load_state_dict(decode_state(saved_schedule))
         engine.step_index = manifest.step
-        found = engine.digest()
+        found = engine.digest() if manifest.digest else ""
         if found != manifest.digest:
             raise CheckpointError(
                 "the loaded weights are not those that were saved",

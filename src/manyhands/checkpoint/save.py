@@ -59,18 +59,9 @@ def begin_checkpoint(
     digest = engine.digest()
     if all(gather_json(group, _holds(final, digest), f"{tag} / control")):
         return None
-    manifest = _manifest(engine, root, digest)
-
-    def manifest_of(everyone: list[dict[str, Any]]) -> Manifest:
-        scalars = {
-            name: {kind: Scalar(**number) for kind, number in numbers.items()}
-            for theirs in everyone
-            for name, numbers in theirs["scalars"].items()
-        }
-        return manifest.model_copy(update={"scalars": scalars, "pieces": _joined(everyone)})
-
+    manifest = manifest_of(engine, digest, _save_frozen(engine, root))
     scalars: Scalars = {}
-    pieces = list(_pieces(engine, scalars))
+    pieces = list(owned_pieces(engine, scalars))
     if not engine.home.is_apart:
         pieces = [piece._replace(tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
 
@@ -79,15 +70,17 @@ def begin_checkpoint(
         return {"pieces": [record.model_dump() for record in records], "scalars": scalars}
 
     name = _file_of(engine)
-    contents = Contents(write=write, manifest_of=manifest_of, published=partial(_prune, final, keep, keep_every))
+    contents = Contents(
+        write=write, manifest_of=partial(with_pieces, manifest), published=partial(_prune, final, keep, keep_every)
+    )
     saving = Saving(final, group, contents, tag)
     if engine.home.is_apart:
         saving.wait_written()
     return saving
 
 
-def _manifest(engine: StepEngine, root: Path, digest: str) -> Manifest:
-    """As it is now, without what the workers add. Collective, for the frozen parameters."""
+def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest:
+    """The engine's state as it is now, without what the workers add. frozen: see Manifest."""
     tensors, computed = tensor_records(engine)
     return Manifest(
         format=FORMAT,
@@ -101,11 +94,21 @@ def _manifest(engine: StepEngine, root: Path, digest: str) -> Manifest:
         schedules=[_schedule_state(schedule) for schedule in engine.schedules],
         scalars={},
         tensors=tensors,
-        frozen=_save_frozen(engine, root, tensors, f"step {engine.step_index} / frozen"),
+        frozen=frozen,
         computed=computed,
         config_files=config_files(engine.model),
         pieces=[],
     )
+
+
+def with_pieces(manifest: Manifest, everyone: list[dict[str, Any]]) -> Manifest:
+    """The same with what all workers say of their pieces and numbers."""
+    scalars = {
+        name: {kind: Scalar(**number) for kind, number in numbers.items()}
+        for theirs in everyone
+        for name, numbers in theirs["scalars"].items()
+    }
+    return manifest.model_copy(update={"scalars": scalars, "pieces": _joined(everyone)})
 
 
 def _prune(final: Path, keep: int | None, keep_every: int | None) -> None:
@@ -122,8 +125,8 @@ def _joined(everyone: list[dict[str, Any]]) -> list[PieceRecord]:
     return [PieceRecord(**record) for theirs in everyone for record in theirs["pieces"]]
 
 
-def _pieces(engine: StepEngine, scalars: Scalars) -> Iterator[Piece]:
-    """What this worker owns; fills in `scalars`."""
+def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[Piece]:
+    """What this worker owns: views of its state; fills in `scalars`."""
     for piece, owned in engine.updater.slices:
         if not owned.numel:
             continue
@@ -164,12 +167,13 @@ def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
     return records, [key for others in keys.values() for key in others]
 
 
-def _save_frozen(engine: StepEngine, root: Path, tensors: list[TensorRecord], tag: str) -> str | None:
+def _save_frozen(engine: StepEngine, root: Path) -> str | None:
     """Write the parameters that no step changes, unless they are there; the folder's name. Collective.
 
     The name comes from what is in it, so that runs of several recipes in one folder don't get in each other's way.
     """
-    frozen = [record for record in tensors if record.kind == "frozen"]
+    tag = f"step {engine.step_index} / frozen"
+    frozen = [record for record in tensor_records(engine)[0] if record.kind == "frozen"]
     if not frozen:
         return None
     facts = engine.facts()
@@ -183,10 +187,10 @@ def _save_frozen(engine: StepEngine, root: Path, tensors: list[TensorRecord], ta
             records = write_pieces(folder / _file_of(engine), mine)
             return {"pieces": [record.model_dump() for record in records]}
 
-        def manifest_of(everyone: list[dict[str, Any]]) -> FrozenManifest:
+        def joined(everyone: list[dict[str, Any]]) -> FrozenManifest:
             return FrozenManifest(format=FORMAT, pieces=_joined(everyone))
 
-        Saving(final, engine.group, Contents(write=write, manifest_of=manifest_of), tag).wait()
+        Saving(final, engine.group, Contents(write=write, manifest_of=joined), tag).wait()
     return final.name
 
 

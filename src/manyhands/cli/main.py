@@ -12,7 +12,7 @@ import typer
 from manyhands import __version__
 from manyhands.cli.export import export
 from manyhands.cli.train import train
-from manyhands.cli.workers import Workers, default_workers, start_workers
+from manyhands.cli.workers import Workers, default_workers, snapshots_kept, start_workers, tell_restart
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
 
 app = typer.Typer(
@@ -79,18 +79,35 @@ def run(
         typer.Argument(metavar="SCRIPT", help="Your script; what follows it are its arguments.", show_default=False),
     ],
     workers: Workers = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="How often to start the script again after a worker failed, without a step more saved (default: 0).",
+            show_default=False,
+        ),
+    ] = 0,
 ) -> None:
     """Run your own script in N workers, as `torchrun` would, but quietly and with errors that name the culprit.
 
-    Inside, `manyhands.train` or `manyhands.Engine` finds the other workers.
+    Inside, `manyhands.train` or `manyhands.Engine` finds the other workers. Started again, `train` goes on from where
+    it was; what your script does beside it is done once more.
 
     Example: `manyhands run --workers 4 script.py --its-own-option`
     """
     if not script.is_file():
         raise ConfigError("there is no such script", where=str(script.absolute()))
-    start_workers(
-        [sys.executable, str(script), *context.args], workers or default_workers(1, None), None, holds_signals=False
-    )
+    from manyhands.launching.restarts import run_again
+
+    command, workers = [sys.executable, str(script), *context.args], workers or default_workers(1, None)
+    with snapshots_kept("auto" if max_restarts else "never", workers) as snapshots:
+        run_again(
+            lambda: start_workers(command, workers, None, snapshots.variables, holds_signals=False),
+            saved_step=snapshots.newest_step,
+            most=max_restarts,
+            tell=tell_restart,
+        )
 
 
 @app.command()

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyhands.cli.workers import Workers, default_workers, from_one, start_workers
+from manyhands.cli.workers import (
+    Workers,
+    a_number_auto_or_never,
+    default_workers,
+    from_one,
+    snapshots_kept,
+    start_workers,
+    tell_restart,
+)
 from manyhands.config import GROUPS, HOMES, STAGES
 from manyhands.errors import ConfigError, Interrupted
 
@@ -85,12 +93,21 @@ def train(
             show_default=False,
         ),
     ] = None,
+    snapshot_every: Annotated[
+        str,
+        typer.Option(
+            metavar="N",
+            callback=a_number_auto_or_never,
+            help="Steps between snapshots in memory, with which workers that failed begin again: a number, auto (so "
+            "often that they cost 2 % of the time), or never.",
+        ),
+    ] = "auto",
     max_restarts: Annotated[
         int,
         typer.Option(
             metavar="N",
             min=0,
-            help="How often to start the workers again after one failed, without a new checkpoint (default: 3).",
+            help="How often to start the workers again after one failed, without a step more saved (default: 3).",
             show_default=False,
         ),
     ] = 3,
@@ -154,24 +171,24 @@ def train(
         "json": as_json,
     }
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
+    checkpoints = directory / "checkpoints"
     try:
-        run_again(
-            lambda: start_workers(command, workers, directory / "logs", holds_signals=True),
-            saved_step=lambda: max((step for step, _ in list_checkpoints(directory / "checkpoints")), default=0),
-            most=max_restarts,
-            tell=partial(_tell_restart, RunDirectory(directory)),
-            samples_of=batch.samples_of,
-        )
+        with snapshots_kept(snapshot_every if max_restarts else "never", workers) as snapshots:
+            run_again(
+                lambda: start_workers(command, workers, directory / "logs", snapshots.variables, holds_signals=True),
+                saved_step=lambda: max([snapshots.newest_step(), *(step for step, _ in list_checkpoints(checkpoints))]),
+                most=max_restarts,
+                tell=partial(_note_restart, RunDirectory(directory)),
+                samples_of=batch.samples_of,
+            )
     except Interrupted as error:
         raise _with_the_way_on(error, directory, given=run_dir is not None) from None
 
 
-def _tell_restart(directory: RunDirectory, restart: Restart) -> None:
+def _note_restart(directory: RunDirectory, restart: Restart) -> None:
     cause = restart.cause
     directory.append_event("failed", rank=cause.rank, what=cause.what, where=cause.where, restart=restart.number)
-    place = f"\n  where: {cause.where}" if cause.where else ""
-    hint = f"\n  what to do: {cause.hint}" if cause.hint else ""
-    sys.stderr.write(f"{cause.what}{place}{hint}\nstarting again ({restart.number} of {restart.most})\n")
+    tell_restart(restart)
 
 
 def _with_the_way_on(error: Interrupted, directory: Path, *, given: bool) -> Interrupted:

@@ -77,6 +77,7 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
             record.add(metrics)
             if engine.stop_wanted:
                 raise _interrupted(engine, record, saver)
+            record.snapshots.after_step(metrics.digest, last=step + 1 == steps)
             saver.after_step(last=step + 1 == steps)
         saver.finish()
         return _summary(engine, record, memory.peak_bytes, time.monotonic() - began)

@@ -22,6 +22,7 @@ from manyhands.report.run_directory import RunDirectory, write_json
 from manyhands.report.tensorboard import TensorBoardLog
 from manyhands.training.engine import Engine
 from manyhands.training.every import Every
+from manyhands.training.snapshots import Snapshots
 
 RETRY_SECONDS = 5
 """Before the last checkpoint is tried again."""
@@ -41,6 +42,7 @@ class Record:
         self._recipe_as_used = recipe_as_used
         self._tensorboard: TensorBoardLog | None = None
         self._bars: list[TrainingProgress] = []
+        self.snapshots = Snapshots(engine, self.tell)
         self._stack = stack
         if self.path is not None and engine.group.rank == 0:
             self._directory = RunDirectory(self.path)
@@ -50,10 +52,11 @@ class Record:
         engine.group.barrier("start / run directory / control")
 
     def resume(self, accept_new_numerics: bool) -> None:
-        """Go on from the directory's last checkpoint, if there is one; then begin to write. Collective."""
-        if self.path is None:
-            return
-        found = [str(path) for _, path in list_checkpoints(self.path / "checkpoints")]
+        """Go on from the last state that there is: a snapshot, or the directory's last checkpoint. Then begin to write.
+        Collective."""
+        listed = [] if self.path is None else list_checkpoints(self.path / "checkpoints")
+        found, step = [str(path) for _, path in listed], max((step for step, _ in listed), default=0)
+        newest = self.snapshots.newest_step()
         everyone: list[Any] = gather_json(self.engine.group, found, "start / resume / control")
         last = [paths[-1] if paths else None for paths in everyone]
         if len(set(last)) > 1:
@@ -62,7 +65,13 @@ class Record:
                 got=last,
                 hint="put run_dir on a file system that all hosts share",
             )
-        if last[0] is not None:
+        source = None
+        if newest is not None and newest >= step:
+            source = "snapshot"
+            self.snapshots.load()
+            self.notes.append(f"going on from step {self.engine.step_index} (a snapshot in memory)")
+        elif last[0] is not None:
+            source = "checkpoint"
             self._load(found, accept_new_numerics)
             self.notes.append(f"going on from step {self.engine.step_index} ({last[0]})")
         elif self.engine.recipe.initial_weights is not None:
@@ -74,7 +83,12 @@ class Record:
         directory.truncate_metrics(engine.step_index)
         self.metrics = directory.read_metrics()
         self.event(
-            "began", step=engine.step_index, repeats=repeats, workers=engine.group.size, stage=engine.strategy.stage
+            "began",
+            step=engine.step_index,
+            source=source,
+            repeats=repeats,
+            workers=engine.group.size,
+            stage=engine.strategy.stage,
         )
         directory.write_manifest(
             engine.identity,

@@ -1,0 +1,180 @@
+"""Snapshots: the state in memory that outlives the workers, so that after a failure they begin with it.
+
+The workers' parent makes files without a name (memfd) and holds them: two slots, in each a file for every worker's
+pieces and one for the record, which says what lies where. Workers open them through /proc. They write the slot that is
+older; when all have, worker 0 writes the record. So at every moment one slot is whole, whoever is killed; and when the
+parent ends, the kernel frees the memory. (As Gemini does, Wang et al., SOSP 2023, section 3, on one host.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manyhands.checkpoint.format import FORMAT, Manifest, PieceRecord
+from manyhands.checkpoint.load import CheckpointReader, restore
+from manyhands.checkpoint.pieces import Piece, PieceReader, dtype_name
+from manyhands.checkpoint.save import Scalars, manifest_of, owned_pieces, with_pieces
+from manyhands.checkpoint.tensor_file import bytes_of
+from manyhands.engine.control import gather_json
+from manyhands.engine.engine import StepEngine
+from manyhands.errors import CheckpointError
+
+_HEAD_BYTES = 16  # of a record: its length and its checksum
+_IN_MEMORY = "the memory of the workers' parent"
+
+
+class Slot(NamedTuple):
+    """Where a snapshot is written: paths of the record and, by rank, of the pieces."""
+
+    record: str
+    pieces: tuple[str, ...]
+
+
+class SnapshotMemory:
+    """The two slots, as the workers' parent and they see them."""
+
+    def __init__(self, slots: tuple[Slot, ...], descriptors: tuple[int, ...] = ()) -> None:
+        self._slots, self._descriptors = slots, descriptors
+        self._next: int | None = None  # which one is written next, by this worker
+
+    @classmethod
+    def create(cls, workers: int) -> SnapshotMemory:
+        """For up to so many workers, held by this process until `close`; empty files take no memory."""
+        made: list[int] = []
+
+        def new() -> str:
+            made.append(os.memfd_create("manyhands-snapshot", os.MFD_CLOEXEC))
+            return f"/proc/{os.getpid()}/fd/{made[-1]}"
+
+        slots = tuple(Slot(new(), tuple(new() for _ in range(workers))) for _ in range(2))
+        return cls(slots, tuple(made))
+
+    def address(self) -> str:
+        """A text by which the workers find it."""
+        return json.dumps(self._slots)
+
+    @classmethod
+    def at(cls, address: str) -> SnapshotMemory:
+        """What another process made."""
+        return cls(tuple(Slot(record, tuple(pieces)) for record, pieces in json.loads(address)))
+
+    def close(self) -> None:
+        """Free it, once no worker is left."""
+        for fd in self._descriptors:
+            os.close(fd)
+        self._descriptors = ()
+
+    def newest(self) -> Manifest | None:
+        """What the last whole snapshot is, if there is one."""
+        found = [manifest for manifest in map(_read_record, self._slots) if manifest is not None]
+        return max(found, key=lambda manifest: manifest.step, default=None)
+
+    def next_slot(self) -> Slot:
+        """The one to write now: empty, or the older one."""
+        if self._next is None:
+            steps = [-1 if manifest is None else manifest.step for manifest in map(_read_record, self._slots)]
+            self._next = steps.index(min(steps))
+        slot, self._next = self._slots[self._next], 1 - self._next
+        return slot
+
+
+def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None) -> None:
+    """Keep the engine's state as it is now. Collective.
+
+    digest: of the weights, if it is known; then it's checked when the snapshot is loaded.
+    """
+    group, tag = engine.group, f"step {engine.step_index} / snapshot"
+    group.status(tag)
+    slot, scalars = memory.next_slot(), Scalars()
+    records = _write(slot.pieces[group.rank], list(owned_pieces(engine, scalars)))
+    mine = {"pieces": [record.model_dump() for record in records], "scalars": scalars}
+    everyone: list[Any] = gather_json(group, mine, f"{tag} written / control")
+    if group.rank == 0:
+        _write_record(slot, with_pieces(manifest_of(engine, digest or "", frozen=None), everyone))
+
+
+def load_snapshot(engine: StepEngine, memory: SnapshotMemory) -> Manifest:
+    """Make the engine's state that of the last snapshot. Collective; raises CheckpointError."""
+    manifest = memory.newest()
+    if manifest is None:
+        raise CheckpointError("there is no snapshot", where=_IN_MEMORY)
+    return restore(engine, SnapshotReader(manifest))
+
+
+def snapshot_bytes(engine: StepEngine) -> int:
+    """How much of a slot this worker's pieces take."""
+    return sum(piece.tensor.nbytes for piece in owned_pieces(engine, Scalars()))
+
+
+class SnapshotReader(CheckpointReader):
+    """Reads ranges of named tensors out of memory."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        PieceReader.__init__(self, Path(f"snapshot of step {manifest.step} in {_IN_MEMORY}"), manifest.pieces)
+
+    def _read_piece(self, piece: PieceRecord, start: int, end: int) -> Tensor:
+        part = torch.empty(end - start, dtype=getattr(torch, piece.dtype))
+        data = bytes_of(part)
+        with open(piece.file, "rb", buffering=0) as file:
+            file.seek(int(piece.key) + start * part.itemsize)
+            if data.nbytes and file.readinto(data) != data.nbytes:
+                raise CheckpointError("a snapshot is cut short", where=str(self.folder), got=piece.name)
+        return part
+
+
+def _write(path: str, pieces: list[Piece]) -> list[PieceRecord]:
+    """One piece after the other; a record's key is where it begins."""
+    records, start = [], 0
+    with open(path, "r+b", buffering=0) as file:
+        for piece in pieces:
+            data = bytes_of(piece.tensor.detach().cpu())
+            _write_all(file.fileno(), data, start)
+            record = PieceRecord(
+                file=path,
+                key=str(start),
+                kind=piece.kind,
+                name=piece.name,
+                start=piece.start,
+                numel=piece.tensor.numel(),
+                dtype=dtype_name(piece.tensor.dtype),
+                shape=piece.shape,
+                crc32=0,
+            )
+            records.append(record)
+            start += data.nbytes
+    return records
+
+
+def _write_all(fd: int, data: memoryview, start: int) -> None:
+    while data.nbytes:
+        written = os.pwrite(fd, data, start)
+        data, start = data[written:], start + written
+
+
+def _write_record(slot: Slot, manifest: Manifest) -> None:
+    """Its head last: a record that was begun is none."""
+    text = json.dumps(manifest.model_dump(mode="json")).encode()
+    head = len(text).to_bytes(8, "little") + zlib.crc32(text).to_bytes(8, "little")
+    with open(slot.record, "r+b", buffering=0) as file:
+        _write_all(file.fileno(), memoryview(bytes(_HEAD_BYTES)), 0)
+        _write_all(file.fileno(), memoryview(text), _HEAD_BYTES)
+        _write_all(file.fileno(), memoryview(head), 0)
+
+
+def _read_record(slot: Slot) -> Manifest | None:
+    with open(slot.record, "rb", buffering=0) as file:
+        head = file.read(_HEAD_BYTES)
+        length, checksum = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
+        text = file.read(length) if length else b""
+    if not text or len(text) != length or zlib.crc32(text) != checksum:
+        return None
+    said = json.loads(text)
+    return Manifest.model_validate(said) if said["format"] == FORMAT else None

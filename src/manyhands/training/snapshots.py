@@ -1,0 +1,107 @@
+"""When snapshots are taken: so often that they cost a small share of the time."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+from manyhands.checkpoint.format import Manifest
+from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot, snapshot_bytes, take_snapshot
+from manyhands.engine.control import gather_json
+from manyhands.engine.engine import StepEngine
+from manyhands.units import format_bytes
+
+SNAPSHOT_MEMORY_VARIABLE = "MANYHANDS_SNAPSHOT_MEMORY"
+"""Where the workers' parent keeps memory for snapshots; set by it."""
+SNAPSHOT_EVERY_VARIABLE = "MANYHANDS_SNAPSHOT_EVERY"
+"""Steps between snapshots, if the parent says."""
+MOST_OF_TIME = 0.02
+"""What snapshots may cost, unless it's said how often they're taken."""
+MOST_OF_MEMORY = 0.5
+"""Of what is free, what both slots may take."""
+
+
+class Snapshots:
+    """A run's, if the workers' parent has memory for them, and all workers are its own. Collective, but `newest_step`.
+
+    tell: what a person should know. Nothing is kept of state that lives on a disk: it's there not to be in memory.
+    """
+
+    def __init__(self, engine: StepEngine, tell: Callable[[str], None]) -> None:
+        self._engine, self._tell = engine, tell
+        address = os.environ.get(SNAPSHOT_MEMORY_VARIABLE)
+        one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        wanted = address is not None and one_host and not engine.home.is_apart
+        self._memory = SnapshotMemory.at(address) if address is not None and wanted else None
+        fixed = os.environ.get(SNAPSHOT_EVERY_VARIABLE)
+        self._every = None if fixed is None else int(fixed)
+        self._taken = 0
+        self._next_step: int | None = None  # None: after the next one, whichever that is
+        self._last_step, self._last_seconds = engine.step_index, time.monotonic()
+
+    def newest_step(self) -> int | None:
+        """After how many steps the last one was taken."""
+        newest = None if self._memory is None else self._memory.newest()
+        return None if newest is None else newest.step
+
+    def load(self) -> Manifest | None:
+        """Go on from the last one, if there is one. Raises CheckpointError."""
+        return None if self._memory is None else load_snapshot(self._engine, self._memory)
+
+    def after_step(self, digest: str | None, *, last: bool) -> None:
+        """Take one, if it's time (after the last step there's nothing to lose). digest: of the weights, if known."""
+        step = self._engine.step_index
+        if self._memory is None or last or (self._next_step is not None and step < self._next_step):
+            return
+        if not self._taken and not self._find_room():
+            self._memory = None
+            return
+        began = time.monotonic()
+        take_snapshot(self._engine, self._memory, digest)
+        now = time.monotonic()
+        costs = now - began
+        a_step = (began - self._last_seconds) / max(1, step - self._last_step)
+        everyone: list[Any] = gather_json(self._engine.group, [costs, a_step], f"step {step} / snapshot / control")
+        self._taken += 1
+        self._next_step = step + self._interval(*zip(*everyone, strict=True))
+        self._last_step, self._last_seconds = step, now
+
+    def _interval(self, costs: Iterable[float], steps: Iterable[float]) -> int:
+        if self._every is not None:
+            return self._every
+        # The first one in a slot has the kernel find memory for it: what it costs says little.
+        return 1 if self._taken < 3 else max(1, math.ceil(max(costs) / (MOST_OF_TIME * max(max(steps), 1e-6))))
+
+    def _find_room(self) -> bool:
+        mine = [snapshot_bytes(self._engine), free_memory_bytes()]
+        everyone: list[Any] = gather_json(self._engine.group, mine, "start / snapshot memory / control")
+        needed, free = 2 * sum(size for size, _ in everyone), min(free for _, free in everyone)
+        if needed <= MOST_OF_MEMORY * free:
+            return True
+        self._tell(
+            f"no snapshots in memory: they would take {format_bytes(needed)} of {format_bytes(free)} that are free; "
+            "after a failure the run goes on from its last checkpoint"
+        )
+        return False
+
+
+def free_memory_bytes() -> int:
+    """What this process could still have: of the machine's memory, and of its control group's limit."""
+    free = []
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
+        free.append(next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")))
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with (
+            suppress(OSError, ValueError),
+            open(f"/sys/fs/cgroup/{limit}") as most,
+            open(f"/sys/fs/cgroup/{used}") as now,
+        ):
+            free.append(int(most.read()) - int(now.read()))
+    return max(0, min(free, default=0))

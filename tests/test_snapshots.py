@@ -1,0 +1,139 @@
+"""A snapshot in memory that outlives the workers brings back every bit; one that's half written is none."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import manyhands as mh
+from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot, take_snapshot
+from manyhands.comm.group import Group
+from manyhands.report.run_directory import RunDirectory
+from manyhands.training import snapshots
+from support.models import conv_recipe, gpt_recipe
+from support.threads import run_threads
+from test_restarts import again, digest_of
+
+STEPS = 4
+
+
+@pytest.fixture
+def memory() -> Iterator[SnapshotMemory]:
+    made = SnapshotMemory.create(4)
+    yield made
+    made.close()
+
+
+def train(
+    recipe: mh.Recipe,
+    workers: int,
+    stage: str,
+    memory: SnapshotMemory,
+    *,
+    taken: tuple[int, ...] = (),
+    load: bool = False,
+) -> str:
+    """Four steps altogether, with snapshots after those of `taken`; the digest."""
+
+    def work(group: Group) -> str:
+        mine = SnapshotMemory.at(memory.address())
+        with mh.Engine(recipe, mh.Strategy(stage=stage), group) as engine:
+            if load:
+                load_snapshot(engine, mine)
+            for batch in engine.batches(STEPS):
+                digest = engine.step(batch, digest=True).digest
+                if engine.step_index in taken:
+                    take_snapshot(engine, mine, digest)
+            return engine.digest()
+
+    return run_threads(workers, work)[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe_of", [gpt_recipe, conv_recipe])
+def test_any_number_of_workers_goes_on_from_it(memory: SnapshotMemory, recipe_of: object, precision: str) -> None:
+    recipe = recipe_of(precision)  # type: ignore[operator]
+    undisturbed = train(recipe, 1, "ddp", memory)
+    assert train(recipe, 2, "zero2", memory, taken=(1, 2)) == undisturbed
+    for workers, stage in ((3, "ddp"), (1, "zero1"), (2, "zero3")):
+        assert train(recipe, workers, stage, memory, load=True) == undisturbed
+        newest = memory.newest()
+        assert newest is not None
+        assert newest.step == 2
+
+
+def test_one_that_is_half_written_is_none(memory: SnapshotMemory) -> None:
+    recipe = gpt_recipe("fp32")
+    assert memory.newest() is None
+    undisturbed = train(recipe, 2, "zero2", memory, taken=(1, 2, 3))
+    slots = json.loads(memory.address())
+    records = [Path(record) for record, _ in slots]
+    newest = max(records, key=lambda record: json.loads(record.read_bytes()[16:])["step"])
+    whole = newest.read_bytes()
+    for cut in (0, 8, 16, len(whole) // 2, len(whole) - 1):  # as far as worker 0 came
+        newest.write_bytes(whole[:cut])
+        found = memory.newest()
+        assert found is not None
+        assert found.step == 2
+    assert train(recipe, 3, "zero1", memory, load=True) == undisturbed
+
+
+def test_the_older_slot_is_written_also_by_workers_that_came_later(memory: SnapshotMemory) -> None:
+    recipe = gpt_recipe("fp32")
+    train(recipe, 1, "zero2", memory, taken=(1,))
+    train(recipe, 2, "zero2", memory, load=True, taken=(2, 3))
+    steps = sorted(json.loads(Path(record).read_bytes()[16:])["step"] for record, _ in json.loads(memory.address()))
+    assert steps == [2, 3]
+
+
+def test_when_memory_is_short_it_says_so_and_none_is_taken(
+    memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setenv(snapshots.SNAPSHOT_MEMORY_VARIABLE, memory.address())
+    monkeypatch.setattr(snapshots, "free_memory_bytes", lambda: 100 << 10)
+
+    with mh.Engine(gpt_recipe("fp32")) as engine:
+        mine = snapshots.Snapshots(engine, told.append)
+        engine.step(next(engine.batches()))
+        mine.after_step(None, last=False)
+    assert memory.newest() is None
+    assert "100 KiB that are free" in told[0]
+
+
+def test_free_memory_is_some_of_the_machines() -> None:
+    assert 0 < snapshots.free_memory_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    run = again(tmp_path_factory.mktemp("undisturbed") / "run", "")
+    assert run.process.returncode == 0, run.output
+    return digest_of(run)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "kill-once snapshot 5 1",
+        *(pytest.param(f"kill-once {place}", marks=pytest.mark.slow) for place in ("update", "snapshot 5 0")),
+        pytest.param("kill-once snapshot 5 1; kill-once snapshot 3 0; kill-once update 1 0", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_worker_costs_at_most_a_step_and_reads_no_checkpoint(
+    tmp_path: Path, undisturbed: str, fault: str
+) -> None:
+    run = again(tmp_path / "run", fault, "--snapshot-every", "1")
+    assert run.process.returncode == 0, run.output
+    assert digest_of(run) == undisturbed
+    assert run.left_behind() == []
+    events = RunDirectory.open_existing(tmp_path / "run" / "directory").read_events()
+    began = [event for event in events if event["event"] == "began"]
+    assert len(began) == fault.count(";") + 2
+    assert {event["source"] for event in began[1:]} <= {"snapshot", None}
+    assert all(event["repeats"] <= 1 for event in began)
+    assert began[-1]["source"] == "snapshot"
