@@ -37,9 +37,9 @@ WHAT = {
 }
 
 
-def training(folder: Path, group: str, restarts: str = "0") -> list[str]:
+def training(folder: Path, group: str, restarts: str = "0", workers: str = "2") -> list[str]:
     recipe, run_dir = str(SUPPORT / "faulty.toml"), str(folder / "directory")
-    options = ["--workers", "2", "--group", group, "--run-dir", run_dir, "--max-restarts", restarts]
+    options = ["--workers", workers, "--group", group, "--run-dir", run_dir, "--max-restarts", restarts]
     return [*MANYHANDS, "train", recipe, *options]
 
 
@@ -150,6 +150,34 @@ def test_all_end_and_the_culprit_is_named(tmp_path: Path, group: str, kind: str,
             assert "in _watch" not in run.output, told
         if kind in ("stall", "stop"):
             assert "; the others wait in step 2" in run.output, told
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("stall forward 5 0", "worker 0 has been at one thing for more than 2 s"),
+        pytest.param(
+            "stop forward 5 0", r"worker 0 has been .* 2 s \(its process is stopped.*", marks=pytest.mark.slow
+        ),
+        pytest.param("kill forward 5 0", "worker 0 was killed by SIGKILL", marks=pytest.mark.slow),
+    ],
+)
+def test_a_worker_without_peers_is_watched_by_its_parent(tmp_path: Path, fault: str, told: str) -> None:
+    run = Run(tmp_path / "run", training(tmp_path / "run", "auto", workers="1"), fault).wait()
+    assert run.process.returncode == 1, run.output
+    assert run.seconds < WITHIN_SECONDS + 5, run.output
+    assert re.search(f"^{told}$", run.output, re.MULTILINE), run.output
+    where = r"^  where: worker 0( \(pid \d+\))?, step 1, micro-batch 0 / forward and backward"
+    assert re.search(where, run.output, re.MULTILINE), run.output
+    assert ("in oversleep" in run.output) == ("stall" in fault), run.output
+    assert run.left_behind() == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_before_the_others_have_met_it_is_named(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", training(tmp_path / "run", "auto"), "stop start 0 1").wait()
+    assert run.seconds < WITHIN_SECONDS + 5, run.output
+    assert "worker 1's process has been stopped for 5 s" in run.output
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from manyhands.checkpoint.save import Scalars, manifest_of, owned_pieces, with_p
 from manyhands.checkpoint.tensor_file import bytes_of
 from manyhands.engine.control import gather_json
 from manyhands.engine.engine import StepEngine
-from manyhands.errors import CheckpointError
+from manyhands.errors import InvariantError
 
 _HEAD_BYTES = 16  # of a record: its length and its checksum
 _IN_MEMORY = "the memory of the workers' parent"
@@ -91,7 +91,7 @@ def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None
     digest: of the weights, if it is known; then it's checked when the snapshot is loaded.
     """
     group, tag = engine.group, f"step {engine.step_index} / snapshot"
-    group.status(tag)
+    group.status(f"snapshot of step {engine.step_index}")
     slot, scalars = memory.next_slot(), Scalars()
     records = _write(slot.pieces[group.rank], list(owned_pieces(engine, scalars)))
     mine = {"pieces": [record.model_dump() for record in records], "scalars": scalars}
@@ -101,10 +101,10 @@ def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None
 
 
 def load_snapshot(engine: StepEngine, memory: SnapshotMemory) -> Manifest:
-    """Make the engine's state that of the last snapshot. Collective; raises CheckpointError."""
+    """Make the engine's state that of the last snapshot. Collective."""
     manifest = memory.newest()
     if manifest is None:
-        raise CheckpointError("there is no snapshot", where=_IN_MEMORY)
+        raise InvariantError("there is no snapshot", where=_IN_MEMORY)
     return restore(engine, SnapshotReader(manifest))
 
 
@@ -126,7 +126,7 @@ class SnapshotReader(CheckpointReader):
         with open(piece.file, "rb", buffering=0) as file:
             file.seek(int(piece.key) + start * part.itemsize)
             if data.nbytes and file.readinto(data) != data.nbytes:
-                raise CheckpointError("a snapshot is cut short", where=str(self.folder), got=piece.name)
+                raise InvariantError("a snapshot is cut short", where=str(self.folder), got=piece.name)
         return part
 
 

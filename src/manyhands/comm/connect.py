@@ -20,6 +20,7 @@ from manyhands.errors import ConfigError
 from manyhands.members.failure import forget_failure
 from manyhands.members.last_words import LastWords, end_process
 from manyhands.members.membership import JOIN_SECONDS, Membership
+from manyhands.members.status_file import StatusFile
 
 
 def environment_rank_and_size() -> tuple[int, int]:
@@ -42,7 +43,7 @@ def connect(
     rank, size = environment_rank_and_size()
     where = _gpu() if device == "cuda" else torch.device(device)
     if size <= 1 and kind != "process":
-        return LocalGroup(where)
+        return LocalGroup(where, StatusFile.for_parent(stall_seconds))
     if not sys.platform.startswith("linux"):
         raise ConfigError("several workers need Linux", got=sys.platform, hint="elsewhere, one worker works")
     store = _numbered_store(rank, size)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manyhands.comm.group import Contribution, Exchange, Group
 from manyhands.members.failure import record_failure
+from manyhands.members.status_file import StatusFile
 from manyhands.offload.home import Home
 
 
@@ -41,8 +42,9 @@ class LocalGroup(Group):
     shares_memory = False
     pieces_are_views = True
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, status_file: StatusFile | None = None) -> None:
         super().__init__(0, 1, device)
+        self._status_file = status_file
 
     def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
         return (home or Home(self.device)).empty(numel, dtype)
@@ -67,5 +69,11 @@ class LocalGroup(Group):
     def fail(self, error: BaseException) -> None:
         record_failure(error)
 
+    def status(self, text: str) -> None:
+        if self._status_file is not None:
+            self._status_file.say(text)
+
     def close(self) -> None:
-        pass
+        if self._status_file is not None:
+            self._status_file.close()
+            self._status_file = None

@@ -223,6 +223,7 @@ class StepEngine:
             norm = self._update(control, weight, tag)
             self.step_index += 1
             digest_text = self.digest() if digest else None
+        self.group.status(f"after {tag}")
         return StepMetrics(
             step=step,
             loss=_added_in_order(control.losses) / weight,

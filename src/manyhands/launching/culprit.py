@@ -62,7 +62,7 @@ def _error_about(culprit: WorkerEnd, notices: Sequence[Failure], ends: Sequence[
     error = WorkerError(
         what,
         rank=culprit.rank,
-        where=next((account.where for account in (failure, notice) if account and account.where), None),
+        where=next((account.where for account in (failure, notice) if account and account.where), _doing(culprit)),
         hint=_hint(culprit, failure, notice),
         detail=_detail(what, culprit, failure, notices, ends) or None,
     )
@@ -115,6 +115,10 @@ def _detail(
             why = f": {told.kind}: {told.first_line}" if told is not None else ""
             parts.append(f"then worker {end.rank} {_ended(end.exit_code)}{why}")
     return "\n".join(part.rstrip() for part in parts if part.strip())
+
+
+def _doing(culprit: WorkerEnd) -> str | None:
+    return f"worker {culprit.rank}, {culprit.doing}" if culprit.doing else None
 
 
 def _hint(culprit: WorkerEnd, failure: Failure | None, notice: Failure | None) -> str | None:

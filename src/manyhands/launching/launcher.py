@@ -41,6 +41,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from manyhands.errors import ConfigError
 from manyhands.launching.culprit import explain
 from manyhands.launching.stop import Stop, end_all
+from manyhands.launching.watch import Watch, status_file
 from manyhands.members.failure import (
     ERROR_FILE_VARIABLE,
     PARENT_TELLS_VARIABLE,
@@ -48,6 +49,7 @@ from manyhands.members.failure import (
     read_failure,
     record_failure,
 )
+from manyhands.members.status_file import STATUS_FILE_VARIABLE, read_status
 
 __all__ = ["record_failure", "run_workers"]
 
@@ -117,7 +119,7 @@ def _launch(folder: Path, workers: int, logs: _Logs, stop: Stop, quiet: bool) ->
         nproc_per_node=workers,
         run_id=folder.name,
         rdzv_backend=_BACKEND,
-        rdzv_configs={"stop": stop},
+        rdzv_configs={"stop": stop, "watch": Watch(folder)},
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=logs,
@@ -150,6 +152,7 @@ class _LocalRendezvous(RendezvousHandler):
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
         self._stop: Stop = parameters.get("stop")
+        self._watch: Watch = parameters.get("watch")
         self._store: TCPStore | None = None
 
     def get_backend(self) -> str:
@@ -170,6 +173,7 @@ class _LocalRendezvous(RendezvousHandler):
     def num_nodes_waiting(self) -> int:
         # The launcher asks this after each look at its healthy workers: a place where it can be stopped safely.
         self._stop.raise_if_asked()
+        self._watch.look()
         return 0
 
     def is_closed(self) -> bool:
@@ -208,6 +212,7 @@ class _Logs(LogsSpecs):
                 # What a killed worker has printed isn't lost. (On a shared terminal it would cut lines into pieces.)
                 variables.setdefault("PYTHONUNBUFFERED", "1")
             variables[PARENT_TELLS_VARIABLE] = "1"
+            variables[STATUS_FILE_VARIABLE] = str(status_file(self._folder, rank))
             variables[ERROR_FILE_VARIABLE] = str(self._folder / f"error-{rank}.json")
         nowhere = dict.fromkeys(envs, "")
         # Other error files than those in the environment: torch raises from within at one that it can't parse.
@@ -218,7 +223,9 @@ class _Logs(LogsSpecs):
         """How worker `rank` ended, with what it left."""
         failure = read_failure(self._folder / f"error-{rank}.json", rank)
         tail = self._tail(rank) if exit_code != 0 else ""
-        return WorkerEnd(rank=rank, exit_code=exit_code, seconds=seconds, failure=failure, log_tail=tail)
+        status = read_status(status_file(self._folder, rank))
+        doing = "" if status is None else status.doing
+        return WorkerEnd(rank=rank, exit_code=exit_code, seconds=seconds, failure=failure, log_tail=tail, doing=doing)
 
     def _tail(self, rank: int) -> str:
         if self._log_dir is None or rank == 0:

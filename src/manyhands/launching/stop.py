@@ -58,7 +58,7 @@ class Stop:
         """Raises SignalException, on which the launcher passes the signal on and awaits the workers' end."""
         if self.signal is None:
             return
-        started = len(_started(self._folder)) == self._workers or time.monotonic() - self._began > _START_SECONDS
+        started = len(started_workers(self._folder)) == self._workers or time.monotonic() - self._began > _START_SECONDS
         if started:  # before that, a second Ctrl-C wouldn't find them all
             self._passed_on = time.monotonic()
             sent = signal.SIGINT if self.signal is signal.SIGINT else signal.SIGTERM
@@ -87,16 +87,17 @@ class Stop:
         return Interrupted(f"the run was asked to stop ({name}), {how}", detail=told or None)
 
 
-def _started(folder: Path) -> list[int]:
-    """The pids of the workers that have begun; each leads a session (and so a process group) of that number.
+def started_workers(folder: Path) -> dict[int, int]:
+    """The pids, by rank, of the workers that have begun; each leads a session (and so a process group) of that number.
 
     The files' names are made by launching/child.py.
     """
-    return [int(path.name.rpartition("-")[2]) for path in folder.glob("started-*")]
+    names = [path.name.split("-") for path in folder.glob("started-*")]
+    return {int(rank): int(pid) for _, rank, pid in names}
 
 
 def _kill_sessions(folder: Path) -> None:
-    for pid in _started(folder):
+    for pid in started_workers(folder).values():
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
 
@@ -105,7 +106,7 @@ def end_all(folder: Path) -> None:
     """Nothing that the workers have started outlives them; and no worker is left where the launcher itself failed."""
     _kill_sessions(folder)
     deadline = time.monotonic() + 5.0
-    for pid in _started(folder):
+    for pid in started_workers(folder).values():
         # Usually the launcher has reaped them all: no such child.
         with suppress(ChildProcessError):
             while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:

@@ -56,6 +56,28 @@ class Failure:
     detail: str | None = None
     seconds: float = 0.0
 
+    @classmethod
+    def of(cls, error: BaseException, *, rank: int, pid: int, where: str | None = None) -> Failure:
+        """A worker's account of `error`. where: what it was doing, if the error itself doesn't tell."""
+        culprit = error.rank if isinstance(error, WorkerError) and error.rank >= 0 else None
+        return cls(
+            rank=rank,
+            pid=pid,
+            kind=type(error).__name__,
+            message=str(error),
+            traceback=story_of(error),
+            culprit=culprit,
+            notice=culprit not in (None, rank) or isinstance(error, (Interrupted, KeyboardInterrupt)),
+            alive=isinstance(error, WorkerError) and error.alive,
+            what=getattr(error, "what", None),
+            expected=getattr(error, "expected", None),
+            got=getattr(error, "got", None),
+            where=getattr(error, "where", None) or (None if isinstance(error, _TELLING) else where),
+            hint=getattr(error, "hint", None),
+            detail=getattr(error, "detail", None) or _story_behind(error),
+            seconds=time.time(),
+        )
+
     @property
     def first_line(self) -> str:
         """The message's."""
@@ -76,7 +98,8 @@ class Failure:
 class WorkerEnd:
     """How one worker ended: `exit_code` 0 is well, a negative one is minus the number of the signal that killed it.
 
-    `seconds` (since the epoch): when the launcher saw it; `log_tail`: its last lines, where they went to a file.
+    `seconds` (since the epoch): when the launcher saw it; `log_tail`: its last lines, if they went to a file; `doing`:
+    what it said last, if it had no peers to tell.
     """
 
     rank: int
@@ -84,6 +107,7 @@ class WorkerEnd:
     seconds: float
     failure: Failure | None = None
     log_tail: str = ""
+    doing: str = ""
 
 
 def record_failure(error: BaseException, *, where: str | None = None) -> None:
@@ -96,25 +120,11 @@ def record_failure(error: BaseException, *, where: str | None = None) -> None:
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path or os.path.exists(path):
         return
-    rank = int(os.environ.get("RANK", "-1"))
-    culprit = error.rank if isinstance(error, WorkerError) and error.rank >= 0 else None
-    failure = Failure(
-        rank=rank,
-        pid=os.getpid(),
-        kind=type(error).__name__,
-        message=str(error),
-        traceback=story_of(error),
-        culprit=culprit,
-        notice=culprit not in (None, rank) or isinstance(error, (Interrupted, KeyboardInterrupt)),
-        alive=isinstance(error, WorkerError) and error.alive,
-        what=getattr(error, "what", None),
-        expected=getattr(error, "expected", None),
-        got=getattr(error, "got", None),
-        where=getattr(error, "where", None) or (None if isinstance(error, _TELLING) else where),
-        hint=getattr(error, "hint", None),
-        detail=getattr(error, "detail", None) or _story_behind(error),
-        seconds=time.time(),
-    )
+    write_failure(Path(path), Failure.of(error, rank=int(os.environ.get("RANK", "-1")), pid=os.getpid(), where=where))
+
+
+def write_failure(path: Path, failure: Failure) -> None:
+    """Leave an account in a file, whole or not at all. Never raises."""
     whole_seconds = int(failure.seconds) + failure.notice  # torch blames the earliest: a cause is before what it causes
     account = {
         # The shape that torch's own launcher reads and prints.
@@ -125,7 +135,7 @@ def record_failure(error: BaseException, *, where: str | None = None) -> None:
         "manyhands": asdict(failure),
     }
     with suppress(OSError):
-        temporary = f"{path}.{failure.pid}"
+        temporary = f"{path}.{os.getpid()}"
         Path(temporary).write_text(json.dumps(account, default=str), encoding="utf-8")
         os.replace(temporary, path)  # the launcher reads it only whole
 

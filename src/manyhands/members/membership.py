@@ -10,8 +10,6 @@ WorkerError; one that doesn't come round to raising it (it hangs in a kernel, sa
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import functools
 import json
 import os
 import select
@@ -28,6 +26,7 @@ from manyhands.errors import ConfigError, InvariantError, WorkerError
 from manyhands.members.arena import Arena, Store
 from manyhands.members.board import BOARD_BYTES, LANES, Board
 from manyhands.members.failure import record_failure, story_of
+from manyhands.members.processes import ask_for_stack, process_state, stack_address
 
 LOOK_SECONDS = 0.1
 BEAT_SECONDS = 1.0
@@ -35,7 +34,6 @@ LOST_SECONDS = 10.0
 GRACE_SECONDS = 1.5
 JOIN_SECONDS = 300.0
 CLOSED = b"closed"  # the last beat of a worker that left on purpose
-STACK_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 10
 
 
 @dataclass
@@ -107,7 +105,7 @@ class Membership:
             "pid": os.getpid(),
             "thread": threading.get_ident(),
             "board": address,
-            "stack": f"{os.getpid()}:{_stack_file()}",
+            "stack": stack_address(),
             "wishes": wishes,
         }
         others = [json.loads(text) for text in self.meet(json.dumps(me))]
@@ -332,19 +330,7 @@ def _has_ended(pidfd: int) -> bool:
 
 
 def _is_stopped(peer: Peer) -> bool:
-    if peer.pidfd is None:
-        return False
-    with contextlib.suppress(OSError), open(f"/proc/{peer.pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] in ("T", "t")
-    return False
-
-
-@functools.cache
-def _stack_file() -> int:
-    """Where this process's Python stacks go when a peer asks for them by a signal, also while it is inside a kernel."""
-    fd = os.memfd_create("manyhands-stack", os.MFD_CLOEXEC)
-    faulthandler.register(STACK_SIGNAL, file=fd, all_threads=True)
-    return fd
+    return peer.pidfd is not None and process_state(peer.pid) in ("T", "t")
 
 
 def _stack_of(peer: Peer) -> str | None:
@@ -352,26 +338,4 @@ def _stack_of(peer: Peer) -> str | None:
     if peer.pid == os.getpid():
         frame = sys._current_frames().get(peer.thread)
         return "".join(reversed(traceback.format_stack(frame))) if frame else None
-    if peer.pidfd is None:
-        return None
-    with contextlib.suppress(OSError):
-        pid, fd = peer.stack.split(":")
-        file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY)
-        try:
-            signal.pidfd_send_signal(peer.pidfd, STACK_SIGNAL)
-            before = b""
-            for _ in range(20):
-                time.sleep(0.05)
-                dump = os.pread(file, 1 << 18, 0)
-                if dump and dump == before:  # it's whole
-                    return _current_thread(dump.decode(errors="replace"))
-                before = dump
-        finally:
-            os.close(file)
-    return None
-
-
-def _current_thread(dump: str) -> str:
-    """Of faulthandler's dumps, one after another, the last part about the thread that took the signal: the main one."""
-    part = dump.rpartition("Current thread ")[2]
-    return part.partition("\n\n")[0].partition("\n")[2].partition("\nThread ")[0]
+    return None if peer.pidfd is None else ask_for_stack(peer.stack, peer.pidfd)

@@ -49,7 +49,7 @@ class Snapshots:
         return None if newest is None else newest.step
 
     def load(self) -> Manifest | None:
-        """Go on from the last one, if there is one. Raises CheckpointError."""
+        """Go on from the last one, if there is one."""
         return None if self._memory is None else load_snapshot(self._engine, self._memory)
 
     def after_step(self, digest: str | None, *, last: bool) -> None:

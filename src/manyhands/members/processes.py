@@ -1,0 +1,56 @@
+"""What one process can learn of another on its host: whether it's stopped, and where its Python is."""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import os
+import signal
+import time
+from contextlib import suppress
+
+STACK_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 10
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for it (proc(5)): "T" is stopped; "" if there's no such process."""
+    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+    return ""
+
+
+def stack_address() -> str:
+    """Where this process's Python stacks go when it's asked for them, also while it is inside a kernel: "pid:fd"."""
+    return f"{os.getpid()}:{_stack_file()}"
+
+
+@functools.cache
+def _stack_file() -> int:
+    fd = os.memfd_create("manyhands-stack", os.MFD_CLOEXEC)
+    faulthandler.register(STACK_SIGNAL, file=fd, all_threads=True)
+    return fd
+
+
+def ask_for_stack(address: str, pidfd: int) -> str | None:
+    """The Python stack of a process's main thread, if it answers within a second. address: its own `stack_address`."""
+    with suppress(OSError):
+        pid, fd = address.split(":")
+        file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY)
+        try:
+            signal.pidfd_send_signal(pidfd, STACK_SIGNAL)
+            before = b""
+            for _ in range(20):
+                time.sleep(0.05)
+                dump = os.pread(file, 1 << 18, 0)
+                if dump and dump == before:  # it's whole
+                    return _current_thread(dump.decode(errors="replace"))
+                before = dump
+        finally:
+            os.close(file)
+    return None
+
+
+def _current_thread(dump: str) -> str:
+    """Of faulthandler's dumps, one after another, the last part about the thread that took the signal: the main one."""
+    part = dump.rpartition("Current thread ")[2]
+    return part.partition("\n\n")[0].partition("\n")[2].partition("\nThread ")[0]
