@@ -56,7 +56,8 @@ def cases(workers: Sequence[int]) -> Iterator[Case]:
     """Everything on shared memory; over torch.distributed two workers; of both what activations take."""
     stages, homes = ("ddp", "zero1", "zero2", "zero3"), ("device", "disk")
     for precision in ("fp32", "bf16"):  # bf16 is slow where the CPU has no instructions for it
-        yield Case("alone", 1, precision, "none", "device")
+        for home in homes:
+            yield Case("alone", 1, precision, "none", home)
         for count, stage, home in product(workers, stages, homes):
             yield Case("shared-memory", count, precision, stage, home)
         for stage, home in product(stages, homes):

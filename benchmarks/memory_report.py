@@ -20,13 +20,16 @@ Row = dict[str, Any]
 def write_report(rows: Iterable[Row]) -> None:
     """Put the tables between their marks in docs/memory.md, and draw docs/memory.svg."""
     several = list(rows)
-    alone = {row["precision"]: row["steps_mib"] for row in several if row["stage"] == "none"}
+    alone = {(row["precision"], row["home"]): row["steps_mib"] for row in several if row["stage"] == "none"}
     measured = [
-        {**row, "foreseen_mib": row["formula_mib"]["peak"] + alone[row["precision"]]}
+        {**row, "foreseen_mib": row["formula_mib"]["peak"] + alone[row["precision"], row["home"]]}
         for row in several
-        if row["stage"] != "none" and row["precision"] in alone
+        if row["stage"] != "none" and (row["precision"], row["home"]) in alone
     ]
-    taken = ", ".join(f"{value:,.0f} MiB in {precision}" for precision, value in alone.items())
+    taken = ", ".join(
+        f"{value:,.0f} MiB in {precision}" + (" with state on a disk" if home == "disk" else "")
+        for (precision, home), value in alone.items()
+    )
     text = f"Activations, and the gradient on its way: {taken}.\n\n{_tables(measured)}"
     page = re.sub(
         r"(<!-- measured -->\n).*?(<!-- end -->)",

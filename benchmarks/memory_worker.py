@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from gpt import GPT
-from manyhands.engine.memory import give_back_memory
+from manyhands.engine.memory import give_back_memory, keep_no_large_memory
 from measure import RandomTokens
 
 BATCH = mh.Batch(global_size=4, micro_size=1)
@@ -110,6 +110,8 @@ def train(given: dict[str, Any], *shape: int) -> None:
 
 def compute_alone(given: dict[str, Any], *shape: int) -> None:
     """Forward and backward of one micro-batch at a time; gradients are dropped as they come."""
+    if given["home"] == "disk":  # as the engine does then
+        keep_no_large_memory()
     torch.set_num_threads(1)
     model = model_of(given["precision"], *shape)
     model.to(torch.bfloat16 if given["precision"] == "bf16" else torch.float32)

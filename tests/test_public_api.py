@@ -67,6 +67,7 @@ OPTIONS = {
     },
     "run": {"--max-restarts", "--workers", "-n", "script"},
     "compare": {"--json", "other", "run"},
+    "doctor": {"--json", "--run-dir", "run"},
     "export": {"--dtype", "--json", "--max-shard-size", "--step", "out", "run"},
 }
 

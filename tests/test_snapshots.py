@@ -12,6 +12,7 @@ import pytest
 import manyhands as mh
 from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot, take_snapshot
 from manyhands.comm.group import Group
+from manyhands.planner.free_memory import free_memory_bytes
 from manyhands.report.run_directory import RunDirectory
 from manyhands.training import snapshots
 from support.models import conv_recipe, gpt_recipe
@@ -106,7 +107,7 @@ def test_when_memory_is_short_it_says_so_and_none_is_taken(
 
 
 def test_free_memory_is_some_of_the_machines() -> None:
-    assert 0 < snapshots.free_memory_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < free_memory_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from manyhands import __version__
+from manyhands.cli.doctor import doctor
 from manyhands.cli.export import export
 from manyhands.cli.train import train
 from manyhands.cli.workers import Workers, default_workers, snapshots_kept, start_workers, tell_restart
@@ -133,6 +134,9 @@ def compare(
 
 
 app.command()(export)
+
+
+app.command()(doctor)
 
 
 if __name__ == "__main__":

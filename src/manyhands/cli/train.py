@@ -22,7 +22,7 @@ from manyhands.cli.workers import (
     tell_restart,
 )
 from manyhands.config import GROUPS, HOMES, STAGES
-from manyhands.errors import ConfigError, Interrupted
+from manyhands.errors import ConfigError, Interrupted, WorkerError
 
 if TYPE_CHECKING:  # what torch is loaded for waits until it's needed
     from manyhands.launching.restarts import Restart
@@ -181,14 +181,22 @@ def train(
                 tell=partial(_note_restart, RunDirectory(directory)),
                 samples_of=batch.samples_of,
             )
+    except WorkerError as error:
+        _note_failure(RunDirectory(directory), error, restart=None)
+        raise
     except Interrupted as error:
         raise _with_the_way_on(error, directory, given=run_dir is not None) from None
 
 
 def _note_restart(directory: RunDirectory, restart: Restart) -> None:
-    cause = restart.cause
-    directory.append_event("failed", rank=cause.rank, what=cause.what, where=cause.where, restart=restart.number)
+    _note_failure(directory, restart.cause, restart.number)
     tell_restart(restart)
+
+
+def _note_failure(directory: RunDirectory, error: WorkerError, restart: int | None) -> None:
+    """restart: None if nobody tries again."""
+    facts = {"rank": error.rank, "what": error.what, "where": error.where, "hint": error.hint}
+    directory.append_event("failed", **facts, restart=restart)
 
 
 def _with_the_way_on(error: Interrupted, directory: Path, *, given: bool) -> Interrupted:

@@ -6,13 +6,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Any
 
 from manyhands.checkpoint.format import Manifest
 from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot, snapshot_bytes, take_snapshot
 from manyhands.engine.control import gather_json
 from manyhands.engine.engine import StepEngine
+from manyhands.planner.free_memory import free_memory_bytes
 from manyhands.units import format_bytes
 
 SNAPSHOT_MEMORY_VARIABLE = "MANYHANDS_SNAPSHOT_MEMORY"
@@ -87,21 +87,3 @@ class Snapshots:
             "after a failure the run goes on from its last checkpoint"
         )
         return False
-
-
-def free_memory_bytes() -> int:
-    """What this process could still have: of the machine's memory, and of its control group's limit."""
-    free = []
-    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
-        free.append(next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")))
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with (
-            suppress(OSError, ValueError),
-            open(f"/sys/fs/cgroup/{limit}") as most,
-            open(f"/sys/fs/cgroup/{used}") as now,
-        ):
-            free.append(int(most.read()) - int(now.read()))
-    return max(0, min(free, default=0))

@@ -1,0 +1,109 @@
+"""`manyhands doctor`: a machine before a run, a run after it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from manyhands.planner.machine import Finding
+    from manyhands.report.story import Story
+
+_MARKS = {"good": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/]"}
+
+
+def doctor(
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN", help="A run directory: say what happened to it.", show_default=False),
+    ] = None,
+    folder: Annotated[
+        Path,
+        typer.Option(
+            "--run-dir", metavar="DIR", help="Where runs will be written (default: runs).", show_default=False
+        ),
+    ] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Check this machine before a run; or, given a run directory, tell what happened to the run, and what to do.
+
+    Under a launcher, on several machines at once, it also says what must be the same on all of them and isn't, and how
+    fast they reach each other: `torchrun --nnodes 2 … -m manyhands.cli.main doctor`.
+
+    Exit code 1: something is bad, or the run failed.
+
+    Example: `manyhands doctor runs/first`
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if run is not None:
+        from manyhands.report.run_directory import RunDirectory
+        from manyhands.report.story import story_of_run
+
+        story = story_of_run(RunDirectory.open_existing(run))
+        if as_json:
+            typer.echo(json.dumps(asdict(story)))
+        else:
+            _show_story(story, console)
+        raise typer.Exit(1 if story.outcome in ("failed", "killed") else 0)
+    tells = int(os.environ.get("RANK", "0")) == 0  # the others only help worker 0 to find out
+    found: list[Finding] = []
+    for finding in _look(folder, found):
+        found.append(finding)
+        if tells and not as_json:
+            _show_finding(finding, console)
+    if tells and as_json:
+        typer.echo(json.dumps({"findings": [asdict(finding) for finding in found]}))
+    raise typer.Exit(1 if any(finding.verdict == "bad" for finding in found) else 0)
+
+
+def _look(folder: Path, found: list[Finding]) -> Iterable[Finding]:
+    from manyhands.planner.machine import look_at_machine
+
+    yield from look_at_machine(folder)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from manyhands.planner.hosts import look_at_hosts
+
+        yield from look_at_hosts(found)
+
+
+def _show_finding(finding: Finding, console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    row = Table.grid(padding=(0, 1))
+    for width in (1, 14, None):
+        row.add_column(width=width)
+    row.add_row(_MARKS[finding.verdict], escape(finding.subject), escape(finding.told))
+    if finding.hint is not None:
+        row.add_row("", "", f"[dim]what to do: {escape(finding.hint)}[/]")
+    console.print(row)
+
+
+def _show_story(story: Story, console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from manyhands.report.story import took, when
+
+    colour = {"ended": "green", "failed": "red", "killed": "red"}.get(story.outcome, "yellow")
+    console.print(f"[{colour}]{escape(story.told)}[/]")
+    table = Table.grid(padding=(0, 2))
+    for style in ("dim", "dim", ""):
+        table.add_column(style=style, no_wrap=style == "dim", justify="left")
+    for index, (seconds, text) in enumerate(story.lines):
+        table.add_row(when(seconds), took(story.lines, index), escape(text))
+    console.print(table)
+    for name, tail in story.tails.items():
+        console.print(f"[dim]the last lines of logs/{name}:[/]")
+        console.print(escape(tail))
+    console.print(f"what to do: {escape(story.advice)}")

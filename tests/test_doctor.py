@@ -1,0 +1,121 @@
+"""`manyhands doctor`: what it finds on a machine, what machines have in common, and what it tells of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from manyhands.planner import machine
+from manyhands.planner.hosts import _numerics
+from manyhands.planner.machine import Finding, look_at_machine
+from manyhands.report.run_directory import RunDirectory
+from manyhands.report.story import story_of_run
+from test_faults import MANYHANDS
+
+MAIN = str(Path(machine.__file__).parents[1] / "cli" / "main.py")
+
+
+def verdicts(folder: Path) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in look_at_machine(folder)}
+
+
+def test_what_workers_need_is_here(tmp_path: Path) -> None:
+    found = verdicts(tmp_path / "runs")
+    for subject in ("versions", "shared memory", "watching", "ports", "GPUs"):
+        assert found[subject].verdict == "good", found[subject]
+    assert found["disk"].verdict != "bad"
+    assert str(tmp_path) in found["disk"].told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_wrong_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(machine, "_CHILD", "raise PermissionError('no')")
+    monkeypatch.setattr(machine, "_cpu_quota", lambda: 0.5)
+    monkeypatch.setattr(os, "pidfd_open", lambda pid: (_ for _ in ()).throw(PermissionError("seccomp")))
+    monkeypatch.setattr(machine, "LEAST_DISK_BYTES", 1 << 60)
+    found = verdicts(tmp_path)
+    for subject in ("memory", "shared memory", "watching", "disk"):
+        assert found[subject].verdict == "bad", found[subject]
+        assert found[subject].hint
+    assert "PermissionError: no" in found["shared memory"].told
+    assert "0.5 by its control group" in found["CPUs"].told
+
+
+def test_hosts_with_other_numerics_are_named() -> None:
+    same, other = {"torch": "2.14"}, {"torch": "2.13"}
+    assert _numerics([("a", same), ("b", same)]).verdict == "good"
+    finding = _numerics([("a", same), ("b", other)])
+    assert finding.verdict == "bad"
+    assert "torch: 2.14 on a, 2.13 on b" in finding.told
+
+
+def test_under_a_launcher_it_looks_at_all_hosts_together(tmp_path: Path) -> None:
+    command = [*MANYHANDS, "run", "--workers", "2", MAIN, "doctor", "--json", "--run-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    found = {each["subject"]: each for each in json.loads(done.stdout)["findings"]}
+    assert {"numerics", "clocks", "links"} <= set(found), done
+    assert "2 workers" in found["numerics"]["told"]
+
+
+def run_of(folder: Path, *events: tuple[str, dict[str, object]]) -> RunDirectory:
+    run = RunDirectory(folder)
+    run.write_manifest({}, {})
+    for event, facts in events:
+        run.append_event(event, **facts)
+    return run
+
+
+BEGAN = ("began", {"step": 0, "source": None, "repeats": 0, "workers": 2, "stage": "zero2"})
+FAILED = {"rank": 1, "what": "worker 1 was killed by SIGKILL", "where": "step 3 / update", "hint": "use fewer workers"}
+
+
+def test_a_run_that_failed_for_good(tmp_path: Path) -> None:
+    again = ("began", {"step": 2, "source": "snapshot", "repeats": 1, "workers": 2, "stage": "zero2"})
+    run = run_of(
+        tmp_path / "run", BEGAN, ("failed", {**FAILED, "restart": 1}), again, ("failed", {**FAILED, "restart": None})
+    )
+    run.log(1).write_text("one\nout of cheese\n")
+    story = story_of_run(run)
+    assert story.outcome == "failed"
+    assert "worker 1 was killed by SIGKILL" in story.told
+    texts = [text for _, text in story.lines]
+    assert "step 3 / update" in texts[1]
+    assert "started again (1)" in texts[1]
+    assert "from a snapshot in memory" in texts[2]
+    assert "1 steps made again" in texts[2]
+    assert story.tails == {"worker-1.log": "one\nout of cheese"}
+    assert "begins anew" in story.advice
+
+
+@pytest.mark.parametrize(("age", "outcome"), [(0.0, "perhaps going on"), (3600.0, "killed")])
+def test_a_run_without_a_last_word(tmp_path: Path, age: float, outcome: str) -> None:
+    run = run_of(tmp_path / "run", BEGAN)
+    os.utime(run.path / "events.jsonl", (time.time() - age,) * 2)
+    assert story_of_run(run).outcome == outcome
+
+
+def test_a_run_that_ended(tmp_path: Path) -> None:
+    story = story_of_run(run_of(tmp_path / "run", BEGAN, ("ended", {"step": 5, "digest": "abc"})))
+    assert (story.outcome, story.advice) == ("ended", "nothing is to be done")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", BEGAN, ("failed", {**FAILED, "restart": None}))
+    (run.checkpoints / "step-00000002").mkdir()
+    assert f"remove {run.checkpoints / 'step-00000002'}" in story_of_run(run).advice
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", BEGAN, ("failed", {**FAILED, "restart": None}))
+    done = subprocess.run(
+        [*MANYHANDS, "doctor", str(run.path)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "it failed after 0 steps: worker 1 was killed by SIGKILL" in done.stdout
+    assert "what to do: use fewer workers" not in done.stdout  # without a checkpoint it only begins anew
