@@ -14,7 +14,7 @@ from manyhands.planner import machine
 from manyhands.planner.hosts import _numerics
 from manyhands.planner.machine import Finding, look_at_machine
 from manyhands.report.run_directory import RunDirectory
-from manyhands.report.story import story_of_run
+from manyhands.training.story import story_of_run
 from test_faults import MANYHANDS
 
 MAIN = str(Path(machine.__file__).parents[1] / "cli" / "main.py")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from manyhands.planner.machine import Finding
-    from manyhands.report.story import Story
+    from manyhands.training.story import Story
 
 _MARKS = {"good": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/]"}
 
@@ -47,7 +47,7 @@ def doctor(
     console = Console(highlight=False)
     if run is not None:
         from manyhands.report.run_directory import RunDirectory
-        from manyhands.report.story import story_of_run
+        from manyhands.training.story import story_of_run
 
         story = story_of_run(RunDirectory.open_existing(run))
         if as_json:
@@ -93,7 +93,7 @@ def _show_story(story: Story, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from manyhands.report.story import took, when
+    from manyhands.training.story import took, when
 
     colour = {"ended": "green", "failed": "red", "killed": "red"}.get(story.outcome, "yellow")
     console.print(f"[{colour}]{escape(story.told)}[/]")
