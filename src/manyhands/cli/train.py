@@ -17,6 +17,7 @@ from manyhands.config import GROUPS, HOMES, STAGES
 from manyhands.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:  # what torch is loaded for waits until it's needed
+    from manyhands.checkpoint.address import Place
     from manyhands.launching.restarts import Restart
     from manyhands.report.run_directory import RunDirectory
 
@@ -59,6 +60,14 @@ def train(
         typer.Option(
             metavar="DIR",
             help="Where figures and checkpoints go; an earlier run's is continued (default: runs/NAME-TIME).",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where checkpoints go instead: a folder, or an address such as s3://bucket/folder.",
             show_default=False,
         ),
     ] = None,
@@ -136,16 +145,18 @@ def train(
             "nobody says how many steps to train", where=str(recipe), hint="use --steps N, or steps = N in the recipe"
         )
     directory = run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    from manyhands.checkpoint.format import list_checkpoints
+    from manyhands.checkpoint.format import checkpoints_of, list_checkpoints
     from manyhands.launching.restarts import run_again
     from manyhands.report.run_directory import RunDirectory
 
     RunDirectory(directory)  # a wrong place is refused before workers start
+    checkpoints = checkpoints_of(directory, checkpoint_dir)
     request = {
         "recipe": str(recipe),
         "overrides": overrides,
         "steps": steps or checked.steps,
         "run_dir": str(directory),
+        "checkpoint_dir": checkpoint_dir,
         "checkpoint_every": checkpoint_every,
         "keep_checkpoints": keep_checkpoints,
         "keep_every": keep_every,
@@ -157,13 +168,13 @@ def train(
     try:
         run_again(
             lambda: start_workers(command, workers, directory / "logs", holds_signals=True),
-            saved_step=lambda: max((step for step, _ in list_checkpoints(directory / "checkpoints")), default=0),
+            saved_step=lambda: max((step for step, _ in list_checkpoints(checkpoints)), default=0),
             most=max_restarts,
             tell=partial(_tell_restart, RunDirectory(directory)),
             samples_of=batch.samples_of,
         )
     except Interrupted as error:
-        raise _with_the_way_on(error, directory, given=run_dir is not None) from None
+        raise _with_the_way_on(error, directory, checkpoints, given=run_dir is not None) from None
 
 
 def _tell_restart(directory: RunDirectory, restart: Restart) -> None:
@@ -174,11 +185,11 @@ def _tell_restart(directory: RunDirectory, restart: Restart) -> None:
     sys.stderr.write(f"{cause.what}{place}{hint}\nstarting again ({restart.number} of {restart.most})\n")
 
 
-def _with_the_way_on(error: Interrupted, directory: Path, *, given: bool) -> Interrupted:
+def _with_the_way_on(error: Interrupted, directory: Path, checkpoints: Place, *, given: bool) -> Interrupted:
     """The same, with where the last checkpoint is and how to go on from it; or that there is none."""
     from manyhands.checkpoint.format import list_checkpoints
 
-    found = list_checkpoints(directory / "checkpoints")
+    found = list_checkpoints(checkpoints)
     again = shlex.join(["manyhands", *sys.argv[1:], *([] if given else ["--run-dir", str(directory)])])
     return Interrupted(
         error.what,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from manyhands.checkpoint.address import Place, place_of
 from manyhands.checkpoint.format import Manifest, folder_name
 from manyhands.checkpoint.initial import load_initial
 from manyhands.checkpoint.load import load_checkpoint
@@ -95,17 +95,33 @@ class Engine(StepEngine):
 
         return self.run_step(load, digest=digest)
 
-    def save(self, folder: str | Path, *, keep: int | None = None, keep_every: int | None = None) -> Path:
-        """Write a checkpoint below `folder` and return its path. Collective.
+    def save(
+        self,
+        folder: str | Place,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        published: Callable[[Place], None] | None = None,
+    ) -> Place:
+        """Write a checkpoint below `folder`, which may be an address (s3://bucket/folder), and return where it is.
+        Collective.
 
         keep, keep_every: leave the last `keep` there, and those of every `keep_every`-th step (default: all).
+        published: called on worker 0, in the thread that writes, as soon as it's there (not, if it was there before).
         Raises CheckpointError, alike on all workers; the engine may go on then.
         """
-        self.begin_save(folder, keep=keep, keep_every=keep_every)
+        self.begin_save(folder, keep=keep, keep_every=keep_every, published=published)
         self.finish_save()
-        return Path(folder) / folder_name(self.step_index)
+        return place_of(folder) / folder_name(self.step_index)
 
-    def begin_save(self, folder: str | Path, *, keep: int | None = None, keep_every: int | None = None) -> None:
+    def begin_save(
+        self,
+        folder: str | Place,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        published: Callable[[Place], None] | None = None,
+    ) -> None:
         """As `save`, but steps may go on while it's written: what the state is now is copied. Collective.
 
         Waits for the one before, as `finish_save` does.
@@ -113,14 +129,16 @@ class Engine(StepEngine):
         self.check_usable()
         self.finish_save()
         try:
-            self._saving = begin_checkpoint(self, Path(folder), keep=keep, keep_every=keep_every)
+            self._saving = begin_checkpoint(
+                self, place_of(folder), keep=keep, keep_every=keep_every, published=published
+            )
         except CheckpointError:
             raise  # on all workers
         except BaseException as error:
             self.group.fail(error)
             raise
 
-    def finish_save(self) -> Path | None:
+    def finish_save(self) -> Place | None:
         """Wait until what `begin_save` began is published, and return its path (None: nothing was). Collective.
 
         Raises CheckpointError, alike on all workers.
@@ -133,13 +151,13 @@ class Engine(StepEngine):
         """Whether this worker still writes, or waits to publish, what `begin_save` began."""
         return self._saving is not None and not self._saving.is_done
 
-    def load(self, checkpoint: str | Path, *, accept_new_numerics: bool = False) -> Manifest:
+    def load(self, checkpoint: str | Place, *, accept_new_numerics: bool = False) -> Manifest:
         """Go on from a checkpoint, whatever number of workers and stage it was saved with. Collective.
 
         Raises CheckpointError, NumericsError.
         """
         try:
-            return load_checkpoint(self, Path(checkpoint), accept_new_numerics=accept_new_numerics)
+            return load_checkpoint(self, place_of(checkpoint), accept_new_numerics=accept_new_numerics)
         except BaseException as error:  # perhaps on this worker alone (a damaged file)
             self.group.fail(error)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from manyhands.checkpoint.format import folder_name, list_checkpoints
+from manyhands.checkpoint.address import Place, place_of
+from manyhands.checkpoint.format import checkpoints_of, list_checkpoints
+from manyhands.checkpoint.publish import try_out
 from manyhands.engine.control import gather_json
 from manyhands.engine.metrics import StepMetrics
-from manyhands.errors import CheckpointError
+from manyhands.errors import CheckpointError, ConfigError
 from manyhands.offload.scratch import scratch_line
 from manyhands.report.progress import TrainingProgress
 from manyhands.report.run_directory import RunDirectory, write_json
@@ -28,12 +31,21 @@ RETRY_SECONDS = 5
 
 
 class Record:
-    """What a run leaves behind, if it has a directory: worker 0 writes, all save."""
+    """What a run leaves behind, if it has a directory: worker 0 writes, all save. checkpoints: where, if anywhere."""
 
     def __init__(
-        self, engine: Engine, run_dir: str | Path | None, recipe_as_used: dict[str, Any] | None, stack: ExitStack
+        self,
+        engine: Engine,
+        run_dir: str | Path | None,
+        checkpoint_dir: str | Place | None,
+        recipe_as_used: dict[str, Any] | None,
+        stack: ExitStack,
     ) -> None:
         self.engine, self.path = engine, None if run_dir is None else Path(run_dir)
+        self.checkpoints = None if checkpoint_dir is None else place_of(checkpoint_dir)
+        self._kept_before = None if self.path is None else checkpoints_of(self.path)
+        if self.checkpoints is None:
+            self.checkpoints = self._kept_before
         self.metrics: list[StepMetrics] = []
         self.notes: list[str] = []
         self.log: Console | None = None  # worker 0's; the others' output goes to theirs
@@ -45,26 +57,35 @@ class Record:
         if self.path is not None and engine.group.rank == 0:
             self._directory = RunDirectory(self.path)
             self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
+        if self.checkpoints is not None and engine.group.rank == 0:
+            try_out(self.checkpoints)
         if engine.home.scratch is not None:
             self.notes.append(scratch_line(engine.home.scratch))
         engine.group.barrier("start / run directory / control")
 
     def resume(self, accept_new_numerics: bool) -> None:
-        """Go on from the directory's last checkpoint, if there is one; then begin to write. Collective."""
-        if self.path is None:
+        """Go on from the run's last checkpoint, if there is one; then begin to write. Collective."""
+        if self.checkpoints is None:
             return
-        found = [str(path) for _, path in list_checkpoints(self.path / "checkpoints")]
+        found = [str(path) for _, path in list_checkpoints(self.checkpoints)]
         everyone: list[Any] = gather_json(self.engine.group, found, "start / resume / control")
         last = [paths[-1] if paths else None for paths in everyone]
         if len(set(last)) > 1:
             raise CheckpointError(
                 "the workers don't see the same checkpoints",
                 got=last,
-                hint="put run_dir on a file system that all hosts share",
+                hint="put checkpoints where all hosts see them: on a file system that they share, or in a store",
             )
         if last[0] is not None:
             self._load(found, accept_new_numerics)
             self.notes.append(f"going on from step {self.engine.step_index} ({last[0]})")
+        elif self._kept_before not in (None, self.checkpoints) and list_checkpoints(self._kept_before):
+            raise ConfigError(
+                "the run has its checkpoints elsewhere, and none here",
+                where=str(self.checkpoints),
+                expected=str(self._kept_before),
+                hint="name that place, or none, as the run directory remembers it; or copy them here first",
+            )
         elif self.engine.recipe.initial_weights is not None:
             self.notes.append(f"beginning with the weights of {self.engine.recipe.initial_weights.path}")
         if self._directory is None:
@@ -81,10 +102,17 @@ class Record:
             engine.strategy,
             workers=engine.group.size,
             group=engine.group.kind,
+            **self._elsewhere(),
         )
         directory.write_recipe(self._recipe_as_used or engine.recipe)
         write_json(directory.digests / "parameters.json", {"parameters": engine.digest_names})
         self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
+
+    def _elsewhere(self) -> dict[str, str]:
+        """Where checkpoints are, if that isn't in the directory itself, which may be moved."""
+        place = self.checkpoints
+        is_own = self.path is not None and place == self.path / "checkpoints"
+        return {} if place is None or is_own else {"checkpoints": str(place.absolute())}
 
     def _load(self, found: list[str], accept_new_numerics: bool) -> None:
         """The last one; of a damaged one it's told how to go on from the one before."""
@@ -138,13 +166,12 @@ class Record:
 
 
 class Saver:
-    """Writes a run's checkpoints, if it has a directory."""
+    """Writes a run's checkpoints, if it has a place for them."""
 
     def __init__(self, record: Record, often: Every, keep: int, keep_every: int | None) -> None:
         self._record, self._engine, self._often = record, record.engine, often
-        self._keep = {"keep": keep, "keep_every": keep_every}
+        self._keep, self._keep_every = keep, keep_every
         self._last = time.monotonic()
-        self._begun: int | None = None  # the step of what is being written
 
     @property
     def is_due(self) -> bool:
@@ -154,46 +181,36 @@ class Saver:
         return self._often.steps is not None and (self._engine.step_index + 1) % self._often.steps == 0
 
     def after_step(self, *, last: bool) -> None:
-        """One is begun if someone wanted it before the step (after the last one `finish` comes). Collective."""
-        self._look()
-        if self._engine.save_wanted and not last:
-            self._begin()
-
-    def _begin(self) -> None:
-        """Begin to write one; that the one before couldn't be written is told. Collective."""
-        self._last = time.monotonic()
-        if self._record.path is None:
+        """One is begun if someone wanted it before the step (after the last one `finish` comes); that the one before
+        couldn't be written is told. Collective."""
+        if not self._engine.save_wanted or last:
             return
-        folder = self._record.path / "checkpoints"
-        for save in (self._engine.finish_save, partial(self._engine.begin_save, folder, **self._keep)):
+        self._last = time.monotonic()
+        if self._record.checkpoints is None:
+            return
+        for save in (self._engine.finish_save, partial(self._write, self._engine.begin_save)):
             try:
                 save()
-                self._look()
-                self._begun = self._engine.step_index
             except CheckpointError as error:
-                self._begun = None
                 self._record.event("not saved", why=error.what, where=error.where)
                 self._record.tell(f"training goes on, but {error}")
 
-    def _look(self) -> None:
-        """Note that a checkpoint is there, once it is."""
-        if self._begun is None or self._record.path is None or self._engine.is_saving:
-            return
-        path = self._record.path / "checkpoints" / folder_name(self._begun)
-        if path.exists():
-            self._record.event("saved", step=self._begun)
-            self._begun = None
+    def _write(self, save: Callable[..., Place | None]) -> Place | None:
+        step = self._engine.step_index
+        return save(
+            self._record.checkpoints,
+            keep=self._keep,
+            keep_every=self._keep_every,
+            published=lambda _: self._record.event("saved", step=step),
+        )
 
-    def finish(self) -> Path | None:
+    def finish(self) -> Place | None:
         """Write one of the state as it is, and wait for it. Collective; raises CheckpointError."""
-        if self._record.path is None:
+        if self._record.checkpoints is None:
             return None
         for last_try in (False, True):
             try:
-                self._look()
-                path = self._engine.save(self._record.path / "checkpoints", **self._keep)
-                self._record.event("saved", step=self._engine.step_index)
-                return path
+                return self._write(self._engine.save)
             except CheckpointError as error:
                 self._record.event("not saved", why=error.what, where=error.where)
                 if last_try:
