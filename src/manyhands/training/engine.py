@@ -38,27 +38,36 @@ class Engine(StepEngine):
 
     Making one, `step`, `evaluating`, `save`, `load`, `digest`, `full_state_dict` and `close` are collective. A group is
     given only to run workers as threads (tests); otherwise it comes from the launcher's environment.
-    weights_read_bytes: what this worker has read of the recipe's initial weights.
+    resumes: a checkpoint will be loaded before the first step, so of the recipe's initial weights only frozen
+    parameters are read, which it lacks. weights_read_bytes: what this worker has read of the recipe's initial weights.
     Raises ConfigError, DataError.
     """
 
-    def __init__(self, recipe: Recipe, strategy: Strategy | None = None, group: Group | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        strategy: Strategy | None = None,
+        group: Group | None = None,
+        *,
+        resumes: bool = False,
+    ) -> None:
         strategy = strategy or Strategy()
+        self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None
         self._saving: Saving | None = None
         own = group or connect(strategy.group, device=recipe.device, stall_seconds=strategy.stall_seconds)
         try:
             self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
             super().__init__(recipe, strategy, own)
-            self.weights_read_bytes = self._load_initial(recipe.initial_weights)
+            self.weights_read_bytes = self._load_initial(recipe.initial_weights, resumes)
         except BaseException as error:
             own.fail(error)
             own.close()
             raise
 
-    def _load_initial(self, weights: Weights | None) -> int:
+    def _load_initial(self, weights: Weights | None, resumes: bool) -> int:
         try:
-            return 0 if weights is None else load_initial(self, weights)
+            return 0 if weights is None else load_initial(self, weights, resumes=resumes)
         except BaseException:
             self.home.close()
             raise
@@ -81,6 +90,7 @@ class Engine(StepEngine):
 
     def step(self, batch: StepBatch, *, digest: bool = False) -> StepMetrics:
         """Make the next step. Collective. See `run_step` for what is raised."""
+        self._refuse_without_checkpoint()
 
         def load(micro_batch: int) -> Any:
             loaded = next(batch.stream, None)
@@ -127,6 +137,7 @@ class Engine(StepEngine):
         Waits for the one before, as `finish_save` does.
         """
         self.check_usable()
+        self._refuse_without_checkpoint()
         self.finish_save()
         try:
             self._saving = begin_checkpoint(
@@ -157,10 +168,16 @@ class Engine(StepEngine):
         Raises CheckpointError, NumericsError.
         """
         try:
-            return load_checkpoint(self, place_of(checkpoint), accept_new_numerics=accept_new_numerics)
+            manifest = load_checkpoint(self, place_of(checkpoint), accept_new_numerics=accept_new_numerics)
         except BaseException as error:  # perhaps on this worker alone (a damaged file)
             self.group.fail(error)
             raise
+        self._awaits_checkpoint = False
+        return manifest
+
+    def _refuse_without_checkpoint(self) -> None:
+        if self._awaits_checkpoint:
+            raise InvariantError("the engine was made to load a checkpoint first (resumes=True), and hasn't")
 
     def close(self) -> None:
         """Finish a checkpoint that was begun, leave the group and end loader processes. Collective, unless a worker

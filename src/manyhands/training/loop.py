@@ -17,7 +17,7 @@ from manyhands.report.summary import Summary, failures_among, figures
 from manyhands.training.engine import Engine
 from manyhands.training.every import Every, every
 from manyhands.training.memory import PeakMemory
-from manyhands.training.record import Record, Saver
+from manyhands.training.record import Record, Saver, will_resume
 from manyhands.training.stop import StopSignals
 
 MEASURED_STEPS = 3
@@ -62,7 +62,8 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
     began = time.monotonic()
     with ExitStack() as stack:
         signals = stop or stack.enter_context(StopSignals())
-        engine = stack.enter_context(Engine(recipe, _with_scratch(strategy or Strategy(), run_dir)))
+        strategy = _with_scratch(strategy or Strategy(), run_dir)
+        engine = stack.enter_context(Engine(recipe, strategy, resumes=will_resume(run_dir, checkpoint_dir)))
         record = Record(engine, run_dir, checkpoint_dir, recipe_as_used, stack)
         record.resume(accept_new_numerics)
         record.show(steps, show)

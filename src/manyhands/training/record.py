@@ -30,6 +30,21 @@ RETRY_SECONDS = 5
 """Before the last checkpoint is tried again."""
 
 
+def will_resume(run_dir: str | Path | None, checkpoint_dir: str | Place | None) -> bool:
+    """Whether there is a checkpoint to go on from, as far as this worker sees: the record asks all."""
+    place = _place_for(run_dir, checkpoint_dir)
+    try:
+        return place is not None and bool(list_checkpoints(place))
+    except CheckpointError:  # the record will say so, to all
+        return False
+
+
+def _place_for(run_dir: str | Path | None, checkpoint_dir: str | Place | None) -> Place | None:
+    if run_dir is None:
+        return None if checkpoint_dir is None else place_of(checkpoint_dir)
+    return checkpoints_of(Path(run_dir), checkpoint_dir)
+
+
 class Record:
     """What a run leaves behind, if it has a directory: worker 0 writes, all save. checkpoints: where, if anywhere."""
 
@@ -42,10 +57,8 @@ class Record:
         stack: ExitStack,
     ) -> None:
         self.engine, self.path = engine, None if run_dir is None else Path(run_dir)
-        self.checkpoints = None if checkpoint_dir is None else place_of(checkpoint_dir)
+        self.checkpoints = _place_for(run_dir, checkpoint_dir)
         self._kept_before = None if self.path is None else checkpoints_of(self.path)
-        if self.checkpoints is None:
-            self.checkpoints = self._kept_before
         self.metrics: list[StepMetrics] = []
         self.notes: list[str] = []
         self.log: Console | None = None  # worker 0's; the others' output goes to theirs
