@@ -41,6 +41,15 @@ def measure(kind: str, folder: str, depth: int) -> list[dict[str, float]]:
     return json.loads(lines[-1])["times"] if lines else []
 
 
+def described(times: list[dict[str, float]], ours: list[dict[str, float]], figure: str) -> str:
+    """The median, and how many times ours that is."""
+    if not times:
+        return "failed"
+    seconds = statistics.median(time[figure] for time in times)
+    ratio = f"  {seconds / statistics.median(time[figure] for time in ours):5.2f}" if ours else ""
+    return f"{seconds:6.2f}{ratio}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -54,10 +63,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
                 results[kind] += measure(kind, folder, options.depth)
             console.print(f"round {number + 1} of {options.rounds}  {kind}", highlight=False)
-    table = Table("seconds (medians)", *FIGURES, title=f"A checkpoint by {WORKERS} workers")
+    table = Table(
+        "seconds, medians; times the first row's",
+        *FIGURES,
+        title=f"A checkpoint by {WORKERS} workers, {options.rounds} rounds",
+    )
     for kind, times in results.items():
-        row = [f"{statistics.median(time[figure] for time in times):.2f}" if times else "failed" for figure in FIGURES]
-        table.add_row(kind, *row)
+        table.add_row(kind, *(described(times, results[KINDS[0]], figure) for figure in FIGURES))
     console.print(table)
     (HERE.parent / "runs").mkdir(exist_ok=True)
     (HERE.parent / "runs" / "checkpoint.json").write_text(json.dumps(results, indent=1) + "\n")

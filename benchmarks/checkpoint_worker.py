@@ -84,6 +84,7 @@ def peers(options: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     data, found = RandomTokens(256, LENGTH), []
+    own = dist.new_group(backend="gloo")  # of the thread that saves: its calls may not come between the steps'
     for step in range(STEPS + TIMES):
         model(batch_of(data, step, rank, world, 1)).backward()
         optimizer.step()
@@ -91,13 +92,13 @@ def peers(options: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
         if step >= STEPS:
             path = folder / str(step)
             save = save_whole if options.kind == "torch.save" else save_dcp
-            found.append(save(model, optimizer, path, rank, options.kind.endswith("async")))
+            found.append(save(model, optimizer, path, rank, own if options.kind.endswith("async") else None))
             if rank == 0:
                 shutil.rmtree(path, ignore_errors=True)
     return found
 
 
-def save_whole(model: nn.Module, optimizer: Any, path: Path, rank: int, _: bool) -> dict[str, float]:
+def save_whole(model: nn.Module, optimizer: Any, path: Path, rank: int, _: Any) -> dict[str, float]:
     """As most programs do it."""
 
     def save() -> None:
@@ -117,8 +118,8 @@ def save_whole(model: nn.Module, optimizer: Any, path: Path, rank: int, _: bool)
     return {"stall": seconds, "published": seconds, "load": timed(load)}
 
 
-def save_dcp(model: nn.Module, optimizer: Any, path: Path, rank: int, in_background: bool) -> dict[str, float]:
-    """torch.distributed.checkpoint, each worker its shards."""
+def save_dcp(model: nn.Module, optimizer: Any, path: Path, rank: int, background: Any) -> dict[str, float]:
+    """torch.distributed.checkpoint, each worker its shards. background: of a thread that saves, its group."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -132,8 +133,8 @@ def save_dcp(model: nn.Module, optimizer: Any, path: Path, rank: int, in_backgro
         set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
 
     began, running = time.perf_counter(), []
-    if in_background:
-        stall = timed(lambda: running.append(dcp.async_save(state(), checkpoint_id=path)))
+    if background is not None:
+        stall = timed(lambda: running.append(dcp.async_save(state(), checkpoint_id=path, process_group=background)))
         running[0].result()
         dist.barrier()
     else:

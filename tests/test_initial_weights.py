@@ -185,6 +185,35 @@ def test_a_run_goes_on_whatever_the_files_are_now(halves: Path, tmp_path: Path) 
         mh.train(replace(recipe, weights=tmp_path / "frozen"), steps=3, run_dir=tmp_path / "run", show=False)
 
 
+def test_a_run_that_goes_on_reads_only_what_checkpoints_lack(halves: Path, tmp_path: Path) -> None:
+    """Files of a model without frozen parameters may even be gone by then."""
+    model = nn.Linear(5, 5)
+    save_file(dict(model.state_dict()), tmp_path / "weights")
+    recipe = mh.Recipe(
+        model=lambda: nn.Linear(5, 5),
+        weights=tmp_path / "weights",
+        loss=lambda model, batch: model(batch).square().mean(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        data=[torch.arange(5.0) + index for index in range(8)],
+        batch=mh.Batch(global_size=4, micro_size=2),
+    )
+    expected = mh.train(recipe, steps=2, show=False).digest
+    mh.train(recipe, steps=1, run_dir=tmp_path / "run", show=False)
+    (tmp_path / "weights").unlink()
+    assert mh.train(recipe, steps=2, run_dir=tmp_path / "run", show=False).digest == expected
+
+    def read_bytes(group: Any) -> int:
+        with mh.Engine(replace(everything("fp32"), weights=halves), group=group, resumes=True) as engine:
+            for use in (lambda: engine.step(next(engine.batches())), lambda: engine.save(tmp_path)):
+                with pytest.raises(mh.InvariantError, match="made to load a checkpoint first"):
+                    use()
+            return engine.weights_read_bytes
+
+    frozen = sum(value.nbytes for key, value in load_file(halves).items() if key.startswith("still"))
+    for found in run_threads(2, read_bytes):
+        assert frozen < found < 2.2 * frozen  # once to have them, once more for their fingerprints
+
+
 # - Names
 
 

@@ -48,6 +48,7 @@ NAMES = [
 OPTIONS = {
     "train": {
         "--accept-new-numerics",
+        "--checkpoint-dir",
         "--checkpoint-every",
         "--digest-every",
         "--group",

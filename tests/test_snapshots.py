@@ -64,7 +64,7 @@ def test_any_number_of_workers_goes_on_from_it(memory: SnapshotMemory, recipe_of
         assert train(recipe, workers, stage, memory, load=True) == undisturbed
         newest = memory.newest()
         assert newest is not None
-        assert newest.step == 2
+        assert newest.manifest.step == 2
 
 
 def test_one_that_is_half_written_is_none(memory: SnapshotMemory) -> None:
@@ -79,7 +79,7 @@ def test_one_that_is_half_written_is_none(memory: SnapshotMemory) -> None:
         newest.write_bytes(whole[:cut])
         found = memory.newest()
         assert found is not None
-        assert found.step == 2
+        assert found.manifest.step == 2
     assert train(recipe, 3, "zero1", memory, load=True) == undisturbed
 
 

@@ -17,7 +17,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 LAYERS = (  # from the bottom up: imports go down only
     {"errors", "units", "config", "layout", "numerics"},
-    {"sharding", "comm", "members", "optim", "offload", "models"},
+    {"addresses", "sharding", "comm", "members", "optim", "offload", "models"},
     {"engine"},
     {"checkpoint", "data", "prepare", "report", "planner"},
     {"training", "launching"},

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
-from manyhands.checkpoint.format import MANIFEST, list_checkpoints, read_manifest
+from manyhands.checkpoint.address import Place, place_of
+from manyhands.checkpoint.format import MANIFEST, checkpoints_of, list_checkpoints, read_manifest
 from manyhands.checkpoint.hugging_face import CONFIG, INDEX, SINGLE, config_text
-from manyhands.checkpoint.pieces import dtype_name
 from manyhands.checkpoint.publish import sync
-from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, in_file_order
+from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, dtype_name, in_file_order
 from manyhands.checkpoint.weights import SavedWeights
 from manyhands.config import PRECISIONS, nearest
 from manyhands.errors import CheckpointError, ConfigError
@@ -78,9 +78,10 @@ def export(
 ) -> ExportSummary:
     """Write the weights of a run's checkpoint to the folder `out`, as safetensors in Hugging Face's layout.
 
-    run: a run directory, a folder that `Engine.save` was given, or one checkpoint. step: which checkpoint of the run
-    (default: the last). dtype: "fp32" (the master weights, to the bit) or "bf16"; default: as the model was trained.
-    Buffers keep their type. max_shard_size: of a file; a larger tensor has a file of its own. told: hears of progress.
+    run: a run directory, what `Engine.save` was given (a folder or an address), or one checkpoint. step: which
+    checkpoint of the run (default: the last). dtype: "fp32" (the master weights, to the bit) or "bf16"; default: as the
+    model was trained. Buffers keep their type. max_shard_size: of a file; a larger tensor has a file of its own. told:
+    hears of progress.
 
     One process: in memory are a piece of a parameter (some MiB) or a whole buffer, the checkpoint's list of pieces, and
     8 bytes for every 1,024 elements, for the digest. Optimizer state isn't read. Raises ConfigError, and
@@ -96,7 +97,7 @@ def export(
             got=repr(dtype),
             hint=nearest(dtype, PRECISIONS),
         )
-    folder = find_checkpoint(Path(run), step)
+    folder = find_checkpoint(place_of(run), step)
     _refuse_taken(target)
     weights = SavedWeights(folder, None if dtype is None else _PRECISION_DTYPES[dtype])
     with _published(target) as partial, _one_thread():
@@ -120,22 +121,21 @@ def export(
     )
 
 
-def find_checkpoint(run: Path, step: int | None) -> Path:
-    """The folder of the run's checkpoint of that step, or its last one. Raises ConfigError."""
-    if (run / MANIFEST).is_file() and not (run / "checkpoints").is_dir():
+def find_checkpoint(run: Place, step: int | None) -> Place:
+    """The folder of the run's checkpoint of that step, or its last one. Raises ConfigError and CheckpointError."""
+    is_run = isinstance(run, Path) and (run / "checkpoints").is_dir()
+    found = list_checkpoints(checkpoints_of(run) if isinstance(run, Path) and is_run else run)
+    if not found and not is_run and (run / MANIFEST).is_file():
         found = [(read_manifest(run).step, run)]
-    else:
-        root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-        found = list_checkpoints(root)
-        if not found:
-            raise ConfigError(
-                "there is no checkpoint here",
-                where=str(run.absolute()),
-                expected="a run directory, a folder of checkpoints, or a checkpoint",
-                got="nothing" if not run.exists() else "no whole checkpoint",
-                hint="check the path; a run writes its checkpoint at its end, when it is stopped, "
-                "and every N steps with --checkpoint-every N",
-            )
+    if not found:
+        raise ConfigError(
+            "there is no checkpoint here",
+            where=str(run.absolute()),
+            expected="a run directory, a folder of checkpoints, or a checkpoint",
+            got="no whole checkpoint" if run.exists() else "nothing",
+            hint="check the path; a run writes its checkpoint at its end, when it is stopped, "
+            "and every N steps with --checkpoint-every N",
+        )
     if step is None:
         return found[-1][1]
     for number, folder in found:

@@ -8,7 +8,9 @@
 
 Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer", "frozen". What of the optimizer's
 state has another shape than its parameter (Adafactor's row factors) is saved whole. A folder appears under its name
-only when it is whole: all files are written and synced in `.step-00000100.partial`, which is then renamed.
+only when it is whole: all files are written and synced in `.step-00000100.partial`, which is then renamed. A store has
+no renaming: there the files are in `step-00000100/5f0c11d2.../`, named after the attempt to write them, and the
+manifest comes last; a folder without a manifest is no checkpoint.
 """
 
 from __future__ import annotations
@@ -18,17 +20,26 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from manyhands.checkpoint.address import Address, Place, hint_of, names_in, place_of
+from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 _M = TypeVar("_M", bound=BaseModel)
 _NAME = re.compile(r"step-(\d{8,})")
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+DtypeName = Annotated[str, AfterValidator(lambda name: dtype_named(name) and name)]
+FileName = Annotated[str, Field(pattern=r"^([0-9a-f]{16}/)?worker-\d+\.safetensors$")]
+ConfigName = Annotated[str, Field(pattern=r"^(generation_)?config\.json$")]
+FrozenName = Annotated[str, Field(pattern=r"^frozen-[0-9a-f]{16}$")]
 
 
 class PieceRecord(BaseModel):
@@ -36,15 +47,21 @@ class PieceRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    file: str
+    file: FileName
     key: str
     kind: str
     name: str
-    start: int
-    numel: int
-    dtype: str
-    shape: tuple[int, ...] | None = None  # of what has another shape than its parameter, and is whole in this piece
-    crc32: int
+    start: Count
+    numel: Count
+    dtype: DtypeName
+    shape: tuple[Count, ...] | None = None  # of what has another shape than its parameter, and is whole in this piece
+    crc32: Count
+
+    @model_validator(mode="after")
+    def _has_as_many_elements(self) -> PieceRecord:
+        if self.shape is not None and (self.start or math.prod(self.shape) != self.numel):
+            raise ValueError(f"{self.numel} elements have no shape {list(self.shape)}")
+        return self
 
 
 class TensorRecord(BaseModel):
@@ -57,8 +74,8 @@ class TensorRecord(BaseModel):
     kind: Literal["master", "frozen", "buffer"]
     name: str
     is_parameter: bool
-    shape: tuple[int, ...]
-    dtype: str
+    shape: tuple[Count, ...]
+    dtype: DtypeName
     keys: tuple[str, ...]
 
     @property
@@ -73,7 +90,7 @@ class Scalar(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     value: float | int | bool
-    dtype: str | None = None
+    dtype: DtypeName | None = None
     device: str = "cpu"
 
 
@@ -88,8 +105,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int
-    step: int
-    workers: int
+    step: Count
+    workers: Count
     stage: str
     facts: dict[str, str]
     identity: dict[str, str]
@@ -98,10 +115,25 @@ class Manifest(BaseModel):
     schedules: list[dict[str, Any]]
     scalars: dict[str, dict[str, Scalar]]
     tensors: list[TensorRecord]
-    frozen: str | None
+    frozen: FrozenName | None
     computed: list[str]
-    config_files: dict[str, dict[str, Any]]
+    config_files: dict[ConfigName, dict[str, Any]]
     pieces: list[PieceRecord]
+
+    def check_whole(self) -> None:
+        """That it has every tensor once, and every element of it in one piece; of other state likewise, as far as it
+        goes. So nobody reads half of one, or makes room for what isn't there. Raises ValueError."""
+        _refuse_twice([record.name for record in self.tensors])
+        _refuse_twice([key for record in self.tensors for key in record.keys])
+        ends: dict[tuple[str, str], int] = {}
+        for piece in sorted(self.pieces, key=lambda piece: (piece.start, piece.numel)):
+            if piece.start != ends.get((piece.kind, piece.name), 0):
+                raise ValueError(f"the pieces of {piece.kind} of {piece.name!r} don't meet at {piece.start}")
+            ends[piece.kind, piece.name] = piece.start + piece.numel
+        for record in self.tensors:
+            found = ends.get((record.kind, record.name), 0)
+            if record.kind != "frozen" and found != record.numel:
+                raise ValueError(f"{record.name!r} has {record.numel} elements, and its pieces {found}")
 
 
 class FrozenManifest(BaseModel):
@@ -113,19 +145,46 @@ class FrozenManifest(BaseModel):
     pieces: list[PieceRecord]
 
 
+def _refuse_twice(names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{Counter(names).most_common(1)[0][0]!r} is in it twice")
+
+
 def folder_name(step: int) -> str:
     """The folder of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
-def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the whole checkpoints below `root`, oldest first."""
-    if not root.is_dir():
-        return []
-    found = [
-        (int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()
-    ]
-    return sorted(found)
+def file_name(rank: int) -> str:
+    """The file of the pieces that one worker wrote."""
+    return f"worker-{rank}.safetensors"
+
+
+def list_checkpoints(root: Place) -> list[tuple[int, Place]]:
+    """(step, folder) of the whole checkpoints below `root`, oldest first. Raises CheckpointError: not there, or empty,
+    is something else than out of reach."""
+    try:
+        if isinstance(root, Address):
+            names = {name.removesuffix(f"/{MANIFEST}") for name in root.files() if name.endswith(f"/{MANIFEST}")}
+        else:
+            names = {name for name in names_in(root) if (root / name).is_dir()} if root.is_dir() else set()
+    except OSError as error:
+        raise CheckpointError(
+            "the checkpoints can't be listed",
+            where=str(root),
+            got=error,
+            hint=hint_of(error, "see whether the folder may be read"),
+        ) from error
+    return sorted((int(match[1]), root / match[0]) for match in map(_NAME.fullmatch, names) if match)
+
+
+def checkpoints_of(run_dir: Path, said: str | Place | None = None) -> Place:
+    """Where a run keeps its checkpoints: where it is said, or as its manifest says, or in its own folder. Raises
+    ConfigError for an address that can't be used."""
+    if said is None:
+        with suppress(OSError, ValueError, AttributeError):
+            said = json.loads((run_dir / MANIFEST).read_bytes()).get("checkpoints")
+    return run_dir / "checkpoints" if said is None else place_of(said)
 
 
 _PAIRS = "pairs of a dict"
@@ -150,12 +209,22 @@ def decode_state(value: Any) -> Any:
     return [decode_state(item) for item in value] if isinstance(value, list) else value
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Place) -> Manifest:
     """Raises CheckpointError."""
-    return _read(folder, Manifest)
+    manifest = _read(folder, Manifest, Manifest.check_whole)
+    named = _NAME.fullmatch(folder.name)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(
+            "the checkpoint is of another step than its folder's name says",
+            where=str(folder),
+            expected=f"step {int(named[1])}",
+            got=f"step {manifest.step}",
+            hint="give the folder its own name back",
+        )
+    return manifest
 
 
-def read_frozen_manifest(folder: Path) -> FrozenManifest:
+def read_frozen_manifest(folder: Place) -> FrozenManifest:
     """Raises CheckpointError."""
     return _read(folder, FrozenManifest)
 
@@ -170,7 +239,7 @@ def _checksum(said: dict[str, Any]) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-def _read(folder: Path, kind: type[_M]) -> _M:
+def _read(folder: Place, kind: type[_M], check: Callable[[_M], None] = lambda manifest: None) -> _M:
     path = folder / MANIFEST
     try:
         said = json.loads(path.read_bytes())
@@ -178,9 +247,27 @@ def _read(folder: Path, kind: type[_M]) -> _M:
         if not isinstance(found, int) or found == FORMAT:
             if isinstance(said, dict) and said.pop("checksum", None) != _checksum(said):
                 raise ValueError("its checksum differs")
-            return kind.model_validate(said)
+            manifest = kind.model_validate(said)
+            check(manifest)
+            return manifest
     except OSError as error:
-        raise CheckpointError("not a checkpoint: its manifest can't be read", where=str(path), got=error) from error
-    except ValueError as error:
-        raise CheckpointError("the checkpoint's manifest is broken", where=str(path), got=error) from error
-    raise CheckpointError("the checkpoint has another format", where=str(path), expected=FORMAT, got=found)
+        raise CheckpointError(
+            "not a checkpoint: its manifest can't be read",
+            where=str(path),
+            got=error,
+            hint=hint_of(error, "check the path; a checkpoint is a folder with a manifest"),
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            "the checkpoint's manifest is broken",
+            where=str(path),
+            got=error,
+            hint="go back to an earlier checkpoint",
+        ) from error
+    raise CheckpointError(
+        "the checkpoint has another format",
+        where=str(path),
+        expected=FORMAT,
+        got=found,
+        hint="use the version of Manyhands that wrote it",
+    )

@@ -25,18 +25,23 @@ from manyhands.offload.construction import let_go
 from manyhands.optim.sliced import Slice
 
 
-def load_initial(engine: StepEngine, weights: Weights) -> int:
+def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False) -> int:
     """Make the engine's weights those of the files; how many bytes of tensors this worker has read. Collective.
 
-    Parameters, frozen ones and persistent buffers get their values as if the model had been built with them.
+    Parameters, frozen ones and persistent buffers get their values as if the model had been built with them. resumes: a
+    checkpoint will be loaded (as it is if all workers say so), so only frozen parameters are read, which it lacks.
     Raises ConfigError (nothing there, or not of this model) and CheckpointError (missing or broken).
     """
     engine.group.status("start / initial weights")
+    resumes = all(gather_json(engine.group, resumes, "start / resumes / control"))
+    if resumes and all(name in dict(engine.digest_names) for name in engine.param_shapes):
+        return 0
     loader = _Loader(engine, weights)
     agree(engine.group, "initial weights", loader.files.facts(), hint="give all workers the same files")
     loader.fill_frozen_units()
     loader.fill_others()
-    engine.updater.refill(loader.fill_slice)
+    if not resumes:
+        engine.updater.refill(loader.fill_slice)
     everyone: list[Any] = gather_json(engine.group, loader.frozen_facts(), "start / frozen / control")
     for facts in everyone:
         engine.frozen_facts |= facts

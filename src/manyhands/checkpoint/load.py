@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.format import Manifest, decode_state, read_manifest
+from manyhands.checkpoint.address import Place
+from manyhands.checkpoint.format import Manifest, Scalar, decode_state, read_manifest
 from manyhands.checkpoint.pieces import PieceReader
+from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError, NumericsError
 from manyhands.optim.sliced import Slice
@@ -17,7 +19,7 @@ from manyhands.optim.sliced import Slice
 class CheckpointReader(PieceReader):
     """Reads ranges of named tensors out of a checkpoint's files. Raises CheckpointError."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.manifest = read_manifest(folder)
         super().__init__(folder, self.manifest.pieces)
 
@@ -30,7 +32,7 @@ class CheckpointReader(PieceReader):
         }
 
 
-def load_checkpoint(engine: StepEngine, folder: Path, *, accept_new_numerics: bool = False) -> Manifest:
+def load_checkpoint(engine: StepEngine, folder: Place, *, accept_new_numerics: bool = False) -> Manifest:
     """Make the engine's state that of the checkpoint in `folder`. Collective.
 
     Raises CheckpointError (missing, damaged, of another recipe) and NumericsError (saved under another numerics
@@ -43,6 +45,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
     """As `load_checkpoint`, with what `reader` gives."""
     manifest, folder = reader.manifest, reader.folder
     _check_facts(manifest, engine, folder)
+    _check_hyperparameters(manifest, engine, folder)
     if not accept_new_numerics:
         check_identity(manifest.identity, engine.identity, str(folder))
     engine.group.barrier(f"{folder.name} / load / control")  # others may still use the weights that they have
@@ -53,8 +56,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
         for name, value in reader.buffers().items():
             if name in buffers:
                 buffers[name].copy_(value)
-        for schedule, saved_schedule in zip(engine.schedules, manifest.schedules, strict=True):
-            schedule.load_state_dict(decode_state(saved_schedule))
+        _load_schedules(manifest, engine, folder)
         engine.step_index = manifest.step
         found = engine.digest() if manifest.digest else ""
         if found != manifest.digest:
@@ -63,6 +65,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
                 where=str(folder),
                 expected=manifest.digest,
                 got=found,
+                hint="go back to an earlier checkpoint",
             )
     return manifest
 
@@ -75,13 +78,24 @@ def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
     }
     for kind, number in reader.manifest.scalars.get(piece.name, {}).items():
         # torch's optimizers change their step counts and the like in place, where these are tensors.
-        place = "cpu" if number.device == "cpu" else piece.master.device
-        dtype = number.dtype
-        state[kind] = (
-            number.value if dtype is None else torch.tensor(number.value, dtype=getattr(torch, dtype), device=place)
-        )
+        place = torch.device("cpu") if number.device == "cpu" else piece.master.device
+        try:
+            state[kind] = _value_of(number, place)
+        except (RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"the checkpoint's {kind} of {piece.name!r} is no {number.dtype}",
+                where=str(reader.folder),
+                got=number.value,
+                hint="go back to an earlier checkpoint",
+            ) from error
     # It's empty before a parameter's first update, also if it had one here.
     engine.optimizer.load_state_of(piece, state)
+
+
+def _value_of(number: Scalar, device: torch.device) -> Tensor | float | int | bool:
+    if number.dtype is None:
+        return number.value
+    return torch.tensor(number.value, dtype=dtype_named(number.dtype), device=device)
 
 
 def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:
@@ -92,7 +106,7 @@ def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:
     return whole
 
 
-def _check_facts(manifest: Manifest, engine: StepEngine, folder: Path) -> None:
+def _check_facts(manifest: Manifest, engine: StepEngine, folder: Place) -> None:
     facts = engine.facts()
     for name in [*facts, *manifest.facts]:
         saved, now = manifest.facts.get(name, "nothing"), facts.get(name, "nothing")
@@ -104,6 +118,39 @@ def _check_facts(manifest: Manifest, engine: StepEngine, folder: Path) -> None:
                 got=f"{now} (this recipe)",
                 hint="use the recipe it was saved with, or begin a new run directory",
             )
+
+
+def _check_hyperparameters(manifest: Manifest, engine: StepEngine, folder: Place) -> None:
+    saved, now = (
+        [_kinds(group) for group in of] for of in (manifest.hyperparameters, engine.optimizer.hyperparameters())
+    )
+    if saved != now:
+        raise CheckpointError(
+            "the checkpoint's hyperparameters are not such as the recipe's optimizer has",
+            where=str(folder),
+            expected=now,
+            got=saved,
+            hint="use the recipe and the torch that it was saved with, or go back to an earlier checkpoint",
+        )
+
+
+def _kinds(group: dict[str, Any]) -> dict[str, str]:
+    """Of what kind each value is: the values themselves may differ, where a schedule changes them."""
+    words = {float: "number", int: "number", tuple: "list", list: "list", bool: "flag", str: "text"}
+    return {key: words.get(type(value), "flag") for key, value in sorted(group.items())}
+
+
+def _load_schedules(manifest: Manifest, engine: StepEngine, folder: Place) -> None:
+    try:
+        for schedule, saved in zip(engine.schedules, manifest.schedules, strict=True):
+            schedule.load_state_dict(decode_state(saved))
+    except Exception as error:  # of a class of torch, or a user's
+        raise CheckpointError(
+            "the schedules can't take over what the checkpoint has of them",
+            where=str(folder),
+            got=f"{type(error).__name__}: {error}",
+            hint="use the recipe that it was saved with, or go back to an earlier checkpoint",
+        ) from error
 
 
 def check_identity(saved: dict[str, str], now: dict[str, str], where: str) -> None:

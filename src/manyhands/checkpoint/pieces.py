@@ -5,12 +5,12 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from manyhands.checkpoint.address import Address, Place, hint_of
 from manyhands.checkpoint.format import PieceRecord
 from manyhands.checkpoint.tensor_file import (
     CODES,
@@ -18,10 +18,14 @@ from manyhands.checkpoint.tensor_file import (
     TensorFile,
     TensorFileWriter,
     bytes_of,
+    dtype_name,
     in_file_order,
 )
 from manyhands.errors import CheckpointError
 from manyhands.layout import Range
+
+KEPT_BYTES = 4 << 20
+"""A larger piece isn't kept in memory: what is wanted of it next is read again."""
 
 
 class Piece(NamedTuple):
@@ -34,7 +38,7 @@ class Piece(NamedTuple):
     shape: tuple[int, ...] | None = None
 
 
-def write_pieces(path: Path, pieces: Sequence[Piece]) -> list[PieceRecord]:
+def write_pieces(path: Place, pieces: Sequence[Piece]) -> list[PieceRecord]:
     """Write a file of pieces, one after the other; what a manifest says of them. OSErrors are passed on.
 
     Raises CheckpointError for a type that can't be kept.
@@ -58,7 +62,7 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> list[PieceRecord]:
             part = piece.tensor.detach().cpu().contiguous()
             file.write(part)
             record = PieceRecord(
-                file=path.name,
+                file=f"{path.parent.name}/{path.name}" if isinstance(path, Address) else path.name,
                 key=entry.name,
                 kind=piece.kind,
                 name=piece.name,
@@ -75,13 +79,15 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> list[PieceRecord]:
 class PieceReader:
     """Reads the pieces that lie in `folder`. Raises CheckpointError for what is missing or damaged."""
 
-    def __init__(self, folder: Path, pieces: Sequence[PieceRecord]) -> None:
+    def __init__(self, folder: Place, pieces: Sequence[PieceRecord]) -> None:
         self.folder = folder
         self._pieces: dict[tuple[str, str], list[PieceRecord]] = defaultdict(list)
         for piece in sorted(pieces, key=lambda piece: piece.start):
             self._pieces[piece.kind, piece.name].append(piece)
         self._files: dict[str, TensorFile] = {}
+        self._last = ""  # that was read
         self._checked: set[tuple[str, str]] = set()
+        self._recent: dict[str, tuple[PieceRecord, Tensor]] = {}  # by kind: what the next range is likely to be in, too
 
     def kinds_of(self, name: str) -> list[str]:
         """Which tensors there are of a parameter."""
@@ -123,25 +129,33 @@ class PieceReader:
             where=str(self.folder),
             expected=f"[{wanted.start}, {wanted.end})",
             got=f"[{found.start}, {found.end})",
+            hint="go back to an earlier checkpoint",
         )
 
     def _read_piece(self, piece: PieceRecord, start: int, end: int) -> Tensor:
-        """Elements [start, end) of the piece; the whole of it is read, and checked, the first time."""
+        """Elements [start, end) of the piece, borrowed; the whole of it is read, and checked, the first time."""
+        recent, tensor = self._recent.get(piece.kind, (None, None))
+        if tensor is not None and recent is piece:
+            return tensor[start:end]
         path = self.folder / piece.file
         checked = (piece.file, piece.key) in self._checked
         try:
             if piece.file not in self._files:
                 self._files[piece.file] = TensorFile(path)
             file = self._files[piece.file]
+            if self._last != piece.file and self._last in self._files:
+                self._files[self._last].rest()
+            self._last = piece.file
             if checked:
                 return file.read(piece.key, start, end - start)
             tensor = file.read(piece.key, 0, piece.numel)
         except (OSError, ValueError) as error:
+            earlier = "go back to an earlier checkpoint"
             raise CheckpointError(
                 "a file of the checkpoint is missing or broken",
                 where=str(path),
                 got=error,
-                hint="go back to an earlier checkpoint",
+                hint=hint_of(error, earlier) if isinstance(error, OSError) else earlier,
             ) from error
         found = zlib.crc32(bytes_of(tensor))
         if found != piece.crc32 or dtype_name(tensor.dtype) != piece.dtype:
@@ -153,9 +167,6 @@ class PieceReader:
                 hint="go back to an earlier checkpoint",
             )
         self._checked.add((piece.file, piece.key))
+        if tensor.nbytes <= KEPT_BYTES:
+            self._recent[piece.kind] = piece, tensor
         return tensor[start:end]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`, as torch has it as an attribute."""
-    return str(dtype).removeprefix("torch.")

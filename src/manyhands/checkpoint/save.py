@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from manyhands.checkpoint.address import Place
 from manyhands.checkpoint.format import (
     FORMAT,
     FrozenManifest,
@@ -22,15 +22,17 @@ from manyhands.checkpoint.format import (
     TensorRecord,
     decode_state,
     encode_state,
+    file_name,
     folder_name,
     list_checkpoints,
     read_frozen_manifest,
     read_manifest,
 )
 from manyhands.checkpoint.hugging_face import config_files
-from manyhands.checkpoint.pieces import Piece, dtype_name, write_pieces
+from manyhands.checkpoint.pieces import Piece, write_pieces
 from manyhands.checkpoint.publish import remove
 from manyhands.checkpoint.saving import Contents, Saving
+from manyhands.checkpoint.tensor_file import dtype_name
 from manyhands.engine.control import gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError
@@ -43,14 +45,20 @@ FROZEN_PIECE_NUMEL = 1 << 20
 
 
 def begin_checkpoint(
-    engine: StepEngine, root: Path, *, keep: int | None = None, keep_every: int | None = None
+    engine: StepEngine,
+    root: Place,
+    *,
+    keep: int | None = None,
+    keep_every: int | None = None,
+    published: Callable[[Place], None] | None = None,
 ) -> Saving | None:
     """Begin to write the engine's state, as it is now, to a new folder in `root`; None if it's there. Collective.
 
     keep, keep_every: which checkpoints to leave in `root`: the last `keep` (None: all), and those of every
     `keep_every`-th step. One of this step with the same weights stays; one with others is replaced. Frozen parameters
     are written once, beside the first checkpoint, before this returns; so is state at a home that is apart, of which
-    there's no copy in memory. What was published before is never touched by a failure. Raises CheckpointError.
+    there's no copy in memory. What was published before is never touched by a failure. published: hears on worker 0, in
+    the thread that writes, as soon as it's there. Raises CheckpointError.
     """
     group, step = engine.group, engine.step_index
     final = root / folder_name(step)
@@ -65,14 +73,17 @@ def begin_checkpoint(
     if not engine.home.is_apart:
         pieces = [piece._replace(tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
 
-    def write(folder: Path) -> dict[str, Any]:
+    def write(folder: Place) -> dict[str, Any]:
         records = write_pieces(folder / name, pieces)
         return {"pieces": [record.model_dump() for record in records], "scalars": scalars}
 
+    def is_published() -> None:
+        if published is not None:
+            published(final)
+        _prune(final, keep, keep_every)
+
     name = _file_of(engine)
-    contents = Contents(
-        write=write, manifest_of=partial(with_pieces, manifest), published=partial(_prune, final, keep, keep_every)
-    )
+    contents = Contents(write=write, manifest_of=partial(with_pieces, manifest), published=is_published)
     saving = Saving(final, group, contents, tag)
     if engine.home.is_apart:
         saving.wait_written()
@@ -111,14 +122,14 @@ def with_pieces(manifest: Manifest, everyone: list[dict[str, Any]]) -> Manifest:
     return manifest.model_copy(update={"scalars": scalars, "pieces": _joined(everyone)})
 
 
-def _prune(final: Path, keep: int | None, keep_every: int | None) -> None:
+def _prune(final: Place, keep: int | None, keep_every: int | None) -> None:
     for step, old in list_checkpoints(final.parent)[: -keep if keep else 0]:
         if old != final and not (keep_every and step % keep_every == 0):
             remove(old)
 
 
 def _file_of(engine: StepEngine) -> str:
-    return f"worker-{engine.group.rank}.safetensors"
+    return file_name(engine.group.rank)
 
 
 def _joined(everyone: list[dict[str, Any]]) -> list[PieceRecord]:
@@ -167,7 +178,7 @@ def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
     return records, [key for others in keys.values() for key in others]
 
 
-def _save_frozen(engine: StepEngine, root: Path) -> str | None:
+def _save_frozen(engine: StepEngine, root: Place) -> str | None:
     """Write the parameters that no step changes, unless they are there; the folder's name. Collective.
 
     The name comes from what is in it, so that runs of several recipes in one folder don't get in each other's way.
@@ -182,7 +193,7 @@ def _save_frozen(engine: StepEngine, root: Path) -> str | None:
     if not all(gather_json(engine.group, _is_there(final), f"{tag} / control")):
         params = dict(engine.model.named_parameters())
 
-        def write(folder: Path) -> dict[str, Any]:
+        def write(folder: Place) -> dict[str, Any]:
             mine = list(_frozen_pieces({record.name: params[record.name] for record in frozen}, engine))
             records = write_pieces(folder / _file_of(engine), mine)
             return {"pieces": [record.model_dump() for record in records]}
@@ -233,7 +244,7 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
     return encoded
 
 
-def _holds(folder: Path, digest: str) -> bool:
+def _holds(folder: Place, digest: str) -> bool:
     """Whether the checkpoint in `folder` is there and has these weights."""
     try:
         return read_manifest(folder).digest == digest
@@ -241,7 +252,7 @@ def _holds(folder: Path, digest: str) -> bool:
         return False
 
 
-def _is_there(frozen: Path) -> bool:
+def _is_there(frozen: Place) -> bool:
     try:
         read_frozen_manifest(frozen)
     except CheckpointError:

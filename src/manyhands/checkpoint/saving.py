@@ -1,30 +1,31 @@
-"""A folder that all workers write at once, in the background: it appears whole, by one rename, or not at all.
+"""A folder that all workers write at once, in the background: it appears whole or not at all (see `publish`).
 
-Every worker writes its files into a hidden folder and then, as a file, what the manifest must say of them. When all of
-those are there worker 0 writes the manifest and renames the folder. Nothing of this is a collective call, so training
-goes on meanwhile.
+Every worker writes its files where they can't be seen yet and then, as a file, what the manifest must say of them. When
+all of those are there worker 0 writes the manifest and publishes the folder. Nothing of this is a collective call, so
+training goes on meanwhile.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from manyhands.checkpoint.publish import as_checkpoint_error, publish, remove_partial
+from manyhands.checkpoint.address import Place, names_in, put_text
+from manyhands.checkpoint.publish import as_checkpoint_error, prepare, publish, workplace
 from manyhands.comm.group import Group
 from manyhands.engine.control import gather_json
 from manyhands.errors import CheckpointError, ManyhandsError
 
-LOOKS_EVERY_SECONDS = 0.05
+MOST_SECONDS_BETWEEN_LOOKS = 1.0
+"""Before that it looks after a tenth of what it has waited: it is late by that much, and never looks often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Contents:
     """Of a folder. write: writes this worker's files into the folder that it is given, and returns what worker 0 must
     know to make the manifest from everyone's; published: called on worker 0, when it's there."""
 
-    write: Callable[[Path], dict[str, Any]]
+    write: Callable[[Place], dict[str, Any]]
     manifest_of: Callable[[list[dict[str, Any]]], BaseModel]
     published: Callable[[], None] = lambda: None
 
@@ -40,21 +41,22 @@ class Contents:
 class Saving:
     """The folder `final` on its way, in place of what is there. Making one is collective, and so is `wait`."""
 
-    def __init__(self, final: Path, group: Group, contents: Contents, tag: str) -> None:
+    def __init__(self, final: Place, group: Group, contents: Contents, tag: str) -> None:
         self.final = final
         self._group, self._contents, self._tag = group, contents, tag
-        self._partial = final.with_name(f".{final.name}.partial")
         self._error: BaseException | None = None
         self._is_written = threading.Event()
         self._is_abandoned = threading.Event()
+        attempt = secrets.token_hex(8)  # worker 0's: no leftover of another attempt is taken for one of this
+        self._partial = workplace(final, attempt)
         if group.rank == 0:
             try:
                 with as_checkpoint_error(self._partial):
-                    remove_partial(final.parent)
-                    self._partial.mkdir(parents=True)
+                    prepare(self._partial, final.parent)
             except CheckpointError as error:
                 self._error = error
-        group.barrier(f"{tag} begins / control")
+        everyone: list[Any] = gather_json(group, attempt, f"{tag} begins / control")
+        self._partial = workplace(final, everyone[0])
         self._thread = threading.Thread(target=self._save, name="manyhands-checkpoint", daemon=True)
         self._thread.start()
 
@@ -67,7 +69,7 @@ class Saving:
         """Until this worker's files are written, or can't be: what it saves may change again."""
         self._is_written.wait()
 
-    def wait(self) -> Path:
+    def wait(self) -> Place:
         """Until it's published. Raises the CheckpointError of one worker on all of them; then nothing is published."""
         self._is_written.wait()
         self._raise_any(f"{self._tag} written / control")
@@ -96,37 +98,37 @@ class Saving:
             if self._error is None:
                 with as_checkpoint_error(self._partial):
                     mine = self._contents.write(self._partial)
-                    self._put(f"part-{self._group.rank}.json", json.dumps(mine))
+                    put_text(self._partial / f"part-{self._group.rank}.json", json.dumps(mine))
             self._is_written.set()
             if self._group.rank == 0 and self._error is None:
                 self._publish()
         except BaseException as error:
             self._error = error
             with suppress(OSError):
-                (self._partial / f"failed-{self._group.rank}").touch()
+                put_text(self._partial / f"failed-{self._group.rank}", "")
         finally:
             self._is_written.set()
 
     def _publish(self) -> None:
-        ranks = range(self._group.size)
-        while not all((self._partial / f"part-{rank}.json").exists() for rank in ranks):
-            if self._is_abandoned.is_set() or any((self._partial / f"failed-{rank}").exists() for rank in ranks):
-                return
-            time.sleep(LOOKS_EVERY_SECONDS)
         with as_checkpoint_error(self.final):
-            everyone = []
-            for rank in ranks:
-                part = self._partial / f"part-{rank}.json"
-                everyone.append(json.loads(part.read_text()))
-                part.unlink()
-            publish(self._partial, self.final, self._contents.manifest_of(everyone))
-            self._contents.published()
+            if self._have_all_written():
+                parts = [self._partial / f"part-{rank}.json" for rank in range(self._group.size)]
+                everyone = [json.loads(part.read_text()) for part in parts]
+                for part in parts:
+                    part.unlink()
+                publish(self._partial, self.final, self._contents.manifest_of(everyone))
+                self._contents.published()
 
-    def _put(self, name: str, text: str) -> None:
-        """A file that is there with all of its text, or not at all."""
-        hidden = self._partial / f".{name}"
-        hidden.write_text(text)
-        os.rename(hidden, self._partial / name)
+    def _have_all_written(self) -> bool:
+        """Wait until everyone has; False: someone can't, or nobody waits for it any more."""
+        wanted = {f"part-{rank}.json" for rank in range(self._group.size)}
+        failed = {f"failed-{rank}" for rank in range(self._group.size)}
+        began = time.monotonic()
+        while wanted - (names := names_in(self._partial)):
+            if names & failed or self._is_abandoned.is_set():
+                return False
+            time.sleep(min(MOST_SECONDS_BETWEEN_LOOKS, 0.005 + (time.monotonic() - began) / 10))
+        return True
 
 
 def _words_of(error: BaseException | None) -> tuple[str, ...]:

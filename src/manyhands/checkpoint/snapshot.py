@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.format import FORMAT, Manifest, PieceRecord
+from manyhands.checkpoint.format import FORMAT, Manifest, PieceRecord, file_name
 from manyhands.checkpoint.load import CheckpointReader, restore
-from manyhands.checkpoint.pieces import Piece, PieceReader, dtype_name
+from manyhands.checkpoint.pieces import Piece, PieceReader
 from manyhands.checkpoint.save import Scalars, manifest_of, owned_pieces, with_pieces
-from manyhands.checkpoint.tensor_file import bytes_of
+from manyhands.checkpoint.tensor_file import bytes_of, dtype_name, dtype_named
 from manyhands.engine.control import gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import InvariantError
@@ -35,6 +35,13 @@ class Slot(NamedTuple):
 
     record: str
     pieces: tuple[str, ...]
+
+
+class Snapshot(NamedTuple):
+    """What is in a slot."""
+
+    slot: Slot
+    manifest: Manifest
 
 
 class SnapshotMemory:
@@ -71,10 +78,11 @@ class SnapshotMemory:
             os.close(fd)
         self._descriptors = ()
 
-    def newest(self) -> Manifest | None:
-        """What the last whole snapshot is, if there is one."""
-        found = [manifest for manifest in map(_read_record, self._slots) if manifest is not None]
-        return max(found, key=lambda manifest: manifest.step, default=None)
+    def newest(self) -> Snapshot | None:
+        """The last whole snapshot, if there is one."""
+        found = [(slot, _read_record(slot)) for slot in self._slots]
+        whole = [Snapshot(slot, manifest) for slot, manifest in found if manifest is not None]
+        return max(whole, key=lambda snapshot: snapshot.manifest.step, default=None)
 
     def next_slot(self) -> Slot:
         """The one to write now: empty, or the older one."""
@@ -93,7 +101,7 @@ def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None
     group, tag = engine.group, f"step {engine.step_index} / snapshot"
     group.status(f"snapshot of step {engine.step_index}")
     slot, scalars = memory.next_slot(), Scalars()
-    records = _write(slot.pieces[group.rank], list(owned_pieces(engine, scalars)))
+    records = _write(slot.pieces[group.rank], file_name(group.rank), list(owned_pieces(engine, scalars)))
     mine = {"pieces": [record.model_dump() for record in records], "scalars": scalars}
     everyone: list[Any] = gather_json(group, mine, f"{tag} written / control")
     if group.rank == 0:
@@ -102,10 +110,10 @@ def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None
 
 def load_snapshot(engine: StepEngine, memory: SnapshotMemory) -> Manifest:
     """Make the engine's state that of the last snapshot. Collective."""
-    manifest = memory.newest()
-    if manifest is None:
+    newest = memory.newest()
+    if newest is None:
         raise InvariantError("there is no snapshot", where=_IN_MEMORY)
-    return restore(engine, SnapshotReader(manifest))
+    return restore(engine, SnapshotReader(newest))
 
 
 def snapshot_bytes(engine: StepEngine) -> int:
@@ -116,29 +124,30 @@ def snapshot_bytes(engine: StepEngine) -> int:
 class SnapshotReader(CheckpointReader):
     """Reads ranges of named tensors out of memory."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.manifest = manifest = snapshot.manifest
+        self._paths = {file_name(rank): path for rank, path in enumerate(snapshot.slot.pieces)}
         PieceReader.__init__(self, Path(f"snapshot of step {manifest.step} in {_IN_MEMORY}"), manifest.pieces)
 
     def _read_piece(self, piece: PieceRecord, start: int, end: int) -> Tensor:
-        part = torch.empty(end - start, dtype=getattr(torch, piece.dtype))
+        part = torch.empty(end - start, dtype=dtype_named(piece.dtype))
         data = bytes_of(part)
-        with open(piece.file, "rb", buffering=0) as file:
+        with open(self._paths[piece.file], "rb", buffering=0) as file:
             file.seek(int(piece.key) + start * part.itemsize)
             if data.nbytes and file.readinto(data) != data.nbytes:
                 raise InvariantError("a snapshot is cut short", where=str(self.folder), got=piece.name)
         return part
 
 
-def _write(path: str, pieces: list[Piece]) -> list[PieceRecord]:
-    """One piece after the other; a record's key is where it begins."""
+def _write(path: str, name: str, pieces: list[Piece]) -> list[PieceRecord]:
+    """One piece after the other; in records, which call the file `name`, a piece's key is where it begins."""
     records, start = [], 0
     with open(path, "r+b", buffering=0) as file:
         for piece in pieces:
             data = bytes_of(piece.tensor.detach().cpu())
             _write_all(file.fileno(), data, start)
             record = PieceRecord(
-                file=path,
+                file=name,
                 key=str(start),
                 kind=piece.kind,
                 name=piece.name,

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from manyhands.checkpoint.address import Place, written
+from manyhands.checkpoint.ranges import Ranges
 from manyhands.errors import InvariantError
 
 CODES = {
@@ -40,6 +41,19 @@ CODES = {
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _METADATA = "__metadata__"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, as torch has it as an attribute."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """One of those that a file can hold. Raises ValueError."""
+    found = next((dtype for dtype in CODES if dtype_name(dtype) == name), None)
+    if found is None:
+        raise ValueError(f"there is no type {name!r}")
+    return found
 
 
 class TensorEntry(NamedTuple):
@@ -81,7 +95,7 @@ class TensorFileWriter:
     Left without an error the file is whole, and on the disk. OSErrors are passed on.
     """
 
-    def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Place, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> None:
         header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
         end = 0
         for entry in entries:
@@ -94,7 +108,8 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._path, self._left = path, end
-        self._file = path.open("wb")
+        self._end = ExitStack()
+        self._file = self._end.enter_context(written(path, 8 + len(text) + end))
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, part: Tensor) -> int:
@@ -108,25 +123,25 @@ class TensorFileWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        with self._file:
+        with self._end:
             if error is not None:
-                return
+                raise error
             if self._left:
                 raise InvariantError("a file of tensors is not whole", where=str(self._path), got=f"{self._left} left")
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
 
 class TensorFile:
     """Reads ranges of a file's tensors. entries: by name. Raises OSError, and ValueError for what isn't such a file."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with path.open("rb") as file:
-            length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
-            if length > min(size - 8, _MAX_HEADER_BYTES):
-                raise ValueError("its header is cut short")
-            header = json.loads(file.read(length), object_pairs_hook=once_each)
+    def __init__(self, path: Place) -> None:
+        self._ranges = Ranges(path)
+        length, size = int.from_bytes(self._ranges.read(0, 8), "little"), self._ranges.size
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError("its header is cut short")
+        try:
+            header = json.loads(self._ranges.read(8, length), object_pairs_hook=once_each)
+        except RecursionError as error:
+            raise ValueError("its header is not a list of tensors") from error
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
         header.pop(_METADATA, None)
@@ -147,19 +162,23 @@ class TensorFile:
         entry = self.entries[name]
         if not 0 <= start <= start + numel <= math.prod(entry.shape):
             raise ValueError(f"{name!r} has no elements [{start}, {start + numel})")
-        part = torch.empty(numel, dtype=entry.dtype)
-        with self._path.open("rb") as file:
-            file.seek(self._starts[name] + start * entry.dtype.itemsize)
-            wanted = bytes_of(part)
-            if wanted.nbytes and file.readinto(wanted) != wanted.nbytes:
-                raise ValueError("it is cut short")
+        part, first = torch.empty(numel, dtype=entry.dtype), self._starts[name] + start * entry.dtype.itemsize
+        wanted = bytes_of(part)
+        if wanted.nbytes and self._ranges.read_into(first, wanted) != wanted.nbytes:
+            raise ValueError("it is cut short")
         return part
+
+    def rest(self) -> None:
+        """Others are read for now: it gives up what it has in memory of the tensors."""
+        self._ranges.rest()
 
 
 def _parse(name: str, said: Any) -> tuple[TensorEntry, int, int]:
     try:
         dtype, shape = _DTYPES[said["dtype"]], tuple(int(size) for size in said["shape"])
         start, end = (int(offset) for offset in said["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+        if min(shape, default=0) < 0:
+            raise ValueError("a size is negative")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name!r} is of an unknown kind: {said}") from error
     return TensorEntry(name, dtype, shape), start, end

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from manyhands.checkpoint.address import Place
 from manyhands.checkpoint.format import Manifest, TensorRecord, read_frozen_manifest, read_manifest
 from manyhands.checkpoint.pieces import PieceReader
 from manyhands.checkpoint.tensor_file import TensorEntry
@@ -25,7 +25,7 @@ class SavedWeights:
     A tied tensor has the first of its names, that of `named_parameters()`: loaders tie it again.
     """
 
-    def __init__(self, folder: Path, cast: torch.dtype | None) -> None:
+    def __init__(self, folder: Place, cast: torch.dtype | None) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
         if self.manifest.computed:
             raise CheckpointError(
@@ -83,7 +83,7 @@ def _stored(record: TensorRecord, cast: torch.dtype | None) -> torch.dtype:
     return own if cast is None or not (record.is_parameter and own.is_floating_point) else cast
 
 
-def _frozen_reader(folder: Path, manifest: Manifest) -> PieceReader:
+def _frozen_reader(folder: Place, manifest: Manifest) -> PieceReader:
     if manifest.frozen is None:
         return PieceReader(folder, [])
     frozen = folder.absolute().parent / manifest.frozen

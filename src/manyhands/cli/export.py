@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 def export(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="RUN", help="A run directory, or checkpoints: a folder or an address.", show_default=False
+        ),
     ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.", show_default=False)

@@ -25,6 +25,7 @@ from manyhands.config import GROUPS, HOMES, STAGES
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 
 if TYPE_CHECKING:  # what torch is loaded for waits until it's needed
+    from manyhands.checkpoint.address import Place
     from manyhands.launching.restarts import Restart
     from manyhands.report.run_directory import RunDirectory
 
@@ -67,6 +68,14 @@ def train(
         typer.Option(
             metavar="DIR",
             help="Where figures and checkpoints go; an earlier run's is continued (default: runs/NAME-TIME).",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where checkpoints go instead: a folder, or an address such as s3://bucket/folder.",
             show_default=False,
         ),
     ] = None,
@@ -153,16 +162,18 @@ def train(
             "nobody says how many steps to train", where=str(recipe), hint="use --steps N, or steps = N in the recipe"
         )
     directory = run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    from manyhands.checkpoint.format import list_checkpoints
+    from manyhands.checkpoint.format import checkpoints_of, list_checkpoints
     from manyhands.launching.restarts import run_again
     from manyhands.report.run_directory import RunDirectory
 
     RunDirectory(directory)  # a wrong place is refused before workers start
+    checkpoints = checkpoints_of(directory, checkpoint_dir)
     request = {
         "recipe": str(recipe),
         "overrides": overrides,
         "steps": steps or checked.steps,
         "run_dir": str(directory),
+        "checkpoint_dir": checkpoint_dir,
         "checkpoint_every": checkpoint_every,
         "keep_checkpoints": keep_checkpoints,
         "keep_every": keep_every,
@@ -171,7 +182,6 @@ def train(
         "json": as_json,
     }
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
-    checkpoints = directory / "checkpoints"
     try:
         with snapshots_kept(snapshot_every if max_restarts else "never", workers) as snapshots:
             run_again(
@@ -185,7 +195,7 @@ def train(
         _note_failure(RunDirectory(directory), error, restart=None)
         raise
     except Interrupted as error:
-        raise _with_the_way_on(error, directory, given=run_dir is not None) from None
+        raise _with_the_way_on(error, directory, checkpoints, given=run_dir is not None) from None
 
 
 def _note_restart(directory: RunDirectory, restart: Restart) -> None:
@@ -199,11 +209,11 @@ def _note_failure(directory: RunDirectory, error: WorkerError, restart: int | No
     directory.append_event("failed", **facts, restart=restart)
 
 
-def _with_the_way_on(error: Interrupted, directory: Path, *, given: bool) -> Interrupted:
+def _with_the_way_on(error: Interrupted, directory: Path, checkpoints: Place, *, given: bool) -> Interrupted:
     """The same, with where the last checkpoint is and how to go on from it; or that there is none."""
     from manyhands.checkpoint.format import list_checkpoints
 
-    found = list_checkpoints(directory / "checkpoints")
+    found = list_checkpoints(checkpoints)
     again = shlex.join(["manyhands", *sys.argv[1:], *([] if given else ["--run-dir", str(directory)])])
     return Interrupted(
         error.what,

@@ -42,6 +42,7 @@ def _train(request: dict[str, object], stop: StopSignals) -> None:
         strategy=loaded.strategy,
         run_dir=str(request["run_dir"]),
         checkpoint_every=request["checkpoint_every"],  # type: ignore[arg-type]
+        checkpoint_dir=request["checkpoint_dir"],  # type: ignore[arg-type]
         keep_checkpoints=request["keep_checkpoints"],  # type: ignore[arg-type]
         keep_every=request["keep_every"],  # type: ignore[arg-type]
         digest_every=request["digest_every"],  # type: ignore[arg-type]

@@ -67,7 +67,7 @@ class KeptSnapshots:
     def newest_step(self) -> int:
         """How many steps the last one has made."""
         newest = None if self._memory is None else self._memory.newest()
-        return 0 if newest is None else newest.step
+        return 0 if newest is None else newest.manifest.step
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import IO, Any
 
+from manyhands.addresses import is_local
 from manyhands.errors import ConfigError, Interrupted, ManyhandsError
 from manyhands.prepare.bad_records import BadRecord, too_many
 from manyhands.prepare.engine import Engine
@@ -29,7 +30,6 @@ from manyhands.prepare.run_file import cuts_by_size, read_index
 from manyhands.prepare.storage import (
     TEMPORARY,
     exists,
-    is_local,
     join,
     make_folder,
     names_in,

@@ -12,8 +12,9 @@ from glob import glob, has_magic
 from itertools import pairwise
 from typing import Any
 
+from manyhands.addresses import file_system, is_local
 from manyhands.errors import ConfigError, DataError
-from manyhands.prepare.storage import file_system, is_local, join, names_in, open_to_read
+from manyhands.prepare.storage import join, names_in, open_to_read
 
 FORMATS = ("text", "jsonl", "parquet", "csv")
 _SUFFIXES = {

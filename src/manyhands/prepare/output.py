@@ -10,12 +10,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from manyhands.addresses import is_local
 from manyhands.errors import ConfigError, DataError
 from manyhands.prepare.job import JobFolder, StageResult, run_stages
 from manyhands.prepare.options import Options
 from manyhands.prepare.plan import Plan
 from manyhands.prepare.progress import JobProgress
-from manyhands.prepare.storage import exists, is_local, join, move, names_in, read_bytes, remove, replace_bytes
+from manyhands.prepare.storage import exists, join, move, names_in, read_bytes, remove, replace_bytes
 from manyhands.prepare.summary import PrepareSummary, StageFigures
 
 MANIFEST = "_manifest.json"

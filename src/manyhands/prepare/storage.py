@@ -12,35 +12,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import IO, Any
+from typing import IO
 
-from manyhands.errors import ConfigError
+from manyhands.addresses import file_system, is_local
 
 TEMPORARY = ".tmp"
 _attempts = count()
 
 
-def is_local(path: str) -> bool:
-    """A path of this machine's file system, not an address such as s3://bucket/key."""
-    return "://" not in path
-
-
 def join(folder: str, name: str) -> str:
     """The path of `name` in `folder`."""
     return f"{folder.rstrip('/')}/{name}"
-
-
-def file_system(path: str) -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path in it. Raises ConfigError for one that it can't have."""
-    try:
-        import fsspec
-
-        system, inner = fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"the address can't be used: {error}", where=path, hint="install fsspec's package for it: s3fs, gcsfs, ..."
-        ) from error
-    return system, inner
 
 
 def open_to_read(path: str) -> IO[bytes]:

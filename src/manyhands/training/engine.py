@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from manyhands.checkpoint.address import Place, place_of
 from manyhands.checkpoint.format import Manifest, folder_name
 from manyhands.checkpoint.initial import load_initial
 from manyhands.checkpoint.load import load_checkpoint
@@ -38,27 +38,36 @@ class Engine(StepEngine):
 
     Making one, `step`, `evaluating`, `save`, `load`, `digest`, `full_state_dict` and `close` are collective. A group is
     given only to run workers as threads (tests); otherwise it comes from the launcher's environment.
-    weights_read_bytes: what this worker has read of the recipe's initial weights.
+    resumes: a checkpoint will be loaded before the first step, so of the recipe's initial weights only frozen
+    parameters are read, which it lacks. weights_read_bytes: what this worker has read of the recipe's initial weights.
     Raises ConfigError, DataError.
     """
 
-    def __init__(self, recipe: Recipe, strategy: Strategy | None = None, group: Group | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        strategy: Strategy | None = None,
+        group: Group | None = None,
+        *,
+        resumes: bool = False,
+    ) -> None:
         strategy = strategy or Strategy()
+        self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None
         self._saving: Saving | None = None
         own = group or connect(strategy.group, device=recipe.device, stall_seconds=strategy.stall_seconds)
         try:
             self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
             super().__init__(recipe, strategy, own)
-            self.weights_read_bytes = self._load_initial(recipe.initial_weights)
+            self.weights_read_bytes = self._load_initial(recipe.initial_weights, resumes)
         except BaseException as error:
             own.fail(error)
             own.close()
             raise
 
-    def _load_initial(self, weights: Weights | None) -> int:
+    def _load_initial(self, weights: Weights | None, resumes: bool) -> int:
         try:
-            return 0 if weights is None else load_initial(self, weights)
+            return 0 if weights is None else load_initial(self, weights, resumes=resumes)
         except BaseException:
             self.home.close()
             raise
@@ -81,6 +90,7 @@ class Engine(StepEngine):
 
     def step(self, batch: StepBatch, *, digest: bool = False) -> StepMetrics:
         """Make the next step. Collective. See `run_step` for what is raised."""
+        self._refuse_without_checkpoint()
 
         def load(micro_batch: int) -> Any:
             loaded = next(batch.stream, None)
@@ -95,32 +105,51 @@ class Engine(StepEngine):
 
         return self.run_step(load, digest=digest)
 
-    def save(self, folder: str | Path, *, keep: int | None = None, keep_every: int | None = None) -> Path:
-        """Write a checkpoint below `folder` and return its path. Collective.
+    def save(
+        self,
+        folder: str | Place,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        published: Callable[[Place], None] | None = None,
+    ) -> Place:
+        """Write a checkpoint below `folder`, which may be an address (s3://bucket/folder), and return where it is.
+        Collective.
 
         keep, keep_every: leave the last `keep` there, and those of every `keep_every`-th step (default: all).
+        published: called on worker 0, in the thread that writes, as soon as it's there (not, if it was there before).
         Raises CheckpointError, alike on all workers; the engine may go on then.
         """
-        self.begin_save(folder, keep=keep, keep_every=keep_every)
+        self.begin_save(folder, keep=keep, keep_every=keep_every, published=published)
         self.finish_save()
-        return Path(folder) / folder_name(self.step_index)
+        return place_of(folder) / folder_name(self.step_index)
 
-    def begin_save(self, folder: str | Path, *, keep: int | None = None, keep_every: int | None = None) -> None:
+    def begin_save(
+        self,
+        folder: str | Place,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        published: Callable[[Place], None] | None = None,
+    ) -> None:
         """As `save`, but steps may go on while it's written: what the state is now is copied. Collective.
 
         Waits for the one before, as `finish_save` does.
         """
         self.check_usable()
+        self._refuse_without_checkpoint()
         self.finish_save()
         try:
-            self._saving = begin_checkpoint(self, Path(folder), keep=keep, keep_every=keep_every)
+            self._saving = begin_checkpoint(
+                self, place_of(folder), keep=keep, keep_every=keep_every, published=published
+            )
         except CheckpointError:
             raise  # on all workers
         except BaseException as error:
             self.group.fail(error)
             raise
 
-    def finish_save(self) -> Path | None:
+    def finish_save(self) -> Place | None:
         """Wait until what `begin_save` began is published, and return its path (None: nothing was). Collective.
 
         Raises CheckpointError, alike on all workers.
@@ -133,16 +162,22 @@ class Engine(StepEngine):
         """Whether this worker still writes, or waits to publish, what `begin_save` began."""
         return self._saving is not None and not self._saving.is_done
 
-    def load(self, checkpoint: str | Path, *, accept_new_numerics: bool = False) -> Manifest:
+    def load(self, checkpoint: str | Place, *, accept_new_numerics: bool = False) -> Manifest:
         """Go on from a checkpoint, whatever number of workers and stage it was saved with. Collective.
 
         Raises CheckpointError, NumericsError.
         """
         try:
-            return load_checkpoint(self, Path(checkpoint), accept_new_numerics=accept_new_numerics)
+            manifest = load_checkpoint(self, place_of(checkpoint), accept_new_numerics=accept_new_numerics)
         except BaseException as error:  # perhaps on this worker alone (a damaged file)
             self.group.fail(error)
             raise
+        self._awaits_checkpoint = False
+        return manifest
+
+    def _refuse_without_checkpoint(self) -> None:
+        if self._awaits_checkpoint:
+            raise InvariantError("the engine was made to load a checkpoint first (resumes=True), and hasn't")
 
     def close(self) -> None:
         """Finish a checkpoint that was begun, leave the group and end loader processes. Collective, unless a worker

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from manyhands.checkpoint.address import Place
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.control import gather_json
 from manyhands.errors import ConfigError, Interrupted
@@ -16,7 +17,7 @@ from manyhands.report.summary import Summary, failures_among, figures
 from manyhands.training.engine import Engine
 from manyhands.training.every import Every, every
 from manyhands.training.memory import PeakMemory
-from manyhands.training.record import Record, Saver
+from manyhands.training.record import Record, Saver, will_resume
 from manyhands.training.stop import StopSignals
 
 MEASURED_STEPS = 3
@@ -29,6 +30,7 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
     steps: int,
     strategy: Strategy | None = None,
     run_dir: str | Path | None = None,
+    checkpoint_dir: str | Place | None = None,
     checkpoint_every: int | str | None = None,
     keep_checkpoints: int = 3,
     keep_every: int | None = None,
@@ -41,10 +43,12 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
     """Train until `steps` steps have been made altogether. Collective: every worker calls it alike.
 
     run_dir: where figures and checkpoints go; one that holds checkpoints of this recipe is gone on with. None: nothing
-    is written. checkpoint_every: steps (500) or time ("10m") between checkpoints, which are written while training goes
-    on (one is written at the end in any case); one that can't be written is told of, and the next one tried.
-    keep_checkpoints: how many stay, beside those of every `keep_every`-th step. digest_every: steps between digests
-    (the last step has one in any case). show: a progress bar on worker 0. recipe_as_used, stop: for the command line.
+    is written. checkpoint_dir: where checkpoints go instead: a folder, or an address (s3://bucket/folder); the run
+    directory remembers it. checkpoint_every: steps (500) or time ("10m") between checkpoints, which are written while
+    training goes on (one is written at the end in any case); one that can't be written is told of, and the next one
+    tried. keep_checkpoints: how many stay, beside those of every `keep_every`-th step. digest_every: steps between
+    digests (the last step has one in any case). show: a progress bar on worker 0. recipe_as_used, stop: for the command
+    line.
 
     Returns the run's summary: `summary.digest`, `summary.last_loss`, ... Raises ConfigError, DataError, NumericsError,
     CheckpointError, WorkerError, and Interrupted after Ctrl-C.
@@ -58,8 +62,9 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
     began = time.monotonic()
     with ExitStack() as stack:
         signals = stop or stack.enter_context(StopSignals())
-        engine = stack.enter_context(Engine(recipe, _with_scratch(strategy or Strategy(), run_dir)))
-        record = Record(engine, run_dir, recipe_as_used, stack)
+        strategy = _with_scratch(strategy or Strategy(), run_dir)
+        engine = stack.enter_context(Engine(recipe, strategy, resumes=will_resume(run_dir, checkpoint_dir)))
+        record = Record(engine, run_dir, checkpoint_dir, recipe_as_used, stack)
         record.resume(accept_new_numerics)
         record.show(steps, show)
         saver = Saver(record, often, keep_checkpoints, keep_every)
@@ -77,8 +82,7 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
             record.add(metrics)
             if engine.stop_wanted:
                 raise _interrupted(engine, record, saver)
-            record.snapshots.after_step(metrics.digest, last=step + 1 == steps)
-            saver.after_step(last=step + 1 == steps)
+            saver.after_step(metrics.digest, last=step + 1 == steps)
         saver.finish()
         return _summary(engine, record, memory.peak_bytes, time.monotonic() - began)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from manyhands.checkpoint.format import folder_name, list_checkpoints
+from manyhands.checkpoint.address import Place, place_of
+from manyhands.checkpoint.format import checkpoints_of, list_checkpoints
+from manyhands.checkpoint.publish import try_out
 from manyhands.engine.control import gather_json
 from manyhands.engine.metrics import StepMetrics
-from manyhands.errors import CheckpointError
+from manyhands.errors import CheckpointError, ConfigError
 from manyhands.offload.scratch import scratch_line
 from manyhands.report.progress import TrainingProgress
 from manyhands.report.run_directory import RunDirectory, write_json
@@ -28,13 +31,35 @@ RETRY_SECONDS = 5
 """Before the last checkpoint is tried again."""
 
 
+def will_resume(run_dir: str | Path | None, checkpoint_dir: str | Place | None) -> bool:
+    """Whether there is a checkpoint to go on from, as far as this worker sees: the record asks all."""
+    place = _place_for(run_dir, checkpoint_dir)
+    try:
+        return place is not None and bool(list_checkpoints(place))
+    except CheckpointError:  # the record will say so, to all
+        return False
+
+
+def _place_for(run_dir: str | Path | None, checkpoint_dir: str | Place | None) -> Place | None:
+    if run_dir is None:
+        return None if checkpoint_dir is None else place_of(checkpoint_dir)
+    return checkpoints_of(Path(run_dir), checkpoint_dir)
+
+
 class Record:
-    """What a run leaves behind, if it has a directory: worker 0 writes, all save."""
+    """What a run leaves behind, if it has a directory: worker 0 writes, all save. checkpoints: where, if anywhere."""
 
     def __init__(
-        self, engine: Engine, run_dir: str | Path | None, recipe_as_used: dict[str, Any] | None, stack: ExitStack
+        self,
+        engine: Engine,
+        run_dir: str | Path | None,
+        checkpoint_dir: str | Place | None,
+        recipe_as_used: dict[str, Any] | None,
+        stack: ExitStack,
     ) -> None:
         self.engine, self.path = engine, None if run_dir is None else Path(run_dir)
+        self.checkpoints = _place_for(run_dir, checkpoint_dir)
+        self._kept_before = None if self.path is None else checkpoints_of(self.path)
         self.metrics: list[StepMetrics] = []
         self.notes: list[str] = []
         self.log: Console | None = None  # worker 0's; the others' output goes to theirs
@@ -47,6 +72,8 @@ class Record:
         if self.path is not None and engine.group.rank == 0:
             self._directory = RunDirectory(self.path)
             self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
+        if self.checkpoints is not None and engine.group.rank == 0:
+            try_out(self.checkpoints)
         if engine.home.scratch is not None:
             self.notes.append(scratch_line(engine.home.scratch))
         engine.group.barrier("start / run directory / control")
@@ -54,7 +81,7 @@ class Record:
     def resume(self, accept_new_numerics: bool) -> None:
         """Go on from the last state that there is: a snapshot, or the directory's last checkpoint. Then begin to write.
         Collective."""
-        listed = [] if self.path is None else list_checkpoints(self.path / "checkpoints")
+        listed = [] if self.checkpoints is None else list_checkpoints(self.checkpoints)
         found, step = [str(path) for _, path in listed], max((step for step, _ in listed), default=0)
         newest = self.snapshots.newest_step()
         everyone: list[Any] = gather_json(self.engine.group, found, "start / resume / control")
@@ -63,7 +90,7 @@ class Record:
             raise CheckpointError(
                 "the workers don't see the same checkpoints",
                 got=last,
-                hint="put run_dir on a file system that all hosts share",
+                hint="put checkpoints where all hosts see them: on a file system that they share, or in a store",
             )
         source = None
         if newest is not None and newest >= step:
@@ -74,6 +101,13 @@ class Record:
             source = "checkpoint"
             self._load(found, accept_new_numerics)
             self.notes.append(f"going on from step {self.engine.step_index} ({last[0]})")
+        elif self._kept_before not in (None, self.checkpoints) and list_checkpoints(self._kept_before):
+            raise ConfigError(
+                "the run has its checkpoints elsewhere, and none here",
+                where=str(self.checkpoints),
+                expected=str(self._kept_before),
+                hint="name that place, or none, as the run directory remembers it; or copy them here first",
+            )
         elif self.engine.recipe.initial_weights is not None:
             self.notes.append(f"beginning with the weights of {self.engine.recipe.initial_weights.path}")
         if self._directory is None:
@@ -95,10 +129,17 @@ class Record:
             engine.strategy,
             workers=engine.group.size,
             group=engine.group.kind,
+            **self._elsewhere(),
         )
         directory.write_recipe(self._recipe_as_used or engine.recipe)
         write_json(directory.digests / "parameters.json", {"parameters": engine.digest_names})
         self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
+
+    def _elsewhere(self) -> dict[str, str]:
+        """Where checkpoints are, if that isn't in the directory itself, which may be moved."""
+        place = self.checkpoints
+        is_own = self.path is not None and place == self.path / "checkpoints"
+        return {} if place is None or is_own else {"checkpoints": str(place.absolute())}
 
     def _load(self, found: list[str], accept_new_numerics: bool) -> None:
         """The last one; of a damaged one it's told how to go on from the one before."""
@@ -152,13 +193,12 @@ class Record:
 
 
 class Saver:
-    """Writes a run's checkpoints, if it has a directory."""
+    """Writes a run's checkpoints, if it has a place for them."""
 
     def __init__(self, record: Record, often: Every, keep: int, keep_every: int | None) -> None:
         self._record, self._engine, self._often = record, record.engine, often
-        self._keep = {"keep": keep, "keep_every": keep_every}
+        self._keep, self._keep_every = keep, keep_every
         self._last = time.monotonic()
-        self._begun: int | None = None  # the step of what is being written
 
     @property
     def is_due(self) -> bool:
@@ -167,47 +207,39 @@ class Saver:
             return self._engine.group.rank == 0 and time.monotonic() - self._last >= self._often.seconds
         return self._often.steps is not None and (self._engine.step_index + 1) % self._often.steps == 0
 
-    def after_step(self, *, last: bool) -> None:
-        """One is begun if someone wanted it before the step (after the last one `finish` comes). Collective."""
-        self._look()
-        if self._engine.save_wanted and not last:
-            self._begin()
-
-    def _begin(self) -> None:
-        """Begin to write one; that the one before couldn't be written is told. Collective."""
-        self._last = time.monotonic()
-        if self._record.path is None:
+    def after_step(self, digest: str | None, *, last: bool) -> None:
+        """A snapshot is taken, if it's time; a checkpoint is begun if someone wanted it before the step (after the last
+        one `finish` comes); that the one before couldn't be written is told. digest: of the weights, if known.
+        Collective."""
+        self._record.snapshots.after_step(digest, last=last)
+        if not self._engine.save_wanted or last:
             return
-        folder = self._record.path / "checkpoints"
-        for save in (self._engine.finish_save, partial(self._engine.begin_save, folder, **self._keep)):
+        self._last = time.monotonic()
+        if self._record.checkpoints is None:
+            return
+        for save in (self._engine.finish_save, partial(self._write, self._engine.begin_save)):
             try:
                 save()
-                self._look()
-                self._begun = self._engine.step_index
             except CheckpointError as error:
-                self._begun = None
                 self._record.event("not saved", why=error.what, where=error.where)
                 self._record.tell(f"training goes on, but {error}")
 
-    def _look(self) -> None:
-        """Note that a checkpoint is there, once it is."""
-        if self._begun is None or self._record.path is None or self._engine.is_saving:
-            return
-        path = self._record.path / "checkpoints" / folder_name(self._begun)
-        if path.exists():
-            self._record.event("saved", step=self._begun)
-            self._begun = None
+    def _write(self, save: Callable[..., Place | None]) -> Place | None:
+        step = self._engine.step_index
+        return save(
+            self._record.checkpoints,
+            keep=self._keep,
+            keep_every=self._keep_every,
+            published=lambda _: self._record.event("saved", step=step),
+        )
 
-    def finish(self) -> Path | None:
+    def finish(self) -> Place | None:
         """Write one of the state as it is, and wait for it. Collective; raises CheckpointError."""
-        if self._record.path is None:
+        if self._record.checkpoints is None:
             return None
         for last_try in (False, True):
             try:
-                self._look()
-                path = self._engine.save(self._record.path / "checkpoints", **self._keep)
-                self._record.event("saved", step=self._engine.step_index)
-                return path
+                return self._write(self._engine.save)
             except CheckpointError as error:
                 self._record.event("not saved", why=error.what, where=error.where)
                 if last_try:

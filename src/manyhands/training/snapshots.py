@@ -46,7 +46,7 @@ class Snapshots:
     def newest_step(self) -> int | None:
         """After how many steps the last one was taken."""
         newest = None if self._memory is None else self._memory.newest()
-        return None if newest is None else newest.step
+        return None if newest is None else newest.manifest.step
 
     def load(self) -> Manifest | None:
         """Go on from the last one, if there is one."""

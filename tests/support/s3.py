@@ -1,0 +1,103 @@
+"""A server of S3's interface on this machine, and a network to it that can be cut."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+BUCKET = "bucket"
+VARIABLES = {
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_MAX_ATTEMPTS": "1",  # of botocore; s3fs has attempts of its own
+}
+"""What a client of the server wants in its environment, beside its AWS_ENDPOINT_URL."""
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running() -> Iterator[str]:
+    """moto's server, as a process of its own, with an empty bucket; its URL."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"), timeout=10).close()
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("moto's server doesn't start")
+            time.sleep(0.05)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Network:
+    """Forwards connections to a server, until it is `cut`, and again when it is `mended`. A context manager."""
+
+    def __init__(self, url: str) -> None:
+        host, port = url.removeprefix("http://").split(":")
+        self._server = (host, int(port))
+        self._port, self._is_cut = free_port(), True
+        self._sockets: list[socket.socket] = []
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    def mended(self) -> None:
+        """Connections go through."""
+        self._is_cut = False
+        listener = socket.create_server(("127.0.0.1", self._port))
+        self._sockets = [listener]
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """Connections end, and no new one is taken."""
+        self._is_cut = True
+        for one in self._sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                server = socket.create_connection(self._server)
+                self._sockets += [client, server]
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._forward, args=pair, daemon=True).start()
+
+    def _forward(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        for one in (source, target):
+            one.close()
+
+    def __enter__(self) -> Network:
+        self.mended()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cut()

@@ -1,0 +1,262 @@
+"""Checkpoints in an object store: a real server of S3's interface. What they promise on a disk, they promise there."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import manyhands as mh
+from manyhands.checkpoint import address as addresses
+from manyhands.checkpoint.address import Address, place_of
+from manyhands.checkpoint.format import list_checkpoints, read_manifest
+from manyhands.comm.group import Group
+from manyhands.errors import CheckpointError, ConfigError
+from manyhands.report.run_directory import RunDirectory
+from support.models import PartlyUsed, gpt_recipe
+from support.s3 import BUCKET, VARIABLES, Network, free_port, running
+from support.threads import run_threads
+from support.training import train_with_engine
+
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("s3fs", "moto"))), reason="s3fs and moto[server] aren't installed"
+)
+STEPS = 4
+
+
+def small_recipe(**kinds: Any) -> mh.Recipe:
+    """Of four micro-batches."""
+    return gpt_recipe(**({"model": PartlyUsed, "batch": mh.Batch(global_size=8, micro_size=2)} | kinds))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with running() as url:
+        yield url
+
+
+def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have s3fs go there, as a user would."""
+    import s3fs
+
+    for name, value in (VARIABLES | {"AWS_ENDPOINT_URL": url}).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def folder(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """An address below which there is nothing."""
+    use(server, monkeypatch)
+    return f"s3://{BUCKET}/{tmp_path.parent.name}/{tmp_path.name}"
+
+
+def objects(folder: str) -> list[str]:
+    return Address(folder).files()
+
+
+def steps_in(folder: str) -> list[int]:
+    return [step for step, _ in list_checkpoints(Address(folder))]
+
+
+def saved(folder: str, steps: int = 2, workers: int = 2, stage: str = "zero2", **kinds: Any) -> str:
+    """A checkpoint there after some steps; its digest."""
+
+    def work(group: Group) -> str:
+        with mh.Engine(small_recipe(**kinds), mh.Strategy(stage=stage), group=group) as engine:
+            for batch in engine.batches(steps):
+                engine.step(batch)
+            assert str(engine.save(folder)) == f"{folder}/step-{steps:08d}"
+            return engine.digest()
+
+    return run_threads(workers, work)[0]
+
+
+def loaded(checkpoint: str, workers: int, stage: str) -> str:
+    """The digest at the run's end, gone on with from there."""
+
+    def work(group: Group) -> str:
+        with mh.Engine(small_recipe(), mh.Strategy(stage=stage), group=group) as engine:
+            engine.load(checkpoint)
+            for batch in engine.batches(STEPS):
+                engine.step(batch)
+            return engine.digest()
+
+    (digest,) = set(run_threads(workers, work))
+    return digest
+
+
+def test_any_number_of_workers_loads_what_any_other_saved(folder: str) -> None:
+    saved(folder, workers=3)
+    undisturbed = train_with_engine(small_recipe(), mh.Strategy(), steps=STEPS).digest
+    for workers, stage in ((1, "ddp"), (2, "zero3")):
+        assert loaded(f"{folder}/step-00000002", workers, stage) == undisturbed
+    (attempt,) = {piece.file.partition("/")[0] for piece in read_manifest(Address(folder) / "step-00000002").pieces}
+    files = ["manifest.json", *(f"{attempt}/worker-{rank}.safetensors" for rank in range(3))]
+    assert objects(folder) == sorted(f"step-00000002/{name}" for name in files)
+
+
+def test_a_run_keeps_its_checkpoints_there_and_remembers_where(folder: str, tmp_path: Path) -> None:
+    run_dir, began = tmp_path / "run", time.time()
+    where: dict[str, Any] = {"run_dir": run_dir, "checkpoint_dir": folder, "show": False}
+    mh.train(small_recipe(), steps=5, checkpoint_every=1, keep_checkpoints=1, keep_every=2, **where)
+    assert steps_in(folder) == [2, 4, 5]
+    assert len(objects(folder)) == 2 * 3
+    assert list((run_dir / "checkpoints").iterdir()) == []
+    events = [event for event in RunDirectory(run_dir).read_events() if event["event"] == "saved"]
+    assert [event["step"] for event in events] == [1, 2, 3, 4, 5]
+    assert all(began < event["seconds"] < time.time() for event in events)
+
+    longer = mh.train(small_recipe(), steps=6, run_dir=run_dir, show=False)  # it isn't told where again
+    assert steps_in(folder) == [4, 5, 6]
+    assert longer.digest == train_with_engine(small_recipe(), mh.Strategy(), steps=6).digest
+    exported = [mh.export(source, tmp_path / f"{number}") for number, source in enumerate([run_dir, folder])]
+    assert {summary.digest for summary in exported} == {longer.digest}
+    assert mh.export(f"{folder}/step-00000004", tmp_path / "four").step == 4
+    with pytest.raises(ConfigError, match="the run has its checkpoints elsewhere, and none here"):
+        mh.train(small_recipe(), steps=7, run_dir=run_dir, checkpoint_dir=f"{folder}/other", show=False)
+
+
+def test_without_a_run_directory_too(folder: str) -> None:
+    mh.train(small_recipe(), steps=2, checkpoint_dir=folder, show=False)
+    longer = mh.train(small_recipe(), steps=STEPS, checkpoint_dir=folder, show=False)
+    assert longer.digest == train_with_engine(small_recipe(), mh.Strategy(), steps=STEPS).digest
+    assert steps_in(folder) == [2, 4]
+
+
+def test_what_lacks_a_manifest_is_no_checkpoint_and_goes_with_the_next_save(folder: str) -> None:
+    saved(folder)
+    whole = set(objects(folder))
+    attempt = "0123456789abcdef"
+    foreign = ["step-00000001/notes.txt", "step-00000009/0123/worker-0.safetensors", "readme.txt"]
+    leftovers = [f"step-0000000{step}/{attempt}/worker-0.safetensors" for step in (1, 2)]
+    leftovers += [f"step-00000001/{attempt}/part-0.json", f"frozen-{attempt}/{attempt}/worker-1.safetensors"]
+    for name in [*foreign, *leftovers]:
+        (Address(folder) / name).write_text("half")
+    assert steps_in(folder) == [2]
+    saved(folder, steps=3, workers=1)
+    assert {name for name in objects(folder) if not name.startswith("step-00000003/")} == whole | set(foreign)
+
+
+def test_a_checkpoint_of_other_weights_at_the_same_step_is_replaced(folder: str) -> None:
+    saved(folder, workers=2)
+    with mh.Engine(small_recipe()) as engine:
+        engine.load(f"{folder}/step-00000002")
+        with torch.no_grad():
+            engine.updater.refill(lambda piece: piece.master.add_(1.0))
+        wanted = engine.digest()
+        engine.save(folder)
+    with mh.Engine(small_recipe()) as engine:
+        engine.load(f"{folder}/step-00000002")
+        assert engine.digest() == wanted
+    assert len(objects(folder)) == 2  # what was there before is gone
+
+
+def test_files_travel_in_parts_and_ranges(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part at a time is in memory; and a worker reads what it holds."""
+    monkeypatch.setattr(addresses, "AHEAD_BYTES", 1 << 16)
+    monkeypatch.setattr("manyhands.checkpoint.ranges.AHEAD_BYTES", 1 << 16)
+    monkeypatch.setattr(addresses, "_PART_BYTES", 5 << 20)  # S3's least
+    read_range, ranges = Address.read_range, []
+
+    def noted(self: Address, start: int, end: int) -> bytes:
+        ranges.append(end - start)
+        return read_range(self, start, end)
+
+    monkeypatch.setattr(Address, "read_range", noted)
+    big = small_recipe(model=lambda: torch.nn.Embedding(101, 1 << 14))
+    with mh.Engine(big) as engine:
+        checkpoint = engine.save(folder)
+        file = Address(folder) / objects(folder)[0]
+        assert file._system.info(file._inner)["ETag"].endswith('-2"')  # so many parts
+    assert ranges == []
+
+    def work(group: Group) -> None:
+        with mh.Engine(big, group=group) as engine:
+            engine.load(checkpoint)
+
+    run_threads(2, work)
+    assert max(ranges) == 1 << 16
+    assert sum(ranges) < 1.2 * file.size()
+
+
+def test_a_bucket_that_is_not_there_is_told_before_anything_is_trained(folder: str, tmp_path: Path) -> None:
+    with mh.Engine(small_recipe()) as engine, pytest.raises(CheckpointError, match="bucket does not exist") as caught:
+        engine.save("s3://nowhere/run")
+    assert caught.value.where is not None
+    assert caught.value.where.startswith("s3://nowhere/run")
+    assert caught.value.hint == "make the bucket first, or mend the address"
+    with pytest.raises(CheckpointError, match="bucket does not exist"):
+        mh.train(small_recipe(), steps=2, run_dir=tmp_path, checkpoint_dir="s3://nowhere/run", show=False)
+    assert RunDirectory(tmp_path).read_metrics() == []
+    with pytest.raises(CheckpointError, match="can't be listed"):
+        mh.export("s3://nowhere/run", tmp_path / "out")
+    with pytest.raises(ConfigError, match="there is no checkpoint here"):
+        mh.export(folder, tmp_path / "out")
+
+
+def test_without_credentials_that_is_told(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(CheckpointError, match="credentials") as caught:
+        mh.train(small_recipe(), steps=2, checkpoint_dir=folder, show=False)
+    assert caught.value.hint is not None
+    assert "give this machine credentials" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["gs://bucket/run", "nothing://bucket/run", Path("s3://bucket/run")])
+def test_an_address_that_cannot_be_used_is_told(text: str | Path) -> None:
+    if str(text).startswith("gs:") and importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(ConfigError, match="the address can't be used") as caught:
+        mh.train(small_recipe(), steps=1, checkpoint_dir=text, show=False)
+    assert caught.value.hint is not None
+
+
+def test_a_local_address_is_a_folder(tmp_path: Path) -> None:
+    assert place_of(f"file://{tmp_path}") == place_of(str(tmp_path)) == tmp_path
+
+
+def test_a_network_that_is_gone_is_told_and_the_next_checkpoint_is_tried(
+    server: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, calls = small_recipe(), itertools.count()
+
+    def loss(model: torch.nn.Module, batch: Any) -> Any:
+        at = {recipe.batch.micro_batches * steps: change for steps, change in ((1, network.cut), (2, network.mended))}
+        at.get(next(calls), lambda: None)()
+        return recipe.loss(model, batch)
+
+    with Network(server) as network:
+        use(network.url, monkeypatch)
+        faulty = small_recipe(loss=loss)
+        summary = mh.train(faulty, steps=4, run_dir=tmp_path, checkpoint_dir=folder, checkpoint_every=1)
+        assert steps_in(folder)[-2:] == [3, 4]
+        assert 2 not in steps_in(folder)
+    assert summary.digest == train_with_engine(recipe, mh.Strategy(), steps=4).digest
+    said = capsys.readouterr().err
+    assert "training goes on, but the checkpoint can't be written" in said
+    assert "see whether the store can be reached" in said
+    assert "not saved" in {event["event"] for event in RunDirectory(tmp_path).read_events()}
+
+
+def test_a_store_out_of_reach_is_not_an_empty_one(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a run would begin anew."""
+    mh.train(small_recipe(), steps=1, run_dir=tmp_path, checkpoint_dir=folder, show=False)
+    before = RunDirectory(tmp_path).metrics.read_bytes()
+    use(f"http://127.0.0.1:{free_port()}", monkeypatch)
+    with pytest.raises(CheckpointError, match="Could not connect") as caught:
+        mh.train(small_recipe(), steps=2, run_dir=tmp_path, show=False)
+    assert caught.value.hint is not None
+    assert "can be reached" in caught.value.hint
+    assert RunDirectory(tmp_path).metrics.read_bytes() == before
+    assert json.loads((tmp_path / "manifest.json").read_text())["checkpoints"] == folder
