@@ -77,9 +77,10 @@ class Address:
     def is_file(self) -> bool:
         """Whether there is an object of that name."""
         try:
-            return self.size() is not None
+            self.size()
         except FileNotFoundError:
             return False
+        return True
 
     def size(self) -> int:
         """Of the object, in bytes."""

@@ -68,8 +68,7 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
         record.resume(accept_new_numerics)
         record.show(steps, show)
         saver = Saver(record, often, keep_checkpoints, keep_every)
-        memory = PeakMemory()
-        first = engine.step_index
+        memory, first = PeakMemory(), engine.step_index
         signals.training_begins()
         for batch in engine.batches(steps):
             step = engine.step_index

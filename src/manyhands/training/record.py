@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from manyhands.addresses import is_local
 from manyhands.checkpoint.address import Place, place_of
 from manyhands.checkpoint.format import checkpoints_of, list_checkpoints
 from manyhands.checkpoint.publish import try_out
@@ -76,7 +77,10 @@ class Record:
             try_out(self.checkpoints)
         if engine.home.scratch is not None:
             self.notes.append(scratch_line(engine.home.scratch))
-        engine.group.barrier("start / run directory / control")
+        # The directory may be on worker 0's host alone; where it says that checkpoints are, all hosts can see.
+        everyone: list[Any] = gather_json(engine.group, str(self.checkpoints or ""), "start / run directory / control")
+        if not is_local(everyone[0]):
+            self.checkpoints = place_of(everyone[0])
 
     def resume(self, accept_new_numerics: bool) -> None:
         """Go on from the last state that there is: a snapshot, or the directory's last checkpoint. Then begin to write.
