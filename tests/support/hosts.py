@@ -53,7 +53,7 @@ class Host:
         self.name, self.address = f"host{number}", f"10.77.0.{number + 1}"
         self._namespace, self._port = f"{hub}-{number}", f"port{number}"
         self._hub, self._hosts_file = hub, hosts_file
-        self._commands: list[subprocess.Popen[bytes]] = []
+        self.commands: list[subprocess.Popen[bytes]] = []
 
     def plug_in(self, mbit_per_second: float | None) -> None:
         """Connect it to the hub, both ways at that rate (None: as fast as the machine)."""
@@ -97,7 +97,7 @@ class Host:
                 stderr=file,
                 env={**os.environ, **(environment or {})},
             )
-        self._commands.append(process)
+        self.commands.append(process)
         return process
 
     def cut_off(self) -> None:
@@ -120,7 +120,7 @@ class Host:
 
     def end(self) -> None:
         """End what runs on it."""
-        for process in self._commands:
+        for process in self.commands:
             process.kill()
             process.wait()
 
@@ -154,3 +154,15 @@ def _clear(of_whom: Callable[[int], bool], hub: str = PREFIX) -> None:
         if name.startswith(hub) and of_whom(int(name.split("-")[1])):
             with suppress(OSError):
                 _call("ip", "netns", "delete", name)
+
+
+def torchrun(
+    found: Sequence[Host], workers: int, script: Sequence[str], *, nodes: str = "", restarts: int = 0
+) -> list[str]:
+    """What starts `script` with so many workers on each host, as torchrun's manual has it: the same on all hosts.
+
+    nodes: how many hosts there may be ("2:3"), if not just those.
+    """
+    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes or str(len(found))]
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{found[0].name}:29400", "--rdzv-id", "test"]
+    return [*run, "--nproc-per-node", str(workers), "--max-restarts", str(restarts), *meet, *script]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from datetime import datetime
@@ -116,6 +117,8 @@ def train(
 
     Ctrl-C stops after the step at hand, with a checkpoint; the same command with the same `--run-dir` goes on.
 
+    On several hosts torchrun starts it, as its workers: see docs/hosts.md.
+
     Example: `manyhands train recipe.toml --workers 4 --stage zero2 --set seed=1`
     """
     from manyhands.training.every import every
@@ -128,8 +131,8 @@ def train(
     overrides += [f"strategy.{key}={value}" for key, value in strategy.items() if value is not None]
     checked = check_recipe(recipe, overrides)
     batch = checked.batch.build()
-    if workers is None:
-        workers = default_workers(checked.threads_per_worker, batch.micro_batches)
+    launched = _launched_workers(workers, run_dir)
+    workers = launched or workers or default_workers(checked.threads_per_worker, batch.micro_batches)
     batch.check_workers(workers)
     if steps is None and checked.steps is None:
         raise ConfigError(
@@ -153,6 +156,10 @@ def train(
         "accept_new_numerics": accept_new_numerics,
         "json": as_json,
     }
+    if launched:
+        from manyhands.cli.worker import work
+
+        raise typer.Exit(work(request))
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
     try:
         run_again(
@@ -164,6 +171,20 @@ def train(
         )
     except Interrupted as error:
         raise _with_the_way_on(error, directory, given=run_dir is not None) from None
+
+
+def _launched_workers(workers: int | None, run_dir: Path | None) -> int:
+    """How many workers another launcher (torchrun, say) has started, of which this process is one; 0: none has."""
+    launched = int(os.environ.get("WORLD_SIZE", "0"))
+    if launched and (workers is not None or run_dir is None):
+        raise ConfigError(
+            "manyhands train was started by another launcher",
+            expected="--run-dir DIR, the same for all workers, and no --workers: that launcher says how many",
+            got=shlex.join(sys.argv[1:]),
+            hint="with several hosts, DIR must be on a file system that all of them share; without a launcher, unset "
+            "RANK and WORLD_SIZE",
+        )
+    return launched
 
 
 def _tell_restart(directory: RunDirectory, restart: Restart) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import faulthandler
 import functools
 import json
+import math
 import os
 import select
 import signal
@@ -32,6 +33,7 @@ from manyhands.members.failure import record_failure, story_of
 LOOK_SECONDS = 0.1
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 10.0
+HURRIED_LOST_SECONDS = 3.0  # where a connection broke, too
 GRACE_SECONDS = 1.5
 JOIN_SECONDS = 300.0
 CLOSED = b"closed"  # the last beat of a worker that left on purpose
@@ -100,6 +102,7 @@ class Membership:
         self._noticed = False  # the main thread has raised the failure (or its own): it is on its way out
         self._store, self._abandon, self._meetings, self._beats = store, abandon, 0, 0
         self._stop = threading.Event()
+        self._lost_seconds, self._heard = LOST_SECONDS, math.inf  # when the store answered the watching thread last
         memory, address = arena.create(BOARD_BYTES)
         self.board = Board(memory)
         me = {
@@ -119,7 +122,8 @@ class Membership:
                     got=f"{other['wishes']} (worker {other_rank})",
                     hint="start all workers with the same program and strategy",
                 )
-        self.one_host = all(other["host"] == me["host"] for other in others)
+        self.hosts = [str(other["host"]) for other in others]  # of each worker
+        self.one_host = all(host == me["host"] for host in self.hosts)
         self.at_close: list[Callable[[], None]] = []
         self.peers: dict[int, Peer] = {}
         for other_rank, other in enumerate(others):
@@ -163,16 +167,31 @@ class Membership:
             texts.append(self._store.get(f"{prefix}/{rank}").decode())
         return texts
 
+    def hurry(self) -> None:
+        """A connection broke: from now on who isn't heard of for a few seconds is taken for lost."""
+        self._lost_seconds = HURRIED_LOST_SECONDS
+
+    @property
+    def _is_cut_off(self) -> bool:
+        """Whether the watching thread has waited for the store's answer for as long."""
+        return time.monotonic() - self._heard > LOST_SECONDS
+
     def check(self) -> None:
         """Raise the failure, if there is one."""
+        if self.failure is None and self._is_cut_off:
+            self.failure = WorkerError(
+                f"worker 0's host, {self.hosts[0]}, has not answered for {LOST_SECONDS:g} s",
+                rank=0,
+                where=f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.status or 'starting'}",
+                hint="see whether that host is down, or this one is cut off from the network",
+            )
         if self.failure is not None:
             self._noticed = True
             raise self.failure
 
-    def check_wait(self, began: float, tag: str, is_behind: Callable[[Peer], bool]) -> None:
-        """Called while waiting since `began` (monotonic) for those peers that are behind."""
+    def check_wait(self, began: float, tag: str, behind: list[Peer]) -> None:
+        """Called while waiting since `began` (monotonic) for those peers."""
         self.check()
-        behind = [peer for peer in self.peers.values() if is_behind(peer)]
         self._report_left(behind, tag)
         if time.monotonic() - began < self.stall_seconds:
             return
@@ -209,7 +228,7 @@ class Membership:
         if self.is_well:
             self.leave()
         self._stop.set()
-        self._watcher.join()
+        self._watcher.join(LOST_SECONDS if self.is_well else LOOK_SECONDS)  # it may wait for a host that is gone
         for peer in self.peers.values():
             if peer.pidfd is not None:
                 os.close(peer.pidfd)
@@ -227,6 +246,8 @@ class Membership:
 
     def _report(self, error: WorkerError) -> None:
         names = ("rank", "what", "where", "detail", "hint", "alive")
+        if self._is_cut_off:
+            return
         with contextlib.suppress(RuntimeError):
             self._store.compare_set("failure", "", json.dumps({name: getattr(error, name) for name in names}))
 
@@ -264,7 +285,7 @@ class Membership:
     def _watch(self) -> None:
         last_beat, failed_at = 0.0, 0.0
         while not self._stop.wait(LOOK_SECONDS):
-            now = time.monotonic()
+            self._heard = now = time.monotonic()
             if self.failure is None:
                 try:
                     self._look()
@@ -313,9 +334,11 @@ class Membership:
             beat = self._watch_store.get(key) if self._watch_store.check([key]) else b""
             if beat != peer.beat:
                 peer.beat, peer.beat_seen = beat, now
-            elif now - peer.beat_seen > LOST_SECONDS:
-                what = f"worker {peer.rank}'s host has not been heard of for {LOST_SECONDS:g} s"
-                self._report(WorkerError(what, rank=peer.rank, where=peer.where))
+            elif now - peer.beat_seen > self._lost_seconds:
+                seconds = f"{self._lost_seconds:g} s"
+                what = f"worker {peer.rank} on another host, {peer.host}, has not been heard of for {seconds}"
+                hint = "see whether that host is down or cut off from the network, or the worker was killed there"
+                self._report(WorkerError(what, rank=peer.rank, where=peer.where, hint=hint))
 
 
 def _host() -> str:
