@@ -177,33 +177,50 @@ def test_a_worker_that_is_killed_on_another_host_is_named_before_its_heartbeat_i
         assert re.search(r"WorkerError: worker 1 .*host1.*not been heard of for 3 s", running.said(found[0]))
 
 
-@needs_hosts
-@pytest.mark.slow
-def test_a_host_that_is_added_changes_no_bit(tmp_path: Path) -> None:
-    recipe = [str(SUPPORT / "faulty.toml"), "--steps", "24", "--set", "batch.micro_size=1", "--json"]
+def elastic(folder: Path, steps: int) -> tuple[str, list[str]]:
+    """The digest that one worker comes to, and what trains the same on hosts that come and go."""
+    recipe = ["train", str(SUPPORT / "faulty.toml"), "--steps", str(steps), "--set", "batch.micro_size=1", "--json"]
     alone = subprocess.run(
-        [*MANYHANDS, "train", *recipe, "--workers", "1", "--run-dir", str(tmp_path / "alone")],
+        [*MANYHANDS, *recipe, "--workers", "1", "--run-dir", str(folder / "alone")],
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         check=True,
     )
-    expected = json.loads(alone.stdout.splitlines()[-1])["digest"]
-    train = [
-        "-m",
-        "manyhands.cli.main",
-        "train",
-        *recipe,
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--checkpoint-every",
-        "1",
-    ]
+    where = ["--run-dir", str(folder / "run"), "--checkpoint-every", "1"]
+    return json.loads(alone.stdout.splitlines()[-1])["digest"], ["-m", "manyhands.cli.main", *recipe, *where]
+
+
+def events(folder: Path, event: str, of: str) -> list[object]:
+    """That figure of the run's events of this name."""
+    lines = (folder / "run" / "events.jsonl").read_text().splitlines()
+    return [told[of] for told in map(json.loads, lines) if told["event"] == event]
+
+
+# As in docs/hosts.md: without it torch doesn't tell a new host the address of the others.
+COME_AND_GO = {"STEP_SECONDS": "0.1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_a_host_that_is_added_changes_no_bit(tmp_path: Path) -> None:
+    expected, train = elastic(tmp_path, 60)
     with hosts(3) as found:
-        running = Job(tmp_path, found[:2], torchrun(found, 1, train, nodes="2:3", restarts=3), {"STEP_SECONDS": "0.1"})
+        running = Job(tmp_path, found[:2], torchrun(found, 1, train, nodes="2:3", restarts=3), COME_AND_GO)
         running.until(lambda: len(list_checkpoints(tmp_path / "run" / "checkpoints")) > 0)
         running.add(found[2])
         assert running.wait() == [0, 0, 0], "\n".join(map(running.said, found))
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert [event["workers"] for event in events if event["event"] == "began"] == [2, 3]
-    assert [event["digest"] for event in events if event["event"] == "ended"] == [expected]
+    assert events(tmp_path, "began", "workers") == [2, 3]
+    assert events(tmp_path, "ended", "digest") == [expected]
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_the_others_go_on_without_a_lost_host(tmp_path: Path) -> None:
+    expected, train = elastic(tmp_path, 20)
+    with hosts(3) as found:
+        running = Job(tmp_path, found, torchrun(found, 1, train, nodes="2:3", restarts=3), COME_AND_GO)
+        running.until(lambda: len(list_checkpoints(tmp_path / "run" / "checkpoints")) > 0)
+        found[2].cut_off()
+        running.until(lambda: events(tmp_path, "ended", "digest") == [expected])
+    assert events(tmp_path, "began", "workers") == [3, 2]

@@ -165,4 +165,6 @@ def torchrun(
     """
     run = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes or str(len(found))]
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{found[0].name}:29400", "--rdzv-id", "test"]
+    if nodes:
+        meet += ["--rdzv-conf", "last_call_timeout=2"]  # seconds to wait for more than the fewest
     return [*run, "--nproc-per-node", str(workers), "--max-restarts", str(restarts), *meet, *script]
