@@ -163,6 +163,18 @@ def test_a_host_that_is_cut_off_ends_both_sides_by_name(tmp_path: Path, cut: int
 
 @needs_hosts
 @pytest.mark.slow
+def test_who_hangs_is_named_and_not_who_waits_for_it(tmp_path: Path) -> None:
+    with hosts(2) as found:
+        command = torchrun(found, 2, [str(SUPPORT / "faulty.py"), "loop", "auto"])
+        fault = {"FAULT": "stall exchange 2 3", "FAULT_TIME": str(tmp_path / "fault-time")}
+        running = Job(tmp_path, found, command, fault)
+        assert running.wait() == [1, 1]
+    for host in found:  # its own host's worker knows its stack, and may be the one who tells
+        assert "WorkerError: worker 3 has kept the others waiting for more than 2 s" in running.said(host)
+
+
+@needs_hosts
+@pytest.mark.slow
 def test_a_worker_that_is_killed_on_another_host_is_named_before_its_heartbeat_is_missed(tmp_path: Path) -> None:
     with hosts(2) as found:
         command = torchrun(found, 1, [str(SUPPORT / "endless_worker.py"), str(tmp_path), "auto"])

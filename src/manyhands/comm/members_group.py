@@ -45,11 +45,15 @@ class MembersGroup(Group):
             if ready():
                 return time.monotonic() - began
             os.sched_yield()
-        while not ready():
-            if self.membership.failure is not None and ready():
-                break  # who raised made this call first: everyone shall see it made
-            self.membership.check_wait(began, tag, [peer for peer in self._peers if is_behind(peer)])
-            time.sleep(NAP_SECONDS)
+        self.membership.board.wait(True)
+        try:
+            while not ready():
+                if self.membership.failure is not None and ready():
+                    break  # who raised made this call first: everyone shall see it made
+                self.membership.check_wait(began, tag, [peer for peer in self._peers if is_behind(peer)])
+                time.sleep(NAP_SECONDS)
+        finally:
+            self.membership.board.wait(False)
         return time.monotonic() - began
 
     def _check_tags(self, call: int, tag: str) -> None:

@@ -67,6 +67,13 @@ class Peer:
         return 0 if self.beat in (b"", CLOSED) else int(self.beat.split(b" ")[0].split(b",")[lane])
 
     @property
+    def waits(self) -> bool:
+        """Whether it waits for others itself, as far as is known here."""
+        if self.board is not None:
+            return self.board.waiting
+        return self.beat not in (b"", CLOSED) and self.beat.split(b" ")[0].endswith(b"w")
+
+    @property
     def drained(self) -> int:
         return 0 if self.board is None else self.board.drained
 
@@ -193,12 +200,15 @@ class Membership:
         """Called while waiting since `began` (monotonic) for those peers."""
         self.check()
         self._report_left(behind, tag)
-        if time.monotonic() - began < self.stall_seconds:
+        seconds = time.monotonic() - began
+        if seconds < self.stall_seconds:
             return
-        if behind:
-            self._report_stalled(behind[0], tag)
+        if not behind:
+            raise InvariantError("waited too long for calls that every worker has made", where=tag)
+        to_blame = [peer for peer in behind if not peer.waits]  # who waits itself is going to tell for whom
+        if to_blame or seconds > 2 * self.stall_seconds:
+            self._report_stalled((to_blame or behind)[0], tag)
             raise self._await_failure()
-        raise InvariantError("waited too long for calls that every worker has made", where=tag)
 
     def fail(self, error: BaseException) -> None:
         """Leave `error`, raised here, for the others and for the parent. The first failure of the group wins."""
@@ -228,7 +238,7 @@ class Membership:
         if self.is_well:
             self.leave()
         self._stop.set()
-        self._watcher.join(LOST_SECONDS if self.is_well else LOOK_SECONDS)  # it may wait for a host that is gone
+        self._watcher.join(LOST_SECONDS if self.is_well else BEAT_SECONDS)  # it may wait for a host that is gone
         for peer in self.peers.values():
             if peer.pidfd is not None:
                 os.close(peer.pidfd)
@@ -325,7 +335,7 @@ class Membership:
 
     def _beat(self, now: float) -> None:
         self._beats += 1  # so that no two beats are the same
-        posted = ",".join(str(self.board.posted(lane)) for lane in range(LANES))
+        posted = ",".join(str(self.board.posted(lane)) for lane in range(LANES)) + ",w" * self.board.waiting
         self._watch_store.set(f"beat/{self.rank}", f"{posted} {self._beats} {self.board.status}")
         for peer in self.peers.values():
             if peer.board is not None or peer.beat == CLOSED:
