@@ -12,6 +12,7 @@ host looks after the l-th part of a buffer. So does it with gradients, which are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -78,6 +79,9 @@ class HierarchicalGroup(MembersGroup):
     def gather(self, small: Tensor, tag: str) -> list[Tensor]:
         mine = torch.stack(self._far.gather(small, tag))
         return [each for place in self._near.gather(mine, tag) for each in place.unbind()]
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        return self._near.exclusive()
 
     def take_down(self) -> None:
         self._far.take_down()
