@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults check bench bench-limit bench-gpu bench-checkpoint bench-memory clean
+.PHONY: demo test test-all faults check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-memory clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -46,6 +46,10 @@ bench-limit: $(READY)
 # On one GPU: our step beside plain PyTorch's and DeepSpeed ZeRO-Offload's. make bench-gpu ARGS=--largest
 bench-gpu: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python benchmarks/gpu.py $(ARGS)
+
+# What travels between hosts, and the time a step takes there, for each stage and group; as root.
+bench-hosts: $(READY)
+	$(BIN)/python benchmarks/hosts.py $(ARGS)
 
 # What a checkpoint costs beside torch.save and torch.distributed.checkpoint.
 bench-checkpoint: $(READY)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from gpt import GPT
-from manyhands.engine.memory import give_back_memory, keep_no_large_memory
+from manyhands.offload.heap import give_back_memory, keep_no_large_memory
 from measure import RandomTokens
 
 BATCH = mh.Batch(global_size=4, micro_size=1)

@@ -90,18 +90,20 @@ def test_exchanging_every_step_gives_the_defined_sum(batch: Batch, workers: int)
     assert total.fold() == defined_sum(batch.virtual_workers, batch.accumulate)
 
 
-@given(batches, worker_counts, st.booleans())
-def test_every_micro_batch_is_computed_once(batch: Batch, workers: int, every_step: bool) -> None:
-    rounds = [plan_rounds(batch, rank, workers, every_step) for rank in range(workers)]
-    computed = sorted(this.micro_batch for mine in rounds for this in mine if this.micro_batch is not None)
-    assert computed == list(range(batch.micro_batches))
-    if not every_step:  # then all workers have the same rounds, and agree on who contributes
-        assert len({len(mine) for mine in rounds}) == 1
+@given(batches, worker_counts, st.integers(1, 5))
+def test_every_micro_batch_is_computed_once(batch: Batch, workers: int, hosts: int) -> None:
+    computed = []
+    for host in range(hosts):
+        run = run_of_virtual_workers(host, hosts, batch.virtual_workers)
+        rounds = [plan_rounds(batch, run, rank, workers) for rank in range(workers)]
+        computed += [this.micro_batch for mine in rounds for this in mine if this.micro_batch is not None]
+        # All workers of a host have the same rounds, and agree on who contributes.
         for together in zip(*rounds, strict=True):
             assert len({this.contributors for this in together}) == 1
             assert [rank for rank, this in enumerate(together) if this.micro_batch is not None] == list(
                 together[0].contributors
             )
+    assert sorted(computed) == list(range(batch.micro_batches))
 
 
 @given(st.integers(0, 200), st.integers(0, 64))

@@ -54,8 +54,9 @@ class Resume(NamedTuple):
 
 SAVING = (Launch(1, "shared-memory"), Launch(2, "process"), Launch(3, "shared-memory"), Launch(4, "process"))
 RESUMING = (Launch(1, "process"), Launch(2, "shared-memory"), Launch(3, "process"), Launch(4, "shared-memory"))
+HOSTS = (Launch(4, "hierarchical"), Launch(6, "hierarchical"))  # 2 workers each; see also test_hosts.py
 
-SLOW = (Launch(1, "process"), Launch(3, "process"), Launch(4, "shared-memory"))
+SLOW = (Launch(1, "process"), Launch(3, "process"), Launch(4, "shared-memory"), *HOSTS)
 
 
 def params(launches: Sequence[Launch]) -> list[Any]:
@@ -172,7 +173,7 @@ def digests_of(launch: Launch, folder: Path) -> list[dict[str, str]]:
             run_workers(
                 [sys.executable, str(WORKER), str(mine), launch.group, str(mine / "jobs.json")],
                 workers=launch.workers,
-                environment={"PYTHONPATH": os.pathsep.join(paths)},
+                environment={"PYTHONPATH": os.pathsep.join(paths)} | ({"PRETEND": "hosts"} if launch in HOSTS else {}),
                 log_dir=mine,
             )
             (mine / "done").touch()
@@ -198,7 +199,7 @@ def test_one_worker_in_this_process_gives_the_oracles_digest(precision: str) -> 
     assert train_with_engine(gpt_recipe(precision), mh.Strategy(), steps=STEPS).digest == oracle_digest(precision)
 
 
-@pytest.mark.parametrize("launch", params(SAVING + RESUMING))
+@pytest.mark.parametrize("launch", params(SAVING + RESUMING + HOSTS))
 def test_every_stage_and_precision_gives_the_oracles_digest(launch: Launch, shared_folder: Path) -> None:
     names = [(f"{stage} {precision}", precision) for stage, precision in product(STAGES, PRECISIONS)]
     assert_one_digest(launch, shared_folder, names)

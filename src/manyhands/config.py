@@ -26,7 +26,7 @@ DEVICES = ("cpu", "cuda")
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 HOMES = ("device", "host", "disk")
 OPTIMIZER_KINDS = ("elementwise", "per-parameter")
-GROUPS = ("auto", "shared-memory", "process")
+GROUPS = ("auto", "shared-memory", "process", "hierarchical")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -259,8 +259,9 @@ class Strategy:
     home: where the optimizer's state and the master weights live, and at zero3 the parameters: "device", "host" (the
         host's memory, for a GPU), or "disk": files in `scratch`, read ahead and written behind.
     scratch: a folder on a disk for that; "": in the run directory, or the system's for temporary files.
-    group: how bytes travel: "shared-memory" (workers on one host), "process" (torch.distributed: Gloo or NCCL), or
-        "auto": shared memory when all workers are on one host's CPUs.
+    group: how bytes travel: "shared-memory" (workers on one host), "process" (torch.distributed: Gloo or NCCL),
+        "hierarchical" (several hosts with as many CPU workers each: shared memory inside, torch.distributed between
+        them), or "auto": shared memory when all workers are on one host's CPUs, else hierarchical where it fits.
     overlap: exchange a unit's gradients while backward goes on; False: after backward.
     units: names of modules whose parameters travel together; () finds them (repeated children of containers).
     activation_checkpointing: names of modules, or patterns ("blocks.*"), whose activations are computed again in

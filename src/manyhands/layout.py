@@ -119,7 +119,13 @@ class UnitLayout:
 
     def shard(self, rank: int) -> Range:
         """The blocks that `rank` owns, without the padding that only evens out the shards."""
-        mine = Range(rank * self.shard_numel, (rank + 1) * self.shard_numel)
+        return self.part(rank, self.workers)
+
+    def part(self, index: int, parts: int) -> Range:
+        """The blocks in the `index`-th of that many equal parts (a divisor of `workers`), each of whole shards, without
+        the padding that only evens them out."""
+        numel = self.padded_numel // parts
+        mine = Range(index * numel, (index + 1) * numel)
         ends = [common.end for slot in self.slots if (common := slot.padded.overlap(mine)).numel]
         return Range(mine.start, max(ends, default=mine.start))
 

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import manyhands as mh
+from manyhands.members import membership
 from support.models import OWNED, gpt_recipe
 from support.training import train_with_engine
 
 
 def main(folder: Path, group: str, jobs: list[dict[str, Any]]) -> None:
-    """Run the jobs."""
+    """Run the jobs. With PRETEND in the environment, two workers each believe that they are on a host of their own."""
+    if "PRETEND" in os.environ:
+        membership._host = lambda: f"host{int(os.environ['RANK']) // 2}"
     digests = {}
     for job in jobs:
         strategy = mh.Strategy(group=group, stall_seconds=60, **job["strategy"] | {"units": tuple(job["units"])})

@@ -7,18 +7,58 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
+
+import torch
+from torch.distributed import HashStore, PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
 from manyhands.comm.connect import thread_groups
 from manyhands.comm.group import Group
+from manyhands.comm.hierarchical import HierarchicalGroup
+from manyhands.comm.process import ProcessGroup
+from manyhands.comm.shared_memory import SharedMemoryGroup
+from manyhands.members.membership import Membership
+from manyhands.offload.shared import ThreadArena
 
 T = TypeVar("T")
 
 
-def run_threads(size: int, work: Callable[[Group], T], *, timeout: float = 60.0) -> list[T]:
+class _Links(ProcessGroup):
+    """Of threads: not torch's default group, which a process has one of."""
+
+    def take_down(self) -> None:
+        pass
+
+
+def host_groups(hosts: int, workers: int) -> list[Callable[[], Group]]:
+    """Makers of the groups of so many pretended hosts with so many workers each, which are threads."""
+    store, arena, lock = HashStore(), ThreadArena(), threading.RLock()
+    by_host = [list(range(host * workers, (host + 1) * workers)) for host in range(hosts)]
+
+    def maker(host: int, place: int) -> Callable[[], Group]:
+        def make() -> Group:
+            mine = by_host[host]
+            membership = Membership(
+                store, mine[place], hosts * workers, arena, stall_seconds=60, abandon=lambda error: None
+            )
+            near = SharedMemoryGroup(membership, arena, lock, mine)
+            links = ProcessGroupGloo(PrefixStore(f"place/{place}", store), host, hosts, timedelta(seconds=60))
+            alike = [each[place] for each in by_host]
+            return HierarchicalGroup(near, _Links(membership, torch.device("cpu"), links, 1, alike), by_host)
+
+        return make
+
+    return [maker(host, place) for host in range(hosts) for place in range(workers)]
+
+
+def run_threads(
+    size: int, work: Callable[[Group], T], *, timeout: float = 60.0, makers: list[Callable[[], Group]] | None = None
+) -> list[T]:
     """Call `work(group)` in each of `size` threads, every one with its own group; what they return, by rank.
 
-    The first error of any thread is raised here. TimeoutError, with everyone's stack, if they don't end in time.
+    makers: of those groups, by worker. The first error of any thread is raised here. TimeoutError, with everyone's
+    stack, if they don't end in time.
     """
     results: dict[int, T] = {}
     errors: list[BaseException] = []
@@ -31,7 +71,7 @@ def run_threads(size: int, work: Callable[[Group], T], *, timeout: float = 60.0)
 
     threads = [
         threading.Thread(target=worker, args=(rank, make), name=f"worker {rank}", daemon=True)
-        for rank, make in enumerate(thread_groups(size))
+        for rank, make in enumerate(makers or thread_groups(size))
     ]
     for thread in threads:
         thread.start()

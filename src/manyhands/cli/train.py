@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from datetime import datetime
@@ -22,7 +23,7 @@ from manyhands.cli.workers import (
     tell_restart,
 )
 from manyhands.config import GROUPS, HOMES, STAGES
-from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.errors import CheckpointError, ConfigError, Interrupted, WorkerError
 
 if TYPE_CHECKING:  # what torch is loaded for waits until it's needed
     from manyhands.checkpoint.address import Place
@@ -142,6 +143,8 @@ def train(
 
     Ctrl-C stops after the step at hand, with a checkpoint; the same command with the same `--run-dir` goes on.
 
+    On several hosts torchrun starts it, as its workers: see docs/hosts.md.
+
     Example: `manyhands train recipe.toml --workers 4 --stage zero2 --set seed=1`
     """
     from manyhands.training.every import every
@@ -154,15 +157,15 @@ def train(
     overrides += [f"strategy.{key}={value}" for key, value in strategy.items() if value is not None]
     checked = check_recipe(recipe, overrides)
     batch = checked.batch.build()
-    if workers is None:
-        workers = default_workers(checked.threads_per_worker, batch.micro_batches)
+    launched = _launched_workers(workers, run_dir)
+    workers = launched or workers or default_workers(checked.threads_per_worker, batch.micro_batches)
     batch.check_workers(workers)
     if steps is None and checked.steps is None:
         raise ConfigError(
             "nobody says how many steps to train", where=str(recipe), hint="use --steps N, or steps = N in the recipe"
         )
     directory = run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    from manyhands.checkpoint.format import checkpoints_of, list_checkpoints
+    from manyhands.checkpoint.format import checkpoints_of
     from manyhands.launching.restarts import run_again
     from manyhands.report.run_directory import RunDirectory
 
@@ -181,12 +184,16 @@ def train(
         "accept_new_numerics": accept_new_numerics,
         "json": as_json,
     }
+    if launched:
+        from manyhands.cli.worker import work
+
+        raise typer.Exit(work(request))
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
     try:
         with snapshots_kept(snapshot_every if max_restarts else "never", workers) as snapshots:
             run_again(
                 lambda: start_workers(command, workers, directory / "logs", snapshots.variables, holds_signals=True),
-                saved_step=lambda: max([snapshots.newest_step(), *(step for step, _ in list_checkpoints(checkpoints))]),
+                saved_step=lambda: max(snapshots.newest_step(), _last_checkpoint(checkpoints)),
                 most=max_restarts,
                 tell=partial(_note_restart, RunDirectory(directory)),
                 samples_of=batch.samples_of,
@@ -196,6 +203,30 @@ def train(
         raise
     except Interrupted as error:
         raise _with_the_way_on(error, directory, checkpoints, given=run_dir is not None) from None
+
+
+def _launched_workers(workers: int | None, run_dir: Path | None) -> int:
+    """How many workers another launcher (torchrun, say) has started, of which this process is one; 0: none has."""
+    launched = int(os.environ.get("WORLD_SIZE", "0"))
+    if launched and (workers is not None or run_dir is None):
+        raise ConfigError(
+            "manyhands train was started by another launcher",
+            expected="--run-dir DIR, the same for all workers, and no --workers: that launcher says how many",
+            got=shlex.join(sys.argv[1:]),
+            hint="with several hosts, DIR must be on a file system that all of them share; without a launcher, unset "
+            "RANK and WORLD_SIZE",
+        )
+    return launched
+
+
+def _last_checkpoint(checkpoints: Place) -> int:
+    """How many steps it has made; 0 if there is none, or its store is out of reach just now."""
+    from manyhands.checkpoint.format import list_checkpoints
+
+    try:
+        return max((step for step, _ in list_checkpoints(checkpoints)), default=0)
+    except CheckpointError:
+        return 0
 
 
 def _note_restart(directory: RunDirectory, restart: Restart) -> None:

@@ -1,19 +1,20 @@
-"""One worker of `manyhands train`: started by the launcher, told by one JSON argument what to do."""
+"""One worker of `manyhands train`: started by our launcher, told by one JSON argument what to do; or by torchrun."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Mapping
 
 from manyhands.errors import Interrupted
-from manyhands.members.failure import record_failure, story_of
+from manyhands.members.failure import PARENT_TELLS_VARIABLE, record_failure, story_of
 from manyhands.training.stop import StopSignals
 
 
-def main() -> int:
-    """The exit code. Errors are left for the parent, which shows the one that matters."""
-    request = json.loads(sys.argv[1])
+def work(request: Mapping[str, object]) -> int:
+    """Train as this worker of its launcher; the exit code. Errors are left for the parent, which shows the one that
+    matters, if it's ours."""
     try:
         with StopSignals() as stop:
             _train(request, stop)
@@ -22,13 +23,14 @@ def main() -> int:
         return 130
     except BaseException as error:  # whatever it is, the parent must hear of it
         record_failure(error)
-        if int(os.environ["RANK"]) != 0:  # worker 0 writes to the terminal, where the parent will show the error
+        told = os.environ.get(PARENT_TELLS_VARIABLE) and int(os.environ["RANK"]) == 0  # on the terminal, by the parent
+        if not told:
             sys.stderr.write(f"{story_of(error)}\n")
         return 1
     return 0
 
 
-def _train(request: dict[str, object], stop: StopSignals) -> None:
+def _train(request: Mapping[str, object], stop: StopSignals) -> None:
     from rich.console import Console
 
     from manyhands.report.summary import render, to_json
@@ -58,4 +60,4 @@ def _train(request: dict[str, object], stop: StopSignals) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work(json.loads(sys.argv[1])))

@@ -12,8 +12,8 @@ import torch
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from manyhands.comm.group import Group
+from manyhands.comm.hierarchical import HierarchicalGroup, places
 from manyhands.comm.local import LocalGroup
-from manyhands.comm.memory import ProcessArena, ThreadArena
 from manyhands.comm.process import ProcessGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.errors import ConfigError
@@ -21,6 +21,7 @@ from manyhands.members.failure import forget_failure
 from manyhands.members.last_words import LastWords, end_process
 from manyhands.members.membership import JOIN_SECONDS, Membership
 from manyhands.members.status_file import StatusFile
+from manyhands.offload.shared import ProcessArena, ThreadArena
 
 
 def environment_rank_and_size() -> tuple[int, int]:
@@ -33,11 +34,13 @@ def connect(
     *,
     device: str = "cpu",
     stall_seconds: float = 600.0,
+    most_hosts: int = 0,
 ) -> Group:
     """The group of this process's launcher. Collective. A worker that doesn't come round to raising another one's
     failure (it hangs, say) is ended.
 
-    kind: "auto", "shared-memory" or "process" (see the strategy). Raises ConfigError, WorkerError.
+    kind: "auto", "shared-memory", "process" or "hierarchical" (see the strategy). most_hosts: on up to so many hosts
+    workers may add gradients among themselves first. Raises ConfigError, WorkerError.
     """
     forget_failure()
     rank, size = environment_rank_and_size()
@@ -52,8 +55,12 @@ def connect(
     membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=end_process, wishes=wishes)
     LastWords(membership)
     try:
+        by_host = places(membership.hosts) if device == "cpu" else None
         if kind == "auto":
-            kind = "shared-memory" if membership.one_host and device == "cpu" else "process"
+            several = "hierarchical" if by_host is not None and len(by_host) <= most_hosts else "process"
+            kind = "shared-memory" if membership.one_host and device == "cpu" else several
+        if kind == "hierarchical":
+            return _hierarchical(membership, store, arena, by_host, most_hosts)
         if kind == "process":
             gloo = device != "cuda" or _gpus_are_shared()
             return ProcessGroup.begin(membership, store, where, "gloo" if gloo else "cpu:gloo,cuda:nccl")
@@ -69,6 +76,24 @@ def connect(
         membership.fail(error)
         membership.close()
         raise
+
+
+def _hierarchical(
+    membership: Membership, store: Store, arena: ProcessArena, by_host: list[list[int]] | None, most_hosts: int
+) -> Group:
+    if by_host is None or len(by_host) > most_hosts:
+        raise ConfigError(
+            "the workers can't be grouped by host",
+            expected=f"2 to {most_hosts} hosts (virtual_workers), with equally many CPU workers each, at least 2",
+            got=f"workers on {', '.join(membership.hosts)}",
+            hint="use group = 'auto', which chooses what fits",
+        )
+    mine = next(workers for workers in by_host if membership.rank in workers)
+    place = mine.index(membership.rank)
+    near = SharedMemoryGroup(membership, arena, workers=mine)
+    alike = [workers[place] for workers in by_host]
+    far = ProcessGroup.begin(membership, PrefixStore(f"place/{place}", store), near.device, "gloo", 1, alike)
+    return HierarchicalGroup(near, far, by_host)
 
 
 def _gpu() -> torch.device:

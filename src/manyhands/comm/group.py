@@ -4,6 +4,9 @@
 - `publish(full)`: everyone's range to everyone (an all-gather, in place).
 - `gather(small)`, `barrier()`: for a step's control values.
 
+A group has two levels: `near`, the workers that share memory with this one (which is alone there, if none does), and
+`far`, the workers at this one's place on every host (all workers, if none share memory; None, if all do).
+
 Buffers come from the group, so that it can put them where moving them is cheapest. All verbs are collective: every
 worker calls the same ones with the same tags in the same order. Every call carries a tag (`step 12 / layers.3 / grad`;
 its last word is its kind) and is recorded. A call that can't complete because another worker raised, died or is late
@@ -61,9 +64,10 @@ class Exchange(ABC):
 
 
 class Group(ABC):
-    """See the module. Attributes: `kind` ("local", "shared-memory", "process"), `rank`, `size`, `device`, `recorder`;
-    `shares_memory`: whether a replicated buffer is one physical copy; `pieces_are_views`: whether exchanged pieces are
-    views of what the others gave, so that keeping them costs nothing."""
+    """See the module. Attributes: `kind` ("local", "shared-memory", "process", "hierarchical"), `rank`, `size`,
+    `device`, `recorder`; `workers`: the launcher's number of each rank; `shares_memory`: whether a replicated buffer is
+    one physical copy for `near`; `pieces_are_views`: whether pieces exchanged there are views of what the others gave,
+    so that keeping them costs nothing."""
 
     kind: str
     shares_memory: bool
@@ -72,11 +76,22 @@ class Group(ABC):
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.recorder = Recorder()
+        self.workers: Sequence[int] = range(size)
+
+    @property
+    def near(self) -> Group:
+        """See the module. rank = near.rank * far.size + far.rank."""
+        return self
+
+    @property
+    def far(self) -> Group | None:
+        """See the module."""
+        return None
 
     @abstractmethod
     def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
-        """A zeroed buffer [numel] that all workers hold alike; at `home`, if one is given. Collective where memory is
-        shared."""
+        """A zeroed buffer [numel] that all workers hold alike, one copy for `near`; at `home`, if one is given.
+        Collective where memory is shared."""
 
     @abstractmethod
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,11 +17,16 @@ NAP_SECONDS = 0.0002
 
 
 class MembersGroup(Group):
-    """A group whose workers watch each other through a Membership."""
+    """A group whose workers watch each other through a Membership. workers: those of its members that are in it, this
+    one included, by the launcher's numbers (None: all)."""
 
-    def __init__(self, membership: Membership, device: torch.device, lane: int = 0) -> None:
-        super().__init__(membership.rank, membership.size, device)
-        self.membership, self.lane = membership, lane
+    def __init__(
+        self, membership: Membership, device: torch.device, lane: int = 0, workers: Sequence[int] | None = None
+    ) -> None:
+        workers = range(membership.size) if workers is None else workers
+        super().__init__(workers.index(membership.rank), len(workers), device)
+        self.membership, self.lane, self.workers = membership, lane, workers
+        self._peers = [membership.peers[worker] for worker in workers if worker != membership.rank]
         self._calls = 0
         self._closed = False
 
@@ -40,16 +45,21 @@ class MembersGroup(Group):
             if ready():
                 return time.monotonic() - began
             os.sched_yield()
-        while not ready():
-            if self.membership.failure is not None and ready():
-                break  # who raised made this call first: everyone shall see it made
-            self.membership.check_wait(began, tag, is_behind)
-            time.sleep(NAP_SECONDS)
+        self.membership.board.wait(True)
+        try:
+            while not ready():
+                if self.membership.failure is not None and ready():
+                    break  # who raised made this call first: everyone shall see it made
+                self.membership.check_wait(began, tag, [peer for peer in self._peers if is_behind(peer)])
+                time.sleep(NAP_SECONDS)
+        finally:
+            self.membership.board.wait(False)
         return time.monotonic() - began
 
     def _check_tags(self, call: int, tag: str) -> None:
         """That everyone's call of this number is the same one. Only once all have posted it."""
-        for peer in self.membership.peers.values():
+        me = self.membership.rank
+        for peer in self._peers:
             # With a GPU's streams a wait may end before a peer's call; whoever is last still compares.
             if (
                 peer.board is not None
@@ -57,10 +67,10 @@ class MembersGroup(Group):
                 and not peer.board.has_tag(call, tag, self.lane)
             ):
                 raise InvariantError(
-                    f"workers {self.rank} and {peer.rank} took different ways: their collective call {call} differs",
-                    expected=f"{tag} (worker {self.rank})",
+                    f"workers {me} and {peer.rank} took different ways: their collective call {call} differs",
+                    expected=f"{tag} (worker {me})",
                     got=f"another one; worker {peer.rank} is now in {peer.status or 'its start'}",
-                    where=f"worker {self.rank}, {tag}",
+                    where=f"worker {me}, {tag}",
                     hint="make the same calls and as many steps on all workers; neither the model nor the data may "
                     "depend on the worker's number, the time or an unseeded generator",
                 )
@@ -80,7 +90,7 @@ class MembersGroup(Group):
                 self.barrier("close / control")
         finally:
             self.membership.close()
-            self._take_down()
+            self.take_down()
 
-    def _take_down(self) -> None:
+    def take_down(self) -> None:
         """What else there is to free."""

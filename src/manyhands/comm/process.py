@@ -6,6 +6,7 @@ Only data movement is asked of it (all-to-all, all-gather), as bytes: never a su
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -15,11 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from manyhands.comm.group import Contribution, Exchange
+from manyhands.comm.group import Contribution, Exchange, Group
+from manyhands.comm.local import LocalGroup
 from manyhands.comm.members_group import MembersGroup
 from manyhands.errors import ConfigError, InvariantError, WorkerError
 from manyhands.members.membership import Membership
 from manyhands.offload.home import Home
+
+BROKEN_SECONDS = 6.0
+"""So long it may take until it's known whose connection broke."""
 
 
 class _ProcessExchange(Exchange):
@@ -53,27 +58,53 @@ class ProcessGroup(MembersGroup):
     pieces_are_views = False
 
     def __init__(
-        self, membership: Membership, device: torch.device, dist_group: dist.ProcessGroup | None = None, lane: int = 0
+        self,
+        membership: Membership,
+        device: torch.device,
+        dist_group: dist.ProcessGroup | None = None,
+        lane: int = 0,
+        workers: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(membership, device, lane)
+        super().__init__(membership, device, lane, workers)
         self._dist_group = dist_group  # None: torch's default group
+        self._alone = LocalGroup(device)
 
     @classmethod
-    def begin(cls, membership: Membership, store: Store, device: torch.device, backend: str) -> ProcessGroup:
-        """Make torch's default process group. Collective; raises ConfigError."""
+    def begin(
+        cls,
+        membership: Membership,
+        store: Store,
+        device: torch.device,
+        backend: str,
+        lane: int = 0,
+        workers: Sequence[int] | None = None,
+    ) -> ProcessGroup:
+        """Make torch's default process group, of these workers. Collective among them; raises ConfigError."""
+        new = cls(membership, device, None, lane, workers)
         if dist.is_initialized():
             raise ConfigError(
                 "torch.distributed's default process group is taken",
                 hint="close the other engine first; a script must not call init_process_group itself",
             )
+        hook = sys.excepthook
         dist.init_process_group(
             backend,
             store=store,
-            rank=membership.rank,
-            world_size=membership.size,
+            rank=new.rank,
+            world_size=new.size,
             timeout=_last_resort(membership),
         )
-        return cls(membership, device)
+        if workers is not None:
+            sys.excepthook = hook  # torch's would give the lines of errors a rank that isn't the launcher's
+        return new
+
+    @property
+    def near(self) -> Group:
+        return self._alone
+
+    @property
+    def far(self) -> Group | None:
+        return self
 
     def sibling(self) -> ProcessGroup:
         new = dist.new_group(timeout=_last_resort(self.membership))
@@ -161,14 +192,15 @@ class ProcessGroup(MembersGroup):
 
     def _failure_behind(self, error: RuntimeError) -> WorkerError:
         """A broken connection is what a peer's death looks like from here: wait for the watcher to name the peer."""
-        deadline = time.monotonic() + 2.0
+        self.membership.hurry()
+        deadline = time.monotonic() + BROKEN_SECONDS
         while self.membership.failure is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if self.membership.failure is not None:
             return self.membership.failure
         return WorkerError("the connection to the other workers broke", detail=str(error), hint="see the workers' logs")
 
-    def _take_down(self) -> None:
+    def take_down(self) -> None:
         with contextlib.suppress(RuntimeError):  # a broken group can't be taken down in order, and needn't be
             dist.destroy_process_group()
 

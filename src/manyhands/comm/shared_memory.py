@@ -59,10 +59,16 @@ class SharedMemoryGroup(MembersGroup):
     shares_memory = True
     pieces_are_views = True
 
-    def __init__(self, membership: Membership, arena: Arena, compute_lock: threading.RLock | None = None) -> None:
-        super().__init__(membership, torch.device("cpu"))
+    def __init__(
+        self,
+        membership: Membership,
+        arena: Arena,
+        compute_lock: threading.RLock | None = None,
+        workers: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(membership, torch.device("cpu"), workers=workers)
         self._arena, self._lock, self._held = arena, compute_lock, 0
-        self._boards = [peer.board for peer in membership.peers.values() if peer.board is not None]
+        self._boards = [peer.board for peer in self._peers if peer.board is not None]
         self._exchanges = 0
         self._mailboxes = self._create(2 * MAILBOX_BYTES)
         self._letters = 0
@@ -70,16 +76,20 @@ class SharedMemoryGroup(MembersGroup):
     def _create(self, num_bytes: int) -> list[Tensor]:
         """Everyone's new buffer of that size, by rank."""
         mine, address = self._arena.create(num_bytes)
-        addresses = self.membership.meet(address)
+        addresses = self._meet(address)
         buffers = [mine if rank == self.rank else self._arena.open(other) for rank, other in enumerate(addresses)]
         self.membership.meet("opened")
         self._arena.seal()
         return buffers
 
+    def _meet(self, text: str) -> list[str]:
+        texts = self.membership.meet(text)
+        return [texts[worker] for worker in self.workers]
+
     def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
         scratch = None if home is None else home.scratch
         mine, address = self._arena.create(numel * dtype.itemsize, scratch) if self.rank == 0 else (None, "")
-        first = self.membership.meet(address)[0]
+        first = self._meet(address)[0]
         buffer = self._arena.open(first) if mine is None else mine
         self.membership.meet("opened")
         self._arena.seal()

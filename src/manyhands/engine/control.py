@@ -76,8 +76,8 @@ def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> No
             first, other = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
             if first != other:
                 raise ConfigError(
-                    f"workers 0 and {rank} don't have the same {what}: they differ in {name}",
+                    f"workers 0 and {group.workers[rank]} don't have the same {what}: they differ in {name}",
                     expected=f"{first} (worker 0)",
-                    got=f"{other} (worker {rank})",
+                    got=f"{other} (worker {group.workers[rank]})",
                     hint=hint,
                 )

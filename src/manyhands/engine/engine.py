@@ -26,10 +26,8 @@ from manyhands.engine.control import Control, agree, gather_control
 from manyhands.engine.facts import frozen_facts, optimizer_facts, recipe_facts, schedule_facts
 from manyhands.engine.gathers import Gathers
 from manyhands.engine.hooks import around_forward, on_gradients
-from manyhands.engine.memory import give_back_memory, keep_no_large_memory
 from manyhands.engine.metrics import StepMetrics
 from manyhands.engine.partition import repeated_children
-from manyhands.engine.recompute import checkpoint_activations
 from manyhands.engine.reducer import Reducer
 from manyhands.engine.storage import Storage, agree_on_model, check_scratch_space, lay_out
 from manyhands.engine.unit import ParamUnit
@@ -37,10 +35,12 @@ from manyhands.engine.update import Homes, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
 from manyhands.models.building import build_model
 from manyhands.models.compiled import CompiledModules, compiler_identity
+from manyhands.models.recompute import checkpoint_activations
 from manyhands.models.watch import Watch
 from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.identity import numerics_identity
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
+from manyhands.offload.heap import give_back_memory, keep_no_large_memory
 from manyhands.offload.home import Home, home_of
 from manyhands.optim.sliced import SlicedOptimizer
 from manyhands.sharding.stage import SHARDED, stage_named

@@ -20,10 +20,14 @@ RING_SLOTS = 3
 
 
 class Gradients(ABC):
-    """A unit's gradients of a micro-batch: `begin`, `place` as often as wanted, `send`, `sent`."""
+    """A unit's gradients of a micro-batch: `begin`, `place` as often as wanted, `send`, `sent`.
+
+    group: the workers whose gradients are added in each round.
+    """
 
     def __init__(self, group: Group, numel: int) -> None:
         self._group, self._numel, self.device = group, numel, group.device
+        self._part_numel = numel // group.size
         self.exchange: Exchange | None = None  # the last one
 
     def begin(self) -> None:
@@ -37,7 +41,7 @@ class Gradients(ABC):
         """Where this worker's gradients go, [padded_numel]."""
 
     @abstractmethod
-    def send(self, shard_numel: int, contributors: range, tag: str) -> Exchange:
+    def send(self, contributors: range, tag: str) -> Exchange:
         """Begin to exchange them. Collective."""
 
     def sent(self) -> None:  # noqa: B027  (where the place stays)
@@ -57,8 +61,8 @@ class KeptGradients(Gradients):
     def place(self) -> Tensor:
         return self._contribution.local[self._start : self._start + self._numel]
 
-    def send(self, shard_numel: int, contributors: range, tag: str) -> Exchange:
-        self.exchange = self._group.exchange(self._contribution, self._start, shard_numel, contributors, tag)
+    def send(self, contributors: range, tag: str) -> Exchange:
+        self.exchange = self._group.exchange(self._contribution, self._start, self._part_numel, contributors, tag)
         return self.exchange
 
 
@@ -78,8 +82,8 @@ class PassingGradients(Gradients):
     def place(self) -> Tensor:
         return self._mine().local
 
-    def send(self, shard_numel: int, contributors: range, tag: str) -> Exchange:
-        self.exchange = self._group.exchange(self._mine(), 0, shard_numel, contributors, tag)
+    def send(self, contributors: range, tag: str) -> Exchange:
+        self.exchange = self._group.exchange(self._mine(), 0, self._part_numel, contributors, tag)
         return self.exchange
 
     def sent(self) -> None:
@@ -166,12 +170,12 @@ class RingGradients(Gradients):
             self._place = slot
         return self._place[: self._numel]
 
-    def send(self, shard_numel: int, contributors: range, tag: str) -> Exchange:
+    def send(self, contributors: range, tag: str) -> Exchange:
         self._number = self._ring.number_of(self._position)
         slot = self._ring.slots[self._number % len(self._ring.slots)]
         if self._place is not None and not self._in_ring:
             self._ring.wait_for(self._number)[: self._numel].copy_(self._place[: self._numel])
-        self.exchange = self._group.exchange(slot, 0, shard_numel, contributors, tag)
+        self.exchange = self._group.exchange(slot, 0, self._part_numel, contributors, tag)
         self._ring.sends(self._number, self.exchange)
         self._place = None
         return self.exchange

@@ -32,7 +32,6 @@ class Event(Enum):
     RELEASE = "release"  # they aren't wanted for now
     REDUCE = "reduce"  # all its gradients of a micro-batch are there, and leave
     REDUCED = "reduced"  # its owners have added them
-    KEEP = "keep"  # all its gradients are there, and are added on this worker, for now
     ABORT = "abort"  # the step failed
 
 
@@ -41,7 +40,6 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.GATHERING, Event.GATHERED): State.READY,
     (State.READY, Event.RELEASE): State.RESTING,
     (State.READY, Event.REDUCE): State.REDUCING,
-    (State.READY, Event.KEEP): State.RESTING,
     (State.REDUCING, Event.REDUCED): State.RESTING,
     # A worker that has no micro-batch in a round reduces without having computed; so does one that sends its sums, and
     # one whose model has left the unit before every gradient was there.

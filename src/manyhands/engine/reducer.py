@@ -1,8 +1,8 @@
 """From micro-batches' gradients to ordered sums of shards: what is exchanged when, and what is added in which order.
 
 Two ways, the same sum. *Every micro-batch*: in round j the workers compute micro-batches j*W .. j*W+W-1, and each owner
-adds the pieces in index order. *Every step*: a worker computes a contiguous run of virtual workers, adds locally, and
-sends the complete subtrees that its run covers.
+adds the pieces in index order. *Every step*: those who share memory (a host's workers, or one alone) compute in that
+way a contiguous run of virtual workers, and send the complete subtrees that their run covers to the others.
 
 Units are exchanged in one fixed order on all workers (the last built first, as backward usually completes them), in
 whatever order their gradients come: so no worker ever waits for a message that another doesn't send.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,24 +30,37 @@ IN_FLIGHT = 2
 """Exchanges of gradients under way at a time, where each has a buffer of its own."""
 
 
+class Levels(NamedTuple):
+    """near: whose gradients are added in each round. far: who exchange the sums once a step (None: nobody)."""
+
+    near: Group
+    far: Group | None
+
+
+def levels_of(group: Group, stage: Stage, batch: Batch) -> Levels:
+    """Which way the gradients go. Sums of whole units are kept only where whole gradients are, or are shared."""
+    far = group.far
+    if far is None or far.size > batch.virtual_workers or not (group.shares_memory or stage.grad is not SHARDED):
+        return Levels(group, None)
+    return Levels(group.near, far)
+
+
 @dataclass(frozen=True)
 class Round:
-    """micro_batch: what this worker computes (None: nothing); contributors: the ranks that compute something."""
+    """micro_batch: what this worker computes (None: nothing); contributors: the ranks in `near` that compute one."""
 
     micro_batch: int | None
     contributors: range
 
 
-def plan_rounds(batch: Batch, rank: int, workers: int, every_step: bool) -> list[Round]:
-    """The rounds of a step on this worker, in order. Pure."""
-    if every_step:
-        run = run_of_virtual_workers(rank, workers, batch.virtual_workers)
-        micro_batches = range(run.start * batch.accumulate, run.stop * batch.accumulate)
-        return [Round(index, range(0)) for index in micro_batches]
+def plan_rounds(batch: Batch, run: range, rank: int, workers: int) -> list[Round]:
+    """The rounds of a step for one of those who compute the virtual workers of `run`, in order. Pure."""
+    first, count = run.start * batch.accumulate, len(run) * batch.accumulate
     rounds = []
-    for index in range(num_rounds(workers, batch.micro_batches)):
-        contributors = range(min(workers, batch.micro_batches - index * workers))
-        rounds.append(Round(micro_batch_of_round(index, rank, workers, batch.micro_batches), contributors))
+    for index in range(num_rounds(workers, count)):
+        mine = micro_batch_of_round(index, rank, workers, count)
+        contributors = range(min(workers, count - index * workers))
+        rounds.append(Round(None if mine is None else first + mine, contributors))
     return rounds
 
 
@@ -59,12 +73,14 @@ class Reducer:
     """
 
     def __init__(self, group: Group, units: Sequence[Unit], batch: Batch, stage: Stage, home: Home) -> None:
-        self._group, self._batch = group, batch
+        self._batch = batch
+        near, self._far = levels_of(group, stage, batch)
         self._order = list(reversed(units))
-        self._views = group.pieces_are_views and stage.param is not SHARDED  # and the gradients stay where they are
+        self._views = near.pieces_are_views and stage.param is not SHARDED  # and the gradients stay where they are
         self._may_not_wait = stage.param is SHARDED and not group.pieces_are_views
-        self._every_step = stage.grad is not SHARDED and not self._views and group.size <= batch.virtual_workers
-        self.rounds = plan_rounds(batch, group.rank, group.size, self._every_step)
+        everything = range(batch.virtual_workers)
+        mine = everything if self._far is None else _runs(self._far, batch)[self._far.rank]
+        self.rounds = plan_rounds(batch, mine, near.rank, near.size)
         self._last = len(self.rounds) - 1
         memory = Home(group.device)
         adder, run = Adder(group.device), Scratch(RUN, memory)
@@ -77,9 +93,8 @@ class Reducer:
             self._scratches.append(whole)
             self.sums[unit.name] = ShardSum(batch.accumulate, adder, whole, run)
             self._unit_of.update({slot.name: unit for slot in unit.layout.slots})
-            if self._every_step:
-                mine = run_of_virtual_workers(group.rank, group.size, batch.virtual_workers)
-                scratch = Scratch(unit.layout.padded_numel, memory)
+            if self._far is not None:
+                scratch = Scratch(unit.layout.padded_numel // near.size, memory)
                 self._scratches.append(scratch)
                 self._local[unit.name] = LocalSums(
                     maximal_subtrees(mine.start, mine.stop), batch.accumulate, adder, scratch
@@ -129,9 +144,7 @@ class Reducer:
                 unit.complete()
         self._complete.update(unit.name for unit in self._order)
         self._send_complete()
-        if self._every_step:
-            return
-        if self._round == self._last and self._views:
+        if self._round == self._last and self._views and self._far is None:
             self._last_round, self._in_flight = self._in_flight, []
         while self._in_flight:
             self._drain(*self._in_flight.pop(0))
@@ -144,41 +157,43 @@ class Reducer:
             if this.micro_batch is not None and self.not_finite is None:
                 bad = unit.first_not_finite()
                 self.not_finite = None if bad is None else (this.micro_batch, bad)
-            if self._every_step and this.micro_batch is not None:
-                self._local[unit.name].add(this.micro_batch, unit.gradients.place())
-                unit.life.on(Event.KEEP)
-                continue
             self._in_flight.append((unit, unit.send(this.contributors, self._tag(unit))))
-            # Who waits here for others must not keep them waiting: in a backward that gathers parameters it might.
-            while not self._views and len(self._in_flight) > IN_FLIGHT:
-                if self._may_not_wait and not self._in_flight[0][1].is_complete:
-                    break
+            while self._shall_drain():
                 self._drain(*self._in_flight.pop(0))
+
+    def _shall_drain(self) -> bool:
+        """Whether to add the oldest pieces now, in the midst of a backward."""
+        if not self._in_flight:
+            return False
+        if self._views:  # they cost no memory: only if there's something to gain, and nobody to wait for
+            return self._far is not None and self._in_flight[0][1].is_complete
+        # Who waits here for others must not keep them waiting: in a backward that gathers parameters it might.
+        return len(self._in_flight) > IN_FLIGHT and not (self._may_not_wait and not self._in_flight[0][1].is_complete)
 
     def _tag(self, unit: Unit) -> str:
         return f"step {self._step}, round {self._round} / {unit.name} / grad"
 
     def _drain(self, unit: Unit, exchange: Exchange) -> None:
+        into = self.sums[unit.name] if self._far is None else self._local[unit.name]
         for piece in exchange.pieces():
-            self.sums[unit.name].add(piece)
+            into.add(piece)
         self.sums[unit.name].rest()
         exchange.release()
         unit.sent()
 
     def close_rounds(self) -> None:
         """After the last round: send the local sums, if that is the way."""
-        if not self._every_step:
+        if self._far is None:
             return
         for unit in self._order:
-            for level, piece in self._exchange_subtrees(unit):
+            for level, piece in self._exchange_subtrees(unit, self._far):
                 self.sums[unit.name].keep(piece, level)
             self._local[unit.name].clear()
 
-    def _exchange_subtrees(self, unit: Unit) -> list[tuple[int, torch.Tensor]]:
-        """(level, piece of my shard) of all workers' subtrees, in the order of the virtual workers."""
-        size, virtual = self._group.size, self._batch.virtual_workers
-        runs = [run_of_virtual_workers(rank, size, virtual) for rank in range(size)]
-        subtrees = [maximal_subtrees(run.start, run.stop) for run in runs]
+    def _exchange_subtrees(self, unit: Unit, far: Group) -> list[tuple[int, torch.Tensor]]:
+        """(level, piece of my shard) of everyone's subtrees, in the order of the virtual workers."""
+        size = far.size
+        subtrees = [maximal_subtrees(run.start, run.stop) for run in _runs(far, self._batch)]
         mine = self._local[unit.name].values
         under_way = []
         unit.life.on(Event.REDUCE)
@@ -187,9 +202,9 @@ class Reducer:
             # A lone micro-batch travels as it is, in its own dtype; sums travel in fp32.
             leaves = self._batch.accumulate == 1 and all(subtrees[rank][slot].level == 0 for rank in contributors)
             dtype = unit.params.dtype if leaves else torch.float32
-            value = mine[slot].to(dtype) if slot < len(mine) else torch.empty(0, dtype=dtype, device=self._group.device)
+            value = mine[slot].to(dtype) if slot < len(mine) else torch.empty(0, dtype=dtype, device=far.device)
             tag = f"step {self._step}, subtree {slot} / {unit.name} / grad"
-            under_way.append(self._group.exchange(Contribution(value), 0, unit.layout.shard_numel, contributors, tag))
+            under_way.append(far.exchange(Contribution(value), 0, unit.layout.shard_numel, contributors, tag))
         pieces = [exchange.pieces() for exchange in under_way]
         unit.life.on(Event.REDUCED)
         found: list[tuple[Subtree, torch.Tensor]] = []
@@ -224,3 +239,8 @@ class Reducer:
     def scratch_bytes(self) -> int:
         """What the sums in flight have taken so far."""
         return sum(scratch.num_bytes for scratch in self._scratches)
+
+
+def _runs(far: Group, batch: Batch) -> list[range]:
+    """The virtual workers of each rank in `far`."""
+    return [run_of_virtual_workers(rank, far.size, batch.virtual_workers) for rank in range(far.size)]

@@ -17,13 +17,15 @@ from manyhands.config import Batch, Recipe, Strategy
 from manyhands.engine.buffers import may_change
 from manyhands.engine.control import agree, gather_json
 from manyhands.engine.gradients import Gradients, KeptGradients, PassingGradients, Ring, RingGradients
-from manyhands.engine.params import BufferPool, GatheredParams, HomeParams, Params, ShardedParams, WholeParams
+from manyhands.engine.params import GatheredParams, HomeParams, Params, ShardedParams, WholeParams
 from manyhands.engine.partition import UnitPlan, plan_units, storage_dtype
+from manyhands.engine.reducer import levels_of
 from manyhands.engine.unit import ParamUnit, Unit
 from manyhands.layout import Layout, Range, UnitLayout, build_layout
 from manyhands.models.fingerprint import fingerprint
 from manyhands.offload.construction import let_go
 from manyhands.offload.home import Home
+from manyhands.offload.pool import BufferPool
 from manyhands.offload.scratch import check_space
 from manyhands.optim.sliced import SlicedOptimizer
 from manyhands.sharding.stage import REPLICATED, SHARDED, Stage, stage_named
@@ -77,7 +79,8 @@ def lay_out(
     """
     stage = stage_named(strategy.stage)
     _cast_frozen(model, recipe.precision, group.device, awaited)
-    filler = _Filler(dict(model.named_parameters()), awaited, group, stage, home)
+    adding = levels_of(group, stage, recipe.batch).near
+    filler = _Filler(dict(model.named_parameters()), awaited, group, stage, home, adding)
     plans = plan_units(
         model, recipe.precision, strategy.units, uncut=uncut, workers=group.size, gathered=filler.gathers
     )
@@ -100,12 +103,19 @@ def lay_out(
 
 class _Filler:
     """Moves the model's parameters, `params` by name, into units. gathers: whether units become whole now and
-    then only; else they are so for good. awaited: see `lay_out`."""
+    then only; else they are so for good. awaited: see `lay_out`. adding: see `levels_of`."""
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], awaited: Collection[str], group: Group, stage: Stage, home: Home
+        self,
+        params: Mapping[str, nn.Parameter],
+        awaited: Collection[str],
+        group: Group,
+        stage: Stage,
+        home: Home,
+        adding: Group,
     ) -> None:
         self.params, self._awaited, self._group, self._stage, self._home = params, awaited, group, stage, home
+        self._adding = adding
         # Workers that share memory have one copy of the parameters together: there's nothing to shard.
         elsewhere = home.is_apart or home.device != group.device
         self.gathers = stage.param is SHARDED and (elsewhere or not group.pieces_are_views)
@@ -138,8 +148,7 @@ class _Filler:
     def store(self, layout: UnitLayout, dtype: torch.dtype, full: Tensor | None = None) -> Params:
         """A unit's parameters: in `full`, or at home. Collective where memory is shared."""
         group = self._group
-        shard = layout.shard(group.rank)
-        writes = shard if group.shares_memory else layout.whole
+        writes = layout.part(group.near.rank, group.near.size)  # everyone has all values
         store: Params
         if full is not None:
             store = WholeParams(layout, full)
@@ -150,7 +159,7 @@ class _Filler:
             store = ShardedParams(
                 layout, group.rank, self._home.empty(layout.shard_numel, dtype), self._home, self._pool
             )
-            writes = shard
+            writes = layout.shard(group.rank)
         self._copy(layout, writes, store.kept(writes))
         let_go([store.kept(writes)], self._home)
         return store
@@ -177,7 +186,7 @@ class _Filler:
             )
 
     def _gradients(self, layouts: Sequence[UnitLayout], starts: Sequence[int], dtype: torch.dtype) -> list[Gradients]:
-        group, numels = self._group, [layout.padded_numel for layout in layouts]
+        group, numels = self._adding, [layout.padded_numel for layout in layouts]
         if self._stage.grad is REPLICATED or (group.pieces_are_views and self._stage.param is REPLICATED):
             contribution = group.empty_contribution(starts[-1], dtype)
             return [

@@ -1,4 +1,4 @@
-"""Ordered sums over tensors: the fp32 sums in flight of a unit's shard, and of a worker's own virtual workers."""
+"""Ordered sums over tensors: the fp32 sums in flight of a unit's shard, and those that are added before they travel."""
 
 from __future__ import annotations
 
@@ -105,25 +105,27 @@ class ShardSum:
 
 
 class LocalSums:
-    """What one worker adds by itself when gradients are exchanged once a step: its run's maximal complete subtrees.
+    """What is added before gradients are exchanged once a step: the maximal complete subtrees of a run.
 
-    values: for each subtree its sum over the whole unit, [padded_numel], complete once all micro-batches were added.
+    values: for each subtree its sum over this worker's part of a unit, complete once all micro-batches were added.
     """
 
     def __init__(self, subtrees: Sequence[Subtree], accumulate: int, adder: Adder, scratch: Scratch) -> None:
         self._subtrees, self._accumulate = subtrees, accumulate
-        self._scratch = scratch
+        self._scratch, self._added = scratch, 0  # added to the subtree that isn't complete
         self._sums: list[OrderedSum[Tensor]] = [
             OrderedSum(accumulate, own=scratch.copy_of, add=adder, free=scratch.free) for _ in subtrees
         ]
         self.values: list[Tensor] = []
 
-    def add(self, micro_batch: int, gradient: Tensor) -> None:
-        """Add the whole unit's gradient of a micro-batch of this run (borrowed), in index order."""
+    def add(self, piece: Tensor) -> None:
+        """Add the piece of the run's next micro-batch (borrowed)."""
         which = len(self.values)
-        self._sums[which].add_micro_batch(gradient)
-        if micro_batch + 1 == self._subtrees[which].end * self._accumulate:
+        self._sums[which].add_micro_batch(piece)
+        self._added += 1
+        if self._added == self._accumulate << self._subtrees[which].level:
             self.values.append(self._sums[which].fold())
+            self._added = 0
 
     def clear(self) -> None:
         """Give all buffers back."""
@@ -132,3 +134,4 @@ class LocalSums:
         for unfinished in self._sums:
             unfinished.clear()
         self.values.clear()
+        self._added = 0

@@ -148,7 +148,7 @@ class Unit(ParamUnit):
         self.life.on(Event.REDUCE)
         if isinstance(self.params, GatheredParams):
             self.params.release()
-        return self.gradients.send(self.layout.shard_numel, contributors, tag)
+        return self.gradients.send(contributors, tag)
 
     def sent(self) -> None:
         """The exchange is over on this worker."""

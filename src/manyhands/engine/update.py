@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.group import Group
-from manyhands.engine.memory import give_back_memory
 from manyhands.engine.params import WholeParams
 from manyhands.engine.reducer import Reducer
 from manyhands.engine.runs import Run, ranges_of, runs_of
@@ -24,6 +23,7 @@ from manyhands.engine.unit import Unit
 from manyhands.errors import NumericsError
 from manyhands.layout import BLOCK, Layout, Range
 from manyhands.numerics.blocks import block_hashes, block_norms, total_norm
+from manyhands.offload.heap import give_back_memory
 from manyhands.offload.home import Home
 from manyhands.optim.sliced import Slice, SlicedOptimizer
 from manyhands.sharding.stage import REPLICATED, Stage
@@ -51,6 +51,8 @@ class Updater:
         self._group, self._units, self._layout, self._optimizer = group, units, layout, optimizer
         self._home, self._sums_home = homes
         self._replicated = stage.optim is REPLICATED
+        # Who share the work of writing parameters; others don't need them, or have the same ones.
+        self._writers = group.near if self._replicated else group
         ranges = {unit.name: ranges_of(unit) for unit in units}
         longest = max((each.numel for several in ranges.values() for each in several), default=0)
         # A run's gradient, where it's summed, and where the state is. If that is elsewhere, one travels while another
@@ -138,10 +140,8 @@ class Updater:
 
     def _publish(self, unit: Unit, tag: str) -> list[Callable[[], None]]:
         """Begin to give everyone my shard of what stays whole, or is one copy for all; what waits for theirs."""
-        if self._replicated and not self._group.shares_memory:
-            return []
         whole = unit.params.replicated
-        return [] if whole is None else [self._group.publish(whole, f"{tag} / {unit.name} / param")]
+        return [] if whole is None else [self._writers.publish(whole, f"{tag} / {unit.name} / param")]
 
     def _full_start(self, unit: Unit) -> int:
         return 0 if self._replicated else unit.shard.start
@@ -224,7 +224,7 @@ class Updater:
 
     def _writes(self, unit: Unit, within: Range) -> Range:
         """The elements whose parameters this worker writes."""
-        return within.overlap(unit.shard) if self._group.shares_memory else within
+        return within.overlap(unit.layout.part(self._writers.rank, self._writers.size))
 
     def _write(self, run: Run) -> None:
         unit, writes = run.unit, self._writes(run.unit, run.range)

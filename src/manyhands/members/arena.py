@@ -1,4 +1,4 @@
-"""What a membership needs of its surroundings: memory that several workers see (comm/memory.py), and a store."""
+"""What a membership needs of its surroundings: memory that several workers see (offload/shared.py), and a store."""
 
 from __future__ import annotations
 

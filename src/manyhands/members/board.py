@@ -5,6 +5,7 @@ Layout of a board, one shared page run per worker, written by its owner alone:
     int64 [0], [1]   posted: how many collective calls it has begun (or contributed to), by lane
     int64 [8]        drained: how many exchanges it has read to the end
     int64 [16]       closed: it left on purpose
+    int64 [24]       waiting: it waits for others
     int64 [64:64+RING], [64+RING:64+2*RING]  what it called: the tag's checksum, by call number modulo RING, by lane
     bytes [TEXT:]    its status in words, zero-terminated
 
@@ -22,7 +23,7 @@ LANES = 2
 TEXT = (64 + LANES * RING) * 8
 TEXT_BYTES = 512
 BOARD_BYTES = TEXT + TEXT_BYTES
-_POSTED, _DRAINED, _CLOSED, _TAGS = 0, 8, 16, 64
+_POSTED, _DRAINED, _CLOSED, _WAITING, _TAGS = 0, 8, 16, 24, 64
 
 
 class Board:
@@ -44,6 +45,14 @@ class Board:
     @property
     def closed(self) -> bool:
         return bool(self._counts[_CLOSED])
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._counts[_WAITING])
+
+    def wait(self, waiting: bool) -> None:
+        """Owner: I wait for others, or do no longer."""
+        self._counts[_WAITING] = waiting
 
     def post(self, number: int, tag: str, lane: int) -> None:
         """Owner: begin collective call `number` of a lane. The tag is written before the count that shows it."""

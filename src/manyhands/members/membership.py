@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -31,6 +32,7 @@ from manyhands.members.processes import ask_for_stack, process_state, stack_addr
 LOOK_SECONDS = 0.1
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 10.0
+HURRIED_LOST_SECONDS = 3.0  # where a connection broke, too
 GRACE_SECONDS = 1.5
 JOIN_SECONDS = 300.0
 CLOSED = b"closed"  # the last beat of a worker that left on purpose
@@ -61,6 +63,13 @@ class Peer:
         if self.board is not None:
             return self.board.posted(lane)
         return 0 if self.beat in (b"", CLOSED) else int(self.beat.split(b" ")[0].split(b",")[lane])
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for others itself, as far as is known here."""
+        if self.board is not None:
+            return self.board.waiting
+        return self.beat not in (b"", CLOSED) and self.beat.split(b" ")[0].endswith(b"w")
 
     @property
     def drained(self) -> int:
@@ -98,6 +107,7 @@ class Membership:
         self._noticed = False  # the main thread has raised the failure (or its own): it is on its way out
         self._store, self._abandon, self._meetings, self._beats = store, abandon, 0, 0
         self._stop = threading.Event()
+        self._lost_seconds, self._heard = LOST_SECONDS, math.inf  # when the store answered the watching thread last
         memory, address = arena.create(BOARD_BYTES)
         self.board = Board(memory)
         me = {
@@ -117,7 +127,8 @@ class Membership:
                     got=f"{other['wishes']} (worker {other_rank})",
                     hint="start all workers with the same program and strategy",
                 )
-        self.one_host = all(other["host"] == me["host"] for other in others)
+        self.hosts = [str(other["host"]) for other in others]  # of each worker
+        self.one_host = all(host == me["host"] for host in self.hosts)
         self.at_close: list[Callable[[], None]] = []
         self.peers: dict[int, Peer] = {}
         for other_rank, other in enumerate(others):
@@ -161,23 +172,41 @@ class Membership:
             texts.append(self._store.get(f"{prefix}/{rank}").decode())
         return texts
 
+    def hurry(self) -> None:
+        """A connection broke: from now on who isn't heard of for a few seconds is taken for lost."""
+        self._lost_seconds = HURRIED_LOST_SECONDS
+
+    @property
+    def _is_cut_off(self) -> bool:
+        """Whether the watching thread has waited for the store's answer for as long."""
+        return time.monotonic() - self._heard > LOST_SECONDS
+
     def check(self) -> None:
         """Raise the failure, if there is one."""
+        if self.failure is None and self._is_cut_off:
+            self.failure = WorkerError(
+                f"worker 0's host, {self.hosts[0]}, has not answered for {LOST_SECONDS:g} s",
+                rank=0,
+                where=f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.status or 'starting'}",
+                hint="see whether that host is down, or this one is cut off from the network",
+            )
         if self.failure is not None:
             self._noticed = True
             raise self.failure
 
-    def check_wait(self, began: float, tag: str, is_behind: Callable[[Peer], bool]) -> None:
-        """Called while waiting since `began` (monotonic) for those peers that are behind."""
+    def check_wait(self, began: float, tag: str, behind: list[Peer]) -> None:
+        """Called while waiting since `began` (monotonic) for those peers."""
         self.check()
-        behind = [peer for peer in self.peers.values() if is_behind(peer)]
         self._report_left(behind, tag)
-        if time.monotonic() - began < self.stall_seconds:
+        seconds = time.monotonic() - began
+        if seconds < self.stall_seconds:
             return
-        if behind:
-            self._report_stalled(behind[0], tag)
+        if not behind:
+            raise InvariantError("waited too long for calls that every worker has made", where=tag)
+        to_blame = [peer for peer in behind if not peer.waits]  # who waits itself is going to tell for whom
+        if to_blame or seconds > 2 * self.stall_seconds:
+            self._report_stalled((to_blame or behind)[0], tag)
             raise self._await_failure()
-        raise InvariantError("waited too long for calls that every worker has made", where=tag)
 
     def fail(self, error: BaseException) -> None:
         """Leave `error`, raised here, for the others and for the parent. The first failure of the group wins."""
@@ -207,7 +236,7 @@ class Membership:
         if self.is_well:
             self.leave()
         self._stop.set()
-        self._watcher.join()
+        self._watcher.join(LOST_SECONDS if self.is_well else BEAT_SECONDS)  # it may wait for a host that is gone
         for peer in self.peers.values():
             if peer.pidfd is not None:
                 os.close(peer.pidfd)
@@ -225,6 +254,8 @@ class Membership:
 
     def _report(self, error: WorkerError) -> None:
         names = ("rank", "what", "where", "detail", "hint", "alive")
+        if self._is_cut_off:
+            return
         with contextlib.suppress(RuntimeError):
             self._store.compare_set("failure", "", json.dumps({name: getattr(error, name) for name in names}))
 
@@ -262,7 +293,7 @@ class Membership:
     def _watch(self) -> None:
         last_beat, failed_at = 0.0, 0.0
         while not self._stop.wait(LOOK_SECONDS):
-            now = time.monotonic()
+            self._heard = now = time.monotonic()
             if self.failure is None:
                 try:
                     self._look()
@@ -302,7 +333,7 @@ class Membership:
 
     def _beat(self, now: float) -> None:
         self._beats += 1  # so that no two beats are the same
-        posted = ",".join(str(self.board.posted(lane)) for lane in range(LANES))
+        posted = ",".join(str(self.board.posted(lane)) for lane in range(LANES)) + ",w" * self.board.waiting
         self._watch_store.set(f"beat/{self.rank}", f"{posted} {self._beats} {self.board.status}")
         for peer in self.peers.values():
             if peer.board is not None or peer.beat == CLOSED:
@@ -311,9 +342,11 @@ class Membership:
             beat = self._watch_store.get(key) if self._watch_store.check([key]) else b""
             if beat != peer.beat:
                 peer.beat, peer.beat_seen = beat, now
-            elif now - peer.beat_seen > LOST_SECONDS:
-                what = f"worker {peer.rank}'s host has not been heard of for {LOST_SECONDS:g} s"
-                self._report(WorkerError(what, rank=peer.rank, where=peer.where))
+            elif now - peer.beat_seen > self._lost_seconds:
+                seconds = f"{self._lost_seconds:g} s"
+                what = f"worker {peer.rank} on another host, {peer.host}, has not been heard of for {seconds}"
+                hint = "see whether that host is down or cut off from the network, or the worker was killed there"
+                self._report(WorkerError(what, rank=peer.rank, where=peer.where, hint=hint))
 
 
 def _host() -> str:

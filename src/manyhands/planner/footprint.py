@@ -122,7 +122,8 @@ def footprint(
 ) -> Footprint:
     """See Footprint. clips: whether the recipe has a clip_norm. state_bytes: of the optimizer, for an element.
 
-    strategy.group "auto" means shared memory. On a GPU, what `home` says of the host isn't told apart.
+    strategy.group "auto" means shared memory, and so does "hierarchical" (hosts aren't told apart).
+    On a GPU, what `home` says of the host isn't told apart.
     """
     ways = Ways(strategy, workers, batch.virtual_workers)
     trained = [unit for unit in units if unit.trainable]

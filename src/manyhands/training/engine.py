@@ -19,6 +19,7 @@ from manyhands.data.loader import LoadedBatch, MicroBatchLoader
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.metrics import StepMetrics
 from manyhands.errors import CheckpointError, Interrupted, InvariantError
+from manyhands.sharding.stage import SHARDED, stage_named
 
 
 class StepBatch(NamedTuple):
@@ -55,7 +56,14 @@ class Engine(StepEngine):
         self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None
         self._saving: Saving | None = None
-        own = group or connect(strategy.group, device=recipe.device, stall_seconds=strategy.stall_seconds)
+        # Each host would have all of what the stage shards over all: only if it's asked for.
+        whole_on_hosts = strategy.group != "auto" or stage_named(strategy.stage).param is not SHARDED
+        own = group or connect(
+            strategy.group,
+            device=recipe.device,
+            stall_seconds=strategy.stall_seconds,
+            most_hosts=recipe.batch.virtual_workers if whole_on_hosts else 0,
+        )
         try:
             self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
             super().__init__(recipe, strategy, own)
