@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 
+from manyhands.cli.workers import Bounds, bounds, workers_for
 from manyhands.errors import DataError, WorkerError
 from manyhands.launching.restarts import Restart, run_again
 from manyhands.report.run_directory import RunDirectory
@@ -26,9 +28,10 @@ class Launches:
     """Ends in turn as it is told: with an error, or well; `saved` grows by what stands beside."""
 
     def __init__(self, *ends: tuple[WorkerError | None, int]) -> None:
-        self.ends, self.saved, self.told = list(ends), 0, list[Restart]()
+        self.ends, self.saved, self.told, self.failures = list(ends), 0, list[Restart](), list[int]()
 
-    def run(self) -> None:
+    def run(self, failures: int) -> None:
+        self.failures.append(failures)
         error, steps = self.ends.pop(0)
         self.saved += steps
         if error is not None:
@@ -48,6 +51,21 @@ def test_it_is_started_again_until_it_ends_well() -> None:
     launches = Launches((failed(), 0), (failed(), 0), (failed(), 0), (None, 9))
     launches.again()
     assert [restart.number for restart in launches.told] == [1, 2, 3]
+    assert launches.failures == [0, 1, 2, 3]
+
+
+def test_a_range_of_workers_shrinks_as_they_fail_again() -> None:
+    assert [Bounds(2, 4).after(failures) for failures in range(6)] == [4, 4, 3, 2, 2, 2]
+    assert bounds("2:8") == (2, 8)
+    assert bounds("3") == (3, 3)
+    for wrong in ("", "0", "2:1", ":3", "x", "1:2:3"):
+        with pytest.raises(typer.BadParameter):
+            bounds(wrong)
+    assert workers_for(Bounds(1, 99), 1, 3).most <= 3
+    assert workers_for(Bounds(5, 99), 1, 3) == (
+        5,
+        5,
+    )  # the recipe's own check refuses it
 
 
 def test_progress_makes_failures_forgotten() -> None:
@@ -135,7 +153,7 @@ def test_the_run_ends_as_if_nothing_had_been(
     run = again(tmp_path / "run", fault, "--snapshot-every", "never", *options)
     assert run.process.returncode == 0, run.output
     assert digest_of(run) == undisturbed
-    assert "starting again (1 of 3)" in run.output
+    assert "starting again (1 of 3) with 2 workers" in run.output
     assert run.left_behind() == []
     events = RunDirectory.open_existing(tmp_path / "run" / "directory").read_events()
     kinds = [event["event"] for event in events if "saved" not in event["event"]]

@@ -13,7 +13,7 @@ from manyhands import __version__
 from manyhands.cli.doctor import doctor
 from manyhands.cli.export import export
 from manyhands.cli.train import train
-from manyhands.cli.workers import Workers, default_workers, snapshots_kept, start_workers, tell_restart
+from manyhands.cli.workers import Workers, snapshots_kept, start_workers, tell_restart, workers_for
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
 
 app = typer.Typer(
@@ -101,13 +101,15 @@ def run(
         raise ConfigError("there is no such script", where=str(script.absolute()))
     from manyhands.launching.restarts import run_again
 
-    command, workers = [sys.executable, str(script), *context.args], workers or default_workers(1, None)
-    with snapshots_kept("auto" if max_restarts else "never", workers) as snapshots:
+    command, allowed = [sys.executable, str(script), *context.args], workers_for(workers, 1, None)
+    with snapshots_kept("auto" if max_restarts else "never", allowed.most) as snapshots:
         run_again(
-            lambda: start_workers(command, workers, None, snapshots.variables, holds_signals=False),
+            lambda failures: start_workers(
+                command, allowed.after(failures), None, snapshots.variables, holds_signals=False
+            ),
             saved_step=snapshots.newest_step,
             most=max_restarts,
-            tell=tell_restart,
+            tell=lambda restart: tell_restart(restart, allowed.after(restart.number)),
         )
 
 

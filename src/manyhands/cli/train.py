@@ -7,20 +7,20 @@ import os
 import shlex
 import sys
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from manyhands.cli.workers import (
+    Bounds,
     Workers,
     a_number_auto_or_never,
-    default_workers,
     from_one,
     snapshots_kept,
     start_workers,
     tell_restart,
+    workers_for,
 )
 from manyhands.config import GROUPS, HOMES, STAGES
 from manyhands.errors import CheckpointError, ConfigError, Interrupted, WorkerError
@@ -158,8 +158,8 @@ def train(
     checked = check_recipe(recipe, overrides)
     batch = checked.batch.build()
     launched = _launched_workers(workers, run_dir)
-    workers = launched or workers or default_workers(checked.threads_per_worker, batch.micro_batches)
-    batch.check_workers(workers)
+    allowed = workers_for(workers, checked.threads_per_worker, batch.micro_batches)
+    batch.check_workers(launched or allowed.most)
     if steps is None and checked.steps is None:
         raise ConfigError(
             "nobody says how many steps to train", where=str(recipe), hint="use --steps N, or steps = N in the recipe"
@@ -190,12 +190,14 @@ def train(
         raise typer.Exit(work(request))
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
     try:
-        with snapshots_kept(snapshot_every if max_restarts else "never", workers) as snapshots:
+        with snapshots_kept(snapshot_every if max_restarts else "never", allowed.most) as snapshots:
             run_again(
-                lambda: start_workers(command, workers, directory / "logs", snapshots.variables, holds_signals=True),
+                lambda failures: start_workers(
+                    command, allowed.after(failures), directory / "logs", snapshots.variables, holds_signals=True
+                ),
                 saved_step=lambda: max(snapshots.newest_step(), _last_checkpoint(checkpoints)),
                 most=max_restarts,
-                tell=partial(_note_restart, RunDirectory(directory)),
+                tell=lambda restart: _note_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
                 samples_of=batch.samples_of,
             )
     except WorkerError as error:
@@ -205,7 +207,7 @@ def train(
         raise _with_the_way_on(error, directory, checkpoints, given=run_dir is not None) from None
 
 
-def _launched_workers(workers: int | None, run_dir: Path | None) -> int:
+def _launched_workers(workers: Bounds | None, run_dir: Path | None) -> int:
     """How many workers another launcher (torchrun, say) has started, of which this process is one; 0: none has."""
     launched = int(os.environ.get("WORLD_SIZE", "0"))
     if launched and (workers is not None or run_dir is None):
@@ -229,9 +231,9 @@ def _last_checkpoint(checkpoints: Place) -> int:
         return 0
 
 
-def _note_restart(directory: RunDirectory, restart: Restart) -> None:
+def _note_restart(directory: RunDirectory, restart: Restart, workers: int) -> None:
     _note_failure(directory, restart.cause, restart.number)
-    tell_restart(restart)
+    tell_restart(restart, workers)
 
 
 def _note_failure(directory: RunDirectory, error: WorkerError, restart: int | None) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -31,26 +31,51 @@ def a_number_auto_or_never(value: str) -> str:
     return value
 
 
+class Bounds(NamedTuple):
+    """Between how many and how many."""
+
+    least: int
+    most: int
+
+    def after(self, failures: int) -> int:
+        """How many workers to start after so many failures without progress: the first may have been chance; then there
+        may be too many of them for the memory, or a part of the machine is broken."""
+        return max(self.least, self.most - max(0, failures - 1))
+
+
+def bounds(text: str) -> Bounds:
+    """Of an option's value: `4`, or `2:8`."""
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+        raise typer.BadParameter(f"{text} is neither a whole number of at least 1 nor a range of them such as 2:8")
+    return Bounds(int(least), int(most or least))
+
+
 Workers = Annotated[
-    int | None,
+    Bounds | None,
     typer.Option(
         "--workers",
         "-n",
         metavar="N",
-        callback=from_one,
-        help="Worker processes on this machine (default: as many as its CPUs allow).",
+        parser=bounds,
+        help="Worker processes on this machine (default: as many as its CPUs allow). 2:8: as many as they allow, but at "
+        "least 2 and at most 8, and fewer when workers fail again and again.",
         show_default=False,
     ),
 ]
 
 
-def default_workers(threads_per_worker: int, micro_batches: int | None) -> int:
-    """As many workers as the CPUs that this process may use allow, but no more than there are micro-batches."""
+def workers_for(wanted: Bounds | None, threads_per_worker: int, micro_batches: int | None) -> Bounds:
+    """As many workers as the CPUs that this process may use allow, but no more than there are micro-batches; in a range
+    that is wanted, and as many as are wanted if it's one number."""
     import os
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, cpus // threads_per_worker)
-    return workers if micro_batches is None else min(workers, micro_batches)
+    fitting = max(1, cpus // threads_per_worker)
+    fitting = fitting if micro_batches is None else min(fitting, micro_batches)
+    if wanted is None:
+        return Bounds(fitting, fitting)
+    return Bounds(wanted.least, max(wanted.least, min(wanted.most, fitting)))
 
 
 class KeptSnapshots:
@@ -95,9 +120,10 @@ def start_workers(
         raise Interrupted("stopped before any worker began, as asked (SIGINT)") from None
 
 
-def tell_restart(restart: Restart) -> None:
-    """On the terminal: why, and for which time."""
-    cause = restart.cause
+def tell_restart(restart: Restart, workers: int) -> None:
+    """On the terminal: why, for which time, and with how many workers."""
+    cause, count = restart.cause, f"{workers} worker{'' if workers == 1 else 's'}"
     place = f"\n  where: {cause.where}" if cause.where else ""
     hint = f"\n  what to do: {cause.hint}" if cause.hint else ""
-    sys.stderr.write(f"{cause.what}{place}{hint}\nstarting again ({restart.number} of {restart.most})\n")
+    again = f"starting again ({restart.number} of {restart.most}) with {count}"
+    sys.stderr.write(f"{cause.what}{place}{hint}\n{again}\n")

@@ -26,14 +26,15 @@ class Restart:
 
 
 def run_again(
-    run: Callable[[], None],
+    run: Callable[[int], None],
     *,
     saved_step: Callable[[], int],
     most: int,
     tell: Callable[[Restart], None],
     samples_of: Callable[[int, int], str] = lambda step, micro_batch: "",
 ) -> None:
-    """Call `run`, which starts the workers and awaits them, until it ends well.
+    """Call `run`, which starts the workers and awaits them, until it ends well. It's given the number of failures
+    without progress before.
 
     saved_step: how many steps the last checkpoint has made: where `run` will begin. most: how often to start again
     without that having grown. samples_of: names those of (step, micro-batch). Raises the WorkerError that was one too
@@ -43,7 +44,7 @@ def run_again(
     since, number, before = saved_step(), 0, ""
     while True:
         try:
-            return run()
+            return run(number)
         except WorkerError as error:
             if not _is_accident(error):
                 raise
