@@ -31,7 +31,7 @@ from test_faults import MANYHANDS, SUPPORT, Run
 
 STEPS, MICRO_BATCHES = 8, 4
 KINDS = ("kill", "kill", "raise", "terminate", "stop", "stall")
-PLACES = ("start", "forward", "exchange", "update", "checkpoint")
+PLACES = ("start", "forward", "exchange", "update", "checkpoint", "snapshot")
 STAGES, GROUPS = ("ddp", "zero1", "zero2", "zero3"), ("shared-memory", "process")
 COMMANDS = 12  # for a run: more means that it doesn't come to an end
 
@@ -44,6 +44,7 @@ def command(folder: Path, workers: int, chance: random.Random) -> list[str]:
     """Train on, in some way."""
     stage, group = chance.choice(STAGES), chance.choice(GROUPS)
     options = ["--workers", str(workers), "--stage", stage, "--group", group, "--checkpoint-every", "1", "--json"]
+    options += ["--snapshot-every", chance.choice(["1", "1", "auto", "never"])]
     where = ["--run-dir", str(folder / "directory"), "--steps", str(STEPS), "--max-restarts", "2"]
     return [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), *options, *where]
 
@@ -53,10 +54,11 @@ def faults(workers: int, chance: random.Random) -> str:
     found = []
     for _ in range(chance.randint(2, 4)):
         place = chance.choice(PLACES)
-        # Who hangs is noticed by the others, once they have met.
-        kind = chance.choice(KINDS[:4] if workers == 1 else KINDS)
-        if place == "start":  # what a recipe raises as it's imported is for a person to mend
-            kind = chance.choice(["kill", "terminate"])
+        kind = chance.choice(KINDS)
+        if place == "start":  # what a recipe raises as it's imported is for a person to mend; it may sleep there, too
+            kind = chance.choice(["kill", "terminate", "stop"])
+        if place in ("checkpoint", "snapshot") and workers == 1 and kind == "stall":
+            kind = "stop"  # between two steps a worker without peers may take its time
         count = 0 if place == "start" else chance.randint(1, 2 * MICRO_BATCHES // workers)
         found.append(f"{kind}-once {place} {count} {chance.randrange(workers)}")
     return ";".join(found)

@@ -58,8 +58,8 @@ Workers = Annotated[
         "-n",
         metavar="N",
         parser=bounds,
-        help="Worker processes on this machine (default: as many as its CPUs allow). 2:8: as many as they allow, but at "
-        "least 2 and at most 8, and fewer when workers fail again and again.",
+        help="Worker processes on this machine (default: as many as its CPUs allow). 2:8: as many as they allow, but "
+        "at least 2 and at most 8, and fewer when workers fail again and again.",
         show_default=False,
     ),
 ]
