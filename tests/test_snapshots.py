@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import manyhands as mh
-from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot, take_snapshot
+from manyhands.checkpoint.snapshot import SnapshotMemory, take_snapshot
 from manyhands.comm.group import Group
 from manyhands.planner.free_memory import free_memory_bytes
 from manyhands.report.run_directory import RunDirectory
@@ -44,7 +44,7 @@ def train(
         mine = SnapshotMemory.at(memory.address())
         with mh.Engine(recipe, mh.Strategy(stage=stage), group) as engine:
             if load:
-                load_snapshot(engine, mine)
+                engine.load_snapshot(mine)
             for batch in engine.batches(STEPS):
                 digest = engine.step(batch, digest=True).digest
                 if engine.step_index in taken:

@@ -12,6 +12,7 @@ from manyhands.checkpoint.initial import load_initial
 from manyhands.checkpoint.load import load_checkpoint
 from manyhands.checkpoint.save import begin_checkpoint
 from manyhands.checkpoint.saving import Saving
+from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy, Weights
@@ -175,8 +176,16 @@ class Engine(StepEngine):
 
         Raises CheckpointError, NumericsError.
         """
+        place = place_of(checkpoint)
+        return self._restored(lambda: load_checkpoint(self, place, accept_new_numerics=accept_new_numerics))
+
+    def load_snapshot(self, memory: SnapshotMemory) -> Manifest:
+        """Go on from the last snapshot in that memory. Collective."""
+        return self._restored(lambda: load_snapshot(self, memory))
+
+    def _restored(self, load: Callable[[], Manifest]) -> Manifest:
         try:
-            manifest = load_checkpoint(self, place_of(checkpoint), accept_new_numerics=accept_new_numerics)
+            manifest = load()
         except BaseException as error:  # perhaps on this worker alone (a damaged file)
             self.group.fail(error)
             raise

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from manyhands.checkpoint.format import Manifest
-from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot, snapshot_bytes, take_snapshot
+from manyhands.checkpoint.snapshot import SnapshotMemory, snapshot_bytes, take_snapshot
 from manyhands.engine.control import gather_json
-from manyhands.engine.engine import StepEngine
 from manyhands.planner.free_memory import free_memory_bytes
+from manyhands.training.engine import Engine
 from manyhands.units import format_bytes
 
 SNAPSHOT_MEMORY_VARIABLE = "MANYHANDS_SNAPSHOT_MEMORY"
@@ -31,7 +31,7 @@ class Snapshots:
     tell: what a person should know. Nothing is kept of state that lives on a disk: it's there not to be in memory.
     """
 
-    def __init__(self, engine: StepEngine, tell: Callable[[str], None]) -> None:
+    def __init__(self, engine: Engine, tell: Callable[[str], None]) -> None:
         self._engine, self._tell = engine, tell
         address = os.environ.get(SNAPSHOT_MEMORY_VARIABLE)
         one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
@@ -50,7 +50,7 @@ class Snapshots:
 
     def load(self) -> Manifest | None:
         """Go on from the last one, if there is one."""
-        return None if self._memory is None else load_snapshot(self._engine, self._memory)
+        return None if self._memory is None else self._engine.load_snapshot(self._memory)
 
     def after_step(self, digest: str | None, *, last: bool) -> None:
         """Take one, if it's time (after the last step there's nothing to lose). digest: of the weights, if known."""
