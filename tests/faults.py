@@ -33,6 +33,7 @@ STEPS, MICRO_BATCHES = 8, 4
 KINDS = ("kill", "kill", "raise", "terminate", "stop", "stall")
 PLACES = ("start", "forward", "exchange", "update", "checkpoint", "snapshot")
 STAGES, GROUPS = ("ddp", "zero1", "zero2", "zero3"), ("shared-memory", "process")
+ENDS = (1, 130, -signal.SIGKILL, -signal.SIGTERM)  # the last: asked to stop before Python was ready to hear it
 COMMANDS = 12  # for a run: more means that it doesn't come to an end
 
 
@@ -91,9 +92,11 @@ def trained(folder: Path, seed: int) -> tuple[str, int]:
         run.wait(120)
         count += len(list(place.glob("fault-time-*")))
         saved = check(folder, run, saved)
+        if run.process.returncode == -signal.SIGTERM and (place / "fault-time").exists():
+            raise Failed("the launcher didn't listen to SIGTERM while workers were there")
         if run.process.returncode == 0:
             return str(json.loads(run.output.splitlines()[-1])["digest"]), count
-        if "InvariantError" in run.output or run.process.returncode not in (1, 130, -signal.SIGKILL):
+        if "InvariantError" in run.output or run.process.returncode not in ENDS:
             raise Failed(f"ended with {run.process.returncode}:\n{run.output}")
     raise Failed("it didn't come to an end")
 

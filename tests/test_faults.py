@@ -219,3 +219,4 @@ def test_workers_end_with_a_killed_launcher(tmp_path: Path, launcher: str) -> No
     run.process.kill()
     run.wait()
     assert time.monotonic() - began < WITHIN_SECONDS
+    assert launcher != "manyhands" or run.left_behind() == []

@@ -41,10 +41,12 @@ class Job:
         for host in on:
             self.add(host)
 
-    def add(self, host: Host) -> None:
-        """Start it there, too."""
+    def add(self, host: Host, command: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """Start it there, too; or another one."""
         self.hosts.append(host)
-        self._running[host.name] = host.start(self.command, self.folder / host.name, self._environment)
+        started = host.start(command or self.command, self.folder / host.name, self._environment)
+        self._running[host.name] = started
+        return started
 
     def wait(self, seconds: float = 300.0) -> list[int]:
         """Exit codes."""

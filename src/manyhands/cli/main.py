@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -12,6 +13,7 @@ import typer
 from manyhands import __version__
 from manyhands.cli.doctor import doctor
 from manyhands.cli.export import export
+from manyhands.cli.hosts import join
 from manyhands.cli.train import train
 from manyhands.cli.workers import Workers, snapshots_kept, start_workers, tell_restart, workers_for
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
@@ -31,6 +33,7 @@ WRONG = 2
 
 def main() -> None:
     """Run the command line; what went wrong is told on stderr, without a traceback unless it's a bug."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, where nobody listens better
     try:
         app(standalone_mode=True)
     except ManyhandsError as error:
@@ -136,6 +139,9 @@ def compare(
 
 
 app.command()(export)
+
+
+app.command()(join)
 
 
 app.command()(doctor)

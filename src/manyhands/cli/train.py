@@ -7,15 +7,18 @@ import os
 import shlex
 import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.hosts import first_host, train_together
 from manyhands.cli.workers import (
     Bounds,
     Workers,
     a_number_auto_or_never,
+    bounds,
     from_one,
     snapshots_kept,
     start_workers,
@@ -121,6 +124,24 @@ def train(
             show_default=False,
         ),
     ] = 3,
+    hosts: Annotated[
+        Bounds | None,
+        typer.Option(
+            metavar="N",
+            parser=bounds,
+            help="How many hosts train together, this one included: 2, or 1:4, so that others come and go "
+            "(`manyhands join`).",
+            show_default=False,
+        ),
+    ] = None,
+    meet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="With --hosts: where the others reach this one (default: its name, port 29400).",
+            show_default=False,
+        ),
+    ] = None,
     digest_every: Annotated[
         int,
         typer.Option(
@@ -189,7 +210,13 @@ def train(
 
         raise typer.Exit(work(request))
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
+    note = partial(_note_failure, RunDirectory(directory))
     try:
+        if hosts is not None:
+            batch.check_workers(allowed.most * hosts.most)
+            meeting = first_host(hosts, meet, request, allowed.most, max_restarts, partial(note, restart=0))
+            train_together(meeting, allowed.most)
+            return
         with snapshots_kept(snapshot_every if max_restarts else "never", allowed.most) as snapshots:
             run_again(
                 lambda failures: start_workers(
@@ -201,7 +228,7 @@ def train(
                 samples_of=batch.samples_of,
             )
     except WorkerError as error:
-        _note_failure(RunDirectory(directory), error, restart=None)
+        note(error, restart=None)
         raise
     except Interrupted as error:
         raise _with_the_way_on(error, directory, checkpoints, given=run_dir is not None) from None
@@ -236,8 +263,11 @@ def _note_restart(directory: RunDirectory, restart: Restart, workers: int) -> No
     tell_restart(restart, workers)
 
 
-def _note_failure(directory: RunDirectory, error: WorkerError, restart: int | None) -> None:
-    """restart: None if nobody tries again."""
+def _note_failure(directory: RunDirectory, error: WorkerError | None, restart: int | None) -> None:
+    """restart: None if nobody tries again. error: None if it was none: a host has come or gone."""
+    if error is None:
+        directory.append_event("hosts changed")
+        return
     facts = {"rank": error.rank, "what": error.what, "where": error.where, "hint": error.hint}
     directory.append_event("failed", **facts, restart=restart)
 

@@ -14,6 +14,7 @@ from manyhands.errors import Interrupted
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.snapshot import SnapshotMemory
+    from manyhands.launching.meeting import Meeting
     from manyhands.launching.restarts import Restart
 
 
@@ -109,13 +110,29 @@ def snapshots_kept(every: str, workers: int) -> Iterator[KeptSnapshots]:
 
 
 def start_workers(
-    command: list[str], workers: int, log_dir: Path | None, variables: Mapping[str, str], *, holds_signals: bool
+    command: list[str],
+    workers: int,
+    log_dir: Path | None,
+    variables: Mapping[str, str],
+    *,
+    holds_signals: bool,
+    meeting: Meeting | None = None,
 ) -> None:
-    """Start them, with `variables` in their environment, and await their end. Raises WorkerError and Interrupted."""
+    """Start them, with `variables` in their environment, and await their end. Raises WorkerError and Interrupted.
+
+    meeting: with other hosts', if any.
+    """
     try:
         from manyhands.launching.launcher import run_workers
 
-        run_workers(command, workers=workers, environment=variables, log_dir=log_dir, holds_signals=holds_signals)
+        run_workers(
+            command,
+            workers=workers,
+            environment=variables,
+            log_dir=log_dir,
+            holds_signals=holds_signals,
+            meeting=meeting,
+        )
     except KeyboardInterrupt:  # before the launcher listened to signals
         raise Interrupted("stopped before any worker began, as asked (SIGINT)") from None
 

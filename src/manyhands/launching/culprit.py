@@ -34,6 +34,8 @@ def explain(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
         key=lambda failure: failure.seconds,
     )
     named = notices[0].culprit if notices else None
+    if named is not None and named not in {end.rank for end in ends}:  # on another host
+        ends = [*ends, WorkerEnd(rank=named, exit_code=0, seconds=notices[0].seconds)]
     first_seconds = min(end.seconds for end in ends if end.exit_code != 0)
     culprit = min(ends, key=lambda end: _blame(end, named, first_seconds))
     return _error_about(culprit, [notice for notice in notices if notice.culprit == culprit.rank], ends)

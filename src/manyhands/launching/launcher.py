@@ -7,7 +7,7 @@ when one fails. Three things of it are replaced, each through an interface that 
   that the system picks and that is never given back before it is used;
 - the signal handlers (`Stop`): torch's raise from wherever the parent happens to be, also between two starts of
   workers, which are then lost; ours note the signal, and the launcher's next look at the workers acts on it;
-- the log folders (`_Logs`): plain files, written by the workers themselves (see launching/child.py).
+- the log folders (`Logs`): plain files, written by the workers themselves (see launching/child.py).
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import math
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.elastic.multiprocessing import LogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.api import LogsDest
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
@@ -38,25 +40,21 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from manyhands.errors import ConfigError
+from manyhands.errors import ConfigError, WorkerError
 from manyhands.launching.culprit import explain
+from manyhands.launching.logs import Logs
+from manyhands.launching.meeting import Meeting
 from manyhands.launching.stop import Stop, end_all
-from manyhands.launching.watch import Watch, status_file
+from manyhands.launching.watch import Watch
 from manyhands.members.failure import (
-    ERROR_FILE_VARIABLE,
-    PARENT_TELLS_VARIABLE,
-    WorkerEnd,
-    read_failure,
     record_failure,
 )
-from manyhands.members.status_file import STATUS_FILE_VARIABLE, read_status
 
 __all__ = ["record_failure", "run_workers"]
 
 _BACKEND = "manyhands-local"
 _CHILD = Path(__file__).resolve().parents[1] / "launching" / "child.py"
 _PLAN_FILE = "plan.json"  # as in launching/child.py, which runs without this package
-_LOG_TAIL_LINES = 20
 _TALKERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torchelastic-events-null")
 
 
@@ -69,8 +67,11 @@ def run_workers(
     grace_seconds: float = 30.0,
     quiet: bool = True,
     holds_signals: bool = False,
+    meeting: Meeting | None = None,
 ) -> None:
     """Run `command` in `workers` processes on this host; returns when all have ended well (exit code 0).
+
+    meeting: together with those of other hosts, which may come and go; then workers are started again as it says.
 
     Worker 0 writes to this terminal; the others to `log_dir/worker-R.log` (appended), or to the terminal without one.
     `environment` is added to what the workers inherit. `quiet=False` lets the elastic launcher's own log through.
@@ -91,8 +92,7 @@ def run_workers(
     if log_dir is not None:
         log_dir = log_dir.absolute()
         log_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="manyhands-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    with _folder() as folder:
         plan = {
             "command": [program, *command[1:]],
             "log_dir": None if log_dir is None else str(log_dir),
@@ -100,35 +100,51 @@ def run_workers(
             "holds_signals": holds_signals,
         }
         (folder / _PLAN_FILE).write_text(json.dumps(plan), encoding="utf-8")
-        logs = _Logs(folder, log_dir, dict(environment or {}))
+        logs = Logs(folder, log_dir, dict(environment or {}), None if meeting is None else meeting.tell)
         stop = Stop(folder, workers, grace_seconds)
-        exit_codes = _launch(folder, workers, logs, stop, quiet)
-        ends = [logs.end_of(rank, *exit_codes.get(rank, (0, time.time()))) for rank in range(workers)]
+        launch = LaunchConfig(
+            **_one_host(folder) if meeting is None else meeting.launch_options(),
+            nproc_per_node=workers,
+            monitor_interval=0.1,
+            logs_specs=logs,
+            signals_to_handle="",  # ours stay
+            shutdown_timeout=math.ceil(stop.grace_seconds),
+        )
+        launch.rdzv_configs |= {"stop": stop, "watch": Watch(folder)}
+        exit_codes = _launch(folder, launch, stop, quiet)
+        ends = logs.ends(exit_codes)
     if stop.signal is not None:
         raise stop.interrupted(ends)
     if exit_codes:
         raise explain(ends)
 
 
-def _launch(folder: Path, workers: int, logs: _Logs, stop: Stop, quiet: bool) -> dict[int, tuple[int, float]]:
-    """Start and await the workers. Gives (exit code, seconds since the epoch) of those that failed."""
+def _one_host(folder: Path) -> dict[str, Any]:
+    """For torch's configuration of a launch."""
     rendezvous_handler_registry.register(_BACKEND, _LocalRendezvous)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        run_id=folder.name,
-        rdzv_backend=_BACKEND,
-        rdzv_configs={"stop": stop, "watch": Watch(folder)},
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=logs,
-        signals_to_handle="",  # ours stay
-        shutdown_timeout=math.ceil(stop.grace_seconds),
-    )
+    return {"min_nodes": 1, "max_nodes": 1, "run_id": folder.name, "rdzv_backend": _BACKEND, "max_restarts": 0}
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A temporary folder, also gone after this process was killed: a shell waits for the end of a pipe that only this
+    process holds."""
+    with tempfile.TemporaryDirectory(prefix="manyhands-", ignore_cleanup_errors=True) as name:
+        command = ["/bin/sh", "-c", 'cat; rm -rf "$1"', "sh", name]
+        nowhere = subprocess.DEVNULL
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, cwd="/", start_new_session=True
+        ):
+            yield Path(name)
+
+
+def _launch(folder: Path, config: LaunchConfig, stop: Stop, quiet: bool) -> dict[int, tuple[int, float]]:
+    """Start and await the workers. Gives (exit code, seconds since the epoch) of those that failed."""
     ended_well = False
     with ExitStack() as stack:
         stack.enter_context(_environment_kept("TORCHELASTIC_SIGNALS_TO_HANDLE"))
+        stack.enter_context(_environment_kept("TORCH_DISABLE_SHARE_RDZV_TCP_STORE"))
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else who joins isn't told where the others meet
         stack.enter_context(stop.listening())
         if quiet:
             stack.enter_context(_silenced(*_TALKERS))
@@ -140,6 +156,15 @@ def _launch(folder: Path, workers: int, logs: _Logs, stop: Stop, quiet: bool) ->
             return {rank: (failure.exitcode, float(failure.timestamp)) for rank, failure in error.failures.items()}
         except SignalException:  # raised by `Stop`: torch has passed the signal on, and awaited or killed the workers
             return {}
+        except RendezvousClosedError:  # the first host has stopped, or failed: what our workers say is all there is
+            return {}
+        except RendezvousError as error:
+            raise WorkerError(
+                "the hosts don't find together (any more)",
+                where=config.rdzv_endpoint,
+                hint="if the first host is gone, start the run on another one, with the same run directory",
+                detail=str(error),
+            ) from error
         finally:
             if not ended_well:
                 end_all(folder)
@@ -188,53 +213,6 @@ class _LocalRendezvous(RendezvousHandler):
     def shutdown(self) -> bool:
         self._store = None
         return True
-
-
-class _Logs(LogsSpecs):
-    """Gives the launcher the workers' environment and error files, and reads what they left."""
-
-    def __init__(self, folder: Path, log_dir: Path | None, environment: Mapping[str, str]) -> None:
-        super().__init__()
-        self._folder, self._log_dir, self._environment = folder, log_dir, environment
-        # A log may go on from an earlier run, whose last lines are not this one's.
-        self._earlier_bytes = {path: path.stat().st_size for path in log_dir.glob("worker-*.log")} if log_dir else {}
-
-    @property
-    def root_log_dir(self) -> str:
-        return str(self._folder)
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        for rank, variables in envs.items():
-            for name, value in self._environment.items():
-                variables.setdefault(name, value)
-            variables.setdefault("OMP_NUM_THREADS", "1")
-            if self._log_dir is not None and "PYTHONUNBUFFERED" not in os.environ:
-                # What a killed worker has printed isn't lost. (On a shared terminal it would cut lines into pieces.)
-                variables.setdefault("PYTHONUNBUFFERED", "1")
-            variables[PARENT_TELLS_VARIABLE] = "1"
-            variables[STATUS_FILE_VARIABLE] = str(status_file(self._folder, rank))
-            variables[ERROR_FILE_VARIABLE] = str(self._folder / f"error-{rank}.json")
-        nowhere = dict.fromkeys(envs, "")
-        # Other error files than those in the environment: torch raises from within at one that it can't parse.
-        unread = dict.fromkeys(envs, os.devnull)
-        return LogsDest(stdouts=nowhere, stderrs=dict(nowhere), error_files=unread)
-
-    def end_of(self, rank: int, exit_code: int, seconds: float) -> WorkerEnd:
-        """How worker `rank` ended, with what it left."""
-        failure = read_failure(self._folder / f"error-{rank}.json", rank)
-        tail = self._tail(rank) if exit_code != 0 else ""
-        status = read_status(status_file(self._folder, rank))
-        doing = "" if status is None else status.doing
-        return WorkerEnd(rank=rank, exit_code=exit_code, seconds=seconds, failure=failure, log_tail=tail, doing=doing)
-
-    def _tail(self, rank: int) -> str:
-        if self._log_dir is None or rank == 0:
-            return ""
-        path = self._log_dir / f"worker-{rank}.log"
-        with suppress(OSError):
-            data = path.read_bytes()[self._earlier_bytes.get(path, 0) :]
-            return "\n".join(data.decode("utf-8", "replace").splitlines()[-_LOG_TAIL_LINES:])
-        return ""
 
 
 @contextmanager

@@ -77,6 +77,8 @@ def _line(event: dict[str, Any]) -> str:
         where = f" ({event['where']})" if event.get("where") else ""
         then = "" if event.get("restart") is None else f"; started again ({event['restart']})"
         return f"failed: {event['what']}{where}{then}"
+    if kind == "hosts changed":
+        return "a host came or went: started again with those that were there"
     if kind == "saved":
         return f"checkpoint of step {event['step']} published"
     if kind == "not saved":

@@ -1,0 +1,117 @@
+"""`manyhands train --hosts`, and `manyhands join`: one run on several hosts, which may come and go."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manyhands.cli.workers import Bounds, Workers, start_workers
+from manyhands.errors import ConfigError, Interrupted, WorkerError
+
+if TYPE_CHECKING:
+    from manyhands.launching.meeting import Meeting
+
+Tell = Callable[[WorkerError | None], None]
+"""Hears why workers are started again: of a failure, or None if a host has come or gone."""
+
+
+def first_host(
+    hosts: Bounds, endpoint: str | None, request: dict[str, Any], workers: int, restarts: int, note: Tell
+) -> Meeting:
+    """A run that others may join, whose workers do what `request` says. Raises ConfigError."""
+    from manyhands.launching.meeting import PORT, Meeting, parse_endpoint
+
+    host, port = parse_endpoint(endpoint or f"{socket.gethostname()}:{PORT}")
+    shared = {
+        **request,
+        "recipe": str(Path(request["recipe"]).absolute()),
+        "run_dir": str(Path(request["run_dir"]).absolute()),
+    }
+    said = {"request": shared, "workers": workers, "recipe_sha256": _sha256(shared["recipe"])}
+    return Meeting(
+        host=host,
+        port=port,
+        run=f"{request['run_dir']}-{uuid.uuid4()}",
+        least=hosts.least,
+        most=hosts.most,
+        restarts=restarts,
+        first=True,
+        said=said,
+        tell=_telling(note),
+    )
+
+
+def train_together(meeting: Meeting, workers: int) -> None:
+    """This host's part of the run. Raises WorkerError and Interrupted."""
+    from manyhands.launching.meeting import interface_of, own_address
+
+    request = meeting.said["request"]
+    command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
+    interface = interface_of(own_address(meeting.host, meeting.port))
+    variables = {} if interface is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": interface}
+    logs = Path(request["run_dir"]) / "logs"
+    if meeting.first and meeting.most > 1:
+        sys.stderr.write(f"others join this run with: manyhands join {meeting.endpoint}\n")
+    start_workers(command, workers, logs, variables, holds_signals=True, meeting=meeting)
+
+
+def join(
+    endpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="HOST[:PORT]", help="Where the run's first host says that others join.", show_default=False
+        ),
+    ],
+    workers: Workers = None,
+) -> None:
+    """Train a run of another host together with it, from the next step on. SIGTERM or Ctrl-C leaves it again.
+
+    The recipe, its data and the run directory must be here under the same paths as there.
+
+    Example: `manyhands join first-host:29400 --workers 4`
+    """
+    from manyhands.launching.meeting import join as meet
+
+    meeting = meet(endpoint)
+    recipe, run_dir = meeting.said["request"]["recipe"], Path(meeting.said["request"]["run_dir"])
+    if not Path(recipe).is_file() or _sha256(recipe) != meeting.said["recipe_sha256"]:
+        raise ConfigError(
+            "the run's recipe is not the same here",
+            where=recipe,
+            expected="the file that the first host has",
+            got="another one" if Path(recipe).is_file() else "no such file",
+            hint="put it, with what it imports, under the same path on all hosts, or on a file system that they share",
+        )
+    if not run_dir.is_dir():
+        raise ConfigError(
+            "the run's directory is not here",
+            where=str(run_dir),
+            hint="it must be on a file system that all hosts share",
+        )
+    mine = workers.most if workers else int(meeting.said["workers"])
+    train_together(replace(meeting, tell=_telling(lambda error: None)), mine)
+
+
+def _telling(note: Tell) -> Callable[[WorkerError | Interrupted | None], None]:
+    def tell(why: WorkerError | Interrupted | None) -> None:
+        failure = why if isinstance(why, WorkerError) else None
+        place = f"\n  where: {failure.where}" if failure is not None and failure.where else ""
+        told = "a host has come or gone" if failure is None else f"{failure.what}{place}"
+        sys.stderr.write(f"{told}\nstarting again, with the hosts that are there\n")
+        note(failure)
+
+    return tell
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,188 @@
+"""Several hosts: where their launchers meet and agree on who takes part, by torch's c10d rendezvous.
+
+The first host keeps the store at which all meet, and in it what a host that joins must know of the run. When a host
+comes, or is lost, torch's elastic agents stop their workers and start them again, more of them or fewer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import socket
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.launching.stop import Stop
+from manyhands.launching.watch import Watch
+
+PORT = 29400
+_BACKEND = "manyhands-hosts"
+_LAST_CALL_SECONDS = 1  # that others are waited for, once the fewest are there
+_KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 2, 5  # without a sign of life for so long a host's launcher is given up
+_REACH_SECONDS = 10.0
+_RUN, _TOLD = "manyhands/run", ("run", "least", "most", "restarts", "said")
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """host, port: where all meet. run: a name for it that is this run's alone. least, most: hosts. restarts: how often
+    workers are started again after a failure. first: whether this host keeps the store. said: what the others learn of
+    the run from the first. tell: called before workers are started again, with why, if a worker here knows."""
+
+    host: str
+    port: int
+    run: str
+    least: int
+    most: int
+    restarts: int
+    first: bool
+    said: dict[str, Any]
+    tell: Callable[[WorkerError | Interrupted | None], None] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """As a person writes it."""
+        return f"{self.host}:{self.port}"
+
+    def launch_options(self) -> dict[str, Any]:
+        """For torch's configuration of a launch. Raises ConfigError if the first host can't be reached."""
+        rendezvous_handler_registry.register(_BACKEND, HostsRendezvous)
+        return {
+            "min_nodes": self.least,
+            "max_nodes": self.most,
+            "run_id": self.run,
+            "rdzv_backend": _BACKEND,
+            "rdzv_endpoint": self.endpoint,
+            "rdzv_configs": {
+                "meeting": self,
+                "is_host": self.first,
+                "last_call_timeout": _LAST_CALL_SECONDS,
+                "keep_alive_interval": _KEEP_ALIVE_SECONDS,
+                "keep_alive_max_attempt": _KEEP_ALIVE_ATTEMPTS,
+            },
+            "local_addr": own_address(self.host, self.port),
+            "max_restarts": self.restarts,
+        }
+
+
+def join(endpoint: str) -> Meeting:
+    """What the first host says of its run. Raises ConfigError if there's none at that endpoint."""
+    host, port = parse_endpoint(endpoint)
+    try:
+        _await(host, port)
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_REACH_SECONDS))
+        told = json.loads(store.get(_RUN))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "no run can be joined there",
+            where=f"{host}:{port}",
+            got=str(error).partition("\n")[0][:200],
+            hint="on the first host, manyhands train --hosts says where; see that its port can be reached from here",
+        ) from error
+    return Meeting(host=host, port=port, first=False, **told)
+
+
+def _await(host: str, port: int) -> None:
+    """Until somebody listens there. (torch would tell of each try at length.) Raises OSError."""
+    deadline = time.monotonic() + _REACH_SECONDS
+    while True:
+        try:
+            return socket.create_connection((host, port), _REACH_SECONDS).close()
+        except ConnectionRefusedError:  # the first host may be on its way
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def parse_endpoint(text: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `host`. Raises ConfigError."""
+    host, _, port = text.rpartition(":") if ":" in text else (text, "", str(PORT))
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(
+            "an endpoint can't be understood", expected=f"HOST or HOST:PORT, such as first:{PORT}", got=text
+        )
+    return host, int(port)
+
+
+def own_address(host: str, port: int) -> str:
+    """This host's address as `host` sees it. Raises ConfigError if there's no way to it."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError("a host can't be reached", where=host, got=error, hint="check its name or address") from error
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address: Gloo would take the one that the host's name leads to."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                packed = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(packed[20:24]) == address:
+                    return name
+    return None
+
+
+class HostsRendezvous(RendezvousHandler):
+    """torch's, with a look at this host's workers and at the wish to stop whenever the agent asks who waits."""
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        meeting: Meeting = parameters.get("meeting")
+        self._stop: Stop = parameters.get("stop")
+        self._watch: Watch = parameters.get("watch")
+        self._first = meeting.first
+        backend, self._store = create_backend(parameters)
+        self._handler = create_handler(self._store, backend, parameters)
+        if meeting.first:
+            self._store.set(_RUN, json.dumps({name: getattr(meeting, name) for name in _TOLD}))
+
+    def get_backend(self) -> str:
+        return _BACKEND
+
+    @property
+    def use_agent_store(self) -> bool:
+        return False
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        return self._handler.next_rendezvous()
+
+    def num_nodes_waiting(self) -> int:
+        try:
+            self._stop.raise_if_asked()
+        except BaseException:
+            if self._first:  # nobody could meet here any more: the run stops on all hosts
+                self._handler.set_closed()
+            raise
+        self._watch.look()
+        return self._handler.num_nodes_waiting()
+
+    def is_closed(self) -> bool:
+        return self._handler.is_closed()
+
+    def set_closed(self) -> None:
+        self._handler.set_closed()
+
+    def get_run_id(self) -> str:
+        return self._handler.get_run_id()
+
+    def shutdown(self) -> bool:
+        return self._handler.shutdown()

@@ -1,0 +1,172 @@
+"""`manyhands train --hosts` and `manyhands join`: hosts come and go, and the run ends in one worker's bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.launching.culprit import explain
+from manyhands.launching.meeting import PORT, interface_of, own_address, parse_endpoint
+from manyhands.members.failure import Failure, WorkerEnd
+from support.hosts import Host, hosts
+from test_faults import MANYHANDS, SUPPORT
+from test_hosts import ENVIRONMENT, Job, events, needs_hosts
+
+RECIPE = str(SUPPORT / "faulty.toml")
+
+
+def test_an_endpoint_has_a_port_of_its_own_or_the_usual_one() -> None:
+    assert parse_endpoint("first") == ("first", PORT)
+    assert parse_endpoint("10.0.0.1:4000") == ("10.0.0.1", 4000)
+    for wrong in ("", ":1", "first:", "first:x", "first:99999"):
+        with pytest.raises(ConfigError, match="an endpoint can't be understood"):
+            parse_endpoint(wrong)
+
+
+def test_the_way_to_a_host_is_known_before_anything_is_sent() -> None:
+    assert own_address("127.0.0.1", PORT) == "127.0.0.1"
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.7") is None
+    with pytest.raises(ConfigError, match="a host can't be reached"):
+        own_address("no-such-host.invalid", PORT)
+
+
+def test_where_there_is_no_run_nobody_joins() -> None:
+    done = subprocess.run([*MANYHANDS, "join", "127.0.0.1:9"], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("no run can be joined there\n  where: 127.0.0.1:9"), done.stderr
+
+
+def test_a_culprit_on_another_host_is_named_by_those_who_noticed() -> None:
+    lost = WorkerError("worker 2's host has not been heard of for 10 s", rank=2, where="worker 2 (pid 7 on b), step 4")
+    ends = [WorkerEnd(rank=0, exit_code=1, seconds=5.0, failure=Failure.of(lost, rank=0, pid=1))]
+    found = explain(ends)
+    assert isinstance(found, WorkerError)
+    assert (found.rank, found.what, found.where) == (2, lost.what, lost.where)
+
+
+def test_workers_that_all_stopped_as_asked_have_not_failed() -> None:
+    stopped = Failure.of(Interrupted("stopped after step 3, as asked"), rank=0, pid=1)
+    assert isinstance(explain([WorkerEnd(rank=0, exit_code=1, seconds=5.0, failure=stopped)]), Interrupted)
+
+
+# - Real hosts
+
+
+class Together:
+    """One run: `first` is where it begins."""
+
+    def __init__(self, folder: Path, first: Host, steps: int, allowed: str) -> None:
+        self.folder = folder
+        recipe = ["train", RECIPE, "--steps", str(steps), "--set", "batch.micro_size=1", "--json", "--workers", "2"]
+        run = [
+            *MANYHANDS,
+            *recipe,
+            "--hosts",
+            allowed,
+            "--meet",
+            f"{first.address}:{PORT}",
+            "--run-dir",
+            str(folder / "run"),
+        ]
+        self.job = Job(folder, [], [*run, "--checkpoint-every", "2"], {"STEP_SECONDS": "0.1"})
+        self.first = self.job.add(first)
+        self.join = [*MANYHANDS, "join", f"{first.address}:{PORT}"]
+
+    def add(self, host: Host) -> subprocess.Popen[bytes]:
+        return self.job.add(host, self.join)
+
+    def until_workers(self, count: int) -> None:
+        """That many have begun, and have made a step more."""
+        path = self.folder / "run" / "events.jsonl"
+
+        def made() -> bool:
+            told = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            began = [index for index, event in enumerate(told) if event["event"] == "began"]
+            last = told[began[-1] :] if began else [{}]
+            return last[0].get("workers") == count and any(event["event"] == "saved" for event in last)
+
+        self.job.until(made)
+
+    def digest(self) -> object:
+        return next(iter(events(self.folder, "ended", "digest")), None)
+
+    def undisturbed(self, steps: int) -> str:
+        """What one worker comes to."""
+        recipe = ["train", RECIPE, "--steps", str(steps), "--set", "batch.micro_size=1", "--json", "--workers", "1"]
+        alone = subprocess.run(
+            [*MANYHANDS, *recipe, "--run-dir", str(self.folder / "alone")],
+            env={**os.environ, **ENVIRONMENT},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        digest: str = json.loads(alone.stdout.splitlines()[-1])["digest"]
+        return digest
+
+
+def pass_on(host: Host, number: signal.Signals) -> None:
+    """To the launcher there: it doesn't see the signals that its namespace's first process gets."""
+    for pid in host.processes():
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"manyhands.cli.main" in arguments and arguments[0] == sys.executable.encode():
+            os.kill(pid, number)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_a_host_joins_and_leaves_and_no_step_is_made_twice(tmp_path: Path) -> None:
+    with hosts(2) as (first, other):
+        run = Together(tmp_path, first, 50, "1:2")
+        run.until_workers(2)
+        joined = run.add(other)
+        run.until_workers(4)
+        pass_on(other, signal.SIGTERM)
+        assert joined.wait(60) == 130, run.job.said(other)
+        del run.job._running[other.name]
+        run.until_workers(2)
+        assert run.first.wait(120) == 0, run.job.said(first)
+    assert "stopped after step" in run.job.said(other)
+    assert run.job.said(first).count("a host has come or gone") == 2
+    assert [event for event in events(tmp_path, "began", "repeats") if event] == []
+    assert run.digest() == run.undisturbed(50)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_those_that_are_left_go_on_without_a_host_that_is_cut_off(tmp_path: Path) -> None:
+    with hosts(2) as (first, other):
+        run = Together(tmp_path, first, 40, "1:2")
+        run.add(other)
+        run.until_workers(4)
+        del run.job._running[other.name]
+        began = time.monotonic()
+        other.cut_off()
+        run.until_workers(2)
+        seconds = time.monotonic() - began
+        assert run.first.wait(120) == 0, run.job.said(first)
+        assert seconds < 90, run.job.said(first)
+    assert "not been heard of" in run.job.said(first)
+    assert run.digest() == run.undisturbed(40)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_when_the_first_host_is_stopped_all_stop(tmp_path: Path) -> None:
+    with hosts(2) as (first, other):
+        run = Together(tmp_path, first, 1000, "2")
+        joined = run.add(other)
+        run.until_workers(4)
+        pass_on(first, signal.SIGINT)
+        assert run.first.wait(60) == 130, run.job.said(first)
+        assert joined.wait(60) != 0, run.job.said(other)
+    assert "stopped after step" in run.job.said(first)
+    assert "stopped" in run.job.said(other)
