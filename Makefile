@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-memory clean
+.PHONY: demo test test-all faults check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -54,6 +54,10 @@ bench-hosts: $(READY)
 # What a checkpoint costs beside torch.save and torch.distributed.checkpoint.
 bench-checkpoint: $(READY)
 	$(BIN)/python benchmarks/checkpoint.py $(ARGS)
+
+# What killed workers cost, beside torchrun with DDP and torch.save; use a quiet machine.
+bench-recovery: $(READY)
+	$(BIN)/python benchmarks/recovery.py $(ARGS)
 
 # What workers take against the formula, into docs/memory.md; as root, for the control group.
 bench-memory: $(READY)

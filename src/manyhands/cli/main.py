@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ WRONG = 2
 
 def main() -> None:
     """Run the command line; what went wrong is told on stderr, without a traceback unless it's a bug."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of sockets are for those who mend them
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, where nobody listens better
     try:
         app(standalone_mode=True)

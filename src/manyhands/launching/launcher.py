@@ -24,13 +24,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
-    RendezvousClosedError,
     RendezvousError,
     RendezvousHandler,
     RendezvousInfo,
@@ -40,7 +38,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from manyhands.errors import ConfigError, WorkerError
+from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.launching.culprit import explain
 from manyhands.launching.logs import Logs
 from manyhands.launching.meeting import Meeting
@@ -102,16 +100,12 @@ def run_workers(
         (folder / _PLAN_FILE).write_text(json.dumps(plan), encoding="utf-8")
         logs = Logs(folder, log_dir, dict(environment or {}), None if meeting is None else meeting.tell)
         stop = Stop(folder, workers, grace_seconds)
-        launch = LaunchConfig(
-            **_one_host(folder) if meeting is None else meeting.launch_options(),
-            nproc_per_node=workers,
-            monitor_interval=0.1,
-            logs_specs=logs,
-            signals_to_handle="",  # ours stay
-            shutdown_timeout=math.ceil(stop.grace_seconds),
-        )
-        launch.rdzv_configs |= {"stop": stop, "watch": Watch(folder)}
-        exit_codes = _launch(folder, launch, stop, quiet)
+        config = _config(folder, workers, logs, stop, meeting)
+        try:
+            exit_codes = _launch(folder, config, stop, quiet)
+        except WorkerError as error:  # the first host is gone: perhaps because the run was stopped there
+            said = [end.failure.error() for end in logs.ends({}) if end.failure is not None]
+            raise next((word for word in said if isinstance(word, Interrupted)), error) from None
         ends = logs.ends(exit_codes)
     if stop.signal is not None:
         raise stop.interrupted(ends)
@@ -119,10 +113,20 @@ def run_workers(
         raise explain(ends)
 
 
-def _one_host(folder: Path) -> dict[str, Any]:
-    """For torch's configuration of a launch."""
+def _config(folder: Path, workers: int, logs: Logs, stop: Stop, meeting: Meeting | None) -> LaunchConfig:
+    """torch's configuration of a launch."""
     rendezvous_handler_registry.register(_BACKEND, _LocalRendezvous)
-    return {"min_nodes": 1, "max_nodes": 1, "run_id": folder.name, "rdzv_backend": _BACKEND, "max_restarts": 0}
+    one_host = {"min_nodes": 1, "max_nodes": 1, "run_id": folder.name, "rdzv_backend": _BACKEND, "max_restarts": 0}
+    config = LaunchConfig(
+        **(one_host if meeting is None else meeting.launch_options()),
+        nproc_per_node=workers,
+        monitor_interval=0.1,
+        logs_specs=logs,
+        signals_to_handle="",  # ours stay
+        shutdown_timeout=math.ceil(stop.grace_seconds),
+    )
+    config.rdzv_configs |= {"stop": stop, "watch": Watch(folder)}
+    return config
 
 
 @contextmanager
@@ -155,8 +159,6 @@ def _launch(folder: Path, config: LaunchConfig, stop: Stop, quiet: bool) -> dict
         except ChildFailedError as error:
             return {rank: (failure.exitcode, float(failure.timestamp)) for rank, failure in error.failures.items()}
         except SignalException:  # raised by `Stop`: torch has passed the signal on, and awaited or killed the workers
-            return {}
-        except RendezvousClosedError:  # the first host has stopped, or failed: what our workers say is all there is
             return {}
         except RendezvousError as error:
             raise WorkerError(
