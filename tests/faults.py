@@ -101,6 +101,14 @@ def trained(folder: Path, seed: int) -> tuple[str, int]:
     raise Failed("it didn't come to an end")
 
 
+def undisturbed(scratch: Path) -> str:
+    """The digest of a run that nothing happens to."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
+    folder = scratch / "undisturbed"
+    run = Run(folder / "0", command(folder, 1, random.Random(0)), "").wait(120)
+    return str(json.loads(run.output.splitlines()[-1])["digest"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=40)
@@ -108,11 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(highlight=False)
     scratch = Path(tempfile.mkdtemp(prefix="faults-"))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
-    undisturbed = Run(scratch / "undisturbed" / "0", command(scratch / "undisturbed", 1, random.Random(0)), "").wait(
-        120
-    )
-    expected = json.loads(undisturbed.output.splitlines()[-1])["digest"]
+    expected = undisturbed(scratch)
     total, bad = 0, []
     for seed in range(options.seed, options.seed + options.runs):
         folder, began = scratch / str(seed), time.monotonic()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import faults
 from manyhands.cli.workers import Bounds, bounds, workers_for
 from manyhands.errors import DataError, WorkerError
 from manyhands.launching.restarts import Restart, run_again
@@ -175,3 +176,14 @@ def test_a_micro_batch_that_always_fails_is_named_with_its_samples(tmp_path: Pat
     assert run.output.count("starting again") == 1
     assert "samples 18 to 19 of the run's order" in run.output, run.output
     assert "the run is not started again: it failed there the time before, too" in run.output
+
+
+@pytest.mark.parametrize("seed", [1001, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (7, 8))])
+def test_random_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """The short form of `make faults`: commands with other workers, stages and groups go on after each other."""
+    monkeypatch.setenv("PYTHONPATH", "")
+    expected = faults.undisturbed(tmp_path)
+    (tmp_path / str(seed)).mkdir()
+    digest, count = faults.trained(tmp_path / str(seed), seed)
+    assert digest == expected
+    assert count > 0
