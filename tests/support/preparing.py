@@ -1,6 +1,6 @@
 """A job with several shuffles, run by tests in this process and as a script that is killed: INPUT OUTPUT HOW.
 
-HOW: the number of workers, or the name of an engine.
+HOW: the number of workers, the name of an engine, or all options as JSON.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def several_shuffles(folder: Path | str) -> mh.Dataset:
 
 def how(text: str) -> dict[str, Any]:
     """The options that the script's last argument means."""
+    if text.startswith("{"):
+        return dict(json.loads(text))
     return {"workers": int(text)} if text.isdigit() else {"engine": text, "workers": 2}
 
 

@@ -72,7 +72,7 @@ class JobFolder:
             make_folder(self.stage(stage))
         replace_bytes(self.plan_path(plan), pickled(plan))
         if self.together and self._lock is not None:
-            self._take(self._lock, fcntl.LOCK_SH)
+            self._take_with_others(self._lock)
             self._alone = False
         return self.plan_path(plan)
 
