@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory clean
+.PHONY: demo test test-all faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -28,6 +28,10 @@ check: $(READY)
 # Hundreds of random faults, each run to the undisturbed digest: most of an hour. make faults ARGS='--runs 5 --seed 7'
 faults: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/faults.py $(ARGS)
+
+# The same for preparing data: kills of workers, ranks and drivers. make faults-prepare ARGS='--kills 100 --seed 0'
+faults-prepare: $(READY)
+	PYTHONPATH=tests $(BIN)/python tests/faults_prepare.py $(ARGS)
 
 # Our step beside the peers'; use a quiet machine. make bench ARGS='--rounds 5 --only "2-bf16/*"'
 BENCH_VENV ?= .venv-bench

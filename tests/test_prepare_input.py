@@ -17,7 +17,7 @@ import pytest
 
 import manyhands as mh
 from manyhands.prepare.fingerprint import fingerprint
-from manyhands.prepare.job import JobFolder
+from manyhands.prepare.job_folder import JobFolder
 from manyhands.prepare.plan import Output, make_plan
 from manyhands.prepare.task import runs_path
 

@@ -1,4 +1,7 @@
-"""A job with several shuffles, run by tests in this process and as a script that is killed: INPUT OUTPUT WORKERS."""
+"""A job with several shuffles, run by tests in this process and as a script that is killed: INPUT OUTPUT HOW.
+
+HOW: the number of workers, the name of an engine, or all options as JSON.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,13 @@ def several_shuffles(folder: Path | str) -> mh.Dataset:
     return scored.distinct(key=lambda row: (row["mean"], row["user"])).shuffle(seed=5).sort_by("count", descending=True)
 
 
+def how(text: str) -> dict[str, Any]:
+    """The options that the script's last argument means."""
+    if text.startswith("{"):
+        return dict(json.loads(text))
+    return {"workers": int(text)} if text.isdigit() else {"engine": text, "workers": 2}
+
+
 if __name__ == "__main__":
-    how = {"workers": int(sys.argv[3])} if len(sys.argv) > 3 else {}
-    sys.stdout.write(several_shuffles(sys.argv[1]).write(sys.argv[2], progress=False, **how).digest)  # type: ignore[arg-type]
+    made = several_shuffles(sys.argv[1])
+    sys.stdout.write(made.write(sys.argv[2], progress=False, **how(sys.argv[3])).digest)

@@ -28,7 +28,7 @@ def with_caches(node: Node, options: Options) -> Node:
     if not isinstance(node, Cached):
         return node
     plan = make_plan(with_caches(node.parent, options), Output(CHUNKS, None))
-    write_output(plan, node.folder, options, overwrite=True)
+    write_output(plan, node.folder, options.alone() if _is_temporary(node.folder) else options, overwrite=True)
     manifest = read_manifest(node.folder) or {}
     return Kept(
         tuple(join(node.folder, file["name"]) for file in manifest["files"]),
@@ -37,9 +37,18 @@ def with_caches(node: Node, options: Options) -> Node:
     )
 
 
+def _root() -> Path:
+    return Path(tempfile.gettempdir()) / f"manyhands-{os.getuid()}"
+
+
+def _is_temporary(folder: str) -> bool:
+    """No other process knows of it."""
+    return Path(folder).parent == _root()
+
+
 def temporary_folder() -> str:
     """A folder for a cache: removed when this process ends, or if it is killed by the next one that wants one."""
-    root = Path(tempfile.gettempdir()) / f"manyhands-{os.getuid()}"
+    root = _root()
     for path in root.glob("cache-*"):
         pid = path.name.split("-")[1]
         if not Path(f"/proc/{pid}").exists():

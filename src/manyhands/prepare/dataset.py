@@ -227,7 +227,7 @@ class Dataset:
         from manyhands.prepare.job import run_stages
         from manyhands.prepare.output import run_temporarily
 
-        options, plan = options_of(how), self._plan(Counting(), how)
+        options, plan = options_of(how).alone(), self._plan(Counting(), how)
         return int(
             run_temporarily(
                 plan, options, lambda job, progress: run_stages(plan, plan.stages, job, options, progress)[-1].records
@@ -238,7 +238,7 @@ class Dataset:
         """The first records. Only as much is read as that takes, unless they must be arranged."""
         from manyhands.prepare.take import first_records
 
-        options, plan = options_of(how), self._plan(Counting(), how)
+        options, plan = options_of(how).alone(), self._plan(Counting(), how)
         return first_records(plan, count, options)
 
     def explain(self) -> str:

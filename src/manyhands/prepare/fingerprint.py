@@ -81,7 +81,11 @@ class _Fingerprint:
 
     def _of_function(self, function: types.FunctionType) -> str:
         package = _package_of(function)
-        if package not in (self._package, "__main__") and package != "manyhands" and _is_installed(function):
+        if (
+            package not in (self._package, "__main__")
+            and package != "manyhands"
+            and is_installed(function.__code__.co_filename)
+        ):
             return _hash("function", _name(function))
         cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         used = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
@@ -132,9 +136,8 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
-def _is_installed(function: types.FunctionType) -> bool:
-    """It comes with Python or was installed, so that its version says what it does."""
-    file = function.__code__.co_filename
+def is_installed(file: str) -> bool:
+    """What is defined in it comes with Python or was installed, so that its version says what it does."""
     return "site-packages" in file or "/lib/python" in file
 
 

@@ -1,42 +1,26 @@
-"""Runs a plan's stages one after the other, in a folder of its own; what a run before has left done stays done.
-
-.manyhands/
-  lock                 one run at a time
-  plan-IDENTITY        what the workers load
-  IDENTITY/            a stage, by what it computes: part-N.runs or output files, part-N.done, part-N.bad
-"""
+"""Runs a plan's stages one after the other, in the job's folder; what a run before has left done stays done."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import IO, Any
+from typing import Any
 
-from manyhands.addresses import is_local
-from manyhands.errors import ConfigError, Interrupted, ManyhandsError
+from manyhands.errors import Interrupted, ManyhandsError
 from manyhands.prepare.bad_records import BadRecord, too_many
 from manyhands.prepare.engine import Engine
-from manyhands.prepare.fingerprint import pickled
+from manyhands.prepare.engines import open_engine
+from manyhands.prepare.job_folder import JobFolder
 from manyhands.prepare.options import Options
 from manyhands.prepare.plan import Plan, Read, Shuffled, Stage
 from manyhands.prepare.progress import JobProgress
 from manyhands.prepare.reduce import EVERYTHING, Range
 from manyhands.prepare.run_file import cuts_by_size, read_index
-from manyhands.prepare.storage import (
-    TEMPORARY,
-    exists,
-    join,
-    make_folder,
-    names_in,
-    read_bytes,
-    remove,
-    replace_bytes,
-)
+from manyhands.prepare.storage import join, read_bytes
 from manyhands.prepare.task import Task, TaskResult, finished, runs_path
 
 
@@ -61,65 +45,13 @@ class StageResult:
         return [read_bytes(path) for path in paths]
 
 
-class JobFolder:
-    """A job's folder, locked while it is open. Raises ConfigError if another run has it."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        make_folder(path)
-        self._lock: IO[bytes] | None = None
-        if is_local(path):
-            self._lock = open(join(path, "lock"), "wb")  # noqa: SIM115
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
-                raise ConfigError(
-                    "another run is at work here", where=path, hint="wait for it to end, or write to another folder"
-                ) from error
-
-    def prepare(self, plan: Plan) -> str:
-        """Remove what killed runs and other plans have left, and save the plan; its path."""
-        wanted = {self.stage(stage).rpartition("/")[2] for stage in plan.stages}
-        for name in names_in(self.path):
-            if name not in wanted and name != "lock":
-                remove(join(self.path, name))
-        for stage in plan.stages:
-            make_folder(self.stage(stage))
-        self.sweep(plan)
-        replace_bytes(self.plan_path(plan), pickled(plan))
-        return self.plan_path(plan)
-
-    def plan_path(self, plan: Plan) -> str:
-        """Where the plan is saved: of another plan, in another file, because workers keep what they have loaded."""
-        return join(self.path, f"plan-{plan.identity[:20]}")
-
-    def sweep(self, plan: Plan) -> None:
-        """Remove the temporary files of tasks that were killed."""
-        for stage in plan.stages:
-            folder = self.stage(stage)
-            for name in names_in(folder):
-                if name.endswith(TEMPORARY):
-                    remove(join(folder, name))
-
-    def stage(self, stage: Stage) -> str:
-        """The folder of a stage's files."""
-        return join(self.path, stage.identity[:20])
-
-    def close(self, *, delete: bool) -> None:
-        """Unlock; remove the folder with all that is in it, if nobody needs it any more."""
-        if delete and exists(self.path):
-            remove(self.path)
-        if self._lock is not None:
-            self._lock.close()
-
-
 def run_stages(
     plan: Plan, stages: Sequence[Stage], folder: JobFolder, options: Options, progress: JobProgress
 ) -> list[StageResult]:
     """Run some first stages of a plan. Raises what tasks raise: the first error ends the others."""
     plan_path = folder.prepare(plan)
-    engine = options.open_engine()
+    given = options.engine
+    engine = open_engine(options) if given is None or isinstance(given, str) else given
     done: list[StageResult] = []
     try:
         for stage in stages:
@@ -130,7 +62,7 @@ def run_stages(
             "preparing was stopped, as asked", where=folder.path, hint="run it again: what is done stays done"
         ) from None
     finally:
-        if options.engine is None:
+        if engine is not given:
             engine.close()
         folder.sweep(plan)
     return done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -23,14 +23,16 @@ class How(TypedDict, total=False):
 
     workers: processes on this machine (default: one a CPU; 0: none, tasks run in this process). memory: for all of
     them together, a number of bytes or text like "2GiB" (default: 70 % of the machine's); fewer workers run if it
-    is too little for all. max_bad_records: how many records may be set aside (default 0). engine: another engine than
-    processes on this machine. progress: show it on standard error (default: yes).
+    is too little for all. max_bad_records: how many records may be set aside (default 0). engine: where tasks run, if
+    not on this machine alone: "dask://scheduler:8786", "ray", "ray://head:10001"; "rank 2 of 8" or "ranks" (the
+    scheduler says which) for one of several runs of the script that share the work; or an object with `submit`.
+    progress: show it on standard error (default: yes).
     """
 
     workers: int | None
     memory: int | str | None
     max_bad_records: int
-    engine: Engine | None
+    engine: Engine | str | None
     progress: bool
 
 
@@ -41,7 +43,7 @@ class Options:
     workers: int | None = None
     memory: int | str | None = None
     max_bad_records: int = 0
-    engine: Engine | None = None
+    engine: Engine | str | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -54,23 +56,24 @@ class Options:
                 expected=f"at least {format_bytes(LEAST_BYTES)}",
                 got=format_bytes(self.total_bytes()),
             )
+        if isinstance(self.engine, str):
+            from manyhands.prepare.engines import check_name
+
+            check_name(self.engine)
 
     def total_bytes(self) -> int:
         """The memory for all workers together."""
         return _machine_bytes() * 7 // 10 if self.memory is None else parse_bytes(self.memory)
 
-    def open_engine(self) -> Engine:
-        """The engine that was given, or one on this machine."""
-        from manyhands.prepare.engine import InProcess
-        from manyhands.prepare.pool import Pool
+    def num_workers(self) -> int:
+        """How many processes there are on this machine; fewer than wanted, if the memory is too little for all."""
+        return min(self.workers or _cpus(), max(1, self.total_bytes() // LEAST_BYTES))
 
-        if self.engine is not None:
-            return self.engine
-        total = self.total_bytes()
-        if self.workers == 0:
-            return InProcess(total)
-        workers = min(self.workers or _cpus(), max(1, total // LEAST_BYTES))
-        return Pool(workers, total // workers)
+    def alone(self) -> Options:
+        """The same, without other ranks: for what they needn't share."""
+        from manyhands.prepare.engines import rank_of
+
+        return self if rank_of(self) is None else replace(self, engine=None)
 
 
 def options_of(how: How) -> Options:

@@ -7,12 +7,15 @@ import json
 import os
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from manyhands.addresses import is_local
-from manyhands.errors import ConfigError, DataError
-from manyhands.prepare.job import JobFolder, StageResult, run_stages
+from manyhands.errors import ConfigError, DataError, ManyhandsError
+from manyhands.prepare.engines import patience_seconds, rank_of
+from manyhands.prepare.job import StageResult, run_stages
+from manyhands.prepare.job_folder import JobFolder
 from manyhands.prepare.options import Options
 from manyhands.prepare.plan import Plan
 from manyhands.prepare.progress import JobProgress
@@ -23,6 +26,7 @@ MANIFEST = "_manifest.json"
 BAD_RECORDS = "_bad_records.jsonl"
 JOB = ".manyhands"
 _FORMAT = "manyhands prepared 1"
+_POLL_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,13 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
     if there is not None and there.get("identity") == plan.identity and _is_whole(there, folder):
         return _summary(there, folder, [], time.monotonic() - began)
     _refuse_foreign(folder, there, plan, overwrite=overwrite)
-    job = JobFolder(join(folder, JOB))
+    job = JobFolder(join(folder, JOB), together=rank_of(options) is not None)
     complete = False
+    stages: list[StageResult] = []
     try:
-        with JobProgress(len(plan.stages), show=options.progress) as progress:
-            stages = run_stages(plan, plan.stages, job, options, progress)
-        manifest = _publish(plan, folder, stages, there)
+        manifest = _of_other_ranks(plan, folder, options)
+        if manifest is None:
+            stages, manifest = _run(plan, folder, job, options, there)
         complete = True
     except OSError as error:
         raise ConfigError(
@@ -65,9 +70,45 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
     return _summary(manifest, folder, stages, time.monotonic() - began)
 
 
+def _run(
+    plan: Plan, folder: str, job: JobFolder, options: Options, there: dict[str, Any] | None
+) -> tuple[list[StageResult], dict[str, Any]]:
+    """Run the stages, and publish what came out; or find that another rank has. The manifest, and what was run."""
+    try:
+        with JobProgress(len(plan.stages), show=options.progress) as progress:
+            stages = run_stages(plan, plan.stages, job, options, progress)
+    except (ManyhandsError, OSError):
+        manifest = _of_other_ranks(plan, folder, options)
+        if manifest is None:
+            raise
+        return [], manifest  # the job's folder was gone with the end of the job
+    rank = rank_of(options)
+    if rank is not None and rank.number > 0:  # rank 0 publishes, and if it doesn't, whoever is there
+        deadline = time.monotonic() + patience_seconds(options)
+        while time.monotonic() < deadline:
+            manifest = _of_other_ranks(plan, folder, options)
+            if manifest is not None:
+                return stages, manifest
+            time.sleep(_POLL_SECONDS)
+    return stages, _publish(plan, folder, stages, there)
+
+
+def _of_other_ranks(plan: Plan, folder: str, options: Options) -> dict[str, Any] | None:
+    """The manifest of this job's output, if this process is a rank, and another one has published it."""
+    if rank_of(options) is None:
+        return None
+    found = read_manifest(folder)
+    is_ours = found is not None and found.get("identity") == plan.identity
+    return found if found is not None and is_ours and _has_its_files(found, folder) else None
+
+
+def _has_its_files(manifest: dict[str, Any], folder: str) -> bool:
+    return set(names_in(folder)) >= {file["name"] for file in manifest["files"]}
+
+
 def _is_whole(manifest: dict[str, Any], folder: str) -> bool:
     """All files are there, and no job is still moving them."""
-    return set(names_in(folder)) >= {file["name"] for file in manifest["files"]} and not exists(join(folder, JOB))
+    return _has_its_files(manifest, folder) and not exists(join(folder, JOB))
 
 
 def read_manifest(folder: str) -> dict[str, Any] | None:
@@ -113,8 +154,9 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
     for file in files:
         made = join(last.folder, file.name)
         if exists(made):
-            move(made, join(folder, file.name))
-        elif not exists(join(folder, file.name)):
+            with suppress(FileNotFoundError):  # another rank is at it, too
+                move(made, join(folder, file.name))
+        if not exists(join(folder, file.name)):
             raise DataError(
                 "a file that was written is gone",
                 where=made,

@@ -1,7 +1,8 @@
 """The embedded engine: supervised worker processes on this machine.
 
 A worker that is killed is replaced and its task begun again, until a task has ended three workers; one that has taken
-more memory than it may is replaced after its task. Workers end with this process, however it ends.
+more memory than it may is replaced after its task. Workers end with this process, however it ends, and when there has
+been nothing to do for a while.
 """
 
 from __future__ import annotations
@@ -13,16 +14,31 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from typing import NamedTuple
 
 from manyhands.errors import WorkerError
 from manyhands.prepare.task import Task, TaskResult
 
 _STRIKES = 3
 _PATIENCE_SECONDS = 5.0
+_IDLE_SECONDS = 30.0
+
+
+class Place(NamedTuple):
+    """Where a script runs: its working directory, and where it imports from."""
+
+    directory: str
+    path: tuple[str, ...]
+
+    @classmethod
+    def here(cls) -> Place:
+        """This process's."""
+        return cls(os.getcwd(), tuple(p or os.getcwd() for p in sys.path))
 
 
 class _Job:
@@ -34,27 +50,42 @@ class _Job:
 
 
 class _Worker:
-    """A process and the connection to it. `job`: what it does now; None also while it starts."""
+    """A process and the connection to it. `job`: what it does now; None also while it starts.
 
-    def __init__(self) -> None:
+    plan_path: of its last task. It may serve another plan's only as long as all that it has imported is `installed`:
+    a script's own modules may have changed since.
+    """
+
+    def __init__(self, place: Place) -> None:
         self.connection, theirs = Pipe()
         # Sets in users' functions are iterated in an order that depends on the seed of hashes: one seed for all.
-        environment = {
-            **os.environ,
-            "PYTHONHASHSEED": "0",
-            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-        }
+        # Behind what this process imports from, the script's: they are the same but on another host.
+        own = Place.here().path
+        paths = [*own, *(path for path in place.path if path not in own)]
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(paths)}
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "manyhands.prepare.worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env=environment,
+                cwd=place.directory if os.path.isdir(place.directory) else None,
             )
         finally:
             theirs.close()
         self.ready = False
         self.job: _Job | None = None
+        self.plan_path: str | None = None
+        self.installed = True
+
+    @property
+    def idle(self) -> bool:
+        """It waits for a task."""
+        return self.ready and self.job is None
+
+    def may_serve(self, task: Task) -> bool:
+        """What it has imported is what the task means."""
+        return self.installed or self.plan_path == task.plan_path
 
     def end(self, *, at_once: bool) -> int | None:
         """Close the connection and see the process end; its exit code."""
@@ -71,11 +102,13 @@ class _Worker:
 class Pool:
     """`workers` processes that run tasks; `memory_bytes` is what each may take. Started when there is work for them.
 
-    One thread owns the workers; `submit` and `close` may be called from any other.
+    place: where the script runs, if this isn't its process. One thread owns the workers; `submit` and `close` may be
+    called from any other.
     """
 
-    def __init__(self, workers: int, memory_bytes: int) -> None:
+    def __init__(self, workers: int, memory_bytes: int, place: Place | None = None) -> None:
         self.workers, self.memory_bytes, self.retries = workers, memory_bytes, 0
+        self._place = place or Place.here()
         self._lock = threading.Lock()
         self._waiting: deque[_Job] = deque()
         self._members: list[_Worker] = []
@@ -90,6 +123,12 @@ class Pool:
         """The processes of the workers that have come up."""
         with self._lock:
             return [worker.process.pid for worker in self._members if worker.ready]
+
+    @property
+    def idle(self) -> bool:
+        """No task is waiting or running."""
+        with self._lock:
+            return not self._waiting and all(worker.job is None for worker in self._members)
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task when a worker is free."""
@@ -113,7 +152,10 @@ class Pool:
             while not self._closing:
                 self._hand_out()
                 by_connection = {worker.connection: worker for worker in self._members}
-                for source in wait([*by_connection, self._ear]):
+                sources = wait([*by_connection, self._ear], _IDLE_SECONDS)
+                if not sources and self.idle:
+                    self._replace([worker for worker in self._members if worker.idle])
+                for source in sources:
                     if isinstance(source, Connection):
                         self._hear(by_connection[source])
                     else:
@@ -129,24 +171,29 @@ class Pool:
 
     def _hand_out(self) -> None:
         """Give waiting tasks to idle workers; start as many more workers as are wanted."""
+        if self._waiting:
+            task = self._waiting[0].task
+            self._replace([worker for worker in self._members if worker.idle and not worker.may_serve(task)])
         for worker in self._members:
-            if worker.ready and worker.job is None and self._waiting:
-                worker.job = self._waiting.popleft()
+            if worker.idle and self._waiting:
+                with self._lock:
+                    worker.job = self._waiting.popleft()
+                worker.plan_path = worker.job.task.plan_path
                 with suppress(OSError):  # if it has just died, its connection says so next
                     worker.connection.send_bytes(pickle.dumps(worker.job.task))
         starting = sum(not worker.ready for worker in self._members)
         while len(self._members) < self.workers and starting < len(self._waiting):
             with self._lock:
-                self._members.append(_Worker())
+                self._members.append(_Worker(self._place))
             starting += 1
 
     def _hear(self, worker: _Worker) -> None:
         try:
-            kind, value, rss = pickle.loads(worker.connection.recv_bytes())
+            kind, value, rss, installed = pickle.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
             self._lost(worker)
             return
-        job, worker.job = worker.job, None
+        job, worker.job, worker.installed = worker.job, None, installed
         if kind == "ready" or job is None:
             worker.ready, self._false_starts = True, 0
         elif kind == "done":
@@ -187,6 +234,11 @@ class Pool:
         while self._waiting:
             self._waiting.popleft().future.set_exception(error)
         self._false_starts = 0
+
+    def _replace(self, workers: Sequence[_Worker]) -> None:
+        """End idle workers; others are started when there is work for them."""
+        for worker in workers:
+            self._remove(worker, at_once=False)
 
     def _remove(self, worker: _Worker, *, at_once: bool) -> int | None:
         with self._lock:

@@ -9,20 +9,25 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from typing import IO
 
 from manyhands.addresses import file_system, is_local
 
 TEMPORARY = ".tmp"
-_attempts = count()
+_REMOVALS = 20
 
 
 def join(folder: str, name: str) -> str:
     """The path of `name` in `folder`."""
     return f"{folder.rstrip('/')}/{name}"
+
+
+def _attempt() -> str:
+    """A name for a try: no other process has it, on no host that sees the folder."""
+    return f"{os.getpid()}-{os.urandom(6).hex()}"
 
 
 def open_to_read(path: str) -> IO[bytes]:
@@ -39,7 +44,7 @@ def publish(path: str) -> Iterator[IO[bytes]]:
     """A file to write, that appears under `path` when the block ends: not if it raises, nor if nothing was written."""
     if is_local(path):
         folder, name = os.path.split(path)
-        temporary = os.path.join(folder, f".{name}.{os.getpid()}-{next(_attempts)}{TEMPORARY}")
+        temporary = os.path.join(folder, f".{name}.{_attempt()}{TEMPORARY}")
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -76,7 +81,7 @@ def replace_bytes(path: str, data: bytes) -> None:
         system, inner = file_system(path)
         system.pipe_file(inner, data)
         return
-    temporary = f"{path}.{os.getpid()}-{next(_attempts)}{TEMPORARY}"
+    temporary = f"{path}.{_attempt()}{TEMPORARY}"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -129,10 +134,20 @@ def remove(path: str) -> None:
     """Delete a file or a folder with all that is in it, if it is there."""
     if is_local(path):
         if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
+            _remove_folder(path)
         elif os.path.lexists(path):
             os.unlink(path)
         return
     system, inner = file_system(path)
     if system.exists(inner):
         system.rm(inner, recursive=True)
+
+
+def _remove_folder(path: str) -> None:
+    """Again, if somebody puts a file into it meanwhile: a task that was given up and has just come to its end."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            return
+        time.sleep(0.05)
+    shutil.rmtree(path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from manyhands.prepare.chunks import records_of
-from manyhands.prepare.job import JobFolder, run_stages, tasks_of
+from manyhands.prepare.job import run_stages, tasks_of
+from manyhands.prepare.job_folder import JobFolder
 from manyhands.prepare.options import Options
 from manyhands.prepare.output import run_temporarily
 from manyhands.prepare.plan import Plan
@@ -18,7 +19,8 @@ def first_records(plan: Plan, count: int, options: Options) -> list[Any]:
 
     def read(job: JobFolder, progress: JobProgress) -> list[Any]:
         done = run_stages(plan, plan.stages[:-1], job, options, progress)
-        memory_bytes = options.engine.memory_bytes if options.engine else options.total_bytes()
+        given = options.engine
+        memory_bytes = options.total_bytes() if given is None or isinstance(given, str) else given.memory_bytes
         tasks = tasks_of(plan, plan.stages[-1], job, job.plan_path(plan), done, memory_bytes, options.max_bad_records)
         found: list[Any] = []
         for task in tasks:

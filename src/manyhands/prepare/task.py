@@ -96,7 +96,7 @@ def run_task(task: Task) -> TaskResult:
         sha256=made.sha256,
         seconds=time.monotonic() - began,
     )
-    with publish(_done_path(task.folder, task.partition)) as note:
+    with publish(done_path(task.folder, task.partition)) as note:
         note.write(json.dumps(asdict(result)).encode())
     return result
 
@@ -104,7 +104,7 @@ def run_task(task: Task) -> TaskResult:
 def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
     """What came of this task when it was done; None if it has to be done."""
     try:
-        noted = json.loads(read_bytes(_done_path(folder, partition)))
+        noted = json.loads(read_bytes(done_path(folder, partition)))
     except (OSError, ValueError):
         return None
     return TaskResult(**{**noted, "stage": stage})
@@ -125,7 +125,8 @@ def load_plan(path: str) -> Plan:
     return plan
 
 
-def _done_path(folder: str, partition: int) -> str:
+def done_path(folder: str, partition: int) -> str:
+    """The note that a task is done."""
     return join(folder, f"part-{partition:05d}.done")
 
 

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from manyhands.errors import DataError, ManyhandsError
+from manyhands.prepare.fingerprint import is_installed
 
 
 def main() -> None:
@@ -23,7 +24,8 @@ def main() -> None:
     try:
         from manyhands.prepare.task import run_task
 
-        connection.send_bytes(pickle.dumps(("ready", None, rss_bytes())))
+        began_with = frozenset(sys.modules)
+        connection.send_bytes(pickle.dumps(("ready", None, rss_bytes(), True)))
         while True:
             task = pickle.loads(connection.recv_bytes())
             try:
@@ -32,7 +34,7 @@ def main() -> None:
                 answer = ("failed", _portable(error, task.name))
             if "pyarrow" in sys.modules:
                 sys.modules["pyarrow"].default_memory_pool().release_unused()
-            connection.send_bytes(pickle.dumps((*answer, rss_bytes())))
+            connection.send_bytes(pickle.dumps((*answer, rss_bytes(), _all_installed(began_with))))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent wants no more
 
@@ -44,6 +46,15 @@ def rss_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def _all_installed(began_with: frozenset[str]) -> bool:
+    """All modules that tasks have imported come with Python or were installed: they stay what they are."""
+    for name in sys.modules.keys() - began_with:
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file and not (name.startswith("manyhands.") or is_installed(file)):
+            return False
+    return True
 
 
 def _end_with_parent(fd: int, parent: int) -> None:

@@ -1,0 +1,94 @@
+"""Dask schedules: tasks go to the workers of a Dask cluster. Data and state stay in files, none in Dask."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+import distributed
+
+from manyhands.errors import ConfigError, ManyhandsError, WorkerError
+from manyhands.prepare.on_host import Versions, run_on_host
+from manyhands.prepare.pool import Place
+from manyhands.prepare.task import Task, TaskResult
+
+_WAIT_SECONDS = 30
+
+
+class DaskEngine:
+    """Runs tasks on a Dask cluster, one a thread of its workers.
+
+    A task whose worker dies is begun again elsewhere, as often as the scheduler allows (`allowed-failures`, 3).
+    memory_bytes: for all workers together; without it, each has what Dask gives it. Raises ConfigError if nobody
+    answers at the address, or there are no workers.
+    """
+
+    retries = 0  # Dask keeps them to itself
+
+    def __init__(self, address: str, memory_bytes: int | None, default_bytes: int) -> None:
+        try:
+            self._client: Any = distributed.Client(address, set_as_default=False, timeout=_WAIT_SECONDS)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise ConfigError(f"no Dask scheduler answers: {error}", where=address) from error
+        self._address = address
+        with suppress(TimeoutError):
+            self._client.wait_for_workers(1, timeout=_WAIT_SECONDS)
+        workers = list(self._client.scheduler_info(n_workers=-1)["workers"].values())
+        if not workers:
+            self._client.close()
+            raise ConfigError(
+                "the Dask scheduler has no workers",
+                where=address,
+                hint=f"start some: dask worker {address}",
+            )
+        self.workers = sum(worker["nthreads"] for worker in workers)
+        shares = [worker["memory_limit"] // worker["nthreads"] or default_bytes for worker in workers]
+        self.memory_bytes = min(shares) if memory_bytes is None else memory_bytes // self.workers
+        self._place, self._versions = Place.here(), Versions.here()
+
+    def submit(self, task: Task) -> Future[TaskResult]:
+        """Begin a task when Dask has a free thread."""
+        future: Future[TaskResult] = Future()
+        try:
+            theirs = self._client.submit(run_on_host, task, self._place, self._versions, pure=False)
+        except Exception as error:  # the client was closed, because the scheduler is gone
+            future.set_exception(self._gone(error))
+            return future
+        theirs.add_done_callback(lambda done: self._pass_on(task, done, future))
+        return future
+
+    def close(self) -> None:
+        """Leave the cluster. Tasks that run there come to their end, and change nothing."""
+        self._client.close()
+
+    def _pass_on(self, task: Task, done: Any, future: Future[TaskResult]) -> None:
+        if done.status != "finished":
+            future.set_exception(self._error_of(task, done))
+            return
+        try:
+            future.set_result(done.result())
+        except Exception as error:
+            future.set_exception(self._gone(error))
+
+    def _error_of(self, task: Task, done: Any) -> BaseException:
+        if done.status != "error":
+            return self._gone(None)
+        error: BaseException = done.exception()
+        if isinstance(error, ManyhandsError):
+            return error
+        if isinstance(error, distributed.KilledWorker):
+            return WorkerError(
+                f"a task has ended {error.allowed_failures + 1} of Dask's workers",
+                where=f"{task.name}; the last one: {error.last_worker.address}",
+                hint="their logs say why; too little memory for a worker is the most frequent reason",
+            )
+        return WorkerError(f"Dask could not run a task: {type(error).__name__}: {error}", where=task.name)
+
+    def _gone(self, cause: BaseException | None) -> WorkerError:
+        return WorkerError(
+            "the Dask scheduler is gone",
+            where=self._address,
+            hint="start it again, and run again: what is done stays done",
+            detail=None if cause is None else f"{type(cause).__name__}: {cause}",
+        )

@@ -1,0 +1,77 @@
+"""Ray schedules: tasks go to the workers of a Ray cluster, or to one on this machine. Nothing is kept in its object
+store: data and state stay in files."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+
+from manyhands.errors import ConfigError, ManyhandsError, WorkerError
+from manyhands.prepare.on_host import Versions, run_on_host
+from manyhands.prepare.pool import Place
+from manyhands.prepare.task import Task, TaskResult
+
+_RETRIES = 2
+
+
+class RayEngine:
+    """Runs tasks on Ray, one a CPU; a task whose worker or host dies is begun again elsewhere, twice.
+
+    address: ray://head:10001, through Ray's client; None for the cluster that this process is connected to, that Ray
+    finds here, or one that is started here and ended with the engine. memory_bytes: for all workers together; without
+    it, each has its CPU's part of what Ray gives tasks. Raises ConfigError if nobody answers at the address.
+    """
+
+    retries = 0  # Ray keeps them to itself
+
+    def __init__(self, address: str | None, memory_bytes: int | None, default_bytes: int) -> None:
+        self._began = not ray.is_initialized()
+        self._address = address or "ray"
+        if self._began:
+            try:
+                ray.init(address, logging_level="warning", log_to_driver=False, include_dashboard=False)
+            except (OSError, RuntimeError, ValueError) as error:  # OSError: ConnectionError is one
+                raise ConfigError(f"no Ray cluster answers: {error}", where=self._address) from error
+        there = ray.cluster_resources()
+        self.workers = max(1, int(there.get("CPU", 1)))
+        share = int(there.get("memory", default_bytes * self.workers)) // self.workers
+        self.memory_bytes = share if memory_bytes is None else memory_bytes // self.workers
+        self._run: Any = ray.remote(num_cpus=1, max_retries=_RETRIES, retry_exceptions=False)(run_on_host)
+        self._facts = ray.put(Place.here()), ray.put(Versions.here())
+
+    def submit(self, task: Task) -> Future[TaskResult]:
+        """Begin a task when Ray has a free CPU."""
+        future: Future[TaskResult] = Future()
+        theirs = self._run.remote(task, *self._facts).future()
+        theirs.add_done_callback(lambda done: self._pass_on(task, done, future))
+        return future
+
+    def close(self) -> None:
+        """Leave the cluster; end it, if it was started here."""
+        if self._began and ray.is_initialized():
+            ray.shutdown()
+
+    def _pass_on(self, task: Task, done: Future[TaskResult], future: Future[TaskResult]) -> None:
+        if done.cancelled():
+            future.cancel()
+            return
+        error = done.exception()
+        if error is None:
+            future.set_result(done.result())
+            return
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ManyhandsError):
+            future.set_exception(cause)
+        elif isinstance(error, (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)):
+            future.set_exception(
+                WorkerError(
+                    f"a task has ended {_RETRIES + 1} of Ray's workers: {str(error).splitlines()[0]}",
+                    where=task.name,
+                    hint="Ray's logs say why; too little memory for a worker is the most frequent reason",
+                )
+            )
+        else:
+            what = f"Ray could not run a task: {type(error).__name__}: {error}"
+            future.set_exception(WorkerError(what, where=task.name))

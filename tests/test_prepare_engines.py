@@ -1,0 +1,301 @@
+"""Engines only decide where tasks run: the same bytes out, also when a worker, a host or a rank dies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import manyhands as mh
+from manyhands.prepare.engine import InProcess
+from manyhands.prepare.pool import Pool
+from manyhands.prepare.ranks import Rank, Ranks, rank_from
+from support import hosts
+from support.preparing import several_shuffles, write_posts
+
+SCRIPT = Path(__file__).resolve().parent / "support" / "preparing.py"
+PATIENCE_SECONDS = 1.0
+needs_dask = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="the extra `dask` is missing")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` isn't installed")
+needs_hosts = pytest.mark.skipif(bool(hosts.why_not()), reason=hosts.why_not())
+
+
+@pytest.fixture(scope="module")
+def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("posts")
+    write_posts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digest(posts: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As one worker makes it."""
+    pool = Pool(1, 2**30)
+    try:
+        return several_shuffles(posts).write(str(tmp_path_factory.mktemp("one")), engine=pool, progress=False).digest
+    finally:
+        pool.close()
+
+
+def nothing_is_left(folder: Path) -> bool:
+    return all(path.name.startswith(("part-", "_manifest")) for path in folder.iterdir())
+
+
+def start(posts: Path, folder: Path, how: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), str(posts), str(folder), how]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+# Static ranks
+
+
+def test_ranks_share_a_job(posts: Path, digest: str, tmp_path: Path) -> None:
+    found: dict[int, Any] = {}
+    pools = [Pool(1, 2**30) for _ in range(3)]
+
+    def run(number: int) -> None:
+        with_rank = Ranks(Rank(number, 3), pools[number], PATIENCE_SECONDS)
+        try:
+            found[number] = several_shuffles(posts).write(str(tmp_path / "out"), engine=with_rank, progress=False)
+        finally:
+            with_rank.close()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[number].digest for number in range(3)] == [digest] * 3
+    assert nothing_is_left(tmp_path / "out")
+
+
+def test_a_rank_does_the_work_of_those_that_never_come(posts: Path, digest: str, tmp_path: Path) -> None:
+    engine, began = Ranks(Rank(2, 3), Pool(2, 2**30), PATIENCE_SECONDS), time.monotonic()
+    try:
+        written = several_shuffles(posts).write(str(tmp_path / "out"), engine=engine, progress=False)
+    finally:
+        engine.close()
+    assert written.digest == digest
+    assert nothing_is_left(tmp_path / "out")
+    tasks = sum(stage.tasks for stage in written.stages)
+    assert time.monotonic() - began < tasks * PATIENCE_SECONDS / 3  # it isn't lost anew at each task
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(6))
+def test_any_rank_may_be_killed_and_run_again(posts: Path, digest: str, tmp_path: Path, case: int) -> None:
+    generator = random.Random(case)
+    names = [f"rank {number} of 3" for number in range(3)]
+    ranks = [start(posts, tmp_path / "out", name) for name in names]
+    time.sleep(generator.uniform(0.5, 5))
+    victim = generator.randrange(3)
+    ranks[victim].kill()
+    ranks[victim].communicate()
+    ranks[victim] = start(posts, tmp_path / "out", names[victim])
+    assert [rank.communicate(timeout=180)[0] for rank in ranks] == [digest] * 3
+    assert nothing_is_left(tmp_path / "out")
+
+
+def test_ranks_that_run_another_job_are_told(posts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / ".manyhands"
+    read = mh.Dataset.read(f"{posts}/posts-*.jsonl")
+    gate = threading.Event()
+
+    class Waits(InProcess):
+        """Is at work until the test is over."""
+
+        def submit(self, task: Any) -> Any:
+            gate.wait(30)
+            return super().submit(task)
+
+    first = Ranks(Rank(0, 2), Waits(2**30), 0.0)  # type: ignore[arg-type]
+    second = Ranks(Rank(1, 2), Pool(1, 2**30), 0.0)
+    thread = threading.Thread(target=lambda: read.write(str(tmp_path / "out"), engine=first, progress=False))
+    thread.start()
+    try:
+        while not list(folder.glob("plan-*[!p]")):
+            time.sleep(0.01)
+        with pytest.raises(mh.ConfigError, match="the ranks don't run the same job"):
+            read.map(len).write(str(tmp_path / "out"), engine=second, progress=False)
+        with pytest.raises(mh.ConfigError, match="another run is at work here"):
+            read.write(str(tmp_path / "out"), workers=0, progress=False)
+    finally:
+        gate.set()
+        thread.join()
+        first.close()
+        second.close()
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({"MANYHANDS_RANK": "1", "MANYHANDS_RANKS": "2", "RANK": "5", "WORLD_SIZE": "6"}, (1, 2)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "8"}, (6, 8)),
+        (
+            {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"},
+            (7, 8),
+        ),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
+        ({"JOB_COMPLETION_INDEX": "2", "MANYHANDS_RANKS": "5"}, (2, 5)),
+        ({"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NUM_NODES": "2"}, (0, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+    ],
+)
+def test_the_scheduler_says_which_rank_this_is(environment: dict[str, str], rank: tuple[int, int]) -> None:
+    assert rank_from("ranks", environment) == rank
+
+
+def test_names_of_engines_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = mh.Dataset.from_records([1, 2])
+    monkeypatch.delenv("RANK", raising=False)
+    for name, message in [
+        ("spark", "there is no such engine"),
+        ("rank 4 of 4", "there is no such rank"),
+        ("ranks", 'engine="ranks" finds no rank in the environment'),
+    ]:
+        with pytest.raises(mh.ConfigError, match=re.escape(message)):
+            made.count(engine=name)
+    assert made.count(engine="rank 1 of 2", workers=1) == 2  # by each rank for itself
+    assert made.cache().take(2, engine="rank 1 of 2", workers=1) == [1, 2]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(mh.ConfigError, match="needs a package that isn't installed"):
+        made.count(engine="dask://nowhere:8786")
+
+
+# Dask
+
+
+@contextmanager
+def dask_cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A scheduler and workers as processes of this machine: its address, and the workers."""
+    file = folder / "scheduler.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    module = [sys.executable, "-m", "distributed.cli"]
+    commands = [[f"{module[-1]}.dask_scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1"]]
+    commands += [[f"{module[-1]}.dask_worker", "--no-nanny", "--nthreads", "2", "--no-dashboard"]] * workers
+    started = [
+        subprocess.Popen([*module[:-1], *command, "--scheduler-file", str(file)], cwd=folder, **quiet)  # type: ignore[call-overload]
+        for command in commands
+    ]
+    try:
+        import distributed
+
+        with distributed.Client(scheduler_file=str(file), timeout=30, set_as_default=False) as client:
+            client.wait_for_workers(workers, timeout=30)
+            address = client.scheduler.address
+        yield address.replace("tcp", "dask"), started[1:]
+    finally:
+        for process in reversed(started):
+            process.kill()
+            process.wait()
+
+
+@needs_dask
+def test_dask_gives_the_same_bytes_with_a_worker_killed(posts: Path, digest: str, tmp_path: Path) -> None:
+    with dask_cluster(tmp_path, 2) as (address, workers):
+        driver = start(posts, tmp_path / "out", address)
+        stages = tmp_path / "out" / ".manyhands"
+        while not list(stages.glob("*/*.done")) and driver.poll() is None:
+            time.sleep(0.01)
+        workers[0].kill()
+        assert driver.communicate(timeout=120)[0] == digest
+        assert nothing_is_left(tmp_path / "out")
+        bad = mh.Dataset.read(f"{posts}/posts-1.jsonl").map(lambda post: 1 / (post["id"] - 301))
+        with pytest.raises(mh.DataError, match="raised ZeroDivisionError: division by zero") as caught:
+            bad.write(str(tmp_path / "bad"), engine=address, progress=False)
+        assert caught.value.where == f"{posts}/posts-1.jsonl, line 101"
+        dies = mh.Dataset.from_records([1]).map(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(mh.WorkerError, match="a task has ended 3 workers: killed by SIGKILL"):
+            dies.write(str(tmp_path / "dies"), engine=address, progress=False)
+
+
+@needs_dask
+def test_a_dask_scheduler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from manyhands.prepare import dask_engine
+
+    monkeypatch.setattr(dask_engine, "_WAIT_SECONDS", 0.5)
+    with pytest.raises(mh.ConfigError, match="no Dask scheduler answers"):
+        mh.Dataset.from_records([1]).count(engine="dask://127.0.0.1:9")
+
+
+@needs_dask
+@needs_hosts
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.0, 3.0])
+def test_dask_over_hosts_of_which_one_is_killed(posts: Path, digest: str, tmp_path: Path, seconds: float) -> None:
+    with hosts.hosts(3) as (first, second, third):
+        dask = [sys.executable, "-m", "distributed.cli.dask_"]
+        scheduler = f"{first.address}:8786"
+        first.start([*dask[:-1], dask[-1] + "scheduler", "--no-dashboard"], tmp_path / "scheduler")
+        for host in (second, third):
+            host.start(
+                [*dask[:-1], dask[-1] + "worker", f"tcp://{scheduler}", "--no-dashboard", "--nthreads", "2"],
+                tmp_path / host.name,
+            )
+        driver = first.start(
+            [sys.executable, str(SCRIPT), str(posts), str(tmp_path / "out"), f"dask://{scheduler}"], tmp_path / "driver"
+        )
+        while not (tmp_path / "out" / ".manyhands").exists():
+            assert driver.poll() is None, (tmp_path / "driver").read_text()
+            time.sleep(0.01)
+        time.sleep(seconds)
+        second.end()
+        driver.wait(120)
+    assert (tmp_path / "driver").read_text().endswith(digest)
+    assert nothing_is_left(tmp_path / "out")
+
+
+# Ray
+
+
+def processes_named(name: str, mark: str) -> list[int]:
+    """Those that call themselves so, and whose environment has the mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            is_it = (path / "cmdline").read_bytes().startswith(name.encode())
+            if is_it and mark.encode() in (path / "environ").read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            pass  # it ended meanwhile
+    return found
+
+
+@needs_ray
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes_with_a_worker_killed(
+    posts: Path, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "PREPARE_TEST": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    driver = start(posts, tmp_path / "out", "ray")
+    while not list((tmp_path / "out").glob(".manyhands/*/*.done")) and driver.poll() is None:
+        time.sleep(0.01)
+    workers = processes_named("ray::run_on_host", f"PREPARE_TEST={tmp_path}")
+    assert workers
+    os.kill(workers[0], signal.SIGKILL)
+    assert driver.communicate(timeout=120)[0].endswith(digest)  # Ray tells of the loss, on stdout
+    assert nothing_is_left(tmp_path / "out")
+    program = """
+import os, signal, sys
+import manyhands as mh
+try:
+    mh.Dataset.from_records([1, 0]).map(lambda x: 1 / x).write(sys.argv[1], engine="ray", progress=False)
+except mh.DataError as error:
+    print(error.where)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "bad")]
+    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    assert told.stdout.strip() == "given records, partition 0, record 2"
