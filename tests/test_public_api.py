@@ -36,6 +36,7 @@ NAMES = [
     "StepMetrics",
     "Strategy",
     "Summary",
+    "TokenFile",
     "Weights",
     "WorkerError",
     "digest_of_tensors",
@@ -106,7 +107,7 @@ def test_a_public_name_is_documented(name: str) -> None:
 
 
 def test_public_methods_are_documented() -> None:
-    for kind in (mh.Engine, mh.Batch, mh.Dataset, mh.Aggregate):
+    for kind in (mh.Engine, mh.Batch, mh.Dataset, mh.Aggregate, mh.TokenFile):
         for base in kind.__mro__[:-1]:
             for name, value in vars(base).items():
                 if not name.startswith("_") and (callable(value) or isinstance(value, property)):

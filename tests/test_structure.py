@@ -31,6 +31,7 @@ SAME_LAYER = {  # who may import whom on one layer
     ("comm", "offload"),
     ("models", "offload"),
     ("optim", "offload"),
+    ("prepare", "data"),  # the form of token files
 }
 PURE = {"errors", "units", "config", "layout", "numerics"}
 NOT_PURE = {"socket", "subprocess", "time", "threading", "multiprocessing"}
