@@ -70,6 +70,17 @@ OPTIONS = {
     "run": {"--max-restarts", "--workers", "-n", "script"},
     "compare": {"--json", "other", "run"},
     "doctor": {"--json", "--run-dir", "run"},
+    "prepare": {
+        "--json",
+        "--max-bad-records",
+        "--memory",
+        "--out",
+        "--overwrite",
+        "--set",
+        "--workers",
+        "-n",
+        "recipe",
+    },
     "export": {"--dtype", "--json", "--max-shard-size", "--step", "out", "run"},
 }
 

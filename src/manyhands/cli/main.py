@@ -12,6 +12,7 @@ import typer
 from manyhands import __version__
 from manyhands.cli.doctor import doctor
 from manyhands.cli.export import export
+from manyhands.cli.prepare import prepare
 from manyhands.cli.train import train
 from manyhands.cli.workers import Workers, default_workers, snapshots_kept, start_workers, tell_restart
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
@@ -131,6 +132,9 @@ def compare(
     typer.echo(json.dumps(asdict(comparison)) if as_json else explain(comparison, str(run), str(other)))
     if not comparison.equal:
         raise typer.Exit(1)
+
+
+app.command()(prepare)
 
 
 app.command()(export)

@@ -246,6 +246,11 @@ class Dataset:
         """The plan: stages, their steps and their partitions. Caches that aren't there yet are shown as computed."""
         return make_plan(_without_caches(self._node), Counting()).explain()
 
+    @property
+    def identity(self) -> str:
+        """64 hex digits that stand for the records: the same as long as files, functions and options are."""
+        return make_plan(_without_caches(self._node), Counting()).identity
+
     def _plan(self, end: Output | Counting, how: How) -> Plan:
         from manyhands.prepare.cache import with_caches
 
