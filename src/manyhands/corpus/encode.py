@@ -52,10 +52,13 @@ class TokenizerEncoder:
 
     def encode(self, texts: list[str]) -> list[NDArray[Any]]:
         """The tokens of each text, without `end`."""
-        if self.library == FAST:
-            return [np.asarray(ids, np.uint32) for ids in _fast(self.text).encode_batch(texts)]
-        encoded = load_tokenizer(self.text).encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(one.ids, np.uint32) for one in encoded]
+        tokenizer = load_tokenizer(self.text)
+        if self.library == FAST:  # which takes what looks like a special token for one: such texts aren't for it
+            library, special = _fast(self.text), _special_tokens(self.text)
+            plain = [text for text in texts if not any(token in text for token in special)]
+            if len(plain) == len(texts):
+                return [np.array(ids, np.uint32) for ids in library.encode_batch_list(texts, parallel=False)]
+        return [np.array(one.ids, np.uint32) for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def encoder_of(text: str, end_of_text: str, where: str) -> TokenizerEncoder:
@@ -108,6 +111,12 @@ def load_tokenizer(text: str, where: str | None = None) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _special_tokens(text: str) -> list[str]:
+    added = load_tokenizer(text).get_added_tokens_decoder().values()
+    return [str(token.content) for token in added]
 
 
 @lru_cache(maxsize=1)

@@ -107,7 +107,7 @@ class TokenizerTable(Table):
     def _one_way(self) -> TokenizerTable:
         if self.file is not None and self.vocabulary is not None:
             raise ConfigError(
-                "tokenizer.vocabulary is not for use beside file",
+                "tokenizer.file is not for use beside vocabulary",
                 expected="file = ..., or vocabulary = ... to train one",
             )
         return self
@@ -157,7 +157,8 @@ def source_of(document: Document[CorpusSchema]) -> Dataset:
             return Dataset.read(paths, format=table.format, partition_bytes=table.partition_bytes)
         return Dataset(Given(_parts(find_files(paths), table.partition_bytes), table.partition_bytes)).map(_whole_file)
     except (ConfigError, DataError) as error:
-        error.where = f"{error.where or ''} ({document.origin('input')})".lstrip()
+        key = "paths" if table.path is None else "path"
+        error.where = f"{error.where or ''} ({document.origin('input', key)})".lstrip()
         raise
 
 
@@ -172,9 +173,13 @@ def _called(document: Document[CorpusSchema], table: InputTable) -> Any:
     except ConfigError as error:
         error.where = document.origin("input", "path")
         raise
+    except Exception as error:  # whatever the user's function raises
+        raise ConfigError(
+            f"{table.path} raised {type(error).__name__}: {error}", where=document.origin("input", "path")
+        ) from error
     if isinstance(found, Dataset):
         return found
-    if not found or isinstance(found, str) or not all(isinstance(path, (str, Path)) for path in found):
+    if not found or not isinstance(found, list) or not all(isinstance(path, (str, Path)) for path in found):
         raise ConfigError(
             f"{table.path} returned neither paths nor a Dataset",
             where=document.origin("input", "path"),
