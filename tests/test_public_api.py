@@ -36,6 +36,7 @@ NAMES = [
     "StepMetrics",
     "Strategy",
     "Summary",
+    "TokenFile",
     "Weights",
     "WorkerError",
     "digest_of_tensors",
@@ -72,6 +73,17 @@ OPTIONS = {
     "compare": {"--json", "other", "run"},
     "join": {"--workers", "-n", "endpoint"},
     "doctor": {"--json", "--run-dir", "run"},
+    "prepare": {
+        "--json",
+        "--max-bad-records",
+        "--memory",
+        "--out",
+        "--overwrite",
+        "--set",
+        "--workers",
+        "-n",
+        "recipe",
+    },
     "export": {"--dtype", "--json", "--max-shard-size", "--step", "out", "run"},
 }
 
@@ -109,7 +121,7 @@ def test_a_public_name_is_documented(name: str) -> None:
 
 
 def test_public_methods_are_documented() -> None:
-    for kind in (mh.Engine, mh.Batch, mh.Dataset, mh.Aggregate):
+    for kind in (mh.Engine, mh.Batch, mh.Dataset, mh.Aggregate, mh.TokenFile):
         for base in kind.__mro__[:-1]:
             for name, value in vars(base).items():
                 if not name.startswith("_") and (callable(value) or isinstance(value, property)):

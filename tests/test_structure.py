@@ -20,7 +20,7 @@ LAYERS = (  # from the bottom up: imports go down only
     {"addresses", "sharding", "comm", "members", "optim", "offload", "models"},
     {"engine"},
     {"checkpoint", "data", "prepare", "report", "planner"},
-    {"training", "launching"},
+    {"training", "launching", "corpus"},
     {"cli"},
 )
 SAME_LAYER = {  # who may import whom on one layer
@@ -31,6 +31,8 @@ SAME_LAYER = {  # who may import whom on one layer
     ("comm", "offload"),
     ("models", "offload"),
     ("optim", "offload"),
+    ("prepare", "data"),  # the form of token files
+    ("corpus", "training"),  # what recipe files have in common
 }
 PURE = {"errors", "units", "config", "layout", "numerics"}
 NOT_PURE = {"socket", "subprocess", "time", "threading", "multiprocessing"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from manyhands.checkpoint.export import ExportSummary, export
     from manyhands.config import Batch, Recipe, Strategy, Weights
+    from manyhands.data.token_file import TokenFile
     from manyhands.engine.metrics import StepMetrics
     from manyhands.errors import (
         CheckpointError,
@@ -52,6 +53,7 @@ _WHERE = {
     "StepMetrics": "engine.metrics",
     "Strategy": "config",
     "Summary": "report.summary",
+    "TokenFile": "data.token_file",
     "Weights": "config",
     "WorkerError": "errors",
     "digest_of_tensors": "numerics.digest",
@@ -79,6 +81,7 @@ __all__ = [
     "StepMetrics",
     "Strategy",
     "Summary",
+    "TokenFile",
     "Weights",
     "WorkerError",
     "digest_of_tensors",

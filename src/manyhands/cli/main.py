@@ -15,6 +15,7 @@ from manyhands import __version__
 from manyhands.cli.doctor import doctor
 from manyhands.cli.export import export
 from manyhands.cli.hosts import join
+from manyhands.cli.prepare import prepare
 from manyhands.cli.train import train
 from manyhands.cli.workers import Workers, snapshots_kept, start_workers, tell_restart, workers_for
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
@@ -138,6 +139,9 @@ def compare(
     typer.echo(json.dumps(asdict(comparison)) if as_json else explain(comparison, str(run), str(other)))
     if not comparison.equal:
         raise typer.Exit(1)
+
+
+app.command()(prepare)
 
 
 app.command()(export)

@@ -209,8 +209,9 @@ class Dataset:
     ) -> PrepareSummary:
         """Run the job, and write its records into files of a folder, one a partition; what that came to.
 
-        format: parquet, jsonl or text; the lines also as jsonl.gz, text.zst and so on. schema: the columns of Parquet
-        files; without it, those of the records. overwrite: replace the output of another job. how: see `How`.
+        format: parquet, jsonl or text; the lines also as jsonl.gz, text.zst and so on; or tokens, for records with a
+        list `tokens` each, which `mh.TokenFile` reads. schema: the columns of Parquet files; without it, those of the
+        records. overwrite: replace the output of another job. how: see `How`.
 
         The folder's `_manifest.json` is written last: with it, the output is whole. The same call goes on where a
         killed one ended, and returns at once if the output is there. Raises DataError for data that can't be used,
@@ -244,6 +245,11 @@ class Dataset:
     def explain(self) -> str:
         """The plan: stages, their steps and their partitions. Caches that aren't there yet are shown as computed."""
         return make_plan(_without_caches(self._node), Counting()).explain()
+
+    @property
+    def identity(self) -> str:
+        """64 hex digits that stand for the records: the same as long as files, functions and options are."""
+        return make_plan(_without_caches(self._node), Counting()).identity
 
     def _plan(self, end: Output | Counting, how: How) -> Plan:
         from manyhands.prepare.cache import with_caches

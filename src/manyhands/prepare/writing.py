@@ -1,4 +1,4 @@
-"""Output files: Parquet, JSON lines, text; gzip or zstd. The bytes depend on the records only."""
+"""Output files: Parquet, JSON lines, text, tokens; gzip or zstd. The bytes depend on the records only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _ROW_GROUP, _ROW_GROUP_BYTES = 131_072, 2**25  # rows and bytes, whichever comes first
 _LINES = 512  # encoded at once: orjson takes 1 KiB for each, which then stays in the cache
 CHUNKS = "chunks"  # between two jobs: any records, for cache()
-FORMATS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "text", "text.gz", "text.zst")
+TOKENS = "tokens"
+FORMATS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "text", "text.gz", "text.zst", TOKENS)
 _SUFFIXES = {"parquet": ".parquet", CHUNKS: ".chunks"}
 
 
@@ -54,6 +55,10 @@ def open_writer(form: str, file: IO[bytes], schema: pa.Schema | None, name: str)
         return _ParquetWriter(file, schema, name)
     if form == CHUNKS:
         return _ChunksWriter(file)
+    if form == TOKENS:
+        from manyhands.prepare.writing_tokens import TokensWriter
+
+        return TokensWriter(file, schema, name)
     form, _, compression = form.partition(".")
     encode = _json_lines if form == "jsonl" else _text_lines
     if compression == "gz":

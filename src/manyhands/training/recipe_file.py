@@ -24,15 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from manyhands.config import Recipe, Strategy, Weights, hint_nearest
 from manyhands.errors import ConfigError, ManyhandsError
-from manyhands.training.recipe_schema import (
-    PLAIN_FIELDS,
-    Document,
-    GroupTable,
-    RecipeSchema,
-    Target,
-    raise_all,
-    read_document,
-)
+from manyhands.training.recipe_schema import PLAIN_FIELDS, GroupTable, RecipeSchema, Target
+from manyhands.training.toml_document import Document, raise_all, read_document
 from manyhands.training.toml_text import Key, dotted, to_toml
 
 if TYPE_CHECKING:
@@ -71,7 +64,7 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchem
     overrides: `key=value` with dotted keys, such as "optimizer.arguments.lr=1e-3".
     Raises one ConfigError that tells all problems, each with file and line.
     """
-    return read_document(path, overrides).schema
+    return read_document(path, overrides, RecipeSchema).schema
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
@@ -80,7 +73,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     The file's folder is put first on sys.path and stays there: what reads data or builds the model may import later.
     Raises one ConfigError that tells all problems, each with file and line; what the data set raises comes through.
     """
-    document = read_document(path, overrides)
+    document = read_document(path, overrides, RecipeSchema)
     functions = _import_all(document)
     data = functions["data"]()
     schema, weights = document.schema, _weights(document)
@@ -102,14 +95,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     return RecipeFile(recipe=recipe, strategy=strategy, steps=schema.steps, text=to_toml(settings), settings=settings)
 
 
-def _weights(document: Document) -> Weights | None:
+def _weights(document: Document[RecipeSchema]) -> Weights | None:
     """The initial weights; a path counts from the recipe's folder, or from the working one if an override gave it."""
     table = document.schema.weights
     overridden = document.origin("weights", "path").startswith("--set")
     return None if table is None else table.build((Path() if overridden else document.path.parent).absolute())
 
 
-def _import_all(document: Document) -> dict[str, Callable[..., Any]]:
+def _import_all(document: Document[RecipeSchema]) -> dict[str, Callable[..., Any]]:
     """The recipe's functions by table, with their arguments filled in. Raises one ConfigError for all problems."""
     folder = document.path.absolute().parent
     if sys.path[:1] != [str(folder)]:
@@ -121,7 +114,7 @@ def _import_all(document: Document) -> dict[str, Callable[..., Any]]:
     def bind(target: Target | GroupTable, *key: str | int) -> Callable[..., Any] | None:
         table = str(key[0])
         try:
-            function = _find(str(target.path), folder)
+            function = find_function(str(target.path), folder)
         except ConfigError as error:
             error.what, error.where = f"{dotted(key)}.path: {error.what}", document.origin(*key, "path")
             problems.append(error)
@@ -143,7 +136,7 @@ def _import_all(document: Document) -> dict[str, Callable[..., Any]]:
     return functions
 
 
-def _find(path: str, folder: Path) -> Callable[..., Any]:
+def find_function(path: str, folder: Path) -> Callable[..., Any]:
     """What `module:attribute` names. Raises ConfigError without a place."""
     module_name, _, attribute = path.partition(":")
     found: Any = _import(module_name, folder)
@@ -200,7 +193,7 @@ def _check_not_another(name: str, folder: Path) -> None:
 
 
 def _argument_problems(
-    key: Key, function: Callable[..., Any], target: Target | GroupTable, document: Document
+    key: Key, function: Callable[..., Any], target: Target | GroupTable, document: Document[RecipeSchema]
 ) -> list[ConfigError]:
     """Arguments that the function doesn't take, and what it wants and isn't given. key: the table's."""
     table = str(key[0])
@@ -257,7 +250,7 @@ def _noted(function: Callable[..., Any], where: str, table: str) -> Callable[...
 
 
 def _grouped(
-    rest: Callable[..., Any], own: dict[int, Callable[..., Any] | None], document: Document
+    rest: Callable[..., Any], own: dict[int, Callable[..., Any] | None], document: Document[RecipeSchema]
 ) -> Callable[..., Any]:
     """The optimizer over param groups: the rest, then each group's own; and the groups with an optimizer of their own.
 

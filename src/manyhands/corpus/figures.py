@@ -1,0 +1,182 @@
+"""What preparing a corpus came to: figures, as a summary and as a data card with a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from manyhands.units import format_bytes, format_count, format_seconds
+
+PICTURE = "lengths.svg"
+_EXACT, _NEAR = "exact duplicate", "near-duplicate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """Documents that were dropped for one reason: how many, and some of their texts."""
+
+    reason: str
+    documents: int
+    characters: int
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What came of a corpus. The same whatever the workers, the memory and the engine; so there are no times.
+
+    lengths: how many documents have 1 token, 2 to 3, 4 to 7, and so on, their end included.
+    """
+
+    name: str
+    documents_read: int
+    characters_read: int
+    bad_records: int
+    dropped: tuple[Dropped, ...]
+    documents: int
+    characters: int
+    tokens: int
+    vocabulary: int
+    token_bytes: int
+    tokenizer: str
+    lengths: tuple[int, ...]
+    examples: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSummary:
+    """Figures, and how long it took: seconds of each step (none if it was there already), and in all."""
+
+    path: str
+    figures: Figures
+    seconds: float
+    steps: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Of JSON's types only."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> CorpusSummary:
+        """What `to_json` was given."""
+        told = said["figures"]
+        dropped = tuple(Dropped(**{**drop, "examples": tuple(drop["examples"])}) for drop in told["dropped"])
+        lists = {name: tuple(told[name]) for name in ("lengths", "examples")}
+        return cls(**{**said, "figures": Figures(**{**told, **lists, "dropped": dropped})})
+
+    def __str__(self) -> str:
+        """For people, on a few lines."""
+        got = self.figures
+        lines = [
+            f"{got.name}: {format_count(got.tokens)} tokens in {format_count(got.documents)} documents, "
+            f"{format_bytes(got.tokens * got.token_bytes)}: {self.path}",
+            f"  read        {format_count(got.documents_read)} documents, "
+            f"{format_count(got.characters_read)} characters",
+            *(
+                f"  dropped     {format_count(drop.documents)} ({_share(drop.documents, got.documents_read)}) "
+                f"{_reason_in_words(drop.reason)}"
+                for drop in got.dropped
+                if drop.documents
+            ),
+            f"  vocabulary  {got.vocabulary:,} ({got.tokenizer}), {_per_token(got)} characters a token",
+            f"  time        {format_seconds(self.seconds)}" if self.steps else "  was there already",
+            *(f"  {format_seconds(seconds):>10}  {name}" for name, seconds in self.steps.items()),
+            f"  digest      {got.digest}",
+        ]
+        if got.bad_records:
+            lines.insert(2, f"  set aside   {format_count(got.bad_records)} bad records, in _bad_records.jsonl")
+        return "\n".join(lines)
+
+
+def duplicates_of(kind: str, documents: int, examples: Sequence[str]) -> Dropped:
+    """Duplicates that were dropped. kind: exact or near. Nobody has counted their characters."""
+    reason = _EXACT if kind == "exact" else _NEAR
+    return Dropped(reason=reason, documents=documents, characters=0, examples=tuple(examples))
+
+
+def card(figures: Figures, settings: Mapping[str, Any]) -> str:
+    """The data card, as Markdown."""
+    rows = "".join(
+        f"| {_reason_in_words(drop.reason)} | {drop.documents:,} | {_share(drop.documents, figures.documents_read)} |\n"
+        for drop in figures.dropped
+    )
+    tables = {name: table for name, table in settings.items() if isinstance(table, dict)}
+    said = "\n".join(
+        f"- {name}: " + ", ".join(f"{k} = {v!r}" for k, v in table.items()) for name, table in tables.items()
+    )
+    return f"""# {figures.name}
+
+{figures.tokens:,} tokens in {figures.documents:,} documents.
+A vocabulary of {figures.vocabulary:,} ({figures.tokenizer}).
+{_per_token(figures)} characters a token; {figures.token_bytes} bytes a token on disk. Digest `{figures.digest}`.
+
+## Documents
+
+| | documents | of those read |
+|---|---|---|
+| read | {figures.documents_read:,} | 100 % |
+{rows}| kept | {figures.documents:,} | {_share(figures.documents, figures.documents_read)} |
+
+Bad records that were set aside: {figures.bad_records:,}.
+
+![How many documents have how many tokens]({PICTURE})
+
+## Examples of what was kept
+
+{_quoted(figures.examples)}
+## Examples of what was dropped
+
+{"".join(_dropped_examples(drop) for drop in figures.dropped) or "Nothing was."}
+## Made by
+
+Seed {settings["seed"]}.
+
+{said}
+"""
+
+
+def picture(lengths: Sequence[int]) -> str:
+    """A histogram of document lengths, in tokens, as SVG: written plainly, so its bytes depend on the numbers alone."""
+    most, width, height, left, bottom = max((*lengths, 1)), 640, 240, 50, 200
+    step = (width - left - 10) / max(1, len(lengths))
+    bars = []
+    for number, count in enumerate(lengths):
+        tall = 160 * count / most
+        x = left + number * step
+        middle = f'x="{x + step / 2:.1f}" text-anchor="middle"'
+        bars.append(
+            f'<rect x="{x + 1:.1f}" y="{bottom - tall:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" fill="#4477aa"/>'
+            f'<text {middle} y="{bottom + 14}">{format_count(2**number).replace(" ", "")}</text>'
+            f'<text {middle} y="{bottom - tall - 4:.1f}">{format_count(count)}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+        f'font-size="10">\n<rect width="100%" height="100%" fill="white"/>\n'
+        f'<text x="{left}" y="18" font-size="13">Documents by their tokens (from so many to twice as many)</text>\n'
+        + "\n".join(bars)
+        + f'\n<line x1="{left}" y1="{bottom}" x2="{width - 10}" y2="{bottom}" stroke="black"/>\n</svg>\n'
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def _per_token(figures: Figures) -> str:
+    return f"{figures.characters / max(1, figures.tokens):.2f}"
+
+
+def _reason_in_words(reason: str) -> str:
+    return f"{reason}s" if reason in (_EXACT, _NEAR) else f"by the rule {reason}"
+
+
+def _dropped_examples(drop: Dropped) -> str:
+    return f"### {_reason_in_words(drop.reason)}\n\n{_quoted(drop.examples)}\n" if drop.examples else ""
+
+
+def _quoted(examples: Sequence[str]) -> str:
+    """Texts as Markdown: indented by four, so nothing in them is read as Markdown."""
+    blocks = ["".join(f"    {line}\n" for line in example[:400].split("\n")[:12]) for example in examples]
+    return "\n---\n\n".join(blocks)

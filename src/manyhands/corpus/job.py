@@ -1,0 +1,273 @@
+"""From a corpus recipe to token files: clean, exact and near-duplicates, tokenizer, tokens; then the data card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from manyhands.corpus.bpe import END_OF_TEXT, tokenizer_json, train_bpe
+from manyhands.corpus.clean import KEPT, Judge, is_kept
+from manyhands.corpus.duplicates import near_duplicates, without
+from manyhands.corpus.encode import (
+    REFERENCE,
+    ByteEncoder,
+    TokenizerEncoder,
+    encoder_of,
+    faster,
+    load_tokenizer,
+)
+from manyhands.corpus.figures import PICTURE, CorpusSummary, Dropped, Figures, card, duplicates_of, picture
+from manyhands.corpus.recipe import CorpusSchema, located, source_of
+from manyhands.corpus.steps import Steps
+from manyhands.corpus.words import EXAMPLES, IsAmong, beginning, is_twice, nothing, some_examples, words_of
+from manyhands.data.token_format import FOLDER, MANIFEST, map_tokens, token_type
+from manyhands.errors import ConfigError, DataError
+from manyhands.prepare.aggregate import Aggregate
+from manyhands.prepare.dataset import Dataset
+from manyhands.prepare.fingerprint import fingerprint
+from manyhands.prepare.options import Options
+from manyhands.prepare.output import BAD_RECORDS
+from manyhands.prepare.storage import read_bytes, remove, replace_bytes
+from manyhands.prepare.summary import PrepareSummary
+from manyhands.prepare.writing_tokens import token_schema
+from manyhands.training.toml_document import Document
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_RECIPE, _SUMMARY, _TOKENIZER, _CARD, _WORK = "recipe.json", "summary.json", "tokenizer.json", "card.md", "work"
+_OURS = {_RECIPE, _SUMMARY, _TOKENIZER, _CARD, _WORK, FOLDER, PICTURE, BAD_RECORDS}
+_SAMPLE = 200  # documents on which a faster tokenizer is compared with the reference
+
+
+def prepare_corpus(
+    document: Document[CorpusSchema], out: str | Path, options: Options, *, overwrite: bool = False
+) -> CorpusSummary:
+    """Prepare the corpus of a recipe into the folder `out`; what is there of it, finished or begun, is used.
+
+    The bytes of tokens, tokenizer, card and picture depend on the recipe and its documents alone. Raises ConfigError
+    for a folder with something else in it, and what jobs raise; the same call then goes on where this one ended.
+    """
+    began = time.monotonic()
+    folder = Path(out).absolute()
+    source = source_of(document)
+    settings = document.schema.model_dump()
+    tokenizer = _given_tokenizer(document)
+    identity = fingerprint([settings, source.identity, tokenizer and tokenizer.text])
+    found = _found(folder, identity, overwrite=overwrite)
+    if found is not None:
+        return replace(found, path=str(folder), seconds=time.monotonic() - began, steps={})
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_bytes(str(folder / _RECIPE), _json({"identity": identity, "settings": settings}))
+    engine = options.open_engine()
+    try:
+        steps = Steps(
+            folder / _WORK,
+            {"engine": engine, "max_bad_records": options.max_bad_records, "progress": options.progress},
+        )
+        figures = _Corpus(document.schema, folder, steps).made_of(source, tokenizer)
+    finally:
+        if options.engine is None:
+            engine.close()
+    if bad := steps.bad_records():
+        replace_bytes(str(folder / BAD_RECORDS), bad)
+    replace_bytes(str(folder / PICTURE), picture(figures.lengths).encode())
+    replace_bytes(str(folder / _CARD), card(figures, settings).encode("utf-8", "replace"))
+    summary = CorpusSummary(
+        path=str(folder), figures=figures, seconds=time.monotonic() - began, steps=dict(steps.seconds)
+    )
+    replace_bytes(str(folder / _SUMMARY), _json(summary.to_json()))
+    shutil.rmtree(folder / _WORK)
+    return summary
+
+
+class _Corpus:
+    """The steps of one corpus, into one folder."""
+
+    def __init__(self, schema: CorpusSchema, folder: Path, steps: Steps) -> None:
+        self._schema, self._folder, self._steps, self._how = schema, folder, steps, steps.how
+
+    def made_of(self, source: Dataset, tokenizer: TokenizerEncoder | None) -> Figures:
+        """All of them. Raises DataError if no document is left."""
+        clean = self._schema.clean
+        judge = Judge(self._schema.input.text, clean.unicode, clean.rules())
+        judged, read = self._steps.keep("clean", source.map(judge))
+        rules = self._by_rule(judged)
+        kept = rules.pop(KEPT, Dropped(reason=KEPT, documents=0, characters=0, examples=()))
+        if not kept.documents:
+            reasons = ", ".join(f"{rule}: {drop.documents}" for rule, drop in rules.items())
+            raise DataError(
+                "no document is left after cleaning",
+                expected="documents that the rules of [clean] let pass",
+                got=f"{read} documents; dropped by {reasons}" if read else "no documents at all",
+                hint="look at the rules' thresholds, and at what input.paths names",
+            )
+        documents, duplicates = self._unique(judged.filter(is_kept), kept.documents)
+        encoder, kind = self._encoder(documents, tokenizer)
+        written = self._tokens(documents, encoder)
+        lengths = _lengths(written)
+        totals = documents.group_by(nothing).aggregate(
+            characters=Aggregate.sum(of="characters"), examples=some_examples()
+        )
+        (total,) = totals.take(1, **self._how)
+        return Figures(
+            name=self._schema.name,
+            documents_read=read,
+            characters_read=kept.characters + sum(drop.characters for drop in rules.values()),
+            bad_records=self._steps.bad_records().count(b"\n"),
+            dropped=(*rules.values(), *duplicates),
+            documents=written.records,
+            characters=total["characters"],
+            tokens=int(lengths.sum()),
+            vocabulary=encoder.vocabulary,
+            token_bytes=token_type(encoder.vocabulary).itemsize,
+            tokenizer=kind,
+            lengths=tuple(np.bincount(np.log2(lengths).astype(np.int64)).tolist()),
+            examples=tuple(total["examples"]),
+            digest=written.digest,
+        )
+
+    def _by_rule(self, judged: Dataset) -> dict[str, Dropped]:
+        """What each rule has dropped, and under `KEPT` what none has."""
+        groups = judged.group_by("rule").aggregate(
+            documents=Aggregate.count(), characters=Aggregate.sum(of="characters"), examples=some_examples()
+        )
+        return {
+            group["rule"]: Dropped(
+                reason=group["rule"],
+                documents=group["documents"],
+                characters=group["characters"],
+                examples=tuple(group["examples"]),
+            )
+            for group in groups.take(1000, **self._how)
+        }
+
+    def _unique(self, documents: Dataset, count: int) -> tuple[Dataset, list[Dropped]]:
+        """Without duplicates, as the recipe says; what was dropped."""
+        table, dropped = self._schema.duplicates, []
+        if table.exact:
+            unique, left = self._steps.keep("exact duplicates", documents.distinct(key="id"))
+            again = documents.map(beginning).group_by("id")
+            twice = again.aggregate(documents=Aggregate.count(), text=Aggregate.first(of="text")).filter(is_twice)
+            examples = [group["text"] for group in twice.take(EXAMPLES, **self._how)] if left < count else []
+            dropped.append(duplicates_of("exact", count - left, examples))
+            documents, count = unique, left
+        if table.near:
+            pairs, near = near_duplicates(documents, table.minhash(), self._steps)
+            examples = self._pairs_in_words(documents, pairs.take(EXAMPLES, **self._how)) if near else []
+            dropped.append(duplicates_of("near", near, examples))
+            if near:
+                documents, _ = self._steps.keep("near-duplicates: removed", without(documents, pairs))
+        return documents, dropped
+
+    def _pairs_in_words(self, documents: Dataset, pairs: list[tuple[bytes, bytes]]) -> list[str]:
+        """Near-duplicates beside what stays instead."""
+        ids = frozenset(one for pair in pairs for one in pair)
+        found = documents.filter(IsAmong(ids)).map(beginning).take(len(ids), **self._how)
+        texts = {document["id"]: "\n".join(document["text"].split("\n")[:5]) for document in found}
+        return [f"{texts[dropped][:190]}\n  (stays instead:)\n{texts[stays][:190]}" for dropped, stays in pairs]
+
+    def _encoder(
+        self, documents: Dataset, tokenizer: TokenizerEncoder | None
+    ) -> tuple[ByteEncoder | TokenizerEncoder, str]:
+        """What makes tokens, and what it is called. A tokenizer is written beside the tokens."""
+        table, kind = self._schema.tokenizer, f"of {self._schema.tokenizer.file}"
+        if table.vocabulary is not None:
+            words = documents.sample(table.sample, seed=self._schema.seed).flat_map(words_of).group_by()
+            counts, number = self._steps.keep(
+                "vocabulary: words", words.aggregate(documents=Aggregate.count()).filter(is_twice)
+            )
+            self._steps.begin("vocabulary: pairs")
+            counted = {row["key"]: row["documents"] for row in counts.take(number, **self._how)}
+            text = tokenizer_json(train_bpe(counted, table.vocabulary))
+            self._steps.end("vocabulary: pairs")
+            tokenizer, kind = encoder_of(text, END_OF_TEXT, str(self._folder / _TOKENIZER)), "byte-level BPE, trained"
+        if tokenizer is None:
+            return ByteEncoder(), "bytes"
+        replace_bytes(str(self._folder / _TOKENIZER), tokenizer.text.encode())
+        if table.fast:
+            sample = [document["text"] for document in documents.take(_SAMPLE, **self._how)]
+            tokenizer, why_not = faster(tokenizer, sample)
+            if why_not and self._how.get("progress", True):
+                sys.stderr.write(f"tokenized by {REFERENCE}: {why_not}\n")
+        return tokenizer, kind
+
+    def _tokens(self, documents: Dataset, encoder: ByteEncoder | TokenizerEncoder) -> PrepareSummary:
+        """Tokens in a random order of documents, in files."""
+        self._steps.begin("tokens")
+        shuffled = documents.map_batches(encoder).shuffle(self._schema.seed)
+        schema = token_schema(encoder.vocabulary)
+        written = shuffled.write(
+            str(self._folder / FOLDER), format="tokens", schema=schema, overwrite=True, **self._how
+        )
+        self._steps.end("tokens")
+        return written
+
+
+def _lengths(written: PrepareSummary) -> NDArray[np.integer]:
+    """How many tokens each document has, its end included."""
+    files = [map_tokens(f"{written.path}/{name}") for name in written.files]
+    return np.concatenate([np.diff(file.ends, prepend=np.uint64(0)) for file in files])
+
+
+def _given_tokenizer(document: Document[CorpusSchema]) -> TokenizerEncoder | None:
+    """That of the recipe's file, if it names one. Raises ConfigError, DataError."""
+    table = document.schema.tokenizer
+    if table.file is None:
+        if table.vocabulary is not None:
+            load_tokenizer(tokenizer_json(train_bpe({}, 0)))  # without the package, say so before hours of work
+        return None
+    path, where = located(document, table.file, "tokenizer", "file"), document.origin("tokenizer", "file")
+    try:
+        text = read_bytes(path).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the tokenizer's file can't be read: {error}", where=where) from error
+    return encoder_of(text, table.end_of_text, where)
+
+
+def _found(folder: Path, identity: str, *, overwrite: bool) -> CorpusSummary | None:
+    """What is there of the same corpus, if it is complete. Raises ConfigError if there is something else."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("the output folder is a file", where=str(folder), hint="choose another path")
+    foreign = [name for name in names if name not in _OURS] or (names if names and _RECIPE not in names else [])
+    if foreign:
+        raise ConfigError(
+            "the output folder holds something that isn't an output",
+            where=str(folder),
+            expected="a new folder, an empty one, or one of an earlier run",
+            got=f"a folder with {', '.join(foreign[:5])}",
+            hint="choose another folder; nothing was written",
+        )
+    there = _read_json(folder / _RECIPE).get("identity") if names else identity
+    if there != identity:
+        if not overwrite:
+            raise ConfigError(
+                "the output folder holds another corpus",
+                where=str(folder),
+                hint="the recipe or its documents have changed: use --out for a new folder, or --overwrite",
+            )
+        for name in names:
+            remove(str(folder / name))
+        return None
+    said = _read_json(folder / _SUMMARY)
+    return CorpusSummary.from_json(said) if said and (folder / FOLDER / MANIFEST).exists() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n"

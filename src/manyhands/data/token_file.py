@@ -1,0 +1,177 @@
+"""TokenFile: prepared tokens as a data set. Opening it reads the tails of its files, whatever their size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from bisect import bisect_right
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from manyhands.addresses import is_local
+from manyhands.data.mixture import Mixture
+from manyhands.data.token_format import FOLDER, MANIFEST, MappedTokens, map_tokens
+from manyhands.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class TokenFile(Dataset[Any]):
+    """Samples of `length` tokens out of a folder that `manyhands prepare`, or `Dataset.write(format="tokens")`, wrote.
+
+    Item i is a LongTensor [length + 1]: `length` tokens to read, and for each the one that comes next; so each token
+    is predicted by one item, and an item's last token is the next one's first. Documents lie one after the other. With
+    `boundaries`, an item is a dict of `tokens` and `documents`, both [length + 1]: the number of the document that each
+    token is of, from 0 in every item, for attention that stays inside of documents.
+
+    The files are mapped into memory: workers of a host share one copy, and opening takes milliseconds. The order of
+    samples is the recipe's, a function of (seed, position), so there is no state to keep. `tokens`, `documents` and
+    `vocabulary` (0: not known) tell what is there.
+
+    Raises DataError if there are no prepared tokens, too few for one item, or files that aren't whole; ConfigError.
+    """
+
+    def __init__(self, path: str | Path, length: int, boundaries: bool = False) -> None:
+        if not isinstance(length, int) or length < 1:
+            raise ConfigError("length is not a whole number of at least 1", got=repr(length))
+        self.path, self.length, self.boundaries = str(path), length, boundaries
+        self._folder, self._listed = _manifest(self.path)
+        self._files = [_opened(self._folder / file["name"], file["bytes"]) for file in self._listed]
+        self._starts = list(accumulate((len(file.tokens) for file in self._files), initial=0))
+        self.tokens, self.documents = self._starts[-1], sum(len(file.ends) for file in self._files)
+        self.vocabulary = max((file.vocabulary for file in self._files), default=0)
+        if len(self) < 1:
+            raise DataError(
+                "there are too few tokens for one item",
+                where=str(self._folder),
+                expected=f"at least {length + 1}",
+                got=self.tokens,
+                hint="use a smaller length, or prepare more data",
+            )
+
+    @classmethod
+    def mixed(
+        cls,
+        weights: Mapping[str, float],
+        length: int,
+        samples: int | None = None,
+        boundaries: bool = False,
+        seed: int = 0,
+    ) -> Mixture:
+        """Several corpora as one data set: of each (by path) the share of the samples that its weight says.
+
+        samples: how many there are in an epoch: give what the whole run will take (steps x global_size), so that none
+        comes twice without need; by default, as many as all corpora have. A corpus that has fewer than its share is
+        gone through again, in another order; of one that has more, samples are chosen by `seed`.
+        Raises ConfigError for weights that aren't positive, DataError for corpora of different vocabularies.
+        """
+        parts = {str(path): cls(path, length, boundaries) for path in weights}
+        sizes = {path: part.vocabulary for path, part in parts.items()}
+        if len(set(sizes.values())) > 1:
+            raise DataError(
+                "corpora of different vocabularies can't be mixed",
+                got=", ".join(f"{path}: {size}" for path, size in sizes.items()),
+                hint="prepare them with one tokenizer: [tokenizer] file = ...",
+            )
+        return Mixture(list(parts.values()), list(weights.values()), samples, seed)
+
+    def __len__(self) -> int:
+        return max(0, self.tokens - 1) // self.length
+
+    def __getitem__(self, index: int) -> Any:
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        start = index * self.length
+        pieces = self._pieces(start, start + self.length + 1)
+        tokens = _long([file.tokens[low:high] for file, low, high in pieces])
+        if not self.boundaries:
+            return tokens
+        return {"tokens": tokens, "documents": _long(_document_numbers(pieces))}
+
+    def verify(self) -> None:
+        """Read all files and compare their checksums (SHA-256). Raises DataError that names a file that has changed."""
+        for listed in self._listed:
+            path = self._folder / listed["name"]
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != listed["sha256"]:
+                raise DataError(
+                    "a token file isn't what was prepared",
+                    where=str(path),
+                    expected=f"SHA-256 {listed['sha256']}",
+                    got=found,
+                    hint="prepare the data again",
+                )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A pickled memory map would carry all tokens: a reader process opens the files itself instead.
+        return type(self), (self.path, self.length, self.boundaries)
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[MappedTokens, int, int]]:
+        """Where tokens `start` to `stop` of all are: files, and ranges in them."""
+        pieces = []
+        number = bisect_right(self._starts, start) - 1
+        while start < stop:
+            low, end = start - self._starts[number], min(stop, self._starts[number + 1])
+            if end > start:
+                pieces.append((self._files[number], low, end - self._starts[number]))
+            start, number = max(start, end), number + 1
+        return pieces
+
+
+def _long(parts: list[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _document_numbers(pieces: list[tuple[MappedTokens, int, int]]) -> list[NDArray[Any]]:
+    """The number of each token's document, from 0 on. No document goes on in another file."""
+    numbers, first = [], 0
+    for file, low, high in pieces:
+        found = np.searchsorted(file.ends, np.arange(low, high, dtype=np.uint64), side="right")
+        found = np.unique(found, return_inverse=True)[1] + first  # documents without tokens don't count
+        numbers.append(found)
+        first = int(found[-1]) + 1
+    return numbers
+
+
+def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of token files, and the list of them. Raises DataError."""
+    if not is_local(path):
+        raise DataError("token files are mapped into memory, so they must be on a disk", where=path, hint="copy them")
+    for folder in (Path(path, FOLDER), Path(path)):
+        try:
+            files: list[dict[str, Any]] = json.loads((folder / MANIFEST).read_bytes())["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return folder, files
+    raise DataError(
+        "there are no prepared tokens here",
+        where=str(Path(path).absolute()),
+        expected=f"a folder with {FOLDER}/{MANIFEST}, or {MANIFEST}, which is written when all tokens are there",
+        hint="make them first: manyhands prepare RECIPE.toml --out FOLDER",
+    )
+
+
+def _opened(path: Path, num_bytes: int) -> MappedTokens:
+    try:
+        if path.stat().st_size != num_bytes:
+            raise DataError(
+                "a token file has another size than it was written with",
+                where=str(path),
+                expected=f"{num_bytes:,} bytes",
+                got=f"{path.stat().st_size:,}",
+                hint="prepare the data again",
+            )
+        return map_tokens(str(path))
+    except OSError as error:
+        raise DataError(f"a token file can't be read: {error.strerror or error}", where=str(path)) from error

@@ -1,0 +1,79 @@
+"""A file of tokens as it lies on disk: written when data are prepared, mapped into memory when they are trained on.
+
+    tokens, uint16 or uint32 | padding to a multiple of 8 | where each document ends, uint64 | tail
+
+All little-endian. A document's end is counted in tokens from the file's beginning; no document goes on in another file.
+The tail tells how many tokens and documents there are, the size of the vocabulary (0: not known) and a token's bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from manyhands.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SUFFIX = ".tokens"
+FOLDER = "tokens"  # of token files, beside their tokenizer and data card
+MANIFEST = "_manifest.json"
+_TAIL = struct.Struct("<QQQQ16s")
+_MAGIC = b"manyhands tokens"
+_ALIGNMENT = 8
+
+
+class MappedTokens(NamedTuple):
+    """A token file, mapped into memory. tokens: [tokens]; ends: [documents]."""
+
+    tokens: NDArray[np.integer]
+    ends: NDArray[np.integer]
+    vocabulary: int
+
+
+def token_type(vocabulary: int) -> np.dtype[np.integer]:
+    """The smallest type that holds every token of a vocabulary of this size; 4 bytes if it isn't known (0)."""
+    return np.dtype("<u2") if 0 < vocabulary <= 2**16 else np.dtype("<u4")
+
+
+def padding(num_bytes: int) -> int:
+    """How many bytes bring `num_bytes` of tokens to where the documents' ends begin."""
+    return -num_bytes % _ALIGNMENT
+
+
+def tail(num_tokens: int, num_documents: int, vocabulary: int, token_bytes: int) -> bytes:
+    """The last bytes of a token file."""
+    return _TAIL.pack(num_tokens, num_documents, vocabulary, token_bytes, _MAGIC)
+
+
+def map_tokens(path: str) -> MappedTokens:
+    """Map a token file into memory; only its tail is read. Raises DataError for what isn't a whole one, OSError."""
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL.size))
+        last = file.read()
+    try:
+        num_tokens, num_documents, vocabulary, token_bytes, magic = _TAIL.unpack(last)
+    except struct.error:
+        magic = b""
+    if magic != _MAGIC or token_bytes not in (2, 4):
+        raise DataError("a token file is broken off, or isn't one", where=path, hint="prepare the data again")
+    ends_at = num_tokens * token_bytes + padding(num_tokens * token_bytes)
+    expected = ends_at + 8 * num_documents + _TAIL.size
+    if size != expected:
+        raise DataError(
+            "a token file has another size than its tail says",
+            where=path,
+            expected=f"{expected:,} bytes",
+            got=f"{size:,}",
+            hint="prepare the data again",
+        )
+    tokens = _mapped(path, np.dtype(f"<u{token_bytes}"), 0, num_tokens)
+    return MappedTokens(tokens, _mapped(path, np.dtype("<u8"), ends_at, num_documents), vocabulary)
+
+
+def _mapped(path: str, kind: np.dtype[np.integer], offset: int, count: int) -> NDArray[np.integer]:
+    return np.memmap(path, kind, "r", offset, (count,)) if count else np.empty(0, kind)  # nothing can't be mapped

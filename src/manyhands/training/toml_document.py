@@ -1,0 +1,181 @@
+"""A TOML file's text and its check against tables: overrides, origins, problems in words.
+
+Every value keeps its origin (`recipe.toml:12`, or the `--set` that gave it), and all problems come out in one error.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from manyhands.config import hint_nearest, nearest
+from manyhands.errors import ConfigError, InvariantError
+from manyhands.training.toml_text import Key, apply_override, dotted, line_numbers
+
+EXPECTED = {
+    "model_type": "a table",
+    "dict_type": "a table",
+    "list_type": "an array",
+    "invalid-json-value": "a string, number, boolean, array or table",
+    "string_pattern_mismatch": 'an import path, "module:attribute"',
+}
+
+
+class Table(BaseModel):
+    """A table of a file: what it doesn't know is refused, and values aren't converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+S = TypeVar("S", bound=Table)
+
+
+@dataclass(frozen=True)
+class Document(Generic[S]):
+    """A file that was read and checked. `origins` tells where each value comes from."""
+
+    path: Path
+    schema: S
+    origins: dict[Key, str]
+
+    def origin(self, *key: str | int) -> str:
+        """`recipe.toml:12`, or `--set ...`: of a value, or else of the table it would be in."""
+        return _origin(self.path, self.origins, key)
+
+    def relocated(self, error: ConfigError) -> ConfigError:
+        """A ConfigError of Batch, Strategy or Recipe, which tells the field only, with the field's origin."""
+        return _relocated(error, type(self.schema), self.path, self.origins)
+
+
+def read_document(path: str | Path, overrides: Sequence[str], schema: type[S]) -> Document[S]:
+    """Read a file and check it against its tables. Raises one ConfigError that tells all problems."""
+    path = Path(path)
+    text = _read_text(path)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"line (\d+)", str(error))
+        line = found[1] if found else str(text.rstrip().count("\n") + 1)  # "at end of document"
+        raise ConfigError(
+            f"{path} is not TOML: {error}", where=f"{path}:{line}", expected="valid TOML (toml.io)"
+        ) from None
+    origins = {key: f"{path}:{line}" for key, line in line_numbers(text).items()}
+    problems = [problem for override in overrides if (problem := apply_override(override, values, origins))]
+    values.setdefault("name", path.stem)
+    checked: S | None = None
+    try:
+        checked = schema.model_validate(values)
+    except ValidationError as invalid:
+        problems += [_problem(details, schema, values, path, origins) for details in invalid.errors()]
+    raise_all(problems, path)
+    if checked is None:
+        raise InvariantError("a file was found wrong, and no problem was found", where=str(path))
+    return Document(path, checked, origins)
+
+
+def raise_all(problems: Sequence[ConfigError], path: Path) -> None:
+    """Raise the only problem, or one error that lists them all; nothing if there are none."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError(f"{len(problems)} problems in {path}", detail="\n".join(str(problem) for problem in problems))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path} is not UTF-8 text", where=f"{path}:{line}", got=str(error)) from None
+    except OSError as error:
+        folder = path if path.is_dir() else path.parent
+        near = sorted(str(file.relative_to(folder)) for file in (*folder.glob("*.toml"), *folder.glob("*/*.toml")))
+        what = f"there is no recipe {path}" if not path.exists() else f"the recipe {path} can't be read"
+        hint = hint_nearest(path.name, near) or (f"in {folder} there are {', '.join(near[:5])}, ..." if near else None)
+        raise ConfigError(what, where=str(path.absolute()), got=error.strerror, hint=hint) from None
+
+
+def _problem(
+    details: ErrorDetails, schema: type[Table], values: dict[str, Any], path: Path, origins: dict[Key, str]
+) -> ConfigError:
+    """What pydantic found, in our words."""
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return _relocated(cause, schema, path, origins)
+    key, field = _real_key(details["loc"], values), dotted(details["loc"])
+    where = _origin(path, origins, key)
+    if details["type"] == "missing":
+        is_table = len(details["loc"]) == 1 and _table_named(field, schema)
+        expected = f"a table, [{field}]" if is_table else f"{field} = ..."
+        return ConfigError(f"{field} is missing", where=where, expected=expected)
+    if details["type"] == "extra_forbidden":
+        return ConfigError(
+            f"{field} is not known", where=where, got=repr(details["input"]), hint=_unknown_hint(details["loc"], schema)
+        )
+    expected = EXPECTED.get(details["type"]) or re.sub(r"^(Input|String|List) should (be|have) ", "", details["msg"])
+    return ConfigError(f"{dotted(key)} has a wrong value", where=where, expected=expected, got=repr(details["input"]))
+
+
+def _unknown_hint(loc: Key, schema: type[Table]) -> str | None:
+    table, name = _table_at(loc, schema), str(loc[-1])
+    if table is None:
+        return None
+    hint = nearest(name, table.model_fields)
+    if len(loc) > 1 and name in schema.model_fields:
+        if _table_named(name, schema):
+            return f"[{name}] is a table of its own"
+        return f"{name} belongs at the top of the file, above the first [table]"
+    if "arguments" in table.model_fields and not hint.startswith("did"):
+        return f"{hint}; what is passed on goes into {dotted((*loc[:-1], 'arguments'))}"
+    return hint
+
+
+def _table_at(loc: Key, schema: type[Table]) -> type[Table] | None:
+    """The table that a key's last name is (or should have been) in."""
+    table: type[Table] | None = schema
+    for name in loc[:-1]:
+        if isinstance(name, str) and table is not None:
+            table = _table_named(name, table)
+    return table
+
+
+def _table_named(name: str, outer: type[Table]) -> type[Table] | None:
+    """The table that may be given under a name (once, or in an array), if it's a table that may be."""
+    field = outer.model_fields.get(name)
+    annotation = field.annotation if field else None
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, Table)), None)
+
+
+def _real_key(loc: Key, values: Any) -> Key:
+    """pydantic puts names of types between a nested value's keys, and names what's missing: keep what's there."""
+    key: Key = ()
+    name: Any
+    for name in loc:
+        if (isinstance(values, dict) and name in values) or (isinstance(values, list) and isinstance(name, int)):
+            values = values[name]
+            key += (name,)
+    return key
+
+
+def _relocated(error: ConfigError, schema: type[Table], path: Path, origins: dict[Key, str]) -> ConfigError:
+    what = error.what.removeprefix("recipe.")
+    tables = "|".join(name for name in schema.model_fields if _table_named(name, schema))
+    named = re.search(rf"\b(?:recipe|({tables}))\.(\w+)", error.what)
+    key: Key = tuple(part for part in named.groups() if part) if named else ()
+    where = _origin(path, origins, key)
+    return ConfigError(what, expected=error.expected, got=error.got, where=where, hint=error.hint, detail=error.detail)
+
+
+def _origin(path: Path, origins: dict[Key, str], key: Key) -> str:
+    for length in range(len(key), 0, -1):
+        if key[:length] in origins:
+            return origins[key[:length]]
+    return f"{path}:1"  # a table that isn't there at all
