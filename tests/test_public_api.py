@@ -74,11 +74,11 @@ OPTIONS = {
     "join": {"--workers", "-n", "endpoint"},
     "doctor": {"--json", "--run-dir", "run"},
     "prepare": {
+        "--engine",
         "--json",
         "--max-bad-records",
         "--memory",
         "--out",
-        "--overwrite",
         "--set",
         "--workers",
         "-n",

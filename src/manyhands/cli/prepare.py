@@ -8,7 +8,28 @@ from typing import Annotated
 
 import typer
 
-from manyhands.cli.workers import Workers
+from manyhands.cli.workers import from_one
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        "-n",
+        metavar="N",
+        callback=from_one,
+        help="Worker processes on this machine (default: one a CPU).",
+        show_default=False,
+    ),
+]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Where tasks run, if not here: dask://host:8786, ray, ray://host:10001; or which part this is: "
+        "'rank 2 of 8', or ranks, as Slurm and others say.",
+        show_default=False,
+    ),
+]
 
 
 def prepare(
@@ -16,6 +37,7 @@ def prepare(
         Path, typer.Argument(metavar="RECIPE", help="The corpus's recipe: a TOML file.", show_default=False)
     ],
     workers: Workers = None,
+    engine: Engine = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -32,7 +54,6 @@ def prepare(
         Path | None,
         typer.Option(metavar="DIR", help="Where tokens and card go (default: prepared/NAME).", show_default=False),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another corpus in DIR.")] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,7 +75,7 @@ def prepare(
     from manyhands.corpus.recipe import read_corpus_recipe
     from manyhands.prepare.options import Options
 
-    options = Options(workers=workers, memory=memory, max_bad_records=max_bad_records)
+    options = Options(workers=workers, memory=memory, max_bad_records=max_bad_records, engine=engine)
     document = read_corpus_recipe(recipe, set_ or [])
-    summary = prepare_corpus(document, out or Path("prepared") / document.schema.name, options, overwrite=overwrite)
+    summary = prepare_corpus(document, out or Path("prepared") / document.schema.name, options)
     typer.echo(json.dumps(summary.to_json()) if as_json else str(summary))

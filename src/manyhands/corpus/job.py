@@ -32,7 +32,7 @@ from manyhands.errors import ConfigError, DataError
 from manyhands.prepare.aggregate import Aggregate
 from manyhands.prepare.dataset import Dataset
 from manyhands.prepare.fingerprint import fingerprint
-from manyhands.prepare.options import Options
+from manyhands.prepare.options import How, Options
 from manyhands.prepare.output import BAD_RECORDS
 from manyhands.prepare.storage import read_bytes, remove, replace_bytes
 from manyhands.prepare.summary import PrepareSummary
@@ -66,16 +66,15 @@ def prepare_corpus(
         return replace(found, path=str(folder), seconds=time.monotonic() - began, steps={})
     folder.mkdir(parents=True, exist_ok=True)
     replace_bytes(str(folder / _RECIPE), _json({"identity": identity, "settings": settings}))
-    engine = options.open_engine()
-    try:
-        steps = Steps(
-            folder / _WORK,
-            {"engine": engine, "max_bad_records": options.max_bad_records, "progress": options.progress},
-        )
-        figures = _Corpus(document.schema, folder, steps).made_of(source, tokenizer)
-    finally:
-        if options.engine is None:
-            engine.close()
+    how = How(
+        workers=options.workers,
+        memory=options.memory,
+        max_bad_records=options.max_bad_records,
+        engine=options.engine,
+        progress=options.progress,
+    )
+    steps = Steps(folder / _WORK, how)
+    figures = _Corpus(document.schema, folder, steps).made_of(source, tokenizer)
     if bad := steps.bad_records():
         replace_bytes(str(folder / BAD_RECORDS), bad)
     replace_bytes(str(folder / PICTURE), picture(figures.lengths).encode())
@@ -252,7 +251,7 @@ def _found(folder: Path, identity: str, *, overwrite: bool) -> CorpusSummary | N
             raise ConfigError(
                 "the output folder holds another corpus",
                 where=str(folder),
-                hint="the recipe or its documents have changed: use --out for a new folder, or --overwrite",
+                hint="the recipe or its documents have changed: use --out for a new folder, or delete that one",
             )
         for name in names:
             remove(str(folder / name))
