@@ -158,8 +158,8 @@ class Dataset:
         """Pairs `(record, other's record)` with the same key, in the order of the keys.
 
         on: the key, as for `group_by`; other_on: that of the other's records, where it's another. how: "inner", "left",
-        "right", "outer": a record without a partner is dropped, or paired with None. All records of a key must fit
-        into memory.
+        "right", "outer": a record without a partner is dropped, or paired with None. A key may have more records than
+        fit into memory, on both sides.
         """
         if how not in _JOINS:
             raise ConfigError("there is no such join", expected=", ".join(_JOINS), got=repr(how))
@@ -241,9 +241,12 @@ class Dataset:
         options, plan = options_of(how).alone(), self._plan(Counting(), how)
         return first_records(plan, count, options)
 
-    def explain(self) -> str:
-        """The plan: stages, their steps and their partitions. Caches that aren't there yet are shown as computed."""
-        return make_plan(_without_caches(self._node), Counting()).explain()
+    def explain(self, *, format: str = "jsonl") -> str:
+        """The plan of `write`, in that format: stages, their steps and their partitions.
+
+        Caches that aren't there yet are shown as computed. Raises ConfigError for a format.
+        """
+        return make_plan(_without_caches(self._node), Output(check_format(format), None)).explain()
 
     def _plan(self, end: Output | Counting, how: How) -> Plan:
         from manyhands.prepare.cache import with_caches
