@@ -107,6 +107,24 @@ def test_joins_are_those_of_duckdb(
     assert ordered == sorted(ordered)
 
 
+@pytest.mark.parametrize("how", ["inner", "left", "right", "outer"])
+@pytest.mark.parametrize(("lefts", "rights"), [(30, 40), (30, 0), (0, 40)])
+def test_a_key_of_which_there_are_very_many_is_joined_in_order(how: str, lefts: int, rights: int) -> None:
+    sides = [
+        [{"k": 0, "v": 0}, *({"k": 7, "v": value} for value in range(count)), {"k": 9, "v": 0}]
+        for count in (lefts, rights)
+    ]
+    left, right = (dataset(side, as_table=False) for side in sides)
+    made = left.join(right, on="k", how=how)
+    pairs = all_of(made)
+    assert pairs == made.take(10**9, workers=0, progress=False)  # ample memory
+    hot = [(a and a["v"], b and b["v"]) for a, b in pairs if (a or b)["k"] == 7]
+    alone = {"left": lefts, "right": rights, "outer": lefts + rights, "inner": 0}[how]
+    assert len(hot) == (lefts * rights or alone)
+    if lefts and rights:
+        assert hot == [(one, other) for one in range(lefts) for other in range(rights)]
+
+
 @cases
 @given(rows, st.booleans())
 def test_distinct_records_are_those_of_duckdb(records: list[dict[str, Any]], as_table: bool) -> None:
@@ -331,7 +349,7 @@ def test_the_plan_is_cut_at_shuffles_and_knows_its_partitions(tmp_path: Path) ->
         "         4 partitions, 800 B",
         "stage 1  stage 0 → sort by n",
         "         partitions as the data come out, about 400 B each",
-        "stage 2  stage 1 → count",
+        "stage 2  stage 1 → write jsonl",
         "         partitions as the data come out, about 400 B each",
     ]
     twice = words.join(words, on="key").explain()

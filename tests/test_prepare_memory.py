@@ -15,10 +15,12 @@ import pytest
 PROGRAM = """
 import resource, sys
 import manyhands as mh
+from manyhands.prepare.kept_pool import end_kept_pools
 form, source = sys.argv[1:]
 made = mh.Dataset.read(source + "/*.parquet")
 made = made if form == "parquet" else made.map(lambda row: row)  # as Python objects
 written = made.sort_by("k").write(source + "/out-" + form, format=form, workers=2, memory="700MiB", progress=False)
+end_kept_pools()  # children count when they have ended
 print(written.records, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
@@ -35,4 +37,28 @@ def test_sorting_takes_no_more_memory_than_it_may(tmp_path: Path, form: str, cou
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     records, peak_kib = map(int, done.stdout.split())
     assert records == count
-    assert peak_kib < 350 * 1024
+    assert 64 * 1024 < peak_kib < 350 * 1024
+
+
+HOT = """
+import resource, sys
+import manyhands as mh
+from manyhands.prepare.kept_pool import end_kept_pools
+few = mh.Dataset.from_records([{"k": 1, "n": number} for number in range(3)])
+many = mh.Dataset.read(sys.argv[1]).map(lambda line: {"k": 1, "text": line})
+pairs = few.join(many, on="k").count(workers=1, memory="350MiB", progress=False)
+end_kept_pools()
+print(pairs, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_key_with_more_records_than_fit_is_joined_within_the_memory(tmp_path: Path) -> None:
+    count = 600_000
+    with (tmp_path / "many.txt").open("w") as file:
+        file.writelines(f"{number:0300d}\n" for number in range(count))
+    command = [sys.executable, "-c", HOT, str(tmp_path / "many.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    pairs, peak_kib = map(int, done.stdout.split())
+    assert pairs == 3 * count
+    assert 64 * 1024 < peak_kib < 350 * 1024

@@ -41,12 +41,10 @@ class Dataset:
     """Records, and what is done with them: each method returns a new Dataset. Functions are plain Python functions.
 
     A record is what a function makes of it; rows of tables and JSON objects are dicts, lines of text are `str`.
-    Functions must be pure: what they return depends on their arguments alone. `write`, `take` and `count` run the
-    job, and take the options of `How`: workers, memory, max_bad_records, engine, progress. None of them changes a
-    byte of the output.
+    Functions must be pure: what they return depends on their arguments alone. `write`, `take` and `count` run the job
+    with the options of `How` (workers, memory, max_bad_records, engine, progress): none changes a byte of the output.
 
     Example:
-
         counts = (
             mh.Dataset.read("posts/*.jsonl.gz")
             .flat_map(lambda post: post["text"].split())
@@ -158,8 +156,8 @@ class Dataset:
         """Pairs `(record, other's record)` with the same key, in the order of the keys.
 
         on: the key, as for `group_by`; other_on: that of the other's records, where it's another. how: "inner", "left",
-        "right", "outer": a record without a partner is dropped, or paired with None. All records of a key must fit
-        into memory.
+        "right", "outer": a record without a partner is dropped, or paired with None. A key may have more records than
+        fit into memory, on both sides.
         """
         if how not in _JOINS:
             raise ConfigError("there is no such join", expected=", ".join(_JOINS), got=repr(how))
@@ -242,9 +240,12 @@ class Dataset:
         options, plan = options_of(how).alone(), self._plan(Counting(), how)
         return first_records(plan, count, options)
 
-    def explain(self) -> str:
-        """The plan: stages, their steps and their partitions. Caches that aren't there yet are shown as computed."""
-        return make_plan(_without_caches(self._node), Counting()).explain()
+    def explain(self, *, format: str = "jsonl") -> str:
+        """The plan of `write`, in that format: stages, their steps and their partitions.
+
+        Caches that aren't there yet are shown as computed. Raises ConfigError for a format.
+        """
+        return make_plan(_without_caches(self._node), Output(check_format(format), None)).explain()
 
     @property
     def identity(self) -> str:

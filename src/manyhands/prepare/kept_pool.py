@@ -59,12 +59,13 @@ def kept_pool(workers: int, memory_bytes: int) -> Pool:
     if found:
         found[0].retries = 0
         return found[0]
-    atexit.unregister(_end_all)
-    atexit.register(_end_all)
+    atexit.unregister(end_kept_pools)
+    atexit.register(end_kept_pools)
     return KeptPool(basis)
 
 
-def _end_all() -> None:
+def end_kept_pools() -> None:
+    """End the workers that wait for another job."""
     with _lock:
         pools = [pool for its, pool in _resting if its.process == os.getpid()]
         _resting.clear()

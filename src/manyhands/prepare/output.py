@@ -20,7 +20,7 @@ from manyhands.prepare.options import Options
 from manyhands.prepare.plan import Plan
 from manyhands.prepare.progress import JobProgress
 from manyhands.prepare.storage import exists, join, move, names_in, read_bytes, remove, replace_bytes
-from manyhands.prepare.summary import PrepareSummary, StageFigures
+from manyhands.prepare.summary import PrepareSummary, StageFigures, show
 
 MANIFEST = "_manifest.json"
 BAD_RECORDS = "_bad_records.jsonl"
@@ -67,7 +67,9 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
         ) from error
     finally:
         job.close(delete=complete)
-    return _summary(manifest, folder, stages, time.monotonic() - began)
+    summary = _summary(manifest, folder, stages, time.monotonic() - began)
+    show(summary, progress=options.progress)
+    return summary
 
 
 def _run(

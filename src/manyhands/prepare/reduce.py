@@ -41,7 +41,7 @@ class RangeReader:
     """
 
     def __init__(self, paths: Sequence[str], by: tuple[str, ...], wanted: Range, limit_bytes: int) -> None:
-        self._by, self._wanted, self._limit_bytes = by, wanted, limit_bytes
+        self._by, self._wanted, self.limit_bytes = by, wanted, limit_bytes
         self._runs: list[tuple[str, list[Block]]] = []
         for path in paths:
             for run in read_index(path):
@@ -66,7 +66,7 @@ class RangeReader:
         start, stop = self._wanted
         cuts = [
             cut
-            for cut in cuts_by_size(blocks, self._limit_bytes)
+            for cut in cuts_by_size(blocks, self.limit_bytes)
             if (start is None or cut > start) and (stop is None or cut < stop)
         ]
         edges: list[Cut | None] = [start, *cuts, stop]
@@ -184,10 +184,33 @@ class Joined:
     def reduce(self, readers: Sequence[RangeReader]) -> Iterator[Chunk]:
         left, right = readers
         for part in left.parts([right]):
+            if part.is_one_key:
+                yield from self._of_one_key(left, right, part)
+                continue
             groups = [_groups(reader, part) for reader in readers]
             keys = list({**groups[0], **groups[1]})
             for key in KeyedLists(keys, [keys]).in_order().keys:
                 yield from self._pairs(groups[0].get(key), groups[1].get(key))
+
+    def _of_one_key(self, left: RangeReader, right: RangeReader, part: Range) -> Iterator[Chunk]:
+        """Perhaps more than fits on both sides: then the right is read again for each record of the left. As many
+        pairs as that come out, so it costs no more than writing them does."""
+        sizes = [sum(block.size_bytes for block in reader.blocks if block.touches(*part)) for reader in (left, right)]
+        held = list(_records(right, part)) if sizes[1] <= right.limit_bytes // 2 else None
+        is_empty = not held if held is not None else next(_records(right, part), None) is None
+        if is_empty and self.how in ("inner", "right"):
+            return
+        found = False
+        for lefts in _records(left, part):
+            found = True
+            for one in lefts:
+                if is_empty:
+                    yield [(one, None)]
+                for rights in held if held is not None else _records(right, part):
+                    yield [(one, other) for other in rights]
+        if not found and self.how in ("right", "outer"):
+            for rights in _records(right, part):
+                yield [(None, other) for other in rights]
 
     def _pairs(self, lefts: list[Any] | None, rights: list[Any] | None) -> Iterator[Chunk]:
         if lefts is None:
@@ -196,6 +219,13 @@ class Joined:
             rights = [None] if self.how in ("left", "outer") else []
         for left in lefts:
             yield [(left, right) for right in rights]
+
+
+def _records(reader: RangeReader, part: Range) -> Iterator[list[Any]]:
+    """A few blocks at a time, none of them empty."""
+    for keyed in reader.stream(part):
+        lists = keyed.as_lists() if isinstance(keyed, KeyedTable) else keyed
+        yield lists.columns[0]
 
 
 def _groups(reader: RangeReader, part: Range) -> dict[Any, list[Any]]:

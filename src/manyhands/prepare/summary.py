@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from manyhands.units import format_bytes, format_count, format_seconds
@@ -52,3 +53,9 @@ class PrepareSummary:
             f"  digest     {self.digest}",
         ]
         return "\n".join(lines)
+
+
+def show(summary: PrepareSummary, *, progress: bool) -> None:
+    """On the terminal, if there is one and `progress` is wanted: a program's own output stays what it is."""
+    if progress and sys.stderr.isatty():
+        sys.stderr.write(f"{summary}\n")
