@@ -201,9 +201,12 @@ class Membership:
         seconds = time.monotonic() - began
         if seconds < self.stall_seconds:
             return
+        if not behind:  # all have made the call: one was stopped before its bytes were sent, or is at something else
+            behind = [peer for peer in self.peers.values() if _is_stopped(peer) or not peer.waits]
         if not behind:
             raise InvariantError("waited too long for calls that every worker has made", where=tag)
-        to_blame = [peer for peer in behind if not peer.waits]  # who waits itself is going to tell for whom
+        # Who waits itself is going to tell for whom.
+        to_blame = [peer for peer in behind if _is_stopped(peer)] or [peer for peer in behind if not peer.waits]
         if to_blame or seconds > 2 * self.stall_seconds:
             self._report_stalled((to_blame or behind)[0], tag)
             raise self._await_failure()
