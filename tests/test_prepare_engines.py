@@ -120,7 +120,7 @@ def test_ranks_that_run_another_job_are_told(posts: Path, tmp_path: Path) -> Non
             gate.wait(30)
             return super().submit(task)
 
-    first = Ranks(Rank(0, 2), Waits(2**30), 0.0)  # type: ignore[arg-type]
+    first = Ranks(Rank(0, 2), Waits(2**30), 0.0)
     second = Ranks(Rank(1, 2), Pool(1, 2**30), 0.0)
     thread = threading.Thread(target=lambda: read.write(str(tmp_path / "out"), engine=first, progress=False))
     thread.start()
@@ -162,6 +162,7 @@ def test_names_of_engines_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     for name, message in [
         ("spark", "there is no such engine"),
+        (8786, "there is no such engine"),
         ("rank 4 of 4", "there is no such rank"),
         ("ranks", 'engine="ranks" finds no rank in the environment'),
     ]:
