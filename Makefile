@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory clean
+.PHONY: demo test test-all faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -62,6 +62,11 @@ bench-checkpoint: $(READY)
 # What killed workers cost, beside torchrun with DDP and torch.save; use a quiet machine.
 bench-recovery: $(READY)
 	$(BIN)/python benchmarks/recovery.py $(ARGS)
+
+# Preparing data beside DuckDB, Dask, Ray Data, Spark and plain processes; on a quiet machine. Spark is 400 MB, wants java.
+bench-prepare: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench-prepare]'
+	$(BIN)/python benchmarks/prepare.py $(ARGS)
 
 # What workers take against the formula, into docs/memory.md; as root, for the control group.
 bench-memory: $(READY)

@@ -129,9 +129,9 @@ def run_once(
     for _ in range(chance.randint(1, 4)):
         time.sleep(chance.uniform(0.1, 1.5))
         kills += kill_one(folder, drivers, cluster, chance)
+        if cluster is not None:
+            cluster.tend()  # a job waits for workers, and doesn't bring any
     told = [driver.communicate(timeout=180)[1] for driver in drivers]
-    if cluster is not None:
-        cluster.tend()
     deadline = time.monotonic() + 10
     while processes(f"{MARK}={folder}"):
         if time.monotonic() > deadline:

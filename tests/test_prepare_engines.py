@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import re
@@ -26,7 +27,7 @@ from support import hosts
 from support.preparing import several_shuffles, write_posts
 
 SCRIPT = Path(__file__).resolve().parent / "support" / "preparing.py"
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 0.5
 needs_dask = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="the extra `dask` is missing")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` isn't installed")
 needs_hosts = pytest.mark.skipif(bool(hosts.why_not()), reason=hosts.why_not())
@@ -94,6 +95,18 @@ def test_a_rank_does_the_work_of_those_that_never_come(posts: Path, digest: str,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("memory", ["192MiB", "4GiB"])
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_any_number_of_ranks_with_any_memory_gives_the_same_bytes(
+    posts: Path, digest: str, tmp_path: Path, ranks: int, memory: str
+) -> None:
+    ways = [{"engine": f"rank {number} of {ranks}", "workers": 1, "memory": memory} for number in range(ranks)]
+    started = [start(posts, tmp_path / "out", json.dumps(how)) for how in ways]
+    assert [rank.communicate(timeout=180)[0] for rank in started] == [digest] * ranks
+    assert nothing_is_left(tmp_path / "out")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(6))
 def test_any_rank_may_be_killed_and_run_again(posts: Path, digest: str, tmp_path: Path, case: int) -> None:
     generator = random.Random(case)
@@ -120,7 +133,7 @@ def test_ranks_that_run_another_job_are_told(posts: Path, tmp_path: Path) -> Non
             gate.wait(30)
             return super().submit(task)
 
-    first = Ranks(Rank(0, 2), Waits(2**30), 0.0)  # type: ignore[arg-type]
+    first = Ranks(Rank(0, 2), Waits(2**30), 0.0)
     second = Ranks(Rank(1, 2), Pool(1, 2**30), 0.0)
     thread = threading.Thread(target=lambda: read.write(str(tmp_path / "out"), engine=first, progress=False))
     thread.start()
@@ -162,6 +175,7 @@ def test_names_of_engines_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     for name, message in [
         ("spark", "there is no such engine"),
+        (8786, "there is no such engine"),
         ("rank 4 of 4", "there is no such rank"),
         ("ranks", 'engine="ranks" finds no rank in the environment'),
     ]:
@@ -219,6 +233,18 @@ def test_dask_gives_the_same_bytes_with_a_worker_killed(posts: Path, digest: str
         dies = mh.Dataset.from_records([1]).map(lambda _: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(mh.WorkerError, match="a task has ended 3 workers: killed by SIGKILL"):
             dies.write(str(tmp_path / "dies"), engine=address, progress=False)
+
+
+@needs_dask
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["800MiB", "8GiB"])  # for four workers: with the former, a few blocks at a time
+@pytest.mark.parametrize("workers", [1, 2])
+def test_dask_gives_the_same_bytes_with_any_workers_and_memory(
+    posts: Path, digest: str, tmp_path: Path, workers: int, memory: str
+) -> None:
+    with dask_cluster(tmp_path, workers) as (address, _):
+        how = json.dumps({"engine": address, "memory": memory})
+        assert start(posts, tmp_path / "out", how).communicate(timeout=120)[0] == digest
 
 
 @needs_dask

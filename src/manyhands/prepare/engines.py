@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 EXPECTED = 'dask://scheduler:8786, ray, ray://head:10001, "rank 2 of 8", ranks'
 
 
-def check_name(name: str) -> None:
-    """Raises ConfigError if no engine has this name, or what it needs isn't installed."""
+def check_engine(engine: object) -> None:
+    """Raises ConfigError if it is no engine and names none, or if what the name needs isn't installed."""
+    if hasattr(engine, "submit"):
+        return
+    name = engine if isinstance(engine, str) else ""
     if rank_from(name, os.environ) is not None:
         return
     kind = name.partition("://")[0]
     if kind not in ("dask", "ray") or (kind == "dask" and name == "dask"):
-        raise ConfigError("there is no such engine", expected=EXPECTED, got=repr(name))
+        raise ConfigError("there is no such engine", expected=EXPECTED, got=repr(engine))
     package = {"dask": "distributed", "ray": "ray"}[kind]
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
@@ -65,8 +68,6 @@ def open_engine(options: Options) -> Engine:
         from manyhands.prepare.ray_engine import RayEngine
 
         return RayEngine(name if name.startswith("ray://") else None, given, default)
-    if options.workers == 0:
-        return InProcess(total)
-    pool = kept_pool(options.num_workers(), default)
+    here: Engine = InProcess(total) if options.workers == 0 else kept_pool(options.num_workers(), default)
     rank = rank_of(options)
-    return pool if rank is None else Ranks(rank, pool)
+    return here if rank is None else Ranks(rank, here)

@@ -56,10 +56,10 @@ class Options:
                 expected=f"at least {format_bytes(LEAST_BYTES)}",
                 got=format_bytes(self.total_bytes()),
             )
-        if isinstance(self.engine, str):
-            from manyhands.prepare.engines import check_name
+        if self.engine is not None:
+            from manyhands.prepare.engines import check_engine
 
-            check_name(self.engine)
+            check_engine(self.engine)
 
     def total_bytes(self) -> int:
         """The memory for all workers together."""

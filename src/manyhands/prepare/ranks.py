@@ -18,7 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from manyhands.errors import ConfigError, DataError
-from manyhands.prepare.pool import Pool
+from manyhands.prepare.engine import Engine
 from manyhands.prepare.storage import exists, names_in
 from manyhands.prepare.task import Task, TaskResult, done_path, finished
 
@@ -82,7 +82,7 @@ def _checked(number: int, of: int, text: str) -> Rank:
 class Ranks:
     """The engine of one rank: its own tasks go to `pool`; the others' are done when their notes are there."""
 
-    def __init__(self, rank: Rank, pool: Pool, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, rank: Rank, pool: Engine, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.rank, self.patience_seconds, self._pool = rank, patience_seconds, pool
         self.workers, self.memory_bytes = pool.workers, pool.memory_bytes
         self._lock = threading.Lock()

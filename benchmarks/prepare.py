@@ -1,0 +1,144 @@
+"""Preparing data beside the others: word count, sort, a cached second pass, a small job.
+
+    make bench-prepare ARGS="--text-mb 382 --sort-mb 1000 --rounds 3"
+
+Word count: the Python sources of what is installed here, as JSON lines, to counts in files. Sort: rows of a random
+64-bit key and 90 bytes, Parquet to Parquet. Cache: all words kept, then the long ones counted. Small: 1,000 rows summed
+by key. Each contender runs in a process of its own, in turns; all must come to the same result. Medians are shown of
+the job's seconds, with what it takes to start in brackets; and how many times ours that is. Use a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import site
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from prepare_contenders import CONTENDERS
+
+TASKS = ("words", "sort", "cache", "small")
+ROW_BYTES, FILE_BYTES = 98, 2**25
+CONTENDER = Path(__file__).with_name("prepare_contenders.py")
+
+
+def sources() -> Iterator[str]:
+    """The text of all Python files that are installed, again and again."""
+    paths = sorted(path for folder in site.getsitepackages() for path in Path(folder).rglob("*.py"))
+    while True:
+        for path in paths:
+            yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def write_text(folder: Path, size: int) -> None:
+    """`size` bytes of JSON lines, one a source file, in files of about 32 MiB."""
+    folder.mkdir()
+    texts, written, number = sources(), 0, 0
+    while written < size:
+        with (folder / f"{number:05d}.jsonl").open("wb") as file:
+            while file.tell() < min(FILE_BYTES, size - written):
+                file.write(orjson.dumps({"text": next(texts)}) + b"\n")
+            written, number = written + file.tell(), number + 1
+
+
+def write_records(folder: Path, size: int) -> None:
+    """`size` bytes of rows: key [0, 2**62), payload of 90 hexadecimal digits."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number, start in enumerate(range(0, size, FILE_BYTES)):
+        rows = min(FILE_BYTES, size - start) // ROW_BYTES
+        payload = generator.bytes(45 * rows).hex()
+        table = pa.table(
+            {
+                "key": generator.integers(0, 2**62, rows),
+                "payload": [payload[90 * row : 90 * row + 90] for row in range(rows)],
+            }
+        )
+        pq.write_table(table, folder / f"{number:05d}.parquet", compression="none", row_group_size=65_536)
+
+
+def run(contender: str, task: str, data: Path, workers: int) -> dict[str, Any]:
+    """One contender, one task, once."""
+    with tempfile.TemporaryDirectory(dir=data.parent) as name:
+        folder = Path(name)
+        for part in ("text", "records"):
+            (folder / part).symlink_to(data / part)
+        command = [sys.executable, "-W", "ignore", str(CONTENDER), contender, task, str(folder), str(workers)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    if done.returncode:
+        return {"skipped": f"failed: {done.stderr.strip().splitlines()[-1][:100]}"}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def show(task: str, results: dict[str, list[dict[str, Any]]], console: Console) -> None:
+    """A table of one task."""
+    table = Table(title=task, title_justify="left")
+    for column in ("", "start s", "job s", "times ours", "again s", "result"):
+        table.add_column(column, justify="left" if column in ("", "result") else "right")
+
+    def median(contender: str, phase: str) -> float:
+        found = [each["seconds"][phase] for each in results[contender] if phase in each.get("seconds", {})]
+        return statistics.median(found) if found else float("nan")
+
+    def text(value: float, form: str) -> str:
+        return "" if value != value else format(value, form)
+
+    for contender, found in results.items():
+        job = median(contender, "job")
+        table.add_row(
+            contender,
+            text(median(contender, "start"), ".2f"),
+            text(job, ".2f"),
+            text(job / median("manyhands", "job"), ".2f") if "manyhands" in results else "",
+            text(median(contender, "again"), ".3f"),
+            str(found[0].get("skipped") or found[0]["check"]),
+        )
+    console.print(table)
+    checks = {each["check"] for found in results.values() for each in found if "check" in each}
+    if len(checks) > 1:
+        console.print(f"[red]the results differ[/]: {checks}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text-mb", type=int, default=382)
+    parser.add_argument("--sort-mb", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    options = parser.parse_args()
+    console = Console(highlight=False)
+    root = Path(tempfile.mkdtemp(prefix="bench-prepare-"))
+    try:
+        data = root / "data"
+        data.mkdir()
+        write_text(data / "text", options.text_mb * 10**6)
+        write_records(data / "records", options.sort_mb * 10**6)
+        for task in options.tasks:
+            results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
+            for _ in range(options.rounds):
+                for contender, found in results.items():
+                    found.append(run(contender, task, data, options.workers))
+            show(task, results, console)
+    finally:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()
