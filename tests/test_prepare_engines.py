@@ -193,7 +193,7 @@ def test_names_of_engines_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def dask_cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A scheduler and workers as processes of this machine: its address, and the workers."""
+    """A scheduler and workers as processes of this machine: its address, and the processes, it first."""
     file = folder / "scheduler.json"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     module = [sys.executable, "-m", "distributed.cli"]
@@ -209,7 +209,7 @@ def dask_cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subproc
         with distributed.Client(scheduler_file=str(file), timeout=30, set_as_default=False) as client:
             client.wait_for_workers(workers, timeout=30)
             address = client.scheduler.address
-        yield address.replace("tcp", "dask"), started[1:]
+        yield address.replace("tcp", "dask"), started
     finally:
         for process in reversed(started):
             process.kill()
@@ -218,12 +218,12 @@ def dask_cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subproc
 
 @needs_dask
 def test_dask_gives_the_same_bytes_with_a_worker_killed(posts: Path, digest: str, tmp_path: Path) -> None:
-    with dask_cluster(tmp_path, 2) as (address, workers):
+    with dask_cluster(tmp_path, 2) as (address, (_, worker, _)):
         driver = start(posts, tmp_path / "out", address)
         stages = tmp_path / "out" / ".manyhands"
         while not list(stages.glob("*/*.done")) and driver.poll() is None:
             time.sleep(0.01)
-        workers[0].kill()
+        worker.kill()
         assert driver.communicate(timeout=120)[0] == digest
         assert nothing_is_left(tmp_path / "out")
         bad = mh.Dataset.read(f"{posts}/posts-1.jsonl").map(lambda post: 1 / (post["id"] - 301))
@@ -245,6 +245,20 @@ def test_dask_gives_the_same_bytes_with_any_workers_and_memory(
     with dask_cluster(tmp_path, workers) as (address, _):
         how = json.dumps({"engine": address, "memory": memory})
         assert start(posts, tmp_path / "out", how).communicate(timeout=120)[0] == digest
+
+
+@needs_dask
+@pytest.mark.slow
+def test_a_job_goes_on_elsewhere_when_the_dask_scheduler_is_gone(posts: Path, digest: str, tmp_path: Path) -> None:
+    with dask_cluster(tmp_path, 1) as (address, (scheduler, _)):
+        command = [sys.executable, str(SCRIPT), str(posts), str(tmp_path / "out"), address]
+        driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while not list((tmp_path / "out").glob(".manyhands/*/*.done")) and driver.poll() is None:
+            time.sleep(0.01)
+        scheduler.kill()
+        assert "WorkerError: the Dask scheduler is gone" in driver.communicate(timeout=60)[1]
+    assert start(posts, tmp_path / "out", "rank 0 of 1").communicate(timeout=120)[0] == digest
+    assert nothing_is_left(tmp_path / "out")
 
 
 @needs_dask

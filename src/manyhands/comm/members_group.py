@@ -76,7 +76,7 @@ class MembersGroup(Group):
                 )
 
     def status(self, text: str) -> None:
-        self.membership.board.say(text)
+        self.membership.say(text)
 
     def fail(self, error: BaseException) -> None:
         self.membership.fail(error)
