@@ -1,4 +1,4 @@
-# make demo: train a small GPT on real text with two workers. make test: everything that CI runs.
+# make demo: prepare real text and train a small GPT on it, with two workers. make test: everything that CI runs.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -11,6 +11,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY)
+	$(BIN)/manyhands prepare examples/gpt/prepare.toml --workers 2 --overwrite
 	$(BIN)/manyhands train examples/gpt/recipe.toml --workers 2 $(ARGS)
 
 test: check
@@ -74,4 +75,4 @@ bench-memory: $(READY)
 	$(BIN)/python -W ignore benchmarks/memory.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) runs prepared .pytest_cache .mypy_cache .ruff_cache .hypothesis

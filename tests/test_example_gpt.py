@@ -13,7 +13,11 @@ from types import ModuleType
 import pytest
 import torch
 
+import manyhands as mh
+from manyhands.corpus.job import prepare_corpus
+from manyhands.corpus.recipe import read_corpus_recipe
 from manyhands.errors import DataError
+from manyhands.prepare.options import Options
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "gpt"
 
@@ -187,9 +191,55 @@ def test_sample_is_the_same_again_and_leaves_no_trace() -> None:
     assert isinstance(gpt.sample(model.to(torch.bfloat16), prompt="", length=3, top_k=1000), str)
 
 
+def test_library_files_leave_out_tests(library: Path) -> None:
+    (library / "test").mkdir()
+    (library / "test" / "c.py").write_text("pass\n")
+    found = [file.relative_to(library).as_posix() for file in text.library_files(str(library))]
+    assert found == ["b.py", "package/a.py"]
+    assert len(text.library_files(str(library), tests=True)) == 3
+    with pytest.raises(DataError, match="no Python source"):
+        text.library_files(str(library.parent / "nowhere"))
+
+
+def test_what_is_prepared_is_trained_on_and_sampled_in_its_tokens(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(60):
+        (library / f"module_{number}.py").write_text(
+            f"def function_{number * number}(x):\n    return x + {number}\n" * 3
+        )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    overrides = [f"input.arguments={{source='{library}'}}", "tokenizer.vocabulary=300", "clean.max_repeated_lines=1"]
+    document = read_corpus_recipe(EXAMPLE / "prepare.toml", overrides)
+    summary = prepare_corpus(document, "prepared/gpt-stdlib", Options(workers=0, progress=False))
+    assert summary.figures.vocabulary == 300
+    changes = [
+        "data.arguments.length=16",
+        "steps=2",
+        "batch.global_size=8",
+        "batch.micro_size=4",
+        "batch.virtual_workers=2",
+    ]
+    changes.append("model.arguments={vocabulary=300, length=16, width=24, depth=1, heads=2}")
+    changes.append("sample.arguments.length=9")
+    loaded = mh.load_recipe(EXAMPLE / "recipe.toml", changes)
+    assert loaded.recipe.data.vocabulary == 300
+    trained = mh.train(loaded.recipe, steps=2, strategy=loaded.strategy, run_dir="runs/one", show=False)
+    assert len(trained.digest) == 64
+    model = gpt.GPT(vocabulary=300, length=16, width=24, depth=1, heads=2)
+    said = gpt.sample(model, length=5, tokenizer="prepared/gpt-stdlib/tokenizer.json")
+    assert said.startswith("def ")
+
+
 def test_recipe_names_what_there_is() -> None:
     recipe = tomllib.loads((EXAMPLE / "recipe.toml").read_text())
-    for section in ("model", "loss", "data", "schedule", "sample"):
+    prepare = tomllib.loads((EXAMPLE / "prepare.toml").read_text())
+    assert hasattr(text, prepare["input"]["path"].partition(":")[2])
+    assert recipe["data"]["path"] == "manyhands:TokenFile"
+    assert recipe["data"]["arguments"]["path"] == f"prepared/{prepare['name']}"
+    assert recipe["model"]["arguments"]["vocabulary"] == prepare["tokenizer"]["vocabulary"]
+    for section in ("model", "loss", "schedule", "sample"):
         module, _, name = recipe[section]["path"].partition(":")
         assert hasattr(load(module), name), section
     model = gpt.GPT(**recipe["model"]["arguments"])

@@ -178,8 +178,14 @@ def test_corpora_are_mixed_by_path_also_in_recipe_files(tmp_path: Path) -> None:
     assert sum(int(mixed[i][0]) == 1 for i in range(40)) == 10
     assert mixed[0].shape == (8,)
     written(tmp_path / "c", [[3] * 500], vocabulary=200)
-    with pytest.raises(mh.DataError, match="different vocabularies"):
+    with pytest.raises(mh.DataError, match="different tokens"):
         mh.TokenFile.mixed({str(tmp_path / "a"): 1, str(tmp_path / "c"): 3}, length=7)
+    written(tmp_path / "d", [[3] * 500])
+    for name in ("a", "d"):  # vocabularies of one size that were trained on different documents
+        (tmp_path / name / "tokenizer.json").write_text(name)
+    with pytest.raises(mh.DataError, match="different tokens"):
+        mh.TokenFile.mixed({str(tmp_path / "a"): 1, str(tmp_path / "d"): 3}, length=7)
+    (tmp_path / "a" / "tokenizer.json").unlink()
     for weights in ({}, {str(tmp_path / "a"): 0}):
         with pytest.raises(mh.ConfigError, match="mixture"):
             mh.TokenFile.mixed(weights, length=7)

@@ -1,8 +1,9 @@
-"""A small GPT over bytes: the model, its loss, its learning-rate schedule and a sampler, in plain PyTorch."""
+"""A small GPT over bytes or other tokens: model, loss, learning-rate schedule and a sampler, in plain PyTorch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -126,16 +127,23 @@ def warmup_cosine(optimizer: Optimizer, warmup: int, steps: int, floor: float = 
 
 @torch.no_grad()
 def sample(
-    model: GPT, prompt: str = "def ", length: int = 400, temperature: float = 0.8, top_k: int = 20, seed: int = 0
+    model: GPT,
+    prompt: str = "def ",
+    length: int = 400,
+    temperature: float = 0.8,
+    top_k: int = 20,
+    seed: int = 0,
+    tokenizer: str | None = None,
 ) -> str:
-    """The prompt and `length` more bytes that the model makes up, as text; the same text for the same weights.
+    """The prompt and `length` more tokens that the model makes up, as text; the same text for the same weights.
 
-    The model sees a sliding window of its last `model.length` bytes. Its training mode and torch's global random
-    state are left as they were.
+    A token is a byte, or one of the file `tokenizer` (of Hugging Face's tokenizers). The model sees a sliding window of
+    its last `model.length` tokens. Its training mode and torch's global random state are left as they were.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    tokens = list(prompt.encode()) or [ord("\n")]
+    encode, decode = _bytes if tokenizer is None else _tokens_of(tokenizer)
+    tokens = encode(prompt) or encode("\n")
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -148,4 +156,14 @@ def sample(
     finally:
         for module, mode in training.items():
             module.training = mode
-    return bytes(tokens).decode(errors="replace")
+    return decode(tokens)
+
+
+def _tokens_of(file: str) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(file)
+    return lambda text: tokenizer.encode(text).ids, tokenizer.decode
+
+
+_bytes = (lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode(errors="replace"))

@@ -19,6 +19,19 @@ from manyhands.errors import DataError
 NOT_OURS = {"site-packages", "dist-packages", "__pycache__"}  # what others installed differs from machine to machine
 
 
+def library_files(source: str | None = None, tests: bool = False) -> list[Path]:
+    """The Python files of the standard library (or of another folder), for `manyhands prepare`: each is a document.
+
+    tests: also those of its tests, which are more than half of it. Raises DataError if there are none.
+    """
+    folder = Path(source or sysconfig.get_path("stdlib"))
+    files = [file for file, _ in python_files(folder)]
+    wanted = [file for file in files if tests or not {"test", "tests", "idle_test"} & {*file.relative_to(folder).parts}]
+    if not wanted:
+        raise no_source(folder)
+    return wanted
+
+
 class StandardLibraryText(Dataset[Tensor]):
     """Item i is a LongTensor [length + 1] of bytes: `length` bytes to read, and for each the one that comes next.
 
@@ -69,12 +82,7 @@ def cached_text(folder: Path, cache: Path) -> Path:
     """
     files = python_files(folder)
     if not files:
-        raise DataError(
-            "no Python source text was found",
-            where=str(folder),
-            expected="*.py files of the standard library",
-            hint="this Python comes without its source (zipped or stripped): use another one, or pass source=FOLDER",
-        )
+        raise no_source(folder)
     listing = "".join(f"{file.relative_to(folder).as_posix()} {size}\n" for file, size in files)
     key = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:12]
     path = cache / f"stdlib-{platform.python_version()}-{key}.bytes"
@@ -92,6 +100,16 @@ def python_files(folder: Path) -> list[tuple[Path, int]]:
             if file.is_file() and os.access(file, os.R_OK) and (size := file.stat().st_size):
                 found.append((file, size))
     return sorted(found, key=lambda entry: entry[0].relative_to(folder).as_posix())
+
+
+def no_source(folder: Path) -> DataError:
+    """What to say of a folder without Python files."""
+    return DataError(
+        "no Python source text was found",
+        where=str(folder),
+        expected="*.py files of the standard library",
+        hint="this Python comes without its source (zipped or stripped): use another one, or pass source=FOLDER",
+    )
 
 
 def _write(path: Path, files: list[Path]) -> None:

@@ -27,7 +27,7 @@ from manyhands.corpus.figures import PICTURE, CorpusSummary, Dropped, Figures, c
 from manyhands.corpus.recipe import CorpusSchema, located, source_of
 from manyhands.corpus.steps import Steps
 from manyhands.corpus.words import EXAMPLES, IsAmong, beginning, is_twice, nothing, some_examples, words_of
-from manyhands.data.token_format import FOLDER, MANIFEST, map_tokens, token_type
+from manyhands.data.token_format import FOLDER, MANIFEST, TOKENIZER, map_tokens, token_type
 from manyhands.errors import ConfigError, DataError
 from manyhands.prepare.aggregate import Aggregate
 from manyhands.prepare.dataset import Dataset
@@ -42,8 +42,8 @@ from manyhands.training.toml_document import Document
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_RECIPE, _SUMMARY, _TOKENIZER, _CARD, _WORK = "recipe.json", "summary.json", "tokenizer.json", "card.md", "work"
-_OURS = {_RECIPE, _SUMMARY, _TOKENIZER, _CARD, _WORK, FOLDER, PICTURE, BAD_RECORDS}
+_RECIPE, _SUMMARY, _CARD, _WORK = "recipe.json", "summary.json", "card.md", "work"
+_OURS = {_RECIPE, _SUMMARY, TOKENIZER, _CARD, _WORK, FOLDER, PICTURE, BAD_RECORDS}
 _SAMPLE = 200  # documents on which a faster tokenizer is compared with the reference
 
 
@@ -187,10 +187,10 @@ class _Corpus:
             counted = {row["key"]: row["documents"] for row in counts.take(number, **self._how)}
             text = tokenizer_json(train_bpe(counted, table.vocabulary))
             self._steps.end("vocabulary: pairs")
-            tokenizer, kind = encoder_of(text, END_OF_TEXT, str(self._folder / _TOKENIZER)), "byte-level BPE, trained"
+            tokenizer, kind = encoder_of(text, END_OF_TEXT, str(self._folder / TOKENIZER)), "byte-level BPE, trained"
         if tokenizer is None:
             return ByteEncoder(), "bytes"
-        replace_bytes(str(self._folder / _TOKENIZER), tokenizer.text.encode())
+        replace_bytes(str(self._folder / TOKENIZER), tokenizer.text.encode())
         if table.fast:
             sample = [document["text"] for document in documents.take(_SAMPLE, **self._how)]
             tokenizer, why_not = faster(tokenizer, sample)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from manyhands.addresses import is_local
 from manyhands.data.mixture import Mixture
-from manyhands.data.token_format import FOLDER, MANIFEST, MappedTokens, map_tokens
+from manyhands.data.token_format import FOLDER, MANIFEST, TOKENIZER, MappedTokens, map_tokens
 from manyhands.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -72,14 +72,14 @@ class TokenFile(Dataset[Any]):
         samples: how many there are in an epoch: give what the whole run will take (steps x global_size), so that none
         comes twice without need; by default, as many as all corpora have. A corpus that has fewer than its share is
         gone through again, in another order; of one that has more, samples are chosen by `seed`.
-        Raises ConfigError for weights that aren't positive, DataError for corpora of different vocabularies.
+        Raises ConfigError for weights that aren't positive, DataError for corpora of different tokens.
         """
         parts = {str(path): cls(path, length, boundaries) for path in weights}
-        sizes = {path: part.vocabulary for path, part in parts.items()}
-        if len(set(sizes.values())) > 1:
+        kinds = {path: _kind_of_tokens(path, part.vocabulary) for path, part in parts.items()}
+        if len(set(kinds.values())) > 1:
             raise DataError(
-                "corpora of different vocabularies can't be mixed",
-                got=", ".join(f"{path}: {size}" for path, size in sizes.items()),
+                "corpora of different tokens can't be mixed",
+                got=", ".join(f"{path}: {kind}" for path, kind in kinds.items()),
                 hint="prepare them with one tokenizer: [tokenizer] file = ...",
             )
         return Mixture(list(parts.values()), list(weights.values()), samples, seed)
@@ -160,6 +160,15 @@ def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
         expected=f"a folder with {FOLDER}/{MANIFEST}, or {MANIFEST}, which is written when all tokens are there",
         hint="make them first: manyhands prepare RECIPE.toml --out FOLDER",
     )
+
+
+def _kind_of_tokens(path: str, vocabulary: int) -> str:
+    """What must be equal for a number to mean the same token: the tokenizer beside the tokens, if there is one."""
+    try:
+        tokenizer = hashlib.sha256((Path(path) / TOKENIZER).read_bytes()).hexdigest()[:8]
+    except OSError:
+        return f"a vocabulary of {vocabulary}"
+    return f"a vocabulary of {vocabulary}, {TOKENIZER} {tokenizer}"
 
 
 def _opened(path: Path, num_bytes: int) -> MappedTokens:

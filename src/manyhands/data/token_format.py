@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".tokens"
 FOLDER = "tokens"  # of token files, beside their tokenizer and data card
+TOKENIZER = "tokenizer.json"
 MANIFEST = "_manifest.json"
 _TAIL = struct.Struct("<QQQQ16s")
 _MAGIC = b"manyhands tokens"

@@ -28,6 +28,7 @@ from manyhands.members.arena import Arena, Store
 from manyhands.members.board import BOARD_BYTES, LANES, Board
 from manyhands.members.failure import record_failure, story_of
 from manyhands.members.processes import ask_for_stack, process_state, stack_address
+from manyhands.members.status_file import StatusFile
 
 LOOK_SECONDS = 0.1
 BEAT_SECONDS = 1.0
@@ -110,6 +111,7 @@ class Membership:
         self._lost_seconds, self._heard = LOST_SECONDS, math.inf  # when the store answered the watching thread last
         memory, address = arena.create(BOARD_BYTES)
         self.board = Board(memory)
+        self._status_file = StatusFile.for_parent(stall_seconds) if size == 1 else None  # without peers
         me = {
             "host": _host(),
             "pid": os.getpid(),
@@ -181,6 +183,12 @@ class Membership:
         """Whether the watching thread has waited for the store's answer for as long."""
         return time.monotonic() - self._heard > LOST_SECONDS
 
+    def say(self, doing: str) -> None:
+        """What this worker does now, for whoever watches it."""
+        self.board.say(doing)
+        if self._status_file is not None:
+            self._status_file.say(doing)
+
     def check(self) -> None:
         """Raise the failure, if there is one."""
         if self.failure is None and self._is_cut_off:
@@ -240,6 +248,9 @@ class Membership:
             self.leave()
         self._stop.set()
         self._watcher.join(LOST_SECONDS if self.is_well else BEAT_SECONDS)  # it may wait for a host that is gone
+        if self._status_file is not None:
+            self._status_file.close()
+            self._status_file = None
         for peer in self.peers.values():
             if peer.pidfd is not None:
                 os.close(peer.pidfd)
