@@ -385,7 +385,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "stage": (["--stage", "zero9"], ["strategy.stage is not known", "ddp, zero1, zero2", "did you mean 'zero3'?"]),
     "group": (["--group", "shared"], ["strategy.group is not known", "did you mean 'shared-memory'?"]),
     "a file as run_dir": (["--run-dir", RECIPE], ["not a run directory", RECIPE, "got: a file", "nothing was written"]),
-    "a foreign run_dir": (["--run-dir", str(SUPPORT)], ["not a run directory", "a directory with", "faulty.py"]),
+    "a foreign run_dir": (["--run-dir", str(SUPPORT)], ["not a run directory", "a directory with", "__init__.py"]),
 }
 
 
