@@ -381,7 +381,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["batch.global_size can't be cut into micro-batches", "--set batch.global_size=7", "use global_size = 6 or 8"],
     ),
     "workers": (["--workers", "5"], ["5 workers are more than the step has micro-batches", "at most 4 workers"]),
-    "no workers": (["--workers", "0"], ["0 is not a whole number of at least 1"]),
+    "no workers": (["--workers", "0"], ["0 is neither a whole number of at"]),
     "stage": (["--stage", "zero9"], ["strategy.stage is not known", "ddp, zero1, zero2", "did you mean 'zero3'?"]),
     "group": (["--group", "shared"], ["strategy.group is not known", "did you mean 'shared-memory'?"]),
     "a file as run_dir": (["--run-dir", RECIPE], ["not a run directory", RECIPE, "got: a file", "nothing was written"]),

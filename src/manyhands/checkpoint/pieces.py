@@ -45,13 +45,7 @@ def write_pieces(path: Place, pieces: Sequence[Piece]) -> list[PieceRecord]:
     """
     by_key = {f"{piece.kind}|{piece.name}|{piece.start}": piece for piece in pieces}
     for piece in pieces:
-        if piece.tensor.dtype not in CODES:
-            raise CheckpointError(
-                f"{piece.name!r} has a type that a checkpoint can't hold",
-                where=f"{piece.kind} of the model",
-                expected=", ".join(dtype_name(dtype) for dtype in CODES),
-                got=dtype_name(piece.tensor.dtype),
-            )
+        check_type(piece.kind, piece.name, piece.tensor.dtype)
     entries = in_file_order(
         [TensorEntry(key, piece.tensor.dtype, (piece.tensor.numel(),)) for key, piece in by_key.items()]
     )
@@ -74,6 +68,17 @@ def write_pieces(path: Place, pieces: Sequence[Piece]) -> list[PieceRecord]:
             )
             records.append(record)
     return records
+
+
+def check_type(kind: str, name: str, dtype: torch.dtype) -> None:
+    """That a tensor of that type can be kept. Raises CheckpointError."""
+    if dtype not in CODES:
+        raise CheckpointError(
+            f"{name!r} has a type that a checkpoint can't hold",
+            where=f"{kind} of the model",
+            expected=", ".join(dtype_name(each) for each in CODES),
+            got=dtype_name(dtype),
+        )
 
 
 class PieceReader:

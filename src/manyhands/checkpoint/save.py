@@ -29,7 +29,7 @@ from manyhands.checkpoint.format import (
     read_manifest,
 )
 from manyhands.checkpoint.hugging_face import config_files
-from manyhands.checkpoint.pieces import Piece, write_pieces
+from manyhands.checkpoint.pieces import Piece, check_type, write_pieces
 from manyhands.checkpoint.publish import remove
 from manyhands.checkpoint.saving import Contents, Saving
 from manyhands.checkpoint.tensor_file import dtype_name
@@ -166,6 +166,7 @@ def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
     for name, tensor in [*engine.model.named_parameters(), *engine.model.named_buffers()]:
         is_param = name in engine.param_shapes
         may_change = not is_param or name in engine.buffers.frozen
+        check_type("parameter" if is_param else "buffer", name, tensor.dtype)
         record = TensorRecord(
             kind="buffer" if may_change else "master" if name in trained else "frozen",
             name=name,

@@ -111,7 +111,6 @@ class Membership:
         self._lost_seconds, self._heard = LOST_SECONDS, math.inf  # when the store answered the watching thread last
         memory, address = arena.create(BOARD_BYTES)
         self.board = Board(memory)
-        self._status_file = StatusFile.for_parent(stall_seconds) if size == 1 else None  # without peers
         me = {
             "host": _host(),
             "pid": os.getpid(),
@@ -121,14 +120,7 @@ class Membership:
             "wishes": wishes,
         }
         others = [json.loads(text) for text in self.meet(json.dumps(me))]
-        for other_rank, other in enumerate(others):
-            if other["wishes"] != others[0]["wishes"]:
-                raise ConfigError(
-                    f"workers 0 and {other_rank} don't want the same group",
-                    expected=f"{others[0]['wishes']} (worker 0)",
-                    got=f"{other['wishes']} (worker {other_rank})",
-                    hint="start all workers with the same program and strategy",
-                )
+        _check_wishes([other["wishes"] for other in others])
         self.hosts = [str(other["host"]) for other in others]  # of each worker
         self.one_host = all(host == me["host"] for host in self.hosts)
         self.at_close: list[Callable[[], None]] = []
@@ -147,6 +139,7 @@ class Membership:
                 pidfd=os.pidfd_open(other["pid"]) if here and other["pid"] != os.getpid() else None,
                 beat_seen=time.monotonic(),
             )
+        self._status_file = None if self.peers else StatusFile.for_parent(stall_seconds)
         self.meet("opened")
         arena.seal()
         # A thread has a client of its own: one that waits holds its client's lock.
@@ -361,6 +354,17 @@ class Membership:
                 what = f"worker {peer.rank} on another host, {peer.host}, has not been heard of for {seconds}"
                 hint = "see whether that host is down or cut off from the network, or the worker was killed there"
                 self._report(WorkerError(what, rank=peer.rank, where=peer.where, hint=hint))
+
+
+def _check_wishes(wishes: list[str]) -> None:
+    for rank, theirs in enumerate(wishes):
+        if theirs != wishes[0]:
+            raise ConfigError(
+                f"workers 0 and {rank} don't want the same group",
+                expected=f"{wishes[0]} (worker 0)",
+                got=f"{theirs} (worker {rank})",
+                hint="start all workers with the same program and strategy",
+            )
 
 
 def _host() -> str:
