@@ -11,7 +11,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/manyhands prepare examples/gpt/prepare.toml --workers 2 --overwrite
+	$(BIN)/manyhands prepare examples/gpt/prepare.toml --workers 2
 	$(BIN)/manyhands train examples/gpt/recipe.toml --workers 2 $(ARGS)
 
 test: check
