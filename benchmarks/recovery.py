@@ -91,7 +91,12 @@ def run(kind: str, steps: int, every: int, kills: list[tuple[int, int]]) -> dict
                         left.pop(0)
                         os.kill(pid, signal.SIGKILL)
                 if time.monotonic() - changed > NO_CHANGE_SECONDS:
+                    for rank in range(2):  # workers first: a launcher that is killed leaves them
+                        pid = pid_of(folder, rank)
+                        if pid is not None:
+                            os.kill(pid, signal.SIGKILL)
                     process.kill()
+                    process.wait()
                 time.sleep(0.02)
         if process.returncode or left:
             (HERE.parent / "runs").mkdir(exist_ok=True)

@@ -44,11 +44,6 @@ from manyhands.launching.logs import Logs
 from manyhands.launching.meeting import Meeting
 from manyhands.launching.stop import Stop, end_all
 from manyhands.launching.watch import Watch
-from manyhands.members.failure import (
-    record_failure,
-)
-
-__all__ = ["record_failure", "run_workers"]
 
 _BACKEND = "manyhands-local"
 _CHILD = Path(__file__).resolve().parents[1] / "launching" / "child.py"
