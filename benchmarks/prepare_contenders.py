@@ -223,7 +223,7 @@ def ray_data(task: str, folder: Path, workers: int) -> str:
     if task == "cache":
         raise NotImplementedError
     with phase("start"):
-        ray.init(num_cpus=workers, logging_level="error", log_to_driver=False, include_dashboard=False)
+        ray.init("local", num_cpus=workers, logging_level="error", log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         with phase("job"):
