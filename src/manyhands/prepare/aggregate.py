@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from manyhands.prepare.chunks import Chunk, records_of
-from manyhands.prepare.keyed import KeyedLists
+from manyhands.prepare.keyed import Keyed, KeyedLists
 from manyhands.prepare.keys import Key, check_keys, keys_of, values_of
 from manyhands.prepare.pipeline import BadKey
+
+MANY = 4096  # groups or keys; for fewer, Arrow is slower than Python, and loading it takes longer than the work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +126,8 @@ class Grouping:
         """All states are merged by adding them."""
         return all(aggregate.kind in ("count", "sum") for aggregate in self.aggregates.values())
 
-    def combine(self, chunk: Chunk) -> KeyedLists:
-        """The states of the chunk's groups: distinct keys, and a column of states per aggregate.
+    def combine(self, chunk: Chunk) -> Keyed:
+        """The states of the chunk's groups: distinct keys, and a column of states per aggregate; or a table of both.
 
         Raises what the functions raise, and BadKey for a key that is None or NaN or can't be looked up.
         """
@@ -136,6 +138,12 @@ class Grouping:
             if combined is not None:
                 return combined
         keys = keys_of(chunk, self.key)
+        if len(keys) >= MANY and all(aggregate.kind == "count" for aggregate in self.aggregates.values()):
+            from manyhands.prepare.aggregate_table import count_keys
+
+            counted = count_keys(keys, len(self.aggregates))
+            if counted is not None:
+                return counted
         records = records_of(chunk)
         try:
             states = [_states(aggregate, keys, records) for aggregate in self.aggregates.values()]

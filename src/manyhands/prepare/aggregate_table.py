@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from manyhands.prepare.keyed import KeyedLists
+from manyhands.prepare.keyed import Keyed, KeyedLists, KeyedTable
 from manyhands.prepare.keys import Key
 from manyhands.prepare.table_order import order_of
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 _FUNCTIONS = {"count": ("count_all",), "sum": ("sum",), "min": ("min",), "max": ("max",), "mean": ("sum", "count")}
 _MERGED_KINDS = {"count", "sum"}
 _KEY = "key"
+_KEY_TYPES = {str: pa.string(), int: pa.int64(), bytes: pa.binary()}
 _SMALL = 2**40  # sums of states below it stay in 64 bits, however many tasks there are
 _SAFE = 2**47  # the sum of a chunk of at most 65,536 whole numbers below it stays in 64 bits
 
 
-def combine_table(table: pa.Table, key: Key, aggregates: Sequence[Aggregate]) -> KeyedLists | None:
+def combine_table(table: pa.Table, key: Key, aggregates: Sequence[Aggregate]) -> Keyed | None:
     """The states of a table's groups by key columns; None if Arrow has no exact way, and rows are looked at instead."""
     if not isinstance(key, tuple) or not set(key) <= set(table.column_names) or len(table) > 65_536:
         return None
@@ -34,8 +35,13 @@ def combine_table(table: pa.Table, key: Key, aggregates: Sequence[Aggregate]) ->
             return None
         wanted += [([] if name == "count_all" else aggregate.of, name) for name in _FUNCTIONS[aggregate.kind]]
     grouped = table.group_by(list(key), use_threads=False).aggregate(wanted)
-    columns = [column.to_pylist() for column in grouped.columns]
     names = grouped.column_names
+    if len(key) == 1 and {aggregate.kind for aggregate in aggregates} <= _MERGED_KINDS:
+        columns = ["count_all" if aggregate.kind == "count" else f"{aggregate.of}_sum" for aggregate in aggregates]
+        states = grouped.select([key[0], *columns]).rename_columns([_KEY, *map(str, range(len(columns)))])
+        if grouped.schema.field(key[0]).type in _KEY_TYPES.values() and are_small(states):
+            return KeyedTable(states, (_KEY,))
+    columns = [column.to_pylist() for column in grouped.columns]
     key_columns = [columns[names.index(name)] for name in key]
     keys = key_columns[0] if len(key) == 1 else list(zip(*key_columns, strict=True))
     states = []
@@ -44,6 +50,19 @@ def combine_table(table: pa.Table, key: Key, aggregates: Sequence[Aggregate]) ->
         parts = [columns[names.index(of + name)] for name in _FUNCTIONS[aggregate.kind]]
         states.append(parts[0] if len(parts) == 1 else list(zip(*parts, strict=True)))
     return KeyedLists(keys, states)
+
+
+def count_keys(keys: list[Any], columns: int) -> KeyedTable | None:
+    """How often each key is there, in that many columns of states; None if Arrow doesn't know such keys exactly."""
+    kinds = set(map(type, keys))
+    if len(kinds) != 1 or not kinds <= _KEY_TYPES.keys():
+        return None
+    try:
+        counts = pa.array(keys, _KEY_TYPES[kinds.pop()]).value_counts()
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        return None
+    states = {str(number): counts.field(1) for number in range(columns)}
+    return KeyedTable(pa.table({_KEY: counts.field(0), **states}), (_KEY,))
 
 
 def _exact(table: pa.Table, of: Any) -> bool:

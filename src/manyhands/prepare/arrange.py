@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from manyhands.prepare.aggregate import Grouping
+from manyhands.prepare.aggregate import MANY, Grouping
 from manyhands.prepare.chunks import Chunk, is_table, num_records, records_of
 from manyhands.prepare.keyed import ORDER_COLUMN, Keyed, KeyedLists, KeyedTable, joined
 from manyhands.prepare.keys import Key, check_keys, keys_of
@@ -71,24 +71,30 @@ class CombiningWriter:
 
     def __init__(self, file: RunFileWriter, run_bytes: int, grouping: Grouping) -> None:
         self._file, self._run_bytes, self._grouping = file, run_bytes, grouping
-        self._tables: list[Any] = []  # of states, as long as all could be made tables
+        # States that are added are kept as tables, as long as all can be tables; few groups wait until there are many.
+        self._tables: list[Any] = []
+        self._waiting: list[KeyedLists] = []
         self._states: list[dict[Any, Any]] = [{} for _ in grouping.aggregates]
         self._bytes = 0
 
-    def add(self, keyed: KeyedLists) -> None:
+    def add(self, keyed: Keyed) -> None:
         if not len(keyed):
             return
-        table = None if self._states[0] or not self._grouping.adds else _states_table(keyed, self._grouping)
-        if table is None:
-            self._tables_to_states()
-            self._grouping.merge_into(self._states, keyed)
+        if self._states[0] or not self._grouping.adds:
+            self._merge(keyed)
+        elif isinstance(keyed, KeyedTable):
+            self._tables.append(keyed.table)
         else:
-            self._tables.append(table)
+            self._waiting.append(keyed)
+            if sum(map(len, self._waiting)) >= MANY:
+                self._waiting_to_tables()
         self._bytes += keyed.size_bytes()
         if self._bytes >= self._run_bytes:
             self.flush()
 
     def flush(self) -> None:
+        if self._tables:
+            self._waiting_to_tables()
         if self._tables:
             from manyhands.prepare.aggregate_table import are_small, merged_states
 
@@ -97,21 +103,31 @@ class CombiningWriter:
                 self._file.add(KeyedTable(merged, (GROUP_COLUMN,)))
                 self._tables, self._bytes = [], 0
                 return
-            self._tables_to_states()
+        self._all_to_states()
         states, self._states, self._bytes = self._states, [{} for _ in self._states], 0
         if states[0]:
             self._file.add(in_key_order(states))
 
-    def _tables_to_states(self) -> None:
+    def _waiting_to_tables(self) -> None:
+        from manyhands.prepare.aggregate_table import states_table
+
+        aggregates = list(self._grouping.aggregates.values())
+        tables = [states_table(lists, aggregates) for lists in self._waiting]
+        if all(table is not None for table in tables):
+            self._tables += tables
+            self._waiting = []
+        else:
+            self._all_to_states()
+
+    def _all_to_states(self) -> None:
         for table in self._tables:
-            self._grouping.merge_into(self._states, states_of(table))
-        self._tables = []
+            self._merge(KeyedTable(table, (GROUP_COLUMN,)))
+        for lists in self._waiting:
+            self._merge(lists)
+        self._tables, self._waiting = [], []
 
-
-def _states_table(keyed: KeyedLists, grouping: Grouping) -> Any:
-    from manyhands.prepare.aggregate_table import states_table
-
-    return states_table(keyed, list(grouping.aggregates.values()))
+    def _merge(self, keyed: Keyed) -> None:
+        self._grouping.merge_into(self._states, states_of(keyed.table) if isinstance(keyed, KeyedTable) else keyed)
 
 
 def states_of(table: Any) -> KeyedLists:

@@ -81,7 +81,7 @@ class RangeReader:
             touched = [block for block in run if block.touches(*part)]
             for block in touched:
                 for keyed in read_blocks(path, [block], self._by):
-                    found = trimmed(keyed, *part)
+                    found = keyed if block.lies_in(*part) else trimmed(keyed, *part)
                     if len(found):
                         yield found if self._is_uniform or isinstance(found, KeyedLists) else found.as_lists()
 

@@ -41,6 +41,10 @@ class Block(NamedTuple):
         """It may hold records of this range."""
         return (start is None or (self.last, 0) >= start) and (stop is None or (self.first, 0) < stop)
 
+    def lies_in(self, start: Cut | None, stop: Cut | None) -> bool:
+        """All its records are of this range."""
+        return (start is None or (self.first, 0) >= start) and (stop is None or (self.last, 0) < stop)
+
 
 class RunFileWriter:
     """Writes runs into a file that is open for writing; `close` adds the index.
@@ -79,7 +83,7 @@ class RunFileWriter:
         """How long the file is so far."""
         return self._offset
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._offset += len(data)
 

@@ -10,7 +10,16 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import orjson
 
 from manyhands.errors import ConfigError, DataError
-from manyhands.prepare.chunks import CHUNK_BYTES, Chunk, concatenate, num_records, records_of, size_bytes, table_of
+from manyhands.prepare.chunks import (
+    CHUNK_BYTES,
+    Chunk,
+    concatenate,
+    num_records,
+    records_of,
+    shared,
+    size_bytes,
+    table_of,
+)
 from manyhands.prepare.keyed import KeyedLists, KeyedTable
 from manyhands.prepare.run_file import RunFileWriter
 
@@ -18,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _ROW_GROUP, _ROW_GROUP_BYTES = 131_072, 2**25  # rows and bytes, whichever comes first
+_SAMPLED = 4096  # rows that tell whether a column's values come again
 _LINES = 512  # encoded at once: orjson takes 1 KiB for each, which then stays in the cache
 CHUNKS = "chunks"  # between two jobs: any records, for cache()
 TOKENS = "tokens"
@@ -174,8 +184,21 @@ class _ParquetWriter:
             raise
         if self._writer is None:
             self._schema = table.schema
-            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd", compression_level=1)
+            repeating = [name for name in table.column_names if _repeats(table.column(name))]
+            self._writer = pq.ParquetWriter(
+                self._file, table.schema, compression="zstd", compression_level=1, use_dictionary=repeating
+            )
         self._writer.write_table(table, row_group_size=max(1, len(table)))
+
+
+def _repeats(column: Any) -> bool:
+    """Its first values are so few different ones that a dictionary of them pays: making one takes time."""
+    import pyarrow as pa
+
+    if not (pa.types.is_primitive(column.type) or pa.types.is_string(column.type) or pa.types.is_binary(column.type)):
+        return True
+    first = column.slice(0, _SAMPLED)
+    return len(first.unique()) * 2 <= len(first)
 
 
 class _ChunksWriter:
@@ -188,7 +211,7 @@ class _ChunksWriter:
         if not num_records(chunk):
             return
         if isinstance(chunk, list):
-            self._file.add(KeyedLists([0] * len(chunk), [chunk]))
+            self._file.add(KeyedLists([None] * len(chunk), [shared(chunk)]))
         else:
             self._file.add(KeyedTable(chunk, ()))
 
