@@ -1,11 +1,15 @@
-"""Preparing data beside the others: word count, sort, a cached second pass, a small job.
+"""Preparing data beside the others: word count, sort, a cached second pass, tokens to train with, a small job.
 
-    make bench-prepare ARGS="--text-mb 382 --sort-mb 1000 --rounds 3"
+    make bench-prepare ARGS="--text-mb 382 --sort-mb 1000 --tokens-mb 32 --rounds 3"
 
-Word count: the Python sources of what is installed here, as JSON lines, to counts in files. Sort: rows of a random
-64-bit key and 90 bytes, Parquet to Parquet. Cache: all words kept, then the long ones counted. Small: 1,000 rows summed
-by key. Each contender runs in a process of its own, in turns; all must come to the same result. Medians are shown of
-the job's seconds, with what it takes to start in brackets; and how many times ours that is. Use a quiet machine.
+Words: the Python sources of what is installed here, as JSON lines, to counts in files. Sort: rows of a random 64-bit
+key and 90 bytes, Parquet to Parquet. Cached documents: figures of each text are kept, then some of them added up.
+Cached words: all words are kept, then the long ones counted by a Python function, which takes most of that time.
+Tokens: texts to shuffled files of tokens, by a byte-level BPE tokenizer of 8,192 tokens. Small: 1,000 rows summed.
+
+Each contender that can do a task runs in a process of its own, in turns; all must come to the same result. Shown are
+medians of what it takes to start, of the job and how many times ours that is, and of the second pass, if there is
+one. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -29,9 +33,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from prepare_contenders import CONTENDERS
+from prepare_contenders import CONTENDERS, NOTHING
 
-TASKS = ("words", "sort", "cache", "small")
+TASKS = ("words", "sort", "cached-documents", "cached-words", "tokens", "small")
+VOCABULARY = 8192
 ROW_BYTES, FILE_BYTES = 98, 2**25
 CONTENDER = Path(__file__).with_name("prepare_contenders.py")
 
@@ -41,7 +46,9 @@ def sources() -> Iterator[str]:
     paths = sorted(path for folder in site.getsitepackages() for path in Path(folder).rglob("*.py"))
     while True:
         for path in paths:
-            yield path.read_text(encoding="utf-8", errors="replace")
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if text:  # datatrove leaves empty ones out
+                yield text
 
 
 def write_text(folder: Path, size: int) -> None:
@@ -71,11 +78,27 @@ def write_records(folder: Path, size: int) -> None:
         pq.write_table(table, folder / f"{number:05d}.parquet", compression="none", row_group_size=65_536)
 
 
+def write_tokenizer(data: Path) -> None:
+    """A tokenizer.json, trained on the first file of the text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    lines = sorted((data / "text").iterdir())[0].read_bytes().splitlines()
+    tokenizer.train_from_iterator((orjson.loads(line)["text"] for line in lines), trainer)
+    tokenizer.save(str(data / "tokenizer.json"))
+
+
 def run(contender: str, task: str, data: Path, workers: int) -> dict[str, Any]:
     """One contender, one task, once."""
     with tempfile.TemporaryDirectory(dir=data.parent) as name:
         folder = Path(name)
-        for part in ("text", "records"):
+        for part in ("text", "records", "texts", "tokenizer.json"):
             (folder / part).symlink_to(data / part)
         command = [sys.executable, "-W", "ignore", str(CONTENDER), contender, task, str(folder), str(workers)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
@@ -99,6 +122,8 @@ def show(task: str, results: dict[str, list[dict[str, Any]]], console: Console) 
         return "" if value != value else format(value, form)
 
     for contender, found in results.items():
+        if found[0].get("skipped") == NOTHING:
+            continue
         job = median(contender, "job")
         table.add_row(
             contender,
@@ -118,18 +143,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text-mb", type=int, default=382)
     parser.add_argument("--sort-mb", type=int, default=1000)
+    parser.add_argument("--tokens-mb", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     options = parser.parse_args()
-    console = Console(highlight=False)
+    console = Console(width=120, highlight=False)
     root = Path(tempfile.mkdtemp(prefix="bench-prepare-"))
     try:
         data = root / "data"
         data.mkdir()
         write_text(data / "text", options.text_mb * 10**6)
+        write_text(data / "texts", options.tokens_mb * 10**6)
         write_records(data / "records", options.sort_mb * 10**6)
+        write_tokenizer(data)
         for task in options.tasks:
             results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
             for _ in range(options.rounds):

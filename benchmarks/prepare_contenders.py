@@ -2,8 +2,9 @@
 
     python benchmarks/prepare_contenders.py CONTENDER TASK FOLDER WORKERS
 
-FOLDER has text/*.jsonl and records/*.parquet. On the last line of standard output: seconds by phase, and a check of the
-result, which must be the same for all, as JSON. `start`: what it takes to be ready, imports aside.
+FOLDER has text/*.jsonl, texts/*.jsonl (fewer), records/*.parquet and tokenizer.json. On the last line of standard
+output: seconds by phase, and a check of the result, which must be the same for all, as JSON. `start`: what it takes to
+be ready, imports aside.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import orjson
 
 WORD = r"[A-Za-z_]+"
 SMALL_ROWS = 1000
+NOTHING = "has no such thing"
 seconds: dict[str, float] = {}
 
 
@@ -41,6 +43,12 @@ def small_rows() -> list[dict[str, int]]:
 
 def words_of(record: dict[str, Any]) -> list[str]:
     return re.findall(WORD, record["text"])
+
+
+def figures_of(record: dict[str, Any]) -> dict[str, int]:
+    """Of a text: how many words, different ones, and letters of the longest."""
+    words = words_of(record)
+    return {"words": len(words), "different": len(set(words)), "longest": max(map(len, words), default=0)}
 
 
 def check_counts(total: int, distinct: int) -> str:
@@ -76,8 +84,18 @@ def ours(task: str, folder: Path, workers: int) -> str:
         with phase("job"):
             mh.Dataset.read(f"{folder}/records").sort_by("key").write(out, format="parquet", **how)
         return check_sorted(Path(out))
+    if task == "tokens":
+        return our_tokens(folder, workers, how)
+    if task == "cached-documents":
+        figures = mh.Dataset.read(f"{folder}/text").map(figures_of).cache()
+        with phase("job"):
+            count = figures.count(**how)
+        with phase("again"):
+            long = figures.filter(lambda row: row["longest"] > 30).group_by("longest")
+            rows = long.aggregate(words=mh.Aggregate.sum(of="words")).take(10**6, **how)
+        return f"{count} documents, {sum(row['words'] for row in rows)} words"
     words = mh.Dataset.read(f"{folder}/text").flat_map(words_of)
-    if task == "cache":
+    if task == "cached-words":
         kept = words.cache()
         with phase("job"):
             total = kept.count(**how)
@@ -89,6 +107,62 @@ def ours(task: str, folder: Path, workers: int) -> str:
         written = counts.write(out, format="parquet", **how)
     total = sum(row["count"] for row in mh.Dataset.read(out).take(10**9, workers=0, progress=False))
     return check_counts(total, written.records)
+
+
+def our_tokens(folder: Path, workers: int, how: dict[str, Any], *, fast: bool = False) -> str:
+    """What `manyhands prepare RECIPE.toml` does behind cleaning: encode, shuffle, write."""
+    import manyhands as mh
+    from manyhands.corpus.encode import encoder_of, faster
+    from manyhands.prepare.writing_tokens import token_schema
+
+    path = folder / "tokenizer.json"
+    encoder = encoder_of(path.read_text(encoding="utf-8"), "<|endoftext|>", str(path))
+    if fast:
+        lines = sorted((folder / "texts").iterdir())[0].read_bytes().splitlines()[:200]
+        encoder, why_not = faster(encoder, [orjson.loads(line)["text"] for line in lines])
+        if why_not:
+            raise NotImplementedError
+    with phase("job"):
+        texts = mh.Dataset.read(f"{folder}/texts", partition_bytes=2**24).map_batches(encoder).shuffle(0)
+        texts.write(str(folder / "out"), format="tokens", schema=token_schema(encoder.vocabulary), **how)
+    return f"{len(mh.TokenFile(folder / 'out', length=1)) + 1} tokens"
+
+
+def ours_fast(task: str, folder: Path, workers: int) -> str:
+    if task != "tokens":
+        raise NotImplementedError
+    return our_tokens(folder, workers, {"workers": workers, "progress": False}, fast=True)
+
+
+# datatrove
+
+
+def datatrove(task: str, folder: Path, workers: int) -> str:
+    if task != "tokens":
+        raise NotImplementedError
+    import numpy as np
+    from datatrove.executor.local import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer, DocumentTokenizerMerger
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as its own tasks are the parallelism
+    parts, out = folder / "parts", folder / "out"
+    encode = DocumentTokenizer(
+        str(parts),
+        str(folder / "tokenizer.json"),
+        local_working_dir=str(folder / "work"),
+        eos_token="<|endoftext|>",
+        batch_size=1000,
+        seed=0,
+    )
+    files = len(list((folder / "texts").iterdir()))
+    merge = DocumentTokenizerMerger(str(parts), str(out), "all", seed=0, progress=False)
+    with phase("job"):
+        LocalPipelineExecutor(
+            [JsonlReader(f"{folder}/texts"), encode], tasks=files, workers=workers, logging_dir=str(folder / "log-1")
+        ).run()
+        LocalPipelineExecutor([merge], logging_dir=str(folder / "log-2")).run()
+    return f"{sum(np.memmap(path, np.uint16, 'r').size for path in out.glob('*.ds'))} tokens"
 
 
 # Processes and the standard library, and nothing else
@@ -153,8 +227,20 @@ def duckdb(task: str, folder: Path, workers: int) -> str:
     with phase("start"):
         connection = db.connect(config={"threads": workers})
     out = folder / "out.parquet"
-    words = f"select unnest(regexp_extract_all(text, '{WORD}')) as word from read_json('{folder}/text/*.jsonl')"
-    if task == "cache":
+    found, source = f"regexp_extract_all(text, '{WORD}')", f"from read_json('{folder}/text/*.jsonl')"
+    words = f"select unnest({found}) as word {source}"
+    if task == "tokens":
+        raise NotImplementedError
+    if task == "cached-documents":
+        columns = "len(w) as words, list_unique(w) as different, list_max(list_transform(w, x -> len(x))) as longest"
+        with phase("job"):
+            connection.execute(f"create table figures as select {columns} from (select {found} as w {source})")
+            count = connection.execute("select count(*) from figures").fetchall()[0][0]
+        with phase("again"):
+            long = "select longest, sum(words) as s from figures where longest > 30 group by longest"
+            total = connection.execute(f"select sum(s)::bigint from ({long})").fetchall()[0][0]
+        return f"{count} documents, {total} words"
+    if task == "cached-words":
         with phase("job"):
             connection.execute(f"create table words as {words}")
             total = connection.execute("select count(*) from words").fetchall()[0][0]
@@ -185,8 +271,8 @@ def dask(task: str, folder: Path, workers: int) -> str:
     import dask.bag as bag
     import distributed
 
-    if task == "sort":
-        raise NotImplementedError  # bags can't
+    if task in ("sort", "tokens"):
+        raise NotImplementedError
     with phase("start"):
         cluster = distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
         client = distributed.Client(cluster)
@@ -196,8 +282,17 @@ def dask(task: str, folder: Path, workers: int) -> str:
                 made = bag.from_sequence(small_rows(), npartitions=workers)
                 sums = made.foldby("key", lambda total, row: total + row["value"], 0, lambda a, b: a + b, 0).compute()
             return str(sum(total for _, total in sums))
-        words = bag.read_text(f"{folder}/text/*.jsonl").map(orjson.loads).map(words_of).flatten()
-        if task == "cache":
+        records = bag.read_text(f"{folder}/text/*.jsonl").map(orjson.loads)
+        if task == "cached-documents":
+            with phase("job"):
+                figures = records.map(figures_of).persist()
+                count = figures.count().compute()
+            with phase("again"):
+                long = figures.filter(lambda row: row["longest"] > 30)
+                sums = dict(long.foldby("longest", lambda total, row: total + row["words"], 0, lambda a, b: a + b, 0))
+            return f"{count} documents, {sum(sums.values())} words"
+        words = records.map(words_of).flatten()
+        if task == "cached-words":
             with phase("job"):
                 kept = words.persist()
                 total = kept.count().compute()
@@ -220,7 +315,7 @@ def dask(task: str, folder: Path, workers: int) -> str:
 def ray_data(task: str, folder: Path, workers: int) -> str:
     import ray
 
-    if task == "cache":
+    if task in ("cached-words", "tokens"):
         raise NotImplementedError
     with phase("start"):
         ray.init("local", num_cpus=workers, logging_level="error", log_to_driver=False, include_dashboard=False)
@@ -230,13 +325,20 @@ def ray_data(task: str, folder: Path, workers: int) -> str:
             if task == "small":
                 rows = ray.data.from_items(small_rows()).groupby("key").sum("value").take_all()
                 return str(sum(row["sum(value)"] for row in rows))
-            if task == "sort":
+            if task == "cached-documents":
+                figures = ray.data.read_json(f"{folder}/text").map(figures_of).materialize()
+                count = figures.count()
+            elif task == "sort":
                 ray.data.read_parquet(f"{folder}/records").sort("key").write_parquet(f"{folder}/out")
             else:
                 words = ray.data.read_json(f"{folder}/text").flat_map(lambda row: [{"w": w} for w in words_of(row)])
                 words.groupby("w").count().write_parquet(f"{folder}/out")
         if task == "sort":
             return check_sorted(folder / "out")
+        if task == "cached-documents":
+            with phase("again"):
+                rows = figures.filter(lambda row: row["longest"] > 30).groupby("longest").sum("words").take_all()
+            return f"{count} documents, {sum(row['sum(words)'] for row in rows)} words"
         rows = ray.data.read_parquet(f"{folder}/out").to_pandas()
         return check_counts(int(rows["count()"].sum()), len(rows))
     finally:
@@ -250,14 +352,27 @@ def spark(task: str, folder: Path, workers: int) -> str:
     from pyspark.sql import SparkSession
     from pyspark.sql import functions as f
 
+    if task == "tokens":
+        raise NotImplementedError
     with phase("start"):
         builder = SparkSession.builder.master(f"local[{workers}]").config("spark.ui.enabled", "false")
         session = builder.config("spark.driver.memory", "4g").config("spark.log.level", "ERROR").getOrCreate()
     out = str(folder / "out")
-    words = session.read.json(f"{folder}/text").select(
-        f.explode(f.regexp_extract_all("text", f.lit(f"({WORD})"))).alias("word")
-    )
-    if task == "cache":
+    found = f.regexp_extract_all("text", f.lit(f"({WORD})"))
+    if task == "cached-documents":
+        with phase("job"):
+            lists = session.read.json(f"{folder}/text").select(found.alias("w"))
+            figures = lists.select(
+                f.size("w").alias("words"),
+                f.size(f.array_distinct("w")).alias("different"),
+                f.array_max(f.transform("w", f.length)).alias("longest"),
+            ).cache()
+            count = figures.count()
+        with phase("again"):
+            rows = figures.filter("longest > 30").groupBy("longest").sum("words").collect()
+        return f"{count} documents, {sum(row['sum(words)'] for row in rows)} words"
+    words = session.read.json(f"{folder}/text").select(f.explode(found).alias("word"))
+    if task == "cached-words":
         with phase("job"):
             kept = words.cache()
             total = kept.count()
@@ -280,11 +395,13 @@ def spark(task: str, folder: Path, workers: int) -> str:
 
 CONTENDERS: dict[str, Callable[[str, Path, int], str]] = {
     "manyhands": ours,
+    "manyhands-gigatoken": ours_fast,
     "processes": processes,
     "duckdb": duckdb,
     "dask": dask,
     "ray": ray_data,
     "spark": spark,
+    "datatrove": datatrove,
 }
 
 if __name__ == "__main__":
@@ -293,6 +410,6 @@ if __name__ == "__main__":
         check = CONTENDERS[sys.argv[1]](sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
         print(json.dumps({"seconds": seconds, "check": check}))
     except NotImplementedError:
-        print(json.dumps({"skipped": "has no such thing"}))
+        print(json.dumps({"skipped": NOTHING}))
     except ImportError as error:
         print(json.dumps({"skipped": f"not installed: {error.name}"}))
