@@ -89,7 +89,7 @@ def main() -> None:
     kind, folder, steps, every = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     if kind != "manyhands":
         os.environ.pop("MANYHANDS_SNAPSHOT_MEMORY", None)
-    digest = train_ddp(folder, steps, every) if kind == "ddp" else train_ours(folder, steps, every)
+    digest = train_ddp(folder, steps, every) if kind.startswith("ddp") else train_ours(folder, steps, every)
     if os.environ["RANK"] == "0":
         (folder / "digest.json").write_text(json.dumps(digest))
 
