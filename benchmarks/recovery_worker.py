@@ -54,7 +54,7 @@ def train_ddp(folder: Path, steps: int, every: int) -> str:
                 state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 torch.save(state, path.with_suffix(".new"))
                 os.replace(path.with_suffix(".new"), path)
-    digest = mh.digest_of_tensors({name: param.detach() for name, param in model.module.named_parameters()})
+    digest = mh.digest_of_tensors(list(model.module.named_parameters()))
     dist.destroy_process_group()
     return digest
 
