@@ -5,14 +5,18 @@
 Both train the same GPT with two workers and write a checkpoint every so many steps. When a run has come to a chosen
 step, one of its workers is killed (SIGKILL), once for each of the chosen steps. Told are the time to finish undisturbed
 and disturbed, the steps that were made again, and whether the weights are those of the undisturbed run. Use a machine
-that does nothing else. What makes no step for three minutes is given up (nan), and what it said is in
-runs/recovery-KIND.log.
+that does nothing else. What makes no step for a minute is given up, and what it said is in runs/recovery-KIND.log.
+
+torchrun is there twice. Left to itself it keeps one store for all starts of the workers, with the addresses of those
+that were killed (https://github.com/pytorch/pytorch/issues/135712): whoever starts first may find its peer's old one,
+and then the start fails or never ends. So the peer that counts has the setting that gives each start a store.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +38,16 @@ KINDS = {
     "manyhands": "Manyhands, zero2",
     "manyhands-checkpoints": "the same without snapshots",
     "ddp": "DDP, torch.save",
+    "ddp-one-store": "the same, torchrun's defaults",
 }
-NO_CHANGE_SECONDS = 180.0
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # torchrun's: see above
+NO_CHANGE_SECONDS = 60.0
 
 
 def command_of(kind: str, folder: Path, steps: int, every: int) -> list[str]:
     """A whole launch of two workers."""
     script = [str(WORKER), kind, str(folder), str(steps), str(every)]
-    if kind == "ddp":
+    if kind.startswith("ddp"):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "99"]
         return [sys.executable, *launcher, *script]
     return [sys.executable, "-m", "manyhands.cli.main", "run", "--workers", "2", "--max-restarts", "99", *script]
@@ -48,7 +55,7 @@ def command_of(kind: str, folder: Path, steps: int, every: int) -> list[str]:
 
 def steps_made(kind: str, folder: Path) -> tuple[int, int]:
     """The last step that was made, and how many were made again."""
-    if kind == "ddp":
+    if kind.startswith("ddp"):
         path = folder / "steps"
         made = [int(line) for line in path.read_text().split()] if path.exists() else []
         return max(made, default=0), len(made) - len(set(made))
@@ -76,16 +83,17 @@ def run(kind: str, steps: int, every: int, kills: list[tuple[int, int]]) -> dict
     with tempfile.TemporaryDirectory(prefix="manyhands-recovery-") as name:
         folder, left, began = Path(name), list(kills), time.monotonic()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment |= OWN_STORE if kind == "ddp" else {}
         with (folder / "output").open("wb") as output:
             process = subprocess.Popen(
                 command_of(kind, folder, steps, every), env=environment, stdout=output, stderr=output
             )
-            changed, known = began, 0
+            changed, known = began, (0, 0)
             while process.poll() is None:
-                made, _ = steps_made(kind, folder)
+                made = steps_made(kind, folder)
                 if made != known:
                     changed, known = time.monotonic(), made
-                if left and made >= left[0][0]:
+                if left and made[0] >= left[0][0]:
                     pid = pid_of(folder, left[0][1])
                     if pid is not None:
                         left.pop(0)
@@ -116,6 +124,33 @@ def chosen(steps: int, count: int, seed: int) -> list[tuple[int, int]]:
     return [(int(part * steps / count), chance.randrange(2)) for part in parts]
 
 
+def median(values: Iterable[float], digits: int = 1) -> str:
+    """Of the runs that came to an end."""
+    ended = [value for value in values if not math.isnan(value)]
+    return f"{statistics.median(ended):.{digits}f}" if ended else "-"
+
+
+def show(console: Console, results: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], kills: int) -> None:
+    """results: of each kind, an undisturbed and a disturbed run for each round."""
+    table = Table()
+    headings = ("", "undisturbed s", "with kills s", "s a kill", "steps made again", "ended", "same weights")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for kind, pairs in results.items():
+        ended = [pair for pair in pairs if pair[1]["digest"] is not None]
+        same = all(one["digest"] == two["digest"] for one, two in ended)
+        table.add_row(
+            KINDS[kind],
+            median(one["seconds"] for one, _ in pairs),
+            median(two["seconds"] for _, two in pairs),
+            median((two["seconds"] - one["seconds"]) / kills for one, two in pairs),
+            median((two["repeated"] for _, two in pairs), 0),
+            f"{len(ended)} of {len(pairs)}",
+            ("yes" if same else "no") if ended else "-",
+        )
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
@@ -133,19 +168,8 @@ def main() -> None:
             disturbed = run(kind, options.steps, options.every, kills)
             results[kind].append((undisturbed, disturbed))
             console.print(f"{kind}: {undisturbed['seconds']:.1f} s, with kills {disturbed['seconds']:.1f} s")
-    table = Table(title=f"{options.steps} steps, {options.kills} kills, a checkpoint every {options.every} steps")
-    for heading in ("", "undisturbed s", "with kills s", "s a kill", "steps made again", "same weights"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for kind, pairs in results.items():
-        before = statistics.median(one["seconds"] for one, _ in pairs)
-        after = statistics.median(two["seconds"] for _, two in pairs)
-        cost = statistics.median((two["seconds"] - one["seconds"]) / options.kills for one, two in pairs)
-        again = statistics.median(two["repeated"] for _, two in pairs)
-        same = all(one["digest"] == two["digest"] is not None for one, two in pairs)
-        table.add_row(
-            KINDS[kind], f"{before:.1f}", f"{after:.1f}", f"{cost:.1f}", f"{again:g}", "yes" if same else "no"
-        )
-    console.print(table)
+    console.print(f"{options.steps} steps, {options.kills} kills, a checkpoint every {options.every} steps:")
+    show(console, results, options.kills)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def train_ddp(folder: Path, steps: int, every: int) -> str:
                 state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 torch.save(state, path.with_suffix(".new"))
                 os.replace(path.with_suffix(".new"), path)
-    digest = mh.digest_of_tensors({name: param.detach() for name, param in model.module.named_parameters()})
+    digest = mh.digest_of_tensors(list(model.module.named_parameters()))
     dist.destroy_process_group()
     return digest
 
@@ -89,7 +89,7 @@ def main() -> None:
     kind, folder, steps, every = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     if kind != "manyhands":
         os.environ.pop("MANYHANDS_SNAPSHOT_MEMORY", None)
-    digest = train_ddp(folder, steps, every) if kind == "ddp" else train_ours(folder, steps, every)
+    digest = train_ddp(folder, steps, every) if kind.startswith("ddp") else train_ours(folder, steps, every)
     if os.environ["RANK"] == "0":
         (folder / "digest.json").write_text(json.dumps(digest))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 from manyhands.comm.connect import thread_groups
 from manyhands.comm.group import Group
 from manyhands.comm.local import LocalGroup
+from manyhands.comm.members_group import MembersGroup
 from manyhands.comm.shared_memory import MAILBOX_BYTES
-from manyhands.errors import InvariantError, WorkerError
+from manyhands.errors import InvariantError, Place, WorkerError
+from manyhands.members.membership import CLOSED, Peer
 
 T = TypeVar("T")
 
@@ -145,7 +148,7 @@ def test_workers_that_take_different_ways_are_told_so() -> None:
 
 def test_a_worker_that_raises_ends_the_others_naming_itself_and_where_it_was() -> None:
     def work(group: Group) -> None:
-        group.status("step 12 / layers.3 / grad")
+        group.status("step 12 / layers.3 / grad", 12)
         if group.rank == 2:
             raise ValueError("the sky fell")
         group.barrier("step 12 / control")
@@ -160,6 +163,23 @@ def test_a_worker_that_raises_ends_the_others_naming_itself_and_where_it_was() -
         assert error.rank == 2
         assert "the sky fell" in str(error)
         assert "step 12 / layers.3 / grad" in str(error)
+        assert error.place == Place("step 12 / layers.3 / grad", 12, None)
+
+
+def test_where_a_worker_is_can_be_read_on_its_board_and_on_another_host_from_its_beat() -> None:
+    def work(group: Group) -> list[Place]:
+        assert isinstance(group, MembersGroup)
+        group.status("step 0, micro-batch 0 / data", 0, 0)
+        membership = group.membership
+        membership._beat(0.0)
+        beat = membership._watch_store.get(f"beat/{group.rank}")
+        elsewhere = Peer(rank=9, host="b", pid=1, thread=1, stack="", board=None, beat=beat)
+        seen = [membership.board.place, elsewhere.place, replace(elsewhere, beat=CLOSED).place]
+        group.status("end / summary")
+        return [*seen, membership.board.place]
+
+    in_step = Place("step 0, micro-batch 0 / data", 0, 0)
+    assert in_threads(2, work) == [[in_step, in_step, Place(), Place("end / summary")]] * 2
 
 
 def test_a_worker_that_stalls_is_named_with_its_stack() -> None:
@@ -169,7 +189,7 @@ def test_a_worker_that_stalls_is_named_with_its_stack() -> None:
         let_go.wait(20)
 
     def work(group: Group) -> None:
-        group.status("step 5, micro-batch 1 / forward and backward")
+        group.status("step 5, micro-batch 1 / forward and backward", 5, 1)
         if group.rank == 1:
             oversleep()
         try:
@@ -183,4 +203,5 @@ def test_a_worker_that_stalls_is_named_with_its_stack() -> None:
         assert isinstance(error, WorkerError)
         assert error.rank == 1
         assert "step 5, micro-batch 1" in str(error)
+        assert error.place[1:] == (5, 1)
         assert "in oversleep" in str(error)

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.errors import ConfigError, Interrupted, Place, WorkerError
 from manyhands.launching.culprit import explain
 from manyhands.launching.function import launch
 from manyhands.launching.launcher import run_workers
-from manyhands.members.failure import Failure, WorkerEnd
+from manyhands.members.failure import Failure, WorkerEnd, read_failure, write_failure
+from manyhands.members.status_file import StatusFile, read_status
 
 PRELUDE = """
 import json, os, signal, sys, time
@@ -328,6 +329,35 @@ def test_the_culprit(ends: list[WorkerEnd], culprit: int) -> None:
 
 def test_a_stalled_worker_is_described_by_the_one_that_noticed() -> None:
     assert explain([end(0, 1, notices=1), end(1, -signal.SIGTERM)]).what == "said by 0"
+
+
+def test_the_place_of_the_culprit_is_known_whoever_told_it(tmp_path: Path) -> None:
+    place, path = Place("step 3, micro-batch 1 / data", 3, 1), tmp_path / "status"
+
+    def told(error: Exception, where: str | None = None) -> Failure | None:
+        account = Failure.of(error, rank=0, pid=1, where=where, place=place if where else Place())
+        write_failure(tmp_path / "account", account)
+        return read_failure(tmp_path / "account", 0)
+
+    lost = WorkerError("worker 1 ended without a word", rank=1, where="worker 1, step 3", place=place)
+    own, notice, alone = told(ValueError("no"), "worker 0, step 3"), told(lost), told(ValueError("no"))
+    status = StatusFile(str(path), 30.0)
+    status.enter(place)
+    read = read_status(path)
+    assert read is not None
+    for ends, raised in (
+        ([WorkerEnd(rank=0, exit_code=1, seconds=0.0, failure=own)], "ValueError: no"),
+        ([WorkerEnd(rank=0, exit_code=1, seconds=0.0, failure=notice), end(1, -signal.SIGKILL)], ""),
+        ([WorkerEnd(rank=0, exit_code=-signal.SIGKILL, seconds=0.0, place=read.place)], ""),
+        ([WorkerEnd(rank=0, exit_code=1, seconds=0.0, failure=alone, place=read.place)], "ValueError: no"),
+    ):
+        error = explain(ends)
+        assert isinstance(error, WorkerError)
+        assert (error.place, error.raised) == (place, raised)
+    status.close()
+    closed = read_status(path)
+    assert closed is not None
+    assert closed.place == Place()
 
 
 def test_workers_that_stopped_when_asked_are_no_failure() -> None:

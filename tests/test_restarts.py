@@ -10,19 +10,21 @@ import typer
 
 import faults
 from manyhands.cli.workers import Bounds, bounds, workers_for
-from manyhands.errors import DataError, WorkerError
+from manyhands.errors import DataError, Place, WorkerError
 from manyhands.launching.restarts import Restart, run_again
 from manyhands.report.run_directory import RunDirectory
 from test_faults import Run, training
 
 
-def failed(what: str = "worker 1 was killed by SIGKILL", where: str = "worker 1, step 4 / update") -> WorkerError:
-    return WorkerError(what, rank=1, where=where)
+def failed(step: int | None = 4, micro_batch: int | None = None, raised: str = "") -> WorkerError:
+    what = f"worker 1 failed: {raised}" if raised else "worker 1 was killed by SIGKILL"
+    error = WorkerError(what, rank=1, where="worker 1, somewhere", place=Place("somewhere", step, micro_batch))
+    error.raised = raised
+    return error
 
 
-def raised(step: int) -> WorkerError:
-    place = f"worker 1, step {step}, micro-batch 2 / forward and backward"
-    return failed("worker 1 failed: RuntimeError: out of cheese", place)
+def raised(step: int, micro_batch: int = 2) -> WorkerError:
+    return failed(step, micro_batch, "RuntimeError: out of cheese")
 
 
 class Launches:
@@ -93,13 +95,27 @@ def test_what_comes_again_in_the_same_micro_batch_will_always_come() -> None:
 
 
 def test_what_comes_elsewhere_may_have_been_chance() -> None:
-    launches = Launches((raised(4), 0), (raised(5), 0), (failed(), 0), (None, 0))
+    other = failed(4, 2, "RuntimeError: out of milk")
+    launches = Launches((raised(4), 0), (raised(5), 0), (raised(5, 3), 0), (raised(4), 0), (other, 0), (None, 0))
+    launches.again(most=9)
+    assert len(launches.told) == 5
+
+
+def test_what_is_killed_at_the_same_place_may_have_been_chance() -> None:
+    launches = Launches((failed(4, 2), 0), (failed(4, 2), 0), (None, 0))
     launches.again()
-    assert len(launches.told) == 3
+    assert len(launches.told) == 2
+
+
+def test_the_samples_of_a_worker_that_was_killed_too_often_are_named() -> None:
+    with pytest.raises(WorkerError) as caught:
+        Launches((failed(4, 2), 0)).again(most=0)
+    assert caught.value.where == "worker 1, somewhere, samples of 4, 2"
+    assert caught.value.place == Place("somewhere", 4, 2)
 
 
 def test_what_a_person_must_mend_is_raised_at_once() -> None:
-    error = failed("worker 0 failed: DataError: no such file")
+    error = failed(raised="DataError: no such file")
     error.__cause__ = DataError("no such file")
     with pytest.raises(WorkerError) as caught:
         Launches((error, 0)).again()
@@ -107,10 +123,16 @@ def test_what_a_person_must_mend_is_raised_at_once() -> None:
 
 
 def test_what_is_raised_before_the_first_step_is_raised_at_once() -> None:
-    error = failed("worker 0 failed: FileNotFoundError: corpus.bin", "worker 0, start / model / control")
+    error = failed(None, raised="FileNotFoundError: corpus.bin")
     with pytest.raises(WorkerError) as caught:
         Launches((error, 0)).again()
     assert caught.value is error
+
+
+def test_what_is_killed_before_the_first_step_is_started_again() -> None:
+    launches = Launches((failed(None), 0), (None, 0))
+    launches.again()
+    assert len(launches.told) == 1
 
 
 def test_without_restarts_the_error_is_the_workers() -> None:

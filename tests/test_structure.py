@@ -237,5 +237,5 @@ def test_every_file_says_what_it_is_for() -> None:
 def test_every_error_is_in_the_troubleshooting_page() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     for node in TREES["errors.py"].body:
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and "NamedTuple" not in map(last_name, node.bases):
             assert f"`{node.name}`" in page, f"docs/troubleshooting.md doesn't say what to do about {node.name}"

@@ -14,6 +14,20 @@ Every error says what failed, what was expected and found, where, and what to do
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Where a worker is. words: for people; step: the one that it's in, or has just made (None: it isn't at steps, but
+    starts, say); micro_batch: the one that it reads or computes."""
+
+    words: str = ""
+    step: int | None = None
+    micro_batch: int | None = None
+
+
+NOWHERE = Place()
+
 
 class ManyhandsError(Exception):
     """Base of all errors that Manyhands raises on purpose.
@@ -75,14 +89,16 @@ class CheckpointError(ManyhandsError):
 
 class WorkerError(ManyhandsError):
     """A worker raised, died or stalled. `rank` is the culprit's number, not the number of the one that noticed;
-    `alive`: it was alive when that was noticed. What a launcher passes on of Manyhands's other errors is the cause.
+    `alive`: it was alive when that was noticed. `place`: where it was; `raised`: what it raised there itself, as
+    "kind: message" ("": it was killed or stalled). What a launcher passes on of Manyhands's other errors is the cause.
     """
 
     alive = False
+    raised = ""
 
-    def __init__(self, what: str, *, rank: int = -1, **where: object) -> None:
+    def __init__(self, what: str, *, rank: int = -1, place: Place = NOWHERE, **where: object) -> None:
         super().__init__(what, **where)  # type: ignore[arg-type]
-        self.rank = rank
+        self.rank, self.place = rank, place
 
 
 class Interrupted(ManyhandsError):

@@ -63,7 +63,7 @@ def begin_checkpoint(
     group, step = engine.group, engine.step_index
     final = root / folder_name(step)
     tag = f"step {step} / checkpoint"
-    group.status(f"checkpoint of step {step}")
+    group.status(f"checkpoint of step {step}", step)
     digest = engine.digest()
     if all(gather_json(group, _holds(final, digest), f"{tag} / control")):
         return None

@@ -99,7 +99,7 @@ def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None
     digest: of the weights, if it is known; then it's checked when the snapshot is loaded.
     """
     group, tag = engine.group, f"step {engine.step_index} / snapshot"
-    group.status(f"snapshot of step {engine.step_index}")
+    group.status(f"snapshot of step {engine.step_index}", engine.step_index)
     slot, scalars = memory.next_slot(), Scalars()
     records = _write(slot.pieces[group.rank], file_name(group.rank), list(owned_pieces(engine, scalars)))
     mine = {"pieces": [record.model_dump() for record in records], "scalars": scalars}

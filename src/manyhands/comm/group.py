@@ -136,8 +136,8 @@ class Group(ABC):
     def close(self) -> None:
         """Leave the group: wait for the others to have finished, then free everything. Collective unless failed."""
 
-    def status(self, text: str) -> None:  # noqa: B027  (an alone worker has nobody to tell)
-        """Say what this worker is doing, for the others' errors about it."""
+    def status(self, words: str, step: int | None = None, micro_batch: int | None = None) -> None:  # noqa: B027
+        """Say what this worker is doing, and in which step and micro-batch, for errors about it; alone it needn't."""
 
     def exclusive(self) -> AbstractContextManager[object]:
         """Held while computing with process-wide state (the random generators), where workers are threads."""

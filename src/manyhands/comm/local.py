@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.group import Contribution, Exchange, Group
+from manyhands.errors import Place
 from manyhands.members.failure import record_failure
 from manyhands.members.status_file import StatusFile
 from manyhands.offload.home import Home
@@ -69,9 +70,9 @@ class LocalGroup(Group):
     def fail(self, error: BaseException) -> None:
         record_failure(error)
 
-    def status(self, text: str) -> None:
+    def status(self, words: str, step: int | None = None, micro_batch: int | None = None) -> None:
         if self._status_file is not None:
-            self._status_file.say(text)
+            self._status_file.enter(Place(words, step, micro_batch))
 
     def close(self) -> None:
         if self._status_file is not None:

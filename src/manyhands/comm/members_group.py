@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from manyhands.comm.group import Group
-from manyhands.errors import InvariantError
+from manyhands.errors import InvariantError, Place
 from manyhands.members.membership import Membership, Peer
 
 YIELDS = 200
@@ -69,14 +69,14 @@ class MembersGroup(Group):
                 raise InvariantError(
                     f"workers {me} and {peer.rank} took different ways: their collective call {call} differs",
                     expected=f"{tag} (worker {me})",
-                    got=f"another one; worker {peer.rank} is now in {peer.status or 'its start'}",
+                    got=f"another one; worker {peer.rank} is now in {peer.place.words or 'its start'}",
                     where=f"worker {me}, {tag}",
                     hint="make the same calls and as many steps on all workers; neither the model nor the data may "
                     "depend on the worker's number, the time or an unseeded generator",
                 )
 
-    def status(self, text: str) -> None:
-        self.membership.say(text)
+    def status(self, words: str, step: int | None = None, micro_batch: int | None = None) -> None:
+        self.membership.enter(Place(words, step, micro_batch))
 
     def fail(self, error: BaseException) -> None:
         self.membership.fail(error)

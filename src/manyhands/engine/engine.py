@@ -196,7 +196,7 @@ class StepEngine:
         for index, this in enumerate(self._reducer.rounds):
             with self._clock.phase("data"):
                 if this.micro_batch is not None:
-                    self.group.status(f"{tag}, micro-batch {this.micro_batch} / data")
+                    self._say("data", this.micro_batch)
                     with self.group.exclusive():  # loading seeds the generators, too
                         batch = to_device(load(this.micro_batch), self.group.device)
             with self._clock.phase("exchange"):
@@ -207,7 +207,7 @@ class StepEngine:
                     losses[this.micro_batch] = self._compute(step, this.micro_batch, batch)
                     batch = None
             with self._clock.phase("exchange"):
-                self.group.status(f"{tag} / exchange")
+                self._say("exchange")
                 self._gathers.end()
                 self._reducer.end()
         self._watch.after_backward()
@@ -223,7 +223,7 @@ class StepEngine:
             norm = self._update(control, weight, tag)
             self.step_index += 1
             digest_text = self.digest() if digest else None
-        self.group.status(f"after {tag}")
+        self.group.status(f"after {tag}", step)
         return StepMetrics(
             step=step,
             loss=_added_in_order(control.losses) / weight,
@@ -238,9 +238,14 @@ class StepEngine:
             digest=digest_text,
         )
 
+    def _say(self, doing: str, micro_batch: int | None = None) -> None:
+        """What this step does now, for the others, and for whoever starts the workers again."""
+        part = "" if micro_batch is None else f", micro-batch {micro_batch}"
+        self.group.status(f"step {self.step_index}{part} / {doing}", self.step_index, micro_batch)
+
     def _compute(self, step: int, micro_batch: int, batch: Any) -> tuple[Tensor, Tensor | float]:
         """Forward and backward of one micro-batch; its loss and weight."""
-        self.group.status(f"step {step}, micro-batch {micro_batch} / forward and backward")
+        self._say("forward and backward", micro_batch)
         with self.group.exclusive(), preserved_generators(), self._compiled.computing():
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
             with self._gathers.watching_autograd():
@@ -306,7 +311,7 @@ class StepEngine:
     def _update(self, control: Control, weight: float, tag: str) -> float:
         self.stop_wanted, self.save_wanted = control.stop, control.save
         unused = {name for name, got in zip(self._param_names, control.got_gradient, strict=True) if not got}
-        self.group.status(f"{tag} / update")
+        self._say("update")
         norm = self.updater.update(self._reducer, weight, self.recipe.clip_norm, unused, tag)
         self._reducer.release()
         self.buffers.merge(list(control.changed_buffers), self.my_micro_batches, self.group, f"{tag} / buffers")

@@ -51,24 +51,27 @@ def _error_about(culprit: WorkerEnd, notices: Sequence[Failure], ends: Sequence[
     """What is told of the culprit; `notices` are what others noticed about it."""
     failure = culprit.failure if culprit.failure is not None and not culprit.failure.notice else None
     notice = notices[0] if notices else None
-    made = None if failure is None else failure.error()
+    made, raised = None if failure is None else failure.error(), ""
     if failure is not None and isinstance(made, WorkerError):  # it was given up by the others, and learned it from them
         what = made.what
     elif failure is not None:
+        raised = f"{failure.kind}: {failure.first_line}"
         what = f"worker {culprit.rank} failed: {failure.kind}: {failure.first_line}"
     elif notice is not None and (notice.alive or culprit.exit_code in (0, -signal.SIGTERM)):
         # It was alive (a stall, say) and ended only because it was told to, or killed: the noticer knows more.
         what = notice.what or notice.first_line
     else:
         what = f"worker {culprit.rank} {_ended(culprit.exit_code)}"
+    told = next((account for account in (failure, notice) if account and account.where), None)
     error = WorkerError(
         what,
         rank=culprit.rank,
-        where=next((account.where for account in (failure, notice) if account and account.where), _doing(culprit)),
+        where=_doing(culprit) if told is None else told.where,
+        place=culprit.place if told is None else told.place,
         hint=_hint(culprit, failure, notice),
         detail=_detail(what, culprit, failure, notices, ends) or None,
     )
-    error.__cause__ = made
+    error.raised, error.__cause__ = raised, made
     return error
 
 
@@ -120,7 +123,7 @@ def _detail(
 
 
 def _doing(culprit: WorkerEnd) -> str | None:
-    return f"worker {culprit.rank}, {culprit.doing}" if culprit.doing else None
+    return f"worker {culprit.rank}, {culprit.place.words}" if culprit.place.words else None
 
 
 def _hint(culprit: WorkerEnd, failure: Failure | None, notice: Failure | None) -> str | None:

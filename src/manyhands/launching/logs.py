@@ -12,7 +12,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import LogsDest
 
-from manyhands.errors import Interrupted, WorkerError
+from manyhands.errors import NOWHERE, Interrupted, WorkerError
 from manyhands.launching.culprit import explain
 from manyhands.launching.watch import status_file
 from manyhands.members.failure import ERROR_FILE_VARIABLE, PARENT_TELLS_VARIABLE, WorkerEnd, read_failure
@@ -79,8 +79,8 @@ class Logs(LogsSpecs):
         failure = read_failure(self._folder / f"error-{rank}.json", rank)
         tail = self._tail(rank) if exit_code != 0 else ""
         status = read_status(status_file(self._folder, rank))
-        doing = "" if status is None else status.doing
-        return WorkerEnd(rank=rank, exit_code=exit_code, seconds=seconds, failure=failure, log_tail=tail, doing=doing)
+        place = NOWHERE if status is None else status.place
+        return WorkerEnd(rank=rank, exit_code=exit_code, seconds=seconds, failure=failure, log_tail=tail, place=place)
 
     def _tail(self, rank: int) -> str:
         if self._log_dir is None or rank == 0:

@@ -6,14 +6,10 @@ and an exception that comes again in the same micro-batch will always come.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from manyhands.errors import ManyhandsError, WorkerError
-
-_RAISED = " failed: "  # as in launching/culprit.py
-_PLACE = re.compile(r"step (\d+)(?:, micro-batch (\d+))?")
+from manyhands.errors import ManyhandsError, Place, WorkerError
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,8 @@ def run_again(
     many, or came again at the same place; and at once what is not a worker's accident: errors that a person must mend,
     and being asked to stop.
     """
-    since, number, before = saved_step(), 0, ""
+    since, number = saved_step(), 0
+    before: tuple[Place, str] | None = None
     while True:
         try:
             return run(number)
@@ -49,10 +46,10 @@ def run_again(
             if not _is_accident(error):
                 raise
             if saved_step() > since:
-                since, number, before = saved_step(), 0, ""
+                since, number, before = saved_step(), 0, None
             number += 1
             this = _fault_of(error)
-            if this and this == before:
+            if this is not None and this == before:
                 raise _again(error, "it failed there the time before, too", samples_of) from error.__cause__
             if number > most:
                 why = f"that's failure {number} without a checkpoint since step {since}" if most else ""
@@ -63,29 +60,29 @@ def run_again(
 
 def _is_accident(error: WorkerError) -> bool:
     """Whether another try may go well: not if a worker says itself what a person has to do, or raised as it began."""
-    if _RAISED in error.what and not _PLACE.search(error.where or ""):
+    if error.raised and error.place.step is None:
         return False
     return not isinstance(error.__cause__, ManyhandsError) or isinstance(error.__cause__, WorkerError)
 
 
-def _fault_of(error: WorkerError) -> str:
-    """What a worker raised, and in which step; "" if it was killed or stalled, which may be nobody's fault."""
-    place = _PLACE.search(error.where or "")
-    _, failed, raised = error.what.partition(_RAISED)
-    return f"{place[0]}: {raised}" if failed and place else ""
+def _fault_of(error: WorkerError) -> tuple[Place, str] | None:
+    """Where a worker raised, and what; None if it was killed or stalled, which may be nobody's fault."""
+    return (error.place._replace(words=""), error.raised) if error.raised else None
 
 
 def _again(error: WorkerError, why: str, samples_of: Callable[[int, int], str]) -> WorkerError:
     """The same, with why nobody tries again, and the samples that were being computed with."""
-    place = _PLACE.search(error.where or "")
-    samples = samples_of(int(place[1]), int(place[2])) if place and place[2] else ""
+    _, step, micro_batch = error.place
+    samples = "" if step is None or micro_batch is None else samples_of(step, micro_batch)
     told = WorkerError(
         error.what,
         rank=error.rank,
+        place=error.place,
         where=", ".join(filter(None, [error.where, samples])) or None,
         hint=": ".join(filter(None, ["the run is not started again", why])) if why else error.hint,
         detail=error.detail,
     )
+    told.raised = error.raised
     if why and error.hint:
         told.hint = f"{told.hint}; {error.hint}"
     return told

@@ -11,14 +11,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from manyhands.errors import WorkerError
+from manyhands.errors import NOWHERE, WorkerError
 from manyhands.launching.stop import started_workers
 from manyhands.members.failure import Failure, write_failure
 from manyhands.members.processes import ask_for_stack, process_state
 from manyhands.members.status_file import read_status
 
 STOPPED_SECONDS = 5.0
-_STEP = "step "  # how the status of a worker in a step begins
+_STEP = "step "  # how the words of a worker in a step begin; between two steps it may take as long as it likes
 _ASLEEP_SECONDS = 1.0  # between two looks: then this process was stopped, too
 
 
@@ -48,7 +48,7 @@ class Watch:
     def _look_for_progress(self, rank: int, pid: int, now: float) -> None:
         path = status_file(self._folder, rank)
         status = read_status(path)
-        if status is None or not status.doing.startswith(_STEP):
+        if status is None or not status.place.words.startswith(_STEP):
             self._said.pop(rank, None)
             return
         said = path.stat().st_mtime_ns.to_bytes(8, "little")  # the same words may be said again
@@ -61,7 +61,7 @@ class Watch:
 
     def _end(self, rank: int, pid: int, what: str, stack: str | None = None) -> None:
         status = read_status(status_file(self._folder, rank))
-        where = f"worker {rank} (pid {pid})" + (f", {status.doing}" if status is not None and status.doing else "")
+        place = NOWHERE if status is None else status.place
         with suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             try:
@@ -69,7 +69,8 @@ class Watch:
                 error = WorkerError(
                     what,
                     rank=rank,
-                    where=where,
+                    where=", ".join(filter(None, [f"worker {rank} (pid {pid})", place.words])),
+                    place=place,
                     detail=None if shown is None else f"its stack (most recent call first):\n{shown}",
                     hint=None
                     if stack is None

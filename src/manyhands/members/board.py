@@ -6,8 +6,9 @@ Layout of a board, one shared page run per worker, written by its owner alone:
     int64 [8]        drained: how many exchanges it has read to the end
     int64 [16]       closed: it left on purpose
     int64 [24]       waiting: it waits for others
+    int64 [32], [33] its place: step and micro-batch, plus 1 (0: in none)
     int64 [64:64+RING], [64+RING:64+2*RING]  what it called: the tag's checksum, by call number modulo RING, by lane
-    bytes [TEXT:]    its status in words, zero-terminated
+    bytes [TEXT:]    its place in words, or the call that it's in, zero-terminated
 
 A lane is a sequence of collective calls that all workers make in one order; two lanes keep no order between them.
 """
@@ -18,12 +19,14 @@ import zlib
 
 from torch import Tensor
 
+from manyhands.errors import Place
+
 RING = 4096
 LANES = 2
 TEXT = (64 + LANES * RING) * 8
 TEXT_BYTES = 512
 BOARD_BYTES = TEXT + TEXT_BYTES
-_POSTED, _DRAINED, _CLOSED, _WAITING, _TAGS = 0, 8, 16, 24, 64
+_POSTED, _DRAINED, _CLOSED, _WAITING, _PLACE, _TAGS = 0, 8, 16, 24, 32, 64
 
 
 class Board:
@@ -72,10 +75,17 @@ class Board:
         self._counts[_CLOSED] = 1
 
     @property
-    def status(self) -> str:
-        return bytes(self._text).split(b"\0", 1)[0].decode(errors="replace")
+    def place(self) -> Place:
+        words = bytes(self._text).split(b"\0", 1)[0].decode(errors="replace")
+        step, micro_batch = (int(number) - 1 if number else None for number in self._counts[_PLACE : _PLACE + 2])
+        return Place(words, step, micro_batch)
 
-    def say(self, text: str) -> None:
-        """Owner: what I am doing."""
-        line = text.encode()[: TEXT_BYTES - 1] + b"\0"
+    def enter(self, place: Place) -> None:
+        """Owner: where I am from now on."""
+        self._counts[_PLACE : _PLACE + 2] = [0 if number is None else number + 1 for number in place[1:]]
+        self.say(place.words)
+
+    def say(self, words: str) -> None:
+        """Owner: what I am doing at my place."""
+        line = words.encode()[: TEXT_BYTES - 1] + b"\0"
         self._text[: len(line)] = line

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from manyhands import errors
 from manyhands.errors import (
+    NOWHERE,
     CheckpointError,
     ConfigError,
     DataError,
@@ -24,6 +25,7 @@ from manyhands.errors import (
     InvariantError,
     ManyhandsError,
     NumericsError,
+    Place,
     WorkerError,
 )
 
@@ -38,7 +40,8 @@ _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """One worker's own account. `notice`: it merely noticed that a peer (`culprit`) raised, died or stalled; `alive`:
-    the peer was alive then. `what` to `detail` are a ManyhandsError's own (see errors)."""
+    the peer was alive then. `place`: where who is to blame was. `what` to `detail` are a ManyhandsError's own (see
+    errors)."""
 
     rank: int
     pid: int
@@ -48,6 +51,7 @@ class Failure:
     culprit: int | None = None
     notice: bool = False
     alive: bool = False
+    place: Place = NOWHERE
     what: str | None = None
     expected: str | None = None
     got: str | None = None
@@ -57,8 +61,10 @@ class Failure:
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, error: BaseException, *, rank: int, pid: int, where: str | None = None) -> Failure:
-        """A worker's account of `error`. where: what it was doing, if the error itself doesn't tell."""
+    def of(
+        cls, error: BaseException, *, rank: int, pid: int, where: str | None = None, place: Place = NOWHERE
+    ) -> Failure:
+        """A worker's account of `error`. where, place: what it was doing, if the error itself doesn't tell."""
         culprit = error.rank if isinstance(error, WorkerError) and error.rank >= 0 else None
         return cls(
             rank=rank,
@@ -69,6 +75,7 @@ class Failure:
             culprit=culprit,
             notice=culprit not in (None, rank) or isinstance(error, (Interrupted, KeyboardInterrupt)),
             alive=isinstance(error, WorkerError) and error.alive,
+            place=error.place if isinstance(error, WorkerError) and error.where else place,
             what=getattr(error, "what", None),
             expected=getattr(error, "expected", None),
             got=getattr(error, "got", None),
@@ -98,8 +105,8 @@ class Failure:
 class WorkerEnd:
     """How one worker ended: `exit_code` 0 is well, a negative one is minus the number of the signal that killed it.
 
-    `seconds` (since the epoch): when the launcher saw it; `log_tail`: its last lines, if they went to a file; `doing`:
-    what it said last, if it had no peers to tell.
+    `seconds` (since the epoch): when the launcher saw it; `log_tail`: its last lines, if they went to a file; `place`:
+    where it was last, if it had no peers to tell.
     """
 
     rank: int
@@ -107,20 +114,21 @@ class WorkerEnd:
     seconds: float
     failure: Failure | None = None
     log_tail: str = ""
-    doing: str = ""
+    place: Place = NOWHERE
 
 
-def record_failure(error: BaseException, *, where: str | None = None) -> None:
+def record_failure(error: BaseException, *, where: str | None = None, place: Place = NOWHERE) -> None:
     """Leave `error` for the parent. Called by a worker, once, before it ends; without a launcher it does nothing.
 
-    where: what the worker was doing, if the error itself doesn't tell. A WorkerError that names another rank, and being
-    asked to stop, are only notices: not this worker's fault. The first record stays: what comes later is a consequence.
-    Never raises: a full disk must not hide the error itself.
+    where, place: what the worker was doing, if the error itself doesn't tell. A WorkerError that names another rank,
+    and being asked to stop, are only notices: not this worker's fault. The first record stays: what comes later is a
+    consequence. Never raises: a full disk must not hide the error itself.
     """
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path or os.path.exists(path):
         return
-    write_failure(Path(path), Failure.of(error, rank=int(os.environ.get("RANK", "-1")), pid=os.getpid(), where=where))
+    rank = int(os.environ.get("RANK", "-1"))
+    write_failure(Path(path), Failure.of(error, rank=rank, pid=os.getpid(), where=where, place=place))
 
 
 def write_failure(path: Path, failure: Failure) -> None:
@@ -178,7 +186,8 @@ def read_failure(path: Path, rank: int) -> Failure | None:
         account = json.loads(path.read_text(encoding="utf-8"))
         if "manyhands" in account:
             known = {field.name for field in fields(Failure)}
-            return Failure(**{name: value for name, value in account["manyhands"].items() if name in known})
+            told = {name: value for name, value in account["manyhands"].items() if name in known}
+            return Failure(**{**told, "place": Place(*told.get("place", ()))})
         message = account["message"]
         if isinstance(message, str):
             message = {"message": message}

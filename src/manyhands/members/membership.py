@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from manyhands.errors import ConfigError, InvariantError, WorkerError
+from manyhands.errors import NOWHERE, ConfigError, InvariantError, Place, WorkerError
 from manyhands.members.arena import Arena, Store
 from manyhands.members.board import BOARD_BYTES, LANES, Board
 from manyhands.members.failure import record_failure, story_of
@@ -54,10 +54,10 @@ class Peer:
     beat_seen: float = 0.0
 
     @property
-    def status(self) -> str:
+    def place(self) -> Place:
         if self.board is not None:
-            return self.board.status
-        return "".join(self.beat.decode(errors="replace").split(" ", 2)[2:])
+            return self.board.place
+        return NOWHERE if self.beat in (b"", CLOSED) else Place(*json.loads(self.beat.split(b" ", 2)[2]))
 
     def posted(self, lane: int) -> int:
         """How many collective calls it has begun on that lane, as far as is known here."""
@@ -82,7 +82,7 @@ class Peer:
 
     @property
     def where(self) -> str:
-        return f"worker {self.rank} (pid {self.pid} on {self.host}), {self.status or 'starting'}"
+        return f"worker {self.rank} (pid {self.pid} on {self.host}), {self.place.words or 'starting'}"
 
 
 class Membership:
@@ -176,11 +176,11 @@ class Membership:
         """Whether the watching thread has waited for the store's answer for as long."""
         return time.monotonic() - self._heard > LOST_SECONDS
 
-    def say(self, doing: str) -> None:
-        """What this worker does now, for whoever watches it."""
-        self.board.say(doing)
+    def enter(self, place: Place) -> None:
+        """Where this worker is from now on, for whoever watches it."""
+        self.board.enter(place)
         if self._status_file is not None:
-            self._status_file.say(doing)
+            self._status_file.enter(place)
 
     def check(self) -> None:
         """Raise the failure, if there is one."""
@@ -188,7 +188,7 @@ class Membership:
             self.failure = WorkerError(
                 f"worker 0's host, {self.hosts[0]}, has not answered for {LOST_SECONDS:g} s",
                 rank=0,
-                where=f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.status or 'starting'}",
+                where=self._where,
                 hint="see whether that host is down, or this one is cut off from the network",
             )
         if self.failure is not None:
@@ -214,8 +214,8 @@ class Membership:
 
     def fail(self, error: BaseException) -> None:
         """Leave `error`, raised here, for the others and for the parent. The first failure of the group wins."""
-        where = f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.status or 'starting'}"
-        record_failure(error, where=where)
+        where, place = self._where, self.board.place
+        record_failure(error, where=where, place=place)
         self._noticed = True
         if isinstance(error, WorkerError) and error.rank != self.rank:
             return
@@ -224,11 +224,16 @@ class Membership:
             f"worker {self.rank} raised {type(error).__name__}: {first}",
             rank=self.rank,
             where=where,
+            place=place,
             detail=story_of(error),
             hint=getattr(error, "hint", None),
         )
         self._report(mine)
         self.failure = self.failure or mine
+
+    @property
+    def _where(self) -> str:
+        return f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.place.words or 'starting'}"
 
     @property
     def is_well(self) -> bool:
@@ -260,7 +265,7 @@ class Membership:
     # - Failures
 
     def _report(self, error: WorkerError) -> None:
-        names = ("rank", "what", "where", "detail", "hint", "alive")
+        names = ("rank", "what", "where", "place", "detail", "hint", "alive")
         if self._is_cut_off:
             return
         with contextlib.suppress(RuntimeError):
@@ -271,7 +276,8 @@ class Membership:
         for peer in behind:
             if peer.has_left:
                 what = f"worker {peer.rank} has left (its program came to its end, or closed the engine)"
-                self._report(WorkerError(what, rank=peer.rank, where=f"{peer.where}; the others wait in {tag}"))
+                where = f"{peer.where}; the others wait in {tag}"
+                self._report(WorkerError(what, rank=peer.rank, where=where, place=peer.place))
                 raise self._await_failure()
 
     def _report_stalled(self, peer: Peer, tag: str) -> None:
@@ -281,6 +287,7 @@ class Membership:
             + (" (its process is stopped: SIGSTOP?)" if stopped else ""),
             rank=peer.rank,
             where=f"{peer.where}; the others wait in {tag}",
+            place=peer.place,
             detail=None if stack is None else f"its stack (most recent call first):\n{stack}",
             hint="see where it hangs; if it only takes long, raise strategy.stall_seconds",
         )
@@ -328,20 +335,20 @@ class Membership:
                     time.sleep(0.05)  # what it left in the store may be on its way
                     self._take_report()
                     what = f"worker {peer.rank} ended without a word (killed?)"
-                    self._report(WorkerError(what, rank=peer.rank, where=peer.where))
+                    self._report(WorkerError(what, rank=peer.rank, where=peer.where, place=peer.place))
                     self._take_report()
 
     def _take_report(self) -> None:
         if self.failure is None and self._watch_store.check(["failure"]):
             report = json.loads(self._watch_store.get("failure").decode())
-            alive = report.pop("alive")
-            self.failure = WorkerError(**report)
+            alive, place = report.pop("alive"), Place(*report.pop("place"))
+            self.failure = WorkerError(**report, place=place)
             self.failure.alive = alive
 
     def _beat(self, now: float) -> None:
         self._beats += 1  # so that no two beats are the same
         posted = ",".join(str(self.board.posted(lane)) for lane in range(LANES)) + ",w" * self.board.waiting
-        self._watch_store.set(f"beat/{self.rank}", f"{posted} {self._beats} {self.board.status}")
+        self._watch_store.set(f"beat/{self.rank}", f"{posted} {self._beats} {json.dumps(self.board.place)}")
         for peer in self.peers.values():
             if peer.board is not None or peer.beat == CLOSED:
                 continue
@@ -353,7 +360,7 @@ class Membership:
                 seconds = f"{self._lost_seconds:g} s"
                 what = f"worker {peer.rank} on another host, {peer.host}, has not been heard of for {seconds}"
                 hint = "see whether that host is down or cut off from the network, or the worker was killed there"
-                self._report(WorkerError(what, rank=peer.rank, where=peer.where, hint=hint))
+                self._report(WorkerError(what, rank=peer.rank, where=peer.where, place=peer.place, hint=hint))
 
 
 def _check_wishes(wishes: list[str]) -> None:

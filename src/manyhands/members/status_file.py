@@ -6,6 +6,7 @@ import json
 import os
 from typing import NamedTuple
 
+from manyhands.errors import Place
 from manyhands.members.processes import stack_address
 
 STATUS_FILE_VARIABLE = "MANYHANDS_STATUS_FILE"
@@ -14,15 +15,15 @@ _BYTES = 512
 
 
 class Status(NamedTuple):
-    """doing: in words; stack: where its Python stack is to be had; stall_seconds: how long a status may last."""
+    """stack: where its Python stack is to be had; stall_seconds: how long a status may last."""
 
-    doing: str
+    place: Place
     stack: str
     stall_seconds: float
 
 
 class StatusFile:
-    """Written by the worker; `say` costs a microsecond or two."""
+    """Written by the worker; `enter` costs a microsecond or two."""
 
     def __init__(self, path: str, stall_seconds: float) -> None:
         self._facts = [stack_address(), stall_seconds]
@@ -34,14 +35,14 @@ class StatusFile:
         path = os.environ.get(STATUS_FILE_VARIABLE)
         return None if path is None else cls(path, stall_seconds)
 
-    def say(self, doing: str) -> None:
-        """What the worker does now."""
-        text = json.dumps([doing[: _BYTES // 4], *self._facts]).encode()
+    def enter(self, place: Place) -> None:
+        """Where the worker is from now on."""
+        text = json.dumps([place._replace(words=place.words[: _BYTES // 4]), *self._facts]).encode()
         os.pwrite(self._file, text[:_BYTES].ljust(_BYTES), 0)
 
     def close(self) -> None:
         """The worker isn't to be watched any more."""
-        self.say("")
+        self.enter(Place())
         os.close(self._file)
 
 
@@ -49,6 +50,7 @@ def read_status(path: str | os.PathLike[str]) -> Status | None:
     """What the worker said last; None if nothing."""
     try:
         with open(path, "rb") as file:
-            return Status(*json.loads(file.read(_BYTES)))
+            place, stack, stall_seconds = json.loads(file.read(_BYTES))
+        return Status(Place(*place), stack, stall_seconds)
     except (OSError, ValueError, TypeError):
         return None
