@@ -208,12 +208,15 @@ class HostsRendezvous(RendezvousHandler):
         with self._closing_if_asked_to_stop():
             self._stop.raise_if_asked()
         self._watch.look()
-        waiting = self._handler.num_nodes_waiting()
-        state = self._handler._state_holder.state  # torch shows only who waits, not who is lost
-        lost = 0 if state.closed else max(0, self._hosts - len(state.participants))
-        if lost:
-            self._stop.kill_later(_COMING_ROUND_SECONDS)  # the agent asks them first, and gives them half a minute
-        return waiting + lost
+        lost = 1  # the first one, if its store doesn't answer
+        try:
+            waiting = self._handler.num_nodes_waiting()
+            state = self._handler._state_holder.state  # torch shows only who waits, not who is lost
+            lost = 0 if state.closed else max(0, self._hosts - len(state.participants))
+            return waiting + lost
+        finally:
+            if lost:
+                self._stop.kill_later(_COMING_ROUND_SECONDS)  # the agent asks them first, and gives them half a minute
 
     def is_closed(self) -> bool:
         return self._handler.is_closed()
