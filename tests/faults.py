@@ -4,21 +4,24 @@
 
 A run is one directory that commands train in, one after the other, until it's done: each with another number of
 workers, stage and group, and with a few faults. A worker raises, is killed, stopped, asked to stop or sleeps, as it
-starts, computes, exchanges, updates or writes a checkpoint; or the launcher is killed. After each command no process of
-it may be left, nor a file; what was said to be saved may not be lost. A run's seed replays it.
+starts, computes, exchanges, updates or writes a checkpoint; or the launcher is killed. Some commands are two launchers,
+as on two hosts, of which one is killed or asked to stop at any moment. After each command no process of it may be left,
+nor a file; what was said to be saved may not be lost. A run's seed replays it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,7 @@ KINDS = ("kill", "kill", "raise", "terminate", "stop", "stall")
 PLACES = ("start", "forward", "exchange", "update", "checkpoint", "snapshot")
 STAGES, GROUPS = ("ddp", "zero1", "zero2", "zero3"), ("shared-memory", "process")
 ENDS = (1, 130, -signal.SIGKILL, -signal.SIGTERM)  # the last: asked to stop before Python was ready to hear it
+JOINED_ENDS = (*ENDS, 0, 2)  # of who joins: 2, if there is nothing to join (any more)
 COMMANDS = 12  # for a run: more means that it doesn't come to an end
 
 
@@ -44,7 +48,7 @@ class Failed(Exception):
 def command(folder: Path, workers: int, chance: random.Random) -> list[str]:
     """Train on, in some way."""
     stage, group = chance.choice(STAGES), chance.choice(GROUPS)
-    options = ["--workers", str(workers), "--stage", stage, "--group", group, "--checkpoint-every", "1", "--json"]
+    options = ["--workers", str(workers), "--stage", stage, "--group", group, "--checkpoint-every", "1"]
     options += ["--snapshot-every", chance.choice(["1", "1", "auto", "never"])]
     where = ["--run-dir", str(folder / "directory"), "--steps", str(STEPS), "--max-restarts", "2"]
     return [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), *options, *where]
@@ -77,25 +81,55 @@ def check(folder: Path, run: Run, saved: int) -> int:
     return last
 
 
+def digest(folder: Path) -> str:
+    """Of a run that has come to its end."""
+    told = RunDirectory(folder / "directory").read_events()
+    return next(str(event["digest"]) for event in reversed(told) if event["event"] == "ended")
+
+
+def alone(folder: Path, number: int, chance: random.Random) -> tuple[Run, int]:
+    """One command, and how often its launcher was killed or asked to stop: the last one never, nor its workers."""
+    last, workers = number == COMMANDS - 1, chance.randint(1, 4)
+    run = Run(folder / str(number), command(folder, workers, chance), "" if last else faults(workers, chance))
+    disturbed = not last and chance.random() < 0.2
+    return run.wait(120) if not disturbed else disturb(run, run.process, chance.uniform(1, 12), chance), int(disturbed)
+
+
+def together(folder: Path, number: int, chance: random.Random) -> tuple[Run, int]:
+    """Two launchers on this machine, each as on a host of its own; either may be lost."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+    workers = chance.randint(1, 2)
+    first = [*command(folder, workers, chance), "--hosts", "1:2", "--meet", endpoint]
+    run = Run(folder / str(number), first, faults(2 * workers, chance) if chance.random() < 0.5 else "")
+    joined = run.start([*MANYHANDS, "join", endpoint, "--workers", str(workers)])
+    disturb(run, chance.choice([run.process, joined]), chance.uniform(1, 25), chance)
+    if joined.wait() not in JOINED_ENDS:
+        raise Failed(f"who joined ended with {joined.returncode}:\n{run.output}")
+    return run, 1
+
+
+def disturb(run: Run, launcher: subprocess.Popen[bytes], seconds: float, chance: random.Random) -> Run:
+    """Kill that launcher of the run after so many seconds, or ask it to stop; then await the run's end."""
+    number = chance.choice([signal.SIGKILL, signal.SIGTERM])
+    with suppress(subprocess.TimeoutExpired):
+        launcher.wait(seconds)
+    launcher.send_signal(number)  # does nothing if it has ended
+    return run.wait(120)
+
+
 def trained(folder: Path, seed: int) -> tuple[str, int]:
     """Train to the end, whatever happens; the digest, and how many faults there were."""
     chance, saved, count = random.Random(seed), 0, 0
     for number in range(COMMANDS):
-        last = number == COMMANDS - 1
-        place, workers = folder / str(number), chance.randint(1, 4)
-        run = Run(place, command(folder, workers, chance), "" if last else faults(workers, chance))
-        if not last and chance.random() < 0.2:
-            time.sleep(chance.uniform(1, 12))
-            if run.process.poll() is None:
-                run.process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
-                count += 1
-        run.wait(120)
-        count += len(list(place.glob("fault-time-*")))
+        hosts = number < COMMANDS - 1 and chance.random() < 1 / 6
+        run, disturbed = (together if hosts else alone)(folder, number, chance)
+        count += disturbed + len(list(run.folder.glob("fault-time-*")))
         saved = check(folder, run, saved)
-        if run.process.returncode == -signal.SIGTERM and (place / "fault-time").exists():
+        if run.process.returncode == -signal.SIGTERM and (run.folder / "fault-time").exists():
             raise Failed("the launcher didn't listen to SIGTERM while workers were there")
         if run.process.returncode == 0:
-            return str(json.loads(run.output.splitlines()[-1])["digest"]), count
+            return digest(folder), count
         if "InvariantError" in run.output or run.process.returncode not in ENDS:
             raise Failed(f"ended with {run.process.returncode}:\n{run.output}")
     raise Failed("it didn't come to an end")
@@ -105,8 +139,8 @@ def undisturbed(scratch: Path) -> str:
     """The digest of a run that nothing happens to."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
     folder = scratch / "undisturbed"
-    run = Run(folder / "0", command(folder, 1, random.Random(0)), "").wait(120)
-    return str(json.loads(run.output.splitlines()[-1])["digest"])
+    Run(folder / "0", command(folder, 1, random.Random(0)), "").wait(120)
+    return digest(folder)
 
 
 def main() -> None:

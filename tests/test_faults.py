@@ -59,16 +59,18 @@ class Run:
 
     def __post_init__(self) -> None:
         (self.folder / "temporary").mkdir(parents=True)
+        self.process = self.start(self.command)
+
+    def start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """The run's command, or another launcher that takes part in it."""
         environment = {
             **os.environ,
             "FAULT": self.fault,
             "FAULT_TIME": str(self.folder / "fault-time"),
             "TMPDIR": str(self.folder / "temporary"),
         }
-        with (self.folder / "output").open("wb") as output:
-            self.process = subprocess.Popen(
-                self.command, stdout=output, stderr=output, env=environment, start_new_session=True
-            )
+        with (self.folder / "output").open("ab") as output:
+            return subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
 
     def processes(self) -> list[int]:
         """All that it started and that lives: they inherit its environment."""

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from manyhands.launching.meeting import PORT, interface_of, own_address, parse_e
 from manyhands.members.failure import Failure, WorkerEnd
 from support.hosts import Host, hosts
 from test_faults import MANYHANDS, SUPPORT
-from test_hosts import ENVIRONMENT, Job, events, needs_hosts
+from test_hosts import ENVIRONMENT, LOST_SECONDS, Job, events, needs_hosts
 
 RECIPE = str(SUPPORT / "faulty.toml")
 
@@ -59,13 +61,28 @@ def test_workers_that_all_stopped_as_asked_have_not_failed() -> None:
     assert isinstance(explain([WorkerEnd(rank=0, exit_code=1, seconds=5.0, failure=stopped)]), Interrupted)
 
 
+def test_who_waits_for_other_hosts_can_be_stopped(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+    waits = ["train", RECIPE, "--workers", "1", "--hosts", "2", "--meet", endpoint, "--run-dir", str(tmp_path / "run")]
+    with subprocess.Popen([*MANYHANDS, *waits], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"others join this run with: manyhands join {endpoint}\n"
+        subprocess.run([*MANYHANDS, "join", "127.0.0.1:9"], check=False, capture_output=True)  # by then it listens
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.stderr.read().startswith("the run was asked to stop (SIGINT)")
+
+
 # - Real hosts
 
 
 class Together:
     """One run: `first` is where it begins."""
 
-    def __init__(self, folder: Path, first: Host, steps: int, allowed: str) -> None:
+    def __init__(
+        self, folder: Path, first: Host, steps: int, allowed: str, options: Sequence[str] = (), fault: str = ""
+    ) -> None:
         self.folder = folder
         recipe = ["train", RECIPE, "--steps", str(steps), "--set", "batch.micro_size=1", "--json", "--workers", "2"]
         run = [
@@ -78,7 +95,8 @@ class Together:
             "--run-dir",
             str(folder / "run"),
         ]
-        self.job = Job(folder, [], [*run, "--checkpoint-every", "2"], {"STEP_SECONDS": "0.1"})
+        environment = {"STEP_SECONDS": "0.1", "FAULT": fault, "FAULT_TIME": str(folder / "fault-time")}
+        self.job = Job(folder, [], [*run, *options, "--checkpoint-every", "2"], environment)
         self.first = self.job.add(first)
         self.join = [*MANYHANDS, "join", f"{first.address}:{PORT}"]
 
@@ -143,20 +161,41 @@ def test_a_host_joins_and_leaves_and_no_step_is_made_twice(tmp_path: Path) -> No
 
 @needs_hosts
 @pytest.mark.slow
-def test_those_that_are_left_go_on_without_a_host_that_is_cut_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["cut off", "killed"])
+def test_those_that_are_left_go_on_without_a_host_that_is_lost(tmp_path: Path, how: str) -> None:
+    """Within seconds, however long workers may take at one thing."""
     with hosts(2) as (first, other):
-        run = Together(tmp_path, first, 40, "1:2")
+        run = Together(tmp_path, first, 40, "1:2", ["--set", "strategy.stall_seconds=600"])
         run.add(other)
         run.until_workers(4)
         del run.job._running[other.name]
         began = time.monotonic()
-        other.cut_off()
+        if how == "killed":
+            other.end()
+        else:
+            other.cut_off()
         run.until_workers(2)
         seconds = time.monotonic() - began
         assert run.first.wait(120) == 0, run.job.said(first)
-        assert seconds < 90, run.job.said(first)
+        assert seconds < LOST_SECONDS + 10, run.job.said(first)  # and the workers' start
     assert re.search(r"^worker [23].*\n  where: worker [23] .*host1", run.job.said(first), re.MULTILINE)
     assert run.digest() == run.undisturbed(40)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_a_host_that_is_lost_before_its_workers_have_met_the_others_is_not_waited_for(tmp_path: Path) -> None:
+    with hosts(2) as (first, other):
+        run = Together(tmp_path, first, 40, "1:2", fault="stall start 0 2;stall start 0 3")
+        run.until_workers(2)
+        run.add(other)
+        run.job.until((tmp_path / "fault-time").exists)
+        del run.job._running[other.name]
+        other.end()
+        seconds = run.job.until(lambda: events(tmp_path, "began", "workers") == [2, 2])
+        assert run.first.wait(120) == 0, run.job.said(first)
+    assert seconds < LOST_SECONDS + 10, seconds
+    assert [event for event in events(tmp_path, "began", "repeats") if event] == []
 
 
 @needs_hosts

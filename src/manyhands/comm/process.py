@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -25,6 +26,8 @@ from manyhands.offload.home import Home
 
 BROKEN_SECONDS = 6.0
 """So long it may take until it's known whose connection broke."""
+TAKE_DOWN_SECONDS = 1.0
+"""So long a broken group may take to be freed."""
 
 
 class _ProcessExchange(Exchange):
@@ -201,8 +204,19 @@ class ProcessGroup(MembersGroup):
         return WorkerError("the connection to the other workers broke", detail=str(error), hint="see the workers' logs")
 
     def take_down(self) -> None:
-        with contextlib.suppress(RuntimeError):  # a broken group can't be taken down in order, and needn't be
-            dist.destroy_process_group()
+        """Gloo waits for what is under way until its own time limit, in a broken group perhaps for a host that doesn't
+        answer any more: then the group is left to itself, and goes with the process."""
+        if self.membership.is_well:
+            _destroy()
+        else:
+            ending = threading.Thread(target=_destroy, name="manyhands-take-down", daemon=True)
+            ending.start()
+            ending.join(TAKE_DOWN_SECONDS)
+
+
+def _destroy() -> None:
+    with contextlib.suppress(RuntimeError):  # a broken group can't be taken down in order, and needn't be
+        dist.destroy_process_group()
 
 
 def _last_resort(membership: Membership) -> timedelta:

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
@@ -155,7 +155,7 @@ def _launch(folder: Path, config: LaunchConfig, stop: Stop, quiet: bool) -> dict
             return {rank: (failure.exitcode, float(failure.timestamp)) for rank, failure in error.failures.items()}
         except SignalException:  # raised by `Stop`: torch has passed the signal on, and awaited or killed the workers
             return {}
-        except RendezvousError as error:
+        except (RendezvousError, DistError) as error:  # the latter: of the store, after the hosts had found together
             raise WorkerError(
                 "the hosts don't find together (any more)",
                 where=config.rdzv_endpoint,

@@ -11,13 +11,14 @@ import json
 import socket
 import struct
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -25,7 +26,7 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBackend, create_handler
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.launching.stop import Stop
@@ -34,7 +35,11 @@ from manyhands.launching.watch import Watch
 PORT = 29400
 _BACKEND = "manyhands-hosts"
 _LAST_CALL_SECONDS = 1  # that others are waited for, once the fewest are there
-_KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 2, 5  # without a sign of life for so long a host's launcher is given up
+_KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 1, 6  # without a sign of life for so long a host's launcher is given up
+_ANSWER_SECONDS = 20  # that the store at which all meet may take
+_GATHER_SECONDS = 10.0  # between the first and the last host of a round
+_COMING_ROUND_SECONDS = 8.0  # for workers to notice a lost host themselves, and end
+_END_SECONDS = 30.0  # between the first and the last host whose workers have ended well
 _REACH_SECONDS = 10.0
 _RUN, _TOLD = "manyhands/run", ("run", "least", "most", "restarts", "said")
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
@@ -76,6 +81,7 @@ class Meeting:
                 "last_call_timeout": _LAST_CALL_SECONDS,
                 "keep_alive_interval": _KEEP_ALIVE_SECONDS,
                 "keep_alive_max_attempt": _KEEP_ALIVE_ATTEMPTS,
+                "read_timeout": _ANSWER_SECONDS,
             },
             "local_addr": own_address(self.host, self.port),
             "max_restarts": self.restarts,
@@ -143,15 +149,17 @@ def interface_of(address: str) -> str | None:
 
 
 class HostsRendezvous(RendezvousHandler):
-    """torch's, with a look at this host's workers and at the wish to stop whenever the agent asks who waits."""
+    """torch's, with a look at this host's workers and at the wish to stop whenever the agent asks who waits, and while
+    it waits itself. A host that is lost is a reason to meet again, as one that comes is for torch."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         meeting: Meeting = parameters.get("meeting")
         self._stop: Stop = parameters.get("stop")
         self._watch: Watch = parameters.get("watch")
         self._first = meeting.first
+        self._meets, self._hosts = False, 0  # whether it's joining a round; how many hosts the last one had
         backend, self._store = create_backend(parameters)
-        self._handler = create_handler(self._store, backend, parameters)
+        self._handler = create_handler(self._store, _Watched(backend, self._before_each_look), parameters)
         if meeting.first:
             self._store.set(_RUN, json.dumps({name: getattr(meeting, name) for name in _TOLD}))
 
@@ -163,17 +171,52 @@ class HostsRendezvous(RendezvousHandler):
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        return self._handler.next_rendezvous()
+        with self._closing_if_asked_to_stop():
+            while True:
+                try:
+                    self._meets = True
+                    info = self._handler.next_rendezvous()
+                    self._await_all(info)
+                except DistStoreError:  # a host was lost as soon as it had joined
+                    continue
+                finally:
+                    self._meets = False
+                self._hosts = info.world_size
+                store = _RoundStore("manyhands", info.store)
+                return RendezvousInfo(store, info.rank, info.world_size, info.bootstrap_store_info)  # type: ignore[arg-type]
 
-    def num_nodes_waiting(self) -> int:
+    def _await_all(self, info: RendezvousInfo) -> None:
+        """Raises DistStoreError if a host of this round doesn't come. (The agent would wait for it, and give up.)"""
+        info.store.set(f"here/{info.rank}", "")
+        info.store.wait([f"here/{rank}" for rank in range(info.world_size)], timedelta(seconds=_GATHER_SECONDS))
+
+    def _before_each_look(self) -> None:
+        if self._meets:  # there are no workers that a signal could miss
+            self._stop.raise_if_asked(all_started=True)
+
+    @contextmanager
+    def _closing_if_asked_to_stop(self) -> Iterator[None]:
+        """Without the first host nobody can meet any more: when it's asked to stop, the run stops on all hosts."""
         try:
-            self._stop.raise_if_asked()
-        except BaseException:
-            if self._first:  # nobody could meet here any more: the run stops on all hosts
+            yield
+        except SignalException:
+            if self._first:
                 self._handler.set_closed()
             raise
+
+    def num_nodes_waiting(self) -> int:
+        with self._closing_if_asked_to_stop():
+            self._stop.raise_if_asked()
         self._watch.look()
-        return self._handler.num_nodes_waiting()
+        lost = 1  # the first one, if its store doesn't answer
+        try:
+            waiting = self._handler.num_nodes_waiting()
+            state = self._handler._state_holder.state  # torch shows only who waits, not who is lost
+            lost = 0 if state.closed else max(0, self._hosts - len(state.participants))
+            return waiting + lost
+        finally:
+            if lost:
+                self._stop.kill_later(_COMING_ROUND_SECONDS)  # the agent asks them first, and gives them half a minute
 
     def is_closed(self) -> bool:
         return self._handler.is_closed()
@@ -186,3 +229,28 @@ class HostsRendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:
         return self._handler.shutdown()
+
+
+class _Watched(RendezvousBackend):
+    """Another one, with something to do before each look at the state that all share."""
+
+    def __init__(self, inner: RendezvousBackend, before: Callable[[], None]) -> None:
+        self._inner, self._before = inner, before
+
+    @property
+    def name(self) -> str:
+        return self._inner.name
+
+    def get_state(self) -> tuple[bytes, Any] | None:
+        self._before()
+        return self._inner.get_state()
+
+    def set_state(self, state: bytes, token: Any | None = None) -> tuple[bytes, Any, bool] | None:
+        return self._inner.set_state(state, token)
+
+
+class _RoundStore(PrefixStore):
+    """What the agents of one round share. At the end torch's would wait for each other, or a lost one, for 300 s."""
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        super().set_timeout(min(timeout, timedelta(seconds=_END_SECONDS)))

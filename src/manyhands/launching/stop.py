@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -54,15 +54,28 @@ class Stop:
             self._killed = True
             _kill_sessions(self._folder)
 
-    def raise_if_asked(self) -> None:
-        """Raises SignalException, on which the launcher passes the signal on and awaits the workers' end."""
+    def raise_if_asked(self, *, all_started: bool = False) -> None:
+        """Raises SignalException, on which the launcher passes the signal on and awaits the workers' end.
+
+        all_started: all workers that there are, if any, have begun."""
         if self.signal is None:
             return
         started = len(started_workers(self._folder)) == self._workers or time.monotonic() - self._began > _START_SECONDS
-        if started:  # before that, a second Ctrl-C wouldn't find them all
+        if all_started or started:  # before that, a second Ctrl-C wouldn't find them all
             self._passed_on = time.monotonic()
             sent = signal.SIGINT if self.signal is signal.SIGINT else signal.SIGTERM
             raise SignalException(f"asked to stop by {self.signal.name}", sent)
+
+    def kill_later(self, seconds: float) -> None:
+        """Kill those of the present workers that live by then: they wait, deaf to signals, for what doesn't come."""
+        meant = started_workers(self._folder)
+
+        def kill() -> None:
+            _kill_sessions(self._folder, set(meant.values()))
+
+        timer = threading.Timer(seconds, kill)
+        timer.daemon = True
+        timer.start()
 
     def interrupted(self, ends: Sequence[WorkerEnd]) -> Interrupted:
         """The error that tells how the stop went."""
@@ -96,10 +109,12 @@ def started_workers(folder: Path) -> dict[int, int]:
     return {int(rank): int(pid) for _, rank, pid in names}
 
 
-def _kill_sessions(folder: Path) -> None:
+def _kill_sessions(folder: Path, meant: Set[int] | None = None) -> None:
+    """Of all workers, or of those that are meant."""
     for pid in started_workers(folder).values():
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
+            if meant is None or pid in meant:
+                os.killpg(pid, signal.SIGKILL)
 
 
 def end_all(folder: Path) -> None:
