@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -51,7 +52,11 @@ def digest(posts: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def nothing_is_left(folder: Path) -> bool:
-    return all(path.name.startswith(("part-", "_manifest")) for path in folder.iterdir())
+    return all(path.name.startswith(("part-", "_manifest", "_events")) for path in folder.iterdir())
+
+
+def events_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "_events.jsonl").read_text().splitlines()]
 
 
 def start(posts: Path, folder: Path, how: str) -> subprocess.Popen[str]:
@@ -261,6 +266,36 @@ def test_a_job_goes_on_elsewhere_when_the_dask_scheduler_is_gone(posts: Path, di
     assert nothing_is_left(tmp_path / "out")
 
 
+def touch_and_wait(path: str) -> str:
+    Path(path).touch()
+    time.sleep(60)
+    return path
+
+
+@needs_dask
+def test_a_job_ends_when_all_dask_workers_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from manyhands.prepare import dask_engine
+
+    monkeypatch.setattr(dask_engine, "_PATIENCE_SECONDS", 1.0)
+    begun = tmp_path / "begun"
+    with dask_cluster(tmp_path, 1) as (address, (_, worker)):
+
+        def kill() -> None:
+            while not begun.exists():
+                time.sleep(0.01)
+            worker.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        job = mh.Dataset.from_records([str(begun)]).map(touch_and_wait)
+        with pytest.raises(mh.WorkerError, match="Dask has had no workers for 1 s"):
+            job.write(str(tmp_path / "out"), engine=address, progress=False)
+        killer.join()
+    told = {event["event"]: event for event in events_in(tmp_path / "out")}
+    assert told["tasks begun again"]["tasks"] == 1
+    assert "no workers" in told["job failed"]["why"]
+
+
 @needs_dask
 def test_a_dask_scheduler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from manyhands.prepare import dask_engine
@@ -318,8 +353,16 @@ def processes_named(name: str, mark: str) -> list[int]:
 def test_ray_gives_the_same_bytes_with_a_worker_killed(
     posts: Path, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "PREPARE_TEST": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
+    with tempfile.TemporaryDirectory() as short:  # Ray's sockets lie there
+        monkeypatch.setenv("RAY_TMPDIR", short)
+        (Path(short) / "ray").mkdir()
+        (Path(short) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")  # as a killed cluster leaves it
+        for name, value in {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "PREPARE_TEST": str(tmp_path)}.items():
+            monkeypatch.setenv(name, value)
+        ray_with_a_worker_killed(posts, digest, tmp_path)
+
+
+def ray_with_a_worker_killed(posts: Path, digest: str, tmp_path: Path) -> None:
     driver = start(posts, tmp_path / "out", "ray")
     while not list((tmp_path / "out").glob(".manyhands/*/*.done")) and driver.poll() is None:
         time.sleep(0.01)
@@ -327,6 +370,7 @@ def test_ray_gives_the_same_bytes_with_a_worker_killed(
     assert workers
     os.kill(workers[0], signal.SIGKILL)
     assert driver.communicate(timeout=120)[0].endswith(digest)  # Ray tells of the loss, on stdout
+    assert "tasks begun again" in [event["event"] for event in events_in(tmp_path / "out")]
     assert nothing_is_left(tmp_path / "out")
     program = """
 import os, signal, sys

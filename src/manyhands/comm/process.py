@@ -199,19 +199,17 @@ class ProcessGroup(MembersGroup):
         deadline = time.monotonic() + BROKEN_SECONDS
         while self.membership.failure is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        if self.membership.failure is not None:
-            return self.membership.failure
-        return WorkerError("the connection to the other workers broke", detail=str(error), hint="see the workers' logs")
+        broken = WorkerError(
+            "the connection to the other workers broke", detail=str(error), hint="see the workers' logs"
+        )
+        return self.membership.failure or broken
 
     def take_down(self) -> None:
         """Gloo waits for what is under way until its own time limit, in a broken group perhaps for a host that doesn't
         answer any more: then the group is left to itself, and goes with the process."""
-        if self.membership.is_well:
-            _destroy()
-        else:
-            ending = threading.Thread(target=_destroy, name="manyhands-take-down", daemon=True)
-            ending.start()
-            ending.join(TAKE_DOWN_SECONDS)
+        ending = threading.Thread(target=_destroy, name="manyhands-take-down", daemon=True)
+        ending.start()
+        ending.join(None if self.membership.is_well else TAKE_DOWN_SECONDS)
 
 
 def _destroy() -> None:

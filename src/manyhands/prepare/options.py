@@ -69,6 +69,12 @@ class Options:
         """How many processes there are on this machine; fewer than wanted, if the memory is too little for all."""
         return min(self.workers or _cpus(), max(1, self.total_bytes() // LEAST_BYTES))
 
+    def described(self) -> dict[str, Any]:
+        """For the record of a job."""
+        where = self.engine if isinstance(self.engine, str) else type(self.engine).__name__
+        of_engine = {"engine": where} if self.engine is not None else {"workers": self.num_workers()}
+        return {**of_engine, "memory_bytes": self.total_bytes(), "max_bad_records": self.max_bad_records}
+
     def alone(self) -> Options:
         """The same, without other ranks: for what they needn't share."""
         from manyhands.prepare.engines import rank_of

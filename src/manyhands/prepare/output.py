@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from manyhands.addresses import is_local
-from manyhands.errors import ConfigError, DataError, ManyhandsError
+from manyhands.errors import ConfigError, DataError, Interrupted, ManyhandsError
 from manyhands.prepare.engines import patience_seconds, rank_of
+from manyhands.prepare.events import EVENTS, JobEvents
 from manyhands.prepare.job import StageResult, run_stages
 from manyhands.prepare.job_folder import JobFolder
 from manyhands.prepare.options import Options
@@ -51,33 +52,42 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
     if there is not None and there.get("identity") == plan.identity and _is_whole(there, folder):
         return _summary(there, folder, [], time.monotonic() - began)
     _refuse_foreign(folder, there, plan, overwrite=overwrite)
-    job = JobFolder(join(folder, JOB), together=rank_of(options) is not None)
+    rank = rank_of(options)
+    job = JobFolder(join(folder, JOB), together=rank is not None)
+    events = JobEvents(folder, None if rank is None else rank.number)
+    events.add("job begun", identity=plan.identity, stages=len(plan.stages), **options.described())
     complete = False
     stages: list[StageResult] = []
     try:
         manifest = _of_other_ranks(plan, folder, options)
         if manifest is None:
-            stages, manifest = _run(plan, folder, job, options, there)
-        complete = True
+            stages, manifest = _run(plan, folder, job, options, there, events)
+        complete, took = True, time.monotonic() - began
+        events.add("published", digest=manifest["digest"], records=manifest["records"], seconds_taken=took)
     except OSError as error:
+        events.add("job failed", why=error)
         raise ConfigError(
             f"the output folder can't be written: {error.strerror or error}",
             where=folder,
             hint="make room or choose another folder, and run again: what is done stays done",
         ) from error
+    except ManyhandsError as error:
+        events.add("job stopped" if isinstance(error, Interrupted) else "job failed", why=error)
+        raise
     finally:
         job.close(delete=complete)
+        events.close()
     summary = _summary(manifest, folder, stages, time.monotonic() - began)
     show(summary, progress=options.progress)
     return summary
 
 
 def _run(
-    plan: Plan, folder: str, job: JobFolder, options: Options, there: dict[str, Any] | None
+    plan: Plan, folder: str, job: JobFolder, options: Options, there: dict[str, Any] | None, events: JobEvents
 ) -> tuple[list[StageResult], dict[str, Any]]:
     """Run the stages, and publish what came out; or find that another rank has. The manifest, and what was run."""
     try:
-        with JobProgress(len(plan.stages), show=options.progress) as progress:
+        with JobProgress(len(plan.stages), show=options.progress, events=events) as progress:
             stages = run_stages(plan, plan.stages, job, options, progress)
     except (ManyhandsError, OSError):
         manifest = _of_other_ranks(plan, folder, options)
@@ -197,7 +207,8 @@ def _refuse_foreign(folder: str, there: dict[str, Any] | None, plan: Plan, *, ov
             where=folder,
             hint="the functions, the input or the format have changed: write to a new folder, or use overwrite=True",
         )
-    foreign = [name for name in names if not (name in (JOB, MANIFEST, BAD_RECORDS) or name.startswith("part-"))]
+    ours = (JOB, MANIFEST, BAD_RECORDS)
+    foreign = [name for name in names if not (name in ours or name.startswith(("part-", EVENTS)))]
     if foreign or (names and there is None and JOB not in names):
         raise ConfigError(
             "the output folder holds something that isn't an output",

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from manyhands.prepare.events import JobEvents
 from manyhands.prepare.task import TaskResult
 from manyhands.units import format_bytes, format_count, format_seconds
 
@@ -17,11 +18,11 @@ class JobProgress:
     """Progress of a job's stages, on standard error: a context manager.
 
     On a terminal, a bar for the stage at hand, and a line for each that is done. Elsewhere, a plain line when a stage
-    that took a while is done, and every 10 s. There is no thread.
+    that took a while is done, and every 10 s. There is no thread. events: where stages and lost workers are noted.
     """
 
-    def __init__(self, stages: int, *, show: bool) -> None:
-        self._stages, self._show = stages, show
+    def __init__(self, stages: int, *, show: bool, events: JobEvents | None = None) -> None:
+        self._stages, self._show, self._events = stages, show, events
         self._bar: Any = None
         self._number, self._title = 0, ""
         self._tasks = self._done = self._found = self._records = self._bytes = self._written = self._retries = 0
@@ -39,6 +40,7 @@ class JobProgress:
         self._number, self._title, self._tasks, self._done, self._found = number, title, tasks, found, found
         self._records = self._bytes = self._written = 0
         self._began = self._shown_at = time.monotonic()
+        self._note("stage begun", title=title, tasks=tasks, done_before=found)
         if self._show and sys.stderr.isatty():
             self._bar = _new_bar(f"stage {number + 1}/{self._stages}", tasks, found)
             self._bar.start()
@@ -53,6 +55,8 @@ class JobProgress:
 
     def tick(self, retries: int) -> None:
         """Time has passed."""
+        if retries > self._retries:
+            self._note("tasks begun again", tasks=retries - self._retries, why="their workers were lost")
         self._retries = retries
         self._refresh()
 
@@ -62,8 +66,14 @@ class JobProgress:
             self._bar.stop()
             self._bar = None
         seconds = time.monotonic() - self._began
+        figures = {"tasks": self._done, "records_in": self._records, "bytes_written": self._written}
+        self._note("stage done", title=self._title, **figures, seconds_taken=seconds)
         if self._show and (sys.stderr.isatty() or seconds >= 1):
             self._line(f"{self._figures(seconds)}  {format_seconds(seconds)}")
+
+    def _note(self, event: str, **facts: Any) -> None:
+        if self._events is not None:
+            self._events.add(event, stage=self._number + 1, of=self._stages, **facts)
 
     def _refresh(self) -> None:
         now = time.monotonic()
