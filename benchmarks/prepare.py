@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import site
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +97,29 @@ def write_tokenizer(data: Path) -> None:
     tokenizer.save(str(data / "tokenizer.json"))
 
 
-def run(contender: str, task: str, data: Path, workers: int) -> dict[str, Any]:
-    """One contender, one task, once."""
+def run(contender: str, task: str, data: Path, workers: int, limit_seconds: float) -> dict[str, Any]:
+    """One contender, one task, once; nothing of it is left."""
     with tempfile.TemporaryDirectory(dir=data.parent) as name:
         folder = Path(name)
         for part in ("text", "records", "texts", "tokenizer.json"):
             (folder / part).symlink_to(data / part)
         command = [sys.executable, "-W", "ignore", str(CONTENDER), contender, task, str(folder), str(workers)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
-    if done.returncode:
-        return {"skipped": f"failed: {done.stderr.strip().splitlines()[-1][:100]}"}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        with (folder / "said").open("w+") as said, (folder / "errors").open("w+") as errors:
+            process = subprocess.Popen(command, stdout=said, stderr=errors, start_new_session=True)
+            try:
+                code = process.wait(limit_seconds)
+            except subprocess.TimeoutExpired:
+                return {"skipped": f"wasn't done after {limit_seconds:g} s"}
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # Ray's servers are in its session
+                process.wait()
+            said.seek(0)
+            errors.seek(0)
+            lines, wrong = said.read().splitlines(), errors.read().strip().splitlines()
+    if code:
+        return {"skipped": f"failed: {wrong[-1][:100] if wrong else code}"}
+    found: dict[str, Any] = json.loads(lines[-1])
     return found
 
 
@@ -145,6 +160,7 @@ def main() -> None:
     parser.add_argument("--sort-mb", type=int, default=1000)
     parser.add_argument("--tokens-mb", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit-seconds", type=float, default=300.0, help="for one contender and task")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
@@ -162,7 +178,7 @@ def main() -> None:
             results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
             for _ in range(options.rounds):
                 for contender, found in results.items():
-                    found.append(run(contender, task, data, options.workers))
+                    found.append(run(contender, task, data, options.workers, options.limit_seconds))
             show(task, results, console)
     finally:
         shutil.rmtree(root)

@@ -199,9 +199,7 @@ class ProcessGroup(MembersGroup):
         deadline = time.monotonic() + BROKEN_SECONDS
         while self.membership.failure is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        broken = WorkerError(
-            "the connection to the other workers broke", detail=str(error), hint="see the workers' logs"
-        )
+        broken = WorkerError("the connection to the other workers broke", detail=str(error), hint="see their logs")
         return self.membership.failure or broken
 
     def take_down(self) -> None:
