@@ -50,7 +50,7 @@ def sources() -> Iterator[str]:
     while True:
         for path in paths:
             text = path.read_text(encoding="utf-8", errors="replace")
-            if text:  # datatrove leaves empty ones out
+            if text.strip():  # datatrove leaves others out
                 yield text
 
 

@@ -232,7 +232,7 @@ def duckdb(task: str, folder: Path, workers: int) -> str:
     if task == "tokens":
         raise NotImplementedError
     if task == "cached-documents":
-        columns = "len(w) as words, list_unique(w) as different, list_max(list_transform(w, x -> len(x))) as longest"
+        columns = "len(w) as words, list_unique(w) as different, list_max(list_transform(w, lambda x: len(x))) as longest"
         with phase("job"):
             connection.execute(f"create table figures as select {columns} from (select {found} as w {source})")
             count = connection.execute("select count(*) from figures").fetchall()[0][0]
