@@ -9,7 +9,7 @@ Tokens: texts to shuffled files of tokens, by a byte-level BPE tokenizer of 8,19
 
 Each contender that can do a task runs in a process of its own, in turns; all must come to the same result. Shown are
 medians of what it takes to start, of the job and how many times ours that is, and of the second pass, if there is
-one. Use a quiet machine.
+one; and the most memory of all its processes together. manyhands-700MB may take that much. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -97,6 +98,27 @@ def write_tokenizer(data: Path) -> None:
     tokenizer.save(str(data / "tokenizer.json"))
 
 
+def members(mark: str) -> list[Path]:
+    """The folders in /proc of all processes with that mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (path / "environ").read_bytes():
+                found.append(path)
+    return found
+
+
+def memory_bytes(processes: list[Path]) -> int:
+    """What they take together, without files that are mapped: what they share is counted once."""
+    total = 0
+    for path in processes:
+        with suppress(OSError):
+            for line in (path / "smaps_rollup").read_text().splitlines():
+                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+                    total += 1024 * int(line.split()[1])
+    return total
+
+
 def run(contender: str, task: str, data: Path, workers: int, limit_seconds: float) -> dict[str, Any]:
     """One contender, one task, once; nothing of it is left."""
     with tempfile.TemporaryDirectory(dir=data.parent) as name:
@@ -104,29 +126,33 @@ def run(contender: str, task: str, data: Path, workers: int, limit_seconds: floa
         for part in ("text", "records", "texts", "tokenizer.json"):
             (folder / part).symlink_to(data / part)
         command = [sys.executable, "-W", "ignore", str(CONTENDER), contender, task, str(folder), str(workers)]
+        mark, peak = f"BENCH_PREPARE={folder}", 0
         with (folder / "said").open("w+") as said, (folder / "errors").open("w+") as errors:
-            process = subprocess.Popen(command, stdout=said, stderr=errors, start_new_session=True)
-            try:
-                code = process.wait(limit_seconds)
-            except subprocess.TimeoutExpired:
-                return {"skipped": f"wasn't done after {limit_seconds:g} s"}
-            finally:
+            environment = {**os.environ, "BENCH_PREPARE": str(folder)}
+            process = subprocess.Popen(command, stdout=said, stderr=errors, env=environment)
+            deadline = time.monotonic() + limit_seconds
+            while process.poll() is None and time.monotonic() < deadline:
+                peak = max(peak, memory_bytes(members(mark)))
+                time.sleep(0.25)
+            code = process.poll()
+            for path in members(mark):  # of Ray, some outlive the program
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # Ray's servers are in its session
-                process.wait()
+                    os.kill(int(path.name), signal.SIGKILL)
+            process.wait()
+            if code is None:
+                return {"skipped": f"wasn't done after {limit_seconds:g} s"}
             said.seek(0)
             errors.seek(0)
             lines, wrong = said.read().splitlines(), errors.read().strip().splitlines()
     if code:
         return {"skipped": f"failed: {wrong[-1][:100] if wrong else code}"}
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+    return {**json.loads(lines[-1]), "peak_bytes": peak}
 
 
 def show(task: str, results: dict[str, list[dict[str, Any]]], console: Console) -> None:
     """A table of one task."""
     table = Table(title=task, title_justify="left")
-    for column in ("", "start s", "job s", "times ours", "again s", "result"):
+    for column in ("", "start s", "job s", "times ours", "again s", "peak MiB", "result"):
         table.add_column(column, justify="left" if column in ("", "result") else "right")
 
     def median(contender: str, phase: str) -> float:
@@ -146,6 +172,7 @@ def show(task: str, results: dict[str, list[dict[str, Any]]], console: Console) 
             text(job, ".2f"),
             text(job / median("manyhands", "job"), ".2f") if "manyhands" in results else "",
             text(median(contender, "again"), ".3f"),
+            str(max(each.get("peak_bytes", 0) for each in found) >> 20),
             str(found[0].get("skipped") or found[0]["check"]),
         )
     console.print(table)

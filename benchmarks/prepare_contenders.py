@@ -69,10 +69,10 @@ def check_sorted(folder: Path) -> str:
 # Manyhands
 
 
-def ours(task: str, folder: Path, workers: int) -> str:
+def ours(task: str, folder: Path, workers: int, memory: str | None = None) -> str:
     import manyhands as mh
 
-    how: dict[str, Any] = {"workers": workers, "progress": False}
+    how: dict[str, Any] = {"workers": workers, "progress": False, "memory": memory}
     out = str(folder / "out")
     if task == "small":
         for name in ("job", "again"):
@@ -126,6 +126,12 @@ def our_tokens(folder: Path, workers: int, how: dict[str, Any], *, fast: bool = 
         texts = mh.Dataset.read(f"{folder}/texts", partition_bytes=2**24).map_batches(encoder).shuffle(0)
         texts.write(str(folder / "out"), format="tokens", schema=token_schema(encoder.vocabulary), **how)
     return f"{len(mh.TokenFile(folder / 'out', length=1)) + 1} tokens"
+
+
+def ours_in_700_mb(task: str, folder: Path, workers: int) -> str:
+    if task != "sort":
+        raise NotImplementedError
+    return ours(task, folder, workers, "700MB")
 
 
 def ours_fast(task: str, folder: Path, workers: int) -> str:
@@ -232,7 +238,9 @@ def duckdb(task: str, folder: Path, workers: int) -> str:
     if task == "tokens":
         raise NotImplementedError
     if task == "cached-documents":
-        columns = "len(w) as words, list_unique(w) as different, list_max(list_transform(w, lambda x: len(x))) as longest"
+        columns = (
+            "len(w) as words, list_unique(w) as different, list_max(list_transform(w, lambda x: len(x))) as longest"
+        )
         with phase("job"):
             connection.execute(f"create table figures as select {columns} from (select {found} as w {source})")
             count = connection.execute("select count(*) from figures").fetchall()[0][0]
@@ -395,6 +403,7 @@ def spark(task: str, folder: Path, workers: int) -> str:
 
 CONTENDERS: dict[str, Callable[[str, Path, int], str]] = {
     "manyhands": ours,
+    "manyhands-700MB": ours_in_700_mb,
     "manyhands-gigatoken": ours_fast,
     "processes": processes,
     "duckdb": duckdb,
