@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -186,6 +187,38 @@ def test_rows_are_ordered_by_their_whole_keys(values: list[bytes]) -> None:
         for descending in (False, True):
             expected = sorted(range(len(values)), key=values.__getitem__, reverse=descending)
             assert order_of(table, ("k",), descending=descending).to_pylist() == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 3), st.integers(0, 2**63 - 1)), max_size=300), st.booleans())
+def test_numbers_are_ordered_and_equal_ones_stay_as_they_are(values: list[int], signed: bool) -> None:
+    numbers = [value - 2**62 if signed else value + 2**62 for value in values]
+    middle = len(numbers) // 2
+    for these in (numbers, sorted(numbers), sorted(numbers[:middle]) + sorted(numbers[middle:])):
+        table = pa.table({"k": pa.array(these, pa.int64() if signed else pa.uint64())})
+        for descending in (False, True):
+            expected = sorted(range(len(these)), key=these.__getitem__, reverse=descending)
+            assert order_of(table, ("k",), descending=descending).to_pylist() == expected
+
+
+MANY_KEYS: dict[str, Callable[[int], Any]] = {
+    "texts": lambda index: f"word {index % 6000}",
+    "numbers": lambda index: index % 6000 - 3000,
+    "bytes": lambda index: b"%d" % (index % 6000),
+    "beyond 64 bits": lambda index: 2**64 + index % 6000,
+    "truth and numbers": lambda index: index % 2 == 1 if index % 3 else index % 6000,
+    "half of a character": lambda index: f"\ud800{index % 6000}",
+    "pairs": lambda index: (index % 60, str(index % 100)),
+}
+
+
+@pytest.mark.parametrize("kind", MANY_KEYS)
+def test_many_keys_are_counted_as_python_counts_them(kind: str) -> None:
+    keys = [MANY_KEYS[kind](index) for index in range(20_000)]
+    grouped = mh.Dataset.from_records(keys).group_by().aggregate(n=mh.Aggregate.count(), m=mh.Aggregate.count())
+    found = [tuple(record.values()) for record in all_of(grouped)]
+    assert found == [(key, count, count) for key, count in sorted(Counter(keys).items())]
+    assert [type(key) for key, _, _ in found] == [type(key) for key in sorted(Counter(keys))]
 
 
 def test_a_key_that_outweighs_all_others_is_sorted_within_little_memory() -> None:

@@ -316,7 +316,15 @@ def test_dask_over_hosts_of_which_one_is_killed(posts: Path, digest: str, tmp_pa
         first.start([*dask[:-1], dask[-1] + "scheduler", "--no-dashboard"], tmp_path / "scheduler")
         for host in (second, third):
             host.start(
-                [*dask[:-1], dask[-1] + "worker", f"tcp://{scheduler}", "--no-dashboard", "--nthreads", "2"],
+                [
+                    *dask[:-1],
+                    dask[-1] + "worker",
+                    f"tcp://{scheduler}",
+                    "--no-dashboard",
+                    "--no-nanny",
+                    "--nthreads",
+                    "2",
+                ],
                 tmp_path / host.name,
             )
         driver = first.start(
