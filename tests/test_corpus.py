@@ -61,8 +61,9 @@ def made(recipe: Path, out: Path, *overrides: str, engine: Engine | None = None,
 
 
 def sha256s(folder: Path) -> dict[str, str]:
-    """Of all files but the summary, which has times."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "summary.json"]
+    """Of all files but the summary and the events, which have times."""
+    timed = ("summary.json", "_events.jsonl")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in timed]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

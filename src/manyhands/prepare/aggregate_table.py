@@ -29,27 +29,45 @@ def combine_table(table: pa.Table, key: Key, aggregates: Sequence[Aggregate]) ->
         return None
     if any(table.column(name).null_count or pa.types.is_floating(table.schema.field(name).type) for name in key):
         return None
-    wanted: list[Any] = []
-    for aggregate in aggregates:
-        if aggregate.kind not in _FUNCTIONS or (aggregate.kind != "count" and not _exact(table, aggregate.of)):
-            return None
-        wanted += [([] if name == "count_all" else aggregate.of, name) for name in _FUNCTIONS[aggregate.kind]]
-    grouped = table.group_by(list(key), use_threads=False).aggregate(wanted)
-    names = grouped.column_names
+    if any(aggregate.kind not in _FUNCTIONS for aggregate in aggregates):
+        return None
+    if not all(aggregate.kind == "count" or _exact(table, aggregate.of) for aggregate in aggregates):
+        return None
+    if not len(table):
+        return KeyedLists([], [[] for _ in aggregates])
+    keys, found = _grouped(table, key, aggregates)
     if len(key) == 1 and {aggregate.kind for aggregate in aggregates} <= _MERGED_KINDS:
-        columns = ["count_all" if aggregate.kind == "count" else f"{aggregate.of}_sum" for aggregate in aggregates]
-        states = grouped.select([key[0], *columns]).rename_columns([_KEY, *map(str, range(len(columns)))])
-        if grouped.schema.field(key[0]).type in _KEY_TYPES.values() and are_small(states):
-            return KeyedTable(states, (_KEY,))
-    columns = [column.to_pylist() for column in grouped.columns]
-    key_columns = [columns[names.index(name)] for name in key]
-    keys = key_columns[0] if len(key) == 1 else list(zip(*key_columns, strict=True))
-    states = []
+        states = {str(number): columns[0].cast(pa.int64()) for number, columns in enumerate(found)}
+        keyed = pa.table({_KEY: keys[0], **states})
+        if keyed.schema.field(_KEY).type in _KEY_TYPES.values() and are_small(keyed):
+            return KeyedTable(keyed, (_KEY,))
+    return KeyedLists(_rows(keys), [_rows(columns) for columns in found])
+
+
+def _grouped(table: pa.Table, key: tuple[str, ...], aggregates: Sequence[Aggregate]) -> tuple[list[Any], list[Any]]:
+    """The columns of the distinct keys; and of each aggregate, those that its state is made of."""
+    inputs = {f"key {number}": table.column(name) for number, name in enumerate(key)}
+    keys = list(inputs)
+    wanted: list[list[Any]] = []
     for aggregate in aggregates:
-        of = "" if aggregate.kind == "count" else f"{aggregate.of}_"
-        parts = [columns[names.index(of + name)] for name in _FUNCTIONS[aggregate.kind]]
-        states.append(parts[0] if len(parts) == 1 else list(zip(*parts, strict=True)))
-    return KeyedLists(keys, states)
+        functions = _FUNCTIONS[aggregate.kind]
+        if aggregate.kind == "count":
+            wanted.append([([], "count_all")])
+            continue
+        name = f"of {aggregate.of}"  # in our own words: a column's name might be one that Arrow gives a result
+        inputs[name] = table.column(aggregate.of)
+        wanted.append([(name, function) for function in functions])
+    once = {str(pair): pair for pairs in wanted for pair in pairs}
+    grouped = pa.table(inputs).group_by(keys, use_threads=False).aggregate(list(once.values()))
+    made = dict(zip(once, (name for name in grouped.column_names if name not in keys), strict=True))
+    found = [[grouped.column(made[str(pair)]) for pair in pairs] for pairs in wanted]
+    return [grouped.column(name) for name in keys], found
+
+
+def _rows(columns: Sequence[Any]) -> list[Any]:
+    """The values of one column, or tuples of those of several."""
+    lists = [column.to_pylist() for column in columns]
+    return lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
 
 
 def count_keys(keys: list[Any], columns: int) -> KeyedTable | None:

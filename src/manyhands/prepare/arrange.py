@@ -13,6 +13,7 @@ from manyhands.prepare.keys import Key, check_keys, keys_of
 from manyhands.prepare.pipeline import BadKey
 from manyhands.prepare.run_file import RunFileWriter
 
+_TABLES = 256  # of groups' states, before they become one: each takes some KiB, however few rows it has
 GROUP_COLUMN = "key"  # in tables of groups' states
 _POSITION_BITS = 40  # of a position in a partition
 
@@ -84,6 +85,8 @@ class CombiningWriter:
             self._merge(keyed)
         elif isinstance(keyed, KeyedTable):
             self._tables.append(keyed.table)
+            if len(self._tables) >= _TABLES:
+                self._merge_tables()
         else:
             self._waiting.append(keyed)
             if sum(map(len, self._waiting)) >= MANY:
@@ -95,18 +98,25 @@ class CombiningWriter:
     def flush(self) -> None:
         if self._tables:
             self._waiting_to_tables()
+            self._merge_tables()
         if self._tables:
-            from manyhands.prepare.aggregate_table import are_small, merged_states
-
-            merged = merged_states(self._tables)
-            if merged is not None and are_small(merged):
-                self._file.add(KeyedTable(merged, (GROUP_COLUMN,)))
-                self._tables, self._bytes = [], 0
-                return
+            self._file.add(KeyedTable(self._tables[0], (GROUP_COLUMN,)))
+            self._tables, self._bytes = [], 0
+            return
         self._all_to_states()
         states, self._states, self._bytes = self._states, [{} for _ in self._states], 0
         if states[0]:
             self._file.add(in_key_order(states))
+
+    def _merge_tables(self) -> None:
+        """All tables become one; or states, where that isn't exact."""
+        from manyhands.prepare.aggregate_table import are_small, merged_states
+
+        merged = merged_states(self._tables) if self._tables else None
+        if merged is not None and are_small(merged):
+            self._tables = [merged]
+        else:
+            self._all_to_states()
 
     def _waiting_to_tables(self) -> None:
         from manyhands.prepare.aggregate_table import states_table
@@ -175,6 +185,9 @@ def _checked_table(table: Any, by: tuple[str, ...]) -> KeyedTable:
         if name not in table.column_names:
             raise BadKey(f"the record has no column {name!r}")
         column = table.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+            table = table.set_column(table.column_names.index(name), name, column)
         if column.null_count:
             raise BadKey("the key is None: leave such records out, or give them a key of their own")
         if pa.types.is_floating(column.type) and pc.any(pc.is_nan(column)).as_py():

@@ -75,6 +75,8 @@ def _columns(records: list[Any]) -> dict[str, list[Any]]:
     if not records or not all(isinstance(record, dict) for record in records):
         return {"value": records}
     names = dict.fromkeys(chain.from_iterable(records))
+    if not names or len(set(map(str, names))) < len(names):
+        raise ValueError("they have no columns" if not names else "the names of two columns are equal as text")
     return {str(name): [record.get(name) for record in records] for name in names}
 
 
@@ -103,12 +105,36 @@ def concatenate(chunks: Sequence[Chunk]) -> Chunk:
     return list(chain.from_iterable(map(records_of, chunks)))
 
 
+def in_one_piece(chunk: Chunk) -> Chunk:
+    """The same records, a table's columns each in one array: of how many they were made, nobody sees then."""
+    return chunk if isinstance(chunk, list) else chunk.combine_chunks()
+
+
 def size_bytes(chunk: Chunk) -> int:
     """About how much memory the records take. Depends on their values only, so plans may depend on it."""
     if not isinstance(chunk, list):
-        return int(chunk.nbytes)
+        return sum(sum(map(_array_bytes, column.chunks)) for column in chunk.columns)
     sampled = chunk[:: max(1, len(chunk) // 64)]
     return sum(map(_value_bytes, sampled)) * len(chunk) // len(sampled) if sampled else 0
+
+
+def _array_bytes(array: pa.Array) -> int:
+    """Of the values alone: whether there's a bitmap of nulls depends on which array these were cut out of."""
+    import pyarrow as pa
+
+    kind = array.type
+    if pa.types.is_boolean(kind):
+        return len(array)
+    if pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_fixed_size_binary(kind):
+        return len(array) * int(kind.bit_width) // 8
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return 4 * len(array) + _array_bytes(array.flatten())
+    if pa.types.is_struct(kind):
+        return sum(map(_array_bytes, array.flatten()))
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        ends = memoryview(array.buffers()[1]).cast("i")
+        return 4 * len(array) + ends[array.offset + len(array)] - ends[array.offset] if len(array) else 0
+    return int(array.nbytes)
 
 
 def _value_bytes(value: Any) -> int:

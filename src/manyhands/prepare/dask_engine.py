@@ -33,10 +33,16 @@ class DaskEngine:
         except (OSError, TimeoutError, ValueError) as error:
             raise ConfigError(f"no Dask scheduler answers: {error}", where=address) from error
         self._address = address
+        self.retries = 0
+        self._mine: dict[str, Future[TaskResult]] = {}  # by Dask's key: tasks that aren't done
         with suppress(TimeoutError):
             self._client.wait_for_workers(1, timeout=_WAIT_SECONDS)
+        self._alone: threading.Timer | None = None
+        self._addresses: set[str] = set()
+        self._client.subscribe_topic("all", self._hear)
         known = self._client.scheduler_info(n_workers=-1)["workers"]
-        workers, self._addresses = list(known.values()), set(known)
+        workers = list(known.values())
+        self._addresses |= set(known)
         if not workers:
             self._client.close()
             raise ConfigError(
@@ -48,10 +54,6 @@ class DaskEngine:
         shares = [worker["memory_limit"] // worker["nthreads"] or default_bytes for worker in workers]
         self.memory_bytes = min(shares) if memory_bytes is None else memory_bytes // self.workers
         self._place, self._versions = Place.here(), Versions.here()
-        self.retries = 0
-        self._mine: dict[str, Future[TaskResult]] = {}  # by Dask's key: tasks that aren't done
-        self._alone: threading.Timer | None = None
-        self._client.subscribe_topic("all", self._hear)
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task when Dask has a free thread."""
@@ -88,6 +90,7 @@ class DaskEngine:
                 self._alone.start()
 
     def _give_up(self) -> None:
+        self._alone = None
         for future in list(self._mine.values()):
             with suppress(InvalidStateError):
                 future.set_exception(

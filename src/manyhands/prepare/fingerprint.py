@@ -11,6 +11,7 @@ import functools
 import hashlib
 import types
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
@@ -64,12 +65,12 @@ class _Fingerprint:
         if isinstance(value, functools.partial):
             return _hash("partial", self.of(value.func), self.of(value.args), self.of(value.keywords))
         if isinstance(value, types.ModuleType):
-            return _hash("module", value.__name__)
+            return self._of_module(value)
         if isinstance(value, type):
             return self._of_class(value)
         if dataclasses.is_dataclass(value):
             fields = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-            return _hash("dataclass", _name(type(value)), self.of(fields))
+            return _hash("dataclass", self.of(type(value)), self.of(fields))
         if hasattr(value, "__qualname__"):  # a function or method of C
             return _hash("named", _name(value))
         return _hash("object", hashlib.sha256(pickled(value)).hexdigest())
@@ -98,12 +99,27 @@ class _Fingerprint:
             *(part for name in sorted(used) for part in (name, self.of(used[name]))),
         )
 
+    def _of_module(self, module: types.ModuleType) -> str:
+        """By its name, if it was installed; else by its source, too: what of it is used isn't known."""
+        file = getattr(module, "__file__", None)
+        if file is None or _package_of(module) == "manyhands" or is_installed(file):
+            return _hash("module", module.__name__)
+        try:
+            return _hash("module", module.__name__, hashlib.sha256(Path(file).read_bytes()).hexdigest())
+        except OSError:
+            return _hash("module", module.__name__)
+
     def _of_class(self, kind: type) -> str:
         if kind.__module__ == "builtins" or _package_of(kind) not in (self._package, "__main__"):
             return _hash("class", _name(kind))
-        skip = {"__dict__", "__weakref__", "__module__", "__doc__", "__static_attributes__", "__firstlineno__"}
-        members = {name: value for name, value in sorted(vars(kind).items()) if name not in skip}
-        return _hash("class", _name(kind), *(p for n, v in members.items() if callable(v) for p in (n, self.of(v))))
+        own = {"__dict__", "__weakref__", "_abc_impl"}  # and what Python and dataclass note of the class beside it
+        members = {
+            name: _function_of(member)
+            for name, member in sorted(vars(kind).items())
+            if name not in own and (callable(member) or not name.startswith("__"))
+        }
+        parts = (part for name, member in members.items() for part in (name, self.of(member)))
+        return _hash("class", _name(kind), *map(self.of, kind.__bases__), *parts)
 
 
 def pickled(value: Any) -> bytes:
@@ -117,6 +133,17 @@ def pickled(value: Any) -> bytes:
             hint="it, or what it uses, holds something that belongs to this process (a lock, an open file, "
             "a connection): make that inside the function",
         ) from error
+
+
+def _function_of(member: Any) -> Any:
+    """What a member of a class does: the function behind a property, a class method or a static one."""
+    if isinstance(member, property):
+        return (member.fget, member.fset, member.fdel)
+    if isinstance(member, functools.cached_property):
+        return member.func
+    if isinstance(member, (classmethod, staticmethod)):
+        return member.__func__
+    return _name(member) if isinstance(member, (types.MemberDescriptorType, types.GetSetDescriptorType)) else member
 
 
 def _names(code: types.CodeType) -> Iterable[str]:

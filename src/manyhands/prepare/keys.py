@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, TypeAlias
@@ -54,17 +55,30 @@ def check_keys(keys: list[Any]) -> None:
 
 def content_key(record: Any) -> bytes:
     """16 bytes that stand for a whole record, whatever the order of its columns. Raises BadKey for what isn't plain."""
-    data = record.encode("utf-8", "surrogatepass") if isinstance(record, str) else _canonical(record)
+    text = isinstance(record, str)
+    data = b"s" + record.encode("utf-8", "surrogatepass") if text else b"j" + _canonical(record)
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _canonical(record: Any) -> bytes:
     try:
-        return orjson.dumps(record, _tagged, orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
+        made = orjson.dumps(record, _tagged, orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
+        if b"null" in made:  # which stands for None, and for floats that JSON doesn't have
+            made = orjson.dumps(_finite(record), _tagged, orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
+        return made
     except TypeError as error:
         raise BadKey(
             f"a {type(record).__name__} can't be told from others by its content ({error}): use distinct(key=...)"
         ) from error
+
+
+def _finite(value: Any) -> Any:
+    """The same, with NaN and infinities as what equals nothing else."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"\0float": repr(value)}
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _tagged(value: Any) -> Any:

@@ -74,7 +74,7 @@ def _local_files(pattern: str) -> list[InputFile]:
     if os.path.isdir(pattern):
         paths = [join(pattern, name) for name in names_in(pattern) if name[0] not in "._"]
     elif has_magic(pattern) and not os.path.exists(pattern):
-        paths = sorted(glob(pattern, recursive=True))
+        paths = sorted(path for path in glob(pattern, recursive=True) if _is_meant(path, pattern))
     else:
         paths = [pattern]
     return [
@@ -85,12 +85,18 @@ def _local_files(pattern: str) -> list[InputFile]:
     ]
 
 
+def _is_meant(path: str, pattern: str) -> bool:
+    """A file whose name begins with _ is about the others (manifests, events), unless it's asked for by that."""
+    return path.rpartition("/")[2][:1] != "_" or pattern.rpartition("/")[2][:1] == "_"
+
+
 def _remote_files(pattern: str) -> list[InputFile]:
     system, inner = file_system(pattern)
     if system.isdir(inner):
         paths = [path for path in system.find(inner, maxdepth=1) if path.rpartition("/")[2][0] not in "._"]
     else:
-        paths = system.glob(inner) if has_magic(inner) else [inner] if system.isfile(inner) else []
+        found = system.glob(inner) if has_magic(inner) else [inner] if system.isfile(inner) else []
+        paths = [path for path in found if _is_meant(path, inner)]
     files = []
     for path in sorted(paths):
         info = system.info(path)

@@ -200,7 +200,7 @@ def _digest(files: list[OutputFile], bad: bytes) -> str:
 
 def _refuse_foreign(folder: str, there: dict[str, Any] | None, plan: Plan, *, overwrite: bool) -> None:
     """Raise unless the folder is free, is this plan's, holds an unfinished job, or may be overwritten."""
-    names = names_in(folder)
+    names = [name for name in names_in(folder) if not name.startswith(EVENTS)]
     if there is not None and not overwrite and there.get("identity") != plan.identity:
         raise ConfigError(
             "the output folder holds the output of another job",
@@ -208,7 +208,7 @@ def _refuse_foreign(folder: str, there: dict[str, Any] | None, plan: Plan, *, ov
             hint="the functions, the input or the format have changed: write to a new folder, or use overwrite=True",
         )
     ours = (JOB, MANIFEST, BAD_RECORDS)
-    foreign = [name for name in names if not (name in ours or name.startswith(("part-", EVENTS)))]
+    foreign = [name for name in names if not (name in ours or name.startswith("part-"))]
     if foreign or (names and there is None and JOB not in names):
         raise ConfigError(
             "the output folder holds something that isn't an output",

@@ -60,7 +60,12 @@ class RayEngine:
             ray.shutdown()
 
     def _begin(self, task: Task, future: Future[TaskResult], tries_left: int) -> None:
-        theirs = self._run.remote(task, *self._facts).future()
+        try:
+            theirs = self._run.remote(task, *self._facts).future()
+        except Exception as error:  # the cluster is gone
+            what = f"Ray could not run a task: {type(error).__name__}: {error}"
+            future.set_exception(WorkerError(what, where=task.name))
+            return
         theirs.add_done_callback(lambda done: self._pass_on(task, done, future, tries_left))
 
     def _pass_on(self, task: Task, done: Future[TaskResult], future: Future[TaskResult], tries_left: int) -> None:

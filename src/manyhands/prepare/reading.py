@@ -19,6 +19,7 @@ from manyhands.prepare.listing import Split
 from manyhands.prepare.pipeline import Piece
 from manyhands.prepare.storage import open_to_read
 
+_LONG, _DIGITS = b"0" * 19, bytes(48 if 48 <= byte <= 57 else 32 for byte in range(256))  # digits, all as zeros
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -119,16 +120,20 @@ def _text(lines: list[bytes], place: Callable[[int], str], bad: BadRecords) -> t
 def _json(lines: list[bytes], place: Callable[[int], str], bad: BadRecords) -> tuple[list[Any], list[int] | None]:
     """Lines as JSON values; empty lines are none."""
     try:
+        if _LONG in b"\n".join(lines).translate(_DIGITS):  # orjson makes floats of numbers beyond 64 bits
+            return list(map(_loads, lines)), None
         return list(map(orjson.loads, lines)), None
-    except orjson.JSONDecodeError:
+    except ValueError:
         return _each(lines, _loads, place, bad, skip_empty=True)
 
 
 def _loads(line: bytes) -> Any:
     try:
-        return orjson.loads(line)
+        if _LONG not in line.translate(_DIGITS):
+            return orjson.loads(line)
     except orjson.JSONDecodeError:
-        return json.loads(line.decode())  # whole numbers beyond 64 bits, NaN; or an error that says where
+        pass
+    return json.loads(line.decode())  # whole numbers beyond 64 bits, NaN; or an error that says where
 
 
 def _each(

@@ -19,6 +19,8 @@ from manyhands.prepare.chunks import CHUNK_BYTES
 from manyhands.prepare.listing import Split
 from manyhands.prepare.pipeline import Piece
 
+_BLOCK_BYTES = 2**24  # that are parsed at once: a row must lie in two of them
+
 
 def read_csv(
     split: Split,
@@ -38,7 +40,7 @@ def read_csv(
             names = _names(split, types, opened)
             reader = pacsv.open_csv(
                 file,
-                read_options=pacsv.ReadOptions(use_threads=False, block_size=CHUNK_BYTES),
+                read_options=pacsv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
                 parse_options=pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=put_aside),
                 convert_options=pacsv.ConvertOptions(
                     column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
@@ -50,7 +52,10 @@ def read_csv(
                     what = f"the row has {row.actual_columns} fields where {row.expected_columns} are expected"
                     bad.add(f"{split.path}, row {row.number}", what, row.text)
                 rows = list(islice(numbers, batch.num_rows))
-                yield _typed(pa.Table.from_batches([batch]), rows, types, split.path, bad)
+                table, step = pa.Table.from_batches([batch]), max(1, len(rows) * CHUNK_BYTES // max(1, batch.nbytes))
+                for start in range(0, len(rows), step):
+                    part = table.slice(start, step)
+                    yield _typed(part, rows[start : start + step], types, split.path, bad)
                 wrong.clear()
     except pa.ArrowException as error:
         raise DataError(f"a CSV file can't be read: {error}", where=split.path) from error

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from manyhands.errors import InvariantError
 from manyhands.prepare.aggregate import Grouping
 from manyhands.prepare.arrange import GROUP_COLUMN, in_key_order, states_of
-from manyhands.prepare.chunks import TABLE_CHUNK_BYTES, Chunk, concatenate, num_records, part_of
+from manyhands.prepare.chunks import TABLE_CHUNK_BYTES, Chunk, concatenate, in_one_piece, num_records, part_of
 from manyhands.prepare.keyed import ORDER_COLUMN, Cut, Keyed, KeyedLists, KeyedTable, joined
 from manyhands.prepare.run_file import Block, cuts_by_size, read_blocks, read_index, trimmed
 
@@ -72,10 +72,11 @@ class RangeReader:
         edges: list[Cut | None] = [start, *cuts, stop]
         return [Range(low, high) for low, high in pairwise(edges)]
 
-    def stream(self, part: Range) -> Iterator[Keyed]:
+    def stream(self, part: Range, *, as_written: bool = False) -> Iterator[Keyed]:
         """The records of a part, run after run, a few blocks at a time: as tables only if all of the range are alike.
 
-        So it depends on the range and not on its parts, and thereby not on the memory, what comes out.
+        So it depends on the range and not on its parts, and thereby not on the memory, what comes out. as_written: what
+        was written as a table comes as one, whatever the others are.
         """
         for path, run in self._runs:
             touched = [block for block in run if block.touches(*part)]
@@ -83,7 +84,9 @@ class RangeReader:
                 for keyed in read_blocks(path, [block], self._by):
                     found = keyed if block.lies_in(*part) else trimmed(keyed, *part)
                     if len(found):
-                        yield found if self._is_uniform or isinstance(found, KeyedLists) else found.as_lists()
+                        if isinstance(found, KeyedTable) and not (as_written or self._is_uniform):
+                            found = found.as_lists()
+                        yield found
 
 
 class Reducer(Protocol):
@@ -144,7 +147,7 @@ class Grouped:
             return
         for part in reader.parts():
             states: list[dict[Any, Any]] = [{} for _ in self.grouping.aggregates]
-            for keyed in reader.stream(part):
+            for keyed in reader.stream(part, as_written=True):
                 lists = states_of(keyed.table) if isinstance(keyed, KeyedTable) else keyed
                 self.grouping.merge_into(states, lists)
             if states[0]:
@@ -249,10 +252,10 @@ def rebatched(chunks: Iterator[Chunk], readers: Sequence[RangeReader]) -> Iterat
         while count + total - start >= want:
             waiting.append(part_of(chunk, start, start + want - count))
             start += want - count
-            yield concatenate(waiting)
+            yield in_one_piece(concatenate(waiting))
             waiting, count = [], 0
         if start < total:
             waiting.append(part_of(chunk, start, total))
             count += total - start
     if waiting:
-        yield concatenate(waiting)
+        yield in_one_piece(concatenate(waiting))

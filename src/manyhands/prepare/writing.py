@@ -182,6 +182,7 @@ class _ParquetWriter:
         except DataError as error:
             error.where = self._name
             raise
+        table = table.combine_chunks()  # else pages end where its arrays do
         if self._writer is None:
             self._schema = table.schema
             repeating = [name for name in table.column_names if _repeats(table.column(name))]
