@@ -67,7 +67,10 @@ class Meeting:
         return f"{self.host}:{self.port}"
 
     def launch_options(self) -> dict[str, Any]:
-        """For torch's configuration of a launch. Raises ConfigError if the first host can't be reached."""
+        """For torch's configuration of a launch. Raises ConfigError if the first host can't be reached, or if this is
+        the first, and its port can't be had."""
+        if self.first:
+            _try_port(self.endpoint, self.port)
         rendezvous_handler_registry.register(_BACKEND, HostsRendezvous)
         return {
             "min_nodes": self.least,
@@ -86,6 +89,19 @@ class Meeting:
             "local_addr": own_address(self.host, self.port),
             "max_restarts": self.restarts,
         }
+
+
+def _try_port(endpoint: str, port: int) -> None:
+    """torch would only say that it can't connect, and that after a minute."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ConfigError(
+            "the hosts can't meet at this port",
+            where=endpoint,
+            got=error.strerror,
+            hint="another run or program may listen there: choose a port with --meet HOST:PORT, or end it",
+        ) from error
 
 
 def join(endpoint: str) -> Meeting:
