@@ -107,6 +107,7 @@ class Membership:
         self.failure: WorkerError | None = None
         self._noticed = False  # the main thread has raised the failure (or its own): it is on its way out
         self._store, self._abandon, self._meetings, self._beats = store, abandon, 0, 0
+        self.one_host = False  # not before all have said where they are
         self._stop = threading.Event()
         self._lost_seconds, self._heard = LOST_SECONDS, math.inf  # when the store answered the watching thread last
         self._store_is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else worker 0 keeps it
@@ -174,7 +175,10 @@ class Membership:
 
     @property
     def _is_cut_off(self) -> bool:
-        """Whether the watching thread has waited for the store's answer for as long."""
+        """Whether the watching thread has waited for the store's answer for as long. A launcher on this host is never
+        judged: it's held (Ctrl-Z), and boards suffice to go on. If it ends, the store isn't silent, but breaks."""
+        if self._store_is_launchers and self.one_host:
+            return False
         return time.monotonic() - self._heard > LOST_SECONDS
 
     def enter(self, place: Place) -> None:
