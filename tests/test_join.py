@@ -103,6 +103,26 @@ def test_a_port_that_is_taken_is_said_at_once() -> None:
     assert "Address already in use" in str(caught.value.got)
 
 
+LEAVES_A_CHILD = """
+import os, subprocess, sys
+from pathlib import Path
+told = Path(sys.argv[1])
+if told.exists():
+    status = Path("/proc") / told.read_text() / "status"
+    sys.exit(7 if status.exists() and "State:\\tZ" not in status.read_text() else 0)
+told.write_text(str(subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL).pid))
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_worker_has_started_is_gone_when_workers_are_started_again(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-c", LEAVES_A_CHILD, str(tmp_path / "pid")]
+    run_workers(command, workers=1, meeting=alone(port))
+    assert (tmp_path / "pid").exists()
+
+
 def test_who_waits_for_other_hosts_can_be_stopped(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"

@@ -77,7 +77,8 @@ def run_workers(
     If the parent is killed, the kernel kills the workers (Linux). Signals are only handled in the main thread.
 
     Raises WorkerError naming the culprit; Interrupted when asked to stop; ConfigError for a command that isn't there.
-    Either way no worker is left, nor anything that it started in its session, nor a temporary file.
+    Either way, and before workers are started again, no worker is left, nor anything that it started in its session,
+    nor a temporary file. (What workers that ended well have left running in theirs goes on.)
     """
     if workers < 1:
         raise ConfigError("the number of workers is out of range", expected="at least 1", got=workers)

@@ -187,6 +187,7 @@ class HostsRendezvous(RendezvousHandler):
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
+        self._stop.kill_rest()  # of the round before: torch ends only the sessions whose worker still lives
         with self._closing_if_asked_to_stop():
             while True:
                 try:
