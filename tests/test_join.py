@@ -11,14 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.launching.culprit import explain
 from manyhands.launching.launcher import behind, run_workers
-from manyhands.launching.meeting import PORT, Meeting, interface_of, own_address, parse_endpoint
+from manyhands.launching.meeting import PORT, HostsRendezvous, Meeting, interface_of, own_address, parse_endpoint
+from manyhands.launching.stop import Stop
 from manyhands.members.failure import Failure, WorkerEnd
 from support.hosts import Host, hosts
 from test_faults import MANYHANDS, SUPPORT
@@ -101,6 +106,31 @@ def test_a_port_that_is_taken_is_said_at_once() -> None:
             run_workers([sys.executable, "-c", ""], workers=1, meeting=alone(port))
     assert caught.value.where == f"127.0.0.1:{port}"
     assert "Address already in use" in str(caught.value.got)
+
+
+def test_a_stop_is_heard_while_hosts_gather_by_the_thread_that_waits_alone(tmp_path: Path) -> None:
+    """And not by torch's, which says meanwhile that this host lives: it would end."""
+    stop, closed = Stop(tmp_path, 1, 1.0), []
+    heartbeats: list[BaseException | None] = []
+
+    class Handler:
+        def next_rendezvous(self) -> RendezvousInfo:
+            stop.signal = signal.SIGTERM
+            with ThreadPoolExecutor(1) as other:
+                heartbeats.append(other.submit(rendezvous._before_each_look).exception())
+            info = RendezvousStoreInfo("127.0.0.1", 1)
+            return RendezvousInfo(HashStore(), 0, 2, info)  # of two hosts, and the other one doesn't come
+
+        def set_closed(self) -> None:
+            closed.append(True)
+
+    rendezvous = HostsRendezvous.__new__(HostsRendezvous)
+    rendezvous.__dict__.update(_stop=stop, _handler=Handler(), _first=True, _meets=None)
+    began = time.monotonic()
+    with pytest.raises(SignalException):
+        rendezvous.next_rendezvous()
+    assert time.monotonic() - began < 5
+    assert (heartbeats, closed) == ([None], [True])
 
 
 LEAVES_A_CHILD = """
