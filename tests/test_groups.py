@@ -17,7 +17,7 @@ from manyhands.comm.local import LocalGroup
 from manyhands.comm.members_group import MembersGroup
 from manyhands.comm.shared_memory import MAILBOX_BYTES
 from manyhands.errors import InvariantError, Place, WorkerError
-from manyhands.members.membership import CLOSED, Peer
+from manyhands.members.membership import CLOSED, LOST_SECONDS, Peer
 
 T = TypeVar("T")
 
@@ -180,6 +180,28 @@ def test_where_a_worker_is_can_be_read_on_its_board_and_on_another_host_from_its
 
     in_step = Place("step 0, micro-batch 0 / data", 0, 0)
     assert in_threads(2, work) == [[in_step, in_step, Place(), Place("end / summary")]] * 2
+
+
+@pytest.mark.parametrize("keeper", ["launcher", "worker 0"])
+def test_a_launcher_on_the_same_host_may_be_held_but_not_a_worker_that_keeps_the_store(
+    monkeypatch: pytest.MonkeyPatch, keeper: str
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(keeper == "launcher"))
+
+    def work(group: Group) -> str:
+        assert isinstance(group, MembersGroup)
+        membership = group.membership
+        membership._stop.set()
+        membership._watcher.join()
+        membership._heard = time.monotonic() - LOST_SECONDS - 1  # it has waited for the store's answer since then
+        try:
+            membership.check()
+        except WorkerError as error:
+            return error.what
+        return "goes on"
+
+    expected = "goes on" if keeper == "launcher" else "has not answered for"
+    assert all(expected in str(result) for result in in_threads(2, work))
 
 
 def test_a_worker_that_stalls_is_named_with_its_stack() -> None:

@@ -11,13 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.launching.culprit import explain
-from manyhands.launching.meeting import PORT, interface_of, own_address, parse_endpoint
+from manyhands.launching.launcher import behind, run_workers
+from manyhands.launching.meeting import PORT, HostsRendezvous, Meeting, interface_of, own_address, parse_endpoint
+from manyhands.launching.stop import Stop
 from manyhands.members.failure import Failure, WorkerEnd
 from support.hosts import Host, hosts
 from test_faults import MANYHANDS, SUPPORT
@@ -59,6 +65,92 @@ def test_a_culprit_on_another_host_is_named_by_those_who_noticed() -> None:
 def test_workers_that_all_stopped_as_asked_have_not_failed() -> None:
     stopped = Failure.of(Interrupted("stopped after step 3, as asked"), rank=0, pid=1)
     assert isinstance(explain([WorkerEnd(rank=0, exit_code=1, seconds=5.0, failure=stopped)]), Interrupted)
+
+
+def left(*errors: Exception) -> list[WorkerEnd]:
+    """By the workers of a host whose launcher didn't learn how they ended."""
+    accounts = [Failure.of(error, rank=rank, pid=1) for rank, error in enumerate(errors)]
+    return [WorkerEnd(rank=each.rank, exit_code=0, seconds=5.0, failure=each) for each in accounts]
+
+
+def test_what_ended_the_run_is_said_where_the_hosts_only_do_not_meet_again() -> None:
+    """On the host that raised, and on the others, which noticed."""
+    apart = WorkerError("the hosts don't find together (any more)", where="first:1")
+    elsewhere = WorkerError("worker 2 raised ValueError: no cheese", rank=2, where="worker 2 (pid 7 on b), step 4")
+    gone = WorkerError("a worker failed, and the store with its story is gone")
+    stopped = Interrupted("stopped after step 3, as asked")
+    for ends, rank, what in (
+        (left(elsewhere, elsewhere), 2, elsewhere.what),
+        (left(gone, ValueError("no cheese")), 1, "worker 1 failed: ValueError: no cheese"),
+    ):
+        said = behind(apart, ends)
+        assert isinstance(said, WorkerError)
+        assert (said.rank, said.what) == (rank, what)
+        assert apart.what in str(said)
+    assert behind(apart, left(gone)) is apart
+    assert behind(apart, []) is apart
+    assert behind(apart, left(stopped, stopped)).what == stopped.what
+
+
+def alone(port: int, restarts: int = 1) -> Meeting:
+    """Of a run on several hosts, of which there is one."""
+    return Meeting(
+        host="127.0.0.1", port=port, run=f"run-{port}", least=1, most=1, restarts=restarts, first=True, said={}
+    )
+
+
+def test_a_port_that_is_taken_is_said_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match="the hosts can't meet at this port") as caught:
+            run_workers([sys.executable, "-c", ""], workers=1, meeting=alone(port))
+    assert caught.value.where == f"127.0.0.1:{port}"
+    assert "Address already in use" in str(caught.value.got)
+
+
+def test_a_stop_is_heard_while_hosts_gather_by_the_thread_that_waits_alone(tmp_path: Path) -> None:
+    """And not by torch's, which says meanwhile that this host lives: it would end."""
+    stop, closed = Stop(tmp_path, 1, 1.0), []
+    heartbeats: list[BaseException | None] = []
+
+    class Handler:
+        def next_rendezvous(self) -> RendezvousInfo:
+            stop.signal = signal.SIGTERM
+            with ThreadPoolExecutor(1) as other:
+                heartbeats.append(other.submit(rendezvous._before_each_look).exception())
+            info = RendezvousStoreInfo("127.0.0.1", 1)
+            return RendezvousInfo(HashStore(), 0, 2, info)  # of two hosts, and the other one doesn't come
+
+        def set_closed(self) -> None:
+            closed.append(True)
+
+    rendezvous = HostsRendezvous.__new__(HostsRendezvous)
+    rendezvous.__dict__.update(_stop=stop, _handler=Handler(), _first=True, _meets=None)
+    began = time.monotonic()
+    with pytest.raises(SignalException):
+        rendezvous.next_rendezvous()
+    assert time.monotonic() - began < 5
+    assert (heartbeats, closed) == ([None], [True])
+
+
+LEAVES_A_CHILD = """
+import os, subprocess, sys
+from pathlib import Path
+told = Path(sys.argv[1])
+if told.exists():
+    status = Path("/proc") / told.read_text() / "status"
+    sys.exit(7 if status.exists() and "State:\\tZ" not in status.read_text() else 0)
+told.write_text(str(subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL).pid))
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_worker_has_started_is_gone_when_workers_are_started_again(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-c", LEAVES_A_CHILD, str(tmp_path / "pid")]
+    run_workers(command, workers=1, meeting=alone(port))
+    assert (tmp_path / "pid").exists()
 
 
 def test_who_waits_for_other_hosts_can_be_stopped(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ def explain(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
        which they may take for faults of their own, are consequences);
     2. the first worker that left an error of its own;
     3. one that died by another signal (it may also abort on the way out, so an error of its own goes first);
-    4. the one that the others noticed;  5. one with an exit code;  6. one that was sent SIGTERM.
+    4. the one that the others noticed;  5. one with an exit code;  6. one that was sent SIGTERM, or that only knows
+       that something was gone.
     """
     failures = [end.failure for end in ends if end.failure is not None]
     codes = {_stopped_code(end) for end in ends}
@@ -77,6 +78,8 @@ def _error_about(culprit: WorkerEnd, notices: Sequence[Failure], ends: Sequence[
 
 def _blame(end: WorkerEnd, named: int | None, first_seconds: float) -> tuple[int, float]:
     """Sorts the culprit first: see `explain`."""
+    if end.failure is not None and end.failure.is_hearsay:
+        return 6, end.failure.seconds
     own = end.failure is not None and not end.failure.notice
     prompt = end.seconds - first_seconds < LAUNCHER_KILL_SECONDS
     if own and end.failure is not None:

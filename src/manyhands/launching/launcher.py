@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -44,6 +45,7 @@ from manyhands.launching.logs import Logs
 from manyhands.launching.meeting import Meeting
 from manyhands.launching.stop import Stop, end_all
 from manyhands.launching.watch import Watch
+from manyhands.members.failure import WorkerEnd
 
 _BACKEND = "manyhands-local"
 _CHILD = Path(__file__).resolve().parents[1] / "launching" / "child.py"
@@ -75,7 +77,8 @@ def run_workers(
     If the parent is killed, the kernel kills the workers (Linux). Signals are only handled in the main thread.
 
     Raises WorkerError naming the culprit; Interrupted when asked to stop; ConfigError for a command that isn't there.
-    Either way no worker is left, nor anything that it started in its session, nor a temporary file.
+    Either way, and before workers are started again, no worker is left, nor anything that it started in its session,
+    nor a temporary file. (What workers that ended well have left running in theirs goes on.)
     """
     if workers < 1:
         raise ConfigError("the number of workers is out of range", expected="at least 1", got=workers)
@@ -98,14 +101,26 @@ def run_workers(
         config = _config(folder, workers, logs, stop, meeting)
         try:
             exit_codes = _launch(folder, config, stop, quiet)
-        except WorkerError as error:  # the first host is gone: perhaps because the run was stopped there
-            said = [end.failure.error() for end in logs.ends({}) if end.failure is not None]
-            raise next((word for word in said if isinstance(word, Interrupted)), error) from None
+        except WorkerError as error:  # the hosts don't meet again: the workers here may know what was before that
+            raise behind(error, logs.ends({})) from None
         ends = logs.ends(exit_codes)
     if stop.signal is not None:
         raise stop.interrupted(ends)
     if exit_codes:
         raise explain(ends)
+
+
+def behind(error: WorkerError, ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
+    """What the workers that ended so on this host say of why the hosts don't find together any more: that a worker
+    failed too often on some host, or that the run was stopped; else `error`. Their exit codes aren't known."""
+    told = [replace(end, exit_code=1) for end in ends if end.failure is not None and not end.failure.is_hearsay]
+    said = explain(told) if told else error
+    if isinstance(said, Interrupted):
+        words = [end.failure.error() for end in told if end.failure is not None]
+        return next((word for word in words if isinstance(word, Interrupted)), said)
+    if said is not error:
+        said.detail = "\n".join(filter(None, [said.detail, f"then {error}"]))
+    return said
 
 
 def _config(folder: Path, workers: int, logs: Logs, stop: Stop, meeting: Meeting | None) -> LaunchConfig:
@@ -160,7 +175,7 @@ def _launch(folder: Path, config: LaunchConfig, stop: Stop, quiet: bool) -> dict
                 "the hosts don't find together (any more)",
                 where=config.rdzv_endpoint,
                 hint="if the first host is gone, start the run on another one, with the same run directory",
-                detail=str(error),
+                detail="\n".join(str(reason) for reason in (error, error.__cause__) if reason is not None),
             ) from error
         finally:
             if not ended_well:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ _LAST_CALL_SECONDS = 1  # that others are waited for, once the fewest are there
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 1, 6  # without a sign of life for so long a host's launcher is given up
 _ANSWER_SECONDS = 20  # that the store at which all meet may take
 _GATHER_SECONDS = 10.0  # between the first and the last host of a round
+_GATHER_LOOK_SECONDS = 0.05
 _COMING_ROUND_SECONDS = 8.0  # for workers to notice a lost host themselves, and end
 _END_SECONDS = 30.0  # between the first and the last host whose workers have ended well
 _REACH_SECONDS = 10.0
@@ -67,7 +69,10 @@ class Meeting:
         return f"{self.host}:{self.port}"
 
     def launch_options(self) -> dict[str, Any]:
-        """For torch's configuration of a launch. Raises ConfigError if the first host can't be reached."""
+        """For torch's configuration of a launch. Raises ConfigError if the first host can't be reached, or if this is
+        the first, and its port can't be had."""
+        if self.first:
+            _try_port(self.endpoint, self.port)
         rendezvous_handler_registry.register(_BACKEND, HostsRendezvous)
         return {
             "min_nodes": self.least,
@@ -86,6 +91,19 @@ class Meeting:
             "local_addr": own_address(self.host, self.port),
             "max_restarts": self.restarts,
         }
+
+
+def _try_port(endpoint: str, port: int) -> None:
+    """torch would only say that it can't connect, and that after a minute."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ConfigError(
+            "the hosts can't meet at this port",
+            where=endpoint,
+            got=error.strerror,
+            hint="another run or program may listen there: choose a port with --meet HOST:PORT, or end it",
+        ) from error
 
 
 def join(endpoint: str) -> Meeting:
@@ -157,7 +175,8 @@ class HostsRendezvous(RendezvousHandler):
         self._stop: Stop = parameters.get("stop")
         self._watch: Watch = parameters.get("watch")
         self._first = meeting.first
-        self._meets, self._hosts = False, 0  # whether it's joining a round; how many hosts the last one had
+        self._meets: int | None = None  # the thread that is joining a round
+        self._hosts = 0  # in the last round
         backend, self._store = create_backend(parameters)
         self._handler = create_handler(self._store, _Watched(backend, self._before_each_look), parameters)
         if meeting.first:
@@ -171,27 +190,37 @@ class HostsRendezvous(RendezvousHandler):
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
+        self._stop.kill_rest()  # of the round before: torch ends only the sessions whose worker still lives
         with self._closing_if_asked_to_stop():
             while True:
                 try:
-                    self._meets = True
+                    self._meets = threading.get_ident()
                     info = self._handler.next_rendezvous()
-                    self._await_all(info)
+                    if not self._all_come(info):
+                        continue
                 except DistStoreError:  # a host was lost as soon as it had joined
                     continue
                 finally:
-                    self._meets = False
+                    self._meets = None
                 self._hosts = info.world_size
                 store = _RoundStore("manyhands", info.store)
                 return RendezvousInfo(store, info.rank, info.world_size, info.bootstrap_store_info)  # type: ignore[arg-type]
 
-    def _await_all(self, info: RendezvousInfo) -> None:
-        """Raises DistStoreError if a host of this round doesn't come. (The agent would wait for it, and give up.)"""
+    def _all_come(self, info: RendezvousInfo) -> bool:
+        """Whether all hosts of this round come. (The agent would wait for one that doesn't, and give up.)"""
         info.store.set(f"here/{info.rank}", "")
-        info.store.wait([f"here/{rank}" for rank in range(info.world_size)], timedelta(seconds=_GATHER_SECONDS))
+        keys = [f"here/{rank}" for rank in range(info.world_size)]
+        deadline = time.monotonic() + _GATHER_SECONDS
+        while not info.store.check(keys):
+            self._stop.raise_if_asked(all_started=True)
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_GATHER_LOOK_SECONDS)
+        return True
 
     def _before_each_look(self) -> None:
-        if self._meets:  # there are no workers that a signal could miss
+        # There are no workers that a signal could miss. torch's thread that says that this host lives looks, too.
+        if self._meets == threading.get_ident():
             self._stop.raise_if_asked(all_started=True)
 
     @contextmanager

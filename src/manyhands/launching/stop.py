@@ -77,6 +77,10 @@ class Stop:
         timer.daemon = True
         timer.start()
 
+    def kill_rest(self) -> None:
+        """Kill what workers that have ended have left running in their sessions."""
+        _kill_sessions(self._folder)
+
     def interrupted(self, ends: Sequence[WorkerEnd]) -> Interrupted:
         """The error that tells how the stop went."""
         name = self.signal.name if self.signal is not None else "a signal"

@@ -86,6 +86,11 @@ class Failure:
         )
 
     @property
+    def is_hearsay(self) -> bool:
+        """Whether it merely noticed that something was gone, and knows of nobody who is to blame."""
+        return self.kind == WorkerError.__name__ and self.culprit is None
+
+    @property
     def first_line(self) -> str:
         """The message's."""
         return self.message.partition("\n")[0]

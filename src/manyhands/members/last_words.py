@@ -27,9 +27,14 @@ class LastWords:
     """See the module. In force from here on until `membership` is closed; for the parent, to the program's end."""
 
     def __init__(self, membership: Membership) -> None:
-        self._membership, self._pid = membership, os.getpid()
+        self._membership: Membership | None = membership  # until it's closed
+        self._pid = os.getpid()
+        # What stays for the parent after a group was closed is replaced: else each group would keep all before it.
+        before = getattr(sys.excepthook, "__self__", None)
         self._previous_hook = sys.excepthook
-        self._handles_signal = self._closed = False
+        if isinstance(before, LastWords) and before._membership is None:
+            self._previous_hook = before._previous_hook
+        self._handles_signal = False
         sys.excepthook = self._uncaught
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -39,9 +44,10 @@ class LastWords:
         membership.at_close.append(self._remove)
 
     def _remove(self) -> None:
-        self._closed = True
+        membership, self._membership = self._membership, None  # which is kept by nothing that stays here
         atexit.unregister(self._ending)
-        wanted = self._membership.failure is not None or os.environ.get(PARENT_TELLS_VARIABLE)  # for what comes later
+        failed = membership is not None and membership.failure is not None
+        wanted = failed or os.environ.get(PARENT_TELLS_VARIABLE)  # for what comes later
         if not wanted and sys.excepthook == self._uncaught:
             sys.excepthook = self._previous_hook
         if self._handles_signal and signal.getsignal(signal.SIGTERM) == self._asked_to_end:
@@ -49,25 +55,27 @@ class LastWords:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if self._closed:
+        membership = self._membership
+        if membership is None:
             record_failure(error)
         else:
-            self._membership.fail(error)
+            membership.fail(error)
         if not os.environ.get(PARENT_TELLS_VARIABLE):
             self._previous_hook(kind, error, trace)
 
     def _asked_to_end(self, number: int, frame: FrameType | None) -> None:
-        deadline = time.monotonic() + _HEARSAY_SECONDS
-        while self._membership.failure is None and time.monotonic() < deadline:
+        membership, deadline = self._membership, time.monotonic() + _HEARSAY_SECONDS
+        while membership is not None and membership.failure is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        if self._membership.failure is not None:
-            tell(self._membership.failure)
+        if membership is not None and membership.failure is not None:
+            tell(membership.failure)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _ending(self) -> None:
-        if self._membership.failure is None and os.getpid() == self._pid:  # not in a child that the program forked
-            self._membership.leave()
+        membership = self._membership
+        if membership is not None and membership.failure is None and os.getpid() == self._pid:  # not in a forked child
+            membership.leave()
 
 
 def tell(error: WorkerError) -> None:

@@ -107,8 +107,10 @@ class Membership:
         self.failure: WorkerError | None = None
         self._noticed = False  # the main thread has raised the failure (or its own): it is on its way out
         self._store, self._abandon, self._meetings, self._beats = store, abandon, 0, 0
+        self.one_host = False  # not before all have said where they are
         self._stop = threading.Event()
         self._lost_seconds, self._heard = LOST_SECONDS, math.inf  # when the store answered the watching thread last
+        self._store_is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else worker 0 keeps it
         memory, address = arena.create(BOARD_BYTES)
         self.board = Board(memory)
         me = {
@@ -173,7 +175,10 @@ class Membership:
 
     @property
     def _is_cut_off(self) -> bool:
-        """Whether the watching thread has waited for the store's answer for as long."""
+        """Whether the watching thread has waited for the store's answer for as long. A launcher on this host is never
+        judged: it's held (Ctrl-Z), and boards suffice to go on. If it ends, the store isn't silent, but breaks."""
+        if self._store_is_launchers and self.one_host:
+            return False
         return time.monotonic() - self._heard > LOST_SECONDS
 
     def enter(self, place: Place) -> None:
@@ -315,14 +320,20 @@ class Membership:
                         self._beat(now)
                         last_beat = now
                 except (RuntimeError, OSError) as error:
-                    self.failure = WorkerError(
-                        "the store through which the workers find each other is gone (did the launcher end?)",
-                        detail=str(error),
-                    )
+                    self.failure = self._store_gone(error)
                 failed_at = now
             elif now - failed_at > GRACE_SECONDS and not self._noticed:
                 self._abandon(self.failure)
                 return
+
+    def _store_gone(self, error: Exception) -> WorkerError:
+        """Who ended with the store. (Another one that was seen to end meanwhile may have ended because of that.)"""
+        keeper = None if self._store_is_launchers else self.peers.get(0)
+        if keeper is None:
+            what = "the store through which the workers find each other is gone (did the launcher end?)"
+            return WorkerError(what, detail=str(error))
+        what = "worker 0 ended, and with it the store through which the workers find each other"
+        return WorkerError(what, rank=0, where=keeper.where, place=keeper.place, detail=str(error))
 
     def _look(self) -> None:
         self._take_report()

@@ -1,0 +1,83 @@
+"""Who is named when worker 0 ends, whose process keeps the store where no launcher does: as on several hosts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from manyhands.errors import WorkerError
+from manyhands.launching.culprit import explain
+from manyhands.members.failure import ERROR_FILE_VARIABLE, Failure, WorkerEnd, read_failure
+
+MEMBER = """
+import time
+from manyhands.comm.connect import connect
+group = connect()
+group.status("step 3 / update", 3)
+group.barrier("all are there / control")
+print("there", flush=True)
+while True:
+    group.barrier("step 3 / control")
+    time.sleep(0.01)
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Failure:
+    """What worker 1 leaves behind after worker 0 was killed, and the store with it."""
+    folder = tmp_path_factory.mktemp("told")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    members = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER],
+            env={**shared, "RANK": str(rank), ERROR_FILE_VARIABLE: str(folder / f"error-{rank}.json")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for member in members:
+            assert member.stdout is not None
+            assert member.stdout.readline() == b"there\n"
+        members[0].kill()
+        assert members[1].wait(30) == 1
+    finally:
+        for member in members:
+            member.kill()
+            member.communicate()
+    failure = read_failure(folder / "error-1.json", 1)
+    assert failure is not None
+    return failure
+
+
+@pytest.mark.parametrize("exit_code", [None, 0, -signal.SIGSEGV, -signal.SIGKILL], ids=str)
+def test_worker_0_that_was_killed_is_named_by_what_the_others_know(told: Failure, exit_code: int | None) -> None:
+    """Whether worker 0's parent is another one (None: on another host), doesn't know how it ended, or does."""
+    ends = [WorkerEnd(rank=1, exit_code=1, seconds=5.0, failure=told)]
+    if exit_code is not None:
+        ends.insert(0, WorkerEnd(rank=0, exit_code=exit_code, seconds=4.9))
+    error = explain(ends)
+    assert isinstance(error, WorkerError)
+    assert error.rank == 0
+    assert "worker 0" in error.what
+    assert error.place.step == 3
+
+
+def test_who_only_knows_that_something_is_gone_is_to_blame_last() -> None:
+    gone = Failure.of(WorkerError("a worker failed, and the store with its story is gone"), rank=1, pid=1)
+    knows_nobody = WorkerEnd(rank=1, exit_code=1, seconds=4.0, failure=gone)
+    for exit_code in (1, -signal.SIGSEGV):
+        error = explain([knows_nobody, WorkerEnd(rank=0, exit_code=exit_code, seconds=5.0)])
+        assert isinstance(error, WorkerError)
+        assert error.rank == 0
+    alone = explain([knows_nobody])
+    assert alone.what == gone.what

@@ -1,0 +1,38 @@
+"""A worker's last words are its latest group's: what was closed is kept by nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from manyhands.members.failure import ERROR_FILE_VARIABLE, PARENT_TELLS_VARIABLE, read_failure
+
+ROUNDS = """
+import gc, os, sys
+from torch.distributed import HashStore
+from manyhands.members.last_words import LastWords
+from manyhands.members.membership import Membership
+from manyhands.offload.shared import ProcessArena
+
+first = sys.excepthook
+for _ in range(20):
+    membership = Membership(HashStore(), 0, 1, ProcessArena(), stall_seconds=60, abandon=lambda error: None)
+    LastWords(membership)
+    membership.close()
+    del membership
+gc.collect()
+print(sum(type(kept) is Membership for kept in gc.get_objects()), sys.excepthook.__self__._previous_hook is first)
+raise ValueError("after all groups")
+"""
+
+
+def test_groups_that_were_closed_are_not_kept_and_later_errors_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "error.json"
+    variables = {**os.environ, PARENT_TELLS_VARIABLE: "1", ERROR_FILE_VARIABLE: str(path), "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", ROUNDS], env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "0 True\n", "")
+    failure = read_failure(path, 0)
+    assert failure is not None
+    assert failure.message == "after all groups"
