@@ -222,7 +222,7 @@ def train(
                 lambda failures: start_workers(
                     command, allowed.after(failures), directory / "logs", snapshots.variables, holds_signals=True
                 ),
-                saved_step=lambda: max(snapshots.newest_step(), _last_checkpoint(checkpoints)),
+                saved_step=lambda: max(snapshots.newest_step(), (0, _last_checkpoint(checkpoints))),
                 most=max_restarts,
                 tell=lambda restart: _note_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
                 samples_of=batch.samples_of,

@@ -68,7 +68,7 @@ class Record:
         self._recipe_as_used = recipe_as_used
         self._tensorboard: TensorBoardLog | None = None
         self._bars: list[TrainingProgress] = []
-        self.snapshots = Snapshots(engine, self.tell)
+        self.snapshots = Snapshots(engine, self.path, self.tell)
         self._stack = stack
         if self.path is not None and engine.group.rank == 0:
             self._directory = RunDirectory(self.path)
