@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,9 @@ from manyhands.config import Batch, Recipe, Strategy
 from manyhands.engine.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
 from manyhands.report.run_directory import RunDirectory, write_json
+from manyhands.report.run_lock import is_locked, run_lock
 from support.models import gpt_recipe
+from test_faults import MANYHANDS, SUPPORT
 
 
 def step_metrics(step: int, loss: float = 1.5) -> StepMetrics:
@@ -205,3 +210,45 @@ def test_training_into_something_else_is_refused(tmp_path: Path) -> None:
             mh.train(gpt_recipe(), steps=1, run_dir=path, show=False)
         assert caught.value.got == got
     assert os.listdir(tmp_path / "foreign") == ["thesis.txt"]
+
+
+def test_only_one_has_a_run_directory(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run")
+    assert is_locked(tmp_path / "run") is None
+    with run_lock(tmp_path / "run"):
+        assert is_locked(tmp_path / "run")
+        with pytest.raises(ConfigError, match="the run is going on already") as caught, run_lock(tmp_path / "run"):
+            pass
+        assert str(os.getpid()) in str(caught.value.got)
+        RunDirectory(tmp_path / "run")  # also before its manifest is there
+    assert is_locked(tmp_path / "run") is False
+    with run_lock(tmp_path / "run"):
+        pass
+
+
+def test_without_locks_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    with run_lock(tmp_path):
+        assert is_locked(tmp_path) is None
+    with run_lock(tmp_path / "nowhere"):
+        pass
+
+
+def test_a_run_that_goes_on_is_begun_by_nobody_else(tmp_path: Path) -> None:
+    with run_lock(RunDirectory(tmp_path / "run").path):
+        with pytest.raises(ConfigError, match="the run is going on already"):
+            mh.train(gpt_recipe(), steps=1, run_dir=tmp_path / "run", show=False)
+        command = [
+            *MANYHANDS,
+            "train",
+            str(SUPPORT / "faulty.toml"),
+            "--workers",
+            "1",
+            "--run-dir",
+            str(tmp_path / "run"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert f"process {os.getpid()} on" in done.stderr
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    mh.train(gpt_recipe(), steps=1, run_dir=tmp_path / "run", show=False)

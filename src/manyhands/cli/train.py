@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.ends import ending_told, note_failure, note_restart
 from manyhands.cli.hosts import first_host, train_together
 from manyhands.cli.workers import (
     Bounds,
@@ -22,16 +24,13 @@ from manyhands.cli.workers import (
     from_one,
     snapshots_kept,
     start_workers,
-    tell_restart,
     workers_for,
 )
 from manyhands.config import GROUPS, HOMES, STAGES
-from manyhands.errors import CheckpointError, ConfigError, Interrupted, WorkerError
+from manyhands.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:  # what torch is loaded for waits until it's needed
     from manyhands.checkpoint.address import Place
-    from manyhands.launching.restarts import Restart
-    from manyhands.report.run_directory import RunDirectory
 
 
 def train(
@@ -189,6 +188,7 @@ def train(
     from manyhands.checkpoint.format import checkpoints_of
     from manyhands.launching.restarts import run_again
     from manyhands.report.run_directory import RunDirectory
+    from manyhands.report.run_lock import run_lock
 
     RunDirectory(directory)  # a wrong place is refused before workers start
     checkpoints = checkpoints_of(directory, checkpoint_dir)
@@ -208,10 +208,13 @@ def train(
     if launched:
         from manyhands.cli.worker import work
 
-        raise typer.Exit(work(request))
+        with run_lock(directory) if os.environ.get("RANK") == "0" else nullcontext():
+            raise typer.Exit(work(request))
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
-    note = partial(_note_failure, RunDirectory(directory))
-    try:
+    note = partial(note_failure, RunDirectory(directory))
+    with ExitStack() as stack:
+        stack.enter_context(run_lock(directory))
+        stack.enter_context(ending_told(note, directory, checkpoints, given=run_dir is not None))
         if hosts is not None:
             batch.check_workers(allowed.most * hosts.most)
             meeting = first_host(hosts, meet, request, allowed.most, max_restarts, partial(note, restart=0))
@@ -224,14 +227,9 @@ def train(
                 ),
                 saved_step=lambda: max(snapshots.newest_step(), (0, _last_checkpoint(checkpoints))),
                 most=max_restarts,
-                tell=lambda restart: _note_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
+                tell=lambda restart: note_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
                 samples_of=batch.samples_of,
             )
-    except WorkerError as error:
-        note(error, restart=None)
-        raise
-    except Interrupted as error:
-        raise _with_the_way_on(error, directory, checkpoints, given=run_dir is not None) from None
 
 
 def _launched_workers(workers: Bounds | None, run_dir: Path | None) -> int:
@@ -256,31 +254,3 @@ def _last_checkpoint(checkpoints: Place) -> int:
         return max((step for step, _ in list_checkpoints(checkpoints)), default=0)
     except CheckpointError:
         return 0
-
-
-def _note_restart(directory: RunDirectory, restart: Restart, workers: int) -> None:
-    _note_failure(directory, restart.cause, restart.number)
-    tell_restart(restart, workers)
-
-
-def _note_failure(directory: RunDirectory, error: WorkerError | None, restart: int | None) -> None:
-    """restart: None if nobody tries again. error: None if it was none: a host has come or gone."""
-    if error is None:
-        directory.append_event("hosts changed")
-        return
-    facts = {"rank": error.rank, "what": error.what, "where": error.where, "hint": error.hint}
-    directory.append_event("failed", **facts, restart=restart)
-
-
-def _with_the_way_on(error: Interrupted, directory: Path, checkpoints: Place, *, given: bool) -> Interrupted:
-    """The same, with where the last checkpoint is and how to go on from it; or that there is none."""
-    from manyhands.checkpoint.format import list_checkpoints
-
-    found = list_checkpoints(checkpoints)
-    again = shlex.join(["manyhands", *sys.argv[1:], *([] if given else ["--run-dir", str(directory)])])
-    return Interrupted(
-        error.what,
-        where=f"its last checkpoint is {found[-1][1]}" if found else "there is no checkpoint: no step was finished",
-        hint=f"to go on: {again}" if found else None,
-        detail=error.detail,
-    )

@@ -25,10 +25,11 @@ from typing import Any
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
+from manyhands.report.run_lock import LOCK
 
 FORMAT = "manyhands run 1"
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
-_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl", "events.jsonl")
+_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl", "events.jsonl", LOCK)
 """All that a run may have written without one."""
 
 
