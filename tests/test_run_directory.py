@@ -9,6 +9,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,36 @@ def test_training_into_something_else_is_refused(tmp_path: Path) -> None:
             mh.train(gpt_recipe(), steps=1, run_dir=path, show=False)
         assert caught.value.got == got
     assert os.listdir(tmp_path / "foreign") == ["thesis.txt"]
+
+
+def test_a_line_cut_short_in_the_middle_spoils_no_other(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    for step in range(2):
+        run.append_event("saved", step=step)
+        run.append_metrics(step_metrics(step))
+        for path in (run.path / "events.jsonl", run.metrics):
+            path.write_bytes(path.read_bytes() + b'{"seconds": 1, "ev')
+    assert [event["step"] for event in run.read_events()] == [0, 1]
+    assert run.read_metrics() == [step_metrics(0), step_metrics(1)]
+    (run.path / "events.jsonl").write_bytes(b'{"seconds": 1, "ev{"seconds": 1}\n[]\n{}\n')
+    assert run.read_events() == []
+
+
+def test_a_line_of_which_only_a_part_is_written_is_told(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.append_event("saved", step=1)
+    size = (run.path / "events.jsonl").stat().st_size
+    code = (
+        "import resource, signal, sys; from manyhands.report.run_directory import RunDirectory\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 9}, {size + 9}))\n"
+        "RunDirectory(sys.argv[1]).append_event('saved', step=2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=False)
+    assert "the run directory can't be written: File too large" in done.stderr
+    assert (run.path / "events.jsonl").stat().st_size == size + 9
+    run.append_event("saved", step=3)
+    assert [event["step"] for event in run.read_events()] == [1, 3]
 
 
 def test_only_one_has_a_run_directory(tmp_path: Path) -> None:
