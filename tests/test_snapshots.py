@@ -115,6 +115,27 @@ def test_when_memory_is_short_it_says_so_and_none_is_taken(
     assert "100 KiB that are free" in told[0]
 
 
+def test_what_the_slots_hold_already_needs_no_room_again(
+    memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, told = gpt_recipe("fp32"), list[str]()
+    train(recipe, 1, "zero2", memory, taken=(1, 2))
+    held = memory.held_bytes()
+    monkeypatch.setenv(SNAPSHOT_MEMORY_VARIABLE, memory.address())
+    for free, newest_step in ((held + (64 << 10), 3), (1 << 10, None)):
+        monkeypatch.setattr(snapshots, "free_memory_bytes", lambda free=free: free)
+        monkeypatch.setattr(snapshots, "_trainings", itertools.count())
+        with mh.Engine(recipe) as engine:
+            mine = snapshots.Snapshots(engine, None, told.append)
+            mine.load()
+            engine.step(next(engine.batches()))
+            mine.after_step(None, last=False)
+        newest = memory.newest()
+        assert (None if newest is None else newest.manifest.step) == newest_step
+    assert len(told) == 1
+    assert memory.held_bytes() == 0
+
+
 @pytest.fixture
 def kept(memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch) -> SnapshotMemory:
     """As a worker of a parent that has it: a snapshot is taken after each step but the last."""

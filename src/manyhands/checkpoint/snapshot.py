@@ -106,6 +106,16 @@ class SnapshotMemory:
         slot, self._next = self._slots[self._next], 1 - self._next
         return slot
 
+    def held_bytes(self) -> int:
+        """How much memory the slots take now."""
+        return sum(os.stat(path).st_blocks * 512 for slot in self._slots for path in (slot.record, *slot.pieces))
+
+    def free(self) -> None:
+        """Give the slots' memory back: they are empty then. For one worker, when none reads them any more."""
+        for slot in self._slots:
+            for path in (slot.record, *slot.pieces):  # the record first: killed amid this, no part is taken for whole
+                os.truncate(path, 0)
+
     def _in(self, slot: Slot) -> Snapshot | None:
         snapshot = _read_record(slot)
         return snapshot if snapshot is None or self.of in (None, snapshot.of) else None

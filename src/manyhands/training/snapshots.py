@@ -28,7 +28,7 @@ SNAPSHOT_EVERY_VARIABLE = "MANYHANDS_SNAPSHOT_EVERY"
 MOST_OF_TIME = 0.02
 """What snapshots may cost, unless it's said how often they're taken."""
 MOST_OF_MEMORY = 0.5
-"""Of what is free, what both slots may take."""
+"""Of what is free, or in the slots already, what both may take."""
 _trainings = itertools.count()  # of this process: started again, a script makes the same ones in the same order
 
 
@@ -69,7 +69,9 @@ class Snapshots:
         step = self._engine.step_index
         if self._memory is None or last or (self._next_step is not None and step < self._next_step):
             return
-        if not self._taken and not self._find_room():
+        if not self._taken and not self._find_room(self._memory):
+            if self._engine.group.rank == 0:
+                self._memory.free()
             self._memory = None
             return
         began = time.monotonic()
@@ -88,8 +90,9 @@ class Snapshots:
         # The first one in a slot has the kernel find memory for it: what it costs says little.
         return 1 if self._taken < 3 else max(1, math.ceil(max(costs) / (MOST_OF_TIME * max(max(steps), 1e-6))))
 
-    def _find_room(self) -> bool:
-        mine = [snapshot_bytes(self._engine), free_memory_bytes()]
+    def _find_room(self, memory: SnapshotMemory) -> bool:
+        # What the slots hold of the workers before these is overwritten: it's no longer free, and needn't be.
+        mine = [snapshot_bytes(self._engine), free_memory_bytes() + memory.held_bytes()]
         everyone: list[Any] = gather_json(self._engine.group, mine, "start / snapshot memory / control")
         needed, free = 2 * sum(size for size, _ in everyone), min(free for _, free in everyone)
         if needed <= MOST_OF_MEMORY * free:
