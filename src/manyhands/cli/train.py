@@ -111,7 +111,7 @@ def train(
             metavar="N",
             callback=a_number_auto_or_never,
             help="Steps between snapshots in memory, with which workers that failed begin again: a number, auto (so "
-            "often that they cost 2 % of the time), or never.",
+            "often that they cost 2 % of the time), or never. With --hosts none are taken.",
         ),
     ] = "auto",
     max_restarts: Annotated[
@@ -119,7 +119,8 @@ def train(
         typer.Option(
             metavar="N",
             min=0,
-            help="How often to start the workers again after one failed, without a step more saved (default: 3).",
+            help="How often to start the workers again after one failed, without a step more saved; with --hosts: in "
+            "all (default: 3).",
             show_default=False,
         ),
     ] = 3,
@@ -163,7 +164,8 @@ def train(
 
     Ctrl-C stops after the step at hand, with a checkpoint; the same command with the same `--run-dir` goes on.
 
-    On several hosts torchrun starts it, as its workers: see docs/hosts.md.
+    On several hosts: with --hosts on the first and `manyhands join` on the others; or torchrun starts it, as its
+    workers. See docs/hosts.md.
 
     Example: `manyhands train recipe.toml --workers 4 --stage zero2 --set seed=1`
     """

@@ -49,20 +49,21 @@ def run_lock(path: Path) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether somebody has the run directory just now; None: that can't be said, as nobody has locked it ever."""
+    """Whether somebody has the run directory just now. None: that can't be said, as nobody has locked it ever, or the
+    last one was another host, whose locks may not be seen here."""
     try:
         fd = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False if _owner(fd).endswith(f" on {socket.gethostname()}") else None
     except BlockingIOError:
         return True
     except OSError:
         return None
     finally:
         os.close(fd)
-    return False
 
 
 def _is_ours(fd: int) -> bool:
