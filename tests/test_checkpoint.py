@@ -175,7 +175,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_leftover_of_a_killed_save_is_removed_and_never_taken(tmp_path: Path) -> None:
-    leftover = tmp_path / ".step-00000009.partial"
+    leftover = tmp_path / ".step-00000009.0123456789abcdef.partial"
     leftover.mkdir()
     (leftover / "worker-0.safetensors").write_bytes(b"half")
     assert list_checkpoints(tmp_path) == []

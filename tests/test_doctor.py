@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+import manyhands as mh
 from manyhands.planner import machine
 from manyhands.planner.hosts import _numerics
 from manyhands.planner.machine import Finding, look_at_machine
 from manyhands.report.run_directory import RunDirectory
+from manyhands.report.run_lock import run_lock
 from manyhands.training.story import story_of_run
+from support.models import gpt_recipe
 from test_faults import MANYHANDS
 
 MAIN = str(Path(machine.__file__).parents[1] / "cli" / "main.py")
@@ -93,11 +96,38 @@ def test_a_run_that_failed_for_good(tmp_path: Path) -> None:
     assert "begins anew" in story.advice
 
 
-@pytest.mark.parametrize(("age", "outcome"), [(0.0, "perhaps going on"), (3600.0, "killed")])
+@pytest.mark.parametrize(
+    ("age", "outcome"), [(0.0, "perhaps going on"), (600.0, "perhaps going on"), (3600.0, "killed")]
+)
 def test_a_run_without_a_last_word(tmp_path: Path, age: float, outcome: str) -> None:
     run = run_of(tmp_path / "run", BEGAN)
     os.utime(run.path / "events.jsonl", (time.time() - age,) * 2)
     assert story_of_run(run).outcome == outcome
+
+
+def test_a_run_whose_launcher_lives_is_going_on_however_long_it_says_nothing(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", BEGAN)
+    with run_lock(run.path):
+        os.utime(run.path / "events.jsonl", (time.time() - 3600,) * 2)
+        story = story_of_run(run)
+        assert story.outcome == "going on"
+        assert "wait" in story.advice
+        assert "the same command" not in story.advice
+    os.utime(run.path / "events.jsonl")
+    assert story_of_run(run).outcome == "killed"
+    (run.path / ".lock").write_text('["another host", 1]')  # whose locks may not be seen here
+    story = story_of_run(run)
+    assert story.outcome == "perhaps going on"
+    assert "wait" in story.advice
+
+
+def test_checkpoints_are_looked_for_where_they_are(tmp_path: Path) -> None:
+    run, elsewhere = RunDirectory(tmp_path / "run"), tmp_path / "elsewhere"
+    mh.train(gpt_recipe(), steps=1, run_dir=run.path, checkpoint_dir=elsewhere, show=False)
+    run.append_event("failed", **FAILED, restart=None)
+    assert "goes on from step 1" in story_of_run(run).advice
+    run.write_manifest({}, {}, checkpoints="nosuchstore://bucket/folder")
+    assert "can't be seen from here" in story_of_run(run).advice
 
 
 def test_a_run_that_ended(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Launches:
     def again(self, most: int = 3) -> None:
         run_again(
             self.run,
-            saved_step=lambda: self.saved,
+            saved_step=lambda: (0, self.saved),
             most=most,
             tell=self.told.append,
             samples_of=lambda step, micro_batch: f"samples of {step}, {micro_batch}",
@@ -75,6 +75,17 @@ def test_progress_makes_failures_forgotten() -> None:
     launches = Launches(*[(failed(), 1)] * 20, (None, 1))
     launches.again(most=1)
     assert {restart.number for restart in launches.told} == {1}
+
+
+def test_a_later_training_is_progress_however_few_its_steps() -> None:
+    saved, ends = iter([(0, 0), (0, 9), (0, 9), (1, 1), (1, 1)]), [failed(), failed(), None]
+
+    def run(failures: int) -> None:
+        if (error := ends.pop(0)) is not None:
+            raise error
+
+    run_again(run, saved_step=lambda: next(saved), most=1, tell=lambda restart: None)
+    assert ends == []
 
 
 def test_without_progress_there_is_an_end() -> None:

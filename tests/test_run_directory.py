@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,9 @@ from manyhands.config import Batch, Recipe, Strategy
 from manyhands.engine.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
 from manyhands.report.run_directory import RunDirectory, write_json
+from manyhands.report.run_lock import is_locked, run_lock
 from support.models import gpt_recipe
+from test_faults import MANYHANDS, SUPPORT
 
 
 def step_metrics(step: int, loss: float = 1.5) -> StepMetrics:
@@ -205,3 +211,75 @@ def test_training_into_something_else_is_refused(tmp_path: Path) -> None:
             mh.train(gpt_recipe(), steps=1, run_dir=path, show=False)
         assert caught.value.got == got
     assert os.listdir(tmp_path / "foreign") == ["thesis.txt"]
+
+
+def test_a_line_cut_short_in_the_middle_spoils_no_other(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    for step in range(2):
+        run.append_event("saved", step=step)
+        run.append_metrics(step_metrics(step))
+        for path in (run.path / "events.jsonl", run.metrics):
+            path.write_bytes(path.read_bytes() + b'{"seconds": 1, "ev')
+    assert [event["step"] for event in run.read_events()] == [0, 1]
+    assert run.read_metrics() == [step_metrics(0), step_metrics(1)]
+    (run.path / "events.jsonl").write_bytes(b'{"seconds": 1, "ev{"seconds": 1}\n[]\n{}\n')
+    assert run.read_events() == []
+
+
+def test_a_line_of_which_only_a_part_is_written_is_told(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.append_event("saved", step=1)
+    size = (run.path / "events.jsonl").stat().st_size
+    code = (
+        "import resource, signal, sys; from manyhands.report.run_directory import RunDirectory\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 9}, {size + 9}))\n"
+        "RunDirectory(sys.argv[1]).append_event('saved', step=2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=False)
+    assert "the run directory can't be written: File too large" in done.stderr
+    assert (run.path / "events.jsonl").stat().st_size == size + 9
+    run.append_event("saved", step=3)
+    assert [event["step"] for event in run.read_events()] == [1, 3]
+
+
+def test_only_one_has_a_run_directory(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run")
+    assert is_locked(tmp_path / "run") is None
+    with run_lock(tmp_path / "run"):
+        assert is_locked(tmp_path / "run")
+        with pytest.raises(ConfigError, match="the run is going on already") as caught, run_lock(tmp_path / "run"):
+            pass
+        assert str(os.getpid()) in str(caught.value.got)
+        RunDirectory(tmp_path / "run")  # also before its manifest is there
+    assert is_locked(tmp_path / "run") is False
+    with run_lock(tmp_path / "run"):
+        pass
+
+
+def test_without_locks_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    with run_lock(tmp_path):
+        assert is_locked(tmp_path) is None
+    with run_lock(tmp_path / "nowhere"):
+        pass
+
+
+def test_a_run_that_goes_on_is_begun_by_nobody_else(tmp_path: Path) -> None:
+    with run_lock(RunDirectory(tmp_path / "run").path):
+        with pytest.raises(ConfigError, match="the run is going on already"):
+            mh.train(gpt_recipe(), steps=1, run_dir=tmp_path / "run", show=False)
+        command = [
+            *MANYHANDS,
+            "train",
+            str(SUPPORT / "faulty.toml"),
+            "--workers",
+            "1",
+            "--run-dir",
+            str(tmp_path / "run"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert f"process {os.getpid()} on" in done.stderr
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    mh.train(gpt_recipe(), steps=1, run_dir=tmp_path / "run", show=False)

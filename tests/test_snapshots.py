@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import manyhands as mh
-from manyhands.checkpoint.snapshot import SnapshotMemory, take_snapshot
+from manyhands.checkpoint import snapshot
+from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE, SnapshotMemory, Training, take_snapshot
+from manyhands.cli.workers import KeptSnapshots
 from manyhands.comm.group import Group
+from manyhands.launching.launcher import run_workers
 from manyhands.planner.free_memory import free_memory_bytes
 from manyhands.report.run_directory import RunDirectory
 from manyhands.training import snapshots
@@ -73,7 +80,7 @@ def test_one_that_is_half_written_is_none(memory: SnapshotMemory) -> None:
     undisturbed = train(recipe, 2, "zero2", memory, taken=(1, 2, 3))
     slots = json.loads(memory.address())
     records = [Path(record) for record, _ in slots]
-    newest = max(records, key=lambda record: json.loads(record.read_bytes()[16:])["step"])
+    newest = max(records, key=lambda record: json.loads(record.read_bytes()[16:])["manifest"]["step"])
     whole = newest.read_bytes()
     for cut in (0, 8, 16, len(whole) // 2, len(whole) - 1):  # as far as worker 0 came
         newest.write_bytes(whole[:cut])
@@ -87,7 +94,9 @@ def test_the_older_slot_is_written_also_by_workers_that_came_later(memory: Snaps
     recipe = gpt_recipe("fp32")
     train(recipe, 1, "zero2", memory, taken=(1,))
     train(recipe, 2, "zero2", memory, load=True, taken=(2, 3))
-    steps = sorted(json.loads(Path(record).read_bytes()[16:])["step"] for record, _ in json.loads(memory.address()))
+    steps = sorted(
+        json.loads(Path(record).read_bytes()[16:])["manifest"]["step"] for record, _ in json.loads(memory.address())
+    )
     assert steps == [2, 3]
 
 
@@ -95,15 +104,93 @@ def test_when_memory_is_short_it_says_so_and_none_is_taken(
     memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setenv(snapshots.SNAPSHOT_MEMORY_VARIABLE, memory.address())
+    monkeypatch.setenv(SNAPSHOT_MEMORY_VARIABLE, memory.address())
     monkeypatch.setattr(snapshots, "free_memory_bytes", lambda: 100 << 10)
 
     with mh.Engine(gpt_recipe("fp32")) as engine:
-        mine = snapshots.Snapshots(engine, told.append)
+        mine = snapshots.Snapshots(engine, None, told.append)
         engine.step(next(engine.batches()))
         mine.after_step(None, last=False)
     assert memory.newest() is None
     assert "100 KiB that are free" in told[0]
+
+
+def test_what_the_slots_hold_already_needs_no_room_again(
+    memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, told = gpt_recipe("fp32"), list[str]()
+    train(recipe, 1, "zero2", memory, taken=(1, 2))
+    held = memory.held_bytes()
+    monkeypatch.setenv(SNAPSHOT_MEMORY_VARIABLE, memory.address())
+    for free, newest_step in ((held + (64 << 10), 3), (1 << 10, None)):
+        monkeypatch.setattr(snapshots, "free_memory_bytes", lambda free=free: free)
+        monkeypatch.setattr(snapshots, "_trainings", itertools.count())
+        with mh.Engine(recipe) as engine:
+            mine = snapshots.Snapshots(engine, None, told.append)
+            mine.load()
+            engine.step(next(engine.batches()))
+            mine.after_step(None, last=False)
+        newest = memory.newest()
+        assert (None if newest is None else newest.manifest.step) == newest_step
+    assert len(told) == 1
+    assert memory.held_bytes() == 0
+
+
+@pytest.fixture
+def kept(memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch) -> SnapshotMemory:
+    """As a worker of a parent that has it: a snapshot is taken after each step but the last."""
+    monkeypatch.setenv(SNAPSHOT_MEMORY_VARIABLE, memory.address())
+    monkeypatch.setenv(snapshots.SNAPSHOT_EVERY_VARIABLE, "1")
+    monkeypatch.setattr(snapshots, "_trainings", itertools.count())
+    return memory
+
+
+def test_what_one_training_left_is_none_of_the_next_ones(kept: SnapshotMemory, tmp_path: Path) -> None:
+    recipe = gpt_recipe("fp32")
+    mh.train(recipe, steps=4, show=False)
+    second = mh.train(recipe, steps=2, show=False)
+    assert second.steps == 2
+    third = mh.train(recipe, steps=3, run_dir=tmp_path / "third", show=False)
+    assert third.steps == 3
+    newest = kept.newest()
+    assert newest is not None
+    assert (newest.of.number, newest.manifest.step) == (2, 2)  # more than (0, 3): the script came further
+    assert KeptSnapshots(kept, None).newest_step() == (2, 2)
+    mh.train(replace(recipe, seed=5), steps=2, show=False)
+
+
+def test_a_script_that_is_started_again_finds_its_own(
+    kept: SnapshotMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = gpt_recipe("fp32")
+    undisturbed = mh.train(recipe, steps=4, show=False).digest
+    mh.train(recipe, steps=3, run_dir=tmp_path / "run", show=False)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    monkeypatch.setattr(snapshots, "_trainings", itertools.count(1))
+    assert mh.train(recipe, steps=4, run_dir=tmp_path / "run", show=False).digest == undisturbed
+    assert RunDirectory(tmp_path / "run").read_events()[-3]["source"] == "snapshot"
+
+
+def test_one_that_another_training_began_to_overwrite_is_none(
+    memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mh.Engine(gpt_recipe("fp32")) as engine:
+        mine = SnapshotMemory.at(memory.address(), Training(1, ""))
+        for batch in engine.batches(3):
+            engine.step(batch)
+            take_snapshot(engine, mine, None)
+        monkeypatch.setattr(snapshot, "owned_pieces", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            take_snapshot(engine, SnapshotMemory.at(memory.address(), Training(0, "")), None)
+    newest = mine.newest()
+    assert newest is not None
+    assert newest.manifest.step == 2
+
+
+def test_a_launcher_inside_a_worker_hands_its_memory_not_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SNAPSHOT_MEMORY_VARIABLE, "that of the outer launcher")
+    run_workers([sys.executable, "-c", f"import os; exit(bool(os.environ['{SNAPSHOT_MEMORY_VARIABLE}']))"], workers=1)
 
 
 def test_free_memory_is_some_of_the_machines() -> None:

@@ -8,7 +8,7 @@
 
 Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer", "frozen". What of the optimizer's
 state has another shape than its parameter (Adafactor's row factors) is saved whole. A folder appears under its name
-only when it is whole: all files are written and synced in `.step-00000100.partial`, which is then renamed. A store has
+only when it is whole: all files are written and synced in `.step-….partial`, which is then renamed. A store has
 no renaming: there the files are in `step-00000100/5f0c11d2.../`, named after the attempt to write them, and the
 manifest comes last; a folder without a manifest is no checkpoint.
 """

@@ -30,7 +30,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 def workplace(final: Place, attempt: str) -> Place:
     """Where what shall be the folder `final` is written. attempt: 16 hexadecimal digits, other ones each time."""
-    return final / attempt if isinstance(final, Address) else final.with_name(f".{final.name}.partial")
+    return final / attempt if isinstance(final, Address) else final.with_name(f".{final.name}.{attempt}.partial")
 
 
 def try_out(root: Place) -> None:

@@ -4,6 +4,8 @@ The workers' parent makes files without a name (memfd) and holds them: two slots
 pieces and one for the record, which says what lies where. Workers open them through /proc. They write the slot that is
 older; when all have, worker 0 writes the record. So at every moment one slot is whole, whoever is killed; and when the
 parent ends, the kernel frees the memory. (As Gemini does, Wang et al., SOSP 2023, section 3, on one host.)
+
+The record also says whose it is: a script may train more than once, and what one training left is none of another's.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from manyhands.engine.control import gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import InvariantError
 
+SNAPSHOT_MEMORY_VARIABLE = "MANYHANDS_SNAPSHOT_MEMORY"
+"""Where the workers' parent keeps memory for snapshots; set by it ("": it keeps none)."""
 _HEAD_BYTES = 16  # of a record: its length and its checksum
 _IN_MEMORY = "the memory of the workers' parent"
 
@@ -37,18 +41,29 @@ class Slot(NamedTuple):
     pieces: tuple[str, ...]
 
 
+class Training(NamedTuple):
+    """Whose a snapshot is. number: which of those that the script makes, from 0; directory: of the run, "" for none."""
+
+    number: int
+    directory: str
+
+
+FIRST = Training(0, "")
+
+
 class Snapshot(NamedTuple):
     """What is in a slot."""
 
     slot: Slot
+    of: Training
     manifest: Manifest
 
 
 class SnapshotMemory:
-    """The two slots, as the workers' parent and they see them."""
+    """The two slots, as the workers' parent and they see them. of: the training whose they are; None: any."""
 
-    def __init__(self, slots: tuple[Slot, ...], descriptors: tuple[int, ...] = ()) -> None:
-        self._slots, self._descriptors = slots, descriptors
+    def __init__(self, slots: tuple[Slot, ...], descriptors: tuple[int, ...] = (), of: Training | None = None) -> None:
+        self._slots, self._descriptors, self.of = slots, descriptors, of
         self._next: int | None = None  # which one is written next, by this worker
 
     @classmethod
@@ -68,9 +83,9 @@ class SnapshotMemory:
         return json.dumps(self._slots)
 
     @classmethod
-    def at(cls, address: str) -> SnapshotMemory:
-        """What another process made."""
-        return cls(tuple(Slot(record, tuple(pieces)) for record, pieces in json.loads(address)))
+    def at(cls, address: str, of: Training = FIRST) -> SnapshotMemory:
+        """What another process made, for one training."""
+        return cls(tuple(Slot(record, tuple(pieces)) for record, pieces in json.loads(address)), of=of)
 
     def close(self) -> None:
         """Free it, once no worker is left."""
@@ -80,17 +95,30 @@ class SnapshotMemory:
 
     def newest(self) -> Snapshot | None:
         """The last whole snapshot, if there is one."""
-        found = [(slot, _read_record(slot)) for slot in self._slots]
-        whole = [Snapshot(slot, manifest) for slot, manifest in found if manifest is not None]
-        return max(whole, key=lambda snapshot: snapshot.manifest.step, default=None)
+        whole = [snapshot for snapshot in map(self._in, self._slots) if snapshot is not None]
+        return max(whole, key=lambda snapshot: (snapshot.of.number, snapshot.manifest.step), default=None)
 
     def next_slot(self) -> Slot:
-        """The one to write now: empty, or the older one."""
+        """The one to write now: empty, another training's, or the older one."""
         if self._next is None:
-            steps = [-1 if manifest is None else manifest.step for manifest in map(_read_record, self._slots)]
+            steps = [-1 if snapshot is None else snapshot.manifest.step for snapshot in map(self._in, self._slots)]
             self._next = steps.index(min(steps))
         slot, self._next = self._slots[self._next], 1 - self._next
         return slot
+
+    def held_bytes(self) -> int:
+        """How much memory the slots take now."""
+        return sum(os.stat(path).st_blocks * 512 for slot in self._slots for path in (slot.record, *slot.pieces))
+
+    def free(self) -> None:
+        """Give the slots' memory back: they are empty then. For one worker, when none reads them any more."""
+        for slot in self._slots:
+            for path in (slot.record, *slot.pieces):  # the record first: killed amid this, no part is taken for whole
+                os.truncate(path, 0)
+
+    def _in(self, slot: Slot) -> Snapshot | None:
+        snapshot = _read_record(slot)
+        return snapshot if snapshot is None or self.of in (None, snapshot.of) else None
 
 
 def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None) -> None:
@@ -101,11 +129,14 @@ def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None
     group, tag = engine.group, f"step {engine.step_index} / snapshot"
     group.status(f"snapshot of step {engine.step_index}", engine.step_index)
     slot, scalars = memory.next_slot(), Scalars()
+    # By every worker: all have done it before worker 0 writes a record again. What was there may be the newest one of
+    # another training: killed amid this, it must not be taken for whole.
+    _write_head(slot, bytes(_HEAD_BYTES))
     records = _write(slot.pieces[group.rank], file_name(group.rank), list(owned_pieces(engine, scalars)))
     mine = {"pieces": [record.model_dump() for record in records], "scalars": scalars}
     everyone: list[Any] = gather_json(group, mine, f"{tag} written / control")
     if group.rank == 0:
-        _write_record(slot, with_pieces(manifest_of(engine, digest or "", frozen=None), everyone))
+        _write_record(slot, memory.of, with_pieces(manifest_of(engine, digest or "", frozen=None), everyone))
 
 
 def load_snapshot(engine: StepEngine, memory: SnapshotMemory) -> Manifest:
@@ -168,17 +199,20 @@ def _write_all(fd: int, data: memoryview, start: int) -> None:
         data, start = data[written:], start + written
 
 
-def _write_record(slot: Slot, manifest: Manifest) -> None:
-    """Its head last: a record that was begun is none."""
-    text = json.dumps(manifest.model_dump(mode="json")).encode()
-    head = len(text).to_bytes(8, "little") + zlib.crc32(text).to_bytes(8, "little")
+def _write_record(slot: Slot, of: Training | None, manifest: Manifest) -> None:
+    """Its head last: a record that was begun is none (`take_snapshot` has removed the head before)."""
+    text = json.dumps({"of": of or FIRST, "manifest": manifest.model_dump(mode="json")}).encode()
     with open(slot.record, "r+b", buffering=0) as file:
-        _write_all(file.fileno(), memoryview(bytes(_HEAD_BYTES)), 0)
         _write_all(file.fileno(), memoryview(text), _HEAD_BYTES)
+    _write_head(slot, len(text).to_bytes(8, "little") + zlib.crc32(text).to_bytes(8, "little"))
+
+
+def _write_head(slot: Slot, head: bytes) -> None:
+    with open(slot.record, "r+b", buffering=0) as file:
         _write_all(file.fileno(), memoryview(head), 0)
 
 
-def _read_record(slot: Slot) -> Manifest | None:
+def _read_record(slot: Slot) -> Snapshot | None:
     with open(slot.record, "rb", buffering=0) as file:
         head = file.read(_HEAD_BYTES)
         length, checksum = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
@@ -186,4 +220,6 @@ def _read_record(slot: Slot) -> Manifest | None:
     if not text or len(text) != length or zlib.crc32(text) != checksum:
         return None
     said = json.loads(text)
-    return Manifest.model_validate(said) if said["format"] == FORMAT else None
+    if said["manifest"]["format"] != FORMAT:
+        return None
+    return Snapshot(slot, Training(*said["of"]), Manifest.model_validate(said["manifest"]))

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.ends import ending_told, note_failure, note_restart
 from manyhands.cli.hosts import first_host, train_together
 from manyhands.cli.workers import (
     Bounds,
@@ -22,16 +24,13 @@ from manyhands.cli.workers import (
     from_one,
     snapshots_kept,
     start_workers,
-    tell_restart,
     workers_for,
 )
 from manyhands.config import GROUPS, HOMES, STAGES
-from manyhands.errors import CheckpointError, ConfigError, Interrupted, WorkerError
+from manyhands.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:  # what torch is loaded for waits until it's needed
     from manyhands.checkpoint.address import Place
-    from manyhands.launching.restarts import Restart
-    from manyhands.report.run_directory import RunDirectory
 
 
 def train(
@@ -112,7 +111,7 @@ def train(
             metavar="N",
             callback=a_number_auto_or_never,
             help="Steps between snapshots in memory, with which workers that failed begin again: a number, auto (so "
-            "often that they cost 2 % of the time), or never.",
+            "often that they cost 2 % of the time), or never. With --hosts none are taken.",
         ),
     ] = "auto",
     max_restarts: Annotated[
@@ -120,7 +119,8 @@ def train(
         typer.Option(
             metavar="N",
             min=0,
-            help="How often to start the workers again after one failed, without a step more saved (default: 3).",
+            help="How often to start the workers again after one failed, without a step more saved; with --hosts: in "
+            "all (default: 3).",
             show_default=False,
         ),
     ] = 3,
@@ -164,7 +164,8 @@ def train(
 
     Ctrl-C stops after the step at hand, with a checkpoint; the same command with the same `--run-dir` goes on.
 
-    On several hosts torchrun starts it, as its workers: see docs/hosts.md.
+    On several hosts: with --hosts on the first and `manyhands join` on the others; or torchrun starts it, as its
+    workers. See docs/hosts.md.
 
     Example: `manyhands train recipe.toml --workers 4 --stage zero2 --set seed=1`
     """
@@ -189,6 +190,7 @@ def train(
     from manyhands.checkpoint.format import checkpoints_of
     from manyhands.launching.restarts import run_again
     from manyhands.report.run_directory import RunDirectory
+    from manyhands.report.run_lock import run_lock
 
     RunDirectory(directory)  # a wrong place is refused before workers start
     checkpoints = checkpoints_of(directory, checkpoint_dir)
@@ -208,10 +210,13 @@ def train(
     if launched:
         from manyhands.cli.worker import work
 
-        raise typer.Exit(work(request))
+        with run_lock(directory) if os.environ.get("RANK") == "0" else nullcontext():
+            raise typer.Exit(work(request))
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
-    note = partial(_note_failure, RunDirectory(directory))
-    try:
+    note = partial(note_failure, RunDirectory(directory))
+    with ExitStack() as stack:
+        stack.enter_context(run_lock(directory))
+        stack.enter_context(ending_told(note, directory, checkpoints, given=run_dir is not None))
         if hosts is not None:
             batch.check_workers(allowed.most * hosts.most)
             meeting = first_host(hosts, meet, request, allowed.most, max_restarts, partial(note, restart=0))
@@ -222,16 +227,11 @@ def train(
                 lambda failures: start_workers(
                     command, allowed.after(failures), directory / "logs", snapshots.variables, holds_signals=True
                 ),
-                saved_step=lambda: max(snapshots.newest_step(), _last_checkpoint(checkpoints)),
+                saved_step=lambda: max(snapshots.newest_step(), (0, _last_checkpoint(checkpoints))),
                 most=max_restarts,
-                tell=lambda restart: _note_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
+                tell=lambda restart: note_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
                 samples_of=batch.samples_of,
             )
-    except WorkerError as error:
-        note(error, restart=None)
-        raise
-    except Interrupted as error:
-        raise _with_the_way_on(error, directory, checkpoints, given=run_dir is not None) from None
 
 
 def _launched_workers(workers: Bounds | None, run_dir: Path | None) -> int:
@@ -256,31 +256,3 @@ def _last_checkpoint(checkpoints: Place) -> int:
         return max((step for step, _ in list_checkpoints(checkpoints)), default=0)
     except CheckpointError:
         return 0
-
-
-def _note_restart(directory: RunDirectory, restart: Restart, workers: int) -> None:
-    _note_failure(directory, restart.cause, restart.number)
-    tell_restart(restart, workers)
-
-
-def _note_failure(directory: RunDirectory, error: WorkerError | None, restart: int | None) -> None:
-    """restart: None if nobody tries again. error: None if it was none: a host has come or gone."""
-    if error is None:
-        directory.append_event("hosts changed")
-        return
-    facts = {"rank": error.rank, "what": error.what, "where": error.where, "hint": error.hint}
-    directory.append_event("failed", **facts, restart=restart)
-
-
-def _with_the_way_on(error: Interrupted, directory: Path, checkpoints: Place, *, given: bool) -> Interrupted:
-    """The same, with where the last checkpoint is and how to go on from it; or that there is none."""
-    from manyhands.checkpoint.format import list_checkpoints
-
-    found = list_checkpoints(checkpoints)
-    again = shlex.join(["manyhands", *sys.argv[1:], *([] if given else ["--run-dir", str(directory)])])
-    return Interrupted(
-        error.what,
-        where=f"its last checkpoint is {found[-1][1]}" if found else "there is no checkpoint: no step was finished",
-        hint=f"to go on: {again}" if found else None,
-        detail=error.detail,
-    )

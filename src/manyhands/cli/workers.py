@@ -83,17 +83,18 @@ class KeptSnapshots:
     """Memory for the workers' snapshots, while they are started again and again. variables: their environment's."""
 
     def __init__(self, memory: SnapshotMemory | None, every: int | None) -> None:
-        from manyhands.training.snapshots import SNAPSHOT_EVERY_VARIABLE, SNAPSHOT_MEMORY_VARIABLE
+        from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE
+        from manyhands.training.snapshots import SNAPSHOT_EVERY_VARIABLE
 
         self._memory = memory
         self.variables = {} if memory is None else {SNAPSHOT_MEMORY_VARIABLE: memory.address()}
         if every is not None:
             self.variables[SNAPSHOT_EVERY_VARIABLE] = str(every)
 
-    def newest_step(self) -> int:
-        """How many steps the last one has made."""
+    def newest_step(self) -> tuple[int, int]:
+        """Which training of the script the last one is of, from 0, and how many steps that has made."""
         newest = None if self._memory is None else self._memory.newest()
-        return 0 if newest is None else newest.manifest.step
+        return (0, 0) if newest is None else (newest.of.number, newest.manifest.step)
 
 
 @contextmanager

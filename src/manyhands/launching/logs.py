@@ -12,6 +12,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import LogsDest
 
+from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE
 from manyhands.errors import NOWHERE, Interrupted, WorkerError
 from manyhands.launching.culprit import explain
 from manyhands.launching.watch import status_file
@@ -50,6 +51,7 @@ class Logs(LogsSpecs):
             for name, value in self._environment.items():
                 variables.setdefault(name, value)
             variables.setdefault("OMP_NUM_THREADS", "1")
+            variables.setdefault(SNAPSHOT_MEMORY_VARIABLE, "")  # not that of a launcher whose worker starts these
             if self._log_dir is not None and "PYTHONUNBUFFERED" not in os.environ:
                 # What a killed worker has printed isn't lost. (On a shared terminal it would cut lines into pieces.)
                 variables.setdefault("PYTHONUNBUFFERED", "1")

@@ -24,7 +24,7 @@ class Restart:
 def run_again(
     run: Callable[[int], None],
     *,
-    saved_step: Callable[[], int],
+    saved_step: Callable[[], tuple[int, int]],
     most: int,
     tell: Callable[[Restart], None],
     samples_of: Callable[[int, int], str] = lambda step, micro_batch: "",
@@ -32,10 +32,10 @@ def run_again(
     """Call `run`, which starts the workers and awaits them, until it ends well. It's given the number of failures
     without progress before.
 
-    saved_step: how many steps the last checkpoint has made: where `run` will begin. most: how often to start again
-    without that having grown. samples_of: names those of (step, micro-batch). Raises the WorkerError that was one too
-    many, or came again at the same place; and at once what is not a worker's accident: errors that a person must mend,
-    and being asked to stop.
+    saved_step: where `run` will begin: in which of the trainings that it makes, from 0, and after how many steps of it,
+    as the last checkpoint says. most: how often to start again without that having grown. samples_of: names those of
+    (step, micro-batch). Raises the WorkerError that was one too many, or came again at the same place; and at once what
+    is not a worker's accident: errors that a person must mend, and being asked to stop.
     """
     since, number = saved_step(), 0
     before: tuple[Place, str] | None = None
@@ -52,7 +52,7 @@ def run_again(
             if this is not None and this == before:
                 raise _again(error, "it failed there the time before, too", samples_of) from error.__cause__
             if number > most:
-                why = f"that's failure {number} without a checkpoint since step {since}" if most else ""
+                why = f"that's failure {number} without a checkpoint since step {since[1]}" if most else ""
                 raise _again(error, why, samples_of) from error.__cause__
             before = this
             tell(Restart(error, number, most))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import time
@@ -25,10 +24,12 @@ from typing import Any
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
+from manyhands.report.lines import append_line, numbers, whole_lines
+from manyhands.report.run_lock import LOCK
 
 FORMAT = "manyhands run 1"
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
-_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl", "events.jsonl")
+_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl", "events.jsonl", LOCK)
 """All that a run may have written without one."""
 
 
@@ -126,39 +127,36 @@ class RunDirectory:
 
     def append_metrics(self, metrics: StepMetrics) -> None:
         """Add one step's line to metrics.jsonl; it's in the system's hands on return. Raises ConfigError."""
-        _append_line(self.metrics, dataclasses.asdict(metrics))
+        _append(self.metrics, dataclasses.asdict(metrics))
 
     def append_event(self, event: str, **facts: Any) -> None:
         """Add a line to events.jsonl: what happened ("began", "saved", "not saved", "failed", "ended", "stopped"), the
         time in seconds since the epoch, and what there is to say of it. Raises ConfigError."""
-        _append_line(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
+        _append(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events, in the order written; a last line cut short is left out."""
-        path = self.path / "events.jsonl"
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+        """All events, in the order written; lines cut short are left out."""
+        said = [value for _, value in whole_lines(self.path / "events.jsonl")]
+        return [event for event in said if isinstance(event, dict) and {"seconds", "event"} <= event.keys()]
 
     def read_metrics(self) -> list[StepMetrics]:
-        """All steps' figures, in the order written; none if there are none. A last line cut short is left out.
+        """All steps' figures, in the order written; none if there are none. Lines cut short are left out.
 
         Raises DataError for a line that isn't a step's figures.
         """
-        lines = self.metrics.read_bytes().split(b"\n") if self.metrics.exists() else [b""]
-        return [_parse(line, number, self.metrics) for number, line in enumerate(lines[:-1], start=1)]
+        return [_parse(value, number, self.metrics) for number, value in whole_lines(self.metrics)]
 
     def truncate_metrics(self, step: int) -> None:
         """Keep the lines of steps before `step` only: for a run that goes on from there. Atomic. Raises DataError."""
         if self.metrics.exists():
             kept = [metrics for metrics in self.read_metrics() if metrics.step < step]
-            lines = [json.dumps(_numbers(dataclasses.asdict(m)), allow_nan=False) + "\n" for m in kept]
+            lines = [json.dumps(numbers(dataclasses.asdict(m)), allow_nan=False) + "\n" for m in kept]
             _write_atomic(self.metrics, "".join(lines))
 
 
-def _append_line(path: Path, value: Mapping[str, Any]) -> None:
-    line = json.dumps(_numbers(value), allow_nan=False) + "\n"
+def _append(path: Path, value: Mapping[str, Any]) -> None:
     try:
-        with path.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        append_line(path, value)
     except OSError as error:
         raise _not_writable(path, error) from error
 
@@ -168,7 +166,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
     Numbers that JSON lacks (infinity, not a number) become text. Raises ConfigError if it can't be written.
     """
-    _write_atomic(path, json.dumps(_numbers(dict(value)), indent=2, allow_nan=False, default=str) + "\n")
+    _write_atomic(path, json.dumps(numbers(dict(value)), indent=2, allow_nan=False, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -204,20 +202,9 @@ def _name(value: Any) -> str:
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else name
 
 
-def _numbers(value: Any) -> Any:
-    """The same with infinities and NaN as text ("inf", "nan"), which `float` reads back."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _numbers(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_numbers(item) for item in value]
-    return value
-
-
-def _parse(line: bytes, number: int, path: Path) -> StepMetrics:
+def _parse(entry: Any, number: int, path: Path) -> StepMetrics:
+    got = repr(entry)[:80]
     try:
-        entry: dict[str, Any] = json.loads(line)
         for name in ("loss", "weight", "gradient_norm", "step_seconds"):
             entry[name] = float(entry[name])
         entry["learning_rates"] = tuple(float(rate) for rate in entry["learning_rates"])
@@ -227,7 +214,7 @@ def _parse(line: bytes, number: int, path: Path) -> StepMetrics:
         raise DataError(
             "a line of metrics.jsonl is not a step's figures",
             where=f"{path.absolute()}, line {number}",
-            got=f"{line[:80].decode(errors='replace')!r} ({type(error).__name__}: {error})",
+            got=f"{got} ({type(error).__name__}: {error})",
             hint="remove the line, or the file: it's a record only, no run needs it to go on",
         ) from error
 

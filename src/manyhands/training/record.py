@@ -23,6 +23,7 @@ from manyhands.errors import CheckpointError, ConfigError
 from manyhands.offload.scratch import scratch_line
 from manyhands.report.progress import TrainingProgress
 from manyhands.report.run_directory import RunDirectory, write_json
+from manyhands.report.run_lock import run_lock
 from manyhands.report.tensorboard import TensorBoardLog
 from manyhands.training.engine import Engine
 from manyhands.training.every import Every
@@ -68,10 +69,12 @@ class Record:
         self._recipe_as_used = recipe_as_used
         self._tensorboard: TensorBoardLog | None = None
         self._bars: list[TrainingProgress] = []
-        self.snapshots = Snapshots(engine, self.tell)
+        self.snapshots = Snapshots(engine, self.path, self.tell)
         self._stack = stack
         if self.path is not None and engine.group.rank == 0:
             self._directory = RunDirectory(self.path)
+            if recipe_as_used is None:  # else it's the command line's, which has the directory already
+                stack.enter_context(run_lock(self.path))
             self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
         if self.checkpoints is not None and engine.group.rank == 0:
             try_out(self.checkpoints)

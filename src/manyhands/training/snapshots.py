@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from manyhands.checkpoint.format import Manifest
-from manyhands.checkpoint.snapshot import SnapshotMemory, snapshot_bytes, take_snapshot
+from manyhands.checkpoint.snapshot import (
+    SNAPSHOT_MEMORY_VARIABLE,
+    SnapshotMemory,
+    Training,
+    snapshot_bytes,
+    take_snapshot,
+)
 from manyhands.engine.control import gather_json
 from manyhands.planner.free_memory import free_memory_bytes
 from manyhands.training.engine import Engine
 from manyhands.units import format_bytes
 
-SNAPSHOT_MEMORY_VARIABLE = "MANYHANDS_SNAPSHOT_MEMORY"
-"""Where the workers' parent keeps memory for snapshots; set by it."""
 SNAPSHOT_EVERY_VARIABLE = "MANYHANDS_SNAPSHOT_EVERY"
 """Steps between snapshots, if the parent says."""
 MOST_OF_TIME = 0.02
 """What snapshots may cost, unless it's said how often they're taken."""
 MOST_OF_MEMORY = 0.5
-"""Of what is free, what both slots may take."""
+"""Of what is free, or in the slots already, what both may take."""
+_trainings = itertools.count()  # of this process: started again, a script makes the same ones in the same order
 
 
 class Snapshots:
     """A run's, if the workers' parent has memory for them, and all workers are its own. Collective, but `newest_step`.
 
+    run_dir: of the run, if it has one: with the number of the training in this process it says whose snapshots are.
     tell: what a person should know. Nothing is kept of state that lives on a disk: it's there not to be in memory.
     """
 
-    def __init__(self, engine: Engine, tell: Callable[[str], None]) -> None:
+    def __init__(self, engine: Engine, run_dir: Path | None, tell: Callable[[str], None]) -> None:
         self._engine, self._tell = engine, tell
-        address = os.environ.get(SNAPSHOT_MEMORY_VARIABLE)
+        address = os.environ.get(SNAPSHOT_MEMORY_VARIABLE, "")
         one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-        wanted = address is not None and one_host and not engine.home.is_apart
-        self._memory = SnapshotMemory.at(address) if address is not None and wanted else None
+        self._memory: SnapshotMemory | None = None
+        mine = Training(next(_trainings), "" if run_dir is None else str(run_dir.absolute()))
+        if address and one_host and not engine.home.is_apart:
+            # Worker 0's word counts: all must find the same ones, also where a directory has another name for each.
+            everyone: list[Any] = gather_json(engine.group, mine, "start / snapshots / control")
+            self._memory = SnapshotMemory.at(address, Training(*everyone[0]))
         fixed = os.environ.get(SNAPSHOT_EVERY_VARIABLE)
         self._every = None if fixed is None else int(fixed)
         self._taken = 0
@@ -57,7 +69,9 @@ class Snapshots:
         step = self._engine.step_index
         if self._memory is None or last or (self._next_step is not None and step < self._next_step):
             return
-        if not self._taken and not self._find_room():
+        if not self._taken and not self._find_room(self._memory):
+            if self._engine.group.rank == 0:
+                self._memory.free()
             self._memory = None
             return
         began = time.monotonic()
@@ -76,8 +90,9 @@ class Snapshots:
         # The first one in a slot has the kernel find memory for it: what it costs says little.
         return 1 if self._taken < 3 else max(1, math.ceil(max(costs) / (MOST_OF_TIME * max(max(steps), 1e-6))))
 
-    def _find_room(self) -> bool:
-        mine = [snapshot_bytes(self._engine), free_memory_bytes()]
+    def _find_room(self, memory: SnapshotMemory) -> bool:
+        # What the slots hold of the workers before these is overwritten: it's no longer free, and needn't be.
+        mine = [snapshot_bytes(self._engine), free_memory_bytes() + memory.held_bytes()]
         everyone: list[Any] = gather_json(self._engine.group, mine, "start / snapshot memory / control")
         needed, free = 2 * sum(size for size, _ in everyone), min(free for _, free in everyone)
         if needed <= MOST_OF_MEMORY * free:

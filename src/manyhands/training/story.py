@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from manyhands.checkpoint.format import list_checkpoints, read_manifest
-from manyhands.errors import CheckpointError
+from manyhands.checkpoint.format import checkpoints_of, list_checkpoints, read_manifest
+from manyhands.errors import CheckpointError, ManyhandsError
 from manyhands.report.run_directory import RunDirectory
+from manyhands.report.run_lock import is_locked
 from manyhands.units import format_seconds
 
 _TAIL_LINES = 8
 _QUIET_STEPS = 20  # without a word for so many steps' time a run isn't going on any more
 _QUIET_SECONDS = 30.0
+_FIRST_STEP_SECONDS = 1800.0  # models are made, data is read, files are compiled before there is a word
 
 
 @dataclass(frozen=True)
 class Story:
-    """outcome: "ended", "stopped", "failed", "killed" or "perhaps going on". lines: (when in seconds since the epoch,
+    """outcome: "ended", "stopped", "failed", "killed", "going on", "perhaps going on" (the run directory's lock can't
+    say: it may be another host's). lines: (when in seconds since the epoch,
     what) in order. advice: what to do. tails: the last lines of the logs of workers that failed, by file name."""
 
     outcome: str
@@ -42,6 +45,7 @@ def story_of_run(run: RunDirectory) -> Story:
         "stopped": f"it was asked to stop, and did after {steps} steps",
         "failed": f"it failed after {steps} steps: {failed[-1]['what'] if failed else ''}",
         "killed": f"it ended without a word after {steps} steps: its launcher was killed, or the machine went down",
+        "going on": f"it has made {steps} steps, and is going on",
         "perhaps going on": f"it has made {steps} steps, and may be going on",
     }[outcome]
     tails = {}
@@ -53,16 +57,22 @@ def story_of_run(run: RunDirectory) -> Story:
 
 
 def _outcome(events: list[dict[str, Any]], run: RunDirectory, median: float) -> str:
+    owned = is_locked(run.path)
+    if owned:
+        return "going on"
     last = next((event for event in reversed(events) if event["event"] not in ("saved", "not saved")), None)
     if last is not None and last["event"] in ("ended", "stopped"):
         return str(last["event"])
     if last is not None and last["event"] == "failed" and last.get("restart") is None:
         return "failed"
+    if owned is False:
+        return "killed"
     written = max(
         (path.stat().st_mtime for path in (run.metrics, run.path / "events.jsonl") if path.exists()), default=0
     )
     quiet = time.time() - written
-    return "perhaps going on" if quiet < max(_QUIET_SECONDS, _QUIET_STEPS * median) else "killed"
+    allowed = max(_QUIET_SECONDS, _QUIET_STEPS * median) if median else _FIRST_STEP_SECONDS
+    return "perhaps going on" if quiet < allowed else "killed"
 
 
 def _line(event: dict[str, Any]) -> str:
@@ -91,7 +101,12 @@ def _line(event: dict[str, Any]) -> str:
 def _advice(run: RunDirectory, outcome: str, failed: list[dict[str, Any]]) -> str:
     if outcome == "ended":
         return "nothing is to be done"
-    checkpoints = list_checkpoints(run.checkpoints)
+    if outcome in ("going on", "perhaps going on"):
+        return "wait for it to end, or stop it first (Ctrl-C, or SIGTERM to its launcher)"
+    try:
+        checkpoints = list_checkpoints(checkpoints_of(run.path))
+    except ManyhandsError as error:
+        return f"its checkpoints can't be seen from here: {error}"
     while checkpoints:
         step, path = checkpoints.pop()
         try:
