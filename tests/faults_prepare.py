@@ -145,7 +145,7 @@ def run_once(
 
 
 def sha256s(folder: Path) -> dict[str, str]:
-    """Of all files."""
+    """Of all files but the events, which have times."""
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith("_events")]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
