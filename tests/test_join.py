@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.launching import meeting
 from manyhands.launching.culprit import explain
 from manyhands.launching.launcher import behind, run_workers
 from manyhands.launching.meeting import PORT, HostsRendezvous, Meeting, interface_of, own_address, parse_endpoint
@@ -48,10 +50,11 @@ def test_the_way_to_a_host_is_known_before_anything_is_sent() -> None:
         own_address("no-such-host.invalid", PORT)
 
 
-def test_where_there_is_no_run_nobody_joins() -> None:
-    done = subprocess.run([*MANYHANDS, "join", "127.0.0.1:9"], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.startswith("no run can be joined there\n  where: 127.0.0.1:9"), done.stderr
+def test_where_there_is_no_run_nobody_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_REACH_SECONDS", 0.5)
+    with pytest.raises(ConfigError, match="no run can be joined there") as caught:
+        meeting.join("127.0.0.1:9")
+    assert caught.value.where == "127.0.0.1:9"
 
 
 def test_a_culprit_on_another_host_is_named_by_those_who_noticed() -> None:
@@ -153,6 +156,20 @@ def test_what_a_killed_worker_has_started_is_gone_when_workers_are_started_again
     assert (tmp_path / "pid").exists()
 
 
+def until(come: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not come():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def can_be_reached(endpoint: str) -> bool:
+    host, _, port = endpoint.rpartition(":")
+    with suppress(OSError), socket.create_connection((host, int(port)), 1.0):
+        return True
+    return False
+
+
 def test_who_waits_for_other_hosts_can_be_stopped(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
@@ -160,7 +177,7 @@ def test_who_waits_for_other_hosts_can_be_stopped(tmp_path: Path) -> None:
     with subprocess.Popen([*MANYHANDS, *waits], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == f"others join this run with: manyhands join {endpoint}\n"
-        subprocess.run([*MANYHANDS, "join", "127.0.0.1:9"], check=False, capture_output=True)  # by then it listens
+        until(lambda: can_be_reached(endpoint))  # by then it listens to signals, too
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
         assert process.stderr.read().startswith("the run was asked to stop (SIGINT)")
