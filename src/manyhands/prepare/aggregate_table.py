@@ -50,13 +50,12 @@ def _grouped(table: pa.Table, key: tuple[str, ...], aggregates: Sequence[Aggrega
     keys = list(inputs)
     wanted: list[list[Any]] = []
     for aggregate in aggregates:
-        functions = _FUNCTIONS[aggregate.kind]
         if aggregate.kind == "count":
             wanted.append([([], "count_all")])
             continue
         name = f"of {aggregate.of}"  # in our own words: a column's name might be one that Arrow gives a result
         inputs[name] = table.column(aggregate.of)
-        wanted.append([(name, function) for function in functions])
+        wanted.append([(name, function) for function in _FUNCTIONS[aggregate.kind]])
     once = {str(pair): pair for pairs in wanted for pair in pairs}
     grouped = pa.table(inputs).group_by(keys, use_threads=False).aggregate(list(once.values()))
     made = dict(zip(once, (name for name in grouped.column_names if name not in keys), strict=True))

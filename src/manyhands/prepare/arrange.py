@@ -75,6 +75,7 @@ class CombiningWriter:
         # States that are added are kept as tables, as long as all can be tables; few groups wait until there are many.
         self._tables: list[Any] = []
         self._waiting: list[KeyedLists] = []
+        self._groups_waiting = 0
         self._states: list[dict[Any, Any]] = [{} for _ in grouping.aggregates]
         self._bytes = 0
 
@@ -89,7 +90,8 @@ class CombiningWriter:
                 self._merge_tables()
         else:
             self._waiting.append(keyed)
-            if sum(map(len, self._waiting)) >= MANY:
+            self._groups_waiting += len(keyed)
+            if self._groups_waiting >= MANY:
                 self._waiting_to_tables()
         self._bytes += keyed.size_bytes()
         if self._bytes >= self._run_bytes:
@@ -125,7 +127,7 @@ class CombiningWriter:
         tables = [states_table(lists, aggregates) for lists in self._waiting]
         if all(table is not None for table in tables):
             self._tables += tables
-            self._waiting = []
+            self._waiting, self._groups_waiting = [], 0
         else:
             self._all_to_states()
 
@@ -134,7 +136,7 @@ class CombiningWriter:
             self._merge(KeyedTable(table, (GROUP_COLUMN,)))
         for lists in self._waiting:
             self._merge(lists)
-        self._tables, self._waiting = [], []
+        self._tables, self._waiting, self._groups_waiting = [], [], 0
 
     def _merge(self, keyed: Keyed) -> None:
         self._grouping.merge_into(self._states, states_of(keyed.table) if isinstance(keyed, KeyedTable) else keyed)

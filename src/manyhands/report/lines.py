@@ -24,7 +24,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 def whole_lines(path: Path) -> list[tuple[int, Any]]:
     """(its number, from 1, what it says) of each line; those that were cut short are left out, and so is what hasn't
-    the end of a line. None if there is no such file."""
+    the end of a line. No lines if there is no such file."""
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
