@@ -57,9 +57,7 @@ def _error_about(culprit: WorkerEnd, notices: Sequence[Failure], ends: Sequence[
         what = made.what
     elif failure is not None:
         raised = f"{failure.kind}: {failure.first_line}"
-        what = (
-            f"worker {culprit.rank} failed: {failure.kind}: {failure.first_line}"  # as docs/troubleshooting.md has it
-        )
+        what = f"worker {culprit.rank} failed: {failure.kind}: {failure.first_line}"
     elif notice is not None and (notice.alive or culprit.exit_code in (0, -signal.SIGTERM)):
         # It was alive (a stall, say) and ended only because it was told to, or killed: the noticer knows more.
         what = notice.what or notice.first_line
