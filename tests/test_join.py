@@ -9,20 +9,29 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    DistNetworkError,
+    DistStoreError,
+    HashStore,
+    PrefixStore,
+    TCPStore,
+)
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.launching import meeting
+from manyhands.launching import far_store, meeting
 from manyhands.launching.culprit import explain
+from manyhands.launching.far_store import FarStore
 from manyhands.launching.launcher import behind, run_workers
 from manyhands.launching.meeting import PORT, HostsRendezvous, Meeting, interface_of, own_address, parse_endpoint
 from manyhands.launching.stop import Stop
@@ -120,20 +129,59 @@ def test_a_stop_is_heard_while_hosts_gather_by_the_thread_that_waits_alone(tmp_p
         def next_rendezvous(self) -> RendezvousInfo:
             stop.signal = signal.SIGTERM
             with ThreadPoolExecutor(1) as other:
-                heartbeats.append(other.submit(rendezvous._before_each_look).exception())
+                heartbeats.append(other.submit(rendezvous._look).exception())
+            store = FarStore(HashStore(), rendezvous._look)
             info = RendezvousStoreInfo("127.0.0.1", 1)
-            return RendezvousInfo(HashStore(), 0, 2, info)  # of two hosts, and the other one doesn't come
+            return RendezvousInfo(store, 0, 2, info)  # of two hosts, and the other one doesn't come
 
         def set_closed(self) -> None:
+            rendezvous._look()
             closed.append(True)
 
     rendezvous = HostsRendezvous.__new__(HostsRendezvous)
-    rendezvous.__dict__.update(_stop=stop, _handler=Handler(), _first=True, _meets=None)
+    agent = threading.get_ident()
+    rendezvous.__dict__.update(_stop=stop, _handler=Handler(), _first=True, _agent=agent, _leaves=False)
     began = time.monotonic()
     with pytest.raises(SignalException):
         rendezvous.next_rendezvous()
     assert time.monotonic() - began < 5
     assert (heartbeats, closed) == ([None], [True])
+
+
+KEEPS_A_STORE = """
+from datetime import timedelta
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+input()
+"""
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is stopped: the connection lives. Also behind torch's stores with a prefix."""
+    monkeypatch.setattr(far_store, "ANSWER_SECONDS", 1.0)
+    command, pipe = [sys.executable, "-c", KEEPS_A_STORE], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as keeper:
+        assert keeper.stdout is not None
+        near = TCPStore("127.0.0.1", int(keeper.stdout.readline()), is_master=False)
+        looks: list[int] = []
+        far = FarStore(near, lambda: looks.append(1))
+        store = PrefixStore("round", PrefixStore("run", far))
+        store.multi_set(["a", "b"], ["1", "2"])
+        assert store.multi_get(["a", "b"]) == [b"1", b"2"]
+        assert (store.add("n", 2), store.compare_set("a", "1", "3"), store.get("a")) == (2, b"3", b"3")
+        with pytest.raises(DistStoreError, match=r"nobody has set .*c within 0\.1 s"):
+            store.wait(["c"], timedelta(seconds=0.1))
+        keeper.send_signal(signal.SIGSTOP)
+        looks.clear()
+        with pytest.raises(DistNetworkError, match="the first host has not answered for 1 s"):
+            store.check(["a"])
+        assert len(looks) > 5
+        began = time.monotonic()
+        with pytest.raises(DistNetworkError):  # it's not asked again
+            store.set("a", "4")
+        assert time.monotonic() - began < 0.5
+        keeper.kill()
 
 
 LEAVES_A_CHILD = """
@@ -319,3 +367,26 @@ def test_when_the_first_host_is_stopped_all_stop(tmp_path: Path) -> None:
         assert joined.wait(60) != 0, run.job.said(other)
     assert "stopped after step" in run.job.said(first)
     assert "stopped" in run.job.said(other)
+
+
+@needs_hosts
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["waits", "is asked to stop"])
+def test_a_host_goes_when_the_first_ones_launcher_is_stopped(tmp_path: Path, how: str) -> None:
+    """By SIGSTOP: its connections live, and nothing on it answers."""
+    with hosts(2) as (first, other):
+        run = Together(tmp_path, first, 1000, "2")
+        joined = run.add(other)
+        run.until_workers(4)
+        for pid in first.processes():
+            os.kill(pid, signal.SIGSTOP)
+        if how == "is asked to stop":
+            time.sleep(3)  # by then the launcher there is waiting for an answer
+            pass_on(other, signal.SIGTERM)
+        assert joined.wait(70) == (130 if how == "is asked to stop" else 1), run.job.said(other)
+        assert [pid for pid in other.processes() if b"manyhands" in Path(f"/proc/{pid}/cmdline").read_bytes()] == []
+        first.end()
+        del run.job._running[first.name]
+    assert "Traceback" not in run.job.said(other)
+    if how == "waits":
+        assert "has not answered for" in run.job.said(other)

@@ -5,6 +5,7 @@ The workers' scripts import no torch, so that a worker starts in some 30 ms.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -21,7 +22,9 @@ from manyhands.errors import ConfigError, Interrupted, Place, WorkerError
 from manyhands.launching.culprit import explain
 from manyhands.launching.function import launch
 from manyhands.launching.launcher import run_workers
+from manyhands.launching.stop import Stop, started_workers
 from manyhands.members.failure import Failure, WorkerEnd, read_failure, write_failure
+from manyhands.members.processes import process_start
 from manyhands.members.status_file import StatusFile, read_status
 
 PRELUDE = """
@@ -84,8 +87,12 @@ def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def children() -> set[int]:
     """This process's, zombies included."""
+    return children_of(os.getpid())
+
+
+def children_of(pid: int) -> set[int]:
     found = set()
-    for tasks in Path("/proc/self/task").glob("*/children"):
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
         found |= {int(pid) for pid in tasks.read_text().split()}
     return found
 
@@ -263,11 +270,41 @@ def test_workers_end_with_a_killed_parent(script: Script, tmp_path: Path) -> Non
     driver.kill()
     driver.communicate(timeout=30)
     assert wait_until(lambda: not any(is_alive(pid) for pid in pids), 5)
-    # A killed parent can't clean up: its folder stays, for the system's own cleaning of temporary files.
-    for folder in (tmp_path / "temporary").iterdir():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+    assert wait_until(lambda: not list((tmp_path / "temporary").iterdir()), 5)
+
+
+def test_what_a_job_whose_processes_were_all_killed_has_left_is_cleared_away_by_the_next(
+    script: Script, tmp_path: Path
+) -> None:
+    driver = drive(script('(here / f"ready-{rank}").touch(); time.sleep(60)'))
+    assert wait_until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-1").exists(), 60)
+    (shell,) = [pid for pid in children_of(driver.pid) if Path(f"/proc/{pid}/comm").read_text() == "sh\n"]
+    os.kill(shell, signal.SIGKILL)
+    driver.kill()
+    driver.communicate(timeout=30)
+    (left,) = (tmp_path / "temporary").iterdir()
+    other = left.with_name(f"{left.name}-of-a-run-that-goes-on")
+    other.mkdir()
+    for folder in (left, other):
+        os.utime(folder, (0, 0))
+    held = os.open(other, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert run_workers(script(""), workers=1) is None
+    assert list((tmp_path / "temporary").iterdir()) == [other]
+    os.close(held)
+    other.rmdir()
+
+
+def test_a_process_that_has_got_an_ended_workers_number_is_none(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        start = process_start(other.pid)
+        (tmp_path / f"started-0-{other.pid}-{start}").touch()
+        assert started_workers(tmp_path) == {0: other.pid}
+        (tmp_path / f"started-0-{other.pid}-{start}").rename(tmp_path / f"started-0-{other.pid}-{int(start) - 1}")
+        assert started_workers(tmp_path) == {}
+        Stop(tmp_path, 1, 1.0).kill_rest()
+        assert other.poll() is None
+        other.kill()
 
 
 def test_launch_gives_results_in_rank_order() -> None:

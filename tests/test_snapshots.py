@@ -159,6 +159,16 @@ def test_what_one_training_left_is_none_of_the_next_ones(kept: SnapshotMemory, t
     mh.train(replace(recipe, seed=5), steps=2, show=False)
 
 
+def test_one_of_a_training_that_is_over_is_not_taken_for_another_ones(kept: SnapshotMemory) -> None:
+    """A script may leave it out when it's started again; without run directories the two look the same then."""
+    recipe = gpt_recipe("fp32")
+    undisturbed = mh.train(recipe, steps=2, show=False).digest
+    mh.train(recipe, steps=4, show=False)
+    assert kept.newest() is None
+    snapshots._trainings = itertools.count(1)
+    assert mh.train(recipe, steps=2, show=False).digest == undisturbed
+
+
 def test_a_script_that_is_started_again_finds_its_own(
     kept: SnapshotMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

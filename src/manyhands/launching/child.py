@@ -30,9 +30,15 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
-def started_marker(rank: int, pid: int) -> str:
-    """The name of the empty file by which a worker tells the parent its pid: made whole or not at all."""
-    return f"started-{rank}-{pid}"
+def started_marker(rank: int) -> str:
+    """The name of the empty file by which this worker tells the parent its pid, and when (clock ticks) this process
+    began, as another one may get its number later: made whole or not at all."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        ticks = ""
+    return f"started-{rank}-{os.getpid()}-{ticks}"
 
 
 def become_worker(folder: str) -> None:
@@ -45,7 +51,7 @@ def become_worker(folder: str) -> None:
         if plan["holds_signals"]:  # it listens once it's ready; until then they wait
             signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         rank = int(os.environ["RANK"])
-        os.close(os.open(os.path.join(folder, started_marker(rank, os.getpid())), os.O_CREAT | os.O_WRONLY, 0o600))
+        os.close(os.open(os.path.join(folder, started_marker(rank)), os.O_CREAT | os.O_WRONLY, 0o600))
     except FileNotFoundError:  # the parent gave up while this process was starting, and took the folder away
         os._exit(1)
     if rank != 0:

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
     Raises WorkerError, naming the worker, with its traceback in `detail`; Interrupted (Ctrl-C: see `run_workers`);
     ConfigError for what can't be shipped. Nothing is left behind, neither processes nor files.
     """
-    from manyhands.launching.launcher import run_workers  # not in the worker, which imports this module too
+    from manyhands.launching.folder import temporary_folder  # not in the worker, which imports this module too
+    from manyhands.launching.launcher import run_workers
 
     try:
         call = cloudpickle.dumps((fn, args, kwargs))
@@ -43,11 +43,10 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
             got=f"{type(error).__name__}: {error}",
             hint="make such objects (locks, open files, connections) inside the function",
         ) from error
-    with tempfile.TemporaryDirectory(prefix="manyhands-call-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         (folder / _PATH_FILE).write_text(json.dumps(sys.path), encoding="utf-8")
         (folder / _CALL_FILE).write_bytes(call)
-        run_workers([sys.executable, "-c", _BOOT, name], workers=workers)
+        run_workers([sys.executable, "-c", _BOOT, str(folder)], workers=workers)
         return [_read_result(folder, rank) for rank in range(workers)]
 
 

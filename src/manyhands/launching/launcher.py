@@ -18,9 +18,7 @@ import math
 import os
 import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -41,6 +39,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.launching.culprit import explain
+from manyhands.launching.folder import temporary_folder
 from manyhands.launching.logs import Logs
 from manyhands.launching.meeting import Meeting
 from manyhands.launching.stop import Stop, end_all
@@ -88,7 +87,7 @@ def run_workers(
     if log_dir is not None:
         log_dir = log_dir.absolute()
         log_dir.mkdir(parents=True, exist_ok=True)
-    with _folder() as folder:
+    with temporary_folder() as folder:
         plan = {
             "command": [program, *command[1:]],
             "log_dir": None if log_dir is None else str(log_dir),
@@ -137,19 +136,6 @@ def _config(folder: Path, workers: int, logs: Logs, stop: Stop, meeting: Meeting
     )
     config.rdzv_configs |= {"stop": stop, "watch": Watch(folder)}
     return config
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    """A temporary folder, also gone after this process was killed: a shell waits for the end of a pipe that only this
-    process holds."""
-    with tempfile.TemporaryDirectory(prefix="manyhands-", ignore_cleanup_errors=True) as name:
-        command = ["/bin/sh", "-c", 'cat; rm -rf "$1"', "sh", name]
-        nowhere = subprocess.DEVNULL
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, cwd="/", start_new_session=True
-        ):
-            yield Path(name)
 
 
 def _launch(folder: Path, config: LaunchConfig, stop: Stop, quiet: bool) -> dict[int, tuple[int, float]]:

@@ -18,18 +18,20 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistStoreError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import (
+    RendezvousError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
     rendezvous_handler_registry,
 )
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBackend, create_handler
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend, create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.launching.far_store import ANSWER_SECONDS, FarStore, asked
 from manyhands.launching.stop import Stop
 from manyhands.launching.watch import Watch
 
@@ -37,11 +39,8 @@ PORT = 29400
 _BACKEND = "manyhands-hosts"
 _LAST_CALL_SECONDS = 1  # that others are waited for, once the fewest are there
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 1, 6  # without a sign of life for so long a host's launcher is given up
-_ANSWER_SECONDS = 20  # that the store at which all meet may take
 _GATHER_SECONDS = 10.0  # between the first and the last host of a round
-_GATHER_LOOK_SECONDS = 0.05
 _COMING_ROUND_SECONDS = 8.0  # for workers to notice a lost host themselves, and end
-_END_SECONDS = 30.0  # between the first and the last host whose workers have ended well
 _REACH_SECONDS = 10.0
 _RUN, _TOLD = "manyhands/run", ("run", "least", "most", "restarts", "said")
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
@@ -86,7 +85,7 @@ class Meeting:
                 "last_call_timeout": _LAST_CALL_SECONDS,
                 "keep_alive_interval": _KEEP_ALIVE_SECONDS,
                 "keep_alive_max_attempt": _KEEP_ALIVE_ATTEMPTS,
-                "read_timeout": _ANSWER_SECONDS,
+                "read_timeout": round(ANSWER_SECONDS),
             },
             "local_addr": own_address(self.host, self.port),
             "max_restarts": self.restarts,
@@ -111,8 +110,7 @@ def join(endpoint: str) -> Meeting:
     host, port = parse_endpoint(endpoint)
     try:
         _await(host, port)
-        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_REACH_SECONDS))
-        told = json.loads(store.get(_RUN))
+        told = json.loads(asked(lambda: _told(host, port)))
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             "no run can be joined there",
@@ -121,6 +119,10 @@ def join(endpoint: str) -> Meeting:
             hint="on the first host, manyhands train --hosts says where; see that its port can be reached from here",
         ) from error
     return Meeting(host=host, port=port, first=False, **told)
+
+
+def _told(host: str, port: int) -> bytes:
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_REACH_SECONDS)).get(_RUN)
 
 
 def _await(host: str, port: int) -> None:
@@ -175,10 +177,13 @@ class HostsRendezvous(RendezvousHandler):
         self._stop: Stop = parameters.get("stop")
         self._watch: Watch = parameters.get("watch")
         self._first = meeting.first
-        self._meets: int | None = None  # the thread that is joining a round
+        self._agent = threading.get_ident()  # the thread that starts workers, and ends them
+        self._meets, self._leaves = True, False
         self._hosts = 0  # in the last round
-        backend, self._store = create_backend(parameters)
-        self._handler = create_handler(self._store, _Watched(backend, self._before_each_look), parameters)
+        _, near = asked(lambda: create_backend(parameters), self._look)
+        self._store = FarStore(near, self._look)
+        backend = C10dRendezvousBackend(self._store, parameters.run_id)
+        self._handler = create_handler(self._store, backend, parameters)
         if meeting.first:
             self._store.set(_RUN, json.dumps({name: getattr(meeting, name) for name in _TOLD}))
 
@@ -192,36 +197,28 @@ class HostsRendezvous(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         self._stop.kill_rest()  # of the round before: torch ends only the sessions whose worker still lives
         with self._closing_if_asked_to_stop():
-            while True:
-                try:
-                    self._meets = threading.get_ident()
-                    info = self._handler.next_rendezvous()
-                    if not self._all_come(info):
-                        continue
-                except DistStoreError:  # a host was lost as soon as it had joined
-                    continue
-                finally:
-                    self._meets = None
-                self._hosts = info.world_size
-                store = _RoundStore("manyhands", info.store)
-                return RendezvousInfo(store, info.rank, info.world_size, info.bootstrap_store_info)  # type: ignore[arg-type]
+            self._meets = True
+            try:
+                while True:
+                    # A host may be lost as soon as it had joined: the agent would wait for it, and give up.
+                    with suppress(DistStoreError):
+                        info = self._handler.next_rendezvous()
+                        info.store.set(f"here/{info.rank}", "")
+                        here = [f"here/{rank}" for rank in range(info.world_size)]
+                        info.store.wait(here, timedelta(seconds=_GATHER_SECONDS))
+                        self._hosts = info.world_size
+                        return info
+            finally:
+                self._meets = False
 
-    def _all_come(self, info: RendezvousInfo) -> bool:
-        """Whether all hosts of this round come. (The agent would wait for one that doesn't, and give up.)"""
-        info.store.set(f"here/{info.rank}", "")
-        keys = [f"here/{rank}" for rank in range(info.world_size)]
-        deadline = time.monotonic() + _GATHER_SECONDS
-        while not info.store.check(keys):
-            self._stop.raise_if_asked(all_started=True)
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_GATHER_LOOK_SECONDS)
-        return True
-
-    def _before_each_look(self) -> None:
-        # There are no workers that a signal could miss. torch's thread that says that this host lives looks, too.
-        if self._meets == threading.get_ident():
-            self._stop.raise_if_asked(all_started=True)
+    def _look(self) -> None:
+        """While a store is asked: whether this host is to stop, and at its workers. (torch has a thread that asks, too,
+        and says so that this host lives.)"""
+        if self._leaves or threading.get_ident() != self._agent:
+            return
+        self._stop.raise_if_asked(all_started=self._meets)  # while hosts meet there are none that a signal could miss
+        if not self._meets:
+            self._watch.look()
 
     @contextmanager
     def _closing_if_asked_to_stop(self) -> Iterator[None]:
@@ -230,56 +227,37 @@ class HostsRendezvous(RendezvousHandler):
             yield
         except SignalException:
             if self._first:
-                self._handler.set_closed()
+                self.set_closed()
             raise
 
     def num_nodes_waiting(self) -> int:
         with self._closing_if_asked_to_stop():
-            self._stop.raise_if_asked()
-        self._watch.look()
-        lost = 1  # the first one, if its store doesn't answer
-        try:
-            waiting = self._handler.num_nodes_waiting()
-            state = self._handler._state_holder.state  # torch shows only who waits, not who is lost
-            lost = 0 if state.closed else max(0, self._hosts - len(state.participants))
-            return waiting + lost
-        finally:
-            if lost:
-                self._stop.kill_later(_COMING_ROUND_SECONDS)  # the agent asks them first, and gives them half a minute
+            self._look()
+            try:
+                waiting = asked(self._handler.num_nodes_waiting, self._look)
+            except (RendezvousError, DistError):  # the first host is lost, or its launcher stopped
+                self._end_deaf_workers()
+                raise
+        state = self._handler._state_holder.state  # torch shows only who waits, not who is lost
+        lost = 0 if state.closed else max(0, self._hosts - len(state.participants))
+        if lost:
+            self._end_deaf_workers()
+        return waiting + lost
+
+    def _end_deaf_workers(self) -> None:
+        """Before long: the agent asks them first, and gives them half a minute."""
+        self._stop.kill_later(_COMING_ROUND_SECONDS)
 
     def is_closed(self) -> bool:
         return self._handler.is_closed()
 
     def set_closed(self) -> None:
+        self._leaves = True
         self._handler.set_closed()
 
     def get_run_id(self) -> str:
         return self._handler.get_run_id()
 
     def shutdown(self) -> bool:
+        self._leaves = True
         return self._handler.shutdown()
-
-
-class _Watched(RendezvousBackend):
-    """Another one, with something to do before each look at the state that all share."""
-
-    def __init__(self, inner: RendezvousBackend, before: Callable[[], None]) -> None:
-        self._inner, self._before = inner, before
-
-    @property
-    def name(self) -> str:
-        return self._inner.name
-
-    def get_state(self) -> tuple[bytes, Any] | None:
-        self._before()
-        return self._inner.get_state()
-
-    def set_state(self, state: bytes, token: Any | None = None) -> tuple[bytes, Any, bool] | None:
-        return self._inner.set_state(state, token)
-
-
-class _RoundStore(PrefixStore):
-    """What the agents of one round share. At the end torch's would wait for each other, or a lost one, for 300 s."""
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        super().set_timeout(min(timeout, timedelta(seconds=_END_SECONDS)))

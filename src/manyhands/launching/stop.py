@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from manyhands.errors import Interrupted
 from manyhands.launching.culprit import explain
 from manyhands.members.failure import WorkerEnd
+from manyhands.members.processes import process_start
 
 _SAME_PRESS_SECONDS = 0.3
 _START_SECONDS = 10.0
@@ -106,11 +107,16 @@ class Stop:
 
 def started_workers(folder: Path) -> dict[int, int]:
     """The pids, by rank, of the workers that have begun; each leads a session (and so a process group) of that number.
+    One that has ended is among them as long as no other process has its number.
 
     The files' names are made by launching/child.py.
     """
-    names = [path.name.split("-") for path in folder.glob("started-*")]
-    return {int(rank): int(pid) for _, rank, pid in names}
+    workers = {}
+    for path in folder.glob("started-*"):
+        _, rank, pid, start = path.name.split("-")
+        if process_start(int(pid)) in ("", start):
+            workers[int(rank)] = int(pid)
+    return workers
 
 
 def _kill_sessions(folder: Path, meant: Set[int] | None = None) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from manyhands.errors import NOWHERE, ConfigError, InvariantError, Place, WorkerError
+from manyhands.members.answer import answered
 from manyhands.members.arena import Arena, Store
 from manyhands.members.board import BOARD_BYTES, LANES, Board
 from manyhands.members.failure import record_failure, story_of
@@ -264,8 +265,8 @@ class Membership:
     def leave(self) -> None:
         """Say that this worker goes on purpose."""
         self.board.close()
-        with contextlib.suppress(RuntimeError):  # the store may be gone with its host
-            self._watch_store.set(f"beat/{self.rank}", CLOSED.decode())
+        with contextlib.suppress(RuntimeError, TimeoutError):  # the store may be gone with its host
+            answered(lambda: self._watch_store.set(f"beat/{self.rank}", CLOSED.decode()), LOST_SECONDS)
 
     # - Failures
 
@@ -273,8 +274,9 @@ class Membership:
         names = ("rank", "what", "where", "place", "detail", "hint", "alive")
         if self._is_cut_off:
             return
-        with contextlib.suppress(RuntimeError):
-            self._store.compare_set("failure", "", json.dumps({name: getattr(error, name) for name in names}))
+        report = json.dumps({name: getattr(error, name) for name in names})
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            answered(lambda: self._store.compare_set("failure", "", report), LOST_SECONDS)
 
     def _report_left(self, behind: list[Peer], tag: str) -> None:
         """Those who are waited for, but have left."""

@@ -14,9 +14,19 @@ STACK_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 10
 
 def process_state(pid: int) -> str:
     """The kernel's letter for it (proc(5)): "T" is stopped; "" if there's no such process."""
+    return _stat(pid)[0]
+
+
+def process_start(pid: int) -> str:
+    """When it began, in clock ticks since the host's start; "" if there's no such process."""
+    return _stat(pid)[19]
+
+
+def _stat(pid: int) -> list[str]:
+    """The kernel's words about it, after its name."""
     with suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0]
-    return ""
+        return file.read().rpartition(")")[2].split()
+    return [""] * 20
 
 
 def stack_address() -> str:

@@ -67,6 +67,12 @@ class Snapshots:
     def after_step(self, digest: str | None, *, last: bool) -> None:
         """Take one, if it's time (after the last step there's nothing to lose). digest: of the weights, if known."""
         step = self._engine.step_index
+        of = None if self._memory is None else self._memory.of
+        if self._memory is not None and of is not None and last and not of.directory:
+            # A script that is started again may leave this training out: the next one would take them for its own.
+            gather_json(self._engine.group, None, f"step {step} / last snapshot / control")  # all have made the step
+            if self._engine.group.rank == 0:
+                self._memory.free()
         if self._memory is None or last or (self._next_step is not None and step < self._next_step):
             return
         if not self._taken and not self._find_room(self._memory):
