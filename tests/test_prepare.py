@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import manyhands as mh
 from manyhands.prepare.engine import InProcess
-from manyhands.prepare.table_order import order_of
+from manyhands.prepare.table_order import order_and_starts, order_of
 
 TIGHT = InProcess(0)  # ranges are worked on a few blocks at a time
 ALIKE = [b"a" * 8, b"a" * 8 + b"\0", b""]  # in their first 8 bytes
@@ -173,12 +173,15 @@ def test_another_seed_is_another_order_and_samples_are_as_large_as_asked() -> No
     assert made.sample(1.0).count(workers=0) == 20_000
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(
-        st.one_of(st.binary(max_size=3), st.binary(max_size=12), st.sampled_from([b"a" * 8, b"a" * 8 + b"\0", b""]))
-    )
+LIKE_ANOTHER = st.builds(
+    lambda length, end: (b"a" * 100)[:length] + end,
+    st.integers(0, 80),
+    st.one_of(st.just(b""), st.just(b"\0"), st.binary(max_size=12), st.integers(1, 20).map(bytes)),
 )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.binary(max_size=3), LIKE_ANOTHER), max_size=60))
 def test_rows_are_ordered_by_their_whole_keys(values: list[bytes]) -> None:
     for kind in (pa.binary(), pa.large_binary()):
         table = pa.table({"k": pa.array([b"", *values], kind)}).slice(
@@ -187,6 +190,15 @@ def test_rows_are_ordered_by_their_whole_keys(values: list[bytes]) -> None:
         for descending in (False, True):
             expected = sorted(range(len(values)), key=values.__getitem__, reverse=descending)
             assert order_of(table, ("k",), descending=descending).to_pylist() == expected
+        found = order_and_starts(table.column("k")) if values else None
+        if found is not None:
+            in_order = sorted(values)
+            starts = [place for place, value in enumerate(in_order) if not place or value != in_order[place - 1]]
+            order = sorted(range(len(values)), key=values.__getitem__)
+            assert (found[0].tolist(), found[1].tolist()) == (order, starts)
+                sorted(range(len(values)), key=values.__getitem__),
+                starts,
+            )
 
 
 @settings(max_examples=100, deadline=None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from manyhands.prepare.keyed import Keyed, KeyedLists, KeyedTable
 from manyhands.prepare.keys import Key
-from manyhands.prepare.table_order import order_of
+from manyhands.prepare.table_order import order_and_starts, order_of
 
 if TYPE_CHECKING:
     from manyhands.prepare.aggregate import Aggregate
@@ -114,9 +115,15 @@ def merged_states(tables: Sequence[pa.Table]) -> pa.Table | None:
     if any(table.schema != tables[0].schema for table in tables):
         return None
     names = tables[0].column_names[1:]
-    grouped = pa.concat_tables(tables).group_by(_KEY, use_threads=False).aggregate([(name, "sum") for name in names])
-    merged = grouped.select([_KEY, *(f"{name}_sum" for name in names)]).rename_columns([_KEY, *names])
-    return merged.take(order_of(merged, (_KEY,), descending=False))
+    table = pa.concat_tables(tables)
+    found = order_and_starts(table.column(_KEY))
+    if found is None:
+        grouped = table.group_by(_KEY, use_threads=False).aggregate([(name, "sum") for name in names])
+        merged = grouped.select([_KEY, *(f"{name}_sum" for name in names)]).rename_columns([_KEY, *names])
+        return merged.take(order_of(merged, (_KEY,), descending=False))
+    order, starts = found
+    sums = {name: np.add.reduceat(table.column(name).to_numpy()[order], starts) for name in names}
+    return pa.table({_KEY: table.column(_KEY).take(pa.array(order[starts])), **sums})
 
 
 def are_small(table: pa.Table) -> bool:

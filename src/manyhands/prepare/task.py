@@ -29,7 +29,7 @@ from manyhands.prepare.storage import join, publish, read_bytes, replace_bytes
 from manyhands.prepare.writing import Writer, file_name, open_writer
 
 _BASE_BYTES = 2**27  # of a worker's memory, before it has any records
-_EXPANSION = 8  # how much more memory records take while they are read and put in order than their estimate
+_EXPANSION = 10  # how much more memory records take while they are read and put in order than their estimate
 
 
 @dataclass(frozen=True, kw_only=True)
