@@ -196,9 +196,6 @@ def test_rows_are_ordered_by_their_whole_keys(values: list[bytes]) -> None:
             starts = [place for place, value in enumerate(in_order) if not place or value != in_order[place - 1]]
             order = sorted(range(len(values)), key=values.__getitem__)
             assert (found[0].tolist(), found[1].tolist()) == (order, starts)
-                sorted(range(len(values)), key=values.__getitem__),
-                starts,
-            )
 
 
 @settings(max_examples=100, deadline=None)
