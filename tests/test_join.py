@@ -135,12 +135,12 @@ def test_a_stop_is_heard_while_hosts_gather_by_the_thread_that_waits_alone(tmp_p
             return RendezvousInfo(store, 0, 2, info)  # of two hosts, and the other one doesn't come
 
         def set_closed(self) -> None:
-            rendezvous._look()
+            rendezvous._look()  # torch asks the store
             closed.append(True)
 
     rendezvous = HostsRendezvous.__new__(HostsRendezvous)
     agent = threading.get_ident()
-    rendezvous.__dict__.update(_stop=stop, _handler=Handler(), _first=True, _agent=agent, _leaves=False)
+    rendezvous.__dict__.update(_stop=stop, _handler=Handler(), _first=True, _agent=agent)
     began = time.monotonic()
     with pytest.raises(SignalException):
         rendezvous.next_rendezvous()

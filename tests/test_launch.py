@@ -283,16 +283,18 @@ def test_what_a_job_whose_processes_were_all_killed_has_left_is_cleared_away_by_
     driver.kill()
     driver.communicate(timeout=30)
     (left,) = (tmp_path / "temporary").iterdir()
-    other = left.with_name(f"{left.name}-of-a-run-that-goes-on")
-    other.mkdir()
-    for folder in (left, other):
+    other, of_another_host = left.with_name(f"{left.name}x"), left.with_name(left.name.rpartition("-")[0] + "-2-abc")
+    for folder in (other, of_another_host):
+        folder.mkdir()
+    for folder in (left, other, of_another_host):
         os.utime(folder, (0, 0))
     held = os.open(other, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     assert run_workers(script(""), workers=1) is None
-    assert list((tmp_path / "temporary").iterdir()) == [other]
+    assert set((tmp_path / "temporary").iterdir()) == {other, of_another_host}
     os.close(held)
-    other.rmdir()
+    for folder in (other, of_another_host):
+        folder.rmdir()
 
 
 def test_a_process_that_has_got_an_ended_workers_number_is_none(tmp_path: Path) -> None:

@@ -24,22 +24,24 @@ def temporary_folder() -> Iterator[Path]:
     _clear(prefix)
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name:
         lock = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with suppress(OSError):  # where the file system knows no locks, nobody else can lock it either
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        command = ["/bin/sh", "-c", 'cat; rm -rf "$1"', "sh", name]
-        nowhere = subprocess.DEVNULL
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, cwd="/", start_new_session=True
-        ):
-            try:
+        try:
+            with suppress(OSError):  # where the file system knows no locks, nobody else can lock it either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            command = ["/bin/sh", "-c", 'cat; rm -rf "$1"', "sh", name]
+            nowhere = subprocess.DEVNULL
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, cwd="/", start_new_session=True
+            ):
                 yield Path(name)
-            finally:
-                os.close(lock)
+        finally:
+            os.close(lock)
 
 
 def _clear(prefix: str) -> None:
     """Remove folders that no living process has."""
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        if "-" in path.name.removeprefix(prefix):
+            continue  # of a host whose name begins like this one's
         with suppress(OSError):  # another user's
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:

@@ -178,7 +178,7 @@ class HostsRendezvous(RendezvousHandler):
         self._watch: Watch = parameters.get("watch")
         self._first = meeting.first
         self._agent = threading.get_ident()  # the thread that starts workers, and ends them
-        self._meets, self._leaves = True, False
+        self._heeds = self._meets = True
         self._hosts = 0  # in the last round
         _, near = asked(lambda: create_backend(parameters), self._look)
         self._store = FarStore(near, self._look)
@@ -186,6 +186,7 @@ class HostsRendezvous(RendezvousHandler):
         self._handler = create_handler(self._store, backend, parameters)
         if meeting.first:
             self._store.set(_RUN, json.dumps({name: getattr(meeting, name) for name in _TOLD}))
+        self._heeds = False
 
     def get_backend(self) -> str:
         return _BACKEND
@@ -196,42 +197,42 @@ class HostsRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         self._stop.kill_rest()  # of the round before: torch ends only the sessions whose worker still lives
-        with self._closing_if_asked_to_stop():
-            self._meets = True
-            try:
-                while True:
-                    # A host may be lost as soon as it had joined: the agent would wait for it, and give up.
-                    with suppress(DistStoreError):
-                        info = self._handler.next_rendezvous()
-                        info.store.set(f"here/{info.rank}", "")
-                        here = [f"here/{rank}" for rank in range(info.world_size)]
-                        info.store.wait(here, timedelta(seconds=_GATHER_SECONDS))
-                        self._hosts = info.world_size
-                        return info
-            finally:
-                self._meets = False
+        with self._heeding(meets=True):
+            while True:
+                # A host may be lost as soon as it had joined: the agent would wait for it, and give up.
+                with suppress(DistStoreError):
+                    info = self._handler.next_rendezvous()
+                    info.store.set(f"here/{info.rank}", "")
+                    here = [f"here/{rank}" for rank in range(info.world_size)]
+                    info.store.wait(here, timedelta(seconds=_GATHER_SECONDS))
+                    self._hosts = info.world_size
+                    return info
+
+    @contextmanager
+    def _heeding(self, *, meets: bool) -> Iterator[None]:
+        """While it lasts, a wish to stop is raised, also from where a store is asked. Without the first host nobody can
+        meet any more: when it's asked to stop, the run stops on all hosts. meets: there are no workers here now."""
+        self._heeds, self._meets = True, meets
+        try:
+            yield
+        except SignalException:
+            self._heeds = False
+            if self._first:
+                self._handler.set_closed()
+            raise
+        finally:
+            self._heeds = False
 
     def _look(self) -> None:
         """While a store is asked: whether this host is to stop, and at its workers. (torch has a thread that asks, too,
         and says so that this host lives.)"""
-        if self._leaves or threading.get_ident() != self._agent:
-            return
-        self._stop.raise_if_asked(all_started=self._meets)  # while hosts meet there are none that a signal could miss
-        if not self._meets:
-            self._watch.look()
-
-    @contextmanager
-    def _closing_if_asked_to_stop(self) -> Iterator[None]:
-        """Without the first host nobody can meet any more: when it's asked to stop, the run stops on all hosts."""
-        try:
-            yield
-        except SignalException:
-            if self._first:
-                self.set_closed()
-            raise
+        if self._heeds and threading.get_ident() == self._agent:
+            self._stop.raise_if_asked(all_started=self._meets)  # while hosts meet there are none that it could miss
+            if not self._meets:
+                self._watch.look()
 
     def num_nodes_waiting(self) -> int:
-        with self._closing_if_asked_to_stop():
+        with self._heeding(meets=False):
             self._look()
             try:
                 waiting = asked(self._handler.num_nodes_waiting, self._look)
@@ -252,12 +253,10 @@ class HostsRendezvous(RendezvousHandler):
         return self._handler.is_closed()
 
     def set_closed(self) -> None:
-        self._leaves = True
         self._handler.set_closed()
 
     def get_run_id(self) -> str:
         return self._handler.get_run_id()
 
     def shutdown(self) -> bool:
-        self._leaves = True
         return self._handler.shutdown()

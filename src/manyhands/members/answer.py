@@ -23,7 +23,10 @@ def answered(call: Callable[[], Answer], seconds: float, meanwhile: Callable[[],
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=ask, name="manyhands-asks", daemon=True).start()
+    try:
+        threading.Thread(target=ask, name="manyhands-asks", daemon=True).start()
+    except RuntimeError:  # no thread is to be had: there are too many, or this process is ending
+        return call()
     for _ in range(round(seconds / _LOOK_SECONDS)):  # counted: this process may have been stopped itself
         if concurrent.futures.wait([answer], _LOOK_SECONDS).done:
             return answer.result()

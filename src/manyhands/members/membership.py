@@ -275,8 +275,12 @@ class Membership:
         if self._is_cut_off:
             return
         report = json.dumps({name: getattr(error, name) for name in names})
-        with contextlib.suppress(RuntimeError, TimeoutError):
+        try:
             answered(lambda: self._store.compare_set("failure", "", report), LOST_SECONDS)
+        except TimeoutError:  # what is known here is told here
+            self.failure = self.failure or error
+        except RuntimeError:
+            pass
 
     def _report_left(self, behind: list[Peer], tag: str) -> None:
         """Those who are waited for, but have left."""

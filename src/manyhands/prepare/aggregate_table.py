@@ -20,6 +20,7 @@ _FUNCTIONS = {"count": ("count_all",), "sum": ("sum",), "min": ("min",), "max": 
 _MERGED_KINDS = {"count", "sum"}
 _KEY = "key"
 _KEY_TYPES = {str: pa.string(), int: pa.int64(), bytes: pa.binary()}
+_MOST_BYTES = 2**31  # of text in one array of Arrow's
 _SMALL = 2**40  # sums of states below it stay in 64 bits, however many tasks there are
 _SAFE = 2**47  # the sum of a chunk of at most 65,536 whole numbers below it stays in 64 bits
 
@@ -116,14 +117,15 @@ def merged_states(tables: Sequence[pa.Table]) -> pa.Table | None:
         return None
     names = tables[0].column_names[1:]
     table = pa.concat_tables(tables)
-    found = order_and_starts(table.column(_KEY))
+    keys = table.column(_KEY)
+    found = order_and_starts(keys) if keys.nbytes < _MOST_BYTES else None
     if found is None:
         grouped = table.group_by(_KEY, use_threads=False).aggregate([(name, "sum") for name in names])
         merged = grouped.select([_KEY, *(f"{name}_sum" for name in names)]).rename_columns([_KEY, *names])
         return merged.take(order_of(merged, (_KEY,), descending=False))
     order, starts = found
     sums = {name: np.add.reduceat(table.column(name).to_numpy()[order], starts) for name in names}
-    return pa.table({_KEY: table.column(_KEY).take(pa.array(order[starts])), **sums})
+    return pa.table({_KEY: keys.take(pa.array(order[starts])), **sums})
 
 
 def are_small(table: pa.Table) -> bool:

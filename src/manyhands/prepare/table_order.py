@@ -40,7 +40,7 @@ def _order_and_news(column: Any, *, descending: bool) -> tuple[Any, Any] | None:
     """The order, and for each place in it whether the value there is another one than at the place before."""
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
-        return _by_words(column.combine_chunks().cast(pa.large_binary()), descending=descending)
+        return _by_words(column.cast(pa.large_binary()).combine_chunks(), descending=descending)
     if pa.types.is_integer(kind) and not column.null_count:
         keys = column.to_numpy()
         order = _stable_order(~keys if descending else keys)
