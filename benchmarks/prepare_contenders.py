@@ -238,7 +238,7 @@ def duckdb(task: str, folder: Path, workers: int) -> str:
     if task == "tokens":
         raise NotImplementedError
     if task == "cached-documents":
-        listed = f"list_filter({found}, x -> x != '')"
+        listed = f"list_filter({found}, lambda x: x != '')"
         columns = (
             "len(w) as words, list_unique(w) as different, list_max(list_transform(w, lambda x: len(x))) as longest"
         )
