@@ -41,19 +41,19 @@ from rich.table import Table
 from prepare_contenders import CONTENDERS, NOTHING
 
 TASKS = ("words", "sort", "cached-documents", "cached-words", "tokens", "small")
-VOCABULARY = 8192
+VOCABULARY, END_OF_TEXT = 8192, "<|endoftext|>"
 ROW_BYTES, FILE_BYTES = 98, 2**25
 CONTENDER = Path(__file__).with_name("prepare_contenders.py")
 
 
 def sources() -> Iterator[str]:
-    """The text of all Python files that are installed, again and again. What only some contenders take for a blank
-    (a vertical tab, a no-break space) is one here."""
+    """The text of all Python files that are installed, again and again, without what contenders take in different ways:
+    other blanks than ASCII's are blanks here, and no text has the name of a special token."""
     odd = {code: " " for code in range(sys.maxunicode) if chr(code).isspace() and chr(code) not in " \t\n\r\f"}
     paths = sorted(path for folder in site.getsitepackages() for path in Path(folder).rglob("*.py"))
     while True:
         for path in paths:
-            text = path.read_text(encoding="utf-8", errors="replace").translate(odd)
+            text = path.read_text(encoding="utf-8", errors="replace").translate(odd).replace(END_OF_TEXT, "")
             if text.strip():  # datatrove leaves others out
                 yield text
 
@@ -94,7 +94,7 @@ def write_tokenizer(data: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     lines = sorted((data / "text").iterdir())[0].read_bytes().splitlines()
     tokenizer.train_from_iterator((orjson.loads(line)["text"] for line in lines), trainer)
