@@ -13,22 +13,10 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from manyhands.checkpoint.format import seal
-from manyhands.cli import main as cli
+from support.command import told
 from test_bad_input import RECIPE, SUPPORT, recipe
 
 # - The command line
-
-
-def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
-    """Exit code and output of a command that starts no workers."""
-    monkeypatch.setattr(sys, "argv", ["manyhands", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
-    out, err = capsys.readouterr()
-    return code, out + err
 
 
 REFUSED: dict[str, tuple[list[str], list[str]]] = {

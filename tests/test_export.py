@@ -21,7 +21,7 @@ import manyhands as mh
 from manyhands.checkpoint.export import parse_size, plan_shards
 from manyhands.checkpoint.format import list_checkpoints, seal
 from manyhands.checkpoint.tensor_file import TensorEntry
-from manyhands.cli import main as cli
+from support.command import told
 from support.models import ConvNet, PartlyUsed, Tokens, conv_recipe, gpt_recipe, grouped, partly_used_recipe
 from support.threads import run_threads
 
@@ -479,23 +479,12 @@ def test_the_model_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
 # - The command
 
 
-def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["manyhands", "export", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
-    out, err = capsys.readouterr()
-    return code, out + err
-
-
 def test_the_command_says_what_it_wrote(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = mh.export(run_dir, tmp_path / "by hand", step=2, dtype="bf16", max_shard_size="20KB").digest
     options = ("--step", 2, "--dtype", "bf16", "--max-shard-size", "20KB")
-    code, text = told(capsys, monkeypatch, run_dir, tmp_path / "out", *options)
+    code, text = told(capsys, monkeypatch, "export", run_dir, tmp_path / "out", *options)
     assert code == 0
     for part in (
         "after step 2",
@@ -507,7 +496,7 @@ def test_the_command_says_what_it_wrote(
     ):
         assert part in text
     assert contents(tmp_path / "out") == contents(tmp_path / "by hand")
-    code, text = told(capsys, monkeypatch, run_dir, tmp_path / "json", "--json")
+    code, text = told(capsys, monkeypatch, "export", run_dir, tmp_path / "json", "--json")
     said = json.loads(text)
     assert (code, said["step"], said["files"], said["has_config"]) == (0, 3, ["model.safetensors"], False)
 
@@ -515,7 +504,7 @@ def test_the_command_says_what_it_wrote(
 def test_the_command_tells_what_is_wrong(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, text = told(capsys, monkeypatch, run_dir, tmp_path / "out", "--step", 9)
+    code, text = told(capsys, monkeypatch, "export", run_dir, tmp_path / "out", "--step", 9)
     assert code == 2
     assert "the run has no checkpoint of step 9" in text
     assert "Traceback" not in text
