@@ -85,7 +85,7 @@ class Host:
         self, command: Sequence[str], output: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
         """Run a command on it, with all output in a file. It sees the processes that it starts and no other; all of
-        them end with it, and with the test."""
+        them end with it, and with the test, and so do their temporary files."""
         apart = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self._namespace]
         apart += ["unshare", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
         become = ["sh", "-c", BECOME, "sh", self.name, str(self._hosts_file), *command]
@@ -95,7 +95,7 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, "TMPDIR": str(self._hosts_file.parent), **(environment or {})},
             )
         self.commands.append(process)
         return process

@@ -80,9 +80,9 @@ def run_task(task: Task) -> TaskResult:
     except OSError as error:
         raise DataError(
             f"a task could not read or write: {error}",
-            where=task.name,
+            where=f"{task.name}, in {task.folder}",
             hint="if the disk is full, make room, and run again: what is done stays done",
-        ) from error
+        ) from None  # where in our code is of no use to anybody
     if bad.found:
         replace_bytes(join(task.folder, f"part-{task.partition:05d}.bad"), bad.to_jsonl())
     result = TaskResult(
