@@ -55,7 +55,7 @@ class Case:
 def cases(workers: Sequence[int]) -> Iterator[Case]:
     """Everything on shared memory; over torch.distributed two workers; of both what activations take."""
     stages, homes = ("ddp", "zero1", "zero2", "zero3"), ("device", "disk")
-    for precision in ("fp32", "bf16"):  # bf16 is slow where the CPU has no instructions for it
+    for precision in ("fp32", "bf16"):
         for home in homes:
             yield Case("alone", 1, precision, "none", home)
         for count, stage, home in product(workers, stages, homes):

@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +25,13 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from gpt import GPT
+from manyhands.models.products import bf16_products_in_fp32
 from manyhands.offload.heap import give_back_memory, keep_no_large_memory
 from measure import RandomTokens
 
 BATCH = mh.Batch(global_size=4, micro_size=1)
 STEPS = 2
 WIDTH, HEADS, LENGTH = 768, 12, 4
-
-
-class Product(torch.autograd.Function):
-    """x @ weight.T in fp32, rounded: CPUs without instructions for bf16 take a hundred times as long otherwise."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return (x.float() @ weight.float().T).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        wide, rows = grad.float(), x.float().flatten(0, -2)
-        return (wide @ weight.float()).to(x.dtype), (wide.flatten(0, -2).T @ rows).to(weight.dtype)
-
-
-def linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """What the module computes, with that product."""
-    product: Tensor = Product.apply(x, module.weight)  # type: ignore[no-untyped-call]
-    return product if module.bias is None else product + module.bias
-
-
-def model_of(precision: str, *shape: int) -> GPT:
-    """The GPT of that shape: width, depth, heads."""
-    model = GPT(LENGTH, *shape)
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and precision == "bf16":
-            module.forward = partial(linear, module)  # type: ignore[method-assign]
-    return model
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -78,7 +48,7 @@ def adamw(params: Any) -> torch.optim.Optimizer:
 def recipe_of(precision: str, *shape: int) -> mh.Recipe:
     """The same for all cases of a precision."""
     return mh.Recipe(
-        model=lambda: model_of(precision, *shape),
+        model=lambda: GPT(LENGTH, *shape),
         loss=loss_of,
         optimizer=adamw,
         data=RandomTokens(64, LENGTH),
@@ -113,7 +83,7 @@ def compute_alone(given: dict[str, Any], *shape: int) -> None:
     if given["home"] == "disk":  # as the engine does then
         keep_no_large_memory()
     torch.set_num_threads(1)
-    model = model_of(given["precision"], *shape)
+    model = GPT(LENGTH, *shape)
     model.to(torch.bfloat16 if given["precision"] == "bf16" else torch.float32)
 
     def drop(param: Tensor) -> None:
@@ -127,7 +97,8 @@ def compute_alone(given: dict[str, Any], *shape: int) -> None:
             give_back_memory()
             tell(case=given["name"], ended="nothing yet")
             tell(case=given["name"], ended="start")
-        loss_of(model, data[step][None]).backward()  # type: ignore[no-untyped-call]
+        with bf16_products_in_fp32():  # as the engine does, where the CPU wants it
+            loss_of(model, data[step][None]).backward()  # type: ignore[no-untyped-call]
     tell(case=given["name"], ended="steps")
 
 

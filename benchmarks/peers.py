@@ -4,7 +4,9 @@
 
 single: one process, nothing to communicate, torch.autocast as for the others; single-bf16: the same, with parameters
 and gradients in bf16 and fp32 masters, the arithmetic of Manyhands; ddp; ddp-bf16hook (gradients travel in bf16);
-zero-redundancy (DDP + ZeroRedundancyOptimizer); fsdp2 (fully_shard); deepspeed-1, -2, -3. Rank 0 prints one JSON line.
+zero-redundancy (DDP + ZeroRedundancyOptimizer); fsdp2 (fully_shard); deepspeed-1, -2, -3. With -our-products behind the
+name the peer computes its products of bf16 tensors as Manyhands does, in fp32 on CPUs without instructions for bf16: so
+what the two do besides is compared, too. Rank 0 prints one JSON line.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt import GPT
+from manyhands.models.products import bf16_products_in_fp32
 from measure import WARM_UP, Measured, PeakPss, RandomTokens, argument_parser, batch_of, leave, pss_mib, report
 
 KINDS = (
@@ -32,6 +35,7 @@ KINDS = (
     "deepspeed-2",
     "deepspeed-3",
 )
+OUR_PRODUCTS = "-our-products"
 ADAMW: dict[str, Any] = {"lr": 1e-4, "fused": True}
 Step = Callable[[Tensor], Tensor]
 
@@ -142,9 +146,12 @@ def start(options: argparse.Namespace) -> Step:
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=[*KINDS, *(kind + OUR_PRODUCTS for kind in KINDS)])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    name = options.kind
+    options.kind = name.removesuffix(OUR_PRODUCTS)
+    products = bf16_products_in_fp32(options.kind != name)
     step = start(options)
     rank, world = dist.get_rank(), dist.get_world_size()
     data = RandomTokens(1024, options.length)
@@ -153,14 +160,15 @@ def main() -> None:
         tokens = batch_of(data, number, rank, world, options.batch)
         dist.barrier()
         began = time.perf_counter()
-        step(tokens)
+        with products:
+            step(tokens)
         dist.barrier()
         seconds.append(time.perf_counter() - began)
-    with PeakPss() as peak:
+    with PeakPss() as peak, products:
         loss = float(step(tokens).detach())
     if rank == 0:
         memory = {"peak_pss_mib": peak.mib, "rest_pss_mib": pss_mib()}
-        report(options, Measured(kind=options.kind, workers=world, seconds=seconds, loss=loss, **memory))
+        report(options, Measured(kind=name, workers=world, seconds=seconds, loss=loss, **memory))
     dist.barrier()
     leave()
 

@@ -28,20 +28,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from manyhands.numerics.identity import bf16_instructions
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "runs" / "bench"
 OURS = "manyhands-zero2"  # manyhands-STAGE[-GROUP]: what ratios are to
 ZERO3, ZERO3_PROCESS = "manyhands-zero3", "manyhands-zero3-process"
 SECONDS_ALLOWED = 600
-ALL_PEERS = (
-    "ddp",
-    "ddp-bf16hook",
-    "zero-redundancy",
-    "fsdp2",
-    "deepspeed-1",
-    "deepspeed-2",
-    "deepspeed-3",
-)
+ALL_PEERS = ("ddp", "ddp-bf16hook", "zero-redundancy", "fsdp2", "deepspeed-1", "deepspeed-2", "deepspeed-3")
+# Where the CPU has no instructions for bf16, most of a peer's step is their emulation: what is left without it?
+WITH_OUR_PRODUCTS = tuple(f"{kind}-our-products" for kind in ("ddp", "fsdp2", "deepspeed-2", "deepspeed-3"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +57,19 @@ class Setting:
 
 
 SETTINGS = (
-    Setting(name="alone-bf16", workers=1, batch=4, precision="bf16", kinds=(OURS, "single", "single-bf16")),
+    Setting(
+        name="alone-bf16",
+        workers=1,
+        batch=4,
+        precision="bf16",
+        kinds=(OURS, "single", "single-bf16", "single-our-products"),
+    ),
     Setting(
         name="2-bf16",
         workers=2,
         batch=4,
         precision="bf16",
-        kinds=(OURS, "manyhands-ddp", ZERO3, "manyhands-zero2-process", ZERO3_PROCESS, *ALL_PEERS),
+        kinds=(OURS, "manyhands-ddp", ZERO3, "manyhands-zero2-process", ZERO3_PROCESS, *ALL_PEERS, *WITH_OUR_PRODUCTS),
     ),
     Setting(name="alone-fp32", workers=1, batch=4, precision="fp32", kinds=(OURS, "single")),
     Setting(
@@ -75,7 +77,7 @@ SETTINGS = (
         workers=2,
         batch=4,
         precision="fp32",
-        kinds=(OURS, *(kind for kind in ALL_PEERS if kind != "ddp-bf16hook")),
+        kinds=(OURS, ZERO3, ZERO3_PROCESS, *(kind for kind in ALL_PEERS if kind != "ddp-bf16hook")),
     ),
     Setting(
         name="4-bf16", workers=4, batch=1, precision="bf16", kinds=(OURS, "ddp", "fsdp2", "deepspeed-2", "deepspeed-3")
@@ -188,6 +190,8 @@ def wanted(patterns: list[str]) -> list[tuple[Setting, str]]:
             for setting, kind in pairs
             if any(fnmatch.fnmatch(f"{setting.name}/{kind}", pattern) for pattern in patterns)
         ]
+    if bf16_instructions():
+        pairs = [(setting, kind) for setting, kind in pairs if not kind.endswith("-our-products")]  # they'd be the same
     if not importlib.util.find_spec("deepspeed"):
         pairs = [(setting, kind) for setting, kind in pairs if not kind.startswith("deepspeed")]
     return pairs
@@ -275,6 +279,7 @@ def machine() -> Record:
     return {
         "processor": model,
         "cores": os.cpu_count(),
+        "bf16": bf16_instructions() or "none",
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
         **installed,
@@ -292,7 +297,8 @@ def main() -> None:
     if not pairs:
         names = ", ".join(f"{setting.name}/{kind}" for setting in SETTINGS for kind in setting.kinds)
         raise SystemExit(f"--only {' '.join(options.only)} names no contender that is installed; there are: {names}")
-    console.print(f"{where['processor']}, {where['cores']} cores, torch {where['torch']}", highlight=False)
+    told = f"{where['processor']}, {where['cores']} cores, bf16 instructions: {where['bf16']}, torch {where['torch']}"
+    console.print(told, highlight=False)
     if "deepspeed" not in where:
         console.print("skipped: deepspeed-1, deepspeed-2, deepspeed-3 (not installed: pip install '.[bench]')")
     if where["load_before"] > 0.5:

@@ -1,7 +1,9 @@
 """A run in plain PyTorch, in one process: what every other way of computing the recipe must agree with, to the bit.
 
 Autograd and torch.optim over whole parameters. The order of sums is written here once more, from its definition; of
-Manyhands only the documented seeds and order of samples are used, and the digest that both sides are compared by.
+Manyhands only the documented seeds and order of samples are used, the digest that both sides are compared by, and, on
+CPUs that have no instructions for bf16, the way that its products are computed (tests/test_products.py has that one's
+definition).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch.utils.data import default_collate
 
 import manyhands as mh
 from manyhands.data.order import micro_batch_positions, sample_indices
+from manyhands.models.products import bf16_products_in_fp32
 from manyhands.numerics.seeds import derive
 
 BLOCK = 1024
@@ -50,7 +53,8 @@ def oracle_run(recipe: mh.Recipe, steps: int) -> OracleRun:
     schedules = [recipe.schedule(optimizer) for optimizer in optimizers] if recipe.schedule else []
     run = OracleRun()
     for step in range(steps):
-        gradients, loss, weight = step_gradient(recipe, model, params, step)
+        with bf16_products_in_fp32(not recipe.compile):
+            gradients, loss, weight = step_gradient(recipe, model, params, step)
         for name, master in masters.items():
             gradient = gradients[name]
             master.grad = None if gradient is None else gradient / weight
@@ -61,8 +65,9 @@ def oracle_run(recipe: mh.Recipe, steps: int) -> OracleRun:
                 if master.grad is not None:
                     master.grad.mul_(scale)
         run.learning_rates.append(tuple(group["lr"] for each in optimizers for group in each.param_groups))
-        for optimizer in optimizers:
-            optimizer.step()
+        with bf16_products_in_fp32():  # Muon's
+            for optimizer in optimizers:
+                optimizer.step()
         for schedule in schedules:
             schedule.step()
         with torch.no_grad():

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import manyhands as mh
 from manyhands.comm.group import Group
+from manyhands.models import products
+from manyhands.models.products import bf16_products_in_fp32
 from manyhands.planner.footprint import footprint, sizes_of
 from support.threads import run_threads
 
@@ -112,8 +114,9 @@ def activation_bytes(recipe: mh.Recipe) -> int:
         param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
     rows = torch.ones(1, WIDTH)
     recipe.loss(model, rows).backward()  # type: ignore[union-attr]
+    vars(products._local).clear()  # every worker's thread has its own buffers for products
     before = allocated()
-    with Peak() as peak:
+    with Peak() as peak, bf16_products_in_fp32():
         recipe.loss(model, rows).backward()  # type: ignore[union-attr]
     return peak.num_bytes - before
 
@@ -126,10 +129,12 @@ def foreseen(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> floa
 
 
 def check(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> None:
-    """That the two agree. One more copy of the model in bf16 among all workers takes twice as much as is left free."""
+    """That the two agree. One more copy of the model in bf16 among all workers takes twice as much as is left free.
+    Of zero3's gradients the formula has as many on their way as there may be; slow workers may have fewer."""
     expected, activations = foreseen(recipe, strategy, workers), activation_bytes(recipe) * workers
     found = peak_bytes(recipe, strategy, workers)
-    assert 0.93 * expected < found < expected + activations + NUMEL, f"{found / expected:.3f} of what was foreseen"
+    least = 0.8 if strategy.stage == "zero3" else 0.93
+    assert least * expected < found < expected + activations + NUMEL, f"{found / expected:.3f} of what was foreseen"
 
 
 @pytest.fixture(autouse=True, scope="module")

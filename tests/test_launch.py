@@ -143,7 +143,14 @@ print("out of", rank); print("err of", rank, file=sys.stderr)
 def test_exit_code_names_the_worker_and_shows_its_log(
     script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = script('print("my last words"); sys.exit(3) if rank == 1 else time.sleep(60)')
+    command = script("""
+print("my last words", flush=True)
+if rank == 1:
+    wait_for("said")
+    sys.exit(3)
+(here / "said").touch()
+time.sleep(60)
+""")
     log = tmp_path / "worker-1.log"
     log.write_text("of an earlier run\n")
     with pytest.raises(WorkerError, match="worker 1 ended with exit code 3") as caught:

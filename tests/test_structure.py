@@ -30,6 +30,7 @@ SAME_LAYER = {  # who may import whom on one layer
     ("comm", "members"),
     ("comm", "offload"),
     ("models", "offload"),
+    ("optim", "models"),  # how bf16 is multiplied
     ("optim", "offload"),
     ("prepare", "data"),  # the form of token files
     ("corpus", "training"),  # what recipe files have in common

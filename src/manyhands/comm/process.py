@@ -89,14 +89,8 @@ class ProcessGroup(MembersGroup):
                 "torch.distributed's default process group is taken",
                 hint="close the other engine first; a script must not call init_process_group itself",
             )
-        hook = sys.excepthook
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=new.rank,
-            world_size=new.size,
-            timeout=_last_resort(membership),
-        )
+        hook, limit = sys.excepthook, _last_resort(membership)
+        dist.init_process_group(backend, store=store, rank=new.rank, world_size=new.size, timeout=limit)
         if workers is not None:
             sys.excepthook = hook  # torch's would give the lines of errors a rank that isn't the launcher's
         return new

@@ -35,7 +35,9 @@ from manyhands.engine.update import Homes, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
 from manyhands.models.building import build_model
 from manyhands.models.compiled import CompiledModules, compiler_identity
+from manyhands.models.products import bf16_products_in_fp32
 from manyhands.models.recompute import checkpoint_activations
+from manyhands.models.uncompiled import keep_compiler_away
 from manyhands.models.watch import Watch
 from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.identity import numerics_identity
@@ -60,15 +62,12 @@ class StepEngine:
 
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
         self.recipe, self.strategy, self.group = recipe, strategy, group
+        keep_compiler_away()
         fix_arithmetic(recipe)
         recipe.batch.check_workers(group.size)
         agree(group, "recipe", recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
-        agree(
-            group,
-            "strategy",
-            {"stage": strategy.stage, "home": strategy.home, "units": str(strategy.units)},
-            hint=_HINT_SAME_RECIPE,
-        )
+        held = {"stage": strategy.stage, "home": strategy.home, "units": str(strategy.units)}
+        agree(group, "strategy", held, hint=_HINT_SAME_RECIPE)
         scratch = Path(strategy.scratch or tempfile.gettempdir())
         update_on = group.device if strategy.home == "device" else torch.device("cpu")
         self.identity = numerics_identity(group.device, recipe.threads_per_worker, update_on)
@@ -118,6 +117,7 @@ class StepEngine:
         sums_home = self.home if self.home.is_apart and stage.param is SHARDED else Home(group.device)
         self._reducer = Reducer(group, self.units, recipe.batch, stage, sums_home)
         self.updater = Updater(group, self.units, self.layout, stage, self.optimizer, Homes(self.home, sums_home))
+        self._has_bf16 = any(param.dtype == torch.bfloat16 for param in self.model.parameters())
         self._compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
         gathered = storage.gathered_units
         for unit in gathered:
@@ -246,7 +246,8 @@ class StepEngine:
     def _compute(self, step: int, micro_batch: int, batch: Any) -> tuple[Tensor, Tensor | float]:
         """Forward and backward of one micro-batch; its loss and weight."""
         self._say("forward and backward", micro_batch)
-        with self.group.exclusive(), preserved_generators(), self._compiled.computing():
+        bf16 = self._has_bf16 and not self.recipe.compile
+        with self.group.exclusive(), preserved_generators(), self._compiled.computing(), bf16_products_in_fp32(bf16):
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
             with self._gathers.watching_autograd():
                 result = self.recipe.loss(self.model, batch)
@@ -333,7 +334,7 @@ class StepEngine:
         """The model, to call it between two steps; sharded parameters are gathered unit by unit, as it needs them, also
         if a worker calls it more often than another one, or never. Collective: its end waits for everyone."""
         try:
-            with self._gathers.evaluating():
+            with self._gathers.evaluating(), bf16_products_in_fp32(self._has_bf16):
                 yield self.model
         except BaseException as error:
             self.group.fail(error)  # the others wait for this worker

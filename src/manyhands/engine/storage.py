@@ -156,9 +156,8 @@ class _Filler:
             everything = group.empty_replicated(layout.padded_numel, dtype, self._home)
             store = HomeParams(layout, everything, self._home, self._pool)
         else:
-            store = ShardedParams(
-                layout, group.rank, self._home.empty(layout.shard_numel, dtype), self._home, self._pool
-            )
+            shard = self._home.empty(layout.shard_numel, dtype)
+            store = ShardedParams(layout, group.rank, shard, self._home, self._pool)
             writes = layout.shard(group.rank)
         self._copy(layout, writes, store.kept(writes))
         let_go([store.kept(writes)], self._home)

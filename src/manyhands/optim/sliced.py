@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.errors import ConfigError
+from manyhands.models.products import bf16_products_in_fp32
 from manyhands.offload.home import Home
 
 ELEMENTWISE, PER_PARAMETER = "elementwise", "per-parameter"
@@ -93,10 +94,11 @@ class SlicedOptimizer:
 
     def step(self, run: Groups) -> None:
         """Update a run's slices from their .grad (None: left alone)."""
-        for worker, groups in zip(self._workers, run, strict=True):
+        for worker, groups, kind in zip(self._workers, run, self.kinds, strict=True):
             if groups:
                 worker.param_groups = groups
-                worker.step()
+                with bf16_products_in_fp32(kind == PER_PARAMETER):  # Muon multiplies matrices in bf16
+                    worker.step()
 
     def refresh(self, runs: Sequence[Groups]) -> None:
         """Take over the fronts' hyperparameters, as they are now (a schedule may have changed them)."""

@@ -71,9 +71,12 @@ def _versions() -> Finding:
 
 
 def _cpus() -> Finding:
+    from manyhands.numerics.identity import bf16_instructions  # which loads torch
+
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]
     told = f"{usable} of {os.cpu_count()} for this process, load {load:.1f}"
+    told += f", bf16 by {bf16_instructions()}" if bf16_instructions() else ", no bf16 instructions (fp32 stands in)"
     quota = _cpu_quota()
     if quota is not None and quota < usable:
         told += f", {quota:g} by its control group"
