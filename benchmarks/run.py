@@ -304,13 +304,16 @@ def main() -> None:
     if where["load_before"] > 0.5:
         console.print(f"[yellow]This machine is busy (load {where['load_before']:.1f}): don't trust these figures.")
     results: Results = {}
-    for number in range(options.rounds):
-        for setting, kind in pairs:
-            record = measure(setting, kind, options.steps)
-            results.setdefault((setting.name, kind), []).append(record)
-            outcome = f"{record['step_ms']:,.0f} ms" if "step_ms" in record else f"failed\n{record['error']}"
-            label = f"round {number + 1} of {options.rounds}  {setting.name}/{kind}"
-            console.print(f"{label}: {outcome}", highlight=False, markup=False)
+    try:
+        for number in range(options.rounds):
+            for setting, kind in pairs:
+                record = measure(setting, kind, options.steps)
+                results.setdefault((setting.name, kind), []).append(record)
+                outcome = f"{record['step_ms']:,.0f} ms" if "step_ms" in record else f"failed\n{record['error']}"
+                label = f"round {number + 1} of {options.rounds}  {setting.name}/{kind}"
+                console.print(f"{label}: {outcome}", highlight=False, markup=False)
+    except KeyboardInterrupt:
+        console.print("stopped; what was measured until then:")
     console.print(table_of(results))
     verdicts = judged(results)
     for verdict in verdicts:

@@ -182,6 +182,19 @@ def test_no_product_of_a_model_is_left_to_the_cpu(name: str, asked: Asked) -> No
     assert not asked.narrow
 
 
+def test_training_goes_on_after_inference() -> None:
+    vars(products._local).clear()
+    left, right = bf16(3, 5), bf16(5, 4)
+    with bf16_products_in_fp32():
+        with torch.inference_mode():
+            expected = left @ right
+        with torch.inference_mode():
+            assert same(left @ right, expected)
+        found = left.requires_grad_() @ right
+        found.sum().backward()
+    assert same(found.detach(), expected.clone())
+
+
 def test_muon_multiplies_matrices_of_bf16(asked: Asked) -> None:
     param = nn.Parameter(torch.ones(WIDTH, WIDTH))
     param.grad = torch.randn(WIDTH, WIDTH)

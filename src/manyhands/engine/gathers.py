@@ -95,11 +95,8 @@ class Gathers:
     @property
     def why_not_finite(self) -> str:
         """What else may be behind a loss that is not finite."""
-        if not self._units:
-            return ""
-        return (
-            ". With sharded parameters it's also what comes of using one outside of its unit's forward: try stage zero2"
-        )
+        told = ". With sharded parameters it's also what comes of using one outside of its unit's forward"
+        return f"{told}: try stage zero2" if self._units else ""
 
     def begin_backward(self) -> None:
         """Forward is over: from here on a unit that's needed stays until another one is."""

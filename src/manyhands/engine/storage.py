@@ -188,9 +188,8 @@ class _Filler:
         group, numels = self._adding, [layout.padded_numel for layout in layouts]
         if self._stage.grad is REPLICATED or (group.pieces_are_views and self._stage.param is REPLICATED):
             contribution = group.empty_contribution(starts[-1], dtype)
-            return [
-                KeptGradients(group, numel, contribution, start) for numel, start in zip(numels, starts, strict=False)
-            ]
+            pairs = zip(numels, starts, strict=False)
+            return [KeptGradients(group, numel, contribution, start) for numel, start in pairs]
         if not group.pieces_are_views:
             return [PassingGradients(group, numel, dtype) for numel in numels]
         ring = Ring(group, max(numels), dtype, len(numels))

@@ -69,9 +69,8 @@ class Updater:
         self._numbers = [torch.tensor(layout.block_numbers(rank), dtype=torch.int64) for rank in range(group.size)]
         self._updated = False  # before the first update
         self._full: dict[str, Tensor] = {}  # the step's gradient in fp32, where a second pass needs it
-        self._norms: dict[str, Tensor] = {
-            unit.name: torch.zeros(unit.shard.numel // BLOCK, device=group.device) for unit in units
-        }
+        blocks = {unit.name: unit.shard.numel // BLOCK for unit in units}
+        self._norms = {name: torch.zeros(count, device=group.device) for name, count in blocks.items()}
 
     def _run(self, unit: Unit, within: Range, number: int) -> Run:
         slices, grads, grad = [], [], self._grads[number % len(self._grads)][: within.numel]
@@ -234,9 +233,8 @@ class Updater:
             kept.copy_(master)
 
     def _gather_norm(self, tag: str) -> float:
-        norm = total_norm(
-            self._in_block_order([self._norms[unit.name] for unit in self._units], f"{tag} / norm / control")
-        )
+        norms = [self._norms[unit.name] for unit in self._units]
+        norm = total_norm(self._in_block_order(norms, f"{tag} / norm / control"))
         if not norm < float("inf"):
             raise NumericsError(
                 f"the sum of the step's gradients is not finite, though each micro-batch's is (norm {norm})",

@@ -140,7 +140,8 @@ class _Buffer:
         if numel > MOST_KEPT:
             return torch.empty(shape)
         if numel > self._memory.numel():
-            self._memory = torch.empty(numel)
+            with torch.inference_mode(False):  # a buffer that's made in it can't be used outside of it
+                self._memory = torch.empty(numel)
         return self._memory[:numel].view(shape)
 
     def widened(self, matrix: Tensor) -> Tensor:
