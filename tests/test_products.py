@@ -231,7 +231,7 @@ class Adapted(nn.Module):
         ("fp32", torch.float32, False, False),
         ("fp32", torch.bfloat16, False, True),
         ("bf16", torch.float32, False, True),
-        ("bf16", torch.float32, True, False),
+        pytest.param("bf16", torch.float32, True, False, marks=pytest.mark.slow),
     ],
 )
 def test_which_models_are_computed_so(precision: str, base: torch.dtype, compiled: bool, expected: bool) -> None:

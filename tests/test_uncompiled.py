@@ -48,6 +48,7 @@ def test_training_loads_no_compiler() -> None:
     run("train(); assert not is_loaded()")
 
 
+@pytest.mark.slow
 def test_the_digest_is_that_with_the_compiler_there() -> None:
     run(
         "import subprocess; mine = train(); assert not is_loaded();"
@@ -73,6 +74,7 @@ def test_who_wants_it_gets_it(wants: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_was_said_before_is_said_again() -> None:
     run(
         "train(); function = torch.optim.Optimizer.add_param_group.__wrapped__;"
@@ -105,6 +107,7 @@ def test_models_compile_themselves_where_products_are_in_fp32() -> None:
     )
 
 
+@pytest.mark.slow
 def test_one_that_is_loaded_already_stays() -> None:
     run(
         "import torch._dynamo; real = sys.modules['torch._dynamo']; uncompiled.keep_compiler_away();"
