@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt import GPT
-from manyhands.models.products import bf16_products_in_fp32
 from measure import WARM_UP, Measured, PeakPss, RandomTokens, argument_parser, batch_of, leave, pss_mib, report
 
 KINDS = (
@@ -144,6 +144,13 @@ def start(options: argparse.Namespace) -> Step:
     return make(GPT(options.length), options)
 
 
+def our_products() -> AbstractContextManager[object]:
+    """How Manyhands multiplies; nothing of it is loaded by those who don't want it, whose memory is measured."""
+    from manyhands.models.products import bf16_products_in_fp32
+
+    return bf16_products_in_fp32()
+
+
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("kind", choices=[*KINDS, *(kind + OUR_PRODUCTS for kind in KINDS)])
@@ -151,7 +158,7 @@ def main() -> None:
     torch.set_num_threads(1)
     name = options.kind
     options.kind = name.removesuffix(OUR_PRODUCTS)
-    products = bf16_products_in_fp32(options.kind != name)
+    products = nullcontext() if options.kind == name else our_products()
     step = start(options)
     rank, world = dist.get_rank(), dist.get_world_size()
     data = RandomTokens(1024, options.length)

@@ -37,7 +37,8 @@ ZERO3, ZERO3_PROCESS = "manyhands-zero3", "manyhands-zero3-process"
 SECONDS_ALLOWED = 600
 ALL_PEERS = ("ddp", "ddp-bf16hook", "zero-redundancy", "fsdp2", "deepspeed-1", "deepspeed-2", "deepspeed-3")
 # Where the CPU has no instructions for bf16, most of a peer's step is their emulation: what is left without it?
-WITH_OUR_PRODUCTS = tuple(f"{kind}-our-products" for kind in ("ddp", "fsdp2", "deepspeed-2", "deepspeed-3"))
+OUR_PRODUCTS = "-our-products"
+WITH_OUR_PRODUCTS = tuple(kind + OUR_PRODUCTS for kind in ("ddp", "fsdp2", "deepspeed-2", "deepspeed-3"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ SETTINGS = (
         workers=1,
         batch=4,
         precision="bf16",
-        kinds=(OURS, "single", "single-bf16", "single-our-products"),
+        kinds=(OURS, "single", "single-bf16", "single" + OUR_PRODUCTS),
     ),
     Setting(
         name="2-bf16",
@@ -191,7 +192,7 @@ def wanted(patterns: list[str]) -> list[tuple[Setting, str]]:
             if any(fnmatch.fnmatch(f"{setting.name}/{kind}", pattern) for pattern in patterns)
         ]
     if bf16_instructions():
-        pairs = [(setting, kind) for setting, kind in pairs if not kind.endswith("-our-products")]  # they'd be the same
+        pairs = [(setting, kind) for setting, kind in pairs if not kind.endswith(OUR_PRODUCTS)]  # they'd be the same
     if not importlib.util.find_spec("deepspeed"):
         pairs = [(setting, kind) for setting, kind in pairs if not kind.startswith("deepspeed")]
     return pairs

@@ -50,10 +50,7 @@ def test_training_loads_no_compiler() -> None:
 
 @pytest.mark.slow
 def test_the_digest_is_that_with_the_compiler_there() -> None:
-    run(
-        "import subprocess; mine = train(); assert not is_loaded();"
-        "torch._dynamo.config; assert is_loaded(); assert train() == mine"
-    )
+    run("mine = train(); assert not is_loaded();torch._dynamo.config; assert is_loaded(); assert train() == mine")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +65,7 @@ def test_the_digest_is_that_with_the_compiler_there() -> None:
 )
 def test_who_wants_it_gets_it(wants: str) -> None:
     run(
-        "train(); assert not is_loaded(); import sys;"
+        "train(); assert not is_loaded();"
         f"{wants}; assert is_loaded(); assert not isinstance(torch._dynamo, uncompiled._StandIn);"
         "assert sys.modules['torch._dynamo'] is torch._dynamo"
     )
