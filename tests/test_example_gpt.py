@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
+import os
 import pickle
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -87,20 +88,17 @@ def test_text_travels_to_a_reader_process_without_its_bytes(library: Path) -> No
     assert torch.equal(pickle.loads(packed)[3], data[3])
 
 
-def _read(library: Path, start: object, results: object) -> None:
-    start.wait()
-    results.put(dataset(library)[0].tolist())
+def test_text_may_be_cached_by_many_workers_at_once(library: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
 
+    def work() -> list[int]:
+        (there / os.environ["RANK"]).touch()
+        while len(list(there.iterdir())) < 4:
+            time.sleep(0.001)
+        return dataset(library)[0].tolist()
 
-def test_text_may_be_cached_by_many_workers_at_once(library: Path) -> None:
-    context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
-    start, results = context.Barrier(4), context.SimpleQueue()
-    workers = [context.Process(target=_read, args=(library, start, results)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    items = [results.get() for _ in workers]
-    for worker in workers:
-        worker.join()
+    items = mh.launch(work, workers=4)
     assert all(item == items[0] for item in items)
     cache = library.parent / "cache"
     assert [file.suffix for file in cache.iterdir()] == [".bytes"]

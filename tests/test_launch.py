@@ -26,6 +26,7 @@ from manyhands.launching.stop import Stop, started_workers
 from manyhands.members.failure import Failure, WorkerEnd, read_failure, write_failure
 from manyhands.members.processes import process_start
 from manyhands.members.status_file import StatusFile, read_status
+from support.processes import started
 
 PRELUDE = """
 import json, os, signal, sys, time
@@ -305,7 +306,7 @@ def test_what_a_job_whose_processes_were_all_killed_has_left_is_cleared_away_by_
 
 
 def test_a_process_that_has_got_an_ended_workers_number_is_none(tmp_path: Path) -> None:
-    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+    with started(["sleep", "60"], start_new_session=True) as other:
         start = process_start(other.pid)
         (tmp_path / f"started-0-{other.pid}-{start}").touch()
         assert started_workers(tmp_path) == {0: other.pid}
@@ -313,7 +314,6 @@ def test_a_process_that_has_got_an_ended_workers_number_is_none(tmp_path: Path) 
         assert started_workers(tmp_path) == {}
         Stop(tmp_path, 1, 1.0).kill_rest()
         assert other.poll() is None
-        other.kill()
 
 
 def test_launch_gives_results_in_rank_order() -> None:
