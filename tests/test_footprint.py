@@ -18,8 +18,9 @@ from manyhands.models.products import bf16_products_in_fp32
 from manyhands.planner.footprint import footprint, sizes_of
 from support.threads import run_threads
 
-WIDTH, DEPTH = 160, 8
+WIDTH, DEPTH = 256, 8  # so large that what a worker has besides, 0.3 MB, is little
 BATCH = mh.Batch(global_size=4, micro_size=1)
+STEPS = 3  # from the second on there is the optimizer's state, too, when gradients come
 LARGE_BYTES = 1 << 14
 NUMEL = DEPTH * 4 * WIDTH * WIDTH
 UNITS = tuple(f"blocks.{number}" for number in range(DEPTH))
@@ -90,14 +91,14 @@ class Peak(TorchDispatchMode):
 
 
 def peak_bytes(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> int:
-    """The most that all workers together have in a step, beyond what was there before they made their engines."""
+    """The most that all workers together have in their steps, beyond what was there before they made their engines."""
     before = allocated()
 
     def work(group: Group | None) -> int:
         with Peak() as peak, mh.Engine(recipe, strategy, group=group) as engine:
             engine.group.barrier("memory / control")
             peak.num_bytes = 0  # while it was made it had the model twice
-            for batch in engine.batches(1):
+            for batch in engine.batches(STEPS):
                 engine.step(batch)
             engine.group.barrier("memory / control")
             return peak.num_bytes
