@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import manyhands as mh
 from gpt import GPT
 from manyhands.models.products import bf16_products_in_fp32
-from manyhands.offload.heap import give_back_memory, keep_no_large_memory
+from manyhands.offload.heap import give_back_memory, keep_freed_memory
 from measure import RandomTokens
 
 BATCH = mh.Batch(global_size=4, micro_size=1)
@@ -81,7 +81,7 @@ def train(given: dict[str, Any], *shape: int) -> None:
 def compute_alone(given: dict[str, Any], *shape: int) -> None:
     """Forward and backward of one micro-batch at a time; gradients are dropped as they come."""
     if given["home"] == "disk":  # as the engine does then
-        keep_no_large_memory()
+        keep_freed_memory(large=False)
     torch.set_num_threads(1)
     model = GPT(LENGTH, *shape)
     model.to(torch.bfloat16 if given["precision"] == "bf16" else torch.float32)

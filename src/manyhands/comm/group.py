@@ -31,10 +31,11 @@ class Contribution:
     """A buffer that each worker has for itself, of which others read the ranges that they own.
 
     local: this worker's, [numel]; peers: everyone's, by rank, where the group can see them (else empty).
+    free: gives it back; to be called once it has left.
     """
 
-    def __init__(self, local: Tensor, peers: Sequence[Tensor] = ()) -> None:
-        self.local, self.peers = local, tuple(peers)
+    def __init__(self, local: Tensor, peers: Sequence[Tensor] = (), free: Callable[[], None] = lambda: None) -> None:
+        self.local, self.peers, self.free = local, tuple(peers), free
 
 
 class Exchange(ABC):
@@ -54,9 +55,9 @@ class Exchange(ABC):
         """I've read the pieces: their owners may overwrite them."""
 
     @property
-    @abstractmethod
     def is_reusable(self) -> bool:
         """Whether `wait_reusable` would return at once."""
+        return self.is_complete
 
     @abstractmethod
     def wait_reusable(self) -> None:

@@ -22,10 +22,6 @@ class _OwnPiece(Exchange):
     def is_complete(self) -> bool:
         return True
 
-    @property
-    def is_reusable(self) -> bool:
-        return True
-
     def pieces(self) -> list[Tensor]:
         return self._pieces
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from manyhands.comm.members_group import MembersGroup
 from manyhands.errors import ConfigError, InvariantError, WorkerError
 from manyhands.members.membership import Membership
 from manyhands.offload.home import Home
+from manyhands.offload.pool import BufferPool
 
 BROKEN_SECONDS = 6.0
 """So long it may take until it's known whose connection broke."""
@@ -31,8 +33,8 @@ TAKE_DOWN_SECONDS = 1.0
 
 
 class _ProcessExchange(Exchange):
-    def __init__(self, received: Tensor, num_pieces: int, work: dist.Work, wait: Callable[[], None]) -> None:
-        self._received, self._num_pieces, self._work, self._wait = received, num_pieces, work, wait
+    def __init__(self, received: Tensor, num: int, work: dist.Work, wait: Callable[[], None], pool: BufferPool) -> None:
+        self._received, self._num_pieces, self._work, self._wait, self._pool = received, num, work, wait, pool
 
     @property
     def is_complete(self) -> bool:
@@ -43,11 +45,8 @@ class _ProcessExchange(Exchange):
         return list(self._received.chunk(self._num_pieces)) if self._num_pieces else []
 
     def release(self) -> None:
+        self._pool.put_back(self._received)
         del self._received
-
-    @property
-    def is_reusable(self) -> bool:
-        return self.is_complete
 
     def wait_reusable(self) -> None:
         self._wait()  # what I gave has left
@@ -70,7 +69,7 @@ class ProcessGroup(MembersGroup):
     ) -> None:
         super().__init__(membership, device, lane, workers)
         self._dist_group = dist_group  # None: torch's default group
-        self._alone = LocalGroup(device)
+        self._alone, self._pool = LocalGroup(device), BufferPool(device)
 
     @classmethod
     def begin(
@@ -115,14 +114,15 @@ class ProcessGroup(MembersGroup):
         return (home or Home(self.device)).empty(numel, dtype)
 
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
-        return Contribution(torch.zeros(numel, dtype=dtype, device=self.device))
+        local = self._pool.take(numel, dtype).zero_()
+        return Contribution(local, free=lambda: self._pool.put_back(local))
 
     def exchange(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
     ) -> Exchange:
         gives = self.rank in contributors
         sent = contribution.local[start : start + self.size * shard_numel] if gives else contribution.local[:0]
-        received = torch.empty(len(contributors) * shard_numel, dtype=sent.dtype, device=self.device)
+        received = self._pool.take(len(contributors) * shard_numel, sent.dtype)
         item = shard_numel * sent.dtype.itemsize
         call = self._post(tag)
         work = self._call(
@@ -135,23 +135,24 @@ class ProcessGroup(MembersGroup):
                 async_op=True,
             )
         )
-        others = len(contributors) - gives
-        wait = self._waiter("exchange", work, call, tag, others * item)
-        return _ProcessExchange(received, len(contributors), work, wait)
+        wait = self._waiter("exchange", [work], call, tag, (len(contributors) - gives) * item)
+        return _ProcessExchange(received, len(contributors), work, wait, self._pool)
 
     def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
-        as_bytes = full.view(torch.uint8)
-        mine = as_bytes.chunk(self.size)[self.rank]
-        call = self._post(tag)
-        work = self._call(lambda: dist.all_gather_single(as_bytes, mine, self._dist_group, async_op=True))
-        return self._waiter("publish", work, call, tag, as_bytes.numel() - mine.numel())
+        as_bytes, group = full.view(torch.uint8), self._dist_group
+        parts, call = as_bytes.chunk(self.size), self._post(tag)
+        if full.is_cuda:
+            works = [self._call(partial(dist.all_gather_single, as_bytes, parts[self.rank], group, async_op=True))]
+        else:  # Gloo's all-gather takes as much memory again, and three times as long
+            works = [self._call(partial(dist.broadcast, one, None, group, True, src)) for src, one in enumerate(parts)]
+        return self._waiter("publish", works, call, tag, as_bytes.numel() - parts[0].numel())
 
     def gather(self, small: Tensor, tag: str) -> list[Tensor]:
         flat = small.detach().contiguous().view(-1).view(torch.uint8)
         copies = torch.empty(self.size * flat.numel(), dtype=torch.uint8)
         call = self._post(tag)
         work = self._call(lambda: dist.all_gather_single(copies, flat, self._dist_group, async_op=True))
-        self._waiter("gather", work, call, tag, flat.numel() * (self.size - 1), on_host=True)()
+        self._waiter("gather", [work], call, tag, flat.numel() * (self.size - 1), on_host=True)()
         return [copy.view(small.dtype).view(small.shape) for copy in copies.chunk(self.size)]
 
     def _call(self, begin: Callable[[], dist.Work | None]) -> dist.Work:
@@ -164,9 +165,10 @@ class ProcessGroup(MembersGroup):
         return work
 
     def _waiter(
-        self, operation: str, work: dist.Work, call: int, tag: str, num_bytes: int, *, on_host: bool | None = None
+        self, operation: str, works: list[dist.Work], call: int, tag: str, size: int, *, on_host: bool | None = None
     ) -> Callable[[], None]:
-        """on_host: the tensors are the CPU's, so that waiting for the work is waiting here (None: as the group's)."""
+        """size: bytes that this worker gets. on_host: the tensors are the CPU's, so that waiting for the works is
+        waiting here (None: as the group's)."""
         done = False
         on_host = self.device.type == "cpu" if on_host is None else on_host
 
@@ -176,14 +178,15 @@ class ProcessGroup(MembersGroup):
                 return
             began = time.monotonic()
             try:
-                if on_host:
-                    self._wait(work.is_completed, lambda peer: peer.posted(self.lane) < call, tag)
-                work.wait()
+                for work in works:
+                    if on_host:
+                        self._wait(work.is_completed, lambda peer: peer.posted(self.lane) < call, tag)
+                    work.wait()
             except RuntimeError as error:
                 raise self._failure_behind(error) from error
             done = True
             self._check_tags(call, tag)
-            self.recorder.add(operation, tag, num_bytes, time.monotonic() - began)
+            self.recorder.add(operation, tag, size, time.monotonic() - began)
 
         return wait
 

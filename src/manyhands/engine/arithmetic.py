@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from manyhands.config import Recipe
 
@@ -25,14 +24,12 @@ def fix_arithmetic(recipe: Recipe) -> None:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """`batch` with its tensors on `device`: of a tensor, of tuples, lists and dicts of them, or of what has a `to`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
-    if callable(getattr(batch, "to", None)):  # transformers' BatchEncoding, say
+    if callable(getattr(batch, "to", None)):  # a tensor; transformers' BatchEncoding, say
         return batch.to(device)
     return batch

@@ -42,7 +42,7 @@ from manyhands.models.watch import Watch
 from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.identity import numerics_identity
 from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
-from manyhands.offload.heap import give_back_memory, keep_no_large_memory
+from manyhands.offload.heap import give_back_memory, keep_freed_memory
 from manyhands.offload.home import Home, home_of
 from manyhands.optim.sliced import SlicedOptimizer
 from manyhands.sharding.stage import SHARDED, stage_named
@@ -73,8 +73,7 @@ class StepEngine:
         self.identity = numerics_identity(group.device, recipe.threads_per_worker, update_on)
         self.identity |= compiler_identity(recipe.compile)
         agree(group, "numerics", self.identity, hint=_HINT_SAME_MACHINES)
-        if strategy.home == "disk":
-            keep_no_large_memory()
+        keep_freed_memory(large=strategy.home != "disk")
         self.home = home_of(strategy.home, group.device, scratch)
         try:
             with closing(home_of(strategy.home, torch.device("cpu"), scratch)) as building:

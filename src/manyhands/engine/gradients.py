@@ -88,6 +88,7 @@ class PassingGradients(Gradients):
 
     def sent(self) -> None:
         self.begin()
+        self._mine().free()
         self._contribution = None
 
     def abort(self) -> None:

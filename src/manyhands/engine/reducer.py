@@ -10,6 +10,7 @@ whatever order their gradients come: so no worker ever waits for a message that 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +29,8 @@ from manyhands.sharding.stage import SHARDED, Stage
 
 IN_FLIGHT = 2
 """Exchanges of gradients under way at a time, where each has a buffer of its own."""
+PATIENCE_SECONDS = 1.0
+"""How long an exchange is awaited where that may be in vain; each time that it was, a tenth of it from then on."""
 
 
 class Levels(NamedTuple):
@@ -77,7 +80,7 @@ class Reducer:
         near, self._far = levels_of(group, stage, batch)
         self._order = list(reversed(units))
         self._views = near.pieces_are_views and stage.param is not SHARDED  # and the gradients stay where they are
-        self._may_not_wait = stage.param is SHARDED and not group.pieces_are_views
+        self._must_go_on, self._patience = stage.param is SHARDED and not group.pieces_are_views, PATIENCE_SECONDS
         everything = range(batch.virtual_workers)
         mine = everything if self._far is None else _runs(self._far, batch)[self._far.rank]
         self.rounds = plan_rounds(batch, mine, near.rank, near.size)
@@ -158,17 +161,25 @@ class Reducer:
                 bad = unit.first_not_finite()
                 self.not_finite = None if bad is None else (this.micro_batch, bad)
             self._in_flight.append((unit, unit.send(this.contributors, self._tag(unit))))
-            while self._shall_drain():
+            while self._in_flight and self._shall_drain():
                 self._drain(*self._in_flight.pop(0))
 
     def _shall_drain(self) -> bool:
         """Whether to add the oldest pieces now, in the midst of a backward."""
-        if not self._in_flight:
-            return False
         if self._views:  # they cost no memory: only if there's something to gain, and nobody to wait for
             return self._far is not None and self._in_flight[0][1].is_complete
-        # Who waits here for others must not keep them waiting: in a backward that gathers parameters it might.
-        return len(self._in_flight) > IN_FLIGHT and not (self._may_not_wait and not self._in_flight[0][1].is_complete)
+        return len(self._in_flight) > IN_FLIGHT and (not self._must_go_on or self._completes(self._in_flight[0][1]))
+
+    def _completes(self, exchange: Exchange) -> bool:
+        """Whether it does soon. In a backward that gathers parameters the others may wait for this worker meanwhile, to
+        gather what it doesn't expect, and don't send: then it goes on, with more exchanges under way."""
+        deadline = time.monotonic() + self._patience
+        while not exchange.is_complete:
+            if time.monotonic() > deadline:
+                self._patience /= 10
+                return False
+            time.sleep(0.0002)
+        return True
 
     def _tag(self, unit: Unit) -> str:
         return f"step {self._step}, round {self._round} / {unit.name} / grad"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MMAP_THRESHOLD_MAX = 1 << 25  # what glibc itself goes up to
 
 
 def give_back_memory() -> None:
@@ -17,8 +18,16 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_no_large_memory() -> None:
-    """From now on the C library maps every large buffer by itself, and returns it when it is freed: for models that
-    barely fit. (Its heap keeps holes as large as weights and gradients otherwise.) Costs page faults."""
+def keep_freed_memory(large: bool) -> None:
+    """What the C library does from now on with memory that is freed; elsewhere than with glibc nothing.
+
+    large: it keeps what a step frees for the next one. (Left to itself glibc returns an activation's pages at one
+    time and not at another, and then the next step pays for tens of thousands of page faults, some 4 % of it.)
+    Else it maps every large buffer by itself, and returns it when it is freed: for models that barely fit, as the heap
+    keeps holes as large as weights and gradients otherwise. Costs page faults.
+    """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX if large else 1 << 17)
+        if large:
+            library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -10,20 +10,29 @@ ALONE = 2
 
 
 class BufferPool:
-    """Flat buffers of a device, by size and dtype."""
+    """Flat buffers of a device, by dtype. Sizes that differ by less than a factor of two share theirs: one that is too
+    small gives way to a larger one, so there are about as many as were in use at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-        self.num_bytes = 0  # of all that were ever made
+        self._free: dict[torch.dtype, list[Tensor]] = {}  # from the smallest to the largest
+        self.num_bytes = 0  # of all that there are
 
+    @torch.inference_mode(False)  # who takes one in it hands it on to who isn't
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised buffer [numel]."""
-        free = self._free.setdefault((numel, dtype), [])
-        if not free:
-            self.num_bytes += numel * dtype.itemsize
-            free.append(torch.empty(numel, dtype=dtype, device=self.device))
-        return free.pop()
+        free = self._free.setdefault(dtype, [])
+        similar = [
+            index for index, buffer in enumerate(free) if numel < 2 * buffer.numel() and buffer.numel() < 2 * numel
+        ]
+        for index in similar:
+            if free[index].numel() >= numel:
+                buffer = free.pop(index)
+                return buffer.set_(buffer.untyped_storage(), 0, (numel,), (1,))  # a view would be one more user
+        if similar:
+            self.num_bytes -= free.pop(similar[0]).nbytes
+        self.num_bytes += numel * dtype.itemsize
+        return torch.empty(numel, dtype=dtype, device=self.device)
 
     def give_back(self, buffer: Tensor) -> None:
         """Its next user overwrites it, in the order of the device's stream; unless somebody still looks into it (a node
@@ -31,9 +40,16 @@ class BufferPool:
         storage = buffer.untyped_storage()
         users = torch._C._storage_Use_Count(storage._cdata)
         if users > ALONE:
-            self.num_bytes -= buffer.nbytes
+            self.num_bytes -= storage.nbytes()
         else:
-            self._free[buffer.numel(), buffer.dtype].append(buffer)
+            self.put_back(buffer)
+
+    @torch.inference_mode(False)
+    def put_back(self, buffer: Tensor) -> None:
+        """As `give_back`, of a buffer that nobody looks into any more, whoever may still hold it."""
+        free = self._free[buffer.dtype]
+        free.append(buffer.new_empty(0).set_(buffer.untyped_storage()))
+        free.sort(key=Tensor.numel)
 
     def trim(self) -> None:
         """Free what nobody uses."""
