@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from gpt import GPT
-from measure import WARM_UP, Measured, PeakPss, RandomTokens, argument_parser, leave, pss_mib, report
+from measure import WARM_UP, Measured, PeakPss, RandomTokens, Turns, argument_parser, leave, pss_mib, report
 
 DIGEST_EVERY = 10  # as mh.train has it
 TIMES = 10
@@ -78,18 +78,20 @@ def main() -> None:
     workers, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     engine = mh.Engine(recipe_of(options, workers), mh.Strategy(stage=options.stage, group=options.group))
     batches = iter(engine.batches())
-    seconds = []
+    seconds, turns = [], Turns()
     for _ in range(options.steps + WARM_UP):
         batch = next(batches)
-        # A step ends when this worker has everyone's new parameters: as long as a peer's step between two barriers.
-        began = time.perf_counter()
-        engine.step(batch)
-        seconds.append(time.perf_counter() - began)
+        with turns.take():
+            # A step ends when this worker has everyone's new parameters: as long as a peer's between two barriers.
+            began = time.perf_counter()
+            engine.step(batch)
+            seconds.append(time.perf_counter() - began)
     batch = next(batches)
-    with PeakPss() as peak:
-        metrics = engine.step(batch)
-    at_rest = pss_mib()
-    overhead = digest_seconds(engine) / DIGEST_EVERY + record_seconds(engine, metrics)
+    with turns.take():
+        with PeakPss() as peak:
+            metrics = engine.step(batch)
+        at_rest = pss_mib()
+        overhead = digest_seconds(engine) / DIGEST_EVERY + record_seconds(engine, metrics)
     if rank == 0:
         share = overhead / statistics.median(seconds[WARM_UP:])
         kind = f"manyhands-{options.stage}" + ("" if options.group == "auto" else f"-{options.group}")

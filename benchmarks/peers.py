@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt import GPT
-from measure import WARM_UP, Measured, PeakPss, RandomTokens, argument_parser, batch_of, leave, pss_mib, report
+from measure import WARM_UP, Measured, PeakPss, RandomTokens, Turns, argument_parser, batch_of, leave, pss_mib, report
 
 KINDS = (
     "single",
@@ -162,16 +162,17 @@ def main() -> None:
     step = start(options)
     rank, world = dist.get_rank(), dist.get_world_size()
     data = RandomTokens(1024, options.length)
-    seconds = []
+    seconds, turns = [], Turns()
     for number in range(options.steps + WARM_UP):
         tokens = batch_of(data, number, rank, world, options.batch)
-        dist.barrier()
-        began = time.perf_counter()
-        with products:
-            step(tokens)
-        dist.barrier()
-        seconds.append(time.perf_counter() - began)
-    with PeakPss() as peak, products:
+        with turns.take():
+            dist.barrier()
+            began = time.perf_counter()
+            with products:
+                step(tokens)
+            dist.barrier()
+            seconds.append(time.perf_counter() - began)
+    with turns.take(), PeakPss() as peak, products:
         loss = float(step(tokens).detach())
     if rank == 0:
         memory = {"peak_pss_mib": peak.mib, "rest_pss_mib": pss_mib()}

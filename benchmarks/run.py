@@ -3,8 +3,10 @@
     .venv-bench/bin/python benchmarks/run.py [--rounds 3] [--steps 8] [--only SETTING/KIND ...]
 
 Machines are noisy, and their speed drifts. So every contender runs once per round, A B C A B C, each time as whole new
-processes with one thread each; ratios are taken inside a round, and the median over the rounds is shown. Use a
-machine that does nothing else. A peer that isn't installed is skipped by name. All figures go to runs/bench/.
+processes with one thread each; ratios are taken inside a round, and the median over the rounds is shown. Where the
+speed drifts within minutes, `--in-turns`: all contenders of a setting are there at once (mind the memory), and take
+single steps in turn; a round is a step of each. Use a machine that does nothing else. A peer that isn't installed is
+skipped by name. All figures go to runs/bench/.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from manyhands.numerics.identity import bf16_instructions
+from measure import Turns
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "runs" / "bench"
@@ -154,12 +158,18 @@ def command_of(setting: Setting, kind: str, steps: int) -> list[str]:
     ]
 
 
-def measure(setting: Setting, kind: str, steps: int) -> Record:
-    """Run one contender once; its JSON line, or {"error": why}."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+def begin(setting: Setting, kind: str, steps: int, turns: str = "") -> subprocess.Popen[str]:
+    """Start one contender. turns: see Turns."""
+    environment = {
+        **os.environ,
+        Turns.VARIABLE: turns,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     # DeepSpeed compiles a part of itself at its first use, with the ninja that stands beside this Python.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command_of(setting, kind, steps),
         env=environment,
         stdout=subprocess.PIPE,
@@ -167,12 +177,16 @@ def measure(setting: Setting, kind: str, steps: int) -> Record:
         text=True,
         start_new_session=True,  # so that a contender that hangs can be ended with all its workers
     )
+
+
+def end(process: subprocess.Popen[str], seconds: float = SECONDS_ALLOWED) -> Record:
+    """Wait for a contender: its JSON line, or {"error": why}."""
     try:
-        out, err = process.communicate(timeout=SECONDS_ALLOWED)
+        out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return {"error": f"took longer than {SECONDS_ALLOWED} seconds"}
+        return {"error": f"took longer than {seconds:g} seconds"}
     except BaseException:
         os.killpg(process.pid, signal.SIGTERM)  # torch's launcher ends its workers
         raise
@@ -180,6 +194,28 @@ def measure(setting: Setting, kind: str, steps: int) -> Record:
     if process.returncode or not lines:
         return {"error": err[-2000:] or f"exit status {process.returncode}, and no result"}
     return json.loads(lines[-1])
+
+
+def measure_in_turns(setting: Setting, kinds: list[str], steps: int) -> dict[str, list[Record]]:
+    """Run several contenders at once, a step of each in turn; a record for each step. If one fails, all are ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        turn = Path(folder) / "turn"
+        turn.write_text("0")
+        processes = [begin(setting, kind, steps, f"{turn} {number} {len(kinds)}") for number, kind in enumerate(kinds)]
+        limit = time.monotonic() + SECONDS_ALLOWED * len(kinds)
+        ended = {}
+        while len(ended) < len(kinds):
+            for kind, process in zip(kinds, processes, strict=True):
+                if kind not in ended and process.poll() is not None:
+                    ended[kind] = end(process)
+            if time.monotonic() > limit or any("error" in record for record in ended.values()):
+                for kind, process in zip(kinds, processes, strict=True):
+                    ended.setdefault(kind, end(process, 0.0))
+            time.sleep(0.05)
+    return {
+        kind: [{**record, "step_ms": each} for each in record.get("steps_ms", ())] or [record]
+        for kind, record in ended.items()
+    }
 
 
 def wanted(patterns: list[str]) -> list[tuple[Setting, str]]:
@@ -291,6 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="steps measured in each run")
+    parser.add_argument("--in-turns", action="store_true", help="a step of each contender in turn, in one round")
     parser.add_argument("--only", nargs="+", default=[], metavar="SETTING/KIND", help='such as "2-bf16/*" "*/ddp"')
     options = parser.parse_args()
     console = Console(width=max(120, Console().width))
@@ -306,9 +343,13 @@ def main() -> None:
         console.print(f"[yellow]This machine is busy (load {where['load_before']:.1f}): don't trust these figures.")
     results: Results = {}
     try:
-        for number in range(options.rounds):
+        for setting in (setting for setting in SETTINGS if options.in_turns):
+            if kinds := [kind for its, kind in pairs if its is setting]:
+                by_kind = measure_in_turns(setting, kinds, options.steps)
+                results |= {(setting.name, kind): records for kind, records in by_kind.items()}
+        for number in range(0 if options.in_turns else options.rounds):
             for setting, kind in pairs:
-                record = measure(setting, kind, options.steps)
+                record = end(begin(setting, kind, options.steps))
                 results.setdefault((setting.name, kind), []).append(record)
                 outcome = f"{record['step_ms']:,.0f} ms" if "step_ms" in record else f"failed\n{record['error']}"
                 label = f"round {number + 1} of {options.rounds}  {setting.name}/{kind}"
