@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,16 +203,17 @@ def measure_in_turns(setting: Setting, kinds: list[str], steps: int) -> dict[str
         turn = Path(folder) / "turn"
         turn.write_text("0")
         processes = [begin(setting, kind, steps, f"{turn} {number} {len(kinds)}") for number, kind in enumerate(kinds)]
-        limit = time.monotonic() + SECONDS_ALLOWED * len(kinds)
-        ended = {}
-        while len(ended) < len(kinds):
-            for kind, process in zip(kinds, processes, strict=True):
-                if kind not in ended and process.poll() is not None:
-                    ended[kind] = end(process)
-            if time.monotonic() > limit or any("error" in record for record in ended.values()):
-                for kind, process in zip(kinds, processes, strict=True):
-                    ended.setdefault(kind, end(process, 0.0))
-            time.sleep(0.05)
+        with ThreadPoolExecutor(len(kinds)) as pool:  # each reads what its contender says, so that none waits for that
+            waits = [pool.submit(end, process, SECONDS_ALLOWED * len(kinds)) for process in processes]
+            try:
+                for done in as_completed(waits):
+                    if "error" in done.result():
+                        break
+            finally:
+                for process in processes:
+                    if process.poll() is None:
+                        os.killpg(process.pid, signal.SIGKILL)
+        ended = dict(zip(kinds, (wait.result() for wait in waits), strict=True))
     return {
         kind: [{**record, "step_ms": each} for each in record.get("steps_ms", ())] or [record]
         for kind, record in ended.items()
@@ -347,6 +349,11 @@ def main() -> None:
             if kinds := [kind for its, kind in pairs if its is setting]:
                 by_kind = measure_in_turns(setting, kinds, options.steps)
                 results |= {(setting.name, kind): records for kind, records in by_kind.items()}
+                for kind, (record, *_) in by_kind.items():
+                    if "error" in record:
+                        console.print(
+                            f"{setting.name}/{kind}: failed\n{record['error']}", highlight=False, markup=False
+                        )
         for number in range(0 if options.in_turns else options.rounds):
             for setting, kind in pairs:
                 record = end(begin(setting, kind, options.steps))

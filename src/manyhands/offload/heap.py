@@ -29,5 +29,4 @@ def keep_freed_memory(large: bool) -> None:
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX if large else 1 << 17)
-        if large:
-            library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1 if large else 1 << 17)
