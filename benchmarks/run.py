@@ -212,7 +212,7 @@ def measure_in_turns(setting: Setting, kinds: list[str], steps: int) -> dict[str
             finally:
                 for process in processes:
                     if process.poll() is None:
-                        os.killpg(process.pid, signal.SIGKILL)
+                        os.killpg(process.pid, signal.SIGTERM)  # torch's launcher ends its workers
         ended = dict(zip(kinds, (wait.result() for wait in waits), strict=True))
     return {
         kind: [{**record, "step_ms": each} for each in record.get("steps_ms", ())] or [record]
