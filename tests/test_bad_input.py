@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import manyhands as mh
-from manyhands.comm.connect import thread_groups
 from manyhands.comm.group import Group
+from support.threads import thread_groups
 
 SUPPORT = Path(__file__).resolve().parent / "support"
 RECIPE = str(SUPPORT / "faulty.toml")

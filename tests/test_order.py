@@ -124,7 +124,9 @@ def test_a_part_of_the_sum_goes_on_where_the_whole_stands(batch: Batch, stop: in
     stop = min(stop, batch.micro_batches)
     for micro_batch in range(stop):
         whole.add_micro_batch(str(micro_batch))
-    part = whole.part(lambda value: value, lambda value: value, lambda value: None)
+    part = whole.part(
+        lambda value: value, lambda value: value, lambda left, right: f"({left}+{right})", lambda value: None
+    )
     for micro_batch in range(stop, batch.micro_batches):
         part.add_micro_batch(str(micro_batch))
     assert part.fold() == defined_sum(batch.virtual_workers, batch.accumulate)

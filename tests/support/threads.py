@@ -8,20 +8,60 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
-from manyhands.comm.connect import thread_groups
 from manyhands.comm.group import Group
 from manyhands.comm.hierarchical import HierarchicalGroup
+from manyhands.comm.local import LocalGroup
 from manyhands.comm.process import ProcessGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.members.membership import Membership
-from manyhands.offload.shared import ThreadArena
+from manyhands.offload.scratch import map_file
 
 T = TypeVar("T")
+
+
+class ThreadArena:
+    """Memory that threads of one process see: one instance for all of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buffers: dict[str, Tensor] = {}
+
+    def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
+        with self._lock:
+            address = str(len(self._buffers))
+            self._buffers[address] = (
+                torch.zeros(num_bytes, dtype=torch.uint8) if scratch is None else map_file(scratch, num_bytes)
+            )
+            return self._buffers[address], address
+
+    def open(self, address: str) -> Tensor:
+        return self._buffers[address]
+
+    def seal(self) -> None:
+        pass  # addresses are shared by all threads; they go with the arena
+
+
+def thread_groups(size: int, *, stall_seconds: float = 60.0) -> list[Callable[[], Group]]:
+    """Makers of the groups of `size` workers that are threads of this process; each thread calls its own."""
+    store, arena, lock = HashStore(), ThreadArena(), threading.RLock()
+
+    def maker(rank: int) -> Callable[[], Group]:
+        def make() -> Group:
+            if size == 1:
+                return LocalGroup(torch.device("cpu"))
+            membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=lambda error: None)
+            return SharedMemoryGroup(membership, arena, lock)
+
+        return make
+
+    return [maker(rank) for rank in range(size)]
 
 
 class _Links(ProcessGroup):

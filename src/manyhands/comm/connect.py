@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
-from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -21,7 +19,7 @@ from manyhands.members.failure import forget_failure
 from manyhands.members.last_words import LastWords, end_process
 from manyhands.members.membership import JOIN_SECONDS, Membership
 from manyhands.members.status_file import StatusFile
-from manyhands.offload.shared import ProcessArena, ThreadArena
+from manyhands.offload.shared import ProcessArena
 
 
 def environment_rank_and_size() -> tuple[int, int]:
@@ -122,19 +120,3 @@ def _numbered_store(rank: int, size: int) -> Store:
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     number = store.add(f"manyhands/{restart}/connections/{rank}", 1)
     return PrefixStore(f"manyhands/{restart}/{number}", store)
-
-
-def thread_groups(size: int, *, stall_seconds: float = 60.0) -> list[Callable[[], Group]]:
-    """For tests: makers of the groups of `size` workers that are threads of this process; each thread calls its own."""
-    store, arena, lock = HashStore(), ThreadArena(), threading.RLock()
-
-    def maker(rank: int) -> Callable[[], Group]:
-        def make() -> Group:
-            if size == 1:
-                return LocalGroup(torch.device("cpu"))
-            membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=lambda error: None)
-            return SharedMemoryGroup(membership, arena, lock)
-
-        return make
-
-    return [maker(rank) for rank in range(size)]

@@ -26,7 +26,6 @@ from torch import Tensor
 from manyhands.comm.group import Group
 from manyhands.engine.control import gather_json
 from manyhands.engine.lifecycle import State
-from manyhands.engine.params import GatheredParams
 from manyhands.engine.unit import ParamUnit
 from manyhands.errors import ConfigError, InvariantError
 
@@ -144,7 +143,7 @@ class Gathers:
         self._inside[unit.name] = self._inside.get(unit.name, 1) - 1
         if self._inside[unit.name] == 0 and self._in_round and not self._backward:
             for tensor in results:
-                if self._gathered_params(unit).view_of(tensor) is not None:
+                if unit.gathered_params.view_of(tensor) is not None:
                     raise ConfigError(
                         f"a module of unit {unit.name!r} returns its own parameter, which is gone when it's used",
                         where=self._tag,
@@ -194,12 +193,12 @@ class Gathers:
         while len(self._coming) < self._ahead and self._next < len(self._plan):
             self._issue()
         if self._next < len(self._plan):
-            self._gathered_params(self._plan[self._next]).soon()
+            self._plan[self._next].gathered_params.soon()
 
     def pack(self, tensor: Tensor) -> _Saved:
         """What autograd shall keep of a tensor that backward will need."""
         unit = self._at.get(tensor.untyped_storage().data_ptr())
-        view = None if unit is None else self._gathered_params(unit).view_of(tensor)
+        view = None if unit is None else unit.gathered_params.view_of(tensor)
         values = tensor.detach()  # not the tensor itself, which may hold what keeps it
         if view is not None:
             values.data = values.new_empty(0)  # counts changes still, and holds no buffer
@@ -216,7 +215,7 @@ class Gathers:
         if saved.unit is None or saved.view is None:
             return saved.values
         self.need(saved.unit)
-        full = self._gathered_params(saved.unit).full
+        full = saved.unit.gathered_params.full
         if full is None:
             raise InvariantError(f"unit {saved.unit.name!r} is not whole", where=self._tag)
         return full.as_strided(*saved.view)
@@ -250,7 +249,7 @@ class Gathers:
             for unit in resting:
                 unit.release()
             for unit in resting[:1]:  # they share one pool
-                self._gathered_params(unit).trim_pool()
+                unit.gathered_params.trim_pool()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -262,7 +261,7 @@ class Gathers:
 
     def _arrive(self, unit: ParamUnit) -> None:
         unit.gathered()
-        full = self._gathered_params(unit).full
+        full = unit.gathered_params.full
         if full is not None:
             self._at[full.untyped_storage().data_ptr()] = unit
 
@@ -318,9 +317,3 @@ class Gathers:
                 return
         while self._serving:
             self._serving.popleft()()
-
-    @staticmethod
-    def _gathered_params(unit: ParamUnit) -> GatheredParams:
-        if not isinstance(unit.params, GatheredParams):
-            raise InvariantError(f"unit {unit.name!r} is always whole")
-        return unit.params

@@ -11,7 +11,7 @@ from manyhands.layout import Range
 from manyhands.numerics.order import OrderedSum, Subtree
 from manyhands.offload.home import Home
 
-RUN = 1 << 18
+RUN = 1 << 19
 """Elements that one pass of the update handles at a time: small enough to stay in a core's cache."""
 
 
@@ -25,9 +25,13 @@ class Scratch:
 
     def copy_of(self, value: Tensor) -> Tensor:
         """An fp32 copy of `value` (at most `numel` elements), to be given back with `free`."""
+        return self.take(value.numel()).copy_(value)
+
+    def take(self, numel: int) -> Tensor:
+        """A buffer of at most `numel` elements, uninitialised, to be given back with `free`."""
         buffer = self._free.pop() if self._free else self._home.empty(self.numel, torch.float32)
         self._mine[buffer.data_ptr()] = buffer
-        return buffer[: value.numel()].copy_(value)
+        return buffer[:numel]
 
     def free(self, value: Tensor) -> None:
         """Take `value` back, if it's from here."""
@@ -69,7 +73,7 @@ class ShardSum:
     """
 
     def __init__(self, accumulate: int, adder: Adder, whole: Scratch, run: Scratch) -> None:
-        self._whole, self._run = whole, run
+        self._adder, self._whole, self._run = adder, whole, run
         self._sum: OrderedSum[Tensor] = OrderedSum(accumulate, own=whole.copy_of, add=adder, free=whole.free)
         self._kept: list[tuple[int | None, Tensor]] = []
 
@@ -88,12 +92,21 @@ class ShardSum:
     def total(self, run: Range, divisor: float, out: Tensor) -> None:
         """Write the total over elements [start, end) of the shard, divided, into `out`. Once for each element."""
         cut = slice(run.start, run.end)
-        part = self._sum.part(lambda value: value[cut], own=self._run.copy_of, free=self._run.free)
-        for level, piece in self._kept:
-            if level is None:
-                part.add_micro_batch(piece[cut])
-            else:
-                part.push(piece[cut], level)
+        kept = [(level, piece[cut]) for level, piece in self._kept]
+        # Pieces of fp32 are read where they are: two of them are added in one pass.
+        in_place = {piece.data_ptr() for _, piece in kept if piece.dtype == torch.float32}
+
+        def own(value: Tensor) -> Tensor:
+            return value if value.data_ptr() in in_place else self._run.copy_of(value)
+
+        def add(left: Tensor, right: Tensor) -> Tensor:
+            if left.data_ptr() in in_place:
+                return torch.add(left, right, out=self._run.take(left.numel()))
+            return self._adder(left, right)
+
+        part = self._sum.part(lambda value: value[cut], own=own, add=add, free=self._run.free)
+        for level, piece in kept:
+            part.add_micro_batch(piece) if level is None else part.push(piece, level)
         total = part.fold()
         torch.div(total, divisor, out=out)
         self._run.free(total)

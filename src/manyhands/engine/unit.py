@@ -47,7 +47,7 @@ class ParamUnit:
     def gather(self, group: Group, tag: str) -> None:
         """Begin to make its parameters whole. Collective, of sharded parameters."""
         self.life.on(Event.GATHER)
-        self._arrive = self._gathered_params.gather(group, tag)
+        self._arrive = self.gathered_params.gather(group, tag)
 
     def gathered(self) -> None:
         """Wait until they are, if that was begun."""
@@ -61,14 +61,15 @@ class ParamUnit:
         self.gathered()
         if self.is_whole:
             self.life.on(Event.RELEASE)
-            self._gathered_params.release()
+            self.gathered_params.release()
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
         """Take part in a gather that only others want. Collective; returns what waits for its end."""
-        return self._gathered_params.serve(group, tag)
+        return self.gathered_params.serve(group, tag)
 
     @property
-    def _gathered_params(self) -> GatheredParams:
+    def gathered_params(self) -> GatheredParams:
+        """Its parameters. Raises InvariantError if they are always whole."""
         if not isinstance(self.params, GatheredParams):
             raise InvariantError(f"unit {self.name!r} is always whole")
         return self.params

@@ -52,7 +52,8 @@ class Updater:
         self._home, self._sums_home = homes
         self._replicated = stage.optim is REPLICATED
         # Who share the work of writing parameters; others don't need them, or have the same ones.
-        self._writers = group.near if self._replicated else group
+        writers = self._writers = group.near if self._replicated else group
+        self._written = {unit.name: unit.layout.part(writers.rank, writers.size) for unit in units}
         ranges = {unit.name: ranges_of(unit) for unit in units}
         longest = max((each.numel for several in ranges.values() for each in several), default=0)
         # A run's gradient, where it's summed, and where the state is. If that is elsewhere, one travels while another
@@ -223,7 +224,7 @@ class Updater:
 
     def _writes(self, unit: Unit, within: Range) -> Range:
         """The elements whose parameters this worker writes."""
-        return within.overlap(unit.layout.part(self._writers.rank, self._writers.size))
+        return within.overlap(self._written[unit.name])
 
     def _write(self, run: Run) -> None:
         unit, writes = run.unit, self._writes(run.unit, run.range)

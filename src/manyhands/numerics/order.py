@@ -119,9 +119,11 @@ class OrderedSum(Generic[T]):
         """The complete subtrees added so far, as (level, owned value), left to right."""
         return tuple(self._stack)
 
-    def part(self, cut: Callable[[T], T], own: Callable[[T], T], free: Callable[[T], None]) -> OrderedSum[T]:
+    def part(
+        self, cut: Callable[[T], T], own: Callable[[T], T], add: Callable[[T, T], T], free: Callable[[T], None]
+    ) -> OrderedSum[T]:
         """The same sum over a part of every value; `cut` gives that part as a view that may be overwritten."""
-        part: OrderedSum[T] = OrderedSum(self.accumulate, own=own, add=self._add, free=free)
+        part: OrderedSum[T] = OrderedSum(self.accumulate, own=own, add=add, free=free)
         part._stack = [(level, cut(value)) for level, value in self._stack]
         part._current = None if self._current is None else cut(self._current)
         part._in_current = self._in_current

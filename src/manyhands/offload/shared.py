@@ -1,4 +1,4 @@
-"""Memory that several workers see: anonymous files between processes, plain tensors between threads.
+"""Memory that several processes see: anonymous files.
 
 A process creates a memfd and tells the others its address, `pid:fd:bytes`; they open it through /proc. Nothing has a
 name in any file system, so nothing is left behind whoever is killed, and /dev/shm's limit doesn't apply. The kernel
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from manyhands.offload.scratch import map_file, open_unnamed
+from manyhands.offload.scratch import open_unnamed
 
 
 class ProcessArena:
@@ -50,25 +49,3 @@ class ProcessArena:
 
 def _map(fd: int, num_bytes: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
-
-
-class ThreadArena:
-    """Between threads of one process: one instance for all of them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._buffers: dict[str, Tensor] = {}
-
-    def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
-        with self._lock:
-            address = str(len(self._buffers))
-            self._buffers[address] = (
-                torch.zeros(num_bytes, dtype=torch.uint8) if scratch is None else map_file(scratch, num_bytes)
-            )
-            return self._buffers[address], address
-
-    def open(self, address: str) -> Tensor:
-        return self._buffers[address]
-
-    def seal(self) -> None:
-        pass  # addresses are shared by all threads; they go with the arena

@@ -243,7 +243,7 @@ def _partial_sums(batch: Batch, ways: Ways, workers: int) -> tuple[int, int]:
     total = _sum_of(batch.accumulate, whole)
     for _ in range(early):
         total.add_micro_batch(None)
-    part = total.part(lambda value: None, own=run.own, free=run.free)
+    part = total.part(lambda value: None, own=run.own, add=lambda left, right: left, free=run.free)
     for _ in range(kept):
         part.add_micro_batch(None)
     if ways.every_step:

@@ -1,0 +1,58 @@
+"""Sums over tensors: in the defined order to the bit, without touching the pieces that others own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from manyhands.engine.sums import Adder, Scratch, ShardSum
+from manyhands.layout import Range
+from manyhands.numerics.order import OrderedSum
+from manyhands.offload.home import Home
+
+NUMEL, RUN, DIVISOR = 48, 16, 3.0
+
+
+def added_plainly(pieces: list[Tensor], accumulate: int) -> Tensor:
+    """The same order, with new tensors for everything."""
+    total: OrderedSum[Tensor] = OrderedSum(accumulate, own=Tensor.float, add=lambda left, right: left + right.float())
+    for piece in pieces:
+        total.add_micro_batch(piece)
+    return total.fold() / DIVISOR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("virtual_workers", [1, 2, 3, 4, 5, 7, 8])
+def test_a_shards_sum_is_the_defined_one_and_leaves_its_pieces_alone(
+    virtual_workers: int, accumulate: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(virtual_workers)
+    pieces = [torch.randn(NUMEL, generator=generator).to(dtype) for _ in range(virtual_workers * accumulate)]
+    home = Home(torch.device("cpu"))
+    for early in range(len(pieces)):  # so many are added in earlier rounds, the others in the update
+        given = [piece.clone() for piece in pieces]
+        run = Scratch(RUN, home)
+        sums = ShardSum(accumulate, Adder(home.device), Scratch(NUMEL, home), run)
+        for piece in given[:early]:
+            sums.add(piece)
+        for piece in given[early:]:
+            sums.keep(piece)
+        out = torch.full((NUMEL,), float("nan"))
+        for start in range(0, NUMEL, RUN):
+            sums.total(Range(start, start + RUN), DIVISOR, out[start : start + RUN])
+        assert torch.equal(out, added_plainly(pieces, accumulate))
+        assert all(torch.equal(piece, before) for piece, before in zip(given, pieces, strict=True))
+        sums.clear()
+
+
+def test_two_pieces_of_fp32_are_added_in_one_pass_and_one_is_read_where_it_is() -> None:
+    home = Home(torch.device("cpu"))
+    for count, buffers in ((1, 0), (2, 1), (4, 2)):
+        run = Scratch(RUN, home)
+        sums = ShardSum(1, Adder(home.device), Scratch(NUMEL, home), run)
+        for _ in range(count):
+            sums.keep(torch.ones(RUN))
+        sums.total(Range(0, RUN), 1.0, torch.empty(RUN))
+        assert run.num_bytes == buffers * RUN * 4
