@@ -47,9 +47,9 @@ def test_a_shards_sum_is_the_defined_one_and_leaves_its_pieces_alone(
         sums.clear()
 
 
-def test_two_pieces_of_fp32_are_added_in_one_pass_and_one_is_read_where_it_is() -> None:
+def test_one_piece_of_fp32_is_read_where_it_is_and_two_are_added_where_the_total_goes() -> None:
     home = Home(torch.device("cpu"))
-    for count, buffers in ((1, 0), (2, 1), (4, 2)):
+    for count, buffers in ((1, 0), (2, 0), (3, 0), (4, 1), (8, 2)):
         run = Scratch(RUN, home)
         sums = ShardSum(1, Adder(home.device), Scratch(NUMEL, home), run)
         for _ in range(count):

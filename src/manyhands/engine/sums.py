@@ -93,16 +93,18 @@ class ShardSum:
         """Write the total over elements [start, end) of the shard, divided, into `out`. Once for each element."""
         cut = slice(run.start, run.end)
         kept = [(level, piece[cut]) for level, piece in self._kept]
-        # Pieces of fp32 are read where they are: two of them are added in one pass.
+        # Pieces of fp32 are read where they are, two of them are added in one pass, and the first sum is made in `out`.
         in_place = {piece.data_ptr() for _, piece in kept if piece.dtype == torch.float32}
+        places = [out]
+
+        def place() -> Tensor:
+            return places.pop() if places else self._run.take(out.numel())
 
         def own(value: Tensor) -> Tensor:
-            return value if value.data_ptr() in in_place else self._run.copy_of(value)
+            return value if value.data_ptr() in in_place else place().copy_(value)
 
         def add(left: Tensor, right: Tensor) -> Tensor:
-            if left.data_ptr() in in_place:
-                return torch.add(left, right, out=self._run.take(left.numel()))
-            return self._adder(left, right)
+            return torch.add(left, right, out=place()) if left.data_ptr() in in_place else self._adder(left, right)
 
         part = self._sum.part(lambda value: value[cut], own=own, add=add, free=self._run.free)
         for level, piece in kept:
