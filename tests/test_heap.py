@@ -17,12 +17,12 @@ def faults():
     activations = [torch.ones(1 << 21) for _ in range(20)]  # 160 MiB, 40 thousand pages
     del activations
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print([faults() for _ in range(3)][-1])  # the second time they don't yet all fit where the first ones were
+print([faults() for _ in range(6)][-1])  # for up to three times they don't yet all fit where the first ones were
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
-@pytest.mark.parametrize(("how", "least", "most"), [("kept", 0, 2000), ("given back", 30_000, 100_000)])
+@pytest.mark.parametrize(("how", "least", "most"), [("kept", 0, 500), ("given back", 30_000, 100_000)])
 def test_a_step_finds_the_memory_of_those_before_or_not(how: str, least: int, most: int) -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
     assert least <= int(done.stdout) < most
