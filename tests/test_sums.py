@@ -31,7 +31,7 @@ def test_a_shards_sum_is_the_defined_one_and_leaves_its_pieces_alone(
     generator = torch.Generator().manual_seed(virtual_workers)
     pieces = [torch.randn(NUMEL, generator=generator).to(dtype) for _ in range(virtual_workers * accumulate)]
     home = Home(torch.device("cpu"))
-    for early in range(len(pieces)):  # so many are added in earlier rounds, the others in the update
+    for early in range(len(pieces) + 1):  # so many are added in earlier rounds, the others in the update
         given = [piece.clone() for piece in pieces]
         run = Scratch(RUN, home)
         sums = ShardSum(accumulate, Adder(home.device), Scratch(NUMEL, home), run)
@@ -45,6 +45,17 @@ def test_a_shards_sum_is_the_defined_one_and_leaves_its_pieces_alone(
         assert torch.equal(out, added_plainly(pieces, accumulate))
         assert all(torch.equal(piece, before) for piece, before in zip(given, pieces, strict=True))
         sums.clear()
+
+
+def test_where_the_total_goes_is_used_again_for_what_is_added_after_it() -> None:
+    home = Home(torch.device("cpu"))
+    run = Scratch(RUN, home)
+    sums = ShardSum(1, Adder(home.device), Scratch(RUN, home), run)
+    for number in range(10):  # of five workers' two rounds; the sum of 7 and 8 goes into that of those before it
+        (sums.add if number < 5 else sums.keep)(torch.full((RUN,), float(number), dtype=torch.bfloat16))
+    out = torch.empty(RUN)
+    sums.total(Range(0, RUN), 1.0, out)
+    assert (out.unique().tolist(), run.num_bytes) == ([45.0], 0)
 
 
 def test_one_piece_of_fp32_is_read_where_it_is_and_two_are_added_where_the_total_goes() -> None:

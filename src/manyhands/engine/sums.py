@@ -106,7 +106,10 @@ class ShardSum:
         def add(left: Tensor, right: Tensor) -> Tensor:
             return torch.add(left, right, out=place()) if left.data_ptr() in in_place else self._adder(left, right)
 
-        part = self._sum.part(lambda value: value[cut], own=own, add=add, free=self._run.free)
+        def free(value: Tensor) -> None:
+            places.append(out) if value is out else self._run.free(value)
+
+        part = self._sum.part(lambda value: value[cut], own=own, add=add, free=free)
         for level, piece in kept:
             part.add_micro_batch(piece) if level is None else part.push(piece, level)
         total = part.fold()

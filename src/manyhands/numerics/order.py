@@ -122,7 +122,8 @@ class OrderedSum(Generic[T]):
     def part(
         self, cut: Callable[[T], T], own: Callable[[T], T], add: Callable[[T, T], T], free: Callable[[T], None]
     ) -> OrderedSum[T]:
-        """The same sum over a part of every value; `cut` gives that part as a view that may be overwritten."""
+        """The same sum over a part of every value; `cut` gives that part as a view that may be overwritten.
+        own, add, free: of the part, as of the sum."""
         part: OrderedSum[T] = OrderedSum(self.accumulate, own=own, add=add, free=free)
         part._stack = [(level, cut(value)) for level, value in self._stack]
         part._current = None if self._current is None else cut(self._current)

@@ -250,7 +250,7 @@ def _partial_sums(batch: Batch, ways: Ways, workers: int) -> tuple[int, int]:
         for tree in sorted(tree for trees in _subtrees(batch, workers) for tree in trees):
             part.push(None, tree.level)
     part.fold()
-    return whole.most, max(0, run.most - 1)  # the first of a run's is where its total goes
+    return whole.most, max(0, run.most - 1)  # one is where the run's total goes; fp32 may need fewer
 
 
 def _subtrees(batch: Batch, workers: int) -> list[tuple[Subtree, ...]]:
