@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,63 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import manyhands as mh
-from manyhands.checkpoint.export import parse_size, plan_shards
-from manyhands.checkpoint.format import list_checkpoints, seal
-from manyhands.checkpoint.tensor_file import TensorEntry
-from support.command import told
-from support.models import ConvNet, PartlyUsed, Tokens, conv_recipe, gpt_recipe, grouped, partly_used_recipe
-from support.threads import run_threads
-
-STEPS = 2
-
-
-class Trained:
-    """A recipe trained for some steps: its checkpoint, the master weights, and the model's own state_dict."""
-
-    def __init__(self, recipe: mh.Recipe, folder: Path, workers: int = 1, stage: str = "zero2") -> None:
-        def work(group: Any) -> tuple[Path, dict[str, Tensor], dict[str, Tensor], str]:
-            with mh.Engine(recipe, mh.Strategy(stage=stage), group=group) as engine:
-                for batch in engine.batches(STEPS):
-                    engine.step(batch)
-                saved = engine.save(folder)
-                own = {key: value.detach().clone() for key, value in engine.model.state_dict().items()}
-                return saved, engine.full_state_dict(), own, engine.digest()
-
-        self.checkpoint, self.full, self.own, self.digest = run_threads(workers, work)[0]
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    """All tensors of an export, by its index if it has one."""
-    index = out / "model.safetensors.index.json"
-    if not index.exists():
-        return load_file(out / "model.safetensors")
-    weight_map = json.loads(index.read_text())["weight_map"]
-    found = {}
-    for file in set(weight_map.values()):
-        here = load_file(out / file)
-        assert set(here) == {name for name, other in weight_map.items() if other == file}
-        found.update(here)
-    return found
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert found[name].shape == tensor.shape, name
-        assert torch.equal(found[name], tensor), name
+from manyhands.checkpoint.format import list_checkpoints
+from support.exporting import STEPS, FrozenStem, Trained, assert_same, contents, weights
+from support.models import PartlyUsed, Tokens, conv_recipe, gpt_recipe, grouped, partly_used_recipe
 
 
 def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in names}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # - The bits
@@ -106,16 +57,6 @@ def test_the_bytes_of_an_export_do_not_depend_on_workers_and_stage(tmp_path: Pat
         mh.export(trained.checkpoint, tmp_path / stage / "out", max_shard_size="20KB")
         found.append(contents(tmp_path / stage / "out"))
     assert found[0] == found[1] == found[2]
-
-
-class FrozenStem(ConvNet):
-    """Its first layers aren't trained, nor are two tables, which are too large to be looked after like buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tables = nn.ModuleList(nn.Linear(300, 300, bias=False) for _ in range(3)).requires_grad_(False)
-        self.conv_1.requires_grad_(False)
-        self.norm_1.requires_grad_(False)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -284,156 +225,6 @@ def test_a_model_that_wraps_one_of_transformers_gets_no_config(tmp_path: Path) -
     assert mh.export(checkpoint, tmp_path / "out").files == ["model.safetensors"]
 
 
-# - Where it comes from and where it goes
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 3 steps with the checkpoints of steps 1, 2 and 3."""
-    path = tmp_path_factory.mktemp("runs") / "first"
-    mh.train(gpt_recipe(), steps=3, run_dir=path, checkpoint_every=1, digest_every=1, show=False)
-    return path
-
-
-def test_a_runs_checkpoint_is_found(run_dir: Path, tmp_path: Path) -> None:
-    last = mh.export(run_dir, tmp_path / "last")
-    assert (last.step, last.checkpoint) == (3, str(run_dir / "checkpoints" / "step-00000003"))
-    assert mh.export(run_dir, tmp_path / "second", step=2).step == 2
-    assert mh.export(run_dir / "checkpoints", tmp_path / "third").digest == last.digest
-    assert mh.export(run_dir / "checkpoints" / "step-00000001", tmp_path / "one", step=1).step == 1
-    assert contents(tmp_path / "third") == contents(tmp_path / "last")
-
-
-def test_an_empty_folder_is_filled_and_leftovers_are_removed(run_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
-    heard: list[tuple[int, int]] = []
-    summary = mh.export(run_dir, tmp_path / "out", told=lambda done, total: heard.append((done, total)))
-    assert os.listdir(tmp_path) == ["out"]
-    assert heard == sorted(heard)
-    assert heard[-1] == (summary.weights_bytes, summary.weights_bytes)
-
-
-@pytest.mark.parametrize(("cwd", "run", "out"), [("step-00000002", ".", "../../out"), (".", "step-00000002", "../out")])
-def test_relative_paths_work(tmp_path: Path, cwd: str, run: str, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = Trained(conv_recipe(model=FrozenStem), tmp_path / "checkpoints")
-    monkeypatch.chdir(trained.checkpoint.parent / cwd)
-    mh.export(run, out)
-    assert_same(weights(tmp_path / "out"), trained.own)
-
-
-def flip_bits(path: Path) -> None:
-    """One in every 16 bytes of the data: some are in weights (moments aren't read)."""
-    data = bytearray(path.read_bytes())
-    for place in range(8 + int.from_bytes(data[:8], "little"), len(data), 16):
-        data[place] ^= 4
-    path.write_bytes(data)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize("damage", [flip_bits, truncate, Path.unlink])
-@pytest.mark.parametrize("where", ["step-*/worker-0", "step-*/worker-1", "frozen-*/worker-1"])
-def test_a_damaged_checkpoint_is_refused_by_name_and_nothing_is_left(
-    tmp_path: Path, where: str, damage: Callable[[Path], None]
-) -> None:
-    checkpoint = Trained(conv_recipe(model=FrozenStem), tmp_path / "checkpoints", 2).checkpoint
-    (path,) = checkpoint.parent.glob(f"{where}.safetensors")
-    damage(path)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(mh.CheckpointError, match=r"damaged|missing or broken") as caught:
-        mh.export(checkpoint, tmp_path / "out")
-    assert str(path) in str(caught.value)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "out"]
-    assert os.listdir(tmp_path / "out") == []
-
-
-def changed(checkpoint: Path, **fields: Any) -> None:
-    path = checkpoint / "manifest.json"
-    path.write_text(seal(json.loads(path.read_text()) | fields))
-
-
-def test_other_weights_than_the_manifest_says_are_refused(tmp_path: Path) -> None:
-    checkpoint = Trained(gpt_recipe(), tmp_path / "checkpoints").checkpoint
-    changed(checkpoint, digest="0" * 64)
-    with pytest.raises(mh.CheckpointError, match="not those that were saved"):
-        mh.export(checkpoint, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["checkpoints"]
-
-
-def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
-    checkpoint = Trained(gpt_recipe(), tmp_path / "checkpoints").checkpoint
-    (checkpoint / "manifest.json").write_text('{"format": 1, "step": 2}')
-    with pytest.raises(mh.CheckpointError, match="another format") as caught:
-        mh.export(checkpoint.parent, tmp_path / "out")
-    assert (caught.value.expected, caught.value.got) == ("2", "1")
-
-
-def taken_file(path: Path) -> None:
-    path.write_text("mine")
-
-
-def taken_folder(path: Path) -> None:
-    path.mkdir()
-    (path / "thesis.tex").write_text("mine")
-
-
-@pytest.mark.parametrize("take", [taken_file, taken_folder])
-def test_what_is_there_already_is_left_alone(run_dir: Path, tmp_path: Path, take: Callable[[Path], None]) -> None:
-    take(tmp_path / "out")
-    with pytest.raises(mh.ConfigError, match="something where the export shall go"):
-        mh.export(run_dir, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["out"]
-    assert (tmp_path / "out").is_file() or os.listdir(tmp_path / "out") == ["thesis.tex"]
-
-
-def test_wrong_wishes_are_refused(run_dir: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(mh.ConfigError, match="no checkpoint of step 7") as caught:
-        mh.export(run_dir, out, step=7)
-    assert caught.value.expected == "1, 2, 3"
-    with pytest.raises(mh.ConfigError, match="no checkpoint of step 2"):
-        mh.export(run_dir / "checkpoints" / "step-00000001", out, step=2)
-    for nothing in (tmp_path / "absent", tmp_path):
-        with pytest.raises(mh.ConfigError, match="there is no checkpoint here"):
-            mh.export(nothing, out)
-    with pytest.raises(mh.ConfigError, match="no such dtype"):
-        mh.export(run_dir, out, dtype="fp8")
-    with pytest.raises(mh.ConfigError, match="max_shard_size can't be understood"):
-        mh.export(run_dir, out, max_shard_size="large")
-    with pytest.raises(mh.CheckpointError, match="the export can't be written"):
-        mh.export(run_dir, "/proc/export")
-    (tmp_path / "file").touch()
-    with pytest.raises(mh.CheckpointError, match="the export can't be written"):
-        mh.export(run_dir, tmp_path / "file" / "out")
-    assert os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1.5KiB", 1536), ("2GiB", 2**31), ("7B", 7), ("7", 7), (7, 7)],
-)
-def test_sizes(text: str | int, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", 0, -1, "5G5", "5 apples", "GB", "0.1B"])
-def test_what_is_no_size(text: str | int) -> None:
-    with pytest.raises(mh.ConfigError):
-        parse_size(text)
-
-
-def test_shards_are_filled_in_order() -> None:
-    entries = [TensorEntry(f"t{index}", torch.int8, (numel,)) for index, numel in enumerate([6, 6, 2, 20, 1, 9, 0])]
-    planned = [[entry.name for entry in shard] for shard in plan_shards(entries, 10).values()]
-    assert planned == [["t0"], ["t1", "t2"], ["t3"], ["t4", "t5", "t6"]]
-    assert list(plan_shards(entries, 20))[-1] == "model-00003-of-00003.safetensors"
-    assert list(plan_shards(entries, 44)) == ["model.safetensors"]
-
-
 # - Memory
 
 
@@ -474,37 +265,3 @@ def test_the_model_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     model_bytes, grown_bytes = map(int, done.stdout.split())
     assert model_bytes == 256 * 2**20
     assert grown_bytes < 48 * 2**20
-
-
-# - The command
-
-
-def test_the_command_says_what_it_wrote(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digest = mh.export(run_dir, tmp_path / "by hand", step=2, dtype="bf16", max_shard_size="20KB").digest
-    options = ("--step", 2, "--dtype", "bf16", "--max-shard-size", "20KB")
-    code, text = told(capsys, monkeypatch, "export", run_dir, tmp_path / "out", *options)
-    assert code == 0
-    for part in (
-        "after step 2",
-        "in bfloat16",
-        "model.safetensors.index.json",
-        digest,
-        "no config.json",
-        "step-00000002",
-    ):
-        assert part in text
-    assert contents(tmp_path / "out") == contents(tmp_path / "by hand")
-    code, text = told(capsys, monkeypatch, "export", run_dir, tmp_path / "json", "--json")
-    said = json.loads(text)
-    assert (code, said["step"], said["files"], said["has_config"]) == (0, 3, ["model.safetensors"], False)
-
-
-def test_the_command_tells_what_is_wrong(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, text = told(capsys, monkeypatch, "export", run_dir, tmp_path / "out", "--step", 9)
-    assert code == 2
-    assert "the run has no checkpoint of step 9" in text
-    assert "Traceback" not in text
