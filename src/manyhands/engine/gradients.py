@@ -114,7 +114,13 @@ class Ring:
         return first + position if first + position >= self._sends else first + self._units + position
 
     def take(self, number: int) -> Tensor | None:
-        """The place of that send, if it is free by now."""
+        """The place of that send: of the next one as soon as it is free, of a later one if it is free by now.
+
+        Waiting for the next one's place is waiting for others that are behind, and need nothing of this worker to come
+        on: it has sent all that they read before they send what is still missing here.
+        """
+        if number == self._sends:
+            return self.wait_for(number)
         slot = number % len(self.slots)
         last = self._used[slot]
         if self._taken[slot] or number - self._sends >= len(self.slots) or not (last is None or last.is_reusable):
@@ -147,7 +153,7 @@ class Ring:
 
 
 class RingGradients(Gradients):
-    """In a ring's buffer; in one of its own for as long as that one isn't free."""
+    """In a ring's buffer; if gradients come before it's the unit's turn, and that one isn't free, in one of its own."""
 
     def __init__(self, group: Group, layout: UnitLayout, dtype: torch.dtype, ring: Ring, position: int) -> None:
         super().__init__(group, layout.padded_numel)

@@ -141,12 +141,11 @@ class Reducer:
 
     def end(self) -> None:
         """After backward: what got no gradient contributes zeros, and everything left is sent."""
-        this = self.rounds[self._round]
-        if this.micro_batch is not None:
-            for unit in self._order:
+        for unit in self._order:
+            if self.rounds[self._round].micro_batch is not None:
                 unit.complete()
-        self._complete.update(unit.name for unit in self._order)
-        self._send_complete()
+            self._complete.add(unit.name)
+            self._send_complete()  # one by one, so that zeros find a place when it's their turn
         if self._round == self._last and self._views and self._far is None:
             self._last_round, self._in_flight = self._in_flight, []
         while self._in_flight:

@@ -191,11 +191,11 @@ def _gradients(trained: Sequence[UnitSize], ways: Ways, workers: int) -> float:
         return sum(whole) + copies
     if not ways.views:
         return 2 * travelling * largest  # what is given, and what is received
-    rings = 0
+    rings = 0.0
     for itemsize in {unit.itemsize for unit in trained}:
         several = [workers * unit.shard_numel * itemsize for unit in trained if unit.itemsize == itemsize]
         rings += min(RING_SLOTS, len(several)) * max(several)
-    return rings + (largest if workers > 1 else 0)  # a unit's own place, while others still read the ring's
+    return rings
 
 
 def _gathered(units: Sequence[UnitSize], prefetch: int, workers: int) -> float:
