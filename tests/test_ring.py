@@ -89,3 +89,18 @@ def test_everyone_reads_what_was_given(arrivals: tuple[int, ...], late: int | No
             assert own_places == 0  # whoever is late
         if arrivals is LAST_COMES_FIRST:
             assert own_places == ROUNDS  # it's too early for the ring
+
+
+def test_waiting_for_a_place_counts_as_waiting() -> None:
+    def work(group: Group) -> float:
+        contribution = group.empty_contribution(SIZE, torch.float32)
+        exchange = group.exchange(contribution, 0, 1, range(SIZE), "step 0 / a / grad")
+        exchange.pieces()
+        group.recorder.take()
+        time.sleep(0.3 if group.rank == 1 else 0.0)
+        exchange.release()
+        exchange.wait_reusable()
+        return group.recorder.take()[1]
+
+    early, late, _ = run_threads(SIZE, work)
+    assert late < 0.15 < early

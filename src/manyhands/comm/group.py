@@ -9,7 +9,7 @@ A group has two levels: `near`, the workers that share memory with this one (whi
 
 Buffers come from the group, so that it can put them where moving them is cheapest. All verbs are collective: every
 worker calls the same ones with the same tags in the same order. Every call carries a tag (`step 12 / layers.3 / grad`;
-its last word is its kind) and is recorded. A call that can't complete because another worker raised, died or is late
+its last word is its kind) and is counted. A call that can't complete because another worker raised, died or is late
 raises WorkerError, which names that worker.
 """
 

@@ -135,7 +135,7 @@ class ProcessGroup(MembersGroup):
                 async_op=True,
             )
         )
-        wait = self._waiter("exchange", [work], call, tag, (len(contributors) - gives) * item)
+        wait = self._waiter([work], call, tag, (len(contributors) - gives) * item)
         return _ProcessExchange(received, len(contributors), work, wait, self._pool)
 
     def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
@@ -145,14 +145,14 @@ class ProcessGroup(MembersGroup):
             works = [self._call(partial(dist.all_gather_single, as_bytes, parts[self.rank], group, async_op=True))]
         else:  # Gloo's all-gather takes as much memory again, and three times as long
             works = [self._call(partial(dist.broadcast, one, None, group, True, src)) for src, one in enumerate(parts)]
-        return self._waiter("publish", works, call, tag, as_bytes.numel() - parts[0].numel())
+        return self._waiter(works, call, tag, as_bytes.numel() - parts[0].numel())
 
     def gather(self, small: Tensor, tag: str) -> list[Tensor]:
         flat = small.detach().contiguous().view(-1).view(torch.uint8)
         copies = torch.empty(self.size * flat.numel(), dtype=torch.uint8)
         call = self._post(tag)
         work = self._call(lambda: dist.all_gather_single(copies, flat, self._dist_group, async_op=True))
-        self._waiter("gather", [work], call, tag, flat.numel() * (self.size - 1), on_host=True)()
+        self._waiter([work], call, tag, flat.numel() * (self.size - 1), on_host=True)()
         return [copy.view(small.dtype).view(small.shape) for copy in copies.chunk(self.size)]
 
     def _call(self, begin: Callable[[], dist.Work | None]) -> dist.Work:
@@ -165,7 +165,7 @@ class ProcessGroup(MembersGroup):
         return work
 
     def _waiter(
-        self, operation: str, works: list[dist.Work], call: int, tag: str, size: int, *, on_host: bool | None = None
+        self, works: list[dist.Work], call: int, tag: str, size: int, *, on_host: bool | None = None
     ) -> Callable[[], None]:
         """size: bytes that this worker gets. on_host: the tensors are the CPU's, so that waiting for the works is
         waiting here (None: as the group's)."""
@@ -186,7 +186,7 @@ class ProcessGroup(MembersGroup):
                 raise self._failure_behind(error) from error
             done = True
             self._check_tags(call, tag)
-            self.recorder.add(operation, tag, size, time.monotonic() - began)
+            self.recorder.add(tag, size, time.monotonic() - began)
 
         return wait
 

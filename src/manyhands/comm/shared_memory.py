@@ -42,7 +42,7 @@ class _SharedExchange(Exchange):
     def pieces(self) -> list[Tensor]:
         seconds = self._group.wait_posted(self._call, self._tag)
         num_bytes = sum(piece.nbytes for rank, piece in self._pieces if rank != self._group.rank)
-        self._group.recorder.add("exchange", self._tag, num_bytes, seconds)
+        self._group.recorder.add(self._tag, num_bytes, seconds)
         return [piece for _, piece in self._pieces]
 
     def release(self) -> None:
@@ -113,7 +113,7 @@ class SharedMemoryGroup(MembersGroup):
         call = self._post(tag)
 
         def wait() -> None:
-            self.recorder.add("publish", tag, 0, self.wait_posted(call, tag))
+            self.recorder.add(tag, 0, self.wait_posted(call, tag))
 
         return wait
 
@@ -131,7 +131,7 @@ class SharedMemoryGroup(MembersGroup):
             seconds += self.wait_posted(call, tag)
             for rank in range(self.size):
                 copies[rank][part] = self._mailboxes[rank][box]
-        self.recorder.add("gather", tag, flat.numel() * (self.size - 1), seconds)
+        self.recorder.add(tag, flat.numel() * (self.size - 1), seconds)
         return [copy.view(small.dtype).view(small.shape) for copy in copies]
 
     def wait_posted(self, call: int, tag: str) -> float:
@@ -142,7 +142,7 @@ class SharedMemoryGroup(MembersGroup):
 
     def wait_drained(self, number: int, tag: str) -> None:
         """Wait until everyone has read exchange `number`."""
-        self._wait(lambda: self.all_drained(number), lambda peer: peer.drained < number, tag)
+        self.recorder.waited(self._wait(lambda: self.all_drained(number), lambda peer: peer.drained < number, tag))
 
     def all_posted(self, call: int) -> bool:
         """Whether everyone has begun collective call `call`."""

@@ -10,7 +10,6 @@ whatever order their gradients come: so no worker ever waits for a message that 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from torch import nn
 from manyhands.comm.group import Contribution, Exchange, Group
 from manyhands.config import Batch
 from manyhands.engine.lifecycle import Event
+from manyhands.engine.patience import Patience
 from manyhands.engine.sums import RUN, Adder, LocalSums, Scratch, ShardSum
 from manyhands.engine.unit import Unit
 from manyhands.numerics.order import Subtree, maximal_subtrees, micro_batch_of_round, num_rounds, run_of_virtual_workers
@@ -29,8 +29,6 @@ from manyhands.sharding.stage import SHARDED, Stage
 
 IN_FLIGHT = 2
 """Exchanges of gradients under way at a time, where each has a buffer of its own."""
-PATIENCE_SECONDS = 1.0
-"""How long an exchange is awaited where that may be in vain; each time that it was, a tenth of it from then on."""
 
 
 class Levels(NamedTuple):
@@ -80,7 +78,9 @@ class Reducer:
         near, self._far = levels_of(group, stage, batch)
         self._order = list(reversed(units))
         self._views = near.pieces_are_views and stage.param is not SHARDED  # and the gradients stay where they are
-        self._must_go_on, self._patience = stage.param is SHARDED and not group.pieces_are_views, PATIENCE_SECONDS
+        # In a backward that gathers parameters the others may wait for this worker meanwhile, to gather what it doesn't
+        # expect, and don't send: then it goes on, with more exchanges under way.
+        self._patience = Patience(group.recorder) if stage.param is SHARDED and not group.pieces_are_views else None
         everything = range(batch.virtual_workers)
         mine = everything if self._far is None else _runs(self._far, batch)[self._far.rank]
         self.rounds = plan_rounds(batch, mine, near.rank, near.size)
@@ -167,18 +167,9 @@ class Reducer:
         """Whether to add the oldest pieces now, in the midst of a backward."""
         if self._views:  # they cost no memory: only if there's something to gain, and nobody to wait for
             return self._far is not None and self._in_flight[0][1].is_complete
-        return len(self._in_flight) > IN_FLIGHT and (not self._must_go_on or self._completes(self._in_flight[0][1]))
-
-    def _completes(self, exchange: Exchange) -> bool:
-        """Whether it does soon. In a backward that gathers parameters the others may wait for this worker meanwhile, to
-        gather what it doesn't expect, and don't send: then it goes on, with more exchanges under way."""
-        deadline = time.monotonic() + self._patience
-        while not exchange.is_complete:
-            if time.monotonic() > deadline:
-                self._patience /= 10
-                return False
-            time.sleep(0.0002)
-        return True
+        return len(self._in_flight) > IN_FLIGHT and (
+            self._patience is None or self._patience.completes(self._in_flight[0][1])
+        )
 
     def _tag(self, unit: Unit) -> str:
         return f"step {self._step}, round {self._round} / {unit.name} / grad"

@@ -115,10 +115,6 @@ class OrderedSum(Generic[T]):
             total = left
         return total
 
-    def partials(self) -> tuple[tuple[int, T], ...]:
-        """The complete subtrees added so far, as (level, owned value), left to right."""
-        return tuple(self._stack)
-
     def part(
         self, cut: Callable[[T], T], own: Callable[[T], T], add: Callable[[T, T], T], free: Callable[[T], None]
     ) -> OrderedSum[T]:
