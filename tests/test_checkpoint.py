@@ -49,8 +49,9 @@ def assert_resumed(found: Outcome, undisturbed: Outcome) -> None:
         assert torch.equal(found.buffers[name], buffer), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("workers", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 3))])
+@pytest.mark.slow  # test_parity.py has a fair part of it with processes
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers_and_any_stage_loads_what_any_other_saved(
     tmp_path: Path, workers: int, precision: str
 ) -> None:
@@ -98,7 +99,8 @@ def test_every_optimizers_state_comes_back(tmp_path: Path, optimizer: str) -> No
     assert_resumed(train(recipe, 3, load=checkpoint), undisturbed)
 
 
-@pytest.mark.parametrize("optimizer", ["Muon and AdamW", pytest.param("Adafactor", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_parity.py has it with processes, for Muon
+@pytest.mark.parametrize("optimizer", ["Muon and AdamW", "Adafactor"])
 def test_owners_change_with_the_workers(tmp_path: Path, optimizer: str) -> None:
     recipe = gpt_recipe("bf16", optimizer=OWNED[optimizer])
     undisturbed = train(recipe)

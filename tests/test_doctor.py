@@ -58,6 +58,7 @@ def test_hosts_with_other_numerics_are_named() -> None:
     assert "torch: 2.14 on a, 2.13 on b" in finding.told
 
 
+@pytest.mark.slow
 def test_under_a_launcher_it_looks_at_all_hosts_together(tmp_path: Path) -> None:
     command = [*MANYHANDS, "run", "--workers", "2", MAIN, "doctor", "--json", "--run-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -211,7 +211,8 @@ def test_a_micro_batch_that_always_fails_is_named_with_its_samples(tmp_path: Pat
     assert "the run is not started again: it failed there the time before, too" in run.output
 
 
-@pytest.mark.parametrize("seed", [1001, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (7, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1001, 7, 8])
 def test_random_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """The short form of `make faults`: commands with other workers, stages and groups go on after each other."""
     monkeypatch.setenv("PYTHONPATH", "")
