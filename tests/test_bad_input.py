@@ -279,7 +279,7 @@ def test_more_workers_than_micro_batches_are_refused() -> None:
         assert "at most 4 workers" in str(error)
 
 
-@pytest.mark.parametrize("stage", ["ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("stage", ["ddp", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(stage: str, workers: int) -> None:
     def work(rank: int, group: Group) -> str:

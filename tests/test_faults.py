@@ -37,10 +37,10 @@ WHAT = {
 }
 
 
-def training(folder: Path, group: str, restarts: str = "0", workers: str = "2") -> list[str]:
+def training(folder: Path, group: str, restarts: str = "0", workers: str = "2", stage: str = "zero2") -> list[str]:
     recipe, run_dir = str(SUPPORT / "faulty.toml"), str(folder / "directory")
-    options = ["--workers", workers, "--group", group, "--run-dir", run_dir, "--max-restarts", restarts]
-    return [*MANYHANDS, "train", recipe, *options]
+    options = ["--workers", workers, "--group", group, "--stage", stage, "--run-dir", run_dir]
+    return [*MANYHANDS, "train", recipe, *options, "--max-restarts", restarts]
 
 
 def script(loop: str, group: str) -> list[str]:
@@ -110,15 +110,6 @@ class Run:
         return [name for name in temporary if not name.startswith("torchinductor_")] + shared  # torch's own cache
 
 
-def run_all(folder: Path, group: str, kind: str, places: tuple[str, ...]) -> dict[str, Run]:
-    """By place; one after the other, because what is asserted are seconds."""
-
-    def run(place: str) -> Run:
-        return Run(folder / place, training(folder / place, group), f"{kind} {place}").wait()
-
-    return {place: run(place) for place in places}
-
-
 @pytest.mark.parametrize(
     ("group", "kind", "places"),
     [
@@ -135,23 +126,42 @@ def run_all(folder: Path, group: str, kind: str, places: tuple[str, ...]) -> dic
     ],
 )
 def test_all_end_and_the_culprit_is_named(tmp_path: Path, group: str, kind: str, places: tuple[str, ...]) -> None:
-    for place, run in run_all(tmp_path, group, kind, places).items():
-        told = f"{place}\n{run.output}"
-        assert run.process.returncode == 1, told
-        assert run.seconds < WITHIN_SECONDS + (STALL_SECONDS if kind in ("stall", "stop") else 0), told
-        assert re.search("^" + WHAT[kind], run.output, re.MULTILINE), told
-        assert re.search(f"^  where: {WHERE[place]}", run.output, re.MULTILINE), told
-        assert run.left_behind() == [], told
-        assert "InvariantError" not in run.output, told
-        assert run.output.count("Traceback") == (kind == "raise"), told
-        if kind == "raise":
-            assert "in misbehave" in run.output, told
-            assert "/manyhands/engine/" not in run.output, told
-        if kind == "stall":  # its stack is shown: the main thread's only
-            assert "in oversleep" in run.output, told
-            assert "in _watch" not in run.output, told
-        if kind in ("stall", "stop"):
-            assert "; the others wait in step 2" in run.output, told
+    for place in places:  # one after the other, because what is asserted are seconds
+        check(Run(tmp_path / place, training(tmp_path / place, group), f"{kind} {place}").wait(), kind, place)
+
+
+@pytest.mark.parametrize(
+    ("group", "kind"),
+    [
+        ("shared-memory", "stall"),  # worker 0 waits for a place in the ring of gradients, in autograd
+        *(
+            pytest.param(group, kind, marks=pytest.mark.slow)
+            for group, kind in (("shared-memory", "kill"), ("process", "kill"), ("process", "stall"))
+        ),
+    ],
+)
+def test_so_it_is_in_a_backward_with_sharded_parameters(tmp_path: Path, group: str, kind: str) -> None:
+    check(Run(tmp_path / "run", training(tmp_path / "run", group, stage="zero3"), f"{kind} exchange").wait(), kind)
+
+
+def check(run: Run, kind: str, place: str = "exchange") -> None:
+    """That worker 1 is named with its place, and all has ended in time, leaving nothing."""
+    told = f"{place}\n{run.output}"
+    assert run.process.returncode == 1, told
+    assert run.seconds < WITHIN_SECONDS + (STALL_SECONDS if kind in ("stall", "stop") else 0), told
+    assert re.search("^" + WHAT[kind], run.output, re.MULTILINE), told
+    assert re.search(f"^  where: {WHERE[place]}", run.output, re.MULTILINE), told
+    assert run.left_behind() == [], told
+    assert "InvariantError" not in run.output, told
+    assert run.output.count("Traceback") == (kind == "raise"), told
+    if kind == "raise":
+        assert "in misbehave" in run.output, told
+        assert "/manyhands/engine/" not in run.output, told
+    if kind == "stall":  # its stack is shown: the main thread's only
+        assert "in oversleep" in run.output, told
+        assert "in _watch" not in run.output, told
+    if kind in ("stall", "stop"):
+        assert "; the others wait in step 2" in run.output, told
 
 
 @pytest.mark.parametrize(

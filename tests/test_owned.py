@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
 STEPS = 2
-STAGES, WORKERS = ("ddp", "zero1", "zero2"), (1, 2, 3, 4)
+STAGES, WORKERS = ("ddp", pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"), (1, 2, 3, 4)
 
 
 def assert_bits(recipe: mh.Recipe, expected: OracleRun, workers: int, **strategy: Any) -> None:
@@ -67,6 +68,13 @@ def test_every_stage_and_number_of_workers_gives_the_oracles_bits(
     assert len(set(expected.digests)) == STEPS
     for workers in WORKERS:
         assert_bits(recipe, expected, workers, stage=stage, units=GPT_UNITS)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+@pytest.mark.parametrize("optimizer", OWNED)
+def test_state_on_a_disk_changes_nothing(optimizer: str, stage: str, tmp_path: Path) -> None:
+    recipe, expected = gpt_with(optimizer, "bf16", None)
+    assert_bits(recipe, expected, 2, stage=stage, units=GPT_UNITS, home="disk", scratch=str(tmp_path))
 
 
 @pytest.mark.parametrize("optimizer", OWNED)

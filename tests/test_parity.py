@@ -126,6 +126,12 @@ def jobs_of(launch: Launch, folder: Path) -> list[dict[str, Any]]:
                 job(f"loader {precision}", precision, "ddp", strategy={"stage": "ddp", "loader_workers": 1}),
                 job(f"one unit {precision}", precision, "zero1", units=()),
                 job(
+                    f"on a disk {precision}",
+                    precision,
+                    "zero3",
+                    strategy={"stage": "zero3", "home": "disk", "scratch": str(folder / f"{launch}-scratch")},
+                ),
+                job(
                     f"computed twice {precision}",
                     precision,
                     "zero3",
@@ -206,8 +212,8 @@ def test_every_stage_and_precision_gives_the_oracles_digest(launch: Launch, shar
 
 
 @pytest.mark.parametrize("launch", params([launch for launch in SAVING + RESUMING if launch.workers == 2]))
-@pytest.mark.parametrize("way", ["no overlap", "loader", "one unit", "computed twice"])
-def test_overlap_loaders_units_and_checkpointing_change_nothing(way: str, launch: Launch, shared_folder: Path) -> None:
+@pytest.mark.parametrize("way", ["no overlap", "loader", "one unit", "on a disk", "computed twice"])
+def test_the_rest_of_a_strategy_changes_nothing(way: str, launch: Launch, shared_folder: Path) -> None:
     assert_one_digest(launch, shared_folder, [(f"{way} {precision}", precision) for precision in PRECISIONS])
 
 

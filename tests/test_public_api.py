@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import manyhands as mh
 from manyhands.cli.main import app
@@ -170,4 +171,10 @@ def test_the_command_line_is_this() -> None:
         for name, sub in command.commands.items()  # type: ignore[attr-defined]
     }
     assert found == OPTIONS
-    assert all(sub.help for sub in command.commands.values())  # type: ignore[attr-defined]
+    for name, sub in command.commands.items():  # type: ignore[attr-defined]
+        shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert shown.exit_code == 0
+        for parameter in sub.params:
+            told = getattr(parameter, "help", None) or ""
+            assert told[:30].strip("`") in shown.output, f"{name} {parameter.name}"
+            assert told, f"{name} {parameter.name}"

@@ -255,7 +255,8 @@ class StepEngine:
             self._watch.before_backward(loss)
             self._gathers.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
-            for name, param in self._params.items():  # what no hook has told of: all, or what the loss set by hand
+            # What no hook has told of: all, in the order in which units are sent, or what the loss set by hand.
+            for name, param in reversed(self._params.items()):
                 self._reducer.arrived(name, param)
             self.buffers.end_micro_batch(micro_batch)
         return loss.detach(), weight.detach() if isinstance(weight, Tensor) else weight

@@ -47,9 +47,6 @@ class Gradients(ABC):
     def sent(self) -> None:  # noqa: B027  (where the place stays)
         """The exchange is over on this worker."""
 
-    def abort(self) -> None:  # noqa: B027
-        """The step failed."""
-
 
 class KeptGradients(Gradients):
     """In `contribution` from `start` on."""
@@ -89,9 +86,6 @@ class PassingGradients(Gradients):
     def sent(self) -> None:
         self.begin()
         self._mine().free()
-        self._contribution = None
-
-    def abort(self) -> None:
         self._contribution = None
 
 
@@ -147,10 +141,6 @@ class Ring:
         """I have read everyone's pieces of that send."""
         self._taken[number % len(self.slots)] = False
 
-    def abort(self) -> None:
-        """The step failed, and with it the run of sends."""
-        self._taken = [False for _ in self.slots]
-
 
 class RingGradients(Gradients):
     """In a ring's buffer; if gradients come before it's the unit's turn, and that one isn't free, in one of its own."""
@@ -189,7 +179,3 @@ class RingGradients(Gradients):
 
     def sent(self) -> None:
         self._ring.read(self._number)
-
-    def abort(self) -> None:
-        self._place = None
-        self._ring.abort()

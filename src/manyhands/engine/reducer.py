@@ -112,6 +112,7 @@ class Reducer:
         self._next = 0  # the first unit, in the fixed order, that is not yet sent in this round
         self._in_flight: list[tuple[Unit, Exchange]] = []
         self._last_round: list[tuple[Unit, Exchange]] = []
+        self._subtrees: list[Exchange] = []
 
     def begin_step(self, step: int) -> None:
         """Before a step's first round."""
@@ -207,6 +208,7 @@ class Reducer:
             tag = f"step {self._step}, subtree {slot} / {unit.name} / grad"
             under_way.append(far.exchange(Contribution(value), 0, unit.layout.shard_numel, contributors, tag))
         pieces = [exchange.pieces() for exchange in under_way]
+        self._subtrees += under_way
         unit.life.on(Event.REDUCED)
         found: list[tuple[Subtree, torch.Tensor]] = []
         for slot, in_slot in enumerate(pieces):
@@ -227,7 +229,9 @@ class Reducer:
         for unit, exchange in self._last_round:
             exchange.release()
             unit.sent()
-        self._last_round = []
+        for exchange in self._subtrees:
+            exchange.release()
+        self._last_round, self._subtrees = [], []
 
     def drop(self) -> None:
         """All workers give up this step alike: drop its gradients, leaving the group in order."""

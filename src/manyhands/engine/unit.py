@@ -170,7 +170,6 @@ class Unit(ParamUnit):
         self.life.on(Event.ABORT)
         self._missing.clear()
         self.finite_sums.clear()
-        self.gradients.abort()
 
     def _place(self, slot: Slot) -> Tensor:
         """Where a parameter's gradient goes, [numel]."""

@@ -114,10 +114,12 @@ def _summary(engine: Engine, record: Record, peak_bytes: int, wall_seconds: floa
             if group.rank == 0:
                 seed_generators(derive(recipe.seed, "sample"))
                 sample = recipe.sample(model)
-        group.barrier("end / sample / control")
+    # Worker 0 keeps the record, and computed the sample; all workers' summaries tell of it.
+    mine = {**figures(record.metrics)._asdict(), **failures_among(record.read_events())._asdict(), "sample": sample}
+    told: list[Any] = gather_json(group, mine, "end / figures / control")
     record.event("ended", step=engine.step_index, digest=digest)
     return Summary(
-        **figures(record.metrics)._asdict(),
+        **told[0],
         name=recipe.name,
         peak_memory_bytes_per_worker=peaks,
         workers=group.size,
@@ -125,9 +127,7 @@ def _summary(engine: Engine, record: Record, peak_bytes: int, wall_seconds: floa
         group=group.kind,
         precision=recipe.precision,
         parameters=sum(param.numel() for param in engine.model.parameters()),
-        sample=sample,
         digest=digest,
         run_dir="" if record.path is None else str(record.path),
         wall_seconds=wall_seconds,
-        **failures_among(record.read_events())._asdict(),
     )
