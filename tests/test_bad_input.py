@@ -280,9 +280,9 @@ def test_more_workers_than_micro_batches_are_refused() -> None:
 
 
 @pytest.mark.parametrize("stage", ["ddp", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(stage: str, workers: int) -> None:
-    def work(rank: int, group: Group) -> str:
+@pytest.mark.parametrize(("group_kind", "workers"), [("auto", 1), ("auto", 2), ("process", 1)])
+def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(stage: str, group_kind: str, workers: int) -> None:
+    def work(rank: int, group: Group | None) -> str:
         poisoned = False
         calls = 0
 
@@ -294,7 +294,8 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(stage: str, 
         def micro_batch() -> int:
             return engine.my_micro_batches[(calls - 1) % len(engine.my_micro_batches)]
 
-        with mh.Engine(recipe(loss=sometimes_poisoned), mh.Strategy(stage=stage), group) as engine:
+        strategy = mh.Strategy(stage=stage, group=group_kind)
+        with mh.Engine(recipe(loss=sometimes_poisoned), strategy, group) as engine:
             for batch in engine.batches(1):
                 engine.step(batch)
             before, poisoned = engine.digest(), True
@@ -309,7 +310,8 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(stage: str, 
             return engine.digest()
 
     undisturbed = on_all(lambda rank, group: trained(recipe(), mh.Strategy(), group, steps=3), workers=1)
-    assert on_all(work, workers) == undisturbed * workers
+    found = [work(0, None)] if group_kind == "process" else on_all(work, workers)
+    assert found == undisturbed * workers
 
 
 def test_a_sample_that_is_not_there_is_named_to_all() -> None:

@@ -77,3 +77,14 @@ def test_optimizer_state_is_sharded_as_the_stage_says() -> None:
     for stage in ("zero1", "zero2", "zero3"):
         assert sum(held[stage]) == 2 * parameters
         assert max(held[stage]) < parameters
+
+
+@pytest.mark.parametrize("stage", ["ddp", "zero1", "zero2", "zero3"])
+def test_what_travels_over_torch_distributed_goes_through_the_same_buffers_in_every_step(stage: str) -> None:
+    held = []
+    with mh.Engine(gpt_recipe("bf16"), mh.Strategy(stage=stage, group="process")) as engine:
+        for batch in engine.batches(4):
+            engine.step(batch)
+            held.append(engine.group._pool.num_bytes)  # type: ignore[attr-defined]
+    assert held[0] > 0
+    assert held[1:] == held[1:2] * 3
