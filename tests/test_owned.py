@@ -52,10 +52,10 @@ def gpt_with(optimizer: str, precision: str, clip_norm: float | None) -> tuple[m
     return recipe, oracle_run(recipe, STEPS)
 
 
+OFTEN = [("Muon and AdamW", "fp32", 0.5), ("Muon and AdamW", "bf16", None), ("Adafactor", "bf16", None)]
 CASES = [
-    *product(["Muon and AdamW"], ["fp32", "bf16"], [None, 0.5]),
-    ("Adafactor", "fp32", 0.5),
-    ("Adafactor", "bf16", None),
+    pytest.param(*case, marks=() if case in OFTEN else pytest.mark.slow)
+    for case in product(OWNED, ["fp32", "bf16"], [None, 0.5])
 ]
 
 
@@ -145,7 +145,7 @@ def test_matrices_longer_than_a_run_and_not_contiguous_have_the_same_bits(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_matrix_without_gradient_is_left_alone(precision: str, stage: str) -> None:
     recipe = partly_used_recipe(precision, optimizer=muon_for_matrices)
     expected, at_first = oracle_run(recipe, STEPS), oracle_run(recipe, 0).params
@@ -155,7 +155,7 @@ def test_a_matrix_without_gradient_is_left_alone(precision: str, stage: str) -> 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_kernels_of_four_dimensions_and_two_dtypes_have_owners(precision: str, stage: str) -> None:
     recipe = conv_recipe(precision, optimizer=OWNED["Adafactor"])
     expected = oracle_run(recipe, STEPS)
