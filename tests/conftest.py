@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line has it: tests end peers under a question

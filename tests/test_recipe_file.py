@@ -466,10 +466,12 @@ def test_not_utf8(recipe: Path) -> None:
 
 
 def test_missing_file(recipe: Path) -> None:
+    recipe.with_name("pyproject.toml").write_text("[project]\n")
     text = str(problem(recipe.with_name("recip.toml")))
     assert "there is no recipe" in text
     assert "did you mean 'recipe.toml'?" in text
     assert "known: recipe.toml" in str(problem(recipe.with_name("zzz")))
+    assert "pyproject" not in str(problem(recipe.with_name("project.toml")))
     assert "known: recipe.toml" in str(problem(recipe.parent))
     assert "there is no recipe" in str(problem(recipe.parent / "nowhere" / "recipe.toml"))
 

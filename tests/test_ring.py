@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from manyhands.comm.group import Exchange, Group
-from manyhands.engine.gradients import Ring, RingGradients
-from manyhands.engine.reducer import IN_FLIGHT
+from manyhands.engine.gradients import IN_FLIGHT, Ring, RingGradients
 from manyhands.layout import BLOCK, build_layout
 from support.threads import run_threads
 

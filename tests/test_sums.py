@@ -26,8 +26,9 @@ def added_plainly(pieces: list[Tensor], accumulate: int) -> Tensor:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("virtual_workers", [1, 2, 3, 4, 5, 7, 8])
 def test_a_shards_sum_is_the_defined_one_and_leaves_its_pieces_alone(
-    virtual_workers: int, accumulate: int, dtype: torch.dtype
+    virtual_workers: int, accumulate: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("manyhands.engine.sums.PASS", 20)
     generator = torch.Generator().manual_seed(virtual_workers)
     pieces = [torch.randn(NUMEL, generator=generator).to(dtype) for _ in range(virtual_workers * accumulate)]
     home = Home(torch.device("cpu"))
@@ -35,8 +36,8 @@ def test_a_shards_sum_is_the_defined_one_and_leaves_its_pieces_alone(
         given = [piece.clone() for piece in pieces]
         run = Scratch(RUN, home)
         sums = ShardSum(accumulate, Adder(home.device), Scratch(NUMEL, home), run)
-        for piece in given[:early]:
-            sums.add(piece)
+        for workers in (given[: early // 2], given[early // 2 : early]):
+            sums.add(workers)
         for piece in given[early:]:
             sums.keep(piece)
         out = torch.full((NUMEL,), float("nan"))
@@ -52,7 +53,8 @@ def test_where_the_total_goes_is_used_again_for_what_is_added_after_it() -> None
     run = Scratch(RUN, home)
     sums = ShardSum(1, Adder(home.device), Scratch(RUN, home), run)
     for number in range(10):  # of five workers' two rounds; the sum of 7 and 8 goes into that of those before it
-        (sums.add if number < 5 else sums.keep)(torch.full((RUN,), float(number), dtype=torch.bfloat16))
+        piece = torch.full((RUN,), float(number), dtype=torch.bfloat16)
+        sums.add([piece]) if number < 5 else sums.keep(piece)
     out = torch.empty(RUN)
     sums.total(Range(0, RUN), 1.0, out)
     assert (out.unique().tolist(), run.num_bytes) == ([45.0], 0)

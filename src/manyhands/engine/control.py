@@ -34,27 +34,22 @@ def gather_control(mine: Control, group: Group, tag: str) -> Control:
     floats = np.concatenate([mine.losses, mine.weights, [float(mine.stop), float(mine.save), *bad]])
     flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
     packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), flags]))
-    all_floats, all_flags = [], []
-    for other in group.gather(packed, tag):
-        array = other.numpy()
-        all_floats.append(array[: floats.nbytes].view(np.float64))
-        all_flags.append(array[floats.nbytes :])
-    count = len(mine.losses)
-    # Each micro-batch has one worker that computed it; the others' zeros change nothing, whatever the order.
-    losses = np.sum([values[:count] for values in all_floats], axis=0)
-    weights = np.sum([values[count : 2 * count] for values in all_floats], axis=0)
-    bads = [tuple(int(value) - 1 for value in values[2 * count + 2 :]) for values in all_floats]
-    found = sorted((micro_batch, index) for micro_batch, index in bads if micro_batch >= 0)
-    flags_of_any = np.max(all_flags, axis=0).astype(bool)
-    params = len(mine.got_gradient)
+    everyone = [other.numpy() for other in group.gather(packed, tag)]
+    all_floats = np.stack([array[: floats.nbytes].view(np.float64) for array in everyone])
+    flags_of_any = np.max([array[floats.nbytes :] for array in everyone], axis=0).astype(bool)
+    count, params = len(mine.losses), len(mine.got_gradient)
+    losses, weights, wishes, bads = np.split(all_floats, [count, 2 * count, 2 * count + 2], axis=1)
+    found = sorted((int(micro_batch) - 1, int(index) - 1) for micro_batch, index in bads if micro_batch > 0)
+    stop, save = (bool(wish.any()) for wish in wishes.T)
     return Control(
-        losses=losses,
-        weights=weights,
+        # Each micro-batch has one worker that computed it; the others' zeros change nothing, whatever the order.
+        losses=losses.sum(axis=0),
+        weights=weights.sum(axis=0),
         got_gradient=flags_of_any[:params],
         changed_buffers=flags_of_any[params:],
         bad=found[0] if found else None,
-        stop=any(bool(values[2 * count]) for values in all_floats),
-        save=any(bool(values[2 * count + 1]) for values in all_floats),
+        stop=stop,
+        save=save,
     )
 
 

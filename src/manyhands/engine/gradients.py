@@ -15,8 +15,10 @@ from torch import Tensor
 from manyhands.comm.group import Contribution, Exchange, Group
 from manyhands.layout import UnitLayout
 
-RING_SLOTS = 3
-"""More than the exchanges that a worker has in flight at a time (reducer.IN_FLIGHT)."""
+IN_FLIGHT = 2
+"""Exchanges of gradients under way at a time, where each has a buffer of its own."""
+RING_SLOTS = IN_FLIGHT + 1
+"""One more, so that there is a place for what comes next while as many as that are under way."""
 
 
 class Gradients(ABC):

@@ -19,6 +19,7 @@ from torch import nn
 
 from manyhands.comm.group import Contribution, Exchange, Group
 from manyhands.config import Batch
+from manyhands.engine.gradients import IN_FLIGHT
 from manyhands.engine.lifecycle import Event
 from manyhands.engine.patience import Patience
 from manyhands.engine.sums import RUN, Adder, LocalSums, Scratch, ShardSum
@@ -26,9 +27,6 @@ from manyhands.engine.unit import Unit
 from manyhands.numerics.order import Subtree, maximal_subtrees, micro_batch_of_round, num_rounds, run_of_virtual_workers
 from manyhands.offload.home import Home
 from manyhands.sharding.stage import SHARDED, Stage
-
-IN_FLIGHT = 2
-"""Exchanges of gradients under way at a time, where each has a buffer of its own."""
 
 
 class Levels(NamedTuple):
@@ -81,8 +79,7 @@ class Reducer:
         # In a backward that gathers parameters the others may wait for this worker meanwhile, to gather what it doesn't
         # expect, and don't send: then it goes on, with more exchanges under way.
         self._patience = Patience(group.recorder) if stage.param is SHARDED and not group.pieces_are_views else None
-        everything = range(batch.virtual_workers)
-        mine = everything if self._far is None else _runs(self._far, batch)[self._far.rank]
+        mine = range(batch.virtual_workers) if self._far is None else _runs(self._far, batch)[self._far.rank]
         self.rounds = plan_rounds(batch, mine, near.rank, near.size)
         self._last = len(self.rounds) - 1
         memory = Home(group.device)
@@ -102,24 +99,18 @@ class Reducer:
                 self._local[unit.name] = LocalSums(
                     maximal_subtrees(mine.start, mine.stop), batch.accumulate, adder, scratch
                 )
-        self.without_gradient: set[str] = set()  # in every micro-batch of this worker so far
-        self.not_finite: tuple[int, str] | None = None  # the first micro-batch and parameter
-        self._begin_step_state()
+        self.begin_step(0)
 
-    def _begin_step_state(self) -> None:
-        self._step, self._round = 0, 0
+    def begin_step(self, step: int) -> None:
+        """Before a step's first round."""
+        self._step, self._round = step, 0
+        self.without_gradient = set(self._unit_of)  # in every micro-batch of this worker so far
+        self.not_finite: tuple[int, str] | None = None  # the first micro-batch and parameter
         self._complete: set[str] = set()
         self._next = 0  # the first unit, in the fixed order, that is not yet sent in this round
         self._in_flight: list[tuple[Unit, Exchange]] = []
         self._last_round: list[tuple[Unit, Exchange]] = []
         self._subtrees: list[Exchange] = []
-
-    def begin_step(self, step: int) -> None:
-        """Before a step's first round."""
-        self._begin_step_state()
-        self._step = step
-        self.without_gradient = set(self._unit_of)
-        self.not_finite = None
 
     def begin(self, index: int) -> None:
         """Before this worker computes in round `index`."""
@@ -177,8 +168,7 @@ class Reducer:
 
     def _drain(self, unit: Unit, exchange: Exchange) -> None:
         into = self.sums[unit.name] if self._far is None else self._local[unit.name]
-        for piece in exchange.pieces():
-            into.add(piece)
+        into.add(exchange.pieces())
         self.sums[unit.name].rest()
         exchange.release()
         unit.sent()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from manyhands.offload.home import Home
 
 RUN = 1 << 19
 """Elements that one pass of the update handles at a time: small enough to stay in a core's cache."""
+PASS = 1 << 16
+"""Elements that are added at a time in a backward: with so few operations on them fewer are better."""
 
 
 class Scratch:
@@ -22,10 +25,6 @@ class Scratch:
         self.numel, self._home = numel, home
         self._free: list[Tensor] = []
         self._mine: dict[int, Tensor] = {}
-
-    def copy_of(self, value: Tensor) -> Tensor:
-        """An fp32 copy of `value` (at most `numel` elements), to be given back with `free`."""
-        return self.take(value.numel()).copy_(value)
 
     def take(self, numel: int) -> Tensor:
         """A buffer of at most `numel` elements, uninitialised, to be given back with `free`."""
@@ -51,18 +50,45 @@ class Scratch:
 
 
 class Adder:
-    """left += right in fp32; a bf16 `right` goes through a small fp32 buffer, which is twice as fast on a CPU."""
+    """left += right in fp32, of at most RUN elements. A bf16 `right` goes through a small fp32 buffer, which is twice
+    as fast on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._widened = torch.empty(RUN, device=device)
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
-        if right.dtype == torch.float32:
-            return left.add_(right)
-        for start in range(0, left.numel(), RUN):
-            part = left[start : start + RUN]
-            part.add_(self._widened[: part.numel()].copy_(right[start : start + RUN]))
+        wide = right if right.dtype == torch.float32 else self._widened[: left.numel()].copy_(right)
+        return left.add_(wide)
+
+
+class Passes:
+    """What an ordered sum does with long tensors of one length, noted first and then done part by part: where several
+    pieces are added at a time, a sum passes through memory once for all of them."""
+
+    def __init__(self, adder: Adder, scratch: Scratch) -> None:
+        self._adder, self._scratch = adder, scratch
+        self._noted: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = []
+
+    def sum(self, accumulate: int) -> OrderedSum[Tensor]:
+        """A sum in buffers of `scratch`, whose values are there once the pass is `done`."""
+        return OrderedSum(
+            accumulate,
+            own=lambda value: self._note(Tensor.copy_, self._scratch.take(value.numel()), value),
+            add=partial(self._note, self._adder),
+            free=self._scratch.free,
+        )
+
+    def _note(self, do: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
+        self._noted.append((do, left, right))
         return left
+
+    def done(self) -> None:
+        """Do all that was noted."""
+        numel = max((left.numel() for _, left, _ in self._noted), default=0)
+        for start in range(0, numel, PASS):
+            for do, left, right in self._noted:
+                do(left[start : start + PASS], right[start : start + PASS])
+        self._noted.clear()
 
 
 class ShardSum:
@@ -74,12 +100,15 @@ class ShardSum:
 
     def __init__(self, accumulate: int, adder: Adder, whole: Scratch, run: Scratch) -> None:
         self._adder, self._whole, self._run = adder, whole, run
-        self._sum: OrderedSum[Tensor] = OrderedSum(accumulate, own=whole.copy_of, add=adder, free=whole.free)
+        self._passes = Passes(adder, whole)
+        self._sum = self._passes.sum(accumulate)
         self._kept: list[tuple[int | None, Tensor]] = []
 
-    def add(self, piece: Tensor) -> None:
-        """Add the next micro-batch's piece now."""
-        self._sum.add_micro_batch(piece)
+    def add(self, pieces: Sequence[Tensor]) -> None:
+        """Add the next micro-batches' pieces now."""
+        for piece in pieces:
+            self._sum.add_micro_batch(piece)
+        self._passes.done()
 
     def rest(self) -> None:
         """Nothing will be added for a while."""
@@ -130,26 +159,25 @@ class LocalSums:
 
     def __init__(self, subtrees: Sequence[Subtree], accumulate: int, adder: Adder, scratch: Scratch) -> None:
         self._subtrees, self._accumulate = subtrees, accumulate
-        self._scratch, self._added = scratch, 0  # added to the subtree that isn't complete
-        self._sums: list[OrderedSum[Tensor]] = [
-            OrderedSum(accumulate, own=scratch.copy_of, add=adder, free=scratch.free) for _ in subtrees
-        ]
+        self._scratch, self._added = scratch, 0
+        self._passes = Passes(adder, scratch)
+        self._sum = self._passes.sum(accumulate)  # of the subtree that isn't complete
         self.values: list[Tensor] = []
 
-    def add(self, piece: Tensor) -> None:
-        """Add the piece of the run's next micro-batch (borrowed)."""
-        which = len(self.values)
-        self._sums[which].add_micro_batch(piece)
-        self._added += 1
-        if self._added == self._accumulate << self._subtrees[which].level:
-            self.values.append(self._sums[which].fold())
-            self._added = 0
+    def add(self, pieces: Sequence[Tensor]) -> None:
+        """Add the pieces of the run's next micro-batches (borrowed)."""
+        for piece in pieces:
+            self._sum.add_micro_batch(piece)
+            self._added += 1
+            if self._added == self._accumulate << self._subtrees[len(self.values)].level:
+                self.values.append(self._sum.fold())
+                self._added = 0
+        self._passes.done()
 
     def clear(self) -> None:
         """Give all buffers back."""
         for value in self.values:
             self._scratch.free(value)
-        for unfinished in self._sums:
-            unfinished.clear()
+        self._sum.clear()
         self.values.clear()
         self._added = 0

@@ -15,6 +15,7 @@ from manyhands.layout import BLOCK
 
 _LANES = 2
 _HASH_SEED = 0x6D616E79  # "many"
+_BLOCKS_IN_CACHE = 64  # with what is made of them, in a core's second-level cache: several times as fast
 
 
 def block_norms(values: Tensor) -> Tensor:
@@ -39,12 +40,16 @@ def block_hashes(values: Tensor) -> Tensor:
     """A 64-bit hash of each block's bits: [num_blocks * BLOCK] fp32 -> [num_blocks] int64.
 
     Integer arithmetic modulo 2^32, so the same on every device and in any order of additions: in each of two lanes the
-    elements' bits are multiplied by odd keys, mixed and summed. It finds accidents, not forgeries; about 0.1 ms for
-    2^18 elements in cache, which SHA-256 would take seven times as long for.
+    elements' bits are multiplied by odd keys, mixed and summed. It finds accidents, not forgeries.
     """
     bits = values.view(torch.int32).view(-1, BLOCK)
+    together = _BLOCKS_IN_CACHE if values.device.type == "cpu" else max(len(bits), 1)
+    return torch.cat([_hashes(some, *_keys(str(values.device))) for some in torch.split(bits, together)])
+
+
+def _hashes(bits: Tensor, *keys: Tensor) -> Tensor:
     lanes = []
-    for key in _keys(str(values.device)):
+    for key in keys:
         mixed = bits * key
         mixed ^= mixed >> 15
         lanes.append(mixed.sum(dim=1, dtype=torch.int64))

@@ -15,7 +15,7 @@ from manyhands.layout import BLOCK, Slot, blocks_of
 from manyhands.numerics.blocks import block_hashes
 
 HASHED_TOGETHER = 256 * BLOCK
-"""Elements: hashing takes several times their memory, and a parameter may be as large as there's room for."""
+"""Elements: they may be copied for it, and a parameter may be as large as there's room for."""
 
 
 def digest_of(names_and_numels: Sequence[tuple[str, int]], hashes: npt.NDArray[np.int64]) -> str:

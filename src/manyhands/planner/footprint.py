@@ -13,9 +13,8 @@ from torch import nn
 
 from manyhands.comm.shared_memory import MAILBOX_BYTES
 from manyhands.config import Batch, Recipe, Strategy
-from manyhands.engine.gradients import RING_SLOTS
+from manyhands.engine.gradients import IN_FLIGHT, RING_SLOTS
 from manyhands.engine.partition import plan_units
-from manyhands.engine.reducer import IN_FLIGHT
 from manyhands.engine.sums import RUN
 from manyhands.layout import build_layout
 from manyhands.numerics.order import OrderedSum, Subtree, maximal_subtrees, num_rounds, run_of_virtual_workers

@@ -106,7 +106,6 @@ def _interrupted(engine: Engine, record: Record, saver: Saver) -> Interrupted:
 def _summary(engine: Engine, record: Record, peak_bytes: int, wall_seconds: float) -> Summary:
     group, recipe = engine.group, engine.recipe
     group.status("end / summary")
-    peaks: list[Any] = gather_json(group, peak_bytes, "end / memory / control")
     digest = engine.digest()
     sample = None
     if recipe.sample is not None:
@@ -116,10 +115,11 @@ def _summary(engine: Engine, record: Record, peak_bytes: int, wall_seconds: floa
                 sample = recipe.sample(model)
     # Worker 0 keeps the record, and computed the sample; all workers' summaries tell of it.
     mine = {**figures(record.metrics)._asdict(), **failures_among(record.read_events())._asdict(), "sample": sample}
-    told: list[Any] = gather_json(group, mine, "end / figures / control")
+    told: list[Any] = gather_json(group, (mine, peak_bytes), "end / figures / control")
     record.event("ended", step=engine.step_index, digest=digest)
+    (of_first, _), peaks = told[0], [peak for _, peak in told]
     return Summary(
-        **told[0],
+        **of_first,
         name=recipe.name,
         peak_memory_bytes_per_worker=peaks,
         workers=group.size,

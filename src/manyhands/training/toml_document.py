@@ -26,6 +26,7 @@ EXPECTED = {
     "invalid-json-value": "a string, number, boolean, array or table",
     "string_pattern_mismatch": 'an import path, "module:attribute"',
 }
+OTHERS_FILES = ("pyproject.toml", "Cargo.toml")  # beside many a recipe, and never one
 
 
 class Table(BaseModel):
@@ -96,7 +97,8 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path} is not UTF-8 text", where=f"{path}:{line}", got=str(error)) from None
     except OSError as error:
         folder = path if path.is_dir() else path.parent
-        near = sorted(str(file.relative_to(folder)) for file in (*folder.glob("*.toml"), *folder.glob("*/*.toml")))
+        files = (*folder.glob("*.toml"), *folder.glob("*/*.toml"))
+        near = sorted(str(file.relative_to(folder)) for file in files if file.name not in OTHERS_FILES)
         what = f"there is no recipe {path}" if not path.exists() else f"the recipe {path} can't be read"
         hint = hint_nearest(path.name, near) or (f"in {folder} there are {', '.join(near[:5])}, ..." if near else None)
         raise ConfigError(what, where=str(path.absolute()), got=error.strerror, hint=hint) from None
