@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,10 @@ def test_so_it_is_over_torch_distributed(stage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["ddp", "zero2"])
 def test_so_it_is_when_gradients_are_clipped(stage: str, tmp_path: Path) -> None:
     check(recipe_of("bf16", clip_norm=1.0), strategy_of(stage, "device", tmp_path), 2)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_so_it_is_when_gradients_leave_after_backward(stage: str, tmp_path: Path) -> None:
+    strategy = replace(strategy_of(stage, "device", tmp_path), overlap=False)
+    check(recipe_of("fp32"), strategy)
+    assert foreseen(recipe_of("fp32"), strategy) > 1.1 * foreseen(recipe_of("fp32"), replace(strategy, overlap=True))

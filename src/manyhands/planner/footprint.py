@@ -130,6 +130,8 @@ def footprint(
     held_shards = workers if ways.replicates_state else 1
     owned, run_buffers = _partial_sums(batch, ways, workers)
     params, gradients = _params(units, ways, workers), _gradients(trained, ways, workers)
+    if not strategy.overlap:  # autograd's own are all there before the first is taken
+        gradients += workers * sum(unit.shard_numel * unit.itemsize for unit in trained)
     masters, state = _masters(trained, ways, held_shards), state_bytes * held_shards * shard
     shard_sums = FP32 * owned * shard
     local_sums = _local_sums(trained, batch, workers) if ways.every_step else 0.0
