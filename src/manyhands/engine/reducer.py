@@ -76,6 +76,8 @@ class Reducer:
         near, self._far = levels_of(group, stage, batch)
         self._order = list(reversed(units))
         self._views = near.pieces_are_views and stage.param is not SHARDED  # and the gradients stay where they are
+        # What comes last in a step finds its place free until the next one begins, and the update adds it.
+        self._keeps_last = near.pieces_are_views and self._far is None
         # In a backward that gathers parameters the others may wait for this worker meanwhile, to gather what it doesn't
         # expect, and don't send: then it goes on, with more exchanges under way.
         self._patience = Patience(group.recorder) if stage.param is SHARDED and not group.pieces_are_views else None
@@ -138,7 +140,7 @@ class Reducer:
                 unit.complete()
             self._complete.add(unit.name)
             self._send_complete()  # one by one, so that zeros find a place when it's their turn
-        if self._round == self._last and self._views and self._far is None:
+        if self._round == self._last and self._keeps_last:
             self._last_round, self._in_flight = self._in_flight, []
         while self._in_flight:
             self._drain(*self._in_flight.pop(0))
@@ -180,7 +182,6 @@ class Reducer:
         for unit in self._order:
             for level, piece in self._exchange_subtrees(unit, self._far):
                 self.sums[unit.name].keep(piece, level)
-            self._local[unit.name].clear()
 
     def _exchange_subtrees(self, unit: Unit, far: Group) -> list[tuple[int, torch.Tensor]]:
         """(level, piece of my shard) of everyone's subtrees, in the order of the virtual workers."""
@@ -216,6 +217,8 @@ class Reducer:
         """The sums were used: give back everything that they held."""
         for shard_sum in self.sums.values():
             shard_sum.clear()
+        for local in self._local.values():
+            local.clear()
         for unit, exchange in self._last_round:
             exchange.release()
             unit.sent()
@@ -227,8 +230,6 @@ class Reducer:
         """All workers give up this step alike: drop its gradients, leaving the group in order."""
         self.await_pieces()
         self.release()
-        for local in self._local.values():
-            local.clear()
 
     @property
     def scratch_bytes(self) -> int:

@@ -87,10 +87,7 @@ class Ways:
         self.replicates_state = stage.optim is REPLICATED
         self.sharded_params = stage.param is SHARDED
         self.keeps_gradients = stage.grad is REPLICATED or (self.views and stage.param is REPLICATED)
-        self.keeps_last_round = self.views and stage.param is REPLICATED
-        self.every_step = (
-            stage.grad is REPLICATED and not self.keeps_last_round and workers <= virtual_workers
-        )  # gradients are exchanged
+        self.every_step = stage.grad is REPLICATED and not self.views and workers <= virtual_workers  # is exchanged
 
 
 def sizes_of(model: nn.Module, recipe: Recipe, strategy: Strategy, workers: int) -> list[UnitSize]:
@@ -128,12 +125,11 @@ def footprint(
     trained = [unit for unit in units if unit.trainable]
     shard = sum(unit.shard_numel for unit in trained)
     held_shards = workers if ways.replicates_state else 1
-    owned, run_buffers = _partial_sums(batch, ways, workers)
+    shard_sums, run_buffers = _shard_sums(trained, batch, ways, workers)
     params, gradients = _params(units, ways, workers), _gradients(trained, ways, workers)
     if not strategy.overlap:  # autograd's own are all there before the first is taken
         gradients += workers * sum(unit.shard_numel * unit.itemsize for unit in trained)
     masters, state = _masters(trained, ways, held_shards), state_bytes * held_shards * shard
-    shard_sums = FP32 * owned * shard
     local_sums = _local_sums(trained, batch, workers) if ways.every_step else 0.0
     step_gradient = 0.0
     if ways.replicates_state or clips:
@@ -232,11 +228,24 @@ def _sum_of(accumulate: int, owned: _Owned) -> OrderedSum[object]:
     return OrderedSum(accumulate, own=owned.own, add=lambda left, right: left, free=owned.free)
 
 
-def _partial_sums(batch: Batch, ways: Ways, workers: int) -> tuple[int, int]:
-    """The buffers of an owner's sum: as long as a shard, and as long as a run of the update."""
+def _shard_sums(trained: Sequence[UnitSize], batch: Batch, ways: Ways, workers: int) -> tuple[float, int]:
+    """Bytes of the sums over shards, and the buffers that a sum needs over a run of the update."""
+    num_bytes, run_buffers = 0.0, 0
+    in_place = (len(trained) if ways.keeps_gradients else IN_FLIGHT) if ways.views else 0  # in a step's last round
+    for keeps_last, units in ((True, trained[:in_place]), (False, trained[in_place:])):
+        if units:
+            buffers, over_a_run = _partial_sums(batch, ways, workers, keeps_last=keeps_last)
+            num_bytes += FP32 * buffers * sum(unit.shard_numel for unit in units)
+            run_buffers = max(run_buffers, over_a_run)
+    return num_bytes, run_buffers
+
+
+def _partial_sums(batch: Batch, ways: Ways, workers: int, *, keeps_last: bool) -> tuple[int, int]:
+    """The buffers of an owner's sum: as long as a shard, and as long as a run of the update. keeps_last: whether the
+    last round's pieces stay where they are until the update."""
     whole, run = _Owned(), _Owned()
     early, kept = batch.micro_batches, 0
-    if ways.keeps_last_round:
+    if keeps_last:
         kept = early - (num_rounds(workers, early) - 1) * workers
         early -= kept
     if ways.every_step:
