@@ -19,7 +19,7 @@ products.bf16_instructions = lambda: ""
 def is_loaded():
     return "torch._dynamo.eval_frame" in sys.modules
 
-def train():
+def train(group="auto"):
     recipe = mh.Recipe(
         model=lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
         loss=lambda model, rows: model(rows.bfloat16()).float().square().mean(),
@@ -32,7 +32,7 @@ def train():
         batch=mh.Batch(global_size=4, micro_size=2),
         precision="bf16",
     )
-    with mh.Engine(recipe, mh.Strategy(stage="zero3")) as engine:
+    with mh.Engine(recipe, mh.Strategy(stage="zero3", group=group)) as engine:
         for batch in engine.batches(2):
             engine.step(batch)
         return engine.digest()
@@ -48,6 +48,10 @@ def test_training_loads_no_compiler() -> None:
     run("train(); assert not is_loaded()")
 
 
+def test_nor_does_another_beginning_of_torch_distributed() -> None:
+    run("train('process'); train('process'); assert not is_loaded()")
+
+
 @pytest.mark.slow
 def test_the_digest_is_that_with_the_compiler_there() -> None:
     run("mine = train(); assert not is_loaded();torch._dynamo.config; assert is_loaded(); assert train() == mine")
@@ -61,6 +65,7 @@ def test_the_digest_is_that_with_the_compiler_there() -> None:
         pytest.param("from torch._dynamo import optimize; assert callable(optimize)", marks=pytest.mark.slow),
         pytest.param("assert torch._dynamo.config.recompile_limit", marks=pytest.mark.slow),
         pytest.param("torch.compiler.reset()", marks=pytest.mark.slow),
+        pytest.param("assert torch._dynamo.trace_rules.lookup", marks=pytest.mark.slow),
     ],
 )
 def test_who_wants_it_gets_it(wants: str) -> None:

@@ -39,6 +39,7 @@ class _StandIn(ModuleType):
         self.__file__ = None if self.__spec__ is None else self.__spec__.origin
         self._functions: list[Any] = []
         self._lock = threading.RLock()
+        self.trace_rules = _TraceRules(self)
 
     def graph_break(self, msg: str = "") -> None:
         """Code before and after it is compiled apart: it isn't compiled."""
@@ -65,3 +66,16 @@ class _StandIn(ModuleType):
                         delattr(function, _TOLD)
                 importlib.import_module(COMPILER)
         return sys.modules[COMPILER]
+
+
+class _TraceRules:
+    """torch._dynamo.trace_rules, of which torch.distributed clears the caches whenever it begins."""
+
+    def __init__(self, compiler: _StandIn) -> None:
+        self._compiler = compiler
+
+    def clear_lru_cache(self) -> None:
+        """There are none."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(f"{self._compiler.__name__}.trace_rules"), name)
