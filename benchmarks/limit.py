@@ -86,7 +86,7 @@ def main() -> None:
     options.scratch = options.scratch or made
     parameters = options.depth * (12 * WIDTH**2 + 13 * WIDTH) + WIDTH * (2 * VOCABULARY + options.length + 2)
     limit = parameters * 16 // 4
-    console = Console(width=max(110, Console().width))
+    console = Console(width=max(130, Console().width))
     console.print(
         f"{parameters / 1e6:.0f} M parameters, {parameters * 16 / MIB:,.0f} MiB of training state; each worker may use "
         f"{limit / MIB:,.0f} MiB",
