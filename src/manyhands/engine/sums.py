@@ -15,7 +15,7 @@ from manyhands.offload.home import Home
 RUN = 1 << 19
 """Elements that one pass of the update handles at a time: small enough to stay in a core's cache."""
 PASS = 1 << 16
-"""Elements that are added at a time in a backward: with so few operations on them fewer are better."""
+"""Elements that a CPU adds at a time in a backward: with so few operations on them fewer are better."""
 
 
 class Scratch:
@@ -57,8 +57,7 @@ class Adder:
         self._widened = torch.empty(RUN, device=device)
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
-        wide = right if right.dtype == torch.float32 else self._widened[: left.numel()].copy_(right)
-        return left.add_(wide)
+        return left.add_(right if right.dtype == torch.float32 else self._widened[: left.numel()].copy_(right))
 
 
 class Passes:
@@ -84,10 +83,11 @@ class Passes:
 
     def done(self) -> None:
         """Do all that was noted."""
-        numel = max((left.numel() for _, left, _ in self._noted), default=0)
-        for start in range(0, numel, PASS):
+        numel, on_cpu = max(((left.numel(), left.is_cpu) for _, left, _ in self._noted), default=(0, True))
+        size = PASS if on_cpu else RUN
+        for start in range(0, numel, size):
             for do, left, right in self._noted:
-                do(left[start : start + PASS], right[start : start + PASS])
+                do(left[start : start + size], right[start : start + size])
         self._noted.clear()
 
 
