@@ -146,6 +146,26 @@ def test_workers_that_take_different_ways_are_told_so() -> None:
     assert "took different ways" in str(first) + str(second)
 
 
+def test_who_makes_a_call_and_leaves_while_another_looks_for_it_is_not_missed() -> None:
+    looked, left = threading.Event(), threading.Event()
+
+    def work(group: Group) -> None:
+        assert isinstance(group, MembersGroup)
+        if group.rank == 1:
+            assert looked.wait(10)
+            group.membership.leave()
+            left.set()
+            return
+
+        def is_behind(peer: Peer) -> bool:
+            looked.set()
+            return left.wait(10)  # it was, and has made the call and left since
+
+        group._wait(left.is_set, is_behind, "last / control")
+
+    assert in_threads(2, work) == [None, None]
+
+
 def test_a_worker_that_raises_ends_the_others_naming_itself_and_where_it_was() -> None:
     def work(group: Group) -> None:
         group.status("step 12 / layers.3 / grad", 12)

@@ -48,9 +48,10 @@ class MembersGroup(Group):
         self.membership.board.wait(True)
         try:
             while not ready():
-                if self.membership.failure is not None and ready():
-                    break  # who raised made this call first: everyone shall see it made
-                self.membership.check_wait(began, tag, [peer for peer in self._peers if is_behind(peer)])
+                left = {peer.rank for peer in self._peers if peer.has_left}
+                if (left or self.membership.failure is not None) and ready():
+                    break  # who raised or left made this call first: everyone shall see it made
+                self.membership.check_wait(began, tag, [peer for peer in self._peers if is_behind(peer)], left)
                 time.sleep(NAP_SECONDS)
         finally:
             self.membership.board.wait(False)

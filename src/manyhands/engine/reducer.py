@@ -153,7 +153,8 @@ class Reducer:
             if this.micro_batch is not None and self.not_finite is None:
                 bad = unit.first_not_finite()
                 self.not_finite = None if bad is None else (this.micro_batch, bad)
-            self._in_flight.append((unit, unit.send(this.contributors, self._tag(unit))))
+            tag = f"step {self._step}, round {self._round} / {unit.name} / grad"
+            self._in_flight.append((unit, unit.send(this.contributors, tag)))
             while self._in_flight and self._shall_drain():
                 self._drain(*self._in_flight.pop(0))
 
@@ -164,9 +165,6 @@ class Reducer:
         return len(self._in_flight) > IN_FLIGHT and (
             self._patience is None or self._patience.completes(self._in_flight[0][1])
         )
-
-    def _tag(self, unit: Unit) -> str:
-        return f"step {self._step}, round {self._round} / {unit.name} / grad"
 
     def _drain(self, unit: Unit, exchange: Exchange) -> None:
         into = self.sums[unit.name] if self._far is None else self._local[unit.name]

@@ -201,10 +201,11 @@ class Membership:
             self._noticed = True
             raise self.failure
 
-    def check_wait(self, began: float, tag: str, behind: list[Peer]) -> None:
-        """Called while waiting since `began` (monotonic) for those peers."""
+    def check_wait(self, began: float, tag: str, behind: list[Peer], left: set[int]) -> None:
+        """Called while waiting since `began` (monotonic) for those peers. left: the ranks that had left already when
+        the wait was last seen not to be over: who leaves later may have made the call."""
         self.check()
-        self._report_left(behind, tag)
+        self._report_left([peer for peer in behind if peer.rank in left], tag)
         seconds = time.monotonic() - began
         if seconds < self.stall_seconds:
             return
@@ -282,14 +283,14 @@ class Membership:
         except RuntimeError:
             pass
 
-    def _report_left(self, behind: list[Peer], tag: str) -> None:
+    def _report_left(self, missed: list[Peer], tag: str) -> None:
         """Those who are waited for, but have left."""
-        for peer in behind:
-            if peer.has_left:
-                what = f"worker {peer.rank} has left (its program came to its end, or closed the engine)"
-                where = f"{peer.where}; the others wait in {tag}"
-                self._report(WorkerError(what, rank=peer.rank, where=where, place=peer.place))
-                raise self._await_failure()
+        if missed:
+            peer = missed[0]
+            what = f"worker {peer.rank} has left (its program came to its end, or closed the engine)"
+            where = f"{peer.where}; the others wait in {tag}"
+            self._report(WorkerError(what, rank=peer.rank, where=where, place=peer.place))
+            raise self._await_failure()
 
     def _report_stalled(self, peer: Peer, tag: str) -> None:
         stack, stopped = _stack_of(peer), _is_stopped(peer)
