@@ -10,5 +10,5 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line has it: tests end peers under a question
 
-# A shell starts background jobs with SIGINT ignored, and children inherit that. Tests send SIGINT and expect it to work.
+# A shell starts background jobs with SIGINT ignored, which children inherit; tests send SIGINT and expect it to work.
 signal.signal(signal.SIGINT, signal.default_int_handler)
