@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from gpt import GPT
-from manyhands.models.products import bf16_products_in_fp32
-from manyhands.offload.heap import give_back_memory, keep_freed_memory
+from manyhands.models.bf16_products import bf16_products_in_fp32
+from manyhands.offload.process_memory import give_back_memory, keep_freed_memory
 from measure import RandomTokens
 
 BATCH = mh.Batch(global_size=4, micro_size=1)

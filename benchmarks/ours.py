@@ -54,8 +54,8 @@ def digest_seconds(engine: mh.Engine) -> float:
 
 def record_seconds(engine: mh.Engine, metrics: mh.StepMetrics) -> float:
     """What a step's records cost: its line of metrics, TensorBoard's if installed, a tenth of its table of hashes."""
-    from manyhands.report.run_directory import RunDirectory  # here: a bare engine doesn't load them
-    from manyhands.report.tensorboard import TensorBoardLog
+    from manyhands.listeners.run_directory import RunDirectory  # here: a bare engine doesn't load them
+    from manyhands.listeners.tensorboard import TensorBoardLog
 
     with tempfile.TemporaryDirectory() as folder:
         directory, board = RunDirectory(folder), TensorBoardLog(folder)

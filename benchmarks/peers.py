@@ -146,7 +146,7 @@ def start(options: argparse.Namespace) -> Step:
 
 def our_products() -> AbstractContextManager[object]:
     """How Manyhands multiplies; nothing of it is loaded by those who don't want it, whose memory is measured."""
-    from manyhands.models.products import bf16_products_in_fp32
+    from manyhands.models.bf16_products import bf16_products_in_fp32
 
     return bf16_products_in_fp32()
 

@@ -112,8 +112,8 @@ def ours(task: str, folder: Path, workers: int, memory: str | None = None) -> st
 def our_tokens(folder: Path, workers: int, how: dict[str, Any], *, fast: bool = False) -> str:
     """What `manyhands prepare RECIPE.toml` does behind cleaning: encode, shuffle, write."""
     import manyhands as mh
-    from manyhands.corpus.encode import encoder_of, faster
-    from manyhands.prepare.writing_tokens import token_schema
+    from manyhands.corpus.tokenizing import encoder_of, faster
+    from manyhands.prepare.io.writing import token_schema
 
     path = folder / "tokenizer.json"
     encoder = encoder_of(path.read_text(encoding="utf-8"), "<|endoftext|>", str(path))

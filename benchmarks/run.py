@@ -32,7 +32,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from manyhands.numerics.identity import bf16_instructions
+from manyhands.numerics.arithmetic import bf16_instructions
 from measure import Turns
 
 HERE = Path(__file__).resolve().parent

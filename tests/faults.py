@@ -29,7 +29,7 @@ from rich.console import Console
 
 from manyhands.checkpoint.format import list_checkpoints
 from manyhands.errors import ManyhandsError
-from manyhands.report.run_directory import RunDirectory
+from manyhands.listeners.run_directory import RunDirectory
 from test_faults import MANYHANDS, SUPPORT, Run
 
 STEPS, MICRO_BATCHES = 8, 4

@@ -31,7 +31,7 @@ from support.preparing import write_posts
 SCRIPT = Path(__file__).resolve().parent / "support" / "preparing.py"
 MARK = "PREPARE_FAULTS"
 COMMANDS = 40  # for a job: more means that it doesn't come to an end
-MODULES = {"pool": "manyhands.prepare.worker", "dask": "distributed.cli.dask_worker"}
+MODULES = {"pool": "manyhands.prepare.engines.worker", "dask": "distributed.cli.dask_worker"}
 
 
 class Failed(Exception):

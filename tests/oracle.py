@@ -19,8 +19,8 @@ from torch.utils.data import default_collate
 
 import manyhands as mh
 from manyhands.data.order import micro_batch_positions, sample_indices
-from manyhands.models.products import bf16_products_in_fp32
-from manyhands.numerics.seeds import derive
+from manyhands.models.bf16_products import bf16_products_in_fp32
+from manyhands.numerics.counters import derive
 
 BLOCK = 1024
 

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.layout import BLOCK
-from manyhands.numerics.blocks import block_hashes, block_norms, total_norm
-from manyhands.numerics.digest import digest_of_tensors
+from manyhands.numerics.digest import block_hashes, block_norms, digest_of_tensors, total_norm
 
 
 def values(blocks: int, seed: int = 0) -> torch.Tensor:

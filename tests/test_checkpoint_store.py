@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import manyhands as mh
-from manyhands.checkpoint import address as addresses
-from manyhands.checkpoint.address import Address, place_of
 from manyhands.checkpoint.format import list_checkpoints, read_manifest
 from manyhands.comm.group import Group
 from manyhands.errors import CheckpointError, ConfigError
-from manyhands.report.run_directory import RunDirectory
-from manyhands.training.record import Record
+from manyhands.listeners.run_directory import RunDirectory
+from manyhands.storage import location as addresses
+from manyhands.storage.location import Address, place_of
+from manyhands.training.run_record import Record
 from support.models import PartlyUsed, gpt_recipe
 from support.s3 import BUCKET, VARIABLES, Network, free_port, running
 from support.threads import run_threads
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_other_weights_at_the_same_step_is_replaced(folder: str)
 def test_files_travel_in_parts_and_ranges(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part at a time is in memory; and a worker reads what it holds."""
     monkeypatch.setattr(addresses, "AHEAD_BYTES", 1 << 18)
-    monkeypatch.setattr("manyhands.checkpoint.ranges.AHEAD_BYTES", 1 << 18)
+    monkeypatch.setattr("manyhands.storage.location.AHEAD_BYTES", 1 << 18)
     monkeypatch.setattr(addresses, "_PART_BYTES", 5 << 20)  # S3's least
     read_range, ranges = Address.read_range, []
 

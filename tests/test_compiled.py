@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import manyhands as mh
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.launching.launcher import run_workers
-from manyhands.models import compiled
-from manyhands.models.compiled import CompiledModules
+from manyhands.models import compiling as compiled
+from manyhands.models.compiling import CompiledModules
 from oracle import oracle_run
 from support.compiled_models import UNITS, WIDTH, Mix, Stack, compiled_recipe
 from support.compiled_worker import STEPS, WAYS

@@ -24,17 +24,24 @@ from typer.testing import CliRunner
 
 import manyhands as mh
 from manyhands.cli.main import app
-from manyhands.corpus.bpe import END, END_OF_TEXT, WORDS, tokenizer_json, train_bpe
-from manyhands.corpus.clean import Judge, Rules, in_one_form
-from manyhands.corpus.duplicates import _components
-from manyhands.corpus.encode import ByteEncoder, encoder_of, faster
+from manyhands.corpus.duplicates import MinHash, _components, jaccard
 from manyhands.corpus.job import prepare_corpus
-from manyhands.corpus.minhash import MinHash, jaccard
 from manyhands.corpus.recipe import CorpusSchema, read_corpus_recipe
 from manyhands.corpus.steps import Steps
-from manyhands.prepare.engine import Engine, InProcess
+from manyhands.corpus.text import Judge, Rules, in_one_form
+from manyhands.corpus.tokenizing import (
+    END,
+    END_OF_TEXT,
+    WORDS,
+    ByteEncoder,
+    encoder_of,
+    faster,
+    tokenizer_json,
+    train_bpe,
+)
+from manyhands.prepare.engines.engine import Engine, InProcess
+from manyhands.prepare.engines.local import Pool
 from manyhands.prepare.options import Options
-from manyhands.prepare.pool import Pool
 from support.corpus import changed, sentence, vocabulary, write_corpus
 
 QUIET: Any = {"engine": InProcess(2**30), "progress": False}
@@ -394,7 +401,7 @@ def test_a_faster_tokenizer_is_used_only_if_it_gives_the_same(monkeypatch: pytes
         assert not any(END_OF_TEXT in text for text in texts)
         return [ids.tolist() for ids in encoder.encode(texts)]
 
-    from manyhands.corpus import encode as module
+    from manyhands.corpus import tokenizing as module
 
     module._fast.cache_clear()
     monkeypatch.setitem(sys.modules, "gigatoken", library(encode))
@@ -413,7 +420,7 @@ def test_a_faster_tokenizer_is_used_only_if_it_gives_the_same(monkeypatch: pytes
 def test_without_its_packages_bytes_can_be_prepared_and_a_vocabulary_cannot(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from manyhands.corpus.encode import load_tokenizer
+    from manyhands.corpus.tokenizing import load_tokenizer
 
     load_tokenizer.cache_clear()
     monkeypatch.setitem(sys.modules, "tokenizers", None)

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from manyhands.errors import WorkerError
-from manyhands.launching.culprit import explain
-from manyhands.members.failure import ERROR_FILE_VARIABLE, Failure, WorkerEnd, read_failure
+from manyhands.launching.failures import explain
+from manyhands.members.reports import ERROR_FILE_VARIABLE, Failure, WorkerEnd, read_failure
 
 MEMBER = """
 import time

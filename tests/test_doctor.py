@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 import manyhands as mh
-from manyhands.planner import machine
-from manyhands.planner.hosts import _numerics
-from manyhands.planner.machine import Finding, look_at_machine
-from manyhands.report.run_directory import RunDirectory
-from manyhands.report.run_lock import run_lock
-from manyhands.training.story import story_of_run
+from manyhands.doctor import machines as machine
+from manyhands.doctor.machines import Finding, _numerics, look_at_machine
+from manyhands.doctor.runs import story_of_run
+from manyhands.listeners.run_directory import RunDirectory
+from manyhands.storage.run_lock import run_lock
 from support.models import gpt_recipe
 from test_faults import MANYHANDS
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import manyhands as mh
 from manyhands.comm.group import Group
-from manyhands.models import products
-from manyhands.models.products import bf16_products_in_fp32
+from manyhands.models import bf16_products as products
+from manyhands.models.bf16_products import bf16_products_in_fp32
 from manyhands.planner.footprint import footprint, sizes_of
 from support.threads import run_threads
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import manyhands as mh
-from manyhands.engine.params import GatheredParams
+from manyhands.engine.units.params import GatheredParams
 from manyhands.errors import NumericsError
 from manyhands.launching.launcher import run_workers
 from support.models import GPT_UNITS, gpt_recipe, muon_and_adamw

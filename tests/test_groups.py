@@ -13,8 +13,8 @@ import torch
 
 from manyhands.comm.group import Group
 from manyhands.comm.local import LocalGroup
-from manyhands.comm.members_group import MembersGroup
 from manyhands.comm.shared_memory import MAILBOX_BYTES
+from manyhands.comm.watched_group import MembersGroup
 from manyhands.errors import InvariantError, Place, WorkerError
 from manyhands.members.membership import CLOSED, LOST_SECONDS, Peer
 from support.threads import thread_groups

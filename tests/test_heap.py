@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from manyhands.offload.heap import keep_freed_memory
+from manyhands.offload.process_memory import keep_freed_memory
 keep_freed_memory(large=sys.argv[1] == "kept")
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

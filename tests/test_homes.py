@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import manyhands as mh
-from manyhands.engine.params import GatheredParams, HomeParams, WholeParams
+from manyhands.engine.units.params import GatheredParams, HomeParams, WholeParams
 from manyhands.errors import ConfigError, InvariantError
-from manyhands.offload.construction import BuiltAt
-from manyhands.offload.home import DiskHome
+from manyhands.models.building import BuiltAt
+from manyhands.offload.allocator import DiskHome
 from manyhands.offload.scratch import check_space, file_system_of, measure_speed
 from oracle import oracle_run
 from support.models import GPT_UNITS, conv_recipe, gpt_recipe
@@ -120,8 +120,8 @@ def test_what_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     home = DiskHome(tmp_path)
     try:
         buffer = home.empty(1000, torch.float32)
-        monkeypatch.setattr("manyhands.offload.home._call", fails)  # a disk that breaks can't be had here
-        monkeypatch.setattr("manyhands.offload.home.BEHIND_BYTES", 0)
+        monkeypatch.setattr("manyhands.offload.allocator._call", fails)  # a disk that breaks can't be had here
+        monkeypatch.setattr("manyhands.offload.allocator.BEHIND_BYTES", 0)
         home.done(buffer)
         with pytest.raises(ConfigError, match="Input/output error") as caught:
             home.done(buffer)
@@ -134,7 +134,7 @@ def test_nothing_is_left_of_a_killed_run(tmp_path: Path) -> None:
     code = f"""
         import os, signal, torch
         from pathlib import Path
-        from manyhands.offload.home import DiskHome
+        from manyhands.offload.allocator import DiskHome
         home = DiskHome(Path({str(tmp_path)!r}))
         home.empty(1000, torch.float32).fill_(1)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from manyhands.checkpoint.weight_files import WeightFiles
-from manyhands.offload.construction import UNWRITTEN_BYTES, Unwritten
+from manyhands.models.building import UNWRITTEN_BYTES, Unwritten
 from support.models import conv_recipe, gpt_recipe
 from support.real_models import RECIPES
 from support.threads import run_threads

@@ -29,13 +29,21 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.launching import far_store, meeting
-from manyhands.launching.culprit import explain
-from manyhands.launching.far_store import FarStore
+from manyhands.launching import rendezvous as far_store
+from manyhands.launching import rendezvous as meeting
+from manyhands.launching.failures import explain
 from manyhands.launching.launcher import behind, run_workers
-from manyhands.launching.meeting import PORT, HostsRendezvous, Meeting, interface_of, own_address, parse_endpoint
-from manyhands.launching.stop import Stop
-from manyhands.members.failure import Failure, WorkerEnd
+from manyhands.launching.rendezvous import (
+    PORT,
+    FarStore,
+    HostsRendezvous,
+    Meeting,
+    interface_of,
+    own_address,
+    parse_endpoint,
+)
+from manyhands.launching.supervision import Stop
+from manyhands.members.reports import Failure, WorkerEnd
 from support.hosts import Host, hosts
 from support.processes import hold, started
 from test_faults import MANYHANDS, SUPPORT

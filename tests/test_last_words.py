@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from manyhands.members.failure import ERROR_FILE_VARIABLE, PARENT_TELLS_VARIABLE, read_failure
+from manyhands.members.reports import ERROR_FILE_VARIABLE, PARENT_TELLS_VARIABLE, read_failure
 
 ROUNDS = """
 import gc, os, sys
 from torch.distributed import HashStore
-from manyhands.members.last_words import LastWords
+from manyhands.members.exit_hooks import LastWords
 from manyhands.members.membership import Membership
-from manyhands.offload.shared import ProcessArena
+from manyhands.offload.scratch import ProcessArena
 
 first = sys.excepthook
 for _ in range(20):

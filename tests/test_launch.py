@@ -19,13 +19,12 @@ from pathlib import Path
 import pytest
 
 from manyhands.errors import ConfigError, Interrupted, Place, WorkerError
-from manyhands.launching.culprit import explain
+from manyhands.launching.failures import explain
 from manyhands.launching.function import launch
 from manyhands.launching.launcher import run_workers
-from manyhands.launching.stop import Stop, started_workers
-from manyhands.members.failure import Failure, WorkerEnd, read_failure, write_failure
+from manyhands.launching.supervision import Stop, started_workers
 from manyhands.members.processes import process_start
-from manyhands.members.status_file import StatusFile, read_status
+from manyhands.members.reports import Failure, StatusFile, WorkerEnd, read_failure, read_status, write_failure
 from support.processes import started
 
 PRELUDE = """
@@ -165,7 +164,7 @@ def test_killed_worker_is_named_with_what_its_peer_noticed(
     script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = script("""
-from manyhands.members.failure import record_failure
+from manyhands.members.reports import record_failure
 from manyhands.errors import WorkerError
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (here / f"ready-{rank}").touch()

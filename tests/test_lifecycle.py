@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from manyhands.engine.lifecycle import TRANSITIONS, Event, Lifecycle, State
+from manyhands.engine.units.unit import TRANSITIONS, Event, Lifecycle, State
 from manyhands.errors import InvariantError
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.config import Batch
-from manyhands.engine.reducer import plan_rounds
+from manyhands.engine.step.reduce import plan_rounds
 from manyhands.numerics.order import (
     OrderedSum,
     maximal_subtrees,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from manyhands.engine.partition import SMALL_NUMEL, plan_units
+from manyhands.engine.units.partition import SMALL_NUMEL, plan_units
 from manyhands.errors import ConfigError
 from manyhands.layout import build_layout, shared_evenly
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from manyhands.comm.group import Exchange
-from manyhands.comm.record import Recorder
-from manyhands.engine.patience import PATIENCE_SECONDS, Patience
+from manyhands.comm.group import Exchange, Recorder
+from manyhands.engine.step.reduce import PATIENCE_SECONDS, Patience
 
 
 class Late(Exchange):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from manyhands.offload.pool import BufferPool
+from manyhands.offload.allocator import BufferPool
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import manyhands as mh
-from manyhands.prepare.engine import InProcess
-from manyhands.prepare.table_order import order_and_starts, order_of
+from manyhands.prepare.engines.engine import InProcess
+from manyhands.prepare.records.table_order import order_and_starts, order_of
 
 TIGHT = InProcess(0)  # ranges are worked on a few blocks at a time
 ALIKE = [b"a" * 8, b"a" * 8 + b"\0", b""]  # in their first 8 bytes

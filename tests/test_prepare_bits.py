@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import manyhands as mh
-from manyhands.prepare.engine import Engine
-from manyhands.prepare.pool import Pool
+from manyhands.prepare.engines.engine import Engine
+from manyhands.prepare.engines.local import Pool
 from manyhands.prepare.task import Task, TaskResult
 from support.preparing import several_shuffles, write_posts
 

@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 
 import manyhands as mh
-from manyhands.prepare.engine import InProcess
-from manyhands.prepare.pool import Pool
-from manyhands.prepare.ranks import Rank, Ranks, rank_from
+from manyhands.prepare.engines.engine import InProcess
+from manyhands.prepare.engines.local import Pool
+from manyhands.prepare.engines.ranks import Ranks
+from manyhands.surroundings import Rank, rank_from
 from support import hosts
 from support.preparing import several_shuffles, write_posts
 
@@ -274,7 +275,7 @@ def touch_and_wait(path: str) -> str:
 
 @needs_dask
 def test_a_job_ends_when_all_dask_workers_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from manyhands.prepare import dask_engine
+    from manyhands.prepare.engines import dask as dask_engine
 
     monkeypatch.setattr(dask_engine, "_PATIENCE_SECONDS", 1.0)
     begun = tmp_path / "begun"
@@ -298,7 +299,7 @@ def test_a_job_ends_when_all_dask_workers_are_gone(tmp_path: Path, monkeypatch: 
 
 @needs_dask
 def test_a_dask_scheduler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from manyhands.prepare import dask_engine
+    from manyhands.prepare.engines import dask as dask_engine
 
     monkeypatch.setattr(dask_engine, "_WAIT_SECONDS", 0.5)
     with pytest.raises(mh.ConfigError, match="no Dask scheduler answers"):

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import manyhands as mh
-from manyhands.prepare.aggregate import MANY
-from manyhands.prepare.engine import InProcess
-from manyhands.prepare.fingerprint import fingerprint
+from manyhands.prepare.engines.engine import InProcess
+from manyhands.prepare.plan.fingerprint import fingerprint
+from manyhands.prepare.records.aggregate import MANY
 
 ALONE: dict[str, Any] = {"workers": 0, "progress": False}
 

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import manyhands as mh
-from manyhands.prepare.fingerprint import fingerprint
-from manyhands.prepare.job_folder import JobFolder
-from manyhands.prepare.plan import Output, make_plan
+from manyhands.prepare.job.stages import JobFolder
+from manyhands.prepare.plan.fingerprint import fingerprint
+from manyhands.prepare.plan.plan import Output, make_plan
 from manyhands.prepare.task import runs_path
 
 LINES = [json.dumps({"n": number}) for number in range(1, 101)]
@@ -264,9 +264,8 @@ def test_wrong_options_are_refused() -> None:
 
 
 def test_functions_are_known_by_what_they_do() -> None:
-    program = (
-        "from manyhands.prepare.fingerprint import fingerprint as f; k = {}; s = {{'a', 'b', 'c'}}\n{}\nprint(f(g))"
-    )
+    program = "from manyhands.prepare.plan.fingerprint import fingerprint as f; "
+    program += "k = {}; s = {{'a', 'b', 'c'}}\n{}\nprint(f(g))"
 
     def of(definition: str, value: int = 1) -> str:
         command = [sys.executable, "-c", program.format(value, definition)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import manyhands as mh
-from manyhands.prepare.kept_pool import end_kept_pools
+from manyhands.prepare.engines.local import end_kept_pools
 
 
 @pytest.fixture(autouse=True)

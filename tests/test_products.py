@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import manyhands as mh
-from manyhands.models import products
-from manyhands.models.products import bf16_products_in_fp32
-from manyhands.numerics import identity
+from manyhands.models import bf16_products as products
+from manyhands.models.bf16_products import bf16_products_in_fp32
+from manyhands.numerics import arithmetic as identity
 
 LENGTH, WIDTH = 6, 16
 

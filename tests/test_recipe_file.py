@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.config import Strategy, Weights
+from manyhands.documents.recipe_file import check_recipe, load_recipe
+from manyhands.documents.toml import to_toml
 from manyhands.errors import ConfigError, DataError
-from manyhands.training.recipe_file import check_recipe, load_recipe
-from manyhands.training.toml_text import to_toml
 
 RECIPE = """\
 name = "small"
@@ -282,7 +282,7 @@ def test_the_folder_stays_first_on_the_path(recipe: Path) -> None:
 def test_check_imports_neither_torch_nor_the_users_modules(recipe: Path) -> None:
     recipe.with_name("tiny.py").write_text("raise SystemExit('imported')")
     code = (
-        "import sys; from manyhands.training.recipe_file import check_recipe; "
+        "import sys; from manyhands.documents.recipe_file import check_recipe; "
         f"schema = check_recipe({str(recipe)!r}, ['strategy.stage=zero1']); "
         "sys.exit('torch' in sys.modules or 'tiny' in sys.modules or schema.strategy.build().stage != 'zero1')"
     )

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from manyhands.engine.metrics import PHASES, StepMetrics
-from manyhands.report.progress import BytesProgress, TrainingProgress
-from manyhands.report.summary import Summary, figures, render, to_json
-from manyhands.report.tensorboard import TensorBoardLog
-from manyhands.units import GIB, MIB, format_bytes, format_count, format_seconds
+from manyhands.engine.step.metrics import PHASES, StepMetrics
+from manyhands.formatting import GIB, MIB, format_bytes, format_count, format_seconds
+from manyhands.listeners.summary import Summary, figures, render, to_json
+from manyhands.listeners.tensorboard import TensorBoardLog
+from manyhands.listeners.terminal import BytesProgress, TrainingProgress
 
 SECONDS = {"data": 0.01, "compute": 0.6, "exchange": 0.2, "update": 0.1, "waiting": 0.09}
 

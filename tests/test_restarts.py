@@ -11,8 +11,8 @@ import typer
 import faults
 from manyhands.cli.workers import Bounds, bounds, workers_for
 from manyhands.errors import DataError, Place, WorkerError
-from manyhands.launching.restarts import Restart, run_again
-from manyhands.report.run_directory import RunDirectory
+from manyhands.launching.failures import Restart, run_again
+from manyhands.listeners.run_directory import RunDirectory
 from test_faults import Run, training
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from manyhands.comm.group import Exchange, Group
-from manyhands.engine.gradients import IN_FLIGHT, Ring, RingGradients
+from manyhands.engine.units.gradients import IN_FLIGHT, Ring, RingGradients
 from manyhands.layout import BLOCK, build_layout
 from support.threads import run_threads
 

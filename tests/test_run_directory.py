@@ -20,10 +20,10 @@ from torch import nn
 
 import manyhands as mh
 from manyhands.config import Batch, Recipe, Strategy
-from manyhands.engine.metrics import StepMetrics
+from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
-from manyhands.report.run_directory import RunDirectory, write_json
-from manyhands.report.run_lock import is_locked, run_lock
+from manyhands.listeners.run_directory import RunDirectory, write_json
+from manyhands.storage.run_lock import is_locked, run_lock
 from support.models import gpt_recipe
 from test_faults import MANYHANDS, SUPPORT
 
@@ -231,7 +231,7 @@ def test_a_line_of_which_only_a_part_is_written_is_told(tmp_path: Path) -> None:
     run.append_event("saved", step=1)
     size = (run.path / "events.jsonl").stat().st_size
     code = (
-        "import resource, signal, sys; from manyhands.report.run_directory import RunDirectory\n"
+        "import resource, signal, sys; from manyhands.listeners.run_directory import RunDirectory\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 9}, {size + 9}))\n"
         "RunDirectory(sys.argv[1]).append_event('saved', step=2)"

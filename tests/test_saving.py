@@ -16,8 +16,8 @@ import manyhands as mh
 from manyhands.checkpoint import save
 from manyhands.checkpoint.format import list_checkpoints
 from manyhands.comm.group import Group
+from manyhands.config import Every, every
 from manyhands.errors import CheckpointError, ConfigError
-from manyhands.training.every import Every, every
 from support.models import gpt_recipe
 from support.threads import run_threads
 from support.training import train_with_engine

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
+from manyhands.numerics.counters import derive
+from manyhands.numerics.seeds import preserved_generators, seed_generators
 
 counters = st.lists(st.one_of(st.integers(), st.text()), max_size=4)
 

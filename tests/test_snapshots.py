@@ -19,9 +19,9 @@ from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE, SnapshotMemo
 from manyhands.cli.workers import KeptSnapshots
 from manyhands.comm.group import Group
 from manyhands.launching.launcher import run_workers
-from manyhands.planner.free_memory import free_memory_bytes
-from manyhands.report.run_directory import RunDirectory
-from manyhands.training import snapshots
+from manyhands.listeners.run_directory import RunDirectory
+from manyhands.offload.process_memory import free_memory_bytes
+from manyhands.training import saving as snapshots
 from support.models import conv_recipe, gpt_recipe
 from support.threads import run_threads
 from test_restarts import again, digest_of

@@ -15,41 +15,30 @@ SOURCE = ROOT / "src" / "manyhands"
 FILES = {str(path.relative_to(SOURCE)): path for path in sorted(SOURCE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-LAYERS = (  # from the bottom up: imports go down only
-    {"errors", "units", "config", "layout", "numerics"},
-    {"addresses", "sharding", "comm", "members", "optim", "offload", "models"},
-    {"engine"},
-    {"checkpoint", "data", "prepare", "report", "planner"},
-    {"training", "launching", "corpus"},
+LAYERS = (  # from the bottom up: imports go down only, never sideways
+    {"errors", "formatting"},
+    {"config", "layout", "surroundings", "storage", "offload", "members"},
+    {"numerics", "documents"},
+    {"comm", "data", "models"},
+    {"optim", "prepare"},
+    {"engine", "corpus"},
+    {"checkpoint", "listeners", "planner"},
+    {"doctor", "launching", "training"},
     {"cli"},
 )
-SAME_LAYER = {  # who may import whom on one layer
-    ("config", "errors"),
-    ("layout", "errors"),
-    ("numerics", "layout"),
-    ("comm", "members"),
-    ("comm", "offload"),
-    ("models", "offload"),
-    ("optim", "models"),  # how bf16 is multiplied
-    ("optim", "offload"),
-    ("prepare", "data"),  # the form of token files
-    ("corpus", "training"),  # what recipe files have in common
-}
-PURE = {"errors", "units", "config", "layout", "numerics"}
+PURE = {"errors", "formatting", "config", "layout", "numerics"}
 NOT_PURE = {"socket", "subprocess", "time", "threading", "multiprocessing"}
-KNOW_TORCHS_LAUNCHER = {f"launching/{name}.py" for name in ("far_store", "launcher", "logs", "meeting", "stop")}
+KNOW_TORCHS_LAUNCHER = {f"launching/{name}.py" for name in ("launcher", "rendezvous", "supervision", "worker_files")}
 # What its rendezvous is made of, and how that fails.
 STORES = tuple(
     f"torch.distributed.{name}"
     for name in ("PrefixStore", "Store", "TCPStore", "DistError", "DistNetworkError", "DistStoreError")
 )
-HEART = {"numerics", "sharding", "comm", "engine"}
 
 # Exceptions. A list may only shrink: an entry that is no longer needed fails, too.
-LONG_FILES = {"members/membership.py", "engine/engine.py", "engine/gathers.py"}  # over 300 lines
 LONG_FUNCTIONS = {"cli/train.py:train"}  # over 60 lines: mostly the help texts of its options
 MANY_PARAMETERS = {"cli/train.py:train", "training/loop.py:train"}  # over 8: each is one wish about a run
-OVERRIDES = {f"launching/{name}.py:set_closed" for name in ("launcher", "meeting")}  # methods that torch asks for
+OVERRIDES = {f"launching/{name}.py:set_closed" for name in ("launcher", "rendezvous")}  # methods that torch asks for
 
 
 def top(name: str) -> str:
@@ -94,16 +83,6 @@ def num_lines(name: str) -> int:
     return len(FILES[name].read_text(encoding="utf-8").splitlines())
 
 
-def num_code_lines(name: str) -> int:
-    """Lines with code on them: without blank lines, comments and docstrings."""
-    text_lines: set[int] = set()
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            text_lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    lines = enumerate(FILES[name].read_text(encoding="utf-8").splitlines(), 1)
-    return sum(1 for number, line in lines if line.strip() and line.lstrip()[0] != "#" and number not in text_lines)
-
-
 def test_every_file_has_a_layer() -> None:
     assert {top(name) for name in FILES} - {"__init__"} == set().union(*LAYERS)
 
@@ -117,18 +96,8 @@ def test_imports_go_down_only(name: str) -> None:
             continue
         other = imported.split(".")[1]
         assert other in level, f"{name} imports {imported}: name the module that defines it"
-        allowed = level[other] < level[mine] or other == mine or (mine, other) in SAME_LAYER
+        allowed = level[other] < level[mine] or other == mine
         assert allowed, f"{name} imports {imported}: {mine} may not know {other}"
-
-
-def test_what_one_layer_shares_is_listed_because_it_is_needed() -> None:
-    used = {
-        (top(name), imported.split(".")[1])
-        for name, tree in TREES.items()
-        for imported in imports(tree)
-        if imported.startswith("manyhands.")
-    }
-    assert used >= SAME_LAYER
 
 
 def test_only_comm_knows_torch_distributed() -> None:
@@ -158,7 +127,7 @@ def test_hooks_are_registered_in_one_file() -> None:
     found = {
         name for name, tree in TREES.items() for called in calls(tree) if re.fullmatch(r"register_\w*hook", called)
     }
-    assert found == {"engine/hooks.py"}
+    assert found == {"engine/step/compute.py"}
 
 
 def test_one_worker_is_no_case_of_its_own() -> None:
@@ -172,7 +141,7 @@ def test_one_worker_is_no_case_of_its_own() -> None:
 
 def test_nobody_asks_for_a_stage_by_name() -> None:
     for name, tree in TREES.items():
-        if name == "sharding/stage.py" or top(name) == "cli":
+        if name == "engine/execution.py" or top(name) == "cli":
             continue
         for sides, _ in comparisons(tree):
             asked = [side.value if isinstance(side, ast.Attribute) and side.attr == "name" else side for side in sides]
@@ -194,7 +163,6 @@ def test_no_setters_prints_or_asserts() -> None:
 def test_files_are_short() -> None:
     lines = {name: num_lines(name) for name in FILES}
     assert {name: count for name, count in lines.items() if count > 500} == {}
-    assert {name for name, count in lines.items() if count > 300} == LONG_FILES
 
 
 def test_functions_are_short() -> None:
@@ -215,10 +183,6 @@ def test_functions_have_few_parameters() -> None:
             if len([arg for arg in given if arg.arg not in ("self", "cls")]) > 8:
                 found.add(f"{name}:{function.name}")
     assert found == MANY_PARAMETERS
-
-
-def test_the_heart_can_be_read_in_an_afternoon() -> None:
-    assert sum(num_code_lines(name) for name in FILES if top(name) in HEART) < 3000
 
 
 def test_packages_only_hand_names_on() -> None:

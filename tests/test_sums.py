@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyhands.engine.sums import Adder, Scratch, ShardSum
+from manyhands.engine.step.sums import Adder, Scratch, ShardSum
 from manyhands.layout import Range
 from manyhands.numerics.order import OrderedSum
-from manyhands.offload.home import Home
+from manyhands.offload.allocator import Home
 
 NUMEL, RUN, DIVISOR = 48, 16, 3.0
 
@@ -28,7 +28,7 @@ def added_plainly(pieces: list[Tensor], accumulate: int) -> Tensor:
 def test_a_shards_sum_is_the_defined_one_and_leaves_its_pieces_alone(
     virtual_workers: int, accumulate: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manyhands.engine.sums.PASS", 20)
+    monkeypatch.setattr("manyhands.engine.step.sums.PASS", 20)
     generator = torch.Generator().manual_seed(virtual_workers)
     pieces = [torch.randn(NUMEL, generator=generator).to(dtype) for _ in range(virtual_workers * accumulate)]
     home = Home(torch.device("cpu"))

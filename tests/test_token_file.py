@@ -18,10 +18,9 @@ from torch import nn
 
 import manyhands as mh
 from manyhands.data.loader import MicroBatchLoader
-from manyhands.data.mixture import Mixture
-from manyhands.data.order import sample_indices
+from manyhands.data.order import Mixture, sample_indices
 from manyhands.data.token_format import tail
-from manyhands.prepare.writing_tokens import token_schema
+from manyhands.prepare.io.writing import token_schema
 
 TINY = 256  # bytes a partition: a few documents
 

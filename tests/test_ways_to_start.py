@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from manyhands.report.run_directory import RunDirectory
+from manyhands.listeners.run_directory import RunDirectory
 
 SUPPORT = Path(__file__).resolve().parent / "support"
 SCRIPT, RECIPE, STEPS = str(SUPPORT / "started.py"), str(SUPPORT / "started.toml"), 6

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import manyhands as mh
-from manyhands.engine.params import ShardedParams
+from manyhands.engine.units.params import ShardedParams
 from manyhands.errors import ConfigError, NumericsError
 from manyhands.launching.launcher import run_workers
 from oracle import oracle_run

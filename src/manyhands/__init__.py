@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from manyhands.checkpoint.export import ExportSummary, export
     from manyhands.config import Batch, Recipe, Strategy, Weights
     from manyhands.data.token_file import TokenFile
-    from manyhands.engine.metrics import StepMetrics
+    from manyhands.documents.recipe_file import load_recipe
+    from manyhands.engine.step.metrics import StepMetrics
     from manyhands.errors import (
         CheckpointError,
         ConfigError,
@@ -24,19 +25,18 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from manyhands.launching.function import launch
+    from manyhands.listeners.summary import Summary
     from manyhands.numerics.digest import digest_of_tensors
-    from manyhands.prepare.aggregate import Aggregate
     from manyhands.prepare.dataset import Dataset
-    from manyhands.prepare.summary import PrepareSummary
-    from manyhands.report.summary import Summary
+    from manyhands.prepare.job.output import PrepareSummary
+    from manyhands.prepare.records.aggregate import Aggregate
     from manyhands.training.engine import Engine
     from manyhands.training.loop import train
-    from manyhands.training.recipe_file import load_recipe
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Aggregate": "prepare.aggregate",
+    "Aggregate": "prepare.records.aggregate",
     "Batch": "config",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -48,18 +48,18 @@ _WHERE = {
     "InvariantError": "errors",
     "ManyhandsError": "errors",
     "NumericsError": "errors",
-    "PrepareSummary": "prepare.summary",
+    "PrepareSummary": "prepare.job.output",
     "Recipe": "config",
-    "StepMetrics": "engine.metrics",
+    "StepMetrics": "engine.step.metrics",
     "Strategy": "config",
-    "Summary": "report.summary",
+    "Summary": "listeners.summary",
     "TokenFile": "data.token_file",
     "Weights": "config",
     "WorkerError": "errors",
     "digest_of_tensors": "numerics.digest",
     "export": "checkpoint.export",
     "launch": "launching.function",
-    "load_recipe": "training.recipe_file",
+    "load_recipe": "documents.recipe_file",
     "train": "training.loop",
 }
 

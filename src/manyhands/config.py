@@ -1,6 +1,9 @@
-"""What is computed (`Recipe`, `Batch`, `Weights`) and with what (`Strategy`): frozen, keyword-only, checked when made.
+"""Recipe, Batch, Weights, Strategy and their checks; how often something happens.
 
+What is computed (`Recipe`, `Batch`, `Weights`) and with what (`Strategy`): frozen, keyword-only, checked when made.
 A recipe fixes every bit of the result; a strategy fixes only how long it takes and how much memory it needs.
+
+How often: every so many steps, or after so much time.
 """
 
 from __future__ import annotations
@@ -22,10 +25,15 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 PRECISIONS = ("fp32", "bf16")
+
 DEVICES = ("cpu", "cuda")
+
 STAGES = ("ddp", "zero1", "zero2", "zero3")
+
 HOMES = ("device", "host", "disk")
+
 OPTIMIZER_KINDS = ("elementwise", "per-parameter")
+
 GROUPS = ("auto", "shared-memory", "process", "hierarchical")
 
 
@@ -291,3 +299,29 @@ class Strategy:
         _at_least("strategy.loader_workers", self.loader_workers, 0)
         _at_least("strategy.prefetch", self.prefetch, 0)
         _at_least("strategy.stall_seconds", self.stall_seconds, 0.1, float)
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+_FORM = re.compile(r"(\d+)\s*(steps?|[smh])?")
+
+
+@dataclass(frozen=True)
+class Every:
+    """`steps` or `seconds`; the other one is None."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+def every(value: int | str) -> Every:
+    """From 500, "500", "500steps", "30s", "10m" or "2h". Raises ConfigError."""
+    found = _FORM.fullmatch(str(value).strip())
+    if found is None or int(found[1]) < 1:
+        raise ConfigError(
+            "how often a checkpoint is written can't be read",
+            expected="a number of steps or a time: 500, '500steps', '30s', '10m', '2h'",
+            got=repr(value),
+        )
+    number, unit = int(found[1]), found[2]
+    return Every(seconds=number * _SECONDS[unit]) if unit in _SECONDS else Every(steps=number)

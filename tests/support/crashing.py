@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import manyhands as mh
-from manyhands.checkpoint.address import Address, Place, place_of
 from manyhands.checkpoint.format import list_checkpoints
+from manyhands.storage.location import Address, Place, place_of
 from support.models import ConvNet, conv_recipe
 from support.threads import run_threads
 from support.tracer import Traced, traced

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
+from manyhands.comm.distributed import ProcessGroup
 from manyhands.comm.group import Group
 from manyhands.comm.hierarchical import HierarchicalGroup
 from manyhands.comm.local import LocalGroup
-from manyhands.comm.process import ProcessGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.members.membership import Membership
 from manyhands.offload.scratch import map_file

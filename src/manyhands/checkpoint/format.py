@@ -27,18 +27,26 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from manyhands.checkpoint.address import Address, Place, hint_of, names_in, place_of
 from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.errors import CheckpointError
+from manyhands.storage.location import Address, Place, hint_of, names_in, place_of
 
 FORMAT = 2
+
 MANIFEST = "manifest.json"
+
 _M = TypeVar("_M", bound=BaseModel)
+
 _NAME = re.compile(r"step-(\d{8,})")
+
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+
 DtypeName = Annotated[str, AfterValidator(lambda name: dtype_named(name) and name)]
+
 FileName = Annotated[str, Field(pattern=r"^([0-9a-f]{16}/)?worker-\d+\.safetensors$")]
+
 ConfigName = Annotated[str, Field(pattern=r"^(generation_)?config\.json$")]
+
 FrozenName = Annotated[str, Field(pattern=r"^frozen-[0-9a-f]{16}$")]
 
 

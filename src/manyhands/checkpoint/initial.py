@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.fit import fit
 from manyhands.checkpoint.format import TensorRecord
 from manyhands.checkpoint.save import FROZEN_PIECE_NUMEL, tensor_records
-from manyhands.checkpoint.weight_files import WeightFiles
+from manyhands.checkpoint.weight_files import WeightFiles, fit
 from manyhands.config import Weights
-from manyhands.engine.control import agree, gather_json
+from manyhands.engine.agreement import agree, gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import ConfigError
-from manyhands.models.fingerprint import fingerprint_of_parts
-from manyhands.offload.construction import let_go
+from manyhands.models.building import let_go
+from manyhands.numerics.digest import fingerprint_of_parts
 from manyhands.optim.sliced import Slice
 
 

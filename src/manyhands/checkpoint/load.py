@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.address import Place
 from manyhands.checkpoint.format import Manifest, Scalar, decode_state, read_manifest
 from manyhands.checkpoint.pieces import PieceReader
 from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError, NumericsError
 from manyhands.optim.sliced import Slice
+from manyhands.storage.location import Place
 
 
 class CheckpointReader(PieceReader):

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.address import Address, Place, hint_of
 from manyhands.checkpoint.format import PieceRecord
 from manyhands.checkpoint.tensor_file import (
     CODES,
@@ -23,6 +22,7 @@ from manyhands.checkpoint.tensor_file import (
 )
 from manyhands.errors import CheckpointError
 from manyhands.layout import Range
+from manyhands.storage.location import Address, Place, hint_of
 
 KEPT_BYTES = 4 << 20
 """A larger piece isn't kept in memory: what is wanted of it next is read again."""

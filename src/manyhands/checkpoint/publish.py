@@ -17,14 +17,15 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from manyhands.checkpoint.address import Address, Place, hint_of, put_text
 from manyhands.checkpoint.format import MANIFEST, seal
 from manyhands.errors import CheckpointError
+from manyhands.storage.location import Address, Place, hint_of, put_text
 
 _OURS = re.compile(
     r"(step-\d{8,}|frozen-[0-9a-f]{16})/([0-9a-f]{16})/(worker-\d+\.safetensors|part-\d+\.json|failed-\d+)"
 )
 """What an attempt writes to a store: nothing else is ever removed as a leftover."""
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 

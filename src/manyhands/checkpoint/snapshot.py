@@ -24,13 +24,15 @@ from manyhands.checkpoint.load import CheckpointReader, restore
 from manyhands.checkpoint.pieces import Piece, PieceReader
 from manyhands.checkpoint.save import Scalars, manifest_of, owned_pieces, with_pieces
 from manyhands.checkpoint.tensor_file import bytes_of, dtype_name, dtype_named
-from manyhands.engine.control import gather_json
+from manyhands.engine.agreement import gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import InvariantError
 
 SNAPSHOT_MEMORY_VARIABLE = "MANYHANDS_SNAPSHOT_MEMORY"
 """Where the workers' parent keeps memory for snapshots; set by it ("": it keeps none)."""
+
 _HEAD_BYTES = 16  # of a record: its length and its checksum
+
 _IN_MEMORY = "the memory of the workers' parent"
 
 

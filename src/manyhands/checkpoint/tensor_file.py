@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.address import Place, written
-from manyhands.checkpoint.ranges import Ranges
 from manyhands.errors import InvariantError
+from manyhands.storage.location import Place, Ranges, written
 
 CODES = {
     torch.float64: "F64",
@@ -38,8 +37,11 @@ CODES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 """The types that such a file can hold, and their names there."""
+
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
+
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
 _METADATA = "__metadata__"
 
 

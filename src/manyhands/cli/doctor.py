@@ -14,8 +14,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from manyhands.planner.machine import Finding
-    from manyhands.training.story import Story
+    from manyhands.doctor.machines import Finding
+    from manyhands.doctor.runs import Story
 
 _MARKS = {"good": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/]"}
 
@@ -46,8 +46,8 @@ def doctor(
 
     console = Console(highlight=False)
     if run is not None:
-        from manyhands.report.run_directory import RunDirectory
-        from manyhands.training.story import story_of_run
+        from manyhands.doctor.runs import story_of_run
+        from manyhands.listeners.run_directory import RunDirectory
 
         story = story_of_run(RunDirectory.open_existing(run))
         if as_json:
@@ -67,11 +67,11 @@ def doctor(
 
 
 def _look(folder: Path, found: list[Finding]) -> Iterable[Finding]:
-    from manyhands.planner.machine import look_at_machine
+    from manyhands.doctor.machines import look_at_machine
 
     yield from look_at_machine(folder)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from manyhands.planner.hosts import look_at_hosts
+        from manyhands.doctor.machines import look_at_hosts
 
         yield from look_at_hosts(found)
 
@@ -93,7 +93,7 @@ def _show_story(story: Story, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from manyhands.training.story import took, when
+    from manyhands.doctor.runs import took, when
 
     colour = {"ended": "green", "failed": "red", "killed": "red"}.get(story.outcome, "yellow")
     console.print(f"[{colour}]{escape(story.told)}[/]")

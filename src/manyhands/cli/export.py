@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhands.config import PRECISIONS
-from manyhands.units import format_bytes, format_count, format_seconds
+from manyhands.formatting import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.export import ExportSummary
@@ -56,7 +56,7 @@ def export(
     Example: `manyhands export runs/first exported --dtype bf16`
     """
     from manyhands.checkpoint.export import export as export_weights
-    from manyhands.report.progress import BytesProgress
+    from manyhands.listeners.terminal import BytesProgress
 
     with BytesProgress("exporting") as bar:
         summary = export_weights(run, out, step=step, dtype=dtype, max_shard_size=max_shard_size, told=bar.update)

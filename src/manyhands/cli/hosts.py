@@ -19,7 +19,7 @@ from manyhands.cli.workers import Bounds, Workers, start_workers
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 
 if TYPE_CHECKING:
-    from manyhands.launching.meeting import Meeting
+    from manyhands.launching.rendezvous import Meeting
 
 Tell = Callable[[WorkerError | None], None]
 """Hears why workers are started again: of a failure, or None if a host has come or gone."""
@@ -29,7 +29,7 @@ def first_host(
     hosts: Bounds, endpoint: str | None, request: dict[str, Any], workers: int, restarts: int, note: Tell
 ) -> Meeting:
     """A run that others may join, whose workers do what `request` says. Raises ConfigError."""
-    from manyhands.launching.meeting import PORT, Meeting, parse_endpoint
+    from manyhands.launching.rendezvous import PORT, Meeting, parse_endpoint
 
     host, port = parse_endpoint(endpoint or f"{socket.gethostname()}:{PORT}")
     shared = {
@@ -53,7 +53,7 @@ def first_host(
 
 def train_together(meeting: Meeting, workers: int) -> None:
     """This host's part of the run. Raises WorkerError and Interrupted."""
-    from manyhands.launching.meeting import interface_of, own_address
+    from manyhands.launching.rendezvous import interface_of, own_address
 
     request = meeting.said["request"]
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
@@ -80,7 +80,7 @@ def join(
 
     Example: `manyhands join first-host:29400 --workers 4`
     """
-    from manyhands.launching.meeting import join as meet
+    from manyhands.launching.rendezvous import join as meet
 
     meeting = meet(endpoint)
     recipe, run_dir = meeting.said["request"]["recipe"], Path(meeting.said["request"]["run_dir"])

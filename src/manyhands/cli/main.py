@@ -29,7 +29,9 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
+
 FAILED = 1
+
 WRONG = 2
 
 
@@ -105,7 +107,7 @@ def run(
     """
     if not script.is_file():
         raise ConfigError("there is no such script", where=str(script.absolute()))
-    from manyhands.launching.restarts import run_again
+    from manyhands.launching.failures import run_again
 
     command, allowed = [sys.executable, str(script), *context.args], workers_for(workers, 1, None)
     with snapshots_kept("auto" if max_restarts else "never", allowed.most) as snapshots:
@@ -133,7 +135,7 @@ def compare(
     """
     from dataclasses import asdict
 
-    from manyhands.report.compare import compare_runs, explain
+    from manyhands.doctor.compare import compare_runs, explain
 
     comparison = compare_runs(run, other)
     typer.echo(json.dumps(asdict(comparison)) if as_json else explain(comparison, str(run), str(other)))
@@ -143,15 +145,11 @@ def compare(
 
 app.command()(prepare)
 
-
 app.command()(export)
-
 
 app.command()(join)
 
-
 app.command()(doctor)
-
 
 if __name__ == "__main__":
     main()

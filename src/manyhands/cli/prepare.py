@@ -21,6 +21,7 @@ Workers = Annotated[
         show_default=False,
     ),
 ]
+
 Engine = Annotated[
     str | None,
     typer.Option(

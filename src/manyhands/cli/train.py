@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyhands.cli.ends import ending_told, note_failure, note_restart
 from manyhands.cli.hosts import first_host, train_together
 from manyhands.cli.workers import (
     Bounds,
     Workers,
     a_number_auto_or_never,
     bounds,
+    ending_told,
     from_one,
+    note_failure,
+    note_restart,
     snapshots_kept,
     start_workers,
     workers_for,
@@ -29,8 +31,8 @@ from manyhands.cli.workers import (
 from manyhands.config import GROUPS, HOMES, STAGES
 from manyhands.errors import CheckpointError, ConfigError
 
-if TYPE_CHECKING:  # what torch is loaded for waits until it's needed
-    from manyhands.checkpoint.address import Place
+if TYPE_CHECKING:
+    from manyhands.storage.location import Place
 
 
 def train(
@@ -169,8 +171,8 @@ def train(
 
     Example: `manyhands train recipe.toml --workers 4 --stage zero2 --set seed=1`
     """
-    from manyhands.training.every import every
-    from manyhands.training.recipe_file import check_recipe
+    from manyhands.config import every
+    from manyhands.documents.recipe_file import check_recipe
 
     if checkpoint_every is not None:
         every(checkpoint_every)
@@ -188,9 +190,9 @@ def train(
         )
     directory = run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
     from manyhands.checkpoint.format import checkpoints_of
-    from manyhands.launching.restarts import run_again
-    from manyhands.report.run_directory import RunDirectory
-    from manyhands.report.run_lock import run_lock
+    from manyhands.launching.failures import run_again
+    from manyhands.listeners.run_directory import RunDirectory
+    from manyhands.storage.run_lock import run_lock
 
     RunDirectory(directory)  # a wrong place is refused before workers start
     checkpoints = checkpoints_of(directory, checkpoint_dir)

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping
 
 from manyhands.errors import Interrupted
-from manyhands.members.failure import PARENT_TELLS_VARIABLE, record_failure, story_of
-from manyhands.training.stop import StopSignals
+from manyhands.members.reports import PARENT_TELLS_VARIABLE, record_failure, story_of
+from manyhands.surroundings import StopSignals
 
 
 def work(request: Mapping[str, object]) -> int:
@@ -33,9 +33,9 @@ def work(request: Mapping[str, object]) -> int:
 def _train(request: Mapping[str, object], stop: StopSignals) -> None:
     from rich.console import Console
 
-    from manyhands.report.summary import render, to_json
+    from manyhands.documents.recipe_file import load_recipe
+    from manyhands.listeners.summary import render, to_json
     from manyhands.training.loop import train
-    from manyhands.training.recipe_file import load_recipe
 
     loaded = load_recipe(str(request["recipe"]), request["overrides"])  # type: ignore[arg-type]
     summary = train(

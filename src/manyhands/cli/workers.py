@@ -1,21 +1,29 @@
-"""What commands that start workers share."""
+"""What commands that start workers share.
+
+What commands that start workers share.
+
+What is noted and told of a run's workers that failed, and of a run that didn't end well.
+"""
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from manyhands.errors import Interrupted
+from manyhands.errors import Interrupted, WorkerError
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.snapshot import SnapshotMemory
-    from manyhands.launching.meeting import Meeting
-    from manyhands.launching.restarts import Restart
+    from manyhands.launching.failures import Restart
+    from manyhands.launching.rendezvous import Meeting
+    from manyhands.listeners.run_directory import RunDirectory
+    from manyhands.storage.location import Place
 
 
 def from_one(value: int | None) -> int | None:
@@ -84,7 +92,7 @@ class KeptSnapshots:
 
     def __init__(self, memory: SnapshotMemory | None, every: int | None) -> None:
         from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE
-        from manyhands.training.snapshots import SNAPSHOT_EVERY_VARIABLE
+        from manyhands.training.saving import SNAPSHOT_EVERY_VARIABLE
 
         self._memory = memory
         self.variables = {} if memory is None else {SNAPSHOT_MEMORY_VARIABLE: memory.address()}
@@ -145,3 +153,44 @@ def tell_restart(restart: Restart, workers: int) -> None:
     hint = f"\n  what to do: {cause.hint}" if cause.hint else ""
     again = f"starting again ({restart.number} of {restart.most}) with {count}"
     sys.stderr.write(f"{cause.what}{place}{hint}\n{again}\n")
+
+
+@contextmanager
+def ending_told(note: Callable[..., None], directory: Path, checkpoints: Place, *, given: bool) -> Iterator[None]:
+    """How the run ends inside, if not well, is noted in its directory; and how to go on with one that was stopped."""
+    try:
+        yield
+    except WorkerError as error:
+        note(error, restart=None)
+        raise
+    except Interrupted as error:
+        raise _with_the_way_on(error, directory, checkpoints, given=given) from None
+
+
+def note_restart(directory: RunDirectory, restart: Restart, workers: int) -> None:
+    """In the run's directory, and on the terminal."""
+    note_failure(directory, restart.cause, restart.number)
+    tell_restart(restart, workers)
+
+
+def note_failure(directory: RunDirectory, error: WorkerError | None, restart: int | None) -> None:
+    """restart: None if nobody tries again. error: None if it was none: a host has come or gone."""
+    if error is None:
+        directory.append_event("hosts changed")
+        return
+    facts = {"rank": error.rank, "what": error.what, "where": error.where, "hint": error.hint}
+    directory.append_event("failed", **facts, restart=restart)
+
+
+def _with_the_way_on(error: Interrupted, directory: Path, checkpoints: Place, *, given: bool) -> Interrupted:
+    """The same, with where the last checkpoint is and how to go on from it; or that there is none."""
+    from manyhands.checkpoint.format import list_checkpoints
+
+    found = list_checkpoints(checkpoints)
+    again = shlex.join(["manyhands", *sys.argv[1:], *([] if given else ["--run-dir", str(directory)])])
+    return Interrupted(
+        error.what,
+        where=f"its last checkpoint is {found[-1][1]}" if found else "there is no checkpoint: no step was finished",
+        hint=f"to go on: {again}" if found else None,
+        detail=error.detail,
+    )

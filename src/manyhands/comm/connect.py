@@ -9,22 +9,17 @@ from datetime import timedelta
 import torch
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
+from manyhands.comm.distributed import ProcessGroup
 from manyhands.comm.group import Group
 from manyhands.comm.hierarchical import HierarchicalGroup, places
 from manyhands.comm.local import LocalGroup
-from manyhands.comm.process import ProcessGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.errors import ConfigError
-from manyhands.members.failure import forget_failure
-from manyhands.members.last_words import LastWords, end_process
+from manyhands.members.exit_hooks import LastWords, end_process
 from manyhands.members.membership import JOIN_SECONDS, Membership
-from manyhands.members.status_file import StatusFile
-from manyhands.offload.shared import ProcessArena
-
-
-def environment_rank_and_size() -> tuple[int, int]:
-    """This process's rank and the number of workers, as its launcher says; (0, 1) without a launcher."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+from manyhands.members.reports import StatusFile, forget_failure
+from manyhands.offload.scratch import ProcessArena
+from manyhands.surroundings import environment_rank_and_size
 
 
 def connect(

@@ -1,5 +1,8 @@
-"""A group of workers: a rank, a size and two verbs on which all else is built, plus small ones.
+"""The verbs of a group, and a record of its traffic.
 
+What a step's messages came to: bytes by kind, and the seconds that were waited for others.
+
+A group of workers: a rank, a size and two verbs on which all else is built, plus small ones.
 - `exchange(full)`: everyone's piece of *my* range of a buffer, in rank order (an all-to-all).
 - `publish(full)`: everyone's range to everyone (an all-gather, in place).
 - `gather(small)`, `barrier()`: for a step's control values.
@@ -22,9 +25,32 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from manyhands.comm.record import Recorder
 from manyhands.errors import InvariantError
-from manyhands.offload.home import Home
+from manyhands.offload.allocator import Home
+
+
+class Recorder:
+    """Sums over a group's calls on this worker. A message's kind is its tag's last word: grad, param, control."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[str, int] = {}
+        self._seconds = 0.0
+
+    def add(self, tag: str, num_bytes: int, seconds: float) -> None:
+        """Record a message. num_bytes: received from the others; seconds: waited for it."""
+        kind = tag.rsplit(" / ", 1)[-1]
+        self._bytes[kind] = self._bytes.get(kind, 0) + num_bytes
+        self._seconds += seconds
+
+    def waited(self, seconds: float) -> None:
+        """Record that others were waited for, besides what a message took."""
+        self._seconds += seconds
+
+    def take(self) -> tuple[dict[str, int], float]:
+        """Bytes by kind and seconds waited since the last call."""
+        taken = (self._bytes, self._seconds)
+        self._bytes, self._seconds = {}, 0.0
+        return taken
 
 
 class Contribution:

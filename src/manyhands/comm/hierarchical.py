@@ -17,12 +17,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from manyhands.comm.distributed import ProcessGroup
 from manyhands.comm.group import Contribution, Exchange, Group
-from manyhands.comm.members_group import MembersGroup
-from manyhands.comm.process import ProcessGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
+from manyhands.comm.watched_group import MembersGroup
 from manyhands.errors import InvariantError
-from manyhands.offload.home import Home
+from manyhands.offload.allocator import Home
 
 
 def places(hosts: Sequence[str]) -> list[list[int]] | None:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from manyhands.comm.group import Contribution, Exchange, Group
 from manyhands.errors import Place
-from manyhands.members.failure import record_failure
-from manyhands.members.status_file import StatusFile
-from manyhands.offload.home import Home
+from manyhands.members.reports import StatusFile, record_failure
+from manyhands.offload.allocator import Home
 
 
 class _OwnPiece(Exchange):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.group import Contribution, Exchange
-from manyhands.comm.members_group import MembersGroup
-from manyhands.members.arena import Arena
+from manyhands.comm.watched_group import MembersGroup
+from manyhands.members.board import Arena
 from manyhands.members.membership import Membership, Peer
 from manyhands.numerics.seeds import generators_state, restore_generators
-from manyhands.offload.home import Home
+from manyhands.offload.allocator import Home
 
 MAILBOX_BYTES = 1 << 20
 

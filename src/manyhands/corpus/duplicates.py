@@ -1,19 +1,117 @@
-"""Near-duplicates: documents that share a band are joined to groups, of which one document stays.
+"""Near-duplicates by MinHash, joined to groups.
 
+MinHash: documents that share most of their shingles are found without comparing each with each.
+A document is the set of its shingles, runs of some characters. The least of a random hash of them is the same for two
+documents with a probability of their Jaccard similarity s (Broder, "On the resemblance and containment of documents",
+1997). With `bands` groups of `rows` such minima each, two documents share a whole band with probability
+1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3.4).
+
+Near-duplicates: documents that share a band are joined to groups, of which one document stays.
 All by Dataset's own operations, so with any number of workers, in bounded memory, and to the same result.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from manyhands.corpus.minhash import MinHash
+import numpy as np
+
 from manyhands.corpus.steps import Steps
 from manyhands.errors import InvariantError
-from manyhands.prepare.aggregate import Aggregate
+from manyhands.numerics.counters import derive
 from manyhands.prepare.dataset import Dataset
+from manyhands.prepare.records.aggregate import Aggregate
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_SPACE = re.compile(r"\s+")
+
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinHash:
+    """Which documents are near each other: those with a similarity of about (1 / bands)^(1 / rows), or more.
+
+    shingle: how many characters are one: 9 for texts of some length (Leskovec et al., 3.2.2), of any language.
+    Letter case and the amount of white space don't count.
+    """
+
+    bands: int = 16
+    rows: int = 8
+    shingle: int = 9
+
+    def probability(self, similarity: float) -> float:
+        """That two documents of this Jaccard similarity share a band."""
+        return 1 - float((1 - similarity**self.rows) ** self.bands)
+
+    def signature(self, text: str) -> NDArray[np.uint64]:
+        """The least hash of all shingles, under each of bands x rows hash functions: [bands, rows].
+
+        Deterministic: the same on every machine.
+        """
+        shingles = _mixed(_shingles(text, self.shingle))
+        factors, offsets = _hash_functions(self.bands * self.rows)
+        least = np.empty(len(factors), np.uint64)
+        hashed = np.empty_like(shingles)  # used again for each: it stays in the cache
+        for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
+            np.multiply(shingles, factor, out=hashed)  # multiply-shift (Dietzfelbinger et al., 1997), modulo 2**64
+            np.add(hashed, offset, out=hashed)
+            least[number] = hashed.min()
+        return least.reshape(self.bands, self.rows)
+
+    def band_keys(self, text: str) -> list[int]:
+        """A number for each band: that of two documents is the same if the whole band is."""
+        return [
+            int.from_bytes(hashlib.blake2b(band.tobytes(), digest_size=8, key=b"%d" % number).digest(), "big") >> 1
+            for number, band in enumerate(self.signature(text))
+        ]
+
+    def __call__(self, document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A record for each band of a document."""
+        for key in self.band_keys(document["text"]):
+            yield {"band": key, "id": document["id"]}
+
+
+def jaccard(text: str, other: str, shingle: int = MinHash.shingle) -> float:
+    """The true similarity of two texts: shingles in common, of all that either has."""
+    ours, theirs = (set(_shingles(one, shingle).tolist()) for one in (text, other))
+    return len(ours & theirs) / len(ours | theirs)
+
+
+def _shingles(text: str, size: int) -> NDArray[np.uint64]:
+    """A number for each run of `size` characters: a polynomial of them, modulo 2**64."""
+    plain = _SPACE.sub(" ", text.lower()).strip()
+    characters = np.frombuffer(plain.encode("utf-32-le"), np.uint32).astype(np.uint64)
+    count = max(1, len(characters) - size + 1)
+    numbers = np.zeros(count, np.uint64)
+    for place in range(min(size, len(characters))):
+        numbers *= _BASE
+        numbers += characters[place : place + count]
+    return numbers
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood, 2014): every bit depends on every bit."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+@lru_cache(maxsize=4)
+def _hash_functions(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Odd factors and offsets: h(x) = factor * x + offset, of which the upper bits are random."""
+    factors = [derive(0, "minhash factor", number) * 2 + 1 for number in range(count)]
+    offsets = [derive(0, "minhash offset", number) for number in range(count)]
+    return np.array(factors, np.uint64), np.array(offsets, np.uint64)
+
 
 _MOST_ROUNDS = 50  # rounds grow with the logarithm of the largest group: this is never reached
 

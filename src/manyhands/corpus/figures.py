@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from manyhands.units import format_bytes, format_count, format_seconds
+from manyhands.formatting import format_bytes, format_count, format_seconds
 
 PICTURE = "lengths.svg"
+
 _EXACT, _NEAR = "exact duplicate", "near-duplicate"
 
 

@@ -12,38 +12,51 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from manyhands.corpus.bpe import END_OF_TEXT, tokenizer_json, train_bpe
-from manyhands.corpus.clean import KEPT, Judge, is_kept
 from manyhands.corpus.duplicates import near_duplicates, without
-from manyhands.corpus.encode import (
+from manyhands.corpus.figures import PICTURE, CorpusSummary, Dropped, Figures, card, duplicates_of, picture
+from manyhands.corpus.recipe import CorpusSchema, located, source_of
+from manyhands.corpus.steps import Steps
+from manyhands.corpus.text import (
+    EXAMPLES,
+    KEPT,
+    IsAmong,
+    Judge,
+    beginning,
+    is_kept,
+    is_twice,
+    nothing,
+    some_examples,
+    words_of,
+)
+from manyhands.corpus.tokenizing import (
+    END_OF_TEXT,
     REFERENCE,
     ByteEncoder,
     TokenizerEncoder,
     encoder_of,
     faster,
     load_tokenizer,
+    tokenizer_json,
+    train_bpe,
 )
-from manyhands.corpus.figures import PICTURE, CorpusSummary, Dropped, Figures, card, duplicates_of, picture
-from manyhands.corpus.recipe import CorpusSchema, located, source_of
-from manyhands.corpus.steps import Steps
-from manyhands.corpus.words import EXAMPLES, IsAmong, beginning, is_twice, nothing, some_examples, words_of
 from manyhands.data.token_format import FOLDER, MANIFEST, TOKENIZER, map_tokens, token_type
+from manyhands.documents.toml import Document
 from manyhands.errors import ConfigError, DataError
-from manyhands.prepare.aggregate import Aggregate
 from manyhands.prepare.dataset import Dataset
-from manyhands.prepare.fingerprint import fingerprint
+from manyhands.prepare.io.writing import token_schema
+from manyhands.prepare.job.output import BAD_RECORDS, PrepareSummary
 from manyhands.prepare.options import How, Options
-from manyhands.prepare.output import BAD_RECORDS
-from manyhands.prepare.storage import read_bytes, remove, replace_bytes
-from manyhands.prepare.summary import PrepareSummary
-from manyhands.prepare.writing_tokens import token_schema
-from manyhands.training.toml_document import Document
+from manyhands.prepare.plan.fingerprint import fingerprint
+from manyhands.prepare.records.aggregate import Aggregate
+from manyhands.storage.files import read_bytes, remove, replace_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _RECIPE, _SUMMARY, _CARD, _WORK = "recipe.json", "summary.json", "card.md", "work"
+
 _OURS = {_RECIPE, _SUMMARY, TOKENIZER, _CARD, _WORK, FOLDER, PICTURE, BAD_RECORDS}
+
 _SAMPLE = 200  # documents on which a faster tokenizer is compared with the reference
 
 

@@ -12,16 +12,15 @@ from typing import Any
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from manyhands.config import nearest
-from manyhands.corpus.clean import FORMS, Rules
-from manyhands.corpus.minhash import MinHash
+from manyhands.corpus.duplicates import MinHash
+from manyhands.corpus.text import FORMS, Rules
+from manyhands.documents.recipe_file import IMPORT_PATH, find_function
+from manyhands.documents.toml import Document, Table, read_document
 from manyhands.errors import ConfigError, DataError
 from manyhands.prepare.dataset import Dataset
-from manyhands.prepare.listing import FORMATS, InputFile, find_files
-from manyhands.prepare.plan import PARTITION_BYTES, Given
-from manyhands.prepare.storage import read_bytes
-from manyhands.training.recipe_file import find_function
-from manyhands.training.recipe_schema import IMPORT_PATH
-from manyhands.training.toml_document import Document, Table, read_document
+from manyhands.prepare.io.listing import FORMATS, InputFile, find_files
+from manyhands.prepare.plan.plan import PARTITION_BYTES, Given
+from manyhands.storage.files import read_bytes
 
 FILES = "files"  # the input format in which every file is a document
 

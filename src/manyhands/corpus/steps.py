@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.prepare.dataset import Dataset
+from manyhands.prepare.job.output import BAD_RECORDS, read_manifest
 from manyhands.prepare.options import How
-from manyhands.prepare.output import BAD_RECORDS, read_manifest
 
 
 class Steps:

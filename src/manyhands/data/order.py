@@ -1,21 +1,27 @@
-"""Which samples a micro-batch holds: a pure function of (seed, size of the data, position in the run).
+"""Which samples a micro-batch holds; mixtures.
 
+Which samples a micro-batch holds: a pure function of (seed, size of the data, position in the run).
 Position p of a run (0 is the first sample of step 0) lies in epoch p // size and is sample p % size of that epoch's
 permutation. The permutation is evaluated per index, so nothing is shuffled, stored or handed on: the state of a
 loader is its position, and the number of workers doesn't enter anywhere.
+
+Several data sets as one, by weights.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from bisect import bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
-from manyhands.errors import DataError
-from manyhands.numerics.seeds import derive
+from manyhands.errors import ConfigError, DataError
+from manyhands.numerics.counters import derive
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +29,9 @@ if TYPE_CHECKING:
     from manyhands.config import Batch
 
 MAX_SIZE = 2**62
+
 _ROUNDS = 16  # with 12, the 720 permutations of 6 samples still don't come equally often (chi-squared); with 16 they do
+
 _WORD = 2**64 - 1
 
 
@@ -117,8 +125,6 @@ def micro_batch_positions(step: int, micro_batch: int, batch: Batch) -> range:
 
 # [Note: the hash of a round] The finaliser of SplitMix64 (Steele, Lea, Flood, 2014), shifted right by one bit, so that
 # adding a half (< 2**31) can't leave 64 bits.
-
-
 def _mix(word: int) -> int:
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -129,3 +135,51 @@ def _mix_each(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (words ^ (words >> np.uint64(31))) >> np.uint64(1)
+
+
+class Mixture(Dataset[Any]):
+    """`samples` items, of each data set the share that its weight says, to within one.
+
+    Data set k's items are one run of indices; a recipe's order mixes them. The j-th of them is item `j % size` of a
+    permutation of data set k, a new one each time that all of it has been used: a pure function of (seed, k, j).
+    samples: by default, as many as all data sets have together. Raises ConfigError.
+    """
+
+    def __init__(
+        self, datasets: Sequence[Any], weights: Sequence[float], samples: int | None = None, seed: int = 0
+    ) -> None:
+        if not datasets or len(datasets) != len(weights):
+            raise ConfigError(
+                "a mixture wants data sets, and a weight for each", got=f"{len(datasets)}, {len(weights)}"
+            )
+        if not all(isinstance(weight, (int, float)) and 0 < weight < math.inf for weight in weights):
+            raise ConfigError("a mixture's weights are numbers above 0", got=list(weights))
+        self.datasets, self.seed = list(datasets), seed
+        total = sum(map(len, self.datasets)) if samples is None else samples
+        if total < 1:
+            raise ConfigError("a mixture has at least one sample", got=total)
+        self.shares = _shares(weights, total)
+        self._starts = list(accumulate(self.shares, initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        number = bisect_right(self._starts, index) - 1
+        dataset = self.datasets[number]
+        time, position = divmod(index - self._starts[number], len(dataset))
+        return dataset[Permutation(len(dataset), derive(self.seed, "mixture", number, time))[position]]
+
+
+def _shares(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that add up to `total`, as near to the weights as can be: the largest remainders are rounded up."""
+    whole = math.fsum(weights)
+    exact = [weight / whole * total for weight in weights]
+    shares = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda k: (shares[k] - exact[k], k))
+    for k in by_remainder[: total - sum(shares)]:
+        shares[k] += 1
+    return shares

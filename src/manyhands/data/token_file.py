@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from manyhands.addresses import is_local
-from manyhands.data.mixture import Mixture
+from manyhands.data.order import Mixture
 from manyhands.data.token_format import FOLDER, MANIFEST, TOKENIZER, MappedTokens, map_tokens
 from manyhands.errors import ConfigError, DataError
+from manyhands.storage.location import is_local
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -19,11 +19,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SUFFIX = ".tokens"
+
 FOLDER = "tokens"  # of token files, beside their tokenizer and data card
+
 TOKENIZER = "tokenizer.json"
+
 MANIFEST = "_manifest.json"
+
 _TAIL = struct.Struct("<QQQQ16s")
+
 _MAGIC = b"manyhands tokens"
+
 _ALIGNMENT = 8
 
 

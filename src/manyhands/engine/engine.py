@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,41 @@ from torch.utils.hooks import RemovableHandle
 from manyhands.comm.group import Group
 from manyhands.comm.local import LocalGroup
 from manyhands.config import Recipe, Strategy
-from manyhands.engine.arithmetic import fix_arithmetic, to_device
-from manyhands.engine.buffers import Buffers
-from manyhands.engine.clock import PhaseClock
-from manyhands.engine.control import Control, agree, gather_control
-from manyhands.engine.facts import frozen_facts, optimizer_facts, recipe_facts, schedule_facts
-from manyhands.engine.gathers import Gathers
-from manyhands.engine.hooks import around_forward, on_gradients
-from manyhands.engine.metrics import StepMetrics
-from manyhands.engine.partition import repeated_children
-from manyhands.engine.reducer import Reducer
-from manyhands.engine.storage import Storage, agree_on_model, check_scratch_space, lay_out
-from manyhands.engine.unit import ParamUnit
-from manyhands.engine.update import Homes, Updater
-from manyhands.errors import ConfigError, InvariantError, NumericsError
+from manyhands.engine.agreement import (
+    agree,
+    agree_on_model,
+    frozen_facts,
+    optimizer_facts,
+    recipe_facts,
+    schedule_facts,
+)
+from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
+from manyhands.engine.execution import SHARDED, stage_named
+from manyhands.engine.step.buffers import Buffers
+from manyhands.engine.step.compute import around_forward, loss_and_weight, on_gradients, to_device
+from manyhands.engine.step.control import Control, gather_control
+from manyhands.engine.step.metrics import PhaseClock, StepMetrics
+from manyhands.engine.step.reduce import Reducer
+from manyhands.engine.units.partition import repeated_children
+from manyhands.engine.units.unit import ParamUnit
+from manyhands.engine.units.unsharding import Gathers
+from manyhands.engine.update.apply import Homes, Updater
+from manyhands.errors import InvariantError, NumericsError
+from manyhands.models.admission import Watch
+from manyhands.models.bf16_products import bf16_products_in_fp32
 from manyhands.models.building import build_model
-from manyhands.models.compiled import CompiledModules, compiler_identity
-from manyhands.models.products import bf16_products_in_fp32
+from manyhands.models.compiling import CompiledModules, compiler_identity, keep_compiler_away
 from manyhands.models.recompute import checkpoint_activations
-from manyhands.models.uncompiled import keep_compiler_away
-from manyhands.models.watch import Watch
+from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity
+from manyhands.numerics.counters import derive
 from manyhands.numerics.digest import digest_of, slots_in_order
-from manyhands.numerics.identity import numerics_identity
-from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
-from manyhands.offload.heap import give_back_memory, keep_freed_memory
-from manyhands.offload.home import Home, home_of
+from manyhands.numerics.seeds import preserved_generators, seed_generators
+from manyhands.offload.allocator import Home, home_of
+from manyhands.offload.process_memory import give_back_memory, keep_freed_memory
 from manyhands.optim.sliced import SlicedOptimizer
-from manyhands.sharding.stage import SHARDED, stage_named
 
 _HINT_SAME_MACHINES = "use the same version of torch and the same kind of CPU (and GPU) for all workers"
+
 _HINT_SAME_RECIPE = "start all workers with the same program, the same recipe and the same data"
 
 
@@ -251,7 +256,7 @@ class StepEngine:
             with self._gathers.watching_autograd():
                 result = self.recipe.loss(self.model, batch)
             self._weighted = isinstance(result, tuple) and len(result) == 2
-            loss, weight = _loss_and_weight(result)
+            loss, weight = loss_and_weight(result)
             self._watch.before_backward(loss)
             self._gathers.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -398,20 +403,3 @@ def _added_in_order(values: np.ndarray) -> float:
     for value in values:
         total += float(value)
     return total
-
-
-def _loss_and_weight(result: object) -> tuple[Tensor, Tensor | float]:
-    """What recipe.loss returned. Raises ConfigError."""
-    loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, 1.0)
-    is_loss = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
-    is_weight = isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.numel() == 1)
-    if not is_loss or not is_weight:
-        wrong = weight if is_loss else loss
-        got = f"a tensor of shape {tuple(wrong.shape)}" if isinstance(wrong, Tensor) else type(wrong).__name__
-        raise ConfigError(
-            "recipe.loss did not return a loss",
-            expected="a scalar tensor with a gradient, or (sum, weight)",
-            got=f"{got} as the weight" if is_loss else got,
-            hint="of an object with several results return the loss alone: model(**batch).loss, say",
-        )
-    return loss, weight  # type: ignore[return-value]

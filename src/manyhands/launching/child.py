@@ -13,6 +13,7 @@ import signal
 import sys
 
 PLAN_FILE = "plan.json"
+
 _PR_SET_PDEATHSIG = 1
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.members.failure import record_failure
+from manyhands.members.reports import record_failure
 
 _PATH_FILE, _CALL_FILE = "path.json", "call.pkl"
+
 # The worker finds modules where its parent did, this package included: so nothing is imported before the path is set.
 _BOOT = (
     f"import json, sys; sys.path[:] = json.load(open(sys.argv[1] + '/{_PATH_FILE}'));"
@@ -32,8 +33,8 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
     Raises WorkerError, naming the worker, with its traceback in `detail`; Interrupted (Ctrl-C: see `run_workers`);
     ConfigError for what can't be shipped. Nothing is left behind, neither processes nor files.
     """
-    from manyhands.launching.folder import temporary_folder  # not in the worker, which imports this module too
     from manyhands.launching.launcher import run_workers
+    from manyhands.launching.worker_files import temporary_folder  # not in the worker, which imports this module too
 
     try:
         call = cloudpickle.dumps((fn, args, kwargs))

@@ -38,17 +38,18 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.launching.culprit import explain
-from manyhands.launching.folder import temporary_folder
-from manyhands.launching.logs import Logs
-from manyhands.launching.meeting import Meeting
-from manyhands.launching.stop import Stop, end_all
-from manyhands.launching.watch import Watch
-from manyhands.members.failure import WorkerEnd
+from manyhands.launching.failures import explain
+from manyhands.launching.rendezvous import Meeting
+from manyhands.launching.supervision import Stop, Watch, end_all
+from manyhands.launching.worker_files import Logs, temporary_folder
+from manyhands.members.reports import WorkerEnd
 
 _BACKEND = "manyhands-local"
+
 _CHILD = Path(__file__).resolve().parents[1] / "launching" / "child.py"
+
 _PLAN_FILE = "plan.json"  # as in launching/child.py, which runs without this package
+
 _TALKERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torchelastic-events-null")
 
 

@@ -1,5 +1,8 @@
-"""A worker's notice board: how far it has come and what it is doing, readable by its peers even after its death.
+"""A worker's notice board in shared memory; protocols of memory and store.
 
+What a membership needs of its surroundings: memory that several workers see (offload/scratch.py), and a store.
+
+A worker's notice board: how far it has come and what it is doing, readable by its peers even after its death.
 Layout of a board, one shared page run per worker, written by its owner alone:
 
     int64 [0], [1]   posted: how many collective calls it has begun (or contributed to), by lane
@@ -16,16 +19,54 @@ A lane is a sequence of collective calls that all workers make in one order; two
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from manyhands.errors import Place
 
+
+class Arena(Protocol):
+    """Where shared buffers come from."""
+
+    def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
+        """A zeroed uint8 buffer and the address under which others find it. scratch: a folder for a file to hold it, if
+        memory shall not. Raises ConfigError."""
+
+    def open(self, address: str) -> Tensor:
+        """The buffer that another worker created."""
+
+    def seal(self) -> None:
+        """Everyone has opened what I created so far: drop the addresses."""
+
+
+class Store(Protocol):
+    """Small texts by key that all workers see: torch.distributed's stores."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Keep a text."""
+
+    def get(self, key: str, /) -> bytes:
+        """The text; waits until there is one."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all the keys have a text."""
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        """Keep `desired` if the text is `expected`, or "" if there is none; what is kept then."""
+
+
 RING = 4096
+
 LANES = 2
+
 TEXT = (64 + LANES * RING) * 8
+
 TEXT_BYTES = 512
+
 BOARD_BYTES = TEXT + TEXT_BYTES
+
 _POSTED, _DRAINED, _CLOSED, _WAITING, _PLACE, _TAGS = 0, 8, 16, 24, 32, 64
 
 

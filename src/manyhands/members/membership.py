@@ -24,19 +24,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from manyhands.errors import NOWHERE, ConfigError, InvariantError, Place, WorkerError
-from manyhands.members.answer import answered
-from manyhands.members.arena import Arena, Store
-from manyhands.members.board import BOARD_BYTES, LANES, Board
-from manyhands.members.failure import record_failure, story_of
-from manyhands.members.processes import ask_for_stack, process_state, stack_address
-from manyhands.members.status_file import StatusFile
+from manyhands.members.board import BOARD_BYTES, LANES, Arena, Board, Store
+from manyhands.members.processes import answered, ask_for_stack, process_state, stack_address
+from manyhands.members.reports import StatusFile, record_failure, story_of
 
 LOOK_SECONDS = 0.1
+
 BEAT_SECONDS = 1.0
+
 LOST_SECONDS = 10.0
+
 HURRIED_LOST_SECONDS = 3.0  # where a connection broke, too
+
 GRACE_SECONDS = 1.5
+
 JOIN_SECONDS = 300.0
+
 CLOSED = b"closed"  # the last beat of a worker that left on purpose
 
 

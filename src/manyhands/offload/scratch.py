@@ -1,4 +1,12 @@
-"""The folder of files that state lives in: whether it will do, and how fast it is."""
+"""Files and anonymous memory behind buffers: the scratch folder, shared memory.
+
+The folder of files that state lives in: whether it will do, and how fast it is.
+
+Memory that several processes see: anonymous files.
+A process creates a memfd and tells the others its address, `pid:fd:bytes`; they open it through /proc. Nothing has a
+name in any file system, so nothing is left behind whoever is killed, and /dev/shm's limit doesn't apply. The kernel
+frees the memory with the last process that maps it.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +21,12 @@ import torch
 from torch import Tensor
 
 from manyhands.errors import ConfigError
-from manyhands.units import GIB, MIB
+from manyhands.formatting import GIB, MIB
 
 PROBE_BYTES = 32 * MIB
+
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+
 _PAGE = mmap.PAGESIZE
 
 
@@ -125,3 +135,37 @@ def scratch_line(folder: Path) -> str:
         f"state lives in {folder} ({file_system_of(folder)}, {stat.f_bavail * stat.f_frsize / GIB:,.0f} GiB free, "
         f"writes {written:.1f} GB/s, reads {read:.1f} GB/s)"
     )
+
+
+class ProcessArena:
+    """Between processes of one host, by the same user."""
+
+    def __init__(self) -> None:
+        self._created: list[int] = []
+
+    def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
+        if scratch is not None:
+            fd = open_unnamed(scratch, num_bytes)
+        else:
+            fd = os.memfd_create("manyhands", os.MFD_CLOEXEC)
+            os.ftruncate(fd, num_bytes)
+        self._created.append(fd)
+        return _map(fd, num_bytes), f"{os.getpid()}:{fd}:{num_bytes}"
+
+    def open(self, address: str) -> Tensor:
+        pid, number, num_bytes = (int(part) for part in address.split(":"))
+        if pid == os.getpid():
+            return _map(number, num_bytes)
+        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        try:
+            return _map(fd, num_bytes)
+        finally:
+            os.close(fd)  # the mapping keeps the memory
+
+    def seal(self) -> None:
+        while self._created:
+            os.close(self._created.pop())
+
+
+def _map(fd: int, num_bytes: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)

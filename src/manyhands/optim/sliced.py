@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.errors import ConfigError
-from manyhands.models.products import bf16_products_in_fp32
-from manyhands.offload.home import Home
+from manyhands.models.bf16_products import bf16_products_in_fp32
+from manyhands.offload.allocator import Home
 
 ELEMENTWISE, PER_PARAMETER = "elementwise", "per-parameter"
 
@@ -37,6 +37,7 @@ REFUSED = {
 """Of torch.optim, and why."""
 
 Factory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
+
 Groups = list[list[dict[str, Any]]]
 """Of a run: for each of the optimizers its param groups over the run's slices."""
 

@@ -13,17 +13,19 @@ from torch import nn
 
 from manyhands.comm.shared_memory import MAILBOX_BYTES
 from manyhands.config import Batch, Recipe, Strategy
-from manyhands.engine.gradients import IN_FLIGHT, RING_SLOTS
-from manyhands.engine.partition import plan_units
-from manyhands.engine.sums import RUN
+from manyhands.engine.execution import REPLICATED, SHARDED, stage_named
+from manyhands.engine.step.sums import RUN
+from manyhands.engine.units.gradients import IN_FLIGHT, RING_SLOTS
+from manyhands.engine.units.partition import plan_units
 from manyhands.layout import build_layout
 from manyhands.numerics.order import OrderedSum, Subtree, maximal_subtrees, num_rounds, run_of_virtual_workers
-from manyhands.offload.home import BEHIND_BYTES
-from manyhands.sharding.stage import REPLICATED, SHARDED, stage_named
+from manyhands.offload.allocator import BEHIND_BYTES
 
 FP32 = 4
+
 BUILT_ITEMSIZE = FP32
 """Models are built in fp32."""
+
 ADAMW_STATE_BYTES = 8.0
 """Of state for an element: two moments in fp32."""
 

@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from manyhands.errors import ConfigError
-from manyhands.prepare.aggregate import Aggregate, Grouping
-from manyhands.prepare.arrange import Arrangement, ByGroup, ByKey, ByPosition
-from manyhands.prepare.chunks import size_bytes
-from manyhands.prepare.keyed import ORDER_COLUMN
-from manyhands.prepare.keys import Key, KeyLike, as_function, columns_of, content_key, key_from, key_name
-from manyhands.prepare.listing import FORMATS, find_files, split_files
-from manyhands.prepare.operations import Filter, FlatMap, KeyBy, Map, MapBatches, Operation, Sample
+from manyhands.prepare.io.listing import FORMATS, find_files, split_files
+from manyhands.prepare.io.writing import check_format
+from manyhands.prepare.job.output import PrepareSummary
 from manyhands.prepare.options import How, options_of
-from manyhands.prepare.plan import (
+from manyhands.prepare.plan.plan import (
     PARTITION_BYTES,
     Arranged,
     Cached,
@@ -27,9 +23,21 @@ from manyhands.prepare.plan import (
     Step,
     make_plan,
 )
-from manyhands.prepare.reduce import Grouped, Joined, Sorted
-from manyhands.prepare.summary import PrepareSummary
-from manyhands.prepare.writing import check_format
+from manyhands.prepare.records.aggregate import Aggregate, Grouping
+from manyhands.prepare.records.chunks import size_bytes
+from manyhands.prepare.records.keys import (
+    ORDER_COLUMN,
+    Key,
+    KeyLike,
+    as_function,
+    columns_of,
+    content_key,
+    key_from,
+    key_name,
+)
+from manyhands.prepare.records.operations import Filter, FlatMap, KeyBy, Map, MapBatches, Operation, Sample
+from manyhands.prepare.shuffle.arrange import Arrangement, ByGroup, ByKey, ByPosition
+from manyhands.prepare.shuffle.reduce import Grouped, Joined, Sorted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -192,7 +200,7 @@ class Dataset:
         folder: where, also for later runs of the script; without it, a temporary one as long as this process lives.
         They are read through the system's page cache: from memory, as far as there is any.
         """
-        from manyhands.prepare.cache import temporary_folder
+        from manyhands.prepare.job.output import temporary_folder
 
         return Dataset(Cached(self._node, folder or temporary_folder()))
 
@@ -215,7 +223,7 @@ class Dataset:
         killed one ended, and returns at once if the output is there. Raises DataError for data that can't be used,
         ConfigError for a folder with something else in it, WorkerError for a task that ends its workers every time.
         """
-        from manyhands.prepare.output import write_output
+        from manyhands.prepare.job.output import write_output
 
         options = options_of(how)
         plan = self._plan(Output(check_format(format), schema), how)
@@ -223,8 +231,8 @@ class Dataset:
 
     def count(self, **how: Unpack[How]) -> int:
         """Run the job; how many records come out."""
-        from manyhands.prepare.job import run_stages
-        from manyhands.prepare.output import run_temporarily
+        from manyhands.prepare.job.output import run_temporarily
+        from manyhands.prepare.job.stages import run_stages
 
         options, plan = options_of(how).alone(), self._plan(Counting(), how)
         return int(
@@ -235,7 +243,7 @@ class Dataset:
 
     def take(self, count: int, **how: Unpack[How]) -> list[Any]:
         """The first records. Only as much is read as that takes, unless they must be arranged."""
-        from manyhands.prepare.take import first_records
+        from manyhands.prepare.job.output import first_records
 
         options, plan = options_of(how).alone(), self._plan(Counting(), how)
         return first_records(plan, count, options)
@@ -253,7 +261,7 @@ class Dataset:
         return make_plan(_without_caches(self._node), Counting()).identity
 
     def _plan(self, end: Output | Counting, how: How) -> Plan:
-        from manyhands.prepare.cache import with_caches
+        from manyhands.prepare.job.output import with_caches
 
         return make_plan(with_caches(self._node, options_of(how)), end)
 

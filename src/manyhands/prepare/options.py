@@ -1,7 +1,11 @@
-"""With what a job is done: workers, memory, engine. None of it changes a byte of the output."""
+"""Workers, memory, engine of a job; parsed and checked.
+
+With what a job is done: workers, memory, engine. None of it changes a byte of the output.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from dataclasses import dataclass, fields, replace
@@ -9,12 +13,52 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from manyhands.errors import ConfigError
-from manyhands.units import GIB, MIB, format_bytes
+from manyhands.formatting import GIB, MIB, format_bytes
+from manyhands.surroundings import Rank, rank_from
 
 if TYPE_CHECKING:
-    from manyhands.prepare.engine import Engine
+    from manyhands.prepare.engines.engine import Engine
+
+EXPECTED = 'dask://scheduler:8786, ray, ray://head:10001, "rank 2 of 8", ranks'
+
+
+def check_engine(engine: object) -> None:
+    """Raises ConfigError if it is no engine and names none, or if what the name needs isn't installed."""
+    if hasattr(engine, "submit"):
+        return
+    name = engine if isinstance(engine, str) else ""
+    if rank_from(name, os.environ) is not None:
+        return
+    kind = name.partition("://")[0]
+    if kind not in ("dask", "ray") or (kind == "dask" and name == "dask"):
+        raise ConfigError("there is no such engine", expected=EXPECTED, got=repr(engine))
+    package = {"dask": "distributed", "ray": "ray"}[kind]
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"the engine {name!r} needs a package that isn't installed",
+            expected=package,
+            hint=f"pip install 'manyhands[{kind}]', here and on all workers",
+        )
+
+
+def rank_of(options: Options) -> Rank | None:
+    """The rank that this process is, if it is one."""
+    from manyhands.prepare.engines.ranks import Ranks
+
+    if isinstance(options.engine, Ranks):
+        return options.engine.rank
+    return rank_from(options.engine, os.environ) if isinstance(options.engine, str) else None
+
+
+def patience_seconds(options: Options) -> float:
+    """How long a rank waits for the others before it does their part."""
+    from manyhands.prepare.engines.ranks import PATIENCE_SECONDS, Ranks
+
+    return options.engine.patience_seconds if isinstance(options.engine, Ranks) else PATIENCE_SECONDS
+
 
 LEAST_BYTES = 192 * MIB  # that a worker needs, whatever it does
+
 _UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -57,8 +101,6 @@ class Options:
                 got=format_bytes(self.total_bytes()),
             )
         if self.engine is not None:
-            from manyhands.prepare.engines import check_engine
-
             check_engine(self.engine)
 
     def total_bytes(self) -> int:
@@ -77,7 +119,6 @@ class Options:
 
     def alone(self) -> Options:
         """The same, without other ranks: for what they needn't share."""
-        from manyhands.prepare.engines import rank_of
 
         return self if rank_of(self) is None else replace(self, engine=None)
 

@@ -17,18 +17,17 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
-from manyhands.prepare.bad_records import BadRecords
-from manyhands.prepare.chunks import Chunk, num_records
-from manyhands.prepare.hashed import HashedFile
-from manyhands.prepare.pipeline import Piece, Pipeline, whole
-from manyhands.prepare.plan import Counting, Given, Kept, Output, Plan, Read, Stage
-from manyhands.prepare.reading import read_split
-from manyhands.prepare.reduce import EVERYTHING, Range, RangeReader, rebatched
-from manyhands.prepare.run_file import RunFileWriter, read_blocks, read_index
-from manyhands.prepare.storage import join, publish, read_bytes, replace_bytes
-from manyhands.prepare.writing import Writer, file_name, open_writer
+from manyhands.prepare.io.reading import read_split
+from manyhands.prepare.io.run_file import RunFileWriter, read_blocks, read_index
+from manyhands.prepare.io.writing import Writer, file_name, open_writer
+from manyhands.prepare.plan.plan import Counting, Given, Kept, Output, Plan, Read, Stage
+from manyhands.prepare.records.chunks import Chunk, num_records
+from manyhands.prepare.records.pipeline import BadRecords, Piece, Pipeline, whole
+from manyhands.prepare.shuffle.reduce import EVERYTHING, Range, RangeReader, rebatched
+from manyhands.storage.files import HashedFile, join, publish, read_bytes, replace_bytes
 
 _BASE_BYTES = 2**27  # of a worker's memory, before it has any records
+
 _EXPANSION = 10  # how much more memory records take while they are read and put in order than their estimate
 
 

@@ -6,21 +6,20 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
 
-from manyhands.checkpoint.address import Place, place_of
 from manyhands.checkpoint.format import Manifest, folder_name
 from manyhands.checkpoint.initial import load_initial
 from manyhands.checkpoint.load import load_checkpoint
-from manyhands.checkpoint.save import begin_checkpoint
-from manyhands.checkpoint.saving import Saving
+from manyhands.checkpoint.save import Saving, begin_checkpoint
 from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy, Weights
 from manyhands.data.loader import LoadedBatch, MicroBatchLoader
 from manyhands.engine.engine import StepEngine
-from manyhands.engine.metrics import StepMetrics
+from manyhands.engine.execution import SHARDED, stage_named
+from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, Interrupted, InvariantError
-from manyhands.sharding.stage import SHARDED, stage_named
+from manyhands.storage.location import Place, place_of
 
 
 class StepBatch(NamedTuple):

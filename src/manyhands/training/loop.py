@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from manyhands.checkpoint.address import Place
-from manyhands.config import Recipe, Strategy
-from manyhands.engine.control import gather_json
+from manyhands.config import Every, Recipe, Strategy, every
+from manyhands.engine.agreement import gather_json
 from manyhands.errors import ConfigError, Interrupted
-from manyhands.numerics.seeds import derive, preserved_generators, seed_generators
-from manyhands.report.summary import Summary, failures_among, figures
+from manyhands.listeners.summary import Summary, failures_among, figures
+from manyhands.numerics.counters import derive
+from manyhands.numerics.seeds import preserved_generators, seed_generators
+from manyhands.offload.process_memory import PeakMemory
+from manyhands.storage.location import Place
+from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
-from manyhands.training.every import Every, every
-from manyhands.training.memory import PeakMemory
-from manyhands.training.record import Record, Saver, will_resume
-from manyhands.training.stop import StopSignals
+from manyhands.training.run_record import Record, Saver, will_resume
 
 MEASURED_STEPS = 3
 """Memory is measured in the first steps (the first makes the optimizer's state), so that it costs nothing later."""

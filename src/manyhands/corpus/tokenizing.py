@@ -1,0 +1,276 @@
+"""Byte-pair vocabularies and encoders.
+
+Training a byte-pair vocabulary from counted words: in one place, and to the same vocabulary every time.
+Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units", 2016; on bytes as in GPT-2.
+
+From texts to tokens: bytes, Hugging Face's tokenizers, or a faster library that was found to give the same.
+"""
+
+from __future__ import annotations
+
+import heapq
+import importlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from manyhands.data.token_format import token_type
+from manyhands.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+# GPT-2's words: a contraction's end; letters, digits or other signs, with the space before; white space.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+END_OF_TEXT = "<|endoftext|>"
+
+END = 256  # tokens 0 to 255 are the bytes, the next one is the end of a document
+
+Pair = tuple[int, int]
+
+
+class Vocabulary:
+    """Tokens by number, and the pairs that were merged to make them. Names are those of tokenizer files."""
+
+    def __init__(self) -> None:
+        self.names = [*_names_of_bytes(), END_OF_TEXT]
+        self.merges: list[Pair] = []
+        self._ids = {name: number for number, name in enumerate(self.names)}
+
+    def merge(self, pair: Pair) -> int:
+        """The token that stands for a pair from now on: a new one, or one that other pairs have made already."""
+        name = self.names[pair[0]] + self.names[pair[1]]
+        if name not in self._ids:
+            self._ids[name] = len(self.names)
+            self.names.append(name)
+        self.merges.append(pair)
+        return self._ids[name]
+
+
+def train_bpe(counts: Mapping[str, int], size: int) -> Vocabulary:
+    """A vocabulary of `size` tokens: the bytes, the end of a document, and what is merged.
+
+    Merged is what stands side by side most often; of equals, the pair with the least tokens. Fewer come out if no pair
+    comes twice any more. counts: how often each word comes; their order doesn't matter.
+    """
+    words = [(list(word.encode()), count) for word, count in sorted(counts.items())]
+    found: dict[Pair, int] = defaultdict(int)
+    where: dict[Pair, set[int]] = defaultdict(set)
+    for index, (word, count) in enumerate(words):
+        for pair in pairwise(word):
+            found[pair] += count
+            where[pair].add(index)
+    heap = [(-count, pair) for pair, count in found.items()]
+    heapq.heapify(heap)
+    vocabulary = Vocabulary()
+    while heap and len(vocabulary.names) < size:
+        count, pair = heapq.heappop(heap)
+        if -count != found[pair]:  # changed since: it has an entry of its own
+            continue
+        if -count < 2:
+            break
+        changed = _merge(pair, vocabulary.merge(pair), words, found, where)
+        for other in changed:
+            if found[other] > 0:
+                heapq.heappush(heap, (-found[other], other))
+    return vocabulary
+
+
+def _merge(
+    pair: Pair, token: int, words: list[tuple[list[int], int]], found: dict[Pair, int], where: dict[Pair, set[int]]
+) -> set[Pair]:
+    """Put the token in place of the pair in all words; the pairs whose counts have changed."""
+    changed: set[Pair] = set()
+    for index in where.pop(pair):
+        word, count = words[index]
+        for old in pairwise(word):
+            found[old] -= count
+            changed.add(old)
+        merged = _merged(word, pair, token)
+        words[index] = (merged, count)
+        for new in pairwise(merged):
+            found[new] += count
+            where[new].add(index)
+            changed.add(new)
+    found[pair] = 0
+    return changed
+
+
+def _merged(word: list[int], pair: Pair, token: int) -> list[int]:
+    merged, position = [], 0
+    while position < len(word):
+        if word[position] == pair[0] and position + 1 < len(word) and word[position + 1] == pair[1]:
+            merged.append(token)
+            position += 2
+        else:
+            merged.append(word[position])
+            position += 1
+    return merged
+
+
+def tokenizer_json(vocabulary: Vocabulary) -> str:
+    """The vocabulary as a file of Hugging Face's tokenizers: byte-level BPE."""
+    names = vocabulary.names
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    described = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": END, "content": END_OF_TEXT, **special}],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {name: number for number, name in enumerate(names)},
+            "merges": [[names[left], names[right]] for left, right in vocabulary.merges],
+        },
+    }
+    return json.dumps(described, ensure_ascii=False, indent=1) + "\n"
+
+
+def _names_of_bytes() -> list[str]:
+    """The characters that stand for the 256 bytes in such files: those that can be seen stand for themselves."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    names, hidden = [], 0
+    for byte in range(END):
+        names.append(chr(byte if byte in visible else 0x100 + hidden))
+        hidden += byte not in visible
+    return names
+
+
+REFERENCE, FAST = "tokenizers", "gigatoken"
+
+
+@dataclass(frozen=True)
+class ByteEncoder:
+    """A token a byte of UTF-8, and one for the end of each document. Needs no other library."""
+
+    vocabulary = END + 1
+
+    def __call__(self, documents: pa.Table) -> pa.Table:
+        """A table of `tokens` for one with `text`."""
+        texts = documents.column("text").to_pylist()
+        return _table([np.frombuffer(text.encode(), np.uint8) for text in texts], END, self.vocabulary)
+
+
+@dataclass(frozen=True)
+class TokenizerEncoder:
+    """The tokens of a tokenizer.json, whose text this holds, and `end` after each document.
+
+    What looks like a special token in a text is text. library: what encodes.
+    """
+
+    text: str
+    end: int
+    vocabulary: int
+    library: str = REFERENCE
+
+    def __call__(self, documents: pa.Table) -> pa.Table:
+        """A table of `tokens` for one with `text`."""
+        return _table(self.encode(documents.column("text").to_pylist()), self.end, self.vocabulary)
+
+    def encode(self, texts: list[str]) -> list[NDArray[Any]]:
+        """The tokens of each text, without `end`."""
+        tokenizer = load_tokenizer(self.text)
+        if self.library == FAST:  # which takes what looks like a special token for one: such texts aren't for it
+            library, special = _fast(self.text), _special_tokens(self.text)
+            plain = [text for text in texts if not any(token in text for token in special)]
+            if len(plain) == len(texts):
+                return [np.array(ids, np.uint32) for ids in library.encode_batch_list(texts, parallel=False)]
+        return [np.array(one.ids, np.uint32) for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def encoder_of(text: str, end_of_text: str, where: str) -> TokenizerEncoder:
+    """The encoder of a tokenizer.json. Raises DataError for what isn't one, ConfigError for another `end_of_text`."""
+    tokenizer = load_tokenizer(text, where)
+    end = tokenizer.token_to_id(end_of_text)
+    if end is None:
+        added = [str(token.content) for token in tokenizer.get_added_tokens_decoder().values()]
+        raise ConfigError(
+            f"the tokenizer has no token {end_of_text}",
+            where=where,
+            expected=f"the token for a document's end; its special tokens are {', '.join(added[:9]) or 'none'}",
+            hint='say it: [tokenizer] end_of_text = "..."',
+        )
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    return TokenizerEncoder(text, end, largest + 1)
+
+
+def faster(encoder: TokenizerEncoder, sample: Sequence[str]) -> tuple[TokenizerEncoder, str]:
+    """The encoder with the faster library, if it is installed and gives the same tokens for a sample; and why not."""
+    quick = TokenizerEncoder(encoder.text, encoder.end, encoder.vocabulary, FAST)
+    try:
+        found = quick.encode(list(sample))
+    except ImportError:
+        return encoder, f"{FAST} isn't installed"
+    except Exception as error:  # whatever a young library raises for a tokenizer that it doesn't know
+        return encoder, f"{FAST} can't take this tokenizer: {type(error).__name__}: {error}"
+    for text, ours, theirs in zip(sample, encoder.encode(list(sample)), found, strict=True):
+        if not np.array_equal(ours, theirs):
+            return encoder, f"{FAST} gives other tokens for {text[:40]!r}"
+    return quick, ""
+
+
+@lru_cache(maxsize=2)
+def load_tokenizer(text: str, where: str | None = None) -> Any:
+    """A tokenizer of Hugging Face's library. Raises ConfigError without that, DataError for a broken file."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+    try:
+        tokenizers: Any = importlib.import_module("tokenizers")
+    except ImportError:
+        raise ConfigError(
+            "the tokenizers package isn't installed",
+            hint="pip install 'manyhands[text]'; or leave [tokenizer] out: every byte is a token then",
+        ) from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exceptions
+        raise DataError(f"a tokenizer can't be read: {error}", where=where, expected="a tokenizer.json") from error
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _special_tokens(text: str) -> list[str]:
+    added = load_tokenizer(text).get_added_tokens_decoder().values()
+    return [str(token.content) for token in added]
+
+
+@lru_cache(maxsize=1)
+def _fast(text: str) -> Any:
+    library: Any = importlib.import_module(FAST)
+    return library.Tokenizer(load_tokenizer(text))
+
+
+def _table(documents: Sequence[NDArray[Any]], end: int, vocabulary: int) -> pa.Table:
+    """Documents as a column of lists, each with its end token."""
+    import pyarrow as pa
+
+    lengths = np.array([len(document) + 1 for document in documents], np.int64)
+    ends = np.cumsum(lengths)
+    values = np.full(int(lengths.sum()), end, token_type(vocabulary))
+    for document, start in zip(documents, ends - lengths, strict=True):
+        values[start : start + len(document)] = document
+    offsets = np.concatenate([[0], ends]).astype(np.int32)
+    return pa.table({"tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))})

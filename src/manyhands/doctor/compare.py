@@ -1,0 +1,146 @@
+"""Where two runs differ: step, parameter, block (no torch)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from manyhands.engine.step.metrics import StepMetrics
+from manyhands.errors import ConfigError, DataError
+from manyhands.layout import BLOCK, blocks_of
+from manyhands.listeners.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """equal: whether all digests that both runs have are the same. steps_compared: how many there were.
+
+    step: the first that differs (counted from 1, as "after step n"); last_equal_step: the last before it known to be
+    equal. parameter, block, elements: the first that differs there. differences: what else is not the same about the
+    two runs (recipe, numerics).
+    """
+
+    equal: bool
+    steps_compared: int
+    step: int | None = None
+    last_equal_step: int | None = None
+    parameter: str | None = None
+    block: int | None = None
+    elements: tuple[int, int] | None = None
+    parameters_differing: int = 0
+    blocks_differing: int = 0
+    differences: tuple[str, ...] = ()
+
+
+def compare_runs(one: str | Path, other: str | Path) -> Comparison:
+    """Compare two run directories. Raises ConfigError (not a run; nothing to compare), DataError."""
+    runs = RunDirectory.open_existing(one), RunDirectory.open_existing(other)
+    first, second = (_digests(run.read_metrics()) for run in runs)
+    common = sorted(first.keys() & second.keys())
+    differences = _differences(*runs)
+    if not common:
+        raise ConfigError(
+            "the two runs have no step in common that both have a digest of",
+            got=f"digests after steps {_listed(first)} and {_listed(second)}",
+            hint="train both with the same --digest-every",
+        )
+    apart = next((step for step in common if first[step] != second[step]), None)
+    if apart is None:
+        return Comparison(equal=True, steps_compared=len(common), differences=differences)
+    before = [step for step in common if step < apart]
+    found = _first_block(runs[0], runs[1], apart)
+    return Comparison(
+        equal=False,
+        steps_compared=len(common),
+        step=apart,
+        last_equal_step=before[-1] if before else None,
+        differences=differences,
+        **found,  # type: ignore[arg-type]
+    )
+
+
+def explain(comparison: Comparison, one: str, other: str) -> str:
+    """The comparison in words."""
+    lines = []
+    if comparison.equal:
+        lines.append(f"equal: {one} and {other} have the same digest after each of {comparison.steps_compared} steps")
+    else:
+        equal_until = comparison.last_equal_step
+        since = f"the same after step {equal_until}" if equal_until else "no earlier step to compare"
+        lines.append(f"different: first after step {comparison.step} ({since})")
+        if comparison.parameter is not None and comparison.elements is None:
+            lines.append(f"  {comparison.parameter}")
+        elif comparison.parameter is not None and comparison.elements is not None:
+            lines.append(
+                f"  parameter {comparison.parameter!r}, block {comparison.block}"
+                f" (elements {comparison.elements[0]} to {comparison.elements[1] - 1}): the first of"
+                f" {comparison.blocks_differing} blocks in {comparison.parameters_differing} parameters"
+            )
+    lines += [f"  {difference}" for difference in comparison.differences]
+    return "\n".join(lines)
+
+
+def _digests(metrics: list[StepMetrics]) -> dict[int, str]:
+    return {entry.step + 1: entry.digest for entry in metrics if entry.digest is not None}
+
+
+def _listed(digests: dict[int, str]) -> str:
+    steps = sorted(digests)
+    return ", ".join(str(step) for step in steps[:5]) + (", ..." if len(steps) > 5 else "") if steps else "none"
+
+
+def _parameters(run: RunDirectory) -> list[tuple[str, int]]:
+    path = run.digests / "parameters.json"
+    try:
+        return [(str(name), int(numel)) for name, numel in json.loads(path.read_text())["parameters"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError("the run's list of parameters can't be read", where=str(path), got=error) from error
+
+
+def _first_block(one: RunDirectory, other: RunDirectory, step: int) -> dict[str, object]:
+    names, others = _parameters(one), _parameters(other)
+    if names != others:
+        name = next((a[0] for a, b in zip(names, others, strict=False) if a != b), "the number of parameters")
+        return {"parameter": f"{name} (the models differ)"}
+    try:
+        tables = [np.load(run.digests / f"step-{step:08d}.npy") for run in (one, other)]
+    except (OSError, ValueError):
+        return {}  # only the digests were kept
+    unequal = np.flatnonzero(tables[0] != tables[1])
+    if not len(unequal):
+        return {}
+    found: dict[str, object] = {"blocks_differing": len(unequal)}
+    first, parameters = 0, 0
+    for name, numel in names:
+        last = first + blocks_of(numel)
+        inside = unequal[(unequal >= first) & (unequal < last)]
+        if len(inside):
+            parameters += 1
+            if "parameter" not in found:
+                block = int(inside[0]) - first
+                found |= {
+                    "parameter": name,
+                    "block": block,
+                    "elements": (block * BLOCK, min((block + 1) * BLOCK, numel)),
+                }
+        first = last
+    return found | {"parameters_differing": parameters}
+
+
+def _without_strategy(run: RunDirectory) -> dict[str, object]:
+    return {name: value for name, value in run.read_recipe().items() if name != "strategy"}
+
+
+def _differences(one: RunDirectory, other: RunDirectory) -> tuple[str, ...]:
+    found = []
+    for title, first, second in (
+        ("recipe", _without_strategy(one), _without_strategy(other)),
+        ("numerics", one.read_manifest()["numerics"], other.read_manifest()["numerics"]),
+    ):
+        for name in dict.fromkeys([*first, *second]):
+            if first.get(name) != second.get(name):
+                found.append(f"{title}: {name} is {first.get(name)!r} in one and {second.get(name)!r} in the other")
+    return tuple(found)

@@ -1,0 +1,131 @@
+"""What happened to a run, told from its directory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from manyhands.checkpoint.format import checkpoints_of, list_checkpoints, read_manifest
+from manyhands.errors import CheckpointError, ManyhandsError
+from manyhands.formatting import format_seconds
+from manyhands.listeners.run_directory import RunDirectory
+from manyhands.storage.run_lock import is_locked
+
+_TAIL_LINES = 8
+
+_QUIET_STEPS = 20  # without a word for so many steps' time a run isn't going on any more
+
+_QUIET_SECONDS = 30.0
+
+_FIRST_STEP_SECONDS = 1800.0  # models are made, data is read, files are compiled before there is a word
+
+
+@dataclass(frozen=True)
+class Story:
+    """outcome: "ended", "stopped", "failed", "killed", "going on", "perhaps going on" (the run directory's lock can't
+    say: it may be another host's). lines: (when in seconds since the epoch,
+    what) in order. advice: what to do. tails: the last lines of the logs of workers that failed, by file name."""
+
+    outcome: str
+    told: str
+    lines: tuple[tuple[float, str], ...]
+    advice: str
+    tails: dict[str, str]
+
+
+def story_of_run(run: RunDirectory) -> Story:
+    """Raises DataError for a directory whose figures can't be read."""
+    events, metrics = run.read_events(), run.read_metrics()
+    steps = metrics[-1].step + 1 if metrics else 0
+    median = sorted(each.step_seconds for each in metrics)[len(metrics) // 2] if metrics else 0.0
+    outcome = _outcome(events, run, median)
+    lines = [(float(event["seconds"]), text) for event in events if (text := _line(event))]
+    failed = [event for event in events if event["event"] == "failed"]
+    told = {
+        "ended": f"it ended well after {steps} steps",
+        "stopped": f"it was asked to stop, and did after {steps} steps",
+        "failed": f"it failed after {steps} steps: {failed[-1]['what'] if failed else ''}",
+        "killed": f"it ended without a word after {steps} steps: its launcher was killed, or the machine went down",
+        "going on": f"it has made {steps} steps, and is going on",
+        "perhaps going on": f"it has made {steps} steps, and may be going on",
+    }[outcome]
+    tails = {}
+    for rank in sorted({event["rank"] for event in failed if event.get("rank", -1) >= 0}):
+        log = run.log(rank)
+        if log.exists():
+            tails[log.name] = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+    return Story(outcome, told, tuple(lines), _advice(run, outcome, failed), tails)
+
+
+def _outcome(events: list[dict[str, Any]], run: RunDirectory, median: float) -> str:
+    owned = is_locked(run.path)
+    if owned:
+        return "going on"
+    last = next((event for event in reversed(events) if event["event"] not in ("saved", "not saved")), None)
+    if last is not None and last["event"] in ("ended", "stopped"):
+        return str(last["event"])
+    if last is not None and last["event"] == "failed" and last.get("restart") is None:
+        return "failed"
+    if owned is False:
+        return "killed"
+    written = max(
+        (path.stat().st_mtime for path in (run.metrics, run.path / "events.jsonl") if path.exists()), default=0
+    )
+    quiet = time.time() - written
+    allowed = max(_QUIET_SECONDS, _QUIET_STEPS * median) if median else _FIRST_STEP_SECONDS
+    return "perhaps going on" if quiet < allowed else "killed"
+
+
+def _line(event: dict[str, Any]) -> str:
+    kind = event["event"]
+    if kind == "began":
+        source = {"snapshot": " from a snapshot in memory", "checkpoint": " from a checkpoint"}.get(
+            str(event.get("source")), ""
+        )
+        again = f", {event['repeats']} steps made again" if event.get("repeats") else ""
+        return f"began at step {event['step']}{source}: {event['workers']} workers, {event['stage']}{again}"
+    if kind == "failed":
+        where = f" ({event['where']})" if event.get("where") else ""
+        then = "" if event.get("restart") is None else f"; started again ({event['restart']})"
+        return f"failed: {event['what']}{where}{then}"
+    if kind == "hosts changed":
+        return "a host came or went: started again with those that were there"
+    if kind == "saved":
+        return f"checkpoint of step {event['step']} published"
+    if kind == "not saved":
+        return f"a checkpoint could not be written: {event['why']} ({event.get('where')})"
+    if kind == "ended":
+        return f"ended after step {event['step']}, digest {event['digest']}"
+    return f"{kind}" + (f" at step {event['step']}" if "step" in event else "")
+
+
+def _advice(run: RunDirectory, outcome: str, failed: list[dict[str, Any]]) -> str:
+    if outcome == "ended":
+        return "nothing is to be done"
+    if outcome in ("going on", "perhaps going on"):
+        return "wait for it to end, or stop it first (Ctrl-C, or SIGTERM to its launcher)"
+    try:
+        checkpoints = list_checkpoints(checkpoints_of(run.path))
+    except ManyhandsError as error:
+        return f"its checkpoints can't be seen from here: {error}"
+    while checkpoints:
+        step, path = checkpoints.pop()
+        try:
+            read_manifest(path)
+        except CheckpointError as error:
+            return f"the last checkpoint is damaged ({error.what}): remove {path}, and look again"
+        again = f"the same command with --run-dir {run.path} goes on from step {step}"
+        return f"{failed[-1]['hint']}; then {again}" if failed and failed[-1].get("hint") else again
+    return f"there is no checkpoint: the same command with --run-dir {run.path} begins anew"
+
+
+def when(seconds: float) -> str:
+    """A moment as a person reads it, in local time."""
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+
+
+def took(lines: tuple[tuple[float, str], ...], index: int) -> str:
+    """How long after the line before that was; "" for the first."""
+    return "" if index == 0 else f"+{format_seconds(max(0.0, lines[index][0] - lines[index - 1][0]))}"

@@ -1,0 +1,314 @@
+"""TOML with origins: overrides, line numbers, all problems in one error.
+
+TOML as text: at which line each value is written, values changed by `--set key=value`, and settings written back.
+
+A TOML file's text and its check against tables: overrides, origins, problems in words.
+Every value keeps its origin (`recipe.toml:12`, or the `--set` that gave it), and all problems come out in one error.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from manyhands.config import hint_nearest, nearest
+from manyhands.errors import ConfigError, InvariantError
+
+Key = tuple[str | int, ...]  # where a value is: ("optimizer", "groups", 0, "match")
+
+
+def line_numbers(text: str) -> dict[Key, int]:
+    """The line at which each table and value of a valid TOML text begins.
+
+    tomllib doesn't tell; but a statement is the shortest run of lines that is valid TOML by itself.
+    """
+    lines: dict[Key, int] = {}
+    table: Key = ()
+    last_index: dict[Key, int] = {}  # of each array of tables
+    statement, start = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        statement += line + "\n"
+        try:
+            parsed = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            continue
+        if statement.lstrip().startswith("["):
+            table = _header(parsed, last_index)
+            keys = [table[:length] for length in range(1, len(table) + 1)]
+        else:
+            keys = [table + key for key in _keys(parsed)]
+        for key in keys:
+            lines.setdefault(key, start)
+        statement, start = "", number + 1
+    return lines
+
+
+def _header(parsed: dict[str, Any], last_index: dict[Key, int]) -> Key:
+    """The key of `[a.b]` or `[[a.b]]`, parsed alone: inside arrays of tables it's that of the last table so far."""
+    key: Key = ()
+    value: Any = parsed
+    while isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        key += (name,)
+        if isinstance(value, list):
+            last_index[key] = last_index.get(key, -1) + 1
+        if key in last_index:
+            key += (last_index[key],)
+    return key
+
+
+def _keys(value: Any, base: Key = ()) -> Iterator[Key]:
+    entries: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list):
+        entries = enumerate(value)
+    for name, inner in entries:
+        yield (*base, name)
+        yield from _keys(inner, (*base, name))
+
+
+def apply_override(override: str, values: dict[str, Any], origins: dict[Key, str]) -> ConfigError | None:
+    """Put `key=value` into the values; returns what's wrong with it, if it can't be put there."""
+    name, equals, written = override.partition("=")
+    parts = [part.strip() for part in name.split(".")]
+    origin = f"--set {override}"
+    if not equals or not all(parts):
+        return ConfigError(
+            "an override can't be understood", where=origin, expected="key=value, such as batch.micro_size=2"
+        )
+    key: Key = ()
+    table: Any = values
+    for position, part in enumerate(parts):
+        step: Any = int(part) if isinstance(table, list) and part.isdecimal() else part
+        if not isinstance(table, dict) and not (isinstance(table, list) and step in range(len(table))):
+            return ConfigError(f"there is no {name.strip()}", where=origin, got=f"{dotted(key)} = {table!r}")
+        key += (step,)
+        if position == len(parts) - 1:
+            table[step] = _override_value(written.strip())
+            for old in [known for known in origins if known[: len(key)] == key]:
+                del origins[old]
+        elif isinstance(table, dict):
+            table.setdefault(step, {})
+        origins.setdefault(key, origin)
+        table = table[step]
+    return None
+
+
+def _override_value(written: str) -> Any:
+    """A TOML value; or Python's `.5` or `True`, which nobody means as text; or else a plain string."""
+    try:
+        parsed = tomllib.loads(f"value = {written}")
+        if parsed.keys() == {"value"}:
+            return parsed["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        literal = ast.literal_eval(written)
+    except (ValueError, SyntaxError):
+        return written
+    return literal if isinstance(literal, int | float) else written
+
+
+def dotted(key: Key) -> str:
+    """`optimizer.groups.0.match`."""
+    return ".".join(str(name) for name in key)
+
+
+def to_toml(settings: dict[str, Any]) -> str:
+    """Settings (of JSON's types) as TOML text: plain values first, then one table for each that is one."""
+    plain = [f"{name} = {_toml_value(value)}\n" for name, value in settings.items() if not isinstance(value, dict)]
+    tables = [
+        f"\n[{name}]\n" + "".join(f"{_toml_key(inner)} = {_toml_value(value)}\n" for inner, value in table.items())
+        for name, table in settings.items()
+        if isinstance(table, dict)
+    ]
+    return "".join(plain + tables)
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(name)} = {_toml_value(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+EXPECTED = {
+    "model_type": "a table",
+    "dict_type": "a table",
+    "list_type": "an array",
+    "invalid-json-value": "a string, number, boolean, array or table",
+    "string_pattern_mismatch": 'an import path, "module:attribute"',
+}
+
+OTHERS_FILES = ("pyproject.toml", "Cargo.toml")  # beside many a recipe, and never one
+
+
+class Table(BaseModel):
+    """A table of a file: what it doesn't know is refused, and values aren't converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+S = TypeVar("S", bound=Table)
+
+
+@dataclass(frozen=True)
+class Document(Generic[S]):
+    """A file that was read and checked. `origins` tells where each value comes from."""
+
+    path: Path
+    schema: S
+    origins: dict[Key, str]
+
+    def origin(self, *key: str | int) -> str:
+        """`recipe.toml:12`, or `--set ...`: of a value, or else of the table it would be in."""
+        return _origin(self.path, self.origins, key)
+
+    def relocated(self, error: ConfigError) -> ConfigError:
+        """A ConfigError of Batch, Strategy or Recipe, which tells the field only, with the field's origin."""
+        return _relocated(error, type(self.schema), self.path, self.origins)
+
+
+def read_document(path: str | Path, overrides: Sequence[str], schema: type[S]) -> Document[S]:
+    """Read a file and check it against its tables. Raises one ConfigError that tells all problems."""
+    path = Path(path)
+    text = _read_text(path)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"line (\d+)", str(error))
+        line = found[1] if found else str(text.rstrip().count("\n") + 1)  # "at end of document"
+        raise ConfigError(
+            f"{path} is not TOML: {error}", where=f"{path}:{line}", expected="valid TOML (toml.io)"
+        ) from None
+    origins = {key: f"{path}:{line}" for key, line in line_numbers(text).items()}
+    problems = [problem for override in overrides if (problem := apply_override(override, values, origins))]
+    values.setdefault("name", path.stem)
+    checked: S | None = None
+    try:
+        checked = schema.model_validate(values)
+    except ValidationError as invalid:
+        problems += [_problem(details, schema, values, path, origins) for details in invalid.errors()]
+    raise_all(problems, path)
+    if checked is None:
+        raise InvariantError("a file was found wrong, and no problem was found", where=str(path))
+    return Document(path, checked, origins)
+
+
+def raise_all(problems: Sequence[ConfigError], path: Path) -> None:
+    """Raise the only problem, or one error that lists them all; nothing if there are none."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError(f"{len(problems)} problems in {path}", detail="\n".join(str(problem) for problem in problems))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path} is not UTF-8 text", where=f"{path}:{line}", got=str(error)) from None
+    except OSError as error:
+        folder = path if path.is_dir() else path.parent
+        files = (*folder.glob("*.toml"), *folder.glob("*/*.toml"))
+        near = sorted(str(file.relative_to(folder)) for file in files if file.name not in OTHERS_FILES)
+        what = f"there is no recipe {path}" if not path.exists() else f"the recipe {path} can't be read"
+        hint = hint_nearest(path.name, near) or (f"in {folder} there are {', '.join(near[:5])}, ..." if near else None)
+        raise ConfigError(what, where=str(path.absolute()), got=error.strerror, hint=hint) from None
+
+
+def _problem(
+    details: ErrorDetails, schema: type[Table], values: dict[str, Any], path: Path, origins: dict[Key, str]
+) -> ConfigError:
+    """What pydantic found, in our words."""
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return _relocated(cause, schema, path, origins)
+    key, field = _real_key(details["loc"], values), dotted(details["loc"])
+    where = _origin(path, origins, key)
+    if details["type"] == "missing":
+        is_table = len(details["loc"]) == 1 and _table_named(field, schema)
+        expected = f"a table, [{field}]" if is_table else f"{field} = ..."
+        return ConfigError(f"{field} is missing", where=where, expected=expected)
+    if details["type"] == "extra_forbidden":
+        return ConfigError(
+            f"{field} is not known", where=where, got=repr(details["input"]), hint=_unknown_hint(details["loc"], schema)
+        )
+    expected = EXPECTED.get(details["type"]) or re.sub(r"^(Input|String|List) should (be|have) ", "", details["msg"])
+    return ConfigError(f"{dotted(key)} has a wrong value", where=where, expected=expected, got=repr(details["input"]))
+
+
+def _unknown_hint(loc: Key, schema: type[Table]) -> str | None:
+    table, name = _table_at(loc, schema), str(loc[-1])
+    if table is None:
+        return None
+    hint = nearest(name, table.model_fields)
+    if len(loc) > 1 and name in schema.model_fields:
+        if _table_named(name, schema):
+            return f"[{name}] is a table of its own"
+        return f"{name} belongs at the top of the file, above the first [table]"
+    if "arguments" in table.model_fields and not hint.startswith("did"):
+        return f"{hint}; what is passed on goes into {dotted((*loc[:-1], 'arguments'))}"
+    return hint
+
+
+def _table_at(loc: Key, schema: type[Table]) -> type[Table] | None:
+    """The table that a key's last name is (or should have been) in."""
+    table: type[Table] | None = schema
+    for name in loc[:-1]:
+        if isinstance(name, str) and table is not None:
+            table = _table_named(name, table)
+    return table
+
+
+def _table_named(name: str, outer: type[Table]) -> type[Table] | None:
+    """The table that may be given under a name (once, or in an array), if it's a table that may be."""
+    field = outer.model_fields.get(name)
+    annotation = field.annotation if field else None
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, Table)), None)
+
+
+def _real_key(loc: Key, values: Any) -> Key:
+    """pydantic puts names of types between a nested value's keys, and names what's missing: keep what's there."""
+    key: Key = ()
+    name: Any
+    for name in loc:
+        if (isinstance(values, dict) and name in values) or (isinstance(values, list) and isinstance(name, int)):
+            values = values[name]
+            key += (name,)
+    return key
+
+
+def _relocated(error: ConfigError, schema: type[Table], path: Path, origins: dict[Key, str]) -> ConfigError:
+    what = error.what.removeprefix("recipe.")
+    tables = "|".join(name for name in schema.model_fields if _table_named(name, schema))
+    named = re.search(rf"\b(?:recipe|({tables}))\.(\w+)", error.what)
+    key: Key = tuple(part for part in named.groups() if part) if named else ()
+    where = _origin(path, origins, key)
+    return ConfigError(what, expected=error.expected, got=error.got, where=where, hint=error.hint, detail=error.detail)
+
+
+def _origin(path: Path, origins: dict[Key, str], key: Key) -> str:
+    for length in range(len(key), 0, -1):
+        if key[:length] in origins:
+            return origins[key[:length]]
+    return f"{path}:1"  # a table that isn't there at all

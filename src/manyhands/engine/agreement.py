@@ -1,0 +1,108 @@
+"""Facts that all workers, and a run and its checkpoints, must share.
+
+What workers, and a run and its checkpoints, must have in common: facts by name, as text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Container, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from manyhands.comm.group import Group
+from manyhands.config import Recipe
+from manyhands.errors import ConfigError
+from manyhands.models.building import let_go
+from manyhands.numerics.digest import fingerprint
+from manyhands.offload.allocator import Home
+from manyhands.optim.sliced import SlicedOptimizer
+
+
+def gather_json(group: Group, value: object, tag: str) -> list[object]:
+    """Everyone's value, by rank. Collective; for setting up."""
+    text = json.dumps(value).encode()
+    lengths = [int(length) for length in group.gather(torch.tensor([len(text)]), tag)]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    texts = group.gather(padded, tag)
+    return [json.loads(bytes(other[:length].numpy())) for other, length in zip(texts, lengths, strict=True)]
+
+
+def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> None:
+    """That all workers have the same facts. Collective; raises the same ConfigError on all of them."""
+    everyone: Sequence[dict[str, str]] = gather_json(group, dict(facts), f"start / {what} / control")  # type: ignore[assignment]
+    for rank, theirs in enumerate(everyone):
+        for name in [*everyone[0], *theirs]:
+            first, other = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
+            if first != other:
+                raise ConfigError(
+                    f"workers 0 and {group.workers[rank]} don't have the same {what}: they differ in {name}",
+                    expected=f"{first} (worker 0)",
+                    got=f"{other} (worker {group.workers[rank]})",
+                    hint=hint,
+                )
+
+
+def recipe_facts(recipe: Recipe) -> dict[str, str]:
+    """Of what decides the bits, as far as it can be told."""
+    facts = {
+        f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")
+    }
+    for name in ("precision", "clip_norm", "seed", "threads_per_worker", "device", *["compile"] * recipe.compile):
+        facts[name] = str(getattr(recipe, name))
+    return facts | {"len(data)": str(len(recipe.data))}
+
+
+def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
+    """The optimizers' classes, and each param group's hyperparameters and parameters."""
+    kinds = zip(optimizer.fronts, optimizer.kinds, strict=True)
+    facts = {"optimizer": ", ".join(f"{type(front).__qualname__} ({kind})" for front, kind in kinds)}
+    for index, group in enumerate(optimizer.hyperparameters()):
+        facts.update({f"optimizer group {index}.{key}": str(value) for key, value in group.items()})
+        facts[f"optimizer group {index}.params"] = " ".join(optimizer.names_in_group(index))
+    return facts
+
+
+def frozen_facts(model: nn.Module, awaited: Container[str], home: Home) -> dict[str, str]:
+    """What the digest doesn't cover, since no step changes it: the bits of frozen parameters, which are at `home`;
+    without those that have no values as yet."""
+    facts = {}
+    for name, param in model.named_parameters():
+        if not (param.requires_grad or name in awaited):
+            facts[f"frozen parameter {name}"] = fingerprint(name, param)
+            let_go([param], home)
+    return facts
+
+
+def schedule_facts(schedules: Sequence[LRScheduler]) -> dict[str, str]:
+    """Their classes and plain numbers, as they are before the first step."""
+    facts = {"schedule": ", ".join(type(schedule).__qualname__ for schedule in schedules) or "none"}
+    for index, schedule in enumerate(schedules):
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise ConfigError(
+                "recipe.schedule wants to be told a measurement after each step",
+                got="ReduceLROnPlateau",
+                hint="use a schedule that depends on the step alone",
+            )
+        numbers = {key: value for key, value in schedule.state_dict().items() if isinstance(value, (int, float, list))}
+        facts |= {f"schedule {index}.{key}": str(value) for key, value in numbers.items() if not key.startswith("_")}
+    return facts
+
+
+def agree_on_model(model: nn.Module, awaited: Collection[str], group: Group, home: Home) -> None:
+    """That every worker built the same model, to the bit, at `home`; apart from values that are awaited. Collective;
+    raises ConfigError."""
+    facts = {}
+    for name, param in model.named_parameters():
+        values = "awaited" if name in awaited else fingerprint(name, param)
+        facts[name] = f"{list(param.shape)} {param.requires_grad} {values}"
+        let_go([param], home)
+    agree(
+        group,
+        "model",
+        facts,
+        hint="the model's construction must not depend on the worker's number, the time, or its own generator",
+    )

@@ -1,0 +1,80 @@
+"""Forward and backward of one micro-batch: hooks, loss, transfer to the device.
+
+The only place where autograd and module hooks are registered: each is a wire to a named method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from manyhands.errors import ConfigError
+
+
+def on_gradients(
+    named_params: Iterable[tuple[str, nn.Parameter]], arrived: Callable[[str, nn.Parameter], None]
+) -> list[RemovableHandle]:
+    """Call `arrived(name, parameter)` during backward whenever a parameter's gradient is complete."""
+
+    def wire(name: str, param: nn.Parameter) -> RemovableHandle:
+        def hook(_: Tensor) -> None:
+            arrived(name, param)
+
+        handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        return handle
+
+    return [wire(name, param) for name, param in named_params]
+
+
+def around_forward(
+    module: nn.Module, before: Callable[[], None], after: Callable[[list[Tensor]], None]
+) -> list[RemovableHandle]:
+    """Call `before()` when the module's forward begins, and `after(its results' tensors)` when it ends; also by an
+    error, then without any."""
+
+    def begin(*_: object) -> None:
+        before()
+
+    def end(_: nn.Module, args: object, result: object) -> None:
+        after([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
+
+    return [
+        module.register_forward_pre_hook(begin),
+        module.register_forward_hook(end, always_call=True),
+    ]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """`batch` with its tensors on `device`: of a tensor, of tuples, lists and dicts of them, or of what has a `to`."""
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    if callable(getattr(batch, "to", None)):  # a tensor; transformers' BatchEncoding, say
+        return batch.to(device)
+    return batch
+
+
+def loss_and_weight(result: object) -> tuple[Tensor, Tensor | float]:
+    """What recipe.loss returned. Raises ConfigError."""
+    loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, 1.0)
+    is_loss = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
+    is_weight = isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.numel() == 1)
+    if not is_loss or not is_weight:
+        wrong = weight if is_loss else loss
+        got = f"a tensor of shape {tuple(wrong.shape)}" if isinstance(wrong, Tensor) else type(wrong).__name__
+        raise ConfigError(
+            "recipe.loss did not return a loss",
+            expected="a scalar tensor with a gradient, or (sum, weight)",
+            got=f"{got} as the weight" if is_loss else got,
+            hint="of an object with several results return the loss alone: model(**batch).loss, say",
+        )
+    return loss, weight  # type: ignore[return-value]

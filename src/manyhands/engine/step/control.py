@@ -1,0 +1,50 @@
+"""Values that every worker must know before the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from manyhands.comm.group import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """losses, weights: [micro_batches] fp64, by index. got_gradient: [params], changed_buffers: [buffers]: on any.
+    bad: (micro-batch, index of the parameter) of the first gradient that isn't finite. stop, save: someone wants to,
+    after the step."""
+
+    losses: np.ndarray
+    weights: np.ndarray
+    got_gradient: np.ndarray
+    changed_buffers: np.ndarray
+    bad: tuple[int, int] | None
+    stop: bool
+    save: bool
+
+
+def gather_control(mine: Control, group: Group, tag: str) -> Control:
+    """Everyone's control values as one. `mine` has zeros for the micro-batches of others. Collective."""
+    bad = (0, 0) if mine.bad is None else (mine.bad[0] + 1, mine.bad[1] + 1)
+    floats = np.concatenate([mine.losses, mine.weights, [float(mine.stop), float(mine.save), *bad]])
+    flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
+    packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), flags]))
+    everyone = [other.numpy() for other in group.gather(packed, tag)]
+    all_floats = np.stack([array[: floats.nbytes].view(np.float64) for array in everyone])
+    flags_of_any = np.max([array[floats.nbytes :] for array in everyone], axis=0).astype(bool)
+    count, params = len(mine.losses), len(mine.got_gradient)
+    losses, weights, wishes, bads = np.split(all_floats, [count, 2 * count, 2 * count + 2], axis=1)
+    found = sorted((int(micro_batch) - 1, int(index) - 1) for micro_batch, index in bads if micro_batch > 0)
+    stop, save = (bool(wish.any()) for wish in wishes.T)
+    return Control(
+        # Each micro-batch has one worker that computed it; the others' zeros change nothing, whatever the order.
+        losses=losses.sum(axis=0),
+        weights=weights.sum(axis=0),
+        got_gradient=flags_of_any[:params],
+        changed_buffers=flags_of_any[params:],
+        bad=found[0] if found else None,
+        stop=stop,
+        save=save,
+    )

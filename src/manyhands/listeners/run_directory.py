@@ -1,0 +1,283 @@
+"""What a run leaves on disk.
+
+    recipe.json      what was computed, as used          metrics.jsonl   one JSON object per step
+    manifest.json    numerics, strategy, versions        events.jsonl    one JSON object per event: what happened, when
+    checkpoints/     digests/     tensorboard/           logs/           worker-0.log, ...
+
+Only worker 0 writes here, except for its own log of each worker, what the checkpoint writer does in checkpoints/, and
+the launcher's events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from manyhands.config import Recipe, Strategy
+from manyhands.engine.step.metrics import StepMetrics
+from manyhands.errors import ConfigError, DataError
+from manyhands.storage.json_lines import append_line, numbers, whole_lines
+from manyhands.storage.run_lock import LOCK
+
+FORMAT = "manyhands run 1"
+
+_FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
+
+_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl", "events.jsonl", LOCK)
+"""All that a run may have written without one."""
+
+
+class RunDirectory:
+    """The directory of one run: made if it isn't there, taken up again if it's a run's, refused if it's another's.
+
+    Raises ConfigError if `path` is something else than a run directory, or can't be written to.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        _refuse_foreign(self.path)
+        try:
+            for folder in _FOLDERS:
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_writable(self.path, error) from error
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise _not_writable(self.path, PermissionError("no permission to write"))
+
+    @classmethod
+    def open_existing(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """The run directory at `path`, for readers: nothing is made or changed. Raises ConfigError if it isn't one."""
+        where = Path(path)
+        if not where.exists():
+            raise ConfigError("there is no run directory here", where=str(where.absolute()), hint="check the path")
+        if not (where.is_dir() and _is_run(where)):
+            inside = sorted(p.parent.name for p in where.glob("*/manifest.json") if _is_run(p.parent))
+            raise ConfigError(
+                "this is not a run directory",
+                where=str(where.absolute()),
+                expected="a directory with the manifest.json of a run",
+                got=f"a directory with the runs {', '.join(inside[:8])}" if inside else "no such file in it",
+                hint="name one of the runs" if inside else "give the run_dir that the run was started with",
+            )
+        run = cls.__new__(cls)
+        run.path = where
+        return run
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are written."""
+        return self.path / "checkpoints"
+
+    @property
+    def digests(self) -> Path:
+        """Where digests by block are written, for comparing runs."""
+        return self.path / "digests"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Where event files are written."""
+        return self.path / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        """The file of the steps' figures."""
+        return self.path / "metrics.jsonl"
+
+    def log(self, rank: int) -> Path:
+        """The log file of one worker."""
+        return self.path / "logs" / f"worker-{rank}.log"
+
+    def write_recipe(self, recipe: Recipe | Mapping[str, Any]) -> None:
+        """Write recipe.json. A Recipe's functions and data are named, not stored: it's for reading, not for loading."""
+        write_json(self.path / "recipe.json", describe(recipe) if isinstance(recipe, Recipe) else dict(recipe))
+
+    def read_recipe(self) -> dict[str, Any]:
+        """recipe.json as it was written. Raises DataError."""
+        return _read_json(self.path / "recipe.json")
+
+    def write_manifest(self, numerics: Mapping[str, Any], strategy: Strategy | Mapping[str, Any], **more: Any) -> None:
+        """Write manifest.json: numerics identity, strategy, versions, `more`, and when the run was created.
+
+        The time of creation is kept if there is a manifest already (the run is resumed); `updated_at` is now.
+        """
+        path, now = self.path / "manifest.json", datetime.now(UTC).isoformat(timespec="seconds")
+        created_at = self.read_manifest().get("created_at", now) if path.exists() else now
+        write_json(
+            path,
+            {
+                "format": FORMAT,
+                "created_at": created_at,
+                "updated_at": now,
+                "numerics": dict(numerics),
+                "strategy": dataclasses.asdict(strategy) if isinstance(strategy, Strategy) else dict(strategy),
+                "versions": versions(),
+                **more,
+            },
+        )
+
+    def read_manifest(self) -> dict[str, Any]:
+        """manifest.json as it was written. Raises DataError."""
+        return _read_json(self.path / "manifest.json")
+
+    def append_metrics(self, metrics: StepMetrics) -> None:
+        """Add one step's line to metrics.jsonl; it's in the system's hands on return. Raises ConfigError."""
+        _append(self.metrics, dataclasses.asdict(metrics))
+
+    def append_event(self, event: str, **facts: Any) -> None:
+        """Add a line to events.jsonl: what happened ("began", "saved", "not saved", "failed", "ended", "stopped"), the
+        time in seconds since the epoch, and what there is to say of it. Raises ConfigError."""
+        _append(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """All events, in the order written; lines cut short are left out."""
+        said = [value for _, value in whole_lines(self.path / "events.jsonl")]
+        return [event for event in said if isinstance(event, dict) and {"seconds", "event"} <= event.keys()]
+
+    def read_metrics(self) -> list[StepMetrics]:
+        """All steps' figures, in the order written; none if there are none. Lines cut short are left out.
+
+        Raises DataError for a line that isn't a step's figures.
+        """
+        return [_parse(value, number, self.metrics) for number, value in whole_lines(self.metrics)]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Keep the lines of steps before `step` only: for a run that goes on from there. Atomic. Raises DataError."""
+        if self.metrics.exists():
+            kept = [metrics for metrics in self.read_metrics() if metrics.step < step]
+            lines = [json.dumps(numbers(dataclasses.asdict(m)), allow_nan=False) + "\n" for m in kept]
+            _write_atomic(self.metrics, "".join(lines))
+
+
+def _append(path: Path, value: Mapping[str, Any]) -> None:
+    try:
+        append_line(path, value)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` to `path` at once and for good: a reader, or a crash, sees the old file or the new, never a part.
+
+    Numbers that JSON lacks (infinity, not a number) become text. Raises ConfigError if it can't be written.
+    """
+    _write_atomic(path, json.dumps(numbers(dict(value)), indent=2, allow_nan=False, default=str) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes: Python, torch, numpy, Manyhands, and the system."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("manyhands", "torch", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """A recipe in words and numbers: functions by name and place, the data by type and length."""
+    described: dict[str, Any] = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if field.name == "data":
+            described[field.name] = {"type": _name(type(value)), "samples": len(value)}
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            described[field.name] = dataclasses.asdict(value)
+        else:
+            described[field.name] = _name(value) if callable(value) else value
+    return described
+
+
+def _name(value: Any) -> str:
+    """`module:name`, and where it's defined if it has a line of its own."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    name = f"{named.__module__}:{named.__qualname__}"
+    code = getattr(value, "__code__", None)
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else name
+
+
+def _parse(entry: Any, number: int, path: Path) -> StepMetrics:
+    got = repr(entry)[:80]
+    try:
+        for name in ("loss", "weight", "gradient_norm", "step_seconds"):
+            entry[name] = float(entry[name])
+        entry["learning_rates"] = tuple(float(rate) for rate in entry["learning_rates"])
+        entry["seconds"] = {phase: float(seconds) for phase, seconds in entry["seconds"].items()}
+        return StepMetrics(**entry)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            "a line of metrics.jsonl is not a step's figures",
+            where=f"{path.absolute()}, line {number}",
+            got=f"{got} ({type(error).__name__}: {error})",
+            hint="remove the line, or the file: it's a record only, no run needs it to go on",
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path.name} can't be read: {error}", where=str(path.absolute())) from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path.name} is not a JSON object", where=str(path.absolute()), got=type(value).__name__)
+    return value
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _not_writable(path, error) from error
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return str(_read_json(path / "manifest.json").get("format", "")).startswith("manyhands run ")
+    except DataError:
+        return False
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise unless `path` is free, a run's directory, or what a run killed in its first moments left of one."""
+    try:
+        if not path.exists() or (path.is_dir() and _is_run(path)):
+            return
+        entries = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    ours = all(name in _BEFORE_MANIFEST or (name[0] == "." and name.endswith(".tmp")) for name in entries)
+    if not path.is_dir() or not ours:
+        raise ConfigError(
+            "run_dir names something that is not a run directory",
+            where=str(path.absolute()),
+            expected="a new path, an empty directory, or the directory of an earlier run",
+            got=f"a directory with {', '.join(sorted(entries)[:5])}" if path.is_dir() else "a file",
+            hint="choose another run_dir; nothing was written",
+        )
+
+
+def _not_writable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the run directory can't be written: {error.strerror or error}",
+        where=str(path.absolute()),
+        hint="choose a run_dir on a disk with space left where you may write",
+    )

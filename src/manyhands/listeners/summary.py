@@ -1,0 +1,252 @@
+"""The result of a run, on one screen and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from manyhands.engine.step.metrics import PHASES, StepMetrics
+from manyhands.formatting import GIB, MIB, format_count, format_seconds
+
+_BAR_CELLS = 46
+
+_STYLES = {  # a cell of the stacked bar and its colour: they can be told apart without colours, too
+    "data": ("▒", "magenta"),
+    "compute": ("█", "green"),
+    "exchange": ("▓", "blue"),
+    "update": ("▒", "cyan"),
+    "waiting": ("░", "yellow"),
+}
+
+_OTHER_STYLE = ("▚", "white")
+
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+class Figures(NamedTuple):
+    """A run's figures over its steps: see `Summary`, whose fields they are."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    tokens_per_second: float
+    throughput_unit: str
+    step_seconds_median: float
+    seconds_by_phase: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a run came to.
+
+    steps, first_loss, last_loss, tokens_per_second, step_seconds_median, seconds_by_phase: see `figures`, which
+    computes them. peak_memory_bytes_per_worker: by rank. stage, group, precision: as in the strategy and the recipe.
+    parameters: elements of the model. sample: the text that recipe.sample made, if any. digest: SHA-256 of the
+    final master weights. wall_seconds: from the start of the run to its end, everything included (since its workers
+    were last started). failures, lost_seconds, repeated_steps: see `Failures`.
+    """
+
+    name: str
+    steps: int
+    first_loss: float
+    last_loss: float
+    tokens_per_second: float
+    throughput_unit: str
+    step_seconds_median: float
+    seconds_by_phase: dict[str, float]
+    peak_memory_bytes_per_worker: list[int]
+    workers: int
+    stage: str
+    group: str
+    precision: str
+    parameters: int
+    sample: str | None
+    digest: str
+    run_dir: str
+    wall_seconds: float
+    failures: int = 0
+    lost_seconds: float = 0.0
+    repeated_steps: int = 0
+
+
+class Failures(NamedTuple):
+    """What workers' failures have cost a run: the time until it went on, and the steps made again."""
+
+    failures: int
+    lost_seconds: float
+    repeated_steps: int
+
+
+def failures_among(events: Sequence[dict[str, Any]]) -> Failures:
+    """From a run directory's events."""
+    count, seconds, steps, since = 0, 0.0, 0, None
+    for event in events:
+        if event["event"] == "failed":
+            count += 1
+            since = since or event["seconds"]
+        elif event["event"] == "began" and since is not None:
+            seconds, steps, since = seconds + event["seconds"] - since, steps + event["repeats"], None
+    return Failures(count, seconds, steps)
+
+
+def figures(metrics: Sequence[StepMetrics]) -> Figures:
+    """The figures of these steps; NaN where there are none.
+
+    first_loss, last_loss: of the first and the last step. tokens_per_second (samples, if the loss function gives no
+    weights: `throughput_unit` tells which), step_seconds and
+    seconds_by_phase are medians over the steps, so that a slow first step or a checkpoint doesn't show in them.
+    """
+    if not metrics:
+        return Figures(0, math.nan, math.nan, math.nan, "tokens", math.nan, dict.fromkeys(PHASES, 0.0))
+    return Figures(
+        steps=len(metrics),
+        first_loss=metrics[0].loss,
+        last_loss=metrics[-1].loss,
+        tokens_per_second=median(m.amount / m.step_seconds if m.step_seconds > 0 else math.nan for m in metrics),
+        throughput_unit=metrics[-1].unit,
+        step_seconds_median=median(m.step_seconds for m in metrics),
+        seconds_by_phase={phase: median(m.seconds.get(phase, 0.0) for m in metrics) for phase in PHASES},
+    )
+
+
+def to_json(summary: Summary) -> dict[str, Any]:
+    """The summary as plain numbers and text; `loss` is the last step's. Numbers that aren't finite become null."""
+    named = {
+        "name": summary.name,
+        "digest": summary.digest,
+        "steps": summary.steps,
+        "loss": summary.last_loss,
+        "first_loss": summary.first_loss,
+        "workers": summary.workers,
+        "stage": summary.stage,
+        "group": summary.group,
+        "precision": summary.precision,
+        "parameters": summary.parameters,
+        "tokens_per_second": summary.tokens_per_second,
+        "throughput_unit": summary.throughput_unit,
+        "step_seconds_median": summary.step_seconds_median,
+        "seconds_by_phase": dict(summary.seconds_by_phase),
+        "peak_memory_bytes_per_worker": list(summary.peak_memory_bytes_per_worker),
+        "wall_seconds": summary.wall_seconds,
+        "failures": summary.failures,
+        "lost_seconds": summary.lost_seconds,
+        "repeated_steps": summary.repeated_steps,
+        "run_dir": summary.run_dir,
+        "sample": summary.sample,
+    }
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in named.items()
+    }
+
+
+def render(summary: Summary) -> RenderableType:
+    """The summary for a terminal: print it with a rich Console."""
+    facts = Table.grid(padding=(0, 3))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    facts.add_row("loss", _loss(summary))
+    speed = Text(f"{format_count(summary.tokens_per_second)} {summary.throughput_unit}/s", style="bold")
+    speed.append(f"   {format_seconds(summary.step_seconds_median)}/step (median)", style="default not bold")
+    facts.add_row("speed", speed)
+    facts.add_row("a step", _time_split(summary.seconds_by_phase))
+    facts.add_row("peak memory", _memory(summary.peak_memory_bytes_per_worker))
+    if summary.failures:
+        facts.add_row("failures", Text(_failures(summary), style="yellow"))
+    facts.add_row("digest", Text(summary.digest, style="bold"))
+    facts.add_row("run directory", Text(summary.run_dir))
+    parts: list[RenderableType] = [facts]
+    if summary.sample:
+        parts += [Text(), Panel(Text(summary.sample.strip()), title="sample", title_align="left", border_style="dim")]
+    return Panel(
+        Group(*parts),
+        title=_title(summary),
+        title_align="left",
+        subtitle=_strategy(summary),
+        subtitle_align="left",
+        box=box.ROUNDED,
+        border_style="green" if math.isfinite(summary.last_loss) else "red",
+        padding=(1, 2),
+    )
+
+
+def _title(summary: Summary) -> Text:
+    title = Text(summary.name, style="bold")
+    steps = f"{summary.steps:,} step{'' if summary.steps == 1 else 's'}"
+    title.append(f"  {steps} in {format_seconds(summary.wall_seconds)}", style="default not bold")
+    return title
+
+
+def _strategy(summary: Summary) -> Text:
+    workers = f"{summary.workers} worker{'' if summary.workers == 1 else 's'}"
+    parameters = f"{format_count(summary.parameters)} parameters"
+    return Text(" · ".join((workers, summary.stage, summary.group, summary.precision, parameters)), style="dim")
+
+
+def _failures(summary: Summary) -> str:
+    steps = f"{summary.repeated_steps:,} step{'' if summary.repeated_steps == 1 else 's'} made again"
+    return f"{summary.failures}: {format_seconds(summary.lost_seconds)} until the run went on, {steps}"
+
+
+def _loss(summary: Summary) -> Text:
+    text = Text(f"{summary.first_loss:.4f}")
+    text.append(" → ", style="dim")
+    better = summary.last_loss < summary.first_loss
+    text.append(f"{summary.last_loss:.4f}", style="bold green" if better else "bold yellow")
+    return text
+
+
+def _time_split(seconds_by_phase: dict[str, float]) -> RenderableType:
+    """One bar of all phases, and below it a bar, the time and the share of each."""
+    total = sum(seconds_by_phase.values())
+    if total <= 0:
+        return Text("not measured", style="dim")
+    phases = [phase for phase in dict.fromkeys((*PHASES, *seconds_by_phase)) if seconds_by_phase.get(phase, 0.0) > 0]
+    stacked, filled, so_far = Text(), 0, 0.0
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column()
+    rows.add_column(justify="right", no_wrap=True)
+    rows.add_column(justify="right", no_wrap=True)
+    rows.add_column(no_wrap=True)
+    for phase in phases:
+        cell, colour = _STYLES.get(phase, _OTHER_STYLE)
+        seconds = seconds_by_phase[phase]
+        so_far += seconds
+        cells = round(_BAR_CELLS * so_far / total) - filled
+        stacked.append(cell * cells, style=colour)
+        filled += cells
+        share = seconds / total
+        rows.add_row(
+            Text(f"{cell} {phase}", style=colour), format_seconds(seconds), _percent(share), Text(_bar(share), colour)
+        )
+    return Group(stacked, rows)
+
+
+def _percent(share: float) -> str:
+    return "<1 %" if 0 < share < 0.005 else f"{share:.0%}".replace("%", " %")
+
+
+def _bar(share: float, cells: int = 20) -> str:
+    eighths = max(1, round(share * cells * 8))
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def _memory(peaks: list[int]) -> RenderableType:
+    """Each worker's peak in one unit, so that they can be compared at a glance."""
+    if not peaks:
+        return Text("not measured", style="dim")
+    unit, name = (GIB, "GiB") if max(peaks) >= 10 * GIB else (MIB, "MiB")
+    written = [f"{peak / unit:,.1f}" if unit == GIB else f"{peak / unit:,.0f}" for peak in peaks]
+    text = Text(" · ".join(written[:16]), style="bold")
+    if len(written) > 16:
+        text.append(f" · ... (most: {max(peaks) / unit:,.1f})")
+    text.append(f" {name}" + (" by worker" if len(peaks) > 1 else ""), style="default not bold")
+    return text

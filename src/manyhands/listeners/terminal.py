@@ -1,0 +1,146 @@
+"""Progress on a terminal or as plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from statistics import median
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from manyhands.engine.step.metrics import StepMetrics
+from manyhands.errors import InvariantError
+from manyhands.formatting import format_bytes, format_count, format_seconds
+
+_RECENT_STEPS = 20
+
+_REDRAW_SECONDS = 0.1
+
+
+class TrainingProgress:
+    """Progress from `start_step` to `total_steps`, on standard error: a context manager.
+
+    On a terminal, a bar with step, loss, throughput, time per step and time left, all over the last 20 steps.
+    Elsewhere, one plain line at the first step, at the last, and every `line_seconds` between. There is no
+    thread: what is shown changes in `update` and `note`.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        console: Console | None = None,
+        *,
+        line_seconds: float = 10.0,
+    ) -> None:
+        self._total_steps, self._line_seconds = total_steps, line_seconds
+        self._console = console or Console(stderr=True, highlight=False)
+        self._recent: deque[StepMetrics] = deque(maxlen=_RECENT_STEPS)
+        self._shown_at = float("-inf")
+        self._last_shown = start_step
+        self._progress = Progress(
+            TextColumn("{task.completed:>{task.fields[digits]}}/{task.total}", style="bold"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,
+            redirect_stdout=sys.stdout.isatty(),
+            disable=not self._console.is_interactive,
+        )
+        self._task = self._progress.add_task(
+            "step", total=total_steps, completed=start_step, digits=len(str(total_steps)), figures="first step ..."
+        )
+
+    def __enter__(self) -> TrainingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._recent and self._last_shown != self._recent[-1].step + 1:
+            self._show(time.monotonic())
+        self._progress.stop()
+
+    def update(self, metrics: StepMetrics) -> None:
+        """A step is done."""
+        self._recent.append(metrics)
+        now = time.monotonic()
+        wait = _REDRAW_SECONDS if self._console.is_interactive else self._line_seconds
+        if now - self._shown_at >= wait or metrics.step + 1 == self._total_steps:
+            self._show(now)
+
+    def note(self, text: str) -> None:
+        """Tell of an event (a checkpoint, a worker that left) on a line of its own, above the bar."""
+        self._console.print(text, markup=False, highlight=False)
+
+    def _show(self, now: float) -> None:
+        done = self._recent[-1].step + 1
+        self._shown_at, self._last_shown = now, done
+        if self._console.is_interactive:
+            self._progress.update(self._task, completed=done, figures=self._figures(done))
+            self._progress.refresh()
+        else:
+            line = f"step {done}/{self._total_steps}  {self._figures(done)}"
+            self._console.print(line, markup=False, soft_wrap=True)
+
+    def _figures(self, done: int) -> str:
+        if not self._recent:
+            raise InvariantError("progress was shown before there was any")
+        step_seconds = median(metrics.step_seconds for metrics in self._recent)
+        seconds = sum(metrics.step_seconds for metrics in self._recent)
+        per_second = sum(metrics.amount for metrics in self._recent) / seconds if seconds > 0 else float("nan")
+        left = (self._total_steps - done) * step_seconds
+        return "  ".join(
+            (
+                f"loss {self._recent[-1].loss:.4f}",
+                f"{format_count(per_second)} {self._recent[-1].unit}/s",
+                f"{format_seconds(step_seconds)}/step",
+                f"{format_seconds(left)} left" if left > 0 else "done",
+            )
+        )
+
+
+class BytesProgress:
+    """Bytes done, rate and time left, on standard error if it is a terminal; nothing elsewhere. A context manager.
+
+    The bar appears with the first bytes: what is refused before leaves none.
+    """
+
+    def __init__(self, verb: str, console: Console | None = None) -> None:
+        console = console or Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn(verb, style="bold"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            auto_refresh=False,
+            expand=True,
+            disable=not console.is_interactive,
+        )
+        self._task = self._progress.add_task(verb, total=None, figures="")
+        self._began = self._shown_at = time.monotonic()
+
+    def __enter__(self) -> BytesProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def update(self, done_bytes: int, total_bytes: int) -> None:
+        """So much is done."""
+        now = time.monotonic()
+        if now - self._shown_at < _REDRAW_SECONDS and done_bytes < total_bytes:
+            return
+        self._shown_at = now
+        per_second = done_bytes / max(now - self._began, 1e-9)
+        left = (total_bytes - done_bytes) / per_second if per_second > 0 else float("inf")
+        figures = (
+            f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}",
+            f"{format_bytes(per_second)}/s",
+            f"{format_seconds(left)} left" if left > 0 else "done",
+        )
+        self._progress.start()
+        self._progress.update(self._task, total=total_bytes, completed=done_bytes, figures="  ".join(figures))
+        self._progress.refresh()

@@ -1,0 +1,81 @@
+"""One worker process of the local pool."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from manyhands.errors import DataError, ManyhandsError
+from manyhands.prepare.plan.fingerprint import is_installed
+
+
+def main() -> None:
+    """Serve the connection whose file descriptor is the only argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to everyone; the parent answers it
+    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    threading.Thread(target=_end_with_parent, args=(connection.fileno(), os.getppid()), daemon=True).start()
+    try:
+        from manyhands.prepare.task import run_task
+
+        began_with = frozenset(sys.modules)
+        connection.send_bytes(pickle.dumps(("ready", None, rss_bytes(), True)))
+        while True:
+            task = pickle.loads(connection.recv_bytes())
+            try:
+                answer: tuple[str, object] = ("done", run_task(task))
+            except BaseException as error:
+                answer = ("failed", _portable(error, task.name))
+            if "pyarrow" in sys.modules:
+                sys.modules["pyarrow"].default_memory_pool().release_unused()
+            connection.send_bytes(pickle.dumps((*answer, rss_bytes(), _all_installed(began_with))))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent wants no more
+
+
+def rss_bytes() -> int:
+    """How much memory this process has now; 0 where /proc isn't there."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _all_installed(began_with: frozenset[str]) -> bool:
+    """All modules that tasks have imported come with Python or were installed: they stay what they are."""
+    for name in sys.modules.keys() - began_with:
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file and not (name.startswith("manyhands.") or is_installed(file)):
+            return False
+    return True
+
+
+def _end_with_parent(fd: int, parent: int) -> None:
+    """End this process at once when the parent is gone, in the middle of a task, too: however the parent ended."""
+    poller = select.poll()
+    poller.register(fd, 0)  # reports only that the other end was closed
+    while os.getppid() == parent:
+        if poller.poll(1000):
+            break
+    os._exit(1)
+
+
+def _portable(error: BaseException, name: str) -> BaseException:
+    """The error, if it can be sent; with the traceback in words. What isn't ours becomes a DataError of this task."""
+    if not isinstance(error, ManyhandsError):
+        story = "".join(traceback.format_exception(error))
+        error = DataError(f"a task failed: {type(error).__name__}: {error}", where=name, detail=story)
+    elif error.__cause__ is not None and error.detail is None:
+        error.detail = "".join(traceback.format_exception(error.__cause__))
+    return error
+
+
+if __name__ == "__main__":
+    main()

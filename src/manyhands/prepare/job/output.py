@@ -1,0 +1,379 @@
+"""The output folder and its manifest; cached and first records; the summary.
+
+What preparing data came to.
+
+A folder of output files: written in its hidden job folder, then moved into place and listed in a manifest.
+
+Records that are kept between jobs: written once, read again without computing or parsing.
+
+The first records of a plan, without writing them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from manyhands.errors import ConfigError, DataError, Interrupted, ManyhandsError
+from manyhands.formatting import format_bytes, format_count, format_seconds
+from manyhands.prepare.io.writing import CHUNKS
+from manyhands.prepare.job.progress import EVENTS, JobEvents, JobProgress
+from manyhands.prepare.job.stages import JobFolder, StageResult, run_stages, tasks_of
+from manyhands.prepare.options import Options, patience_seconds, rank_of
+from manyhands.prepare.plan.plan import Arranged, Cached, Kept, Node, Output, Plan, Step, make_plan
+from manyhands.prepare.records.chunks import records_of
+from manyhands.prepare.task import chunks_of
+from manyhands.storage.files import exists, join, move, names_in, read_bytes, remove, replace_bytes
+from manyhands.storage.location import is_local
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFigures:
+    """Of one stage: its tasks, the records and bytes that they wrote, and how long it took."""
+
+    title: str
+    tasks: int
+    records: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSummary:
+    """What `Dataset.write` has written.
+
+    path, files: the folder, and the names of its files in order. records, bytes: in all of them. bad_records: how many
+    were set aside, in `_bad_records.jsonl`. digest: SHA-256 over all files: equal whatever the workers, the memory and
+    the engine. seconds: of this call. stages: none if the output was there already.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    records: int
+    bytes: int
+    bad_records: int
+    digest: str
+    seconds: float
+    stages: tuple[StageFigures, ...]
+
+    def __str__(self) -> str:
+        """For people, on a few lines."""
+        bad = f", {format_count(self.bad_records)} bad records set aside" if self.bad_records else ""
+        files = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
+        lines = [
+            f"{format_count(self.records)} records in {files}, {format_bytes(self.bytes)}{bad}: {self.path}",
+            *(
+                f"  {format_seconds(stage.seconds):>9}  {stage.title}: "
+                f"{stage.tasks} task{'' if stage.tasks == 1 else 's'}, "
+                f"{format_count(stage.records)} records, {format_bytes(stage.bytes)} written"
+                for stage in self.stages
+            ),
+            f"  {format_seconds(self.seconds):>9}  in all" if self.stages else "  was there already",
+            f"  digest     {self.digest}",
+        ]
+        return "\n".join(lines)
+
+
+def show(summary: PrepareSummary, *, progress: bool) -> None:
+    """On the terminal, if there is one and `progress` is wanted: a program's own output stays what it is."""
+    if progress and sys.stderr.isatty():
+        sys.stderr.write(f"{summary}\n")
+
+
+MANIFEST = "_manifest.json"
+
+BAD_RECORDS = "_bad_records.jsonl"
+
+JOB = ".manyhands"
+
+_FORMAT = "manyhands prepared 1"
+
+_POLL_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file of the output, as the manifest lists it."""
+
+    name: str
+    bytes: int
+    records: int
+    sha256: str
+
+
+def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) -> PrepareSummary:
+    """Run a plan whose files shall lie in `folder`. What is there of the same plan, finished or begun, is used.
+
+    Raises ConfigError if there is something else, and what the tasks raise; the files then aren't there, and the same
+    call goes on where this one ended.
+    """
+    began = time.monotonic()
+    folder = folder if not is_local(folder) else os.path.abspath(folder)
+    there = read_manifest(folder)
+    if there is not None and there.get("identity") == plan.identity and _is_whole(there, folder):
+        return _summary(there, folder, [], time.monotonic() - began)
+    _refuse_foreign(folder, there, plan, overwrite=overwrite)
+    rank = rank_of(options)
+    job = JobFolder(join(folder, JOB), together=rank is not None)
+    events = JobEvents(folder, None if rank is None else rank.number)
+    events.add("job begun", identity=plan.identity, stages=len(plan.stages), **options.described())
+    complete = False
+    stages: list[StageResult] = []
+    try:
+        manifest = _of_other_ranks(plan, folder, options)
+        if manifest is None:
+            stages, manifest = _run(plan, folder, job, options, there, events)
+        complete, took = True, time.monotonic() - began
+        events.add("published", digest=manifest["digest"], records=manifest["records"], seconds_taken=took)
+    except OSError as error:
+        events.add("job failed", why=error)
+        raise ConfigError(
+            f"the output folder can't be written: {error.strerror or error}",
+            where=folder,
+            hint="make room or choose another folder, and run again: what is done stays done",
+        ) from error
+    except ManyhandsError as error:
+        events.add("job stopped" if isinstance(error, Interrupted) else "job failed", why=error)
+        raise
+    finally:
+        job.close(delete=complete)
+        events.close()
+    summary = _summary(manifest, folder, stages, time.monotonic() - began)
+    show(summary, progress=options.progress)
+    return summary
+
+
+def _run(
+    plan: Plan, folder: str, job: JobFolder, options: Options, there: dict[str, Any] | None, events: JobEvents
+) -> tuple[list[StageResult], dict[str, Any]]:
+    """Run the stages, and publish what came out; or find that another rank has. The manifest, and what was run."""
+    try:
+        with JobProgress(len(plan.stages), show=options.progress, events=events) as progress:
+            stages = run_stages(plan, plan.stages, job, options, progress)
+    except (ManyhandsError, OSError):
+        manifest = _of_other_ranks(plan, folder, options)
+        if manifest is None:
+            raise
+        return [], manifest  # the job's folder was gone with the end of the job
+    rank = rank_of(options)
+    if rank is not None and rank.number > 0:  # rank 0 publishes, and if it doesn't, whoever is there
+        deadline = time.monotonic() + patience_seconds(options)
+        while time.monotonic() < deadline:
+            manifest = _of_other_ranks(plan, folder, options)
+            if manifest is not None:
+                return stages, manifest
+            time.sleep(_POLL_SECONDS)
+    return stages, _publish(plan, folder, stages, there)
+
+
+def _of_other_ranks(plan: Plan, folder: str, options: Options) -> dict[str, Any] | None:
+    """The manifest of this job's output, if this process is a rank, and another one has published it."""
+    if rank_of(options) is None:
+        return None
+    found = read_manifest(folder)
+    is_ours = found is not None and found.get("identity") == plan.identity
+    return found if found is not None and is_ours and _has_its_files(found, folder) else None
+
+
+def _has_its_files(manifest: dict[str, Any], folder: str) -> bool:
+    return set(names_in(folder)) >= {file["name"] for file in manifest["files"]}
+
+
+def _is_whole(manifest: dict[str, Any], folder: str) -> bool:
+    """All files are there, and no job is still moving them."""
+    return _has_its_files(manifest, folder) and not exists(join(folder, JOB))
+
+
+def read_manifest(folder: str) -> dict[str, Any] | None:
+    """The manifest of an output that is whole; None if there is none."""
+    try:
+        manifest: dict[str, Any] = json.loads(read_bytes(join(folder, MANIFEST)))
+    except (OSError, ValueError):
+        return None
+    return manifest if manifest.get("format") == _FORMAT else None
+
+
+def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
+    """`use(folder, progress)` with a job folder among the system's temporary files, that is gone afterwards.
+
+    It is named by the plan: what a killed run has left there is used and removed by the next one.
+    """
+    root = join(tempfile.gettempdir(), f"manyhands-{os.getuid()}")
+    for attempt in range(1000):
+        try:
+            job = JobFolder(join(root, f"{plan.identity[:20]}-{attempt}"))
+            break
+        except ConfigError:
+            continue  # another process runs the same plan
+    else:
+        raise ConfigError("another run is at work here", where=root)
+    try:
+        with JobProgress(len(plan.stages), show=options.progress) as progress:
+            return use(job, progress)
+    finally:
+        job.close(delete=True)
+
+
+def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Move the files into place, and write the manifest last. A kill on the way is made good by the next run."""
+    last = stages[-1]
+    files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
+    if before is not None:
+        remove(join(folder, MANIFEST))
+    keep = {file.name for file in files}
+    for name in names_in(folder):
+        if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
+            remove(join(folder, name))
+    for file in files:
+        made = join(last.folder, file.name)
+        if exists(made):
+            with suppress(FileNotFoundError):  # another rank is at it, too
+                move(made, join(folder, file.name))
+        if not exists(join(folder, file.name)):
+            raise DataError(
+                "a file that was written is gone",
+                where=made,
+                hint=f"remove {join(folder, JOB)}, and run again",
+            )
+    bad = b"".join(line for stage in stages for line in stage.bad_records)
+    if bad:
+        replace_bytes(join(folder, BAD_RECORDS), bad)
+    manifest = {
+        "format": _FORMAT,
+        "identity": plan.identity,
+        "digest": _digest(files, bad),
+        "records": last.records,
+        "bad_records": bad.count(b"\n"),
+        "files": [vars(file) for file in files],
+    }
+    replace_bytes(join(folder, MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+    return manifest
+
+
+def _digest(files: list[OutputFile], bad: bytes) -> str:
+    """SHA-256 over the names and hashes of all output files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.bytes} {file.sha256}\n".encode())
+    digest.update(hashlib.sha256(bad).digest() if bad else b"")
+    return digest.hexdigest()
+
+
+def _refuse_foreign(folder: str, there: dict[str, Any] | None, plan: Plan, *, overwrite: bool) -> None:
+    """Raise unless the folder is free, is this plan's, holds an unfinished job, or may be overwritten."""
+    names = [name for name in names_in(folder) if not name.startswith(EVENTS)]
+    if there is not None and not overwrite and there.get("identity") != plan.identity:
+        raise ConfigError(
+            "the output folder holds the output of another job",
+            where=folder,
+            hint="the functions, the input or the format have changed: write to a new folder, or use overwrite=True",
+        )
+    ours = (JOB, MANIFEST, BAD_RECORDS)
+    foreign = [name for name in names if not (name in ours or name.startswith("part-"))]
+    if foreign or (names and there is None and JOB not in names):
+        raise ConfigError(
+            "the output folder holds something that isn't an output",
+            where=folder,
+            expected="a new folder, an empty one, or one of an earlier run",
+            got=f"a folder with {', '.join((foreign or names)[:5])}",
+            hint="choose another folder; nothing was written",
+        )
+    if is_local(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ConfigError("the output folder is a file", where=folder, hint="choose another path")
+
+
+def _summary(manifest: dict[str, Any], folder: str, stages: list[StageResult], seconds: float) -> PrepareSummary:
+    return PrepareSummary(
+        path=folder,
+        files=tuple(file["name"] for file in manifest["files"]),
+        records=manifest["records"],
+        bytes=sum(file["bytes"] for file in manifest["files"]),
+        bad_records=manifest["bad_records"],
+        digest=manifest["digest"],
+        seconds=seconds,
+        stages=tuple(
+            StageFigures(
+                title=stage.title,
+                tasks=len(stage.results),
+                records=stage.records,
+                bytes=sum(result.bytes_out for result in stage.results),
+                seconds=stage.seconds,
+            )
+            for stage in stages
+        ),
+    )
+
+
+_numbers = count()
+
+
+def with_caches(node: Node, options: Options) -> Node:
+    """The same node, with files of records in place of what is cached; what isn't there yet is computed now."""
+    if isinstance(node, Step):
+        return Step(with_caches(node.parent, options), node.operation)
+    if isinstance(node, Arranged):
+        parents = tuple(with_caches(parent, options) for parent in node.parents)
+        return Arranged(parents, node.arrangements, node.reducer)
+    if not isinstance(node, Cached):
+        return node
+    plan = make_plan(with_caches(node.parent, options), Output(CHUNKS, None))
+    write_output(plan, node.folder, options.alone() if _is_temporary(node.folder) else options, overwrite=True)
+    manifest = read_manifest(node.folder) or {}
+    return Kept(
+        tuple(join(node.folder, file["name"]) for file in manifest["files"]),
+        plan.identity,
+        plan.stages[-1].partition_bytes,
+    )
+
+
+def _root() -> Path:
+    return Path(tempfile.gettempdir()) / f"manyhands-{os.getuid()}"
+
+
+def _is_temporary(folder: str) -> bool:
+    """No other process knows of it."""
+    return Path(folder).parent == _root()
+
+
+def temporary_folder() -> str:
+    """A folder for a cache: removed when this process ends, or if it is killed by the next one that wants one."""
+    root = _root()
+    for path in root.glob("cache-*"):
+        pid = path.name.split("-")[1]
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+    folder = root / f"cache-{os.getpid()}-{next(_numbers)}"
+    folder.mkdir(parents=True)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(folder)
+
+
+def first_records(plan: Plan, count: int, options: Options) -> list[Any]:
+    """The first `count` records. The last stage's tasks run here, one after the other, as far as needed."""
+
+    def read(job: JobFolder, progress: JobProgress) -> list[Any]:
+        done = run_stages(plan, plan.stages[:-1], job, options, progress)
+        given = options.engine
+        memory_bytes = options.total_bytes() if given is None or isinstance(given, str) else given.memory_bytes
+        tasks = tasks_of(plan, plan.stages[-1], job, job.plan_path(plan), done, memory_bytes, options.max_bad_records)
+        found: list[Any] = []
+        for task in tasks:
+            for chunk in chunks_of(task):
+                found += records_of(chunk)
+                if len(found) >= count:
+                    return found[:count]
+        return found
+
+    result: list[Any] = run_temporarily(plan, options, read)
+    return result

@@ -1,0 +1,286 @@
+"""Runs stages in order in a locked job folder; what is done stays done.
+
+A job's folder: what its tasks leave for each other and for the next run.
+.manyhands/
+  lock                 one run at a time, or the ranks of one
+  plan-IDENTITY        what the workers load
+  IDENTITY/            a stage, by what it computes: part-N.runs or output files, part-N.done, part-N.bad
+
+From what `engine=` says to an engine. All make the same bytes; they differ in where tasks run.
+
+Runs a plan's stages one after the other, in the job's folder; what a run before has left done stays done.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import IO, Any
+
+from manyhands.errors import ConfigError, Interrupted, ManyhandsError
+from manyhands.prepare.engines.engine import Engine
+from manyhands.prepare.io.run_file import cuts_by_size, read_index
+from manyhands.prepare.job.progress import JobProgress
+from manyhands.prepare.options import Options, rank_of
+from manyhands.prepare.plan.fingerprint import pickled
+from manyhands.prepare.plan.plan import Plan, Read, Shuffled, Stage
+from manyhands.prepare.records.pipeline import BadRecord, too_many
+from manyhands.prepare.shuffle.reduce import EVERYTHING, Range
+from manyhands.prepare.task import Task, TaskResult, finished, runs_path
+from manyhands.storage.files import TEMPORARY, exists, join, make_folder, names_in, read_bytes, remove, replace_bytes
+from manyhands.storage.location import is_local
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # some network file systems
+
+_CLEARING_SECONDS = 20.0  # that the first rank may take to clear the folder
+
+
+class JobFolder:
+    """A job's folder, locked while it is open. Raises ConfigError if another run has it.
+
+    together: several ranks have it open at once. The first to come clears it; what is in it later may be another's.
+    """
+
+    def __init__(self, path: str, *, together: bool = False) -> None:
+        self.path, self.together = path, together
+        self._alone = not together
+        make_folder(path)
+        self._lock: IO[bytes] | None = None
+        if is_local(path):
+            self._lock = open(join(path, "lock"), "a+b")  # noqa: SIM115
+            self._alone = self._take(self._lock, fcntl.LOCK_EX)
+            if not self._alone and not (together and self._take_with_others(self._lock)):
+                self._lock.close()
+                raise ConfigError(
+                    "another run is at work here", where=path, hint="wait for it to end, or write to another folder"
+                )
+
+    @staticmethod
+    def _take(lock: IO[bytes], how: int) -> bool:
+        try:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in _NO_LOCKS
+        return True
+
+    def _take_with_others(self, lock: IO[bytes]) -> bool:
+        deadline = time.monotonic() + _CLEARING_SECONDS
+        while not self._take(lock, fcntl.LOCK_SH):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def prepare(self, plan: Plan) -> str:
+        """Remove what killed runs and other plans have left, and save the plan; its path.
+
+        Raises ConfigError if other ranks are at work on another plan.
+        """
+        if self._alone:
+            self._clear(plan)
+        else:
+            self._refuse_other_plans(plan)
+        for stage in plan.stages:
+            make_folder(self.stage(stage))
+        replace_bytes(self.plan_path(plan), pickled(plan))
+        if self.together and self._lock is not None:
+            self._take_with_others(self._lock)
+            self._alone = False
+        return self.plan_path(plan)
+
+    def _clear(self, plan: Plan) -> None:
+        wanted = {self.stage(stage).rpartition("/")[2] for stage in plan.stages}
+        for name in names_in(self.path):
+            if name not in wanted and name != "lock":
+                remove(join(self.path, name))
+        self.sweep(plan)
+
+    def _refuse_other_plans(self, plan: Plan) -> None:
+        mine = self.plan_path(plan).rpartition("/")[2]
+        others = [name for name in names_in(self.path) if name.startswith("plan-") and not name.endswith(TEMPORARY)]
+        if set(others) - {mine}:
+            raise ConfigError(
+                "the ranks don't run the same job",
+                where=self.path,
+                expected=mine,
+                got=", ".join(others),
+                hint="all must run the same script with the same Python and Manyhands, and see the same input files; "
+                "if a job that was changed was killed, start it with one rank first, or remove the folder",
+            )
+
+    def plan_path(self, plan: Plan) -> str:
+        """Where the plan is saved: of another plan, in another file, because workers keep what they have loaded."""
+        return join(self.path, f"plan-{plan.identity[:20]}")
+
+    def sweep(self, plan: Plan) -> None:
+        """Remove the temporary files of tasks that were killed."""
+        for stage in plan.stages if not self.together or self._alone else ():
+            folder = self.stage(stage)
+            for name in names_in(folder):
+                if name.endswith(TEMPORARY):
+                    remove(join(folder, name))
+
+    def stage(self, stage: Stage) -> str:
+        """The folder of a stage's files."""
+        return join(self.path, stage.identity[:20])
+
+    def close(self, *, delete: bool) -> None:
+        """Unlock; remove the folder with all that is in it, if nobody needs it any more."""
+        if delete and exists(self.path):
+            remove(self.path)
+        if self._lock is not None:
+            self._lock.close()
+
+
+def open_engine(options: Options) -> Engine:
+    """The engine that is named; processes on this machine if none is. Raises ConfigError if nobody answers."""
+    from manyhands.prepare.engines.engine import InProcess
+    from manyhands.prepare.engines.local import kept_pool
+    from manyhands.prepare.engines.ranks import Ranks
+
+    name = options.engine if isinstance(options.engine, str) else ""
+    total, given = options.total_bytes(), None if options.memory is None else options.total_bytes()
+    default = total // max(1, options.num_workers())
+    if name.startswith("dask://"):
+        from manyhands.prepare.engines.dask import DaskEngine
+
+        return DaskEngine(name.replace("dask://", "tcp://", 1), given, default)
+    if name.startswith("ray"):
+        from manyhands.prepare.engines.ray import RayEngine
+
+        return RayEngine(name if name.startswith("ray://") else None, given, default)
+    here: Engine = InProcess(total) if options.workers == 0 else kept_pool(options.num_workers(), default)
+    rank = rank_of(options)
+    return here if rank is None else Ranks(rank, here)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What came of a stage: its tasks' results by partition, and its figures."""
+
+    title: str
+    folder: str
+    results: tuple[TaskResult, ...]
+    seconds: float
+
+    @property
+    def records(self) -> int:
+        """That came out."""
+        return sum(result.records for result in self.results)
+
+    @property
+    def bad_records(self) -> list[bytes]:
+        """Those that were set aside, as lines of JSON, in the order of the partitions."""
+        paths = [join(self.folder, f"part-{r.partition:05d}.bad") for r in self.results if r.bad_records]
+        return [read_bytes(path) for path in paths]
+
+
+def run_stages(
+    plan: Plan, stages: Sequence[Stage], folder: JobFolder, options: Options, progress: JobProgress
+) -> list[StageResult]:
+    """Run some first stages of a plan. Raises what tasks raise: the first error ends the others."""
+    plan_path = folder.prepare(plan)
+    given = options.engine
+    engine = open_engine(options) if given is None or isinstance(given, str) else given
+    done: list[StageResult] = []
+    try:
+        for stage in stages:
+            tasks = tasks_of(plan, stage, folder, plan_path, done, engine.memory_bytes, options.max_bad_records)
+            done.append(_run_stage(stage, tasks, engine, options, progress, sum(_bad(result) for result in done)))
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "preparing was stopped, as asked", where=folder.path, hint="run it again: what is done stays done"
+        ) from None
+    finally:
+        if engine is not given:
+            engine.close()
+        folder.sweep(plan)
+    return done
+
+
+def tasks_of(
+    plan: Plan,
+    stage: Stage,
+    folder: JobFolder,
+    plan_path: str,
+    done: Sequence[StageResult],
+    memory_bytes: int,
+    max_bad_records: int,
+) -> list[Task]:
+    """A stage's tasks. Behind a shuffle, as many as the arranged records want: that depends on them alone."""
+    inputs = tuple(
+        tuple(runs_path(folder.stage(plan.stages[number]), result.partition) for result in done[number].results)
+        for number in stage.inputs
+    )
+    ranges = [EVERYTHING] * (stage.partitions or 0)
+    if isinstance(stage.source, Shuffled):
+        ranges = _ranges(inputs, stage.reduce_bytes, descending=stage.source.reducer.descending)
+    return [
+        Task(
+            plan_path=plan_path,
+            folder=folder.stage(stage),
+            stage=stage.number,
+            partition=partition,
+            inputs=inputs,
+            wanted=wanted,
+            memory_bytes=memory_bytes,
+            max_bad_records=max_bad_records,
+        )
+        for partition, wanted in enumerate(ranges)
+    ]
+
+
+def _ranges(inputs: Sequence[Sequence[str]], reduce_bytes: int, *, descending: bool) -> list[Range]:
+    blocks = [block for paths in inputs for path in paths for run in read_index(path) for block in run]
+    if not blocks:
+        return []
+    edges = [None, *cuts_by_size(blocks, reduce_bytes), None]
+    ranges = [Range(low, high) for low, high in pairwise(edges)]
+    return ranges[::-1] if descending else ranges
+
+
+def _run_stage(
+    stage: Stage, tasks: Sequence[Task], engine: Engine, options: Options, progress: JobProgress, bad_before: int
+) -> StageResult:
+    began = time.monotonic()
+    results: dict[int, TaskResult] = {}
+    for task in tasks:
+        found = finished(task.folder, task.stage, task.partition)
+        if found is not None:
+            results[task.partition] = found
+    progress.begin(stage.number, stage.title, len(tasks), len(results))
+    waiting: set[Future[TaskResult]] = {engine.submit(task) for task in tasks if task.partition not in results}
+    bad = bad_before + sum(result.bad_records for result in results.values())
+    while waiting:
+        ready, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+        for future in ready:
+            result = future.result()
+            results[result.partition] = result
+            bad += result.bad_records
+            if bad > options.max_bad_records:
+                raise _too_many(tasks[result.partition].folder, result, bad, options.max_bad_records)
+            progress.task_done(result, _size_of(stage, result))
+        progress.tick(engine.retries)
+    progress.end()
+    ordered = tuple(results[partition] for partition in sorted(results))
+    return StageResult(stage.title, tasks[0].folder if tasks else "", ordered, time.monotonic() - began)
+
+
+def _bad(result: StageResult) -> int:
+    return sum(task.bad_records for task in result.results)
+
+
+def _size_of(stage: Stage, result: TaskResult) -> int:
+    return stage.source.splits[result.partition].size_bytes if isinstance(stage.source, Read) else result.bytes_out
+
+
+def _too_many(folder: str, result: TaskResult, count: int, limit: int) -> ManyhandsError:
+    lines = read_bytes(join(folder, f"part-{result.partition:05d}.bad")).splitlines()
+    last: dict[str, Any] = json.loads(lines[-1])
+    return too_many(BadRecord(**last), count, limit)

@@ -1,0 +1,191 @@
+"""What flows through a task: lists of records or Arrow tables.
+
+A record is whatever the user's functions make of it. Rows of tables are dicts; a list of dicts becomes a table with a
+column per key, a list of anything else a table with one column, `value`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import cloudpickle  # type: ignore[import-untyped]
+
+from manyhands.errors import DataError, InvariantError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Chunk: TypeAlias = "list[Any] | pa.Table"
+
+CHUNK_BYTES = 2**19  # of text: enough to pay for a call; what becomes of it fits in a processor's cache
+
+TABLE_CHUNK_BYTES = 2**22  # of a table's columns
+
+_TABLE, _PICKLE = b"A" + bytes(15), b"P"  # Arrow wants its buffers at multiples of 8
+
+
+def is_table(chunk: Chunk) -> bool:
+    """An Arrow table, not a list."""
+    return not isinstance(chunk, list)
+
+
+def num_records(chunk: Chunk) -> int:
+    """How many records are in it."""
+    return len(chunk) if isinstance(chunk, list) else int(chunk.num_rows)
+
+
+def records_of(chunk: Chunk) -> list[Any]:
+    """The records as Python objects: rows of a table as dicts."""
+    return chunk if isinstance(chunk, list) else list(chunk.to_pylist())
+
+
+def part_of(chunk: Chunk, start: int, stop: int) -> Chunk:
+    """Records `start` to `stop` of the chunk."""
+    return chunk[start:stop] if isinstance(chunk, list) else chunk.slice(start, stop - start)
+
+
+def table_of(chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
+    """The records as an Arrow table, with the columns of all of them (or of `schema`), a missing value as null.
+
+    Raises DataError for values that share no Arrow type, or that `schema` has no place for.
+    """
+    import pyarrow as pa
+
+    try:
+        if not isinstance(chunk, list):
+            return chunk if schema is None else chunk.select(_known(chunk.column_names, schema)).cast(schema)
+        columns = _columns(chunk)
+        if schema is None:
+            return pa.table(columns)
+        _known(list(columns), schema)
+        missing = [None] * len(chunk)
+        return pa.table({field.name: columns.get(field.name, missing) for field in schema}, schema=schema)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"the records can't be put into columns: {error}",
+            got=f"the first of {num_records(chunk)}: {str(part_of(chunk, 0, 1))[:200]}",
+            hint="give a column values of one type; write(schema=...) says which",
+        ) from error
+
+
+def _columns(records: list[Any]) -> dict[str, list[Any]]:
+    if not records or not all(isinstance(record, dict) for record in records):
+        return {"value": records}
+    names = dict.fromkeys(chain.from_iterable(records))
+    if not names or len(set(map(str, names))) < len(names):
+        raise ValueError("they have no columns" if not names else "the names of two columns are equal as text")
+    return {str(name): [record.get(name) for record in records] for name in names}
+
+
+def _known(names: Sequence[str], schema: pa.Schema) -> list[str]:
+    """The schema's names; raises if `names` has others, which would be lost, or if a table lacks one."""
+    more = [name for name in names if name not in schema.names]
+    if more:
+        raise DataError(
+            f"column {more[0]!r} of the records isn't in the schema",
+            expected=", ".join(schema.names),
+            got=", ".join(names),
+            hint="add it to the schema, or leave it out of the records; nothing is dropped silently",
+        )
+    return list(schema.names)
+
+
+def concatenate(chunks: Sequence[Chunk]) -> Chunk:
+    """All records in order: as a table where all are tables with the same columns, else as a list."""
+    if len(chunks) == 1:
+        return chunks[0]
+    tables = [chunk for chunk in chunks if not isinstance(chunk, list)]
+    if tables and len(tables) == len(chunks) and all(t.schema.equals(tables[0].schema) for t in tables):
+        import pyarrow as pa
+
+        return pa.concat_tables(tables)
+    return list(chain.from_iterable(map(records_of, chunks)))
+
+
+def in_one_piece(chunk: Chunk) -> Chunk:
+    """The same records, a table's columns each in one array: of how many they were made, nobody sees then."""
+    return chunk if isinstance(chunk, list) else chunk.combine_chunks()
+
+
+def size_bytes(chunk: Chunk) -> int:
+    """About how much memory the records take. Depends on their values only, so plans may depend on it."""
+    if not isinstance(chunk, list):
+        return sum(sum(map(_array_bytes, column.chunks)) for column in chunk.columns)
+    sampled = chunk[:: max(1, len(chunk) // 64)]
+    return sum(map(_value_bytes, sampled)) * len(chunk) // len(sampled) if sampled else 0
+
+
+def _array_bytes(array: pa.Array) -> int:
+    """Of the values alone: whether there's a bitmap of nulls depends on which array these were cut out of."""
+    import pyarrow as pa
+
+    kind = array.type
+    if pa.types.is_boolean(kind):
+        return len(array)
+    if pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_fixed_size_binary(kind):
+        return len(array) * int(kind.bit_width) // 8
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return 4 * len(array) + _array_bytes(array.flatten())
+    if pa.types.is_struct(kind):
+        return sum(map(_array_bytes, array.flatten()))
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        ends = memoryview(array.buffers()[1]).cast("i")
+        return 4 * len(array) + ends[array.offset + len(array)] - ends[array.offset] if len(array) else 0
+    return int(array.nbytes)
+
+
+def _value_bytes(value: Any) -> int:
+    if isinstance(value, (str, bytes)):
+        return len(value) + 8
+    if isinstance(value, dict):
+        return 16 + sum(_value_bytes(key) + _value_bytes(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return 16 + sum(map(_value_bytes, value))
+    return 8
+
+
+def shared(records: list[Any]) -> list[Any]:
+    """The same records; texts that come again and again are one object, which is packed once."""
+    sampled = records[:: max(1, len(records) // 1024)]
+    if set(map(type, sampled)) != {str} or 2 * len(set(sampled)) > len(sampled) or set(map(type, records)) != {str}:
+        return records
+    once: dict[str, str] = {}
+    return list(map(once.setdefault, records, records))
+
+
+def pack(value: Any) -> bytes | memoryview:
+    """Plain values of a task's own as bytes: an Arrow table among them by Arrow, all else pickled as a whole."""
+    if type(value).__module__.startswith("pyarrow"):
+        import pyarrow as pa
+
+        sink = pa.BufferOutputStream()
+        sink.write(_TABLE)
+        with pa.ipc.new_stream(sink, value.schema) as writer:
+            writer.write_table(value)
+        return memoryview(sink.getvalue())
+    try:
+        return _PICKLE + pickle.dumps(value, protocol=5)
+    except (pickle.PicklingError, AttributeError, TypeError):  # of a class in the user's script
+        try:
+            return _PICKLE + bytes(cloudpickle.dumps(value))
+        except Exception as error:
+            raise DataError(
+                f"records can't be written down: {type(error).__name__}: {error}",
+                hint="let records be numbers, text, bytes and dicts, lists and tuples of them",
+            ) from error
+
+
+def unpack(packed: bytes | memoryview) -> Any:
+    """What `pack` was given."""
+    if packed[:1] == _TABLE[:1]:
+        import pyarrow as pa
+
+        return pa.ipc.open_stream(pa.py_buffer(memoryview(packed)[len(_TABLE) :])).read_all()
+    if packed[:1] != _PICKLE:
+        raise InvariantError("packed values begin with another byte than they were packed with", got=packed[:1])
+    return pickle.loads(memoryview(packed)[1:])

@@ -1,0 +1,45 @@
+"""JSON-lines files that grow and may have been cut short."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Add a line; it's in the system's hands on return. What was cut short before stays a line by itself. Raises
+    OSError, also if only a part could be written."""
+    data = (json.dumps(numbers(value), allow_nan=False) + "\n").encode()
+    with path.open("a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            data = data if file.read(1) == b"\n" else b"\n" + data
+        while data:  # a disk that has room for a part says that it's full when asked for the rest
+            data = data[file.write(data) :]
+
+
+def whole_lines(path: Path) -> list[tuple[int, Any]]:
+    """(its number, from 1, what it says) of each line; those that were cut short are left out, and so is what hasn't
+    the end of a line. No lines if there is no such file."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+        try:
+            found.append((number, json.loads(line)))
+        except ValueError:
+            continue
+    return found
+
+
+def numbers(value: Any) -> Any:
+    """The same with infinities and NaN, which JSON lacks, as text ("inf", "nan"), which `float` reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [numbers(item) for item in value]
+    return value
