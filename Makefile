@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare clean
+.PHONY: demo test test-all faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare tree clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -73,6 +73,10 @@ bench-prepare: $(READY)
 bench-memory: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	$(BIN)/python -W ignore benchmarks/memory.py $(ARGS)
+
+# The annotated tree in docs/design.md, from the first line of each source file.
+tree: $(READY)
+	$(BIN)/python tests/support/annotated_tree.py
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) runs prepared .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -48,7 +48,7 @@ def ours(options: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
         precision="bf16",
     )
     found = []
-    with mh.Engine(recipe, mh.Strategy(stage=options.kind.partition("-")[2])) as engine:
+    with mh.Engine(recipe, mh.Strategy(sharding=options.kind.partition("-")[2])) as engine:
         batches = engine.batches()
         for _ in range(STEPS):
             engine.step(next(batches))

@@ -90,8 +90,8 @@ def ours(options: argparse.Namespace, data: RandomTokens) -> tuple[Step, mh.Engi
         device=options.device,
         threads_per_worker=options.threads,
     )
-    _, stage, home = options.kind.split("-")
-    engine = mh.Engine(recipe, mh.Strategy(stage=stage, home=home, scratch=tempfile.gettempdir()))
+    _, stage, offload = options.kind.split("-")
+    engine = mh.Engine(recipe, mh.Strategy(sharding=stage, offload=offload, scratch=tempfile.gettempdir()))
     batches = engine.batches()
     return lambda number: engine.step(next(batches)), engine
 

@@ -1,4 +1,4 @@
-"""What travels over the link between hosts, and how long a step takes there: each stage, precision and group.
+"""What travels over the link between hosts, and how long a step takes there: each sharding, precision and group.
 
     .venv/bin/python benchmarks/hosts.py [--hosts 2 3] [--mbit 1000 100] [--precisions fp32 bf16]
 
@@ -25,7 +25,7 @@ import manyhands as mh
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 WORKERS, MICRO_BATCHES, WIDTH, LAYERS = 2, 12, 512, 8
 STEPS, WARM = 6, 2
-STAGES, GROUPS = ("ddp", "zero1", "zero2", "zero3"), ("process", "hierarchical")
+SHARDINGS, GROUPS = ("ddp", "zero1", "zero2", "zero3"), ("distributed", "hierarchical")
 RECEIVED = Path("/sys/class/net/eth0/statistics/rx_bytes")
 
 
@@ -51,10 +51,10 @@ def recipe(precision: str) -> mh.Recipe:
     )
 
 
-def measure(stage: str, group: str, precision: str) -> dict[str, object]:
+def measure(sharding: str, group: str, precision: str) -> dict[str, object]:
     """On one worker: medians over the steps after the first ones."""
     units = tuple(str(index) for index in range(LAYERS))
-    with mh.Engine(recipe(precision), mh.Strategy(stage=stage, group=group, units=units)) as engine:
+    with mh.Engine(recipe(precision), mh.Strategy(sharding=sharding, transport=group, units=units)) as engine:
         seconds, received = [], []
         for batch in engine.batches(STEPS):
             before = int(RECEIVED.read_text())
@@ -73,8 +73,8 @@ def measure(stage: str, group: str, precision: str) -> dict[str, object]:
 def work(out: Path, precisions: list[str]) -> None:
     """What torchrun starts: everything, one after the other."""
     found = {}
-    for stage, group, precision in product(STAGES, GROUPS, precisions):
-        found[f"{stage} {group} {precision}"] = measure(stage, group, precision)
+    for sharding, group, precision in product(SHARDINGS, GROUPS, precisions):
+        found[f"{sharding} {group} {precision}"] = measure(sharding, group, precision)
     (out / f"worker-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
@@ -104,10 +104,10 @@ def main() -> None:
             if any(codes):
                 sys.exit(log.read_text())
             ranks = [json.loads((Path(folder) / f"worker-{rank * WORKERS}.json").read_text()) for rank in range(count)]
-        for stage, precision in product(STAGES, options.precisions):
-            row = f"{count} hosts x {WORKERS}, {mbit:g} Mbit/s, {stage}, {precision}:"
+        for sharding, precision in product(SHARDINGS, options.precisions):
+            row = f"{count} hosts x {WORKERS}, {mbit:g} Mbit/s, {sharding}, {precision}:"
             for group in GROUPS:
-                each = [rank[f"{stage} {group} {precision}"] for rank in ranks]
+                each = [rank[f"{sharding} {group} {precision}"] for rank in ranks]
                 moved = statistics.mean(one["bytes"] for one in each) / 1e6
                 row += f"  {group} {moved:.1f} MB {each[0]['seconds'] * 1000:.0f} ms {each[0]['digest']}"
             print(row, flush=True)

@@ -4,7 +4,7 @@
 
 Makes a control group with a memory limit for every worker (as root, or where control groups are delegated), and trains
 a GPT in fp32 whose parameters, gradients and AdamW moments take 16 bytes a parameter: with plain PyTorch, with DDP, and
-with Manyhands at stage zero3 with its state on disk; and once more by Manyhands without limit, for the digest.
+with Manyhands at sharding zero3 with its state on disk; and once more by Manyhands without limit, for the digest.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def peers(kind: str, options: argparse.Namespace) -> dict[str, object]:
 
 def ours(kind: str, options: argparse.Namespace) -> dict[str, object]:
     """Manyhands; the same model and as many samples a step, whoever computes them."""
-    _, stage, home = kind.split("-")
+    _, sharding, offload = kind.split("-")
 
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         return model(batch)
@@ -64,7 +64,7 @@ def ours(kind: str, options: argparse.Namespace) -> dict[str, object]:
         batch=mh.Batch(global_size=2, micro_size=1),
     )
     seconds = []
-    with mh.Engine(recipe, mh.Strategy(stage=stage, home=home, scratch=options.scratch)) as engine:
+    with mh.Engine(recipe, mh.Strategy(sharding=sharding, offload=offload, scratch=options.scratch)) as engine:
         for batch in engine.batches(options.steps):
             began = time.perf_counter()
             metrics = engine.step(batch)

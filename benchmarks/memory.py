@@ -1,4 +1,4 @@
-"""Measured memory against the formula, for every stage, home and precision: docs/memory.md.
+"""Measured memory against the formula, for every sharding, offload and precision: docs/memory.md.
 
     .venv/bin/python benchmarks/memory.py [--workers 1 2 4] [--only "zero3 disk"] [--most-gib 9]
 
@@ -40,29 +40,29 @@ SAMPLE_SECONDS = 0.003
 
 @dataclass(frozen=True)
 class Case:
-    """One run. stage "none": forward and backward alone."""
+    """One run. sharding "none": forward and backward alone."""
 
-    group: str
+    transport: str
     workers: int
     precision: str
-    stage: str
-    home: str
+    sharding: str
+    offload: str
 
     def __str__(self) -> str:
-        return f"{self.group} {self.workers} {self.precision} {self.stage} {self.home}"
+        return f"{self.transport} {self.workers} {self.precision} {self.sharding} {self.offload}"
 
 
 def cases(workers: Sequence[int]) -> Iterator[Case]:
     """Everything on shared memory; over torch.distributed two workers; of both what activations take."""
-    stages, homes = ("ddp", "zero1", "zero2", "zero3"), ("device", "disk")
+    shardings, offloads = ("ddp", "zero1", "zero2", "zero3"), ("none", "disk")
     for precision in ("fp32", "bf16"):
-        for home in homes:
-            yield Case("alone", 1, precision, "none", home)
-        for count, stage, home in product(workers, stages, homes):
-            yield Case("shared-memory", count, precision, stage, home)
-        for stage, home in product(stages, homes):
-            if 2 in workers and (home == "device" or stage == "zero3"):
-                yield Case("process", 2, precision, stage, home)
+        for offload in offloads:
+            yield Case("alone", 1, precision, "none", offload)
+        for count, sharding, offload in product(workers, shardings, offloads):
+            yield Case("shared-memory", count, precision, sharding, offload)
+        for sharding, offload in product(shardings, offloads):
+            if 2 in workers and (offload == "none" or sharding == "zero3"):
+                yield Case("distributed", 2, precision, sharding, offload)
 
 
 class ControlGroup:
@@ -125,7 +125,7 @@ def foreseen(case: Case, depth: int) -> Footprint:
     """The formula's words about a case, from a model that has no memory."""
     with torch.device("meta"):
         model = GPT(LENGTH, WIDTH, depth, HEADS)
-    strategy = mh.Strategy(stage=case.stage, home=case.home, group=case.group)
+    strategy = mh.Strategy(sharding=case.sharding, offload=case.offload, transport=case.transport)
     sizes = sizes_of(model, recipe_of(case.precision, WIDTH, depth, HEADS), strategy, case.workers)
     return footprint(sizes, BATCH, strategy, case.workers)
 
@@ -185,7 +185,7 @@ class Run:
 
 def formula_mib(case: Case, depth: int) -> dict[str, float]:
     """The formula's words in MiB; nothing of what activations take."""
-    if case.stage == "none":
+    if case.sharding == "none":
         return {}
     expected = foreseen(case, depth)
     everything = {**vars(expected), "peak": expected.peak, "mapped": expected.mapped}
@@ -208,13 +208,13 @@ def main() -> None:
         if options.only not in str(case) or (str(case) in rows and not options.again):
             continue
         total = 0.0
-        if case.stage != "none":
+        if case.sharding != "none":
             expected = foreseen(case, options.depth)
             total = max(expected.peak, expected.start) * case.workers / GIB
         if total > options.most_gib:
             print(f"{case}: left out, it would take {total:.1f} GiB")
         else:
-            together.setdefault((case.group, case.workers, case.precision, case.home), []).append(case)
+            together.setdefault((case.transport, case.workers, case.precision, case.offload), []).append(case)
 
     def measured(case: Case, row: dict[str, Any]) -> None:
         rows[str(case)] = row = {**vars(case), **row, "formula_mib": formula_mib(case, options.depth)}

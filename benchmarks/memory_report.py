@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
-STAGES, HOMES, PRECISIONS = ("ddp", "zero1", "zero2", "zero3"), ("device", "disk"), ("fp32", "bf16")
-GROUPS = {"shared-memory": "on shared memory", "process": "over torch.distributed"}
+SHARDINGS, OFFLOADS, PRECISIONS = ("ddp", "zero1", "zero2", "zero3"), ("none", "disk"), ("fp32", "bf16")
+GROUPS = {"shared-memory": "on shared memory", "distributed": "over torch.distributed"}
 COLOURS = {1: "#4c78a8", 2: "#f58518", 4: "#54a24b"}
 
 Row = dict[str, Any]
@@ -20,15 +20,15 @@ Row = dict[str, Any]
 def write_report(rows: Iterable[Row]) -> None:
     """Put the tables between their marks in docs/memory.md, and draw docs/memory.svg."""
     several = list(rows)
-    alone = {(row["precision"], row["home"]): row["steps_mib"] for row in several if row["stage"] == "none"}
+    alone = {(row["precision"], row["offload"]): row["steps_mib"] for row in several if row["sharding"] == "none"}
     measured = [
-        {**row, "foreseen_mib": row["formula_mib"]["peak"] + alone[row["precision"], row["home"]]}
+        {**row, "foreseen_mib": row["formula_mib"]["peak"] + alone[row["precision"], row["offload"]]}
         for row in several
-        if row["stage"] != "none" and (row["precision"], row["home"]) in alone
+        if row["sharding"] != "none" and (row["precision"], row["offload"]) in alone
     ]
     taken = ", ".join(
-        f"{value:,.0f} MiB in {precision}" + (" with state on a disk" if home == "disk" else "")
-        for (precision, home), value in alone.items()
+        f"{value:,.0f} MiB in {precision}" + (" with state on a disk" if offload == "disk" else "")
+        for (precision, offload), value in alone.items()
     )
     text = f"Activations, and the gradient on its way: {taken}.\n\n{_tables(measured)}"
     page = re.sub(
@@ -38,11 +38,11 @@ def write_report(rows: Iterable[Row]) -> None:
         flags=re.DOTALL,
     )
     PAGE.write_text(page, encoding="utf-8")
-    _draw([row for row in measured if row["group"] == "shared-memory"])
+    _draw([row for row in measured if row["transport"] == "shared-memory"])
 
 
 def _tables(rows: list[Row]) -> str:
-    found = {(row["group"], row["precision"], row["stage"], row["home"], row["workers"]): row for row in rows}
+    found = {(row["transport"], row["precision"], row["sharding"], row["offload"], row["workers"]): row for row in rows}
     parts = []
     for group, precision in product(GROUPS, PRECISIONS):
         workers = sorted({key[4] for key in found if key[:2] == (group, precision)})
@@ -50,12 +50,12 @@ def _tables(rows: list[Row]) -> str:
             continue
         names = [f"{count} worker{'s' if count > 1 else ''}" for count in workers]
         parts += [f"**{precision}, {GROUPS[group]}** (MiB a worker: foreseen, measured, ratio)\n"]
-        parts += ["| stage | home | " + " | ".join(f"{name} | | " for name in names) + "|"]
+        parts += ["| sharding | offload | " + " | ".join(f"{name} | | " for name in names) + "|"]
         parts += ["|---|---|" + "---:|---:|---:|" * len(workers)]
-        for stage, home in product(STAGES, HOMES):
-            cells = [_cells(found.get((group, precision, stage, home, count))) for count in workers]
+        for sharding, offload in product(SHARDINGS, OFFLOADS):
+            cells = [_cells(found.get((group, precision, sharding, offload, count))) for count in workers]
             if any(cell != _cells(None) for cell in cells):
-                parts.append(f"| `{stage}` | {home} | " + " | ".join(cells) + " |")
+                parts.append(f"| `{sharding}` | {offload} | " + " | ".join(cells) + " |")
         parts.append("")
     return "\n".join(parts)
 
@@ -75,21 +75,21 @@ def _draw(rows: list[Row]) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, 2, figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained")
-    for (row, precision), (column, home) in product(enumerate(PRECISIONS), enumerate(HOMES)):
+    for (row, precision), (column, offload) in product(enumerate(PRECISIONS), enumerate(OFFLOADS)):
         panel = panels[row][column]
         for place, count in enumerate(COLOURS):
-            for stage in STAGES:
+            for sharding in SHARDINGS:
                 for found in rows:
-                    if (found["precision"], found["home"], found["stage"]) == (precision, home, stage):
+                    if (found["precision"], found["offload"], found["sharding"]) == (precision, offload, sharding):
                         if found["workers"] != count:
                             continue
-                        left = STAGES.index(stage) + (place - 1) * 0.27
+                        left = SHARDINGS.index(sharding) + (place - 1) * 0.27
                         panel.bar(left, found["steps_mib"], 0.24, color=COLOURS[count], zorder=2)
                         ends = (left - 0.12, left + 0.12)
                         panel.hlines(found["foreseen_mib"], *ends, color="black", linewidth=1.6, zorder=3)
-        panel.set_title(f"{precision}, home = {home}", fontsize=10)
-        panel.set_xlim(-0.6, len(STAGES) - 0.4)
-        panel.set_xticks(range(len(STAGES)), STAGES)
+        panel.set_title(f"{precision}, offload = {offload}", fontsize=10)
+        panel.set_xlim(-0.6, len(SHARDINGS) - 0.4)
+        panel.set_xticks(range(len(SHARDINGS)), SHARDINGS)
         panel.grid(axis="y", color="#dddddd", linewidth=0.6, zorder=0)
         panel.spines[["top", "right"]].set_visible(False)
         panel.yaxis.set_major_formatter("{x:,.0f}")

@@ -3,9 +3,9 @@ memory can be read meanwhile.
 
     python -m torch.distributed.run --nproc-per-node W benchmarks/memory_worker.py CGROUP DEPTH CASES
 
-CGROUP: a folder of the memory controller, which the worker joins. CASES: JSON, [{"stage": "zero2", ...}, ...].
+CGROUP: a folder of the memory controller, which the worker joins. CASES: JSON, [{"sharding": "zero2", ...}, ...].
 Prints JSON lines: every worker before it makes an engine, rank 0 as each phase ends.
-With stage "none" it computes forward and backward alone, in plain PyTorch: what activations take.
+With sharding "none" it computes forward and backward alone, in plain PyTorch: what activations take.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import manyhands as mh
 from gpt import GPT
 from manyhands.models.bf16_products import bf16_products_in_fp32
-from manyhands.offload.process_memory import give_back_memory, keep_freed_memory
+from manyhands.offload.process_memory import keep_freed_memory, return_freed_memory
 from measure import RandomTokens
 
 BATCH = mh.Batch(global_size=4, micro_size=1)
@@ -64,7 +64,7 @@ def tell(**what: object) -> None:
 
 def train(given: dict[str, Any], *shape: int) -> None:
     """Some steps of the engine."""
-    strategy = mh.Strategy(**{name: given[name] for name in ("stage", "home", "group", "scratch")})
+    strategy = mh.Strategy(**{name: given[name] for name in ("sharding", "offload", "transport", "scratch")})
     with mh.Engine(recipe_of(given["precision"], *shape), strategy) as engine:
 
         def all_ended(phase: str) -> None:
@@ -80,7 +80,7 @@ def train(given: dict[str, Any], *shape: int) -> None:
 
 def compute_alone(given: dict[str, Any], *shape: int) -> None:
     """Forward and backward of one micro-batch at a time; gradients are dropped as they come."""
-    if given["home"] == "disk":  # as the engine does then
+    if given["offload"] == "disk":  # as the engine does then
         keep_freed_memory(large=False)
     torch.set_num_threads(1)
     model = GPT(LENGTH, *shape)
@@ -94,7 +94,7 @@ def compute_alone(given: dict[str, Any], *shape: int) -> None:
     data = RandomTokens(64, LENGTH)
     for step in range(1 + STEPS * BATCH.micro_batches):
         if step == 1:  # by now torch has its kernels' own memory
-            give_back_memory()
+            return_freed_memory()
             tell(case=given["name"], ended="nothing yet")
             tell(case=given["name"], ended="start")
         with bf16_products_in_fp32():  # as the engine does, where the CPU wants it
@@ -105,14 +105,14 @@ def compute_alone(given: dict[str, Any], *shape: int) -> None:
 def main() -> None:
     depth, several = int(sys.argv[2]), json.loads(sys.argv[3])
     for number, given in enumerate(several):
-        if given["stage"] == "none":
+        if given["sharding"] == "none":
             compute_alone(given, WIDTH, depth, HEADS)
             continue
         if number == 0:  # a tiny model first: torch loads all that it loads by itself
             for precision in ("fp32", "bf16"):
                 train({**given, "precision": precision, "name": ""}, 64, 2, 1)
         gc.collect()
-        give_back_memory()
+        return_freed_memory()
         tell(case=given["name"], ended="nothing yet")
         train(given, WIDTH, depth, HEADS)
 

@@ -113,7 +113,7 @@ def deepspeed(model: GPT, options: argparse.Namespace) -> Step:
         "train_micro_batch_size_per_gpu": options.batch,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": int(options.kind[-1])},
+        "zero_optimization": {"sharding": int(options.kind[-1])},
         "zero_allow_untested_optimizer": True,
         "optimizer": {"type": "AdamW", "params": {"lr": ADAMW["lr"], "torch_adam": True}},
         "bf16": {"enabled": options.precision == "bf16"},

@@ -77,7 +77,7 @@ def train_ours(folder: Path, steps: int, every: int) -> str:
     summary = mh.train(
         recipe,
         steps=steps,
-        strategy=mh.Strategy(stage="zero2"),
+        strategy=mh.Strategy(sharding="zero2"),
         run_dir=folder / "run",
         checkpoint_every=every,
         show=False,

@@ -148,9 +148,9 @@ Results = dict[tuple[str, str], list[Record]]  # (setting, kind): one record a r
 
 def command_of(setting: Setting, kind: str, steps: int) -> list[str]:
     """A whole launch: torch's own launcher, one process per worker."""
-    stage, _, group = kind.removeprefix("manyhands-").partition("-")
+    sharding, _, group = kind.removeprefix("manyhands-").partition("-")
     ours = kind.startswith("manyhands-")
-    script = ["ours.py", "--stage", stage, "--group", group or "auto"] if ours else ["peers.py", kind]
+    script = ["ours.py", "--sharding", sharding, "--transport", group or "auto"] if ours else ["peers.py", kind]
     shape = {"--precision": setting.precision, "--batch": setting.batch, "--length": setting.length, "--steps": steps}
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.workers)),

@@ -3,7 +3,7 @@
     .venv/bin/python tests/faults.py [--runs 40] [--seed 0] [--only SEED]
 
 A run is one directory that commands train in, one after the other, until it's done: each with another number of
-workers, stage and group, and with a few faults. A worker raises, is killed, stopped, asked to stop or sleeps, as it
+workers, sharding and group, and with a few faults. A worker raises, is killed, stopped, asked to stop or sleeps, as it
 starts, computes, exchanges, updates or writes a checkpoint; or the launcher is killed. Some commands are two launchers,
 as on two hosts, of which one is killed or asked to stop at any moment. After each command no process of it may be left,
 nor a file; what was said to be saved may not be lost. A run's seed replays it.
@@ -35,7 +35,7 @@ from test_faults import MANYHANDS, SUPPORT, Run
 STEPS, MICRO_BATCHES = 8, 4
 KINDS = ("kill", "kill", "raise", "terminate", "stop", "stall")
 PLACES = ("start", "forward", "exchange", "update", "checkpoint", "snapshot")
-STAGES, GROUPS = ("ddp", "zero1", "zero2", "zero3"), ("shared-memory", "process")
+SHARDINGS, GROUPS = ("ddp", "zero1", "zero2", "zero3"), ("shared-memory", "distributed")
 ENDS = (1, 130, -signal.SIGKILL, -signal.SIGTERM)  # the last: asked to stop before Python was ready to hear it
 JOINED_ENDS = (*ENDS, 0, 2)  # of who joins: 2, if there is nothing to join (any more)
 COMMANDS = 12  # for a run: more means that it doesn't come to an end
@@ -47,8 +47,8 @@ class Failed(Exception):
 
 def command(folder: Path, workers: int, chance: random.Random) -> list[str]:
     """Train on, in some way."""
-    stage, group = chance.choice(STAGES), chance.choice(GROUPS)
-    options = ["--workers", str(workers), "--stage", stage, "--group", group, "--checkpoint-every", "1"]
+    sharding, group = chance.choice(SHARDINGS), chance.choice(GROUPS)
+    options = ["--workers", str(workers), "--sharding", sharding, "--transport", group, "--checkpoint-every", "1"]
     options += ["--snapshot-every", chance.choice(["1", "1", "auto", "never"])]
     where = ["--run-dir", str(folder / "directory"), "--steps", str(STEPS), "--max-restarts", "2"]
     return [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), *options, *where]
@@ -100,7 +100,7 @@ def together(folder: Path, number: int, chance: random.Random) -> tuple[Run, int
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
     workers = chance.randint(1, 2)
-    first = [*command(folder, workers, chance), "--hosts", "1:2", "--meet", endpoint]
+    first = [*command(folder, workers, chance), "--hosts", "1:2", "--rendezvous", endpoint]
     run = Run(folder / str(number), first, faults(2 * workers, chance) if chance.random() < 0.5 else "")
     joined = run.start([*MANYHANDS, "join", endpoint, "--workers", str(workers)])
     disturb(run, chance.choice([run.process, joined]), chance.uniform(1, 25), chance)

@@ -28,8 +28,11 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "workers": (["--workers", "5"], ["5 workers are more than the step has micro-batches", "at most 4 workers"]),
     "no workers": (["--workers", "0"], ["0 is neither a whole number of at"]),
-    "stage": (["--stage", "zero9"], ["strategy.stage is not known", "ddp, zero1, zero2", "did you mean 'zero3'?"]),
-    "group": (["--group", "shared"], ["strategy.group is not known", "did you mean 'shared-memory'?"]),
+    "sharding": (
+        ["--sharding", "zero9"],
+        ["strategy.sharding is not known", "ddp, zero1, zero2", "did you mean 'zero3'?"],
+    ),
+    "transport": (["--transport", "shared"], ["strategy.transport is not known", "did you mean 'shared-memory'?"]),
     "a file as run_dir": (["--run-dir", RECIPE], ["not a run directory", RECIPE, "got: a file", "nothing was written"]),
     "a foreign run_dir": (["--run-dir", str(SUPPORT)], ["not a run directory", "a directory with", "__init__.py"]),
 }

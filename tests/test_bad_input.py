@@ -267,9 +267,9 @@ def test_all_workers_raise_the_same(case: str) -> None:
 
 
 def test_strategies_that_differ_are_named() -> None:
-    for error in on_all(lambda rank, group: trained(recipe(), mh.Strategy(stage=("ddp", "zero1")[rank]), group)):
+    for error in on_all(lambda rank, group: trained(recipe(), mh.Strategy(sharding=("ddp", "zero1")[rank]), group)):
         assert isinstance(error, mh.ConfigError), error
-        assert "don't have the same strategy: they differ in stage" in str(error)
+        assert "don't have the same strategy: they differ in sharding" in str(error)
 
 
 def test_more_workers_than_micro_batches_are_refused() -> None:
@@ -279,9 +279,11 @@ def test_more_workers_than_micro_batches_are_refused() -> None:
         assert "at most 4 workers" in str(error)
 
 
-@pytest.mark.parametrize("stage", ["ddp", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize(("group_kind", "workers"), [("auto", 1), ("auto", 2), ("process", 1)])
-def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(stage: str, group_kind: str, workers: int) -> None:
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(("group_kind", "workers"), [("auto", 1), ("auto", 2), ("distributed", 1)])
+def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(
+    sharding: str, group_kind: str, workers: int
+) -> None:
     def work(rank: int, group: Group | None) -> str:
         poisoned = False
         calls = 0
@@ -294,7 +296,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(stage: str, 
         def micro_batch() -> int:
             return engine.my_micro_batches[(calls - 1) % len(engine.my_micro_batches)]
 
-        strategy = mh.Strategy(stage=stage, group=group_kind)
+        strategy = mh.Strategy(sharding=sharding, transport=group_kind)
         with mh.Engine(recipe(loss=sometimes_poisoned), strategy, group) as engine:
             for batch in engine.batches(1):
                 engine.step(batch)
@@ -310,7 +312,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(stage: str, 
             return engine.digest()
 
     undisturbed = on_all(lambda rank, group: trained(recipe(), mh.Strategy(), group, steps=3), workers=1)
-    found = [work(0, None)] if group_kind == "process" else on_all(work, workers)
+    found = [work(0, None)] if group_kind == "distributed" else on_all(work, workers)
     assert found == undisturbed * workers
 
 

@@ -1,4 +1,5 @@
-"""A checkpoint brings back every bit, in any number of workers and any stage; what isn't whole is refused by name."""
+"""A checkpoint brings back every bit, in any number of workers and any sharding; what isn't whole is refused by
+name."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
 STEPS, SAVED_AT = 4, 2
-STAGES, WORKERS = ("ddp", "zero1", "zero2"), (1, 2, 3)
+SHARDINGS, WORKERS = ("ddp", "zero1", "zero2"), (1, 2, 3)
 
 
-def train(recipe: mh.Recipe, workers: int = 1, stage: str = "zero2", steps: int = STEPS, **files: Any) -> Outcome:
+def train(recipe: mh.Recipe, workers: int = 1, sharding: str = "zero2", steps: int = STEPS, **files: Any) -> Outcome:
     """The run's outcome, the same on all workers."""
-    strategy = mh.Strategy(stage=stage)
+    strategy = mh.Strategy(sharding=sharding)
     outcomes = run_threads(
         workers, lambda group: train_with_engine(recipe, strategy, steps=steps, group=group, **files)
     )
@@ -34,9 +35,9 @@ def train(recipe: mh.Recipe, workers: int = 1, stage: str = "zero2", steps: int 
     return outcomes[0]
 
 
-def saved(recipe: mh.Recipe, folder: Path, workers: int = 1, stage: str = "zero2", at: int = SAVED_AT) -> Path:
+def saved(recipe: mh.Recipe, folder: Path, workers: int = 1, sharding: str = "zero2", at: int = SAVED_AT) -> Path:
     """A checkpoint after some steps."""
-    train(recipe, workers, stage, at, save=folder)
+    train(recipe, workers, sharding, at, save=folder)
     return folder / f"step-{at:08d}"
 
 
@@ -57,9 +58,9 @@ def test_any_number_of_workers_and_any_stage_loads_what_any_other_saved(
 ) -> None:
     recipe = gpt_recipe(precision)
     undisturbed = train(recipe)
-    for stage in STAGES:
-        checkpoint = saved(recipe, tmp_path / stage, workers, stage)
-        for other_workers, other_stage in product(WORKERS, STAGES):
+    for sharding in SHARDINGS:
+        checkpoint = saved(recipe, tmp_path / sharding, workers, sharding)
+        for other_workers, other_stage in product(WORKERS, SHARDINGS):
             assert_resumed(train(recipe, other_workers, other_stage, load=checkpoint), undisturbed)
 
 
@@ -104,14 +105,14 @@ def test_every_optimizers_state_comes_back(tmp_path: Path, optimizer: str) -> No
 def test_owners_change_with_the_workers(tmp_path: Path, optimizer: str) -> None:
     recipe = gpt_recipe("bf16", optimizer=OWNED[optimizer])
     undisturbed = train(recipe)
-    for source, target in zip(product(WORKERS, STAGES), reversed([*product(WORKERS, STAGES)]), strict=True):
+    for source, target in zip(product(WORKERS, SHARDINGS), reversed([*product(WORKERS, SHARDINGS)]), strict=True):
         checkpoint = saved(recipe, tmp_path / f"{source}", *source)
         assert_resumed(train(recipe, *target, load=checkpoint), undisturbed)
 
 
 def test_factors_of_a_matrix_are_saved_whole_by_its_owner_alone(tmp_path: Path) -> None:
-    for workers, stage in ((3, "zero2"), (2, "ddp")):
-        checkpoint = saved(gpt_recipe(optimizer=OWNED["Adafactor"]), tmp_path / stage, workers, stage)
+    for workers, sharding in ((3, "zero2"), (2, "ddp")):
+        checkpoint = saved(gpt_recipe(optimizer=OWNED["Adafactor"]), tmp_path / sharding, workers, sharding)
         pieces = read_manifest(checkpoint).pieces
         found = {piece.name: piece.shape for piece in pieces if piece.kind == "row_var"}
         assert len(found) == len([piece for piece in pieces if piece.kind == "row_var"])
@@ -285,7 +286,7 @@ def test_a_schedule_with_milestones_goes_on_exactly(tmp_path: Path) -> None:
     recipe = gpt_recipe("fp32", schedule=schedule)
     undisturbed = train_with_engine(recipe, mh.Strategy(), steps=6)
     train_with_engine(recipe, mh.Strategy(), steps=2, save=tmp_path)
-    resumed = train_with_engine(recipe, mh.Strategy(stage="ddp"), steps=6, load=tmp_path / "step-00000002")
+    resumed = train_with_engine(recipe, mh.Strategy(sharding="ddp"), steps=6, load=tmp_path / "step-00000002")
     assert resumed.digest == undisturbed.digest
 
 

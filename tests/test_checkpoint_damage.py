@@ -76,7 +76,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
 
     def work(group: Any) -> Originals:
         digests = []
-        with mh.Engine(recipe(), mh.Strategy(stage="zero2"), group=group) as engine:
+        with mh.Engine(recipe(), mh.Strategy(sharding="zero2"), group=group) as engine:
             for batch in engine.batches(3):
                 digests.append(engine.step(batch, digest=True).digest)
                 if engine.step_index <= SAVED:

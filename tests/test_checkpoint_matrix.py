@@ -1,4 +1,4 @@
-"""Any stage, number of workers and home goes on from a checkpoint of any other, to the same bits."""
+"""Any sharding, number of workers and home goes on from a checkpoint of any other, to the same bits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from support.models import GPT_UNITS, gpt_recipe
 from support.threads import run_threads
 from support.training import train_with_engine
 
-WAYS = list(product(("ddp", "zero1", "zero2", "zero3"), (1, 2, 3, 4), ("device", "disk")))
-SAMPLE = [("zero3", 4, "disk"), ("ddp", 3, "device"), ("zero2", 1, "disk"), ("zero3", 2, "device")]
+WAYS = list(product(("ddp", "zero1", "zero2", "zero3"), (1, 2, 3, 4), ("none", "disk")))
+SAMPLE = [("zero3", 4, "disk"), ("ddp", 3, "none"), ("zero2", 1, "disk"), ("zero3", 2, "none")]
 SAVED = 1
 
 
@@ -32,8 +32,8 @@ def digest_after(steps: int) -> str:
 
 
 def strategy(way: tuple[str, int, str], folder: Path) -> mh.Strategy:
-    stage, _, home = way
-    return mh.Strategy(stage=stage, home=home, scratch=str(folder / "scratch"), units=GPT_UNITS)
+    sharding, _, offload = way
+    return mh.Strategy(sharding=sharding, offload=offload, scratch=str(folder / "scratch"), units=GPT_UNITS)
 
 
 def trained(way: tuple[str, int, str], folder: Path, steps: int, load: Path | None = None) -> str:

@@ -20,7 +20,7 @@ from manyhands.comm.group import Group
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.storage import location as addresses
-from manyhands.storage.location import Address, place_of
+from manyhands.storage.location import Address, location_of
 from manyhands.training.run_record import Record
 from support.models import PartlyUsed, gpt_recipe
 from support.s3 import BUCKET, VARIABLES, Network, free_port, running
@@ -68,11 +68,11 @@ def steps_in(folder: str) -> list[int]:
     return [step for step, _ in list_checkpoints(Address(folder))]
 
 
-def saved(folder: str, steps: int = 2, workers: int = 2, stage: str = "zero2", **kinds: Any) -> str:
+def saved(folder: str, steps: int = 2, workers: int = 2, sharding: str = "zero2", **kinds: Any) -> str:
     """A checkpoint there after some steps; its digest."""
 
     def work(group: Group) -> str:
-        with mh.Engine(small_recipe(**kinds), mh.Strategy(stage=stage), group=group) as engine:
+        with mh.Engine(small_recipe(**kinds), mh.Strategy(sharding=sharding), group=group) as engine:
             for batch in engine.batches(steps):
                 engine.step(batch)
             assert str(engine.save(folder)) == f"{folder}/step-{steps:08d}"
@@ -81,11 +81,11 @@ def saved(folder: str, steps: int = 2, workers: int = 2, stage: str = "zero2", *
     return run_threads(workers, work)[0]
 
 
-def loaded(checkpoint: str, workers: int, stage: str) -> str:
+def loaded(checkpoint: str, workers: int, sharding: str) -> str:
     """The digest at the run's end, gone on with from there."""
 
     def work(group: Group) -> str:
-        with mh.Engine(small_recipe(), mh.Strategy(stage=stage), group=group) as engine:
+        with mh.Engine(small_recipe(), mh.Strategy(sharding=sharding), group=group) as engine:
             engine.load(checkpoint)
             for batch in engine.batches(STEPS):
                 engine.step(batch)
@@ -98,8 +98,8 @@ def loaded(checkpoint: str, workers: int, stage: str) -> str:
 def test_any_number_of_workers_loads_what_any_other_saved(folder: str) -> None:
     saved(folder, workers=3)
     undisturbed = train_with_engine(small_recipe(), mh.Strategy(), steps=STEPS).digest
-    for workers, stage in ((1, "ddp"), (2, "zero3")):
-        assert loaded(f"{folder}/step-00000002", workers, stage) == undisturbed
+    for workers, sharding in ((1, "ddp"), (2, "zero3")):
+        assert loaded(f"{folder}/step-00000002", workers, sharding) == undisturbed
     (attempt,) = {piece.file.partition("/")[0] for piece in read_manifest(Address(folder) / "step-00000002").pieces}
     files = ["manifest.json", *(f"{attempt}/worker-{rank}.safetensors" for rank in range(3))]
     assert objects(folder) == sorted(f"step-00000002/{name}" for name in files)
@@ -241,7 +241,7 @@ def test_an_address_that_cannot_be_used_is_told(text: str | Path) -> None:
 
 
 def test_a_local_address_is_a_folder(tmp_path: Path) -> None:
-    assert place_of(f"file://{tmp_path}") == place_of(str(tmp_path)) == tmp_path
+    assert location_of(f"file://{tmp_path}") == location_of(str(tmp_path)) == tmp_path
 
 
 def test_a_network_that_is_gone_is_told_and_the_next_checkpoint_is_tried(

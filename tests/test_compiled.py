@@ -1,4 +1,5 @@
-"""Compiled blocks: one digest for any workers and stages, and one piece of code for every shape, whoever saw which."""
+"""Compiled blocks: one digest for any workers and shardings, and one piece of code for every shape, whoever saw
+which."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from support.training import train_with_engine
 
 WORKER = Path(__file__).parent / "support" / "compiled_worker.py"
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
-SHARDED = mh.Strategy(stage="zero3", group="process", units=UNITS)  # everything is gathered, from itself
+SHARDED = mh.Strategy(sharding="zero3", transport="distributed", units=UNITS)  # everything is gathered, from itself
 
 
 class CompiledByHand(Stack):

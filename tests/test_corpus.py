@@ -39,7 +39,7 @@ from manyhands.corpus.tokenizing import (
     tokenizer_json,
     train_bpe,
 )
-from manyhands.prepare.engines.engine import Engine, InProcess
+from manyhands.prepare.engines.engine import InProcess, JobEngine
 from manyhands.prepare.engines.local import Pool
 from manyhands.prepare.options import Options
 from support.corpus import changed, sentence, vocabulary, write_corpus
@@ -62,7 +62,7 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def made(recipe: Path, out: Path, *overrides: str, engine: Engine | None = None, **options: Any) -> Any:
+def made(recipe: Path, out: Path, *overrides: str, engine: JobEngine | None = None, **options: Any) -> Any:
     how = Options(engine=engine or InProcess(2**30), progress=False, **options)
     return prepare_corpus(read_corpus_recipe(recipe, overrides), out, how)
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from manyhands.errors import WorkerError
-from manyhands.launching.failures import explain
+from manyhands.launching.failures import explain_failure
 from manyhands.members.reports import ERROR_FILE_VARIABLE, Failure, WorkerEnd, read_failure
 
 MEMBER = """
@@ -65,19 +65,19 @@ def test_worker_0_that_was_killed_is_named_by_what_the_others_know(told: Failure
     ends = [WorkerEnd(rank=1, exit_code=1, seconds=5.0, failure=told)]
     if exit_code is not None:
         ends.insert(0, WorkerEnd(rank=0, exit_code=exit_code, seconds=4.9))
-    error = explain(ends)
+    error = explain_failure(ends)
     assert isinstance(error, WorkerError)
     assert error.rank == 0
     assert "worker 0" in error.what
-    assert error.place.step == 3
+    assert error.position.step == 3
 
 
 def test_who_only_knows_that_something_is_gone_is_to_blame_last() -> None:
     gone = Failure.of(WorkerError("a worker failed, and the store with its story is gone"), rank=1, pid=1)
     knows_nobody = WorkerEnd(rank=1, exit_code=1, seconds=4.0, failure=gone)
     for exit_code in (1, -signal.SIGSEGV):
-        error = explain([knows_nobody, WorkerEnd(rank=0, exit_code=exit_code, seconds=5.0)])
+        error = explain_failure([knows_nobody, WorkerEnd(rank=0, exit_code=exit_code, seconds=5.0)])
         assert isinstance(error, WorkerError)
         assert error.rank == 0
-    alone = explain([knows_nobody])
+    alone = explain_failure([knows_nobody])
     assert alone.what == gone.what

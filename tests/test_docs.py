@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support.annotated_tree import BLOCK, annotated_tree
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "manyhands"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,24 +42,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_annotated_tree_is_the_source() -> None:
-    tree = re.search(r"^```text\n(src/manyhands/.*?)^```$", text_of("docs/design.md"), re.MULTILINE | re.DOTALL)
+    tree = BLOCK.search(text_of("docs/design.md"))
     assert tree, "docs/design.md has no annotated tree"
-    listed, folder = [], ""
-    for line in tree[1].splitlines()[1:]:
-        indent, name, says = re.fullmatch(r"( +)(\S+)(?: +(\S.*))?", line).groups()  # type: ignore[union-attr]
-        folder = "" if len(indent) == 2 else folder
-        if name.endswith("/"):
-            folder = name
-        else:
-            listed.append(folder + name)
-        assert says, f"{name}: what is it for?"
-    there = {
-        str(path.relative_to(SOURCE))
-        for path in SOURCE.rglob("*.py")
-        if path.name != "__init__.py" or path.parent == SOURCE
-    }
-    assert set(listed) == there
-    assert len(listed) == len(set(listed))
+    assert tree[0] == annotated_tree(), "run `make tree`"
 
 
 def test_tests_that_documents_name_exist() -> None:

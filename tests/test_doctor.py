@@ -12,8 +12,8 @@ import pytest
 
 import manyhands as mh
 from manyhands.doctor import machines as machine
-from manyhands.doctor.machines import Finding, _numerics, look_at_machine
-from manyhands.doctor.runs import story_of_run
+from manyhands.doctor.machines import Finding, _numerics, check_machine
+from manyhands.doctor.runs import run_history
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.storage.run_lock import run_lock
 from support.models import gpt_recipe
@@ -23,7 +23,7 @@ MAIN = str(Path(machine.__file__).parents[1] / "cli" / "main.py")
 
 
 def verdicts(folder: Path) -> dict[str, Finding]:
-    return {finding.subject: finding for finding in look_at_machine(folder)}
+    return {finding.subject: finding for finding in check_machine(folder)}
 
 
 def test_what_workers_need_is_here(tmp_path: Path) -> None:
@@ -74,17 +74,17 @@ def run_of(folder: Path, *events: tuple[str, dict[str, object]]) -> RunDirectory
     return run
 
 
-BEGAN = ("began", {"step": 0, "source": None, "repeats": 0, "workers": 2, "stage": "zero2"})
+BEGAN = ("began", {"step": 0, "source": None, "repeats": 0, "workers": 2, "sharding": "zero2"})
 FAILED = {"rank": 1, "what": "worker 1 was killed by SIGKILL", "where": "step 3 / update", "hint": "use fewer workers"}
 
 
 def test_a_run_that_failed_for_good(tmp_path: Path) -> None:
-    again = ("began", {"step": 2, "source": "snapshot", "repeats": 1, "workers": 2, "stage": "zero2"})
+    again = ("began", {"step": 2, "source": "snapshot", "repeats": 1, "workers": 2, "sharding": "zero2"})
     run = run_of(
         tmp_path / "run", BEGAN, ("failed", {**FAILED, "restart": 1}), again, ("failed", {**FAILED, "restart": None})
     )
     run.log(1).write_text("one\nout of cheese\n")
-    story = story_of_run(run)
+    story = run_history(run)
     assert story.outcome == "failed"
     assert "worker 1 was killed by SIGKILL" in story.told
     texts = [text for _, text in story.lines]
@@ -102,21 +102,21 @@ def test_a_run_that_failed_for_good(tmp_path: Path) -> None:
 def test_a_run_without_a_last_word(tmp_path: Path, age: float, outcome: str) -> None:
     run = run_of(tmp_path / "run", BEGAN)
     os.utime(run.path / "events.jsonl", (time.time() - age,) * 2)
-    assert story_of_run(run).outcome == outcome
+    assert run_history(run).outcome == outcome
 
 
 def test_a_run_whose_launcher_lives_is_going_on_however_long_it_says_nothing(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", BEGAN)
     with run_lock(run.path):
         os.utime(run.path / "events.jsonl", (time.time() - 3600,) * 2)
-        story = story_of_run(run)
+        story = run_history(run)
         assert story.outcome == "going on"
         assert "wait" in story.advice
         assert "the same command" not in story.advice
     os.utime(run.path / "events.jsonl")
-    assert story_of_run(run).outcome == "killed"
+    assert run_history(run).outcome == "killed"
     (run.path / ".lock").write_text('["another host", 1]')  # whose locks may not be seen here
-    story = story_of_run(run)
+    story = run_history(run)
     assert story.outcome == "perhaps going on"
     assert "wait" in story.advice
 
@@ -125,20 +125,20 @@ def test_checkpoints_are_looked_for_where_they_are(tmp_path: Path) -> None:
     run, elsewhere = RunDirectory(tmp_path / "run"), tmp_path / "elsewhere"
     mh.train(gpt_recipe(), steps=1, run_dir=run.path, checkpoint_dir=elsewhere, show=False)
     run.append_event("failed", **FAILED, restart=None)
-    assert "goes on from step 1" in story_of_run(run).advice
+    assert "goes on from step 1" in run_history(run).advice
     run.write_manifest({}, {}, checkpoints="nosuchstore://bucket/folder")
-    assert "can't be seen from here" in story_of_run(run).advice
+    assert "can't be seen from here" in run_history(run).advice
 
 
 def test_a_run_that_ended(tmp_path: Path) -> None:
-    story = story_of_run(run_of(tmp_path / "run", BEGAN, ("ended", {"step": 5, "digest": "abc"})))
+    story = run_history(run_of(tmp_path / "run", BEGAN, ("ended", {"step": 5, "digest": "abc"})))
     assert (story.outcome, story.advice) == ("ended", "nothing is to be done")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", BEGAN, ("failed", {**FAILED, "restart": None}))
     (run.checkpoints / "step-00000002").mkdir()
-    assert f"remove {run.checkpoints / 'step-00000002'}" in story_of_run(run).advice
+    assert f"remove {run.checkpoints / 'step-00000002'}" in run_history(run).advice
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:

@@ -52,10 +52,10 @@ def test_masters_can_be_written_as_bf16(tmp_path: Path) -> None:
 
 def test_the_bytes_of_an_export_do_not_depend_on_workers_and_stage(tmp_path: Path) -> None:
     found = []
-    for workers, stage in ((1, "ddp"), (2, "zero1"), (3, "zero2")):
-        trained = Trained(gpt_recipe("bf16"), tmp_path / stage / "checkpoints", workers, stage)
-        mh.export(trained.checkpoint, tmp_path / stage / "out", max_shard_size="20KB")
-        found.append(contents(tmp_path / stage / "out"))
+    for workers, sharding in ((1, "ddp"), (2, "zero1"), (3, "zero2")):
+        trained = Trained(gpt_recipe("bf16"), tmp_path / sharding / "checkpoints", workers, sharding)
+        mh.export(trained.checkpoint, tmp_path / sharding / "out", max_shard_size="20KB")
+        found.append(contents(tmp_path / sharding / "out"))
     assert found[0] == found[1] == found[2]
 
 

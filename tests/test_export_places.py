@@ -101,10 +101,15 @@ def test_other_weights_than_the_manifest_says_are_refused(tmp_path: Path) -> Non
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     checkpoint = Trained(gpt_recipe(), tmp_path / "checkpoints").checkpoint
-    (checkpoint / "manifest.json").write_text('{"format": 1, "step": 2}')
-    with pytest.raises(mh.CheckpointError, match="another format") as caught:
-        mh.export(checkpoint.parent, tmp_path / "out")
-    assert (caught.value.expected, caught.value.got) == ("2", "1")
+    for found, hint in (
+        (2, "a development version before 0.1.0 wrote it"),
+        (4, "a newer version of Manyhands wrote it"),
+    ):
+        (checkpoint / "manifest.json").write_text(f'{{"format": {found}, "step": 2}}')
+        with pytest.raises(mh.CheckpointError, match="another format") as caught:
+            mh.export(checkpoint.parent, tmp_path / "out")
+        assert (caught.value.expected, caught.value.got) == ("3", str(found))
+        assert hint in str(caught.value)
 
 
 def taken_file(path: Path) -> None:

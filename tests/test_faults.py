@@ -37,9 +37,9 @@ WHAT = {
 }
 
 
-def training(folder: Path, group: str, restarts: str = "0", workers: str = "2", stage: str = "zero2") -> list[str]:
+def training(folder: Path, group: str, restarts: str = "0", workers: str = "2", sharding: str = "zero2") -> list[str]:
     recipe, run_dir = str(SUPPORT / "faulty.toml"), str(folder / "directory")
-    options = ["--workers", workers, "--group", group, "--stage", stage, "--run-dir", run_dir]
+    options = ["--workers", workers, "--transport", group, "--sharding", sharding, "--run-dir", run_dir]
     return [*MANYHANDS, "train", recipe, *options, "--max-restarts", restarts]
 
 
@@ -115,14 +115,14 @@ class Run:
     [
         ("shared-memory", "kill", ("update",)),
         pytest.param("shared-memory", "stall", ("forward",), marks=pytest.mark.slow),
-        ("process", "kill", ("exchange",)),
+        ("distributed", "kill", ("exchange",)),
         pytest.param("shared-memory", "raise", ("forward", "exchange"), marks=pytest.mark.slow),  # update: see below
         pytest.param("shared-memory", "kill", ("forward", "exchange"), marks=pytest.mark.slow),
         pytest.param("shared-memory", "stall", ("exchange", "update"), marks=pytest.mark.slow),
         pytest.param("shared-memory", "stop", ("forward", "exchange"), marks=pytest.mark.slow),
-        pytest.param("process", "raise", ("exchange",), marks=pytest.mark.slow),
-        pytest.param("process", "stall", ("update",), marks=pytest.mark.slow),
-        pytest.param("process", "stop", ("update",), marks=pytest.mark.slow),
+        pytest.param("distributed", "raise", ("exchange",), marks=pytest.mark.slow),
+        pytest.param("distributed", "stall", ("update",), marks=pytest.mark.slow),
+        pytest.param("distributed", "stop", ("update",), marks=pytest.mark.slow),
     ],
 )
 def test_all_end_and_the_culprit_is_named(tmp_path: Path, group: str, kind: str, places: tuple[str, ...]) -> None:
@@ -136,12 +136,12 @@ def test_all_end_and_the_culprit_is_named(tmp_path: Path, group: str, kind: str,
         ("shared-memory", "stall"),  # worker 0 waits for a place in the ring of gradients, in autograd
         *(
             pytest.param(group, kind, marks=pytest.mark.slow)
-            for group, kind in (("shared-memory", "kill"), ("process", "kill"), ("process", "stall"))
+            for group, kind in (("shared-memory", "kill"), ("distributed", "kill"), ("distributed", "stall"))
         ),
     ],
 )
 def test_so_it_is_in_a_backward_with_sharded_parameters(tmp_path: Path, group: str, kind: str) -> None:
-    check(Run(tmp_path / "run", training(tmp_path / "run", group, stage="zero3"), f"{kind} exchange").wait(), kind)
+    check(Run(tmp_path / "run", training(tmp_path / "run", group, sharding="zero3"), f"{kind} exchange").wait(), kind)
 
 
 def check(run: Run, kind: str, place: str = "exchange") -> None:
@@ -175,7 +175,7 @@ def check(run: Run, kind: str, place: str = "exchange") -> None:
     ],
 )
 def test_a_worker_without_peers_is_watched_by_its_parent(tmp_path: Path, fault: str, told: str) -> None:
-    group = "process" if "stall" in fault else "auto"  # a group of one, or none
+    group = "distributed" if "stall" in fault else "auto"  # a group of one, or none
     run = Run(tmp_path / "run", training(tmp_path / "run", group, workers="1"), fault).wait()
     assert run.process.returncode == 1, run.output
     assert run.seconds < WITHIN_SECONDS + 5, run.output

@@ -25,7 +25,7 @@ STEPS = 3  # from the second on there is the optimizer's state, too, when gradie
 LARGE_BYTES = 1 << 14
 NUMEL = DEPTH * 4 * WIDTH * WIDTH
 UNITS = tuple(f"blocks.{number}" for number in range(DEPTH))
-STAGES = ("ddp", "zero1", "zero2", "zero3")
+SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 
 
 class Stack(nn.Module):
@@ -104,7 +104,7 @@ def peak_bytes(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> in
             engine.group.barrier("memory / control")
             return peak.num_bytes
 
-    if strategy.group == "process":
+    if strategy.transport == "distributed":
         return work(None) - before
     return max(run_threads(workers, work)) - before
 
@@ -144,38 +144,40 @@ def _loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
         peak_bytes(recipe_of(precision), strategy_of("zero3", "disk", tmp_path_factory.mktemp("first")))
 
 
-def strategy_of(stage: str, home: str, scratch: Path, group: str = "auto") -> mh.Strategy:
+def strategy_of(sharding: str, offload: str, scratch: Path, group: str = "auto") -> mh.Strategy:
     """With every block a unit."""
-    return mh.Strategy(stage=stage, home=home, scratch=str(scratch), units=UNITS, group=group)
+    return mh.Strategy(sharding=sharding, offload=offload, scratch=str(scratch), units=UNITS, transport=group)
 
 
 @pytest.mark.parametrize(
-    ("precision", "home"),
+    ("precision", "offload"),
     [
-        ("fp32", "device"),
+        ("fp32", "none"),
         ("bf16", "disk"),
         pytest.param("fp32", "disk", marks=pytest.mark.slow),
-        pytest.param("bf16", "device", marks=pytest.mark.slow),
+        pytest.param("bf16", "none", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow), 4])
-def test_what_is_allocated_was_foreseen(workers: int, stage: str, precision: str, home: str, tmp_path: Path) -> None:
-    check(recipe_of(precision), strategy_of(stage, home, tmp_path), workers)
+def test_what_is_allocated_was_foreseen(
+    workers: int, sharding: str, precision: str, offload: str, tmp_path: Path
+) -> None:
+    check(recipe_of(precision), strategy_of(sharding, offload, tmp_path), workers)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_so_it_is_over_torch_distributed(stage: str, tmp_path: Path) -> None:
-    check(recipe_of("bf16"), strategy_of(stage, "device", tmp_path, "process"))
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_so_it_is_over_torch_distributed(sharding: str, tmp_path: Path) -> None:
+    check(recipe_of("bf16"), strategy_of(sharding, "none", tmp_path, "distributed"))
 
 
-@pytest.mark.parametrize("stage", ["ddp", "zero2"])
-def test_so_it_is_when_gradients_are_clipped(stage: str, tmp_path: Path) -> None:
-    check(recipe_of("bf16", clip_norm=1.0), strategy_of(stage, "device", tmp_path), 2)
+@pytest.mark.parametrize("sharding", ["ddp", "zero2"])
+def test_so_it_is_when_gradients_are_clipped(sharding: str, tmp_path: Path) -> None:
+    check(recipe_of("bf16", clip_norm=1.0), strategy_of(sharding, "none", tmp_path), 2)
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_so_it_is_when_gradients_leave_after_backward(stage: str, tmp_path: Path) -> None:
-    strategy = replace(strategy_of(stage, "device", tmp_path), overlap=False)
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_so_it_is_when_gradients_leave_after_backward(sharding: str, tmp_path: Path) -> None:
+    strategy = replace(strategy_of(sharding, "none", tmp_path), overlap=False)
     check(recipe_of("fp32"), strategy)
     assert foreseen(recipe_of("fp32"), strategy) > 1.1 * foreseen(recipe_of("fp32"), replace(strategy, overlap=True))

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import manyhands as mh
-from manyhands.engine.units.params import GatheredParams
+from manyhands.engine.units.params import OnDemandParams
 from manyhands.errors import NumericsError
 from manyhands.launching.launcher import run_workers
 from support.models import GPT_UNITS, gpt_recipe, muon_and_adamw
 from support.training import train_with_engine
-from test_parity import STAGES, WORKER, job
+from test_parity import SHARDINGS, WORKER, job
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -28,14 +28,14 @@ def digest(recipe: mh.Recipe, strategy: mh.Strategy) -> str:
     return train_with_engine(recipe, strategy, steps=STEPS).digest
 
 
-def placed(stage: str, home: str, scratch: Path, **options: object) -> mh.Strategy:
-    return mh.Strategy(stage=stage, home=home, scratch=str(scratch), units=GPT_UNITS, **options)  # type: ignore[arg-type]
+def placed(sharding: str, offload: str, scratch: Path, **options: object) -> mh.Strategy:
+    return mh.Strategy(sharding=sharding, offload=offload, scratch=str(scratch), units=GPT_UNITS, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stages_give_the_same_bits_twice(precision: str, tmp_path: Path) -> None:
     recipe = gpt_recipe(precision, device="cuda")
-    digests = {digest(recipe, placed(stage, "device", tmp_path)) for stage in STAGES for _ in range(2)}
+    digests = {digest(recipe, placed(sharding, "none", tmp_path)) for sharding in SHARDINGS for _ in range(2)}
     assert len(digests) == 1
 
 
@@ -46,49 +46,49 @@ def test_the_update_on_the_cpu_has_the_same_bits_whatever_is_offloaded(
 ) -> None:
     changes = {} if optimizer == "AdamW" else {"optimizer": muon_and_adamw()}
     recipe = gpt_recipe(precision, device="cuda", **changes)
-    ways = [*product(STAGES, ("host", "disk"), (0, 2)), ("zero3", "host", 1)]
-    digests = {digest(recipe, placed(stage, home, tmp_path, prefetch=ahead)) for stage, home, ahead in ways}
+    ways = [*product(SHARDINGS, ("cpu", "disk"), (0, 2)), ("zero3", "cpu", 1)]
+    digests = {
+        digest(recipe, placed(sharding, offload, tmp_path, unshard_ahead=ahead)) for sharding, offload, ahead in ways
+    }
     assert len(digests) == 1
 
 
 def test_offloaded_parameters_are_gathered_from_pinned_memory(tmp_path: Path) -> None:
     recipe = gpt_recipe("bf16", device="cuda")
-    strategy = placed("zero3", "host", tmp_path, activation_checkpointing=("blocks.*",))
+    strategy = placed("zero3", "cpu", tmp_path, activation_checkpointing=("blocks.*",))
     with mh.Engine(recipe, strategy) as engine:
         for batch in engine.batches(STEPS):
             engine.step(batch)
         for unit in engine.units:
-            assert isinstance(unit.params, GatheredParams)
+            assert isinstance(unit.params, OnDemandParams)
             assert unit.params.kept(unit.shard).is_pinned()
             assert not unit.master.is_cuda
-        assert engine.digest() == digest(recipe, placed("ddp", "host", tmp_path))
+        assert engine.digest() == digest(recipe, placed("ddp", "cpu", tmp_path))
 
 
 def test_a_run_goes_on_at_another_home_only_if_the_update_stays_where_it_is(tmp_path: Path) -> None:
     recipe = gpt_recipe("bf16", device="cuda")
-    for home in ("host", "device"):
-        train_with_engine(recipe, placed("zero2", home, tmp_path), steps=2, save=tmp_path / home)
+    for offload in ("cpu", "none"):
+        train_with_engine(recipe, placed("zero2", offload, tmp_path), steps=2, save=tmp_path / offload)
     resumed = train_with_engine(
-        recipe, placed("zero3", "disk", tmp_path), steps=4, load=tmp_path / "host" / "step-00000002"
+        recipe, placed("zero3", "disk", tmp_path), steps=4, load=tmp_path / "cpu" / "step-00000002"
     )
-    undisturbed = train_with_engine(recipe, placed("ddp", "host", tmp_path), steps=4)
+    undisturbed = train_with_engine(recipe, placed("ddp", "cpu", tmp_path), steps=4)
     assert resumed.digest == undisturbed.digest
     with pytest.raises(NumericsError, match="update differs"):
-        train_with_engine(
-            recipe, placed("zero2", "host", tmp_path), steps=4, load=tmp_path / "device" / "step-00000002"
-        )
+        train_with_engine(recipe, placed("zero2", "cpu", tmp_path), steps=4, load=tmp_path / "none" / "step-00000002")
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_that_share_a_gpu_have_the_bits_of_one(workers: int, tmp_path: Path) -> None:
     jobs = [
-        job(f"{stage} {precision}", precision, stage, device="cuda")
-        for stage, precision in product(STAGES, ("fp32", "bf16"))
+        job(f"{sharding} {precision}", precision, sharding, device="cuda")
+        for sharding, precision in product(SHARDINGS, ("fp32", "bf16"))
     ]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     run_workers(
-        [sys.executable, str(WORKER), str(tmp_path), "process", str(tmp_path / "jobs.json")],
+        [sys.executable, str(WORKER), str(tmp_path), "distributed", str(tmp_path / "jobs.json")],
         workers=workers,
         environment={"PYTHONPATH": os.pathsep.join(paths)},
         log_dir=tmp_path,

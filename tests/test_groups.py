@@ -14,8 +14,8 @@ import torch
 from manyhands.comm.group import Group
 from manyhands.comm.local import LocalGroup
 from manyhands.comm.shared_memory import MAILBOX_BYTES
-from manyhands.comm.watched_group import MembersGroup
-from manyhands.errors import InvariantError, Place, WorkerError
+from manyhands.comm.watched_group import WatchedGroup
+from manyhands.errors import InvariantError, Position, WorkerError
 from manyhands.members.membership import CLOSED, LOST_SECONDS, Peer
 from support.threads import thread_groups
 
@@ -54,7 +54,7 @@ def test_exchange_gives_everyones_piece_of_my_range_in_rank_order(size: int) -> 
         mine = group.empty_contribution(size * 4 + 8, torch.float32)
         for step in range(5):
             mine.local[8:] = torch.arange(size * 4) + 100 * group.rank + 1000 * step
-            exchange = group.exchange(mine, 8, 4, range(size), f"step {step} / unit / grad")
+            exchange = group.all_to_all(mine, 8, 4, range(size), f"step {step} / unit / grad")
             expected = [torch.arange(4.0) + 4 * group.rank + 100 * rank + 1000 * step for rank in range(size)]
             if not all(map(torch.equal, exchange.pieces(), expected)):
                 return False
@@ -70,7 +70,7 @@ def test_only_contributors_give(contributors: list[int]) -> None:
     def work(group: Group) -> list[float]:
         mine = group.empty_contribution(3, torch.bfloat16)
         mine.local.fill_(group.rank + 1)
-        exchange = group.exchange(mine, 0, 1, contributors, "a / grad")
+        exchange = group.all_to_all(mine, 0, 1, contributors, "a / grad")
         found = [float(piece) for piece in exchange.pieces()]
         exchange.release()
         exchange.wait_reusable()
@@ -85,7 +85,7 @@ def test_publish_brings_all_ranges_to_all(size: int) -> None:
         full = group.empty_replicated(size * 3, torch.float32)
         for step in range(4):
             full[group.rank * 3 : group.rank * 3 + 3] = group.rank + 10 * step
-            group.publish(full, f"step {step} / unit / param")()
+            group.all_gather(full, f"step {step} / unit / param")()
             if not torch.equal(full, (torch.arange(size) + 10 * step).repeat_interleave(3).float()):
                 return False
             group.barrier(f"step {step} read / control")
@@ -105,7 +105,9 @@ def test_a_replicated_buffer_is_one_physical_copy() -> None:
 def test_gather_copies_any_size(numel: int) -> None:
     def work(group: Group) -> bool:
         for step in range(3):
-            everyone = group.gather(torch.full((numel,), group.rank + 10 * step, dtype=torch.int32), "x / control")
+            everyone = group.all_gather_small(
+                torch.full((numel,), group.rank + 10 * step, dtype=torch.int32), "x / control"
+            )
             if [int(copy[-1]) for copy in everyone] != [rank + 10 * step for rank in range(3)]:
                 return False
         return True
@@ -116,7 +118,7 @@ def test_gather_copies_any_size(numel: int) -> None:
 def test_the_record_counts_bytes_by_kind() -> None:
     def work(group: Group) -> dict[str, int]:
         mine = group.empty_contribution(4 * 1024, torch.bfloat16)
-        exchange = group.exchange(mine, 0, 1024, range(4), "step 0 / unit / grad")
+        exchange = group.all_to_all(mine, 0, 1024, range(4), "step 0 / unit / grad")
         exchange.pieces()
         exchange.release()
         exchange.wait_reusable()
@@ -130,10 +132,10 @@ def test_a_group_of_one_is_the_identity() -> None:
     group = LocalGroup(torch.device("cpu"))
     mine = group.empty_contribution(5, torch.float32)
     mine.local.copy_(torch.arange(5))
-    (piece,) = group.exchange(mine, 1, 4, [0], "a / grad").pieces()
+    (piece,) = group.all_to_all(mine, 1, 4, [0], "a / grad").pieces()
     assert torch.equal(piece, torch.arange(1.0, 5.0))
     assert piece.data_ptr() == mine.local[1:].data_ptr()
-    assert group.gather(torch.tensor([7]), "b / control")[0].item() == 7
+    assert group.all_gather_small(torch.tensor([7]), "b / control")[0].item() == 7
 
 
 def test_workers_that_take_different_ways_are_told_so() -> None:
@@ -150,7 +152,7 @@ def test_who_makes_a_call_and_leaves_while_another_looks_for_it_is_not_missed() 
     looked, left = threading.Event(), threading.Event()
 
     def work(group: Group) -> None:
-        assert isinstance(group, MembersGroup)
+        assert isinstance(group, WatchedGroup)
         if group.rank == 1:
             assert looked.wait(10)
             group.membership.leave()
@@ -183,23 +185,23 @@ def test_a_worker_that_raises_ends_the_others_naming_itself_and_where_it_was() -
         assert error.rank == 2
         assert "the sky fell" in str(error)
         assert "step 12 / layers.3 / grad" in str(error)
-        assert error.place == Place("step 12 / layers.3 / grad", 12, None)
+        assert error.position == Position("step 12 / layers.3 / grad", 12, None)
 
 
 def test_where_a_worker_is_can_be_read_on_its_board_and_on_another_host_from_its_beat() -> None:
-    def work(group: Group) -> list[Place]:
-        assert isinstance(group, MembersGroup)
+    def work(group: Group) -> list[Position]:
+        assert isinstance(group, WatchedGroup)
         group.status("step 0, micro-batch 0 / data", 0, 0)
         membership = group.membership
         membership._beat(0.0)
         beat = membership._watch_store.get(f"beat/{group.rank}")
         elsewhere = Peer(rank=9, host="b", pid=1, thread=1, stack="", board=None, beat=beat)
-        seen = [membership.board.place, elsewhere.place, replace(elsewhere, beat=CLOSED).place]
+        seen = [membership.board.position, elsewhere.position, replace(elsewhere, beat=CLOSED).position]
         group.status("end / summary")
-        return [*seen, membership.board.place]
+        return [*seen, membership.board.position]
 
-    in_step = Place("step 0, micro-batch 0 / data", 0, 0)
-    assert in_threads(2, work) == [[in_step, in_step, Place(), Place("end / summary")]] * 2
+    in_step = Position("step 0, micro-batch 0 / data", 0, 0)
+    assert in_threads(2, work) == [[in_step, in_step, Position(), Position("end / summary")]] * 2
 
 
 @pytest.mark.parametrize("keeper", ["launcher", "worker 0"])
@@ -209,7 +211,7 @@ def test_a_launcher_on_the_same_host_may_be_held_but_not_a_worker_that_keeps_the
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(keeper == "launcher"))
 
     def work(group: Group) -> str:
-        assert isinstance(group, MembersGroup)
+        assert isinstance(group, WatchedGroup)
         membership = group.membership
         membership._stop.set()
         membership._watcher.join()
@@ -245,5 +247,5 @@ def test_a_worker_that_stalls_is_named_with_its_stack() -> None:
         assert isinstance(error, WorkerError)
         assert error.rank == 1
         assert "step 5, micro-batch 1" in str(error)
-        assert error.place[1:] == (5, 1)
+        assert error.position[1:] == (5, 1)
         assert "in oversleep" in str(error)

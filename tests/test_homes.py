@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import manyhands as mh
-from manyhands.engine.units.params import GatheredParams, HomeParams, WholeParams
+from manyhands.engine.units.params import OffloadedParams, OnDemandParams, ReplicatedParams
 from manyhands.errors import ConfigError, InvariantError
 from manyhands.models.building import BuiltAt
-from manyhands.offload.allocator import DiskHome
+from manyhands.offload.allocator import DiskAllocator
 from manyhands.offload.scratch import check_space, file_system_of, measure_speed
 from oracle import oracle_run
 from support.models import GPT_UNITS, conv_recipe, gpt_recipe
@@ -29,20 +29,22 @@ from support.threads import run_threads
 from support.training import train_with_engine
 
 STEPS = 3
-STAGES = ("ddp", "zero1", "zero2", "zero3")
+SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 
 
-def on_disk(scratch: Path, stage: str = "zero3", **options: Any) -> mh.Strategy:
-    return mh.Strategy(**({"stage": stage, "home": "disk", "scratch": str(scratch), "units": GPT_UNITS} | options))
+def on_disk(scratch: Path, sharding: str = "zero3", **options: Any) -> mh.Strategy:
+    return mh.Strategy(
+        **({"sharding": sharding, "offload": "disk", "scratch": str(scratch), "units": GPT_UNITS} | options)
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow), 3])
-def test_state_on_disk_has_the_oracles_bits(workers: int, stage: str, precision: str, tmp_path: Path) -> None:
+def test_state_on_disk_has_the_oracles_bits(workers: int, sharding: str, precision: str, tmp_path: Path) -> None:
     recipe = gpt_recipe(precision)
     expected = oracle_run(recipe, STEPS).digests[-1]
-    strategy = on_disk(tmp_path, stage)
+    strategy = on_disk(tmp_path, sharding)
     for found in run_threads(workers, lambda group: train_with_engine(recipe, strategy, steps=STEPS, group=group)):
         assert found.digest == expected
     assert os.listdir(tmp_path) == []
@@ -51,7 +53,7 @@ def test_state_on_disk_has_the_oracles_bits(workers: int, stage: str, precision:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_shards_on_disk_have_the_oracles_bits(precision: str, tmp_path: Path) -> None:
     recipe = recipe_of(Odd, precision)
-    strategy = on_disk(tmp_path, group="process", units=UNITS, activation_checkpointing=("blocks.*",))
+    strategy = on_disk(tmp_path, transport="distributed", units=UNITS, activation_checkpointing=("blocks.*",))
     assert train_with_engine(recipe, strategy, steps=STEPS).digest == oracle_run(recipe, STEPS).digests[-1]
 
 
@@ -60,8 +62,8 @@ def test_any_home_goes_on_from_any_other(tmp_path: Path) -> None:
     expected = oracle_run(recipe, 4).digests[-1]
     homes = {
         "disk": on_disk(tmp_path / "scratch"),
-        "device": mh.Strategy(stage="zero1"),
-        "host": mh.Strategy(home="host"),
+        "none": mh.Strategy(sharding="zero1"),
+        "cpu": mh.Strategy(offload="cpu"),
     }
     for name, strategy in homes.items():
         train_with_engine(recipe, strategy, steps=2, save=tmp_path / name)
@@ -76,40 +78,40 @@ def test_what_is_at_the_home_is_what_shall_be(tmp_path: Path) -> None:
         for batch in engine.batches(2):
             engine.step(batch)
         for unit in engine.units:
-            assert isinstance(unit.params, HomeParams)
-            assert engine.home.has(unit.master)
-            assert engine.home.has(unit.params.replicated)
+            assert isinstance(unit.params, OffloadedParams)
+            assert engine.allocator.owns(unit.master)
+            assert engine.allocator.owns(unit.params.replicated)
         for piece, _ in engine.updater.slices:
             moments = [value for value in engine.optimizer.state_of(piece).values() if value.dim()]
             assert len(moments) == 2
-            assert all(engine.home.has(moment) for moment in moments)
+            assert all(engine.allocator.owns(moment) for moment in moments)
 
 
 def test_host_is_the_device_where_that_is_the_cpu() -> None:
     recipe = conv_recipe()
-    with mh.Engine(recipe, mh.Strategy(stage="zero3", home="host")) as engine:
-        assert not any(isinstance(unit.params, GatheredParams) for unit in engine.units)
-        assert all(isinstance(unit.params, WholeParams) for unit in engine.units)
+    with mh.Engine(recipe, mh.Strategy(sharding="zero3", offload="cpu")) as engine:
+        assert not any(isinstance(unit.params, OnDemandParams) for unit in engine.units)
+        assert all(isinstance(unit.params, ReplicatedParams) for unit in engine.units)
 
 
 # - Files
 
 
 def test_a_buffer_survives_leaving_the_memory(tmp_path: Path) -> None:
-    home = DiskHome(tmp_path)
+    allocator = DiskAllocator(tmp_path)
     try:
-        buffers = [home.empty(300_000, torch.float32) for _ in range(3)]
+        buffers = [allocator.empty(300_000, torch.float32) for _ in range(3)]
         for number, buffer in enumerate(buffers):
             assert bool((buffer == 0).all())
             buffer.fill_(number + 1)
-            home.done(buffer)
+            allocator.evict(buffer)
         for number, buffer in enumerate(buffers):
-            home.soon(buffer)
+            allocator.prefetch(buffer)
             assert bool((buffer == number + 1).all())
         with pytest.raises(InvariantError, match="not of this home"):
-            home.done(torch.zeros(10))
+            allocator.evict(torch.zeros(10))
     finally:
-        home.close()
+        allocator.close()
     assert os.listdir(tmp_path) == []
 
 
@@ -117,25 +119,25 @@ def test_what_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     def fails(name: str, *args: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    home = DiskHome(tmp_path)
+    allocator = DiskAllocator(tmp_path)
     try:
-        buffer = home.empty(1000, torch.float32)
+        buffer = allocator.empty(1000, torch.float32)
         monkeypatch.setattr("manyhands.offload.allocator._call", fails)  # a disk that breaks can't be had here
         monkeypatch.setattr("manyhands.offload.allocator.BEHIND_BYTES", 0)
-        home.done(buffer)
+        allocator.evict(buffer)
         with pytest.raises(ConfigError, match="Input/output error") as caught:
-            home.done(buffer)
+            allocator.evict(buffer)
         assert str(tmp_path) in str(caught.value)
     finally:
-        home.close()
+        allocator.close()
 
 
 def test_nothing_is_left_of_a_killed_run(tmp_path: Path) -> None:
     code = f"""
         import os, signal, torch
         from pathlib import Path
-        from manyhands.offload.allocator import DiskHome
-        home = DiskHome(Path({str(tmp_path)!r}))
+        from manyhands.offload.allocator import DiskAllocator
+        home = DiskAllocator(Path({str(tmp_path)!r}))
         home.empty(1000, torch.float32).fill_(1)
         os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -173,7 +175,7 @@ def test_speeds_are_measured(tmp_path: Path) -> None:
 
 
 def test_a_run_has_a_scratch_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = mh.train(gpt_recipe(), steps=2, strategy=mh.Strategy(home="disk"), run_dir=tmp_path / "run")
+    summary = mh.train(gpt_recipe(), steps=2, strategy=mh.Strategy(offload="disk"), run_dir=tmp_path / "run")
     assert summary.digest == oracle_run(gpt_recipe(), 2).digests[-1]
     assert os.listdir(tmp_path / "run" / "scratch") == []
     told = capsys.readouterr()
@@ -200,14 +202,14 @@ class Wide(nn.Module):
 def test_a_model_built_in_files_has_the_same_bits(tmp_path: Path) -> None:
     torch.manual_seed(1)
     expected = Wide()
-    home = DiskHome(tmp_path)
+    allocator = DiskAllocator(tmp_path)
     try:
         torch.manual_seed(1)
-        with BuiltAt(home):
+        with BuiltAt(allocator):
             found = Wide()
         for (name, param), other in zip(found.named_parameters(), expected.parameters(), strict=True):
             assert torch.equal(param, other), name
             assert param.requires_grad
-            assert home.has(param) is (param.nbytes >= 1 << 18), name
+            assert allocator.owns(param) is (param.nbytes >= 1 << 18), name
     finally:
-        home.close()
+        allocator.close()

@@ -77,9 +77,11 @@ def workers_on(host: Host, script: str) -> int:
     return found
 
 
-def digests(folder: Path, found: Sequence[Host], group: str, stages: Sequence[str]) -> list[dict[str, str]]:
-    """Of each worker, by "stage precision": 2 workers on each host train them one after the other."""
-    jobs = [job(f"{stage} {precision}", precision, stage) for stage, precision in product(stages, PRECISIONS)]
+def digests(folder: Path, found: Sequence[Host], group: str, shardings: Sequence[str]) -> list[dict[str, str]]:
+    """Of each worker, by "sharding precision": 2 workers on each host train them one after the other."""
+    jobs = [
+        job(f"{sharding} {precision}", precision, sharding) for sharding, precision in product(shardings, PRECISIONS)
+    ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = torchrun(found, 2, [str(WORKER), str(folder), group, str(folder / "jobs.json")])
     running = Job(folder, found, command, {})
@@ -96,13 +98,13 @@ def test_workers_are_grouped_by_host_where_hosts_have_equally_many() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "stage", "precision"), [(2, "ddp", "bf16"), (3, "zero2", "fp32"), (2, "zero3", "bf16")]
+    ("count", "sharding", "precision"), [(2, "ddp", "bf16"), (3, "zero2", "fp32"), (2, "zero3", "bf16")]
 )
-def test_groups_of_hosts_have_the_oracles_digest(count: int, stage: str, precision: str) -> None:
+def test_groups_of_hosts_have_the_oracles_digest(count: int, sharding: str, precision: str) -> None:
     """With threads that believe to be on several hosts: quicker, and without root."""
 
     def work(group: Group) -> str:
-        strategy = mh.Strategy(stage=stage, units=GPT_UNITS)
+        strategy = mh.Strategy(sharding=sharding, units=GPT_UNITS)
         return train_with_engine(gpt_recipe(precision), strategy, steps=STEPS, group=group).digest
 
     found = run_threads(2 * count, work, makers=host_groups(count, 2))
@@ -160,13 +162,13 @@ def test_every_stage_has_the_oracles_digest_on_several_hosts(tmp_path: Path, cou
 @pytest.mark.slow
 def test_a_host_receives_less_than_it_does_without_groups_of_hosts(tmp_path: Path) -> None:
     received: dict[str, int] = {}
-    for group in ("process", "hierarchical"):
+    for group in ("distributed", "hierarchical"):
         with hosts(2) as found:
             (tmp_path / group).mkdir()
             for each in digests(tmp_path / group, found, group, ("ddp", "zero2", "zero3")):
                 assert each == {name: oracle_digest(name.split()[1]) for name in each}
             received[group] = sum(host.bytes_received for host in found)
-    assert received["hierarchical"] < 0.7 * received["process"]
+    assert received["hierarchical"] < 0.7 * received["distributed"]
 
 
 @needs_hosts

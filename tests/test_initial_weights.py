@@ -22,8 +22,8 @@ from support.real_models import RECIPES
 from support.threads import run_threads
 from support.training import train_with_engine
 
-STAGES = ("ddp", "zero1", "zero2", "zero3")
-HOMES = ("device", "disk")
+SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
+OFFLOADS = ("none", "disk")
 STEPS = 2
 
 
@@ -81,20 +81,20 @@ def from_pretrained(folder: Path) -> nn.Module:
 
 
 PLACES = [
-    pytest.param(stage, home, workers, marks=[] if (index + workers) % 3 == 0 else pytest.mark.slow)
-    for index, (stage, home) in enumerate((stage, home) for home in HOMES for stage in STAGES)
+    pytest.param(sharding, offload, workers, marks=[] if (index + workers) % 3 == 0 else pytest.mark.slow)
+    for index, (sharding, offload) in enumerate((sharding, offload) for offload in OFFLOADS for sharding in SHARDINGS)
     for workers in (1, 2, 3)
 ]
 
 
-@pytest.mark.parametrize(("stage", "home", "workers"), PLACES)
+@pytest.mark.parametrize(("sharding", "offload", "workers"), PLACES)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_folder_of_transformers_gives_the_bits_of_from_pretrained(
-    name: str, stage: str, home: str, workers: int, request: pytest.FixtureRequest, tmp_path: Path
+    name: str, sharding: str, offload: str, workers: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     files = request.getfixturevalue(name)
     recipe = replace(files.recipe, weights=files.folder)
-    assert trained(recipe, workers, stage=stage, home=home, scratch=str(tmp_path)) == files.digest
+    assert trained(recipe, workers, sharding=sharding, offload=offload, scratch=str(tmp_path)) == files.digest
 
 
 class Everything(nn.Module):
@@ -164,8 +164,8 @@ def test_frozen_parameters_and_buffers_come_from_files_too(precision: str, halve
 
     expected = state(everything(precision, with_weights), mh.Strategy())
     recipe = replace(everything(precision), weights=halves)
-    for workers, stage, home in ((1, "ddp", "device"), (2, "zero3", "disk"), (3, "zero2", "device")):
-        strategy = mh.Strategy(stage=stage, home=home, scratch=str(tmp_path))
+    for workers, sharding, offload in ((1, "ddp", "none"), (2, "zero3", "disk"), (3, "zero2", "none")):
+        strategy = mh.Strategy(sharding=sharding, offload=offload, scratch=str(tmp_path))
         for before, *rest in run_threads(workers, lambda group, strategy=strategy: state(recipe, strategy, group)):
             assert rest == list(expected[1:])
             for key, value in expected[0].items():
@@ -249,7 +249,7 @@ def test_adapters_keep_their_initial_values(llama: Pretrained) -> None:
     )
     expected = trained(replace(plain, model=lambda: adapted(from_pretrained(llama.folder))))
     recipe = replace(plain, model=lambda: adapted(plain.model()), weights=weights)
-    assert trained(recipe, 2, stage="zero3") == trained(recipe, 3, stage="ddp") == expected
+    assert trained(recipe, 2, sharding="zero3") == trained(recipe, 3, sharding="ddp") == expected
 
 
 def test_a_large_parameter_that_files_may_lack_has_its_seeded_values(halves: Path, tmp_path: Path) -> None:
@@ -497,10 +497,10 @@ def test_a_worker_that_lacks_a_file_ends_the_others(tmp_path: Path) -> None:
     assert second.startswith("CheckpointError")
 
 
-@pytest.mark.parametrize(("stage", "home", "parts"), [("ddp", "device", 1), ("zero3", "disk", 4)])
-def test_a_worker_reads_what_it_holds(stage: str, home: str, parts: int, halves: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sharding", "offload", "parts"), [("ddp", "none", 1), ("zero3", "disk", 4)])
+def test_a_worker_reads_what_it_holds(sharding: str, offload: str, parts: int, halves: Path, tmp_path: Path) -> None:
     recipe = replace(everything("fp32"), weights=halves, batch=mh.Batch(global_size=8, micro_size=2))
-    strategy = mh.Strategy(stage=stage, home=home, scratch=str(tmp_path))
+    strategy = mh.Strategy(sharding=sharding, offload=offload, scratch=str(tmp_path))
 
     def work(group: Any) -> int:
         with mh.Engine(recipe, strategy, group) as engine:
@@ -511,10 +511,10 @@ def test_a_worker_reads_what_it_holds(stage: str, home: str, parts: int, halves:
     still = {name for name in tensors if name.startswith("still")}
     frozen = sum(tensors[name].nbytes for name in still)
     trained = sum(tensors[name].nbytes for name in tensors) - frozen
-    looked_at = len(tensors) * 2 * 1024  # the first elements of each, by which workers know that they have the same
-    assert sum(read) == pytest.approx(4 / parts * (trained + frozen) + frozen, rel=0.02, abs=4 * looked_at)
+    inspected = len(tensors) * 2 * 1024  # the first elements of each, by which workers know that they have the same
+    assert sum(read) == pytest.approx(4 / parts * (trained + frozen) + frozen, rel=0.02, abs=4 * inspected)
     assert (
-        max(read) <= (trained + frozen) / parts + frozen + looked_at
+        max(read) <= (trained + frozen) / parts + frozen + inspected
     )  # who hashes a frozen parameter reads all of it, in parts
     assert min(read) >= 0.9 * trained / parts
 
@@ -574,11 +574,13 @@ def peak_growth(folder: Path) -> int:
         batch=mh.Batch(global_size=4, micro_size=1),
         weights=folder,
     )
-    with mh.Engine(conv_recipe(), mh.Strategy(stage="zero3", group="process")):  # what is imported and made once
+    with mh.Engine(
+        conv_recipe(), mh.Strategy(sharding="zero3", transport="distributed")
+    ):  # what is imported and made once
         pass
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    with mh.Engine(recipe, mh.Strategy(stage="zero3", group="process")) as engine:
+    with mh.Engine(recipe, mh.Strategy(sharding="zero3", transport="distributed")) as engine:
         assert 60 << 20 < engine.weights_read_bytes < 70 << 20
         return resident_bytes("VmHWM") - before
 

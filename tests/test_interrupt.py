@@ -66,7 +66,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(tmp_path: Path, number: signal
     loaded = mh.load_recipe(RECIPE)
     undisturbed = mh.train(loaded.recipe, steps=STEPS, show=False).digest
     again = subprocess.run(
-        command(folder, "--workers", "1", "--stage", "ddp", "--json"),
+        command(folder, "--workers", "1", "--sharding", "ddp", "--json"),
         capture_output=True,
         text=True,
         timeout=60,

@@ -30,14 +30,14 @@ from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStore
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.launching import rendezvous as far_store
-from manyhands.launching import rendezvous as meeting
-from manyhands.launching.failures import explain
+from manyhands.launching import rendezvous as rendezvous
+from manyhands.launching.failures import explain_failure
 from manyhands.launching.launcher import behind, run_workers
 from manyhands.launching.rendezvous import (
     PORT,
-    FarStore,
-    HostsRendezvous,
-    Meeting,
+    HostsRendezvousHandler,
+    RemoteStore,
+    Rendezvous,
     interface_of,
     own_address,
     parse_endpoint,
@@ -69,23 +69,23 @@ def test_the_way_to_a_host_is_known_before_anything_is_sent() -> None:
 
 
 def test_where_there_is_no_run_nobody_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_REACH_SECONDS", 0.5)
+    monkeypatch.setattr(rendezvous, "_REACH_SECONDS", 0.5)
     with pytest.raises(ConfigError, match="no run can be joined there") as caught:
-        meeting.join("127.0.0.1:9")
+        rendezvous.join_hosts("127.0.0.1:9")
     assert caught.value.where == "127.0.0.1:9"
 
 
 def test_a_culprit_on_another_host_is_named_by_those_who_noticed() -> None:
     lost = WorkerError("worker 2's host has not been heard of for 10 s", rank=2, where="worker 2 (pid 7 on b), step 4")
     ends = [WorkerEnd(rank=0, exit_code=1, seconds=5.0, failure=Failure.of(lost, rank=0, pid=1))]
-    found = explain(ends)
+    found = explain_failure(ends)
     assert isinstance(found, WorkerError)
     assert (found.rank, found.what, found.where) == (2, lost.what, lost.where)
 
 
 def test_workers_that_all_stopped_as_asked_have_not_failed() -> None:
     stopped = Failure.of(Interrupted("stopped after step 3, as asked"), rank=0, pid=1)
-    assert isinstance(explain([WorkerEnd(rank=0, exit_code=1, seconds=5.0, failure=stopped)]), Interrupted)
+    assert isinstance(explain_failure([WorkerEnd(rank=0, exit_code=1, seconds=5.0, failure=stopped)]), Interrupted)
 
 
 def left(*errors: Exception) -> list[WorkerEnd]:
@@ -113,9 +113,9 @@ def test_what_ended_the_run_is_said_where_the_hosts_only_do_not_meet_again() -> 
     assert behind(apart, left(stopped, stopped)).what == stopped.what
 
 
-def alone(port: int, restarts: int = 1) -> Meeting:
+def alone(port: int, restarts: int = 1) -> Rendezvous:
     """Of a run on several hosts, of which there is one."""
-    return Meeting(
+    return Rendezvous(
         host="127.0.0.1", port=port, run=f"run-{port}", least=1, most=1, restarts=restarts, first=True, said={}
     )
 
@@ -124,7 +124,7 @@ def test_a_port_that_is_taken_is_said_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(ConfigError, match="the hosts can't meet at this port") as caught:
-            run_workers([sys.executable, "-c", ""], workers=1, meeting=alone(port))
+            run_workers([sys.executable, "-c", ""], workers=1, rendezvous=alone(port))
     assert caught.value.where == f"127.0.0.1:{port}"
     assert "Address already in use" in str(caught.value.got)
 
@@ -139,7 +139,7 @@ def test_a_stop_is_heard_while_hosts_gather_by_the_thread_that_waits_alone(tmp_p
             stop.signal = signal.SIGTERM
             with ThreadPoolExecutor(1) as other:
                 heartbeats.append(other.submit(rendezvous._look).exception())
-            store = FarStore(HashStore(), rendezvous._look)
+            store = RemoteStore(HashStore(), rendezvous._look)
             info = RendezvousStoreInfo("127.0.0.1", 1)
             return RendezvousInfo(store, 0, 2, info)  # of two hosts, and the other one doesn't come
 
@@ -147,7 +147,7 @@ def test_a_stop_is_heard_while_hosts_gather_by_the_thread_that_waits_alone(tmp_p
             rendezvous._look()  # torch asks the store
             closed.append(True)
 
-    rendezvous = HostsRendezvous.__new__(HostsRendezvous)
+    rendezvous = HostsRendezvousHandler.__new__(HostsRendezvousHandler)
     agent = threading.get_ident()
     rendezvous.__dict__.update(_stop=stop, _handler=Handler(), _first=True, _agent=agent)
     began = time.monotonic()
@@ -171,10 +171,10 @@ def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Monk
     monkeypatch.setattr(far_store, "ANSWER_SECONDS", 1.0)
     with started([sys.executable, "-c", KEEPS_A_STORE]) as keeper:
         assert keeper.stdout is not None
-        near = TCPStore("127.0.0.1", int(keeper.stdout.readline()), is_master=False)
+        intra_host = TCPStore("127.0.0.1", int(keeper.stdout.readline()), is_master=False)
         looks: list[int] = []
-        far = FarStore(near, lambda: looks.append(1))
-        store = PrefixStore("round", PrefixStore("run", far))
+        inter_host = RemoteStore(intra_host, lambda: looks.append(1))
+        store = PrefixStore("round", PrefixStore("run", inter_host))
         store.multi_set(["a", "b"], ["1", "2"])
         assert store.multi_get(["a", "b"]) == [b"1", b"2"]
         assert (store.add("n", 2), store.compare_set("a", "1", "3"), store.get("a")) == (2, b"3", b"3")
@@ -207,7 +207,7 @@ def test_what_a_killed_worker_has_started_is_gone_when_workers_are_started_again
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     command = [sys.executable, "-c", LEAVES_A_CHILD, str(tmp_path / "pid")]
-    run_workers(command, workers=1, meeting=alone(port))
+    run_workers(command, workers=1, rendezvous=alone(port))
     assert (tmp_path / "pid").exists()
 
 
@@ -228,7 +228,18 @@ def can_be_reached(endpoint: str) -> bool:
 def test_who_waits_for_other_hosts_can_be_stopped(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
-    waits = ["train", RECIPE, "--workers", "1", "--hosts", "2", "--meet", endpoint, "--run-dir", str(tmp_path / "run")]
+    waits = [
+        "train",
+        RECIPE,
+        "--workers",
+        "1",
+        "--hosts",
+        "2",
+        "--rendezvous",
+        endpoint,
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     with started([*MANYHANDS, *waits]) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == f"others join this run with: manyhands join {endpoint}\n"
@@ -254,7 +265,7 @@ class Together:
             *recipe,
             "--hosts",
             allowed,
-            "--meet",
+            "--rendezvous",
             f"{first.address}:{PORT}",
             "--run-dir",
             str(folder / "run"),

@@ -12,14 +12,14 @@ from manyhands.members.reports import ERROR_FILE_VARIABLE, PARENT_TELLS_VARIABLE
 ROUNDS = """
 import gc, os, sys
 from torch.distributed import HashStore
-from manyhands.members.exit_hooks import LastWords
+from manyhands.members.exit_hooks import ExitHooks
 from manyhands.members.membership import Membership
 from manyhands.offload.scratch import ProcessArena
 
 first = sys.excepthook
 for _ in range(20):
     membership = Membership(HashStore(), 0, 1, ProcessArena(), stall_seconds=60, abandon=lambda error: None)
-    LastWords(membership)
+    ExitHooks(membership)
     membership.close()
     del membership
 gc.collect()

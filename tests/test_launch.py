@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from manyhands.errors import ConfigError, Interrupted, Place, WorkerError
-from manyhands.launching.failures import explain
+from manyhands.errors import ConfigError, Interrupted, Position, WorkerError
+from manyhands.launching.failures import explain_failure
 from manyhands.launching.function import launch
 from manyhands.launching.launcher import run_workers
 from manyhands.launching.supervision import Stop, started_workers
@@ -348,13 +348,13 @@ def end(rank: int, exit_code: int, *, own: bool = False, notices: int | None = N
     failure = None
     if own or notices is not None:
         failure = Failure(
-            rank=rank, pid=1, kind="K", message=f"said by {rank}", traceback="", culprit=notices, notice=not own
+            rank=rank, pid=1, kind="K", message=f"said by {rank}", traceback="", root_cause=notices, notice=not own
         )
     return WorkerEnd(rank=rank, exit_code=exit_code, seconds=seconds, failure=failure)
 
 
 @pytest.mark.parametrize(
-    ("ends", "culprit"),
+    ("ends", "root_cause"),
     [
         ([end(0, 1, notices=1), end(1, 1, own=True)], 1),
         ([end(0, 1, notices=1), end(1, -signal.SIGSEGV)], 1),
@@ -366,25 +366,25 @@ def end(rank: int, exit_code: int, *, own: bool = False, notices: int | None = N
         ([end(0, -signal.SIGTERM), end(1, 2)], 1),
     ],
 )
-def test_the_culprit(ends: list[WorkerEnd], culprit: int) -> None:
-    error = explain(ends)
+def test_the_culprit(ends: list[WorkerEnd], root_cause: int) -> None:
+    error = explain_failure(ends)
     assert isinstance(error, WorkerError)
-    assert error.rank == culprit
+    assert error.rank == root_cause
 
 
 def test_a_stalled_worker_is_described_by_the_one_that_noticed() -> None:
-    assert explain([end(0, 1, notices=1), end(1, -signal.SIGTERM)]).what == "said by 0"
+    assert explain_failure([end(0, 1, notices=1), end(1, -signal.SIGTERM)]).what == "said by 0"
 
 
 def test_the_place_of_the_culprit_is_known_whoever_told_it(tmp_path: Path) -> None:
-    place, path = Place("step 3, micro-batch 1 / data", 3, 1), tmp_path / "status"
+    place, path = Position("step 3, micro-batch 1 / data", 3, 1), tmp_path / "status"
 
     def told(error: Exception, where: str | None = None) -> Failure | None:
-        account = Failure.of(error, rank=0, pid=1, where=where, place=place if where else Place())
+        account = Failure.of(error, rank=0, pid=1, where=where, position=place if where else Position())
         write_failure(tmp_path / "account", account)
         return read_failure(tmp_path / "account", 0)
 
-    lost = WorkerError("worker 1 ended without a word", rank=1, where="worker 1, step 3", place=place)
+    lost = WorkerError("worker 1 ended without a word", rank=1, where="worker 1, step 3", position=place)
     own, notice, alone = told(ValueError("no"), "worker 0, step 3"), told(lost), told(ValueError("no"))
     status = StatusFile(str(path), 30.0)
     status.enter(place)
@@ -393,17 +393,17 @@ def test_the_place_of_the_culprit_is_known_whoever_told_it(tmp_path: Path) -> No
     for ends, raised in (
         ([WorkerEnd(rank=0, exit_code=1, seconds=0.0, failure=own)], "ValueError: no"),
         ([WorkerEnd(rank=0, exit_code=1, seconds=0.0, failure=notice), end(1, -signal.SIGKILL)], ""),
-        ([WorkerEnd(rank=0, exit_code=-signal.SIGKILL, seconds=0.0, place=read.place)], ""),
-        ([WorkerEnd(rank=0, exit_code=1, seconds=0.0, failure=alone, place=read.place)], "ValueError: no"),
+        ([WorkerEnd(rank=0, exit_code=-signal.SIGKILL, seconds=0.0, position=read.position)], ""),
+        ([WorkerEnd(rank=0, exit_code=1, seconds=0.0, failure=alone, position=read.position)], "ValueError: no"),
     ):
-        error = explain(ends)
+        error = explain_failure(ends)
         assert isinstance(error, WorkerError)
-        assert (error.place, error.raised) == (place, raised)
+        assert (error.position, error.raised) == (place, raised)
     status.close()
     closed = read_status(path)
     assert closed is not None
-    assert closed.place == Place()
+    assert closed.position == Position()
 
 
 def test_workers_that_stopped_when_asked_are_no_failure() -> None:
-    assert isinstance(explain([end(0, 130), end(1, 0)]), Interrupted)
+    assert isinstance(explain_failure([end(0, 130), end(1, 0)]), Interrupted)

@@ -56,12 +56,12 @@ def test_blocks_are_numbered_alike_whatever_the_workers_and_units(layout: Layout
 
 @st.composite
 def owned_layouts(draw: st.DrawFn) -> Layout:
-    """Some units are uncut."""
+    """Some units are unsplittable."""
     cut = draw(layouts())
     params = sorted((slot for unit in cut.units for slot in unit.slots), key=lambda slot: slot.first_block)
-    uncut = draw(st.sets(st.sampled_from([unit.name for unit in cut.units])))
+    unsplittable = draw(st.sets(st.sampled_from([unit.name for unit in cut.units])))
     units = [(unit.name, [slot.name for slot in unit.slots]) for unit in cut.units]
-    return build_layout([(slot.name, slot.numel) for slot in params], units, cut.workers, uncut)
+    return build_layout([(slot.name, slot.numel) for slot in params], units, cut.workers, unsplittable)
 
 
 @given(owned_layouts())
@@ -79,7 +79,7 @@ def test_every_element_has_one_owner_and_uncut_parameters_lie_in_one_shard(layou
                 owners[piece.slot.name].append(rank)
                 numel += piece.in_unit.numel
         assert numel == sum(slot.numel for slot in unit.slots)
-        if unit.uncut:
+        if unit.unsplittable:
             assert all(len(ranks) == 1 for ranks in owners.values())
             assert unit.shard_numel == max(unit.shard(rank).numel for rank in range(layout.workers))
     numbers = sorted(number for rank in range(layout.workers) for number in layout.block_numbers(rank))

@@ -25,11 +25,11 @@ def test_every_pair_of_state_and_event(state: State, event: Event) -> None:
 
 def test_the_error_tells_the_story() -> None:
     life = Lifecycle("blocks.0")
-    life.on(Event.GATHER)
-    life.on(Event.GATHERED)
+    life.on(Event.UNSHARD)
+    life.on(Event.UNSHARDED)
     with pytest.raises(InvariantError) as caught:
         life.on(Event.REDUCED)
-    assert "resting--gather-->gathering gathering--gathered-->ready" in str(caught.value)
+    assert "resting--unshard-->unsharding unsharding--unsharded-->ready" in str(caught.value)
 
 
 def test_abort_leads_to_rest_from_anywhere() -> None:

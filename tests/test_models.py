@@ -1,4 +1,4 @@
-"""Models with something special have the same bits with any number of workers and any stage (workers as threads)."""
+"""Models with something special have the same bits with any number of workers and any sharding (workers as threads)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
 STEPS = 3
-STAGES = ("ddp", "zero1", "zero2", "zero3")
+SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 RECIPES: dict[str, Callable[[str], mh.Recipe]] = {
     "conv": conv_recipe,
     "partly used": partly_used_recipe,
@@ -49,11 +49,11 @@ def assert_same(found: Outcome, expected: Outcome) -> None:
         assert torch.equal(buffer, expected.buffers[name]), name
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", RECIPES)
-def test_the_same_bits_with_one_two_and_three_workers(model: str, precision: str, stage: str) -> None:
-    recipe, strategy = RECIPES[model](precision), mh.Strategy(stage=stage)
+def test_the_same_bits_with_one_two_and_three_workers(model: str, precision: str, sharding: str) -> None:
+    recipe, strategy = RECIPES[model](precision), mh.Strategy(sharding=sharding)
     expected = train_with_engine(recipe, strategy, steps=STEPS)
     assert expected.digest == oracle_run(recipe, STEPS).digests[-1]
     for workers in (2, 3):
@@ -66,8 +66,8 @@ def test_the_same_bits_with_one_two_and_three_workers(model: str, precision: str
 def test_eight_workers_train_the_gpt_to_the_bits_of_one(precision: str, workers: int) -> None:
     recipe = gpt_recipe(precision)
     expected = train_with_engine(recipe, mh.Strategy(), steps=STEPS)
-    for stage in STAGES if workers == 8 else ("zero2",):
-        for found in outcomes(recipe, mh.Strategy(stage=stage, units=GPT_UNITS), workers):
+    for sharding in SHARDINGS if workers == 8 else ("zero2",):
+        for found in outcomes(recipe, mh.Strategy(sharding=sharding, units=GPT_UNITS), workers):
             assert_same(found, expected)
 
 
@@ -145,8 +145,8 @@ def test_two_dtypes_in_one_block_are_two_units_and_both_are_trained() -> None:
         precision="bf16",
     )
 
-    def work(group: Group, stage: str) -> tuple[str, tuple[str, ...]]:
-        with mh.Engine(recipe, mh.Strategy(stage=stage), group=group) as engine:
+    def work(group: Group, sharding: str) -> tuple[str, tuple[str, ...]]:
+        with mh.Engine(recipe, mh.Strategy(sharding=sharding), group=group) as engine:
             before = engine.full_state_dict()
             for batch in engine.batches(2):
                 engine.step(batch)
@@ -156,8 +156,8 @@ def test_two_dtypes_in_one_block_are_two_units_and_both_are_trained() -> None:
     found = {
         outcome
         for workers in (1, 2, 3)
-        for stage in STAGES
-        for outcome in run_threads(workers, lambda group, stage=stage: work(group, stage))  # type: ignore[misc]
+        for sharding in SHARDINGS
+        for outcome in run_threads(workers, lambda group, sharding=sharding: work(group, sharding))  # type: ignore[misc]
     }
     assert len(found) == 1
     ((_, unchanged),) = found

@@ -75,11 +75,11 @@ def test_one_worker_gives_the_oracles_bits(optimizer: str, precision: str, clip_
     assert min(expected.norms) > 0.5  # so that clipping does something
 
 
-@pytest.mark.parametrize("stage", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_hooks_and_stages_change_nothing(precision: str, overlap: bool, stage: str) -> None:
-    agree(gpt_recipe(precision), stage=stage, overlap=overlap, units=("blocks.0", "blocks.1"))
+def test_hooks_and_stages_change_nothing(precision: str, overlap: bool, sharding: str) -> None:
+    agree(gpt_recipe(precision), sharding=sharding, overlap=overlap, units=("blocks.0", "blocks.1"))
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -1,4 +1,5 @@
-"""Optimizers that must see whole parameters run by owner: the bits of torch.optim, with any workers and any stage."""
+"""Optimizers that must see whole parameters run by owner: the bits of torch.optim, with any workers and any
+sharding."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
 STEPS = 2
-STAGES, WORKERS = ("ddp", pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"), (1, 2, 3, 4)
+SHARDINGS, WORKERS = ("ddp", pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"), (1, 2, 3, 4)
 
 
 def assert_bits(recipe: mh.Recipe, expected: OracleRun, workers: int, **strategy: Any) -> None:
@@ -59,22 +60,22 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize(("optimizer", "precision", "clip_norm"), CASES)
 def test_every_stage_and_number_of_workers_gives_the_oracles_bits(
-    optimizer: str, precision: str, clip_norm: float | None, stage: str
+    optimizer: str, precision: str, clip_norm: float | None, sharding: str
 ) -> None:
     recipe, expected = gpt_with(optimizer, precision, clip_norm)
     assert len(set(expected.digests)) == STEPS
     for workers in WORKERS:
-        assert_bits(recipe, expected, workers, stage=stage, units=GPT_UNITS)
+        assert_bits(recipe, expected, workers, sharding=sharding, units=GPT_UNITS)
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+@pytest.mark.parametrize("sharding", ["zero1", "zero3"])
 @pytest.mark.parametrize("optimizer", OWNED)
-def test_state_on_a_disk_changes_nothing(optimizer: str, stage: str, tmp_path: Path) -> None:
+def test_state_on_a_disk_changes_nothing(optimizer: str, sharding: str, tmp_path: Path) -> None:
     recipe, expected = gpt_with(optimizer, "bf16", None)
-    assert_bits(recipe, expected, 2, stage=stage, units=GPT_UNITS, home="disk", scratch=str(tmp_path))
+    assert_bits(recipe, expected, 2, sharding=sharding, units=GPT_UNITS, offload="disk", scratch=str(tmp_path))
 
 
 @pytest.mark.parametrize("optimizer", OWNED)
@@ -133,34 +134,34 @@ class Transposed(nn.Module):
         return self.head(self.wide(tokens).to(self.head.weight.dtype)).float()
 
 
-@pytest.mark.parametrize("stage", ["zero2", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sharding", ["zero2", pytest.param("ddp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("precision", "clip_norm"), [("fp32", 0.5), ("bf16", None)])
 def test_matrices_longer_than_a_run_and_not_contiguous_have_the_same_bits(
-    precision: str, stage: str, clip_norm: float | None
+    precision: str, sharding: str, clip_norm: float | None
 ) -> None:
     recipe = gpt_recipe(precision, model=Transposed, optimizer=muon_for_matrices, clip_norm=clip_norm)
     expected = oracle_run(recipe, 2)
     for workers in (1, 3):
-        assert_bits(recipe, expected, workers, stage=stage)
+        assert_bits(recipe, expected, workers, sharding=sharding)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-def test_a_matrix_without_gradient_is_left_alone(precision: str, stage: str) -> None:
+def test_a_matrix_without_gradient_is_left_alone(precision: str, sharding: str) -> None:
     recipe = partly_used_recipe(precision, optimizer=muon_for_matrices)
     expected, at_first = oracle_run(recipe, STEPS), oracle_run(recipe, 0).params
     assert torch.equal(expected.params["never.weight"], at_first["never.weight"])
     for workers in (1, 3):
-        assert_bits(recipe, expected, workers, stage=stage)
+        assert_bits(recipe, expected, workers, sharding=sharding)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-def test_kernels_of_four_dimensions_and_two_dtypes_have_owners(precision: str, stage: str) -> None:
+def test_kernels_of_four_dimensions_and_two_dtypes_have_owners(precision: str, sharding: str) -> None:
     recipe = conv_recipe(precision, optimizer=OWNED["Adafactor"])
     expected = oracle_run(recipe, STEPS)
     for workers in (1, 2, 3):
-        assert_bits(recipe, expected, workers, stage=stage)
+        assert_bits(recipe, expected, workers, sharding=sharding)
 
 
 class Normalized(torch.optim.Optimizer):
@@ -195,11 +196,11 @@ def test_a_users_own_state_of_any_shape_comes_back(tmp_path: Any) -> None:
     recipe = gpt_recipe(optimizer=lambda named: Normalized([p for _, p in named], 0.1), optimizer_kind="per-parameter")
     expected = oracle_run(recipe, STEPS).digests[-1]
     run_threads(2, lambda group: train_with_engine(recipe, mh.Strategy(), steps=1, group=group, save=tmp_path))
-    for workers, stage in ((1, "ddp"), (3, "zero2")):
+    for workers, sharding in ((1, "ddp"), (3, "zero2")):
 
-        def resume(group: Group, stage: str = stage) -> Outcome:
+        def resume(group: Group, sharding: str = sharding) -> Outcome:
             return train_with_engine(
-                recipe, mh.Strategy(stage=stage), steps=STEPS, group=group, load=tmp_path / "step-00000001"
+                recipe, mh.Strategy(sharding=sharding), steps=STEPS, group=group, load=tmp_path / "step-00000001"
             )
 
         assert {outcome.digest for outcome in run_threads(workers, resume)} == {expected}
@@ -225,11 +226,13 @@ def test_every_optimizer_has_its_schedule() -> None:
 def test_each_worker_has_the_optimizers_state_of_its_own_matrices_only() -> None:
     def work(group: Group) -> set[str]:
         recipe = gpt_recipe(optimizer=OWNED["Muon and AdamW"])
-        with mh.Engine(recipe, mh.Strategy(stage="zero2"), group=group) as engine:
+        with mh.Engine(recipe, mh.Strategy(sharding="zero2"), group=group) as engine:
             for batch in engine.batches(1):
                 engine.step(batch)
             shapes = {name: param.shape for name, param in engine.model.named_parameters()}
-            mine = {piece.name: piece for piece, _ in engine.updater.slices if piece.name in engine.optimizer.uncut}
+            mine = {
+                piece.name: piece for piece, _ in engine.updater.slices if piece.name in engine.optimizer.unsplittable
+            }
             for name, piece in mine.items():
                 assert piece.start == 0
                 assert engine.optimizer.state_of(piece)["momentum_buffer"].shape == shapes[name]

@@ -1,6 +1,8 @@
-"""The promise itself, with real processes: one digest, whatever the stage, the workers, the group, and the way there.
+"""The promise itself, with real processes: one digest, whatever the sharding, the workers, the group, and the way
+there.
 
-Each (workers, group) is started once, because importing torch takes a process seconds: its workers train all stages and
+Each (workers, group) is started once, because importing torch takes a process seconds: its workers train all
+shardings and
 precisions one after the other and leave checkpoints; half of them also go on from the checkpoints of the others.
 """
 
@@ -25,7 +27,7 @@ from support.models import GPT_UNITS, OWNED, gpt_recipe
 from support.training import train_with_engine
 
 STEPS, SAVED_AT = 4, 2
-STAGES, PRECISIONS = ("ddp", "zero1", "zero2", "zero3"), ("fp32", "bf16")
+SHARDINGS, PRECISIONS = ("ddp", "zero1", "zero2", "zero3"), ("fp32", "bf16")
 WORKER = Path(__file__).parent / "support" / "parity_worker.py"
 
 
@@ -52,11 +54,11 @@ class Resume(NamedTuple):
         return f"{self.source} {self.source_stage} to {self.target} {self.target_stage} {self.precision}"
 
 
-SAVING = (Launch(1, "shared-memory"), Launch(2, "process"), Launch(3, "shared-memory"), Launch(4, "process"))
-RESUMING = (Launch(1, "process"), Launch(2, "shared-memory"), Launch(3, "process"), Launch(4, "shared-memory"))
+SAVING = (Launch(1, "shared-memory"), Launch(2, "distributed"), Launch(3, "shared-memory"), Launch(4, "distributed"))
+RESUMING = (Launch(1, "distributed"), Launch(2, "shared-memory"), Launch(3, "distributed"), Launch(4, "shared-memory"))
 HOSTS = (Launch(4, "hierarchical"), Launch(6, "hierarchical"))  # 2 workers each; see also test_hosts.py
 
-SLOW = (Launch(1, "process"), Launch(3, "process"), Launch(4, "shared-memory"), *HOSTS)
+SLOW = (Launch(1, "distributed"), Launch(3, "distributed"), Launch(4, "shared-memory"), *HOSTS)
 
 
 def params(launches: Sequence[Launch]) -> list[Any]:
@@ -65,26 +67,26 @@ def params(launches: Sequence[Launch]) -> list[Any]:
 
 
 def resumes_of(target: Launch) -> list[Resume]:
-    """From every saving launch, in both precisions; over all targets each stage goes on from each other one."""
+    """From every saving launch, in both precisions; over all targets each sharding goes on from each other one."""
     found = []
     for source, precision in product(SAVING, PRECISIONS):
         # (s, t) -> (s + t, s + 2 t) modulo 4 gives every pair once.
         before, after = source.workers + target.workers, source.workers + 2 * target.workers
-        found.append(Resume(source, STAGES[before % 4], target, STAGES[after % 4], precision))
+        found.append(Resume(source, SHARDINGS[before % 4], target, SHARDINGS[after % 4], precision))
     return found
 
 
-def checkpoints(folder: Path, launch: Launch, stage: str, precision: str) -> Path:
+def checkpoints(folder: Path, launch: Launch, sharding: str, precision: str) -> Path:
     """Where a launch leaves its checkpoints."""
-    return folder / f"{launch}-{stage}-{precision}"
+    return folder / f"{launch}-{sharding}-{precision}"
 
 
-def job(name: str, precision: str, stage: str, **changes: Any) -> dict[str, Any]:
+def job(name: str, precision: str, sharding: str, **changes: Any) -> dict[str, Any]:
     """What a worker reads (see parity_worker.py)."""
     return {
         "name": name,
         "precision": precision,
-        "strategy": {"stage": stage},
+        "strategy": {"sharding": sharding},
         "units": GPT_UNITS,
         "steps": STEPS,
         "load": None,
@@ -96,19 +98,19 @@ def job(name: str, precision: str, stage: str, **changes: Any) -> dict[str, Any]
 
 
 OWNED_JOBS = (("ddp", "bf16"), ("zero1", "fp32"), ("zero2", "bf16"))
-"""(stage, precision) in which Muon and AdamW are run together by 2 and by 3 workers."""
+"""(sharding, precision) in which Muon and AdamW are run together by 2 and by 3 workers."""
 
 
 def owned_jobs(launch: Launch, folder: Path) -> list[dict[str, Any]]:
-    """Matrices by owner; the resuming launches go on from those of the other number of workers, in another stage."""
+    """Matrices by owner; the resuming launches go on from those of the other number of workers, in another sharding."""
     jobs = []
-    for index, (stage, precision) in enumerate(OWNED_JOBS):
-        name, left = f"owned {stage} {precision}", checkpoints(folder, launch, f"owned-{stage}", precision)
-        jobs.append(job(name, precision, stage, optimizer="Muon and AdamW", save=str(left)))
+    for index, (sharding, precision) in enumerate(OWNED_JOBS):
+        name, left = f"owned {sharding} {precision}", checkpoints(folder, launch, f"owned-{sharding}", precision)
+        jobs.append(job(name, precision, sharding, optimizer="Muon and AdamW", save=str(left)))
         if launch in RESUMING:
             source = next(other for other in SAVING if other.workers == 5 - launch.workers)
-            load = checkpoints(folder, source, f"owned-{stage}", precision) / f"step-{SAVED_AT:08d}"
-            target = STAGES[(index + 1) % len(STAGES)]
+            load = checkpoints(folder, source, f"owned-{sharding}", precision) / f"step-{SAVED_AT:08d}"
+            target = SHARDINGS[(index + 1) % len(SHARDINGS)]
             jobs.append(job(f"{name} resumed", precision, target, optimizer="Muon and AdamW", load=str(load)))
     return jobs
 
@@ -116,26 +118,26 @@ def owned_jobs(launch: Launch, folder: Path) -> list[dict[str, Any]]:
 def jobs_of(launch: Launch, folder: Path) -> list[dict[str, Any]]:
     """All that the workers of one launch do."""
     jobs = [
-        job(f"{stage} {precision}", precision, stage, save=str(checkpoints(folder, launch, stage, precision)))
-        for stage, precision in product(STAGES, PRECISIONS)
+        job(f"{sharding} {precision}", precision, sharding, save=str(checkpoints(folder, launch, sharding, precision)))
+        for sharding, precision in product(SHARDINGS, PRECISIONS)
     ]
     if launch.workers == 2:
         for precision in PRECISIONS:
             jobs += [
-                job(f"no overlap {precision}", precision, "zero2", strategy={"stage": "zero2", "overlap": False}),
-                job(f"loader {precision}", precision, "ddp", strategy={"stage": "ddp", "loader_workers": 1}),
+                job(f"no overlap {precision}", precision, "zero2", strategy={"sharding": "zero2", "overlap": False}),
+                job(f"loader {precision}", precision, "ddp", strategy={"sharding": "ddp", "loader_workers": 1}),
                 job(f"one unit {precision}", precision, "zero1", units=()),
                 job(
                     f"on a disk {precision}",
                     precision,
                     "zero3",
-                    strategy={"stage": "zero3", "home": "disk", "scratch": str(folder / f"{launch}-scratch")},
+                    strategy={"sharding": "zero3", "offload": "disk", "scratch": str(folder / f"{launch}-scratch")},
                 ),
                 job(
                     f"computed twice {precision}",
                     precision,
                     "zero3",
-                    strategy={"stage": "zero3", "activation_checkpointing": ("blocks.*",)},
+                    strategy={"sharding": "zero3", "activation_checkpointing": ("blocks.*",)},
                 ),
             ]
     if launch.workers in (2, 3):
@@ -207,7 +209,7 @@ def test_one_worker_in_this_process_gives_the_oracles_digest(precision: str) -> 
 
 @pytest.mark.parametrize("launch", params(SAVING + RESUMING + HOSTS))
 def test_every_stage_and_precision_gives_the_oracles_digest(launch: Launch, shared_folder: Path) -> None:
-    names = [(f"{stage} {precision}", precision) for stage, precision in product(STAGES, PRECISIONS)]
+    names = [(f"{sharding} {precision}", precision) for sharding, precision in product(SHARDINGS, PRECISIONS)]
     assert_one_digest(launch, shared_folder, names)
 
 
@@ -235,8 +237,8 @@ def test_resumes_go_between_every_two_stages_worker_counts_and_groups() -> None:
     resumes = [resume for launch in RESUMING for resume in resumes_of(launch)]
     for precision in PRECISIONS:
         some = [resume for resume in resumes if resume.precision == precision]
-        assert {(one.source_stage, one.target_stage) for one in some} == set(product(STAGES, STAGES))
+        assert {(one.source_stage, one.target_stage) for one in some} == set(product(SHARDINGS, SHARDINGS))
         assert {(one.source.workers, one.target.workers) for one in some} == set(product(range(1, 5), range(1, 5)))
         assert {(one.source.group, one.target.group) for one in some} == set(
-            product(("shared-memory", "process"), ("shared-memory", "process"))
+            product(("shared-memory", "distributed"), ("shared-memory", "distributed"))
         )

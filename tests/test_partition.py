@@ -75,15 +75,15 @@ def test_uncut_matrices_are_shared_out_with_little_padding(workers: int, most: f
     with torch.device("meta"):
         model = Decoder()
     numels = {name: param.numel() for name, param in model.named_parameters()}
-    uncut = {name for name, param in model.named_parameters() if param.ndim == 2 and "blocks" in name}
-    plans = plan_units(model, "fp32", uncut=uncut, workers=workers)
+    unsplittable = {name for name, param in model.named_parameters() if param.ndim == 2 and "blocks" in name}
+    plans = plan_units(model, "fp32", unsplittable=unsplittable, workers=workers)
     assert sorted(name for plan in plans for name in plan.params) == sorted(numels)
-    assert all((name in uncut) == plan.uncut for plan in plans for name in plan.params)
-    names = {plan.name for plan in plans if plan.uncut}
+    assert all((name in unsplittable) == plan.unsplittable for plan in plans for name in plan.params)
+    names = {plan.name for plan in plans if plan.unsplittable}
     layout = build_layout(list(numels.items()), [(plan.name, plan.params) for plan in plans], workers, names)
-    padded = sum(unit.padded_numel for unit in layout.units if unit.uncut)
-    assert padded <= (1 + most) * sum(numels[name] for name in uncut)
-    loads = [sum(unit.shard(rank).numel for unit in layout.units if unit.uncut) for rank in range(workers)]
+    padded = sum(unit.padded_numel for unit in layout.units if unit.unsplittable)
+    assert padded <= (1 + most) * sum(numels[name] for name in unsplittable)
+    loads = [sum(unit.shard(rank).numel for unit in layout.units if unit.unsplittable) for rank in range(workers)]
     assert max(loads) <= (1 + most) * sum(loads) / workers
 
 
@@ -91,10 +91,10 @@ def test_a_matrix_larger_than_all_others_travels_with_as_many_as_even_it_out() -
     with torch.device("meta"):
         model = Decoder()
         model.embedding = nn.Embedding(9000, 256)
-    uncut = {name for name, param in model.named_parameters() if param.ndim == 2}
+    unsplittable = {name for name, param in model.named_parameters() if param.ndim == 2}
     numels = {name: param.numel() for name, param in model.named_parameters()}
-    plans = plan_units(model, "fp32", uncut=uncut, workers=2)
-    first = next(plan for plan in plans if plan.uncut)
+    plans = plan_units(model, "fp32", unsplittable=unsplittable, workers=2)
+    first = next(plan for plan in plans if plan.unsplittable)
     assert first.params[0] == "embedding.weight"
     shares = shared_evenly([numels[name] for name in first.params], 2)
     heaviest = max(sum(numels[first.params[index]] for index in share) for share in shares)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from manyhands.comm.group import Exchange, Recorder
-from manyhands.engine.step.reduce import PATIENCE_SECONDS, Patience
+from manyhands.comm.group import AllToAll, Recorder
+from manyhands.engine.step.reduce import PATIENCE_SECONDS, BoundedWait
 
 
-class Late(Exchange):
+class Late(AllToAll):
     """Complete once it was looked at so often; asked for its pieces before, it would wait for good."""
 
     def __init__(self, looks: float) -> None:
@@ -32,7 +32,7 @@ class Late(Exchange):
 
 def test_what_may_never_come_is_awaited_for_less_and_less() -> None:
     recorder, never = Recorder(), Late(float("inf"))
-    patience = Patience(recorder)
+    patience = BoundedWait(recorder)
     for seconds in (PATIENCE_SECONDS, PATIENCE_SECONDS / 10, PATIENCE_SECONDS / 100):
         assert not patience.completes(never)
         assert recorder.take()[1] >= seconds  # it counts as waiting
@@ -40,6 +40,6 @@ def test_what_may_never_come_is_awaited_for_less_and_less() -> None:
 
 
 def test_what_comes_soon_is_awaited() -> None:
-    patience = Patience(Recorder(), 60.0)
+    patience = BoundedWait(Recorder(), 60.0)
     assert patience.completes(Late(20))
     assert patience.seconds == 60.0

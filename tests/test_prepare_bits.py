@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import manyhands as mh
-from manyhands.prepare.engines.engine import Engine
+from manyhands.prepare.engines.engine import JobEngine
 from manyhands.prepare.engines.local import Pool
 from manyhands.prepare.task import Task, TaskResult
 from support.preparing import several_shuffles, write_posts
@@ -47,7 +47,7 @@ def sha256s(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def run(posts: Path, folder: Path, engine: Engine) -> str:
+def run(posts: Path, folder: Path, engine: JobEngine) -> str:
     """The digest; nothing but the output is left."""
     try:
         written = several_shuffles(posts).write(str(folder), engine=engine, progress=False)

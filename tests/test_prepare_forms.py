@@ -15,7 +15,7 @@ import pytest
 
 import manyhands as mh
 from manyhands.prepare.engines.engine import InProcess
-from manyhands.prepare.plan.fingerprint import fingerprint
+from manyhands.prepare.plan.fingerprint import fingerprint_code
 from manyhands.prepare.records.aggregate import MANY
 
 ALONE: dict[str, Any] = {"workers": 0, "progress": False}
@@ -160,10 +160,10 @@ def test_a_changed_class_is_another_job(
     monkeypatch: pytest.MonkeyPatch, kind: type, member: str, other: Callable[..., Any]
 ) -> None:
     made = Adds(1) if kind is Adds else lambda value: (kind, value)
-    before = fingerprint(made)
-    assert fingerprint(made) == before
+    before = fingerprint_code(made)
+    assert fingerprint_code(made) == before
     monkeypatch.setattr(kind, member, other)
-    assert fingerprint(made) != before
+    assert fingerprint_code(made) != before
 
 
 def test_a_changed_module_beside_the_script_is_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +176,6 @@ def test_a_changed_module_beside_the_script_is_another_job(tmp_path: Path, monke
     def uses(value: int) -> Any:
         return module.f(value)
 
-    before = fingerprint(uses)
+    before = fingerprint_code(uses)
     (tmp_path / "beside_the_script.py").write_text("def f(x):\n    return -x\n")
-    assert fingerprint(uses) != before
+    assert fingerprint_code(uses) != before

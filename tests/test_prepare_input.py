@@ -17,7 +17,7 @@ import pytest
 
 import manyhands as mh
 from manyhands.prepare.job.stages import JobFolder
-from manyhands.prepare.plan.fingerprint import fingerprint
+from manyhands.prepare.plan.fingerprint import fingerprint_code
 from manyhands.prepare.plan.plan import Output, make_plan
 from manyhands.prepare.task import runs_path
 
@@ -264,7 +264,7 @@ def test_wrong_options_are_refused() -> None:
 
 
 def test_functions_are_known_by_what_they_do() -> None:
-    program = "from manyhands.prepare.plan.fingerprint import fingerprint as f; "
+    program = "from manyhands.prepare.plan.fingerprint import fingerprint_code as f; "
     program += "k = {}; s = {{'a', 'b', 'c'}}\n{}\nprint(f(g))"
 
     def of(definition: str, value: int = 1) -> str:
@@ -280,4 +280,4 @@ def test_functions_are_known_by_what_they_do() -> None:
     ]
     assert len({first, *others}) == 4
     bound = 3
-    assert fingerprint(lambda x: x + bound) != fingerprint(lambda x: x + first)
+    assert fingerprint_code(lambda x: x + bound) != fingerprint_code(lambda x: x + first)

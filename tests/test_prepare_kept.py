@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import manyhands as mh
-from manyhands.prepare.engines.local import end_kept_pools
+from manyhands.prepare.engines.local import close_persistent_pools
 
 
 @pytest.fixture(autouse=True)
 def no_pools() -> Iterator[None]:
-    end_kept_pools()
+    close_persistent_pools()
     yield
-    end_kept_pools()
+    close_persistent_pools()
 
 
 def pids(folder: Path) -> set[int]:

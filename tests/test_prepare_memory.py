@@ -15,12 +15,12 @@ import pytest
 PROGRAM = """
 import resource, sys
 import manyhands as mh
-from manyhands.prepare.engines.local import end_kept_pools
+from manyhands.prepare.engines.local import close_persistent_pools
 form, source = sys.argv[1:]
 made = mh.Dataset.read(source + "/*.parquet")
 made = made if form == "parquet" else made.map(lambda row: row)  # as Python objects
 written = made.sort_by("k").write(source + "/out-" + form, format=form, workers=2, memory="700MiB", progress=False)
-end_kept_pools()  # children count when they have ended
+close_persistent_pools()  # children count when they have ended
 print(written.records, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
@@ -43,11 +43,11 @@ def test_sorting_takes_no_more_memory_than_it_may(tmp_path: Path, form: str, cou
 HOT = """
 import resource, sys
 import manyhands as mh
-from manyhands.prepare.engines.local import end_kept_pools
+from manyhands.prepare.engines.local import close_persistent_pools
 few = mh.Dataset.from_records([{"k": 1, "n": number} for number in range(3)])
 many = mh.Dataset.read(sys.argv[1]).map(lambda line: {"k": 1, "text": line})
 pairs = few.join(many, on="k").count(workers=1, memory="350MiB", progress=False)
-end_kept_pools()
+close_persistent_pools()
 print(pairs, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 

@@ -1,4 +1,4 @@
-"""Models as users bring them, unchanged, have the same bits with any number of workers and any stage."""
+"""Models as users bring them, unchanged, have the same bits with any number of workers and any sharding."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from support.real_models import RECIPES
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
-STAGES = ("ddp", "zero2", "zero3")
-STRATEGIES = [mh.Strategy(stage=stage, home="disk" if stage == "zero3" else "device") for stage in STAGES]
+SHARDINGS = ("ddp", "zero2", "zero3")
+STRATEGIES = [
+    mh.Strategy(sharding=sharding, offload="disk" if sharding == "zero3" else "none") for sharding in SHARDINGS
+]
 """On the device zero3 would leave parameters in the memory that workers share; from a disk they are gathered."""
 
 WORKERS = (1, 2, 3)
@@ -51,7 +53,7 @@ def run_all(recipe: mh.Recipe, workers: int, strategy: mh.Strategy) -> list[Outc
 def test_a_users_model_has_the_same_bits_with_any_workers_and_stage(name: str, precision: str) -> None:
     needed(name)
     recipe = RECIPES[name](precision)
-    expected = run_all(recipe, 1, mh.Strategy(stage=STAGES[0]))[0]
+    expected = run_all(recipe, 1, mh.Strategy(sharding=SHARDINGS[0]))[0]
     assert len(set(expected.losses)) == STEPS
     for workers in WORKERS:
         for strategy in STRATEGIES:
@@ -122,7 +124,7 @@ def test_a_users_model_has_the_same_bits_in_processes(tmp_path: Path) -> None:
     script = ROOT / "tests" / "support" / "real_model_worker.py"
     command = [sys.executable, "-m", "manyhands.cli.main", "run", "--workers", "2", str(script)]
     done = subprocess.run(
-        [*command, str(tmp_path), "process", STAGES[-1], "gpt2"], capture_output=True, text=True, timeout=120
+        [*command, str(tmp_path), "distributed", SHARDINGS[-1], "gpt2"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("worker-*.json"))]

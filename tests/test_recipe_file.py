@@ -157,7 +157,7 @@ arguments.prompt = "a "
 [collate]
 path = "tiny:collate"
 [strategy]
-stage = "ddp"
+sharding = "ddp"
 units = ["layers.0"]
 stall_seconds = 5
 """
@@ -171,7 +171,7 @@ stall_seconds = 5
     assert schedule.T_max == 20  # type: ignore[attr-defined]
     assert made.sample(model) == "a Net"
     assert made.collate([torch.zeros(1), torch.ones(1)]).tolist() == [[1.0], [2.0]]
-    assert loaded.strategy == Strategy(stage="ddp", units=("layers.0",), stall_seconds=5)
+    assert loaded.strategy == Strategy(sharding="ddp", units=("layers.0",), stall_seconds=5)
 
 
 def test_weights_are_a_path_or_a_table(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +283,8 @@ def test_check_imports_neither_torch_nor_the_users_modules(recipe: Path) -> None
     recipe.with_name("tiny.py").write_text("raise SystemExit('imported')")
     code = (
         "import sys; from manyhands.documents.recipe_file import check_recipe; "
-        f"schema = check_recipe({str(recipe)!r}, ['strategy.stage=zero1']); "
-        "sys.exit('torch' in sys.modules or 'tiny' in sys.modules or schema.strategy.build().stage != 'zero1')"
+        f"schema = check_recipe({str(recipe)!r}, ['strategy.sharding=zero1']); "
+        "sys.exit('torch' in sys.modules or 'tiny' in sys.modules or schema.strategy.build().sharding != 'zero1')"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
@@ -293,7 +293,7 @@ def test_the_text_is_the_recipe_as_used(recipe: Path) -> None:
     loaded = load_recipe(recipe, ["seed=8", "model.arguments.depth=2", 'name=a "b" ü😀'])
     assert tomllib.loads(loaded.text) == loaded.settings
     assert loaded.settings["seed"] == 8
-    assert loaded.settings["strategy"]["stage"] == Strategy.stage
+    assert loaded.settings["strategy"]["sharding"] == Strategy.sharding
     again = recipe.with_name("again.toml")
     again.write_text(loaded.text, encoding="utf-8")
     assert load_recipe(again).settings == loaded.settings
@@ -398,7 +398,11 @@ WRONG_FORM = [
         "micro_size = 2\nvirtual_workers = 3",
         ["recipe.toml:25", "batch.virtual_workers", "a divisor of 4"],
     ),
-    ("[batch]", '[strategy]\nstage = "zero7"\n[batch]', ["recipe.toml:23", "strategy.stage is not known", "zero7"]),
+    (
+        "[batch]",
+        '[strategy]\nsharding = "zero7"\n[batch]',
+        ["recipe.toml:23", "strategy.sharding is not known", "zero7"],
+    ),
     (
         "[batch]",
         "[strategy]\nunits = 3\n[batch]",

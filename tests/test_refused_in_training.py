@@ -17,7 +17,7 @@ from manyhands.comm.group import Group
 from oracle import oracle_run
 from support.threads import run_threads
 from support.training import train_with_engine
-from test_trust_nothing import GATHERED, STAGES, WIDTH, Net, recipe
+from test_trust_nothing import GATHERED, SHARDINGS, WIDTH, Net, recipe
 
 
 class Late(Net):
@@ -198,8 +198,8 @@ def test_a_gradient_from_outside_a_step_is_refused(overlap: bool) -> None:
 
 
 def test_a_parameter_frozen_for_some_steps_has_the_bits_of_plain_pytorch() -> None:
-    def one(group: Group, stage: str, overlap: bool) -> str:
-        with mh.Engine(recipe(Net), mh.Strategy(stage=stage, overlap=overlap), group) as engine:
+    def one(group: Group, sharding: str, overlap: bool) -> str:
+        with mh.Engine(recipe(Net), mh.Strategy(sharding=sharding, overlap=overlap), group) as engine:
             for batch in engine.batches(4):
                 engine.model.first.requires_grad_(engine.step_index not in (1, 2))
                 engine.step(batch)
@@ -217,8 +217,10 @@ def test_a_parameter_frozen_for_some_steps_has_the_bits_of_plain_pytorch() -> No
 
     expected = oracle_run(recipe(FrozenForSome), 4).digests[-1]
     for workers in (1, 2, 3):
-        for stage, overlap in [*((stage, True) for stage in STAGES), (STAGES[-1], False)]:
-            found = run_threads(workers, lambda group, stage=stage, overlap=overlap: one(group, stage, overlap))
+        for sharding, overlap in [*((sharding, True) for sharding in SHARDINGS), (SHARDINGS[-1], False)]:
+            found = run_threads(
+                workers, lambda group, sharding=sharding, overlap=overlap: one(group, sharding, overlap)
+            )
             assert found == [expected] * workers
 
 

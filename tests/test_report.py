@@ -18,7 +18,7 @@ from manyhands.listeners.summary import Summary, figures, render, to_json
 from manyhands.listeners.tensorboard import TensorBoardLog
 from manyhands.listeners.terminal import BytesProgress, TrainingProgress
 
-SECONDS = {"data": 0.01, "compute": 0.6, "exchange": 0.2, "update": 0.1, "waiting": 0.09}
+SECONDS = {"data": 0.01, "compute": 0.6, "communication": 0.2, "update": 0.1, "waiting": 0.09}
 
 
 def step_metrics(step: int, step_seconds: float = 1.0) -> StepMetrics:
@@ -41,8 +41,8 @@ def summary(**changes: Any) -> Summary:
         **figures([step_metrics(step, 9.0 if step == 0 else 1.0) for step in range(5)])._asdict(),
         "peak_memory_bytes_per_worker": [1191 * MIB, 1187 * MIB],
         "workers": 2,
-        "stage": "zero2",
-        "group": "shared-memory",
+        "sharding": "zero2",
+        "transport": "shared-memory",
         "precision": "bf16",
         "parameters": 69_400_000,
         "sample": "To be, [bold]or not[/] to be",
@@ -139,7 +139,8 @@ def test_the_stacked_bar_has_one_length_and_unknown_phases_are_shown() -> None:
 
 def test_the_json_has_the_figures_and_is_strict() -> None:
     value = to_json(summary(last_loss=math.nan))
-    keys = "digest steps loss workers stage group tokens_per_second step_seconds_median peak_memory_bytes_per_worker"
+    keys = "digest steps loss workers sharding transport tokens_per_second step_seconds_median"
+    keys += " peak_memory_bytes_per_worker"
     assert set(keys.split()) <= set(value)
     assert value["loss"] is None
     assert json.loads(json.dumps(value, allow_nan=False)) == value

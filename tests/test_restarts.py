@@ -10,7 +10,7 @@ import typer
 
 import faults
 from manyhands.cli.workers import Bounds, bounds, workers_for
-from manyhands.errors import DataError, Place, WorkerError
+from manyhands.errors import DataError, Position, WorkerError
 from manyhands.launching.failures import Restart, run_again
 from manyhands.listeners.run_directory import RunDirectory
 from test_faults import Run, training
@@ -18,7 +18,7 @@ from test_faults import Run, training
 
 def failed(step: int | None = 4, micro_batch: int | None = None, raised: str = "") -> WorkerError:
     what = f"worker 1 failed: {raised}" if raised else "worker 1 was killed by SIGKILL"
-    error = WorkerError(what, rank=1, where="worker 1, somewhere", place=Place("somewhere", step, micro_batch))
+    error = WorkerError(what, rank=1, where="worker 1, somewhere", position=Position("somewhere", step, micro_batch))
     error.raised = raised
     return error
 
@@ -122,7 +122,7 @@ def test_the_samples_of_a_worker_that_was_killed_too_often_are_named() -> None:
     with pytest.raises(WorkerError) as caught:
         Launches((failed(4, 2), 0)).again(most=0)
     assert caught.value.where == "worker 1, somewhere, samples of 4, 2"
-    assert caught.value.place == Place("somewhere", 4, 2)
+    assert caught.value.position == Position("somewhere", 4, 2)
 
 
 def test_what_a_person_must_mend_is_raised_at_once() -> None:
@@ -214,7 +214,7 @@ def test_a_micro_batch_that_always_fails_is_named_with_its_samples(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1001, 7, 8])
 def test_random_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """The short form of `make faults`: commands with other workers, stages and groups go on after each other."""
+    """The short form of `make faults`: commands with other workers, shardings and groups go on after each other."""
     monkeypatch.setenv("PYTHONPATH", "")
     expected = faults.undisturbed(tmp_path)
     (tmp_path / str(seed)).mkdir()

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from manyhands.comm.group import Exchange, Group
+from manyhands.comm.group import AllToAll, Group
 from manyhands.engine.units.gradients import IN_FLIGHT, Ring, RingGradients
 from manyhands.layout import BLOCK, build_layout
 from support.threads import run_threads
@@ -33,7 +33,7 @@ class Worker:
         ring = Ring(group, max(unit.padded_numel for unit in self.units), torch.float32, UNITS)
         self.in_ring = {slot.local.data_ptr() for slot in ring.slots}
         self.gradients = [RingGradients(group, unit, torch.float32, ring, n) for n, unit in enumerate(self.units)]
-        self.in_flight: list[tuple[int, Exchange]] = []
+        self.in_flight: list[tuple[int, AllToAll]] = []
 
     def round(self, arrivals: tuple[int, ...], delay: float) -> None:
         for each in self.gradients:
@@ -93,7 +93,7 @@ def test_everyone_reads_what_was_given(arrivals: tuple[int, ...], late: int | No
 def test_waiting_for_a_place_counts_as_waiting() -> None:
     def work(group: Group) -> float:
         contribution = group.empty_contribution(SIZE, torch.float32)
-        exchange = group.exchange(contribution, 0, 1, range(SIZE), "step 0 / a / grad")
+        exchange = group.all_to_all(contribution, 0, 1, range(SIZE), "step 0 / a / grad")
         exchange.pieces()
         group.recorder.take()
         time.sleep(0.3 if group.rank == 1 else 0.0)

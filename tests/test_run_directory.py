@@ -37,7 +37,7 @@ def step_metrics(step: int, loss: float = 1.5) -> StepMetrics:
         gradient_norm=0.1,
         learning_rates=(3e-4, 0.1),
         step_seconds=0.5,
-        seconds={"compute": 0.4, "exchange": 0.1},
+        seconds={"compute": 0.4, "communication": 0.1},
         bytes_moved={"grad": 1024},
         digest="ab" * 32 if step % 2 else None,
     )
@@ -49,7 +49,7 @@ def make_model() -> nn.Module:
 
 def started(path: Path) -> RunDirectory:
     run = RunDirectory(path)
-    run.write_manifest({"torch": torch.__version__}, Strategy(stage="zero1"), seed=3)
+    run.write_manifest({"torch": torch.__version__}, Strategy(sharding="zero1"), seed=3)
     return run
 
 
@@ -67,15 +67,15 @@ def test_the_manifest_keeps_the_time_of_creation(tmp_path: Path, monkeypatch: py
     run = started(tmp_path)
     first = run.read_manifest()
     assert first["numerics"] == {"torch": torch.__version__}
-    assert first["strategy"]["stage"] == "zero1"
+    assert first["strategy"]["sharding"] == "zero1"
     assert first["seed"] == 3
     assert {"python", "torch", "numpy", "manyhands", "platform"} <= set(first["versions"])
     write_json(run.path / "manifest.json", {**first, "created_at": "2001-01-01T00:00:00+00:00"})
-    run.write_manifest({}, {"stage": "ddp"})
+    run.write_manifest({}, {"sharding": "ddp"})
     again = RunDirectory.open_existing(tmp_path).read_manifest()
     assert again["created_at"].startswith("2001")
     assert again["updated_at"] >= first["updated_at"]
-    assert again["strategy"] == {"stage": "ddp"}
+    assert again["strategy"] == {"sharding": "ddp"}
 
 
 def test_a_recipe_is_described(tmp_path: Path) -> None:
@@ -182,6 +182,20 @@ def test_runs_are_taken_up_again_also_with_notes_in_them_and_unfinished_ones(tmp
     unfinished.append_metrics(step_metrics(0))
     (tmp_path / "b" / ".manifest.json.77.tmp").touch()
     RunDirectory(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("found", "writer"), [(1, "a development version before 0.1.0"), (3, "a newer version")])
+def test_a_directory_of_another_format_is_refused(found: int, writer: str, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.write_manifest({}, {})
+    manifest = run.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("manyhands run 2", f"manyhands run {found}"))
+    before = manifest.read_bytes()
+    for use in (RunDirectory, RunDirectory.open_existing):
+        with pytest.raises(ConfigError, match="the run directory has another format") as caught:
+            use(run.path)
+        assert writer in str(caught.value)
+    assert manifest.read_bytes() == before
 
 
 def test_readers_are_told_what_is_wrong(tmp_path: Path) -> None:

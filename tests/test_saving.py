@@ -41,9 +41,9 @@ def full_disk() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("stage", ["ddp", "zero3"])
+@pytest.mark.parametrize("sharding", ["ddp", "zero3"])
 def test_what_is_saved_is_the_state_when_it_began(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, stage: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, sharding: str
 ) -> None:
     go_on = threading.Event()
     write_pieces = save.write_pieces
@@ -55,7 +55,7 @@ def test_what_is_saved_is_the_state_when_it_began(
     monkeypatch.setattr(save, "write_pieces", late)
 
     def work(group: Group) -> str:
-        with mh.Engine(gpt_recipe("bf16"), mh.Strategy(stage=stage), group=group) as engine:
+        with mh.Engine(gpt_recipe("bf16"), mh.Strategy(sharding=sharding), group=group) as engine:
             for batch in engine.batches(STEPS):
                 engine.step(batch)
                 if engine.step_index == 2:

@@ -16,7 +16,7 @@ import pytest
 import manyhands as mh
 from manyhands.checkpoint import snapshot
 from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE, SnapshotMemory, Training, take_snapshot
-from manyhands.cli.workers import KeptSnapshots
+from manyhands.cli.workers import SnapshotStore
 from manyhands.comm.group import Group
 from manyhands.launching.launcher import run_workers
 from manyhands.listeners.run_directory import RunDirectory
@@ -39,7 +39,7 @@ def memory() -> Iterator[SnapshotMemory]:
 def train(
     recipe: mh.Recipe,
     workers: int,
-    stage: str,
+    sharding: str,
     memory: SnapshotMemory,
     *,
     taken: tuple[int, ...] = (),
@@ -49,7 +49,7 @@ def train(
 
     def work(group: Group) -> str:
         mine = SnapshotMemory.at(memory.address())
-        with mh.Engine(recipe, mh.Strategy(stage=stage), group) as engine:
+        with mh.Engine(recipe, mh.Strategy(sharding=sharding), group) as engine:
             if load:
                 engine.load_snapshot(mine)
             for batch in engine.batches(STEPS):
@@ -67,8 +67,8 @@ def test_any_number_of_workers_goes_on_from_it(memory: SnapshotMemory, recipe_of
     recipe = recipe_of(precision)  # type: ignore[operator]
     undisturbed = train(recipe, 1, "ddp", memory)
     assert train(recipe, 2, "zero2", memory, taken=(1, 2)) == undisturbed
-    for workers, stage in ((3, "ddp"), (1, "zero1"), (2, "zero3")):
-        assert train(recipe, workers, stage, memory, load=True) == undisturbed
+    for workers, sharding in ((3, "ddp"), (1, "zero1"), (2, "zero3")):
+        assert train(recipe, workers, sharding, memory, load=True) == undisturbed
         newest = memory.newest()
         assert newest is not None
         assert newest.manifest.step == 2
@@ -155,7 +155,7 @@ def test_what_one_training_left_is_none_of_the_next_ones(kept: SnapshotMemory, t
     newest = kept.newest()
     assert newest is not None
     assert (newest.of.number, newest.manifest.step) == (2, 2)  # more than (0, 3): the script came further
-    assert KeptSnapshots(kept, None).newest_step() == (2, 2)
+    assert SnapshotStore(kept, None).newest_step() == (2, 2)
     mh.train(replace(recipe, seed=5), steps=2, show=False)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from manyhands.engine.step.sums import Adder, Scratch, ShardSum
 from manyhands.layout import Range
 from manyhands.numerics.order import OrderedSum
-from manyhands.offload.allocator import Home
+from manyhands.offload.allocator import Allocator
 
 NUMEL, RUN, DIVISOR = 48, 16, 3.0
 
@@ -31,11 +31,11 @@ def test_a_shards_sum_is_the_defined_one_and_leaves_its_pieces_alone(
     monkeypatch.setattr("manyhands.engine.step.sums.PASS", 20)
     generator = torch.Generator().manual_seed(virtual_workers)
     pieces = [torch.randn(NUMEL, generator=generator).to(dtype) for _ in range(virtual_workers * accumulate)]
-    home = Home(torch.device("cpu"))
+    allocator = Allocator(torch.device("cpu"))
     for early in range(len(pieces) + 1):  # so many are added in earlier rounds, the others in the update
         given = [piece.clone() for piece in pieces]
-        run = Scratch(RUN, home)
-        sums = ShardSum(accumulate, Adder(home.device), Scratch(NUMEL, home), run)
+        run = Scratch(RUN, allocator)
+        sums = ShardSum(accumulate, Adder(allocator.device), Scratch(NUMEL, allocator), run)
         for workers in (given[: early // 2], given[early // 2 : early]):
             sums.add(workers)
         for piece in given[early:]:
@@ -49,9 +49,9 @@ def test_a_shards_sum_is_the_defined_one_and_leaves_its_pieces_alone(
 
 
 def test_where_the_total_goes_is_used_again_for_what_is_added_after_it() -> None:
-    home = Home(torch.device("cpu"))
-    run = Scratch(RUN, home)
-    sums = ShardSum(1, Adder(home.device), Scratch(RUN, home), run)
+    allocator = Allocator(torch.device("cpu"))
+    run = Scratch(RUN, allocator)
+    sums = ShardSum(1, Adder(allocator.device), Scratch(RUN, allocator), run)
     for number in range(10):  # of five workers' two rounds; the sum of 7 and 8 goes into that of those before it
         piece = torch.full((RUN,), float(number), dtype=torch.bfloat16)
         sums.add([piece]) if number < 5 else sums.keep(piece)
@@ -61,10 +61,10 @@ def test_where_the_total_goes_is_used_again_for_what_is_added_after_it() -> None
 
 
 def test_one_piece_of_fp32_is_read_where_it_is_and_two_are_added_where_the_total_goes() -> None:
-    home = Home(torch.device("cpu"))
+    allocator = Allocator(torch.device("cpu"))
     for count, buffers in ((1, 0), (2, 0), (3, 0), (4, 1), (8, 2)):
-        run = Scratch(RUN, home)
-        sums = ShardSum(1, Adder(home.device), Scratch(NUMEL, home), run)
+        run = Scratch(RUN, allocator)
+        sums = ShardSum(1, Adder(allocator.device), Scratch(NUMEL, allocator), run)
         for _ in range(count):
             sums.keep(torch.ones(RUN))
         sums.total(Range(0, RUN), 1.0, torch.empty(RUN))

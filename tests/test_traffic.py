@@ -12,9 +12,9 @@ from support.models import gpt_recipe
 from support.threads import run_threads
 
 
-def one_step(group: Group, recipe: mh.Recipe, stage: str) -> tuple[mh.StepMetrics, int, int, int]:
+def one_step(group: Group, recipe: mh.Recipe, sharding: str) -> tuple[mh.StepMetrics, int, int, int]:
     """A second step's metrics, the elements of all units, those of my shards, and the bytes of sums in flight."""
-    with mh.Engine(recipe, mh.Strategy(stage=stage), group=group) as engine:
+    with mh.Engine(recipe, mh.Strategy(sharding=sharding), group=group) as engine:
         for batch in engine.batches(2):
             metrics = engine.step(batch)
         padded = sum(unit.layout.padded_numel for unit in engine.units)
@@ -59,8 +59,8 @@ def test_optimizer_state_is_sharded_as_the_stage_says() -> None:
     recipe = gpt_recipe("fp32")
     held: dict[str, list[int]] = {}
 
-    def count(group: Group, stage: str) -> int:
-        with mh.Engine(recipe, mh.Strategy(stage=stage), group=group) as engine:
+    def count(group: Group, sharding: str) -> int:
+        with mh.Engine(recipe, mh.Strategy(sharding=sharding), group=group) as engine:
             for batch in engine.batches(1):
                 engine.step(batch)
             return sum(
@@ -70,19 +70,19 @@ def test_optimizer_state_is_sharded_as_the_stage_says() -> None:
                 if isinstance(value, torch.Tensor) and value.dim()
             )
 
-    for stage in ("ddp", "zero1", "zero2", "zero3"):
-        held[stage] = run_threads(3, lambda group, stage=stage: count(group, stage))  # type: ignore[misc]
+    for sharding in ("ddp", "zero1", "zero2", "zero3"):
+        held[sharding] = run_threads(3, lambda group, sharding=sharding: count(group, sharding))  # type: ignore[misc]
     parameters = sum(param.numel() for param in recipe.model().parameters())
     assert held["ddp"] == [2 * parameters] * 3
-    for stage in ("zero1", "zero2", "zero3"):
-        assert sum(held[stage]) == 2 * parameters
-        assert max(held[stage]) < parameters
+    for sharding in ("zero1", "zero2", "zero3"):
+        assert sum(held[sharding]) == 2 * parameters
+        assert max(held[sharding]) < parameters
 
 
-@pytest.mark.parametrize("stage", ["ddp", "zero1", "zero2", "zero3"])
-def test_what_travels_over_torch_distributed_goes_through_the_same_buffers_in_every_step(stage: str) -> None:
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "zero2", "zero3"])
+def test_what_travels_over_torch_distributed_goes_through_the_same_buffers_in_every_step(sharding: str) -> None:
     held = []
-    with mh.Engine(gpt_recipe("bf16"), mh.Strategy(stage=stage, group="process")) as engine:
+    with mh.Engine(gpt_recipe("bf16"), mh.Strategy(sharding=sharding, transport="distributed")) as engine:
         for batch in engine.batches(4):
             engine.step(batch)
             held.append(engine.group._pool.num_bytes)  # type: ignore[attr-defined]

@@ -19,8 +19,8 @@ from manyhands.comm.group import Group
 from oracle import oracle_run
 from support.threads import run_threads
 
-STAGES = ("ddp", "zero2", "zero3")
-GATHERED = mh.Strategy(stage="zero3", home="disk")
+SHARDINGS = ("ddp", "zero2", "zero3")
+GATHERED = mh.Strategy(sharding="zero3", offload="disk")
 """With it parameters are gathered and released; else zero3 leaves them where they are, as they are in shared memory."""
 WIDTH = 8
 SAMPLES = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(index)) for index in range(24)]
@@ -269,7 +269,11 @@ def test_it_has_the_same_bits(case: str) -> None:
     if case in AS_PLAIN:
         assert digest == oracle_run(recipe(AS_PLAIN[case]), 3).digests[-1]
     for workers in (1, 2, 3):
-        for strategy in [*(mh.Strategy(stage=stage) for stage in STAGES), GATHERED, mh.Strategy(overlap=False)]:
+        for strategy in [
+            *(mh.Strategy(sharding=sharding) for sharding in SHARDINGS),
+            GATHERED,
+            mh.Strategy(overlap=False),
+        ]:
             for found, its_state in run_threads(workers, lambda group, strategy=strategy: one(group, strategy)):
                 assert found == digest
                 for name, value in state.items():

@@ -12,14 +12,14 @@ import sys
 import torch
 from torch import nn
 import manyhands as mh
-from manyhands.models import products, uncompiled
+from manyhands.models import bf16_products, compiling
 
-products.bf16_instructions = lambda: ""
+bf16_products.bf16_instructions = lambda: ""
 
 def is_loaded():
     return "torch._dynamo.eval_frame" in sys.modules
 
-def train(group="auto"):
+def train(transport="auto"):
     recipe = mh.Recipe(
         model=lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
         loss=lambda model, rows: model(rows.bfloat16()).float().square().mean(),
@@ -32,7 +32,7 @@ def train(group="auto"):
         batch=mh.Batch(global_size=4, micro_size=2),
         precision="bf16",
     )
-    with mh.Engine(recipe, mh.Strategy(stage="zero3", group=group)) as engine:
+    with mh.Engine(recipe, mh.Strategy(sharding="zero3", transport=transport)) as engine:
         for batch in engine.batches(2):
             engine.step(batch)
         return engine.digest()
@@ -49,7 +49,7 @@ def test_training_loads_no_compiler() -> None:
 
 
 def test_nor_does_another_beginning_of_torch_distributed() -> None:
-    run("train('process'); train('process'); assert not is_loaded()")
+    run("train('distributed'); train('distributed'); assert not is_loaded()")
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_the_digest_is_that_with_the_compiler_there() -> None:
 def test_who_wants_it_gets_it(wants: str) -> None:
     run(
         "train(); assert not is_loaded();"
-        f"{wants}; assert is_loaded(); assert not isinstance(torch._dynamo, uncompiled._StandIn);"
+        f"{wants}; assert is_loaded(); assert not isinstance(torch._dynamo, compiling._StandIn);"
         "assert sys.modules['torch._dynamo'] is torch._dynamo"
     )
 
@@ -101,7 +101,7 @@ def test_models_compile_themselves_where_products_are_in_fp32() -> None:
         "train()\n"
         "compiled = torch.compile(lambda x, w: torch.relu(x @ w).sin())\n"
         "x, w = torch.randn(8, 8).bfloat16(), torch.randn(8, 8).bfloat16().requires_grad_()\n"
-        "with products.bf16_products_in_fp32():\n"
+        "with bf16_products.bf16_products_in_fp32():\n"
         "    result = compiled(x, w)\n"
         "    result.sum().backward()\n"
         "assert torch.allclose(result.float(), torch.relu(x.float() @ w.float()).sin(), atol=0.05)\n"
@@ -112,6 +112,6 @@ def test_models_compile_themselves_where_products_are_in_fp32() -> None:
 @pytest.mark.slow
 def test_one_that_is_loaded_already_stays() -> None:
     run(
-        "import torch._dynamo; real = sys.modules['torch._dynamo']; uncompiled.keep_compiler_away();"
+        "import torch._dynamo; real = sys.modules['torch._dynamo']; compiling.avoid_compiler_import();"
         "assert sys.modules['torch._dynamo'] is real"
     )

@@ -22,7 +22,7 @@ SCRIPTS = {
     "torchrun": (2, [*TORCHRUN, SCRIPT]),
 }
 THE_SAME = ("digest", "first_loss", "last_loss", "steps", "sample")
-KEYS = "digest steps loss workers stage group tokens_per_second step_seconds_median peak_memory_bytes_per_worker"
+KEYS = "digest steps loss workers sharding transport tokens_per_second step_seconds_median peak_memory_bytes_per_worker"
 
 
 def output_of(command: list[str]) -> str:
@@ -59,7 +59,7 @@ def test_a_script_gives_the_same_bits_and_every_worker_the_same_summary(
 def test_the_last_line_has_all_figures(from_command_line: tuple[dict[str, Any], RunDirectory]) -> None:
     told = from_command_line[0]
     assert set(KEYS.split()) <= set(told)
-    assert (told["steps"], told["workers"], told["stage"], told["group"]) == (STEPS, 2, "zero2", "shared-memory")
+    assert (told["steps"], told["workers"], told["sharding"], told["transport"]) == (STEPS, 2, "zero2", "shared-memory")
     assert told["tokens_per_second"] > 0
     assert told["step_seconds_median"] > 0
     assert all(peak > 1 << 20 for peak in told["peak_memory_bytes_per_worker"])
@@ -74,7 +74,7 @@ def test_the_run_directory_has_what_it_should(from_command_line: tuple[dict[str,
         assert each.gradient_norm > 0
         assert each.learning_rates == (0.01,)
         assert each.step_seconds > 0
-        assert {"data", "compute", "exchange", "update", "waiting"} <= set(each.seconds)
+        assert {"data", "compute", "communication", "update", "waiting"} <= set(each.seconds)
         assert each.bytes_moved["grad"] > 0
     assert steps[-1].digest == told["digest"]
     assert list(directory.tensorboard.glob("events.*"))

@@ -39,7 +39,7 @@ WORKER = Path(__file__).parent / "support" / "zero3_worker.py"
 
 def alone(**options: Any) -> mh.Strategy:
     """One worker with a process group: everything is gathered, from itself."""
-    return mh.Strategy(stage="zero3", group="process", units=UNITS, **options)
+    return mh.Strategy(sharding="zero3", transport="distributed", units=UNITS, **options)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
@@ -76,7 +76,7 @@ def test_a_worker_may_evaluate_more_often_than_another_one(found: Path) -> None:
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_no_more_units_are_whole_than_are_needed(ahead: int) -> None:
-    with mh.Engine(recipe_of(Odd), alone(prefetch=ahead)) as engine:
+    with mh.Engine(recipe_of(Odd), alone(unshard_ahead=ahead)) as engine:
         pool = next(unit.params for unit in engine.units if isinstance(unit.params, ShardedParams))._pool
         always = sum(unit.layout.padded_numel for unit in engine.units if not unit.modules)
         block = engine.units[-2].layout.padded_numel
@@ -106,7 +106,7 @@ class ScaledStack(Odd):
 
 def test_units_of_one_block_are_there_together(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(ScaledStack, optimizer=muon_and_adamw())
-    with mh.Engine(recipe, alone(prefetch=1)) as engine:
+    with mh.Engine(recipe, alone(unshard_ahead=1)) as engine:
         assert len([unit for unit in engine.units if "blocks.0" in unit.modules]) == 2
         asked = asks_of(engine, monkeypatch, STEPS)
         assert engine.digest() == oracle_run(recipe, STEPS).digests[-1]
@@ -122,9 +122,9 @@ def test_the_second_step_knows_the_order(monkeypatch: pytest.MonkeyPatch) -> Non
 def asks_of(engine: mh.Engine, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[int]:
     """How often this worker took part in asking for a unit, by step: once a micro-batch if nothing surprised it."""
     tags: list[str] = []
-    group = engine._gathers._group
-    gather = group.gather
-    monkeypatch.setattr(group, "gather", lambda small, tag: (tags.append(tag), gather(small, tag))[1])
+    group = engine._unsharder._group
+    gather = group.all_gather_small
+    monkeypatch.setattr(group, "all_gather_small", lambda small, tag: (tags.append(tag), gather(small, tag))[1])
     for batch in engine.batches(steps):
         engine.step(batch)
     return [sum(tag.startswith(f"step {step},") and "ask" in tag for tag in tags) for step in range(steps)]
@@ -139,7 +139,7 @@ def test_between_steps_parameters_take_no_memory_and_the_whole_model_can_be_had(
         with pytest.raises(ConfigError, match="whole only during a step") as caught:
             engine.model(torch.zeros(1, 4, dtype=torch.int64))
         assert "evaluating" in str(caught.value.hint)
-        with engine.whole_model() as model:
+        with engine.unsharded_model() as model:
             found = model.eval()(torch.zeros(1, 4, dtype=torch.int64))
             assert engine.full_state_dict().keys() == state.keys()  # also in there
         assert next(unit.params for unit in engine.units if isinstance(unit.params, ShardedParams))._pool.num_bytes == 0
@@ -248,5 +248,7 @@ class Stack(nn.Module):
 def test_what_still_looks_into_a_units_buffer_keeps_its_values(checkpointed: tuple[str, ...]) -> None:
     recipe = recipe_of(Stack)
     units = tuple(f"encoder.{index}" for index in range(4))
-    strategy = mh.Strategy(stage="zero3", group="process", units=units, activation_checkpointing=checkpointed)
+    strategy = mh.Strategy(
+        sharding="zero3", transport="distributed", units=units, activation_checkpointing=checkpointed
+    )
     assert train_with_engine(recipe, strategy, steps=STEPS).digest == oracle_run(recipe, STEPS).digests[-1]

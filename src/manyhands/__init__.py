@@ -1,4 +1,4 @@
-"""Manyhands: one PyTorch model, many workers, the same bits.
+"""Manyhands: train one PyTorch model on many workers, with the same bits for any number of them.
 
 Names are looked up when they are first used, so that importing the package costs nothing and starts nothing.
 """

@@ -1,4 +1,4 @@
-"""Recipe, Batch, Weights, Strategy and their checks; how often something happens.
+"""Recipe, Batch, Weights and Strategy, checked when they are created.
 
 What is computed (`Recipe`, `Batch`, `Weights`) and with what (`Strategy`): frozen, keyword-only, checked when made.
 A recipe fixes every bit of the result; a strategy fixes only how long it takes and how much memory it needs.
@@ -28,13 +28,13 @@ PRECISIONS = ("fp32", "bf16")
 
 DEVICES = ("cpu", "cuda")
 
-STAGES = ("ddp", "zero1", "zero2", "zero3")
+SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 
-HOMES = ("device", "host", "disk")
+OFFLOADS = ("none", "cpu", "disk")
 
 OPTIMIZER_KINDS = ("elementwise", "per-parameter")
 
-GROUPS = ("auto", "shared-memory", "process", "hierarchical")
+TRANSPORTS = ("auto", "shared-memory", "distributed", "hierarchical")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -263,41 +263,41 @@ class Recipe:
 class Strategy:
     """With what a recipe is computed. It never changes a bit of the result.
 
-    stage: who holds which part of the state: "ddp", "zero1", "zero2" or "zero3".
-    home: where the optimizer's state and the master weights live, and at zero3 the parameters: "device", "host" (the
-        host's memory, for a GPU), or "disk": files in `scratch`, read ahead and written behind.
+    sharding: who holds which part of the state: "ddp", "zero1", "zero2" or "zero3".
+    offload: where the optimizer's state and the master weights live, and at zero3 the parameters: "none" (on the
+        device), "cpu" (the host's memory, for a GPU), or "disk": files in `scratch`, read ahead and written behind.
     scratch: a folder on a disk for that; "": in the run directory, or the system's for temporary files.
-    group: how bytes travel: "shared-memory" (workers on one host), "process" (torch.distributed: Gloo or NCCL),
+    transport: how bytes travel: "shared-memory" (workers on one host), "distributed" (torch.distributed: Gloo or NCCL),
         "hierarchical" (several hosts with as many CPU workers each: shared memory inside, torch.distributed between
         them), or "auto": shared memory when all workers are on one host's CPUs, else hierarchical where it fits.
     overlap: exchange a unit's gradients while backward goes on; False: after backward.
     units: names of modules whose parameters travel together; () finds them (repeated children of containers).
     activation_checkpointing: names of modules, or patterns ("blocks.*"), whose activations are computed again in
         backward instead of kept: less memory, more time.
-    prefetch: where parameters are sharded, how many units are gathered before they are needed.
+    unshard_ahead: where parameters are sharded, how many units are gathered before they are needed.
     loader_workers: processes that read data ahead of each worker; 0 reads in the worker itself.
     stall_seconds: how long a worker may keep the others waiting before it is declared stalled.
 
     Raises ConfigError.
     """
 
-    stage: str = "zero2"
-    home: str = "device"
+    sharding: str = "zero2"
+    offload: str = "none"
     scratch: str = ""
-    group: str = "auto"
+    transport: str = "auto"
     overlap: bool = True
     units: tuple[str, ...] = ()
     activation_checkpointing: tuple[str, ...] = ()
-    prefetch: int = 1
+    unshard_ahead: int = 1
     loader_workers: int = 0
     stall_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        _choice("strategy.stage", self.stage, STAGES)
-        _choice("strategy.home", self.home, HOMES)
-        _choice("strategy.group", self.group, GROUPS)
+        _choice("strategy.sharding", self.sharding, SHARDINGS)
+        _choice("strategy.offload", self.offload, OFFLOADS)
+        _choice("strategy.transport", self.transport, TRANSPORTS)
         _at_least("strategy.loader_workers", self.loader_workers, 0)
-        _at_least("strategy.prefetch", self.prefetch, 0)
+        _at_least("strategy.unshard_ahead", self.unshard_ahead, 0)
         _at_least("strategy.stall_seconds", self.stall_seconds, 0.1, float)
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong, in one tree.
+"""The errors that Manyhands raises, in one class tree.
 
     ManyhandsError
     ├── ConfigError (ValueError)     the recipe, the strategy or the command is wrong: the user mends it
@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a worker is. words: for people; step: the one that it's in, or has just made (None: it isn't at steps, but
     starts, say); micro_batch: the one that it reads or computes."""
 
@@ -26,7 +26,7 @@ class Place(NamedTuple):
     micro_batch: int | None = None
 
 
-NOWHERE = Place()
+NO_POSITION = Position()
 
 
 class ManyhandsError(Exception):
@@ -88,7 +88,7 @@ class CheckpointError(ManyhandsError):
 
 
 class WorkerError(ManyhandsError):
-    """A worker raised, died or stalled. `rank` is the culprit's number, not the number of the one that noticed;
+    """A worker raised, died or stalled. `rank` is the root cause's number, not the number of the one that noticed;
     `alive`: it was alive when that was noticed. `place`: where it was; `raised`: what it raised there itself, as
     "kind: message" ("": it was killed or stalled). What a launcher passes on of Manyhands's other errors is the cause.
     """
@@ -96,9 +96,9 @@ class WorkerError(ManyhandsError):
     alive = False
     raised = ""
 
-    def __init__(self, what: str, *, rank: int = -1, place: Place = NOWHERE, **where: object) -> None:
+    def __init__(self, what: str, *, rank: int = -1, position: Position = NO_POSITION, **where: object) -> None:
         super().__init__(what, **where)  # type: ignore[arg-type]
-        self.rank, self.place = rank, place
+        self.rank, self.position = rank, position
 
 
 class Interrupted(ManyhandsError):

@@ -1,4 +1,4 @@
-"""Counts, bytes and seconds, written for people."""
+"""Counts, bytes and seconds as text for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one arithmetic of shards: from (names, sizes, units, workers) to blocks, offsets and ranges. Integers only.
+"""Shard arithmetic: blocks, parameter slots, unit layouts and ranges, in integers only.
 
 Every parameter starts at a block, so a block belongs to one parameter and has one number, the same in every layout:
 
@@ -10,9 +10,10 @@ Every parameter starts at a block, so a block belongs to one parameter and has o
 A shard is a run of whole blocks, as long for every worker (the last ones may hold nothing but padding). So an
 elementwise kernel sees the same vector lanes, and a block-wise reduction the same blocks, with any number of workers.
 
-In an *uncut* unit every parameter lies whole in the shard of one worker, its owner; padding evens the shards out:
+In an *unsplittable* unit every parameter lies whole in the shard of one worker, its owner; padding evens the shards
+out:
 
-    uncut "layers.1"     |w: 2,500 elements              |b: 30      |
+    unsplittable "layers.1"     |w: 2,500 elements              |b: 30      |
     2 workers             [ worker 0: w, 3 blocks               ][ worker 1: b, 1 block, then 2 of padding ]
 """
 
@@ -51,7 +52,7 @@ def blocks_of(numel: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
+class ParamSlot:
     """Where a parameter lies in its unit."""
 
     name: str
@@ -74,10 +75,10 @@ class Slot:
         return Range(self.start, self.start + self.num_blocks * BLOCK)
 
 
-class Piece(NamedTuple):
+class ParamPiece(NamedTuple):
     """The part of a parameter that lies in a given range of its unit."""
 
-    slot: Slot
+    slot: ParamSlot
     in_unit: Range
     in_param: Range
 
@@ -87,14 +88,14 @@ class UnitLayout:
     """Parameters that travel together, and their shards among `workers`.
 
     slots: in the order in which they lie in the unit. shard_numel: elements of each worker's shard, padding included.
-    uncut: whether every parameter lies in one shard; then there is padding behind each shard's last parameter.
+    unsplittable: whether every parameter lies in one shard; then there is padding behind each shard's last parameter.
     """
 
     name: str
-    slots: tuple[Slot, ...]
+    slots: tuple[ParamSlot, ...]
     workers: int
     shard_numel: int
-    uncut: bool = False
+    unsplittable: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -129,12 +130,12 @@ class UnitLayout:
         ends = [common.end for slot in self.slots if (common := slot.padded.overlap(mine)).numel]
         return Range(mine.start, max(ends, default=mine.start))
 
-    def pieces(self, within: Range) -> Iterator[Piece]:
+    def pieces(self, within: Range) -> Iterator[ParamPiece]:
         """The parts of parameters inside `within`, in order."""
         for slot in self.slots:
             common = slot.range.overlap(within)
             if common.numel:
-                yield Piece(slot, common, Range(common.start - slot.start, common.end - slot.start))
+                yield ParamPiece(slot, common, Range(common.start - slot.start, common.end - slot.start))
 
     def block_numbers(self, within: Range) -> list[int]:
         """The model-wide numbers of the blocks inside `within` (whole blocks), in order."""
@@ -168,10 +169,10 @@ class Layout:
         for unit in self.units:
             for one, other in pairwise(unit.slots):
                 gap = other.start - one.padded.end
-                if gap < 0 or (gap and not unit.uncut):
+                if gap < 0 or (gap and not unit.unsplittable):
                     raise InvariantError("parameters overlap or leave a gap", where=f"{unit.name}: {other.name}")
             for slot in filter(lambda slot: slot.numel, unit.slots):
-                if unit.uncut and slot.start // unit.shard_numel != (slot.padded.end - 1) // unit.shard_numel:
+                if unit.unsplittable and slot.start // unit.shard_numel != (slot.padded.end - 1) // unit.shard_numel:
                     raise InvariantError("a parameter is cut", where=f"{unit.name}: {slot.name}", got=slot.padded)
 
     @property
@@ -204,11 +205,11 @@ def build_layout(
     params: Sequence[tuple[str, int]],
     units: Sequence[tuple[str, Sequence[str]]],
     workers: int,
-    uncut: Collection[str] = (),
+    unsplittable: Collection[str] = (),
 ) -> Layout:
     """Lay out `params` (name, numel; in construction order) in `units` (unit name, parameter names).
 
-    uncut: the units whose parameters are each owned whole by one worker.
+    unsplittable: the units whose parameters are each owned whole by one worker.
     Blocks are numbered in construction order, so a block's number depends on neither the units nor the workers.
     """
     numels = dict(params)
@@ -219,12 +220,12 @@ def build_layout(
     layouts, loads = [], [0] * workers
     for unit_name, names in units:
         blocks = [blocks_of(numels[name]) for name in names]
-        if unit_name in uncut:
-            places, shard_blocks = _uncut_places(blocks, loads)
+        if unit_name in unsplittable:
+            places, shard_blocks = _unsplittable_places(blocks, loads)
         else:
             places, shard_blocks = [0, *accumulate(blocks)], -(-sum(blocks) // workers)
         slots = [
-            Slot(name=name, numel=numels[name], start=place * BLOCK, first_block=first_blocks[name])
+            ParamSlot(name=name, numel=numels[name], start=place * BLOCK, first_block=first_blocks[name])
             for name, place in zip(names, places, strict=False)
         ]
         layouts.append(
@@ -233,13 +234,13 @@ def build_layout(
                 slots=tuple(sorted(slots, key=lambda slot: slot.start)),
                 workers=workers,
                 shard_numel=shard_blocks * BLOCK,
-                uncut=unit_name in uncut,
+                unsplittable=unit_name in unsplittable,
             )
         )
     return Layout(units=tuple(layouts), workers=workers)
 
 
-def _uncut_places(blocks: Sequence[int], loads: list[int]) -> tuple[list[int], int]:
+def _unsplittable_places(blocks: Sequence[int], loads: list[int]) -> tuple[list[int], int]:
     """(the first block of each parameter in its unit, blocks of a shard); adds to `loads`, each worker's blocks so far.
 
     The heaviest share goes to the worker that has least from the units before, so the whole model evens out.

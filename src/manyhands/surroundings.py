@@ -1,4 +1,4 @@
-"""What started this process and who its peers are, read from the environment; signals to stop.
+"""What started this process, read from its environment; and signals that ask it to stop.
 
 To be asked to stop: the first Ctrl-C (or SIGTERM) ends the run after this step; a second Ctrl-C, now.
 """

@@ -16,14 +16,14 @@ from support.compiled_models import UNITS, compiled_recipe
 from support.training import train_with_engine
 
 WAYS: dict[str, dict[str, Any]] = {
-    "ddp": {"stage": "ddp"},
-    "zero2": {"stage": "zero2"},
-    "zero2, process": {"stage": "zero2", "group": "process"},
-    "zero3": {"stage": "zero3"},
-    "zero3, process": {"stage": "zero3", "group": "process"},
-    "units inside of what is compiled": {"stage": "zero3", "group": "process", "units": ("blocks.0.mix",)},
-    "computed twice": {"stage": "zero3", "group": "process", "activation_checkpointing": ("blocks.*",)},
-    "no overlap": {"stage": "zero1", "overlap": False},
+    "ddp": {"sharding": "ddp"},
+    "zero2": {"sharding": "zero2"},
+    "zero2, process": {"sharding": "zero2", "transport": "distributed"},
+    "zero3": {"sharding": "zero3"},
+    "zero3, process": {"sharding": "zero3", "transport": "distributed"},
+    "units inside of what is compiled": {"sharding": "zero3", "transport": "distributed", "units": ("blocks.0.mix",)},
+    "computed twice": {"sharding": "zero3", "transport": "distributed", "activation_checkpointing": ("blocks.*",)},
+    "no overlap": {"sharding": "zero1", "overlap": False},
 }
 STEPS = 3
 

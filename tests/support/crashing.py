@@ -23,7 +23,7 @@ import torch
 
 import manyhands as mh
 from manyhands.checkpoint.format import list_checkpoints
-from manyhands.storage.location import Address, Place, place_of
+from manyhands.storage.location import Address, Location, location_of
 from support.models import ConvNet, conv_recipe
 from support.threads import run_threads
 from support.tracer import Traced, traced
@@ -52,22 +52,22 @@ def engine_after(steps: int, changed: bool = False) -> mh.Engine:
     return engine
 
 
-def nothing_there(root: Place) -> None:
+def nothing_there(root: Location) -> None:
     """The first checkpoint."""
 
 
-def one_there(root: Place) -> None:
+def one_there(root: Location) -> None:
     """One that the new one takes the place of: only the last one is kept."""
     engine_after(1).save(root)
 
 
-def same_step_there(root: Place) -> None:
+def same_step_there(root: Location) -> None:
     """One of the same step with other weights: it's replaced."""
     one_there(root)
     engine_after(2, changed=True).save(root)
 
 
-def leftovers_there(root: Place) -> None:
+def leftovers_there(root: Location) -> None:
     """What others were killed over, and a save that was killed in the middle."""
     one_there(root)
     if isinstance(root, Address):
@@ -78,16 +78,16 @@ def leftovers_there(root: Place) -> None:
             (root / name / "worker-0.safetensors").write_text("half")
 
 
-def save(root: Place, said: int) -> None:
+def save(root: Location, said: int) -> None:
     """What is killed."""
     engine_after(2).save(root, keep=1, published=lambda _: os.write(said, b"published") and None)
 
 
-def save_by_two(root: Place, said: int) -> None:
+def save_by_two(root: Location, said: int) -> None:
     """Likewise by two workers, as threads."""
 
     def work(group: Any) -> None:
-        with mh.Engine(RECIPE, mh.Strategy(stage="zero2"), group=group) as engine:
+        with mh.Engine(RECIPE, mh.Strategy(sharding="zero2"), group=group) as engine:
             for batch in engine.batches(2):
                 engine.step(batch)
             engine.save(root, keep=1, published=lambda _: os.write(said, b"published") and None)
@@ -95,7 +95,7 @@ def save_by_two(root: Place, said: int) -> None:
     run_threads(2, work)
 
 
-SCENARIOS: dict[str, tuple[Callable[[Place], None], Callable[[Place, int], None]]] = {
+SCENARIOS: dict[str, tuple[Callable[[Location], None], Callable[[Location, int], None]]] = {
     "nothing there": (nothing_there, save),
     "one there": (one_there, save),
     "same step there": (same_step_there, save),
@@ -104,14 +104,14 @@ SCENARIOS: dict[str, tuple[Callable[[Place], None], Callable[[Place, int], None]
 }
 
 
-def files(root: Place) -> Counter[str]:
+def files(root: Location) -> Counter[str]:
     """Names in it, whatever the attempts' are."""
     if isinstance(root, Address):
         return Counter(f"{name.partition('/')[0]}/{name.rpartition('/')[2]}" for name in root.files())
     return Counter(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
-def found_in(root: Place, checker: mh.Engine) -> dict[int, str]:
+def found_in(root: Location, checker: mh.Engine) -> dict[int, str]:
     """By step the digest of what loads; each must."""
     digests = {}
     for step, checkpoint in list_checkpoints(root):
@@ -120,7 +120,7 @@ def found_in(root: Place, checker: mh.Engine) -> dict[int, str]:
     return digests
 
 
-def check(root: Place, before: dict[int, str], after: dict[int, str], trace: Traced, checker: mh.Engine) -> None:
+def check(root: Location, before: dict[int, str], after: dict[int, str], trace: Traced, checker: mh.Engine) -> None:
     """What a kill may not do. Raises AssertionError or the error of loading."""
     found = found_in(root, checker)
     assert not before or max(found) >= max(before), f"lost: {sorted(before)} before, {sorted(found)} now"
@@ -142,7 +142,7 @@ def check(root: Place, before: dict[int, str], after: dict[int, str], trace: Tra
 def main() -> None:
     name, text, stride, *first = sys.argv[1:]
     prepare, work = SCENARIOS[name]
-    root, checker, wrong, number = place_of(text), mh.Engine(RECIPE), [], int(*first or "1")
+    root, checker, wrong, number = location_of(text), mh.Engine(RECIPE), [], int(*first or "1")
     for steps in (1, 2, 3):
         engine_after(steps)
     after = {1: engine_after(1).digest(), 2: engine_after(2).digest()}

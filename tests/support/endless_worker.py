@@ -11,7 +11,7 @@ from support.models import GPT_UNITS, gpt_recipe
 
 def main(folder: Path, group: str) -> None:
     """Train."""
-    with mh.Engine(gpt_recipe(), mh.Strategy(group=group, units=GPT_UNITS)) as engine:
+    with mh.Engine(gpt_recipe(), mh.Strategy(transport=group, units=GPT_UNITS)) as engine:
         for batch in engine.batches():
             engine.step(batch)
             if engine.step_index == 3 and engine.group.rank == 0:

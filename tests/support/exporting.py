@@ -20,9 +20,9 @@ STEPS = 2
 class Trained:
     """A recipe trained for some steps: its checkpoint, the master weights, and the model's own state_dict."""
 
-    def __init__(self, recipe: mh.Recipe, folder: Path, workers: int = 1, stage: str = "zero2") -> None:
+    def __init__(self, recipe: mh.Recipe, folder: Path, workers: int = 1, sharding: str = "zero2") -> None:
         def work(group: Any) -> tuple[Path, dict[str, Tensor], dict[str, Tensor], str]:
-            with mh.Engine(recipe, mh.Strategy(stage=stage), group=group) as engine:
+            with mh.Engine(recipe, mh.Strategy(sharding=sharding), group=group) as engine:
                 for batch in engine.batches(STEPS):
                     engine.step(batch)
                 saved = engine.save(folder)

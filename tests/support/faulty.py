@@ -162,7 +162,7 @@ def main() -> None:
         batch=mh.Batch(global_size=8, micro_size=2),
     )
     units = tuple(f"layers.{index}" for index in range(4))
-    strategy = mh.Strategy(group=sys.argv[2], stall_seconds=2, units=units)
+    strategy = mh.Strategy(transport=sys.argv[2], stall_seconds=2, units=units)
     if sys.argv[1] == "train":
         mh.train(recipe, steps=5, strategy=strategy, show=False)
         return

@@ -17,7 +17,7 @@ from support.real_models import RECIPES
 from support.training import train_with_engine
 
 if __name__ == "__main__":
-    folder, group, stage, name = sys.argv[1:]
-    strategy = mh.Strategy(group=group, stage=stage, stall_seconds=60)
+    folder, group, sharding, name = sys.argv[1:]
+    strategy = mh.Strategy(transport=group, sharding=sharding, stall_seconds=60)
     outcome = train_with_engine(RECIPES[name]("bf16"), strategy, steps=2)
     (Path(folder) / f"worker-{os.environ['RANK']}.json").write_text(json.dumps(outcome.digest))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
-from manyhands.comm.distributed import ProcessGroup
+from manyhands.comm.distributed import DistributedGroup
 from manyhands.comm.group import Group
 from manyhands.comm.hierarchical import HierarchicalGroup
 from manyhands.comm.local import LocalGroup
@@ -64,7 +64,7 @@ def thread_groups(size: int, *, stall_seconds: float = 60.0) -> list[Callable[[]
     return [maker(rank) for rank in range(size)]
 
 
-class _Links(ProcessGroup):
+class _Links(DistributedGroup):
     """Of threads: not torch's default group, which a process has one of."""
 
     def take_down(self) -> None:
@@ -82,10 +82,10 @@ def host_groups(hosts: int, workers: int) -> list[Callable[[], Group]]:
             membership = Membership(
                 store, mine[place], hosts * workers, arena, stall_seconds=60, abandon=lambda error: None
             )
-            near = SharedMemoryGroup(membership, arena, lock, mine)
+            intra_host = SharedMemoryGroup(membership, arena, lock, mine)
             links = ProcessGroupGloo(PrefixStore(f"place/{place}", store), host, hosts, timedelta(seconds=60))
             alike = [each[place] for each in by_host]
-            return HierarchicalGroup(near, _Links(membership, torch.device("cpu"), links, 1, alike), by_host)
+            return HierarchicalGroup(intra_host, _Links(membership, torch.device("cpu"), links, 1, alike), by_host)
 
         return make
 

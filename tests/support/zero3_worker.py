@@ -18,8 +18,8 @@ from support.training import train_with_engine
 
 WAYS = {
     "as it is": {},
-    "nothing ahead": {"prefetch": 0},
-    "much ahead": {"prefetch": 3},
+    "nothing ahead": {"unshard_ahead": 0},
+    "much ahead": {"unshard_ahead": 3},
     "checkpointing": {"activation_checkpointing": ("blocks.*",)},
     "no overlap": {"overlap": False},
 }
@@ -37,7 +37,7 @@ def jobs(workers: int) -> list[tuple[str, str, str]]:
 def evaluated() -> float:
     """What worker r gets of its r-th and last call; between two steps that go on as if nothing had been."""
     found = 0.0
-    with mh.Engine(recipe_of(Backwards), mh.Strategy(stage="zero3", group="process", units=UNITS)) as engine:
+    with mh.Engine(recipe_of(Backwards), mh.Strategy(sharding="zero3", transport="distributed", units=UNITS)) as engine:
         for batch in engine.batches(STEPS):
             engine.step(batch)
             with engine.evaluating() as model, torch.no_grad():
@@ -49,7 +49,7 @@ def evaluated() -> float:
 def main(folder: Path) -> None:
     digests = {}
     for name, way, precision in jobs(int(os.environ["WORLD_SIZE"])):
-        strategy = mh.Strategy(stage="zero3", group="process", stall_seconds=30, units=UNITS, **WAYS[way])
+        strategy = mh.Strategy(sharding="zero3", transport="distributed", stall_seconds=30, units=UNITS, **WAYS[way])
         digests[f"{name}, {way}"] = train_with_engine(recipe_of(ODD[name], precision), strategy, steps=STEPS).digest
     (folder / f"evaluated-{os.environ['RANK']}.json").write_text(json.dumps(evaluated()))
     (folder / f"worker-{os.environ['RANK']}.json").write_text(json.dumps(digests))

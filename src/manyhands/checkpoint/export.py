@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's layout, streamed.
+"""Exports weights in Hugging Face's layout, streamed.
 
 A checkpoint's weights under their names in the model's state_dict, read a piece at a time.
 
@@ -47,7 +47,7 @@ from manyhands.config import PRECISIONS, nearest
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.layout import BLOCK, blocks_of
 from manyhands.numerics.digest import block_hashes, digest_of
-from manyhands.storage.location import Place, place_of
+from manyhands.storage.location import Location, location_of
 
 
 class SavedWeights:
@@ -56,7 +56,7 @@ class SavedWeights:
     A tied tensor has the first of its names, that of `named_parameters()`: loaders tie it again.
     """
 
-    def __init__(self, folder: Place, cast: torch.dtype | None) -> None:
+    def __init__(self, folder: Location, cast: torch.dtype | None) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
         if self.manifest.computed:
             raise CheckpointError(
@@ -114,7 +114,7 @@ def _stored(record: TensorRecord, cast: torch.dtype | None) -> torch.dtype:
     return own if cast is None or not (record.is_parameter and own.is_floating_point) else cast
 
 
-def _frozen_reader(folder: Place, manifest: Manifest) -> PieceReader:
+def _frozen_reader(folder: Location, manifest: Manifest) -> PieceReader:
     if manifest.frozen is None:
         return PieceReader(folder, [])
     frozen = folder.absolute().parent / manifest.frozen
@@ -193,7 +193,7 @@ def export(
             got=repr(dtype),
             hint=nearest(dtype, PRECISIONS),
         )
-    folder = find_checkpoint(place_of(run), step)
+    folder = find_checkpoint(location_of(run), step)
     _refuse_taken(target)
     weights = SavedWeights(folder, None if dtype is None else _PRECISION_DTYPES[dtype])
     with _published(target) as partial, _one_thread():
@@ -217,7 +217,7 @@ def export(
     )
 
 
-def find_checkpoint(run: Place, step: int | None) -> Place:
+def find_checkpoint(run: Location, step: int | None) -> Location:
     """The folder of the run's checkpoint of that step, or its last one. Raises ConfigError and CheckpointError."""
     is_run = isinstance(run, Path) and (run / "checkpoints").is_dir()
     found = list_checkpoints(checkpoints_of(run) if isinstance(run, Path) and is_run else run)

@@ -1,4 +1,4 @@
-"""One logical format, whoever saved it and whoever loads it.
+"""The logical format of checkpoints: a manifest and named pieces of tensors.
 
     checkpoints/step-00000100/
         manifest.json           step, facts of the recipe, numerics identity, scalars, the model's tensors, and which
@@ -29,9 +29,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.errors import CheckpointError
-from manyhands.storage.location import Address, Place, hint_of, names_in, place_of
+from manyhands.storage.location import Address, Location, hint_of, location_of, names_in
 
-FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 MANIFEST = "manifest.json"
 
@@ -115,7 +115,7 @@ class Manifest(BaseModel):
     format: int
     step: Count
     workers: Count
-    stage: str
+    sharding: str
     facts: dict[str, str]
     identity: dict[str, str]
     digest: str
@@ -128,7 +128,7 @@ class Manifest(BaseModel):
     config_files: dict[ConfigName, dict[str, Any]]
     pieces: list[PieceRecord]
 
-    def check_whole(self) -> None:
+    def check_complete(self) -> None:
         """That it has every tensor once, and every element of it in one piece; of other state likewise, as far as it
         goes. So nobody reads half of one, or makes room for what isn't there. Raises ValueError."""
         _refuse_twice([record.name for record in self.tensors])
@@ -163,12 +163,12 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def file_name(rank: int) -> str:
+def piece_file_name(rank: int) -> str:
     """The file of the pieces that one worker wrote."""
     return f"worker-{rank}.safetensors"
 
 
-def list_checkpoints(root: Place) -> list[tuple[int, Place]]:
+def list_checkpoints(root: Location) -> list[tuple[int, Location]]:
     """(step, folder) of the whole checkpoints below `root`, oldest first. Raises CheckpointError: not there, or empty,
     is something else than out of reach."""
     try:
@@ -186,13 +186,13 @@ def list_checkpoints(root: Place) -> list[tuple[int, Place]]:
     return sorted((int(match[1]), root / match[0]) for match in map(_NAME.fullmatch, names) if match)
 
 
-def checkpoints_of(run_dir: Path, said: str | Place | None = None) -> Place:
+def checkpoints_of(run_dir: Path, said: str | Location | None = None) -> Location:
     """Where a run keeps its checkpoints: where it is said, or as its manifest says, or in its own folder. Raises
     ConfigError for an address that can't be used."""
     if said is None:
         with suppress(OSError, ValueError, AttributeError):
             said = json.loads((run_dir / MANIFEST).read_bytes()).get("checkpoints")
-    return run_dir / "checkpoints" if said is None else place_of(said)
+    return run_dir / "checkpoints" if said is None else location_of(said)
 
 
 _PAIRS = "pairs of a dict"
@@ -217,9 +217,9 @@ def decode_state(value: Any) -> Any:
     return [decode_state(item) for item in value] if isinstance(value, list) else value
 
 
-def read_manifest(folder: Place) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """Raises CheckpointError."""
-    manifest = _read(folder, Manifest, Manifest.check_whole)
+    manifest = _read(folder, Manifest, Manifest.check_complete)
     named = _NAME.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:
         raise CheckpointError(
@@ -232,7 +232,7 @@ def read_manifest(folder: Place) -> Manifest:
     return manifest
 
 
-def read_frozen_manifest(folder: Place) -> FrozenManifest:
+def read_frozen_manifest(folder: Location) -> FrozenManifest:
     """Raises CheckpointError."""
     return _read(folder, FrozenManifest)
 
@@ -247,12 +247,12 @@ def _checksum(said: dict[str, Any]) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-def _read(folder: Place, kind: type[_M], check: Callable[[_M], None] = lambda manifest: None) -> _M:
+def _read(folder: Location, kind: type[_M], check: Callable[[_M], None] = lambda manifest: None) -> _M:
     path = folder / MANIFEST
     try:
         said = json.loads(path.read_bytes())
         found = said.get("format") if isinstance(said, dict) else None
-        if not isinstance(found, int) or found == FORMAT:
+        if not isinstance(found, int) or found == CHECKPOINT_FORMAT:
             if isinstance(said, dict) and said.pop("checksum", None) != _checksum(said):
                 raise ValueError("its checksum differs")
             manifest = kind.model_validate(said)
@@ -275,7 +275,11 @@ def _read(folder: Place, kind: type[_M], check: Callable[[_M], None] = lambda ma
     raise CheckpointError(
         "the checkpoint has another format",
         where=str(path),
-        expected=FORMAT,
+        expected=CHECKPOINT_FORMAT,
         got=found,
-        hint="use the version of Manyhands that wrote it",
+        hint=(
+            "a development version before 0.1.0 wrote it: read it with that version"
+            if found < CHECKPOINT_FORMAT
+            else "a newer version of Manyhands wrote it: install that version"
+        ),
     )

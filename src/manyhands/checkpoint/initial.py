@@ -1,4 +1,4 @@
-"""Initial weights from files: each worker reads the ranges that it holds, straight into the engine's buffers.
+"""Initial weights from such files: each worker reads the ranges it holds.
 
 What doesn't fit the model is refused as a whole, before anything is read.
 """
@@ -16,10 +16,10 @@ from manyhands.checkpoint.format import TensorRecord
 from manyhands.checkpoint.save import FROZEN_PIECE_NUMEL, tensor_records
 from manyhands.checkpoint.weight_files import WeightFiles, fit
 from manyhands.config import Weights
-from manyhands.engine.agreement import agree, gather_json
+from manyhands.engine.agreement import agree, all_gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import ConfigError
-from manyhands.models.building import let_go
+from manyhands.models.building import evict_model
 from manyhands.numerics.digest import fingerprint_of_parts
 from manyhands.optim.sliced import Slice
 
@@ -32,7 +32,7 @@ def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False)
     Raises ConfigError (nothing there, or not of this model) and CheckpointError (missing or broken).
     """
     engine.group.status("start / initial weights")
-    resumes = all(gather_json(engine.group, resumes, "start / resumes / control"))
+    resumes = all(all_gather_json(engine.group, resumes, "start / resumes / control"))
     if resumes and all(name in dict(engine.digest_names) for name in engine.param_shapes):
         return 0
     loader = _Loader(engine, weights)
@@ -41,7 +41,7 @@ def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False)
     loader.fill_others()
     if not resumes:
         engine.updater.refill(loader.fill_slice)
-    everyone: list[Any] = gather_json(engine.group, loader.frozen_facts(), "start / frozen / control")
+    everyone: list[Any] = all_gather_json(engine.group, loader.frozen_facts(), "start / frozen / control")
     for facts in everyone:
         engine.frozen_facts |= facts
     return loader.files.read_bytes
@@ -75,7 +75,7 @@ class _Loader:
                     for start in range(0, kept.numel(), FROZEN_PIECE_NUMEL):
                         part = kept[start : start + FROZEN_PIECE_NUMEL]
                         part.copy_(self._read(piece.slot.name, first + start, part.numel()))
-                    let_go([kept], self._engine.home)
+                    evict_model([kept], self._engine.allocator)
 
     def fill_others(self) -> None:
         """Buffers, and the frozen parameters that every worker keeps for itself."""

@@ -1,4 +1,4 @@
-"""Load a checkpoint into an engine of any number of workers and any stage: each reads only the ranges that it holds."""
+"""Loads a checkpoint: each worker reads the ranges it holds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError, NumericsError
 from manyhands.optim.sliced import Slice
-from manyhands.storage.location import Place
+from manyhands.storage.location import Location
 
 
 class CheckpointReader(PieceReader):
     """Reads ranges of named tensors out of a checkpoint's files. Raises CheckpointError."""
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: Location) -> None:
         self.manifest = read_manifest(folder)
         super().__init__(folder, self.manifest.pieces)
 
@@ -32,7 +32,7 @@ class CheckpointReader(PieceReader):
         }
 
 
-def load_checkpoint(engine: StepEngine, folder: Place, *, accept_new_numerics: bool = False) -> Manifest:
+def load_checkpoint(engine: StepEngine, folder: Location, *, accept_new_numerics: bool = False) -> Manifest:
     """Make the engine's state that of the checkpoint in `folder`. Collective.
 
     Raises CheckpointError (missing, damaged, of another recipe) and NumericsError (saved under another numerics
@@ -100,13 +100,13 @@ def _value_of(number: Scalar, device: torch.device) -> Tensor | float | int | bo
 
 def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:
     """What a slice's optimizer has under that name, in the shape that it wants; or the slice's master weights."""
-    whole = reader.read_whole(kind, piece.name)
+    whole = reader.read_full(kind, piece.name)
     if whole is None:
         whole = reader.read(kind, piece.name, piece.start, piece.master.numel()).view(piece.master.shape)
     return whole
 
 
-def _check_facts(manifest: Manifest, engine: StepEngine, folder: Place) -> None:
+def _check_facts(manifest: Manifest, engine: StepEngine, folder: Location) -> None:
     facts = engine.facts()
     for name in [*facts, *manifest.facts]:
         saved, now = manifest.facts.get(name, "nothing"), facts.get(name, "nothing")
@@ -120,7 +120,7 @@ def _check_facts(manifest: Manifest, engine: StepEngine, folder: Place) -> None:
             )
 
 
-def _check_hyperparameters(manifest: Manifest, engine: StepEngine, folder: Place) -> None:
+def _check_hyperparameters(manifest: Manifest, engine: StepEngine, folder: Location) -> None:
     saved, now = (
         [_kinds(group) for group in of] for of in (manifest.hyperparameters, engine.optimizer.hyperparameters())
     )
@@ -140,7 +140,7 @@ def _kinds(group: dict[str, Any]) -> dict[str, str]:
     return {key: words.get(type(value), "flag") for key, value in sorted(group.items())}
 
 
-def _load_schedules(manifest: Manifest, engine: StepEngine, folder: Place) -> None:
+def _load_schedules(manifest: Manifest, engine: StepEngine, folder: Location) -> None:
     try:
         for schedule, saved in zip(engine.schedules, manifest.schedules, strict=True):
             schedule.load_state_dict(decode_state(saved))

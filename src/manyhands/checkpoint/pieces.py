@@ -1,4 +1,4 @@
-"""Pieces of named tensors: written with their checksums, and read as ranges, whatever pieces they were written in."""
+"""Pieces of tensors with checksums: written once, read as any ranges."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from manyhands.checkpoint.tensor_file import (
 )
 from manyhands.errors import CheckpointError
 from manyhands.layout import Range
-from manyhands.storage.location import Address, Place, hint_of
+from manyhands.storage.location import Address, Location, hint_of
 
 KEPT_BYTES = 4 << 20
 """A larger piece isn't kept in memory: what is wanted of it next is read again."""
 
 
-class Piece(NamedTuple):
+class TensorPiece(NamedTuple):
     """Elements of a tensor from `start` on, 1-D. shape: if it has another one than its parameter, and is whole here."""
 
     kind: str
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     shape: tuple[int, ...] | None = None
 
 
-def write_pieces(path: Place, pieces: Sequence[Piece]) -> list[PieceRecord]:
+def write_pieces(path: Location, pieces: Sequence[TensorPiece]) -> list[PieceRecord]:
     """Write a file of pieces, one after the other; what a manifest says of them. OSErrors are passed on.
 
     Raises CheckpointError for a type that can't be kept.
@@ -84,7 +84,7 @@ def check_type(kind: str, name: str, dtype: torch.dtype) -> None:
 class PieceReader:
     """Reads the pieces that lie in `folder`. Raises CheckpointError for what is missing or damaged."""
 
-    def __init__(self, folder: Place, pieces: Sequence[PieceRecord]) -> None:
+    def __init__(self, folder: Location, pieces: Sequence[PieceRecord]) -> None:
         self.folder = folder
         self._pieces: dict[tuple[str, str], list[PieceRecord]] = defaultdict(list)
         for piece in sorted(pieces, key=lambda piece: piece.start):
@@ -110,20 +110,20 @@ class PieceReader:
             raise self._lacks(kind, name, Range(start, start + numel), Range(start, position))
         return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
 
-    def read_whole(self, kind: str, name: str) -> Tensor | None:
+    def read_full(self, kind: str, name: str) -> Tensor | None:
         """A tensor that was saved whole, in its own shape; None if it was saved in ranges."""
         pieces = self._pieces.get((kind, name))
         if not pieces or pieces[0].shape is None:
             return None
         return self._read_piece(pieces[0], 0, pieces[0].numel).view(pieces[0].shape).clone()
 
-    def parts(self, kind: str, name: str, numel: int) -> Iterator[Piece]:
+    def parts(self, kind: str, name: str, numel: int) -> Iterator[TensorPiece]:
         """All `numel` elements in order, as they were written: no more than one piece is in memory."""
         position = 0
         for piece in self._pieces.get((kind, name), []):
             if piece.start != position:
                 break
-            yield Piece(kind, name, position, self._read_piece(piece, 0, piece.numel))
+            yield TensorPiece(kind, name, position, self._read_piece(piece, 0, piece.numel))
             position += piece.numel
         if position != numel:
             raise self._lacks(kind, name, Range(0, numel), Range(0, position))

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all.
+"""Checkpoint folders that appear complete or not at all.
 
 On a disk: written under a hidden name, published by one rename. In a store, which has no renaming: written below the
 folder's own name, each attempt apart, and published by the manifest, which is written last.
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from manyhands.checkpoint.format import MANIFEST, seal
 from manyhands.errors import CheckpointError
-from manyhands.storage.location import Address, Place, hint_of, put_text
+from manyhands.storage.location import Address, Location, hint_of, put_text
 
 _OURS = re.compile(
     r"(step-\d{8,}|frozen-[0-9a-f]{16})/([0-9a-f]{16})/(worker-\d+\.safetensors|part-\d+\.json|failed-\d+)"
@@ -29,12 +29,12 @@ _OURS = re.compile(
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
-def workplace(final: Place, attempt: str) -> Place:
+def partial_folder(final: Location, attempt: str) -> Location:
     """Where what shall be the folder `final` is written. attempt: 16 hexadecimal digits, other ones each time."""
     return final / attempt if isinstance(final, Address) else final.with_name(f".{final.name}.{attempt}.partial")
 
 
-def try_out(root: Place) -> None:
+def check_writable(root: Location) -> None:
     """See now, and not after an hour, that checkpoints can be written there. Raises CheckpointError."""
     with as_checkpoint_error(root):
         if isinstance(root, Address):
@@ -44,14 +44,14 @@ def try_out(root: Place) -> None:
             root.mkdir(parents=True, exist_ok=True)
 
 
-def prepare(partial: Place, root: Place) -> None:
+def create_partial(partial: Location, root: Location) -> None:
     """Have an empty folder `partial` in `root`, and nothing there of what earlier runs were killed over."""
     remove_partial(root)
     if isinstance(partial, Path):
         partial.mkdir(parents=True)
 
 
-def publish(partial: Place, final: Place, manifest: BaseModel) -> None:
+def publish_folder(partial: Location, final: Location, manifest: BaseModel) -> None:
     """Let what is in `partial`, whose files are written for good, be the folder `final`, in place of what is there."""
     text = seal(manifest.model_dump(mode="json"))
     if isinstance(final, Address) or isinstance(partial, Address):
@@ -72,7 +72,7 @@ def publish(partial: Place, final: Place, manifest: BaseModel) -> None:
         sync(final.parent)
 
 
-def remove(folder: Place) -> None:
+def remove_checkpoint(folder: Location) -> None:
     """Delete a folder: out of sight first, so that a kill on the way leaves none that is only half there."""
     if isinstance(folder, Address):
         files = folder.files()
@@ -85,7 +85,7 @@ def remove(folder: Place) -> None:
     shutil.rmtree(hidden)
 
 
-def remove_partial(root: Place) -> None:
+def remove_partial(root: Location) -> None:
     """What earlier runs were killed over."""
     if isinstance(root, Address):
         _remove_attempts(root)
@@ -144,7 +144,7 @@ def sync(path: Path) -> None:
 class as_checkpoint_error:
     """An OSError inside (a full disk, a folder that may not be written) becomes a CheckpointError naming `path`."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Location) -> None:
         self._path = path
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint contains, and writing it in the background.
+"""What a checkpoint contains; writes it in the background.
 
 A folder that all workers write at once, in the background: it appears whole or not at all (see `publish`).
 Every worker writes its files where they can't be seen yet and then, as a file, what the manifest must say of them. When
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from manyhands.checkpoint.format import (
-    FORMAT,
+    CHECKPOINT_FORMAT,
     FrozenManifest,
     Manifest,
     PieceRecord,
@@ -35,21 +35,27 @@ from manyhands.checkpoint.format import (
     TensorRecord,
     decode_state,
     encode_state,
-    file_name,
     folder_name,
     list_checkpoints,
+    piece_file_name,
     read_frozen_manifest,
     read_manifest,
 )
-from manyhands.checkpoint.pieces import Piece, check_type, write_pieces
-from manyhands.checkpoint.publish import as_checkpoint_error, prepare, publish, remove, workplace
+from manyhands.checkpoint.pieces import TensorPiece, check_type, write_pieces
+from manyhands.checkpoint.publish import (
+    as_checkpoint_error,
+    create_partial,
+    partial_folder,
+    publish_folder,
+    remove_checkpoint,
+)
 from manyhands.checkpoint.tensor_file import dtype_name
 from manyhands.checkpoint.weight_files import config_files
 from manyhands.comm.group import Group
-from manyhands.engine.agreement import gather_json
+from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError, ManyhandsError
-from manyhands.storage.location import Place, names_in, put_text
+from manyhands.storage.location import Location, names_in, put_text
 
 MOST_SECONDS_BETWEEN_LOOKS = 1.0
 """Before that it looks after a tenth of what it has waited: it is late by that much, and never looks often."""
@@ -60,7 +66,7 @@ class Contents:
     """Of a folder. write: writes this worker's files into the folder that it is given, and returns what worker 0 must
     know to make the manifest from everyone's; published: called on worker 0, when it's there."""
 
-    write: Callable[[Place], dict[str, Any]]
+    write: Callable[[Location], dict[str, Any]]
     manifest_of: Callable[[list[dict[str, Any]]], BaseModel]
     published: Callable[[], None] = lambda: None
 
@@ -68,22 +74,22 @@ class Contents:
 class Saving:
     """The folder `final` on its way, in place of what is there. Making one is collective, and so is `wait`."""
 
-    def __init__(self, final: Place, group: Group, contents: Contents, tag: str) -> None:
+    def __init__(self, final: Location, group: Group, contents: Contents, tag: str) -> None:
         self.final = final
         self._group, self._contents, self._tag = group, contents, tag
         self._error: BaseException | None = None
         self._is_written = threading.Event()
         self._is_abandoned = threading.Event()
         attempt = secrets.token_hex(8)  # worker 0's: no leftover of another attempt is taken for one of this
-        self._partial = workplace(final, attempt)
+        self._partial = partial_folder(final, attempt)
         if group.rank == 0:
             try:
                 with as_checkpoint_error(self._partial):
-                    prepare(self._partial, final.parent)
+                    create_partial(self._partial, final.parent)
             except CheckpointError as error:
                 self._error = error
-        everyone: list[Any] = gather_json(group, attempt, f"{tag} begins / control")
-        self._partial = workplace(final, everyone[0])
+        everyone: list[Any] = all_gather_json(group, attempt, f"{tag} begins / control")
+        self._partial = partial_folder(final, everyone[0])
         self._thread = threading.Thread(target=self._save, name="manyhands-checkpoint", daemon=True)
         self._thread.start()
 
@@ -96,7 +102,7 @@ class Saving:
         """Until this worker's files are written, or can't be: what it saves may change again."""
         self._is_written.wait()
 
-    def wait(self) -> Place:
+    def wait(self) -> Location:
         """Until it's published. Raises the CheckpointError of one worker on all of them; then nothing is published."""
         self._is_written.wait()
         self._raise_any(f"{self._tag} written / control")
@@ -110,7 +116,7 @@ class Saving:
 
     def _raise_any(self, tag: str) -> None:
         said = [*map(str, _words_of(self._error))]
-        everyone: list[Any] = gather_json(self._group, said, tag)
+        everyone: list[Any] = all_gather_json(self._group, said, tag)
         for rank, words in enumerate(everyone):
             if words:
                 self._is_abandoned.set()
@@ -143,7 +149,7 @@ class Saving:
                 everyone = [json.loads(part.read_text()) for part in parts]
                 for part in parts:
                     part.unlink()
-                publish(self._partial, self.final, self._contents.manifest_of(everyone))
+                publish_folder(self._partial, self.final, self._contents.manifest_of(everyone))
                 self._contents.published()
 
     def _have_all_written(self) -> bool:
@@ -176,11 +182,11 @@ FROZEN_PIECE_NUMEL = 1 << 20
 
 def begin_checkpoint(
     engine: StepEngine,
-    root: Place,
+    root: Location,
     *,
     keep: int | None = None,
     keep_every: int | None = None,
-    published: Callable[[Place], None] | None = None,
+    published: Callable[[Location], None] | None = None,
 ) -> Saving | None:
     """Begin to write the engine's state, as it is now, to a new folder in `root`; None if it's there. Collective.
 
@@ -195,15 +201,15 @@ def begin_checkpoint(
     tag = f"step {step} / checkpoint"
     group.status(f"checkpoint of step {step}", step)
     digest = engine.digest()
-    if all(gather_json(group, _holds(final, digest), f"{tag} / control")):
+    if all(all_gather_json(group, _holds(final, digest), f"{tag} / control")):
         return None
     manifest = manifest_of(engine, digest, _save_frozen(engine, root))
     scalars: Scalars = {}
     pieces = list(owned_pieces(engine, scalars))
-    if not engine.home.is_apart:
+    if not engine.allocator.on_disk:
         pieces = [piece._replace(tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
 
-    def write(folder: Place) -> dict[str, Any]:
+    def write(folder: Location) -> dict[str, Any]:
         records = write_pieces(folder / name, pieces)
         return {"pieces": [record.model_dump() for record in records], "scalars": scalars}
 
@@ -215,7 +221,7 @@ def begin_checkpoint(
     name = _file_of(engine)
     contents = Contents(write=write, manifest_of=partial(with_pieces, manifest), published=is_published)
     saving = Saving(final, group, contents, tag)
-    if engine.home.is_apart:
+    if engine.allocator.on_disk:
         saving.wait_written()
     return saving
 
@@ -224,10 +230,10 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
     """The engine's state as it is now, without what the workers add. frozen: see Manifest."""
     tensors, computed = tensor_records(engine)
     return Manifest(
-        format=FORMAT,
+        format=CHECKPOINT_FORMAT,
         step=engine.step_index,
         workers=engine.group.size,
-        stage=engine.strategy.stage,
+        sharding=engine.strategy.sharding,
         facts=engine.facts(),
         identity=engine.identity,
         digest=digest,
@@ -252,37 +258,37 @@ def with_pieces(manifest: Manifest, everyone: list[dict[str, Any]]) -> Manifest:
     return manifest.model_copy(update={"scalars": scalars, "pieces": _joined(everyone)})
 
 
-def _prune(final: Place, keep: int | None, keep_every: int | None) -> None:
+def _prune(final: Location, keep: int | None, keep_every: int | None) -> None:
     for step, old in list_checkpoints(final.parent)[: -keep if keep else 0]:
         if old != final and not (keep_every and step % keep_every == 0):
-            remove(old)
+            remove_checkpoint(old)
 
 
 def _file_of(engine: StepEngine) -> str:
-    return file_name(engine.group.rank)
+    return piece_file_name(engine.group.rank)
 
 
 def _joined(everyone: list[dict[str, Any]]) -> list[PieceRecord]:
     return [PieceRecord(**record) for theirs in everyone for record in theirs["pieces"]]
 
 
-def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[Piece]:
+def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
     """What this worker owns: views of its state; fills in `scalars`."""
     for piece, owned in engine.updater.slices:
         if not owned.numel:
             continue
         cut, start = slice(owned.start, owned.end), piece.start + owned.start
-        yield Piece("master", piece.name, start, piece.master.view(-1)[cut])
+        yield TensorPiece("master", piece.name, start, piece.master.view(-1)[cut])
         for kind, value in engine.optimizer.state_of(piece).items():
             if isinstance(value, Tensor) and value.dim() and value.shape == piece.master.shape:
-                yield Piece(kind, piece.name, start, value.reshape(-1)[cut])
-            elif isinstance(value, Tensor) and value.dim() and piece.name in engine.optimizer.uncut:
-                yield Piece(kind, piece.name, 0, value.reshape(-1), tuple(value.shape))
+                yield TensorPiece(kind, piece.name, start, value.reshape(-1)[cut])
+            elif isinstance(value, Tensor) and value.dim() and piece.name in engine.optimizer.unsplittable:
+                yield TensorPiece(kind, piece.name, 0, value.reshape(-1), tuple(value.shape))
             elif value is not None:
                 scalars.setdefault(piece.name, {})[kind] = _scalar(value).model_dump()
     if engine.group.rank == 0:
         for name, buffer in engine.buffers.named().items():
-            yield Piece("buffer", name, 0, buffer.reshape(-1))
+            yield TensorPiece("buffer", name, 0, buffer.reshape(-1))
 
 
 def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
@@ -309,7 +315,7 @@ def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
     return records, [key for others in keys.values() for key in others]
 
 
-def _save_frozen(engine: StepEngine, root: Place) -> str | None:
+def _save_frozen(engine: StepEngine, root: Location) -> str | None:
     """Write the parameters that no step changes, unless they are there; the folder's name. Collective.
 
     The name comes from what is in it, so that runs of several recipes in one folder don't get in each other's way.
@@ -321,22 +327,22 @@ def _save_frozen(engine: StepEngine, root: Place) -> str | None:
     facts = engine.facts()
     said = [(record.name, record.shape, record.dtype, facts[f"frozen parameter {record.name}"]) for record in frozen]
     final = root / f"frozen-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
-    if not all(gather_json(engine.group, _is_there(final), f"{tag} / control")):
+    if not all(all_gather_json(engine.group, _is_there(final), f"{tag} / control")):
         params = dict(engine.model.named_parameters())
 
-        def write(folder: Place) -> dict[str, Any]:
+        def write(folder: Location) -> dict[str, Any]:
             mine = list(_frozen_pieces({record.name: params[record.name] for record in frozen}, engine))
             records = write_pieces(folder / _file_of(engine), mine)
             return {"pieces": [record.model_dump() for record in records]}
 
         def joined(everyone: list[dict[str, Any]]) -> FrozenManifest:
-            return FrozenManifest(format=FORMAT, pieces=_joined(everyone))
+            return FrozenManifest(format=CHECKPOINT_FORMAT, pieces=_joined(everyone))
 
         Saving(final, engine.group, Contents(write=write, manifest_of=joined), tag).wait()
     return final.name
 
 
-def _frozen_pieces(params: dict[str, torch.nn.Parameter], engine: StepEngine) -> Iterator[Piece]:
+def _frozen_pieces(params: dict[str, torch.nn.Parameter], engine: StepEngine) -> Iterator[TensorPiece]:
     """A worker writes its shard of those that are sharded, and of the others, which every worker has, its share."""
     sharded = set()
     for unit in engine.frozen_units:
@@ -352,9 +358,9 @@ def _frozen_pieces(params: dict[str, torch.nn.Parameter], engine: StepEngine) ->
                 number += 1
 
 
-def _cut(name: str, first: int, values: Tensor) -> Iterator[Piece]:
+def _cut(name: str, first: int, values: Tensor) -> Iterator[TensorPiece]:
     for start in range(0, values.numel(), FROZEN_PIECE_NUMEL):
-        yield Piece("frozen", name, first + start, values[start : start + FROZEN_PIECE_NUMEL])
+        yield TensorPiece("frozen", name, first + start, values[start : start + FROZEN_PIECE_NUMEL])
 
 
 def _scalar(value: Tensor | float | int | bool) -> Scalar:
@@ -375,7 +381,7 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
     return encoded
 
 
-def _holds(folder: Place, digest: str) -> bool:
+def _holds(folder: Location, digest: str) -> bool:
     """Whether the checkpoint in `folder` is there and has these weights."""
     try:
         return read_manifest(folder).digest == digest
@@ -383,7 +389,7 @@ def _holds(folder: Place, digest: str) -> bool:
         return False
 
 
-def _is_there(frozen: Place) -> bool:
+def _is_there(frozen: Location) -> bool:
     try:
         read_frozen_manifest(frozen)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Snapshots: the state in memory that outlives the workers, so that after a failure they begin with it.
+"""Snapshots: state in shared memory that outlives the workers.
 
 The workers' parent makes files without a name (memfd) and holds them: two slots, in each a file for every worker's
 pieces and one for the record, which says what lies where. Workers open them through /proc. They write the slot that is
@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.format import FORMAT, Manifest, PieceRecord, file_name
+from manyhands.checkpoint.format import CHECKPOINT_FORMAT, Manifest, PieceRecord, piece_file_name
 from manyhands.checkpoint.load import CheckpointReader, restore
-from manyhands.checkpoint.pieces import Piece, PieceReader
+from manyhands.checkpoint.pieces import PieceReader, TensorPiece
 from manyhands.checkpoint.save import Scalars, manifest_of, owned_pieces, with_pieces
 from manyhands.checkpoint.tensor_file import bytes_of, dtype_name, dtype_named
-from manyhands.engine.agreement import gather_json
+from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import InvariantError
 
@@ -36,7 +36,7 @@ _HEAD_BYTES = 16  # of a record: its length and its checksum
 _IN_MEMORY = "the memory of the workers' parent"
 
 
-class Slot(NamedTuple):
+class SnapshotSlot(NamedTuple):
     """Where a snapshot is written: paths of the record and, by rank, of the pieces."""
 
     record: str
@@ -56,7 +56,7 @@ FIRST = Training(0, "")
 class Snapshot(NamedTuple):
     """What is in a slot."""
 
-    slot: Slot
+    slot: SnapshotSlot
     of: Training
     manifest: Manifest
 
@@ -64,7 +64,9 @@ class Snapshot(NamedTuple):
 class SnapshotMemory:
     """The two slots, as the workers' parent and they see them. of: the training whose they are; None: any."""
 
-    def __init__(self, slots: tuple[Slot, ...], descriptors: tuple[int, ...] = (), of: Training | None = None) -> None:
+    def __init__(
+        self, slots: tuple[SnapshotSlot, ...], descriptors: tuple[int, ...] = (), of: Training | None = None
+    ) -> None:
         self._slots, self._descriptors, self.of = slots, descriptors, of
         self._next: int | None = None  # which one is written next, by this worker
 
@@ -77,7 +79,7 @@ class SnapshotMemory:
             made.append(os.memfd_create("manyhands-snapshot", os.MFD_CLOEXEC))
             return f"/proc/{os.getpid()}/fd/{made[-1]}"
 
-        slots = tuple(Slot(new(), tuple(new() for _ in range(workers))) for _ in range(2))
+        slots = tuple(SnapshotSlot(new(), tuple(new() for _ in range(workers))) for _ in range(2))
         return cls(slots, tuple(made))
 
     def address(self) -> str:
@@ -87,7 +89,7 @@ class SnapshotMemory:
     @classmethod
     def at(cls, address: str, of: Training = FIRST) -> SnapshotMemory:
         """What another process made, for one training."""
-        return cls(tuple(Slot(record, tuple(pieces)) for record, pieces in json.loads(address)), of=of)
+        return cls(tuple(SnapshotSlot(record, tuple(pieces)) for record, pieces in json.loads(address)), of=of)
 
     def close(self) -> None:
         """Free it, once no worker is left."""
@@ -100,7 +102,7 @@ class SnapshotMemory:
         whole = [snapshot for snapshot in map(self._in, self._slots) if snapshot is not None]
         return max(whole, key=lambda snapshot: (snapshot.of.number, snapshot.manifest.step), default=None)
 
-    def next_slot(self) -> Slot:
+    def next_slot(self) -> SnapshotSlot:
         """The one to write now: empty, another training's, or the older one."""
         if self._next is None:
             steps = [-1 if snapshot is None else snapshot.manifest.step for snapshot in map(self._in, self._slots)]
@@ -118,7 +120,7 @@ class SnapshotMemory:
             for path in (slot.record, *slot.pieces):  # the record first: killed amid this, no part is taken for whole
                 os.truncate(path, 0)
 
-    def _in(self, slot: Slot) -> Snapshot | None:
+    def _in(self, slot: SnapshotSlot) -> Snapshot | None:
         snapshot = _read_record(slot)
         return snapshot if snapshot is None or self.of in (None, snapshot.of) else None
 
@@ -134,9 +136,9 @@ def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None
     # By every worker: all have done it before worker 0 writes a record again. What was there may be the newest one of
     # another training: killed amid this, it must not be taken for whole.
     _write_head(slot, bytes(_HEAD_BYTES))
-    records = _write(slot.pieces[group.rank], file_name(group.rank), list(owned_pieces(engine, scalars)))
+    records = _write(slot.pieces[group.rank], piece_file_name(group.rank), list(owned_pieces(engine, scalars)))
     mine = {"pieces": [record.model_dump() for record in records], "scalars": scalars}
-    everyone: list[Any] = gather_json(group, mine, f"{tag} written / control")
+    everyone: list[Any] = all_gather_json(group, mine, f"{tag} written / control")
     if group.rank == 0:
         _write_record(slot, memory.of, with_pieces(manifest_of(engine, digest or "", frozen=None), everyone))
 
@@ -159,7 +161,7 @@ class SnapshotReader(CheckpointReader):
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.manifest = manifest = snapshot.manifest
-        self._paths = {file_name(rank): path for rank, path in enumerate(snapshot.slot.pieces)}
+        self._paths = {piece_file_name(rank): path for rank, path in enumerate(snapshot.slot.pieces)}
         PieceReader.__init__(self, Path(f"snapshot of step {manifest.step} in {_IN_MEMORY}"), manifest.pieces)
 
     def _read_piece(self, piece: PieceRecord, start: int, end: int) -> Tensor:
@@ -172,7 +174,7 @@ class SnapshotReader(CheckpointReader):
         return part
 
 
-def _write(path: str, name: str, pieces: list[Piece]) -> list[PieceRecord]:
+def _write(path: str, name: str, pieces: list[TensorPiece]) -> list[PieceRecord]:
     """One piece after the other; in records, which call the file `name`, a piece's key is where it begins."""
     records, start = [], 0
     with open(path, "r+b", buffering=0) as file:
@@ -201,7 +203,7 @@ def _write_all(fd: int, data: memoryview, start: int) -> None:
         data, start = data[written:], start + written
 
 
-def _write_record(slot: Slot, of: Training | None, manifest: Manifest) -> None:
+def _write_record(slot: SnapshotSlot, of: Training | None, manifest: Manifest) -> None:
     """Its head last: a record that was begun is none (`take_snapshot` has removed the head before)."""
     text = json.dumps({"of": of or FIRST, "manifest": manifest.model_dump(mode="json")}).encode()
     with open(slot.record, "r+b", buffering=0) as file:
@@ -209,12 +211,12 @@ def _write_record(slot: Slot, of: Training | None, manifest: Manifest) -> None:
     _write_head(slot, len(text).to_bytes(8, "little") + zlib.crc32(text).to_bytes(8, "little"))
 
 
-def _write_head(slot: Slot, head: bytes) -> None:
+def _write_head(slot: SnapshotSlot, head: bytes) -> None:
     with open(slot.record, "r+b", buffering=0) as file:
         _write_all(file.fileno(), memoryview(head), 0)
 
 
-def _read_record(slot: Slot) -> Snapshot | None:
+def _read_record(slot: SnapshotSlot) -> Snapshot | None:
     with open(slot.record, "rb", buffering=0) as file:
         head = file.read(_HEAD_BYTES)
         length, checksum = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
@@ -222,6 +224,6 @@ def _read_record(slot: Slot) -> Snapshot | None:
     if not text or len(text) != length or zlib.crc32(text) != checksum:
         return None
     said = json.loads(text)
-    if said["manifest"]["format"] != FORMAT:
+    if said["manifest"]["format"] != CHECKPOINT_FORMAT:
         return None
     return Snapshot(slot, Training(*said["of"]), Manifest.model_validate(said["manifest"]))

@@ -1,4 +1,4 @@
-"""Safetensors files, written and read a part at a time, so that memory never holds more than what is asked for.
+"""safetensors files, written and read in parts.
 
 The library of that name wants a file's tensors all at once, and maps what it reads into memory. The format: 8 bytes,
 the header's length; the header, JSON: each tensor's type, shape and place; the tensors' bytes, without gaps.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from manyhands.errors import InvariantError
-from manyhands.storage.location import Place, Ranges, written
+from manyhands.storage.location import Location, Ranges, written
 
 CODES = {
     torch.float64: "F64",
@@ -97,7 +97,9 @@ class TensorFileWriter:
     Left without an error the file is whole, and on the disk. OSErrors are passed on.
     """
 
-    def __init__(self, path: Place, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Location, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None
+    ) -> None:
         header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
         end = 0
         for entry in entries:
@@ -135,7 +137,7 @@ class TensorFileWriter:
 class TensorFile:
     """Reads ranges of a file's tensors. entries: by name. Raises OSError, and ValueError for what isn't such a file."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Location) -> None:
         self._ranges = Ranges(path)
         length, size = int.from_bytes(self._ranges.read(0, 8), "little"), self._ranges.size
         if length > min(size - 8, _MAX_HEADER_BYTES):

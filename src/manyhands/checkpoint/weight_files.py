@@ -1,4 +1,4 @@
-"""Other people's weight files: layout, names, what fits the model.
+"""Hugging Face weight files: layout, names, and which tensors fit the model.
 
 The files of Hugging Face's layout: their names; and the small ones, written without transformers.
 

@@ -1,4 +1,4 @@
-"""`manyhands doctor`: a machine before a run, a run after it."""
+"""The doctor command."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from manyhands.doctor.machines import Finding
-    from manyhands.doctor.runs import Story
+    from manyhands.doctor.runs import RunHistory
 
 _MARKS = {"good": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/]"}
 
 
-def doctor(
+def doctor_command(
     run: Annotated[
         Path | None,
         typer.Argument(metavar="RUN", help="A run directory: say what happened to it.", show_default=False),
@@ -46,10 +46,10 @@ def doctor(
 
     console = Console(highlight=False)
     if run is not None:
-        from manyhands.doctor.runs import story_of_run
+        from manyhands.doctor.runs import run_history
         from manyhands.listeners.run_directory import RunDirectory
 
-        story = story_of_run(RunDirectory.open_existing(run))
+        story = run_history(RunDirectory.open_existing(run))
         if as_json:
             typer.echo(json.dumps(asdict(story)))
         else:
@@ -67,13 +67,13 @@ def doctor(
 
 
 def _look(folder: Path, found: list[Finding]) -> Iterable[Finding]:
-    from manyhands.doctor.machines import look_at_machine
+    from manyhands.doctor.machines import check_machine
 
-    yield from look_at_machine(folder)
+    yield from check_machine(folder)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from manyhands.doctor.machines import look_at_hosts
+        from manyhands.doctor.machines import check_hosts
 
-        yield from look_at_hosts(found)
+        yield from check_hosts(found)
 
 
 def _show_finding(finding: Finding, console: Console) -> None:
@@ -89,7 +89,7 @@ def _show_finding(finding: Finding, console: Console) -> None:
     console.print(row)
 
 
-def _show_story(story: Story, console: Console) -> None:
+def _show_story(story: RunHistory, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`manyhands export`: a run's weights for other programs."""
+"""The export command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from manyhands.checkpoint.export import ExportSummary
 
 
-def export(
+def export_command(
     run: Annotated[
         str,
         typer.Argument(
@@ -55,16 +55,16 @@ def export(
 
     Example: `manyhands export runs/first exported --dtype bf16`
     """
-    from manyhands.checkpoint.export import export as export_weights
+    from manyhands.checkpoint.export import export as export
     from manyhands.listeners.terminal import BytesProgress
 
     with BytesProgress("exporting") as bar:
-        summary = export_weights(run, out, step=step, dtype=dtype, max_shard_size=max_shard_size, told=bar.update)
+        summary = export(run, out, step=step, dtype=dtype, max_shard_size=max_shard_size, told=bar.update)
     said = asdict(summary) | {"has_config": summary.has_config}
-    typer.echo(json.dumps(said) if as_json else explain(summary))
+    typer.echo(json.dumps(said) if as_json else explain_export(summary))
 
 
-def explain(summary: ExportSummary) -> str:
+def explain_export(summary: ExportSummary) -> str:
     """The summary for people."""
     speed = summary.weights_bytes / summary.seconds if summary.seconds > 0 else 0.0
     shown = summary.files if len(summary.files) <= 8 else [*summary.files[:3], "...", *summary.files[-2:]]

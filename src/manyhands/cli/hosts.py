@@ -1,4 +1,4 @@
-"""`manyhands train --hosts`, and `manyhands join`: one run on several hosts, which may come and go."""
+"""train --hosts, and the join command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from manyhands.cli.workers import Bounds, Workers, start_workers
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 
 if TYPE_CHECKING:
-    from manyhands.launching.rendezvous import Meeting
+    from manyhands.launching.rendezvous import Rendezvous
 
 Tell = Callable[[WorkerError | None], None]
 """Hears why workers are started again: of a failure, or None if a host has come or gone."""
@@ -27,9 +27,9 @@ Tell = Callable[[WorkerError | None], None]
 
 def first_host(
     hosts: Bounds, endpoint: str | None, request: dict[str, Any], workers: int, restarts: int, note: Tell
-) -> Meeting:
+) -> Rendezvous:
     """A run that others may join, whose workers do what `request` says. Raises ConfigError."""
-    from manyhands.launching.rendezvous import PORT, Meeting, parse_endpoint
+    from manyhands.launching.rendezvous import PORT, Rendezvous, parse_endpoint
 
     host, port = parse_endpoint(endpoint or f"{socket.gethostname()}:{PORT}")
     shared = {
@@ -38,7 +38,7 @@ def first_host(
         "run_dir": str(Path(request["run_dir"]).absolute()),
     }
     said = {"request": shared, "workers": workers, "recipe_sha256": _sha256(shared["recipe"])}
-    return Meeting(
+    return Rendezvous(
         host=host,
         port=port,
         run=f"{request['run_dir']}-{uuid.uuid4()}",
@@ -51,21 +51,21 @@ def first_host(
     )
 
 
-def train_together(meeting: Meeting, workers: int) -> None:
+def train_together(rendezvous: Rendezvous, workers: int) -> None:
     """This host's part of the run. Raises WorkerError and Interrupted."""
     from manyhands.launching.rendezvous import interface_of, own_address
 
-    request = meeting.said["request"]
+    request = rendezvous.said["request"]
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
-    interface = interface_of(own_address(meeting.host, meeting.port))
+    interface = interface_of(own_address(rendezvous.host, rendezvous.port))
     variables = {} if interface is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": interface}
     logs = Path(request["run_dir"]) / "logs"
-    if meeting.first and meeting.most > 1:
-        sys.stderr.write(f"others join this run with: manyhands join {meeting.endpoint}\n")
-    start_workers(command, workers, logs, variables, holds_signals=True, meeting=meeting)
+    if rendezvous.first and rendezvous.most > 1:
+        sys.stderr.write(f"others join this run with: manyhands join {rendezvous.endpoint}\n")
+    start_workers(command, workers, logs, variables, holds_signals=True, rendezvous=rendezvous)
 
 
-def join(
+def join_command(
     endpoint: Annotated[
         str,
         typer.Argument(
@@ -80,11 +80,11 @@ def join(
 
     Example: `manyhands join first-host:29400 --workers 4`
     """
-    from manyhands.launching.rendezvous import join as meet
+    from manyhands.launching.rendezvous import join_hosts
 
-    meeting = meet(endpoint)
-    recipe, run_dir = meeting.said["request"]["recipe"], Path(meeting.said["request"]["run_dir"])
-    if not Path(recipe).is_file() or _sha256(recipe) != meeting.said["recipe_sha256"]:
+    rendezvous = join_hosts(endpoint)
+    recipe, run_dir = rendezvous.said["request"]["recipe"], Path(rendezvous.said["request"]["run_dir"])
+    if not Path(recipe).is_file() or _sha256(recipe) != rendezvous.said["recipe_sha256"]:
         raise ConfigError(
             "the run's recipe is not the same here",
             where=recipe,
@@ -98,8 +98,8 @@ def join(
             where=str(run_dir),
             hint="it must be on a file system that all hosts share",
         )
-    mine = workers.most if workers else int(meeting.said["workers"])
-    train_together(replace(meeting, tell=_telling(lambda error: None)), mine)
+    mine = workers.most if workers else int(rendezvous.said["workers"])
+    train_together(replace(rendezvous, tell=_telling(lambda error: None)), mine)
 
 
 def _telling(note: Tell) -> Callable[[WorkerError | Interrupted | None], None]:

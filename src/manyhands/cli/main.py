@@ -1,4 +1,4 @@
-"""The command line: what a person types, checked before anything is started."""
+"""The command line: every command, and how errors end it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from manyhands import __version__
-from manyhands.cli.doctor import doctor
-from manyhands.cli.export import export
-from manyhands.cli.hosts import join
-from manyhands.cli.prepare import prepare
-from manyhands.cli.train import train
-from manyhands.cli.workers import Workers, snapshots_kept, start_workers, tell_restart, workers_for
+from manyhands.cli.doctor import doctor_command
+from manyhands.cli.export import export_command
+from manyhands.cli.hosts import join_command
+from manyhands.cli.prepare import prepare_command
+from manyhands.cli.train import train_command
+from manyhands.cli.workers import Workers, print_restart, snapshot_memory, start_workers, workers_for
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
 
 app = typer.Typer(
@@ -75,13 +75,13 @@ def _app(
     pass
 
 
-app.command()(train)
+app.command("train")(train_command)
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+    "run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )
-def run(
+def run_command(
     context: typer.Context,
     script: Annotated[
         Path,
@@ -98,7 +98,7 @@ def run(
         ),
     ] = 0,
 ) -> None:
-    """Run your own script in N workers, as `torchrun` would, but quietly and with errors that name the culprit.
+    """Run your own script in N workers, as `torchrun` would, but quietly and with errors that name the root cause.
 
     Inside, `manyhands.train` or `manyhands.Engine` finds the other workers. Started again, `train` goes on from where
     it was; what your script does beside it is done once more.
@@ -110,19 +110,19 @@ def run(
     from manyhands.launching.failures import run_again
 
     command, allowed = [sys.executable, str(script), *context.args], workers_for(workers, 1, None)
-    with snapshots_kept("auto" if max_restarts else "never", allowed.most) as snapshots:
+    with snapshot_memory("auto" if max_restarts else "never", allowed.most) as snapshots:
         run_again(
             lambda failures: start_workers(
                 command, allowed.after(failures), None, snapshots.variables, holds_signals=False
             ),
             saved_step=snapshots.newest_step,
             most=max_restarts,
-            tell=lambda restart: tell_restart(restart, allowed.after(restart.number)),
+            tell=lambda restart: print_restart(restart, allowed.after(restart.number)),
         )
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def compare_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
     other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
@@ -135,21 +135,21 @@ def compare(
     """
     from dataclasses import asdict
 
-    from manyhands.doctor.compare import compare_runs, explain
+    from manyhands.doctor.compare import compare_runs, explain_comparison
 
     comparison = compare_runs(run, other)
-    typer.echo(json.dumps(asdict(comparison)) if as_json else explain(comparison, str(run), str(other)))
+    typer.echo(json.dumps(asdict(comparison)) if as_json else explain_comparison(comparison, str(run), str(other)))
     if not comparison.equal:
         raise typer.Exit(1)
 
 
-app.command()(prepare)
+app.command("prepare")(prepare_command)
 
-app.command()(export)
+app.command("export")(export_command)
 
-app.command()(join)
+app.command("join")(join_command)
 
-app.command()(doctor)
+app.command("doctor")(doctor_command)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""manyhands prepare."""
+"""The prepare command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from manyhands.cli.workers import from_one
+from manyhands.cli.workers import check_from_one
 
 Workers = Annotated[
     int | None,
@@ -16,7 +16,7 @@ Workers = Annotated[
         "--workers",
         "-n",
         metavar="N",
-        callback=from_one,
+        callback=check_from_one,
         help="Worker processes on this machine (default: one a CPU).",
         show_default=False,
     ),
@@ -33,7 +33,7 @@ Engine = Annotated[
 ]
 
 
-def prepare(
+def prepare_command(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE", help="The corpus's recipe: a TOML file.", show_default=False)
     ],

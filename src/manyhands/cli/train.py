@@ -1,4 +1,4 @@
-"""manyhands train."""
+"""The train command."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from manyhands.cli.hosts import first_host, train_together
 from manyhands.cli.workers import (
     Bounds,
     Workers,
-    a_number_auto_or_never,
     bounds,
-    ending_told,
-    from_one,
-    note_failure,
-    note_restart,
-    snapshots_kept,
+    check_from_one,
+    check_snapshot_every,
+    ending_reported,
+    record_restart,
+    record_run_failure,
+    snapshot_memory,
     start_workers,
     workers_for,
 )
-from manyhands.config import GROUPS, HOMES, STAGES
+from manyhands.config import OFFLOADS, SHARDINGS, TRANSPORTS
 from manyhands.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from manyhands.storage.location import Place
+    from manyhands.storage.location import Location
 
 
-def train(
+def train_command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a TOML file.", show_default=False)],
     workers: Workers = None,
-    stage: Annotated[
+    sharding: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"Who holds what: {', '.join(STAGES)}.", show_default=False),
+        typer.Option(metavar="NAME", help=f"Who holds what: {', '.join(SHARDINGS)}.", show_default=False),
     ] = None,
-    home: Annotated[
+    offload: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"Where state lives: {', '.join(HOMES)}.", show_default=False),
+        typer.Option(metavar="NAME", help=f"Where state lives: {', '.join(OFFLOADS)}.", show_default=False),
     ] = None,
-    group: Annotated[
+    transport: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"How bytes travel: {', '.join(GROUPS)}.", show_default=False),
+        typer.Option(metavar="NAME", help=f"How bytes travel: {', '.join(TRANSPORTS)}.", show_default=False),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            callback=from_one,
+            callback=check_from_one,
             help="Train until this many steps are made (default: as the recipe says).",
             show_default=False,
         ),
@@ -95,14 +95,14 @@ def train(
     keep_checkpoints: Annotated[
         int,
         typer.Option(
-            metavar="N", callback=from_one, help="How many checkpoints stay (default: 3).", show_default=False
+            metavar="N", callback=check_from_one, help="How many checkpoints stay (default: 3).", show_default=False
         ),
     ] = 3,
     keep_every: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            callback=from_one,
+            callback=check_from_one,
             help="Keep the checkpoints of every N-th step for good.",
             show_default=False,
         ),
@@ -111,7 +111,7 @@ def train(
         str,
         typer.Option(
             metavar="N",
-            callback=a_number_auto_or_never,
+            callback=check_snapshot_every,
             help="Steps between snapshots in memory, with which workers that failed begin again: a number, auto (so "
             "often that they cost 2 % of the time), or never. With --hosts none are taken.",
         ),
@@ -136,7 +136,7 @@ def train(
             show_default=False,
         ),
     ] = None,
-    meet: Annotated[
+    rendezvous: Annotated[
         str | None,
         typer.Option(
             metavar="HOST:PORT",
@@ -148,7 +148,7 @@ def train(
         int,
         typer.Option(
             metavar="N",
-            callback=from_one,
+            callback=check_from_one,
             help="Steps between digests of the weights (default: 10).",
             show_default=False,
         ),
@@ -162,14 +162,14 @@ def train(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False,
 ) -> None:
-    """Train a recipe. The same recipe gives the same bits with any number of workers and any stage.
+    """Train a recipe. The same recipe gives the same bits with any number of workers and any sharding.
 
     Ctrl-C stops after the step at hand, with a checkpoint; the same command with the same `--run-dir` goes on.
 
     On several hosts: with --hosts on the first and `manyhands join` on the others; or torchrun starts it, as its
     workers. See docs/hosts.md.
 
-    Example: `manyhands train recipe.toml --workers 4 --stage zero2 --set seed=1`
+    Example: `manyhands train recipe.toml --workers 4 --sharding zero2 --set seed=1`
     """
     from manyhands.config import every
     from manyhands.documents.recipe_file import check_recipe
@@ -177,7 +177,7 @@ def train(
     if checkpoint_every is not None:
         every(checkpoint_every)
     overrides = list(set_ or [])
-    strategy = {"stage": stage, "home": home, "group": group}
+    strategy = {"sharding": sharding, "offload": offload, "transport": transport}
     overrides += [f"strategy.{key}={value}" for key, value in strategy.items() if value is not None]
     checked = check_recipe(recipe, overrides)
     batch = checked.batch.build()
@@ -215,23 +215,25 @@ def train(
         with run_lock(directory) if os.environ.get("RANK") == "0" else nullcontext():
             raise typer.Exit(work(request))
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
-    note = partial(note_failure, RunDirectory(directory))
+    note = partial(record_run_failure, RunDirectory(directory))
     with ExitStack() as stack:
         stack.enter_context(run_lock(directory))
-        stack.enter_context(ending_told(note, directory, checkpoints, given=run_dir is not None))
+        stack.enter_context(ending_reported(note, directory, checkpoints, given=run_dir is not None))
         if hosts is not None:
             batch.check_workers(allowed.most * hosts.most)
-            meeting = first_host(hosts, meet, request, allowed.most, max_restarts, partial(note, restart=0))
-            train_together(meeting, allowed.most)
+            run_rendezvous = first_host(
+                hosts, rendezvous, request, allowed.most, max_restarts, partial(note, restart=0)
+            )
+            train_together(run_rendezvous, allowed.most)
             return
-        with snapshots_kept(snapshot_every if max_restarts else "never", allowed.most) as snapshots:
+        with snapshot_memory(snapshot_every if max_restarts else "never", allowed.most) as snapshots:
             run_again(
                 lambda failures: start_workers(
                     command, allowed.after(failures), directory / "logs", snapshots.variables, holds_signals=True
                 ),
                 saved_step=lambda: max(snapshots.newest_step(), (0, _last_checkpoint(checkpoints))),
                 most=max_restarts,
-                tell=lambda restart: note_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
+                tell=lambda restart: record_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
                 samples_of=batch.samples_of,
             )
 
@@ -250,7 +252,7 @@ def _launched_workers(workers: Bounds | None, run_dir: Path | None) -> int:
     return launched
 
 
-def _last_checkpoint(checkpoints: Place) -> int:
+def _last_checkpoint(checkpoints: Location) -> int:
     """How many steps it has made; 0 if there is none, or its store is out of reach just now."""
     from manyhands.checkpoint.format import list_checkpoints
 

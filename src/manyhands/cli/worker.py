@@ -1,4 +1,4 @@
-"""One worker of `manyhands train`: started by our launcher, told by one JSON argument what to do; or by torchrun."""
+"""One worker of the train command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 
 from manyhands.errors import Interrupted
-from manyhands.members.reports import PARENT_TELLS_VARIABLE, record_failure, story_of
+from manyhands.members.reports import PARENT_TELLS_VARIABLE, record_failure, traceback_of
 from manyhands.surroundings import StopSignals
 
 
@@ -25,7 +25,7 @@ def work(request: Mapping[str, object]) -> int:
         record_failure(error)
         told = os.environ.get(PARENT_TELLS_VARIABLE) and int(os.environ["RANK"]) == 0  # on the terminal, by the parent
         if not told:
-            sys.stderr.write(f"{story_of(error)}\n")
+            sys.stderr.write(f"{traceback_of(error)}\n")
         return 1
     return 0
 

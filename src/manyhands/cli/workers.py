@@ -1,4 +1,4 @@
-"""What commands that start workers share.
+"""What the commands that start workers share.
 
 What commands that start workers share.
 
@@ -21,19 +21,19 @@ from manyhands.errors import Interrupted, WorkerError
 if TYPE_CHECKING:
     from manyhands.checkpoint.snapshot import SnapshotMemory
     from manyhands.launching.failures import Restart
-    from manyhands.launching.rendezvous import Meeting
+    from manyhands.launching.rendezvous import Rendezvous
     from manyhands.listeners.run_directory import RunDirectory
-    from manyhands.storage.location import Place
+    from manyhands.storage.location import Location
 
 
-def from_one(value: int | None) -> int | None:
+def check_from_one(value: int | None) -> int | None:
     """An option's value, if it counts from 1."""
     if value is not None and value < 1:
         raise typer.BadParameter(f"{value} is not a whole number of at least 1")
     return value
 
 
-def a_number_auto_or_never(value: str) -> str:
+def check_snapshot_every(value: str) -> str:
     """An option's value, if it is one of those."""
     if value not in ("auto", "never") and not (value.isdecimal() and int(value) > 0):
         raise typer.BadParameter(f"{value} is neither a number of steps nor auto nor never")
@@ -87,7 +87,7 @@ def workers_for(wanted: Bounds | None, threads_per_worker: int, micro_batches: i
     return Bounds(wanted.least, max(wanted.least, min(wanted.most, fitting)))
 
 
-class KeptSnapshots:
+class SnapshotStore:
     """Memory for the workers' snapshots, while they are started again and again. variables: their environment's."""
 
     def __init__(self, memory: SnapshotMemory | None, every: int | None) -> None:
@@ -106,13 +106,13 @@ class KeptSnapshots:
 
 
 @contextmanager
-def snapshots_kept(every: str, workers: int) -> Iterator[KeptSnapshots]:
+def snapshot_memory(every: str, workers: int) -> Iterator[SnapshotStore]:
     """every: a number of steps, auto or never."""
     from manyhands.checkpoint.snapshot import SnapshotMemory
 
     memory = None if every == "never" or not sys.platform.startswith("linux") else SnapshotMemory.create(workers)
     try:
-        yield KeptSnapshots(memory, int(every) if every.isdecimal() else None)
+        yield SnapshotStore(memory, int(every) if every.isdecimal() else None)
     finally:
         if memory is not None:
             memory.close()
@@ -125,7 +125,7 @@ def start_workers(
     variables: Mapping[str, str],
     *,
     holds_signals: bool,
-    meeting: Meeting | None = None,
+    rendezvous: Rendezvous | None = None,
 ) -> None:
     """Start them, with `variables` in their environment, and await their end. Raises WorkerError and Interrupted.
 
@@ -140,13 +140,13 @@ def start_workers(
             environment=variables,
             log_dir=log_dir,
             holds_signals=holds_signals,
-            meeting=meeting,
+            rendezvous=rendezvous,
         )
     except KeyboardInterrupt:  # before the launcher listened to signals
         raise Interrupted("stopped before any worker began, as asked (SIGINT)") from None
 
 
-def tell_restart(restart: Restart, workers: int) -> None:
+def print_restart(restart: Restart, workers: int) -> None:
     """On the terminal: why, for which time, and with how many workers."""
     cause, count = restart.cause, f"{workers} worker{'' if workers == 1 else 's'}"
     place = f"\n  where: {cause.where}" if cause.where else ""
@@ -156,7 +156,9 @@ def tell_restart(restart: Restart, workers: int) -> None:
 
 
 @contextmanager
-def ending_told(note: Callable[..., None], directory: Path, checkpoints: Place, *, given: bool) -> Iterator[None]:
+def ending_reported(
+    note: Callable[..., None], directory: Path, checkpoints: Location, *, given: bool
+) -> Iterator[None]:
     """How the run ends inside, if not well, is noted in its directory; and how to go on with one that was stopped."""
     try:
         yield
@@ -167,13 +169,13 @@ def ending_told(note: Callable[..., None], directory: Path, checkpoints: Place, 
         raise _with_the_way_on(error, directory, checkpoints, given=given) from None
 
 
-def note_restart(directory: RunDirectory, restart: Restart, workers: int) -> None:
+def record_restart(directory: RunDirectory, restart: Restart, workers: int) -> None:
     """In the run's directory, and on the terminal."""
-    note_failure(directory, restart.cause, restart.number)
-    tell_restart(restart, workers)
+    record_run_failure(directory, restart.cause, restart.number)
+    print_restart(restart, workers)
 
 
-def note_failure(directory: RunDirectory, error: WorkerError | None, restart: int | None) -> None:
+def record_run_failure(directory: RunDirectory, error: WorkerError | None, restart: int | None) -> None:
     """restart: None if nobody tries again. error: None if it was none: a host has come or gone."""
     if error is None:
         directory.append_event("hosts changed")
@@ -182,7 +184,7 @@ def note_failure(directory: RunDirectory, error: WorkerError | None, restart: in
     directory.append_event("failed", **facts, restart=restart)
 
 
-def _with_the_way_on(error: Interrupted, directory: Path, checkpoints: Place, *, given: bool) -> Interrupted:
+def _with_the_way_on(error: Interrupted, directory: Path, checkpoints: Location, *, given: bool) -> Interrupted:
     """The same, with where the last checkpoint is and how to go on from it; or that there is none."""
     from manyhands.checkpoint.format import list_checkpoints
 

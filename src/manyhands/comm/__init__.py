@@ -1,0 +1,1 @@
+"""How bytes travel between workers; the only package that imports torch.distributed's collectives."""

@@ -1,4 +1,4 @@
-"""From the environment that a launcher leaves (torchrun's variables) to a group."""
+"""Connects this worker to its group, as its launcher's environment specifies."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from datetime import timedelta
 import torch
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
-from manyhands.comm.distributed import ProcessGroup
+from manyhands.comm.distributed import DistributedGroup
 from manyhands.comm.group import Group
 from manyhands.comm.hierarchical import HierarchicalGroup, places
 from manyhands.comm.local import LocalGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.errors import ConfigError
-from manyhands.members.exit_hooks import LastWords, end_process
+from manyhands.members.exit_hooks import ExitHooks, end_process
 from manyhands.members.membership import JOIN_SECONDS, Membership
 from manyhands.members.reports import StatusFile, forget_failure
 from manyhands.offload.scratch import ProcessArena
@@ -32,37 +32,40 @@ def connect(
     """The group of this process's launcher. Collective. A worker that doesn't come round to raising another one's
     failure (it hangs, say) is ended.
 
-    kind: "auto", "shared-memory", "process" or "hierarchical" (see the strategy). most_hosts: on up to so many hosts
+    kind: "auto", "shared-memory", "distributed" or "hierarchical" (see the strategy). most_hosts: on up to so many
+    hosts
     workers may add gradients among themselves first. Raises ConfigError, WorkerError.
     """
     forget_failure()
     rank, size = environment_rank_and_size()
     where = _gpu() if device == "cuda" else torch.device(device)
-    if size <= 1 and kind != "process":
+    if size <= 1 and kind != "distributed":
         return LocalGroup(where, StatusFile.for_parent(stall_seconds))
     if not sys.platform.startswith("linux"):
         raise ConfigError("several workers need Linux", got=sys.platform, hint="elsewhere, one worker works")
     store = _numbered_store(rank, size)
     arena = ProcessArena()
-    wishes = f"group {kind} on {device}"
-    membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=end_process, wishes=wishes)
-    LastWords(membership)
+    requested = f"group {kind} on {device}"
+    membership = Membership(
+        store, rank, size, arena, stall_seconds=stall_seconds, abandon=end_process, requested=requested
+    )
+    ExitHooks(membership)
     try:
         by_host = places(membership.hosts) if device == "cpu" else None
         if kind == "auto":
-            several = "hierarchical" if by_host is not None and len(by_host) <= most_hosts else "process"
+            several = "hierarchical" if by_host is not None and len(by_host) <= most_hosts else "distributed"
             kind = "shared-memory" if membership.one_host and device == "cpu" else several
         if kind == "hierarchical":
             return _hierarchical(membership, store, arena, by_host, most_hosts)
-        if kind == "process":
+        if kind == "distributed":
             gloo = device != "cuda" or _gpus_are_shared()
-            return ProcessGroup.begin(membership, store, where, "gloo" if gloo else "cpu:gloo,cuda:nccl")
+            return DistributedGroup.begin(membership, store, where, "gloo" if gloo else "cpu:gloo,cuda:nccl")
         if not membership.one_host or device != "cpu":
             raise ConfigError(
                 "the workers can't share memory",
                 expected="CPU workers on one host",
                 got=f"{device} workers",
-                hint="use group = 'process'",
+                hint="use transport = 'distributed'",
             )
         return SharedMemoryGroup(membership, arena)
     except BaseException as error:
@@ -79,14 +82,16 @@ def _hierarchical(
             "the workers can't be grouped by host",
             expected=f"2 to {most_hosts} hosts (virtual_workers), with equally many CPU workers each, at least 2",
             got=f"workers on {', '.join(membership.hosts)}",
-            hint="use group = 'auto', which chooses what fits",
+            hint="use transport = 'auto', which chooses what fits",
         )
     mine = next(workers for workers in by_host if membership.rank in workers)
     place = mine.index(membership.rank)
-    near = SharedMemoryGroup(membership, arena, workers=mine)
+    intra_host = SharedMemoryGroup(membership, arena, workers=mine)
     alike = [workers[place] for workers in by_host]
-    far = ProcessGroup.begin(membership, PrefixStore(f"place/{place}", store), near.device, "gloo", 1, alike)
-    return HierarchicalGroup(near, far, by_host)
+    inter_host = DistributedGroup.begin(
+        membership, PrefixStore(f"place/{place}", store), intra_host.device, "gloo", 1, alike
+    )
+    return HierarchicalGroup(intra_host, inter_host, by_host)
 
 
 def _gpu() -> torch.device:

@@ -1,4 +1,4 @@
-"""Torch.distributed (Gloo, NCCL): data movement only, never a sum.
+"""Groups over torch.distributed (Gloo, NCCL): data movement only, never a sum.
 
 Only data movement is asked of it (all-to-all, all-gather), as bytes: never a sum, whose order would be the library's.
 """
@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from manyhands.comm.group import Contribution, Exchange, Group
+from manyhands.comm.group import AllToAll, Contribution, Group
 from manyhands.comm.local import LocalGroup
-from manyhands.comm.watched_group import MembersGroup
+from manyhands.comm.watched_group import WatchedGroup
 from manyhands.errors import ConfigError, InvariantError, WorkerError
 from manyhands.members.membership import Membership
-from manyhands.offload.allocator import BufferPool, Home
+from manyhands.offload.allocator import Allocator, BufferPool
 
 BROKEN_SECONDS = 6.0
 """So long it may take until it's known whose connection broke."""
@@ -32,7 +32,7 @@ TAKE_DOWN_SECONDS = 1.0
 """So long a broken group may take to be freed."""
 
 
-class _ProcessExchange(Exchange):
+class _DistributedAllToAll(AllToAll):
     def __init__(self, received: Tensor, num: int, work: dist.Work, wait: Callable[[], None], pool: BufferPool) -> None:
         self._received, self._num_pieces, self._work, self._wait, self._pool = received, num, work, wait, pool
 
@@ -52,10 +52,10 @@ class _ProcessExchange(Exchange):
         self._wait()  # what I gave has left
 
 
-class ProcessGroup(MembersGroup):
+class DistributedGroup(WatchedGroup):
     """Every worker has memory of its own."""
 
-    kind = "process"
+    kind = "distributed"
     shares_memory = False
     pieces_are_views = False
 
@@ -64,10 +64,10 @@ class ProcessGroup(MembersGroup):
         membership: Membership,
         device: torch.device,
         dist_group: dist.ProcessGroup | None = None,
-        lane: int = 0,
+        channel: int = 0,
         workers: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(membership, device, lane, workers)
+        super().__init__(membership, device, channel, workers)
         self._dist_group = dist_group  # None: torch's default group
         self._alone, self._pool = LocalGroup(device), BufferPool(device)
 
@@ -78,11 +78,11 @@ class ProcessGroup(MembersGroup):
         store: Store,
         device: torch.device,
         backend: str,
-        lane: int = 0,
+        channel: int = 0,
         workers: Sequence[int] | None = None,
-    ) -> ProcessGroup:
+    ) -> DistributedGroup:
         """Make torch's default process group, of these workers. Collective among them; raises ConfigError."""
-        new = cls(membership, device, None, lane, workers)
+        new = cls(membership, device, None, channel, workers)
         if dist.is_initialized():
             raise ConfigError(
                 "torch.distributed's default process group is taken",
@@ -95,31 +95,31 @@ class ProcessGroup(MembersGroup):
         return new
 
     @property
-    def near(self) -> Group:
+    def intra_host(self) -> Group:
         return self._alone
 
     @property
-    def far(self) -> Group | None:
+    def inter_host(self) -> Group | None:
         return self
 
-    def sibling(self) -> ProcessGroup:
+    def sibling(self) -> DistributedGroup:
         new = dist.new_group(timeout=_last_resort(self.membership))
         if not isinstance(new, dist.ProcessGroup):
             raise InvariantError("this process is not part of its own group")
-        other = ProcessGroup(self.membership, self.device, new, self.lane + 1)
+        other = DistributedGroup(self.membership, self.device, new, self.channel + 1)
         other.recorder = self.recorder
         return other
 
-    def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
-        return (home or Home(self.device)).empty(numel, dtype)
+    def empty_replicated(self, numel: int, dtype: torch.dtype, allocator: Allocator | None = None) -> Tensor:
+        return (allocator or Allocator(self.device)).empty(numel, dtype)
 
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
         local = self._pool.take(numel, dtype).zero_()
         return Contribution(local, free=lambda: self._pool.put_back(local))
 
-    def exchange(
+    def all_to_all(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
-    ) -> Exchange:
+    ) -> AllToAll:
         gives = self.rank in contributors
         sent = contribution.local[start : start + self.size * shard_numel] if gives else contribution.local[:0]
         received = self._pool.take(len(contributors) * shard_numel, sent.dtype)
@@ -136,9 +136,9 @@ class ProcessGroup(MembersGroup):
             )
         )
         wait = self._waiter([work], call, tag, (len(contributors) - gives) * item)
-        return _ProcessExchange(received, len(contributors), work, wait, self._pool)
+        return _DistributedAllToAll(received, len(contributors), work, wait, self._pool)
 
-    def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
+    def all_gather(self, full: Tensor, tag: str) -> Callable[[], None]:
         as_bytes, group = full.view(torch.uint8), self._dist_group
         parts, call = as_bytes.chunk(self.size), self._post(tag)
         if full.is_cuda:
@@ -147,7 +147,7 @@ class ProcessGroup(MembersGroup):
             works = [self._call(partial(dist.broadcast, one, None, group, True, src)) for src, one in enumerate(parts)]
         return self._waiter(works, call, tag, as_bytes.numel() - parts[0].numel())
 
-    def gather(self, small: Tensor, tag: str) -> list[Tensor]:
+    def all_gather_small(self, small: Tensor, tag: str) -> list[Tensor]:
         flat = small.detach().contiguous().view(-1).view(torch.uint8)
         copies = torch.empty(self.size * flat.numel(), dtype=torch.uint8)
         call = self._post(tag)
@@ -180,7 +180,7 @@ class ProcessGroup(MembersGroup):
             try:
                 for work in works:
                     if on_host:
-                        self._wait(work.is_completed, lambda peer: peer.posted(self.lane) < call, tag)
+                        self._wait(work.is_completed, lambda peer: peer.posted(self.channel) < call, tag)
                     work.wait()
             except RuntimeError as error:
                 raise self._failure_behind(error) from error

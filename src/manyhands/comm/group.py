@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from manyhands.errors import InvariantError
-from manyhands.offload.allocator import Home
+from manyhands.offload.allocator import Allocator
 
 
 class Recorder:
@@ -64,7 +64,7 @@ class Contribution:
         self.local, self.peers, self.free = local, tuple(peers), free
 
 
-class Exchange(ABC):
+class AllToAll(ABC):
     """An exchange under way. `pieces`, then `release`, each once; exchanges are released in the order they began."""
 
     @property
@@ -91,7 +91,7 @@ class Exchange(ABC):
 
 
 class Group(ABC):
-    """See the module. Attributes: `kind` ("local", "shared-memory", "process", "hierarchical"), `rank`, `size`,
+    """See the module. Attributes: `kind` ("local", "shared-memory", "distributed", "hierarchical"), `rank`, `size`,
     `device`, `recorder`; `workers`: the launcher's number of each rank; `shares_memory`: whether a replicated buffer is
     one physical copy for `near`; `pieces_are_views`: whether pieces exchanged there are views of what the others gave,
     so that keeping them costs nothing."""
@@ -106,17 +106,17 @@ class Group(ABC):
         self.workers: Sequence[int] = range(size)
 
     @property
-    def near(self) -> Group:
+    def intra_host(self) -> Group:
         """See the module. rank = near.rank * far.size + far.rank."""
         return self
 
     @property
-    def far(self) -> Group | None:
+    def inter_host(self) -> Group | None:
         """See the module."""
         return None
 
     @abstractmethod
-    def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
+    def empty_replicated(self, numel: int, dtype: torch.dtype, allocator: Allocator | None = None) -> Tensor:
         """A zeroed buffer [numel] that all workers hold alike, one copy for `near`; at `home`, if one is given.
         Collective where memory is shared."""
 
@@ -125,23 +125,23 @@ class Group(ABC):
         """A zeroed buffer [numel] to exchange from. Collective where memory is shared."""
 
     @abstractmethod
-    def exchange(
+    def all_to_all(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
-    ) -> Exchange:
+    ) -> AllToAll:
         """Begin to give everyone their piece of `contribution[start : start + size * shard_numel]`. Collective.
 
         Worker r's piece is the r-th run of `shard_numel` elements. Only `contributors` (ranks, rising) give anything.
         """
 
     @abstractmethod
-    def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
+    def all_gather(self, full: Tensor, tag: str) -> Callable[[], None]:
         """Begin to give everyone my range of the replicated `full`, [size * shard_numel], in place. Collective.
 
         Returns a function that waits until all ranges are there.
         """
 
     @abstractmethod
-    def gather(self, small: Tensor, tag: str) -> list[Tensor]:
+    def all_gather_small(self, small: Tensor, tag: str) -> list[Tensor]:
         """Everyone's `small` (same shape and dtype, CPU), by rank: copies. Collective, blocks."""
 
     def sibling(self) -> Group:
@@ -153,7 +153,7 @@ class Group(ABC):
 
     def barrier(self, tag: str) -> None:
         """Wait until everyone is here. Collective, blocks."""
-        self.gather(torch.zeros(1, dtype=torch.uint8), tag)
+        self.all_gather_small(torch.zeros(1, dtype=torch.uint8), tag)
 
     @abstractmethod
     def fail(self, error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""Hosts with several workers each: shared memory inside a host, one process group between hosts for each place on them.
+"""Several hosts: shared memory inside a host, torch.distributed between hosts.
 
 Of what every worker wants a host receives one copy, each part of it over the link of another worker: worker l of every
 host looks after the l-th part of a buffer. So does it with gradients, which are added inside a host first: sums travel.
@@ -17,12 +17,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from manyhands.comm.distributed import ProcessGroup
-from manyhands.comm.group import Contribution, Exchange, Group
+from manyhands.comm.distributed import DistributedGroup
+from manyhands.comm.group import AllToAll, Contribution, Group
 from manyhands.comm.shared_memory import SharedMemoryGroup
-from manyhands.comm.watched_group import MembersGroup
+from manyhands.comm.watched_group import WatchedGroup
 from manyhands.errors import InvariantError
-from manyhands.offload.allocator import Home
+from manyhands.offload.allocator import Allocator
 
 
 def places(hosts: Sequence[str]) -> list[list[int]] | None:
@@ -35,53 +35,55 @@ def places(hosts: Sequence[str]) -> list[list[int]] | None:
     return list(found.values()) if len(found) > 1 and len(sizes) == 1 and sizes != {1} else None
 
 
-class HierarchicalGroup(MembersGroup):
+class HierarchicalGroup(WatchedGroup):
     """See the module. Gradients are exchanged in `near` and, as sums, in `far`, not in the group as a whole."""
 
     kind = "hierarchical"
     shares_memory = True
     pieces_are_views = True
 
-    def __init__(self, near: SharedMemoryGroup, far: ProcessGroup, by_host: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, intra_host: SharedMemoryGroup, inter_host: DistributedGroup, by_host: Sequence[Sequence[int]]
+    ) -> None:
         workers = [worker for place in zip(*by_host, strict=True) for worker in place]
-        super().__init__(near.membership, near.device, workers=workers)
-        self._near, self._far = near, far
-        near.recorder = far.recorder = self.recorder
+        super().__init__(intra_host.membership, intra_host.device, workers=workers)
+        self._intra_host, self._inter_host = intra_host, inter_host
+        intra_host.recorder = inter_host.recorder = self.recorder
 
     @property
-    def near(self) -> Group:
-        return self._near
+    def intra_host(self) -> Group:
+        return self._intra_host
 
     @property
-    def far(self) -> Group | None:
-        return self._far
+    def inter_host(self) -> Group | None:
+        return self._inter_host
 
-    def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
-        return self._near.empty_replicated(numel, dtype, home)
+    def empty_replicated(self, numel: int, dtype: torch.dtype, allocator: Allocator | None = None) -> Tensor:
+        return self._intra_host.empty_replicated(numel, dtype, allocator)
 
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
-        return self._near.empty_contribution(numel, dtype)
+        return self._intra_host.empty_contribution(numel, dtype)
 
-    def exchange(
+    def all_to_all(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
-    ) -> Exchange:
+    ) -> AllToAll:
         raise InvariantError("a group of hosts exchanges inside these and between them, not as a whole", where=tag)
 
-    def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
-        arrived = self._far.publish(full.chunk(self._near.size)[self._near.rank], tag)
+    def all_gather(self, full: Tensor, tag: str) -> Callable[[], None]:
+        arrived = self._inter_host.all_gather(full.chunk(self._intra_host.size)[self._intra_host.rank], tag)
 
         def wait() -> None:
             arrived()
-            self._near.publish(full, tag)()
+            self._intra_host.all_gather(full, tag)()
 
         return wait
 
-    def gather(self, small: Tensor, tag: str) -> list[Tensor]:
-        mine = torch.stack(self._far.gather(small, tag))
-        return [each for place in self._near.gather(mine, tag) for each in place.unbind()]
+    def all_gather_small(self, small: Tensor, tag: str) -> list[Tensor]:
+        mine = torch.stack(self._inter_host.all_gather_small(small, tag))
+        return [each for place in self._intra_host.all_gather_small(mine, tag) for each in place.unbind()]
 
     def exclusive(self) -> AbstractContextManager[object]:
-        return self._near.exclusive()
+        return self._intra_host.exclusive()
 
     def take_down(self) -> None:
-        self._far.take_down()
+        self._inter_host.take_down()

@@ -1,4 +1,4 @@
-"""A group of one: every verb is the identity."""
+"""A group of one worker: every verb is the identity."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from manyhands.comm.group import Contribution, Exchange, Group
-from manyhands.errors import Place
+from manyhands.comm.group import AllToAll, Contribution, Group
+from manyhands.errors import Position
 from manyhands.members.reports import StatusFile, record_failure
-from manyhands.offload.allocator import Home
+from manyhands.offload.allocator import Allocator
 
 
-class _OwnPiece(Exchange):
+class _OwnPiece(AllToAll):
     def __init__(self, piece: Tensor | None) -> None:
         self._pieces = [] if piece is None else [piece]
 
@@ -42,23 +42,23 @@ class LocalGroup(Group):
         super().__init__(0, 1, device)
         self._status_file = status_file
 
-    def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
-        return (home or Home(self.device)).empty(numel, dtype)
+    def empty_replicated(self, numel: int, dtype: torch.dtype, allocator: Allocator | None = None) -> Tensor:
+        return (allocator or Allocator(self.device)).empty(numel, dtype)
 
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
         return Contribution(torch.zeros(numel, dtype=dtype, device=self.device))
 
-    def exchange(
+    def all_to_all(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
-    ) -> Exchange:
+    ) -> AllToAll:
         self.recorder.add(tag, 0, 0.0)
         return _OwnPiece(contribution.local[start : start + shard_numel] if contributors else None)
 
-    def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
+    def all_gather(self, full: Tensor, tag: str) -> Callable[[], None]:
         self.recorder.add(tag, 0, 0.0)
         return lambda: None
 
-    def gather(self, small: Tensor, tag: str) -> list[Tensor]:
+    def all_gather_small(self, small: Tensor, tag: str) -> list[Tensor]:
         self.recorder.add(tag, 0, 0.0)
         return [small.clone()]
 
@@ -67,7 +67,7 @@ class LocalGroup(Group):
 
     def status(self, words: str, step: int | None = None, micro_batch: int | None = None) -> None:
         if self._status_file is not None:
-            self._status_file.enter(Place(words, step, micro_batch))
+            self._status_file.enter(Position(words, step, micro_batch))
 
     def close(self) -> None:
         if self._status_file is not None:

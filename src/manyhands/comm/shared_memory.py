@@ -1,4 +1,4 @@
-"""Workers on one host: `exchange` hands out views of the peers' buffers, and a replicated buffer is one physical copy.
+"""CPU workers on one host: views of each other's buffers in shared memory.
 
 Order of memory accesses: data are written before the count on the board that announces them, and read after that count
 was seen. Between the two lie system calls (sched_yield, nanosleep) or the interpreter's lock, which order them.
@@ -14,17 +14,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from manyhands.comm.group import Contribution, Exchange
-from manyhands.comm.watched_group import MembersGroup
+from manyhands.comm.group import AllToAll, Contribution
+from manyhands.comm.watched_group import WatchedGroup
 from manyhands.members.board import Arena
 from manyhands.members.membership import Membership, Peer
 from manyhands.numerics.seeds import generators_state, restore_generators
-from manyhands.offload.allocator import Home
+from manyhands.offload.allocator import Allocator
 
 MAILBOX_BYTES = 1 << 20
 
 
-class _SharedExchange(Exchange):
+class _SharedAllToAll(AllToAll):
     def __init__(
         self, group: SharedMemoryGroup, call: int, number: int, pieces: list[tuple[int, Tensor]], tag: str
     ) -> None:
@@ -52,7 +52,7 @@ class _SharedExchange(Exchange):
         self._group.wait_drained(self._number, self._tag)
 
 
-class SharedMemoryGroup(MembersGroup):
+class SharedMemoryGroup(WatchedGroup):
     """CPU workers that share memory: processes of one host, or (in tests) threads of one process."""
 
     kind = "shared-memory"
@@ -69,47 +69,47 @@ class SharedMemoryGroup(MembersGroup):
         super().__init__(membership, torch.device("cpu"), workers=workers)
         self._arena, self._lock, self._held = arena, compute_lock, 0
         self._boards = [peer.board for peer in self._peers if peer.board is not None]
-        self._exchanges = 0
+        self._num_all_to_all = 0
         self._mailboxes = self._create(2 * MAILBOX_BYTES)
         self._letters = 0
 
     def _create(self, num_bytes: int) -> list[Tensor]:
         """Everyone's new buffer of that size, by rank."""
         mine, address = self._arena.create(num_bytes)
-        addresses = self._meet(address)
+        addresses = self._all_gather_text(address)
         buffers = [mine if rank == self.rank else self._arena.open(other) for rank, other in enumerate(addresses)]
-        self.membership.meet("opened")
+        self.membership.all_gather_text("opened")
         self._arena.seal()
         return buffers
 
-    def _meet(self, text: str) -> list[str]:
-        texts = self.membership.meet(text)
+    def _all_gather_text(self, text: str) -> list[str]:
+        texts = self.membership.all_gather_text(text)
         return [texts[worker] for worker in self.workers]
 
-    def empty_replicated(self, numel: int, dtype: torch.dtype, home: Home | None = None) -> Tensor:
-        scratch = None if home is None else home.scratch
+    def empty_replicated(self, numel: int, dtype: torch.dtype, allocator: Allocator | None = None) -> Tensor:
+        scratch = None if allocator is None else allocator.scratch
         mine, address = self._arena.create(numel * dtype.itemsize, scratch) if self.rank == 0 else (None, "")
-        first = self._meet(address)[0]
+        first = self._all_gather_text(address)[0]
         buffer = self._arena.open(first) if mine is None else mine
-        self.membership.meet("opened")
+        self.membership.all_gather_text("opened")
         self._arena.seal()
-        if home is not None:
-            home.adopt(buffer)
+        if allocator is not None:
+            allocator.adopt(buffer)
         return buffer.view(dtype)
 
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
         everyone = [buffer.view(dtype) for buffer in self._create(numel * dtype.itemsize)]
         return Contribution(everyone[self.rank], everyone)
 
-    def exchange(
+    def all_to_all(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
-    ) -> Exchange:
+    ) -> AllToAll:
         begin = start + self.rank * shard_numel
         pieces = [(rank, contribution.peers[rank][begin : begin + shard_numel]) for rank in contributors]
-        self._exchanges += 1
-        return _SharedExchange(self, self._post(tag), self._exchanges, pieces, tag)
+        self._num_all_to_all += 1
+        return _SharedAllToAll(self, self._post(tag), self._num_all_to_all, pieces, tag)
 
-    def publish(self, full: Tensor, tag: str) -> Callable[[], None]:
+    def all_gather(self, full: Tensor, tag: str) -> Callable[[], None]:
         call = self._post(tag)
 
         def wait() -> None:
@@ -117,7 +117,7 @@ class SharedMemoryGroup(MembersGroup):
 
         return wait
 
-    def gather(self, small: Tensor, tag: str) -> list[Tensor]:
+    def all_gather_small(self, small: Tensor, tag: str) -> list[Tensor]:
         flat = small.detach().contiguous().view(-1).view(torch.uint8)
         copies = [torch.empty_like(flat) for _ in range(self.size)]
         seconds = 0.0
@@ -136,7 +136,7 @@ class SharedMemoryGroup(MembersGroup):
 
     def wait_posted(self, call: int, tag: str) -> float:
         """Wait until everyone has begun collective call `call`; the seconds it took."""
-        seconds = self._wait(lambda: self.all_posted(call), lambda peer: peer.posted(self.lane) < call, tag)
+        seconds = self._wait(lambda: self.all_posted(call), lambda peer: peer.posted(self.channel) < call, tag)
         self._check_tags(call, tag)
         return seconds
 
@@ -146,7 +146,7 @@ class SharedMemoryGroup(MembersGroup):
 
     def all_posted(self, call: int) -> bool:
         """Whether everyone has begun collective call `call`."""
-        return all(board.posted(self.lane) >= call for board in self._boards)
+        return all(board.posted(self.channel) >= call for board in self._boards)
 
     def all_drained(self, number: int) -> bool:
         """Whether everyone has read exchange `number`."""

@@ -1,4 +1,4 @@
-"""Groups of several: calls are numbered, tagged and watched."""
+"""Groups of several workers: calls are numbered, tagged and watched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from manyhands.comm.group import Group
-from manyhands.errors import InvariantError, Place
+from manyhands.errors import InvariantError, Position
 from manyhands.members.membership import Membership, Peer
 
 YIELDS = 200
@@ -17,16 +17,16 @@ YIELDS = 200
 NAP_SECONDS = 0.0002
 
 
-class MembersGroup(Group):
+class WatchedGroup(Group):
     """A group whose workers watch each other through a Membership. workers: those of its members that are in it, this
     one included, by the launcher's numbers (None: all)."""
 
     def __init__(
-        self, membership: Membership, device: torch.device, lane: int = 0, workers: Sequence[int] | None = None
+        self, membership: Membership, device: torch.device, channel: int = 0, workers: Sequence[int] | None = None
     ) -> None:
         workers = range(membership.size) if workers is None else workers
         super().__init__(workers.index(membership.rank), len(workers), device)
-        self.membership, self.lane, self.workers = membership, lane, workers
+        self.membership, self.channel, self.workers = membership, channel, workers
         self._peers = [membership.peers[worker] for worker in workers if worker != membership.rank]
         self._calls = 0
         self._closed = False
@@ -35,7 +35,7 @@ class MembersGroup(Group):
         """Begin collective call `tag`; its number."""
         self.membership.check()
         self._calls += 1
-        self.membership.board.post(self._calls, tag, self.lane)
+        self.membership.board.post(self._calls, tag, self.channel)
         self.membership.board.say(tag)
         return self._calls
 
@@ -65,20 +65,20 @@ class MembersGroup(Group):
             # With a GPU's streams a wait may end before a peer's call; whoever is last still compares.
             if (
                 peer.board is not None
-                and peer.posted(self.lane) >= call
-                and not peer.board.has_tag(call, tag, self.lane)
+                and peer.posted(self.channel) >= call
+                and not peer.board.has_tag(call, tag, self.channel)
             ):
                 raise InvariantError(
                     f"workers {me} and {peer.rank} took different ways: their collective call {call} differs",
                     expected=f"{tag} (worker {me})",
-                    got=f"another one; worker {peer.rank} is now in {peer.place.words or 'its start'}",
+                    got=f"another one; worker {peer.rank} is now in {peer.position.words or 'its start'}",
                     where=f"worker {me}, {tag}",
                     hint="make the same calls and as many steps on all workers; neither the model nor the data may "
                     "depend on the worker's number, the time or an unseeded generator",
                 )
 
     def status(self, words: str, step: int | None = None, micro_batch: int | None = None) -> None:
-        self.membership.enter(Place(words, step, micro_batch))
+        self.membership.enter(Position(words, step, micro_batch))
 
     def fail(self, error: BaseException) -> None:
         self.membership.fail(error)

@@ -1,4 +1,4 @@
-"""Near-duplicates by MinHash, joined to groups.
+"""Near-duplicates by MinHash, joined into groups.
 
 MinHash: documents that share most of their shingles are found without comparing each with each.
 A document is the set of its shingles, runs of some characters. The least of a random hash of them is the same for two

@@ -1,4 +1,4 @@
-"""What preparing a corpus came to: figures, as a summary and as a data card with a picture."""
+"""Summary, data card and picture of a corpus."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Dropped:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class CorpusFigures:
     """What came of a corpus. The same whatever the workers, the memory and the engine; so there are no times.
 
     lengths: how many documents have 1 token, 2 to 3, 4 to 7, and so on, their end included.
@@ -51,7 +51,7 @@ class CorpusSummary:
     """Figures, and how long it took: seconds of each step (none if it was there already), and in all."""
 
     path: str
-    figures: Figures
+    figures: CorpusFigures
     seconds: float
     steps: Mapping[str, float]
 
@@ -65,7 +65,7 @@ class CorpusSummary:
         told = said["figures"]
         dropped = tuple(Dropped(**{**drop, "examples": tuple(drop["examples"])}) for drop in told["dropped"])
         lists = {name: tuple(told[name]) for name in ("lengths", "examples")}
-        return cls(**{**said, "figures": Figures(**{**told, **lists, "dropped": dropped})})
+        return cls(**{**said, "figures": CorpusFigures(**{**told, **lists, "dropped": dropped})})
 
     def __str__(self) -> str:
         """For people, on a few lines."""
@@ -97,7 +97,7 @@ def duplicates_of(kind: str, documents: int, examples: Sequence[str]) -> Dropped
     return Dropped(reason=reason, documents=documents, characters=0, examples=tuple(examples))
 
 
-def card(figures: Figures, settings: Mapping[str, Any]) -> str:
+def card(figures: CorpusFigures, settings: Mapping[str, Any]) -> str:
     """The data card, as Markdown."""
     rows = "".join(
         f"| {_reason_in_words(drop.reason)} | {drop.documents:,} | {_share(drop.documents, figures.documents_read)} |\n"
@@ -165,7 +165,7 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
-def _per_token(figures: Figures) -> str:
+def _per_token(figures: CorpusFigures) -> str:
     return f"{figures.characters / max(1, figures.tokens):.2f}"
 
 

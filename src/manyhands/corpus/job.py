@@ -1,4 +1,4 @@
-"""From a corpus recipe to token files: clean, exact and near-duplicates, tokenizer, tokens; then the data card."""
+"""Prepares a corpus: cleaning, duplicates, tokens, data card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from manyhands.corpus.duplicates import near_duplicates, without
-from manyhands.corpus.figures import PICTURE, CorpusSummary, Dropped, Figures, card, duplicates_of, picture
+from manyhands.corpus.figures import PICTURE, CorpusFigures, CorpusSummary, Dropped, card, duplicates_of, picture
 from manyhands.corpus.recipe import CorpusSchema, located, source_of
 from manyhands.corpus.steps import Steps
 from manyhands.corpus.text import (
@@ -45,8 +45,8 @@ from manyhands.errors import ConfigError, DataError
 from manyhands.prepare.dataset import Dataset
 from manyhands.prepare.io.writing import token_schema
 from manyhands.prepare.job.output import BAD_RECORDS, PrepareSummary
-from manyhands.prepare.options import How, Options
-from manyhands.prepare.plan.fingerprint import fingerprint
+from manyhands.prepare.options import JobOptions, Options
+from manyhands.prepare.plan.fingerprint import fingerprint_code
 from manyhands.prepare.records.aggregate import Aggregate
 from manyhands.storage.files import read_bytes, remove, replace_bytes
 
@@ -73,13 +73,13 @@ def prepare_corpus(
     source = source_of(document)
     settings = document.schema.model_dump()
     tokenizer = _given_tokenizer(document)
-    identity = fingerprint([settings, source.identity, tokenizer and tokenizer.text])
+    identity = fingerprint_code([settings, source.identity, tokenizer and tokenizer.text])
     found = _found(folder, identity, overwrite=overwrite)
     if found is not None:
         return replace(found, path=str(folder), seconds=time.monotonic() - began, steps={})
     folder.mkdir(parents=True, exist_ok=True)
     replace_bytes(str(folder / _RECIPE), _json({"identity": identity, "settings": settings}))
-    how = How(
+    how = JobOptions(
         workers=options.workers,
         memory=options.memory,
         max_bad_records=options.max_bad_records,
@@ -106,7 +106,7 @@ class _Corpus:
     def __init__(self, schema: CorpusSchema, folder: Path, steps: Steps) -> None:
         self._schema, self._folder, self._steps, self._how = schema, folder, steps, steps.how
 
-    def made_of(self, source: Dataset, tokenizer: TokenizerEncoder | None) -> Figures:
+    def made_of(self, source: Dataset, tokenizer: TokenizerEncoder | None) -> CorpusFigures:
         """All of them. Raises DataError if no document is left."""
         clean = self._schema.clean
         judge = Judge(self._schema.input.text, clean.unicode, clean.rules())
@@ -129,7 +129,7 @@ class _Corpus:
             characters=Aggregate.sum(of="characters"), examples=some_examples()
         )
         (total,) = totals.take(1, **self._how)
-        return Figures(
+        return CorpusFigures(
             name=self._schema.name,
             documents_read=read,
             characters_read=kept.characters + sum(drop.characters for drop in rules.values()),

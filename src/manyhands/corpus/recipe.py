@@ -1,4 +1,4 @@
-"""A corpus recipe: the tables of the TOML file that `manyhands prepare` takes, and where its documents come from."""
+"""Tables and sources of a corpus recipe."""
 
 from __future__ import annotations
 

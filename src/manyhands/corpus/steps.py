@@ -1,4 +1,4 @@
-"""The steps of preparing a corpus: each is a job whose records are kept in a folder, so that a killed run goes on."""
+"""The steps of preparing a corpus, each a job that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.prepare.dataset import Dataset
-from manyhands.prepare.job.output import BAD_RECORDS, read_manifest
-from manyhands.prepare.options import How
+from manyhands.prepare.job.output import BAD_RECORDS, read_output_manifest
+from manyhands.prepare.options import JobOptions
 
 
 class Steps:
     """Runs jobs with one engine, each in a folder of its own in `folder`. seconds: how long each took."""
 
-    def __init__(self, folder: Path, how: How) -> None:
+    def __init__(self, folder: Path, how: JobOptions) -> None:
         self.how, self.seconds = how, dict[str, float]()
         self._folder = folder
         self._manifests: dict[str, dict[str, Any]] = {}
@@ -38,7 +38,7 @@ class Steps:
         folder = str(self._folder / re.sub(r"\W+", "-", name))
         kept = records.cache(folder)
         kept.take(1, **self.how)
-        self._manifests[name] = read_manifest(folder) or {}
+        self._manifests[name] = read_output_manifest(folder) or {}
         self.end(name)
         return kept, int(self._manifests[name]["records"])
 

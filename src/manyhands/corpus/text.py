@@ -1,4 +1,4 @@
-"""Cleaning rules and small functions of documents.
+"""Cleaning rules, and small functions on documents.
 
 Cleaning documents: one form of Unicode, and rules that hold for any language. Plain functions of a text.
 

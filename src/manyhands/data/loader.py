@@ -1,4 +1,4 @@
-"""Makes micro-batches, here or in processes that read ahead.
+"""Makes micro-batches, in the worker or in processes that prefetch.
 
 Processes that read data ahead of a worker, and what is done when one of them dies.
 
@@ -38,7 +38,7 @@ _PER_PROCESS = 2  # results that each process keeps ready
 _END = object()
 
 
-class ReadAhead:
+class PrefetchProcesses:
     """`num_processes` processes that evaluate `dataset[task]` ahead of the reader, in the order of the tasks.
 
     torch's DataLoader does the work. Here is what it lacks: a process that dies ends the wait within seconds with a
@@ -237,7 +237,7 @@ class MicroBatchLoader:
                 hint="check the path and the filters that the data set was built with",
             )
         self._tasks = _Tasks(recipe)
-        self._ahead = ReadAhead(self._tasks, loader_workers) if loader_workers > 0 else None
+        self._ahead = PrefetchProcesses(self._tasks, loader_workers) if loader_workers > 0 else None
 
     def load(self, step: int, micro_batch: int) -> Any:
         """This micro-batch, made here and now. Raises DataError, naming the micro-batch and its samples."""
@@ -264,7 +264,7 @@ class MicroBatchLoader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _unpacked(self, results: Iterator[bytes], ahead: ReadAhead) -> Iterator[LoadedBatch]:
+    def _unpacked(self, results: Iterator[bytes], ahead: PrefetchProcesses) -> Iterator[LoadedBatch]:
         for packed in results:
             result: LoadedBatch | _Failure = ForkingPickler.loads(packed)
             if isinstance(result, _Failure):

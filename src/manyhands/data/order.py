@@ -1,4 +1,4 @@
-"""Which samples a micro-batch holds; mixtures.
+"""Which samples a micro-batch holds; mixtures of data sets.
 
 Which samples a micro-batch holds: a pure function of (seed, size of the data, position in the run).
 Position p of a run (0 is the first sample of step 0) lies in epoch p // size and is sample p % size of that epoch's

@@ -1,4 +1,4 @@
-"""TokenFile: prepared tokens as a data set. Opening it reads the tails of its files, whatever their size."""
+"""TokenFile: prepared tokens as a data set."""
 
 from __future__ import annotations
 

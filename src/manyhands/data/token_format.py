@@ -1,4 +1,4 @@
-"""A file of tokens as it lies on disk: written when data are prepared, mapped into memory when they are trained on.
+"""The format of token files on disk (no torch).
 
     tokens, uint16 or uint32 | padding to a multiple of 8 | where each document ends, uint64 | tail
 

@@ -1,0 +1,1 @@
+"""Diagnoses machines and runs."""

@@ -1,4 +1,4 @@
-"""Where two runs differ: step, parameter, block (no torch)."""
+"""Finds where two runs differ: step, parameter, block (no torch)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def compare_runs(one: str | Path, other: str | Path) -> Comparison:
     )
 
 
-def explain(comparison: Comparison, one: str, other: str) -> str:
+def explain_comparison(comparison: Comparison, one: str, other: str) -> str:
     """The comparison in words."""
     lines = []
     if comparison.equal:

@@ -26,7 +26,7 @@ import torch
 
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
-from manyhands.engine.agreement import gather_json
+from manyhands.engine.agreement import all_gather_json
 from manyhands.errors import ConfigError
 from manyhands.formatting import GIB, MIB, format_bytes, format_seconds
 from manyhands.numerics.arithmetic import numerics_identity
@@ -56,7 +56,7 @@ class Finding:
     hint: str | None = None
 
 
-def look_at_machine(folder: Path) -> Iterator[Finding]:
+def check_machine(folder: Path) -> Iterator[Finding]:
     """One finding after the other; the last ones take a second. folder: where runs are to be written."""
     checks: tuple[Callable[[], Finding], ...] = (
         _versions,
@@ -130,7 +130,9 @@ def _shared_memory() -> Finding:
     """Whether another process can open this one's memory as workers do."""
     subject = "shared memory"
     if not hasattr(os, "memfd_create"):
-        return Finding(subject, "warning", "this system has no memfd_create", "use one worker, or group = 'process'")
+        return Finding(
+            subject, "warning", "this system has no memfd_create", "use one worker, or transport = 'distributed'"
+        )
     fd = os.memfd_create("manyhands-doctor")
     try:
         os.ftruncate(fd, mmap.PAGESIZE)
@@ -146,7 +148,7 @@ def _shared_memory() -> Finding:
         subject,
         "bad",
         f"a process can't open another one's: {why}",
-        "mount /proc without hidepid, or use --group process",
+        "mount /proc without hidepid, or use --transport distributed",
     )
 
 
@@ -225,14 +227,14 @@ _ROUNDS = 20
 _LARGE_BYTES = 8 * MIB
 
 
-def look_at_hosts(mine: Sequence[Finding]) -> Iterator[Finding]:
+def check_hosts(mine: Sequence[Finding]) -> Iterator[Finding]:
     """Of the workers of this program's launcher, who have found `mine` on their own machines: what isn't good on the
     others', then what they have in common. Collective: everyone gets the same. Raises WorkerError."""
     cpu, host = torch.device("cpu"), socket.gethostname()
-    group = connect("process")
+    group = connect("distributed")
     try:
         wrong = [asdict(finding) for finding in mine if finding.verdict != "good"]
-        everyone: list[Any] = gather_json(group, [host, numerics_identity(cpu, 1, cpu), wrong], "hosts / control")
+        everyone: list[Any] = all_gather_json(group, [host, numerics_identity(cpu, 1, cpu), wrong], "hosts / control")
         told = {everyone[0][0]}
         for other, _, findings in everyone:
             for finding in findings if other not in told else ():
@@ -262,7 +264,7 @@ def _numerics(everyone: list[Any]) -> Finding:
 
 def _clocks(group: Group, hosts: list[str]) -> Finding:
     group.barrier("hosts / clock / control")
-    times: list[Any] = gather_json(group, time.time(), "hosts / clocks / control")
+    times: list[Any] = all_gather_json(group, time.time(), "hosts / clocks / control")
     spread = max(times) - min(times)
     told = f"they differ by {format_seconds(spread)} or less"
     if spread > MOST_CLOCK_SECONDS:
@@ -279,7 +281,7 @@ def _link(group: Group) -> Finding:
     waits = [_seconds(group, small) for _ in range(_ROUNDS)]
     speed = _LARGE_BYTES * (group.size - 1) / 1e9 / min(_seconds(group, large) for _ in range(3))
     mine = [statistics.median(waits), speed]
-    everyone: list[Any] = gather_json(group, mine, "hosts / link / control")
+    everyone: list[Any] = all_gather_json(group, mine, "hosts / link / control")
     wait, slowest = max(wait for wait, _ in everyone), min(speed for _, speed in everyone)
     return Finding(
         "links", "good", f"{format_seconds(wait)} for a small message to all, {slowest:.2f} GB/s into a worker"
@@ -288,5 +290,5 @@ def _link(group: Group) -> Finding:
 
 def _seconds(group: Group, tensor: torch.Tensor) -> float:
     began = time.perf_counter()
-    group.gather(tensor, "hosts / probe / control")
+    group.all_gather_small(tensor, "hosts / probe / control")
     return time.perf_counter() - began

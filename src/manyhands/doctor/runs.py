@@ -1,4 +1,4 @@
-"""What happened to a run, told from its directory."""
+"""Reports what happened to a run, from its directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FIRST_STEP_SECONDS = 1800.0  # models are made, data is read, files are compile
 
 
 @dataclass(frozen=True)
-class Story:
+class RunHistory:
     """outcome: "ended", "stopped", "failed", "killed", "going on", "perhaps going on" (the run directory's lock can't
     say: it may be another host's). lines: (when in seconds since the epoch,
     what) in order. advice: what to do. tails: the last lines of the logs of workers that failed, by file name."""
@@ -35,7 +35,7 @@ class Story:
     tails: dict[str, str]
 
 
-def story_of_run(run: RunDirectory) -> Story:
+def run_history(run: RunDirectory) -> RunHistory:
     """Raises DataError for a directory whose figures can't be read."""
     events, metrics = run.read_events(), run.read_metrics()
     steps = metrics[-1].step + 1 if metrics else 0
@@ -56,7 +56,7 @@ def story_of_run(run: RunDirectory) -> Story:
         log = run.log(rank)
         if log.exists():
             tails[log.name] = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
-    return Story(outcome, told, tuple(lines), _advice(run, outcome, failed), tails)
+    return RunHistory(outcome, told, tuple(lines), _advice(run, outcome, failed), tails)
 
 
 def _outcome(events: list[dict[str, Any]], run: RunDirectory, median: float) -> str:
@@ -85,7 +85,7 @@ def _line(event: dict[str, Any]) -> str:
             str(event.get("source")), ""
         )
         again = f", {event['repeats']} steps made again" if event.get("repeats") else ""
-        return f"began at step {event['step']}{source}: {event['workers']} workers, {event['stage']}{again}"
+        return f"began at step {event['step']}{source}: {event['workers']} workers, {event['sharding']}{again}"
     if kind == "failed":
         where = f" ({event['where']})" if event.get("where") else ""
         then = "" if event.get("restart") is None else f"; started again ({event['restart']})"

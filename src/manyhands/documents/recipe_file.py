@@ -1,4 +1,4 @@
-"""Recipe files: tables, imports, argument checks.
+"""Recipe files: tables, imports and checks of arguments.
 
 A recipe file's tables. Imports neither the user's code nor torch.
 
@@ -29,7 +29,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from manyhands.config import Batch, Recipe, Strategy, Weights, hint_nearest
-from manyhands.documents.toml import Document, Key, Table, dotted, raise_all, read_document, to_toml
+from manyhands.documents.toml import Document, KeyPath, Table, dotted, raise_all, read_document, to_toml
 from manyhands.errors import ConfigError, ManyhandsError
 
 if TYPE_CHECKING:
@@ -110,18 +110,18 @@ class BatchTable(Table):
 class StrategyTable(Table):
     """`manyhands.Strategy`, each field checked by it."""
 
-    stage: str = Strategy.stage
-    home: str = Strategy.home
+    sharding: str = Strategy.sharding
+    offload: str = Strategy.offload
     scratch: str = Strategy.scratch
-    group: str = Strategy.group
+    transport: str = Strategy.transport
     overlap: bool = Strategy.overlap
     units: list[str] = list(Strategy.units)
     activation_checkpointing: list[str] = list(Strategy.activation_checkpointing)
-    prefetch: int = Strategy.prefetch
+    unshard_ahead: int = Strategy.unshard_ahead
     loader_workers: int = Strategy.loader_workers
     stall_seconds: float = Strategy.stall_seconds
 
-    @field_validator("stage", "home", "group", "prefetch", "loader_workers", "stall_seconds")
+    @field_validator("sharding", "offload", "transport", "unshard_ahead", "loader_workers", "stall_seconds")
     @classmethod
     def _as_strategy_checks(cls, value: Any, info: ValidationInfo) -> Any:
         Strategy(**{str(info.field_name): value})
@@ -328,7 +328,7 @@ def _check_not_another(name: str, folder: Path) -> None:
 
 
 def _argument_problems(
-    key: Key, function: Callable[..., Any], target: Target | GroupTable, document: Document[RecipeSchema]
+    key: KeyPath, function: Callable[..., Any], target: Target | GroupTable, document: Document[RecipeSchema]
 ) -> list[ConfigError]:
     """Arguments that the function doesn't take, and what it wants and isn't given. key: the table's."""
     table = str(key[0])

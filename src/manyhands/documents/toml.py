@@ -1,4 +1,4 @@
-"""TOML with origins: overrides, line numbers, all problems in one error.
+"""TOML with overrides and line numbers; reports all problems in one error.
 
 TOML as text: at which line each value is written, values changed by `--set key=value`, and settings written back.
 
@@ -23,17 +23,17 @@ from pydantic_core import ErrorDetails
 from manyhands.config import hint_nearest, nearest
 from manyhands.errors import ConfigError, InvariantError
 
-Key = tuple[str | int, ...]  # where a value is: ("optimizer", "groups", 0, "match")
+KeyPath = tuple[str | int, ...]  # where a value is: ("optimizer", "groups", 0, "match")
 
 
-def line_numbers(text: str) -> dict[Key, int]:
+def line_numbers(text: str) -> dict[KeyPath, int]:
     """The line at which each table and value of a valid TOML text begins.
 
     tomllib doesn't tell; but a statement is the shortest run of lines that is valid TOML by itself.
     """
-    lines: dict[Key, int] = {}
-    table: Key = ()
-    last_index: dict[Key, int] = {}  # of each array of tables
+    lines: dict[KeyPath, int] = {}
+    table: KeyPath = ()
+    last_index: dict[KeyPath, int] = {}  # of each array of tables
     statement, start = "", 1
     for number, line in enumerate(text.split("\n"), 1):
         statement += line + "\n"
@@ -52,9 +52,9 @@ def line_numbers(text: str) -> dict[Key, int]:
     return lines
 
 
-def _header(parsed: dict[str, Any], last_index: dict[Key, int]) -> Key:
+def _header(parsed: dict[str, Any], last_index: dict[KeyPath, int]) -> KeyPath:
     """The key of `[a.b]` or `[[a.b]]`, parsed alone: inside arrays of tables it's that of the last table so far."""
-    key: Key = ()
+    key: KeyPath = ()
     value: Any = parsed
     while isinstance(value, dict) and value:
         name, value = next(iter(value.items()))
@@ -66,7 +66,7 @@ def _header(parsed: dict[str, Any], last_index: dict[Key, int]) -> Key:
     return key
 
 
-def _keys(value: Any, base: Key = ()) -> Iterator[Key]:
+def _keys(value: Any, base: KeyPath = ()) -> Iterator[KeyPath]:
     entries: Iterable[tuple[str | int, Any]] = ()
     if isinstance(value, dict):
         entries = value.items()
@@ -77,7 +77,7 @@ def _keys(value: Any, base: Key = ()) -> Iterator[Key]:
         yield from _keys(inner, (*base, name))
 
 
-def apply_override(override: str, values: dict[str, Any], origins: dict[Key, str]) -> ConfigError | None:
+def apply_override(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> ConfigError | None:
     """Put `key=value` into the values; returns what's wrong with it, if it can't be put there."""
     name, equals, written = override.partition("=")
     parts = [part.strip() for part in name.split(".")]
@@ -86,7 +86,7 @@ def apply_override(override: str, values: dict[str, Any], origins: dict[Key, str
         return ConfigError(
             "an override can't be understood", where=origin, expected="key=value, such as batch.micro_size=2"
         )
-    key: Key = ()
+    key: KeyPath = ()
     table: Any = values
     for position, part in enumerate(parts):
         step: Any = int(part) if isinstance(table, list) and part.isdecimal() else part
@@ -119,7 +119,7 @@ def _override_value(written: str) -> Any:
     return literal if isinstance(literal, int | float) else written
 
 
-def dotted(key: Key) -> str:
+def dotted(key: KeyPath) -> str:
     """`optimizer.groups.0.match`."""
     return ".".join(str(name) for name in key)
 
@@ -175,7 +175,7 @@ class Document(Generic[S]):
 
     path: Path
     schema: S
-    origins: dict[Key, str]
+    origins: dict[KeyPath, str]
 
     def origin(self, *key: str | int) -> str:
         """`recipe.toml:12`, or `--set ...`: of a value, or else of the table it would be in."""
@@ -236,7 +236,7 @@ def _read_text(path: Path) -> str:
 
 
 def _problem(
-    details: ErrorDetails, schema: type[Table], values: dict[str, Any], path: Path, origins: dict[Key, str]
+    details: ErrorDetails, schema: type[Table], values: dict[str, Any], path: Path, origins: dict[KeyPath, str]
 ) -> ConfigError:
     """What pydantic found, in our words."""
     cause = details.get("ctx", {}).get("error")
@@ -256,7 +256,7 @@ def _problem(
     return ConfigError(f"{dotted(key)} has a wrong value", where=where, expected=expected, got=repr(details["input"]))
 
 
-def _unknown_hint(loc: Key, schema: type[Table]) -> str | None:
+def _unknown_hint(loc: KeyPath, schema: type[Table]) -> str | None:
     table, name = _table_at(loc, schema), str(loc[-1])
     if table is None:
         return None
@@ -270,7 +270,7 @@ def _unknown_hint(loc: Key, schema: type[Table]) -> str | None:
     return hint
 
 
-def _table_at(loc: Key, schema: type[Table]) -> type[Table] | None:
+def _table_at(loc: KeyPath, schema: type[Table]) -> type[Table] | None:
     """The table that a key's last name is (or should have been) in."""
     table: type[Table] | None = schema
     for name in loc[:-1]:
@@ -287,9 +287,9 @@ def _table_named(name: str, outer: type[Table]) -> type[Table] | None:
     return next((kind for kind in kinds if issubclass(kind, Table)), None)
 
 
-def _real_key(loc: Key, values: Any) -> Key:
+def _real_key(loc: KeyPath, values: Any) -> KeyPath:
     """pydantic puts names of types between a nested value's keys, and names what's missing: keep what's there."""
-    key: Key = ()
+    key: KeyPath = ()
     name: Any
     for name in loc:
         if (isinstance(values, dict) and name in values) or (isinstance(values, list) and isinstance(name, int)):
@@ -298,16 +298,16 @@ def _real_key(loc: Key, values: Any) -> Key:
     return key
 
 
-def _relocated(error: ConfigError, schema: type[Table], path: Path, origins: dict[Key, str]) -> ConfigError:
+def _relocated(error: ConfigError, schema: type[Table], path: Path, origins: dict[KeyPath, str]) -> ConfigError:
     what = error.what.removeprefix("recipe.")
     tables = "|".join(name for name in schema.model_fields if _table_named(name, schema))
     named = re.search(rf"\b(?:recipe|({tables}))\.(\w+)", error.what)
-    key: Key = tuple(part for part in named.groups() if part) if named else ()
+    key: KeyPath = tuple(part for part in named.groups() if part) if named else ()
     where = _origin(path, origins, key)
     return ConfigError(what, expected=error.expected, got=error.got, where=where, hint=error.hint, detail=error.detail)
 
 
-def _origin(path: Path, origins: dict[Key, str], key: Key) -> str:
+def _origin(path: Path, origins: dict[KeyPath, str], key: KeyPath) -> str:
     for length in range(len(key), 0, -1):
         if key[:length] in origins:
             return origins[key[:length]]

@@ -1,4 +1,4 @@
-"""Facts that all workers, and a run and its checkpoints, must share.
+"""Facts that must match between workers, and between a run and its checkpoints.
 
 What workers, and a run and its checkpoints, must have in common: facts by name, as text.
 """
@@ -15,25 +15,25 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from manyhands.comm.group import Group
 from manyhands.config import Recipe
 from manyhands.errors import ConfigError
-from manyhands.models.building import let_go
+from manyhands.models.building import evict_model
 from manyhands.numerics.digest import fingerprint
-from manyhands.offload.allocator import Home
+from manyhands.offload.allocator import Allocator
 from manyhands.optim.sliced import SlicedOptimizer
 
 
-def gather_json(group: Group, value: object, tag: str) -> list[object]:
+def all_gather_json(group: Group, value: object, tag: str) -> list[object]:
     """Everyone's value, by rank. Collective; for setting up."""
     text = json.dumps(value).encode()
-    lengths = [int(length) for length in group.gather(torch.tensor([len(text)]), tag)]
+    lengths = [int(length) for length in group.all_gather_small(torch.tensor([len(text)]), tag)]
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    texts = group.gather(padded, tag)
+    texts = group.all_gather_small(padded, tag)
     return [json.loads(bytes(other[:length].numpy())) for other, length in zip(texts, lengths, strict=True)]
 
 
 def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> None:
     """That all workers have the same facts. Collective; raises the same ConfigError on all of them."""
-    everyone: Sequence[dict[str, str]] = gather_json(group, dict(facts), f"start / {what} / control")  # type: ignore[assignment]
+    everyone: Sequence[dict[str, str]] = all_gather_json(group, dict(facts), f"start / {what} / control")  # type: ignore[assignment]
     for rank, theirs in enumerate(everyone):
         for name in [*everyone[0], *theirs]:
             first, other = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
@@ -66,14 +66,14 @@ def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
     return facts
 
 
-def frozen_facts(model: nn.Module, awaited: Container[str], home: Home) -> dict[str, str]:
+def frozen_facts(model: nn.Module, awaited: Container[str], allocator: Allocator) -> dict[str, str]:
     """What the digest doesn't cover, since no step changes it: the bits of frozen parameters, which are at `home`;
     without those that have no values as yet."""
     facts = {}
     for name, param in model.named_parameters():
         if not (param.requires_grad or name in awaited):
             facts[f"frozen parameter {name}"] = fingerprint(name, param)
-            let_go([param], home)
+            evict_model([param], allocator)
     return facts
 
 
@@ -92,14 +92,14 @@ def schedule_facts(schedules: Sequence[LRScheduler]) -> dict[str, str]:
     return facts
 
 
-def agree_on_model(model: nn.Module, awaited: Collection[str], group: Group, home: Home) -> None:
+def agree_on_model(model: nn.Module, awaited: Collection[str], group: Group, allocator: Allocator) -> None:
     """That every worker built the same model, to the bit, at `home`; apart from values that are awaited. Collective;
     raises ConfigError."""
     facts = {}
     for name, param in model.named_parameters():
         values = "awaited" if name in awaited else fingerprint(name, param)
         facts[name] = f"{list(param.shape)} {param.requires_grad} {values}"
-        let_go([param], home)
+        evict_model([param], allocator)
     agree(
         group,
         "model",

@@ -1,4 +1,4 @@
-"""Builds units and buffers from a model."""
+"""Builds a model's units and their buffers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from manyhands.comm.group import Group
 from manyhands.config import Batch, Recipe, Strategy
-from manyhands.engine.agreement import gather_json
-from manyhands.engine.execution import REPLICATED, SHARDED, Stage, stage_named
+from manyhands.engine.agreement import all_gather_json
+from manyhands.engine.sharding import REPLICATED, SHARDED, Sharding, sharding_named
 from manyhands.engine.step.buffers import may_change
 from manyhands.engine.step.reduce import levels_of
 from manyhands.engine.units.gradients import Gradients, KeptGradients, PassingGradients, Ring, RingGradients
-from manyhands.engine.units.params import GatheredParams, HomeParams, Params, ShardedParams, WholeParams
+from manyhands.engine.units.params import OffloadedParams, OnDemandParams, Params, ReplicatedParams, ShardedParams
 from manyhands.engine.units.partition import UnitPlan, plan_units, storage_dtype
 from manyhands.engine.units.unit import ParamUnit, Unit
 from manyhands.layout import Layout, Range, UnitLayout, build_layout
-from manyhands.models.building import let_go
-from manyhands.offload.allocator import BufferPool, Home
+from manyhands.models.building import evict_model
+from manyhands.offload.allocator import Allocator, BufferPool
 from manyhands.offload.scratch import check_space
 from manyhands.optim.sliced import SlicedOptimizer
 
@@ -42,7 +42,7 @@ class Storage:
     @property
     def gathered_units(self) -> list[ParamUnit]:
         """Those that are whole only now and then."""
-        return [unit for unit in (*self.units, *self.frozen) if isinstance(unit.params, GatheredParams)]
+        return [unit for unit in (*self.units, *self.frozen) if isinstance(unit.params, OnDemandParams)]
 
 
 def lay_out(
@@ -50,21 +50,22 @@ def lay_out(
     recipe: Recipe,
     group: Group,
     strategy: Strategy,
-    uncut: Collection[str],
+    unsplittable: Collection[str],
     awaited: Collection[str],
-    home: Home,
+    allocator: Allocator,
 ) -> Storage:
     """Move the model's parameters into flat buffers. Collective.
 
-    uncut: the parameters that their optimizer must see whole. awaited: those without values as yet. home: of master
-    weights and, if the stage shards them, of parameters. Frozen parameters are only cast, unless gathered, too.
+    unsplittable: the parameters that their optimizer must see whole. awaited: those without values as yet. home: of
+    master
+    weights and, if the sharding shards them, of parameters. Frozen parameters are only cast, unless gathered, too.
     """
-    stage = stage_named(strategy.stage)
+    sharding = sharding_named(strategy.sharding)
     _cast_frozen(model, recipe.precision, group.device, awaited)
-    adding = levels_of(group, stage, recipe.batch).near
-    filler = _Filler(dict(model.named_parameters()), awaited, group, stage, home, adding)
+    adding = levels_of(group, sharding, recipe.batch).intra_host
+    filler = _Filler(dict(model.named_parameters()), awaited, group, sharding, allocator, adding)
     plans = plan_units(
-        model, recipe.precision, strategy.units, uncut=uncut, workers=group.size, gathered=filler.gathers
+        model, recipe.precision, strategy.units, unsplittable=unsplittable, workers=group.size, gathered=filler.gathers
     )
     layout = filler.layout_of([plan for plan in plans if plan.trainable])
     trainable = list(zip((plan for plan in plans if plan.trainable), layout.units, strict=True))
@@ -92,15 +93,21 @@ class _Filler:
         params: Mapping[str, nn.Parameter],
         awaited: Collection[str],
         group: Group,
-        stage: Stage,
-        home: Home,
+        sharding: Sharding,
+        allocator: Allocator,
         adding: Group,
     ) -> None:
-        self.params, self._awaited, self._group, self._stage, self._home = params, awaited, group, stage, home
+        self.params, self._awaited, self._group, self._sharding, self._allocator = (
+            params,
+            awaited,
+            group,
+            sharding,
+            allocator,
+        )
         self._adding = adding
         # Workers that share memory have one copy of the parameters together: there's nothing to shard.
-        elsewhere = home.is_apart or home.device != group.device
-        self.gathers = stage.param is SHARDED and (elsewhere or not group.pieces_are_views)
+        elsewhere = allocator.on_disk or allocator.device != group.device
+        self.gathers = sharding.param is SHARDED and (elsewhere or not group.pieces_are_views)
         self._pool = BufferPool(group.device)
 
     def layout_of(self, plans: Sequence[UnitPlan]) -> Layout:
@@ -108,7 +115,9 @@ class _Filler:
         names = {name for plan in plans for name in plan.params}
         named = [(name, param.numel()) for name, param in self.params.items() if name in names]
         units = [(plan.name, plan.params) for plan in plans]
-        return build_layout(named, units, self._group.size, uncut={plan.name for plan in plans if plan.uncut})
+        return build_layout(
+            named, units, self._group.size, unsplittable={plan.name for plan in plans if plan.unsplittable}
+        )
 
     def units(self, plans: Sequence[tuple[UnitPlan, UnitLayout]]) -> dict[str, Unit]:
         """The trainable units of one dtype, by name. Collective."""
@@ -120,7 +129,7 @@ class _Filler:
         for (plan, layout), start, place in zip(plans, starts, gradients, strict=False):
             full = None if whole is None else whole[start : start + layout.padded_numel]
             store = self.store(layout, dtype, full)
-            held = layout.shard(group.rank) if self._stage.optim is SHARDED else layout.whole
+            held = layout.shard(group.rank) if self._sharding.optim is SHARDED else layout.whole
             units[plan.name] = Unit(layout, group.rank, store, held, self._master(store, held), place, plan.modules)
         group.barrier(f"start / {dtype} filled / control")
         for unit in units.values():
@@ -130,30 +139,30 @@ class _Filler:
     def store(self, layout: UnitLayout, dtype: torch.dtype, full: Tensor | None = None) -> Params:
         """A unit's parameters: in `full`, or at home. Collective where memory is shared."""
         group = self._group
-        writes = layout.part(group.near.rank, group.near.size)  # everyone has all values
+        writes = layout.part(group.intra_host.rank, group.intra_host.size)  # everyone has all values
         store: Params
         if full is not None:
-            store = WholeParams(layout, full)
+            store = ReplicatedParams(layout, full)
         elif group.pieces_are_views:
-            everything = group.empty_replicated(layout.padded_numel, dtype, self._home)
-            store = HomeParams(layout, everything, self._home, self._pool)
+            everything = group.empty_replicated(layout.padded_numel, dtype, self._allocator)
+            store = OffloadedParams(layout, everything, self._allocator, self._pool)
         else:
-            shard = self._home.empty(layout.shard_numel, dtype)
-            store = ShardedParams(layout, group.rank, shard, self._home, self._pool)
+            shard = self._allocator.empty(layout.shard_numel, dtype)
+            store = ShardedParams(layout, group.rank, shard, self._allocator, self._pool)
             writes = layout.shard(group.rank)
         self._copy(layout, writes, store.kept(writes))
-        let_go([store.kept(writes)], self._home)
+        evict_model([store.kept(writes)], self._allocator)
         return store
 
     def _master(self, store: Params, held: Range) -> Tensor:
         # In fp32 the parameters are the master weights, unless others see them while each worker keeps all of its own.
-        if store.dtype == torch.float32 and (self._stage.optim is SHARDED or not self._group.shares_memory):
+        if store.dtype == torch.float32 and (self._sharding.optim is SHARDED or not self._group.shares_memory):
             kept = store.kept(held)
-            if kept.device == self._home.device:
+            if kept.device == self._allocator.device:
                 return kept
-        master = self._home.empty(held.numel, torch.float32)
+        master = self._allocator.empty(held.numel, torch.float32)
         self._copy(store.layout, held, master)
-        let_go([master], self._home)
+        evict_model([master], self._allocator)
         return master
 
     def _copy(self, layout: UnitLayout, within: Range, out: Tensor) -> None:
@@ -168,7 +177,7 @@ class _Filler:
 
     def _gradients(self, layouts: Sequence[UnitLayout], starts: Sequence[int], dtype: torch.dtype) -> list[Gradients]:
         group, numels = self._adding, [layout.padded_numel for layout in layouts]
-        if self._stage.grad is REPLICATED or (group.pieces_are_views and self._stage.param is REPLICATED):
+        if self._sharding.grad is REPLICATED or (group.pieces_are_views and self._sharding.param is REPLICATED):
             contribution = group.empty_contribution(starts[-1], dtype)
             pairs = zip(numels, starts, strict=False)
             return [KeptGradients(group, numel, contribution, start) for numel, start in pairs]
@@ -190,21 +199,21 @@ def _gathered_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Paramete
 
 
 def check_scratch_space(
-    home: Home, group: Group, units: Sequence[Unit], optimizer: SlicedOptimizer, batch: Batch
+    allocator: Allocator, group: Group, units: Sequence[Unit], optimizer: SlicedOptimizer, batch: Batch
 ) -> None:
     """That what the first step will add to the files of all workers finds space: the optimizer's state, and sums of
     gradients. (Master weights and parameters are there by now.) Collective; raises ConfigError."""
-    if home.scratch is None:
+    if allocator.scratch is None:
         return
     each, needed = optimizer.state_bytes(), 0.0
     # One sum for each level of the tree, one that is being added to it, and the whole, for the norm.
     sums = batch.virtual_workers.bit_length() + 2
     for unit in units:
         needed += sum(piece.in_unit.numel * each[piece.slot.name] for piece in unit.layout.pieces(unit.held))
-        needed += sums * 4 * unit.shard.numel if isinstance(unit.params, GatheredParams) else 0
-    mine = [platform.node(), home.scratch.stat().st_dev]
-    everyone: list[Any] = gather_json(group, [*mine, needed], "start / scratch / control")
-    check_space(home.scratch, int(sum(theirs for *place, theirs in everyone if place == mine)))
+        needed += sums * 4 * unit.shard.numel if isinstance(unit.params, OnDemandParams) else 0
+    mine = [platform.node(), allocator.scratch.stat().st_dev]
+    everyone: list[Any] = all_gather_json(group, [*mine, needed], "start / scratch / control")
+    check_space(allocator.scratch, int(sum(theirs for *place, theirs in everyone if place == mine)))
 
 
 def _cast_frozen(model: nn.Module, precision: str, device: torch.device, awaited: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""One worker's engine: the model in its units, and the step that all workers make together."""
+"""The step that all workers run together."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from manyhands.engine.agreement import (
     schedule_facts,
 )
 from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
-from manyhands.engine.execution import SHARDED, stage_named
+from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.buffers import Buffers
 from manyhands.engine.step.compute import around_forward, loss_and_weight, on_gradients, to_device
-from manyhands.engine.step.control import Control, gather_control
+from manyhands.engine.step.control import Control, all_gather_control
 from manyhands.engine.step.metrics import PhaseClock, StepMetrics
-from manyhands.engine.step.reduce import Reducer
+from manyhands.engine.step.reduce import GradientReducer
 from manyhands.engine.units.partition import repeated_children
 from manyhands.engine.units.unit import ParamUnit
-from manyhands.engine.units.unsharding import Gathers
-from manyhands.engine.update.apply import Homes, Updater
+from manyhands.engine.units.unsharding import Unsharder
+from manyhands.engine.update.apply import Allocators, Updater
 from manyhands.errors import InvariantError, NumericsError
-from manyhands.models.admission import Watch
+from manyhands.models.admission import ParamGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32
 from manyhands.models.building import build_model
-from manyhands.models.compiling import CompiledModules, compiler_identity, keep_compiler_away
+from manyhands.models.compiling import CompiledModules, avoid_compiler_import, compiler_identity
 from manyhands.models.recompute import checkpoint_activations
 from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity
 from manyhands.numerics.counters import derive
 from manyhands.numerics.digest import digest_of, slots_in_order
 from manyhands.numerics.seeds import preserved_generators, seed_generators
-from manyhands.offload.allocator import Home, home_of
-from manyhands.offload.process_memory import give_back_memory, keep_freed_memory
+from manyhands.offload.allocator import Allocator, allocator_for
+from manyhands.offload.process_memory import keep_freed_memory, return_freed_memory
 from manyhands.optim.sliced import SlicedOptimizer
 
 _HINT_SAME_MACHINES = "use the same version of torch and the same kind of CPU (and GPU) for all workers"
@@ -67,29 +67,29 @@ class StepEngine:
 
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
         self.recipe, self.strategy, self.group = recipe, strategy, group
-        keep_compiler_away()
+        avoid_compiler_import()
         fix_arithmetic(recipe)
         recipe.batch.check_workers(group.size)
         agree(group, "recipe", recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
-        held = {"stage": strategy.stage, "home": strategy.home, "units": str(strategy.units)}
+        held = {"sharding": strategy.sharding, "offload": strategy.offload, "units": str(strategy.units)}
         agree(group, "strategy", held, hint=_HINT_SAME_RECIPE)
         scratch = Path(strategy.scratch or tempfile.gettempdir())
-        update_on = group.device if strategy.home == "device" else torch.device("cpu")
+        update_on = group.device if strategy.offload == "none" else torch.device("cpu")
         self.identity = numerics_identity(group.device, recipe.threads_per_worker, update_on)
         self.identity |= compiler_identity(recipe.compile)
         agree(group, "numerics", self.identity, hint=_HINT_SAME_MACHINES)
-        keep_freed_memory(large=strategy.home != "disk")
-        self.home = home_of(strategy.home, group.device, scratch)
+        keep_freed_memory(large=strategy.offload != "disk")
+        self.allocator = allocator_for(strategy.offload, group.device, scratch)
         try:
-            with closing(home_of(strategy.home, torch.device("cpu"), scratch)) as building:
+            with closing(allocator_for(strategy.offload, torch.device("cpu"), scratch)) as building:
                 storage = self._build(building)
-            give_back_memory()
+            return_freed_memory()
             self._set_up(storage)
         except BaseException:
-            self.home.close()
+            self.allocator.close()
             raise
 
-    def _build(self, building: Home) -> Storage:
+    def _build(self, building: Allocator) -> Storage:
         """The model, first at `building`, in its units."""
         recipe, group = self.recipe, self.group
         with group.exclusive():
@@ -100,14 +100,16 @@ class StepEngine:
         optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
         self.optimizer = SlicedOptimizer(recipe.optimizer, optimizer_params, declared_kind=recipe.optimizer_kind)
         self.frozen_facts = frozen_facts(self.model, self.awaited, building)
-        storage = lay_out(self.model, recipe, group, self.strategy, self.optimizer.uncut, self.awaited, self.home)
-        check_scratch_space(self.home, group, storage.units, self.optimizer, recipe.batch)
+        storage = lay_out(
+            self.model, recipe, group, self.strategy, self.optimizer.unsplittable, self.awaited, self.allocator
+        )
+        check_scratch_space(self.allocator, group, storage.units, self.optimizer, recipe.batch)
         return storage
 
     def _set_up(self, storage: Storage) -> None:
         """What trains the model."""
         recipe, strategy, group = self.recipe, self.strategy, self.group
-        stage = stage_named(strategy.stage)
+        sharding = sharding_named(strategy.sharding)
         self.layout, self.units, self.frozen_units = storage.layout, storage.units, storage.frozen
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
@@ -116,11 +118,15 @@ class StepEngine:
         self._optimizer_facts |= schedule_facts(self.schedules)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
-        self._watch = Watch(self.model, self.buffers.frozen, (*self.units, *self.frozen_units))
+        self._watch = ParamGuard(self.model, self.buffers.frozen, (*self.units, *self.frozen_units))
         # A model that doesn't fit has sums of gradients that don't.
-        sums_home = self.home if self.home.is_apart and stage.param is SHARDED else Home(group.device)
-        self._reducer = Reducer(group, self.units, recipe.batch, stage, sums_home)
-        self.updater = Updater(group, self.units, self.layout, stage, self.optimizer, Homes(self.home, sums_home))
+        sums_allocator = (
+            self.allocator if self.allocator.on_disk and sharding.param is SHARDED else Allocator(group.device)
+        )
+        self._reducer = GradientReducer(group, self.units, recipe.batch, sharding, sums_allocator)
+        self.updater = Updater(
+            group, self.units, self.layout, sharding, self.optimizer, Allocators(self.allocator, sums_allocator)
+        )
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in self.model.parameters())
         self._compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
         gathered = storage.gathered_units
@@ -128,22 +134,22 @@ class StepEngine:
             unit.modules = self._compiled.around(unit.modules)
         # Where memory is shared, or nobody else is there, a gather is a copy, and needs nobody.
         gathering = group.sibling() if gathered and not group.pieces_are_views else LocalGroup(group.device)
-        self._gathers = Gathers(gathering, gathered, strategy.prefetch)
+        self._unsharder = Unsharder(gathering, gathered, strategy.unshard_ahead)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
         self._compiled.refuse_inside(strategy.activation_checkpointing, "strategy.activation_checkpointing")
-        self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._gathers.using)
+        self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._unsharder.using)
         self._module_hooks = self._gather_around_forwards(gathered)
         self._clock = PhaseClock(group.recorder)
         self.step_index = 0
         self._weighted = False  # whether the loss function gives weights
         self.last_hashes: np.ndarray | None = None
         # Set by one worker that hears a signal, or by its clock; all of them learn it at the next step.
-        self.stop_wanted = self.save_wanted = False
+        self.stop_requested = self.save_requested = False
         self._failed: BaseException | None = None
 
     def _gather_around_forwards(self, units: Sequence[ParamUnit]) -> list[RemovableHandle]:
         """Modules make the units whole that they use."""
-        gathers, handles = self._gathers, []
+        gathers, handles = self._unsharder, []
         for unit in units:
             for name in unit.modules:
                 enter = self._compiled.outside(partial(gathers.enter, unit))
@@ -184,7 +190,7 @@ class StepEngine:
             if not (isinstance(error, NumericsError) and getattr(error, "nothing_changed", False)):
                 self._failed = error
                 self.group.fail(error)
-                self._gathers.abort()
+                self._unsharder.abort()
                 for unit in self.units:
                     unit.abort()
             raise
@@ -203,22 +209,22 @@ class StepEngine:
                     self._say("data", this.micro_batch)
                     with self.group.exclusive():  # loading seeds the generators, too
                         batch = to_device(load(this.micro_batch), self.group.device)
-            with self._clock.phase("exchange"):
+            with self._clock.phase("communication"):
                 self._reducer.begin(index)
-                self._gathers.begin(f"{tag}, round {index}", computes=this.micro_batch is not None)
+                self._unsharder.begin(f"{tag}, round {index}", computes=this.micro_batch is not None)
             with self._clock.phase("compute"):
                 if this.micro_batch is not None:
                     losses[this.micro_batch] = self._compute(step, this.micro_batch, batch)
                     batch = None
-            with self._clock.phase("exchange"):
-                self._say("exchange")
-                self._gathers.end()
+            with self._clock.phase("communication"):
+                self._say("communication")
+                self._unsharder.end()
                 self._reducer.end()
         self._watch.after_backward()
-        with self._clock.phase("exchange"):
-            self._gathers.end_step()
+        with self._clock.phase("communication"):
+            self._unsharder.end_step()
             self._reducer.close_rounds()
-            control = gather_control(self._my_control(losses), self.group, f"{tag} / control")
+            control = all_gather_control(self._my_control(losses), self.group, f"{tag} / control")
             self._reducer.await_pieces()
         self._refuse_not_finite(control, tag)
         weight = _added_in_order(control.weights)
@@ -253,12 +259,12 @@ class StepEngine:
         bf16 = self._has_bf16 and not self.recipe.compile
         with self.group.exclusive(), preserved_generators(), self._compiled.computing(), bf16_products_in_fp32(bf16):
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
-            with self._gathers.watching_autograd():
+            with self._unsharder.watching_autograd():
                 result = self.recipe.loss(self.model, batch)
             self._weighted = isinstance(result, tuple) and len(result) == 2
             loss, weight = loss_and_weight(result)
             self._watch.before_backward(loss)
-            self._gathers.begin_backward()
+            self._unsharder.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
             # What no hook has told of: all, in the order in which units are sent, or what the loss set by hand.
             for name, param in reversed(self._params.items()):
@@ -278,8 +284,8 @@ class StepEngine:
             got_gradient=np.array([name not in self._reducer.without_gradient for name in self._param_names]),
             changed_buffers=np.array(self.buffers.changed(), dtype=bool),
             bad=None if bad is None else (bad[0], self._param_names.index(bad[1])),
-            stop=self.stop_wanted,
-            save=self.save_wanted,
+            stop=self.stop_requested,
+            save=self.save_requested,
         )
 
     def _refuse_not_finite(self, control: Control, tag: str) -> None:
@@ -299,7 +305,7 @@ class StepEngine:
                 f"the loss of micro-batch {bad_losses[0]} is {control.losses[bad_losses[0]]:g}",
                 where=f"{tag}, {self.recipe.batch.samples_of(self.step_index, int(bad_losses[0]))}",
                 hint="look at those samples, or lower the learning rate; no weight has been changed"
-                + self._gathers.why_not_finite,
+                + self._unsharder.why_not_finite,
             )
         elif not (math.isfinite(weight) and weight > 0):
             error = NumericsError(
@@ -315,7 +321,7 @@ class StepEngine:
             raise error
 
     def _update(self, control: Control, weight: float, tag: str) -> float:
-        self.stop_wanted, self.save_wanted = control.stop, control.save
+        self.stop_requested, self.save_requested = control.stop, control.save
         unused = {name for name, got in zip(self._param_names, control.got_gradient, strict=True) if not got}
         self._say("update")
         norm = self.updater.update(self._reducer, weight, self.recipe.clip_norm, unused, tag)
@@ -328,10 +334,10 @@ class StepEngine:
         return norm
 
     @contextmanager
-    def whole_model(self) -> Iterator[nn.Module]:
+    def unsharded_model(self) -> Iterator[nn.Module]:
         """The model with all its parameters, to look into it between two steps. Collective; where these are sharded
         they take the whole model's memory on every worker meanwhile."""
-        with self._gathers.whole():
+        with self._unsharder.whole():
             yield self.model
 
     @contextmanager
@@ -339,11 +345,11 @@ class StepEngine:
         """The model, to call it between two steps; sharded parameters are gathered unit by unit, as it needs them, also
         if a worker calls it more often than another one, or never. Collective: its end waits for everyone."""
         try:
-            with self._gathers.evaluating(), bf16_products_in_fp32(self._has_bf16):
+            with self._unsharder.evaluating(), bf16_products_in_fp32(self._has_bf16):
                 yield self.model
         except BaseException as error:
             self.group.fail(error)  # the others wait for this worker
-            self._gathers.abort()
+            self._unsharder.abort()
             raise
 
     def digest(self) -> str:
@@ -365,7 +371,7 @@ class StepEngine:
             mine = torch.zeros(unit.layout.shard_numel)
             start = unit.shard.start - unit.held.start
             mine[: unit.shard.numel] = unit.master[start : start + unit.shard.numel]
-            whole = torch.cat(self.group.gather(mine, f"step {self.step_index} / {unit.name} / full"))
+            whole = torch.cat(self.group.all_gather_small(mine, f"step {self.step_index} / {unit.name} / full"))
             for slot in unit.layout.slots:
                 full[slot.name] = whole[slot.range.start : slot.range.end].view(self._params[slot.name].shape).clone()
         return full
@@ -376,7 +382,7 @@ class StepEngine:
         full = self.full_params()
         names = {id(param): name for name, param in self._params.items()}
         state = {}
-        with self._gathers.whole(self.frozen_units):
+        with self._unsharder.whole(self.frozen_units):
             for key, value in self.model.state_dict(keep_vars=True).items():  # tied parameters under all of their names
                 state[key] = full[names[id(value)]] if id(value) in names else value.detach().cpu().clone()
         return state
@@ -393,7 +399,7 @@ class StepEngine:
             hook.remove()
         self._undo()
         self._compiled.undo()
-        self.home.close()
+        self.allocator.close()
         self.group.close()
 
 

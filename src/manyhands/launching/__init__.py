@@ -1,0 +1,1 @@
+"""Starts workers, supervises them and starts them again."""

@@ -1,4 +1,4 @@
-"""The first thing that runs in a worker's process: it ties the worker to its parent, then becomes the worker's command.
+"""The first code in a worker process (standard library only).
 
 Run by its path, as `python -I -S child.py FOLDER`: nothing but the standard library, about 15 ms. It replaces itself
 by the command (exec: same process, kernel settings kept), so a user's script runs exactly as `python script.py` would.

@@ -1,4 +1,4 @@
-"""The root cause among several failed workers; whether to start again.
+"""Finds the root cause among several failed workers, and decides whether to restart.
 
 Who is to blame when several workers have failed, and what is told of it. Pure.
 
@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from manyhands.errors import Interrupted, ManyhandsError, Place, WorkerError
+from manyhands.errors import Interrupted, ManyhandsError, Position, WorkerError
 from manyhands.members.reports import Failure, WorkerEnd
 
 STOPPED_CODES = (130, 143)
@@ -23,10 +23,10 @@ LAUNCHER_KILL_SECONDS = 20.0
 """A worker found killed this long after the first failure was killed by the launcher, which waits 30 s."""
 
 
-def explain(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
+def explain_failure(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
     """The error to raise for workers that ended as `ends` (all of them), at least one of them badly.
 
-    Pure. Interrupted, when they stopped because they were asked to; otherwise a WorkerError that names the culprit:
+    Pure. Interrupted, when they stopped because they were asked to; otherwise a WorkerError that names the root cause:
     1. a worker that something outside killed with SIGKILL (the out-of-memory killer: its peers' broken connections,
        which they may take for faults of their own, are consequences);
     2. the first worker that left an error of its own;
@@ -40,15 +40,15 @@ def explain(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
     if codes <= stopped and codes & set(STOPPED_CODES) and all(failure.notice for failure in failures):
         return Interrupted("the workers were asked to stop, and stopped")
     notices = sorted(
-        (failure for failure in failures if failure.notice and failure.culprit is not None),
+        (failure for failure in failures if failure.notice and failure.root_cause is not None),
         key=lambda failure: failure.seconds,
     )
-    named = notices[0].culprit if notices else None
+    named = notices[0].root_cause if notices else None
     if named is not None and named not in {end.rank for end in ends}:  # on another host
         ends = [*ends, WorkerEnd(rank=named, exit_code=0, seconds=notices[0].seconds)]
     first_seconds = min(end.seconds for end in ends if end.exit_code != 0)
-    culprit = min(ends, key=lambda end: _blame(end, named, first_seconds))
-    return _error_about(culprit, [notice for notice in notices if notice.culprit == culprit.rank], ends)
+    root_cause = min(ends, key=lambda end: _blame(end, named, first_seconds))
+    return _error_about(root_cause, [notice for notice in notices if notice.root_cause == root_cause.rank], ends)
 
 
 def _stopped_code(end: WorkerEnd) -> int:
@@ -57,37 +57,37 @@ def _stopped_code(end: WorkerEnd) -> int:
     return STOPPED_CODES[0] if asked and end.exit_code > 0 else end.exit_code
 
 
-def _error_about(culprit: WorkerEnd, notices: Sequence[Failure], ends: Sequence[WorkerEnd]) -> WorkerError:
-    """What is told of the culprit; `notices` are what others noticed about it."""
-    failure = culprit.failure if culprit.failure is not None and not culprit.failure.notice else None
+def _error_about(root_cause: WorkerEnd, notices: Sequence[Failure], ends: Sequence[WorkerEnd]) -> WorkerError:
+    """What is told of the root cause; `notices` are what others noticed about it."""
+    failure = root_cause.failure if root_cause.failure is not None and not root_cause.failure.notice else None
     notice = notices[0] if notices else None
     made, raised = None if failure is None else failure.error(), ""
     if failure is not None and isinstance(made, WorkerError):  # it was given up by the others, and learned it from them
         what = made.what
     elif failure is not None:
         raised = f"{failure.kind}: {failure.first_line}"
-        what = f"worker {culprit.rank} failed: {failure.kind}: {failure.first_line}"
-    elif notice is not None and (notice.alive or culprit.exit_code in (0, -signal.SIGTERM)):
+        what = f"worker {root_cause.rank} failed: {failure.kind}: {failure.first_line}"
+    elif notice is not None and (notice.alive or root_cause.exit_code in (0, -signal.SIGTERM)):
         # It was alive (a stall, say) and ended only because it was told to, or killed: the noticer knows more.
         what = notice.what or notice.first_line
     else:
-        what = f"worker {culprit.rank} {_ended(culprit.exit_code)}"
+        what = f"worker {root_cause.rank} {_ended(root_cause.exit_code)}"
     told = next((account for account in (failure, notice) if account and account.where), None)
     error = WorkerError(
         what,
-        rank=culprit.rank,
-        where=_doing(culprit) if told is None else told.where,
-        place=culprit.place if told is None else told.place,
-        hint=_hint(culprit, failure, notice),
-        detail=_detail(what, culprit, failure, notices, ends) or None,
+        rank=root_cause.rank,
+        where=_doing(root_cause) if told is None else told.where,
+        position=root_cause.position if told is None else told.position,
+        hint=_hint(root_cause, failure, notice),
+        detail=_detail(what, root_cause, failure, notices, ends) or None,
     )
     error.raised, error.__cause__ = raised, made
     return error
 
 
 def _blame(end: WorkerEnd, named: int | None, first_seconds: float) -> tuple[int, float]:
-    """Sorts the culprit first: see `explain`."""
-    if end.failure is not None and end.failure.is_hearsay:
+    """Sorts the root cause first: see `explain`."""
+    if end.failure is not None and end.failure.is_secondhand:
         return 6, end.failure.seconds
     own = end.failure is not None and not end.failure.notice
     prompt = end.seconds - first_seconds < LAUNCHER_KILL_SECONDS
@@ -107,7 +107,7 @@ def _blame(end: WorkerEnd, named: int | None, first_seconds: float) -> tuple[int
 
 
 def _detail(
-    what: str, culprit: WorkerEnd, failure: Failure | None, notices: Sequence[Failure], ends: Sequence[WorkerEnd]
+    what: str, root_cause: WorkerEnd, failure: Failure | None, notices: Sequence[Failure], ends: Sequence[WorkerEnd]
 ) -> str:
     """What else is known, beside `what`."""
     parts = []
@@ -117,15 +117,17 @@ def _detail(
         if notices[0].first_line != what:
             parts.append(f"worker {notices[0].rank} noticed: {notices[0].first_line}")
         parts.append(notices[0].detail or "")
-    if failure is None and culprit.log_tail:
-        parts.append(f"the last lines of worker {culprit.rank}:\n{culprit.log_tail}")
+    if failure is None and root_cause.log_tail:
+        parts.append(f"the last lines of worker {root_cause.rank}:\n{root_cause.log_tail}")
     for end in ends:
         told = end.failure
         # Who was merely told to end, or says the same, has no story of its own.
-        same = told is not None and (told.culprit == culprit.rank or (failure and told.message == failure.message))
+        same = told is not None and (
+            told.root_cause == root_cause.rank or (failure and told.message == failure.message)
+        )
         own = told is not None and not told.notice
         if (
-            end.rank != culprit.rank
+            end.rank != root_cause.rank
             and not same
             and (own or end.exit_code not in (0, -signal.SIGTERM, -signal.SIGKILL))
         ):
@@ -134,14 +136,14 @@ def _detail(
     return "\n".join(part.rstrip() for part in parts if part.strip())
 
 
-def _doing(culprit: WorkerEnd) -> str | None:
-    return f"worker {culprit.rank}, {culprit.place.words}" if culprit.place.words else None
+def _doing(root_cause: WorkerEnd) -> str | None:
+    return f"worker {root_cause.rank}, {root_cause.position.words}" if root_cause.position.words else None
 
 
-def _hint(culprit: WorkerEnd, failure: Failure | None, notice: Failure | None) -> str | None:
+def _hint(root_cause: WorkerEnd, failure: Failure | None, notice: Failure | None) -> str | None:
     if failure is not None:
         return failure.hint
-    if culprit.exit_code == -signal.SIGKILL and not (notice is not None and notice.alive):
+    if root_cause.exit_code == -signal.SIGKILL and not (notice is not None and notice.alive):
         return "if nobody killed it, memory ran out (see `dmesg`): use fewer workers or smaller micro-batches"
     return None if notice is None else notice.hint
 
@@ -181,7 +183,7 @@ def run_again(
     is not a worker's accident: errors that a person must mend, and being asked to stop.
     """
     since, number = saved_step(), 0
-    before: tuple[Place, str] | None = None
+    before: tuple[Position, str] | None = None
     while True:
         try:
             return run(number)
@@ -203,24 +205,24 @@ def run_again(
 
 def _is_accident(error: WorkerError) -> bool:
     """Whether another try may go well: not if a worker says itself what a person has to do, or raised as it began."""
-    if error.raised and error.place.step is None:
+    if error.raised and error.position.step is None:
         return False
     return not isinstance(error.__cause__, ManyhandsError) or isinstance(error.__cause__, WorkerError)
 
 
-def _fault_of(error: WorkerError) -> tuple[Place, str] | None:
+def _fault_of(error: WorkerError) -> tuple[Position, str] | None:
     """Where a worker raised, and what; None if it was killed or stalled, which may be nobody's fault."""
-    return (error.place._replace(words=""), error.raised) if error.raised else None
+    return (error.position._replace(words=""), error.raised) if error.raised else None
 
 
 def _again(error: WorkerError, why: str, samples_of: Callable[[int, int], str]) -> WorkerError:
     """The same, with why nobody tries again, and the samples that were being computed with."""
-    _, step, micro_batch = error.place
+    _, step, micro_batch = error.position
     samples = "" if step is None or micro_batch is None else samples_of(step, micro_batch)
     told = WorkerError(
         error.what,
         rank=error.rank,
-        place=error.place,
+        position=error.position,
         where=", ".join(filter(None, [error.where, samples])) or None,
         hint=": ".join(filter(None, ["the run is not started again", why])) if why else error.hint,
         detail=error.detail,

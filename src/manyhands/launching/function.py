@@ -1,4 +1,4 @@
-"""Run a function in N workers and get their results: for notebooks and small scripts."""
+"""launch(): calls a function in N workers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
     ConfigError for what can't be shipped. Nothing is left behind, neither processes nor files.
     """
     from manyhands.launching.launcher import run_workers
-    from manyhands.launching.worker_files import temporary_folder  # not in the worker, which imports this module too
+    from manyhands.launching.worker_files import shared_folder  # not in the worker, which imports this module too
 
     try:
         call = cloudpickle.dumps((fn, args, kwargs))
@@ -44,7 +44,7 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
             got=f"{type(error).__name__}: {error}",
             hint="make such objects (locks, open files, connections) inside the function",
         ) from error
-    with temporary_folder() as folder:
+    with shared_folder() as folder:
         (folder / _PATH_FILE).write_text(json.dumps(sys.path), encoding="utf-8")
         (folder / _CALL_FILE).write_bytes(call)
         run_workers([sys.executable, "-c", _BOOT, str(folder)], workers=workers)

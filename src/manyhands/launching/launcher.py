@@ -1,4 +1,4 @@
-"""Start N workers on this machine through torch's elastic launcher, in this process, quietly, and end them well.
+"""Starts N workers on this host.
 
 The elastic launcher starts the processes, sets RANK, WORLD_SIZE, MASTER_ADDR and the rest, watches them, and ends all
 when one fails. Three things of it are replaced, each through an interface that torch offers for that:
@@ -38,10 +38,10 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.launching.failures import explain
-from manyhands.launching.rendezvous import Meeting
-from manyhands.launching.supervision import Stop, Watch, end_all
-from manyhands.launching.worker_files import Logs, temporary_folder
+from manyhands.launching.failures import explain_failure
+from manyhands.launching.rendezvous import Rendezvous
+from manyhands.launching.supervision import Stop, WorkerMonitor, kill_all
+from manyhands.launching.worker_files import Logs, shared_folder
 from manyhands.members.reports import WorkerEnd
 
 _BACKEND = "manyhands-local"
@@ -62,7 +62,7 @@ def run_workers(
     grace_seconds: float = 30.0,
     quiet: bool = True,
     holds_signals: bool = False,
-    meeting: Meeting | None = None,
+    rendezvous: Rendezvous | None = None,
 ) -> None:
     """Run `command` in `workers` processes on this host; returns when all have ended well (exit code 0).
 
@@ -76,7 +76,8 @@ def run_workers(
     save; a second Ctrl-C kills them at once. (Workers are sessions of their own: a Ctrl-C reaches only the parent.)
     If the parent is killed, the kernel kills the workers (Linux). Signals are only handled in the main thread.
 
-    Raises WorkerError naming the culprit; Interrupted when asked to stop; ConfigError for a command that isn't there.
+    Raises WorkerError naming the root cause; Interrupted when asked to stop; ConfigError for a command that isn't
+    there.
     Either way, and before workers are started again, no worker is left, nor anything that it started in its session,
     nor a temporary file. (What workers that ended well have left running in theirs goes on.)
     """
@@ -88,7 +89,7 @@ def run_workers(
     if log_dir is not None:
         log_dir = log_dir.absolute()
         log_dir.mkdir(parents=True, exist_ok=True)
-    with temporary_folder() as folder:
+    with shared_folder() as folder:
         plan = {
             "command": [program, *command[1:]],
             "log_dir": None if log_dir is None else str(log_dir),
@@ -96,9 +97,9 @@ def run_workers(
             "holds_signals": holds_signals,
         }
         (folder / _PLAN_FILE).write_text(json.dumps(plan), encoding="utf-8")
-        logs = Logs(folder, log_dir, dict(environment or {}), None if meeting is None else meeting.tell)
+        logs = Logs(folder, log_dir, dict(environment or {}), None if rendezvous is None else rendezvous.tell)
         stop = Stop(folder, workers, grace_seconds)
-        config = _config(folder, workers, logs, stop, meeting)
+        config = _config(folder, workers, logs, stop, rendezvous)
         try:
             exit_codes = _launch(folder, config, stop, quiet)
         except WorkerError as error:  # the hosts don't meet again: the workers here may know what was before that
@@ -107,14 +108,14 @@ def run_workers(
     if stop.signal is not None:
         raise stop.interrupted(ends)
     if exit_codes:
-        raise explain(ends)
+        raise explain_failure(ends)
 
 
 def behind(error: WorkerError, ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
     """What the workers that ended so on this host say of why the hosts don't find together any more: that a worker
     failed too often on some host, or that the run was stopped; else `error`. Their exit codes aren't known."""
-    told = [replace(end, exit_code=1) for end in ends if end.failure is not None and not end.failure.is_hearsay]
-    said = explain(told) if told else error
+    told = [replace(end, exit_code=1) for end in ends if end.failure is not None and not end.failure.is_secondhand]
+    said = explain_failure(told) if told else error
     if isinstance(said, Interrupted):
         words = [end.failure.error() for end in told if end.failure is not None]
         return next((word for word in words if isinstance(word, Interrupted)), said)
@@ -123,19 +124,19 @@ def behind(error: WorkerError, ends: Sequence[WorkerEnd]) -> WorkerError | Inter
     return said
 
 
-def _config(folder: Path, workers: int, logs: Logs, stop: Stop, meeting: Meeting | None) -> LaunchConfig:
+def _config(folder: Path, workers: int, logs: Logs, stop: Stop, rendezvous: Rendezvous | None) -> LaunchConfig:
     """torch's configuration of a launch."""
     rendezvous_handler_registry.register(_BACKEND, _LocalRendezvous)
     one_host = {"min_nodes": 1, "max_nodes": 1, "run_id": folder.name, "rdzv_backend": _BACKEND, "max_restarts": 0}
     config = LaunchConfig(
-        **(one_host if meeting is None else meeting.launch_options()),
+        **(one_host if rendezvous is None else rendezvous.launch_options()),
         nproc_per_node=workers,
         monitor_interval=0.1,
         logs_specs=logs,
         signals_to_handle="",  # ours stay
         shutdown_timeout=math.ceil(stop.grace_seconds),
     )
-    config.rdzv_configs |= {"stop": stop, "watch": Watch(folder)}
+    config.rdzv_configs |= {"stop": stop, "watch": WorkerMonitor(folder)}
     return config
 
 
@@ -166,7 +167,7 @@ def _launch(folder: Path, config: LaunchConfig, stop: Stop, quiet: bool) -> dict
             ) from error
         finally:
             if not ended_well:
-                end_all(folder)
+                kill_all(folder)
     return {}
 
 
@@ -176,7 +177,7 @@ class _LocalRendezvous(RendezvousHandler):
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
         self._stop: Stop = parameters.get("stop")
-        self._watch: Watch = parameters.get("watch")
+        self._watch: WorkerMonitor = parameters.get("watch")
         self._store: TCPStore | None = None
 
     def get_backend(self) -> str:

@@ -1,4 +1,4 @@
-"""Several hosts meet and agree on who takes part.
+"""Rendezvous of several hosts: which hosts take part in a run.
 
 A store on another host that may be stopped or cut off: torch's client would wait for it without limit, deaf to
 signals.
@@ -35,8 +35,8 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.launching.supervision import Stop, Watch
-from manyhands.members.processes import Answer, answered
+from manyhands.launching.supervision import Stop, WorkerMonitor
+from manyhands.members.processes import Answer, call_with_limit
 
 ANSWER_SECONDS = 20.0
 
@@ -45,22 +45,22 @@ _WAIT_SECONDS = 30.0  # for a key, unless told otherwise
 _LOOK_SECONDS = 0.05
 
 
-def asked(call: Callable[[], Answer], meanwhile: Callable[[], None] = lambda: None) -> Answer:
+def ask_store(call: Callable[[], Answer], meanwhile: Callable[[], None] = lambda: None) -> Answer:
     """What a call to the first host's store gives or raises; see `answered`. Raises DistNetworkError if it takes longer
     than ANSWER_SECONDS."""
     try:
-        return answered(call, ANSWER_SECONDS, meanwhile)
+        return call_with_limit(call, ANSWER_SECONDS, meanwhile)
     except TimeoutError as error:
         raise DistNetworkError(f"the first host has not answered for {ANSWER_SECONDS:g} s") from error
 
 
-class FarStore(Store):
+class RemoteStore(Store):
     """`near`, torch's client of such a store, with `meanwhile` called while it's awaited. Once it hasn't answered it's
     not asked again. (C++ calls these methods, too, for the stores with a prefix: someone must hold this object.)"""
 
-    def __init__(self, near: Store, meanwhile: Callable[[], None]) -> None:
+    def __init__(self, client: Store, meanwhile: Callable[[], None]) -> None:
         super().__init__()
-        self._near, self._meanwhile = near, meanwhile
+        self._client, self._meanwhile = client, meanwhile
         self._silent: DistNetworkError | None = None
 
     def _ask(self, call: Callable[[], Answer]) -> Answer:
@@ -68,7 +68,7 @@ class FarStore(Store):
         if self._silent is not None:
             raise self._silent
         try:
-            return asked(call, self._meanwhile)
+            return ask_store(call, self._meanwhile)
         except DistNetworkError as error:
             self._silent = error
             raise
@@ -81,27 +81,27 @@ class FarStore(Store):
             time.sleep(_LOOK_SECONDS)
 
     def check(self, keys: list[str]) -> bool:
-        return self._ask(lambda: self._near.check(keys))
+        return self._ask(lambda: self._client.check(keys))
 
     def get(self, key: str) -> bytes:
         self.wait([key])
-        return self._ask(lambda: self._near.get(key))
+        return self._ask(lambda: self._client.get(key))
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         self.wait(keys)
-        return self._ask(lambda: self._near.multi_get(keys))
+        return self._ask(lambda: self._client.multi_get(keys))
 
     def set(self, key: str, value: str) -> None:
-        self._ask(lambda: self._near.set(key, value))
+        self._ask(lambda: self._client.set(key, value))
 
     def multi_set(self, keys: list[str], values: list[str]) -> None:
-        self._ask(lambda: self._near.multi_set(keys, values))  # type: ignore[attr-defined]
+        self._ask(lambda: self._client.multi_set(keys, values))  # type: ignore[attr-defined]
 
     def compare_set(self, key: str, expected: str, value: str) -> bytes:
-        return self._ask(lambda: self._near.compare_set(key, expected, value))
+        return self._ask(lambda: self._client.compare_set(key, expected, value))
 
     def add(self, key: str, amount: int) -> int:
-        return self._ask(lambda: self._near.add(key, amount))
+        return self._ask(lambda: self._client.add(key, amount))
 
 
 PORT = 29400
@@ -124,7 +124,7 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meeting:
+class Rendezvous:
     """host, port: where all meet. run: a name for it that is this run's alone. least, most: hosts. restarts: how often
     workers are started again after a failure. first: whether this host keeps the store. said: what the others learn of
     the run from the first. tell: called before workers are started again, with why, if a worker here knows."""
@@ -149,7 +149,7 @@ class Meeting:
         the first, and its port can't be had."""
         if self.first:
             _try_port(self.endpoint, self.port)
-        rendezvous_handler_registry.register(_HOSTS_BACKEND, HostsRendezvous)
+        rendezvous_handler_registry.register(_HOSTS_BACKEND, HostsRendezvousHandler)
         return {
             "min_nodes": self.least,
             "max_nodes": self.most,
@@ -157,7 +157,7 @@ class Meeting:
             "rdzv_backend": _HOSTS_BACKEND,
             "rdzv_endpoint": self.endpoint,
             "rdzv_configs": {
-                "meeting": self,
+                "rendezvous": self,
                 "is_host": self.first,
                 "last_call_timeout": _LAST_CALL_SECONDS,
                 "keep_alive_interval": _KEEP_ALIVE_SECONDS,
@@ -178,16 +178,16 @@ def _try_port(endpoint: str, port: int) -> None:
             "the hosts can't meet at this port",
             where=endpoint,
             got=error.strerror,
-            hint="another run or program may listen there: choose a port with --meet HOST:PORT, or end it",
+            hint="another run or program may listen there: choose a port with --rendezvous HOST:PORT, or end it",
         ) from error
 
 
-def join(endpoint: str) -> Meeting:
+def join_hosts(endpoint: str) -> Rendezvous:
     """What the first host says of its run. Raises ConfigError if there's none at that endpoint."""
     host, port = parse_endpoint(endpoint)
     try:
         _await(host, port)
-        told = json.loads(asked(lambda: _told(host, port)))
+        told = json.loads(ask_store(lambda: _told(host, port)))
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             "no run can be joined there",
@@ -195,7 +195,7 @@ def join(endpoint: str) -> Meeting:
             got=str(error).partition("\n")[0][:200],
             hint="on the first host, manyhands train --hosts says where; see that its port can be reached from here",
         ) from error
-    return Meeting(host=host, port=port, first=False, **told)
+    return Rendezvous(host=host, port=port, first=False, **told)
 
 
 def _told(host: str, port: int) -> bytes:
@@ -245,24 +245,24 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-class HostsRendezvous(RendezvousHandler):
+class HostsRendezvousHandler(RendezvousHandler):
     """torch's, with a look at this host's workers and at the wish to stop whenever the agent asks who waits, and while
     it waits itself. A host that is lost is a reason to meet again, as one that comes is for torch."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        meeting: Meeting = parameters.get("meeting")
+        rendezvous: Rendezvous = parameters.get("rendezvous")
         self._stop: Stop = parameters.get("stop")
-        self._watch: Watch = parameters.get("watch")
-        self._first = meeting.first
+        self._watch: WorkerMonitor = parameters.get("watch")
+        self._first = rendezvous.first
         self._agent = threading.get_ident()  # the thread that starts workers, and ends them
         self._heeds = self._meets = True
         self._hosts = 0  # in the last round
-        _, near = asked(lambda: create_backend(parameters), self._look)
-        self._store = FarStore(near, self._look)
+        _, client = ask_store(lambda: create_backend(parameters), self._look)
+        self._store = RemoteStore(client, self._look)
         backend = C10dRendezvousBackend(self._store, parameters.run_id)
         self._handler = create_handler(self._store, backend, parameters)
-        if meeting.first:
-            self._store.set(_RUN, json.dumps({name: getattr(meeting, name) for name in _TOLD}))
+        if rendezvous.first:
+            self._store.set(_RUN, json.dumps({name: getattr(rendezvous, name) for name in _TOLD}))
         self._heeds = False
 
     def get_backend(self) -> str:
@@ -312,7 +312,7 @@ class HostsRendezvous(RendezvousHandler):
         with self._heeding(meets=False):
             self._look()
             try:
-                waiting = asked(self._handler.num_nodes_waiting, self._look)
+                waiting = ask_store(self._handler.num_nodes_waiting, self._look)
             except (RendezvousError, DistError):  # the first host is lost, or its launcher stopped
                 self._end_deaf_workers()
                 raise

@@ -1,4 +1,4 @@
-"""Stop signals, hung or stopped workers, the end of what is left.
+"""Stop signals, hung or stopped workers, and the end of leftover processes.
 
 How a run on this machine is stopped: signals to the parent, noted and passed on; and the end of what is left.
 
@@ -19,8 +19,8 @@ from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from manyhands.errors import NOWHERE, Interrupted, WorkerError
-from manyhands.launching.failures import explain
+from manyhands.errors import NO_POSITION, Interrupted, WorkerError
+from manyhands.launching.failures import explain_failure
 from manyhands.members.processes import ask_for_stack, process_start, process_state
 from manyhands.members.reports import Failure, WorkerEnd, read_status, write_failure
 
@@ -105,7 +105,7 @@ class Stop:
             return Interrupted(f"{word.what} ({name})", where=word.where, hint=word.hint)
         told = None
         if any(end.exit_code for end in ends):  # one had failed before the signal could be passed on
-            told = str(explain(ends))
+            told = str(explain_failure(ends))
         else:
             own = [failure for failure in failures if not failure.notice]
             told = "\n".join(f"worker {failure.rank} reported {failure.kind}: {failure.message}" for failure in own)
@@ -134,7 +134,7 @@ def _kill_sessions(folder: Path, meant: Set[int] | None = None) -> None:
                 os.killpg(pid, signal.SIGKILL)
 
 
-def end_all(folder: Path) -> None:
+def kill_all(folder: Path) -> None:
     """Nothing that the workers have started outlives them; and no worker is left where the launcher itself failed."""
     _kill_sessions(folder)
     deadline = time.monotonic() + 5.0
@@ -152,7 +152,7 @@ _STEP = "step "  # how the words of a worker in a step begin; between two steps 
 _ASLEEP_SECONDS = 1.0  # between two looks: then this process was stopped, too
 
 
-class Watch:
+class WorkerMonitor:
     """Of the workers that `folder` (the launcher's) knows of; `look` is to be called again and again."""
 
     def __init__(self, folder: Path) -> None:
@@ -178,7 +178,7 @@ class Watch:
     def _look_for_progress(self, rank: int, pid: int, now: float) -> None:
         path = status_file(self._folder, rank)
         status = read_status(path)
-        if status is None or not status.place.words.startswith(_STEP):
+        if status is None or not status.position.words.startswith(_STEP):
             self._said.pop(rank, None)
             return
         said = path.stat().st_mtime_ns.to_bytes(8, "little")  # the same words may be said again
@@ -191,7 +191,7 @@ class Watch:
 
     def _end(self, rank: int, pid: int, what: str, stack: str | None = None) -> None:
         status = read_status(status_file(self._folder, rank))
-        place = NOWHERE if status is None else status.place
+        position = NO_POSITION if status is None else status.position
         with suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             try:
@@ -199,8 +199,8 @@ class Watch:
                 error = WorkerError(
                     what,
                     rank=rank,
-                    where=", ".join(filter(None, [f"worker {rank} (pid {pid})", place.words])),
-                    place=place,
+                    where=", ".join(filter(None, [f"worker {rank} (pid {pid})", position.words])),
+                    position=position,
                     detail=None if shown is None else f"its stack (most recent call first):\n{shown}",
                     hint=None
                     if stack is None

@@ -1,4 +1,4 @@
-"""The folder launcher and workers share: environment, errors, logs.
+"""The folder that a launcher and its workers share: environment, errors, logs.
 
 A folder for what a launcher and its workers tell each other, which nobody finds later, however both end.
 
@@ -23,8 +23,8 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import LogsDest
 
 from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE
-from manyhands.errors import NOWHERE, Interrupted, WorkerError
-from manyhands.launching.failures import explain
+from manyhands.errors import NO_POSITION, Interrupted, WorkerError
+from manyhands.launching.failures import explain_failure
 from manyhands.launching.supervision import status_file
 from manyhands.members.reports import (
     ERROR_FILE_VARIABLE,
@@ -39,7 +39,7 @@ _YOUNG_SECONDS = 60.0  # so long ago one was made that is locked by now
 
 
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
+def shared_folder() -> Iterator[Path]:
     """Gone at the end of the block, also if this process was killed: a shell waits for the end of a pipe that only this
     process holds. If that was killed, too (a job's processes may all be), the next one on this host clears it away."""
     prefix = f"manyhands-run-{socket.gethostname()}-"
@@ -123,7 +123,7 @@ class Logs(LogsSpecs):
         ends = self.ends({})
         said = [replace(end, exit_code=1) if end.failure is not None else end for end in ends]
         if self._tell is not None:
-            self._tell(explain(said) if any(end.exit_code for end in said) else None)
+            self._tell(explain_failure(said) if any(end.exit_code for end in said) else None)
         for path in [path for kind in ("error", "started", "status") for path in self._folder.glob(f"{kind}-*")]:
             path.unlink()
 
@@ -136,8 +136,10 @@ class Logs(LogsSpecs):
         failure = read_failure(self._folder / f"error-{rank}.json", rank)
         tail = self._tail(rank) if exit_code != 0 else ""
         status = read_status(status_file(self._folder, rank))
-        place = NOWHERE if status is None else status.place
-        return WorkerEnd(rank=rank, exit_code=exit_code, seconds=seconds, failure=failure, log_tail=tail, place=place)
+        position = NO_POSITION if status is None else status.position
+        return WorkerEnd(
+            rank=rank, exit_code=exit_code, seconds=seconds, failure=failure, log_tail=tail, position=position
+        )
 
     def _tail(self, rank: int) -> str:
         if self._log_dir is None or rank == 0:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk.
+"""The run directory: manifest, metrics, events, digests.
 
     recipe.json      what was computed, as used          metrics.jsonl   one JSON object per step
     manifest.json    numerics, strategy, versions        events.jsonl    one JSON object per event: what happened, when
@@ -24,10 +24,10 @@ from typing import Any
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
-from manyhands.storage.json_lines import append_line, numbers, whole_lines
+from manyhands.storage.json_lines import append_line, complete_lines, numbers
 from manyhands.storage.run_lock import LOCK
 
-FORMAT = "manyhands run 1"
+RUN_FORMAT = "manyhands run 2"
 
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 
@@ -44,6 +44,7 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         _refuse_foreign(self.path)
+        _refuse_other_format(self.path)
         try:
             for folder in _FOLDERS:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
@@ -67,6 +68,7 @@ class RunDirectory:
                 got=f"a directory with the runs {', '.join(inside[:8])}" if inside else "no such file in it",
                 hint="name one of the runs" if inside else "give the run_dir that the run was started with",
             )
+        _refuse_other_format(where)
         run = cls.__new__(cls)
         run.path = where
         return run
@@ -113,7 +115,7 @@ class RunDirectory:
         write_json(
             path,
             {
-                "format": FORMAT,
+                "format": RUN_FORMAT,
                 "created_at": created_at,
                 "updated_at": now,
                 "numerics": dict(numerics),
@@ -138,7 +140,7 @@ class RunDirectory:
 
     def read_events(self) -> list[dict[str, Any]]:
         """All events, in the order written; lines cut short are left out."""
-        said = [value for _, value in whole_lines(self.path / "events.jsonl")]
+        said = [value for _, value in complete_lines(self.path / "events.jsonl")]
         return [event for event in said if isinstance(event, dict) and {"seconds", "event"} <= event.keys()]
 
     def read_metrics(self) -> list[StepMetrics]:
@@ -146,7 +148,7 @@ class RunDirectory:
 
         Raises DataError for a line that isn't a step's figures.
         """
-        return [_parse(value, number, self.metrics) for number, value in whole_lines(self.metrics)]
+        return [_parse(value, number, self.metrics) for number, value in complete_lines(self.metrics)]
 
     def truncate_metrics(self, step: int) -> None:
         """Keep the lines of steps before `step` only: for a run that goes on from there. Atomic. Raises DataError."""
@@ -272,6 +274,25 @@ def _refuse_foreign(path: Path) -> None:
             expected="a new path, an empty directory, or the directory of an earlier run",
             got=f"a directory with {', '.join(sorted(entries)[:5])}" if path.is_dir() else "a file",
             hint="choose another run_dir; nothing was written",
+        )
+
+
+def _refuse_other_format(path: Path) -> None:
+    """Raise if another version of Manyhands wrote the run directory `path`, with other names in its files."""
+    if not _is_run(path):
+        return
+    found = str(_read_json(path / "manifest.json")["format"])
+    if found != RUN_FORMAT:
+        raise ConfigError(
+            "the run directory has another format",
+            where=str(path.absolute()),
+            expected=RUN_FORMAT,
+            got=found,
+            hint=(
+                "a development version before 0.1.0 wrote it: use that version, or choose another run_dir"
+                if found == "manyhands run 1"
+                else "a newer version of Manyhands wrote it: install that version, or choose another run_dir"
+            ),
         )
 
 

@@ -22,7 +22,7 @@ _BAR_CELLS = 46
 _STYLES = {  # a cell of the stacked bar and its colour: they can be told apart without colours, too
     "data": ("▒", "magenta"),
     "compute": ("█", "green"),
-    "exchange": ("▓", "blue"),
+    "communication": ("▓", "blue"),
     "update": ("▒", "cyan"),
     "waiting": ("░", "yellow"),
 }
@@ -49,7 +49,7 @@ class Summary:
     """What a run came to.
 
     steps, first_loss, last_loss, tokens_per_second, step_seconds_median, seconds_by_phase: see `figures`, which
-    computes them. peak_memory_bytes_per_worker: by rank. stage, group, precision: as in the strategy and the recipe.
+    computes them. peak_memory_bytes_per_worker: by rank. sharding, group, precision: as in the strategy and the recipe.
     parameters: elements of the model. sample: the text that recipe.sample made, if any. digest: SHA-256 of the
     final master weights. wall_seconds: from the start of the run to its end, everything included (since its workers
     were last started). failures, lost_seconds, repeated_steps: see `Failures`.
@@ -65,8 +65,8 @@ class Summary:
     seconds_by_phase: dict[str, float]
     peak_memory_bytes_per_worker: list[int]
     workers: int
-    stage: str
-    group: str
+    sharding: str
+    transport: str
     precision: str
     parameters: int
     sample: str | None
@@ -127,8 +127,8 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "loss": summary.last_loss,
         "first_loss": summary.first_loss,
         "workers": summary.workers,
-        "stage": summary.stage,
-        "group": summary.group,
+        "sharding": summary.sharding,
+        "transport": summary.transport,
         "precision": summary.precision,
         "parameters": summary.parameters,
         "tokens_per_second": summary.tokens_per_second,
@@ -188,7 +188,7 @@ def _title(summary: Summary) -> Text:
 def _strategy(summary: Summary) -> Text:
     workers = f"{summary.workers} worker{'' if summary.workers == 1 else 's'}"
     parameters = f"{format_count(summary.parameters)} parameters"
-    return Text(" · ".join((workers, summary.stage, summary.group, summary.precision, parameters)), style="dim")
+    return Text(" · ".join((workers, summary.sharding, summary.transport, summary.precision, parameters)), style="dim")
 
 
 def _failures(summary: Summary) -> str:

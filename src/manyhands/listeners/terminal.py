@@ -1,4 +1,4 @@
-"""Progress on a terminal or as plain lines."""
+"""Progress in a terminal, or as plain lines."""
 
 from __future__ import annotations
 

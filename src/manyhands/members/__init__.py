@@ -1,0 +1,1 @@
+"""Which workers are in a group, and whether they are alive."""

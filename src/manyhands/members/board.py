@@ -1,4 +1,4 @@
-"""A worker's notice board in shared memory; protocols of memory and store.
+"""A worker's board in shared memory: its progress, readable after its death.
 
 What a membership needs of its surroundings: memory that several workers see (offload/scratch.py), and a store.
 
@@ -24,7 +24,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from manyhands.errors import Place
+from manyhands.errors import Position
 
 
 class Arena(Protocol):
@@ -59,15 +59,15 @@ class Store(Protocol):
 
 RING = 4096
 
-LANES = 2
+CHANNELS = 2
 
-TEXT = (64 + LANES * RING) * 8
+TEXT = (64 + CHANNELS * RING) * 8
 
 TEXT_BYTES = 512
 
 BOARD_BYTES = TEXT + TEXT_BYTES
 
-_POSTED, _DRAINED, _CLOSED, _WAITING, _PLACE, _TAGS = 0, 8, 16, 24, 32, 64
+_POSTED, _DRAINED, _CLOSED, _WAITING, _POSITION, _TAGS = 0, 8, 16, 24, 32, 64
 
 
 class Board:
@@ -78,9 +78,9 @@ class Board:
         self._counts = array[:TEXT].view("<i8")
         self._text = memoryview(array[TEXT:BOARD_BYTES])  # type: ignore[arg-type]
 
-    def posted(self, lane: int) -> int:
+    def posted(self, channel: int) -> int:
         """How many collective calls it has begun on that lane."""
-        return int(self._counts[_POSTED + lane])
+        return int(self._counts[_POSTED + channel])
 
     @property
     def drained(self) -> int:
@@ -98,14 +98,14 @@ class Board:
         """Owner: I wait for others, or do no longer."""
         self._counts[_WAITING] = waiting
 
-    def post(self, number: int, tag: str, lane: int) -> None:
+    def post(self, number: int, tag: str, channel: int) -> None:
         """Owner: begin collective call `number` of a lane. The tag is written before the count that shows it."""
-        self._counts[_TAGS + lane * RING + number % RING] = zlib.crc32(tag.encode())
-        self._counts[_POSTED + lane] = number
+        self._counts[_TAGS + channel * RING + number % RING] = zlib.crc32(tag.encode())
+        self._counts[_POSTED + channel] = number
 
-    def has_tag(self, number: int, tag: str, lane: int) -> bool:
+    def has_tag(self, number: int, tag: str, channel: int) -> bool:
         """Whether call `number` of that lane had this tag; only to be asked once it is posted."""
-        return bool(self._counts[_TAGS + lane * RING + number % RING] == zlib.crc32(tag.encode()))
+        return bool(self._counts[_TAGS + channel * RING + number % RING] == zlib.crc32(tag.encode()))
 
     def drain(self, number: int) -> None:
         """Owner: all exchanges up to `number` are read."""
@@ -116,15 +116,15 @@ class Board:
         self._counts[_CLOSED] = 1
 
     @property
-    def place(self) -> Place:
+    def position(self) -> Position:
         words = bytes(self._text).split(b"\0", 1)[0].decode(errors="replace")
-        step, micro_batch = (int(number) - 1 if number else None for number in self._counts[_PLACE : _PLACE + 2])
-        return Place(words, step, micro_batch)
+        step, micro_batch = (int(number) - 1 if number else None for number in self._counts[_POSITION : _POSITION + 2])
+        return Position(words, step, micro_batch)
 
-    def enter(self, place: Place) -> None:
+    def enter(self, position: Position) -> None:
         """Owner: where I am from now on."""
-        self._counts[_PLACE : _PLACE + 2] = [0 if number is None else number + 1 for number in place[1:]]
-        self.say(place.words)
+        self._counts[_POSITION : _POSITION + 2] = [0 if number is None else number + 1 for number in position[1:]]
+        self.say(position.words)
 
     def say(self, words: str) -> None:
         """Owner: what I am doing at my place."""

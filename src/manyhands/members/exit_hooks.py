@@ -1,4 +1,4 @@
-"""A worker reports what it knows before it ends.
+"""Exit hooks: a worker reports its error to peers and launcher before it ends.
 
 While this process is in a group, and only where the program hasn't its own ways: an uncaught exception is told to the
 peers and the parent; a SIGTERM, which launchers send as soon as another worker has failed, waits until this one has
@@ -23,7 +23,7 @@ from manyhands.members.reports import PARENT_TELLS_VARIABLE, record_failure
 _HEARSAY_SECONDS = 1.0
 
 
-class LastWords:
+class ExitHooks:
     """See the module. In force from here on until `membership` is closed; for the parent, to the program's end."""
 
     def __init__(self, membership: Membership) -> None:
@@ -32,7 +32,7 @@ class LastWords:
         # What stays for the parent after a group was closed is replaced: else each group would keep all before it.
         before = getattr(sys.excepthook, "__self__", None)
         self._previous_hook = sys.excepthook
-        if isinstance(before, LastWords) and before._membership is None:
+        if isinstance(before, ExitHooks) and before._membership is None:
             self._previous_hook = before._previous_hook
         self._handles_signal = False
         sys.excepthook = self._uncaught
@@ -68,7 +68,7 @@ class LastWords:
         while membership is not None and membership.failure is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if membership is not None and membership.failure is not None:
-            tell(membership.failure)
+            report_error(membership.failure)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -78,7 +78,7 @@ class LastWords:
             membership.leave()
 
 
-def tell(error: WorkerError) -> None:
+def report_error(error: WorkerError) -> None:
     """Leave what another worker's failure is for the parent, or on the terminal where there is none that shows it."""
     record_failure(error)
     if not os.environ.get(PARENT_TELLS_VARIABLE):
@@ -88,5 +88,5 @@ def tell(error: WorkerError) -> None:
 
 def end_process(error: WorkerError) -> None:
     """Tell, and end at once: this worker didn't come round to raising the error itself."""
-    tell(error)
+    report_error(error)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Who is in the group, and whether they are well.
+"""The workers of a group, their heartbeats and their failures.
 
 Every worker announces itself in the store (host, pid, notice board), opens the boards of the workers on its host and
 keeps a watching thread. A worker that raises leaves its story in the store. One that dies is noticed by its pidfd if it
@@ -23,12 +23,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from manyhands.errors import NOWHERE, ConfigError, InvariantError, Place, WorkerError
-from manyhands.members.board import BOARD_BYTES, LANES, Arena, Board, Store
-from manyhands.members.processes import answered, ask_for_stack, process_state, stack_address
-from manyhands.members.reports import StatusFile, record_failure, story_of
+from manyhands.errors import NO_POSITION, ConfigError, InvariantError, Position, WorkerError
+from manyhands.members.board import BOARD_BYTES, CHANNELS, Arena, Board, Store
+from manyhands.members.processes import ask_for_stack, call_with_limit, process_state, stack_address
+from manyhands.members.reports import StatusFile, record_failure, traceback_of
 
-LOOK_SECONDS = 0.1
+PEER_POLL_SECONDS = 0.1
 
 BEAT_SECONDS = 1.0
 
@@ -58,16 +58,16 @@ class Peer:
     beat_seen: float = 0.0
 
     @property
-    def place(self) -> Place:
+    def position(self) -> Position:
         if self.board is not None:
-            return self.board.place
-        return NOWHERE if self.beat in (b"", CLOSED) else Place(*json.loads(self.beat.split(b" ", 2)[2]))
+            return self.board.position
+        return NO_POSITION if self.beat in (b"", CLOSED) else Position(*json.loads(self.beat.split(b" ", 2)[2]))
 
-    def posted(self, lane: int) -> int:
+    def posted(self, channel: int) -> int:
         """How many collective calls it has begun on that lane, as far as is known here."""
         if self.board is not None:
-            return self.board.posted(lane)
-        return 0 if self.beat in (b"", CLOSED) else int(self.beat.split(b" ")[0].split(b",")[lane])
+            return self.board.posted(channel)
+        return 0 if self.beat in (b"", CLOSED) else int(self.beat.split(b" ")[0].split(b",")[channel])
 
     @property
     def waits(self) -> bool:
@@ -86,7 +86,7 @@ class Peer:
 
     @property
     def where(self) -> str:
-        return f"worker {self.rank} (pid {self.pid} on {self.host}), {self.place.words or 'starting'}"
+        return f"worker {self.rank} (pid {self.pid} on {self.host}), {self.position.words or 'starting'}"
 
 
 class Membership:
@@ -105,12 +105,12 @@ class Membership:
         *,
         stall_seconds: float,
         abandon: Callable[[WorkerError], None],
-        wishes: str = "",
+        requested: str = "",
     ) -> None:
         self.rank, self.size, self.stall_seconds = rank, size, stall_seconds
         self.failure: WorkerError | None = None
         self._noticed = False  # the main thread has raised the failure (or its own): it is on its way out
-        self._store, self._abandon, self._meetings, self._beats = store, abandon, 0, 0
+        self._store, self._abandon, self._text_rounds, self._beats = store, abandon, 0, 0
         self.one_host = False  # not before all have said where they are
         self._stop = threading.Event()
         self._lost_seconds, self._heard = LOST_SECONDS, math.inf  # when the store answered the watching thread last
@@ -123,10 +123,10 @@ class Membership:
             "thread": threading.get_ident(),
             "board": address,
             "stack": stack_address(),
-            "wishes": wishes,
+            "requested": requested,
         }
-        others = [json.loads(text) for text in self.meet(json.dumps(me))]
-        _check_wishes([other["wishes"] for other in others])
+        others = [json.loads(text) for text in self.all_gather_text(json.dumps(me))]
+        _check_requested([other["requested"] for other in others])
         self.hosts = [str(other["host"]) for other in others]  # of each worker
         self.one_host = all(host == me["host"] for host in self.hosts)
         self.at_close: list[Callable[[], None]] = []
@@ -146,17 +146,17 @@ class Membership:
                 beat_seen=time.monotonic(),
             )
         self._status_file = None if self.peers else StatusFile.for_parent(stall_seconds)
-        self.meet("opened")
+        self.all_gather_text("opened")
         arena.seal()
         # A thread has a client of its own: one that waits holds its client's lock.
         self._watch_store = store.clone() if hasattr(store, "clone") else store
         self._watcher = threading.Thread(target=self._watch, name="manyhands-watch", daemon=True)
         self._watcher.start()
 
-    def meet(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Everyone's text, by rank. Collective, blocks; slow (through the store): for setting up."""
-        self._meetings += 1
-        prefix = f"meeting/{self._meetings}"
+        self._text_rounds += 1
+        prefix = f"text/{self._text_rounds}"
         self._store.set(f"{prefix}/{self.rank}", text)
         texts = []
         deadline = time.monotonic() + JOIN_SECONDS
@@ -185,11 +185,11 @@ class Membership:
             return False
         return time.monotonic() - self._heard > LOST_SECONDS
 
-    def enter(self, place: Place) -> None:
+    def enter(self, position: Position) -> None:
         """Where this worker is from now on, for whoever watches it."""
-        self.board.enter(place)
+        self.board.enter(position)
         if self._status_file is not None:
-            self._status_file.enter(place)
+            self._status_file.enter(position)
 
     def check(self) -> None:
         """Raise the failure, if there is one."""
@@ -224,8 +224,8 @@ class Membership:
 
     def fail(self, error: BaseException) -> None:
         """Leave `error`, raised here, for the others and for the parent. The first failure of the group wins."""
-        where, place = self._where, self.board.place
-        record_failure(error, where=where, place=place)
+        where, position = self._where, self.board.position
+        record_failure(error, where=where, position=position)
         self._noticed = True
         if isinstance(error, WorkerError) and error.rank != self.rank:
             return
@@ -234,8 +234,8 @@ class Membership:
             f"worker {self.rank} raised {type(error).__name__}: {first}",
             rank=self.rank,
             where=where,
-            place=place,
-            detail=story_of(error),
+            position=position,
+            detail=traceback_of(error),
             hint=getattr(error, "hint", None),
         )
         self._report(mine)
@@ -243,7 +243,7 @@ class Membership:
 
     @property
     def _where(self) -> str:
-        return f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.place.words or 'starting'}"
+        return f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.position.words or 'starting'}"
 
     @property
     def is_well(self) -> bool:
@@ -270,17 +270,17 @@ class Membership:
         """Say that this worker goes on purpose."""
         self.board.close()
         with contextlib.suppress(RuntimeError, TimeoutError):  # the store may be gone with its host
-            answered(lambda: self._watch_store.set(f"beat/{self.rank}", CLOSED.decode()), LOST_SECONDS)
+            call_with_limit(lambda: self._watch_store.set(f"beat/{self.rank}", CLOSED.decode()), LOST_SECONDS)
 
     # - Failures
 
     def _report(self, error: WorkerError) -> None:
-        names = ("rank", "what", "where", "place", "detail", "hint", "alive")
+        names = ("rank", "what", "where", "position", "detail", "hint", "alive")
         if self._is_cut_off:
             return
         report = json.dumps({name: getattr(error, name) for name in names})
         try:
-            answered(lambda: self._store.compare_set("failure", "", report), LOST_SECONDS)
+            call_with_limit(lambda: self._store.compare_set("failure", "", report), LOST_SECONDS)
         except TimeoutError:  # what is known here is told here
             self.failure = self.failure or error
         except RuntimeError:
@@ -292,7 +292,7 @@ class Membership:
             peer = missed[0]
             what = f"worker {peer.rank} has left (its program came to its end, or closed the engine)"
             where = f"{peer.where}; the others wait in {tag}"
-            self._report(WorkerError(what, rank=peer.rank, where=where, place=peer.place))
+            self._report(WorkerError(what, rank=peer.rank, where=where, position=peer.position))
             raise self._await_failure()
 
     def _report_stalled(self, peer: Peer, tag: str) -> None:
@@ -302,7 +302,7 @@ class Membership:
             + (" (its process is stopped: SIGSTOP?)" if stopped else ""),
             rank=peer.rank,
             where=f"{peer.where}; the others wait in {tag}",
-            place=peer.place,
+            position=peer.position,
             detail=None if stack is None else f"its stack (most recent call first):\n{stack}",
             hint="see where it hangs; if it only takes long, raise strategy.stall_seconds",
         )
@@ -321,7 +321,7 @@ class Membership:
 
     def _watch(self) -> None:
         last_beat, failed_at = 0.0, 0.0
-        while not self._stop.wait(LOOK_SECONDS):
+        while not self._stop.wait(PEER_POLL_SECONDS):
             self._heard = now = time.monotonic()
             if self.failure is None:
                 try:
@@ -343,7 +343,7 @@ class Membership:
             what = "the store through which the workers find each other is gone (did the launcher end?)"
             return WorkerError(what, detail=str(error))
         what = "worker 0 ended, and with it the store through which the workers find each other"
-        return WorkerError(what, rank=0, where=keeper.where, place=keeper.place, detail=str(error))
+        return WorkerError(what, rank=0, where=keeper.where, position=keeper.position, detail=str(error))
 
     def _look(self) -> None:
         self._take_report()
@@ -356,20 +356,20 @@ class Membership:
                     time.sleep(0.05)  # what it left in the store may be on its way
                     self._take_report()
                     what = f"worker {peer.rank} ended without a word (killed?)"
-                    self._report(WorkerError(what, rank=peer.rank, where=peer.where, place=peer.place))
+                    self._report(WorkerError(what, rank=peer.rank, where=peer.where, position=peer.position))
                     self._take_report()
 
     def _take_report(self) -> None:
         if self.failure is None and self._watch_store.check(["failure"]):
             report = json.loads(self._watch_store.get("failure").decode())
-            alive, place = report.pop("alive"), Place(*report.pop("place"))
-            self.failure = WorkerError(**report, place=place)
+            alive, position = report.pop("alive"), Position(*report.pop("position"))
+            self.failure = WorkerError(**report, position=position)
             self.failure.alive = alive
 
     def _beat(self, now: float) -> None:
         self._beats += 1  # so that no two beats are the same
-        posted = ",".join(str(self.board.posted(lane)) for lane in range(LANES)) + ",w" * self.board.waiting
-        self._watch_store.set(f"beat/{self.rank}", f"{posted} {self._beats} {json.dumps(self.board.place)}")
+        posted = ",".join(str(self.board.posted(channel)) for channel in range(CHANNELS)) + ",w" * self.board.waiting
+        self._watch_store.set(f"beat/{self.rank}", f"{posted} {self._beats} {json.dumps(self.board.position)}")
         for peer in self.peers.values():
             if peer.board is not None or peer.beat == CLOSED:
                 continue
@@ -381,15 +381,15 @@ class Membership:
                 seconds = f"{self._lost_seconds:g} s"
                 what = f"worker {peer.rank} on another host, {peer.host}, has not been heard of for {seconds}"
                 hint = "see whether that host is down or cut off from the network, or the worker was killed there"
-                self._report(WorkerError(what, rank=peer.rank, where=peer.where, place=peer.place, hint=hint))
+                self._report(WorkerError(what, rank=peer.rank, where=peer.where, position=peer.position, hint=hint))
 
 
-def _check_wishes(wishes: list[str]) -> None:
-    for rank, theirs in enumerate(wishes):
-        if theirs != wishes[0]:
+def _check_requested(requested: list[str]) -> None:
+    for rank, theirs in enumerate(requested):
+        if theirs != requested[0]:
             raise ConfigError(
                 f"workers 0 and {rank} don't want the same group",
-                expected=f"{wishes[0]} (worker 0)",
+                expected=f"{requested[0]} (worker 0)",
                 got=f"{theirs} (worker {rank})",
                 hint="start all workers with the same program and strategy",
             )

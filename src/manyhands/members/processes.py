@@ -1,4 +1,4 @@
-"""What one process can learn of another; calls with a time limit.
+"""What one process can learn about another; calls with a time limit.
 
 A call that may never return, such as one to a store whose process is stopped, or whose host is cut off.
 
@@ -23,7 +23,7 @@ _LOOK_SECONDS = 0.05
 Answer = TypeVar("Answer")
 
 
-def answered(call: Callable[[], Answer], seconds: float, meanwhile: Callable[[], None] = lambda: None) -> Answer:
+def call_with_limit(call: Callable[[], Answer], seconds: float, meanwhile: Callable[[], None] = lambda: None) -> Answer:
     """What the call gives or raises. While it's awaited, `meanwhile` is called again and again, and may raise. Raises
     TimeoutError if the call takes longer; then, too, it is left to itself, in a thread of its own."""
     answer: concurrent.futures.Future[Answer] = concurrent.futures.Future()

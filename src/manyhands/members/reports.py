@@ -4,7 +4,7 @@ What a worker without peers is doing, in a file for its parent, which watches it
 
 What a failed worker leaves behind for its parent.
 A worker writes its error to the file that TORCHELASTIC_ERROR_FILE names (the elastic launcher's variable, so the same
-file also serves plain torchrun). The parent reads what all workers left (see culprit.py).
+file also serves plain torchrun). The parent reads what all workers left (see root cause.py).
 Imports no torch: every worker loads it.
 """
 
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from manyhands import errors
 from manyhands.errors import (
-    NOWHERE,
+    NO_POSITION,
     CheckpointError,
     ConfigError,
     DataError,
@@ -29,7 +29,7 @@ from manyhands.errors import (
     InvariantError,
     ManyhandsError,
     NumericsError,
-    Place,
+    Position,
     WorkerError,
 )
 from manyhands.members.processes import stack_address
@@ -43,7 +43,7 @@ _BYTES = 512
 class Status(NamedTuple):
     """stack: where its Python stack is to be had; stall_seconds: how long a status may last."""
 
-    place: Place
+    position: Position
     stack: str
     stall_seconds: float
 
@@ -61,14 +61,14 @@ class StatusFile:
         path = os.environ.get(STATUS_FILE_VARIABLE)
         return None if path is None else cls(path, stall_seconds)
 
-    def enter(self, place: Place) -> None:
+    def enter(self, position: Position) -> None:
         """Where the worker is from now on."""
-        text = json.dumps([place._replace(words=place.words[: _BYTES // 4]), *self._facts]).encode()
+        text = json.dumps([position._replace(words=position.words[: _BYTES // 4]), *self._facts]).encode()
         os.pwrite(self._file, text[:_BYTES].ljust(_BYTES), 0)
 
     def close(self) -> None:
         """The worker isn't to be watched any more."""
-        self.enter(Place())
+        self.enter(Position())
         os.close(self._file)
 
 
@@ -76,8 +76,8 @@ def read_status(path: str | os.PathLike[str]) -> Status | None:
     """What the worker said last; None if nothing."""
     try:
         with open(path, "rb") as file:
-            place, stack, stall_seconds = json.loads(file.read(_BYTES))
-        return Status(Place(*place), stack, stall_seconds)
+            position, stack, stall_seconds = json.loads(file.read(_BYTES))
+        return Status(Position(*position), stack, stall_seconds)
     except (OSError, ValueError, TypeError):
         return None
 
@@ -95,7 +95,8 @@ _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """One worker's own account. `notice`: it merely noticed that a peer (`culprit`) raised, died or stalled; `alive`:
+    """One worker's own account. `notice`: it merely noticed that a peer (`root cause`) raised, died or stalled;
+    `alive`:
     the peer was alive then. `place`: where who is to blame was. `what` to `detail` are a ManyhandsError's own (see
     errors)."""
 
@@ -104,10 +105,10 @@ class Failure:
     kind: str
     message: str
     traceback: str
-    culprit: int | None = None
+    root_cause: int | None = None
     notice: bool = False
     alive: bool = False
-    place: Place = NOWHERE
+    position: Position = NO_POSITION
     what: str | None = None
     expected: str | None = None
     got: str | None = None
@@ -118,20 +119,20 @@ class Failure:
 
     @classmethod
     def of(
-        cls, error: BaseException, *, rank: int, pid: int, where: str | None = None, place: Place = NOWHERE
+        cls, error: BaseException, *, rank: int, pid: int, where: str | None = None, position: Position = NO_POSITION
     ) -> Failure:
         """A worker's account of `error`. where, place: what it was doing, if the error itself doesn't tell."""
-        culprit = error.rank if isinstance(error, WorkerError) and error.rank >= 0 else None
+        root_cause = error.rank if isinstance(error, WorkerError) and error.rank >= 0 else None
         return cls(
             rank=rank,
             pid=pid,
             kind=type(error).__name__,
             message=str(error),
-            traceback=story_of(error),
-            culprit=culprit,
-            notice=culprit not in (None, rank) or isinstance(error, (Interrupted, KeyboardInterrupt)),
+            traceback=traceback_of(error),
+            root_cause=root_cause,
+            notice=root_cause not in (None, rank) or isinstance(error, (Interrupted, KeyboardInterrupt)),
             alive=isinstance(error, WorkerError) and error.alive,
-            place=error.place if isinstance(error, WorkerError) and error.where else place,
+            position=error.position if isinstance(error, WorkerError) and error.where else position,
             what=getattr(error, "what", None),
             expected=getattr(error, "expected", None),
             got=getattr(error, "got", None),
@@ -142,9 +143,9 @@ class Failure:
         )
 
     @property
-    def is_hearsay(self) -> bool:
+    def is_secondhand(self) -> bool:
         """Whether it merely noticed that something was gone, and knows of nobody who is to blame."""
-        return self.kind == WorkerError.__name__ and self.culprit is None
+        return self.kind == WorkerError.__name__ and self.root_cause is None
 
     @property
     def first_line(self) -> str:
@@ -175,10 +176,10 @@ class WorkerEnd:
     seconds: float
     failure: Failure | None = None
     log_tail: str = ""
-    place: Place = NOWHERE
+    position: Position = NO_POSITION
 
 
-def record_failure(error: BaseException, *, where: str | None = None, place: Place = NOWHERE) -> None:
+def record_failure(error: BaseException, *, where: str | None = None, position: Position = NO_POSITION) -> None:
     """Leave `error` for the parent. Called by a worker, once, before it ends; without a launcher it does nothing.
 
     where, place: what the worker was doing, if the error itself doesn't tell. A WorkerError that names another rank,
@@ -189,17 +190,19 @@ def record_failure(error: BaseException, *, where: str | None = None, place: Pla
     if not path or os.path.exists(path):
         return
     rank = int(os.environ.get("RANK", "-1"))
-    write_failure(Path(path), Failure.of(error, rank=rank, pid=os.getpid(), where=where, place=place))
+    write_failure(Path(path), Failure.of(error, rank=rank, pid=os.getpid(), where=where, position=position))
 
 
 def write_failure(path: Path, failure: Failure) -> None:
     """Leave an account in a file, whole or not at all. Never raises."""
-    whole_seconds = int(failure.seconds) + failure.notice  # torch blames the earliest: a cause is before what it causes
+    rounded_seconds = (
+        int(failure.seconds) + failure.notice
+    )  # torch blames the earliest: a cause is before what it causes
     account = {
         # The shape that torch's own launcher reads and prints.
         "message": {
             "message": f"{failure.kind}: {failure.message}",
-            "extraInfo": {"py_callstack": failure.traceback, "timestamp": str(whole_seconds)},
+            "extraInfo": {"py_callstack": failure.traceback, "timestamp": str(rounded_seconds)},
         },
         "manyhands": asdict(failure),
     }
@@ -216,7 +219,7 @@ def forget_failure() -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def story_of(error: BaseException) -> str:
+def traceback_of(error: BaseException) -> str:
     """Its traceback from where the user's code was called on: without our own frames above, unless the bug is ours.
     Of a WorkerError only the message: what matters happened elsewhere."""
     if isinstance(error, WorkerError):
@@ -229,7 +232,7 @@ def story_of(error: BaseException) -> str:
 
 def _story_behind(error: BaseException) -> str | None:
     """The user's code that made us raise `error`. (What is behind a WorkerError happened in another worker.)"""
-    return None if error.__cause__ is None or isinstance(error, WorkerError) else story_of(error.__cause__)
+    return None if error.__cause__ is None or isinstance(error, WorkerError) else traceback_of(error.__cause__)
 
 
 def _cut_above_user(story: traceback.TracebackException) -> None:
@@ -248,7 +251,7 @@ def read_failure(path: Path, rank: int) -> Failure | None:
         if "manyhands" in account:
             known = {field.name for field in fields(Failure)}
             told = {name: value for name, value in account["manyhands"].items() if name in known}
-            return Failure(**{**told, "place": Place(*told.get("place", ()))})
+            return Failure(**{**told, "position": Position(*told.get("position", ()))})
         message = account["message"]
         if isinstance(message, str):
             message = {"message": message}

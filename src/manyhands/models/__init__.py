@@ -1,0 +1,1 @@
+"""What a model may contain, and how it is built."""

@@ -1,4 +1,4 @@
-"""What a model may bring, checked once; and that only updates change its parameters.
+"""Checks a model once, and checks later that only updates change its parameters.
 
 What a model may bring: its parameters are looked at once, when it was built, and what can't be kept is refused.
 
@@ -117,21 +117,21 @@ def _described(tensor: Tensor) -> str:
 _HINT = "make all parameters in recipe.model, before it returns: run the model once there, if it makes some in forward"
 
 
-class Place(Protocol):
+class ParamHolder(Protocol):
     """Where some parameters lie."""
 
     def not_bound(self) -> list[str]:
         """Those that somebody else gave other data."""
 
 
-class Watch:
+class ParamGuard:
     """Of a model whose parameters have found their place.
 
     changeable: names of frozen parameters that may change, being looked after like buffers. places: of all trainable
     parameters, and of some that are frozen.
     """
 
-    def __init__(self, model: nn.Module, changeable: Container[str], places: Sequence[Place]) -> None:
+    def __init__(self, model: nn.Module, changeable: Container[str], places: Sequence[ParamHolder]) -> None:
         self._model, self._places = model, places
         self._known = dict(model.named_parameters())
         self._trainable = {name for name, param in self._known.items() if param.requires_grad}

@@ -1,4 +1,4 @@
-"""Bf16 products in fp32 where the CPU would emulate them.
+"""bf16 matrix products computed in fp32 on CPUs that would emulate them.
 
 There torch emulates the instructions, and takes four times as long as for the same product in fp32 (a Xeon with
 AVX-512) or a hundred times (its plain loops, where oneDNN has no bf16). A product of two bf16 numbers is exact in fp32,

@@ -1,4 +1,4 @@
-"""Builds the model with its initial weights, in files where it does not fit.
+"""Builds the model with its initial weights, in files if it does not fit in memory.
 
 Build a model that doesn't fit: what its constructor makes lies in files from the start, or is never written.
 The constructor runs as it is, so the initial weights have the bits that they have in memory; the kernel keeps as much
@@ -25,7 +25,7 @@ from manyhands.errors import ConfigError
 from manyhands.models.admission import admit
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import preserved_generators, seed_generators
-from manyhands.offload.allocator import Home
+from manyhands.offload.allocator import Allocator
 
 LARGE_BYTES = 1 << 18
 """Smaller tensors stay where they are: mapping one costs pages of its own."""
@@ -42,9 +42,9 @@ _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 class BuiltAt(TorchFunctionMode):
     """`with BuiltAt(home):` large tensors that torch's factories make on the CPU are buffers of `home`."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, allocator: Allocator) -> None:
         super().__init__()
-        self._home = home
+        self._allocator = allocator
         self._recent: deque[Tensor] = deque()  # what the constructor may still be filling
 
     def __torch_function__(
@@ -75,8 +75,8 @@ class BuiltAt(TorchFunctionMode):
 
     def _place(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         while len(self._recent) >= RECENT:
-            self._home.done(self._recent.popleft())
-        place = self._home.empty(math.prod(size), dtype).view(size)
+            self._allocator.evict(self._recent.popleft())
+        place = self._allocator.empty(math.prod(size), dtype).view(size)
         self._recent.append(place.detach())
         return place
 
@@ -121,14 +121,14 @@ def is_unwritten(target: object) -> bool:
 _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-def let_go(tensors: Iterable[Tensor], home: Home) -> None:
+def evict_model(tensors: Iterable[Tensor], allocator: Allocator) -> None:
     """None of those that are at `home` is wanted for a while."""
     for tensor in tensors:
-        if home.has(tensor):
-            home.done(tensor)
+        if allocator.owns(tensor):
+            allocator.evict(tensor)
 
 
-def build_model(recipe: Recipe, home: Home) -> tuple[nn.Module, frozenset[str]]:
+def build_model(recipe: Recipe, allocator: Allocator) -> tuple[nn.Module, frozenset[str]]:
     """The recipe's model with its initial weights, a function of the recipe and its seed alone; and the names of the
     parameters whose values are still to come, from the recipe's files. Raises ConfigError.
 
@@ -137,21 +137,21 @@ def build_model(recipe: Recipe, home: Home) -> tuple[nn.Module, frozenset[str]]:
     """
     weights = recipe.initial_weights
     if weights is None:
-        return _build(recipe, home), frozenset()
+        return _build(recipe, allocator), frozenset()
     with Unwritten():
-        model = _build(recipe, home)
+        model = _build(recipe, allocator)
     names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
     kept = {param for param in names if weights.may_lack(names[param])}
     awaited = frozenset(names[param][0] for param in names.keys() - kept)
     if any(map(is_unwritten, kept)):  # it has the value that it would have without files: all is drawn before it
-        model = _build(recipe, home)
+        model = _build(recipe, allocator)
     return model, awaited
 
 
-def _build(recipe: Recipe, home: Home) -> nn.Module:
-    with preserved_generators(), BuiltAt(home) if home.is_apart else nullcontext():
+def _build(recipe: Recipe, allocator: Allocator) -> nn.Module:
+    with preserved_generators(), BuiltAt(allocator) if allocator.on_disk else nullcontext():
         seed_generators(derive(recipe.seed, "init"))
         model = recipe.model()
     if not isinstance(model, nn.Module):

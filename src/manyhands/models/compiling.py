@@ -1,4 +1,4 @@
-"""Torch.compile for repeated blocks, deterministic; and not loading the compiler otherwise.
+"""torch.compile for repeated blocks, deterministic; otherwise the compiler is not imported.
 
 torch.compile for a model's repeated blocks, so that every worker computes with the same code.
 By default what is compiled depends on what the process has seen before (the second shape of an input makes code for any
@@ -155,7 +155,7 @@ class CompiledModules:
                 raise ConfigError(
                     "a compiled module uses a module that isn't part of it, and whose parameters are sharded",
                     expected="modules that use their own submodules only",
-                    hint="use stage zero2, or compile = false",
+                    hint="use sharding zero2, or compile = false",
                 )
             function()
 
@@ -238,7 +238,7 @@ COMPILER = "torch._dynamo"
 _TOLD = "__dynamo_disable"  # where torch._compile remembers what the compiler made of a function
 
 
-def keep_compiler_away() -> None:
+def avoid_compiler_import() -> None:
     """Until somebody wants to compile, in this process. Does nothing if it's loaded already."""
     if COMPILER not in sys.modules:
         stand_in = _StandIn()

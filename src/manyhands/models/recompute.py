@@ -1,4 +1,4 @@
-"""Activation checkpointing: a module's activations are dropped after forward and computed again in backward.
+"""Activation checkpointing: recompute activations in backward instead of keeping them.
 
 torch.utils.checkpoint does it (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174), without
 reentering autograd. So that the second time gives the bits of the first, all generators are what they were, and so are

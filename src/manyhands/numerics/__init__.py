@@ -1,0 +1,1 @@
+"""Pure functions that decide the bits of a result."""

@@ -1,4 +1,4 @@
-"""What else changes bits: torch version, device, CPU kind, threads; and setting it.
+"""What else decides bits: torch version, device, CPU kind, threads; recorded and set.
 
 The numerics identity: everything outside the recipe that may change the bits of its arithmetic.
 

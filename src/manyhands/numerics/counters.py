@@ -1,4 +1,4 @@
-"""The function that all counted randomness comes from (no torch).
+"""The counter-based random function that all randomness comes from (no torch).
 
 The one function that all counted randomness comes from. It needs no torch: preparing data starts quickly.
 

@@ -1,4 +1,4 @@
-"""Norms and hashes per block, digests and fingerprints of parameters.
+"""Norms and hashes of blocks; digests and fingerprints of parameters.
 
 What is reduced over a buffer is reduced per block, and blocks' results are added in block order: never per shard.
 Functions take a flat tensor of whole blocks, [num_blocks * BLOCK], and give one value a block. A block's value depends
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from manyhands.layout import BLOCK, Slot, blocks_of
+from manyhands.layout import BLOCK, ParamSlot, blocks_of
 
 _LANES = 2
 
@@ -83,7 +83,7 @@ def digest_of(names_and_numels: Sequence[tuple[str, int]], hashes: npt.NDArray[n
     return sha.hexdigest()
 
 
-def slots_in_order(slots: Sequence[Slot]) -> list[tuple[str, int]]:
+def slots_in_order(slots: Sequence[ParamSlot]) -> list[tuple[str, int]]:
     """(name, numel) in construction order, as `digest_of` wants them."""
     return [(slot.name, slot.numel) for slot in sorted(slots, key=lambda slot: slot.first_block)]
 

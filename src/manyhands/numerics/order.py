@@ -1,4 +1,4 @@
-"""The one order in which a step's gradients are added, whoever adds them and wherever.
+"""The one order in which the gradients of a step are added.
 
 A step has `V` virtual workers with `accumulate` micro-batches each; micro-batch `i = v * accumulate + a` is the `a`-th
 of virtual worker `v`. The sum is *defined* as: sequentially over `a` inside each virtual worker, then over the virtual

@@ -1,4 +1,4 @@
-"""Counted randomness: every random bit of a run is a function of (run seed, what for, step, micro-batch).
+"""Seeds from (run seed, purpose, step, micro-batch), and the states of generators.
 
 Nothing is drawn from a stream that somebody else may have advanced, so it doesn't matter which worker computes a
 micro-batch, which process loads it, or whether the run was interrupted in between.

@@ -1,0 +1,1 @@
+"""Where state lives between its uses, and what it costs in memory."""

@@ -1,4 +1,4 @@
-"""Where buffers live between uses: device, host, mapped files; pools of buffers.
+"""Allocators of buffers on the device, in host memory or in mapped files; buffer pools.
 
 Where state lives between its uses: on the device, in the host's memory, or in files that are mapped into memory.
 Offload is where a buffer lives, not another way to train: whoever uses a buffer says what it will want `soon` and what
@@ -37,7 +37,7 @@ _PAGE = mmap.PAGESIZE
 _MS_SYNC = 4
 
 
-class Home:
+class Allocator:
     """Buffers in the memory of `device`; pinned, if they are the host's and used by a GPU."""
 
     def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
@@ -49,13 +49,13 @@ class Home:
         """A zeroed buffer [numel]."""
         return torch.zeros(numel, dtype=dtype, device=self.device, pin_memory=self._pinned)
 
-    def soon(self, buffer: Tensor) -> None:
+    def prefetch(self, buffer: Tensor) -> None:
         """The buffer, or this part of one, will be wanted soon."""
 
-    def done(self, buffer: Tensor) -> None:
+    def evict(self, buffer: Tensor) -> None:
         """It isn't wanted for a while."""
 
-    def has(self, buffer: Tensor) -> bool:
+    def owns(self, buffer: Tensor) -> bool:
         """Whether the buffer is one that can be `done` with."""
         return False
 
@@ -66,12 +66,12 @@ class Home:
         """Free what belongs to no buffer."""
 
     @property
-    def is_apart(self) -> bool:
+    def on_disk(self) -> bool:
         """Whether what is done with leaves the memory."""
         return self.scratch is not None
 
 
-class DiskHome(Home):
+class DiskAllocator(Allocator):
     """Buffers in files of `folder` that have no name, so that nothing is left of them however the process ends.
 
     The kernel reads pages when they're touched and may drop those that are written; `soon` has it read ahead, and
@@ -109,13 +109,13 @@ class DiskHome(Home):
         insort(self._maps, (mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes))
         self._held.append(mapped)
 
-    def soon(self, buffer: Tensor) -> None:
+    def prefetch(self, buffer: Tensor) -> None:
         if not buffer.nbytes:
             return
         address, num_bytes = self._pages_of(buffer)
         _advise(address, num_bytes, mmap.MADV_WILLNEED)
 
-    def done(self, buffer: Tensor) -> None:
+    def evict(self, buffer: Tensor) -> None:
         if not buffer.nbytes:
             return
         address, num_bytes = self._pages_of(buffer)
@@ -136,7 +136,7 @@ class DiskHome(Home):
             self._changed.notify_all()
         self._writer.join()
 
-    def has(self, buffer: Tensor) -> bool:
+    def owns(self, buffer: Tensor) -> bool:
         first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
         index = bisect_right(self._maps, (first, sys.maxsize)) - 1
         return index >= 0 and end <= self._maps[index][1]
@@ -144,7 +144,7 @@ class DiskHome(Home):
     def _pages_of(self, buffer: Tensor) -> tuple[int, int]:
         """Address and length of the pages that hold the buffer; only of files: dropping others would empty them."""
         first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
-        if not self.has(buffer):
+        if not self.owns(buffer):
             raise InvariantError("a buffer is not of this home", got=f"{buffer.nbytes} bytes at {first:#x}")
         start = first // _PAGE * _PAGE
         return start, end - start
@@ -168,13 +168,13 @@ class DiskHome(Home):
                 self._changed.notify_all()
 
 
-def home_of(kind: str, device: torch.device, scratch: Path) -> Home:
+def allocator_for(kind: str, device: torch.device, scratch: Path) -> Allocator:
     """The home of that kind for what `device` computes with. Raises ConfigError."""
     if kind == "disk":
-        return DiskHome(scratch)
-    if kind == "host":
-        return Home(torch.device("cpu"), pinned=device.type == "cuda")
-    return Home(device)
+        return DiskAllocator(scratch)
+    if kind == "cpu":
+        return Allocator(torch.device("cpu"), pinned=device.type == "cuda")
+    return Allocator(device)
 
 
 def _advise(address: int, num_bytes: int, advice: int) -> None:

@@ -1,4 +1,4 @@
-"""How much memory this process uses, could still have, and returns to the system.
+"""The memory this process uses, can still get, and returns to the system.
 
 Memory that was freed but is still held by the C library.
 
@@ -21,7 +21,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MMAP_THRESHOLD_MAX = 1 << 25  # what glibc itself goes up to
 
 
-def give_back_memory() -> None:
+def return_freed_memory() -> None:
     """Return the heap's free pages to the system (glibc keeps them otherwise); elsewhere does nothing.
 
     Called after things that happen once and free much: laying out the model, the optimizer's first step.

@@ -1,4 +1,4 @@
-"""Files and anonymous memory behind buffers: the scratch folder, shared memory.
+"""The scratch folder, and anonymous memory that processes share.
 
 The folder of files that state lives in: whether it will do, and how fast it is.
 
@@ -69,7 +69,7 @@ def check_scratch(folder: Path) -> None:
             "the scratch folder is in memory, not on a disk",
             where=str(folder),
             got=kind,
-            hint="name another one in strategy.scratch, or use home = 'host'",
+            hint="name another one in strategy.scratch, or use offload = 'cpu'",
         )
 
 

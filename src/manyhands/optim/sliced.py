@@ -1,4 +1,4 @@
-"""torch's own optimizers, applied to slices of the master weights, a run at a time.
+"""torch optimizers applied to slices of the master weights.
 
 The recipe's factory is called once, with the model's named parameters: what it returns (the *fronts*: one optimizer, or
 several that share the parameters among them) fixes the classes, the param groups and their hyperparameters, and is what
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from manyhands.errors import ConfigError
 from manyhands.models.bf16_products import bf16_products_in_fp32
-from manyhands.offload.allocator import Home
+from manyhands.offload.allocator import Allocator
 
 ELEMENTWISE, PER_PARAMETER = "elementwise", "per-parameter"
 
@@ -38,7 +38,7 @@ REFUSED = {
 
 Factory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 
-Groups = list[list[dict[str, Any]]]
+ParamGroups = list[list[dict[str, Any]]]
 """Of a run: for each of the optimizers its param groups over the run's slices."""
 
 
@@ -52,7 +52,8 @@ class Slice:
 
 
 class SlicedOptimizer:
-    """See the module. fronts: what the recipe's factory returned. uncut: the parameters of per-parameter optimizers.
+    """See the module. fronts: what the recipe's factory returned. unsplittable: the parameters of per-parameter
+    optimizers.
 
     declared_kind: that of optimizers that aren't torch's. Raises ConfigError.
     """
@@ -68,7 +69,9 @@ class SlicedOptimizer:
         _check_plain(self.hyperparameters())
         self._front_of_group = [index for index, front in enumerate(self.fronts) for _ in front.param_groups]
         self._group_of = _groups_by_name(self._front_groups(), named_params)
-        self.uncut = frozenset(name for name in self._group_of if self.kinds[self._front_of(name)] == PER_PARAMETER)
+        self.unsplittable = frozenset(
+            name for name in self._group_of if self.kinds[self._front_of(name)] == PER_PARAMETER
+        )
         self._shapes = {name: tuple(param.shape) for name, param in named_params}
         self._workers = [_worker(front) for front in self.fronts]
         self._places: dict[tuple[str, int, str], Tensor] = {}  # of state that is at a home of its own
@@ -81,19 +84,19 @@ class SlicedOptimizer:
 
     def shape_of(self, name: str, numel: int) -> tuple[int, ...]:
         """The shape in which the optimizer sees a slice of `numel` elements of a parameter."""
-        return self._shapes[name] if name in self.uncut else (numel,)
+        return self._shapes[name] if name in self.unsplittable else (numel,)
 
-    def runs(self, slices: Sequence[Slice]) -> Groups:
+    def runs(self, slices: Sequence[Slice]) -> ParamGroups:
         """The param groups for a run over these slices, to be given to `step`."""
         groups: dict[int, list[Tensor]] = {}
         for piece in slices:
             groups.setdefault(self._group_of[piece.name], []).append(piece.master)
-        run: Groups = [[] for _ in self.fronts]
+        run: ParamGroups = [[] for _ in self.fronts]
         for index, tensors in groups.items():
             run[self._front_of_group[index]].append({"params": tensors, "_group": index})
         return run
 
-    def step(self, run: Groups) -> None:
+    def step(self, run: ParamGroups) -> None:
         """Update a run's slices from their .grad (None: left alone)."""
         for worker, groups, kind in zip(self._workers, run, self.kinds, strict=True):
             if groups:
@@ -101,7 +104,7 @@ class SlicedOptimizer:
                 with bf16_products_in_fp32(kind == PER_PARAMETER):  # Muon multiplies matrices in bf16
                     worker.step()
 
-    def refresh(self, runs: Sequence[Groups]) -> None:
+    def refresh(self, runs: Sequence[ParamGroups]) -> None:
         """Take over the fronts' hyperparameters, as they are now (a schedule may have changed them)."""
         hyper = self.hyperparameters()
         for run in runs:
@@ -148,7 +151,7 @@ class SlicedOptimizer:
             by_group.append(sum(tensor.nbytes for tensor in tensors if tensor.dim()) / trial.numel())
         return {name: by_group[group] for name, group in self._group_of.items()}
 
-    def settle(self, piece: Slice, home: Home) -> list[Tensor]:
+    def settle(self, piece: Slice, allocator: Allocator) -> list[Tensor]:
         """Move a slice's state to `home`, where torch or a checkpoint has put it elsewhere; the tensors of it there."""
         state = self.state_of(piece)
         for kind, value in state.items():
@@ -156,7 +159,7 @@ class SlicedOptimizer:
                 key = (piece.name, piece.start, kind)
                 place = self._places.get(key)
                 if place is None:
-                    place = self._places[key] = home.empty(value.numel(), value.dtype).view(value.shape)
+                    place = self._places[key] = allocator.empty(value.numel(), value.dtype).view(value.shape)
                 state[kind] = value if value is place else place.copy_(value)
         return [value for value in state.values() if isinstance(value, Tensor) and value.dim()]
 

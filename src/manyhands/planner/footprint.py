@@ -1,6 +1,7 @@
-"""How many bytes a worker takes: a function of the recipe, the strategy and the number of workers, known before a run.
+"""How many bytes a worker takes, predicted from recipe, strategy and number of workers.
 
-Everything that grows with the model is here. Activations aren't: they depend on the batch, and neither on the stage nor
+Everything that grows with the model is here. Activations aren't: they depend on the batch, and neither on the
+sharding nor
 on the home. Nor is what torch takes for itself.
 """
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from manyhands.comm.shared_memory import MAILBOX_BYTES
 from manyhands.config import Batch, Recipe, Strategy
-from manyhands.engine.execution import REPLICATED, SHARDED, stage_named
+from manyhands.engine.sharding import REPLICATED, SHARDED, sharding_named
 from manyhands.engine.step.sums import RUN
 from manyhands.engine.units.gradients import IN_FLIGHT, RING_SLOTS
 from manyhands.engine.units.partition import plan_units
@@ -77,19 +78,19 @@ class Footprint:
 
 
 class Ways:
-    """How that strategy goes about it with so many workers on CPUs: in words, whatever depends on stage, home and
+    """How that strategy goes about it with so many workers on CPUs: in words, whatever depends on sharding, home and
     group."""
 
     def __init__(self, strategy: Strategy, workers: int, virtual_workers: int) -> None:
-        stage = stage_named(strategy.stage)
-        self.views = strategy.group != "process"  # pieces of gradients are read where they were computed
+        sharding = sharding_named(strategy.sharding)
+        self.views = strategy.transport != "distributed"  # pieces of gradients are read where they were computed
         self.shares = self.views and workers > 1
-        self.apart = strategy.home == "disk"
-        self.gathers = stage.param is SHARDED and (self.apart or not self.views)
-        self.replicates_state = stage.optim is REPLICATED
-        self.sharded_params = stage.param is SHARDED
-        self.keeps_gradients = stage.grad is REPLICATED or (self.views and stage.param is REPLICATED)
-        self.every_step = stage.grad is REPLICATED and not self.views and workers <= virtual_workers  # is exchanged
+        self.apart = strategy.offload == "disk"
+        self.gathers = sharding.param is SHARDED and (self.apart or not self.views)
+        self.replicates_state = sharding.optim is REPLICATED
+        self.sharded_params = sharding.param is SHARDED
+        self.keeps_gradients = sharding.grad is REPLICATED or (self.views and sharding.param is REPLICATED)
+        self.every_step = sharding.grad is REPLICATED and not self.views and workers <= virtual_workers  # is exchanged
 
 
 def sizes_of(model: nn.Module, recipe: Recipe, strategy: Strategy, workers: int) -> list[UnitSize]:
@@ -120,7 +121,7 @@ def footprint(
 ) -> Footprint:
     """See Footprint. clips: whether the recipe has a clip_norm. state_bytes: of the optimizer, for an element.
 
-    strategy.group "auto" means shared memory, and so does "hierarchical" (hosts aren't told apart).
+    strategy.transport "auto" means shared memory, and so does "hierarchical" (hosts aren't told apart).
     On a GPU, what `home` says of the host isn't told apart.
     """
     ways = Ways(strategy, workers, batch.virtual_workers)
@@ -154,7 +155,7 @@ def footprint(
         gradients=gradients,
         sums=shard_sums * sums_here + local_sums,
         step_gradient=step_gradient * sums_here,
-        gathered=_gathered(units, strategy.prefetch, workers) if ways.gathers else 0.0,
+        gathered=_gathered(units, strategy.unshard_ahead, workers) if ways.gathers else 0.0,
         workspace=_workspace(min(RUN, longest), run_buffers, state_bytes if ways.apart else 0.0, workers),
         files=files,
         start=start,
@@ -197,7 +198,7 @@ def _gradients(trained: Sequence[UnitSize], ways: Ways, workers: int) -> float:
     return rings
 
 
-def _gathered(units: Sequence[UnitSize], prefetch: int, workers: int) -> float:
+def _gathered(units: Sequence[UnitSize], unshard_ahead: int, workers: int) -> float:
     """The units in use, the next ones, and those that may be used anywhere; buffers are used again by size."""
     total, of_size = 0, dict[tuple[int, int], int]()
     for unit in units:
@@ -207,7 +208,7 @@ def _gathered(units: Sequence[UnitSize], prefetch: int, workers: int) -> float:
             size = (workers * unit.shard_numel, unit.itemsize)
             of_size[size] = of_size.get(size, 0) + 1
     for (numel, itemsize), count in of_size.items():
-        total += min(count, 1 + prefetch) * numel * itemsize
+        total += min(count, 1 + unshard_ahead) * numel * itemsize
     return total
 
 

@@ -1,0 +1,1 @@
+"""Data jobs: parallel processing of records with reproducible output."""

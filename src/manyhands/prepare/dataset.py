@@ -1,4 +1,4 @@
-"""Dataset: what a user says about data. Nothing is read or computed before `write`, `take` or `count`."""
+"""Dataset: what users write; lazy until `write`, `take` or `count`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from manyhands.errors import ConfigError
 from manyhands.prepare.io.listing import FORMATS, find_files, split_files
 from manyhands.prepare.io.writing import check_format
 from manyhands.prepare.job.output import PrepareSummary
-from manyhands.prepare.options import How, options_of
+from manyhands.prepare.options import JobOptions, options_of
 from manyhands.prepare.plan.plan import (
     PARTITION_BYTES,
     Arranged,
@@ -137,13 +137,13 @@ class Dataset:
             raise ConfigError("a fraction is from 0 to 1", got=fraction)
         return self._step(Sample(fraction, seed))
 
-    def group_by(self, key: KeyLike = None) -> Groups:
+    def group_by(self, key: KeyLike = None) -> GroupedDataset:
         """The records with the same key together: a function of the record, the name of a column or several, or the
         record itself.
 
         Keys are numbers, text, bytes or tuples of them. A record whose key is None or NaN is a bad record.
         """
-        return Groups(self._node, key_from(key))
+        return GroupedDataset(self._node, key_from(key))
 
     def sort_by(self, key: KeyLike = None, *, descending: bool = False) -> Dataset:
         """In the order of keys, over all output files; records with equal keys in the order of the input.
@@ -200,9 +200,9 @@ class Dataset:
         folder: where, also for later runs of the script; without it, a temporary one as long as this process lives.
         They are read through the system's page cache: from memory, as far as there is any.
         """
-        from manyhands.prepare.job.output import temporary_folder
+        from manyhands.prepare.job.output import temporary_job_folder
 
-        return Dataset(Cached(self._node, folder or temporary_folder()))
+        return Dataset(Cached(self._node, folder or temporary_job_folder()))
 
     def write(
         self,
@@ -211,7 +211,7 @@ class Dataset:
         format: str = "jsonl",
         schema: pa.Schema | None = None,
         overwrite: bool = False,
-        **how: Unpack[How],
+        **how: Unpack[JobOptions],
     ) -> PrepareSummary:
         """Run the job, and write its records into files of a folder, one a partition; what that came to.
 
@@ -229,7 +229,7 @@ class Dataset:
         plan = self._plan(Output(check_format(format), schema), how)
         return write_output(plan, folder, options, overwrite=overwrite)
 
-    def count(self, **how: Unpack[How]) -> int:
+    def count(self, **how: Unpack[JobOptions]) -> int:
         """Run the job; how many records come out."""
         from manyhands.prepare.job.output import run_temporarily
         from manyhands.prepare.job.stages import run_stages
@@ -241,7 +241,7 @@ class Dataset:
             )
         )
 
-    def take(self, count: int, **how: Unpack[How]) -> list[Any]:
+    def take(self, count: int, **how: Unpack[JobOptions]) -> list[Any]:
         """The first records. Only as much is read as that takes, unless they must be arranged."""
         from manyhands.prepare.job.output import first_records
 
@@ -260,7 +260,7 @@ class Dataset:
         """64 hex digits that stand for the records: the same as long as files, functions and options are."""
         return make_plan(_without_caches(self._node), Counting()).identity
 
-    def _plan(self, end: Output | Counting, how: How) -> Plan:
+    def _plan(self, end: Output | Counting, how: JobOptions) -> Plan:
         from manyhands.prepare.job.output import with_caches
 
         return make_plan(with_caches(self._node, options_of(how)), end)
@@ -272,7 +272,7 @@ class Dataset:
         return Dataset(Arranged((self._node,), (arrangement,), reducer))
 
 
-class Groups:
+class GroupedDataset:
     """Records by key: what `Dataset.group_by` returns."""
 
     def __init__(self, node: Node, key: Key) -> None:

@@ -1,4 +1,4 @@
-"""Workers, memory, engine of a job; parsed and checked.
+"""Options of a data job: workers, memory, engine. They never change the output.
 
 With what a job is done: workers, memory, engine. None of it changes a byte of the output.
 """
@@ -17,7 +17,7 @@ from manyhands.formatting import GIB, MIB, format_bytes
 from manyhands.surroundings import Rank, rank_from
 
 if TYPE_CHECKING:
-    from manyhands.prepare.engines.engine import Engine
+    from manyhands.prepare.engines.engine import JobEngine
 
 EXPECTED = 'dask://scheduler:8786, ray, ray://head:10001, "rank 2 of 8", ranks'
 
@@ -52,9 +52,9 @@ def rank_of(options: Options) -> Rank | None:
 
 def patience_seconds(options: Options) -> float:
     """How long a rank waits for the others before it does their part."""
-    from manyhands.prepare.engines.ranks import PATIENCE_SECONDS, Ranks
+    from manyhands.prepare.engines.ranks import RANK_PATIENCE_SECONDS, Ranks
 
-    return options.engine.patience_seconds if isinstance(options.engine, Ranks) else PATIENCE_SECONDS
+    return options.engine.patience_seconds if isinstance(options.engine, Ranks) else RANK_PATIENCE_SECONDS
 
 
 LEAST_BYTES = 192 * MIB  # that a worker needs, whatever it does
@@ -62,7 +62,7 @@ LEAST_BYTES = 192 * MIB  # that a worker needs, whatever it does
 _UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-class How(TypedDict, total=False):
+class JobOptions(TypedDict, total=False):
     """What every method that runs a job takes beside its own arguments.
 
     workers: processes on this machine (default: one a CPU; 0: none, tasks run in this process). memory: for all of
@@ -76,7 +76,7 @@ class How(TypedDict, total=False):
     workers: int | None
     memory: int | str | None
     max_bad_records: int
-    engine: Engine | str | None
+    engine: JobEngine | str | None
     progress: bool
 
 
@@ -87,7 +87,7 @@ class Options:
     workers: int | None = None
     memory: int | str | None = None
     max_bad_records: int = 0
-    engine: Engine | str | None = None
+    engine: JobEngine | str | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class Options:
         return self if rank_of(self) is None else replace(self, engine=None)
 
 
-def options_of(how: How) -> Options:
+def options_of(how: JobOptions) -> Options:
     """The options that a caller gave. Raises ConfigError for one that isn't known."""
     given: dict[str, Any] = dict(how)
     known = [field.name for field in fields(Options)]

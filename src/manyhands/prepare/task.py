@@ -1,4 +1,4 @@
-"""The unit of work: a pure function of (plan, stage, partition) that leaves one file, and a note that it is done.
+"""A task: a pure function of (plan, stage, partition) that writes one file.
 
 Whoever runs it, wherever and however often: the file has the same records, and the first one published stays.
 """
@@ -19,12 +19,12 @@ from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
 from manyhands.prepare.io.reading import read_split
 from manyhands.prepare.io.run_file import RunFileWriter, read_blocks, read_index
-from manyhands.prepare.io.writing import Writer, file_name, open_writer
+from manyhands.prepare.io.writing import Writer, open_writer, output_file_name
 from manyhands.prepare.plan.plan import Counting, Given, Kept, Output, Plan, Read, Stage
 from manyhands.prepare.records.chunks import Chunk, num_records
-from manyhands.prepare.records.pipeline import BadRecords, Piece, Pipeline, whole
-from manyhands.prepare.shuffle.reduce import EVERYTHING, Range, RangeReader, rebatched
-from manyhands.storage.files import HashedFile, join, publish, read_bytes, replace_bytes
+from manyhands.prepare.records.pipeline import BadRecords, Pipeline, SourcedChunk, whole
+from manyhands.prepare.shuffle.reduce import EVERYTHING, KeyRange, RangeReader, rebatched
+from manyhands.storage.files import HashedFile, join_path, publish_file, read_bytes, replace_bytes
 
 _BASE_BYTES = 2**27  # of a worker's memory, before it has any records
 
@@ -40,7 +40,7 @@ class Task:
     stage: int
     partition: int
     inputs: tuple[tuple[str, ...], ...] = ()
-    wanted: Range = EVERYTHING
+    wanted: KeyRange = EVERYTHING
     memory_bytes: int
     max_bad_records: int
 
@@ -83,7 +83,7 @@ def run_task(task: Task) -> TaskResult:
             hint="if the disk is full, make room, and run again: what is done stays done",
         ) from None  # where in our code is of no use to anybody
     if bad.found:
-        replace_bytes(join(task.folder, f"part-{task.partition:05d}.bad"), bad.to_jsonl())
+        replace_bytes(join_path(task.folder, f"part-{task.partition:05d}.bad"), bad.to_jsonl())
     result = TaskResult(
         stage=task.stage,
         partition=task.partition,
@@ -95,7 +95,7 @@ def run_task(task: Task) -> TaskResult:
         sha256=made.sha256,
         seconds=time.monotonic() - began,
     )
-    with publish(done_path(task.folder, task.partition)) as note:
+    with publish_file(done_path(task.folder, task.partition)) as note:
         note.write(json.dumps(asdict(result)).encode())
     return result
 
@@ -126,12 +126,12 @@ def load_plan(path: str) -> Plan:
 
 def done_path(folder: str, partition: int) -> str:
     """The note that a task is done."""
-    return join(folder, f"part-{partition:05d}.done")
+    return join_path(folder, f"part-{partition:05d}.done")
 
 
 def runs_path(folder: str, partition: int) -> str:
     """The file that a task before a shuffle leaves."""
-    return join(folder, f"part-{partition:05d}.runs")
+    return join_path(folder, f"part-{partition:05d}.runs")
 
 
 class _Made(NamedTuple):
@@ -149,7 +149,7 @@ def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Made:
     keyed: Callable[[Chunk], Any] = arrangement.keyed(task.partition)
     pipeline = Pipeline(stage.operations, task.partition, bad, keyed)
     path = runs_path(task.folder, task.partition)
-    with publish(path) as file:
+    with publish_file(path) as file:
         runs = RunFileWriter(file, stage.block_bytes)
         writer = arrangement.writer(runs, stage.partition_bytes)
         for chunk in pipeline.run(_pieces(task, stage, bad)):
@@ -162,11 +162,11 @@ def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Made:
 
 def _output(task: Task, stage: Stage, bad: BadRecords) -> _Made:
     output: Any = stage.end
-    name = file_name(task.partition, output.form)
-    path = join(task.folder, name)
+    name = output_file_name(task.partition, output.form)
+    path = join_path(task.folder, name)
     records = 0
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, whole)
-    with publish(path) as opened:
+    with publish_file(path) as opened:
         file: Any = HashedFile(opened)
         writer: Writer | None = None
         for chunk in pipeline.run(_pieces(task, stage, bad)):
@@ -194,25 +194,25 @@ _END_OF: dict[type, Callable[[Task, Stage, BadRecords], _Made]] = {
 }
 
 
-def _pieces(task: Task, stage: Stage, bad: BadRecords) -> Iterator[Piece]:
+def _pieces(task: Task, stage: Stage, bad: BadRecords) -> Iterator[SourcedChunk]:
     source = stage.source
     if isinstance(source, Read):
         yield from read_split(source.splits[task.partition], bad, source.columns, source.types)
     elif isinstance(source, Given):
-        yield Piece(list(source.partitions[task.partition]), _placed("given records", task.partition, 0))
+        yield SourcedChunk(list(source.partitions[task.partition]), _placed("given records", task.partition, 0))
     elif isinstance(source, Kept):
         seen = 0
         path = source.paths[task.partition]
         for run in read_index(path):
             for keyed in read_blocks(path, run, ()):
-                yield Piece(keyed.chunk, _placed(path, task.partition, seen))
+                yield SourcedChunk(keyed.chunk, _placed(path, task.partition, seen))
                 seen += len(keyed)
     else:
         limit = max(4 * stage.block_bytes, (task.memory_bytes - _BASE_BYTES) // _EXPANSION)
         readers = [RangeReader(paths, source.reducer.by, task.wanted, limit) for paths in task.inputs]
         seen = 0
         for chunk in rebatched(source.reducer.reduce(readers), readers):
-            yield Piece(chunk, _placed(f"stage {stage.number}", task.partition, seen))
+            yield SourcedChunk(chunk, _placed(f"stage {stage.number}", task.partition, seen))
             seen += num_records(chunk)
 
 

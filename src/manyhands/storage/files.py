@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, hashed while written.
+"""Files that appear complete or not at all, hashed while they are written.
 
 Where files are: a local folder, or any address that fsspec knows. Files appear whole or not at all.
 On a local disk a file is written under a temporary name and linked to its own: the first of several writers wins. An
@@ -25,7 +25,7 @@ TEMPORARY = ".tmp"
 _REMOVALS = 20
 
 
-def join(folder: str, name: str) -> str:
+def join_path(folder: str, name: str) -> str:
     """The path of `name` in `folder`."""
     return f"{folder.rstrip('/')}/{name}"
 
@@ -45,7 +45,7 @@ def open_to_read(path: str) -> IO[bytes]:
 
 
 @contextmanager
-def publish(path: str) -> Iterator[IO[bytes]]:
+def publish_file(path: str) -> Iterator[IO[bytes]]:
     """A file to write, that appears under `path` when the block ends: not if it raises, nor if nothing was written."""
     if is_local(path):
         folder, name = os.path.split(path)

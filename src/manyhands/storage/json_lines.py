@@ -1,4 +1,4 @@
-"""JSON-lines files that grow and may have been cut short."""
+"""JSON-lines files that are appended to and may end in a partial line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
             data = data[file.write(data) :]
 
 
-def whole_lines(path: Path) -> list[tuple[int, Any]]:
+def complete_lines(path: Path) -> list[tuple[int, Any]]:
     """(its number, from 1, what it says) of each line; those that were cut short are left out, and so is what hasn't
     the end of a line. No lines if there is no such file."""
     found = []

@@ -193,10 +193,10 @@ class _InParts:
         return view.nbytes
 
 
-Place = Path | Address
+Location = Path | Address
 
 
-def place_of(text: str | os.PathLike[str] | Place) -> Place:
+def location_of(text: str | os.PathLike[str] | Location) -> Location:
     """What a user calls a folder or an address. Raises ConfigError."""
     if isinstance(text, Address):
         return text
@@ -209,7 +209,7 @@ def place_of(text: str | os.PathLike[str] | Place) -> Place:
 
 
 @contextmanager
-def written(place: Place, size: int) -> Iterator[IO[bytes]]:
+def written(place: Location, size: int) -> Iterator[IO[bytes]]:
     """A file of `size` bytes to write; when the block ends it is there for good."""
     if isinstance(place, Address):
         with place.written(size) as file:
@@ -221,7 +221,7 @@ def written(place: Place, size: int) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
 
 
-def put_text(place: Place, text: str) -> None:
+def put_text(place: Location, text: str) -> None:
     """A file that is there with all of its text, or not at all."""
     if isinstance(place, Address):
         return place.write_text(text)
@@ -231,7 +231,7 @@ def put_text(place: Place, text: str) -> None:
     return None
 
 
-def names_in(folder: Place) -> set[str]:
+def names_in(folder: Location) -> set[str]:
     """Of the files in a folder."""
     return set(folder.files()) if isinstance(folder, Address) else {path.name for path in folder.iterdir()}
 
@@ -261,7 +261,7 @@ class Ranges:
     """Reads ranges of a file. size: its bytes. Of one in a store it reads some MiB ahead, since a request takes long
     and what follows is mostly wanted next. Raises OSError."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Location) -> None:
         self._place = place
         self._first, self._ahead = 0, b""
         self.size = place.size() if isinstance(place, Address) else place.stat().st_size

@@ -1,4 +1,4 @@
-"""The lock of a run directory.
+"""Exclusive lock of a run directory.
 
 Two would publish checkpoints that neither has computed. The lock is the kernel's, on a file that stays: it ends with
 the process that holds it, however that ends.

@@ -1,4 +1,4 @@
-"""The engine that users hold: steps, their data, and the state on disk."""
+"""Engine: the engine as users hold it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy, Weights
 from manyhands.data.loader import LoadedBatch, MicroBatchLoader
 from manyhands.engine.engine import StepEngine
-from manyhands.engine.execution import SHARDED, stage_named
+from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, Interrupted, InvariantError
-from manyhands.storage.location import Place, place_of
+from manyhands.storage.location import Location, location_of
 
 
 class StepBatch(NamedTuple):
@@ -32,7 +32,7 @@ class StepBatch(NamedTuple):
 class Engine(StepEngine):
     """Trains a recipe's model, one step at a time, together with the other workers of this program's launcher.
 
-        engine = Engine(recipe, Strategy(stage="zero2"))
+        engine = Engine(recipe, Strategy(sharding="zero2"))
         for batch in engine.batches(steps=100):
             metrics = engine.step(batch)
         engine.close()
@@ -56,10 +56,10 @@ class Engine(StepEngine):
         self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None
         self._saving: Saving | None = None
-        # Each host would have all of what the stage shards over all: only if it's asked for.
-        whole_on_hosts = strategy.group != "auto" or stage_named(strategy.stage).param is not SHARDED
+        # Each host would have all of what the sharding shards over all: only if it's asked for.
+        whole_on_hosts = strategy.transport != "auto" or sharding_named(strategy.sharding).param is not SHARDED
         own = group or connect(
-            strategy.group,
+            strategy.transport,
             device=recipe.device,
             stall_seconds=strategy.stall_seconds,
             most_hosts=recipe.batch.virtual_workers if whole_on_hosts else 0,
@@ -77,7 +77,7 @@ class Engine(StepEngine):
         try:
             return 0 if weights is None else load_initial(self, weights, resumes=resumes)
         except BaseException:
-            self.home.close()
+            self.allocator.close()
             raise
 
     def batches(self, steps: int | None = None) -> Iterator[StepBatch]:
@@ -115,12 +115,12 @@ class Engine(StepEngine):
 
     def save(
         self,
-        folder: str | Place,
+        folder: str | Location,
         *,
         keep: int | None = None,
         keep_every: int | None = None,
-        published: Callable[[Place], None] | None = None,
-    ) -> Place:
+        published: Callable[[Location], None] | None = None,
+    ) -> Location:
         """Write a checkpoint below `folder`, which may be an address (s3://bucket/folder), and return where it is.
         Collective.
 
@@ -130,15 +130,15 @@ class Engine(StepEngine):
         """
         self.begin_save(folder, keep=keep, keep_every=keep_every, published=published)
         self.finish_save()
-        return place_of(folder) / folder_name(self.step_index)
+        return location_of(folder) / folder_name(self.step_index)
 
     def begin_save(
         self,
-        folder: str | Place,
+        folder: str | Location,
         *,
         keep: int | None = None,
         keep_every: int | None = None,
-        published: Callable[[Place], None] | None = None,
+        published: Callable[[Location], None] | None = None,
     ) -> None:
         """As `save`, but steps may go on while it's written: what the state is now is copied. Collective.
 
@@ -149,7 +149,7 @@ class Engine(StepEngine):
         self.finish_save()
         try:
             self._saving = begin_checkpoint(
-                self, place_of(folder), keep=keep, keep_every=keep_every, published=published
+                self, location_of(folder), keep=keep, keep_every=keep_every, published=published
             )
         except CheckpointError:
             raise  # on all workers
@@ -157,7 +157,7 @@ class Engine(StepEngine):
             self.group.fail(error)
             raise
 
-    def finish_save(self) -> Place | None:
+    def finish_save(self) -> Location | None:
         """Wait until what `begin_save` began is published, and return its path (None: nothing was). Collective.
 
         Raises CheckpointError, alike on all workers.
@@ -170,12 +170,12 @@ class Engine(StepEngine):
         """Whether this worker still writes, or waits to publish, what `begin_save` began."""
         return self._saving is not None and not self._saving.is_done
 
-    def load(self, checkpoint: str | Place, *, accept_new_numerics: bool = False) -> Manifest:
-        """Go on from a checkpoint, whatever number of workers and stage it was saved with. Collective.
+    def load(self, checkpoint: str | Location, *, accept_new_numerics: bool = False) -> Manifest:
+        """Go on from a checkpoint, whatever number of workers and sharding it was saved with. Collective.
 
         Raises CheckpointError, NumericsError.
         """
-        place = place_of(checkpoint)
+        place = location_of(checkpoint)
         return self._restored(lambda: load_checkpoint(self, place, accept_new_numerics=accept_new_numerics))
 
     def load_snapshot(self, memory: SnapshotMemory) -> Manifest:

@@ -1,4 +1,4 @@
-"""The loop: steps from where the run stands to where it shall end, recorded, saved, shown."""
+"""train(): the loop from the run's current step to its last."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.config import Every, Recipe, Strategy, every
-from manyhands.engine.agreement import gather_json
+from manyhands.engine.agreement import all_gather_json
 from manyhands.errors import ConfigError, Interrupted
 from manyhands.listeners.summary import Summary, failures_among, figures
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import preserved_generators, seed_generators
 from manyhands.offload.process_memory import PeakMemory
-from manyhands.storage.location import Place
+from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
 from manyhands.training.run_record import Record, Saver, will_resume
@@ -30,7 +30,7 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
     steps: int,
     strategy: Strategy | None = None,
     run_dir: str | Path | None = None,
-    checkpoint_dir: str | Place | None = None,
+    checkpoint_dir: str | Location | None = None,
     checkpoint_every: int | str | None = None,
     keep_checkpoints: int = 3,
     keep_every: int | None = None,
@@ -72,14 +72,14 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
         signals.training_begins()
         for batch in engine.batches(steps):
             step = engine.step_index
-            digest_wanted = (step + 1) % digest_every == 0 or step + 1 == steps
+            digest_due = (step + 1) % digest_every == 0 or step + 1 == steps
             with ExitStack() as watched:
                 if step - first < MEASURED_STEPS:
                     watched.enter_context(memory)
-                engine.stop_wanted, engine.save_wanted = signals.wanted, saver.is_due
-                metrics = engine.step(batch, digest=digest_wanted)
+                engine.stop_requested, engine.save_requested = signals.wanted, saver.is_due
+                metrics = engine.step(batch, digest=digest_due)
             record.add(metrics)
-            if engine.stop_wanted:
+            if engine.stop_requested:
                 raise _interrupted(engine, record, saver)
             saver.after_step(metrics.digest, last=step + 1 == steps)
         saver.finish()
@@ -88,7 +88,7 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
 
 def _with_scratch(strategy: Strategy, run_dir: str | Path | None) -> Strategy:
     """Files that state lives in are the run's own, unless the strategy says otherwise."""
-    if strategy.home != "disk" or strategy.scratch or run_dir is None:
+    if strategy.offload != "disk" or strategy.scratch or run_dir is None:
         return strategy
     return replace(strategy, scratch=str(Path(run_dir) / "scratch"))
 
@@ -115,7 +115,7 @@ def _summary(engine: Engine, record: Record, peak_bytes: int, wall_seconds: floa
                 sample = recipe.sample(model)
     # Worker 0 keeps the record, and computed the sample; all workers' summaries tell of it.
     mine = {**figures(record.metrics)._asdict(), **failures_among(record.read_events())._asdict(), "sample": sample}
-    told: list[Any] = gather_json(group, (mine, peak_bytes), "end / figures / control")
+    told: list[Any] = all_gather_json(group, (mine, peak_bytes), "end / figures / control")
     record.event("ended", step=engine.step_index, digest=digest)
     (of_first, _), peaks = told[0], [peak for _, peak in told]
     return Summary(
@@ -123,8 +123,8 @@ def _summary(engine: Engine, record: Record, peak_bytes: int, wall_seconds: floa
         name=recipe.name,
         peak_memory_bytes_per_worker=peaks,
         workers=group.size,
-        stage=engine.strategy.stage,
-        group=group.kind,
+        sharding=engine.strategy.sharding,
+        transport=group.kind,
         precision=recipe.precision,
         parameters=sum(param.numel() for param in engine.model.parameters()),
         digest=digest,

@@ -14,16 +14,16 @@ import numpy as np
 from rich.console import Console
 
 from manyhands.checkpoint.format import checkpoints_of, list_checkpoints
-from manyhands.checkpoint.publish import try_out
+from manyhands.checkpoint.publish import check_writable
 from manyhands.config import Every
-from manyhands.engine.agreement import gather_json
+from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.listeners.run_directory import RunDirectory, write_json
 from manyhands.listeners.tensorboard import TensorBoardLog
 from manyhands.listeners.terminal import TrainingProgress
 from manyhands.offload.scratch import scratch_line
-from manyhands.storage.location import Place, is_local, place_of
+from manyhands.storage.location import Location, is_local, location_of
 from manyhands.storage.run_lock import run_lock
 from manyhands.training.engine import Engine
 from manyhands.training.saving import Snapshots
@@ -32,7 +32,7 @@ RETRY_SECONDS = 5
 """Before the last checkpoint is tried again."""
 
 
-def will_resume(run_dir: str | Path | None, checkpoint_dir: str | Place | None) -> bool:
+def will_resume(run_dir: str | Path | None, checkpoint_dir: str | Location | None) -> bool:
     """Whether there is a checkpoint to go on from, as far as this worker sees: the record asks all."""
     place = _place_for(run_dir, checkpoint_dir)
     try:
@@ -41,9 +41,9 @@ def will_resume(run_dir: str | Path | None, checkpoint_dir: str | Place | None) 
         return False
 
 
-def _place_for(run_dir: str | Path | None, checkpoint_dir: str | Place | None) -> Place | None:
+def _place_for(run_dir: str | Path | None, checkpoint_dir: str | Location | None) -> Location | None:
     if run_dir is None:
-        return None if checkpoint_dir is None else place_of(checkpoint_dir)
+        return None if checkpoint_dir is None else location_of(checkpoint_dir)
     return checkpoints_of(Path(run_dir), checkpoint_dir)
 
 
@@ -54,7 +54,7 @@ class Record:
         self,
         engine: Engine,
         run_dir: str | Path | None,
-        checkpoint_dir: str | Place | None,
+        checkpoint_dir: str | Location | None,
         recipe_as_used: dict[str, Any] | None,
         stack: ExitStack,
     ) -> None:
@@ -76,13 +76,15 @@ class Record:
                 stack.enter_context(run_lock(self.path))
             self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
         if self.checkpoints is not None and engine.group.rank == 0:
-            try_out(self.checkpoints)
-        if engine.home.scratch is not None:
-            self.notes.append(scratch_line(engine.home.scratch))
+            check_writable(self.checkpoints)
+        if engine.allocator.scratch is not None:
+            self.notes.append(scratch_line(engine.allocator.scratch))
         # The directory may be on worker 0's host alone; where it says that checkpoints are, all hosts can see.
-        everyone: list[Any] = gather_json(engine.group, str(self.checkpoints or ""), "start / run directory / control")
+        everyone: list[Any] = all_gather_json(
+            engine.group, str(self.checkpoints or ""), "start / run directory / control"
+        )
         if not is_local(everyone[0]):
-            self.checkpoints = place_of(everyone[0])
+            self.checkpoints = location_of(everyone[0])
 
     def resume(self, accept_new_numerics: bool) -> None:
         """Go on from the last state that there is: a snapshot, or the directory's last checkpoint. Then begin to write.
@@ -90,7 +92,7 @@ class Record:
         listed = [] if self.checkpoints is None else list_checkpoints(self.checkpoints)
         found, step = [str(path) for _, path in listed], max((step for step, _ in listed), default=0)
         newest = self.snapshots.newest_step()
-        everyone: list[Any] = gather_json(self.engine.group, found, "start / resume / control")
+        everyone: list[Any] = all_gather_json(self.engine.group, found, "start / resume / control")
         last = [paths[-1] if paths else None for paths in everyone]
         if len(set(last)) > 1:
             raise CheckpointError(
@@ -128,13 +130,13 @@ class Record:
             source=source,
             repeats=repeats,
             workers=engine.group.size,
-            stage=engine.strategy.stage,
+            sharding=engine.strategy.sharding,
         )
         directory.write_manifest(
             engine.identity,
             engine.strategy,
             workers=engine.group.size,
-            group=engine.group.kind,
+            transport=engine.group.kind,
             **self._elsewhere(),
         )
         directory.write_recipe(self._recipe_as_used or engine.recipe)
@@ -218,7 +220,7 @@ class Saver:
         one `finish` comes); that the one before couldn't be written is told. digest: of the weights, if known.
         Collective."""
         self._record.snapshots.after_step(digest, last=last)
-        if not self._engine.save_wanted or last:
+        if not self._engine.save_requested or last:
             return
         self._last = time.monotonic()
         if self._record.checkpoints is None:
@@ -230,7 +232,7 @@ class Saver:
                 self._record.event("not saved", why=error.what, where=error.where)
                 self._record.tell(f"training goes on, but {error}")
 
-    def _write(self, save: Callable[..., Place | None]) -> Place | None:
+    def _write(self, save: Callable[..., Location | None]) -> Location | None:
         step = self._engine.step_index
         return save(
             self._record.checkpoints,
@@ -239,7 +241,7 @@ class Saver:
             published=lambda _: self._record.event("saved", step=step),
         )
 
-    def finish(self) -> Place | None:
+    def finish(self) -> Location | None:
         """Write one of the state as it is, and wait for it. Collective; raises CheckpointError."""
         if self._record.checkpoints is None:
             return None

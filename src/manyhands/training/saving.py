@@ -18,7 +18,7 @@ from manyhands.checkpoint.snapshot import (
     snapshot_bytes,
     take_snapshot,
 )
-from manyhands.engine.agreement import gather_json
+from manyhands.engine.agreement import all_gather_json
 from manyhands.formatting import format_bytes
 from manyhands.offload.process_memory import free_memory_bytes
 from manyhands.training.engine import Engine
@@ -48,9 +48,9 @@ class Snapshots:
         one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         self._memory: SnapshotMemory | None = None
         mine = Training(next(_trainings), "" if run_dir is None else str(run_dir.absolute()))
-        if address and one_host and not engine.home.is_apart:
+        if address and one_host and not engine.allocator.on_disk:
             # Worker 0's word counts: all must find the same ones, also where a directory has another name for each.
-            everyone: list[Any] = gather_json(engine.group, mine, "start / snapshots / control")
+            everyone: list[Any] = all_gather_json(engine.group, mine, "start / snapshots / control")
             self._memory = SnapshotMemory.at(address, Training(*everyone[0]))
         fixed = os.environ.get(SNAPSHOT_EVERY_VARIABLE)
         self._every = None if fixed is None else int(fixed)
@@ -73,7 +73,9 @@ class Snapshots:
         of = None if self._memory is None else self._memory.of
         if self._memory is not None and of is not None and last and not of.directory:
             # A script that is started again may leave this training out: the next one would take them for its own.
-            gather_json(self._engine.group, None, f"step {step} / last snapshot / control")  # all have made the step
+            all_gather_json(
+                self._engine.group, None, f"step {step} / last snapshot / control"
+            )  # all have made the step
             if self._engine.group.rank == 0:
                 self._memory.free()
         if self._memory is None or last or (self._next_step is not None and step < self._next_step):
@@ -88,7 +90,7 @@ class Snapshots:
         now = time.monotonic()
         costs = now - began
         a_step = (began - self._last_seconds) / max(1, step - self._last_step)
-        everyone: list[Any] = gather_json(self._engine.group, [costs, a_step], f"step {step} / snapshot / control")
+        everyone: list[Any] = all_gather_json(self._engine.group, [costs, a_step], f"step {step} / snapshot / control")
         self._taken += 1
         self._next_step = step + self._interval(*zip(*everyone, strict=True))
         self._last_step, self._last_seconds = step, now
@@ -102,7 +104,7 @@ class Snapshots:
     def _find_room(self, memory: SnapshotMemory) -> bool:
         # What the slots hold of the workers before these is overwritten: it's no longer free, and needn't be.
         mine = [snapshot_bytes(self._engine), free_memory_bytes() + memory.held_bytes()]
-        everyone: list[Any] = gather_json(self._engine.group, mine, "start / snapshot memory / control")
+        everyone: list[Any] = all_gather_json(self._engine.group, mine, "start / snapshot memory / control")
         needed, free = 2 * sum(size for size, _ in everyone), min(free for _, free in everyone)
         if needed <= MOST_OF_MEMORY * free:
             return True

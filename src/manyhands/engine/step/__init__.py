@@ -1,0 +1,1 @@
+"""The parts of a step up to the sums of gradients."""

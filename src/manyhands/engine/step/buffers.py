@@ -1,4 +1,4 @@
-"""The model's buffers over a step.
+"""The model's buffers (running statistics, say) over a step.
 
 Each micro-batch starts from the buffers as they were before the step. Afterwards a buffer that any micro-batch changed
 becomes the mean over the micro-batches, added in index order (integers: the first micro-batch's value).
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from manyhands.comm.group import Group
 from manyhands.errors import ConfigError
 
-SMALL_NUMEL = 1 << 16
+SMALL_BUFFER_NUMEL = 1 << 16
 """Up to so many elements a frozen parameter is compared after every micro-batch, and may change."""
 
 _HINT = "register all buffers in recipe.model, with their final shapes; what is only a cache can be a plain attribute"
@@ -24,7 +24,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def may_change(param: nn.Parameter) -> bool:
     """Whether it's a frozen parameter that is looked after like a buffer."""
-    return not param.requires_grad and param.numel() <= SMALL_NUMEL
+    return not param.requires_grad and param.numel() <= SMALL_BUFFER_NUMEL
 
 
 class Buffers:
@@ -120,8 +120,8 @@ class Buffers:
                 values[micro_batch] = self._after.get(name, {}).get(micro_batch, start)
             taken = torch.zeros(self._micro_batches, dtype=torch.uint8)
             taken[mine] = 1
-            who = group.gather(taken, tag)
-            everyone = group.gather(values.cpu(), tag)
+            who = group.all_gather_small(taken, tag)
+            everyone = group.all_gather_small(values.cpu(), tag)
             owner = [
                 next(rank for rank in range(group.size) if who[rank][index]) for index in range(self._micro_batches)
             ]

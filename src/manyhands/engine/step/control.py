@@ -25,13 +25,13 @@ class Control:
     save: bool
 
 
-def gather_control(mine: Control, group: Group, tag: str) -> Control:
+def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     """Everyone's control values as one. `mine` has zeros for the micro-batches of others. Collective."""
     bad = (0, 0) if mine.bad is None else (mine.bad[0] + 1, mine.bad[1] + 1)
     floats = np.concatenate([mine.losses, mine.weights, [float(mine.stop), float(mine.save), *bad]])
     flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
     packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), flags]))
-    everyone = [other.numpy() for other in group.gather(packed, tag)]
+    everyone = [other.numpy() for other in group.all_gather_small(packed, tag)]
     all_floats = np.stack([array[: floats.nbytes].view(np.float64) for array in everyone])
     flags_of_any = np.max([array[floats.nbytes :] for array in everyone], axis=0).astype(bool)
     count, params = len(mine.losses), len(mine.got_gradient)

@@ -1,4 +1,4 @@
-"""What one step reports, and where its time went.
+"""What a step reports, and where its time went.
 
 What one step reports: plain numbers, the same on every worker but for the seconds and bytes, which are its own.
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from manyhands.comm.group import Recorder
 
-PHASES = ("data", "compute", "exchange", "update", "waiting")
+PHASES = ("data", "compute", "communication", "update", "waiting")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What is exchanged when, and added in which order.
+"""Reduces gradients: what is exchanged when, and in which order it is added.
 
 Waiting for an exchange that may not come as long as this worker waits for it.
 
@@ -21,31 +21,31 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from manyhands.comm.group import Contribution, Exchange, Group, Recorder
+from manyhands.comm.group import AllToAll, Contribution, Group, Recorder
 from manyhands.config import Batch
-from manyhands.engine.execution import SHARDED, Stage
+from manyhands.engine.sharding import SHARDED, Sharding
 from manyhands.engine.step.sums import RUN, Adder, LocalSums, Scratch, ShardSum
 from manyhands.engine.units.gradients import IN_FLIGHT
 from manyhands.engine.units.unit import Event, Unit
 from manyhands.numerics.order import Subtree, maximal_subtrees, micro_batch_of_round, num_rounds, run_of_virtual_workers
-from manyhands.offload.allocator import Home
+from manyhands.offload.allocator import Allocator
 
 PATIENCE_SECONDS = 1.0
 
-LOOK_SECONDS = 0.0002
+POLL_SECONDS = 0.0002
 
 
-class Patience:
+class BoundedWait:
     """Each time that waiting was in vain, a tenth of it from then on. seconds: that an exchange is awaited by now."""
 
     def __init__(self, recorder: Recorder, seconds: float = PATIENCE_SECONDS) -> None:
         self._recorder, self.seconds = recorder, seconds
 
-    def completes(self, exchange: Exchange) -> bool:
+    def completes(self, all_to_all: AllToAll) -> bool:
         """Whether it is complete soon."""
         began = time.monotonic()
-        while not (complete := exchange.is_complete) and time.monotonic() < began + self.seconds:
-            time.sleep(LOOK_SECONDS)
+        while not (complete := all_to_all.is_complete) and time.monotonic() < began + self.seconds:
+            time.sleep(POLL_SECONDS)
         self._recorder.waited(time.monotonic() - began)
         if not complete:
             self.seconds /= 10
@@ -55,16 +55,20 @@ class Patience:
 class Levels(NamedTuple):
     """near: whose gradients are added in each round. far: who exchange the sums once a step (None: nobody)."""
 
-    near: Group
-    far: Group | None
+    intra_host: Group
+    inter_host: Group | None
 
 
-def levels_of(group: Group, stage: Stage, batch: Batch) -> Levels:
+def levels_of(group: Group, sharding: Sharding, batch: Batch) -> Levels:
     """Which way the gradients go. Sums of whole units are kept only where whole gradients are, or are shared."""
-    far = group.far
-    if far is None or far.size > batch.virtual_workers or not (group.shares_memory or stage.grad is not SHARDED):
+    inter_host = group.inter_host
+    if (
+        inter_host is None
+        or inter_host.size > batch.virtual_workers
+        or not (group.shares_memory or sharding.grad is not SHARDED)
+    ):
         return Levels(group, None)
-    return Levels(group.near, far)
+    return Levels(group.intra_host, inter_host)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def plan_rounds(batch: Batch, run: range, rank: int, workers: int) -> list[Round
     return rounds
 
 
-class Reducer:
+class GradientReducer:
     """One worker's part in the sums of a step.
 
     For each round: `begin`, then the gradients as they come (`arrived`), then `end`. After the last one `close_rounds`;
@@ -94,32 +98,42 @@ class Reducer:
     home: of the sums in flight.
     """
 
-    def __init__(self, group: Group, units: Sequence[Unit], batch: Batch, stage: Stage, home: Home) -> None:
+    def __init__(
+        self, group: Group, units: Sequence[Unit], batch: Batch, sharding: Sharding, allocator: Allocator
+    ) -> None:
         self._batch = batch
-        near, self._far = levels_of(group, stage, batch)
+        intra_host, self._inter_host = levels_of(group, sharding, batch)
         self._order = list(reversed(units))
-        self._views = near.pieces_are_views and stage.param is not SHARDED  # and the gradients stay where they are
+        self._views = (
+            intra_host.pieces_are_views and sharding.param is not SHARDED
+        )  # and the gradients stay where they are
         # What comes last in a step finds its place free until the next one begins, and the update adds it.
-        self._keeps_last = near.pieces_are_views and self._far is None
+        self._keeps_last = intra_host.pieces_are_views and self._inter_host is None
         # In a backward that gathers parameters the others may wait for this worker meanwhile, to gather what it doesn't
         # expect, and don't send: then it goes on, with more exchanges under way.
-        self._patience = Patience(group.recorder) if stage.param is SHARDED and not group.pieces_are_views else None
-        mine = range(batch.virtual_workers) if self._far is None else _runs(self._far, batch)[self._far.rank]
-        self.rounds = plan_rounds(batch, mine, near.rank, near.size)
+        self._patience = (
+            BoundedWait(group.recorder) if sharding.param is SHARDED and not group.pieces_are_views else None
+        )
+        mine = (
+            range(batch.virtual_workers)
+            if self._inter_host is None
+            else _runs(self._inter_host, batch)[self._inter_host.rank]
+        )
+        self.rounds = plan_rounds(batch, mine, intra_host.rank, intra_host.size)
         self._last = len(self.rounds) - 1
-        memory = Home(group.device)
+        memory = Allocator(group.device)
         adder, run = Adder(group.device), Scratch(RUN, memory)
         self.sums: dict[str, ShardSum] = {}
         self._local: dict[str, LocalSums] = {}
         self._unit_of: dict[str, Unit] = {}
         self._scratches = [run]
         for unit in units:
-            whole = Scratch(unit.layout.shard_numel, home)
+            whole = Scratch(unit.layout.shard_numel, allocator)
             self._scratches.append(whole)
             self.sums[unit.name] = ShardSum(batch.accumulate, adder, whole, run)
             self._unit_of.update({slot.name: unit for slot in unit.layout.slots})
-            if self._far is not None:
-                scratch = Scratch(unit.layout.padded_numel // near.size, memory)
+            if self._inter_host is not None:
+                scratch = Scratch(unit.layout.padded_numel // intra_host.size, memory)
                 self._scratches.append(scratch)
                 self._local[unit.name] = LocalSums(
                     maximal_subtrees(mine.start, mine.stop), batch.accumulate, adder, scratch
@@ -133,9 +147,9 @@ class Reducer:
         self.not_finite: tuple[int, str] | None = None  # the first micro-batch and parameter
         self._complete: set[str] = set()
         self._next = 0  # the first unit, in the fixed order, that is not yet sent in this round
-        self._in_flight: list[tuple[Unit, Exchange]] = []
-        self._last_round: list[tuple[Unit, Exchange]] = []
-        self._subtrees: list[Exchange] = []
+        self._in_flight: list[tuple[Unit, AllToAll]] = []
+        self._last_round: list[tuple[Unit, AllToAll]] = []
+        self._subtrees: list[AllToAll] = []
 
     def begin(self, index: int) -> None:
         """Before this worker computes in round `index`."""
@@ -184,30 +198,30 @@ class Reducer:
     def _shall_drain(self) -> bool:
         """Whether to add the oldest pieces now, in the midst of a backward."""
         if self._views:  # they cost no memory: only if there's something to gain, and nobody to wait for
-            return self._far is not None and self._in_flight[0][1].is_complete
+            return self._inter_host is not None and self._in_flight[0][1].is_complete
         return len(self._in_flight) > IN_FLIGHT and (
             self._patience is None or self._patience.completes(self._in_flight[0][1])
         )
 
-    def _drain(self, unit: Unit, exchange: Exchange) -> None:
-        into = self.sums[unit.name] if self._far is None else self._local[unit.name]
-        into.add(exchange.pieces())
+    def _drain(self, unit: Unit, all_to_all: AllToAll) -> None:
+        into = self.sums[unit.name] if self._inter_host is None else self._local[unit.name]
+        into.add(all_to_all.pieces())
         self.sums[unit.name].rest()
-        exchange.release()
+        all_to_all.release()
         unit.sent()
 
     def close_rounds(self) -> None:
         """After the last round: send the local sums, if that is the way."""
-        if self._far is None:
+        if self._inter_host is None:
             return
         for unit in self._order:
-            for level, piece in self._exchange_subtrees(unit, self._far):
+            for level, piece in self._all_to_all_subtrees(unit, self._inter_host):
                 self.sums[unit.name].keep(piece, level)
 
-    def _exchange_subtrees(self, unit: Unit, far: Group) -> list[tuple[int, torch.Tensor]]:
+    def _all_to_all_subtrees(self, unit: Unit, inter_host: Group) -> list[tuple[int, torch.Tensor]]:
         """(level, piece of my shard) of everyone's subtrees, in the order of the virtual workers."""
-        size = far.size
-        subtrees = [maximal_subtrees(run.start, run.stop) for run in _runs(far, self._batch)]
+        size = inter_host.size
+        subtrees = [maximal_subtrees(run.start, run.stop) for run in _runs(inter_host, self._batch)]
         mine = self._local[unit.name].values
         under_way = []
         unit.life.on(Event.REDUCE)
@@ -216,10 +230,10 @@ class Reducer:
             # A lone micro-batch travels as it is, in its own dtype; sums travel in fp32.
             leaves = self._batch.accumulate == 1 and all(subtrees[rank][slot].level == 0 for rank in contributors)
             dtype = unit.params.dtype if leaves else torch.float32
-            value = mine[slot].to(dtype) if slot < len(mine) else torch.empty(0, dtype=dtype, device=far.device)
+            value = mine[slot].to(dtype) if slot < len(mine) else torch.empty(0, dtype=dtype, device=inter_host.device)
             tag = f"step {self._step}, subtree {slot} / {unit.name} / grad"
-            under_way.append(far.exchange(Contribution(value), 0, unit.layout.shard_numel, contributors, tag))
-        pieces = [exchange.pieces() for exchange in under_way]
+            under_way.append(inter_host.all_to_all(Contribution(value), 0, unit.layout.shard_numel, contributors, tag))
+        pieces = [all_to_all.pieces() for all_to_all in under_way]
         self._subtrees += under_way
         unit.life.on(Event.REDUCED)
         found: list[tuple[Subtree, torch.Tensor]] = []
@@ -230,8 +244,8 @@ class Reducer:
 
     def await_pieces(self) -> None:
         """Wait for the last round's pieces, where they are views that were left in place."""
-        for unit, exchange in self._last_round:
-            for piece in exchange.pieces():
+        for unit, all_to_all in self._last_round:
+            for piece in all_to_all.pieces():
                 self.sums[unit.name].keep(piece)
 
     def release(self) -> None:
@@ -240,11 +254,11 @@ class Reducer:
             shard_sum.clear()
         for local in self._local.values():
             local.clear()
-        for unit, exchange in self._last_round:
-            exchange.release()
+        for unit, all_to_all in self._last_round:
+            all_to_all.release()
             unit.sent()
-        for exchange in self._subtrees:
-            exchange.release()
+        for all_to_all in self._subtrees:
+            all_to_all.release()
         self._last_round, self._subtrees = [], []
 
     def drop(self) -> None:
@@ -258,6 +272,6 @@ class Reducer:
         return sum(scratch.num_bytes for scratch in self._scratches)
 
 
-def _runs(far: Group, batch: Batch) -> list[range]:
+def _runs(inter_host: Group, batch: Batch) -> list[range]:
     """The virtual workers of each rank in `far`."""
-    return [run_of_virtual_workers(rank, far.size, batch.virtual_workers) for rank in range(far.size)]
+    return [run_of_virtual_workers(rank, inter_host.size, batch.virtual_workers) for rank in range(inter_host.size)]

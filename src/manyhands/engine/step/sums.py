@@ -1,4 +1,4 @@
-"""Ordered sums over tensors and their scratch buffers."""
+"""Ordered sums of tensors, and their scratch buffers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manyhands.layout import Range
 from manyhands.numerics.order import OrderedSum, Subtree
-from manyhands.offload.allocator import Home
+from manyhands.offload.allocator import Allocator
 
 RUN = 1 << 19
 """Elements that one pass of the update handles at a time: small enough to stay in a core's cache."""
@@ -22,14 +22,14 @@ PASS = 1 << 16
 class Scratch:
     """fp32 buffers of a given size at `home`, used again and again (a fresh one costs page faults)."""
 
-    def __init__(self, numel: int, home: Home) -> None:
-        self.numel, self._home = numel, home
+    def __init__(self, numel: int, allocator: Allocator) -> None:
+        self.numel, self._allocator = numel, allocator
         self._free: list[Tensor] = []
         self._mine: dict[int, Tensor] = {}
 
     def take(self, numel: int) -> Tensor:
         """A buffer of at most `numel` elements, uninitialised, to be given back with `free`."""
-        buffer = self._free.pop() if self._free else self._home.empty(self.numel, torch.float32)
+        buffer = self._free.pop() if self._free else self._allocator.empty(self.numel, torch.float32)
         self._mine[buffer.data_ptr()] = buffer
         return buffer[:numel]
 
@@ -42,7 +42,7 @@ class Scratch:
     def rest(self) -> None:
         """What is in use isn't wanted for a while."""
         for buffer in self._mine.values():
-            self._home.done(buffer)
+            self._allocator.evict(buffer)
 
     @property
     def num_bytes(self) -> int:

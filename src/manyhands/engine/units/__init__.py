@@ -1,0 +1,1 @@
+"""Units: parameters that travel together."""

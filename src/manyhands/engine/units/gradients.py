@@ -1,4 +1,4 @@
-"""Where a unit's gradients are collected and sent from.
+"""The buffers in which a unit's gradients are collected and from which they are sent.
 
 Kept: one buffer for as long as the engine lives; others read it in place. Passing: a buffer of its own from the first
 gradient until they have left; others get copies. Ring: a place in a few buffers that all units use in turn, each
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from manyhands.comm.group import Contribution, Exchange, Group
+from manyhands.comm.group import AllToAll, Contribution, Group
 from manyhands.layout import UnitLayout
 
 IN_FLIGHT = 2
@@ -31,20 +31,20 @@ class Gradients(ABC):
     def __init__(self, group: Group, numel: int) -> None:
         self._group, self._numel, self.device = group, numel, group.device
         self._part_numel = numel // group.size
-        self.exchange: Exchange | None = None  # the last one
+        self.all_to_all: AllToAll | None = None  # the last one
 
     def begin(self) -> None:
         """A micro-batch begins: wait until the others have read what was given last, if its place is needed."""
-        if self.exchange is not None:
-            self.exchange.wait_reusable()
-            self.exchange = None
+        if self.all_to_all is not None:
+            self.all_to_all.wait_reusable()
+            self.all_to_all = None
 
     @abstractmethod
     def place(self) -> Tensor:
         """Where this worker's gradients go, [padded_numel]."""
 
     @abstractmethod
-    def send(self, contributors: range, tag: str) -> Exchange:
+    def send(self, contributors: range, tag: str) -> AllToAll:
         """Begin to exchange them. Collective."""
 
     def sent(self) -> None:  # noqa: B027  (where the place stays)
@@ -61,9 +61,9 @@ class KeptGradients(Gradients):
     def place(self) -> Tensor:
         return self._contribution.local[self._start : self._start + self._numel]
 
-    def send(self, contributors: range, tag: str) -> Exchange:
-        self.exchange = self._group.exchange(self._contribution, self._start, self._part_numel, contributors, tag)
-        return self.exchange
+    def send(self, contributors: range, tag: str) -> AllToAll:
+        self.all_to_all = self._group.all_to_all(self._contribution, self._start, self._part_numel, contributors, tag)
+        return self.all_to_all
 
 
 class PassingGradients(Gradients):
@@ -82,9 +82,9 @@ class PassingGradients(Gradients):
     def place(self) -> Tensor:
         return self._mine().local
 
-    def send(self, contributors: range, tag: str) -> Exchange:
-        self.exchange = self._group.exchange(self._mine(), 0, self._part_numel, contributors, tag)
-        return self.exchange
+    def send(self, contributors: range, tag: str) -> AllToAll:
+        self.all_to_all = self._group.all_to_all(self._mine(), 0, self._part_numel, contributors, tag)
+        return self.all_to_all
 
     def sent(self) -> None:
         self.begin()
@@ -102,7 +102,7 @@ class Ring:
         self.slots = [group.empty_contribution(numel, dtype) for _ in range(min(RING_SLOTS, units))]
         self._units = units
         self._sends = 0  # so far
-        self._used: list[Exchange | None] = [None for _ in self.slots]
+        self._used: list[AllToAll | None] = [None for _ in self.slots]
         self._taken = [False for _ in self.slots]  # a unit of mine collects there, or I haven't read the others' yet
 
     def number_of(self, position: int) -> int:
@@ -134,10 +134,10 @@ class Ring:
         self._taken[slot] = True
         return self.slots[slot].local
 
-    def sends(self, number: int, exchange: Exchange) -> None:
+    def sends(self, number: int, all_to_all: AllToAll) -> None:
         """The send of that number has begun."""
         slot = number % len(self.slots)
-        self._used[slot], self._taken[slot] = exchange, True
+        self._used[slot], self._taken[slot] = all_to_all, True
         self._sends = number + 1
 
     def read(self, number: int) -> None:
@@ -170,15 +170,15 @@ class RingGradients(Gradients):
             self._place = slot
         return self._place[: self._numel]
 
-    def send(self, contributors: range, tag: str) -> Exchange:
+    def send(self, contributors: range, tag: str) -> AllToAll:
         self._number = self._ring.number_of(self._position)
         slot = self._ring.slots[self._number % len(self._ring.slots)]
         if self._place is not None and not self._in_ring:
             self._ring.wait_for(self._number)[: self._numel].copy_(self._place[: self._numel])
-        self.exchange = self._group.exchange(slot, 0, self._part_numel, contributors, tag)
-        self._ring.sends(self._number, self.exchange)
+        self.all_to_all = self._group.all_to_all(slot, 0, self._part_numel, contributors, tag)
+        self._ring.sends(self._number, self.all_to_all)
         self._place = None
-        return self.exchange
+        return self.all_to_all
 
     def sent(self) -> None:
         self._ring.read(self._number)

@@ -1,4 +1,4 @@
-"""Where a unit's parameters are: whole, or a shard."""
+"""Where a unit's parameters are: replicated, sharded or offloaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from manyhands.comm.group import Group
 from manyhands.layout import Range, UnitLayout
-from manyhands.offload.allocator import BufferPool, Home
+from manyhands.offload.allocator import Allocator, BufferPool
 
 
 class Params(ABC):
@@ -57,7 +57,7 @@ class Params(ABC):
             self._put(slot.name, full[slot.range.start : slot.range.end].view(self._shapes[slot.name]))
 
 
-class WholeParams(Params):
+class ReplicatedParams(Params):
     """In `full`, [padded_numel], for good."""
 
     def __init__(self, layout: UnitLayout, full: Tensor) -> None:
@@ -76,28 +76,28 @@ class WholeParams(Params):
         self._point(self.full)
 
 
-class GatheredParams(Params):
+class OnDemandParams(Params):
     """Whole only while they are gathered.
 
     While a unit isn't whole its parameters have their shapes, take no memory, and read as NaN: who uses one then gets a
     loss that is refused, and never a wrong result.
     """
 
-    def __init__(self, layout: UnitLayout, kept: Tensor, home: Home, pool: BufferPool) -> None:
+    def __init__(self, layout: UnitLayout, kept: Tensor, allocator: Allocator, pool: BufferPool) -> None:
         super().__init__(layout, kept.dtype)
-        self._kept, self._home, self._pool = kept, home, pool
+        self._kept, self._allocator, self._pool = kept, allocator, pool
         self.full: Tensor | None = None
         self._absent = torch.full((), float("nan"), dtype=kept.dtype, device=pool.device)
 
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
         super().bind(params)
-        self.release()
+        self.reshard()
 
-    def soon(self) -> None:
+    def prefetch(self) -> None:
         """A gather will begin soon."""
-        self._home.soon(self._kept)
+        self._allocator.prefetch(self._kept)
 
-    def gather(self, group: Group, tag: str) -> Callable[[], None]:
+    def unshard(self, group: Group, tag: str) -> Callable[[], None]:
         """Begin to make the parameters whole; returns what waits for them. Collective."""
         full = self._pool.take(self.layout.padded_numel, self.dtype)
         wait = self._fetch(full, group, tag)
@@ -124,7 +124,7 @@ class GatheredParams(Params):
     def _fetch(self, full: Tensor, group: Group, tag: str) -> Callable[[], None]:
         """Begin to fill `full`; returns what waits for that."""
 
-    def release(self) -> None:
+    def reshard(self) -> None:
         """The whole parameters aren't needed any more."""
         for name, shape in self._shapes.items():
             self._put(name, self._absent.expand(shape))
@@ -143,11 +143,11 @@ class GatheredParams(Params):
         return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
-class ShardedParams(GatheredParams):
+class ShardedParams(OnDemandParams):
     """Each worker keeps its shard, [shard_numel]."""
 
-    def __init__(self, layout: UnitLayout, rank: int, shard: Tensor, home: Home, pool: BufferPool) -> None:
-        super().__init__(layout, shard, home, pool)
+    def __init__(self, layout: UnitLayout, rank: int, shard: Tensor, allocator: Allocator, pool: BufferPool) -> None:
+        super().__init__(layout, shard, allocator, pool)
         self._start = rank * layout.shard_numel
 
     def kept(self, within: Range) -> Tensor:
@@ -155,15 +155,15 @@ class ShardedParams(GatheredParams):
 
     def _fetch(self, full: Tensor, group: Group, tag: str) -> Callable[[], None]:
         full[self._start : self._start + self.layout.shard_numel].copy_(self._kept, non_blocking=True)
-        self._home.done(self._kept)
-        return group.publish(full, tag)
+        self._allocator.evict(self._kept)
+        return group.all_gather(full, tag)
 
 
-class HomeParams(GatheredParams):
+class OffloadedParams(OnDemandParams):
     """All of them are at a home that this worker reaches alone, [padded_numel]: one copy for all that share memory."""
 
-    def __init__(self, layout: UnitLayout, kept: Tensor, home: Home, pool: BufferPool) -> None:
-        super().__init__(layout, kept, home, pool)
+    def __init__(self, layout: UnitLayout, kept: Tensor, allocator: Allocator, pool: BufferPool) -> None:
+        super().__init__(layout, kept, allocator, pool)
         on_gpu = pool.device.type == "cuda"
         self._stream = torch.cuda.Stream(pool.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
@@ -181,7 +181,7 @@ class HomeParams(GatheredParams):
         stream = self._stream
         if stream is None:
             full.copy_(self._kept)
-            self._home.done(self._kept)
+            self._allocator.evict(self._kept)
             return lambda: None
         stream.wait_stream(torch.cuda.current_stream(full.device))  # who used the buffer before may still compute
         with torch.cuda.stream(stream):

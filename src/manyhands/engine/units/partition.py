@@ -1,9 +1,11 @@
-"""From a model to its units.
+"""Divides a model into units.
 
 none.
 
-A parameter that its optimizer must see whole is *uncut*: it has one owner, and a unit's shards are as long as the load
-of the unit's busiest owner. So uncut parameters are put together until they can be shared out with little padding: the
+A parameter that its optimizer must see whole is *unsplittable*: it has one owner, and a unit's shards are as long as
+the load
+of the unit's busiest owner. So unsplittable parameters are put together until they can be shared out with little
+padding: the
 four matrices of a GPT's block (3 + 1 + 4 + 4) fit three workers exactly, those of two blocks two workers, those of four
 blocks four.
 """
@@ -24,9 +26,9 @@ SMALL_NUMEL = 1 << 18
 """Neighbours of one kind travel together until they have this many elements: a message has a price of its own."""
 
 LITTLE_PADDING = 1 / 16
-"""An uncut unit whose padding is at most this part of it is left as it is."""
+"""An unsplittable unit whose padding is at most this part of it is left as it is."""
 
-UNCUT_TOGETHER = 4
+UNSPLITTABLE_TOGETHER = 4
 """Otherwise so many neighbours may be put together, or as many as it takes for the largest parameter to be no more
 than a worker's share."""
 
@@ -43,13 +45,13 @@ class UnitPlan:
     params: tuple[str, ...]
     dtype: torch.dtype
     trainable: bool
-    uncut: bool = False  # each parameter has one owner
+    unsplittable: bool = False  # each parameter has one owner
     modules: tuple[str, ...] = ()
 
     @property
     def kind(self) -> tuple[torch.dtype, bool, bool, bool]:
         """What all that travel together have in common."""
-        return self.dtype, self.trainable, self.uncut, bool(self.modules)
+        return self.dtype, self.trainable, self.unsplittable, bool(self.modules)
 
 
 def storage_dtype(owner: nn.Module, param: nn.Parameter, precision: str) -> torch.dtype:
@@ -66,7 +68,7 @@ def plan_units(
     precision: str,
     named_units: Sequence[str] = (),
     *,
-    uncut: Collection[str] = (),
+    unsplittable: Collection[str] = (),
     workers: int = 1,
     gathered: bool = False,
 ) -> list[UnitPlan]:
@@ -74,7 +76,8 @@ def plan_units(
 
     named_units: modules whose parameters make a unit each; without them, the children of every outermost ModuleList
     and Sequential do. What is left goes by its top module; small neighbours are put together.
-    uncut: parameters that must have one owner each, among `workers`. gathered: whether units are whole now and then
+    unsplittable: parameters that must have one owner each, among `workers`. gathered: whether units are whole now
+    and then
     only; what may be used anywhere is then kept apart from what belongs to modules. Raises ConfigError.
     """
     modules = dict(model.named_modules())
@@ -89,26 +92,27 @@ def plan_units(
     for name, param in model.named_parameters():
         owner = modules[name.rpartition(".")[0]]
         root = next((root for root in roots if name.startswith(root + ".")), name.partition(".")[0])
-        kind = (root, storage_dtype(owner, param, precision), param.requires_grad, name in uncut)
+        kind = (root, storage_dtype(owner, param, precision), param.requires_grad, name in unsplittable)
         kinds.setdefault(kind, []).append(name)
         numels[name] = param.numel()
     roots_of_several = {root for root, *_ in kinds if sum(other == root for other, *_ in kinds) > 1}
     by_kind: dict[tuple[torch.dtype, bool, bool, bool], list[UnitPlan]] = {}
-    for (root, dtype, trainable, is_uncut), names in kinds.items():
-        says = f"{str(dtype).removeprefix('torch.')}{'' if trainable else ', frozen'}{', uncut' if is_uncut else ''}"
+    for (root, dtype, trainable, is_unsplittable), names in kinds.items():
+        description = f"{str(dtype).removeprefix('torch.')}{'' if trainable else ', frozen'}"
+        description += ", unsplittable" if is_unsplittable else ""
         plan = UnitPlan(
-            name=f"{root} ({says})" if root in roots_of_several else root,
+            name=f"{root} ({description})" if root in roots_of_several else root,
             params=tuple(names),
             dtype=dtype,
             trainable=trainable,
-            uncut=is_uncut,
+            unsplittable=is_unsplittable,
             modules=_using_modules(model, names, root) if gathered and root in roots else (),
         )
         by_kind.setdefault(plan.kind, []).append(plan)
     if not named_units:
         by_kind = {kind: _small_together(plans, numels) for kind, plans in by_kind.items()}
         by_kind = {
-            kind: _evenly_together(plans, numels, workers) if plans[0].uncut else plans
+            kind: _evenly_together(plans, numels, workers) if plans[0].unsplittable else plans
             for kind, plans in by_kind.items()
         }
     position = {name: index for index, name in enumerate(numels)}
@@ -145,7 +149,9 @@ def _evenly_together(plans: Sequence[UnitPlan], numels: Mapping[str, int], worke
             blocks = [blocks_of(numels[name]) for plan in left[:count] for name in plan.params]
             heaviest = sum(blocks[index] for index in shared_evenly(blocks, workers)[0])
             padding.append(heaviest * workers / max(1, sum(blocks)) - 1)
-            if padding[-1] <= LITTLE_PADDING or (count >= UNCUT_TOGETHER and max(blocks) * workers <= sum(blocks)):
+            if padding[-1] <= LITTLE_PADDING or (
+                count >= UNSPLITTABLE_TOGETHER and max(blocks) * workers <= sum(blocks)
+            ):
                 break
         together = padding.index(min(padding)) + 1
         found.append(_together(left[:together]))

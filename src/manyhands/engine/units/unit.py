@@ -1,11 +1,11 @@
-"""Parameters that travel together; their states and transitions.
+"""A unit: its parameters, its states and their transitions.
 
 A unit's life: four states and a literal table of what may follow what. Anything else raises with the unit's story.
 state       meaning                                         its parameters       its gradients
-RESTING     between uses                                    as the stage keeps   none, or summed
-GATHERING   parameters on their way                         arriving             none
+RESTING     between uses                                    as the sharding keeps   none, or summed
+UNSHARDING  parameters on their way                         arriving             none
 READY       a micro-batch computes with it                  full                 arriving, one by one
-REDUCING    gradients complete, on their way to the owners  as the stage keeps   leaving
+REDUCING    gradients complete, on their way to the owners  as the sharding keeps   leaving
 
 A unit: parameters that travel together, with the buffers that they live in.
 `params` and `master` live as long as the engine. Where gradients live is `gradients`' concern (gradients.py), where
@@ -21,18 +21,18 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from manyhands.comm.group import Exchange, Group
+from manyhands.comm.group import AllToAll, Group
 from manyhands.engine.units.gradients import Gradients
-from manyhands.engine.units.params import GatheredParams, Params
+from manyhands.engine.units.params import OnDemandParams, Params
 from manyhands.errors import ConfigError, InvariantError
-from manyhands.layout import Range, Slot, UnitLayout
+from manyhands.layout import ParamSlot, Range, UnitLayout
 
 
 class State(Enum):
     """See the module."""
 
     RESTING = "resting"
-    GATHERING = "gathering"
+    UNSHARDING = "unsharding"
     READY = "ready"
     REDUCING = "reducing"
 
@@ -40,18 +40,18 @@ class State(Enum):
 class Event(Enum):
     """What can happen to a unit."""
 
-    GATHER = "gather"  # its parameters are wanted
-    GATHERED = "gathered"  # they are there
-    RELEASE = "release"  # they aren't wanted for now
+    UNSHARD = "unshard"  # its parameters are wanted
+    UNSHARDED = "unsharded"  # they are there
+    RESHARD = "reshard"  # they aren't wanted for now
     REDUCE = "reduce"  # all its gradients of a micro-batch are there, and leave
     REDUCED = "reduced"  # its owners have added them
     ABORT = "abort"  # the step failed
 
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
-    (State.RESTING, Event.GATHER): State.GATHERING,
-    (State.GATHERING, Event.GATHERED): State.READY,
-    (State.READY, Event.RELEASE): State.RESTING,
+    (State.RESTING, Event.UNSHARD): State.UNSHARDING,
+    (State.UNSHARDING, Event.UNSHARDED): State.READY,
+    (State.READY, Event.RESHARD): State.RESTING,
     (State.READY, Event.REDUCE): State.REDUCING,
     (State.REDUCING, Event.REDUCED): State.RESTING,
     # A worker that has no micro-batch in a round reduces without having computed; so does one that sends its sums, and
@@ -105,33 +105,33 @@ class ParamUnit:
         """Whether the model can compute with it."""
         return self.life.state is State.READY
 
-    def gather(self, group: Group, tag: str) -> None:
+    def unshard(self, group: Group, tag: str) -> None:
         """Begin to make its parameters whole. Collective, of sharded parameters."""
-        self.life.on(Event.GATHER)
-        self._arrive = self.gathered_params.gather(group, tag)
+        self.life.on(Event.UNSHARD)
+        self._arrive = self.on_demand_params.unshard(group, tag)
 
-    def gathered(self) -> None:
+    def wait_unsharded(self) -> None:
         """Wait until they are, if that was begun."""
         if self._arrive is not None:
             self._arrive()
             self._arrive = None
-            self.life.on(Event.GATHERED)
+            self.life.on(Event.UNSHARDED)
 
-    def release(self) -> None:
+    def reshard(self) -> None:
         """They aren't wanted for now."""
-        self.gathered()
+        self.wait_unsharded()
         if self.is_whole:
-            self.life.on(Event.RELEASE)
-            self.gathered_params.release()
+            self.life.on(Event.RESHARD)
+            self.on_demand_params.reshard()
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
         """Take part in a gather that only others want. Collective; returns what waits for its end."""
-        return self.gathered_params.serve(group, tag)
+        return self.on_demand_params.serve(group, tag)
 
     @property
-    def gathered_params(self) -> GatheredParams:
+    def on_demand_params(self) -> OnDemandParams:
         """Its parameters. Raises InvariantError if they are always whole."""
-        if not isinstance(self.params, GatheredParams):
+        if not isinstance(self.params, OnDemandParams):
             raise InvariantError(f"unit {self.name!r} is always whole")
         return self.params
 
@@ -156,7 +156,7 @@ class Unit(ParamUnit):
         super().__init__(layout, params, modules)
         self.held, self.master, self.gradients = held, master, gradients
         self.shard = layout.shard(rank)
-        self.finite_sums: list[tuple[Slot, Tensor]] = []
+        self.finite_sums: list[tuple[ParamSlot, Tensor]] = []
         self._missing: set[str] = set()
         self._slots = {slot.name: slot for slot in layout.slots}
         # Made once: small things made beside each gradient keep the C library from using its memory again.
@@ -165,9 +165,9 @@ class Unit(ParamUnit):
 
     def begin(self) -> None:
         """A micro-batch begins on this worker: gradients will come."""
-        if not isinstance(self.params, GatheredParams):  # nothing moves
-            self.life.on(Event.GATHER)
-            self.life.on(Event.GATHERED)
+        if not isinstance(self.params, OnDemandParams):  # nothing moves
+            self.life.on(Event.UNSHARD)
+            self.life.on(Event.UNSHARDED)
         self.gradients.begin()
         self._missing = set(self._slots)
         self.finite_sums.clear()
@@ -204,12 +204,12 @@ class Unit(ParamUnit):
         self._missing.clear()
         return missing
 
-    def send(self, contributors: range, tag: str) -> Exchange:
+    def send(self, contributors: range, tag: str) -> AllToAll:
         """Begin to exchange this micro-batch's gradients. Collective."""
-        self.gathered()  # it may be on its way again, for a use that isn't going to be
+        self.wait_unsharded()  # it may be on its way again, for a use that isn't going to be
         self.life.on(Event.REDUCE)
-        if isinstance(self.params, GatheredParams):
-            self.params.release()
+        if isinstance(self.params, OnDemandParams):
+            self.params.reshard()
         return self.gradients.send(contributors, tag)
 
     def sent(self) -> None:
@@ -232,6 +232,6 @@ class Unit(ParamUnit):
         self._missing.clear()
         self.finite_sums.clear()
 
-    def _place(self, slot: Slot) -> Tensor:
+    def _place(self, slot: ParamSlot) -> Tensor:
         """Where a parameter's gradient goes, [numel]."""
         return self.gradients.place()[slot.range.start : slot.range.end]

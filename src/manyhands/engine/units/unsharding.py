@@ -1,4 +1,4 @@
-"""Which sharded units are whole, when.
+"""Decides when sharded units are unsharded and resharded.
 
 A gather is collective, so all workers must make the same ones in the same order, whatever their models do. In each
 round they go through one list, the round's *plan*: units that must be whole all the time, then the others in the order
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.group import Group
-from manyhands.engine.agreement import gather_json
+from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.units.unit import ParamUnit, State
 from manyhands.errors import ConfigError, InvariantError
 
@@ -44,7 +44,7 @@ class _Saved(NamedTuple):
     version: int
 
 
-class Gathers:
+class Unsharder:
     """See the module. For each round: `begin`; `need`, `enter` and `leave` while the model computes; then `end`.
 
     group: for gathers alone. units: those whose parameters are gathered; without any nothing is done. ahead: how many
@@ -94,7 +94,7 @@ class Gathers:
     def why_not_finite(self) -> str:
         """What else may be behind a loss that is not finite."""
         told = ". With sharded parameters it's also what comes of using one outside of its unit's forward"
-        return f"{told}: try stage zero2" if self._units else ""
+        return f"{told}: try sharding zero2" if self._units else ""
 
     def begin_backward(self) -> None:
         """Forward is over: from here on a unit that's needed stays until another one is."""
@@ -110,7 +110,7 @@ class Gathers:
         self._drop()
         self._ask(None)
         for unit in self._units:
-            unit.release()
+            unit.reshard()
         self._in_round = False
 
     def end_step(self) -> None:
@@ -119,7 +119,8 @@ class Gathers:
             return
         self._surprised = False
         mine = [self._units.index(unit) for unit in self._needed]
-        agreed = [self._units[index] for index in gather_json(self._group, mine, f"{self._tag} / plan / control")[0]]  # type: ignore[attr-defined]
+        indices = all_gather_json(self._group, mine, f"{self._tag} / plan / control")[0]
+        agreed = [self._units[index] for index in indices]  # type: ignore[attr-defined]
         for before, unit in pairwise([None, *(unit for unit in self._units if unit.modules)]):
             if unit is not None and unit not in agreed:  # others may use it: after the one that was built before it
                 place = 0 if before not in agreed else len(agreed) - agreed[::-1].index(before)
@@ -142,12 +143,12 @@ class Gathers:
         self._inside[unit.name] = self._inside.get(unit.name, 1) - 1
         if self._inside[unit.name] == 0 and self._in_round and not self._backward:
             for tensor in results:
-                if unit.gathered_params.view_of(tensor) is not None:
+                if unit.on_demand_params.view_of(tensor) is not None:
                     raise ConfigError(
                         f"a module of unit {unit.name!r} returns its own parameter, which is gone when it's used",
                         where=self._tag,
                         expected="results that are computed from it",
-                        hint="use stage zero2, or name in strategy.units modules whose forwards do all that's done "
+                        hint="use sharding zero2, or name in strategy.units modules whose forwards do all that's done "
                         "with their parameters",
                     )
 
@@ -192,12 +193,12 @@ class Gathers:
         while len(self._coming) < self._ahead and self._next < len(self._plan):
             self._issue()
         if self._next < len(self._plan):
-            self._plan[self._next].gathered_params.soon()
+            self._plan[self._next].on_demand_params.prefetch()
 
     def pack(self, tensor: Tensor) -> _Saved:
         """What autograd shall keep of a tensor that backward will need."""
         unit = self._at.get(tensor.untyped_storage().data_ptr())
-        view = None if unit is None else unit.gathered_params.view_of(tensor)
+        view = None if unit is None else unit.on_demand_params.view_of(tensor)
         values = tensor.detach()  # not the tensor itself, which may hold what keeps it
         if view is not None:
             values.data = values.new_empty(0)  # counts changes still, and holds no buffer
@@ -214,7 +215,7 @@ class Gathers:
         if saved.unit is None or saved.view is None:
             return saved.values
         self.need(saved.unit)
-        full = saved.unit.gathered_params.full
+        full = saved.unit.on_demand_params.full
         if full is None:
             raise InvariantError(f"unit {saved.unit.name!r} is not whole", where=self._tag)
         return full.as_strided(*saved.view)
@@ -230,7 +231,7 @@ class Gathers:
             raise ConfigError(
                 f"backward needs the parameters of {unit.name!r} again after their gradients were complete",
                 where=self._tag,
-                hint="use stage zero2 for this model",
+                hint="use sharding zero2 for this model",
             )
 
     # - Gathers
@@ -240,15 +241,15 @@ class Gathers:
         """These units (None: all) whole, between steps; some may be so already. Collective."""
         resting = [unit for unit in (self._units if units is None else units) if not unit.is_whole]
         for unit in resting:
-            unit.gather(self._group, f"{self._tag} / {unit.name} / param")
-            unit.gathered()
+            unit.unshard(self._group, f"{self._tag} / {unit.name} / param")
+            unit.wait_unsharded()
         try:
             yield
         finally:
             for unit in resting:
-                unit.release()
+                unit.reshard()
             for unit in resting[:1]:  # they share one pool
-                unit.gathered_params.trim_pool()
+                unit.on_demand_params.trim_pool()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -259,8 +260,8 @@ class Gathers:
         self._surprised = False  # steps go on as they were
 
     def _arrive(self, unit: ParamUnit) -> None:
-        unit.gathered()
-        full = unit.gathered_params.full
+        unit.wait_unsharded()
+        full = unit.on_demand_params.full
         if full is not None:
             self._at[full.untyped_storage().data_ptr()] = unit
 
@@ -270,7 +271,7 @@ class Gathers:
         self._next += 1
         tag = f"{self._tag} / {unit.name} / param"
         if wanted and unit.life.state is State.RESTING:
-            unit.gather(self._group, tag)
+            unit.unshard(self._group, tag)
             self._coming.append(unit)
         else:
             self._serve(unit, tag)
@@ -283,7 +284,7 @@ class Gathers:
     def _drop(self) -> None:
         """Let go what was gathered ahead; nobody here needs it."""
         while self._coming:
-            self._coming.popleft().release()
+            self._coming.popleft().reshard()
 
     def _release_left(self, needed: ParamUnit) -> None:
         """Release what was used before, unless its forward is still going on. Units of one module (a block's matrices
@@ -293,14 +294,14 @@ class Gathers:
             if unit is needed or self._inside.get(unit.name, 0) > 0 or set(unit.modules) & set(needed.modules):
                 staying.append(unit)
             else:
-                unit.release()
+                unit.reshard()
         self._left = staying
 
     def _ask(self, unit: ParamUnit | None) -> None:
         """At the plan's end: ask for `unit`, and take part in what others ask for; with None until nobody asks."""
         while True:
             number = NOTHING if unit is None else self._units.index(unit)
-            everyone = self._group.gather(torch.tensor([number]), f"{self._tag} / ask / control")
+            everyone = self._group.all_gather_small(torch.tensor([number]), f"{self._tag} / ask / control")
             asked = sorted({int(wish) for wish in everyone} - {NOTHING})
             if not asked:
                 break
@@ -308,7 +309,7 @@ class Gathers:
             for wish in asked:
                 other, tag = self._units[wish], f"{self._tag} / {self._units[wish].name} / param"
                 if other is unit:
-                    unit.gather(self._group, tag)
+                    unit.unshard(self._group, tag)
                     self._arrive(unit)
                 else:
                     self._serve(other, tag)

@@ -1,0 +1,1 @@
+"""From sums of gradients to new weights."""

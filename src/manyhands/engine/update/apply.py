@@ -1,4 +1,4 @@
-"""From sums to new weights, run by run.
+"""Clips and applies the optimizer run by run, and gathers the new parameters.
 
 What the update does at a time: runs of elements that stay in a core's cache, or whole parameters.
 
@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.group import Group
-from manyhands.engine.execution import REPLICATED, Stage
-from manyhands.engine.step.reduce import Reducer
+from manyhands.engine.sharding import REPLICATED, Sharding
+from manyhands.engine.step.reduce import GradientReducer
 from manyhands.engine.step.sums import RUN
-from manyhands.engine.units.params import WholeParams
+from manyhands.engine.units.params import ReplicatedParams
 from manyhands.engine.units.unit import Unit
 from manyhands.errors import NumericsError
 from manyhands.layout import BLOCK, Layout, Range
 from manyhands.numerics.digest import block_hashes, block_norms, total_norm
-from manyhands.offload.allocator import Home
-from manyhands.offload.process_memory import give_back_memory
+from manyhands.offload.allocator import Allocator
+from manyhands.offload.process_memory import return_freed_memory
 from manyhands.optim.sliced import Slice, SlicedOptimizer
 
 
@@ -41,7 +41,7 @@ def runs_of(within: Range) -> Iterator[Range]:
 
 def ranges_of(unit: Unit) -> list[Range]:
     """What one pass of the update handles at a time: runs of elements, or whole parameters with their padding."""
-    if not unit.layout.uncut:
+    if not unit.layout.unsplittable:
         return list(runs_of(unit.held))
     return [slot.padded for slot in unit.layout.slots if slot.padded.overlap(unit.held).numel]
 
@@ -56,14 +56,14 @@ class Run:
     grads: tuple[Tensor, ...]  # each slice's gradient, a view of `grad`
     groups: list[list[dict[str, Any]]]
     grad: Tensor  # [range.numel], where the state is; of one of the updater's buffers
-    at_home: list[Tensor]  # what is let go after an update
+    evictable: list[Tensor]  # what is let go after an update
 
 
-class Homes(NamedTuple):
+class Allocators(NamedTuple):
     """Where things are between two updates. state: master weights, optimizer state, parameters; sums: gradients."""
 
-    state: Home
-    sums: Home
+    state: Allocator
+    sums: Allocator
 
 
 class Updater:
@@ -74,23 +74,23 @@ class Updater:
         group: Group,
         units: Sequence[Unit],
         layout: Layout,
-        stage: Stage,
+        sharding: Sharding,
         optimizer: SlicedOptimizer,
-        homes: Homes,
+        homes: Allocators,
     ) -> None:
         self._group, self._units, self._layout, self._optimizer = group, units, layout, optimizer
-        self._home, self._sums_home = homes
-        self._replicated = stage.optim is REPLICATED
+        self._allocator, self._sums_allocator = homes
+        self._replicated = sharding.optim is REPLICATED
         # Who share the work of writing parameters; others don't need them, or have the same ones.
-        writers = self._writers = group.near if self._replicated else group
+        writers = self._writers = group.intra_host if self._replicated else group
         self._written = {unit.name: unit.layout.part(writers.rank, writers.size) for unit in units}
         ranges = {unit.name: ranges_of(unit) for unit in units}
         longest = max((each.numel for several in ranges.values() for each in several), default=0)
         # A run's gradient, where it's summed, and where the state is. If that is elsewhere, one travels while another
         # one is used.
         self._summed = torch.zeros(longest, device=group.device)
-        travels = self._home.device != group.device
-        pinned = Home(self._home.device, pinned=travels)
+        travels = self._allocator.device != group.device
+        pinned = Allocator(self._allocator.device, pinned=travels)
         self._grads = [pinned.empty(longest, torch.float32) for _ in range(2)] if travels else [self._summed]
         self._arrived: deque[torch.cuda.Event | None] = deque()
         self._runs: dict[str, list[Run]] = {}
@@ -113,14 +113,14 @@ class Updater:
             slices.append(Slice(piece.slot.name, piece.in_param.start, master))
             grads.append(grad[grad_start : grad_start + piece.in_unit.numel].view(shape))
         groups = self._optimizer.runs(slices)
-        return Run(unit, within, tuple(slices), tuple(grads), groups, grad, self._weights_at_home(unit, within))
+        return Run(unit, within, tuple(slices), tuple(grads), groups, grad, self._evictable_weights(unit, within))
 
-    def _weights_at_home(self, unit: Unit, within: Range) -> list[Tensor]:
+    def _evictable_weights(self, unit: Unit, within: Range) -> list[Tensor]:
         """The master weights and parameters of a run, where they leave the memory between updates."""
-        if not self._home.is_apart:
+        if not self._allocator.on_disk:
             return []
         master = unit.master[within.start - unit.held.start : within.end - unit.held.start]
-        if isinstance(unit.params, WholeParams):
+        if isinstance(unit.params, ReplicatedParams):
             return [] if _same_place(master, unit.params.kept(within)) else [master]
         writes = self._writes(unit, within)
         kept = unit.params.kept(writes)
@@ -136,7 +136,9 @@ class Updater:
                     owned = whole.in_unit.overlap(run.unit.shard)
                     yield piece, Range(owned.start - whole.in_unit.start, owned.end - whole.in_unit.start)
 
-    def update(self, reducer: Reducer, weight: float, clip_norm: float | None, unused: set[str], tag: str) -> float:
+    def update(
+        self, reducer: GradientReducer, weight: float, clip_norm: float | None, unused: set[str], tag: str
+    ) -> float:
         """Update this worker's weights and publish them; the gradient's norm before clipping. Collective.
 
         unused: parameters without a gradient in the whole step; they're left alone.
@@ -145,7 +147,7 @@ class Updater:
         norm = scale = None
         if self._replicated or clip_norm is not None:
             self._sum_first(reducer, weight, tag)
-            norm = self._gather_norm(tag)
+            norm = self._all_gather_norm(tag)
             scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
         waits: list[Callable[[], None]] = []
         coming: deque[Run] = deque()
@@ -158,25 +160,25 @@ class Updater:
             while coming:
                 self._step(coming.popleft(), unused)
             reducer.sums[unit.name].rest()
-            waits += self._publish(unit, tag)  # while the next unit is updated
+            waits += self._all_gather(unit, tag)  # while the next unit is updated
         if norm is None:
-            norm = self._gather_norm(tag)
+            norm = self._all_gather_norm(tag)
         for wait in waits:
             wait()
         if not self._updated:
             self._updated = True
-            give_back_memory()  # torch has made the optimizer's state, and left holes
+            return_freed_memory()  # torch has made the optimizer's state, and left holes
         return norm
 
-    def _publish(self, unit: Unit, tag: str) -> list[Callable[[], None]]:
+    def _all_gather(self, unit: Unit, tag: str) -> list[Callable[[], None]]:
         """Begin to give everyone my shard of what stays whole, or is one copy for all; what waits for theirs."""
         whole = unit.params.replicated
-        return [] if whole is None else [self._writers.publish(whole, f"{tag} / {unit.name} / param")]
+        return [] if whole is None else [self._writers.all_gather(whole, f"{tag} / {unit.name} / param")]
 
     def _full_start(self, unit: Unit) -> int:
         return 0 if self._replicated else unit.shard.start
 
-    def _total(self, reducer: Reducer, unit: Unit, within: Range, weight: float, out: Tensor) -> None:
+    def _total(self, reducer: GradientReducer, unit: Unit, within: Range, weight: float, out: Tensor) -> None:
         """The step's gradient over `within`, which lies in the shard, and the norms of its blocks."""
         for run in runs_of(within):
             in_shard = Range(run.start - unit.shard.start, run.end - unit.shard.start)
@@ -184,28 +186,30 @@ class Updater:
             reducer.sums[unit.name].total(in_shard, weight, part)
             self._norms[unit.name][in_shard.start // BLOCK : in_shard.end // BLOCK] = block_norms(part)
 
-    def _sum_first(self, reducer: Reducer, weight: float, tag: str) -> None:
+    def _sum_first(self, reducer: GradientReducer, weight: float, tag: str) -> None:
         for unit in self._units:
             if unit.name not in self._full:
                 self._full[unit.name] = (
                     self._group.empty_replicated(unit.layout.padded_numel, torch.float32)
                     if self._replicated
-                    else self._sums_home.empty(unit.shard.numel, torch.float32)
+                    else self._sums_allocator.empty(unit.shard.numel, torch.float32)
                 )
             full = self._full[unit.name][unit.shard.start - self._full_start(unit) :][: unit.shard.numel]
             self._total(reducer, unit, unit.shard, weight, full)
             reducer.sums[unit.name].rest()
             if not self._replicated:
-                self._sums_home.done(full)
+                self._sums_allocator.evict(full)
         if self._replicated:
-            waits = [self._group.publish(self._full[unit.name], f"{tag} / {unit.name} / grad") for unit in self._units]
+            waits = [
+                self._group.all_gather(self._full[unit.name], f"{tag} / {unit.name} / grad") for unit in self._units
+            ]
             for wait in waits:
                 wait()
 
-    def _fetch(self, reducer: Reducer, run: Run, weight: float, scale: float | None) -> None:
+    def _fetch(self, reducer: GradientReducer, run: Run, weight: float, scale: float | None) -> None:
         """Begin to bring a run's gradient to its state."""
-        for tensor in run.at_home:
-            self._home.soon(tensor)
+        for tensor in run.evictable:
+            self._allocator.prefetch(tensor)
         summed = self._summed[: run.range.numel]
         if scale is None:
             self._total(reducer, run.unit, run.range, weight, summed)
@@ -213,7 +217,7 @@ class Updater:
             full = self._full[run.unit.name][run.range.start - self._full_start(run.unit) :][: run.range.numel]
             torch.mul(full, scale, out=summed)
             if not self._replicated:
-                self._sums_home.done(full)
+                self._sums_allocator.evict(full)
         event = None
         if run.grad.device != summed.device:
             run.grad.copy_(summed, non_blocking=True)
@@ -233,12 +237,12 @@ class Updater:
 
     def _finish(self, run: Run) -> None:
         """Its master weights or state have changed: write the parameters, and let all of it go to where it's to be."""
-        if self._home.is_apart:  # torch makes state when it wants to, in memory
-            state = [tensor for piece in run.slices for tensor in self._optimizer.settle(piece, self._home)]
-            run.at_home[:] = [*self._weights_at_home(run.unit, run.range), *state]
+        if self._allocator.on_disk:  # torch makes state when it wants to, in memory
+            state = [tensor for piece in run.slices for tensor in self._optimizer.settle(piece, self._allocator)]
+            run.evictable[:] = [*self._evictable_weights(run.unit, run.range), *state]
         self._write(run)
-        for tensor in run.at_home:
-            self._home.done(tensor)
+        for tensor in run.evictable:
+            self._allocator.evict(tensor)
 
     def refill(self, fill: Callable[[Slice], None]) -> None:
         """Let `fill` give every slice its master weights and state, then make the parameters what these are.
@@ -249,7 +253,7 @@ class Updater:
                     fill(piece)
                 self._finish(run)
         for unit in self._units:
-            for wait in self._publish(unit, "start"):
+            for wait in self._all_gather(unit, "start"):
                 wait()
 
     def _writes(self, unit: Unit, within: Range) -> Range:
@@ -263,7 +267,7 @@ class Updater:
         if not _same_place(master, kept):
             kept.copy_(master)
 
-    def _gather_norm(self, tag: str) -> float:
+    def _all_gather_norm(self, tag: str) -> float:
         norms = [self._norms[unit.name] for unit in self._units]
         norm = total_norm(self._in_block_order(norms, f"{tag} / norm / control"))
         if not norm < float("inf"):
@@ -281,8 +285,8 @@ class Updater:
             for run in runs_of(unit.shard):
                 master = unit.master[run.start - unit.held.start : run.end - unit.held.start]
                 mine.append(block_hashes(master).cpu())
-                for tensor in self._weights_at_home(unit, run):
-                    self._home.done(tensor)
+                for tensor in self._evictable_weights(unit, run):
+                    self._allocator.evict(tensor)
         return self._in_block_order(mine, f"{tag} / digest / control")
 
     def _in_block_order(self, mine: Sequence[Tensor], tag: str) -> Tensor:
@@ -291,7 +295,7 @@ class Updater:
         padded = joined.new_zeros(max(len(numbers) for numbers in self._numbers))
         padded[: len(joined)] = joined
         ordered = joined.new_zeros(self._layout.num_blocks)
-        for numbers, values in zip(self._numbers, self._group.gather(padded, tag), strict=True):
+        for numbers, values in zip(self._numbers, self._group.all_gather_small(padded, tag), strict=True):
             ordered[numbers] = values[: len(numbers)]
         return ordered
 

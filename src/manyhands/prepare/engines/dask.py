@@ -1,4 +1,4 @@
-"""Dask schedules."""
+"""Dask as an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import distributed
 
 from manyhands.errors import ConfigError, ManyhandsError, WorkerError
-from manyhands.prepare.engines.local import Place, Versions, run_on_host
+from manyhands.prepare.engines.local import ProcessContext, Versions, run_on_host
 from manyhands.prepare.task import Task, TaskResult
 
 _WAIT_SECONDS = 30
@@ -53,7 +53,7 @@ class DaskEngine:
         self.workers = sum(worker["nthreads"] for worker in workers)
         shares = [worker["memory_limit"] // worker["nthreads"] or default_bytes for worker in workers]
         self.memory_bytes = min(shares) if memory_bytes is None else memory_bytes // self.workers
-        self._place, self._versions = Place.here(), Versions.here()
+        self._place, self._versions = ProcessContext.here(), Versions.here()
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task when Dask has a free thread."""

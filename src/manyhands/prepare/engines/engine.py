@@ -1,4 +1,4 @@
-"""The contract of an engine, and this process as one."""
+"""The contract of an engine, and the engine that runs tasks in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 from manyhands.prepare.task import Task, TaskResult, run_task
 
 
-class Engine(Protocol):
+class JobEngine(Protocol):
     """Runs tasks, in any order, at any place that sees the files.
 
     A task may run twice (after its worker was lost, say): the second result is the first one's.

@@ -1,4 +1,4 @@
-"""Supervised worker processes on this machine, kept for the next job; what cluster workers run.
+"""A supervised pool of worker processes on this machine, kept for the next job.
 
 The embedded engine: supervised worker processes on this machine.
 A worker that is killed is replaced and its task begun again, until a task has ended three workers; one that has taken
@@ -42,14 +42,14 @@ _PATIENCE_SECONDS = 5.0
 _IDLE_SECONDS = 30.0
 
 
-class Place(NamedTuple):
+class ProcessContext(NamedTuple):
     """Where a script runs: its working directory, and where it imports from."""
 
     directory: str
     path: tuple[str, ...]
 
     @classmethod
-    def here(cls) -> Place:
+    def here(cls) -> ProcessContext:
         """This process's."""
         return cls(os.getcwd(), tuple(p or os.getcwd() for p in sys.path))
 
@@ -69,11 +69,11 @@ class _Worker:
     a script's own modules may have changed since.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: ProcessContext) -> None:
         self.connection, theirs = Pipe()
         # Sets in users' functions are iterated in an order that depends on the seed of hashes: one seed for all.
         # Behind what this process imports from, the script's: they are the same but on another host.
-        own = Place.here().path
+        own = ProcessContext.here().path
         paths = [*own, *(path for path in place.path if path not in own)]
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(paths)}
         try:
@@ -119,9 +119,9 @@ class Pool:
     called from any other.
     """
 
-    def __init__(self, workers: int, memory_bytes: int, place: Place | None = None) -> None:
+    def __init__(self, workers: int, memory_bytes: int, place: ProcessContext | None = None) -> None:
         self.workers, self.memory_bytes, self.retries = workers, memory_bytes, 0
-        self._place = place or Place.here()
+        self._place = place or ProcessContext.here()
         self._lock = threading.Lock()
         self._waiting: deque[_Job] = deque()
         self._members: list[_Worker] = []
@@ -261,7 +261,7 @@ class Pool:
 
 _lock = threading.Lock()
 
-_resting: list[tuple[_Basis, KeptPool]] = []  # of this process: at most one, and nobody uses it
+_resting: list[tuple[_Basis, PersistentPool]] = []  # of this process: at most one, and nobody uses it
 
 
 class _Basis(NamedTuple):
@@ -270,11 +270,11 @@ class _Basis(NamedTuple):
     process: int
     workers: int
     memory_bytes: int
-    place: Place
+    place: ProcessContext
     environment: dict[str, str]
 
 
-class KeptPool(Pool):
+class PersistentPool(Pool):
     """A pool that `close` lays aside, workers and all, if it has come to the end of its tasks."""
 
     def __init__(self, basis: _Basis) -> None:
@@ -298,9 +298,9 @@ class KeptPool(Pool):
         super().close()
 
 
-def kept_pool(workers: int, memory_bytes: int) -> Pool:
+def persistent_pool(workers: int, memory_bytes: int) -> Pool:
     """The pool that was laid aside, if it is as wanted; or a new one."""
-    basis = _Basis(os.getpid(), workers, memory_bytes, Place.here(), dict(os.environ))
+    basis = _Basis(os.getpid(), workers, memory_bytes, ProcessContext.here(), dict(os.environ))
     with _lock:
         found = [pool for its, pool in _resting if its == basis]
         others = [pool for its, pool in _resting if its != basis and its.process == basis.process]
@@ -310,12 +310,12 @@ def kept_pool(workers: int, memory_bytes: int) -> Pool:
     if found:
         found[0].retries = 0
         return found[0]
-    atexit.unregister(end_kept_pools)
-    atexit.register(end_kept_pools)
-    return KeptPool(basis)
+    atexit.unregister(close_persistent_pools)
+    atexit.register(close_persistent_pools)
+    return PersistentPool(basis)
 
 
-def end_kept_pools() -> None:
+def close_persistent_pools() -> None:
     """End the workers that wait for another job."""
     with _lock:
         pools = [pool for its, pool in _resting if its.process == os.getpid()]
@@ -342,7 +342,7 @@ class Versions(NamedTuple):
         return cls(".".join(map(str, sys.version_info[:2])), __version__, str(pa.__version__))
 
 
-def run_on_host(task: Task, place: Place, versions: Versions) -> TaskResult:
+def run_on_host(task: Task, place: ProcessContext, versions: Versions) -> TaskResult:
     """Do a task in a process beside this one. Raises what the task raises, or that this host can't do it."""
     if versions != Versions.here():
         raise ConfigError(
@@ -365,7 +365,7 @@ def run_on_host(task: Task, place: Place, versions: Versions) -> TaskResult:
 
 
 @cache
-def _pool(place: Place, memory_bytes: int) -> Pool:
+def _pool(place: ProcessContext, memory_bytes: int) -> Pool:
     """One for all tasks of a script, as long as the engine's worker lives. Its processes end when they have no work."""
     return Pool(_MOST, memory_bytes, place)
 

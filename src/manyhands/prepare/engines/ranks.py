@@ -1,4 +1,4 @@
-"""Several runs of a script share a job through its folder.
+"""Several processes of one script share a job through its folder.
 
 For Slurm's arrays, Kubernetes' indexed jobs, SkyPilot, or a loop in a shell. Each rank does every N-th task of a stage
 and waits for the others'. A rank that has nothing left to do, and has seen nothing become done for a while, does the
@@ -15,12 +15,12 @@ from contextlib import suppress
 from functools import partial
 
 from manyhands.errors import DataError
-from manyhands.prepare.engines.engine import Engine
+from manyhands.prepare.engines.engine import JobEngine
 from manyhands.prepare.task import Task, TaskResult, done_path, finished
 from manyhands.storage.files import exists, names_in
 from manyhands.surroundings import Rank
 
-PATIENCE_SECONDS = 15.0
+RANK_PATIENCE_SECONDS = 15.0
 
 _POLL_SECONDS = 0.1
 
@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.1
 class Ranks:
     """The engine of one rank: its own tasks go to `pool`; the others' are done when their notes are there."""
 
-    def __init__(self, rank: Rank, pool: Engine, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, rank: Rank, pool: JobEngine, patience_seconds: float = RANK_PATIENCE_SECONDS) -> None:
         self.rank, self.patience_seconds, self._pool = rank, patience_seconds, pool
         self.workers, self.memory_bytes = pool.workers, pool.memory_bytes
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Ray schedules.
+"""Ray as an engine.
 
 store: data and state stay in files.
 """
@@ -15,7 +15,7 @@ import ray
 from ray._private.services import find_bootstrap_address
 
 from manyhands.errors import ConfigError, ManyhandsError, WorkerError
-from manyhands.prepare.engines.local import Place, Versions, run_on_host
+from manyhands.prepare.engines.local import ProcessContext, Versions, run_on_host
 from manyhands.prepare.task import Task, TaskResult
 
 _REACH_SECONDS = 2.0
@@ -49,7 +49,7 @@ class RayEngine:
         self.memory_bytes = share if memory_bytes is None else memory_bytes // self.workers
         self.retries = 0
         self._run: Any = ray.remote(num_cpus=1, max_retries=0)(run_on_host)  # Ray wouldn't tell how often it tried
-        self._facts = ray.put(Place.here()), ray.put(Versions.here())
+        self._facts = ray.put(ProcessContext.here()), ray.put(Versions.here())
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task when Ray has a free CPU."""

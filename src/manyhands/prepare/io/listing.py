@@ -1,4 +1,4 @@
-"""Files found and cut into splits.
+"""Finds input files and divides them into splits.
 
 Splits come from the data alone, never from the number of workers.
 """
@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from manyhands.errors import ConfigError, DataError
-from manyhands.storage.files import join, names_in, open_to_read
+from manyhands.storage.files import join_path, names_in, open_to_read
 from manyhands.storage.location import file_system, is_local
 
 FORMATS = ("text", "jsonl", "parquet", "csv")
@@ -74,7 +74,7 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
 
 def _local_files(pattern: str) -> list[InputFile]:
     if os.path.isdir(pattern):
-        paths = [join(pattern, name) for name in names_in(pattern) if name[0] not in "._"]
+        paths = [join_path(pattern, name) for name in names_in(pattern) if name[0] not in "._"]
     elif has_magic(pattern) and not os.path.exists(pattern):
         paths = sorted(path for path in glob(pattern, recursive=True) if _is_meant(path, pattern))
     else:

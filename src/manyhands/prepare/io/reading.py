@@ -25,7 +25,7 @@ import pyarrow.csv as pacsv
 from manyhands.errors import DataError
 from manyhands.prepare.io.listing import Split
 from manyhands.prepare.records.chunks import CHUNK_BYTES, TABLE_CHUNK_BYTES, Chunk
-from manyhands.prepare.records.pipeline import BadRecords, Piece
+from manyhands.prepare.records.pipeline import BadRecords, SourcedChunk
 from manyhands.storage.files import open_to_read
 
 _BLOCK_BYTES = 2**24  # that are parsed at once: a row must lie in two of them
@@ -36,7 +36,7 @@ def read_csv(
     bad: BadRecords,
     types: Mapping[str, str],
     opened: Callable[[Split], AbstractContextManager[IO[bytes]]],
-) -> Iterator[Piece]:
+) -> Iterator[SourcedChunk]:
     """The rows of a file, as tables. Rows with too many or too few fields, or that `types` don't fit, are set aside."""
     wrong: list[Any] = []
 
@@ -90,7 +90,7 @@ def _numbers(wrong: list[Any]) -> Iterator[int]:
             yield number
 
 
-def _typed(table: pa.Table, rows: list[int], types: Mapping[str, str], path: str, bad: BadRecords) -> Piece:
+def _typed(table: pa.Table, rows: list[int], types: Mapping[str, str], path: str, bad: BadRecords) -> SourcedChunk:
     """Columns as `types` say, an empty field as null; rows that don't fit are set aside."""
     for name, type_name in types.items():
         kind = pa.type_for_alias(type_name)
@@ -112,7 +112,7 @@ def _typed(table: pa.Table, rows: list[int], types: Mapping[str, str], path: str
             table, rows = table.take(kept), [rows[index] for index in kept]
             values = pa.array([value.as_py() for value in values], kind)
         table = table.set_column(table.column_names.index(name), name, values)
-    return Piece(table, lambda index: f"{path}, row {rows[index]}")
+    return SourcedChunk(table, lambda index: f"{path}, row {rows[index]}")
 
 
 _LONG, _DIGITS = b"0" * 19, bytes(48 if 48 <= byte <= 57 else 32 for byte in range(256))  # digits, all as zeros
@@ -122,7 +122,7 @@ _BOM = b"\xef\xbb\xbf"
 
 def read_split(
     split: Split, bad: BadRecords, columns: tuple[str, ...] | None, types: Mapping[str, str]
-) -> Iterator[Piece]:
+) -> Iterator[SourcedChunk]:
     """The records of a split. Those that can't be read are set aside. Raises DataError for a file that breaks off."""
     if split.format == "parquet":
         return _parquet(split, columns)
@@ -173,7 +173,9 @@ def line_blocks(file: IO[bytes], start: int, end: int | None) -> Iterator[bytes]
         position += len(data)
 
 
-def _lines(split: Split, bad: BadRecords, parse: Callable[..., tuple[list[Any], list[int] | None]]) -> Iterator[Piece]:
+def _lines(
+    split: Split, bad: BadRecords, parse: Callable[..., tuple[list[Any], list[int] | None]]
+) -> Iterator[SourcedChunk]:
     seen = 0
     with opened(split) as file:
         for data in line_blocks(file, split.start, split.end):
@@ -184,7 +186,7 @@ def _lines(split: Split, bad: BadRecords, parse: Callable[..., tuple[list[Any], 
                 lines.pop()
             place = _Place(split, seen)
             records, kept = parse(lines, place, bad)
-            yield Piece(records, place if kept is None else _chosen(place, kept))
+            yield SourcedChunk(records, place if kept is None else _chosen(place, kept))
             seen += len(lines)
 
 
@@ -254,7 +256,7 @@ def _each(
     return records, kept
 
 
-def _parquet(split: Split, columns: tuple[str, ...] | None) -> Iterator[Piece]:
+def _parquet(split: Split, columns: tuple[str, ...] | None) -> Iterator[SourcedChunk]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -279,7 +281,7 @@ def _parquet(split: Split, columns: tuple[str, ...] | None) -> Iterator[Piece]:
             for one in batches:
                 chunk: Chunk = pa.Table.from_batches([one]).replace_schema_metadata()
                 first = before + seen + 1
-                yield Piece(chunk, _row(split.path, first))
+                yield SourcedChunk(chunk, _row(split.path, first))
                 seen += one.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"a Parquet file can't be read: {error}", where=split.path) from error

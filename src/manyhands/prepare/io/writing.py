@@ -125,7 +125,7 @@ def check_format(name: str) -> str:
     return name
 
 
-def file_name(partition: int, form: str) -> str:
+def output_file_name(partition: int, form: str) -> str:
     """The name of a partition's output file."""
     return f"part-{partition:05d}{_SUFFIXES.get(form, '.' + form.replace('text', 'txt'))}"
 

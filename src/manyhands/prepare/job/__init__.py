@@ -1,0 +1,1 @@
+"""Runs a job and publishes its output."""

@@ -1,4 +1,4 @@
-"""The output folder and its manifest; cached and first records; the summary.
+"""The output folder and its manifest; caches and previews; the summary of a job.
 
 What preparing data came to.
 
@@ -34,7 +34,7 @@ from manyhands.prepare.options import Options, patience_seconds, rank_of
 from manyhands.prepare.plan.plan import Arranged, Cached, Kept, Node, Output, Plan, Step, make_plan
 from manyhands.prepare.records.chunks import records_of
 from manyhands.prepare.task import chunks_of
-from manyhands.storage.files import exists, join, move, names_in, read_bytes, remove, replace_bytes
+from manyhands.storage.files import exists, join_path, move, names_in, read_bytes, remove, replace_bytes
 from manyhands.storage.location import is_local
 
 
@@ -120,12 +120,12 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
     """
     began = time.monotonic()
     folder = folder if not is_local(folder) else os.path.abspath(folder)
-    there = read_manifest(folder)
+    there = read_output_manifest(folder)
     if there is not None and there.get("identity") == plan.identity and _is_whole(there, folder):
         return _summary(there, folder, [], time.monotonic() - began)
     _refuse_foreign(folder, there, plan, overwrite=overwrite)
     rank = rank_of(options)
-    job = JobFolder(join(folder, JOB), together=rank is not None)
+    job = JobFolder(join_path(folder, JOB), together=rank is not None)
     events = JobEvents(folder, None if rank is None else rank.number)
     events.add("job begun", identity=plan.identity, stages=len(plan.stages), **options.described())
     complete = False
@@ -181,7 +181,7 @@ def _of_other_ranks(plan: Plan, folder: str, options: Options) -> dict[str, Any]
     """The manifest of this job's output, if this process is a rank, and another one has published it."""
     if rank_of(options) is None:
         return None
-    found = read_manifest(folder)
+    found = read_output_manifest(folder)
     is_ours = found is not None and found.get("identity") == plan.identity
     return found if found is not None and is_ours and _has_its_files(found, folder) else None
 
@@ -192,13 +192,13 @@ def _has_its_files(manifest: dict[str, Any], folder: str) -> bool:
 
 def _is_whole(manifest: dict[str, Any], folder: str) -> bool:
     """All files are there, and no job is still moving them."""
-    return _has_its_files(manifest, folder) and not exists(join(folder, JOB))
+    return _has_its_files(manifest, folder) and not exists(join_path(folder, JOB))
 
 
-def read_manifest(folder: str) -> dict[str, Any] | None:
+def read_output_manifest(folder: str) -> dict[str, Any] | None:
     """The manifest of an output that is whole; None if there is none."""
     try:
-        manifest: dict[str, Any] = json.loads(read_bytes(join(folder, MANIFEST)))
+        manifest: dict[str, Any] = json.loads(read_bytes(join_path(folder, MANIFEST)))
     except (OSError, ValueError):
         return None
     return manifest if manifest.get("format") == _FORMAT else None
@@ -209,10 +209,10 @@ def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
 
     It is named by the plan: what a killed run has left there is used and removed by the next one.
     """
-    root = join(tempfile.gettempdir(), f"manyhands-{os.getuid()}")
+    root = join_path(tempfile.gettempdir(), f"manyhands-{os.getuid()}")
     for attempt in range(1000):
         try:
-            job = JobFolder(join(root, f"{plan.identity[:20]}-{attempt}"))
+            job = JobFolder(join_path(root, f"{plan.identity[:20]}-{attempt}"))
             break
         except ConfigError:
             continue  # another process runs the same plan
@@ -230,25 +230,25 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
     last = stages[-1]
     files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
     if before is not None:
-        remove(join(folder, MANIFEST))
+        remove(join_path(folder, MANIFEST))
     keep = {file.name for file in files}
     for name in names_in(folder):
         if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
-            remove(join(folder, name))
+            remove(join_path(folder, name))
     for file in files:
-        made = join(last.folder, file.name)
+        made = join_path(last.folder, file.name)
         if exists(made):
             with suppress(FileNotFoundError):  # another rank is at it, too
-                move(made, join(folder, file.name))
-        if not exists(join(folder, file.name)):
+                move(made, join_path(folder, file.name))
+        if not exists(join_path(folder, file.name)):
             raise DataError(
                 "a file that was written is gone",
                 where=made,
-                hint=f"remove {join(folder, JOB)}, and run again",
+                hint=f"remove {join_path(folder, JOB)}, and run again",
             )
     bad = b"".join(line for stage in stages for line in stage.bad_records)
     if bad:
-        replace_bytes(join(folder, BAD_RECORDS), bad)
+        replace_bytes(join_path(folder, BAD_RECORDS), bad)
     manifest = {
         "format": _FORMAT,
         "identity": plan.identity,
@@ -257,7 +257,7 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
         "bad_records": bad.count(b"\n"),
         "files": [vars(file) for file in files],
     }
-    replace_bytes(join(folder, MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+    replace_bytes(join_path(folder, MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
     return manifest
 
 
@@ -329,9 +329,9 @@ def with_caches(node: Node, options: Options) -> Node:
         return node
     plan = make_plan(with_caches(node.parent, options), Output(CHUNKS, None))
     write_output(plan, node.folder, options.alone() if _is_temporary(node.folder) else options, overwrite=True)
-    manifest = read_manifest(node.folder) or {}
+    manifest = read_output_manifest(node.folder) or {}
     return Kept(
-        tuple(join(node.folder, file["name"]) for file in manifest["files"]),
+        tuple(join_path(node.folder, file["name"]) for file in manifest["files"]),
         plan.identity,
         plan.stages[-1].partition_bytes,
     )
@@ -346,7 +346,7 @@ def _is_temporary(folder: str) -> bool:
     return Path(folder).parent == _root()
 
 
-def temporary_folder() -> str:
+def temporary_job_folder() -> str:
     """A folder for a cache: removed when this process ends, or if it is killed by the next one that wants one."""
     root = _root()
     for path in root.glob("cache-*"):

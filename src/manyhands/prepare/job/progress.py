@@ -15,7 +15,7 @@ from typing import Any
 
 from manyhands.formatting import format_bytes, format_count, format_seconds
 from manyhands.prepare.task import TaskResult
-from manyhands.storage.files import join, read_bytes, replace_bytes
+from manyhands.storage.files import join_path, read_bytes, replace_bytes
 from manyhands.storage.location import is_local
 
 EVENTS = "_events"
@@ -30,7 +30,7 @@ class JobEvents:
 
     def __init__(self, folder: str, rank: int | None = None) -> None:
         self._folder, self._rank = folder, rank
-        self._path = join(folder, f"{EVENTS}.jsonl" if rank is None else f"{EVENTS}-rank-{rank}.jsonl")
+        self._path = join_path(folder, f"{EVENTS}.jsonl" if rank is None else f"{EVENTS}-rank-{rank}.jsonl")
         self._lines: list[bytes] = []
 
     def add(self, event: str, **facts: Any) -> None:

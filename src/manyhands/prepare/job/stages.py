@@ -1,4 +1,4 @@
-"""Runs stages in order in a locked job folder; what is done stays done.
+"""Runs stages in order in a locked job folder; completed tasks are not repeated.
 
 A job's folder: what its tasks leave for each other and for the next run.
 .manyhands/
@@ -24,16 +24,25 @@ from itertools import pairwise
 from typing import IO, Any
 
 from manyhands.errors import ConfigError, Interrupted, ManyhandsError
-from manyhands.prepare.engines.engine import Engine
+from manyhands.prepare.engines.engine import JobEngine
 from manyhands.prepare.io.run_file import cuts_by_size, read_index
 from manyhands.prepare.job.progress import JobProgress
 from manyhands.prepare.options import Options, rank_of
 from manyhands.prepare.plan.fingerprint import pickled
 from manyhands.prepare.plan.plan import Plan, Read, Shuffled, Stage
 from manyhands.prepare.records.pipeline import BadRecord, too_many
-from manyhands.prepare.shuffle.reduce import EVERYTHING, Range
+from manyhands.prepare.shuffle.reduce import EVERYTHING, KeyRange
 from manyhands.prepare.task import Task, TaskResult, finished, runs_path
-from manyhands.storage.files import TEMPORARY, exists, join, make_folder, names_in, read_bytes, remove, replace_bytes
+from manyhands.storage.files import (
+    TEMPORARY,
+    exists,
+    join_path,
+    make_folder,
+    names_in,
+    read_bytes,
+    remove,
+    replace_bytes,
+)
 from manyhands.storage.location import is_local
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # some network file systems
@@ -53,7 +62,7 @@ class JobFolder:
         make_folder(path)
         self._lock: IO[bytes] | None = None
         if is_local(path):
-            self._lock = open(join(path, "lock"), "a+b")  # noqa: SIM115
+            self._lock = open(join_path(path, "lock"), "a+b")  # noqa: SIM115
             self._alone = self._take(self._lock, fcntl.LOCK_EX)
             if not self._alone and not (together and self._take_with_others(self._lock)):
                 self._lock.close()
@@ -98,7 +107,7 @@ class JobFolder:
         wanted = {self.stage(stage).rpartition("/")[2] for stage in plan.stages}
         for name in names_in(self.path):
             if name not in wanted and name != "lock":
-                remove(join(self.path, name))
+                remove(join_path(self.path, name))
         self.sweep(plan)
 
     def _refuse_other_plans(self, plan: Plan) -> None:
@@ -116,7 +125,7 @@ class JobFolder:
 
     def plan_path(self, plan: Plan) -> str:
         """Where the plan is saved: of another plan, in another file, because workers keep what they have loaded."""
-        return join(self.path, f"plan-{plan.identity[:20]}")
+        return join_path(self.path, f"plan-{plan.identity[:20]}")
 
     def sweep(self, plan: Plan) -> None:
         """Remove the temporary files of tasks that were killed."""
@@ -124,11 +133,11 @@ class JobFolder:
             folder = self.stage(stage)
             for name in names_in(folder):
                 if name.endswith(TEMPORARY):
-                    remove(join(folder, name))
+                    remove(join_path(folder, name))
 
     def stage(self, stage: Stage) -> str:
         """The folder of a stage's files."""
-        return join(self.path, stage.identity[:20])
+        return join_path(self.path, stage.identity[:20])
 
     def close(self, *, delete: bool) -> None:
         """Unlock; remove the folder with all that is in it, if nobody needs it any more."""
@@ -138,10 +147,10 @@ class JobFolder:
             self._lock.close()
 
 
-def open_engine(options: Options) -> Engine:
+def open_engine(options: Options) -> JobEngine:
     """The engine that is named; processes on this machine if none is. Raises ConfigError if nobody answers."""
     from manyhands.prepare.engines.engine import InProcess
-    from manyhands.prepare.engines.local import kept_pool
+    from manyhands.prepare.engines.local import persistent_pool
     from manyhands.prepare.engines.ranks import Ranks
 
     name = options.engine if isinstance(options.engine, str) else ""
@@ -155,7 +164,7 @@ def open_engine(options: Options) -> Engine:
         from manyhands.prepare.engines.ray import RayEngine
 
         return RayEngine(name if name.startswith("ray://") else None, given, default)
-    here: Engine = InProcess(total) if options.workers == 0 else kept_pool(options.num_workers(), default)
+    here: JobEngine = InProcess(total) if options.workers == 0 else persistent_pool(options.num_workers(), default)
     rank = rank_of(options)
     return here if rank is None else Ranks(rank, here)
 
@@ -177,7 +186,7 @@ class StageResult:
     @property
     def bad_records(self) -> list[bytes]:
         """Those that were set aside, as lines of JSON, in the order of the partitions."""
-        paths = [join(self.folder, f"part-{r.partition:05d}.bad") for r in self.results if r.bad_records]
+        paths = [join_path(self.folder, f"part-{r.partition:05d}.bad") for r in self.results if r.bad_records]
         return [read_bytes(path) for path in paths]
 
 
@@ -236,17 +245,17 @@ def tasks_of(
     ]
 
 
-def _ranges(inputs: Sequence[Sequence[str]], reduce_bytes: int, *, descending: bool) -> list[Range]:
+def _ranges(inputs: Sequence[Sequence[str]], reduce_bytes: int, *, descending: bool) -> list[KeyRange]:
     blocks = [block for paths in inputs for path in paths for run in read_index(path) for block in run]
     if not blocks:
         return []
     edges = [None, *cuts_by_size(blocks, reduce_bytes), None]
-    ranges = [Range(low, high) for low, high in pairwise(edges)]
+    ranges = [KeyRange(low, high) for low, high in pairwise(edges)]
     return ranges[::-1] if descending else ranges
 
 
 def _run_stage(
-    stage: Stage, tasks: Sequence[Task], engine: Engine, options: Options, progress: JobProgress, bad_before: int
+    stage: Stage, tasks: Sequence[Task], engine: JobEngine, options: Options, progress: JobProgress, bad_before: int
 ) -> StageResult:
     began = time.monotonic()
     results: dict[int, TaskResult] = {}
@@ -281,6 +290,6 @@ def _size_of(stage: Stage, result: TaskResult) -> int:
 
 
 def _too_many(folder: str, result: TaskResult, count: int, limit: int) -> ManyhandsError:
-    lines = read_bytes(join(folder, f"part-{result.partition:05d}.bad")).splitlines()
+    lines = read_bytes(join_path(folder, f"part-{result.partition:05d}.bad")).splitlines()
     last: dict[str, Any] = json.loads(lines[-1])
     return too_many(BadRecord(**last), count, limit)

@@ -1,4 +1,4 @@
-"""Hashes of functions and values that name stages.
+"""Hashes of functions and values, which name stages.
 
 Functions are known by their code, defaults, the values that they close over and the functions and values of their own
 package that they use; where they stand in a file doesn't matter. A function of another package is known by its name.
@@ -19,7 +19,7 @@ import cloudpickle  # type: ignore[import-untyped]
 from manyhands.errors import ConfigError
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint_code(value: Any) -> str:
     """64 hex digits that stand for a value: plain data, functions, classes, dataclasses, all that can be pickled.
 
     Raises ConfigError for what can't be pickled.

@@ -1,4 +1,4 @@
-"""From a Dataset to stages.
+"""Plans a Dataset as stages, cut at shuffles.
 
     node (what the Dataset's methods make) -> Stage: a source, steps, and an end: an arrangement or an output
 
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from manyhands import __version__
 from manyhands.formatting import format_bytes
 from manyhands.prepare.io.listing import InputFile, Split
-from manyhands.prepare.plan.fingerprint import fingerprint
+from manyhands.prepare.plan.fingerprint import fingerprint_code
 from manyhands.prepare.records.operations import Operation
 from manyhands.prepare.shuffle.arrange import Arrangement
-from manyhands.prepare.shuffle.reduce import Reducer
+from manyhands.prepare.shuffle.reduce import Reduction
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,7 +59,7 @@ class Arranged:
 
     parents: tuple[Node, ...]
     arrangements: tuple[Arrangement, ...]
-    reducer: Reducer
+    reducer: Reduction
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Shuffled:
     """A range of what the stages of these numbers arranged."""
 
     stages: tuple[int, ...]
-    reducer: Reducer
+    reducer: Reduction
 
 
 Node: TypeAlias = Read | Given | Step | Arranged | Cached | Kept
@@ -192,7 +192,7 @@ def _close(stages: list[Stage], node: Node, end: Arrangement | Output | Counting
         source = Shuffled(tuple(numbers), node.reducer)
         upstream = [stages[number].identity for number in numbers]
     basis = (__version__, sys.version_info[:2], partition_bytes)
-    identity = fingerprint([basis, upstream, _known_as(source), operations, _known_as(end)])
+    identity = fingerprint_code([basis, upstream, _known_as(source), operations, _known_as(end)])
     for stage in stages:
         if stage.identity == identity:  # both sides of a join with itself, say
             return stage.number

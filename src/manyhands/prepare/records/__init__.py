@@ -1,0 +1,1 @@
+"""Records and the operations on them."""

@@ -1,4 +1,4 @@
-"""What flows through a task: lists of records or Arrow tables.
+"""Chunks: the lists of records or Arrow tables that flow through a task.
 
 A record is whatever the user's functions make of it. Rows of tables are dicts; a list of dicts becomes a table with a
 column per key, a list of anything else a table with one column, `value`.

@@ -1,4 +1,4 @@
-"""Map, filter, sample and others, a chunk at a time.
+"""map, filter, sample and others, one chunk at a time.
 
 Each is a pure function of the chunk and of how many records came before it in the partition.
 """

@@ -1,4 +1,4 @@
-"""A stage's steps on each chunk; records that fail.
+"""Applies the steps of a stage to each chunk, and isolates records that fail.
 
 Records that can't be read or that a function fails on: set aside with their place and the reason, up to a limit.
 
@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Piece:
+class SourcedChunk:
     """A chunk as it comes from a source, and where each of its records is from."""
 
     chunk: Chunk
@@ -91,13 +91,13 @@ class Pipeline(Generic[T]):
         self._first_batched = together[0] if together else len(operations)
         self.records_in = 0
 
-    def run(self, pieces: Iterable[Piece]) -> Iterator[T]:
+    def run(self, pieces: Iterable[SourcedChunk]) -> Iterator[T]:
         """What becomes of each piece. Raises DataError for too many bad records."""
         for piece in pieces:
             self.records_in += num_records(piece.chunk)
             yield from self._one(piece)
 
-    def _one(self, piece: Piece) -> list[T]:
+    def _one(self, piece: SourcedChunk) -> list[T]:
         seen = list(self._seen)
         try:
             return [self._last(self._through(piece.chunk, 0, len(self._operations)))]
@@ -114,7 +114,7 @@ class Pipeline(Generic[T]):
             chunk = self._operations[index].apply(chunk, self._partition, before)
         return chunk
 
-    def _record_by_record(self, piece: Piece) -> list[T]:
+    def _record_by_record(self, piece: SourcedChunk) -> list[T]:
         alone = self._first_batched == len(self._operations)
         done: list[T] = []
         kept: list[Chunk] = []
@@ -135,7 +135,7 @@ class Pipeline(Generic[T]):
             return done
         return [self._together(piece, concatenate(kept) if kept else [])]
 
-    def _together(self, piece: Piece, chunk: Chunk) -> T:
+    def _together(self, piece: SourcedChunk, chunk: Chunk) -> T:
         try:
             return self._last(self._through(chunk, self._first_batched, len(self._operations)))
         except DataError:

@@ -1,4 +1,4 @@
-"""The order of a table's rows by key.
+"""Sorts the rows of a table by key.
 
 bytes each; else by Arrow's kernel.
 

@@ -1,4 +1,4 @@
-"""A stage's end before a shuffle."""
+"""The end of a stage before a shuffle: sorts records into runs."""
 
 from __future__ import annotations
 

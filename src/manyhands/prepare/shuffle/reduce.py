@@ -1,4 +1,4 @@
-"""A stage's beginning after a shuffle.
+"""The start of a stage after a shuffle: merges the runs of a range of keys.
 
 The range is worked on in parts that fit: each is loaded, put in order and let go. Where the parts are cut changes
 nothing in what comes out.
@@ -19,7 +19,7 @@ from manyhands.prepare.records.keys import ORDER_COLUMN, Cut, Keyed, KeyedLists,
 from manyhands.prepare.shuffle.arrange import GROUP_COLUMN, in_key_order, states_of
 
 
-class Range(NamedTuple):
+class KeyRange(NamedTuple):
     """From one cut to another."""
 
     start: Cut | None
@@ -31,7 +31,7 @@ class Range(NamedTuple):
         return self.start is not None and self.stop == (self.start[0], 1) and self.start[1] == 0
 
 
-EVERYTHING = Range(None, None)
+EVERYTHING = KeyRange(None, None)
 
 
 class RangeReader:
@@ -40,7 +40,7 @@ class RangeReader:
     by: the key columns of tables. limit_bytes: how large a part may be, as estimated from its records.
     """
 
-    def __init__(self, paths: Sequence[str], by: tuple[str, ...], wanted: Range, limit_bytes: int) -> None:
+    def __init__(self, paths: Sequence[str], by: tuple[str, ...], wanted: KeyRange, limit_bytes: int) -> None:
         self._by, self._wanted, self.limit_bytes = by, wanted, limit_bytes
         self._runs: list[tuple[str, list[Block]]] = []
         for path in paths:
@@ -60,7 +60,7 @@ class RangeReader:
         """All that it reads are tables with the same columns."""
         return self._is_uniform and all(block.form for block in self.blocks)
 
-    def parts(self, others: Sequence[RangeReader] = ()) -> list[Range]:
+    def parts(self, others: Sequence[RangeReader] = ()) -> list[KeyRange]:
         """The range, cut into parts that fit in memory together with the same parts of `others`."""
         blocks = [block for reader in (self, *others) for block in reader.blocks]
         start, stop = self._wanted
@@ -70,9 +70,9 @@ class RangeReader:
             if (start is None or cut > start) and (stop is None or cut < stop)
         ]
         edges: list[Cut | None] = [start, *cuts, stop]
-        return [Range(low, high) for low, high in pairwise(edges)]
+        return [KeyRange(low, high) for low, high in pairwise(edges)]
 
-    def stream(self, part: Range, *, as_written: bool = False) -> Iterator[Keyed]:
+    def stream(self, part: KeyRange, *, as_written: bool = False) -> Iterator[Keyed]:
         """The records of a part, run after run, a few blocks at a time: as tables only if all of the range are alike.
 
         So it depends on the range and not on its parts, and thereby not on the memory, what comes out. as_written: what
@@ -89,7 +89,7 @@ class RangeReader:
                         yield found
 
 
-class Reducer(Protocol):
+class Reduction(Protocol):
     """What is done with the records of a range of keys."""
 
     @property
@@ -195,7 +195,7 @@ class Joined:
             for key in KeyedLists(keys, [keys]).in_order().keys:
                 yield from self._pairs(groups[0].get(key), groups[1].get(key))
 
-    def _of_one_key(self, left: RangeReader, right: RangeReader, part: Range) -> Iterator[Chunk]:
+    def _of_one_key(self, left: RangeReader, right: RangeReader, part: KeyRange) -> Iterator[Chunk]:
         """Perhaps more than fits on both sides: then the right is read again for each record of the left. As many
         pairs as that come out, so it costs no more than writing them does."""
         sizes = [sum(block.size_bytes for block in reader.blocks if block.touches(*part)) for reader in (left, right)]
@@ -224,14 +224,14 @@ class Joined:
             yield [(left, right) for right in rights]
 
 
-def _records(reader: RangeReader, part: Range) -> Iterator[list[Any]]:
+def _records(reader: RangeReader, part: KeyRange) -> Iterator[list[Any]]:
     """A few blocks at a time, none of them empty."""
     for keyed in reader.stream(part):
         lists = keyed.as_lists() if isinstance(keyed, KeyedTable) else keyed
         yield lists.columns[0]
 
 
-def _groups(reader: RangeReader, part: Range) -> dict[Any, list[Any]]:
+def _groups(reader: RangeReader, part: KeyRange) -> dict[Any, list[Any]]:
     groups: dict[Any, list[Any]] = {}
     for keyed in reader.stream(part):
         lists = keyed.as_lists() if isinstance(keyed, KeyedTable) else keyed

@@ -1,4 +1,4 @@
-"""Everything a strategy implies, decided once (today: only the shardings).
+"""Shardings as values: DDP, ZERO1, ZERO2 and ZERO3, three placements each.
 
     bytes per parameter and worker, bf16 with AdamW, each worker with memory of its own (N workers; the fp32 sums in
     flight, and what clipping keeps, come on top; where workers share memory, see docs/memory.md)
@@ -32,7 +32,7 @@ REPLICATED, SHARDED = Placement.REPLICATED, Placement.SHARDED
 
 
 @dataclass(frozen=True)
-class Stage:
+class Sharding:
     """Where parameters, gradients and optimizer state (with master weights) are."""
 
     name: str
@@ -41,19 +41,24 @@ class Stage:
     optim: Placement
 
 
-DDP = Stage("ddp", REPLICATED, REPLICATED, REPLICATED)
+DDP = Sharding("ddp", REPLICATED, REPLICATED, REPLICATED)
 
-ZERO1 = Stage("zero1", REPLICATED, REPLICATED, SHARDED)
+ZERO1 = Sharding("zero1", REPLICATED, REPLICATED, SHARDED)
 
-ZERO2 = Stage("zero2", REPLICATED, SHARDED, SHARDED)
+ZERO2 = Sharding("zero2", REPLICATED, SHARDED, SHARDED)
 
-ZERO3 = Stage("zero3", SHARDED, SHARDED, SHARDED)
+ZERO3 = Sharding("zero3", SHARDED, SHARDED, SHARDED)
 
-STAGES = {stage.name: stage for stage in (DDP, ZERO1, ZERO2, ZERO3)}
+SHARDING_BY_NAME = {sharding.name: sharding for sharding in (DDP, ZERO1, ZERO2, ZERO3)}
 
 
-def stage_named(name: str) -> Stage:
-    """The stage of that name. Raises ConfigError."""
-    if name not in STAGES:
-        raise ConfigError("no such stage", expected=", ".join(STAGES), got=repr(name), hint=nearest(name, STAGES))
-    return STAGES[name]
+def sharding_named(name: str) -> Sharding:
+    """The sharding of that name. Raises ConfigError."""
+    if name not in SHARDING_BY_NAME:
+        raise ConfigError(
+            "no such sharding",
+            expected=", ".join(SHARDING_BY_NAME),
+            got=repr(name),
+            hint=nearest(name, SHARDING_BY_NAME),
+        )
+    return SHARDING_BY_NAME[name]
