@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare tree clean
+.PHONY: demo test test-all digests faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare docs tree clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -25,6 +25,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Record this machine's digests in tests/digests.json, at a commit that is known to be right.
+digests: $(READY)
+	PYTHONPATH=tests $(BIN)/python -W ignore -m support.recorded
 
 # Hundreds of random faults, each run to the undisturbed digest: most of an hour. make faults ARGS='--runs 5 --seed 7'
 faults: $(READY)
@@ -74,9 +78,9 @@ bench-memory: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	$(BIN)/python -W ignore benchmarks/memory.py $(ARGS)
 
-# The annotated tree in docs/design.md, from the first line of each source file.
-tree: $(READY)
-	$(BIN)/python tests/support/annotated_tree.py
+# What the documents derive from the source: docs/cli.md, and the annotated tree in docs/design.md.
+docs tree: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m support.generated_pages
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) runs prepared .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,9 +1,9 @@
-"""A run in plain PyTorch, in one process: what every other way of computing the recipe must agree with, to the bit.
+"""A run in plain PyTorch, in one process: all other ways of computing the recipe must have the same bits.
 
 Autograd and torch.optim over whole parameters. The order of sums is written here once more, from its definition; of
 Manyhands only the documented seeds and order of samples are used, the digest that both sides are compared by, and, on
-CPUs that have no instructions for bf16, the way that its products are computed (tests/test_products.py has that one's
-definition).
+CPUs that have no instructions for bf16, the way that its products are computed (tests/test_bf16_products.py has that
+one's definition).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK = 1024
 
 @dataclass
 class OracleRun:
-    """What came out. digests, losses, norms, learning_rates: one a step."""
+    """Result of a run. digests, losses, norms, learning_rates: one per step."""
 
     digests: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -43,7 +43,7 @@ def oracle_run(recipe: mh.Recipe, steps: int) -> OracleRun:
     seed_everything(derive(recipe.seed, "init"))
     model = recipe.model()
     for param in model.parameters():
-        param.data = param.data.contiguous()  # as the engine keeps them
+        param.data = param.data.contiguous()  # as the engine stores them
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     masters = {name: nn.Parameter(param.detach().clone()) for name, param in params.items()}
     if recipe.precision == "bf16":
@@ -89,7 +89,7 @@ def seed_everything(seed: int) -> None:
 
 
 def keep_in_bf16(model: nn.Module) -> None:
-    """All parameters but those of batch norm."""
+    """Return all parameters except those of batch norm."""
     for module in model.modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             for param in module.parameters(recurse=False):
@@ -99,9 +99,9 @@ def keep_in_bf16(model: nn.Module) -> None:
 def step_gradient(
     recipe: mh.Recipe, model: nn.Module, params: dict[str, nn.Parameter], step: int
 ) -> tuple[dict[str, Tensor | None], float, float]:
-    """The sum of the step's gradients in fp32 (None: no micro-batch has one), of its losses, and of its weights.
+    """Return the sums of a step's gradients in fp32 (None: no micro-batch has one), of losses, and of weights.
 
-    Leaves the mean of what the micro-batches made of them in the model's buffers.
+    Sets the model's buffers to the mean of the micro-batches' values.
     """
     count, accumulate = recipe.batch.micro_batches, recipe.batch.accumulate
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -132,7 +132,7 @@ def step_gradient(
 
 
 def load(recipe: mh.Recipe, step: int, micro_batch: int) -> Any:
-    """The micro-batch's samples, collated."""
+    """Return the micro-batch's samples, collated."""
     positions = micro_batch_positions(step, micro_batch, recipe.batch)
     seed_everything(derive(recipe.seed, "data", step, micro_batch))
     indices = sample_indices(recipe.seed, len(recipe.data), positions).tolist()
@@ -140,7 +140,7 @@ def load(recipe: mh.Recipe, step: int, micro_batch: int) -> Any:
 
 
 def add_in_order(values: list[Tensor]) -> Tensor:
-    """Left to right."""
+    """Add left to right."""
     total = values[0]
     for value in values[1:]:
         total = total + value
@@ -148,7 +148,7 @@ def add_in_order(values: list[Tensor]) -> Tensor:
 
 
 def add_as_tree(values: list[Tensor]) -> Tensor:
-    """The tree over as many as the largest power of two that is less than all, plus the rest's: ((01)(23))((45)6)."""
+    """Split at the largest power of two below the length, and add both parts' trees: ((01)(23))((45)6)."""
     if len(values) == 1:
         return values[0]
     left = 1
@@ -158,20 +158,20 @@ def add_as_tree(values: list[Tensor]) -> Tensor:
 
 
 def mean_in_order(values: list[Tensor], before: Tensor) -> Tensor:
-    """The mean of the micro-batches' buffers; the first of integers. One that nobody changed stays as it is."""
+    """Set changed buffers to the mean over the micro-batches; integers to the first value."""
     if not before.is_floating_point() or all(torch.equal(value, before) for value in values):
         return values[0]
     return add_in_order(values) / len(values)
 
 
 def set_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """In place, where the model's code may hold on to them."""
+    """Copy in place, since the model's code may refer to the tensors."""
     for name, buffer in model.named_buffers():
         buffer.copy_(values[name])
 
 
 def gradient_norm(params: list[nn.Parameter]) -> float:
-    """From the 2-norms of blocks of 1,024 elements of each parameter, in order; their squares are added in fp64."""
+    """Return the norm from the 2-norms of blocks of 1,024 elements, in order; their squares are added in fp64."""
     norms = []
     for param in params:
         flat = torch.zeros(-(-param.numel() // BLOCK) * BLOCK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from manyhands.comm.group import Group
-from support.threads import thread_groups
+from oracle import oracle_run
+from support.threads import host_groups, run_threads, thread_groups
 
 SUPPORT = Path(__file__).resolve().parent / "support"
 RECIPE = str(SUPPORT / "faulty.toml")
@@ -146,19 +148,19 @@ ON_ALL: dict[str, tuple[Callable[[int], mh.Recipe], type[Exception], list[str]]]
     "optimizer: LBFGS": (
         lambda rank: recipe(optimizer=lambda named: torch.optim.LBFGS([param for _, param in named])),
         mh.ConfigError,
-        ["torch.optim.lbfgs.LBFGS can't be used: it looks at all parameters together", "AdamW"],
+        ["torch.optim.lbfgs.LBFGS can't be used: it uses all parameters together", "AdamW"],
     ),
     "optimizer: SparseAdam": (
         lambda rank: recipe(
             optimizer=lambda named: torch.optim.SparseAdam([p for _, p in named]), optimizer_kind="elementwise"
         ),
         mh.ConfigError,
-        ["SparseAdam can't be used: it wants sparse gradients"],
+        ["SparseAdam can't be used: it requires sparse gradients"],
     ),
     "optimizer: Muon for a bias": (
         lambda rank: recipe(optimizer=lambda named: torch.optim.Muon(named)),
         mh.ConfigError,
-        ["torch.optim.Muon was given a parameter that is no matrix: 0.bias or 2.bias", "(8,)", "torch.optim.AdamW"],
+        ["torch.optim.Muon was given a parameter that is not a matrix: 0.bias or 2.bias", "(8,)", "torch.optim.AdamW"],
     ),
     "optimizer: Muon for matrices only": (
         lambda rank: recipe(optimizer=lambda named: torch.optim.Muon([p for _, p in named if p.ndim == 2])),
@@ -316,6 +318,62 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(
     assert found == undisturbed * workers
 
 
+REFUSED_STEPS = {
+    "gradient": "the gradient of '2.weight' is not finite in micro-batch 2",
+    "loss": "the loss of micro-batch 2 is nan",
+    "weight": "the global batch has no weight",
+}
+
+
+@pytest.mark.parametrize("cause", REFUSED_STEPS)
+@pytest.mark.parametrize(("hosts", "workers"), [(1, 1), (1, 3), (2, 2)])
+def test_training_continues_unchanged_after_a_refused_step(cause: str, hosts: int, workers: int) -> None:
+    """A step is refused twice and then made. Weights, momentum, buffers and schedule are as without the refusals."""
+
+    def normed() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+
+    def summed(model: nn.Module, batch: Tensor) -> tuple[Tensor, float]:
+        return model(batch).square().sum(), float(len(batch))
+
+    made = recipe(model=normed, loss=summed, schedule=lambda front: torch.optim.lr_scheduler.StepLR(front, 1, 0.5))
+
+    def work(group: Group) -> tuple[str, Tensor]:
+        disturbed, computed = False, 0
+
+        def sometimes_wrong(model: nn.Module, batch: Tensor) -> tuple[Tensor, float]:
+            nonlocal computed
+            mine = engine.my_micro_batches
+            micro_batch, computed = mine[computed % len(mine)], computed + 1
+            loss, weight = summed(model, batch)
+            if disturbed and cause == "weight":
+                return loss, 0.0
+            if disturbed and micro_batch == 2:
+                loss = loss * float("nan") if cause == "loss" else loss + Poison.apply(model[2].weight)
+            return loss, weight
+
+        with mh.Engine(replace(made, loss=sometimes_wrong), mh.Strategy(), group) as engine:
+            for batch in engine.batches(4):
+                disturbed = engine.step_index == 2
+                if disturbed:
+                    before = engine.full_state_dict()
+                    for _ in range(2):
+                        with pytest.raises(mh.NumericsError) as caught:
+                            engine.step(next(engine.batches()))
+                        assert caught.value.what == REFUSED_STEPS[cause]
+                    disturbed = False
+                    state = engine.full_state_dict()
+                    assert all(torch.equal(state[name], value) for name, value in before.items())
+                engine.step(batch)
+            return engine.digest(), engine.model[1].running_mean
+
+    expected = oracle_run(made, 4)
+    makers = thread_groups(workers) if hosts == 1 else host_groups(hosts, workers)
+    for digest, mean in run_threads(len(makers), work, makers=makers):
+        assert digest == expected.digests[-1]
+        assert torch.equal(mean, expected.buffers["1.running_mean"])
+
+
 def test_a_sample_that_is_not_there_is_named_to_all() -> None:
     errors = on_all(lambda rank, group: trained(recipe(data=LostSample()), mh.Strategy(), group, steps=8))
     reader = next(error for error in errors if isinstance(error, mh.DataError))
@@ -339,7 +397,7 @@ def test_workers_that_take_different_ways_are_told_apart() -> None:
     assert any(isinstance(error, mh.InvariantError) for error in errors)
     for error in errors:  # who sees the other fail first says that
         assert isinstance(error, (mh.InvariantError, mh.WorkerError)), error
-        assert "took different ways" in str(error)
+        assert "made different collective calls" in str(error)
     assert any("step 0 / digest" in str(error) for error in errors)
 
 
@@ -354,4 +412,4 @@ def test_a_worker_that_leaves_early_is_named() -> None:
     error = on_all(work)[0]
     assert isinstance(error, mh.WorkerError)
     assert error.rank == 1
-    assert "worker 1 has left" in str(error)
+    assert "worker 1 has left the group" in str(error)

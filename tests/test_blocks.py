@@ -1,4 +1,4 @@
-"""A block's norm and hash depend on that block's bits alone; the hash sees every change."""
+"""A block's norm and hash depend only on that block's bits; the hash detects every change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def values(blocks: int, seed: int = 0) -> torch.Tensor:
 
 @given(st.integers(1, 300), st.integers(0, 299), st.integers(1, 300), st.sampled_from([1, 2]))
 @settings(max_examples=60, deadline=None)
-def test_a_blocks_value_does_not_depend_on_its_company(blocks: int, first: int, count: int, threads: int) -> None:
+def test_a_blocks_value_does_not_depend_on_other_blocks(blocks: int, first: int, count: int, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -31,7 +31,7 @@ def test_a_blocks_value_does_not_depend_on_its_company(blocks: int, first: int, 
 
 @given(st.integers(0, BLOCK - 1), st.integers(0, 31))
 @settings(max_examples=200, deadline=None)
-def test_the_hash_sees_every_single_bit(element: int, bit: int) -> None:
+def test_the_hash_depends_on_every_single_bit(element: int, bit: int) -> None:
     one = values(1)
     other = one.clone()
     bits = other.view(torch.int32)
@@ -62,7 +62,7 @@ def test_random_blocks_do_not_collide() -> None:
     assert len(set(hashes.tolist())) == 20_000
 
 
-def test_the_norm_is_the_norm() -> None:
+def test_the_norm_is_that_of_torch() -> None:
     tensor = values(7)
     assert abs(total_norm(block_norms(tensor)) / float(tensor.double().norm()) - 1) < 1e-6
     tensor[5] = float("nan")
@@ -80,7 +80,7 @@ def test_the_digest_covers_names_order_and_every_element() -> None:
     assert digest != digest_of_tensors([one[0], ("b", changed)])
 
 
-def test_the_digest_stays_what_it_is() -> None:
+def test_the_digest_never_changes() -> None:
     """Recorded digests must stay comparable: a change of the hash is a change of the format."""
     ramp = torch.arange(3000, dtype=torch.float32) / 7
     assert digest_of_tensors([("ramp", ramp)]) == PINNED

@@ -21,7 +21,7 @@ from manyhands.errors import CheckpointError, ConfigError
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.storage import location as addresses
 from manyhands.storage.location import Address, location_of
-from manyhands.training.run_record import Record
+from manyhands.training.run_record import RunRecord
 from support.models import PartlyUsed, gpt_recipe
 from support.s3 import BUCKET, VARIABLES, Network, free_port, running
 from support.threads import run_threads
@@ -140,7 +140,7 @@ def test_workers_on_hosts_without_a_common_directory_are_told_where(folder: str,
     def work(group: Group) -> int:
         with ExitStack() as stack:
             engine = stack.enter_context(mh.Engine(small_recipe(), group=group))
-            Record(engine, tmp_path / str(group.rank), None, None, stack).resume(False)
+            RunRecord(engine, tmp_path / str(group.rank), None, None, stack).resume(False)
             return engine.step_index
 
     assert run_threads(2, work) == [2, 2]
@@ -210,7 +210,7 @@ def test_a_bucket_that_is_not_there_is_told_before_anything_is_trained(folder: s
         engine.save("s3://nowhere/run")
     assert caught.value.where is not None
     assert caught.value.where.startswith("s3://nowhere/run")
-    assert caught.value.hint == "make the bucket first, or mend the address"
+    assert caught.value.hint == "create the bucket first, or correct the address"
     with pytest.raises(CheckpointError, match="bucket does not exist"):
         mh.train(small_recipe(), steps=2, run_dir=tmp_path, checkpoint_dir="s3://nowhere/run", show=False)
     assert RunDirectory(tmp_path).read_metrics() == []
@@ -262,8 +262,8 @@ def test_a_network_that_is_gone_is_told_and_the_next_checkpoint_is_tried(
         assert 2 not in steps_in(folder)
     assert summary.digest == train_with_engine(recipe, mh.Strategy(), steps=4).digest
     said = capsys.readouterr().err
-    assert "training goes on, but the checkpoint can't be written" in said
-    assert "see whether the store can be reached" in said
+    assert "training continues, but the checkpoint can't be written" in said
+    assert "check that the store can be reached" in said
     assert "not saved" in {event["event"] for event in RunDirectory(tmp_path).read_events()}
 
 

@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
+from manyhands.cli.main import app
 from support.annotated_tree import BLOCK, annotated_tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +46,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_annotated_tree_is_the_source() -> None:
     tree = BLOCK.search(text_of("docs/design.md"))
     assert tree, "docs/design.md has no annotated tree"
-    assert tree[0] == annotated_tree(), "run `make tree`"
+    assert tree[0] == annotated_tree(), "run `make docs`"
+
+
+def test_the_command_line_page_has_every_option() -> None:
+    page = " ".join(text_of("docs/cli.md").split())
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert f"## `manyhands {name}`" in page
+        for param in command.params:
+            help_text = " ".join(getattr(param, "help", "").split())
+            assert help_text in page, f"{name} {param.name}: run `make docs`"
+            assert all(option in page for option in param.opts if option.startswith("-")), f"{name} {param.name}"
 
 
 def test_tests_that_documents_name_exist() -> None:

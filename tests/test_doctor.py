@@ -26,16 +26,16 @@ def verdicts(folder: Path) -> dict[str, Finding]:
     return {finding.subject: finding for finding in check_machine(folder)}
 
 
-def test_what_workers_need_is_here(tmp_path: Path) -> None:
+def test_this_machine_has_what_workers_need(tmp_path: Path) -> None:
     found = verdicts(tmp_path / "runs")
     for subject in ("versions", "shared memory", "watching", "ports", "GPUs"):
         assert found[subject].verdict == "good", found[subject]
     assert found["disk"].verdict != "bad"
-    assert str(tmp_path) in found["disk"].told
+    assert str(tmp_path) in found["disk"].message
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_wrong_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_are_reported_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 100 << 20)
     monkeypatch.setattr(machine, "_CHILD", "raise PermissionError('no')")
     monkeypatch.setattr(machine, "_cpu_quota", lambda: 0.5)
@@ -45,8 +45,8 @@ def test_what_is_wrong_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pyte
     for subject in ("memory", "shared memory", "watching", "disk"):
         assert found[subject].verdict == "bad", found[subject]
         assert found[subject].hint
-    assert "PermissionError: no" in found["shared memory"].told
-    assert "0.5 by its control group" in found["CPUs"].told
+    assert "PermissionError: no" in found["shared memory"].message
+    assert "0.5 by its control group" in found["CPUs"].message
 
 
 def test_hosts_with_other_numerics_are_named() -> None:
@@ -54,16 +54,16 @@ def test_hosts_with_other_numerics_are_named() -> None:
     assert _numerics([("a", same), ("b", same)]).verdict == "good"
     finding = _numerics([("a", same), ("b", other)])
     assert finding.verdict == "bad"
-    assert "torch: 2.14 on a, 2.13 on b" in finding.told
+    assert "torch: 2.14 on a, 2.13 on b" in finding.message
 
 
 @pytest.mark.slow
-def test_under_a_launcher_it_looks_at_all_hosts_together(tmp_path: Path) -> None:
+def test_under_a_launcher_all_hosts_are_checked_together(tmp_path: Path) -> None:
     command = [*MANYHANDS, "run", "--workers", "2", MAIN, "doctor", "--json", "--run-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     found = {each["subject"]: each for each in json.loads(done.stdout)["findings"]}
     assert {"numerics", "clocks", "links"} <= set(found), done
-    assert "2 workers" in found["numerics"]["told"]
+    assert "2 workers" in found["numerics"]["message"]
 
 
 def run_of(folder: Path, *events: tuple[str, dict[str, object]]) -> RunDirectory:
@@ -74,78 +74,76 @@ def run_of(folder: Path, *events: tuple[str, dict[str, object]]) -> RunDirectory
     return run
 
 
-BEGAN = ("began", {"step": 0, "source": None, "repeats": 0, "workers": 2, "sharding": "zero2"})
+STARTED = ("started", {"step": 0, "source": None, "repeats": 0, "workers": 2, "sharding": "zero2"})
 FAILED = {"rank": 1, "what": "worker 1 was killed by SIGKILL", "where": "step 3 / update", "hint": "use fewer workers"}
 
 
 def test_a_run_that_failed_for_good(tmp_path: Path) -> None:
-    again = ("began", {"step": 2, "source": "snapshot", "repeats": 1, "workers": 2, "sharding": "zero2"})
+    again = ("started", {"step": 2, "source": "snapshot", "repeats": 1, "workers": 2, "sharding": "zero2"})
     run = run_of(
-        tmp_path / "run", BEGAN, ("failed", {**FAILED, "restart": 1}), again, ("failed", {**FAILED, "restart": None})
+        tmp_path / "run", STARTED, ("failed", {**FAILED, "restart": 1}), again, ("failed", {**FAILED, "restart": None})
     )
     run.log(1).write_text("one\nout of cheese\n")
-    story = run_history(run)
-    assert story.outcome == "failed"
-    assert "worker 1 was killed by SIGKILL" in story.told
-    texts = [text for _, text in story.lines]
+    history = run_history(run)
+    assert history.outcome == "failed"
+    assert "worker 1 was killed by SIGKILL" in history.summary
+    texts = [text for _, text in history.lines]
     assert "step 3 / update" in texts[1]
-    assert "started again (1)" in texts[1]
+    assert "restarted (1)" in texts[1]
     assert "from a snapshot in memory" in texts[2]
-    assert "1 steps made again" in texts[2]
-    assert story.tails == {"worker-1.log": "one\nout of cheese"}
-    assert "begins anew" in story.advice
+    assert "1 steps repeated" in texts[2]
+    assert history.tails == {"worker-1.log": "one\nout of cheese"}
+    assert "starts from the beginning" in history.advice
 
 
-@pytest.mark.parametrize(
-    ("age", "outcome"), [(0.0, "perhaps going on"), (600.0, "perhaps going on"), (3600.0, "killed")]
-)
-def test_a_run_without_a_last_word(tmp_path: Path, age: float, outcome: str) -> None:
-    run = run_of(tmp_path / "run", BEGAN)
+@pytest.mark.parametrize(("age", "outcome"), [(0.0, "perhaps running"), (600.0, "perhaps running"), (3600.0, "killed")])
+def test_a_run_that_recorded_no_end(tmp_path: Path, age: float, outcome: str) -> None:
+    run = run_of(tmp_path / "run", STARTED)
     os.utime(run.path / "events.jsonl", (time.time() - age,) * 2)
     assert run_history(run).outcome == outcome
 
 
-def test_a_run_whose_launcher_lives_is_going_on_however_long_it_says_nothing(tmp_path: Path) -> None:
-    run = run_of(tmp_path / "run", BEGAN)
+def test_a_run_whose_launcher_lives_is_running_however_long_it_records_nothing(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", STARTED)
     with run_lock(run.path):
         os.utime(run.path / "events.jsonl", (time.time() - 3600,) * 2)
-        story = run_history(run)
-        assert story.outcome == "going on"
-        assert "wait" in story.advice
-        assert "the same command" not in story.advice
+        history = run_history(run)
+        assert history.outcome == "running"
+        assert "wait" in history.advice
+        assert "the same command" not in history.advice
     os.utime(run.path / "events.jsonl")
     assert run_history(run).outcome == "killed"
-    (run.path / ".lock").write_text('["another host", 1]')  # whose locks may not be seen here
-    story = run_history(run)
-    assert story.outcome == "perhaps going on"
-    assert "wait" in story.advice
+    (run.path / ".lock").write_text('["another host", 1]')  # locks of another host may be invisible here
+    history = run_history(run)
+    assert history.outcome == "perhaps running"
+    assert "wait" in history.advice
 
 
-def test_checkpoints_are_looked_for_where_they_are(tmp_path: Path) -> None:
+def test_checkpoints_are_found_outside_of_the_run_directory(tmp_path: Path) -> None:
     run, elsewhere = RunDirectory(tmp_path / "run"), tmp_path / "elsewhere"
     mh.train(gpt_recipe(), steps=1, run_dir=run.path, checkpoint_dir=elsewhere, show=False)
     run.append_event("failed", **FAILED, restart=None)
-    assert "goes on from step 1" in run_history(run).advice
+    assert "continues from step 1" in run_history(run).advice
     run.write_manifest({}, {}, checkpoints="nosuchstore://bucket/folder")
-    assert "can't be seen from here" in run_history(run).advice
+    assert "can't be listed from here" in run_history(run).advice
 
 
 def test_a_run_that_ended(tmp_path: Path) -> None:
-    story = run_history(run_of(tmp_path / "run", BEGAN, ("ended", {"step": 5, "digest": "abc"})))
-    assert (story.outcome, story.advice) == ("ended", "nothing is to be done")
+    history = run_history(run_of(tmp_path / "run", STARTED, ("ended", {"step": 5, "digest": "abc"})))
+    assert (history.outcome, history.advice) == ("ended", "nothing to do")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    run = run_of(tmp_path / "run", BEGAN, ("failed", {**FAILED, "restart": None}))
+    run = run_of(tmp_path / "run", STARTED, ("failed", {**FAILED, "restart": None}))
     (run.checkpoints / "step-00000002").mkdir()
     assert f"remove {run.checkpoints / 'step-00000002'}" in run_history(run).advice
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:
-    run = run_of(tmp_path / "run", BEGAN, ("failed", {**FAILED, "restart": None}))
+    run = run_of(tmp_path / "run", STARTED, ("failed", {**FAILED, "restart": None}))
     done = subprocess.run(
         [*MANYHANDS, "doctor", str(run.path)], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 1
     assert "it failed after 0 steps: worker 1 was killed by SIGKILL" in done.stdout
-    assert "what to do: use fewer workers" not in done.stdout  # without a checkpoint it only begins anew
+    assert "what to do: use fewer workers" not in done.stdout  # without a checkpoint it only starts from the beginning

@@ -81,7 +81,7 @@ def test_text_is_read_again_only_when_the_source_changed(library: Path) -> None:
     assert not list(first.path.parent.glob("*.part"))
 
 
-def test_text_travels_to_a_reader_process_without_its_bytes(library: Path) -> None:
+def test_text_is_sent_to_a_loader_process_without_its_bytes(library: Path) -> None:
     data = dataset(library)
     packed = pickle.dumps(data)
     assert len(packed) < 1000
@@ -104,7 +104,7 @@ def test_text_may_be_cached_by_many_workers_at_once(library: Path, tmp_path: Pat
     assert [file.suffix for file in cache.iterdir()] == [".bytes"]
 
 
-def test_text_that_is_missing_short_or_has_no_place_is_a_data_error(library: Path, tmp_path: Path) -> None:
+def test_missing_short_or_uncacheable_text_is_a_data_error(library: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no Python source"):
         dataset(library / "site-packages" / "nothing")
     with pytest.raises(DataError, match="too short"):
@@ -174,7 +174,7 @@ def test_schedule_rises_falls_and_stays() -> None:
     assert rates[20:] == pytest.approx([0.2] * 5)
 
 
-def test_sample_is_the_same_again_and_leaves_no_trace() -> None:
+def test_sample_is_repeatable_and_changes_no_state() -> None:
     model = tiny(dropout=0.5)
     model.train()
     model.blocks[0].eval()
@@ -199,7 +199,7 @@ def test_library_files_leave_out_tests(library: Path) -> None:
         text.library_files(str(library.parent / "nowhere"))
 
 
-def test_what_is_prepared_is_trained_on_and_sampled_in_its_tokens(
+def test_prepared_tokens_are_trained_on_and_sampled(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(60):
@@ -230,7 +230,7 @@ def test_what_is_prepared_is_trained_on_and_sampled_in_its_tokens(
     assert said.startswith("def ")
 
 
-def test_recipe_names_what_there_is() -> None:
+def test_recipe_names_exist() -> None:
     recipe = tomllib.loads((EXAMPLE / "recipe.toml").read_text())
     prepare = tomllib.loads((EXAMPLE / "prepare.toml").read_text())
     assert hasattr(text, prepare["input"]["path"].partition(":")[2])

@@ -28,7 +28,7 @@ EXAMPLES = {  # what they need, and what is made smaller for a test
 # peft asks transformers for a property by the name that it had before transformers 5.24.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_trains_alike_with_one_worker_and_two(
+def test_an_example_has_the_same_digest_with_one_and_two_workers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package, overrides = EXAMPLES[name]

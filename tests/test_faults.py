@@ -1,6 +1,6 @@
-"""A worker that raises, is killed, stalls or is stopped, wherever it is: all end within seconds, with its name.
+"""When a worker raises, is killed, stalls or is stopped at any point, all end within seconds and name it.
 
-Real processes, started as a user starts them. See support/faulty.py for what goes wrong.
+Real processes, started as a user starts them. The faults are in support/faulty.py.
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ MANYHANDS = [sys.executable, "-m", "manyhands.cli.main"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WITHIN_SECONDS, STALL_SECONDS = 5.0, 2.0
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
-WHERE = {  # what is said of where worker 1 was
+WHERE = {  # the error's `where` for worker 1
     "forward": r"worker 1 \(pid \d+ on .*\), step 2, micro-batch \d / forward and backward",
-    "exchange": r"worker 1 \(pid \d+ on .*\), step 2, round \d / layers\.2 / grad",
+    "backward": r"worker 1 \(pid \d+ on .*\), step 2, round \d / layers\.2 / grad",
     "update": r"worker 1 \(pid \d+ on .*\), step 2 / update",
 }
 WHAT = {
     "raise": r"worker 1 failed: RuntimeError: out of cheese",
     "kill": r"worker 1 was killed by SIGKILL",
-    "stall": r"worker 1 has kept the others waiting for more than 2 s$",
-    "stop": r"worker 1 has kept the others waiting for more than 2 s \(its process is stopped",
+    "stall": r"worker 1 has stalled: its peers have waited for more than 2 s$",
+    "stop": r"worker 1 has stalled: its peers have waited for more than 2 s \(its process is stopped",
 }
 
 
-def training(folder: Path, group: str, restarts: str = "0", workers: str = "2", sharding: str = "zero2") -> list[str]:
+def training(
+    folder: Path, transport: str, restarts: str = "0", workers: str = "2", sharding: str = "zero2"
+) -> list[str]:
     recipe, run_dir = str(SUPPORT / "faulty.toml"), str(folder / "directory")
-    options = ["--workers", workers, "--transport", group, "--sharding", sharding, "--run-dir", run_dir]
+    options = ["--workers", workers, "--transport", transport, "--sharding", sharding, "--run-dir", run_dir]
     return [*MANYHANDS, "train", recipe, *options, "--max-restarts", restarts]
 
 
-def script(loop: str, group: str) -> list[str]:
-    return [str(SUPPORT / "faulty.py"), loop, group]
+def script(loop: str, transport: str) -> list[str]:
+    return [str(SUPPORT / "faulty.py"), loop, transport]
 
 
 @dataclass
 class Run:
-    """One run of a command, started when made. `folder` is its own: its name tells its processes from others."""
+    """One run of a command, started by the constructor. folder: of this run only; its name identifies its processes."""
 
     folder: Path
     command: list[str]
@@ -62,7 +64,7 @@ class Run:
         self.process = self.start(self.command)
 
     def start(self, command: list[str]) -> subprocess.Popen[bytes]:
-        """The run's command, or another launcher that takes part in it."""
+        """Start the run's command, or another launcher that takes part in it."""
         environment = {
             **os.environ,
             "FAULT": self.fault,
@@ -73,18 +75,18 @@ class Run:
             return subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
 
     def processes(self) -> list[int]:
-        """All that it started and that lives: they inherit its environment."""
+        """Return the pids of all running processes that it started: they inherit its environment."""
         mark, found = f"FAULT_TIME={self.folder}/".encode(), []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if mark in path.read_bytes():
                     found.append(int(path.parent.name))
             except OSError:
-                pass  # it ended meanwhile, or is another user's
+                pass  # it has ended, or belongs to another user
         return found
 
     def wait(self, seconds: float = 60.0) -> Run:
-        """Until all its processes are gone."""
+        """Wait until all its processes have ended."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None or self.processes():
             if time.monotonic() > deadline:
@@ -92,11 +94,11 @@ class Run:
                 for pid in left:
                     os.kill(pid, signal.SIGKILL)
                 self.process.wait()
-                pytest.fail(f"{self.fault}: {left} lived on.\n{self._read()}")
+                pytest.fail(f"{self.fault}: {left} were still running.\n{self._read()}")
             time.sleep(0.05)
-        noted = self.folder / "fault-time"
-        if noted.exists():
-            self.seconds = time.time() - float(noted.read_text())
+        fault_time = self.folder / "fault-time"
+        if fault_time.exists():
+            self.seconds = time.time() - float(fault_time.read_text())
         self.output = self._read()
         return self
 
@@ -104,82 +106,88 @@ class Run:
         return (self.folder / "output").read_text()
 
     def left_behind(self) -> list[str]:
-        """Temporary files, and names in shared memory."""
+        """Return the temporary files and names in shared memory that exist."""
         shared = [path.name for path in Path("/dev/shm").iterdir() if "manyhands" in path.name]
         temporary = [path.name for path in (self.folder / "temporary").iterdir()]
         return [name for name in temporary if not name.startswith("torchinductor_")] + shared  # torch's own cache
 
 
 @pytest.mark.parametrize(
-    ("group", "kind", "places"),
+    ("transport", "kind", "places"),
     [
         ("shared-memory", "kill", ("update",)),
         pytest.param("shared-memory", "stall", ("forward",), marks=pytest.mark.slow),
-        ("distributed", "kill", ("exchange",)),
-        pytest.param("shared-memory", "raise", ("forward", "exchange"), marks=pytest.mark.slow),  # update: see below
-        pytest.param("shared-memory", "kill", ("forward", "exchange"), marks=pytest.mark.slow),
-        pytest.param("shared-memory", "stall", ("exchange", "update"), marks=pytest.mark.slow),
-        pytest.param("shared-memory", "stop", ("forward", "exchange"), marks=pytest.mark.slow),
-        pytest.param("distributed", "raise", ("exchange",), marks=pytest.mark.slow),
+        ("distributed", "kill", ("backward",)),
+        pytest.param("shared-memory", "raise", ("forward", "backward"), marks=pytest.mark.slow),  # update: see below
+        pytest.param("shared-memory", "kill", ("forward", "backward"), marks=pytest.mark.slow),
+        pytest.param("shared-memory", "stall", ("backward", "update"), marks=pytest.mark.slow),
+        pytest.param("shared-memory", "stop", ("forward", "backward"), marks=pytest.mark.slow),
+        pytest.param("distributed", "raise", ("backward",), marks=pytest.mark.slow),
         pytest.param("distributed", "stall", ("update",), marks=pytest.mark.slow),
         pytest.param("distributed", "stop", ("update",), marks=pytest.mark.slow),
     ],
 )
-def test_all_end_and_the_culprit_is_named(tmp_path: Path, group: str, kind: str, places: tuple[str, ...]) -> None:
-    for place in places:  # one after the other, because what is asserted are seconds
-        check(Run(tmp_path / place, training(tmp_path / place, group), f"{kind} {place}").wait(), kind, place)
+def test_all_end_and_the_root_cause_is_named(
+    tmp_path: Path, transport: str, kind: str, places: tuple[str, ...]
+) -> None:
+    for place in places:  # one after the other, because the test measures seconds
+        check(Run(tmp_path / place, training(tmp_path / place, transport), f"{kind} {place}").wait(), kind, place)
 
 
 @pytest.mark.parametrize(
-    ("group", "kind"),
+    ("transport", "kind"),
     [
-        ("shared-memory", "stall"),  # worker 0 waits for a place in the ring of gradients, in autograd
+        ("shared-memory", "stall"),  # worker 0 waits for a free buffer of gradients, inside autograd
         *(
-            pytest.param(group, kind, marks=pytest.mark.slow)
-            for group, kind in (("shared-memory", "kill"), ("distributed", "kill"), ("distributed", "stall"))
+            pytest.param(transport, kind, marks=pytest.mark.slow)
+            for transport, kind in (("shared-memory", "kill"), ("distributed", "kill"), ("distributed", "stall"))
         ),
     ],
 )
-def test_so_it_is_in_a_backward_with_sharded_parameters(tmp_path: Path, group: str, kind: str) -> None:
-    check(Run(tmp_path / "run", training(tmp_path / "run", group, sharding="zero3"), f"{kind} exchange").wait(), kind)
+def test_all_end_during_a_backward_with_sharded_parameters(tmp_path: Path, transport: str, kind: str) -> None:
+    check(
+        Run(tmp_path / "run", training(tmp_path / "run", transport, sharding="zero3"), f"{kind} backward").wait(), kind
+    )
 
 
-def check(run: Run, kind: str, place: str = "exchange") -> None:
-    """That worker 1 is named with its place, and all has ended in time, leaving nothing."""
-    told = f"{place}\n{run.output}"
-    assert run.process.returncode == 1, told
-    assert run.seconds < WITHIN_SECONDS + (STALL_SECONDS if kind in ("stall", "stop") else 0), told
-    assert re.search("^" + WHAT[kind], run.output, re.MULTILINE), told
-    assert re.search(f"^  where: {WHERE[place]}", run.output, re.MULTILINE), told
-    assert run.left_behind() == [], told
-    assert "InvariantError" not in run.output, told
-    assert run.output.count("Traceback") == (kind == "raise"), told
+def check(run: Run, kind: str, place: str = "backward") -> None:
+    """Assert that worker 1 is named with its position, that all ended in time, and that nothing is left."""
+    message = f"{place}\n{run.output}"
+    assert run.process.returncode == 1, message
+    assert run.seconds < WITHIN_SECONDS + (STALL_SECONDS if kind in ("stall", "stop") else 0), message
+    assert re.search("^" + WHAT[kind], run.output, re.MULTILINE), message
+    assert re.search(f"^  where: {WHERE[place]}", run.output, re.MULTILINE), message
+    assert run.left_behind() == [], message
+    assert "InvariantError" not in run.output, message
+    assert run.output.count("Traceback") == (kind == "raise"), message
     if kind == "raise":
-        assert "in misbehave" in run.output, told
-        assert "/manyhands/engine/" not in run.output, told
-    if kind == "stall":  # its stack is shown: the main thread's only
-        assert "in oversleep" in run.output, told
-        assert "in _watch" not in run.output, told
+        assert "in misbehave" in run.output, message
+        assert "/manyhands/engine/" not in run.output, message
+    if kind == "stall":  # the stack of its main thread is printed, and no other
+        assert "in oversleep" in run.output, message
+        assert "in _watch" not in run.output, message
     if kind in ("stall", "stop"):
-        assert "; the others wait in step 2" in run.output, told
+        assert "; its peers wait in step 2" in run.output, message
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "expected"),
     [
-        ("stall forward 5 0", "worker 0 has been at one thing for more than 2 s"),
+        ("stall forward 5 0", "worker 0 has made no progress for more than 2 s"),
         pytest.param(
-            "stop forward 5 0", r"worker 0 has been .* 2 s \(its process is stopped.*", marks=pytest.mark.slow
+            "stop forward 5 0",
+            r"worker 0 has made no progress .* 2 s \(its process is stopped.*",
+            marks=pytest.mark.slow,
         ),
         pytest.param("kill forward 5 0", "worker 0 was killed by SIGKILL", marks=pytest.mark.slow),
     ],
 )
-def test_a_worker_without_peers_is_watched_by_its_parent(tmp_path: Path, fault: str, told: str) -> None:
-    group = "distributed" if "stall" in fault else "auto"  # a group of one, or none
-    run = Run(tmp_path / "run", training(tmp_path / "run", group, workers="1"), fault).wait()
+def test_a_worker_without_peers_is_watched_by_its_launcher(tmp_path: Path, fault: str, expected: str) -> None:
+    transport = "distributed" if "stall" in fault else "auto"  # a distributed group of one, or a local one
+    run = Run(tmp_path / "run", training(tmp_path / "run", transport, workers="1"), fault).wait()
     assert run.process.returncode == 1, run.output
     assert run.seconds < WITHIN_SECONDS + 5, run.output
-    assert re.search(f"^{told}$", run.output, re.MULTILINE), run.output
+    assert re.search(f"^{expected}$", run.output, re.MULTILINE), run.output
     where = r"^  where: worker 0( \(pid \d+\))?, step 1, micro-batch 0 / forward and backward"
     assert re.search(where, run.output, re.MULTILINE), run.output
     assert ("in oversleep" in run.output) == ("stall" in fault), run.output
@@ -187,31 +195,31 @@ def test_a_worker_without_peers_is_watched_by_its_parent(tmp_path: Path, fault: 
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_stopped_before_the_others_have_met_it_is_named(tmp_path: Path) -> None:
+def test_a_worker_that_is_stopped_before_it_has_joined_is_named(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", training(tmp_path / "run", "auto"), "stop start 0 1").wait()
     assert run.seconds < WITHIN_SECONDS + 5, run.output
     assert "worker 1's process has been stopped for 5 s" in run.output
 
 
 @pytest.mark.slow
-def test_under_plain_torchrun(tmp_path: Path) -> None:
+def test_failures_under_plain_torchrun(tmp_path: Path) -> None:
     def run(kind: str, place: str, loop: str) -> Run:
         return Run(tmp_path / kind, [*TORCHRUN, *script(loop, "auto")], f"{kind} {place}").wait()
 
     with ThreadPoolExecutor(2) as pool:
-        raised, killed = pool.map(run, ("raise", "kill"), ("exchange", "update"), ("train", "loop"))
-    for run_, place, noticed in (
-        (raised, "exchange", "worker 1 raised RuntimeError: out of cheese"),
-        (killed, "update", "worker 1 ended without a word (killed?)"),
+        raised, killed = pool.map(run, ("raise", "kill"), ("backward", "update"), ("train", "loop"))
+    for run_, place, reported in (
+        (raised, "backward", "worker 1 raised RuntimeError: out of cheese"),
+        (killed, "update", "worker 1 exited without an error report (killed?)"),
     ):
         assert run_.process.returncode == 1, run_.output
         assert run_.seconds < WITHIN_SECONDS, run_.output
-        assert noticed in run_.output  # said by worker 0
+        assert reported in run_.output  # reported by worker 0
         assert re.search(WHERE[place], run_.output), run_.output
         assert re.search(r"rank +: 1 ", run_.output.rpartition("Root Cause")[2]), run_.output
 
 
-def test_an_uncaught_error_of_a_script_is_told_once(tmp_path: Path) -> None:
+def test_an_uncaught_error_of_a_script_is_printed_once(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", [*MANYHANDS, "run", "--workers", "2", *script("loop", "auto")], "raise update").wait()
     assert run.process.returncode == 1
     assert run.seconds < WITHIN_SECONDS
@@ -223,13 +231,13 @@ def test_an_uncaught_error_of_a_script_is_told_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", ["manyhands", "torchrun"])
 def test_workers_end_with_a_killed_launcher(tmp_path: Path, launcher: str) -> None:
     command = training(tmp_path / "run", "auto") if launcher == "manyhands" else [*TORCHRUN, *script("loop", "auto")]
-    run = Run(tmp_path / "run", [*command], "stall exchange")
-    while not (tmp_path / "run" / "fault-time").exists():  # it's training
+    run = Run(tmp_path / "run", [*command], "stall backward")
+    while not (tmp_path / "run" / "fault-time").exists():  # it has reached the fault
         assert run.process.poll() is None, run.wait().output
         time.sleep(0.05)
     assert len(run.processes()) >= 3
-    began = time.monotonic()
+    started = time.monotonic()
     run.process.kill()
     run.wait()
-    assert time.monotonic() - began < WITHIN_SECONDS
+    assert time.monotonic() - started < WITHIN_SECONDS
     assert launcher != "manyhands" or run.left_behind() == []

@@ -1,4 +1,4 @@
-"""What the engine allocates is what the formula says: counted in malloc, after every operation of torch."""
+"""The engine allocates what the formula predicts, as counted in malloc after every operation of torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 
 
 class Stack(nn.Module):
-    """Blocks of one matrix product each, and two more parameters that belong to none."""
+    """Blocks of one matrix product each, and two parameters outside of the blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,13 +72,13 @@ if hasattr(_libc, "mallinfo2"):
 
 
 def allocated() -> int:
-    """The bytes that malloc has given out in this process."""
+    """The bytes that malloc has allocated in this process."""
     info = _libc.mallinfo2()
     return int(info.uordblks + info.hblkhd)
 
 
 class Peak(TorchDispatchMode):
-    """The most that is allocated after any operation of this thread."""
+    """The largest allocation after any operation of this thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Peak(TorchDispatchMode):
 
 
 def peak_bytes(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> int:
-    """The most that all workers together have in their steps, beyond what was there before they made their engines."""
+    """The peak of all workers together in their steps, minus what was allocated before they created engines."""
     before = allocated()
 
     def work(group: Group | None) -> int:
@@ -110,7 +110,7 @@ def peak_bytes(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> in
 
 
 def activation_bytes(recipe: mh.Recipe) -> int:
-    """Of forward and backward alone: activations, and a gradient until it's taken."""
+    """The peak of forward and backward alone: activations, and a gradient until it is collected."""
     model = Stack().to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     for param in model.parameters():
         param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
@@ -124,14 +124,14 @@ def activation_bytes(recipe: mh.Recipe) -> int:
 
 
 def foreseen(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> float:
-    """What the formula says of all workers, from a model without memory."""
+    """The formula's prediction for all workers, from a model on the meta device."""
     with torch.device("meta"):
         sizes = sizes_of(Stack(), recipe, strategy, workers)
     return footprint(sizes, BATCH, strategy, workers, clips=recipe.clip_norm is not None).peak * workers
 
 
 def check(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> None:
-    """That the two agree. One more copy of the model in bf16 among all workers takes twice as much as is left free."""
+    """Check that both agree. Another copy of the model in bf16, shared by all workers, would be two tolerances."""
     expected, activations = foreseen(recipe, strategy, workers), activation_bytes(recipe) * workers
     found = peak_bytes(recipe, strategy, workers)
     assert 0.93 * expected < found < expected + activations + NUMEL, f"{found / expected:.3f} of what was foreseen"
@@ -139,13 +139,13 @@ def check(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """By now torch has loaded what it loads with the first product and the first step."""
+    """Make torch load what it loads at the first product and the first step."""
     for precision in ("fp32", "bf16"):
         peak_bytes(recipe_of(precision), strategy_of("zero3", "disk", tmp_path_factory.mktemp("first")))
 
 
 def strategy_of(sharding: str, offload: str, scratch: Path, group: str = "auto") -> mh.Strategy:
-    """With every block a unit."""
+    """A strategy in which every block is a unit."""
     return mh.Strategy(sharding=sharding, offload=offload, scratch=str(scratch), units=UNITS, transport=group)
 
 
@@ -160,24 +160,24 @@ def strategy_of(sharding: str, offload: str, scratch: Path, group: str = "auto")
 )
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow), 4])
-def test_what_is_allocated_was_foreseen(
+def test_allocations_match_the_formula(
     workers: int, sharding: str, precision: str, offload: str, tmp_path: Path
 ) -> None:
     check(recipe_of(precision), strategy_of(sharding, offload, tmp_path), workers)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_so_it_is_over_torch_distributed(sharding: str, tmp_path: Path) -> None:
+def test_allocations_match_the_formula_over_torch_distributed(sharding: str, tmp_path: Path) -> None:
     check(recipe_of("bf16"), strategy_of(sharding, "none", tmp_path, "distributed"))
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "zero2"])
-def test_so_it_is_when_gradients_are_clipped(sharding: str, tmp_path: Path) -> None:
+def test_allocations_match_the_formula_with_clipping(sharding: str, tmp_path: Path) -> None:
     check(recipe_of("bf16", clip_norm=1.0), strategy_of(sharding, "none", tmp_path), 2)
 
 
 @pytest.mark.parametrize("sharding", ["zero2", "zero3"])
-def test_so_it_is_when_gradients_leave_after_backward(sharding: str, tmp_path: Path) -> None:
+def test_allocations_match_the_formula_without_overlap(sharding: str, tmp_path: Path) -> None:
     strategy = replace(strategy_of(sharding, "none", tmp_path), overlap=False)
     check(recipe_of("fp32"), strategy)
     assert foreseen(recipe_of("fp32"), strategy) > 1.1 * foreseen(recipe_of("fp32"), replace(strategy, overlap=True))

@@ -33,7 +33,7 @@ def placed(sharding: str, offload: str, scratch: Path, **options: object) -> mh.
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_stages_give_the_same_bits_twice(precision: str, tmp_path: Path) -> None:
+def test_shardings_give_the_same_bits_twice(precision: str, tmp_path: Path) -> None:
     recipe = gpt_recipe(precision, device="cuda")
     digests = {digest(recipe, placed(sharding, "none", tmp_path)) for sharding in SHARDINGS for _ in range(2)}
     assert len(digests) == 1
@@ -53,7 +53,7 @@ def test_the_update_on_the_cpu_has_the_same_bits_whatever_is_offloaded(
     assert len(digests) == 1
 
 
-def test_offloaded_parameters_are_gathered_from_pinned_memory(tmp_path: Path) -> None:
+def test_offloaded_parameters_are_unsharded_from_pinned_memory(tmp_path: Path) -> None:
     recipe = gpt_recipe("bf16", device="cuda")
     strategy = placed("zero3", "cpu", tmp_path, activation_checkpointing=("blocks.*",))
     with mh.Engine(recipe, strategy) as engine:
@@ -61,12 +61,12 @@ def test_offloaded_parameters_are_gathered_from_pinned_memory(tmp_path: Path) ->
             engine.step(batch)
         for unit in engine.units:
             assert isinstance(unit.params, OnDemandParams)
-            assert unit.params.kept(unit.shard).is_pinned()
+            assert unit.params.stored(unit.shard).is_pinned()
             assert not unit.master.is_cuda
         assert engine.digest() == digest(recipe, placed("ddp", "cpu", tmp_path))
 
 
-def test_a_run_goes_on_at_another_home_only_if_the_update_stays_where_it_is(tmp_path: Path) -> None:
+def test_a_run_resumes_under_another_offload_only_if_the_update_device_stays(tmp_path: Path) -> None:
     recipe = gpt_recipe("bf16", device="cuda")
     for offload in ("cpu", "none"):
         train_with_engine(recipe, placed("zero2", offload, tmp_path), steps=2, save=tmp_path / offload)

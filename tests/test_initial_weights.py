@@ -205,7 +205,7 @@ def test_a_run_that_goes_on_reads_only_what_checkpoints_lack(halves: Path, tmp_p
     def read_bytes(group: Any) -> int:
         with mh.Engine(replace(everything("fp32"), weights=halves), group=group, resumes=True) as engine:
             for use in (lambda: engine.step(next(engine.batches())), lambda: engine.save(tmp_path)):
-                with pytest.raises(mh.InvariantError, match="made to load a checkpoint first"):
+                with pytest.raises(mh.InvariantError, match="created with resumes=True, but no checkpoint was loaded"):
                     use()
             return engine.weights_read_bytes
 
@@ -383,12 +383,12 @@ def rewritten(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "cut": (cut, "two.safetensors", "does not lie in it"),
+    "cut": (cut, "two.safetensors", "is outside of the file"),
     "longer": (longer, "one.safetensors", "something was added"),
     "foreign": (
         lambda f: (f / "two.safetensors").write_bytes(b"PK\3\4 and so on"),
         "two.safetensors",
-        "cut short",
+        "truncated",
     ),
     "not there": (lambda f: (f / "two.safetensors").unlink(), "two.safetensors", "No such file"),
     "doubled": (doubled_header, "two.safetensors", "'x' is in it twice"),

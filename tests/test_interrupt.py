@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the run ends after its step, with a checkpoint, and goes on from it to the same bits."""
+"""Ctrl-C and SIGTERM: the run ends after its step with a checkpoint, and resumes from it to the same bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def command(run_dir: Path, *options: str) -> list[str]:
 
 
 def stopped(run_dir: Path, number: signal.Signals, *, when: Path) -> subprocess.CompletedProcess[str]:
-    """The command, in a process group of its own that gets the signal once `when` is there, as from a terminal."""
+    """Run the command in its own process group; once the file `when` exists, send a signal, as a terminal does."""
     process = subprocess.Popen(
         command(run_dir, "--workers", "2"),
         stdout=subprocess.PIPE,
@@ -37,23 +37,23 @@ def stopped(run_dir: Path, number: signal.Signals, *, when: Path) -> subprocess.
     while not when.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    began = time.monotonic()
+    started = time.monotonic()
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - started < 10
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_stopped_run_says_how_to_go_on_and_does(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_run_prints_how_to_resume_and_resumes(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / number.name
     ended = stopped(folder, number, when=folder / "metrics.jsonl")
     assert ended.returncode == 130
     assert ended.stdout == ""
-    found = re.search(rf"^stopped after step (\d+), as asked \({number.name}\)$", ended.stderr, re.MULTILINE)
+    found = re.search(rf"^stopped after step (\d+), as requested \({number.name}\)$", ended.stderr, re.MULTILINE)
     assert found, ended.stderr
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{int(found[1]):08d}"
@@ -72,20 +72,22 @@ def test_a_stopped_run_says_how_to_go_on_and_does(tmp_path: Path, number: signal
         timeout=60,
     )
     assert again.returncode == 0, again.stderr
-    assert "going on from step " in again.stderr
+    assert "resuming from step " in again.stderr
     summary = json.loads(again.stdout.splitlines()[-1])
     assert (summary["digest"], summary["steps"]) == (undisturbed, STEPS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_run_stopped_while_starting_says_that_there_is_no_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_run_stopped_during_start_up_reports_that_there_is_no_checkpoint(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     run_dir = tmp_path / "run"
-    # Worker 1's log is opened when it begins, a second before the first step.
+    # Worker 1's log is created when its process starts, a second before the first step.
     ended = stopped(run_dir, number, when=run_dir / "logs" / "worker-1.log")
     assert ended.returncode == 130
     assert ended.stdout == ""
     assert re.fullmatch(
-        rf"the run was asked to stop \({number.name}\), and its workers ended\n"
+        rf"the run was stopped by {number.name}; its workers exited\n"
         r"  where: there is no checkpoint: no step was finished\n",
         ended.stderr,
     ), ended.stderr

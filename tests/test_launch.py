@@ -1,6 +1,6 @@
-"""Workers as real processes: what they're given, how they fail, how they're stopped, and that nothing is left.
+"""Workers as real processes: their environment, failures and stops; and that no process or file is left.
 
-The workers' scripts import no torch, so that a worker starts in some 30 ms.
+The workers' scripts import no torch, so that a worker starts in about 30 ms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from manyhands.errors import ConfigError, Interrupted, Position, WorkerError
 from manyhands.launching.failures import explain_failure
 from manyhands.launching.function import launch
 from manyhands.launching.launcher import run_workers
-from manyhands.launching.supervision import Stop, started_workers
+from manyhands.launching.supervision import StopRequest, started_workers
 from manyhands.members.processes import process_start
 from manyhands.members.reports import Failure, StatusFile, WorkerEnd, read_failure, read_status, write_failure
 from support.processes import started
@@ -46,11 +46,11 @@ except ManyhandsError as error:
     print(type(error).__name__, error)
 """
 HANDLES_SIGNALS = """
-asked = []
+received = []
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: asked.append(number))
+    signal.signal(number, lambda number, frame: received.append(number))
 (here / f"ready-{rank}").touch()
-while not asked:
+while not received:
     time.sleep(0.01)
 """
 
@@ -59,7 +59,7 @@ Script = Callable[[str], list[str]]
 
 @pytest.fixture
 def script(tmp_path: Path) -> Script:
-    """Makes a worker's command from the body of its script."""
+    """Return a function that creates a worker's command from the body of its script."""
 
     def make(body: str) -> list[str]:
         path = tmp_path / "worker.py"
@@ -70,8 +70,8 @@ def script(tmp_path: Path) -> Script:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a test does: no temporary file, no process, no signal handler, no variable is left behind."""
+def _leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test may leave a temporary file, a process, a signal handler or a variable behind."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -82,11 +82,11 @@ def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert "TORCHELASTIC_SIGNALS_TO_HANDLE" not in os.environ
     assert list(temporary.iterdir()) == []
-    assert children() <= before  # an earlier test's library may keep a helper process
+    assert children() <= before  # a library of an earlier test may still have a helper process
 
 
 def children() -> set[int]:
-    """This process's, zombies included."""
+    """Return the pids of this process's children, including zombies."""
     return children_of(os.getpid())
 
 
@@ -111,7 +111,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
-def test_workers_get_their_numbers_and_run_as_a_plain_script_would(
+def test_workers_get_their_ranks_and_run_as_plain_scripts(
     script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -144,23 +144,23 @@ def test_exit_code_names_the_worker_and_shows_its_log(
     script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = script("""
-print("my last words", flush=True)
+print("my last line", flush=True)
 if rank == 1:
-    wait_for("said")
+    wait_for("printed")
     sys.exit(3)
-(here / "said").touch()
+(here / "printed").touch()
 time.sleep(60)
 """)
     log = tmp_path / "worker-1.log"
-    log.write_text("of an earlier run\n")
-    with pytest.raises(WorkerError, match="worker 1 ended with exit code 3") as caught:
+    log.write_text("line of an earlier run\n")
+    with pytest.raises(WorkerError, match="worker 1 exited with code 3") as caught:
         run_workers(command, workers=2, log_dir=tmp_path)
     assert caught.value.rank == 1
-    assert caught.value.detail == "the last lines of worker 1:\nmy last words"
-    assert capfd.readouterr() == ("my last words\n", "")
+    assert caught.value.detail == "the last lines of worker 1:\nmy last line"
+    assert capfd.readouterr() == ("my last line\n", "")
 
 
-def test_killed_worker_is_named_with_what_its_peer_noticed(
+def test_killed_worker_is_named_with_its_peers_report(
     script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = script("""
@@ -182,8 +182,8 @@ sys.exit(1)
     assert capfd.readouterr() == ("", "")
 
 
-def test_command_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="isn't there"):
+def test_command_that_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match="was not found"):
         run_workers(["/nowhere/python"], workers=2)
 
 
@@ -193,24 +193,24 @@ def test_signal_to_the_parent_lets_workers_finish(script: Script, tmp_path: Path
     command = script(
         f"""
 {HANDLES_SIGNALS}
-(here / f"asked-{{rank}}").write_text(str(asked))
+(here / f"received-{{rank}}").write_text(str(received))
 if rank == 0:
-    time.sleep(0.5)  # the other one's exit must not hurry this one
+    time.sleep(0.5)  # the other worker's exit must not shorten this one's time
 (here / f"saved-{{rank}}").touch()
 sys.exit({code})
 """.replace(
-            "while not asked",
+            "while not received",
             f"""
 if rank == 0:
     wait_for("ready-1")
     os.kill(os.getppid(), {number})
-while not asked""",
+while not received""",
         )
     )
     with pytest.raises(Interrupted, match=signal.Signals(number).name):
         run_workers(command, workers=2)
     for rank in range(2):
-        assert (tmp_path / f"asked-{rank}").read_text() == f"[{int(number)}]"  # once
+        assert (tmp_path / f"received-{rank}").read_text() == f"[{int(number)}]"  # once
     assert (tmp_path / "saved-0").exists()
     assert (tmp_path / "saved-1").exists()
 
@@ -226,13 +226,13 @@ if rank == 0:
     os.kill(os.getppid(), signal.SIGINT)
 time.sleep(60)
 """)
-    began = time.monotonic()
+    started_at = time.monotonic()
     with pytest.raises(Interrupted, match="killed at the second Ctrl-C"):
         run_workers(command, workers=2)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - started_at < 10
 
 
-def test_workers_that_ignore_the_signal_are_killed_after_the_grace(script: Script) -> None:
+def test_workers_that_ignore_the_signal_are_killed_after_the_grace_time(script: Script) -> None:
     command = script("""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (here / f"ready-{rank}").touch()
@@ -241,7 +241,7 @@ if rank == 0:
     os.kill(os.getppid(), signal.SIGTERM)
 time.sleep(60)
 """)
-    with pytest.raises(Interrupted, match="had not ended after 1 s"):
+    with pytest.raises(Interrupted, match="had not exited after 1 s"):
         run_workers(command, workers=2, grace_seconds=1)
 
 
@@ -255,15 +255,15 @@ def drive(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def test_interrupt_of_the_group_and_no_noise(script: Script, tmp_path: Path) -> None:
+def test_interrupt_of_the_process_group_prints_one_line(script: Script, tmp_path: Path) -> None:
     driver = drive(script(HANDLES_SIGNALS))
     assert wait_until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-1").exists(), 60)
     os.killpg(driver.pid, signal.SIGINT)
     out, err = driver.communicate(timeout=30)
-    assert (out, err) == ("Interrupted the run was asked to stop (SIGINT), and its workers ended\n", "")
+    assert (out, err) == ("Interrupted the run was stopped by SIGINT; its workers exited\n", "")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel must do it")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="requires prctl")
 def test_workers_end_with_a_killed_parent(script: Script, tmp_path: Path) -> None:
     driver = drive(
         script(
@@ -280,7 +280,7 @@ def test_workers_end_with_a_killed_parent(script: Script, tmp_path: Path) -> Non
     assert wait_until(lambda: not list((tmp_path / "temporary").iterdir()), 5)
 
 
-def test_what_a_job_whose_processes_were_all_killed_has_left_is_cleared_away_by_the_next(
+def test_files_of_a_job_whose_processes_were_all_killed_are_deleted_by_the_next_launcher(
     script: Script, tmp_path: Path
 ) -> None:
     driver = drive(script('(here / f"ready-{rank}").touch(); time.sleep(60)'))
@@ -304,18 +304,18 @@ def test_what_a_job_whose_processes_were_all_killed_has_left_is_cleared_away_by_
         folder.rmdir()
 
 
-def test_a_process_that_has_got_an_ended_workers_number_is_none(tmp_path: Path) -> None:
+def test_a_process_with_the_pid_of_an_ended_worker_is_no_worker(tmp_path: Path) -> None:
     with started(["sleep", "60"], start_new_session=True) as other:
         start = process_start(other.pid)
         (tmp_path / f"started-0-{other.pid}-{start}").touch()
         assert started_workers(tmp_path) == {0: other.pid}
         (tmp_path / f"started-0-{other.pid}-{start}").rename(tmp_path / f"started-0-{other.pid}-{int(start) - 1}")
         assert started_workers(tmp_path) == {}
-        Stop(tmp_path, 1, 1.0).kill_rest()
+        StopRequest(tmp_path, 1, 1.0).kill_rest()
         assert other.poll() is None
 
 
-def test_launch_gives_results_in_rank_order() -> None:
+def test_launch_returns_results_in_rank_order() -> None:
     offset = 10
 
     def work(factor: int, *, plus: int) -> tuple[int, str]:
@@ -325,7 +325,7 @@ def test_launch_gives_results_in_rank_order() -> None:
     assert launch(work, 100, workers=3, plus=1) == [(11, "3"), (111, "3"), (211, "3")]
 
 
-def test_launch_raises_what_a_worker_raised(capfd: pytest.CaptureFixture[str]) -> None:
+def test_launch_raises_the_error_of_a_worker(capfd: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         if os.environ["RANK"] == "1":
             raise ValueError("no such thing")
@@ -338,9 +338,9 @@ def test_launch_raises_what_a_worker_raised(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr() == ("", "")
 
 
-def test_launch_refuses_what_cannot_travel() -> None:
+def test_launch_refuses_a_function_that_cannot_be_pickled() -> None:
     lock = threading.Lock()
-    with pytest.raises(ConfigError, match="can't be sent"):
+    with pytest.raises(ConfigError, match="cannot be sent"):
         launch(lambda: lock, workers=2)
 
 
@@ -348,7 +348,7 @@ def end(rank: int, exit_code: int, *, own: bool = False, notices: int | None = N
     failure = None
     if own or notices is not None:
         failure = Failure(
-            rank=rank, pid=1, kind="K", message=f"said by {rank}", traceback="", root_cause=notices, notice=not own
+            rank=rank, pid=1, kind="K", message=f"message of {rank}", traceback="", root_cause=notices, notice=not own
         )
     return WorkerEnd(rank=rank, exit_code=exit_code, seconds=seconds, failure=failure)
 
@@ -359,35 +359,37 @@ def end(rank: int, exit_code: int, *, own: bool = False, notices: int | None = N
         ([end(0, 1, notices=1), end(1, 1, own=True)], 1),
         ([end(0, 1, notices=1), end(1, -signal.SIGSEGV)], 1),
         ([end(0, 1, notices=1), end(1, 1)], 1),
-        ([end(0, 1, notices=1), end(1, -signal.SIGTERM)], 1),  # it stalled
-        ([end(0, 1, own=True), end(1, -signal.SIGKILL)], 1),  # 0 took the broken connection for its own fault
+        ([end(0, 1, notices=1), end(1, -signal.SIGTERM)], 1),  # 1 stalled
+        ([end(0, 1, own=True), end(1, -signal.SIGKILL)], 1),  # 0 reported the broken connection as its own error
         ([end(0, 1, own=True), end(1, -signal.SIGKILL, seconds=30.0)], 0),  # the launcher killed 1
-        ([end(0, 1, own=True), end(1, -signal.SIGABRT)], 0),  # 1 aborted on its way out
+        ([end(0, 1, own=True), end(1, -signal.SIGABRT)], 0),  # 1 aborted while it exited
         ([end(0, -signal.SIGTERM), end(1, 2)], 1),
     ],
 )
-def test_the_culprit(ends: list[WorkerEnd], root_cause: int) -> None:
+def test_the_root_cause(ends: list[WorkerEnd], root_cause: int) -> None:
     error = explain_failure(ends)
     assert isinstance(error, WorkerError)
     assert error.rank == root_cause
 
 
-def test_a_stalled_worker_is_described_by_the_one_that_noticed() -> None:
-    assert explain_failure([end(0, 1, notices=1), end(1, -signal.SIGTERM)]).what == "said by 0"
+def test_a_stalled_worker_is_described_by_its_peers_report() -> None:
+    assert explain_failure([end(0, 1, notices=1), end(1, -signal.SIGTERM)]).what == "message of 0"
 
 
-def test_the_place_of_the_culprit_is_known_whoever_told_it(tmp_path: Path) -> None:
-    place, path = Position("step 3, micro-batch 1 / data", 3, 1), tmp_path / "status"
+def test_the_position_of_the_root_cause_is_known_from_any_report(tmp_path: Path) -> None:
+    position, path = Position("step 3, micro-batch 1 / data", 3, 1), tmp_path / "status"
 
-    def told(error: Exception, where: str | None = None) -> Failure | None:
-        account = Failure.of(error, rank=0, pid=1, where=where, position=place if where else Position())
-        write_failure(tmp_path / "account", account)
-        return read_failure(tmp_path / "account", 0)
+    def written_and_read(error: Exception, where: str | None = None) -> Failure | None:
+        failure = Failure.from_error(error, rank=0, pid=1, where=where, position=position if where else Position())
+        write_failure(tmp_path / "error", failure)
+        return read_failure(tmp_path / "error", 0)
 
-    lost = WorkerError("worker 1 ended without a word", rank=1, where="worker 1, step 3", position=place)
-    own, notice, alone = told(ValueError("no"), "worker 0, step 3"), told(lost), told(ValueError("no"))
+    lost = WorkerError("worker 1 exited without an error report", rank=1, where="worker 1, step 3", position=position)
+    own = written_and_read(ValueError("no"), "worker 0, step 3")
+    notice = written_and_read(lost)
+    alone = written_and_read(ValueError("no"))
     status = StatusFile(str(path), 30.0)
-    status.enter(place)
+    status.record_position(position)
     read = read_status(path)
     assert read is not None
     for ends, raised in (
@@ -398,12 +400,12 @@ def test_the_place_of_the_culprit_is_known_whoever_told_it(tmp_path: Path) -> No
     ):
         error = explain_failure(ends)
         assert isinstance(error, WorkerError)
-        assert (error.position, error.raised) == (place, raised)
+        assert (error.position, error.raised) == (position, raised)
     status.close()
     closed = read_status(path)
     assert closed is not None
     assert closed.position == Position()
 
 
-def test_workers_that_stopped_when_asked_are_no_failure() -> None:
+def test_workers_that_stopped_on_request_are_no_failure() -> None:
     assert isinstance(explain_failure([end(0, 130), end(1, 0)]), Interrupted)

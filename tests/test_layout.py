@@ -1,4 +1,4 @@
-"""The arithmetic of shards: nothing lost, nothing twice, and the same blocks in every layout."""
+"""Shard arithmetic: every element once, and the same blocks in every layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhands.layout import BLOCK, Layout, Range, build_layout, shared_evenly
+from manyhands.layout import BLOCK, Layout, Range, build_layout, divide_evenly
 
 numels = st.lists(st.integers(1, 5000), min_size=1, max_size=12)
 
@@ -24,7 +24,7 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 
 @given(layouts())
-def test_shards_cover_every_element_once_in_whole_blocks(layout: Layout) -> None:
+def test_shards_cover_every_element_once_in_complete_blocks(layout: Layout) -> None:
     for unit in layout.units:
         covered: dict[str, list[int]] = {slot.name: [] for slot in unit.slots}
         for rank in range(layout.workers):
@@ -33,7 +33,7 @@ def test_shards_cover_every_element_once_in_whole_blocks(layout: Layout) -> None
             assert shard.numel % BLOCK == 0
             assert shard.numel <= unit.shard_numel
             for piece in unit.pieces(shard):
-                assert piece.in_param.start % BLOCK == 0  # so vector lanes fall alike in every shard
+                assert piece.in_param.start % BLOCK == 0  # so vector lanes are the same in every shard
                 assert piece.in_unit.numel == piece.in_param.numel
                 covered[piece.slot.name].extend(piece.in_param)
         for slot in unit.slots:
@@ -44,7 +44,7 @@ def test_shards_cover_every_element_once_in_whole_blocks(layout: Layout) -> None
 
 
 @given(layouts())
-def test_blocks_are_numbered_alike_whatever_the_workers_and_units(layout: Layout) -> None:
+def test_block_numbers_depend_on_neither_workers_nor_units(layout: Layout) -> None:
     numbers = sorted(number for rank in range(layout.workers) for number in layout.block_numbers(rank))
     assert numbers == list(range(layout.num_blocks))
     slots = {slot.name: slot for unit in layout.units for slot in unit.slots}
@@ -65,7 +65,7 @@ def owned_layouts(draw: st.DrawFn) -> Layout:
 
 
 @given(owned_layouts())
-def test_every_element_has_one_owner_and_uncut_parameters_lie_in_one_shard(layout: Layout) -> None:
+def test_every_element_has_one_owner_and_unsplittable_parameters_lie_in_one_shard(layout: Layout) -> None:
     for unit in layout.units:
         owners: dict[str, list[int]] = {slot.name: [] for slot in unit.slots}
         numel = 0
@@ -87,7 +87,7 @@ def test_every_element_has_one_owner_and_uncut_parameters_lie_in_one_shard(layou
 
 
 @given(owned_layouts())
-def test_owners_change_no_block_number(layout: Layout) -> None:
+def test_owners_do_not_change_block_numbers(layout: Layout) -> None:
     slots = sorted((slot for unit in layout.units for slot in unit.slots), key=lambda slot: slot.first_block)
     alone = build_layout([(slot.name, slot.numel) for slot in slots], [("all", [slot.name for slot in slots])], 1)
     assert [slot.first_block for slot in alone.units[0].slots] == [slot.first_block for slot in slots]
@@ -95,15 +95,15 @@ def test_owners_change_no_block_number(layout: Layout) -> None:
 
 @given(st.lists(st.integers(0, 1000), max_size=20), st.integers(1, 8))
 def test_shares_hold_everything_once_and_the_heaviest_is_not_far_from_the_mean(sizes: list[int], shares: int) -> None:
-    found = shared_evenly(sizes, shares)
+    found = divide_evenly(sizes, shares)
     assert sorted(index for share in found for index in share) == list(range(len(sizes)))
     loads = [sum(sizes[index] for index in share) for share in found]
     assert loads == sorted(loads, reverse=True)
     assert loads[0] * shares <= sum(sizes) + (shares - 1) * max(sizes, default=0)
-    assert found == shared_evenly(sizes, shares)
+    assert found == divide_evenly(sizes, shares)
 
 
-def test_loads_are_carried_on_from_unit_to_unit() -> None:
+def test_loads_are_balanced_across_units() -> None:
     params = [(f"{unit}{index}", size * BLOCK) for unit in "abcd" for index, size in enumerate((3, 1))]
     units = [(unit, [f"{unit}0", f"{unit}1"]) for unit in "abcd"]
     layout = build_layout(params, units, 2, "abcd")
@@ -122,7 +122,7 @@ def test_block_numbers_follow_the_shards_elements(layout: Layout, rank: int) -> 
 
 
 @given(st.tuples(st.integers(0, 50), st.integers(0, 50)), st.tuples(st.integers(0, 50), st.integers(0, 50)))
-def test_overlap_is_what_both_have(one: tuple[int, int], other: tuple[int, int]) -> None:
+def test_overlap_has_the_elements_of_both_ranges(one: tuple[int, int], other: tuple[int, int]) -> None:
     first, second = Range(min(one), max(one)), Range(min(other), max(other))
     common = first.overlap(second)
     assert set(range(*common)) == set(range(*first)) & set(range(*second))

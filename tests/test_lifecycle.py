@@ -1,4 +1,4 @@
-"""A unit's life: what the table allows happens, everything else raises with the unit's story."""
+"""A unit's states: transitions of the table are applied, all others raise with the unit's history."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_every_pair_of_state_and_event(state: State, event: Event) -> None:
         assert life.state is state
 
 
-def test_the_error_tells_the_story() -> None:
+def test_the_error_contains_the_history() -> None:
     life = Lifecycle("blocks.0")
     life.on(Event.UNSHARD)
     life.on(Event.UNSHARDED)
@@ -32,5 +32,5 @@ def test_the_error_tells_the_story() -> None:
     assert "resting--unshard-->unsharding unsharding--unsharded-->ready" in str(caught.value)
 
 
-def test_abort_leads_to_rest_from_anywhere() -> None:
+def test_abort_leads_to_resting_from_every_state() -> None:
     assert all(TRANSITIONS[state, Event.ABORT] is State.RESTING for state in State)

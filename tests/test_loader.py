@@ -1,4 +1,4 @@
-"""Loading: the same bits whoever loads, errors that name the samples, and no process or file left behind."""
+"""Loading: the same bits in any process, errors that name the samples, and no process or file left behind."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _nothing_left_behind() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("loader_workers", [0, 1, 3])
-def test_batches_have_the_same_bits_whoever_loads_them(loader_workers: int) -> None:
+def test_batches_have_the_same_bits_in_any_process(loader_workers: int) -> None:
     before = state_of_generators()
     expected = {task: MicroBatchLoader(recipe(Augmented())).load(*task) for task in reversed(TASKS)}
     with MicroBatchLoader(recipe(Augmented()), loader_workers) as loader:
@@ -133,7 +133,7 @@ def test_samples_come_in_order_across_epochs_and_are_collated() -> None:
 
 
 @pytest.mark.parametrize("loader_workers", [0, 2])
-def test_own_collate_and_getitems_are_used_and_arrays_stay_arrays(loader_workers: int) -> None:
+def test_custom_collate_and_getitems_are_used_and_arrays_stay_arrays(loader_workers: int) -> None:
     with MicroBatchLoader(recipe(Together(), collate=np.array), loader_workers) as loader:
         batch = next(loader.stream([(0, 0)])).batch
     assert isinstance(batch, np.ndarray)
@@ -161,7 +161,7 @@ def test_an_error_in_the_data_names_step_micro_batch_and_samples(loader_workers:
 
 
 @pytest.mark.parametrize("loader_workers", [0, 1])
-def test_an_error_in_collate_is_told_apart_and_keeps_its_type(loader_workers: int) -> None:
+def test_an_error_in_collate_is_named_and_keeps_its_type(loader_workers: int) -> None:
     def collate(items: list[Any]) -> Any:
         raise KeyError("text")
 
@@ -180,13 +180,13 @@ def test_a_batch_that_cannot_be_sent_is_an_error_not_a_hang() -> None:
     assert "step 0, micro-batch 0" in str(caught.value)
 
 
-def test_long_lists_of_samples_are_cut() -> None:
+def test_long_lists_of_samples_are_shortened() -> None:
     long = dataclasses.replace(recipe(Broken(50)), batch=Batch(global_size=40, micro_size=40))
     with pytest.raises(DataError, match=r"\.\.\. 24 more\]"):
         MicroBatchLoader(long).load(0, 0)
 
 
-def test_a_loader_process_that_is_killed_while_waited_for_is_named() -> None:
+def test_a_loader_process_killed_during_a_wait_is_named() -> None:
     with MicroBatchLoader(recipe(KillsItsProcess()), 1) as loader:
         stream = loader.stream([(0, 0)])
         began = time.monotonic()
@@ -198,7 +198,7 @@ def test_a_loader_process_that_is_killed_while_waited_for_is_named() -> None:
             next(stream)
 
 
-def test_a_loader_process_that_is_killed_between_batches_is_named_and_loading_can_begin_anew() -> None:
+def test_a_loader_process_killed_between_batches_is_named_and_loading_can_restart() -> None:
     with MicroBatchLoader(recipe(Numbers()), 2) as loader:
         stream = loader.stream((step, 0) for step in range(100))
         next(stream)
@@ -227,7 +227,7 @@ def test_a_stream_in_another_thread_notices_a_killed_process() -> None:
     assert "killed by SIGKILL" in str(caught[0])
 
 
-def test_processes_are_kept_for_the_next_stream_and_the_older_stream_is_over() -> None:
+def test_processes_serve_the_next_stream_and_the_older_stream_ends() -> None:
     with MicroBatchLoader(recipe(Numbers()), 2) as loader:
         older = loader.stream((step, 0) for step in range(50))
         next(older)

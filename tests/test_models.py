@@ -1,4 +1,4 @@
-"""Models with something special have the same bits with any number of workers and any sharding (workers as threads)."""
+"""Models with unusual features have the same bits with any number of workers and any sharding (workers as threads)."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ RECIPES: dict[str, Callable[[str], mh.Recipe]] = {
 
 
 def outcomes(recipe: mh.Recipe, strategy: mh.Strategy, workers: int) -> list[Outcome]:
-    """Of every worker."""
+    """Return the outcome of every worker."""
     return run_threads(workers, lambda group: train_with_engine(recipe, strategy, steps=STEPS, group=group))
 
 
 def assert_same(found: Outcome, expected: Outcome) -> None:
-    """Digest, loss and norm of every step, and buffers."""
+    """Compare digest, loss and norm of every step, and buffers."""
     assert found.digest == expected.digest
     assert found.losses == expected.losses
     assert found.norms == expected.norms
@@ -81,7 +81,7 @@ def test_as_many_workers_as_micro_batches_and_no_more() -> None:
 
 
 class ConvNetWithFrozenStem(ConvNet):
-    """Its first convolution isn't trained, though its batch norm's statistics move on."""
+    """A model whose first convolution isn't trained, though its batch norm's statistics change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class ConvNetWithFrozenStem(ConvNet):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_frozen_parameters_stay_and_take_part(precision: str) -> None:
+def test_frozen_parameters_are_used_and_do_not_change(precision: str) -> None:
     recipe = conv_recipe(precision, model=ConvNetWithFrozenStem)
     expected = train_with_engine(recipe, mh.Strategy(), steps=STEPS)
     assert expected.digest == oracle_run(recipe, STEPS).digests[-1]
@@ -98,7 +98,7 @@ def test_frozen_parameters_stay_and_take_part(precision: str) -> None:
 
 
 class Counting(nn.Module):
-    """Its buffers are replaced, not written to, and more than once in a forward; one of them has two names."""
+    """A model that replaces its buffers several times in a forward; one of them has two names."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ OPTIMIZERS = {
 
 
 def agree(recipe: mh.Recipe, *, steps: int = STEPS, **strategy: Any) -> tuple[OracleRun, Outcome]:
-    """Both ways, found equal."""
+    """Train with plain PyTorch and with the engine, and check that the results are equal."""
     expected = oracle_run(recipe, steps)
     found = train_with_engine(recipe, mh.Strategy(**strategy), steps=steps)
     assert list(found.losses) == expected.losses
@@ -55,7 +55,7 @@ def agree(recipe: mh.Recipe, *, steps: int = STEPS, **strategy: Any) -> tuple[Or
     return expected, found
 
 
-# All optimizers in fp32, clipped; in bf16 only two, as its master weights are the same thing for all.
+# All optimizers in fp32, clipped. In bf16 only two, since the update of the fp32 master weights is the same.
 OFTEN = {(name, "fp32", 0.5) for name in OPTIMIZERS} | {
     (name, "bf16", None) for name in ("AdamW fused", "SGD momentum")
 }
@@ -78,7 +78,7 @@ def test_one_worker_gives_the_oracles_bits(optimizer: str, precision: str, clip_
 @pytest.mark.parametrize("sharding", ["ddp", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_hooks_and_stages_change_nothing(precision: str, overlap: bool, sharding: str) -> None:
+def test_overlap_and_sharding_change_no_bit(precision: str, overlap: bool, sharding: str) -> None:
     agree(gpt_recipe(precision), sharding=sharding, overlap=overlap, units=("blocks.0", "blocks.1"))
 
 
@@ -91,7 +91,7 @@ def test_buffers_are_the_mean_over_the_micro_batches(precision: str, overlap: bo
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_parameter_without_gradient_is_left_alone(precision: str, overlap: bool) -> None:
+def test_a_parameter_without_gradient_is_not_updated(precision: str, overlap: bool) -> None:
     recipe = partly_used_recipe(precision)
     expected, _ = agree(recipe, overlap=overlap)
     at_first = oracle_run(recipe, 0).params
@@ -104,7 +104,7 @@ def test_unequal_weights_are_exact(precision: str) -> None:
     agree(padded_recipe(precision))
 
 
-def test_a_mean_loss_weighs_every_micro_batch_alike() -> None:
+def test_a_mean_loss_weighs_all_micro_batches_equally() -> None:
     agree(gpt_recipe(loss=mean_loss))
 
 
@@ -125,7 +125,7 @@ def test_the_order_of_sums_is_the_binary_counter() -> None:
 
 
 class _Name:
-    """A value that remembers how it was added."""
+    """A value that records how it was added."""
 
     def __init__(self, text: str) -> None:
         self.text = text

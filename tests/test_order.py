@@ -1,4 +1,4 @@
-"""The order of sums is one expression, whoever evaluates it: any workers, either way of exchanging, in parts."""
+"""The order of sums is one expression for any number of workers, both ways of exchanging, and in parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from manyhands.numerics.order import (
 
 
 def defined_sum(virtual_workers: int, accumulate: int) -> str:
-    """The sum as the design defines it, as an expression: written from its words, not from the code."""
+    """Return the sum as an expression, written from the definition in the design and not from the code."""
     leaves = []
     for v in range(virtual_workers):
         expression = str(v * accumulate)
@@ -40,7 +40,7 @@ def defined_sum(virtual_workers: int, accumulate: int) -> str:
         blocks.append(tree(leaves[start : start + size]))
         start += size
     total = blocks.pop()
-    while blocks:  # what is left over merges from the right
+    while blocks:  # the remaining subtrees merge from the right
         total = f"({blocks.pop()}+{total})"
     return total
 
@@ -59,7 +59,7 @@ batches = st.builds(
 worker_counts = st.integers(1, 64)
 
 
-def test_the_definitions_own_examples() -> None:
+def test_the_examples_of_the_definition() -> None:
     assert defined_sum(6, 1) == "(((0+1)+(2+3))+(4+5))"
     assert defined_sum(7, 1) == "(((0+1)+(2+3))+((4+5)+6))"
     assert defined_sum(2, 3) == "(((0+1)+2)+((3+4)+5))"
@@ -118,7 +118,7 @@ def test_maximal_subtrees_cover_a_run_and_are_few(start: int, length: int) -> No
 
 @given(batches, st.integers(0, 200))
 @settings(max_examples=50)
-def test_a_part_of_the_sum_goes_on_where_the_whole_stands(batch: Batch, stop: int) -> None:
+def test_a_part_of_the_sum_continues_from_the_full_sums_state(batch: Batch, stop: int) -> None:
     whole = symbolic(batch.accumulate)
     stop = min(stop, batch.micro_batches)
     for micro_batch in range(stop):
@@ -132,7 +132,7 @@ def test_a_part_of_the_sum_goes_on_where_the_whole_stands(batch: Batch, stop: in
 
 
 @given(batches)
-def test_partial_sums_in_flight_are_few_and_all_given_back(batch: Batch) -> None:
+def test_partial_sums_are_few_and_all_freed(batch: Batch) -> None:
     held, most = 0, 0
 
     def own(value: str) -> str:

@@ -1,5 +1,4 @@
-"""Optimizers that must see whole parameters run by owner: the bits of torch.optim, with any workers and any
-sharding."""
+"""Optimizers that must see unsplit parameters: torch.optim's bits for any number of workers and any sharding."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ SHARDINGS, WORKERS = ("ddp", pytest.param("zero1", marks=pytest.mark.slow), "zer
 
 
 def assert_bits(recipe: mh.Recipe, expected: OracleRun, workers: int, **strategy: Any) -> None:
-    """All workers agree with plain PyTorch."""
+    """Check that all workers have the bits of plain PyTorch."""
 
     def work(group: Group) -> Outcome:
         return train_with_engine(recipe, mh.Strategy(**strategy), steps=len(expected.digests), group=group)
@@ -62,7 +61,7 @@ CASES = [
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize(("optimizer", "precision", "clip_norm"), CASES)
-def test_every_stage_and_number_of_workers_gives_the_oracles_bits(
+def test_every_sharding_and_number_of_workers_gives_the_oracles_bits(
     optimizer: str, precision: str, clip_norm: float | None, sharding: str
 ) -> None:
     recipe, expected = gpt_with(optimizer, precision, clip_norm)
@@ -73,13 +72,13 @@ def test_every_stage_and_number_of_workers_gives_the_oracles_bits(
 
 @pytest.mark.parametrize("sharding", ["zero1", "zero3"])
 @pytest.mark.parametrize("optimizer", OWNED)
-def test_state_on_a_disk_changes_nothing(optimizer: str, sharding: str, tmp_path: Path) -> None:
+def test_state_on_a_disk_changes_no_bit(optimizer: str, sharding: str, tmp_path: Path) -> None:
     recipe, expected = gpt_with(optimizer, "bf16", None)
     assert_bits(recipe, expected, 2, sharding=sharding, units=GPT_UNITS, offload="disk", scratch=str(tmp_path))
 
 
 @pytest.mark.parametrize("optimizer", OWNED)
-def test_several_threads_a_worker_give_the_oracles_bits(optimizer: str) -> None:
+def test_several_threads_per_worker_give_the_oracles_bits(optimizer: str) -> None:
     recipe = gpt_recipe("bf16", optimizer=OWNED[optimizer], threads_per_worker=2)
     expected = oracle_run(recipe, STEPS)
     for workers in (1, 2):
@@ -87,7 +86,7 @@ def test_several_threads_a_worker_give_the_oracles_bits(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OWNED)
-def test_units_that_are_found_change_nothing(optimizer: str) -> None:
+def test_units_chosen_automatically_change_no_bit(optimizer: str) -> None:
     recipe, expected = gpt_with(optimizer, "bf16", None)
     assert_bits(recipe, expected, 3, overlap=False)
 
@@ -102,7 +101,7 @@ MUON_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", MUON_OPTIONS)
-def test_muons_options_are_torchs(options: str) -> None:
+def test_muons_options_have_the_bits_of_torch(options: str) -> None:
     recipe = gpt_recipe("bf16", optimizer=muon_and_adamw(**MUON_OPTIONS[options]))
     expected = oracle_run(recipe, STEPS)
     assert expected.digests != oracle_run(gpt_recipe("bf16", optimizer=muon_and_adamw()), STEPS).digests or (
@@ -112,7 +111,7 @@ def test_muons_options_are_torchs(options: str) -> None:
 
 
 def muon_for_matrices(named_params: NamedParams) -> list[torch.optim.Optimizer]:
-    """Muon for all matrices, SGD for the rest."""
+    """Return Muon for all matrices, and SGD for the other parameters."""
     matrices = [param for _, param in named_params if param.ndim == 2]
     return [
         torch.optim.Muon(matrices, lr=0.01),
@@ -121,7 +120,7 @@ def muon_for_matrices(named_params: NamedParams) -> list[torch.optim.Optimizer]:
 
 
 class Transposed(nn.Module):
-    """Its matrices were made as transposed views: not contiguous as they are built."""
+    """A model whose matrices are built as transposed views, which are not contiguous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +146,7 @@ def test_matrices_longer_than_a_run_and_not_contiguous_have_the_same_bits(
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-def test_a_matrix_without_gradient_is_left_alone(precision: str, sharding: str) -> None:
+def test_a_matrix_without_gradient_is_not_updated(precision: str, sharding: str) -> None:
     recipe = partly_used_recipe(precision, optimizer=muon_for_matrices)
     expected, at_first = oracle_run(recipe, STEPS), oracle_run(recipe, 0).params
     assert torch.equal(expected.params["never.weight"], at_first["never.weight"])
@@ -157,7 +156,7 @@ def test_a_matrix_without_gradient_is_left_alone(precision: str, sharding: str) 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-def test_kernels_of_four_dimensions_and_two_dtypes_have_owners(precision: str, sharding: str) -> None:
+def test_parameters_of_four_dimensions_and_two_dtypes_have_owners(precision: str, sharding: str) -> None:
     recipe = conv_recipe(precision, optimizer=OWNED["Adafactor"])
     expected = oracle_run(recipe, STEPS)
     for workers in (1, 2, 3):
@@ -165,7 +164,7 @@ def test_kernels_of_four_dimensions_and_two_dtypes_have_owners(precision: str, s
 
 
 class Normalized(torch.optim.Optimizer):
-    """A user's own: steps along the direction of a parameter's gradient, smoothed, with state of other shapes."""
+    """A custom optimizer: steps along the smoothed direction of a parameter's gradient, with state of other shapes."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -185,14 +184,14 @@ class Normalized(torch.optim.Optimizer):
                 param.sub_(param.grad / state["size"], alpha=group["lr"] / (1 + float(state["mean"].sum()) ** 2))
 
 
-def test_a_users_own_optimizer_runs_by_owner_if_declared() -> None:
+def test_a_custom_optimizer_is_applied_by_owner_if_declared() -> None:
     recipe = gpt_recipe(optimizer=lambda named: Normalized([p for _, p in named], 0.1), optimizer_kind="per-parameter")
     expected = oracle_run(recipe, STEPS)
     for workers in WORKERS:
         assert_bits(recipe, expected, workers)
 
 
-def test_a_users_own_state_of_any_shape_comes_back(tmp_path: Any) -> None:
+def test_custom_optimizer_state_of_any_shape_is_restored(tmp_path: Any) -> None:
     recipe = gpt_recipe(optimizer=lambda named: Normalized([p for _, p in named], 0.1), optimizer_kind="per-parameter")
     expected = oracle_run(recipe, STEPS).digests[-1]
     run_threads(2, lambda group: train_with_engine(recipe, mh.Strategy(), steps=1, group=group, save=tmp_path))
@@ -207,7 +206,7 @@ def test_a_users_own_state_of_any_shape_comes_back(tmp_path: Any) -> None:
 
 
 def another_schedule_for_muon(optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Constant, then falling."""
+    """Return a schedule that is constant at first, then decreases."""
     if isinstance(optimizer, torch.optim.Muon):
         return LambdaLR(optimizer, lambda step: 1 / (step + 1))
     return warm_up(optimizer)
@@ -223,7 +222,7 @@ def test_every_optimizer_has_its_schedule() -> None:
     assert len({muon / adamw for muon, adamw in rates}) == STEPS
 
 
-def test_each_worker_has_the_optimizers_state_of_its_own_matrices_only() -> None:
+def test_each_worker_has_only_the_optimizer_state_of_its_own_matrices() -> None:
     def work(group: Group) -> set[str]:
         recipe = gpt_recipe(optimizer=OWNED["Muon and AdamW"])
         with mh.Engine(recipe, mh.Strategy(sharding="zero2"), group=group) as engine:

@@ -32,7 +32,7 @@ WORKER = Path(__file__).parent / "support" / "parity_worker.py"
 
 
 class Launch(NamedTuple):
-    """Some workers and how they talk."""
+    """A number of workers and their transport."""
 
     workers: int
     group: str
@@ -42,7 +42,7 @@ class Launch(NamedTuple):
 
 
 class Resume(NamedTuple):
-    """A run stopped in one place and gone on with in another."""
+    """A run that is stopped in one launch and resumed in another."""
 
     source: Launch
     source_stage: str
@@ -62,12 +62,12 @@ SLOW = (Launch(1, "distributed"), Launch(3, "distributed"), Launch(4, "shared-me
 
 
 def params(launches: Sequence[Launch]) -> list[Any]:
-    """For tests: some wait for `make test-all`."""
+    """Return pytest parameters, some of which are only for `make test-all`."""
     return [pytest.param(launch, id=str(launch), marks=[pytest.mark.slow] * (launch in SLOW)) for launch in launches]
 
 
 def resumes_of(target: Launch) -> list[Resume]:
-    """From every saving launch, in both precisions; over all targets each sharding goes on from each other one."""
+    """Resume from every saving launch, in both precisions; all targets cover every pair of shardings."""
     found = []
     for source, precision in product(SAVING, PRECISIONS):
         # (s, t) -> (s + t, s + 2 t) modulo 4 gives every pair once.
@@ -77,12 +77,12 @@ def resumes_of(target: Launch) -> list[Resume]:
 
 
 def checkpoints(folder: Path, launch: Launch, sharding: str, precision: str) -> Path:
-    """Where a launch leaves its checkpoints."""
+    """Return the folder of a launch's checkpoints."""
     return folder / f"{launch}-{sharding}-{precision}"
 
 
 def job(name: str, precision: str, sharding: str, **changes: Any) -> dict[str, Any]:
-    """What a worker reads (see parity_worker.py)."""
+    """Return a job of a worker, see parity_worker.py."""
     return {
         "name": name,
         "precision": precision,
@@ -102,7 +102,7 @@ OWNED_JOBS = (("ddp", "bf16"), ("zero1", "fp32"), ("zero2", "bf16"))
 
 
 def owned_jobs(launch: Launch, folder: Path) -> list[dict[str, Any]]:
-    """Matrices by owner; the resuming launches go on from those of the other number of workers, in another sharding."""
+    """Return jobs with owned matrices. Launches that resume use another number of workers and another sharding."""
     jobs = []
     for index, (sharding, precision) in enumerate(OWNED_JOBS):
         name, left = f"owned {sharding} {precision}", checkpoints(folder, launch, f"owned-{sharding}", precision)
@@ -116,7 +116,7 @@ def owned_jobs(launch: Launch, folder: Path) -> list[dict[str, Any]]:
 
 
 def jobs_of(launch: Launch, folder: Path) -> list[dict[str, Any]]:
-    """All that the workers of one launch do."""
+    """Return all jobs of the workers of one launch."""
     jobs = [
         job(f"{sharding} {precision}", precision, sharding, save=str(checkpoints(folder, launch, sharding, precision)))
         for sharding, precision in product(SHARDINGS, PRECISIONS)
@@ -159,7 +159,7 @@ def jobs_of(launch: Launch, folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for all processes that run the tests."""
+    """A folder that all processes that run the tests share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parity"
     folder.mkdir(exist_ok=True)
@@ -167,7 +167,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests_of(launch: Launch, folder: Path) -> list[dict[str, str]]:
-    """Of each worker, by job. The first test that asks starts the workers; others wait for it."""
+    """Return each worker's digests by job. The first test that needs them starts the workers; other tests wait."""
     if launch in RESUMING:
         for source in SAVING:
             digests_of(source, folder)
@@ -190,7 +190,7 @@ def digests_of(launch: Launch, folder: Path) -> list[dict[str, str]]:
 
 @cache
 def oracle_digest(precision: str, optimizer: str | None = None) -> str:
-    """Plain PyTorch's."""
+    """Return the digest of plain PyTorch."""
     changes = {"optimizer": OWNED[optimizer]} if optimizer else {}
     return oracle_run(gpt_recipe(precision, **changes), STEPS).digests[-1]
 
@@ -208,14 +208,14 @@ def test_one_worker_in_this_process_gives_the_oracles_digest(precision: str) -> 
 
 
 @pytest.mark.parametrize("launch", params(SAVING + RESUMING + HOSTS))
-def test_every_stage_and_precision_gives_the_oracles_digest(launch: Launch, shared_folder: Path) -> None:
+def test_every_sharding_and_precision_gives_the_oracles_digest(launch: Launch, shared_folder: Path) -> None:
     names = [(f"{sharding} {precision}", precision) for sharding, precision in product(SHARDINGS, PRECISIONS)]
     assert_one_digest(launch, shared_folder, names)
 
 
 @pytest.mark.parametrize("launch", params([launch for launch in SAVING + RESUMING if launch.workers == 2]))
 @pytest.mark.parametrize("way", ["no overlap", "loader", "one unit", "on a disk", "computed twice"])
-def test_the_rest_of_a_strategy_changes_nothing(way: str, launch: Launch, shared_folder: Path) -> None:
+def test_other_settings_of_a_strategy_change_no_bit(way: str, launch: Launch, shared_folder: Path) -> None:
     assert_one_digest(launch, shared_folder, [(f"{way} {precision}", precision) for precision in PRECISIONS])
 
 
@@ -233,7 +233,7 @@ def test_matrices_by_owner_give_the_oracles_digest_and_change_owners(launch: Lau
     assert_one_digest(launch, shared_folder, names, "Muon and AdamW")
 
 
-def test_resumes_go_between_every_two_stages_worker_counts_and_groups() -> None:
+def test_resumes_cover_every_pair_of_shardings_worker_counts_and_transports() -> None:
     resumes = [resume for launch in RESUMING for resume in resumes_of(launch)]
     for precision in PRECISIONS:
         some = [resume for resume in resumes if resume.precision == precision]

@@ -1,4 +1,4 @@
-"""Units are found in models as people write them, or named; they never mix what can't travel together."""
+"""Units are found in typical models, or named; parameters of different kinds are never in one unit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from manyhands.engine.units.partition import SMALL_NUMEL, plan_units
 from manyhands.errors import ConfigError
-from manyhands.layout import build_layout, shared_evenly
+from manyhands.layout import build_layout, divide_evenly
 
 
 class Body(nn.Module):
@@ -22,7 +22,7 @@ class Body(nn.Module):
         self.head = nn.Linear(width, 1000)
 
 
-def test_repeated_children_are_units_and_the_rest_goes_by_module() -> None:
+def test_repeated_children_are_units_and_other_parameters_are_grouped_by_module() -> None:
     names = [plan.name for plan in plan_units(Body(), "fp32")]
     assert names == ["embedding", "blocks.0", "blocks.1", "blocks.2", "norm", "head"]
 
@@ -33,7 +33,7 @@ def test_every_parameter_is_in_one_unit_in_construction_order() -> None:
     assert [name for plan in plans for name in plan.params] == [name for name, _ in model.named_parameters()]
 
 
-def test_small_neighbours_travel_together() -> None:
+def test_small_neighbours_are_merged() -> None:
     model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(10)))
     (plan,) = plan_units(model, "fp32")
     assert plan.name == "0 to 9"
@@ -41,7 +41,7 @@ def test_small_neighbours_travel_together() -> None:
     assert numel <= SMALL_NUMEL
 
 
-def test_batch_norm_stays_in_fp32_and_frozen_parameters_stay_apart() -> None:
+def test_batch_norm_stays_in_fp32_and_frozen_parameters_have_separate_units() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
     model[2].requires_grad_(False)
     found = {name: (plan.dtype, plan.trainable) for plan in plan_units(model, "bf16") for name in plan.params}
@@ -50,7 +50,7 @@ def test_batch_norm_stays_in_fp32_and_frozen_parameters_stay_apart() -> None:
     assert found["2.weight"] == (torch.bfloat16, False)
 
 
-def test_tied_parameters_travel_once() -> None:
+def test_tied_parameters_are_in_one_unit_once() -> None:
     model = Body()
     model.head.weight = model.embedding.weight
     names = [name for plan in plan_units(model, "fp32") for name in plan.params]
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
 
 
 @pytest.mark.parametrize(("workers", "most"), [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0), (6, 0.0), (8, 0.17), (16, 0.34)])
-def test_uncut_matrices_are_shared_out_with_little_padding(workers: int, most: float) -> None:
+def test_unsplittable_matrices_are_divided_with_little_padding(workers: int, most: float) -> None:
     with torch.device("meta"):
         model = Decoder()
     numels = {name: param.numel() for name, param in model.named_parameters()}
@@ -87,7 +87,7 @@ def test_uncut_matrices_are_shared_out_with_little_padding(workers: int, most: f
     assert max(loads) <= (1 + most) * sum(loads) / workers
 
 
-def test_a_matrix_larger_than_all_others_travels_with_as_many_as_even_it_out() -> None:
+def test_a_matrix_larger_than_all_others_is_merged_with_enough_others_to_balance_it() -> None:
     with torch.device("meta"):
         model = Decoder()
         model.embedding = nn.Embedding(9000, 256)
@@ -96,7 +96,7 @@ def test_a_matrix_larger_than_all_others_travels_with_as_many_as_even_it_out() -
     plans = plan_units(model, "fp32", unsplittable=unsplittable, workers=2)
     first = next(plan for plan in plans if plan.unsplittable)
     assert first.params[0] == "embedding.weight"
-    shares = shared_evenly([numels[name] for name in first.params], 2)
+    shares = divide_evenly([numels[name] for name in first.params], 2)
     heaviest = max(sum(numels[first.params[index]] for index in share) for share in shares)
     assert heaviest * 2 <= 1.07 * sum(numels[name] for name in first.params)
 

@@ -24,7 +24,7 @@ import manyhands as mh
 from manyhands.prepare.engines.engine import InProcess
 from manyhands.prepare.engines.local import Pool
 from manyhands.prepare.engines.ranks import Ranks
-from manyhands.surroundings import Rank, rank_from
+from manyhands.surroundings import Rank, parse_rank
 from support import hosts
 from support.preparing import several_shuffles, write_posts
 
@@ -173,7 +173,7 @@ def test_ranks_that_run_another_job_are_told(posts: Path, tmp_path: Path) -> Non
     ],
 )
 def test_the_scheduler_says_which_rank_this_is(environment: dict[str, str], rank: tuple[int, int]) -> None:
-    assert rank_from("ranks", environment) == rank
+    assert parse_rank("ranks", environment) == rank
 
 
 def test_names_of_engines_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,8 +182,8 @@ def test_names_of_engines_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, message in [
         ("spark", "there is no such engine"),
         (8786, "there is no such engine"),
-        ("rank 4 of 4", "there is no such rank"),
-        ("ranks", 'engine="ranks" finds no rank in the environment'),
+        ("rank 4 of 4", "the rank is out of range"),
+        ("ranks", 'engine="ranks" requires a rank in the environment'),
     ]:
         with pytest.raises(mh.ConfigError, match=re.escape(message)):
             made.count(engine=name)

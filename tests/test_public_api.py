@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 
 import manyhands as mh
 from manyhands.cli.main import app
+from support.corpus import write_corpus
+from test_bad_input import recipe
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -131,7 +134,7 @@ def test_public_methods_are_documented() -> None:
 
 # peft asks transformers for a property by the name that it had before transformers 5.24.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("page", ["api.md", "quickstart.md", "models.md", "prepare.md"])
+@pytest.mark.parametrize("page", ["api.md", "tutorial.md", "recipe-files.md", "models.md", "prepare.md"])
 def test_the_examples_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,3 +181,52 @@ def test_the_command_line_is_this() -> None:
             told = getattr(parameter, "help", None) or ""
             assert told[:30].strip("`") in shown.output, f"{name} {parameter.name}"
             assert told, f"{name} {parameter.name}"
+
+
+WITHOUT_TORCH: dict[str, tuple[int, str]] = {
+    "--version": (0, "manyhands"),
+    "--help": (0, "doctor"),
+    **{f"{name} --help": (0, name) for name in OPTIONS},
+    "compare one one": (0, "equal"),
+    "compare --json one other": (1, '"equal": false'),
+    "compare one nowhere": (2, "nowhere"),
+    "prepare corpus.toml --workers 1": (0, "tokens"),
+    "prepare nowhere.toml": (2, "nowhere.toml"),
+    "train nowhere.toml": (2, "nowhere.toml"),
+    "train corpus.toml": (2, "corpus.toml"),
+    "run nowhere.py": (2, "nowhere.py"),
+}
+"""The commands that answer without the second or two that torch takes to import: exit code and part of the output."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two different runs, a corpus, and a module named torch that writes a file when it is imported."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, name in enumerate(("one", "other")):
+        mh.train(recipe(seed=seed), steps=1, run_dir=folder / name, digest_every=1, show=False)
+    write_corpus(folder, 8)
+    (folder / "path").mkdir()
+    program = f"open({str(folder / 'imported')!r}, 'w')\nraise ImportError('torch is not wanted here')\n"
+    (folder / "path" / "torch.py").write_text(program)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", WITHOUT_TORCH)
+def test_a_command_that_needs_no_torch_does_not_import_it(arguments: str, runs: Path) -> None:
+    """The processes that the command starts do not import it either."""
+    code, text = WITHOUT_TORCH[arguments]
+    imported = runs / "imported"
+    imported.unlink(missing_ok=True)
+    path = os.pathsep.join([str(runs / "path"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "manyhands.cli.main", *arguments.split()],
+        cwd=runs,
+        env={**os.environ, "PYTHONPATH": path, "TERM": "dumb", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert text in done.stdout + done.stderr
+    assert not imported.exists()

@@ -21,7 +21,7 @@ SHARDINGS = ("ddp", "zero2", "zero3")
 STRATEGIES = [
     mh.Strategy(sharding=sharding, offload="disk" if sharding == "zero3" else "none") for sharding in SHARDINGS
 ]
-"""On the device zero3 would leave parameters in the memory that workers share; from a disk they are gathered."""
+"""With offload "none", zero3 leaves parameters in shared memory; from a disk they are unsharded."""
 
 WORKERS = (1, 2, 3)
 STEPS = 2
@@ -34,7 +34,7 @@ JOBS = [(name, "fp32") for name in RECIPES] + [
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [
-    # transformers 5.24 renamed gradient checkpointing; peft still asks for the old name, and so do people's scripts.
+    # transformers 5.24 renamed gradient checkpointing; peft and many scripts still use the old name.
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_enable)?` is deprecated:FutureWarning"),
 ]
 
@@ -50,7 +50,7 @@ def run_all(recipe: mh.Recipe, workers: int, strategy: mh.Strategy) -> list[Outc
 
 
 @pytest.mark.parametrize(("name", "precision"), JOBS, ids=lambda value: value.replace(" ", "-"))
-def test_a_users_model_has_the_same_bits_with_any_workers_and_stage(name: str, precision: str) -> None:
+def test_a_users_model_has_the_same_bits_with_any_workers_and_sharding(name: str, precision: str) -> None:
     needed(name)
     recipe = RECIPES[name](precision)
     expected = run_all(recipe, 1, mh.Strategy(sharding=SHARDINGS[0]))[0]
@@ -72,7 +72,7 @@ def test_a_users_model_has_the_bits_of_plain_pytorch(name: str) -> None:
     assert (found.digest, found.losses) == (run.digests[-1], tuple(run.losses))
 
 
-def test_mixtral_has_experts_that_some_micro_batches_do_not_use() -> None:
+def test_some_micro_batches_do_not_use_some_of_mixtrals_experts() -> None:
     needed("mixtral")
     recipe = RECIPES["mixtral"]("fp32")
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_mixtral_has_experts_that_some_micro_batches_do_not_use() -> None:
     assert len({frozenset(experts) for experts in used}) > 1
 
 
-def test_keras_statistics_move_alike_and_survive_a_checkpoint(tmp_path: Path) -> None:
+def test_keras_statistics_are_the_same_on_all_workers_and_survive_a_checkpoint(tmp_path: Path) -> None:
     needed("keras")
     recipe = RECIPES["keras"]("fp32")
 

@@ -21,7 +21,7 @@ from test_trust_nothing import GATHERED, SHARDINGS, WIDTH, Net, recipe
 
 
 class Late(Net):
-    """Does something in the `at`-th forward of this worker; the subclass says what."""
+    """Calls a function in this worker's forward number `at`, which a subclass defines."""
 
     at = 3
 
@@ -113,7 +113,7 @@ def double_buffer(net: Late) -> None:
 
 
 HAPPENS: dict[str, tuple[Callable[[Late], None], str]] = {
-    "a parameter comes late": (late_module, "parameter 'late.weight' came after the engine was made"),
+    "a parameter comes late": (late_module, "parameter 'late.weight' was added after the engine was created"),
     "a parameter is replaced": (replaced, "parameter 'first.weight' was replaced or removed"),
     "a parameter is removed": (removed, "parameter 'first.weight' was replaced or removed"),
     "a parameter is given other data": (new_data, "parameter 'first.weight' was given other data"),
@@ -121,8 +121,8 @@ HAPPENS: dict[str, tuple[Callable[[Late], None], str]] = {
     "a module is cast": (to_other_dtype, "parameter 'last.weight' was given other data"),
     "a parameter is changed in place": (in_place, "parameter 'first.weight' was changed in place"),
     "a frozen parameter is changed": (in_place_frozen, "parameter 'frozen' was changed in place"),
-    "a frozen parameter is made trainable": (unfreeze, "parameter 'frozen' was frozen when the engine was made"),
-    "a buffer comes late": (late_buffer, "buffer 'cache' was registered after the engine was made"),
+    "a frozen parameter is made trainable": (unfreeze, "parameter 'frozen' was frozen when the engine was created"),
+    "a buffer comes late": (late_buffer, "buffer 'cache' was registered after the engine was created"),
     "a buffer is removed": (no_buffer, "buffer 'statistics' was removed"),
     "a buffer has another shape": (longer_buffer, "buffer 'statistics' has another shape or dtype"),
     "a buffer has another dtype": (double_buffer, "buffer 'statistics' has another shape or dtype"),
@@ -134,7 +134,7 @@ HAPPENS: dict[str, tuple[Callable[[Late], None], str]] = {
 )
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("case", HAPPENS)
-def test_it_is_refused_when_it_happens(case: str, at: int, strategy: mh.Strategy) -> None:
+def test_changes_in_a_forward_are_refused(case: str, at: int, strategy: mh.Strategy) -> None:
     what, message = HAPPENS[case]
     made = recipe(happening(what, at))
     with pytest.raises(mh.ConfigError, match=message):
@@ -145,14 +145,14 @@ def test_it_is_refused_when_it_happens(case: str, at: int, strategy: mh.Strategy
 
 @pytest.mark.parametrize("strategy", [mh.Strategy(), GATHERED], ids=["zero2", "zero3"])
 @pytest.mark.parametrize("case", [case for case in HAPPENS if "buffer has another" not in case])
-def test_it_is_refused_between_steps_too(case: str, strategy: mh.Strategy) -> None:
+def test_changes_between_steps_are_refused(case: str, strategy: mh.Strategy) -> None:
     what, message = HAPPENS[case]
     with mh.Engine(recipe(Late), strategy) as engine:
         batches = engine.batches(3)
         engine.step(next(batches))
         if strategy is GATHERED and what in (in_place, in_place_frozen):
             with pytest.raises(RuntimeError, match="refers to a single memory location"):
-                what(engine.model)  # the parameter isn't there, and torch knows
+                what(engine.model)  # the parameter is resharded, so torch itself raises
             return
         what(engine.model)
         with pytest.raises(mh.ConfigError, match=message):
@@ -225,7 +225,7 @@ def test_a_parameter_frozen_for_some_steps_has_the_bits_of_plain_pytorch() -> No
 
 
 class Output:
-    """What a library's model returns: the loss is in it."""
+    """A result like those of libraries' models, which contains the loss."""
 
     def __init__(self, loss: Tensor) -> None:
         self.loss = loss
@@ -241,8 +241,10 @@ RESULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", RESULTS)
-def test_a_loss_that_is_not_one_is_refused(case: str) -> None:
+def test_an_invalid_loss_is_refused(case: str) -> None:
     make, got = RESULTS[case]
     made = recipe(Net, loss=lambda model, batch: make(model(batch).square().mean()))
-    with pytest.raises(mh.ConfigError, match=rf"recipe.loss did not return a loss(?s:.*){got}(?s:.*)return the loss"):
+    with pytest.raises(
+        mh.ConfigError, match=rf"recipe.loss did not return a loss(?s:.*){got}(?s:.*)return only its loss"
+    ):
         train_with_engine(made, mh.Strategy(), steps=1)

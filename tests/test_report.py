@@ -91,7 +91,7 @@ def test_bytes(count: float, text: str) -> None:
     assert format_bytes(count) == text
 
 
-def test_figures_are_medians_and_a_slow_first_step_does_not_show() -> None:
+def test_figures_are_medians_so_a_slow_first_step_does_not_distort_them() -> None:
     found = figures([step_metrics(0, 9.0), step_metrics(1), step_metrics(2)])
     assert found.steps == 3
     assert (found.first_loss, found.last_loss) == (5.0, 5.0 / 3)
@@ -103,7 +103,7 @@ def test_figures_are_medians_and_a_slow_first_step_does_not_show() -> None:
     assert set(nothing.seconds_by_phase) == set(PHASES)
 
 
-def test_the_summary_says_it_all() -> None:
+def test_the_summary_shows_all_figures() -> None:
     text = rendered(summary())
     for part in (
         "gpt", "5 steps in 48.2 s", "5.0000 → 1.0000", "2.00 k tokens/s", "1.00 s/step", "compute", "600 ms", "60 %",
@@ -119,7 +119,7 @@ def test_the_summary_fits_every_terminal(width: int) -> None:
     assert all(len(line) <= width for line in rendered(summary(), width).splitlines())
 
 
-def test_the_summary_survives_what_is_missing() -> None:
+def test_the_summary_is_shown_with_missing_figures() -> None:
     nothing = figures([])._asdict()
     text = rendered(summary(**nothing, sample=None, peak_memory_bytes_per_worker=[], workers=1))
     assert text.count("not measured") == 2
@@ -132,7 +132,7 @@ def test_the_summary_survives_what_is_missing() -> None:
 
 def test_the_stacked_bar_has_one_length_and_unknown_phases_are_shown() -> None:
     text = rendered(summary(seconds_by_phase={"compute": 1.0, "prefetch": 1.0}))
-    bar = next(line for line in text.splitlines() if "a step" in line)
+    bar = next(line for line in text.splitlines() if "step time" in line)
     assert bar.count("█") == bar.count("▚") == 23
     assert "prefetch" in text
 
@@ -154,7 +154,7 @@ def bytes_progress_of(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_bytes_move_on_a_terminal_and_are_silent_elsewhere() -> None:
+def test_byte_progress_is_shown_on_a_terminal_only() -> None:
     text = bytes_progress_of(
         Console(file=StringIO(), force_terminal=True, force_interactive=True, width=100, color_system=None)
     )
@@ -182,7 +182,7 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
     assert "loss 0.0500  2.00 k tokens/s  1.00 s/step  done" in last
 
 
-def test_progress_elsewhere_is_a_plain_line_now_and_then() -> None:
+def test_progress_without_a_terminal_is_plain_lines() -> None:
     lines = progress_of(Console(file=StringIO(), width=60), 30).splitlines()
     assert lines == [
         "resumed at step 40 [from a checkpoint]",
@@ -221,7 +221,7 @@ def test_curves_can_be_read_by_tensorboard(tmp_path: Path) -> None:
     assert events.Scalars("throughput/tokens_per_second")[0].value == 2000.0
 
 
-def test_without_tensorboard_nothing_is_written_or_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorboard_nothing_is_written_or_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with TensorBoardLog(tmp_path / "curves") as log:
         log.write(step_metrics(0))

@@ -1,4 +1,4 @@
-"""After a worker's failure all are started again, and the run ends in the digest that it would have had anyway."""
+"""After a worker's failure all workers are restarted, and the run ends with the digest of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 import faults
 from manyhands.cli.workers import Bounds, bounds, workers_for
 from manyhands.errors import DataError, Position, WorkerError
-from manyhands.launching.failures import Restart, run_again
+from manyhands.launching.failures import Restart, run_with_restarts
 from manyhands.listeners.run_directory import RunDirectory
 from test_faults import Run, training
 
@@ -28,10 +28,10 @@ def raised(step: int, micro_batch: int = 2) -> WorkerError:
 
 
 class Launches:
-    """Ends in turn as it is told: with an error, or well; `saved` grows by what stands beside."""
+    """Launches that end in turn as given: (error, or None for success; number of steps saved before the end)."""
 
     def __init__(self, *ends: tuple[WorkerError | None, int]) -> None:
-        self.ends, self.saved, self.told, self.failures = list(ends), 0, list[Restart](), list[int]()
+        self.ends, self.saved, self.restarts, self.failures = list(ends), 0, list[Restart](), list[int]()
 
     def run(self, failures: int) -> None:
         self.failures.append(failures)
@@ -40,24 +40,24 @@ class Launches:
         if error is not None:
             raise error
 
-    def again(self, most: int = 3) -> None:
-        run_again(
+    def run_all(self, limit: int = 3) -> None:
+        run_with_restarts(
             self.run,
             saved_step=lambda: (0, self.saved),
-            most=most,
-            tell=self.told.append,
+            limit=limit,
+            on_restart=self.restarts.append,
             samples_of=lambda step, micro_batch: f"samples of {step}, {micro_batch}",
         )
 
 
-def test_it_is_started_again_until_it_ends_well() -> None:
+def test_the_workers_are_restarted_until_they_succeed() -> None:
     launches = Launches((failed(), 0), (failed(), 0), (failed(), 0), (None, 9))
-    launches.again()
-    assert [restart.number for restart in launches.told] == [1, 2, 3]
+    launches.run_all()
+    assert [restart.number for restart in launches.restarts] == [1, 2, 3]
     assert launches.failures == [0, 1, 2, 3]
 
 
-def test_a_range_of_workers_shrinks_as_they_fail_again() -> None:
+def test_a_range_of_workers_shrinks_with_each_failure() -> None:
     assert [Bounds(2, 4).after(failures) for failures in range(6)] == [4, 4, 3, 2, 2, 2]
     assert bounds("2:8") == (2, 8)
     assert bounds("3") == (3, 3)
@@ -65,98 +65,95 @@ def test_a_range_of_workers_shrinks_as_they_fail_again() -> None:
         with pytest.raises(typer.BadParameter):
             bounds(wrong)
     assert workers_for(Bounds(1, 99), 1, 3).most <= 3
-    assert workers_for(Bounds(5, 99), 1, 3) == (
-        5,
-        5,
-    )  # the recipe's own check refuses it
+    assert workers_for(Bounds(5, 99), 1, 3) == (5, 5)  # the recipe's own check refuses it
 
 
-def test_progress_makes_failures_forgotten() -> None:
+def test_progress_resets_the_number_of_failures() -> None:
     launches = Launches(*[(failed(), 1)] * 20, (None, 1))
-    launches.again(most=1)
-    assert {restart.number for restart in launches.told} == {1}
+    launches.run_all(limit=1)
+    assert {restart.number for restart in launches.restarts} == {1}
 
 
-def test_a_later_training_is_progress_however_few_its_steps() -> None:
+def test_a_later_training_is_progress_whatever_its_steps() -> None:
     saved, ends = iter([(0, 0), (0, 9), (0, 9), (1, 1), (1, 1)]), [failed(), failed(), None]
 
     def run(failures: int) -> None:
         if (error := ends.pop(0)) is not None:
             raise error
 
-    run_again(run, saved_step=lambda: next(saved), most=1, tell=lambda restart: None)
+    run_with_restarts(run, saved_step=lambda: next(saved), limit=1, on_restart=lambda restart: None)
     assert ends == []
 
 
-def test_without_progress_there_is_an_end() -> None:
+def test_without_progress_restarts_are_limited() -> None:
     launches = Launches((failed(), 2), *[(failed(), 0)] * 9)
     with pytest.raises(WorkerError, match="was killed") as caught:
-        launches.again(most=3)
+        launches.run_all(limit=3)
     assert len(launches.ends) == 6
-    assert "not started again: that's failure 4 without a checkpoint since step 2" in str(caught.value.hint)
+    assert "not restarted: this is failure 4 without a checkpoint since step 2" in str(caught.value.hint)
 
 
-def test_what_comes_again_in_the_same_micro_batch_will_always_come() -> None:
+def test_an_exception_that_repeats_in_the_same_micro_batch_is_final() -> None:
     launches = Launches((raised(4), 0), (raised(4), 0), (None, 0))
     with pytest.raises(WorkerError, match="out of cheese") as caught:
-        launches.again()
-    assert len(launches.told) == 1
+        launches.run_all()
+    assert len(launches.restarts) == 1
     assert "samples of 4, 2" in str(caught.value.where)
-    assert "it failed there the time before, too" in str(caught.value.hint)
+    assert "the previous attempt failed at the same position" in str(caught.value.hint)
 
 
-def test_what_comes_elsewhere_may_have_been_chance() -> None:
+def test_an_exception_at_another_position_is_not_final() -> None:
     other = failed(4, 2, "RuntimeError: out of milk")
     launches = Launches((raised(4), 0), (raised(5), 0), (raised(5, 3), 0), (raised(4), 0), (other, 0), (None, 0))
-    launches.again(most=9)
-    assert len(launches.told) == 5
+    launches.run_all(limit=9)
+    assert len(launches.restarts) == 5
 
 
-def test_what_is_killed_at_the_same_place_may_have_been_chance() -> None:
+def test_a_kill_that_repeats_at_the_same_position_is_not_final() -> None:
     launches = Launches((failed(4, 2), 0), (failed(4, 2), 0), (None, 0))
-    launches.again()
-    assert len(launches.told) == 2
+    launches.run_all()
+    assert len(launches.restarts) == 2
 
 
 def test_the_samples_of_a_worker_that_was_killed_too_often_are_named() -> None:
     with pytest.raises(WorkerError) as caught:
-        Launches((failed(4, 2), 0)).again(most=0)
+        Launches((failed(4, 2), 0)).run_all(limit=0)
     assert caught.value.where == "worker 1, somewhere, samples of 4, 2"
     assert caught.value.position == Position("somewhere", 4, 2)
 
 
-def test_what_a_person_must_mend_is_raised_at_once() -> None:
+def test_an_error_that_a_person_must_fix_is_raised_at_once() -> None:
     error = failed(raised="DataError: no such file")
     error.__cause__ = DataError("no such file")
     with pytest.raises(WorkerError) as caught:
-        Launches((error, 0)).again()
+        Launches((error, 0)).run_all()
     assert caught.value is error
 
 
-def test_what_is_raised_before_the_first_step_is_raised_at_once() -> None:
+def test_an_exception_before_the_first_step_is_raised_at_once() -> None:
     error = failed(None, raised="FileNotFoundError: corpus.bin")
     with pytest.raises(WorkerError) as caught:
-        Launches((error, 0)).again()
+        Launches((error, 0)).run_all()
     assert caught.value is error
 
 
-def test_what_is_killed_before_the_first_step_is_started_again() -> None:
+def test_a_kill_before_the_first_step_causes_a_restart() -> None:
     launches = Launches((failed(None), 0), (None, 0))
-    launches.again()
-    assert len(launches.told) == 1
+    launches.run_all()
+    assert len(launches.restarts) == 1
 
 
-def test_without_restarts_the_error_is_the_workers() -> None:
+def test_without_restarts_the_workers_error_is_unchanged() -> None:
     error = failed()
     with pytest.raises(WorkerError) as caught:
-        Launches((error, 0)).again(most=0)
+        Launches((error, 0)).run_all(limit=0)
     assert str(caught.value) == str(error)
 
 
 # - Real workers
 
 
-def again(folder: Path, fault: str, *options: str) -> Run:
+def train_with_fault(folder: Path, fault: str, *options: str) -> Run:
     return Run(folder, [*training(folder, "auto", "3"), "--json", *options], fault).wait(120)
 
 
@@ -167,7 +164,7 @@ def digest_of(run: Run) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    run = again(tmp_path_factory.mktemp("undisturbed") / "run", "")
+    run = train_with_fault(tmp_path_factory.mktemp("undisturbed") / "run", "")
     assert run.process.returncode == 0, run.output
     return digest_of(run)
 
@@ -177,23 +174,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         pytest.param("kill-once update", ("--checkpoint-every", "1"), marks=pytest.mark.slow),
         pytest.param("kill-once forward", (), marks=pytest.mark.slow),
-        pytest.param("raise-once exchange", ("--checkpoint-every", "2"), marks=pytest.mark.slow),
-        pytest.param("stop-once exchange", ("--checkpoint-every", "1"), marks=pytest.mark.slow),
+        pytest.param("raise-once backward", ("--checkpoint-every", "2"), marks=pytest.mark.slow),
+        pytest.param("stop-once backward", ("--checkpoint-every", "1"), marks=pytest.mark.slow),
     ],
 )
-def test_the_run_ends_as_if_nothing_had_been(
+def test_the_run_ends_with_the_digest_of_an_undisturbed_run(
     tmp_path: Path, undisturbed: str, fault: str, options: tuple[str, ...]
 ) -> None:
-    run = again(tmp_path / "run", fault, "--snapshot-every", "never", *options)
+    run = train_with_fault(tmp_path / "run", fault, "--snapshot-every", "never", *options)
     assert run.process.returncode == 0, run.output
     assert digest_of(run) == undisturbed
     assert "starting again (1 of 3) with 2 workers" in run.output
     assert run.left_behind() == []
     events = RunDirectory.open_existing(tmp_path / "run" / "directory").read_events()
     kinds = [event["event"] for event in events if "saved" not in event["event"]]
-    assert kinds == ["began", "failed", "began", "ended"]
+    assert kinds == ["started", "failed", "started", "ended"]
     assert [event["seconds"] for event in events] == sorted(event["seconds"] for event in events)
-    resumed = [event for event in events if event["event"] == "began"][-1]
+    resumed = [event for event in events if event["event"] == "started"][-1]
     saved = [event["step"] for event in events[: events.index(resumed)] if event["event"] == "saved"]
     assert resumed["step"] >= max(saved, default=0)
     summary = json.loads(run.output.splitlines()[-1])
@@ -204,17 +201,17 @@ def test_the_run_ends_as_if_nothing_had_been(
 
 @pytest.mark.slow
 def test_a_micro_batch_that_always_fails_is_named_with_its_samples(tmp_path: Path) -> None:
-    run = again(tmp_path / "run", "raise forward", "--snapshot-every", "never")
+    run = train_with_fault(tmp_path / "run", "raise forward", "--snapshot-every", "never")
     assert run.process.returncode == 1
     assert run.output.count("starting again") == 1
     assert "samples 18 to 19 of the run's order" in run.output, run.output
-    assert "the run is not started again: it failed there the time before, too" in run.output
+    assert "the run is not restarted: the previous attempt failed at the same position" in run.output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1001, 7, 8])
 def test_random_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """The short form of `make faults`: commands with other workers, shardings and groups go on after each other."""
+    """Short form of `make faults`: each command resumes the run with other workers, sharding and transport."""
     monkeypatch.setenv("PYTHONPATH", "")
     expected = faults.undisturbed(tmp_path)
     (tmp_path / str(seed)).mkdir()

@@ -53,7 +53,7 @@ def started(path: Path) -> RunDirectory:
     return run
 
 
-def test_everything_has_its_place(tmp_path: Path) -> None:
+def test_files_have_their_paths(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs" / "first")
     assert sorted(p.name for p in run.path.iterdir()) == ["checkpoints", "digests", "logs", "tensorboard"]
     run.log(3).write_text("hello\n")
@@ -115,7 +115,7 @@ def test_metrics_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 300), st.integers(0, 6))
-def test_resuming_drops_later_steps_and_a_torn_line(
+def test_resuming_drops_later_steps_and_a_partial_line(
     tmp_path_factory: pytest.TempPathFactory, torn: int, n: int
 ) -> None:
     run = RunDirectory(tmp_path_factory.mktemp("run"))
@@ -123,12 +123,12 @@ def test_resuming_drops_later_steps_and_a_torn_line(
         run.append_metrics(step_metrics(step))
     text = run.metrics.read_bytes()
     run.metrics.write_bytes(text[: len(text) - torn])
-    whole = [step_metrics(step) for step in range(text[: len(text) - torn].count(b"\n"))]
-    assert run.read_metrics() == whole
+    complete = [step_metrics(step) for step in range(text[: len(text) - torn].count(b"\n"))]
+    assert run.read_metrics() == complete
     run.truncate_metrics(n)
-    assert run.read_metrics() == whole[:n]
+    assert run.read_metrics() == complete[:n]
     run.append_metrics(step_metrics(n))
-    assert run.read_metrics() == [*whole[:n], step_metrics(n)]
+    assert run.read_metrics() == [*complete[:n], step_metrics(n)]
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.glob(".*"))
 
 
-def test_directories_of_others_are_left_alone(tmp_path: Path) -> None:
+def test_other_directories_are_refused_and_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"not a run directory") as caught:
         RunDirectory(tmp_path)
@@ -174,7 +174,7 @@ def test_directories_of_others_are_left_alone(tmp_path: Path) -> None:
         RunDirectory(tmp_path)
 
 
-def test_runs_are_taken_up_again_also_with_notes_in_them_and_unfinished_ones(tmp_path: Path) -> None:
+def test_run_directories_are_reopened_with_foreign_files_or_without_a_manifest(tmp_path: Path) -> None:
     started(tmp_path / "a")
     (tmp_path / "a" / "notes.txt").touch()
     RunDirectory(tmp_path / "a")
@@ -198,7 +198,7 @@ def test_a_directory_of_another_format_is_refused(found: int, writer: str, tmp_p
     assert manifest.read_bytes() == before
 
 
-def test_readers_are_told_what_is_wrong(tmp_path: Path) -> None:
+def test_readers_get_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no run directory here"):
         RunDirectory.open_existing(tmp_path / "absent")
     started(tmp_path / "first")
@@ -215,7 +215,7 @@ def test_readers_are_told_what_is_wrong(tmp_path: Path) -> None:
         RunDirectory.open_existing(tmp_path / "first").read_recipe()
 
 
-def test_training_into_something_else_is_refused(tmp_path: Path) -> None:
+def test_training_into_another_directory_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
     (tmp_path / "foreign").mkdir()
@@ -227,7 +227,7 @@ def test_training_into_something_else_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "foreign") == ["thesis.txt"]
 
 
-def test_a_line_cut_short_in_the_middle_spoils_no_other(tmp_path: Path) -> None:
+def test_a_partial_line_in_the_middle_affects_no_other_line(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     for step in range(2):
         run.append_event("saved", step=step)
@@ -240,7 +240,7 @@ def test_a_line_cut_short_in_the_middle_spoils_no_other(tmp_path: Path) -> None:
     assert run.read_events() == []
 
 
-def test_a_line_of_which_only_a_part_is_written_is_told(tmp_path: Path) -> None:
+def test_a_partly_written_line_is_an_error(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.append_event("saved", step=1)
     size = (run.path / "events.jsonl").stat().st_size
@@ -257,12 +257,12 @@ def test_a_line_of_which_only_a_part_is_written_is_told(tmp_path: Path) -> None:
     assert [event["step"] for event in run.read_events()] == [1, 3]
 
 
-def test_only_one_has_a_run_directory(tmp_path: Path) -> None:
+def test_a_run_directory_has_one_owner(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "run")
     assert is_locked(tmp_path / "run") is None
     with run_lock(tmp_path / "run"):
         assert is_locked(tmp_path / "run")
-        with pytest.raises(ConfigError, match="the run is going on already") as caught, run_lock(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="the run is already in progress") as caught, run_lock(tmp_path / "run"):
             pass
         assert str(os.getpid()) in str(caught.value.got)
         RunDirectory(tmp_path / "run")  # also before its manifest is there
@@ -271,7 +271,7 @@ def test_only_one_has_a_run_directory(tmp_path: Path) -> None:
         pass
 
 
-def test_without_locks_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_starts_on_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
     with run_lock(tmp_path):
         assert is_locked(tmp_path) is None
@@ -279,9 +279,9 @@ def test_without_locks_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         pass
 
 
-def test_a_run_that_goes_on_is_begun_by_nobody_else(tmp_path: Path) -> None:
+def test_an_active_run_is_not_started_twice(tmp_path: Path) -> None:
     with run_lock(RunDirectory(tmp_path / "run").path):
-        with pytest.raises(ConfigError, match="the run is going on already"):
+        with pytest.raises(ConfigError, match="the run is already in progress"):
             mh.train(gpt_recipe(), steps=1, run_dir=tmp_path / "run", show=False)
         command = [
             *MANYHANDS,

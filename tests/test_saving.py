@@ -122,7 +122,7 @@ def test_a_run_tells_what_could_not_be_written_and_tries_again(
     assert summary.digest == train_with_engine(gpt_recipe(), mh.Strategy(), steps=4).digest
     assert steps_in(tmp_path / "checkpoints") == [3, 4]
     told = capsys.readouterr().err
-    assert told.count("training goes on, but the checkpoint can't be written: No space left on device") == 2
+    assert told.count("training continues, but the checkpoint can't be written: No space left on device") == 2
 
 
 def test_some_checkpoints_are_kept_for_good(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Counted randomness: known numbers, no collisions, and generators that are left as they were found."""
+"""Counted randomness: known numbers, no collisions, and generators whose states are restored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def raise_after_drawing() -> None:
 
 
 def test_derived_seeds_never_change() -> None:
-    """These numbers are part of the promise: changing one changes the bits of every run."""
+    """These numbers are guaranteed: changing one changes the bits of every run."""
     assert derive(0) == 8_831_920_809_871_563_824
     assert derive(7, "compute", 3, 1) == 3_569_116_692_197_316_867
     assert derive(7, "data", 3, 1) != derive(7, "compute", 3, 1)
@@ -41,7 +41,7 @@ def test_only_equal_tuples_share_a_seed(a: int, first: list[int | str], b: int, 
 @pytest.mark.parametrize(
     ("first", "second"), [((1, 23), (12, 3)), ((1, "2"), (1, 2)), ((1, "a", "b"), (1, "ab")), ((1, "s1:a;"), (1, "a"))]
 )
-def test_encodings_are_told_apart(first: tuple[int, ...], second: tuple[int, ...]) -> None:
+def test_different_tuples_have_different_encodings(first: tuple[int, ...], second: tuple[int, ...]) -> None:
     assert derive(*first) != derive(*second)
 
 
@@ -63,7 +63,7 @@ def test_seeding_decides_every_generator(value: int) -> None:
         assert all(a != b for a, b in zip(draw(), first, strict=True))
 
 
-def test_generators_are_left_as_found_even_after_an_error() -> None:
+def test_generators_are_restored_even_after_an_error() -> None:
     with preserved_generators():
         seed_generators(5)
         expected = draw()

@@ -24,7 +24,7 @@ from manyhands.offload.process_memory import free_memory_bytes
 from manyhands.training import saving as snapshots
 from support.models import conv_recipe, gpt_recipe
 from support.threads import run_threads
-from test_restarts import again, digest_of
+from test_restarts import digest_of, train_with_fault
 
 STEPS = 4
 
@@ -112,7 +112,7 @@ def test_when_memory_is_short_it_says_so_and_none_is_taken(
         engine.step(next(engine.batches()))
         mine.after_step(None, last=False)
     assert memory.newest() is None
-    assert "100 KiB that are free" in told[0]
+    assert "100 KiB free memory" in told[0]
 
 
 def test_what_the_slots_hold_already_needs_no_room_again(
@@ -209,7 +209,7 @@ def test_free_memory_is_some_of_the_machines() -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    run = again(tmp_path_factory.mktemp("undisturbed") / "run", "")
+    run = train_with_fault(tmp_path_factory.mktemp("undisturbed") / "run", "")
     assert run.process.returncode == 0, run.output
     return digest_of(run)
 
@@ -225,12 +225,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_killed_worker_costs_at_most_a_step_and_reads_no_checkpoint(
     tmp_path: Path, undisturbed: str, fault: str
 ) -> None:
-    run = again(tmp_path / "run", fault, "--snapshot-every", "1")
+    run = train_with_fault(tmp_path / "run", fault, "--snapshot-every", "1")
     assert run.process.returncode == 0, run.output
     assert digest_of(run) == undisturbed
     assert run.left_behind() == []
     events = RunDirectory.open_existing(tmp_path / "run" / "directory").read_events()
-    began = [event for event in events if event["event"] == "began"]
+    began = [event for event in events if event["event"] == "started"]
     assert len(began) == fault.count(";") + 2
     assert {event["source"] for event in began[1:]} <= {"snapshot", None}
     assert all(event["repeats"] <= 1 for event in began)

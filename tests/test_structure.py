@@ -130,7 +130,7 @@ def test_only_comm_knows_torch_distributed() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(KNOW_TORCHS_LAUNCHER))
-def test_who_starts_workers_knows_torchs_launcher_and_nothing_that_communicates(name: str) -> None:
+def test_launching_imports_only_torchs_launcher_of_torch_distributed(name: str) -> None:
     allowed = ("torch.distributed.elastic", "torch.distributed.launcher", *STORES)
     known = [imported for imported in imports(TREES[name]) if is_module(imported, "torch.distributed")]
     assert known
@@ -151,7 +151,7 @@ def test_hooks_are_registered_in_one_file() -> None:
     assert found == {"engine/step/compute.py"}
 
 
-def test_one_worker_is_no_case_of_its_own() -> None:
+def test_one_worker_is_not_a_special_case() -> None:
     for name, tree in TREES.items():
         for (left, right, *_), operators in comparisons(tree):
             asks = isinstance(operators[0], (ast.Eq, ast.NotEq, ast.Gt, ast.LtE))
@@ -160,7 +160,7 @@ def test_one_worker_is_no_case_of_its_own() -> None:
             assert top(name) == "comm" or not found, f"{name}:{left.lineno}: LocalGroup makes it the identity"
 
 
-def test_nobody_asks_for_a_stage_by_name() -> None:
+def test_no_code_compares_the_name_of_a_sharding() -> None:
     for name, tree in TREES.items():
         if name == "engine/sharding.py" or top(name) == "cli":
             continue
@@ -214,7 +214,7 @@ def test_functions_have_few_parameters() -> None:
     assert found == MANY_PARAMETERS
 
 
-def test_packages_only_hand_names_on() -> None:
+def test_package_files_only_reexport_names() -> None:
     for name, tree in TREES.items():
         if not name.endswith("__init__.py"):
             continue
@@ -227,7 +227,7 @@ def test_packages_only_hand_names_on() -> None:
             assert allowed, f"{name}:{node.lineno} does something when it is imported"
 
 
-def test_every_file_says_what_it_is_for() -> None:
+def test_every_file_states_its_purpose() -> None:
     for name, tree in TREES.items():
         assert not tree.body or ast.get_docstring(tree), name
 

@@ -1,4 +1,4 @@
-"""Sums over tensors: in the defined order to the bit, without touching the pieces that others own."""
+"""Sums over tensors: in the defined order, to the bit, without changing the borrowed pieces."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from manyhands.offload.allocator import Allocator
 NUMEL, RUN, DIVISOR = 48, 16, 3.0
 
 
-def added_plainly(pieces: list[Tensor], accumulate: int) -> Tensor:
-    """The same order, with new tensors for everything."""
+def reference_sum(pieces: list[Tensor], accumulate: int) -> Tensor:
+    """Add in the same order, with a new tensor for every result."""
     total: OrderedSum[Tensor] = OrderedSum(accumulate, own=Tensor.float, add=lambda left, right: left + right.float())
     for piece in pieces:
         total.add_micro_batch(piece)
@@ -25,47 +25,47 @@ def added_plainly(pieces: list[Tensor], accumulate: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("virtual_workers", [1, 2, 3, 4, 5, 7, 8])
-def test_a_shards_sum_is_the_defined_one_and_leaves_its_pieces_alone(
+def test_a_shards_sum_is_the_defined_one_and_does_not_change_its_pieces(
     virtual_workers: int, accumulate: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("manyhands.engine.step.sums.PASS", 20)
     generator = torch.Generator().manual_seed(virtual_workers)
     pieces = [torch.randn(NUMEL, generator=generator).to(dtype) for _ in range(virtual_workers * accumulate)]
     allocator = Allocator(torch.device("cpu"))
-    for early in range(len(pieces) + 1):  # so many are added in earlier rounds, the others in the update
+    for early in range(len(pieces) + 1):  # pieces that are added in earlier rounds; the others are added in the update
         given = [piece.clone() for piece in pieces]
         run = Scratch(RUN, allocator)
         sums = ShardSum(accumulate, Adder(allocator.device), Scratch(NUMEL, allocator), run)
         for workers in (given[: early // 2], given[early // 2 : early]):
             sums.add(workers)
         for piece in given[early:]:
-            sums.keep(piece)
+            sums.defer(piece)
         out = torch.full((NUMEL,), float("nan"))
         for start in range(0, NUMEL, RUN):
             sums.total(Range(start, start + RUN), DIVISOR, out[start : start + RUN])
-        assert torch.equal(out, added_plainly(pieces, accumulate))
+        assert torch.equal(out, reference_sum(pieces, accumulate))
         assert all(torch.equal(piece, before) for piece, before in zip(given, pieces, strict=True))
         sums.clear()
 
 
-def test_where_the_total_goes_is_used_again_for_what_is_added_after_it() -> None:
+def test_the_output_buffer_is_reused_for_later_partial_sums() -> None:
     allocator = Allocator(torch.device("cpu"))
     run = Scratch(RUN, allocator)
     sums = ShardSum(1, Adder(allocator.device), Scratch(RUN, allocator), run)
-    for number in range(10):  # of five workers' two rounds; the sum of 7 and 8 goes into that of those before it
+    for number in range(10):  # two rounds of five workers; the sum of 7 and 8 is added to the sum of the pieces before
         piece = torch.full((RUN,), float(number), dtype=torch.bfloat16)
-        sums.add([piece]) if number < 5 else sums.keep(piece)
+        sums.add([piece]) if number < 5 else sums.defer(piece)
     out = torch.empty(RUN)
     sums.total(Range(0, RUN), 1.0, out)
     assert (out.unique().tolist(), run.num_bytes) == ([45.0], 0)
 
 
-def test_one_piece_of_fp32_is_read_where_it_is_and_two_are_added_where_the_total_goes() -> None:
+def test_pieces_of_fp32_are_read_in_place_and_two_are_added_in_the_output_buffer() -> None:
     allocator = Allocator(torch.device("cpu"))
     for count, buffers in ((1, 0), (2, 0), (3, 0), (4, 1), (8, 2)):
         run = Scratch(RUN, allocator)
         sums = ShardSum(1, Adder(allocator.device), Scratch(NUMEL, allocator), run)
         for _ in range(count):
-            sums.keep(torch.ones(RUN))
+            sums.defer(torch.ones(RUN))
         sums.total(Range(0, RUN), 1.0, torch.empty(RUN))
         assert run.num_bytes == buffers * RUN * 4

@@ -38,7 +38,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-def test_two_threads_in_each_of_any_number_of_workers(optimizer: str) -> None:
+def test_two_threads_per_worker_give_the_same_bits_with_any_number_of_workers(optimizer: str) -> None:
     recipe = mh.Recipe(
         model=lambda: nn.Sequential(nn.Linear(300, 701), nn.GELU(), nn.Linear(701, 300)),
         loss=loss,

@@ -1,4 +1,4 @@
-"""Token files: what was written is read, wherever files end; samples in no time from any place of a large one."""
+"""Token files: written tokens are read back wherever files end, and samples of a large file are read at once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_small_vocabularies_take_two_bytes_a_token_and_large_ones_four(tmp_path:
         assert mh.TokenFile(summary.path, 1)[1].tolist() == [vocabulary - 1 if vocabulary else 2**32 - 1, 3]
 
 
-def test_what_is_no_token_is_refused(tmp_path: Path) -> None:
+def test_values_that_are_not_tokens_are_refused(tmp_path: Path) -> None:
     for documents, says in (([[1, 100]], "outside of a vocabulary of 100"), ([[1, -1]], "tokens"), ([None], "null")):
         with pytest.raises(mh.DataError, match=says):
             written(tmp_path / "out", documents)  # type: ignore[arg-type]
@@ -88,11 +88,11 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     assert mh.TokenFile(tmp_path, 2).tokens == 27  # the folder above, where tokenizer and card are
     whole = path.read_bytes()
     path.write_bytes(b"\7" + whole[1:])
-    with pytest.raises(mh.DataError, match="isn't what was prepared") as caught:
+    with pytest.raises(mh.DataError, match="has changed since it was prepared") as caught:
         mh.TokenFile(tmp_path, 2).verify()
     assert caught.value.where == str(path)
     path.write_bytes(whole[:-1] + b"!")
-    with pytest.raises(mh.DataError, match="broken off, or isn't one"):
+    with pytest.raises(mh.DataError, match="truncated, or is not a token file"):
         mh.TokenFile(tmp_path, 2)
     path.write_bytes(whole[8:])
     with pytest.raises(mh.DataError, match="another size than it was written with"):
@@ -113,7 +113,7 @@ def recipe(data: Any) -> mh.Recipe:
     )
 
 
-def test_any_step_of_a_large_file_is_there_without_looking_at_the_rest(tmp_path: Path) -> None:
+def test_any_step_of_a_large_file_is_read_without_the_rest(tmp_path: Path) -> None:
     tokens, documents, length = 10**9, 10**6, 512
     path = tmp_path / "part-00000.tokens"
     with path.open("wb") as file:  # the tokens are a hole: zeros that take no place
@@ -155,9 +155,7 @@ def test_loader_processes_open_the_files_themselves(tmp_path: Path, loader_worke
     st.integers(1, 200),
     st.integers(0, 5),
 )
-def test_a_mixture_has_of_each_the_share_that_its_weight_says(
-    parts: list[tuple[int, float]], samples: int, seed: int
-) -> None:
+def test_a_mixture_has_the_shares_of_its_weights(parts: list[tuple[int, float]], samples: int, seed: int) -> None:
     datasets = [[(number, item) for item in range(size)] for number, (size, _) in enumerate(parts)]
     weights = [weight for _, weight in parts]
     mixture = Mixture(datasets, weights, samples, seed)

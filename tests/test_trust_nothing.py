@@ -1,4 +1,4 @@
-"""What could train a model wrongly without a word has the same bits everywhere, or is refused by name.
+"""Models that could silently train wrongly have the same bits everywhere, or are refused by name.
 
 Cases are run with one worker and with several, and with gradients exchanged during backward and after it.
 """
@@ -21,7 +21,7 @@ from support.threads import run_threads
 
 SHARDINGS = ("ddp", "zero2", "zero3")
 GATHERED = mh.Strategy(sharding="zero3", offload="disk")
-"""With it parameters are gathered and released; else zero3 leaves them where they are, as they are in shared memory."""
+"""Offload to disk, so that parameters are unsharded on demand. In shared memory zero3 would leave them in place."""
 WIDTH = 8
 SAMPLES = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(index)) for index in range(24)]
 
@@ -38,7 +38,7 @@ def recipe(model: Callable[[], nn.Module], **changes: Any) -> mh.Recipe:
 
 
 class Net(nn.Module):
-    """Two linear layers; what is done to it is said by `__init__` and `forward` of its subclasses."""
+    """Two linear layers. Subclasses modify the model in `__init__` or `forward`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Net(nn.Module):
 
 
 class Subclass(nn.Parameter):
-    """A user's own kind of parameter."""
+    """A custom parameter class."""
 
 
 class Subclasses(Net):
@@ -112,7 +112,7 @@ class StrangeGradients(Net):
 
 
 class OtherGradientDtype(Net):
-    """bf16 parameters that ask for fp32 gradients."""
+    """bf16 parameters that request fp32 gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class FrozenStatistics(Net):
 
 
 class EvalPart(Net):
-    """A part that stays in eval mode, by overriding `train`, in a model that was put into eval mode as a whole."""
+    """A part that stays in eval mode by overriding `train`, in a model that was put into eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ AS_PLAIN: dict[str, type[nn.Module]] = {
 
 
 @pytest.mark.parametrize("case", WORKS)
-def test_it_has_the_same_bits(case: str) -> None:
+def test_the_case_has_the_same_bits(case: str) -> None:
     model, precision = WORKS[case]
     made = recipe(model, precision=precision)
 
@@ -282,7 +282,7 @@ def test_it_has_the_same_bits(case: str) -> None:
 
 
 @pytest.mark.parametrize("model", [Frozen, Counts, FrozenStatistics, Noncontiguous])
-def test_it_survives_a_checkpoint(model: type[nn.Module], tmp_path: Path) -> None:
+def test_the_model_survives_a_checkpoint(model: type[nn.Module], tmp_path: Path) -> None:
     def one(group: Group, load: Path | None) -> tuple[str, dict[str, Tensor]]:
         with mh.Engine(recipe(model), mh.Strategy(), group) as engine:
             if load is not None:
@@ -303,7 +303,7 @@ def test_it_survives_a_checkpoint(model: type[nn.Module], tmp_path: Path) -> Non
 
 
 def changed(change: Callable[[Net], None]) -> Callable[[], nn.Module]:
-    """A model that something was done to when it was built."""
+    """A model that was modified while it was built."""
 
     def model() -> nn.Module:
         net = Net()
@@ -394,7 +394,7 @@ NOT_BUILT: dict[str, tuple[Callable[[Net], None], str]] = {
 
 
 @pytest.mark.parametrize("case", NOT_BUILT)
-def test_it_is_refused_when_the_model_is_built(case: str) -> None:
+def test_the_model_is_refused_when_it_is_built(case: str) -> None:
     change, message = NOT_BUILT[case]
     made = recipe(changed(change))
     with pytest.raises(mh.ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""Sharded parameters: gathered for any order in which a model uses its units, and refused where that can't be done."""
+"""Sharded parameters: unsharded for any order in which a model uses its units; unsupported uses are refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from support.odd_models import (
     UNITS,
     Backwards,
     ChangesInPlace,
+    Chooses,
+    EvaluatesOtherwise,
     Odd,
     ReturnsParameter,
     Twice,
@@ -32,19 +35,19 @@ from support.odd_models import (
     recipe_of,
 )
 from support.training import train_with_engine
-from support.zero3_worker import STEPS, jobs
+from support.zero3_worker import ORDERED, STEPS, jobs
 
 WORKER = Path(__file__).parent / "support" / "zero3_worker.py"
 
 
 def alone(**options: Any) -> mh.Strategy:
-    """One worker with a process group: everything is gathered, from itself."""
+    """Return a strategy for one worker with a process group, which unshards all units by collective calls."""
     return mh.Strategy(sharding="zero3", transport="distributed", units=UNITS, **options)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the workers have left what they found."""
+    """The folder in which the workers have written their results."""
     folder = tmp_path_factory.mktemp("zero3")
     paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     run_workers(
@@ -56,7 +59,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def test_whatever_a_model_chooses_it_has_the_oracles_bits(found: Path) -> None:
+def test_models_with_any_order_of_units_have_the_oracles_bits(found: Path) -> None:
     digests = [json.loads(path.read_text()) for path in sorted(found.glob("worker-*.json"))]
     oracle = cache(lambda name, precision: oracle_run(recipe_of(ODD[name], precision), STEPS).digests[-1])
     expected = {f"{name}, {way}": oracle(name, precision) for name, way, precision in jobs(len(digests))}
@@ -74,8 +77,32 @@ def test_a_worker_may_evaluate_more_often_than_another_one(found: Path) -> None:
     assert values == [0.0, *[expected] * (len(values) - 1)]
 
 
+def test_an_evaluation_in_another_order_does_not_change_later_steps(found: Path) -> None:
+    expected = oracle_run(recipe_of(EvaluatesOtherwise), STEPS + 1).digests[-1]
+    workers = [json.loads(path.read_text()) for path in sorted(found.glob("evaluations-*.json"))]
+    assert len(workers) > 1
+    for without, evaluated in workers:
+        assert without["digest"] == evaluated["digest"] == expected
+        assert without["calls"] == evaluated["calls"]
+
+
+@pytest.mark.parametrize("sharding", ORDERED)
+def test_all_workers_send_units_in_one_order_though_gradients_arrive_in_others(sharding: str, found: Path) -> None:
+    workers = [json.loads(path.read_text())[sharding] for path in sorted(found.glob("orders-*.json"))]
+    rounds = list(zip(*(worker["arrived"] for worker in workers), strict=False))
+    assert any(one != other for one, other, *_ in rounds)  # otherwise the test proves nothing
+    expected = oracle_run(recipe_of(Chooses), STEPS).digests[-1]
+    assert [worker["digest"] for worker in workers] == [expected] * len(workers)
+    sent = [tag.split(" / ")[:2] for tag in workers[0]["sent"]]
+    assert all(worker["sent"] == workers[0]["sent"] for worker in workers)
+    orders = [[unit for _, unit in several] for _, several in groupby(sent, key=lambda tag: tag[0])]
+    if sharding != "ddp":  # sends sums once a step, all sums of a unit together
+        assert all(order == orders[0] for order in orders)
+        assert len(set(orders[0])) == len(orders[0]) > len(UNITS)
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_no_more_units_are_whole_than_are_needed(ahead: int) -> None:
+def test_no_more_units_are_unsharded_than_needed(ahead: int) -> None:
     with mh.Engine(recipe_of(Odd), alone(unshard_ahead=ahead)) as engine:
         pool = next(unit.params for unit in engine.units if isinstance(unit.params, ShardedParams))._pool
         always = sum(unit.layout.padded_numel for unit in engine.units if not unit.modules)
@@ -83,11 +110,13 @@ def test_no_more_units_are_whole_than_are_needed(ahead: int) -> None:
         assert len([unit for unit in engine.units if unit.modules]) == 4
         for batch in engine.batches(2):
             engine.step(batch)
-        assert pool.num_bytes <= 4 * (always + block * (1 + ahead) + block)  # the one that is left goes after the next
+        assert pool.num_bytes <= 4 * (
+            always + block * (1 + ahead) + block
+        )  # the previous one is resharded after the next one
 
 
 class Scaled(nn.Module):
-    """A node of autograd that keeps a parameter of each of the block's two units."""
+    """A block whose backward needs a parameter of each of its two units in one autograd node."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,39 +133,39 @@ class ScaledStack(Odd):
         self.blocks = nn.ModuleList(Scaled() for _ in range(4))
 
 
-def test_units_of_one_block_are_there_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_of_one_block_are_unsharded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(ScaledStack, optimizer=muon_and_adamw())
     with mh.Engine(recipe, alone(unshard_ahead=1)) as engine:
         assert len([unit for unit in engine.units if "blocks.0" in unit.modules]) == 2
-        asked = asks_of(engine, monkeypatch, STEPS)
+        requests = requests_of(engine, monkeypatch, STEPS)
         assert engine.digest() == oracle_run(recipe, STEPS).digests[-1]
-    assert asked[-1] == len(engine.my_micro_batches)
+    assert requests[-1] == len(engine.my_micro_batches)
 
 
-def test_the_second_step_knows_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_step_has_a_plan_without_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     with mh.Engine(recipe_of(Twice), alone()) as engine:
-        asked = asks_of(engine, monkeypatch, 3)
-        assert asked[0] > asked[1] == asked[2] == len(engine.my_micro_batches)
+        requests = requests_of(engine, monkeypatch, 3)
+        assert requests[0] > requests[1] == requests[2] == len(engine.my_micro_batches)
 
 
-def asks_of(engine: mh.Engine, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[int]:
-    """How often this worker took part in asking for a unit, by step: once a micro-batch if nothing surprised it."""
+def requests_of(engine: mh.Engine, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[int]:
+    """Number of rounds of requests by step: one per micro-batch if the plan had all units that were needed."""
     tags: list[str] = []
     group = engine._unsharder._group
     gather = group.all_gather_small
     monkeypatch.setattr(group, "all_gather_small", lambda small, tag: (tags.append(tag), gather(small, tag))[1])
     for batch in engine.batches(steps):
         engine.step(batch)
-    return [sum(tag.startswith(f"step {step},") and "ask" in tag for tag in tags) for step in range(steps)]
+    return [sum(tag.startswith(f"step {step},") and "request" in tag for tag in tags) for step in range(steps)]
 
 
-def test_between_steps_parameters_take_no_memory_and_the_whole_model_can_be_had() -> None:
+def test_between_steps_parameters_take_no_memory_and_the_model_can_be_unsharded() -> None:
     recipe = gpt_recipe(model=Odd)
     with mh.Engine(recipe, alone()) as engine:
         state = engine.full_state_dict()
         assert all(bool(param.isnan().all()) for param in engine.model.parameters())
         assert all(set(param.stride()) == {0} for param in engine.model.parameters())
-        with pytest.raises(ConfigError, match="whole only during a step") as caught:
+        with pytest.raises(ConfigError, match="unsharded only during a step") as caught:
             engine.model(torch.zeros(1, 4, dtype=torch.int64))
         assert "evaluating" in str(caught.value.hint)
         with engine.unsharded_model() as model:
@@ -163,19 +192,19 @@ def test_a_parameter_used_outside_of_its_unit_is_refused(recipe: mh.Recipe) -> N
     assert "outside" in str(caught.value.hint)
 
 
-def test_a_tensor_changed_in_place_is_noticed() -> None:
+def test_a_tensor_changed_in_place_is_refused() -> None:
     with pytest.raises(ConfigError, match="was changed in place"):
         train_with_engine(recipe_of(ChangesInPlace), alone(), steps=1)
 
 
-def test_activation_checkpointing_wants_modules_that_are_there() -> None:
+def test_activation_checkpointing_requires_existing_modules() -> None:
     with pytest.raises(ConfigError, match="matches no module") as caught:
         train_with_engine(recipe_of(Odd), alone(activation_checkpointing=("block.*",)), steps=1)
     assert "blocks" in str(caught.value.hint)
 
 
 class DrawsEverywhere(nn.Module):
-    """Draws from every generator, and counts in a buffer that it computes with."""
+    """Draws from every generator, and counts in a buffer that its result depends on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +221,7 @@ class DrawsEverywhere(nn.Module):
         return nn.functional.dropout(x, 0.5, self.training)
 
 
-def test_computing_twice_draws_and_counts_once() -> None:
+def test_recomputed_forwards_draw_the_same_numbers_and_update_buffers_once() -> None:
     def model() -> nn.Module:
         made = Odd()
         made.blocks[1] = DrawsEverywhere()
@@ -210,7 +239,7 @@ def test_computing_twice_draws_and_counts_once() -> None:
 
 
 class KeepsAView(torch.autograd.Function):
-    """x @ w.T, which keeps its weight in a way that autograd doesn't know of."""
+    """x @ w.T, which stores its weight in a way that autograd doesn't know."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -232,7 +261,7 @@ class Keeper(nn.Module):
 
 
 class Stack(nn.Module):
-    """All blocks inside of one module."""
+    """All blocks in one module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +274,7 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize("checkpointed", [(), ("encoder",), ("encoder.*",)])
-def test_what_still_looks_into_a_units_buffer_keeps_its_values(checkpointed: tuple[str, ...]) -> None:
+def test_views_of_a_units_buffer_retain_their_values(checkpointed: tuple[str, ...]) -> None:
     recipe = recipe_of(Stack)
     units = tuple(f"encoder.{index}" for index in range(4))
     strategy = mh.Strategy(

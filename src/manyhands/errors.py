@@ -1,15 +1,14 @@
 """The errors that Manyhands raises, in one class tree.
 
-    ManyhandsError
-    ├── ConfigError (ValueError)     the recipe, the strategy or the command is wrong: the user mends it
-    ├── DataError (ValueError)       the data are missing, broken or not what the recipe says
-    ├── NumericsError                the arithmetic can't go on (a gradient is not finite) or is not the one recorded
-    ├── CheckpointError              a checkpoint can't be written, or what was found is not one
-    ├── WorkerError                  another worker raised, died or stalled: names it, its step and where it was
-    ├── Interrupted                  a person or the system asked the run to stop
-    └── InvariantError               our bug: carries the story of what led there
+    ManyhandsError ├── ConfigError (ValueError)     the recipe, the strategy or the command is wrong: the user must
+    change it ├── DataError (ValueError)       the data are missing, damaged or not as the recipe specifies ├──
+    NumericsError                the arithmetic cannot continue (a gradient is not finite), or differs from the run's
+    ├── CheckpointError              a checkpoint cannot be written, or what was found is not a valid one ├──
+    WorkerError                  a worker raised, died or stalled: names it, its step and its position ├── Interrupted
+    the user or the system requested the run to stop └── InvariantError               a bug in Manyhands, or in an
+    object that was passed to it
 
-Every error says what failed, what was expected and found, where, and what to do next.
+Every error states what failed, what was expected and found, where, and what to do next.
 """
 
 from __future__ import annotations
@@ -18,10 +17,13 @@ from typing import NamedTuple
 
 
 class Position(NamedTuple):
-    """Where a worker is. words: for people; step: the one that it's in, or has just made (None: it isn't at steps, but
-    starts, say); micro_batch: the one that it reads or computes."""
+    """Where a worker is.
 
-    words: str = ""
+    activity: text for people. step: current or last finished step; None outside of steps, such as during start-up.
+    micro_batch: the one being loaded or computed.
+    """
+
+    activity: str = ""
     step: int | None = None
     micro_batch: int | None = None
 
@@ -32,8 +34,8 @@ NO_POSITION = Position()
 class ManyhandsError(Exception):
     """Base of all errors that Manyhands raises on purpose.
 
-    `what` is one sentence. The rest is optional and printed one to a line: `expected` and `got`, `where`
-    (worker, step, unit, parameter, file and line), `hint` (what to do next), `detail` (a stack, a story).
+    what: one sentence. The rest is optional, and each is printed on its own line: `where` (worker, step, unit,
+    parameter, file and line), `expected` and `got`, `hint` (what to do next), `detail` (a traceback or other text).
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ManyhandsError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are pickled by their args, which would lose the keyword arguments.
         return (_rebuild, (type(self), self.what, dict(self.__dict__)))
 
 
@@ -76,21 +79,23 @@ class ConfigError(ManyhandsError, ValueError):
 
 
 class DataError(ManyhandsError, ValueError):
-    """The data are missing, broken, or not what the recipe says they are."""
+    """The data are missing, damaged, or not as the recipe specifies."""
 
 
 class NumericsError(ManyhandsError):
-    """A gradient or loss is not finite, or this machine's numerics are not those that a run was begun with."""
+    """A gradient or loss is not finite, or this machine's numerics are not those with which the run was started."""
 
 
 class CheckpointError(ManyhandsError):
-    """A checkpoint can't be written, or what was found is not a whole checkpoint of this run."""
+    """A checkpoint cannot be written, or what was found is not a complete checkpoint of this run."""
 
 
 class WorkerError(ManyhandsError):
-    """A worker raised, died or stalled. `rank` is the root cause's number, not the number of the one that noticed;
-    `alive`: it was alive when that was noticed. `place`: where it was; `raised`: what it raised there itself, as
-    "kind: message" ("": it was killed or stalled). What a launcher passes on of Manyhands's other errors is the cause.
+    """A worker raised, died or stalled.
+
+    rank: the worker that is the root cause, not the one that noticed (-1: unknown). alive: it was alive when that was
+    noticed. position: where it was. raised: the exception that it raised there, as "kind: message" ("" if it was killed
+    or stalled). If a launcher passes on another error of Manyhands, that is the `__cause__`.
     """
 
     alive = False
@@ -102,8 +107,8 @@ class WorkerError(ManyhandsError):
 
 
 class Interrupted(ManyhandsError):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and stopped between two steps."""
+    """The run was requested to stop (Ctrl-C, SIGTERM) and stopped between two steps."""
 
 
 class InvariantError(ManyhandsError):
-    """A rule of our own was broken: a bug in Manyhands, or in an object that it was given."""
+    """An internal rule was violated: a bug in Manyhands, or in an object that was passed to it."""

@@ -7,11 +7,11 @@ Every parameter starts at a block, so a block belongs to one parameter and has o
     2 workers             [ worker 0: 2 blocks  ][ worker 1: 2 blocks     ]
     3 workers             [  worker 0: 2  ][  worker 1: 2  ][ worker 2: 2, only padding  ]
 
-A shard is a run of whole blocks, as long for every worker (the last ones may hold nothing but padding). So an
+A shard is a run of complete blocks, of the same length on every worker (the last shards may hold only padding). So an
 elementwise kernel sees the same vector lanes, and a block-wise reduction the same blocks, with any number of workers.
 
-In an *unsplittable* unit every parameter lies whole in the shard of one worker, its owner; padding evens the shards
-out:
+In an *unsplittable* unit every parameter lies completely in the shard of one worker, its owner. Padding makes the
+shards equally long:
 
     unsplittable "layers.1"     |w: 2,500 elements              |b: 30      |
     2 workers             [ worker 0: w, 3 blocks               ][ worker 1: b, 1 block, then 2 of padding ]
@@ -27,11 +27,11 @@ from typing import NamedTuple
 from manyhands.errors import InvariantError
 
 BLOCK = 1024
-"""Elements in a block: the unit of sharding, of norms and of digests."""
+"""Elements in a block: the unit of sharding, of norms and of digests. Part of every digest: never change it."""
 
 
 class Range(NamedTuple):
-    """Elements [start, end)."""
+    """The elements [start, end)."""
 
     start: int
     end: int
@@ -41,19 +41,19 @@ class Range(NamedTuple):
         return self.end - self.start
 
     def overlap(self, other: Range) -> Range:
-        """What both have (empty ranges have end == start)."""
+        """Return the elements that both ranges have. An empty range has end == start."""
         start = max(self.start, other.start)
         return Range(start, max(start, min(self.end, other.end)))
 
 
 def blocks_of(numel: int) -> int:
-    """Blocks that `numel` elements fill, the last one perhaps partly."""
+    """Return the number of blocks that hold `numel` elements; the last one may be partly filled."""
     return -(-numel // BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamSlot:
-    """Where a parameter lies in its unit."""
+    """Position of a parameter in its unit."""
 
     name: str
     numel: int
@@ -62,7 +62,7 @@ class ParamSlot:
 
     @property
     def range(self) -> Range:
-        """Its elements in the unit, without the padding behind them."""
+        """The parameter's elements in the unit, without the padding behind them."""
         return Range(self.start, self.start + self.numel)
 
     @property
@@ -71,7 +71,7 @@ class ParamSlot:
 
     @property
     def padded(self) -> Range:
-        """Its blocks' elements in the unit."""
+        """The elements of the parameter's blocks in the unit, padding included."""
         return Range(self.start, self.start + self.num_blocks * BLOCK)
 
 
@@ -85,10 +85,11 @@ class ParamPiece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class UnitLayout:
-    """Parameters that travel together, and their shards among `workers`.
+    """Parameters that travel together, and their shards on `workers` workers.
 
-    slots: in the order in which they lie in the unit. shard_numel: elements of each worker's shard, padding included.
-    unsplittable: whether every parameter lies in one shard; then there is padding behind each shard's last parameter.
+    slots: in the order in which they lie in the unit.
+    shard_numel: elements of each worker's shard, padding included.
+    unsplittable: True if every parameter lies in one shard; then each shard's last parameter is followed by padding.
     """
 
     name: str
@@ -103,42 +104,44 @@ class UnitLayout:
 
     @property
     def padded_numel(self) -> int:
-        """Elements of the whole unit in a buffer, padding included."""
+        """Elements of the unsharded unit in a buffer, padding included."""
         return self.shard_numel * self.workers
 
     @property
-    def whole(self) -> Range:
-        """From the first block to the last, without the padding behind it that only evens out the shards."""
+    def extent(self) -> Range:
+        """The elements from the first block to the last, without the padding behind it that completes the shards."""
         return Range(0, max((slot.padded.end for slot in self.slots), default=0))
 
     @property
     def gaps(self) -> list[Range]:
-        """The padding between parameters, before the first and behind the last one up to padded_numel."""
+        """The padding between parameters, before the first one, and behind the last one up to padded_numel."""
         ends = [0, *(slot.range.end for slot in self.slots)]
         starts = [*(slot.start for slot in self.slots), self.padded_numel]
         return [Range(end, start) for end, start in zip(ends, starts, strict=True)]
 
     def shard(self, rank: int) -> Range:
-        """The blocks that `rank` owns, without the padding that only evens out the shards."""
+        """Return the elements of the blocks that `rank` owns, without the padding that completes the shard."""
         return self.part(rank, self.workers)
 
     def part(self, index: int, parts: int) -> Range:
-        """The blocks in the `index`-th of that many equal parts (a divisor of `workers`), each of whole shards, without
-        the padding that only evens them out."""
+        """Return the elements of the blocks in part `index` of `parts`, without the padding that completes the part.
+
+        All parts are equally long and consist of complete shards: `parts` is a divisor of `workers`.
+        """
         numel = self.padded_numel // parts
         mine = Range(index * numel, (index + 1) * numel)
         ends = [common.end for slot in self.slots if (common := slot.padded.overlap(mine)).numel]
         return Range(mine.start, max(ends, default=mine.start))
 
     def pieces(self, within: Range) -> Iterator[ParamPiece]:
-        """The parts of parameters inside `within`, in order."""
+        """Yield the parts of parameters inside `within`, in order."""
         for slot in self.slots:
             common = slot.range.overlap(within)
             if common.numel:
                 yield ParamPiece(slot, common, Range(common.start - slot.start, common.end - slot.start))
 
     def block_numbers(self, within: Range) -> list[int]:
-        """The model-wide numbers of the blocks inside `within` (whole blocks), in order."""
+        """Return the model-wide numbers of the blocks inside `within` (complete blocks), in order."""
         numbers: list[int] = []
         for slot in self.slots:
             blocks = Range(slot.start // BLOCK, slot.start // BLOCK + slot.num_blocks)
@@ -150,7 +153,7 @@ class UnitLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """All units of a model among `workers`."""
+    """All units of a model on `workers` workers. Raises InvariantError if slots overlap or leave gaps."""
 
     units: tuple[UnitLayout, ...]
     workers: int
@@ -173,7 +176,7 @@ class Layout:
                     raise InvariantError("parameters overlap or leave a gap", where=f"{unit.name}: {other.name}")
             for slot in filter(lambda slot: slot.numel, unit.slots):
                 if unit.unsplittable and slot.start // unit.shard_numel != (slot.padded.end - 1) // unit.shard_numel:
-                    raise InvariantError("a parameter is cut", where=f"{unit.name}: {slot.name}", got=slot.padded)
+                    raise InvariantError("a parameter is split", where=f"{unit.name}: {slot.name}", got=slot.padded)
 
     @property
     def num_blocks(self) -> int:
@@ -185,13 +188,16 @@ class Layout:
         return sum(slot.numel for unit in self.units for slot in unit.slots)
 
     def block_numbers(self, rank: int) -> list[int]:
-        """The numbers of the blocks in `rank`'s shards, unit by unit."""
+        """Return the numbers of the blocks in `rank`'s shards, unit by unit."""
         return [number for unit in self.units for number in unit.block_numbers(unit.shard(rank))]
 
 
-def shared_evenly(sizes: Sequence[int], shares: int) -> list[list[int]]:
-    """The indices of `sizes` in so many shares, the heaviest share first: each size, the largest first, goes to the
-    share that is lightest so far. (So the heaviest is at most 4/3 of the best possible: Graham, 1969.)"""
+def divide_evenly(sizes: Sequence[int], shares: int) -> list[list[int]]:
+    """Divide the indices of `sizes` into `shares` shares. Return them, the heaviest share first.
+
+    Each size, the largest first, goes to the share that is lightest so far. So the heaviest share is at most 4/3 of the
+    best possible one (Graham, "Bounds on multiprocessing timing anomalies", 1969).
+    """
     found: list[list[int]] = [[] for _ in range(shares)]
     loads = [0] * shares
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -209,9 +215,9 @@ def build_layout(
 ) -> Layout:
     """Lay out `params` (name, numel; in construction order) in `units` (unit name, parameter names).
 
-    unsplittable: the units whose parameters are each owned whole by one worker.
-    Blocks are numbered in construction order, so a block's number depends on neither the units nor the workers.
+    unsplittable: names of the units whose parameters each have one owner.
     """
+    # Blocks are numbered in construction order, so a block's number depends on neither the units nor the workers.
     numels = dict(params)
     first_blocks, number = {}, 0
     for name, numel in params:
@@ -221,12 +227,12 @@ def build_layout(
     for unit_name, names in units:
         blocks = [blocks_of(numels[name]) for name in names]
         if unit_name in unsplittable:
-            places, shard_blocks = _unsplittable_places(blocks, loads)
+            starts, shard_blocks = _unsplittable_starts(blocks, loads)
         else:
-            places, shard_blocks = [0, *accumulate(blocks)], -(-sum(blocks) // workers)
+            starts, shard_blocks = [0, *accumulate(blocks)], -(-sum(blocks) // workers)
         slots = [
-            ParamSlot(name=name, numel=numels[name], start=place * BLOCK, first_block=first_blocks[name])
-            for name, place in zip(names, places, strict=False)
+            ParamSlot(name=name, numel=numels[name], start=start * BLOCK, first_block=first_blocks[name])
+            for name, start in zip(names, starts, strict=False)
         ]
         layouts.append(
             UnitLayout(
@@ -240,18 +246,19 @@ def build_layout(
     return Layout(units=tuple(layouts), workers=workers)
 
 
-def _unsplittable_places(blocks: Sequence[int], loads: list[int]) -> tuple[list[int], int]:
-    """(the first block of each parameter in its unit, blocks of a shard); adds to `loads`, each worker's blocks so far.
+def _unsplittable_starts(blocks: Sequence[int], loads: list[int]) -> tuple[list[int], int]:
+    """Return each parameter's first block in its unit, and the blocks of a shard.
 
-    The heaviest share goes to the worker that has least from the units before, so the whole model evens out.
+    blocks: of each parameter. loads: the blocks that each worker owns so far; the unit's blocks are added to it.
     """
-    shares = shared_evenly(blocks, len(loads))
+    shares = divide_evenly(blocks, len(loads))
     shard_blocks = sum(blocks[index] for index in shares[0])
-    places = [0] * len(blocks)
+    starts = [0] * len(blocks)
+    # The heaviest share goes to the worker with the lightest load from earlier units: this balances the model.
     for share, owner in zip(shares, sorted(range(len(loads)), key=lambda rank: loads[rank]), strict=True):
-        place = owner * shard_blocks
+        start = owner * shard_blocks
         for index in sorted(share):
-            places[index] = place
-            place += blocks[index]
-        loads[owner] += place - owner * shard_blocks
-    return places, shard_blocks
+            starts[index] = start
+            start += blocks[index]
+        loads[owner] += start - owner * shard_blocks
+    return starts, shard_blocks

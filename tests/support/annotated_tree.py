@@ -55,6 +55,7 @@ def _rows(path: Path, depth: int) -> Iterator[tuple[str, str]]:
         yield from _rows(entry, depth + 1)
 
 
-if __name__ == "__main__":
+def write_tree() -> None:
+    """Replace the tree in docs/design.md."""
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(BLOCK.sub(lambda _: annotated_tree(), page, count=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A worker of test_compiled.py: trains the compiled model in some ways, one after the other, and writes the digests.
+"""A worker of test_compile.py: trains the compiled model in some ways, one after the other, and writes the digests.
 
 python compiled_worker.py FOLDER PRECISION;... WAY;...
 """

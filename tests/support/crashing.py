@@ -126,7 +126,7 @@ def check(root: Location, before: dict[int, str], after: dict[int, str], trace: 
     assert not before or max(found) >= max(before), f"lost: {sorted(before)} before, {sorted(found)} now"
     for step, digest in found.items():
         assert digest in (before.get(step), after.get(step)), f"step {step} is neither as before nor as saved"
-    if b"published" in trace.said:
+    if b"published" in trace.output:
         assert found.get(2) == after[2], "what was said to be published isn't there"
     elif not trace.was_killed:
         raise AssertionError("it was never published")

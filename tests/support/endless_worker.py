@@ -1,4 +1,7 @@
-"""A worker that trains until something ends it; worker 0 says when it began: python endless_worker.py FOLDER GROUP."""
+"""A worker that trains until it is killed: python endless_worker.py FOLDER TRANSPORT.
+
+Worker 0 creates FOLDER/began after three steps.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,8 @@ import manyhands as mh
 from support.models import GPT_UNITS, gpt_recipe
 
 
-def main(folder: Path, group: str) -> None:
-    """Train."""
-    with mh.Engine(gpt_recipe(), mh.Strategy(transport=group, units=GPT_UNITS)) as engine:
+def main(folder: Path, transport: str) -> None:
+    with mh.Engine(gpt_recipe(), mh.Strategy(transport=transport, units=GPT_UNITS)) as engine:
         for batch in engine.batches():
             engine.step(batch)
             if engine.step_index == 3 and engine.group.rank == 0:

@@ -1,9 +1,10 @@
-"""A tiny training run in which workers misbehave at chosen moments: as a recipe's module, and as a script.
+"""A tiny training run in which workers fail at chosen moments: as a recipe's module, and as a script.
 
-FAULT is "KIND PLACE COUNT RANK", such as "kill exchange 5 1": the worker of that rank goes wrong there once it has
-computed COUNT losses (both may be left out: 5 1). Several are separated by ";"; empty: none. "kill-once exchange": only
-the first time that a process comes there. KIND: raise, kill, terminate, stop, stall. PLACE: start, forward, exchange,
-update, checkpoint, snapshot.
+The variable FAULT is "KIND PLACE COUNT RANK", such as "kill backward 5 1": the worker of that rank fails there once it
+has computed COUNT losses. COUNT and RANK are 5 and 1 by default. Several faults are separated by ";"; empty: none.
+"kill-once backward": only the first time that a process gets there.
+
+KIND: raise, kill, terminate, stop, stall. PLACE: start, forward, backward, update, checkpoint, snapshot.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from torch import Tensor, nn
 from manyhands.checkpoint import save, snapshot
 
 if "RANK" in os.environ:
-    sys.modules["tensorboard"] = None  # type: ignore[assignment]  # not there: a worker starts a second sooner
+    sys.modules["tensorboard"] = None  # type: ignore[assignment]  # not importable: saves a second of each worker's start-up
 losses_computed = 0  # by this process
 
 
 def misbehave(place: str) -> None:
-    """If this is the worker, the moment and the place: tell the test when, and go wrong."""
+    """Fail if a fault is due in this worker at this place; write the time for the test first."""
     for number, fault in enumerate(filter(None, os.environ.get("FAULT", "").split(";"))):
         kind, where, count, rank = [*fault.split(), "5", "1"][:4]
         mine = int(os.environ.get("RANK", "0")) == int(rank)
@@ -39,24 +40,24 @@ def misbehave(place: str) -> None:
         for path in (mark, os.environ["FAULT_TIME"]):
             with open(path, "w") as file:
                 file.write(repr(time.time()))
-        go_wrong(kind)
+        fail(kind)
 
 
-def go_wrong(kind: str) -> None:
+def fail(kind: str) -> None:
     if kind == "raise":
         raise RuntimeError("out of cheese")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
-        return  # it's asked to stop, and does after its step
+        return  # a request to stop, which the worker follows after its step
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     oversleep()
 
 
 def oversleep() -> None:
-    """Its name is looked for in the stack that the others show."""
+    """Sleep. Tests look for the name of this function in stacks."""
     time.sleep(600)
 
 
@@ -64,7 +65,7 @@ misbehave("start")
 
 
 class _InBackward(torch.autograd.Function):
-    """The identity; its backward runs when the units above it have been sent and those below haven't."""
+    """The identity. Its backward runs when gradients of the layers above have been sent, and those below have not."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class _InBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        misbehave("exchange")
+        misbehave("backward")
         return grad
 
 
@@ -100,7 +101,9 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 class Descent(torch.optim.Optimizer):
     """Gradient descent with momentum, and with a fault."""
 
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)  # doesn't import torch.compile's machinery
+    add_param_group = inspect.unwrap(
+        torch.optim.Optimizer.add_param_group
+    )  # without the decorator, which imports the compiler
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -115,9 +118,9 @@ class Descent(torch.optim.Optimizer):
                     param.sub_(momentum.mul_(0.9).add_(param.grad), alpha=group["lr"])
 
 
-def write_pieces(*args: Any, whole: Any = save.write_pieces) -> Any:
-    """The checkpoint's own, with a fault when this worker's file is written and nobody knows yet."""
-    written = whole(*args)
+def write_pieces(*args: Any, original: Any = save.write_pieces) -> Any:
+    """The original, with a fault after this worker's file is written and before that is announced."""
+    written = original(*args)
     misbehave("checkpoint")
     return written
 
@@ -125,9 +128,9 @@ def write_pieces(*args: Any, whole: Any = save.write_pieces) -> Any:
 save.write_pieces = write_pieces  # type: ignore[assignment]
 
 
-def write_snapshot(*args: Any, whole: Any = snapshot._write) -> Any:
-    """The snapshot's own, with a fault between this worker's pieces and the record."""
-    written = whole(*args)
+def write_snapshot(*args: Any, original: Any = snapshot._write) -> Any:
+    """The original, with a fault between this worker's pieces and the record."""
+    written = original(*args)
     misbehave("snapshot")
     return written
 
@@ -150,7 +153,7 @@ class Data(torch.utils.data.Dataset[Tensor]):
 
 
 def main() -> None:
-    """The script: `train` or one's own loop, as the first argument says; the second is the group."""
+    """Run as a script. Arguments: `train` or `loop` (an explicit loop over steps), and the transport."""
     import manyhands as mh
 
     recipe = mh.Recipe(

@@ -1,7 +1,8 @@
-"""Hosts that are really apart, on one machine: network namespaces on a bridge, with links that are slow or cut.
+"""Simulated hosts on one machine: network namespaces on a bridge, with links that can be slow or cut.
 
-Each has an address and a name of its own, and its commands see no process but their own, so that what works only inside
-a host fails between these. All network devices are in namespaces; with these everything is gone. Needs root.
+Each host has its own address and name, and its commands see only their own processes, so that code that works only
+inside one host fails between them. All network devices are in namespaces, so deleting these deletes everything.
+Requires root.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 PREFIX = "manyhands"
 PROGRAMS = ("ip", "tc", "unshare", "setpriv", "mount")
-# In the new namespaces: take the host's name, know the others by theirs, then become the command.
+# In the new namespaces: set the host's name and the names of the others, then exec the command.
 BECOME = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 
 
@@ -32,7 +33,7 @@ def _call(*command: str) -> str:
 
 @cache
 def why_not() -> str:
-    """Why there can be no hosts here; "" if there can."""
+    """Return why hosts cannot be simulated on this machine; "" if they can."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "network namespaces need Linux and root"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -47,7 +48,7 @@ def why_not() -> str:
 
 
 class Host:
-    """One of them. `name` and `address` are known to all of them."""
+    """One simulated host. All hosts can resolve its `name` to its `address`."""
 
     def __init__(self, number: int, hub: str, hosts_file: Path) -> None:
         self.name, self.address = f"host{number}", f"10.77.0.{number + 1}"
@@ -56,7 +57,7 @@ class Host:
         self.commands: list[subprocess.Popen[bytes]] = []
 
     def plug_in(self, mbit_per_second: float | None) -> None:
-        """Connect it to the hub, both ways at that rate (None: as fast as the machine)."""
+        """Connect the host to the hub, with that rate in each direction (None: unlimited)."""
         _call("ip", "netns", "add", self._namespace)
         _call(
             "ip",
@@ -84,14 +85,17 @@ class Host:
     def start(
         self, command: Sequence[str], output: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Run a command on it, with all output in a file. It sees the processes that it starts and no other; all of
-        them end with it, and with the test, and so do their temporary files."""
-        apart = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self._namespace]
-        apart += ["unshare", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        """Start a command on this host, with all its output in a file.
+
+        It sees only the processes that it starts. All of them, and their temporary files, end with it and with the
+        test.
+        """
+        isolated = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self._namespace]
+        isolated += ["unshare", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
         become = ["sh", "-c", BECOME, "sh", self.name, str(self._hosts_file), *command]
         with open(output or os.devnull, "ab") as file:
             process = subprocess.Popen(
-                [*apart, *become],
+                [*isolated, *become],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -101,25 +105,25 @@ class Host:
         return process
 
     def cut_off(self) -> None:
-        """Pull the cable: nothing arrives or leaves, and nobody is told; sockets stay open."""
+        """Drop all traffic without notice, as if the cable were pulled; sockets stay open."""
         _call("ip", "-n", self._hub, "link", "set", self._port, "down")
 
     def reconnect(self) -> None:
-        """Put it back in."""
+        """Undo `cut_off`."""
         _call("ip", "-n", self._hub, "link", "set", self._port, "up")
 
     @property
     def bytes_received(self) -> int:
-        """Over its link so far, with all headers."""
+        """Bytes received over its link so far, including headers."""
         (link,) = json.loads(_call("ip", "-n", self._namespace, "-s", "-j", "link", "show", "eth0"))
         return int(link["stats64"]["rx"]["bytes"])
 
     def processes(self) -> list[int]:
-        """Of what runs on it, as this machine counts them."""
+        """Return the pids of its processes, as seen from this machine."""
         return [int(pid) for pid in _call("ip", "netns", "pids", self._namespace).split()]
 
     def end(self) -> None:
-        """End what runs on it."""
+        """Kill all commands on this host."""
         for process in self.commands:
             process.kill()
             process.wait()
@@ -127,8 +131,8 @@ class Host:
 
 @contextmanager
 def hosts(count: int, *, mbit_per_second: float | None = None) -> Iterator[list[Host]]:
-    """So many hosts, for as long as this lasts. Raises OSError where the kernel forbids it."""
-    _clear(lambda pid: not Path(f"/proc/{pid}").exists())  # what a killed test left
+    """Create `count` hosts for the duration of the block. Raises OSError if the kernel does not allow it."""
+    _delete_namespaces(lambda pid: not Path(f"/proc/{pid}").exists())  # those that killed tests have left
     with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
         hub, hosts_file = f"{PREFIX}-{os.getpid()}-{Path(folder).name[-4:]}", Path(folder) / "hosts"
         found = [Host(number, hub, hosts_file) for number in range(count)]
@@ -144,14 +148,14 @@ def hosts(count: int, *, mbit_per_second: float | None = None) -> Iterator[list[
         finally:
             for host in found:
                 host.end()
-            _clear(lambda pid: pid == os.getpid(), hub)
+            _delete_namespaces(lambda pid: pid == os.getpid(), hub)
 
 
-def _clear(of_whom: Callable[[int], bool], hub: str = PREFIX) -> None:
-    """Remove the namespaces whose names begin with `hub` and that tests of those pids made."""
+def _delete_namespaces(is_owner: Callable[[int], bool], hub: str = PREFIX) -> None:
+    """Delete namespaces whose names start with `hub` and whose creator's pid satisfies `is_owner`."""
     for line in _call("ip", "netns", "list").splitlines():
         name = line.split()[0]
-        if name.startswith(hub) and of_whom(int(name.split("-")[1])):
+        if name.startswith(hub) and is_owner(int(name.split("-")[1])):
             with suppress(OSError):
                 _call("ip", "netns", "delete", name)
 
@@ -159,12 +163,12 @@ def _clear(of_whom: Callable[[int], bool], hub: str = PREFIX) -> None:
 def torchrun(
     found: Sequence[Host], workers: int, script: Sequence[str], *, nodes: str = "", restarts: int = 0
 ) -> list[str]:
-    """What starts `script` with so many workers on each host, as torchrun's manual has it: the same on all hosts.
+    """Return the torchrun command that starts `script` with `workers` workers on each host; the same on all hosts.
 
-    nodes: how many hosts there may be ("2:3"), if not just those.
+    nodes: the allowed number of hosts ("2:3"); default: exactly those.
     """
     run = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes or str(len(found))]
-    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{found[0].name}:29400", "--rdzv-id", "test"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{found[0].name}:29400", "--rdzv-id", "test"]
     if nodes:
-        meet += ["--rdzv-conf", "last_call_timeout=2"]  # seconds to wait for more than the fewest
-    return [*run, "--nproc-per-node", str(workers), "--max-restarts", str(restarts), *meet, *script]
+        rendezvous += ["--rdzv-conf", "last_call_timeout=2"]  # seconds to wait for more hosts once the minimum is there
+    return [*run, "--nproc-per-node", str(workers), "--max-restarts", str(restarts), *rendezvous, *script]

@@ -19,10 +19,10 @@ OptimizerFactory = Callable[[NamedParams], torch.optim.Optimizer | list[torch.op
 LossResult = tuple[Tensor, Tensor | float | int]
 
 BATCH = Batch(global_size=20, micro_size=2, virtual_workers=5)
-"""10 micro-batches, 2 for each of 5 virtual workers: which 2, 3 and 4 workers can't share evenly."""
+"""10 micro-batches, 2 for each of 5 virtual workers. They can't be divided evenly among 3 and 4 workers."""
 
 GPT_UNITS = ("blocks.0", "blocks.1")
-"""So small a model would be one unit by itself; with these there are several."""
+"""Such a small model would be a single unit. With these names there are several."""
 
 
 class Tokens(Dataset[Tensor]):
@@ -50,7 +50,7 @@ class Sentences(Dataset[Tensor]):
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Pictures of 3 x 8 x 8 with one of 5 labels, each a function of its index."""
+    """Images of 3 x 8 x 8 with one of 5 labels, each a function of its index."""
 
     def __len__(self) -> int:
         return 50
@@ -113,7 +113,7 @@ class ConvNet(nn.Module):
 
 
 class PartlyUsed(nn.Module):
-    """`sometimes` gets a gradient in those micro-batches alone whose data ask for it; `never` in none."""
+    """`sometimes` gets a gradient only in micro-batches whose data require it; `never` gets none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class PartlyUsed(nn.Module):
 
 
 class Wide(nn.Module):
-    """One parameter of more than 2^18 elements, which the update handles in several runs, and an odd number of them."""
+    """One parameter of more than 2^18 elements, an odd number, which the update processes in several runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,38 +142,38 @@ class Wide(nn.Module):
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> LossResult:
-    """The sum over tokens, and their number."""
+    """Return the sum over tokens, and their number."""
     targets = tokens[:, 1:]
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel()
 
 
 def mean_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The mean over tokens, alone."""
+    """Return the mean over tokens, without a weight."""
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def picture_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossResult:
-    """The sum over pictures, and their number."""
+    """Return the sum over images, and their number."""
     pictures, labels = batch
     return F.cross_entropy(model(pictures), labels, reduction="sum"), len(labels)
 
 
 def padded(sentences: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sentences as one batch, and which of its tokens are real."""
+    """Return sentences as one padded batch, and a mask of their tokens."""
     tokens = nn.utils.rnn.pad_sequence(sentences, batch_first=True)
     lengths = torch.tensor([len(sentence) for sentence in sentences])
     return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
 
 
 def padded_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossResult:
-    """The sum over real tokens, and their number as a tensor: another one in each micro-batch."""
+    """Return the sum over tokens without padding, and their number as a tensor, which differs per micro-batch."""
     tokens, real = batch
     each = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
     return (each * real[:, 1:]).sum(), real[:, 1:].sum()
 
 
 def grouped(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> OptimizerFactory:
-    """A factory of that optimizer with weight decay on matrices only: two param groups."""
+    """Return a factory of that optimizer with weight decay on matrices only: two param groups."""
 
     def make(named_params: NamedParams) -> torch.optim.Optimizer:
         matrices = [param for _, param in named_params if param.ndim >= 2]
@@ -184,7 +184,7 @@ def grouped(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Optim
 
 
 def muon_and_adamw(**options: Any) -> OptimizerFactory:
-    """A factory of Muon for the matrices inside the model and AdamW for its embeddings, norms and biases."""
+    """Return a factory of Muon for the matrices inside the model and AdamW for its embeddings, norms and biases."""
 
     def make(named_params: NamedParams) -> list[torch.optim.Optimizer]:
         matrices = [(name, param) for name, param in named_params if param.ndim == 2 and "blocks" in name]
@@ -198,11 +198,11 @@ OWNED: dict[str, OptimizerFactory] = {
     "Muon and AdamW": muon_and_adamw(),
     "Adafactor": grouped(torch.optim.Adafactor, lr=1e-2),
 }
-"""By name: factories of optimizers that must see whole parameters (Adafactor: rows and columns, and whole vectors)."""
+"""Factories, by name, of optimizers that must see unsplit parameters."""
 
 
 def warm_up(optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Torch's schedule: rises over 3 steps, then falls."""
+    """Return torch's schedule that rises over 3 steps, then falls."""
     return LambdaLR(optimizer, lambda step: min((step + 1) / 3, 3 / (step + 1)))
 
 
@@ -234,7 +234,7 @@ def conv_recipe(precision: str = "fp32", **changes: Any) -> Recipe:
 
 
 def partly_used_recipe(precision: str = "fp32", **changes: Any) -> Recipe:
-    """The net with unused parameters, and weight decay on all, so that a touch would show."""
+    """The net with unused parameters. Weight decay on all of them would reveal an update."""
     fields: dict[str, Any] = {
         "model": PartlyUsed,
         "optimizer": lambda named_params: torch.optim.AdamW(

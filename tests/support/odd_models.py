@@ -15,7 +15,7 @@ UNITS = ("blocks.0", "blocks.1", "blocks.2", "blocks.3")
 
 
 class Odd(GPT):
-    """Four blocks; a subclass says in which order a micro-batch goes through them."""
+    """Four blocks; a subclass defines the order in which a micro-batch uses them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,49 +32,56 @@ class Odd(GPT):
 
 
 class Twice(Odd):
-    """Goes through all blocks two times."""
+    """Uses all blocks twice."""
 
     def order(self, tokens: Tensor) -> list[int]:
         return [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 class Shared(Odd):
-    """One block, six times in a row; the others never."""
+    """Uses one block six times in a row, and the others never."""
 
     def order(self, tokens: Tensor) -> list[int]:
         return [1] * 6
 
 
 class Backwards(Odd):
-    """The other way round."""
+    """Uses the blocks in reverse order."""
 
     def order(self, tokens: Tensor) -> list[int]:
         return [3, 2, 1, 0]
 
 
 class Skips(Odd):
-    """Leaves out what the data say."""
+    """Skips blocks that depend on the data."""
 
     def order(self, tokens: Tensor) -> list[int]:
         return [index for index in range(4) if (int(tokens[0, 1]) + index) % 3]
 
 
 class Chooses(Odd):
-    """Another order for each micro-batch, some blocks more than once."""
+    """Uses another order for each micro-batch, and some blocks more than once."""
 
     def order(self, tokens: Tensor) -> list[int]:
         return [int(token) % 4 for token in tokens[0, :7]]
 
 
+class EvaluatesOtherwise(Odd):
+    """Trains in the order of construction; evaluates in reverse order and uses one block twice."""
+
+    def order(self, tokens: Tensor) -> list[int]:
+        return [0, 1, 2, 3] if self.training else [3, 2, 1, 0, 3]
+
+
 class Stops(Odd):
-    """Leaves early."""
+    """Stops after a number of blocks that depends on the data."""
 
     def order(self, tokens: Tensor) -> list[int]:
         return list(range(1 + int(tokens[0, 1]) % 4))
 
 
 class Inner(Odd):
-    """Calls what is inside of blocks, never the blocks themselves."""
+    """Calls the modules inside of blocks, never the blocks themselves."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens)
@@ -84,7 +91,7 @@ class Inner(Odd):
 
 
 class Across(Odd):
-    """A later block uses an earlier one's parameter, and the head uses another's."""
+    """A later block uses a parameter of an earlier block, and the head one of another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +121,7 @@ class FrozenBase(Odd):
 
 
 class ReturnsParameter(Odd):
-    """A block that hands its parameter out."""
+    """A block that returns its own parameter."""
 
     class Giver(Block):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -132,14 +139,14 @@ class ReturnsParameter(Odd):
 
 
 class UsesFromOutside(Odd):
-    """The model itself takes a block's parameter."""
+    """The model itself uses a block's parameter."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens) * self.blocks[0].norm_1.weight.sum()
 
 
 class ChangesInPlace(Odd):
-    """Changes a tensor that backward needs."""
+    """Changes in place a tensor that backward needs."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens)

@@ -1,4 +1,4 @@
-"""Processes that a test starts: they end with it, also where it fails before it has ended them."""
+"""Processes that a test starts and that end with it, even if the test fails."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def started(command: Sequence[str], **options: bool) -> Iterator[subprocess.Popen[str]]:
-    """A command whose input and output are pipes. It's killed at the end: Popen's own `with` waits for it, and for good
-    where it's stopped."""
+    """Start a command with pipes for its input and output; kill it at the end.
+
+    Popen's own context manager waits for the process instead, forever if it is stopped.
+    """
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options)  # type: ignore[call-overload]
     try:
@@ -23,8 +25,8 @@ def started(command: Sequence[str], **options: bool) -> Iterator[subprocess.Pope
         process.communicate()
 
 
-def hold(process: subprocess.Popen[str]) -> None:
-    """Stop it as SIGSTOP does, and return when all its threads have stopped: until then it may still answer."""
+def suspend(process: subprocess.Popen[str]) -> None:
+    """Send SIGSTOP and wait until all threads have stopped: until then the process may still answer."""
     process.send_signal(signal.SIGSTOP)
     tasks = Path(f"/proc/{process.pid}/task")
     while any(path.read_text().rpartition(")")[2].split()[0] != "T" for path in tasks.glob("*/stat")):

@@ -1,4 +1,4 @@
-"""Models as users bring them, each made from a small config: Hugging Face, torchvision, peft, Keras, and one by hand.
+"""Models as users bring them, each built from a small config: Hugging Face, torchvision, peft, Keras, and one by hand.
 
 Nothing is fetched: the hub is told to be offline before transformers is imported.
 """
@@ -24,7 +24,7 @@ Loss = Callable[[nn.Module, Any], Any]
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
-    """Tokens as transformers' models want them; a fifth of the labels aren't asked for (-100)."""
+    """Tokens as transformers' models require them; a fifth of the labels is ignored (-100)."""
 
     def __init__(self, masked: bool = False) -> None:
         self._masked = masked
@@ -44,7 +44,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
 
 class Pairs(Sequences):
-    """A sequence in and half of it, backwards, out."""
+    """An input sequence, and half of it in reverse order as the output."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         tokens = super().__getitem__(index)["input_ids"]
@@ -52,7 +52,7 @@ class Pairs(Sequences):
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Pictures 3 x 16 x 16 with one of 5 labels."""
+    """Images 3 x 16 x 16 with one of 5 labels."""
 
     def __len__(self) -> int:
         return 40
@@ -62,23 +62,23 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def adamw(params: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """With weight decay, so that a parameter that is touched without a gradient shows."""
+    """Weight decay reveals an update of a parameter without a gradient."""
     return torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1)
 
 
 def recipe(model: Callable[[], nn.Module], loss: Loss, data: Any, precision: str, **changes: Any) -> mh.Recipe:
-    """8 samples a step, in 4 micro-batches of 2: which 3 workers can't share evenly."""
+    """8 samples a step in 4 micro-batches of 2, which can't be divided evenly among 3 workers."""
     fields = {"optimizer": adamw, "batch": mh.Batch(global_size=8, micro_size=2), "clip_norm": 1.0, "seed": 3}
     return mh.Recipe(model=model, loss=loss, data=data, precision=precision, **fields | changes)
 
 
 def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """What a transformers model computes by itself from labels: a mean."""
+    """Return the loss that a transformers model computes from labels: a mean."""
     return model(**batch).loss
 
 
 def own_loss_by_token(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """The same with its weight, exact over micro-batches with unequal numbers of labels."""
+    """Return the same loss as (sum, weight): exact for micro-batches with unequal numbers of labels."""
     count = int((batch["labels"][:, 1:] != -100).sum())
     return model(**batch, use_cache=False).loss * count, count
 
@@ -111,7 +111,7 @@ def llama(precision: str) -> mh.Recipe:
 
 
 def llama_checkpointed(precision: str) -> mh.Recipe:
-    """Llama with activation checkpointing as its users switch it on."""
+    """Llama with activation checkpointing, enabled as its users do."""
     plain = llama(precision)
 
     def model() -> nn.Module:
@@ -123,7 +123,7 @@ def llama_checkpointed(precision: str) -> mh.Recipe:
 
 
 def bert(precision: str) -> mh.Recipe:
-    """A masked-language model with token types and dropout; its pooler isn't there, its decoder is tied."""
+    """A masked-language model with token types and dropout; it has no pooler, and its decoder is tied."""
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
@@ -229,7 +229,7 @@ def keras(precision: str) -> mh.Recipe:
     import keras as k
 
     def model() -> nn.Module:
-        k.utils.clear_session()  # Keras numbers its layers as long as the process lives: names would differ
+        k.utils.clear_session()  # Keras numbers its layers per process: otherwise names would differ
         layers, policy = k.layers, "mixed_bfloat16" if precision == "bf16" else "float32"
         return k.Sequential(
             [
@@ -251,7 +251,7 @@ def keras(precision: str) -> mh.Recipe:
 
 
 class Winding(nn.Module):
-    """Branches and loops that the data choose, a block used twice, one skipped at times, layers dropped at random."""
+    """Data-dependent branches and loops, a block used twice, one skipped at times, layers dropped at random."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A user's script, and a recipe's module: trains a small net, and leaves every worker's summary in a folder.
+"""A user's script and a recipe's module: trains a small net and writes every worker's summary to a folder.
 
 python started.py FOLDER
 """

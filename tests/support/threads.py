@@ -1,4 +1,9 @@
-"""Workers as threads of this process."""
+"""Workers that are threads of this process.
+
+The random generators of Python, numpy and torch belong to the process. Production code uses them inside of
+`preserved_generators`; here this takes a lock, too, so that one worker at a time draws from them. A worker that waits
+for its peers releases the lock meanwhile, since these may have to compute first.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -20,14 +26,71 @@ from manyhands.comm.group import Group
 from manyhands.comm.hierarchical import HierarchicalGroup
 from manyhands.comm.local import LocalGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
-from manyhands.members.membership import Membership
+from manyhands.members.membership import Membership, Peer
+from manyhands.numerics import seeds
 from manyhands.offload.scratch import map_file
 
 T = TypeVar("T")
 
 
+class _Worker(threading.local):
+    """What a thread knows about itself. depth: how often it holds _GENERATORS; None in threads that are no worker."""
+
+    depth: int | None = None
+
+
+_GENERATORS = threading.RLock()
+"""Held by the worker that uses the process's random generators."""
+
+_worker = _Worker()
+
+
+@contextmanager
+def _generators_of_worker() -> Iterator[None]:
+    """In place of `preserved_generators`."""
+    if _worker.depth is None:
+        with _preserved_generators():
+            yield
+        return
+    with _GENERATORS:
+        _worker.depth += 1
+        try:
+            with _preserved_generators():
+                yield
+        finally:
+            _worker.depth -= 1
+
+
+@contextmanager
+def _generators_lent() -> Iterator[None]:
+    """Let the other workers use the generators inside the block; they have their state of before after it."""
+    if not _worker.depth:
+        yield
+        return
+    depth, state = _worker.depth, seeds.generators_state()
+    for _ in range(depth):
+        _GENERATORS.release()
+    try:
+        yield
+    finally:
+        for _ in range(depth):
+            _GENERATORS.acquire()
+        seeds.restore_generators(state)
+
+
+def _replace_everywhere() -> None:
+    """Put `_generators_of_worker` into every module that has imported the function, or imports it later."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "preserved_generators", None) is _preserved_generators:
+            module.preserved_generators = _generators_of_worker  # type: ignore[attr-defined]
+
+
+_preserved_generators = seeds.preserved_generators
+_replace_everywhere()
+
+
 class ThreadArena:
-    """Memory that threads of one process see: one instance for all of them."""
+    """Memory that all threads of one process see; one instance for all of them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -45,60 +108,73 @@ class ThreadArena:
         return self._buffers[address]
 
     def seal(self) -> None:
-        pass  # addresses are shared by all threads; they go with the arena
+        pass  # all threads use the same addresses; they are valid as long as the arena lives
+
+
+class ThreadGroup(SharedMemoryGroup):
+    """Workers that are threads: one that waits lets the others compute."""
+
+    def _wait(self, ready: Callable[[], bool], is_behind: Callable[[Peer], bool], tag: str) -> float:
+        if ready():
+            return super()._wait(ready, is_behind, tag)
+        with _generators_lent():
+            return super()._wait(ready, is_behind, tag)
 
 
 def thread_groups(size: int, *, stall_seconds: float = 60.0) -> list[Callable[[], Group]]:
-    """Makers of the groups of `size` workers that are threads of this process; each thread calls its own."""
-    store, arena, lock = HashStore(), ThreadArena(), threading.RLock()
+    """Return functions that create the groups of `size` workers that are threads; each thread must call its own."""
+    store, arena = HashStore(), ThreadArena()
 
     def maker(rank: int) -> Callable[[], Group]:
         def make() -> Group:
+            _worker.depth = 0
             if size == 1:
                 return LocalGroup(torch.device("cpu"))
             membership = Membership(store, rank, size, arena, stall_seconds=stall_seconds, abandon=lambda error: None)
-            return SharedMemoryGroup(membership, arena, lock)
+            return ThreadGroup(membership, arena)
 
         return make
 
     return [maker(rank) for rank in range(size)]
 
 
-class _Links(DistributedGroup):
-    """Of threads: not torch's default group, which a process has one of."""
+class _ThreadLinks(DistributedGroup):
+    """Links of threads. They don't use torch's default group, of which a process has only one."""
 
     def take_down(self) -> None:
         pass
 
 
 def host_groups(hosts: int, workers: int) -> list[Callable[[], Group]]:
-    """Makers of the groups of so many pretended hosts with so many workers each, which are threads."""
-    store, arena, lock = HashStore(), ThreadArena(), threading.RLock()
+    """Return functions that create the groups of simulated hosts with `workers` threads each."""
+    store, arena = HashStore(), ThreadArena()
     by_host = [list(range(host * workers, (host + 1) * workers)) for host in range(hosts)]
 
-    def maker(host: int, place: int) -> Callable[[], Group]:
+    def maker(host: int, position: int) -> Callable[[], Group]:
         def make() -> Group:
+            _worker.depth = 0
             mine = by_host[host]
             membership = Membership(
-                store, mine[place], hosts * workers, arena, stall_seconds=60, abandon=lambda error: None
+                store, mine[position], hosts * workers, arena, stall_seconds=60, abandon=lambda error: None
             )
-            intra_host = SharedMemoryGroup(membership, arena, lock, mine)
-            links = ProcessGroupGloo(PrefixStore(f"place/{place}", store), host, hosts, timedelta(seconds=60))
-            alike = [each[place] for each in by_host]
-            return HierarchicalGroup(intra_host, _Links(membership, torch.device("cpu"), links, 1, alike), by_host)
+            intra_host = ThreadGroup(membership, arena, mine)
+            gloo = ProcessGroupGloo(PrefixStore(f"position/{position}", store), host, hosts, timedelta(seconds=60))
+            peers = [each[position] for each in by_host]
+            inter_host = _ThreadLinks(membership, torch.device("cpu"), gloo, 1, peers)
+            return HierarchicalGroup(intra_host, inter_host, by_host)
 
         return make
 
-    return [maker(host, place) for host in range(hosts) for place in range(workers)]
+    return [maker(host, position) for host in range(hosts) for position in range(workers)]
 
 
 def run_threads(
     size: int, work: Callable[[Group], T], *, timeout: float = 60.0, makers: list[Callable[[], Group]] | None = None
 ) -> list[T]:
-    """Call `work(group)` in each of `size` threads, every one with its own group; what they return, by rank.
+    """Call `work(group)` in each of `size` threads with a group of its own; return the results by rank.
 
-    makers: of those groups, by worker. The first error of any thread is raised here. TimeoutError, with everyone's
-    stack, if they don't end in time.
+    makers: the functions that create the groups, by worker. Raises the first error of any thread, or TimeoutError with
+    the stacks of the threads that have not ended in time.
     """
     results: dict[int, T] = {}
     errors: list[BaseException] = []
@@ -128,5 +204,5 @@ def run_threads(
 
 def _stack_of(thread: threading.Thread) -> str:
     frame = sys._current_frames().get(thread.ident or 0)
-    lines = traceback.format_stack(frame) if frame is not None else ["(gone)\n"]
-    return f"{thread.name} didn't end:\n{''.join(lines)}"
+    lines = traceback.format_stack(frame) if frame is not None else ["(no stack)\n"]
+    return f"{thread.name} did not end:\n{''.join(lines)}"

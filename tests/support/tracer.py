@@ -1,6 +1,6 @@
-"""Kills a process at its n-th system call that changes files: at the call itself, whichever thread makes it.
+"""Kill a process at its n-th system call that changes files, in whichever thread that happens.
 
-ptrace, as a debugger uses it: the process stops as each system call begins. Linux on x86-64 and aarch64.
+It uses ptrace as a debugger does: the process stops at the entry of each system call. Linux on x86-64 and aarch64.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _AARCH64 = {
 }  # fmt: skip
 _NUMBERS = {"x86_64": _X86_64, "aarch64": _AARCH64}.get(platform.machine(), {})
 _NAMES = {number: name for name, number in _NUMBERS.items()}
-MAY_NOT_TRACE = "this system doesn't let a process trace its child"
+MAY_NOT_TRACE = "this system does not allow a process to trace its child"
 IS_SUPPORTED = bool(_NUMBERS) and os.uname().sysname == "Linux"
 
 _TRACEME, _CONT_TO_CALL, _OPTIONS, _CALL_INFO = 0, 24, 0x4200, 0x420E
 _SYSGOOD, _CLONES, _EXITKILL = 0x1, 0x2 | 0x4 | 0x8, 0x100000
 _ENTERS = 1
 _WALL = 0x40000000
-_MAKES = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_RDWR
+_CHANGES = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_RDWR
 
 
 class _Call(ctypes.Structure):
-    """The beginning of Linux's struct ptrace_syscall_info, for a call that begins."""
+    """The first fields of Linux's struct ptrace_syscall_info, at the entry of a call."""
 
     _fields_ = (
         ("op", ctypes.c_uint8),
@@ -59,22 +59,27 @@ _libc.ptrace.restype = ctypes.c_long
 
 
 def _ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> None:
-    if _libc.ptrace(request, pid, address, data) < 0 and ctypes.get_errno() != 3:  # it's gone already
+    if (
+        _libc.ptrace(request, pid, address, data) < 0 and ctypes.get_errno() != 3
+    ):  # ESRCH: the process has ended already
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 @dataclass
 class Traced:
-    """calls: those that change files, by name, until it ended. was_killed: or it came to its end. said: what `work`
-    wrote into the descriptor that it was given."""
+    """Result of a traced process.
+
+    calls: names of its system calls that change files. was_killed: False if it ended by itself. output: what `work`
+    wrote to its descriptor.
+    """
 
     calls: list[str] = field(default_factory=list)
     was_killed: bool = False
-    said: bytes = b""
+    output: bytes = b""
 
 
 def traced(work: Callable[[int], None], kill_at: int | None = None) -> Traced:
-    """Call `work` in a forked process, and kill that as its call number `kill_at` (from 1) begins."""
+    """Call `work` in a forked process and kill that at the entry of its call number `kill_at` (from 1)."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -94,14 +99,14 @@ def traced(work: Callable[[int], None], kill_at: int | None = None) -> Traced:
     _ptrace(_CONT_TO_CALL, pid)
     status = _follow(pid, found, kill_at)
     with os.fdopen(reading, "rb") as pipe:
-        found.said = pipe.read()
+        found.output = pipe.read()
     if not found.was_killed and status != 0:
-        raise RuntimeError(f"the process ended with {status}")
+        raise RuntimeError(f"the process ended with status {status}")
     return found
 
 
 def _follow(pid: int, found: Traced, kill_at: int | None) -> int:
-    """Until all its threads have ended; how it ended."""
+    """Trace the process until all its threads have ended; return its wait status."""
     result = -1
     while True:
         try:
@@ -115,7 +120,7 @@ def _follow(pid: int, found: Traced, kill_at: int | None) -> int:
         delivered = 0
         stopped_by = os.WSTOPSIG(status)
         if stopped_by == signal.SIGTRAP | 0x80:
-            name = _begun(thread)
+            name = _changing_call(thread)
             if name is not None and not found.was_killed:
                 found.calls.append(name)
                 if len(found.calls) == kill_at:
@@ -127,11 +132,11 @@ def _follow(pid: int, found: Traced, kill_at: int | None) -> int:
         _ptrace(_CONT_TO_CALL, thread, 0, delivered)
 
 
-def _begun(thread: int) -> str | None:
-    """The call that changes files which it begins, if it does."""
+def _changing_call(thread: int) -> str | None:
+    """Return the name of the system call that the thread enters, if that changes files."""
     call = _Call()
     if _libc.ptrace(_CALL_INFO, thread, ctypes.sizeof(call), ctypes.addressof(call)) <= 0 or call.op != _ENTERS:
         return None
     name = _NAMES.get(call.number)
     opens = {"open": 1, "openat": 2}
-    return None if name in opens and not call.arguments[opens[name]] & _MAKES else name
+    return None if name in opens and not call.arguments[opens[name]] & _CHANGES else name

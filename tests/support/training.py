@@ -1,4 +1,4 @@
-"""A run of the engine in one call, and what came out of it."""
+"""A run of the engine in one call, and its results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from manyhands.comm.group import Group
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a run: the digest at its end, loss and norm of every step, and the model's buffers."""
+    """Results of a run: the digest at its end, loss and norm of every step, and the model's buffers."""
 
     digest: str
     losses: tuple[float, ...]
@@ -31,7 +31,7 @@ def train_with_engine(
     save: Path | None = None,
     save_at: int | None = None,
 ) -> Outcome:
-    """Train until `steps` steps are made altogether.
+    """Train until `steps` steps have been completed in total.
 
     load: the checkpoint to go on from. save: where to leave one, after `save_at` steps (default: at the end).
     """

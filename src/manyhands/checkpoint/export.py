@@ -16,7 +16,6 @@ read. The folder is written under a hidden name, and appears when it is whole an
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -40,13 +39,13 @@ from manyhands.checkpoint.format import (
     read_manifest,
 )
 from manyhands.checkpoint.pieces import PieceReader
-from manyhands.checkpoint.publish import sync
 from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, dtype_name, in_file_order
 from manyhands.checkpoint.weight_files import CONFIG, INDEX, SINGLE, config_text
 from manyhands.config import PRECISIONS, nearest
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.layout import BLOCK, blocks_of
 from manyhands.numerics.digest import block_hashes, digest_of
+from manyhands.storage.atomic import publish_folder, sync
 from manyhands.storage.location import Location, location_of
 
 
@@ -323,9 +322,7 @@ def _published(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir(parents=True)
         yield partial
-        sync(partial)
-        os.rename(partial, out)
-        sync(out.parent)
+        publish_folder(partial, out, None, replace=False)
     except OSError as error:
         raise CheckpointError(
             f"the export can't be written: {error.strerror or error}",

@@ -29,7 +29,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.errors import CheckpointError
-from manyhands.storage.location import Address, Location, hint_of, location_of, names_in
+from manyhands.storage.files import names_in
+from manyhands.storage.location import Address, Location, hint_of, location_of
 
 CHECKPOINT_FORMAT = 3
 
@@ -175,7 +176,7 @@ def list_checkpoints(root: Location) -> list[tuple[int, Location]]:
         if isinstance(root, Address):
             names = {name.removesuffix(f"/{MANIFEST}") for name in root.files() if name.endswith(f"/{MANIFEST}")}
         else:
-            names = {name for name in names_in(root) if (root / name).is_dir()} if root.is_dir() else set()
+            names = {name for name in names_in(root) if (root / name).is_dir()}
     except OSError as error:
         raise CheckpointError(
             "the checkpoints can't be listed",

@@ -53,7 +53,7 @@ class _Loader:
         self.files = WeightFiles(Path(weights.path))
         self._records = {record.name: record for record in tensor_records(engine)[0]}
         self._sources = fit(list(self._records.values()), self.files, weights)
-        for name in engine.awaited - set(self._sources):  # only of models that have other names in their state_dict
+        for name in engine.pending - set(self._sources):  # only of models that have other names in their state_dict
             raise ConfigError(
                 f"parameter {name!r} may be missing in the initial weights, but was built without values",
                 where=str(self.files.path),
@@ -71,7 +71,7 @@ class _Loader:
         for unit in self._engine.frozen_units:
             for piece in unit.layout.pieces(unit.layout.shard(self._engine.group.rank)):
                 if piece.slot.name in self._sources:
-                    kept, first = unit.params.kept(piece.in_unit), piece.in_param.start
+                    kept, first = unit.params.stored(piece.in_unit), piece.in_param.start
                     for start in range(0, kept.numel(), FROZEN_PIECE_NUMEL):
                         part = kept[start : start + FROZEN_PIECE_NUMEL]
                         part.copy_(self._read(piece.slot.name, first + start, part.numel()))

@@ -24,12 +24,15 @@ from manyhands.errors import CheckpointError
 from manyhands.layout import Range
 from manyhands.storage.location import Address, Location, hint_of
 
-KEPT_BYTES = 4 << 20
-"""A larger piece isn't kept in memory: what is wanted of it next is read again."""
+CACHED_BYTES = 4 << 20
+"""A larger piece is not cached: its next range is read from the file again."""
 
 
 class TensorPiece(NamedTuple):
-    """Elements of a tensor from `start` on, 1-D. shape: if it has another one than its parameter, and is whole here."""
+    """Elements of a tensor from `start` on, 1-D.
+
+    shape: of a tensor that has another shape than its parameter; it is never split. Else None.
+    """
 
     kind: str
     name: str
@@ -39,9 +42,9 @@ class TensorPiece(NamedTuple):
 
 
 def write_pieces(path: Location, pieces: Sequence[TensorPiece]) -> list[PieceRecord]:
-    """Write a file of pieces, one after the other; what a manifest says of them. OSErrors are passed on.
+    """Write a file of pieces; return their records for the manifest.
 
-    Raises CheckpointError for a type that can't be kept.
+    Raises OSError, and CheckpointError for a type that a checkpoint can't hold.
     """
     by_key = {f"{piece.kind}|{piece.name}|{piece.start}": piece for piece in pieces}
     for piece in pieces:
@@ -71,7 +74,7 @@ def write_pieces(path: Location, pieces: Sequence[TensorPiece]) -> list[PieceRec
 
 
 def check_type(kind: str, name: str, dtype: torch.dtype) -> None:
-    """That a tensor of that type can be kept. Raises CheckpointError."""
+    """Raise CheckpointError if a checkpoint can't hold tensors of that type."""
     if dtype not in CODES:
         raise CheckpointError(
             f"{name!r} has a type that a checkpoint can't hold",
@@ -82,7 +85,7 @@ def check_type(kind: str, name: str, dtype: torch.dtype) -> None:
 
 
 class PieceReader:
-    """Reads the pieces that lie in `folder`. Raises CheckpointError for what is missing or damaged."""
+    """Reads ranges of the tensors in `folder`. Raises CheckpointError for missing or damaged files."""
 
     def __init__(self, folder: Location, pieces: Sequence[PieceRecord]) -> None:
         self.folder = folder
@@ -90,16 +93,18 @@ class PieceReader:
         for piece in sorted(pieces, key=lambda piece: piece.start):
             self._pieces[piece.kind, piece.name].append(piece)
         self._files: dict[str, TensorFile] = {}
-        self._last = ""  # that was read
+        self._last = ""  # the file that was read last
         self._checked: set[tuple[str, str]] = set()
-        self._recent: dict[str, tuple[PieceRecord, Tensor]] = {}  # by kind: what the next range is likely to be in, too
+        self._recent: dict[
+            str, tuple[PieceRecord, Tensor]
+        ] = {}  # the last piece of each kind: the next range is probably in it
 
     def kinds_of(self, name: str) -> list[str]:
-        """Which tensors there are of a parameter."""
+        """The kinds of tensors that are stored of a parameter."""
         return [kind for kind, other in self._pieces if other == name]
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel), 1-D."""
+        """Return elements [start, start + numel), 1-D."""
         parts, position = [], start
         for piece in self._pieces.get((kind, name), []):
             first, last = max(position, piece.start), min(start + numel, piece.start + piece.numel)
@@ -111,14 +116,14 @@ class PieceReader:
         return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
 
     def read_full(self, kind: str, name: str) -> Tensor | None:
-        """A tensor that was saved whole, in its own shape; None if it was saved in ranges."""
+        """A tensor that was saved unsplit, in its own shape; None if it was saved in ranges."""
         pieces = self._pieces.get((kind, name))
         if not pieces or pieces[0].shape is None:
             return None
         return self._read_piece(pieces[0], 0, pieces[0].numel).view(pieces[0].shape).clone()
 
     def parts(self, kind: str, name: str, numel: int) -> Iterator[TensorPiece]:
-        """All `numel` elements in order, as they were written: no more than one piece is in memory."""
+        """All `numel` elements in order, in the pieces that were written. One piece is in memory."""
         position = 0
         for piece in self._pieces.get((kind, name), []):
             if piece.start != position:
@@ -128,17 +133,17 @@ class PieceReader:
         if position != numel:
             raise self._lacks(kind, name, Range(0, numel), Range(0, position))
 
-    def _lacks(self, kind: str, name: str, wanted: Range, found: Range) -> CheckpointError:
+    def _lacks(self, kind: str, name: str, expected: Range, found: Range) -> CheckpointError:
         return CheckpointError(
             f"the checkpoint lacks elements of {kind} of {name!r}",
             where=str(self.folder),
-            expected=f"[{wanted.start}, {wanted.end})",
+            expected=f"[{expected.start}, {expected.end})",
             got=f"[{found.start}, {found.end})",
             hint="go back to an earlier checkpoint",
         )
 
     def _read_piece(self, piece: PieceRecord, start: int, end: int) -> Tensor:
-        """Elements [start, end) of the piece, borrowed; the whole of it is read, and checked, the first time."""
+        """Elements [start, end) of the piece; do not modify. The first time, the complete piece is read and checked."""
         recent, tensor = self._recent.get(piece.kind, (None, None))
         if tensor is not None and recent is piece:
             return tensor[start:end]
@@ -172,6 +177,6 @@ class PieceReader:
                 hint="go back to an earlier checkpoint",
             )
         self._checked.add((piece.file, piece.key))
-        if tensor.nbytes <= KEPT_BYTES:
+        if tensor.nbytes <= CACHED_BYTES:
             self._recent[piece.kind] = piece, tensor
         return tensor[start:end]

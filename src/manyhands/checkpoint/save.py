@@ -1,11 +1,9 @@
 """What a checkpoint contains; writes it in the background.
 
-A folder that all workers write at once, in the background: it appears whole or not at all (see `publish`).
-Every worker writes its files where they can't be seen yet and then, as a file, what the manifest must say of them. When
-all of those are there worker 0 writes the manifest and publishes the folder. Nothing of this is a collective call, so
-training goes on meanwhile.
-
-What a checkpoint is made of: every worker writes the ranges that it owns.
+All workers write at once, each the ranges that it owns, into a hidden folder that appears complete or not at all (see
+`publish`). When its tensors are written, a worker writes its part of the manifest as a file. When all of these files
+exist, worker 0 writes the manifest and publishes the folder. This takes no collective call, so training continues
+meanwhile.
 """
 
 from __future__ import annotations
@@ -55,16 +53,23 @@ from manyhands.comm.group import Group
 from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import CheckpointError, ManyhandsError
-from manyhands.storage.location import Location, names_in, put_text
+from manyhands.storage.atomic import write_atomic
+from manyhands.storage.files import names_in
+from manyhands.storage.location import Location
 
 MOST_SECONDS_BETWEEN_LOOKS = 1.0
-"""Before that it looks after a tenth of what it has waited: it is late by that much, and never looks often."""
+"""Longest pause between two checks for the other workers' parts. Earlier pauses are a tenth of the time waited, so
+publishing is at most that late, and a file system is not polled often."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """Of a folder. write: writes this worker's files into the folder that it is given, and returns what worker 0 must
-    know to make the manifest from everyone's; published: called on worker 0, when it's there."""
+    """The contents of a folder.
+
+    write: writes this worker's files into the given folder, and returns its part of the manifest, as JSON values.
+    manifest_of: builds the manifest from the parts of all workers. published: called on worker 0 when the folder
+    exists.
+    """
 
     write: Callable[[Location], dict[str, Any]]
     manifest_of: Callable[[list[dict[str, Any]]], BaseModel]
@@ -72,7 +77,10 @@ class Contents:
 
 
 class Saving:
-    """The folder `final` on its way, in place of what is there. Making one is collective, and so is `wait`."""
+    """Writes the folder `final` in the background, in place of an existing one.
+
+    The constructor and `wait` are collective.
+    """
 
     def __init__(self, final: Location, group: Group, contents: Contents, tag: str) -> None:
         self.final = final
@@ -80,7 +88,7 @@ class Saving:
         self._error: BaseException | None = None
         self._is_written = threading.Event()
         self._is_abandoned = threading.Event()
-        attempt = secrets.token_hex(8)  # worker 0's: no leftover of another attempt is taken for one of this
+        attempt = secrets.token_hex(8)  # worker 0's is used: files of another attempt are never taken for this one's
         self._partial = partial_folder(final, attempt)
         if group.rank == 0:
             try:
@@ -88,84 +96,85 @@ class Saving:
                     create_partial(self._partial, final.parent)
             except CheckpointError as error:
                 self._error = error
-        everyone: list[Any] = all_gather_json(group, attempt, f"{tag} begins / control")
-        self._partial = partial_folder(final, everyone[0])
+        attempts: list[Any] = all_gather_json(group, attempt, f"{tag} starts / control")
+        self._partial = partial_folder(final, attempts[0])
         self._thread = threading.Thread(target=self._save, name="manyhands-checkpoint", daemon=True)
         self._thread.start()
 
     @property
     def is_done(self) -> bool:
-        """Whether this worker has nothing more to do for it."""
+        """True if this worker has nothing left to do for it."""
         return not self._thread.is_alive()
 
     def wait_written(self) -> None:
-        """Until this worker's files are written, or can't be: what it saves may change again."""
+        """Wait until this worker has written its files, or failed to. Then the saved state may change again."""
         self._is_written.wait()
 
     def wait(self) -> Location:
-        """Until it's published. Raises the CheckpointError of one worker on all of them; then nothing is published."""
+        """Wait until the folder is published. If a worker fails, its CheckpointError is raised on all. Collective."""
         self._is_written.wait()
         self._raise_any(f"{self._tag} written / control")
-        self._thread.join()  # everyone's part is there: it only has to be published
+        self._thread.join()  # all parts exist; worker 0 only has to publish them
         self._raise_any(f"{self._tag} published / control")
         return self.final
 
     def abandon(self) -> None:
-        """Nobody waits for it any more: it's published if all have written, else a part of it is left hidden."""
+        """Stop waiting for other workers. The folder is published if all parts exist; otherwise it stays hidden."""
         self._is_abandoned.set()
 
     def _raise_any(self, tag: str) -> None:
-        said = [*map(str, _words_of(self._error))]
-        everyone: list[Any] = all_gather_json(self._group, said, tag)
-        for rank, words in enumerate(everyone):
-            if words:
+        report = [*map(str, _report_of(self._error))]
+        reports: list[Any] = all_gather_json(self._group, report, tag)
+        for rank, report in enumerate(reports):
+            if report:
                 self._is_abandoned.set()
                 self._thread.join()
                 if rank == self._group.rank and self._error is not None:
                     raise self._error
-                what, where, hint = words
+                what, where, hint = report
                 raise CheckpointError(what, where=where, hint=hint)
 
     def _save(self) -> None:
         try:
             if self._error is None:
                 with as_checkpoint_error(self._partial):
-                    mine = self._contents.write(self._partial)
-                    put_text(self._partial / f"part-{self._group.rank}.json", json.dumps(mine))
+                    part = self._contents.write(self._partial)
+                    # Only worker 0 of this run reads it, so it need not survive a crash.
+                    write_atomic(self._partial / f"part-{self._group.rank}.json", json.dumps(part), durable=False)
             self._is_written.set()
             if self._group.rank == 0 and self._error is None:
                 self._publish()
         except BaseException as error:
             self._error = error
             with suppress(OSError):
-                put_text(self._partial / f"failed-{self._group.rank}", "")
+                write_atomic(self._partial / f"failed-{self._group.rank}", "", durable=False)
         finally:
             self._is_written.set()
 
     def _publish(self) -> None:
         with as_checkpoint_error(self.final):
             if self._have_all_written():
-                parts = [self._partial / f"part-{rank}.json" for rank in range(self._group.size)]
-                everyone = [json.loads(part.read_text()) for part in parts]
-                for part in parts:
-                    part.unlink()
-                publish_folder(self._partial, self.final, self._contents.manifest_of(everyone))
+                files = [self._partial / f"part-{rank}.json" for rank in range(self._group.size)]
+                parts = [json.loads(file.read_text()) for file in files]
+                for file in files:
+                    file.unlink()
+                publish_folder(self._partial, self.final, self._contents.manifest_of(parts))
                 self._contents.published()
 
     def _have_all_written(self) -> bool:
-        """Wait until everyone has; False: someone can't, or nobody waits for it any more."""
-        wanted = {f"part-{rank}.json" for rank in range(self._group.size)}
+        """Wait until all workers have written their parts. False if a worker failed, or this save was abandoned."""
+        expected = {f"part-{rank}.json" for rank in range(self._group.size)}
         failed = {f"failed-{rank}" for rank in range(self._group.size)}
-        began = time.monotonic()
-        while wanted - (names := names_in(self._partial)):
+        started = time.monotonic()
+        while expected - (names := set(names_in(self._partial, missing_ok=False))):
             if names & failed or self._is_abandoned.is_set():
                 return False
-            time.sleep(min(MOST_SECONDS_BETWEEN_LOOKS, 0.005 + (time.monotonic() - began) / 10))
+            time.sleep(min(MOST_SECONDS_BETWEEN_LOOKS, 0.005 + (time.monotonic() - started) / 10))
         return True
 
 
-def _words_of(error: BaseException | None) -> tuple[str, ...]:
-    """What an error says, to be said by others, too; nothing of none."""
+def _report_of(error: BaseException | None) -> tuple[str, ...]:
+    """An error as (what, where, hint), to be raised by other workers; empty for None."""
     if error is None:
         return ()
     if isinstance(error, ManyhandsError):
@@ -174,10 +183,10 @@ def _words_of(error: BaseException | None) -> tuple[str, ...]:
 
 
 Scalars = dict[str, dict[str, dict[str, Any]]]
-"""By parameter and kind: a Scalar, as JSON has it."""
+"""Numbers of the optimizer's state, by parameter and kind: the fields of a `Scalar`."""
 
 FROZEN_PIECE_NUMEL = 1 << 20
-"""Elements in a piece of a frozen parameter: what a reader has in memory at once."""
+"""Elements in a piece of a frozen parameter: a reader has one piece in memory."""
 
 
 def begin_checkpoint(
@@ -188,13 +197,13 @@ def begin_checkpoint(
     keep_every: int | None = None,
     published: Callable[[Location], None] | None = None,
 ) -> Saving | None:
-    """Begin to write the engine's state, as it is now, to a new folder in `root`; None if it's there. Collective.
+    """Start writing the engine's current state to a new folder in `root`; None if that exists. Collective.
 
-    keep, keep_every: which checkpoints to leave in `root`: the last `keep` (None: all), and those of every
-    `keep_every`-th step. One of this step with the same weights stays; one with others is replaced. Frozen parameters
-    are written once, beside the first checkpoint, before this returns; so is state at a home that is apart, of which
-    there's no copy in memory. What was published before is never touched by a failure. published: hears on worker 0, in
-    the thread that writes, as soon as it's there. Raises CheckpointError.
+    keep, keep_every: which checkpoints stay in `root`: the last `keep` (None: all), and those of every `keep_every`-th
+    step. A checkpoint of this step with the same weights stays; one with other weights is replaced. Two things are
+    written before this returns: frozen parameters, once, next to the first checkpoint; and state that is offloaded to
+    disk, because it is not copied in memory. A failure leaves published checkpoints as they are. published: called with
+    the folder on worker 0, in the thread that writes, as soon as it exists. Raises CheckpointError.
     """
     group, step = engine.group, engine.step_index
     final = root / folder_name(step)
@@ -227,7 +236,7 @@ def begin_checkpoint(
 
 
 def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest:
-    """The engine's state as it is now, without what the workers add. frozen: see Manifest."""
+    """The manifest of the engine's current state, without pieces and scalars. frozen: see Manifest."""
     tensors, computed = tensor_records(engine)
     return Manifest(
         format=CHECKPOINT_FORMAT,
@@ -248,14 +257,14 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
     )
 
 
-def with_pieces(manifest: Manifest, everyone: list[dict[str, Any]]) -> Manifest:
-    """The same with what all workers say of their pieces and numbers."""
+def with_pieces(manifest: Manifest, parts: list[dict[str, Any]]) -> Manifest:
+    """The manifest with the pieces and scalars of all workers."""
     scalars = {
         name: {kind: Scalar(**number) for kind, number in numbers.items()}
-        for theirs in everyone
-        for name, numbers in theirs["scalars"].items()
+        for part in parts
+        for name, numbers in part["scalars"].items()
     }
-    return manifest.model_copy(update={"scalars": scalars, "pieces": _joined(everyone)})
+    return manifest.model_copy(update={"scalars": scalars, "pieces": _pieces_in(parts)})
 
 
 def _prune(final: Location, keep: int | None, keep_every: int | None) -> None:
@@ -268,20 +277,20 @@ def _file_of(engine: StepEngine) -> str:
     return piece_file_name(engine.group.rank)
 
 
-def _joined(everyone: list[dict[str, Any]]) -> list[PieceRecord]:
-    return [PieceRecord(**record) for theirs in everyone for record in theirs["pieces"]]
+def _pieces_in(parts: list[dict[str, Any]]) -> list[PieceRecord]:
+    return [PieceRecord(**record) for part in parts for record in part["pieces"]]
 
 
 def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
-    """What this worker owns: views of its state; fills in `scalars`."""
+    """The tensors that this worker owns, as views of its state. Adds the numbers that it owns to `scalars`."""
     for piece, owned in engine.updater.slices:
         if not owned.numel:
             continue
-        cut, start = slice(owned.start, owned.end), piece.start + owned.start
-        yield TensorPiece("master", piece.name, start, piece.master.view(-1)[cut])
+        part, start = slice(owned.start, owned.end), piece.start + owned.start
+        yield TensorPiece("master", piece.name, start, piece.master.view(-1)[part])
         for kind, value in engine.optimizer.state_of(piece).items():
             if isinstance(value, Tensor) and value.dim() and value.shape == piece.master.shape:
-                yield TensorPiece(kind, piece.name, start, value.reshape(-1)[cut])
+                yield TensorPiece(kind, piece.name, start, value.reshape(-1)[part])
             elif isinstance(value, Tensor) and value.dim() and piece.name in engine.optimizer.unsplittable:
                 yield TensorPiece(kind, piece.name, 0, value.reshape(-1), tuple(value.shape))
             elif value is not None:
@@ -292,7 +301,7 @@ def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
 
 
 def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
-    """All tensors of the model with their names in its state_dict, and the names there of what isn't one of them."""
+    """All tensors of the model, and the names in its state_dict of tensors that are not the model's (computed)."""
     keys: dict[int, list[str]] = {}
     state = engine.model.state_dict(keep_vars=True)
     for key, value in state.items():
@@ -316,49 +325,51 @@ def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
 
 
 def _save_frozen(engine: StepEngine, root: Location) -> str | None:
-    """Write the parameters that no step changes, unless they are there; the folder's name. Collective.
+    """Write the parameters that no step changes, unless they exist; return the folder's name. Collective.
 
-    The name comes from what is in it, so that runs of several recipes in one folder don't get in each other's way.
+    The name is a hash of their contents, so runs of several recipes can share a root folder.
     """
     tag = f"step {engine.step_index} / frozen"
     frozen = [record for record in tensor_records(engine)[0] if record.kind == "frozen"]
     if not frozen:
         return None
     facts = engine.facts()
-    said = [(record.name, record.shape, record.dtype, facts[f"frozen parameter {record.name}"]) for record in frozen]
-    final = root / f"frozen-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
-    if not all(all_gather_json(engine.group, _is_there(final), f"{tag} / control")):
+    identity = [
+        (record.name, record.shape, record.dtype, facts[f"frozen parameter {record.name}"]) for record in frozen
+    ]
+    final = root / f"frozen-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
+    if not all(all_gather_json(engine.group, _is_complete(final), f"{tag} / control")):
         params = dict(engine.model.named_parameters())
 
         def write(folder: Location) -> dict[str, Any]:
-            mine = list(_frozen_pieces({record.name: params[record.name] for record in frozen}, engine))
-            records = write_pieces(folder / _file_of(engine), mine)
+            pieces = list(_frozen_pieces({record.name: params[record.name] for record in frozen}, engine))
+            records = write_pieces(folder / _file_of(engine), pieces)
             return {"pieces": [record.model_dump() for record in records]}
 
-        def joined(everyone: list[dict[str, Any]]) -> FrozenManifest:
-            return FrozenManifest(format=CHECKPOINT_FORMAT, pieces=_joined(everyone))
+        def frozen_manifest(parts: list[dict[str, Any]]) -> FrozenManifest:
+            return FrozenManifest(format=CHECKPOINT_FORMAT, pieces=_pieces_in(parts))
 
-        Saving(final, engine.group, Contents(write=write, manifest_of=joined), tag).wait()
+        Saving(final, engine.group, Contents(write=write, manifest_of=frozen_manifest), tag).wait()
     return final.name
 
 
 def _frozen_pieces(params: dict[str, torch.nn.Parameter], engine: StepEngine) -> Iterator[TensorPiece]:
-    """A worker writes its shard of those that are sharded, and of the others, which every worker has, its share."""
+    """This worker's shard of sharded parameters, and its share of the parameters that every worker has completely."""
     sharded = set()
     for unit in engine.frozen_units:
         sharded |= {slot.name for slot in unit.layout.slots}
-        for piece in unit.layout.pieces(unit.layout.shard(engine.group.rank)):
-            yield from _cut(piece.slot.name, piece.in_param.start, unit.params.kept(piece.in_unit))
+        for part in unit.layout.pieces(unit.layout.shard(engine.group.rank)):
+            yield from _split(part.slot.name, part.in_param.start, unit.params.stored(part.in_unit))
     number = 0
     for name, param in params.items():
         if name not in sharded:
-            for cut in _cut(name, 0, param.detach().reshape(-1)):
+            for piece in _split(name, 0, param.detach().reshape(-1)):
                 if number % engine.group.size == engine.group.rank:
-                    yield cut
+                    yield piece
                 number += 1
 
 
-def _cut(name: str, first: int, values: Tensor) -> Iterator[TensorPiece]:
+def _split(name: str, first: int, values: Tensor) -> Iterator[TensorPiece]:
     for start in range(0, values.numel(), FROZEN_PIECE_NUMEL):
         yield TensorPiece("frozen", name, first + start, values[start : start + FROZEN_PIECE_NUMEL])
 
@@ -376,20 +387,20 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
         raise CheckpointError(
             f"the state of the schedule {type(schedule).__qualname__} can't be written down exactly",
             got=", ".join(state),
-            hint="use a schedule whose state_dict() holds numbers, texts, lists and dicts of them",
+            hint="use a schedule whose state_dict() holds only numbers, strings, lists and dicts of them",
         )
     return encoded
 
 
 def _holds(folder: Location, digest: str) -> bool:
-    """Whether the checkpoint in `folder` is there and has these weights."""
+    """True if there is a checkpoint in `folder`, and it has these weights."""
     try:
         return read_manifest(folder).digest == digest
     except CheckpointError:
         return False
 
 
-def _is_there(frozen: Location) -> bool:
+def _is_complete(frozen: Location) -> bool:
     try:
         read_frozen_manifest(frozen)
     except CheckpointError:

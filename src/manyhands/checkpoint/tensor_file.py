@@ -1,7 +1,8 @@
 """safetensors files, written and read in parts.
 
-The library of that name wants a file's tensors all at once, and maps what it reads into memory. The format: 8 bytes,
-the header's length; the header, JSON: each tensor's type, shape and place; the tensors' bytes, without gaps.
+The safetensors library needs all tensors of a file in memory to write it, and maps files into memory to read them; this
+module streams both. The format: 8 bytes with the header's length; the header, in JSON, with type, shape and offsets of
+each tensor; the tensors' bytes, without gaps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from manyhands.errors import InvariantError
-from manyhands.storage.location import Location, Ranges, written
+from manyhands.storage.atomic import open_durable
+from manyhands.storage.location import Location, Ranges
 
 CODES = {
     torch.float64: "F64",
@@ -36,7 +38,7 @@ CODES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-"""The types that such a file can hold, and their names there."""
+"""The types that such a file can hold, and their names in it."""
 
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
@@ -46,20 +48,20 @@ _METADATA = "__metadata__"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`, as torch has it as an attribute."""
+    """The name of the type as an attribute of torch, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """One of those that a file can hold. Raises ValueError."""
+    """The type of that name. Raises ValueError if a file can't hold it."""
     found = next((dtype for dtype in CODES if dtype_name(dtype) == name), None)
     if found is None:
-        raise ValueError(f"there is no type {name!r}")
+        raise ValueError(f"unknown type {name!r}")
     return found
 
 
 class TensorEntry(NamedTuple):
-    """A tensor of a file."""
+    """Name, type and shape of a tensor in a file."""
 
     name: str
     dtype: torch.dtype
@@ -72,12 +74,12 @@ class TensorEntry(NamedTuple):
 
 
 def in_file_order(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
-    """Large elements first: then every tensor starts at a multiple of its element's size, as readers want it."""
+    """Sort by element size, largest first, so that every tensor starts at a multiple of its element size."""
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
 def once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict. Raises ValueError for a name that is there twice."""
+    """A JSON object as a dict. Raises ValueError if a name occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -86,15 +88,15 @@ def once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def bytes_of(part: Tensor) -> memoryview:
-    """A CPU tensor's bytes."""
+    """The bytes of a CPU tensor."""
     flat = part.detach().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 class TensorFileWriter:
-    """Writes the file of `entries`: their elements come in this order, in parts of any size. A context manager.
+    """Writes a file with the tensors `entries`, in this order, in parts of any size. A context manager.
 
-    Left without an error the file is whole, and on the disk. OSErrors are passed on.
+    When the block ends without an error, the file is complete and synced. Raises OSError.
     """
 
     def __init__(
@@ -113,11 +115,11 @@ class TensorFileWriter:
         text += b" " * (-len(text) % 8)
         self._path, self._left = path, end
         self._end = ExitStack()
-        self._file = self._end.enter_context(written(path, 8 + len(text) + end))
+        self._file = self._end.enter_context(open_durable(path, 8 + len(text) + end))
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, part: Tensor) -> int:
-        """The next elements, of a CPU tensor of the file's type; how many bytes that were."""
+        """Write the next elements, from a CPU tensor of the file's type. Return how many bytes they take."""
         data = bytes_of(part)
         self._file.write(data)
         self._left -= data.nbytes
@@ -131,17 +133,17 @@ class TensorFileWriter:
             if error is not None:
                 raise error
             if self._left:
-                raise InvariantError("a file of tensors is not whole", where=str(self._path), got=f"{self._left} left")
+                raise InvariantError("a file of tensors is incomplete", where=str(self._path), got=f"{self._left} left")
 
 
 class TensorFile:
-    """Reads ranges of a file's tensors. entries: by name. Raises OSError, and ValueError for what isn't such a file."""
+    """Reads ranges of the tensors in a file. entries: by name. Raises OSError; ValueError for a file that is broken."""
 
     def __init__(self, path: Location) -> None:
         self._ranges = Ranges(path)
         length, size = int.from_bytes(self._ranges.read(0, 8), "little"), self._ranges.size
         if length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError("its header is cut short")
+            raise ValueError("its header is truncated")
         try:
             header = json.loads(self._ranges.read(8, length), object_pairs_hook=once_each)
         except RecursionError as error:
@@ -151,13 +153,13 @@ class TensorFile:
         header.pop(_METADATA, None)
         self.entries: dict[str, TensorEntry] = {}
         self._starts: dict[str, int] = {}
-        for name, said in header.items():
-            entry, start, end = _parse(name, said)
+        for name, fields in header.items():
+            entry, start, end = _parse(name, fields)
             if not 0 <= start <= end <= size - 8 - length or end - start != entry.nbytes:
-                raise ValueError(f"{name!r} does not lie in it: bytes {start} to {end} of {size - 8 - length}")
+                raise ValueError(f"{name!r} is outside of the file: bytes {start} to {end} of {size - 8 - length}")
             self.entries[name], self._starts[name] = entry, 8 + length + start
         if sum(entry.nbytes for entry in self.entries.values()) != size - 8 - length:
-            raise ValueError("its size is not that of its tensors: it was cut short, or something was added")
+            raise ValueError("its size is not the sum of its tensors' sizes: it was truncated, or something was added")
 
     def read(self, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of the flattened tensor, 1-D."""
@@ -167,22 +169,22 @@ class TensorFile:
         if not 0 <= start <= start + numel <= math.prod(entry.shape):
             raise ValueError(f"{name!r} has no elements [{start}, {start + numel})")
         part, first = torch.empty(numel, dtype=entry.dtype), self._starts[name] + start * entry.dtype.itemsize
-        wanted = bytes_of(part)
-        if wanted.nbytes and self._ranges.read_into(first, wanted) != wanted.nbytes:
-            raise ValueError("it is cut short")
+        buffer = bytes_of(part)
+        if buffer.nbytes and self._ranges.read_into(first, buffer) != buffer.nbytes:
+            raise ValueError("it is truncated")
         return part
 
     def rest(self) -> None:
-        """Others are read for now: it gives up what it has in memory of the tensors."""
+        """Free what was read ahead; for a file that will not be read for some time."""
         self._ranges.rest()
 
 
-def _parse(name: str, said: Any) -> tuple[TensorEntry, int, int]:
+def _parse(name: str, fields: Any) -> tuple[TensorEntry, int, int]:
     try:
-        dtype, shape = _DTYPES[said["dtype"]], tuple(int(size) for size in said["shape"])
-        start, end = (int(offset) for offset in said["data_offsets"])
+        dtype, shape = _DTYPES[fields["dtype"]], tuple(int(size) for size in fields["shape"])
+        start, end = (int(offset) for offset in fields["data_offsets"])
         if min(shape, default=0) < 0:
             raise ValueError("a size is negative")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name!r} is of an unknown kind: {said}") from error
+        raise ValueError(f"{name!r} has an unknown type or an invalid shape: {fields}") from error
     return TensorEntry(name, dtype, shape), start, end

@@ -83,7 +83,7 @@ def _show_finding(finding: Finding, console: Console) -> None:
     row = Table.grid(padding=(0, 1))
     for width in (1, 14, None):
         row.add_column(width=width)
-    row.add_row(_MARKS[finding.verdict], escape(finding.subject), escape(finding.told))
+    row.add_row(_MARKS[finding.verdict], escape(finding.subject), escape(finding.message))
     if finding.hint is not None:
         row.add_row("", "", f"[dim]what to do: {escape(finding.hint)}[/]")
     console.print(row)
@@ -96,7 +96,7 @@ def _show_story(story: RunHistory, console: Console) -> None:
     from manyhands.doctor.runs import took, when
 
     colour = {"ended": "green", "failed": "red", "killed": "red"}.get(story.outcome, "yellow")
-    console.print(f"[{colour}]{escape(story.told)}[/]")
+    console.print(f"[{colour}]{escape(story.summary)}[/]")
     table = Table.grid(padding=(0, 2))
     for style in ("dim", "dim", ""):
         table.add_column(style=style, no_wrap=style == "dim", justify="left")

@@ -37,17 +37,17 @@ def first_host(
         "recipe": str(Path(request["recipe"]).absolute()),
         "run_dir": str(Path(request["run_dir"]).absolute()),
     }
-    said = {"request": shared, "workers": workers, "recipe_sha256": _sha256(shared["recipe"])}
+    run_info = {"request": shared, "workers": workers, "recipe_sha256": _sha256(shared["recipe"])}
     return Rendezvous(
         host=host,
         port=port,
-        run=f"{request['run_dir']}-{uuid.uuid4()}",
-        least=hosts.least,
-        most=hosts.most,
-        restarts=restarts,
-        first=True,
-        said=said,
-        tell=_telling(note),
+        run_id=f"{request['run_dir']}-{uuid.uuid4()}",
+        min_hosts=hosts.least,
+        max_hosts=hosts.most,
+        max_restarts=restarts,
+        is_first=True,
+        run_info=run_info,
+        on_restart=_telling(note),
     )
 
 
@@ -55,12 +55,12 @@ def train_together(rendezvous: Rendezvous, workers: int) -> None:
     """This host's part of the run. Raises WorkerError and Interrupted."""
     from manyhands.launching.rendezvous import interface_of, own_address
 
-    request = rendezvous.said["request"]
+    request = rendezvous.run_info["request"]
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
     interface = interface_of(own_address(rendezvous.host, rendezvous.port))
     variables = {} if interface is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": interface}
     logs = Path(request["run_dir"]) / "logs"
-    if rendezvous.first and rendezvous.most > 1:
+    if rendezvous.is_first and rendezvous.max_hosts > 1:
         sys.stderr.write(f"others join this run with: manyhands join {rendezvous.endpoint}\n")
     start_workers(command, workers, logs, variables, holds_signals=True, rendezvous=rendezvous)
 
@@ -83,8 +83,8 @@ def join_command(
     from manyhands.launching.rendezvous import join_hosts
 
     rendezvous = join_hosts(endpoint)
-    recipe, run_dir = rendezvous.said["request"]["recipe"], Path(rendezvous.said["request"]["run_dir"])
-    if not Path(recipe).is_file() or _sha256(recipe) != rendezvous.said["recipe_sha256"]:
+    recipe, run_dir = rendezvous.run_info["request"]["recipe"], Path(rendezvous.run_info["request"]["run_dir"])
+    if not Path(recipe).is_file() or _sha256(recipe) != rendezvous.run_info["recipe_sha256"]:
         raise ConfigError(
             "the run's recipe is not the same here",
             where=recipe,
@@ -98,8 +98,8 @@ def join_command(
             where=str(run_dir),
             hint="it must be on a file system that all hosts share",
         )
-    mine = workers.most if workers else int(rendezvous.said["workers"])
-    train_together(replace(rendezvous, tell=_telling(lambda error: None)), mine)
+    mine = workers.most if workers else int(rendezvous.run_info["workers"])
+    train_together(replace(rendezvous, on_restart=_telling(lambda error: None)), mine)
 
 
 def _telling(note: Tell) -> Callable[[WorkerError | Interrupted | None], None]:

@@ -107,17 +107,17 @@ def run_command(
     """
     if not script.is_file():
         raise ConfigError("there is no such script", where=str(script.absolute()))
-    from manyhands.launching.failures import run_again
+    from manyhands.launching.failures import run_with_restarts
 
     command, allowed = [sys.executable, str(script), *context.args], workers_for(workers, 1, None)
     with snapshot_memory("auto" if max_restarts else "never", allowed.most) as snapshots:
-        run_again(
+        run_with_restarts(
             lambda failures: start_workers(
                 command, allowed.after(failures), None, snapshots.variables, holds_signals=False
             ),
             saved_step=snapshots.newest_step,
-            most=max_restarts,
-            tell=lambda restart: print_restart(restart, allowed.after(restart.number)),
+            limit=max_restarts,
+            on_restart=lambda restart: print_restart(restart, allowed.after(restart.number)),
         )
 
 

@@ -190,7 +190,7 @@ def train_command(
         )
     directory = run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
     from manyhands.checkpoint.format import checkpoints_of
-    from manyhands.launching.failures import run_again
+    from manyhands.launching.failures import run_with_restarts
     from manyhands.listeners.run_directory import RunDirectory
     from manyhands.storage.run_lock import run_lock
 
@@ -227,13 +227,15 @@ def train_command(
             train_together(run_rendezvous, allowed.most)
             return
         with snapshot_memory(snapshot_every if max_restarts else "never", allowed.most) as snapshots:
-            run_again(
+            run_with_restarts(
                 lambda failures: start_workers(
                     command, allowed.after(failures), directory / "logs", snapshots.variables, holds_signals=True
                 ),
                 saved_step=lambda: max(snapshots.newest_step(), (0, _last_checkpoint(checkpoints))),
-                most=max_restarts,
-                tell=lambda restart: record_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
+                limit=max_restarts,
+                on_restart=lambda restart: record_restart(
+                    RunDirectory(directory), restart, allowed.after(restart.number)
+                ),
                 samples_of=batch.samples_of,
             )
 

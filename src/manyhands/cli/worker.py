@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 
 from manyhands.errors import Interrupted
-from manyhands.members.reports import PARENT_TELLS_VARIABLE, record_failure, traceback_of
+from manyhands.members.reports import PARENT_REPORTS_VARIABLE, record_failure, traceback_of
 from manyhands.surroundings import StopSignals
 
 
@@ -23,7 +23,9 @@ def work(request: Mapping[str, object]) -> int:
         return 130
     except BaseException as error:  # whatever it is, the parent must hear of it
         record_failure(error)
-        told = os.environ.get(PARENT_TELLS_VARIABLE) and int(os.environ["RANK"]) == 0  # on the terminal, by the parent
+        told = (
+            os.environ.get(PARENT_REPORTS_VARIABLE) and int(os.environ["RANK"]) == 0
+        )  # on the terminal, by the parent
         if not told:
             sys.stderr.write(f"{traceback_of(error)}\n")
         return 1

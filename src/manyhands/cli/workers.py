@@ -151,7 +151,7 @@ def print_restart(restart: Restart, workers: int) -> None:
     cause, count = restart.cause, f"{workers} worker{'' if workers == 1 else 's'}"
     place = f"\n  where: {cause.where}" if cause.where else ""
     hint = f"\n  what to do: {cause.hint}" if cause.hint else ""
-    again = f"starting again ({restart.number} of {restart.most}) with {count}"
+    again = f"starting again ({restart.number} of {restart.limit}) with {count}"
     sys.stderr.write(f"{cause.what}{place}{hint}\n{again}\n")
 
 

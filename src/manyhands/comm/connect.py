@@ -11,7 +11,7 @@ from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type:
 
 from manyhands.comm.distributed import DistributedGroup
 from manyhands.comm.group import Group
-from manyhands.comm.hierarchical import HierarchicalGroup, places
+from manyhands.comm.hierarchical import HierarchicalGroup, workers_by_host
 from manyhands.comm.local import LocalGroup
 from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.errors import ConfigError
@@ -27,94 +27,102 @@ def connect(
     *,
     device: str = "cpu",
     stall_seconds: float = 600.0,
-    most_hosts: int = 0,
+    max_hosts: int = 0,
 ) -> Group:
-    """The group of this process's launcher. Collective. A worker that doesn't come round to raising another one's
-    failure (it hangs, say) is ended.
+    """Connect this process to the other workers of its launcher and return the group. Collective.
 
-    kind: "auto", "shared-memory", "distributed" or "hierarchical" (see the strategy). most_hosts: on up to so many
-    hosts
-    workers may add gradients among themselves first. Raises ConfigError, WorkerError.
+    kind: "auto", "shared-memory", "distributed" or "hierarchical" (see Strategy.transport).
+    stall_seconds: how long a worker may keep its peers waiting before they give it up.
+    max_hosts: the number of hosts up to which workers may add gradients inside each host first.
+
+    A worker that does not raise a peer's failure within the grace period (it hangs, for example) is killed.
+    Raises ConfigError, WorkerError.
     """
     forget_failure()
     rank, size = environment_rank_and_size()
-    where = _gpu() if device == "cuda" else torch.device(device)
+    torch_device = _gpu() if device == "cuda" else torch.device(device)
     if size <= 1 and kind != "distributed":
-        return LocalGroup(where, StatusFile.for_parent(stall_seconds))
+        return LocalGroup(torch_device, StatusFile.for_parent(stall_seconds))
     if not sys.platform.startswith("linux"):
-        raise ConfigError("several workers need Linux", got=sys.platform, hint="elsewhere, one worker works")
+        raise ConfigError(
+            "more than one worker requires Linux", got=sys.platform, hint="on other systems, use one worker"
+        )
     store = _numbered_store(rank, size)
     arena = ProcessArena()
-    requested = f"group {kind} on {device}"
+    requested = f"transport {kind} on {device}"
     membership = Membership(
         store, rank, size, arena, stall_seconds=stall_seconds, abandon=end_process, requested=requested
     )
     ExitHooks(membership)
     try:
-        by_host = places(membership.hosts) if device == "cpu" else None
+        by_host = workers_by_host(membership.hosts) if device == "cpu" else None
         if kind == "auto":
-            several = "hierarchical" if by_host is not None and len(by_host) <= most_hosts else "distributed"
-            kind = "shared-memory" if membership.one_host and device == "cpu" else several
+            for_several_hosts = "hierarchical" if by_host is not None and len(by_host) <= max_hosts else "distributed"
+            kind = "shared-memory" if membership.one_host and device == "cpu" else for_several_hosts
         if kind == "hierarchical":
-            return _hierarchical(membership, store, arena, by_host, most_hosts)
+            return _hierarchical(membership, store, arena, by_host, max_hosts)
         if kind == "distributed":
             gloo = device != "cuda" or _gpus_are_shared()
-            return DistributedGroup.begin(membership, store, where, "gloo" if gloo else "cpu:gloo,cuda:nccl")
+            return DistributedGroup.create(membership, store, torch_device, "gloo" if gloo else "cpu:gloo,cuda:nccl")
         if not membership.one_host or device != "cpu":
             raise ConfigError(
-                "the workers can't share memory",
+                "these workers cannot share memory",
                 expected="CPU workers on one host",
                 got=f"{device} workers",
                 hint="use transport = 'distributed'",
             )
         return SharedMemoryGroup(membership, arena)
     except BaseException as error:
-        membership.fail(error)
+        membership.fail(error)  # before leaving, so that peers report this error and not a worker that has left
         membership.close()
         raise
 
 
 def _hierarchical(
-    membership: Membership, store: Store, arena: ProcessArena, by_host: list[list[int]] | None, most_hosts: int
+    membership: Membership, store: Store, arena: ProcessArena, by_host: list[list[int]] | None, max_hosts: int
 ) -> Group:
-    if by_host is None or len(by_host) > most_hosts:
+    if by_host is None or len(by_host) > max_hosts:
         raise ConfigError(
-            "the workers can't be grouped by host",
-            expected=f"2 to {most_hosts} hosts (virtual_workers), with equally many CPU workers each, at least 2",
+            "these workers cannot be grouped by host",
+            expected=f"2 to {max_hosts} hosts (virtual_workers), with the same number of CPU workers each, at least 2",
             got=f"workers on {', '.join(membership.hosts)}",
-            hint="use transport = 'auto', which chooses what fits",
+            hint="use transport = 'auto', which chooses one that fits",
         )
     mine = next(workers for workers in by_host if membership.rank in workers)
-    place = mine.index(membership.rank)
+    position = mine.index(membership.rank)
     intra_host = SharedMemoryGroup(membership, arena, workers=mine)
-    alike = [workers[place] for workers in by_host]
-    inter_host = DistributedGroup.begin(
-        membership, PrefixStore(f"place/{place}", store), intra_host.device, "gloo", 1, alike
+    peers = [workers[position] for workers in by_host]
+    inter_host = DistributedGroup.create(
+        membership, PrefixStore(f"place/{position}", store), intra_host.device, "gloo", 1, peers
     )
     return HierarchicalGroup(intra_host, inter_host, by_host)
 
 
 def _gpu() -> torch.device:
-    """This worker's; several have one where there are more workers than GPUs."""
+    """Return this worker's GPU; with more workers than GPUs, several workers share one. Raises ConfigError."""
     if not torch.cuda.is_available():
         raise ConfigError(
-            "the recipe asks for a GPU, and torch sees none here", expected="device = 'cpu'", got="'cuda'"
+            "the recipe requires a GPU, but torch finds none on this host", expected="device = 'cpu'", got="'cuda'"
         )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _gpus_are_shared() -> bool:
-    """NCCL wants a GPU for every worker; Gloo takes what is on a GPU through the host."""
+    """True if workers of this host share a GPU: NCCL requires one for each, while Gloo copies through host memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
 
 
 def _numbered_store(rank: int, size: int) -> Store:
-    """The launcher's store, under a name of its own for each time that this process connects."""
+    """Connect to the launcher's store, with a key prefix for this connection. Raises ConfigError.
+
+    A process may connect several times (one engine after another), and workers may be restarted with the same store:
+    keys of an earlier connection must not be seen.
+    """
     if "MASTER_ADDR" not in os.environ:
         if size == 1:
             return HashStore()
         raise ConfigError(
-            "WORLD_SIZE is set, but MASTER_ADDR is not", hint="start the workers with manyhands run or torchrun"
+            "WORLD_SIZE is set, but MASTER_ADDR is not", hint="start the workers with `manyhands run` or torchrun"
         )
     store: Store = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=JOIN_SECONDS)))[0]
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -1,6 +1,7 @@
 """Groups over torch.distributed (Gloo, NCCL): data movement only, never a sum.
 
-Only data movement is asked of it (all-to-all, all-gather), as bytes: never a sum, whose order would be the library's.
+The library only moves bytes (all-to-all, all-gather, broadcast). It never adds: its order of addition depends on the
+number of workers.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ from manyhands.members.membership import Membership
 from manyhands.offload.allocator import Allocator, BufferPool
 
 BROKEN_SECONDS = 6.0
-"""So long it may take until it's known whose connection broke."""
+"""Time that the watching thread has to identify the peer whose connection broke: longer than its shortened limit for
+lost hosts (SHORT_LOST_SECONDS) and one heartbeat."""
 
 TAKE_DOWN_SECONDS = 1.0
-"""So long a broken group may take to be freed."""
+"""Time that a broken group has to shut down before it is abandoned."""
 
 
 class _DistributedAllToAll(AllToAll):
+    """received: the contributors' pieces, one after another; num: how many; pool: where that buffer came from."""
+
     def __init__(self, received: Tensor, num: int, work: dist.Work, wait: Callable[[], None], pool: BufferPool) -> None:
         self._received, self._num_pieces, self._work, self._wait, self._pool = received, num, work, wait, pool
 
@@ -49,11 +53,14 @@ class _DistributedAllToAll(AllToAll):
         del self._received
 
     def wait_reusable(self) -> None:
-        self._wait()  # what I gave has left
+        self._wait()  # the work is complete only once this worker's contribution has been sent, too
 
 
 class DistributedGroup(WatchedGroup):
-    """Every worker has memory of its own."""
+    """Workers with separate memory, connected by a process group of torch.distributed.
+
+    dist_group: the process group; None: torch's default group. Buffers come from a pool and are used again.
+    """
 
     kind = "distributed"
     shares_memory = False
@@ -68,11 +75,11 @@ class DistributedGroup(WatchedGroup):
         workers: Sequence[int] | None = None,
     ) -> None:
         super().__init__(membership, device, channel, workers)
-        self._dist_group = dist_group  # None: torch's default group
+        self._dist_group = dist_group
         self._alone, self._pool = LocalGroup(device), BufferPool(device)
 
     @classmethod
-    def begin(
+    def create(
         cls,
         membership: Membership,
         store: Store,
@@ -81,17 +88,21 @@ class DistributedGroup(WatchedGroup):
         channel: int = 0,
         workers: Sequence[int] | None = None,
     ) -> DistributedGroup:
-        """Make torch's default process group, of these workers. Collective among them; raises ConfigError."""
+        """Create torch's default process group of these workers. Collective among them.
+
+        Raises ConfigError if the default group exists already.
+        """
         new = cls(membership, device, None, channel, workers)
         if dist.is_initialized():
             raise ConfigError(
-                "torch.distributed's default process group is taken",
+                "torch.distributed's default process group is already in use",
                 hint="close the other engine first; a script must not call init_process_group itself",
             )
         hook, limit = sys.excepthook, _last_resort(membership)
         dist.init_process_group(backend, store=store, rank=new.rank, world_size=new.size, timeout=limit)
         if workers is not None:
-            sys.excepthook = hook  # torch's would give the lines of errors a rank that isn't the launcher's
+            # torch's hook prefixes lines of errors with a rank of this subgroup, which is not the launcher's rank.
+            sys.excepthook = hook
         return new
 
     @property
@@ -105,7 +116,7 @@ class DistributedGroup(WatchedGroup):
     def sibling(self) -> DistributedGroup:
         new = dist.new_group(timeout=_last_resort(self.membership))
         if not isinstance(new, dist.ProcessGroup):
-            raise InvariantError("this process is not part of its own group")
+            raise InvariantError("this process is not a member of its own group")
         other = DistributedGroup(self.membership, self.device, new, self.channel + 1)
         other.recorder = self.recorder
         return other
@@ -120,22 +131,22 @@ class DistributedGroup(WatchedGroup):
     def all_to_all(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
     ) -> AllToAll:
-        gives = self.rank in contributors
-        sent = contribution.local[start : start + self.size * shard_numel] if gives else contribution.local[:0]
+        contributes = self.rank in contributors
+        sent = contribution.local[start : start + self.size * shard_numel] if contributes else contribution.local[:0]
         received = self._pool.take(len(contributors) * shard_numel, sent.dtype)
-        item = shard_numel * sent.dtype.itemsize
+        piece_bytes = shard_numel * sent.dtype.itemsize
         call = self._post(tag)
         work = self._call(
             lambda: dist.all_to_all_single(
                 received.view(torch.uint8),
                 sent.view(torch.uint8),
-                output_split_sizes=[item if rank in contributors else 0 for rank in range(self.size)],
-                input_split_sizes=[item if gives else 0] * self.size,
+                output_split_sizes=[piece_bytes if rank in contributors else 0 for rank in range(self.size)],
+                input_split_sizes=[piece_bytes if contributes else 0] * self.size,
                 group=self._dist_group,
                 async_op=True,
             )
         )
-        wait = self._waiter([work], call, tag, (len(contributors) - gives) * item)
+        wait = self._waiter([work], call, tag, (len(contributors) - contributes) * piece_bytes)
         return _DistributedAllToAll(received, len(contributors), work, wait, self._pool)
 
     def all_gather(self, full: Tensor, tag: str) -> Callable[[], None]:
@@ -143,8 +154,13 @@ class DistributedGroup(WatchedGroup):
         parts, call = as_bytes.chunk(self.size), self._post(tag)
         if full.is_cuda:
             works = [self._call(partial(dist.all_gather_single, as_bytes, parts[self.rank], group, async_op=True))]
-        else:  # Gloo's all-gather takes as much memory again, and three times as long
-            works = [self._call(partial(dist.broadcast, one, None, group, True, src)) for src, one in enumerate(parts)]
+        else:
+            # One broadcast per worker's range: Gloo's all-gather needs as much memory again and, with two workers,
+            # takes three times as long.
+            works = [
+                self._call(partial(dist.broadcast, part, None, group, True, source))
+                for source, part in enumerate(parts)
+            ]
         return self._waiter(works, call, tag, as_bytes.numel() - parts[0].numel())
 
     def all_gather_small(self, small: Tensor, tag: str) -> list[Tensor]:
@@ -155,20 +171,24 @@ class DistributedGroup(WatchedGroup):
         self._waiter([work], call, tag, flat.numel() * (self.size - 1), on_host=True)()
         return [copy.view(small.dtype).view(small.shape) for copy in copies.chunk(self.size)]
 
-    def _call(self, begin: Callable[[], dist.Work | None]) -> dist.Work:
+    def _call(self, start: Callable[[], dist.Work | None]) -> dist.Work:
+        """Start an operation. Raises WorkerError if the connection is broken."""
         try:
-            work = begin()
+            work = start()
         except RuntimeError as error:
             raise self._failure_behind(error) from error
         if work is None:
-            raise self._failure_behind(RuntimeError("this process is not part of the group"))
+            raise self._failure_behind(RuntimeError("this process is not a member of the group"))
         return work
 
     def _waiter(
         self, works: list[dist.Work], call: int, tag: str, size: int, *, on_host: bool | None = None
     ) -> Callable[[], None]:
-        """size: bytes that this worker gets. on_host: the tensors are the CPU's, so that waiting for the works is
-        waiting here (None: as the group's)."""
+        """Return a function that waits for `works` and records the call; it does nothing when called again.
+
+        size: bytes that this worker receives. on_host: True if the tensors are on the CPU, so that the work is complete
+        when the wait returns (None: as the group's device). On a GPU the wait only orders streams.
+        """
         done = False
         on_host = self.device.type == "cpu" if on_host is None else on_host
 
@@ -176,23 +196,27 @@ class DistributedGroup(WatchedGroup):
             nonlocal done
             if done:
                 return
-            began = time.monotonic()
+            started = time.monotonic()
             try:
                 for work in works:
-                    if on_host:
+                    if on_host:  # poll, because work.wait() can't be interrupted when a peer fails
                         self._wait(work.is_completed, lambda peer: peer.posted(self.channel) < call, tag)
                     work.wait()
             except RuntimeError as error:
                 raise self._failure_behind(error) from error
             done = True
             self._check_tags(call, tag)
-            self.recorder.add(tag, size, time.monotonic() - began)
+            self.recorder.add(tag, size, time.monotonic() - started)
 
         return wait
 
     def _failure_behind(self, error: RuntimeError) -> WorkerError:
-        """A broken connection is what a peer's death looks like from here: wait for the watcher to name the peer."""
-        self.membership.hurry()
+        """Return the failure that broke a connection, with the worker that caused it.
+
+        A connection breaks when a peer dies. Wait for the watching thread to find out which one; only if it does not,
+        return an error without a rank.
+        """
+        self.membership.shorten_lost_limit()
         deadline = time.monotonic() + BROKEN_SECONDS
         while self.membership.failure is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -200,18 +224,21 @@ class DistributedGroup(WatchedGroup):
         return self.membership.failure or broken
 
     def take_down(self) -> None:
-        """Gloo waits for what is under way until its own time limit, in a broken group perhaps for a host that doesn't
-        answer any more: then the group is left to itself, and goes with the process."""
+        """Destroy the process group.
+
+        In a broken group Gloo waits for pending operations until its own time limit, perhaps for a host that no longer
+        answers. Then the group is abandoned after TAKE_DOWN_SECONDS and ends with the process.
+        """
         ending = threading.Thread(target=_destroy, name="manyhands-take-down", daemon=True)
         ending.start()
-        ending.join(None if self.membership.is_well else TAKE_DOWN_SECONDS)
+        ending.join(None if self.membership.is_healthy else TAKE_DOWN_SECONDS)
 
 
 def _destroy() -> None:
-    with contextlib.suppress(RuntimeError):  # a broken group can't be taken down in order, and needn't be
+    with contextlib.suppress(RuntimeError):  # a broken group cannot be destroyed in order, which is harmless
         dist.destroy_process_group()
 
 
 def _last_resort(membership: Membership) -> timedelta:
-    """The library's own limit: ours ends waits itself, earlier and with a name."""
+    """The library's own time limit. It is longer than ours, which ends waits first and names the worker."""
     return timedelta(seconds=max(60.0, 2 * membership.stall_seconds))

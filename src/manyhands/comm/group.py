@@ -1,26 +1,26 @@
 """The verbs of a group, and a record of its traffic.
 
-What a step's messages came to: bytes by kind, and the seconds that were waited for others.
+A group is a set of workers with ranks 0 to size - 1 and a few collective operations on which the engine is built:
 
-A group of workers: a rank, a size and two verbs on which all else is built, plus small ones.
-- `exchange(full)`: everyone's piece of *my* range of a buffer, in rank order (an all-to-all).
-- `publish(full)`: everyone's range to everyone (an all-gather, in place).
-- `gather(small)`, `barrier()`: for a step's control values.
+- `all_to_all(contribution)`: receive every contributor's piece of this worker's range of a buffer, in rank order.
+- `all_gather(full)`: every worker's range of a buffer to all workers, in place.
+- `all_gather_small(small)`, `barrier()`: for control values of a step.
 
-A group has two levels: `near`, the workers that share memory with this one (which is alone there, if none does), and
-`far`, the workers at this one's place on every host (all workers, if none share memory; None, if all do).
+None of them adds anything: the engine adds the pieces itself, in a fixed order.
 
-Buffers come from the group, so that it can put them where moving them is cheapest. All verbs are collective: every
-worker calls the same ones with the same tags in the same order. Every call carries a tag (`step 12 / layers.3 / grad`;
-its last word is its kind) and is counted. A call that can't complete because another worker raised, died or is late
-raises WorkerError, which names that worker.
+A group has two levels. `intra_host` has the workers that share memory with this one (only this one, if none does).
+`inter_host` has the workers at the same position on every host (all workers, if none share memory; None, if all do).
+
+Buffers are created by the group, which can place them where transfers are cheapest. All operations are collective:
+every worker makes the same calls with the same tags in the same order. Calls are counted, and each has a tag such as
+`step 12 / layers.3 / grad`, whose last part is its kind. If a peer raised, died or stalled, a call raises WorkerError
+naming that worker.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -30,34 +30,37 @@ from manyhands.offload.allocator import Allocator
 
 
 class Recorder:
-    """Sums over a group's calls on this worker. A message's kind is its tag's last word: grad, param, control."""
+    """Traffic of a group on this worker: bytes received by kind, and seconds spent waiting.
+
+    The kind of a message is the last part of its tag: grad, param or control.
+    """
 
     def __init__(self) -> None:
         self._bytes: dict[str, int] = {}
         self._seconds = 0.0
 
     def add(self, tag: str, num_bytes: int, seconds: float) -> None:
-        """Record a message. num_bytes: received from the others; seconds: waited for it."""
+        """Record a message. num_bytes: received from other workers; seconds: spent waiting for it."""
         kind = tag.rsplit(" / ", 1)[-1]
         self._bytes[kind] = self._bytes.get(kind, 0) + num_bytes
         self._seconds += seconds
 
-    def waited(self, seconds: float) -> None:
-        """Record that others were waited for, besides what a message took."""
+    def add_wait(self, seconds: float) -> None:
+        """Record seconds spent waiting for other workers outside of `add`."""
         self._seconds += seconds
 
     def take(self) -> tuple[dict[str, int], float]:
-        """Bytes by kind and seconds waited since the last call."""
+        """Return the bytes by kind and the seconds since the last call, and reset both."""
         taken = (self._bytes, self._seconds)
         self._bytes, self._seconds = {}, 0.0
         return taken
 
 
 class Contribution:
-    """A buffer that each worker has for itself, of which others read the ranges that they own.
+    """One buffer per worker, of which each other worker reads the range that it owns.
 
-    local: this worker's, [numel]; peers: everyone's, by rank, where the group can see them (else empty).
-    free: gives it back; to be called once it has left.
+    local: this worker's buffer, [numel]. peers: all workers' buffers by rank, where the group can map them (else
+    empty). free: releases the buffer; call it once the data have been sent.
     """
 
     def __init__(self, local: Tensor, peers: Sequence[Tensor] = (), free: Callable[[], None] = lambda: None) -> None:
@@ -65,36 +68,44 @@ class Contribution:
 
 
 class AllToAll(ABC):
-    """An exchange under way. `pieces`, then `release`, each once; exchanges are released in the order they began."""
+    """An all-to-all in progress: call `pieces`, then `release`, each once; release in the order of creation.
+
+    Some groups count the releases, so releasing out of order would signal to peers that an earlier one has been read.
+    """
 
     @property
     @abstractmethod
     def is_complete(self) -> bool:
-        """Whether `pieces` would return at once."""
+        """True if `pieces` would return at once."""
 
     @abstractmethod
     def pieces(self) -> list[Tensor]:
-        """Wait for the contributors' pieces of my range, in rank order: each [shard_numel], borrowed."""
+        """Wait for the contributors' pieces of this worker's range, in rank order: each [shard_numel], borrowed."""
 
     @abstractmethod
     def release(self) -> None:
-        """I've read the pieces: their owners may overwrite them."""
+        """Declare that this worker has read the pieces, so that their owners may overwrite them."""
 
     @property
     def is_reusable(self) -> bool:
-        """Whether `wait_reusable` would return at once."""
+        """True if `wait_reusable` would return at once."""
         return self.is_complete
 
     @abstractmethod
     def wait_reusable(self) -> None:
-        """Wait until everyone has read what I contributed; only then may I overwrite it."""
+        """Wait until all workers have read this worker's contribution; only then may it be overwritten."""
 
 
 class Group(ABC):
-    """See the module. Attributes: `kind` ("local", "shared-memory", "distributed", "hierarchical"), `rank`, `size`,
-    `device`, `recorder`; `workers`: the launcher's number of each rank; `shares_memory`: whether a replicated buffer is
-    one physical copy for `near`; `pieces_are_views`: whether pieces exchanged there are views of what the others gave,
-    so that keeping them costs nothing."""
+    """Abstract base of all groups; see the module.
+
+    kind: "local", "shared-memory", "distributed" or "hierarchical".
+    rank, size, device, recorder: of this worker.
+    workers: the launcher's number of each rank.
+    shares_memory: True if a replicated buffer is one physical copy for the workers of `intra_host`.
+    pieces_are_views: True if pieces exchanged in `intra_host` are views of the contributors' buffers, so that holding
+    them takes no memory.
+    """
 
     kind: str
     shares_memory: bool
@@ -107,65 +118,64 @@ class Group(ABC):
 
     @property
     def intra_host(self) -> Group:
-        """See the module. rank = near.rank * far.size + far.rank."""
+        """The group of the workers on this host. rank = intra_host.rank * inter_host.size + inter_host.rank."""
         return self
 
     @property
     def inter_host(self) -> Group | None:
-        """See the module."""
+        """The group of the workers at this worker's position on every host; None if all workers share memory."""
         return None
 
     @abstractmethod
     def empty_replicated(self, numel: int, dtype: torch.dtype, allocator: Allocator | None = None) -> Tensor:
-        """A zeroed buffer [numel] that all workers hold alike, one copy for `near`; at `home`, if one is given.
-        Collective where memory is shared."""
+        """Create a zeroed buffer [numel] that holds the same values on all workers, one copy per `intra_host` group.
+
+        allocator: where to create it, if given. Collective where memory is shared.
+        """
 
     @abstractmethod
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
-        """A zeroed buffer [numel] to exchange from. Collective where memory is shared."""
+        """Create a zeroed buffer [numel] for `all_to_all`. Collective where memory is shared."""
 
     @abstractmethod
     def all_to_all(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
     ) -> AllToAll:
-        """Begin to give everyone their piece of `contribution[start : start + size * shard_numel]`. Collective.
+        """Start to send every worker its piece of `contribution[start : start + size * shard_numel]`. Collective.
 
-        Worker r's piece is the r-th run of `shard_numel` elements. Only `contributors` (ranks, rising) give anything.
+        The piece of worker r is the r-th run of `shard_numel` elements. Only `contributors` (ranks, ascending) send.
         """
 
     @abstractmethod
     def all_gather(self, full: Tensor, tag: str) -> Callable[[], None]:
-        """Begin to give everyone my range of the replicated `full`, [size * shard_numel], in place. Collective.
+        """Start to send this worker's range of the replicated `full`, [size * shard_numel], to all, in place.
 
-        Returns a function that waits until all ranges are there.
+        Return a function that waits until all ranges have arrived. Collective.
         """
 
     @abstractmethod
     def all_gather_small(self, small: Tensor, tag: str) -> list[Tensor]:
-        """Everyone's `small` (same shape and dtype, CPU), by rank: copies. Collective, blocks."""
+        """Return copies of all workers' `small` (same shape and dtype, on the CPU), by rank. Collective, blocks."""
 
     def sibling(self) -> Group:
-        """The same workers with another sequence of collective calls: the two keep no order between them. Collective.
+        """Create a group of the same workers with an independent sequence of collective calls. Collective.
 
-        Only where workers have memory of their own, and at most one; it ends with this group.
+        Calls of the two groups may interleave differently on different workers. Only for groups whose workers share no
+        memory, and only one per group; it ends with this group. Raises InvariantError for other kinds.
         """
         raise InvariantError(f"a {self.kind} group has one sequence of calls")
 
     def barrier(self, tag: str) -> None:
-        """Wait until everyone is here. Collective, blocks."""
+        """Wait until all workers have called this. Collective, blocks."""
         self.all_gather_small(torch.zeros(1, dtype=torch.uint8), tag)
 
     @abstractmethod
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this worker goes down with `error`."""
+        """Report to the peers that this worker fails with `error`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the group: wait for the others to have finished, then free everything. Collective unless failed."""
+        """Leave the group: wait until all workers are done, then free everything. Collective unless failed."""
 
-    def status(self, words: str, step: int | None = None, micro_batch: int | None = None) -> None:  # noqa: B027
-        """Say what this worker is doing, and in which step and micro-batch, for errors about it; alone it needn't."""
-
-    def exclusive(self) -> AbstractContextManager[object]:
-        """Held while computing with process-wide state (the random generators), where workers are threads."""
-        return nullcontext()
+    def status(self, activity: str, step: int | None = None, micro_batch: int | None = None) -> None:  # noqa: B027
+        """Publish what this worker is doing, in which step and micro-batch, for error messages. Default: nothing."""

@@ -1,7 +1,11 @@
 """Several hosts: shared memory inside a host, torch.distributed between hosts.
 
-Of what every worker wants a host receives one copy, each part of it over the link of another worker: worker l of every
-host looks after the l-th part of a buffer. So does it with gradients, which are added inside a host first: sums travel.
+A host receives one copy of what all its workers need, and each part of it over another worker's link: worker l of
+every host transfers the l-th part of a buffer. Gradients are added inside a host first, so that only sums travel
+between hosts.
+
+Ranks are ordered so that the part of a buffer that worker l transfers is contiguous: the shards of the l-th workers of
+all hosts lie next to each other.
 
     rank of worker l on host h = l * hosts + h         2 hosts with 2 workers each, a buffer of 4 shards:
 
@@ -12,7 +16,6 @@ host looks after the l-th part of a buffer. So does it with gradients, which are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -25,9 +28,11 @@ from manyhands.errors import InvariantError
 from manyhands.offload.allocator import Allocator
 
 
-def places(hosts: Sequence[str]) -> list[list[int]] | None:
-    """The workers of each host, by the launcher's numbers, given each worker's host; None, if these don't have equally
-    many, or only one each, or there is only one host. Pure."""
+def workers_by_host(hosts: Sequence[str]) -> list[list[int]] | None:
+    """Return the workers of each host, by the launcher's numbers. hosts: the host of each worker. Pure.
+
+    None if there is one host, if hosts have different numbers of workers, or if each has only one.
+    """
     found: dict[str, list[int]] = {}
     for worker, host in enumerate(hosts):
         found.setdefault(host, []).append(worker)
@@ -36,7 +41,11 @@ def places(hosts: Sequence[str]) -> list[list[int]] | None:
 
 
 class HierarchicalGroup(WatchedGroup):
-    """See the module. Gradients are exchanged in `near` and, as sums, in `far`, not in the group as a whole."""
+    """Workers of several hosts; see the module.
+
+    Gradients go through `intra_host` and, as sums, through `inter_host`: this group itself has no `all_to_all`.
+    by_host: the workers of each host, by the launcher's numbers.
+    """
 
     kind = "hierarchical"
     shares_memory = True
@@ -45,7 +54,8 @@ class HierarchicalGroup(WatchedGroup):
     def __init__(
         self, intra_host: SharedMemoryGroup, inter_host: DistributedGroup, by_host: Sequence[Sequence[int]]
     ) -> None:
-        workers = [worker for place in zip(*by_host, strict=True) for worker in place]
+        # Rank order: the first worker of each host, then the second of each, and so on (see the module).
+        workers = [worker for position in zip(*by_host, strict=True) for worker in position]
         super().__init__(intra_host.membership, intra_host.device, workers=workers)
         self._intra_host, self._inter_host = intra_host, inter_host
         intra_host.recorder = inter_host.recorder = self.recorder
@@ -67,23 +77,24 @@ class HierarchicalGroup(WatchedGroup):
     def all_to_all(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
     ) -> AllToAll:
-        raise InvariantError("a group of hosts exchanges inside these and between them, not as a whole", where=tag)
+        raise InvariantError("a hierarchical group has no all_to_all: use intra_host and inter_host", where=tag)
 
     def all_gather(self, full: Tensor, tag: str) -> Callable[[], None]:
-        arrived = self._inter_host.all_gather(full.chunk(self._intra_host.size)[self._intra_host.rank], tag)
+        my_part = full.chunk(self._intra_host.size)[self._intra_host.rank]
+        wait_inter_host = self._inter_host.all_gather(my_part, tag)
 
         def wait() -> None:
-            arrived()
+            wait_inter_host()
+            # `full` is one copy on this host. The parts of the other workers here are complete once these have
+            # waited, too, and started this call.
             self._intra_host.all_gather(full, tag)()
 
         return wait
 
     def all_gather_small(self, small: Tensor, tag: str) -> list[Tensor]:
-        mine = torch.stack(self._inter_host.all_gather_small(small, tag))
-        return [each for place in self._intra_host.all_gather_small(mine, tag) for each in place.unbind()]
-
-    def exclusive(self) -> AbstractContextManager[object]:
-        return self._intra_host.exclusive()
+        of_position = torch.stack(self._inter_host.all_gather_small(small, tag))
+        of_all_positions = self._intra_host.all_gather_small(of_position, tag)
+        return [each for values in of_all_positions for each in values.unbind()]
 
     def take_down(self) -> None:
         self._inter_host.take_down()

@@ -14,6 +14,8 @@ from manyhands.offload.allocator import Allocator
 
 
 class _OwnPiece(AllToAll):
+    """This worker's own piece, or none if it contributes nothing."""
+
     def __init__(self, piece: Tensor | None) -> None:
         self._pieces = [] if piece is None else [piece]
 
@@ -32,7 +34,7 @@ class _OwnPiece(AllToAll):
 
 
 class LocalGroup(Group):
-    """One worker."""
+    """One worker, whose status goes to a file for the launcher, if there is one."""
 
     kind = "local"
     shares_memory = False
@@ -65,9 +67,9 @@ class LocalGroup(Group):
     def fail(self, error: BaseException) -> None:
         record_failure(error)
 
-    def status(self, words: str, step: int | None = None, micro_batch: int | None = None) -> None:
+    def status(self, activity: str, step: int | None = None, micro_batch: int | None = None) -> None:
         if self._status_file is not None:
-            self._status_file.enter(Position(words, step, micro_batch))
+            self._status_file.record_position(Position(activity, step, micro_batch))
 
     def close(self) -> None:
         if self._status_file is not None:

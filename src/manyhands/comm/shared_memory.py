@@ -1,15 +1,14 @@
 """CPU workers on one host: views of each other's buffers in shared memory.
 
-Order of memory accesses: data are written before the count on the board that announces them, and read after that count
-was seen. Between the two lie system calls (sched_yield, nanosleep) or the interpreter's lock, which order them.
+Memory order: a worker writes data, then the count on its board that announces them. A reader sees the count first, then
+reads the data. Between the two there is always a system call (sched_yield, nanosleep) or the interpreter's lock, which
+keeps the order; Python has no other memory barrier. Do not remove these calls, and never write the count first.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +16,20 @@ from torch import Tensor
 from manyhands.comm.group import AllToAll, Contribution
 from manyhands.comm.watched_group import WatchedGroup
 from manyhands.members.board import Arena
-from manyhands.members.membership import Membership, Peer
-from manyhands.numerics.seeds import generators_state, restore_generators
+from manyhands.members.membership import Membership
 from manyhands.offload.allocator import Allocator
 
 MAILBOX_BYTES = 1 << 20
+"""Size of one mailbox; larger values of `all_gather_small` are sent in several parts."""
 
 
 class _SharedAllToAll(AllToAll):
+    """Views of the peers' contributions; nothing is copied.
+
+    call: number of the collective call. number: which all-to-all of the group this is, from 1; the boards count those
+    that have been read.
+    """
+
     def __init__(
         self, group: SharedMemoryGroup, call: int, number: int, pieces: list[tuple[int, Tensor]], tag: str
     ) -> None:
@@ -46,6 +51,7 @@ class _SharedAllToAll(AllToAll):
         return [piece for _, piece in self._pieces]
 
     def release(self) -> None:
+        # The board has one number, "all up to here are read": this is why releases must come in order.
         self._group.membership.board.drain(self._number)
 
     def wait_reusable(self) -> None:
@@ -53,36 +59,32 @@ class _SharedAllToAll(AllToAll):
 
 
 class SharedMemoryGroup(WatchedGroup):
-    """CPU workers that share memory: processes of one host, or (in tests) threads of one process."""
+    """CPU workers that share memory: processes of one host."""
 
     kind = "shared-memory"
     shares_memory = True
     pieces_are_views = True
 
-    def __init__(
-        self,
-        membership: Membership,
-        arena: Arena,
-        compute_lock: threading.RLock | None = None,
-        workers: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, membership: Membership, arena: Arena, workers: Sequence[int] | None = None) -> None:
         super().__init__(membership, torch.device("cpu"), workers=workers)
-        self._arena, self._lock, self._held = arena, compute_lock, 0
+        self._arena = arena
         self._boards = [peer.board for peer in self._peers if peer.board is not None]
         self._num_all_to_all = 0
         self._mailboxes = self._create(2 * MAILBOX_BYTES)
-        self._letters = 0
+        self._num_letters = 0
 
     def _create(self, num_bytes: int) -> list[Tensor]:
-        """Everyone's new buffer of that size, by rank."""
+        """Create a buffer of that size on every worker; return all of them by rank. Collective."""
         mine, address = self._arena.create(num_bytes)
         addresses = self._all_gather_text(address)
         buffers = [mine if rank == self.rank else self._arena.open(other) for rank, other in enumerate(addresses)]
+        # The address may only be dropped after all workers have opened it.
         self.membership.all_gather_text("opened")
         self._arena.seal()
         return buffers
 
     def _all_gather_text(self, text: str) -> list[str]:
+        """Return the text of every worker of this group, by rank. Collective among all members."""
         texts = self.membership.all_gather_text(text)
         return [texts[worker] for worker in self.workers]
 
@@ -98,19 +100,19 @@ class SharedMemoryGroup(WatchedGroup):
         return buffer.view(dtype)
 
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
-        everyone = [buffer.view(dtype) for buffer in self._create(numel * dtype.itemsize)]
-        return Contribution(everyone[self.rank], everyone)
+        buffers = [buffer.view(dtype) for buffer in self._create(numel * dtype.itemsize)]
+        return Contribution(buffers[self.rank], buffers)
 
     def all_to_all(
         self, contribution: Contribution, start: int, shard_numel: int, contributors: Sequence[int], tag: str
     ) -> AllToAll:
-        begin = start + self.rank * shard_numel
-        pieces = [(rank, contribution.peers[rank][begin : begin + shard_numel]) for rank in contributors]
+        first = start + self.rank * shard_numel
+        pieces = [(rank, contribution.peers[rank][first : first + shard_numel]) for rank in contributors]
         self._num_all_to_all += 1
         return _SharedAllToAll(self, self._post(tag), self._num_all_to_all, pieces, tag)
 
     def all_gather(self, full: Tensor, tag: str) -> Callable[[], None]:
-        call = self._post(tag)
+        call = self._post(tag)  # `full` is one physical copy: once all workers have posted, all ranges are written
 
         def wait() -> None:
             self.recorder.add(tag, 0, self.wait_posted(call, tag))
@@ -123,9 +125,11 @@ class SharedMemoryGroup(WatchedGroup):
         seconds = 0.0
         for chunk in range(max(1, math.ceil(flat.numel() / MAILBOX_BYTES))):
             part = slice(chunk * MAILBOX_BYTES, min((chunk + 1) * MAILBOX_BYTES, flat.numel()))
-            # Two boxes in turn: one is written again only after everyone has posted the next letter, having read it.
-            self._letters += 1
-            box = slice(self._letters % 2 * MAILBOX_BYTES, self._letters % 2 * MAILBOX_BYTES + part.stop - part.start)
+            # Each worker alternates between two boxes. A box is overwritten only after all peers have posted the next
+            # letter, which they do after they have read this one; with a single box a slow reader would lose it.
+            self._num_letters += 1
+            offset = self._num_letters % 2 * MAILBOX_BYTES
+            box = slice(offset, offset + part.stop - part.start)
             self._mailboxes[self.rank][box] = flat[part]
             call = self._post(tag)
             seconds += self.wait_posted(call, tag)
@@ -135,45 +139,19 @@ class SharedMemoryGroup(WatchedGroup):
         return [copy.view(small.dtype).view(small.shape) for copy in copies]
 
     def wait_posted(self, call: int, tag: str) -> float:
-        """Wait until everyone has begun collective call `call`; the seconds it took."""
+        """Wait until all workers have started collective call `call`; return the seconds it took."""
         seconds = self._wait(lambda: self.all_posted(call), lambda peer: peer.posted(self.channel) < call, tag)
         self._check_tags(call, tag)
         return seconds
 
     def wait_drained(self, number: int, tag: str) -> None:
-        """Wait until everyone has read exchange `number`."""
-        self.recorder.waited(self._wait(lambda: self.all_drained(number), lambda peer: peer.drained < number, tag))
+        """Wait until all workers have read all-to-all `number`."""
+        self.recorder.add_wait(self._wait(lambda: self.all_drained(number), lambda peer: peer.drained < number, tag))
 
     def all_posted(self, call: int) -> bool:
-        """Whether everyone has begun collective call `call`."""
+        """True if all peers have started collective call `call`."""
         return all(board.posted(self.channel) >= call for board in self._boards)
 
     def all_drained(self, number: int) -> bool:
-        """Whether everyone has read exchange `number`."""
+        """True if all peers have read all-to-all `number`."""
         return all(board.drained >= number for board in self._boards)
-
-    def exclusive(self) -> AbstractContextManager[object]:
-        return self._holding(self._lock) if self._lock is not None else nullcontext()
-
-    @contextmanager
-    def _holding(self, lock: threading.RLock) -> Iterator[None]:
-        with lock:
-            self._held += 1
-            try:
-                yield
-            finally:
-                self._held -= 1
-
-    def _wait(self, ready: Callable[[], bool], is_behind: Callable[[Peer], bool], tag: str) -> float:
-        """Others must be able to compute meanwhile, where they are threads; the random generators are theirs, too."""
-        if self._lock is None or not self._held or ready():
-            return super()._wait(ready, is_behind, tag)
-        held, generators = self._held, generators_state()
-        for _ in range(held):
-            self._lock.release()
-        try:
-            return super()._wait(ready, is_behind, tag)
-        finally:
-            for _ in range(held):
-                self._lock.acquire()
-            restore_generators(generators)

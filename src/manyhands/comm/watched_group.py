@@ -13,13 +13,18 @@ from manyhands.errors import InvariantError, Position
 from manyhands.members.membership import Membership, Peer
 
 YIELDS = 200
+"""Polls with a sched_yield before a wait starts to sleep: most waits are short, and a yield costs about 1 us."""
 
 NAP_SECONDS = 0.0002
+"""Sleep between two polls of a longer wait."""
 
 
 class WatchedGroup(Group):
-    """A group whose workers watch each other through a Membership. workers: those of its members that are in it, this
-    one included, by the launcher's numbers (None: all)."""
+    """A group whose workers watch each other through a Membership.
+
+    workers: the members that are in this group, including this one, by the launcher's numbers (None: all members).
+    channel: number of the group's sequence of calls on the board.
+    """
 
     def __init__(
         self, membership: Membership, device: torch.device, channel: int = 0, workers: Sequence[int] | None = None
@@ -32,53 +37,60 @@ class WatchedGroup(Group):
         self._closed = False
 
     def _post(self, tag: str) -> int:
-        """Begin collective call `tag`; its number."""
+        """Announce the start of collective call `tag` on this worker's board; return the call's number."""
         self.membership.check()
         self._calls += 1
         self.membership.board.post(self._calls, tag, self.channel)
-        self.membership.board.say(tag)
+        self.membership.board.record_activity(tag)
         return self._calls
 
     def _wait(self, ready: Callable[[], bool], is_behind: Callable[[Peer], bool], tag: str) -> float:
-        """Wait until `ready()`; the seconds it took. is_behind: which peers it waits for. Raises WorkerError."""
-        began = time.monotonic()
-        for _ in range(YIELDS):  # most waits are short, and a yield costs a microsecond
+        """Wait until `ready()` and return the seconds it took.
+
+        is_behind: True for the peers that this call waits for. Raises WorkerError if one of them failed or stalls.
+        """
+        started = time.monotonic()
+        for _ in range(YIELDS):
             if ready():
-                return time.monotonic() - began
-            os.sched_yield()
-        self.membership.board.wait(True)
+                return time.monotonic() - started
+            os.sched_yield()  # a system call: it also orders the reads of shared memory (see shared_memory.py)
+        self.membership.board.record_waiting(True)
         try:
             while not ready():
+                # Look at who has left, then call ready() again: a peer may have completed this call and left (or
+                # failed) between the first ready() and this look, and then the call is complete on all workers.
                 left = {peer.rank for peer in self._peers if peer.has_left}
                 if (left or self.membership.failure is not None) and ready():
-                    break  # who raised or left made this call first: everyone shall see it made
-                self.membership.check_wait(began, tag, [peer for peer in self._peers if is_behind(peer)], left)
+                    break
+                behind = [peer for peer in self._peers if is_behind(peer)]
+                self.membership.check_wait(started, tag, behind, left)
                 time.sleep(NAP_SECONDS)
         finally:
-            self.membership.board.wait(False)
-        return time.monotonic() - began
+            self.membership.board.record_waiting(False)
+        return time.monotonic() - started
 
     def _check_tags(self, call: int, tag: str) -> None:
-        """That everyone's call of this number is the same one. Only once all have posted it."""
+        """Raise InvariantError if a peer's call of this number has another tag; call it after the wait."""
         me = self.membership.rank
         for peer in self._peers:
-            # With a GPU's streams a wait may end before a peer's call; whoever is last still compares.
+            # With streams of a GPU a wait may end before a peer has posted the call: then the last worker to call
+            # makes the comparison. The tag may only be read after the count, which the peer writes last.
             if (
                 peer.board is not None
                 and peer.posted(self.channel) >= call
                 and not peer.board.has_tag(call, tag, self.channel)
             ):
                 raise InvariantError(
-                    f"workers {me} and {peer.rank} took different ways: their collective call {call} differs",
+                    f"workers {me} and {peer.rank} made different collective calls (call {call})",
                     expected=f"{tag} (worker {me})",
-                    got=f"another one; worker {peer.rank} is now in {peer.position.words or 'its start'}",
+                    got=f"another call; worker {peer.rank} is now in {peer.position.activity or 'start-up'}",
                     where=f"worker {me}, {tag}",
-                    hint="make the same calls and as many steps on all workers; neither the model nor the data may "
-                    "depend on the worker's number, the time or an unseeded generator",
+                    hint="make the same calls and the same number of steps on all workers; neither the model nor the "
+                    "data may depend on the rank, the time or an unseeded generator",
                 )
 
-    def status(self, words: str, step: int | None = None, micro_batch: int | None = None) -> None:
-        self.membership.enter(Position(words, step, micro_batch))
+    def status(self, activity: str, step: int | None = None, micro_batch: int | None = None) -> None:
+        self.membership.record_position(Position(activity, step, micro_batch))
 
     def fail(self, error: BaseException) -> None:
         self.membership.fail(error)
@@ -88,11 +100,11 @@ class WatchedGroup(Group):
             return
         self._closed = True
         try:
-            if self.membership.is_well:
+            if self.membership.is_healthy:
                 self.barrier("close / control")
         finally:
             self.membership.close()
             self.take_down()
 
     def take_down(self) -> None:
-        """What else there is to free."""
+        """Free the resources of the transport. Default: there are none."""

@@ -48,7 +48,8 @@ from manyhands.prepare.job.output import BAD_RECORDS, PrepareSummary
 from manyhands.prepare.options import JobOptions, Options
 from manyhands.prepare.plan.fingerprint import fingerprint_code
 from manyhands.prepare.records.aggregate import Aggregate
-from manyhands.storage.files import read_bytes, remove, replace_bytes
+from manyhands.storage.atomic import is_temporary, remove_temporary_files, write_atomic
+from manyhands.storage.files import names_in, read_bytes, remove
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,7 +79,8 @@ def prepare_corpus(
     if found is not None:
         return replace(found, path=str(folder), seconds=time.monotonic() - began, steps={})
     folder.mkdir(parents=True, exist_ok=True)
-    replace_bytes(str(folder / _RECIPE), _json({"identity": identity, "settings": settings}))
+    remove_temporary_files(folder)
+    write_atomic(str(folder / _RECIPE), _json({"identity": identity, "settings": settings}))
     how = JobOptions(
         workers=options.workers,
         memory=options.memory,
@@ -89,13 +91,13 @@ def prepare_corpus(
     steps = Steps(folder / _WORK, how)
     figures = _Corpus(document.schema, folder, steps).made_of(source, tokenizer)
     if bad := steps.bad_records():
-        replace_bytes(str(folder / BAD_RECORDS), bad)
-    replace_bytes(str(folder / PICTURE), picture(figures.lengths).encode())
-    replace_bytes(str(folder / _CARD), card(figures, settings).encode("utf-8", "replace"))
+        write_atomic(str(folder / BAD_RECORDS), bad)
+    write_atomic(str(folder / PICTURE), picture(figures.lengths).encode())
+    write_atomic(str(folder / _CARD), card(figures, settings).encode("utf-8", "replace"))
     summary = CorpusSummary(
         path=str(folder), figures=figures, seconds=time.monotonic() - began, steps=dict(steps.seconds)
     )
-    replace_bytes(str(folder / _SUMMARY), _json(summary.to_json()))
+    write_atomic(str(folder / _SUMMARY), _json(summary.to_json()))
     shutil.rmtree(folder / _WORK)
     return summary
 
@@ -203,7 +205,7 @@ class _Corpus:
             tokenizer, kind = encoder_of(text, END_OF_TEXT, str(self._folder / TOKENIZER)), "byte-level BPE, trained"
         if tokenizer is None:
             return ByteEncoder(), "bytes"
-        replace_bytes(str(self._folder / TOKENIZER), tokenizer.text.encode())
+        write_atomic(str(self._folder / TOKENIZER), tokenizer.text.encode())
         if table.fast:
             sample = [document["text"] for document in documents.take(_SAMPLE, **self._how)]
             tokenizer, why_not = faster(tokenizer, sample)
@@ -246,7 +248,7 @@ def _given_tokenizer(document: Document[CorpusSchema]) -> TokenizerEncoder | Non
 
 def _found(folder: Path, identity: str, *, overwrite: bool) -> CorpusSummary | None:
     """What is there of the same corpus, if it is complete. Raises ConfigError if there is something else."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = [name for name in names_in(folder) if not is_temporary(name)]
     if folder.exists() and not folder.is_dir():
         raise ConfigError("the output folder is a file", where=str(folder), hint="choose another path")
     foreign = [name for name in names if name not in _OURS] or (names if names and _RECIPE not in names else [])

@@ -1,11 +1,9 @@
 """Makes micro-batches, in the worker or in processes that prefetch.
 
-Processes that read data ahead of a worker, and what is done when one of them dies.
-
-Makes micro-batches out of a recipe's data, in the worker itself or in processes that read ahead of it.
     task (step, micro-batch) -> positions -> sample indices -> items -> collated batch
 
-Whoever does it, the batch has the same bits: the generators are seeded for the task, and one CPU thread is used.
+A batch has the same bits in the worker and in a loader process: the generators are seeded for the task, and one CPU
+thread is used.
 """
 
 from __future__ import annotations
@@ -33,7 +31,8 @@ from manyhands.errors import DataError, InvariantError
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import preserved_generators, seed_generators
 
-_PER_PROCESS = 2  # results that each process keeps ready
+_PER_PROCESS = 2
+"""Results that each process prefetches."""
 
 _END = object()
 
@@ -41,10 +40,9 @@ _END = object()
 class PrefetchProcesses:
     """`num_processes` processes that evaluate `dataset[task]` ahead of the reader, in the order of the tasks.
 
-    torch's DataLoader does the work. Here is what it lacks: a process that dies ends the wait within seconds with a
-    DataError that names it, and nothing global (signal handlers, generators) is left changed. The processes are
-    started by the first `stream`, which sets them to work at once, and kept until `close` or until something goes
-    wrong.
+    Wraps torch's DataLoader, and adds two things: a process that dies ends the wait within seconds with a DataError
+    that names it, and no global state (signal handlers, generators) stays changed. The first `stream` starts the
+    processes. They live until `close` or an error.
     """
 
     def __init__(self, dataset: Dataset[Any], num_processes: int) -> None:
@@ -56,18 +54,18 @@ class PrefetchProcesses:
         self._stream = 0
 
     def stream(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """`dataset[task]` for every task. Tasks are taken some results in advance; a new stream ends the older one.
+        """`dataset[task]` for every task, in order. Consumes tasks some results ahead. A new stream ends the older one.
 
-        Raises DataError if a process dies (all are gone then; a new stream starts new ones), InvariantError if a
-        stream is read that has ended.
+        Raises DataError if a process dies; all processes end then, and a new stream starts new ones. Raises
+        InvariantError if a stream is read that has ended.
         """
         self._stream += 1
         with self._watched():
-            self._begin(tasks)
+            self._start(tasks)
         return self._read(self._stream)
 
     def close(self) -> None:
-        """End the processes, if there are any. May be called twice."""
+        """End the processes. May be called twice."""
         self._results = self._loader = None  # without references, torch's DataLoader ends its processes
         for process in self._processes:
             process.join(timeout=5)
@@ -89,17 +87,17 @@ class PrefetchProcesses:
                 return
             yield result
 
-    def _begin(self, tasks: Iterable[Any]) -> None:
-        """Hand `tasks` to the processes, which are started the first time."""
+    def _start(self, tasks: Iterable[Any]) -> None:
+        """Give `tasks` to the processes; start them the first time."""
         self._source.tasks = tasks
         if self._loader is not None:
             self._results = iter(self._loader)
             return
         others = set(multiprocessing.active_children())
-        get_temp_dir()  # the processes share ours, removed when we exit; else one that is killed leaves its own in /tmp
+        get_temp_dir()  # create it here, so that the processes share it: a killed one would leave its own in /tmp
         with _child_signal(None), warnings.catch_warnings():
-            # Python 3.12 and later warn of fork in a process with threads, but only fork can hand on any data set.
-            # torch warns of more processes than cores; their number was chosen by name, and they may well be waiting.
+            # Python 3.12 and later warn of fork in a process with threads, but only fork can pass on any data set.
+            # torch warns of more processes than cores. The user chose their number, and they may be waiting for I/O.
             warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
             self._loader = DataLoader(
@@ -107,11 +105,11 @@ class PrefetchProcesses:
                 batch_size=None,
                 sampler=self._source,
                 num_workers=self._num_processes,
-                collate_fn=_as_it_is,
+                collate_fn=_unchanged,
                 worker_init_fn=_prepare_process,
                 prefetch_factor=_PER_PROCESS,
                 persistent_workers=True,
-                generator=torch.Generator(),  # or else it draws its base seed from the global one
+                generator=torch.Generator(),  # otherwise it draws its base seed from the global generator
                 multiprocessing_context="fork" if sys.platform == "linux" else None,
             )
             self._results = iter(self._loader)
@@ -119,11 +117,11 @@ class PrefetchProcesses:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """In here the death of a process raises DataError at once, and whatever is raised ends all processes.
+        """In this block the death of a process raises DataError at once, and any error ends all processes.
 
-        [Note: the child signal] torch's DataLoader installs a handler for good that raises wherever the main thread
-        is, in the middle of a step, say. Ours is there only while we wait; elsewhere deaths are noticed at the
-        next wait. In other threads than the main one, torch's check every 5 s is what ends the waiting.
+        [Note: the child signal] torch's DataLoader installs a permanent SIGCHLD handler, which raises wherever the main
+        thread is, even in the middle of a step. This class handles SIGCHLD only while it waits; otherwise a death is
+        noticed at the next wait. Outside of the main thread, torch's check every 5 s ends the wait.
         """
 
         def on_child(*_: object) -> None:
@@ -136,7 +134,7 @@ class PrefetchProcesses:
                 yield
         except BaseException as error:
             died = self._died() if isinstance(error, RuntimeError) else None
-            for process in self._processes:  # the traceback holds what torch would have to let go of to end them
+            for process in self._processes:  # the traceback refers to torch's iterator, so torch would not end them
                 process.kill()
             self.close()
             if died:
@@ -144,11 +142,11 @@ class PrefetchProcesses:
             raise
 
     def _died(self) -> DataError | None:
-        """What to say if a loader process is no longer there."""
+        """The error if a loader process has died."""
         for process in self._processes:
             if not process.is_alive():
                 return DataError(
-                    f"loader process {process.pid} died: {_exit_in_words(process.exitcode)}",
+                    f"loader process {process.pid} died: {_describe_exit(process.exitcode)}",
                     where=f"{len(self._processes)} loader processes of this worker (strategy.loader_workers)",
                     hint=_hint_for_exit(process.exitcode),
                 )
@@ -156,7 +154,7 @@ class PrefetchProcesses:
 
 
 class _Source:
-    """The tasks of the current stream, in the shape of a torch sampler."""
+    """The tasks of the current stream, as a torch sampler."""
 
     def __init__(self) -> None:
         self.tasks: Iterable[Any] = ()
@@ -165,19 +163,19 @@ class _Source:
         return iter(self.tasks)
 
 
-def _as_it_is(batch: Any) -> Any:
-    """torch's default would make tensors of numpy arrays: then a batch would depend on who loads it."""
+def _unchanged(batch: Any) -> Any:
+    """Replaces torch's default, which would turn numpy arrays into tensors only in loader processes."""
     return batch
 
 
 def _prepare_process(_: int) -> None:
-    """In a new loader process: Ctrl-C, which a terminal sends to everyone, is for the worker to answer."""
+    """In a new loader process, ignore Ctrl-C: a terminal sends it to all processes, and the worker handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def _child_signal(handler: Callable[..., None] | None) -> Iterator[None]:
-    """Inside, SIGCHLD is answered by `handler` (None: as before); afterwards as before, whatever was done inside."""
+    """In this block `handler` handles SIGCHLD (None: unchanged). Afterwards the previous handler is restored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -190,10 +188,10 @@ def _child_signal(handler: Callable[..., None] | None) -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
 
-def _exit_in_words(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return f"it left with exit code {code}"
+    return f"it exited with code {code}"
 
 
 def _hint_for_exit(code: int | None) -> str:
@@ -201,11 +199,11 @@ def _hint_for_exit(code: int | None) -> str:
         return "the host's shared memory is probably full: enlarge /dev/shm, or set strategy.loader_workers = 0"
     if code == -signal.SIGKILL:
         return "the host may be out of memory (see dmesg): use fewer loader_workers, or 0 to load in the worker itself"
-    return "set strategy.loader_workers = 0 to load in the worker itself and see what the data set does there"
+    return "set strategy.loader_workers = 0 to load in the worker itself, and see the error there"
 
 
 class LoadedBatch(NamedTuple):
-    """One micro-batch, and which one it is."""
+    """A loaded micro-batch, with its step and number."""
 
     step: int
     micro_batch: int
@@ -213,19 +211,19 @@ class LoadedBatch(NamedTuple):
 
 
 class _Failure(NamedTuple):
-    """What a loader process sends instead of a batch that it couldn't make."""
+    """What a loader process sends instead of a batch that failed."""
 
     error: DataError
     cause: Exception
 
 
 class MicroBatchLoader:
-    """Loads micro-batches of `recipe.data`; with `loader_workers` > 0, `stream` reads ahead in as many processes.
+    """Loads micro-batches of `recipe.data`. With `loader_workers` > 0, `stream` prefetches in that many processes.
 
-    Deterministic: a batch is a pure function of (recipe, step, micro-batch), also if the data set augments at random
-    with Python's, numpy's or torch's global generators; these are left as they were found.
-    A data set with `__getitems__` is asked for a micro-batch's samples at once. Owns its processes until `close()`.
-    Raises DataError for empty data, and whenever the data set or the collate function raises.
+    Deterministic: a batch is a pure function of (recipe, step, micro-batch), even if the data set augments at random
+    with the global generators of Python, numpy or torch, whose states are restored. A data set with `__getitems__` is
+    called once per micro-batch. Owns its processes until `close()`.
+    Raises DataError for empty data, and if the data set or the collate function raises.
     """
 
     def __init__(self, recipe: Recipe, loader_workers: int = 0) -> None:
@@ -240,21 +238,21 @@ class MicroBatchLoader:
         self._ahead = PrefetchProcesses(self._tasks, loader_workers) if loader_workers > 0 else None
 
     def load(self, step: int, micro_batch: int) -> Any:
-        """This micro-batch, made here and now. Raises DataError, naming the micro-batch and its samples."""
+        """Load a micro-batch in this process. Raises DataError, which names the micro-batch and its samples."""
         return self._tasks.load(step, micro_batch)
 
     def stream(self, tasks: Iterable[tuple[int, int]]) -> Iterator[LoadedBatch]:
-        """The micro-batches of `tasks`, each a (step, micro-batch), in that order.
+        """The micro-batches of `tasks`, each a (step, micro-batch), in order.
 
-        Loader processes take tasks some batches in advance. A new stream ends the one before it.
-        Raises DataError like `load`, and if a loader process dies: within seconds, and the processes are gone then.
+        Loader processes consume tasks some batches in advance. A new stream ends the previous one.
+        Raises DataError as `load` does, and within seconds if a loader process dies; all loader processes end then.
         """
         if self._ahead is None:
             return (LoadedBatch(step, micro_batch, self.load(step, micro_batch)) for step, micro_batch in tasks)
         return self._unpacked(self._ahead.stream(tasks), self._ahead)
 
     def close(self) -> None:
-        """End the loader processes, if there are any. May be called twice."""
+        """End the loader processes. May be called twice."""
         if self._ahead is not None:
             self._ahead.close()
 
@@ -274,7 +272,7 @@ class MicroBatchLoader:
 
 
 class _Tasks(Dataset[Any]):
-    """The recipe's data as a map from (step, micro-batch) to a loaded batch, or to what went wrong."""
+    """The recipe's data as a map from (step, micro-batch) to a loaded batch or a failure."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._data, self._batch, self._seed = recipe.data, recipe.batch, recipe.seed
@@ -303,14 +301,14 @@ class _Tasks(Dataset[Any]):
                 raise DataError(
                     f"{doing} raised {type(error).__name__}: {error}",
                     where=f"step {step}, micro-batch {micro_batch}, samples {_listed(indices)}",
-                    hint=f"call {doing} by hand to see it alone; the error's own traceback is above or below",
+                    hint=f"call {doing} yourself to reproduce it; the original traceback is above or below",
                 ) from error
 
     def __getitem__(self, task: tuple[int, int]) -> bytes:
         """As `load`, in a loader process: the pickled LoadedBatch or _Failure.
 
-        Nothing is raised, because torch would pass on only the error's text. Pickled here, because the queue would
-        print the error of a batch that can't be pickled and drop the batch, and its reader would wait for ever.
+        Raises nothing, because torch would pass on only the text of an error. Pickles here: if a batch can't be
+        pickled, torch's queue would print the error and drop the batch, and the reader would wait forever.
         """
         step, micro_batch = task
         try:
@@ -318,23 +316,23 @@ class _Tasks(Dataset[Any]):
         except DataError as error:
             return _packed(_failure(error))
         except Exception as error:
-            mended = DataError(
+            unsendable = DataError(
                 f"a batch can't be sent by a loader process: {type(error).__name__}: {error}",
                 where=f"step {step}, micro-batch {micro_batch}",
                 hint="make the data set and recipe.collate return tensors, numbers, text and containers of them, "
                 "or set strategy.loader_workers = 0",
             )
-            mended.__cause__ = error
-            return _packed(_failure(mended))
+            unsendable.__cause__ = error
+            return _packed(_failure(unsendable))
 
 
 def _packed(result: LoadedBatch | _Failure) -> bytes:
-    """Pickled so that tensors stay in shared memory."""
+    """Pickle so that tensors stay in shared memory."""
     return bytes(ForkingPickler.dumps(result))
 
 
 def _failure(error: DataError) -> _Failure:
-    """The error and its cause, with the traceback in words: a traceback itself doesn't cross processes."""
+    """The error and its cause, with the traceback as text, because traceback objects can't be pickled."""
     cause = error.__cause__
     error.detail = "".join(traceback.format_exception(cause)) if cause else None
     return _Failure(error, _portable(cause))
@@ -342,7 +340,7 @@ def _failure(error: DataError) -> _Failure:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One CPU thread: their number changes the bits of some operations, and loader processes can't have more."""
+    """Use one CPU thread in this block: the thread count changes some bits, and loader processes have only one."""
     threads = torch.get_num_threads()
     if threads == 1:
         yield
@@ -355,7 +353,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _portable(cause: BaseException | None) -> Exception:
-    """The error itself if it survives pickling, else its text in a RuntimeError."""
+    """The error itself if it can be pickled, otherwise a RuntimeError with its text."""
     try:
         copy = pickle.loads(pickle.dumps(cause))
     except Exception:

@@ -1,11 +1,9 @@
 """Which samples a micro-batch holds; mixtures of data sets.
 
-Which samples a micro-batch holds: a pure function of (seed, size of the data, position in the run).
-Position p of a run (0 is the first sample of step 0) lies in epoch p // size and is sample p % size of that epoch's
-permutation. The permutation is evaluated per index, so nothing is shuffled, stored or handed on: the state of a
-loader is its position, and the number of workers doesn't enter anywhere.
-
-Several data sets as one, by weights.
+The samples are a pure function of (seed, size of the data, position in the run). Position p of a run (0 is the first
+sample of step 0) lies in epoch p // size, and is sample p % size of that epoch's permutation. The permutation is
+evaluated per index, so nothing is shuffled or stored. The state of a loader is its position, and the number of workers
+has no influence.
 """
 
 from __future__ import annotations
@@ -30,7 +28,8 @@ if TYPE_CHECKING:
 
 MAX_SIZE = 2**62
 
-_ROUNDS = 16  # with 12, the 720 permutations of 6 samples still don't come equally often (chi-squared); with 16 they do
+_ROUNDS = 16
+"""With 12 rounds the 720 permutations of 6 samples are not uniform yet (chi-squared test); with 16 they are."""
 
 _WORD = 2**64 - 1
 
@@ -39,17 +38,17 @@ class Permutation:
     """A bijection on range(size), chosen by `key`, in O(1) memory and O(1) time per index; 1 <= size <= 2**62.
 
     A Feistel network over two halves of (almost) equal size: index = left * right_size + right, with
-    left_size * right_size >= size. Each round adds a keyed hash of one half to the other, modulo that half's size,
-    which can be undone, so it's a bijection; results >= size walk on along their cycle until they're inside.
+    left_size * right_size >= size. Each round adds a keyed hash of one half to the other, modulo that half's size. This
+    is invertible, so the result is a bijection. A result >= size is permuted again until it is inside (cycle walking).
     (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002; the additive form wastes less than one part in
     sqrt(size) of the domain and reaches every permutation of small sizes.) Integers only.
 
-    Deterministic: the same indices on every machine. Raises DataError for a size that is out of range.
+    Deterministic: the same indices on every machine. Raises DataError for a size out of range.
     """
 
     def __init__(self, size: int, key: int) -> None:
         if not 1 <= size <= MAX_SIZE:
-            raise DataError("there is nothing to put in order", expected=f"1 to {MAX_SIZE} samples", got=size)
+            raise DataError("there are no samples to permute", expected=f"1 to {MAX_SIZE} samples", got=size)
         self.size = size
         self._left_size = math.isqrt(size - 1) + 1
         self._right_size = -(-size // self._left_size)
@@ -59,7 +58,7 @@ class Permutation:
         return self.size
 
     def __getitem__(self, position: int) -> int:
-        """Where `position` goes. Raises IndexError outside of 0 <= position < size."""
+        """The index at `position`. Raises IndexError outside of 0 <= position < size."""
         index = operator.index(position)
         if not 0 <= index < self.size:
             raise IndexError(f"position {position} is outside of a permutation of {self.size} indices")
@@ -69,7 +68,7 @@ class Permutation:
         return index
 
     def take(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
-        """`self[p]` for every p in `positions` (any shape), as int64 of the same shape. Raises IndexError like it."""
+        """`self[p]` for every p in `positions` (any shape), as int64 of the same shape. Raises IndexError."""
         positions = np.asarray(positions)
         if positions.size and not (positions.min() >= 0 and positions.max() < self.size):
             raise IndexError(
@@ -124,7 +123,7 @@ def micro_batch_positions(step: int, micro_batch: int, batch: Batch) -> range:
 
 
 # [Note: the hash of a round] The finaliser of SplitMix64 (Steele, Lea, Flood, 2014), shifted right by one bit, so that
-# adding a half (< 2**31) can't leave 64 bits.
+# adding a half (< 2**31) does not overflow 64 bits.
 def _mix(word: int) -> int:
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -138,11 +137,11 @@ def _mix_each(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Mixture(Dataset[Any]):
-    """`samples` items, of each data set the share that its weight says, to within one.
+    """`samples` items from several data sets, in proportion to their weights, to within one item.
 
-    Data set k's items are one run of indices; a recipe's order mixes them. The j-th of them is item `j % size` of a
-    permutation of data set k, a new one each time that all of it has been used: a pure function of (seed, k, j).
-    samples: by default, as many as all data sets have together. Raises ConfigError.
+    The items of data set k form one run of indices; the recipe's order mixes them. Item j of that run is item `j %
+    size` of a permutation of data set k; each pass over the data set has a new permutation. So it is a pure function of
+    (seed, k, j). samples: by default the number of samples of all data sets together. Raises ConfigError.
     """
 
     def __init__(
@@ -150,14 +149,14 @@ class Mixture(Dataset[Any]):
     ) -> None:
         if not datasets or len(datasets) != len(weights):
             raise ConfigError(
-                "a mixture wants data sets, and a weight for each", got=f"{len(datasets)}, {len(weights)}"
+                "a mixture needs data sets, and a weight for each", got=f"{len(datasets)}, {len(weights)}"
             )
         if not all(isinstance(weight, (int, float)) and 0 < weight < math.inf for weight in weights):
-            raise ConfigError("a mixture's weights are numbers above 0", got=list(weights))
+            raise ConfigError("the weights of a mixture must be numbers above 0", got=list(weights))
         self.datasets, self.seed = list(datasets), seed
         total = sum(map(len, self.datasets)) if samples is None else samples
         if total < 1:
-            raise ConfigError("a mixture has at least one sample", got=total)
+            raise ConfigError("a mixture must have at least one sample", got=total)
         self.shares = _shares(weights, total)
         self._starts = list(accumulate(self.shares, initial=0))
 
@@ -170,14 +169,14 @@ class Mixture(Dataset[Any]):
             raise IndexError(f"item {index} of {len(self)}")
         number = bisect_right(self._starts, index) - 1
         dataset = self.datasets[number]
-        time, position = divmod(index - self._starts[number], len(dataset))
-        return dataset[Permutation(len(dataset), derive(self.seed, "mixture", number, time))[position]]
+        number_of_pass, position = divmod(index - self._starts[number], len(dataset))
+        return dataset[Permutation(len(dataset), derive(self.seed, "mixture", number, number_of_pass))[position]]
 
 
 def _shares(weights: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that add up to `total`, as near to the weights as can be: the largest remainders are rounded up."""
-    whole = math.fsum(weights)
-    exact = [weight / whole * total for weight in weights]
+    """Integers that add up to `total`, in proportion to the weights: the largest remainders are rounded up."""
+    sum_of_weights = math.fsum(weights)
+    exact = [weight / sum_of_weights * total for weight in weights]
     shares = [math.floor(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda k: (shares[k] - exact[k], k))
     for k in by_remainder[: total - sum(shares)]:

@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 
 class TokenFile(Dataset[Any]):
-    """Samples of `length` tokens out of a folder that `manyhands prepare`, or `Dataset.write(format="tokens")`, wrote.
+    """Samples of `length` tokens from a folder that `manyhands prepare` or `Dataset.write(format="tokens")` wrote.
 
-    Item i is a LongTensor [length + 1]: `length` tokens to read, and for each the one that comes next; so each token
-    is predicted by one item, and an item's last token is the next one's first. Documents lie one after the other. With
-    `boundaries`, an item is a dict of `tokens` and `documents`, both [length + 1]: the number of the document that each
-    token is of, from 0 in every item, for attention that stays inside of documents.
+    Item i is a LongTensor [length + 1]: `length` input tokens, and the next token of each as its target. So each token
+    is the target of one item, and the last token of an item is the first of the next. Documents are concatenated. With
+    `boundaries`, an item is a dict of `tokens` and `documents`, both [length + 1]: `documents` numbers the document of
+    each token, from 0 in every item, for attention that stays inside documents.
 
-    The files are mapped into memory: workers of a host share one copy, and opening takes milliseconds. The order of
-    samples is the recipe's, a function of (seed, position), so there is no state to keep. `tokens`, `documents` and
-    `vocabulary` (0: not known) tell what is there.
+    The files are mapped into memory: the workers of a host share one copy, and opening reads only the ends of the
+    files. The recipe decides the order of samples, a function of (seed, position), so there is no state.
+    tokens, documents: how many there are. vocabulary: its size; 0: unknown.
 
-    Raises DataError if there are no prepared tokens, too few for one item, or files that aren't whole; ConfigError.
+    Raises DataError if there are no prepared tokens, too few for one item, or incomplete files. Raises ConfigError.
     """
 
     def __init__(self, path: str | Path, length: int, boundaries: bool = False) -> None:
         if not isinstance(length, int) or length < 1:
-            raise ConfigError("length is not a whole number of at least 1", got=repr(length))
+            raise ConfigError("length is not an integer of at least 1", got=repr(length))
         self.path, self.length, self.boundaries = str(path), length, boundaries
         self._folder, self._listed = _manifest(self.path)
         self._files = [_opened(self._folder / file["name"], file["bytes"]) for file in self._listed]
@@ -67,20 +67,20 @@ class TokenFile(Dataset[Any]):
         boundaries: bool = False,
         seed: int = 0,
     ) -> Mixture:
-        """Several corpora as one data set: of each (by path) the share of the samples that its weight says.
+        """Several corpora (by path) as one data set, with samples in proportion to their weights.
 
-        samples: how many there are in an epoch: give what the whole run will take (steps x global_size), so that none
-        comes twice without need; by default, as many as all corpora have. A corpus that has fewer than its share is
-        gone through again, in another order; of one that has more, samples are chosen by `seed`.
-        Raises ConfigError for weights that aren't positive, DataError for corpora of different tokens.
+        samples: the samples of an epoch; by default as many as all corpora have. Use what the run will take (steps x
+        global_size), so that no sample is repeated unnecessarily. A corpus with fewer samples than its share is
+        repeated in another order; from one with more, `seed` selects.
+        Raises ConfigError for weights that are not positive, and DataError for corpora with different tokens.
         """
         parts = {str(path): cls(path, length, boundaries) for path in weights}
         kinds = {path: _kind_of_tokens(path, part.vocabulary) for path, part in parts.items()}
         if len(set(kinds.values())) > 1:
             raise DataError(
-                "corpora of different tokens can't be mixed",
+                "corpora with different tokens can't be mixed",
                 got=", ".join(f"{path}: {kind}" for path, kind in kinds.items()),
-                hint="prepare them with one tokenizer: [tokenizer] file = ...",
+                hint="prepare all with one tokenizer: [tokenizer] file = ...",
             )
         return Mixture(list(parts.values()), list(weights.values()), samples, seed)
 
@@ -99,14 +99,14 @@ class TokenFile(Dataset[Any]):
         return {"tokens": tokens, "documents": _long(_document_numbers(pieces))}
 
     def verify(self) -> None:
-        """Read all files and compare their checksums (SHA-256). Raises DataError that names a file that has changed."""
+        """Read all files and compare their checksums (SHA-256). Raises DataError, which names the changed file."""
         for listed in self._listed:
             path = self._folder / listed["name"]
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != listed["sha256"]:
                 raise DataError(
-                    "a token file isn't what was prepared",
+                    "a token file has changed since it was prepared",
                     where=str(path),
                     expected=f"SHA-256 {listed['sha256']}",
                     got=found,
@@ -114,11 +114,11 @@ class TokenFile(Dataset[Any]):
                 )
 
     def __reduce__(self) -> tuple[object, ...]:
-        # A pickled memory map would carry all tokens: a reader process opens the files itself instead.
+        # Pickling a memory map would copy all tokens. A loader process opens the files itself instead.
         return type(self), (self.path, self.length, self.boundaries)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[MappedTokens, int, int]]:
-        """Where tokens `start` to `stop` of all are: files, and ranges in them."""
+        """The files, and the ranges in them, of tokens `start` to `stop`."""
         pieces = []
         number = bisect_right(self._starts, start) - 1
         while start < stop:
@@ -134,20 +134,22 @@ def _long(parts: list[NDArray[Any]]) -> Tensor:
 
 
 def _document_numbers(pieces: list[tuple[MappedTokens, int, int]]) -> list[NDArray[Any]]:
-    """The number of each token's document, from 0 on. No document goes on in another file."""
+    """The number of each token's document, starting at 0. No document spans two files."""
     numbers, first = [], 0
     for file, low, high in pieces:
         found = np.searchsorted(file.ends, np.arange(low, high, dtype=np.uint64), side="right")
-        found = np.unique(found, return_inverse=True)[1] + first  # documents without tokens don't count
+        found = np.unique(found, return_inverse=True)[1] + first  # empty documents get no number
         numbers.append(found)
         first = int(found[-1]) + 1
     return numbers
 
 
 def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of token files, and the list of them. Raises DataError."""
+    """The folder of token files, and the entries of its manifest. Raises DataError."""
     if not is_local(path):
-        raise DataError("token files are mapped into memory, so they must be on a disk", where=path, hint="copy them")
+        raise DataError(
+            "token files are mapped into memory, so they must be on a disk", where=path, hint="copy them to a disk"
+        )
     for folder in (Path(path, FOLDER), Path(path)):
         try:
             files: list[dict[str, Any]] = json.loads((folder / MANIFEST).read_bytes())["files"]
@@ -157,13 +159,13 @@ def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
     raise DataError(
         "there are no prepared tokens here",
         where=str(Path(path).absolute()),
-        expected=f"a folder with {FOLDER}/{MANIFEST}, or {MANIFEST}, which is written when all tokens are there",
-        hint="make them first: manyhands prepare RECIPE.toml --out FOLDER",
+        expected=f"a folder with {FOLDER}/{MANIFEST}, or {MANIFEST}, which is written last",
+        hint="prepare them first: manyhands prepare RECIPE.toml --out FOLDER",
     )
 
 
 def _kind_of_tokens(path: str, vocabulary: int) -> str:
-    """What must be equal for a number to mean the same token: the tokenizer beside the tokens, if there is one."""
+    """Identifies the tokenizer: the one next to the tokens, or else the size of the vocabulary."""
     try:
         tokenizer = hashlib.sha256((Path(path) / TOKENIZER).read_bytes()).hexdigest()[:8]
     except OSError:

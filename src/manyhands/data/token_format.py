@@ -1,9 +1,10 @@
 """The format of token files on disk (no torch).
 
-    tokens, uint16 or uint32 | padding to a multiple of 8 | where each document ends, uint64 | tail
+    tokens, uint16 or uint32 | padding to a multiple of 8 | end of each document, uint64 | tail
 
-All little-endian. A document's end is counted in tokens from the file's beginning; no document goes on in another file.
-The tail tells how many tokens and documents there are, the size of the vocabulary (0: not known) and a token's bytes.
+All little-endian. The end of a document is counted in tokens from the start of the file. No document spans two files.
+The tail holds the number of tokens, the number of documents, the size of the vocabulary (0: unknown) and the bytes of a
+token.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".tokens"
 
-FOLDER = "tokens"  # of token files, beside their tokenizer and data card
+FOLDER = "tokens"  # in the folder of a corpus, which also has the tokenizer and the data card
 
 TOKENIZER = "tokenizer.json"
 
@@ -34,7 +35,7 @@ _ALIGNMENT = 8
 
 
 class MappedTokens(NamedTuple):
-    """A token file, mapped into memory. tokens: [tokens]; ends: [documents]."""
+    """A token file, mapped into memory. tokens: [tokens]. ends: [documents]."""
 
     tokens: NDArray[np.integer]
     ends: NDArray[np.integer]
@@ -42,12 +43,12 @@ class MappedTokens(NamedTuple):
 
 
 def token_type(vocabulary: int) -> np.dtype[np.integer]:
-    """The smallest type that holds every token of a vocabulary of this size; 4 bytes if it isn't known (0)."""
+    """The smallest type that holds every token of a vocabulary of this size; 4 bytes if it is unknown (0)."""
     return np.dtype("<u2") if 0 < vocabulary <= 2**16 else np.dtype("<u4")
 
 
 def padding(num_bytes: int) -> int:
-    """How many bytes bring `num_bytes` of tokens to where the documents' ends begin."""
+    """The bytes of padding after `num_bytes` of tokens."""
     return -num_bytes % _ALIGNMENT
 
 
@@ -57,7 +58,7 @@ def tail(num_tokens: int, num_documents: int, vocabulary: int, token_bytes: int)
 
 
 def map_tokens(path: str) -> MappedTokens:
-    """Map a token file into memory; only its tail is read. Raises DataError for what isn't a whole one, OSError."""
+    """Map a token file into memory; reads only its tail. Raises DataError for an incomplete file, and OSError."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL.size))
@@ -67,12 +68,12 @@ def map_tokens(path: str) -> MappedTokens:
     except struct.error:
         magic = b""
     if magic != _MAGIC or token_bytes not in (2, 4):
-        raise DataError("a token file is broken off, or isn't one", where=path, hint="prepare the data again")
+        raise DataError("a token file is truncated, or is not a token file", where=path, hint="prepare the data again")
     ends_at = num_tokens * token_bytes + padding(num_tokens * token_bytes)
     expected = ends_at + 8 * num_documents + _TAIL.size
     if size != expected:
         raise DataError(
-            "a token file has another size than its tail says",
+            "a token file has another size than its tail states",
             where=path,
             expected=f"{expected:,} bytes",
             got=f"{size:,}",
@@ -83,4 +84,6 @@ def map_tokens(path: str) -> MappedTokens:
 
 
 def _mapped(path: str, kind: np.dtype[np.integer], offset: int, count: int) -> NDArray[np.integer]:
-    return np.memmap(path, kind, "r", offset, (count,)) if count else np.empty(0, kind)  # nothing can't be mapped
+    return (
+        np.memmap(path, kind, "r", offset, (count,)) if count else np.empty(0, kind)
+    )  # an empty range can't be mapped

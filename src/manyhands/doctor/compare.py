@@ -16,11 +16,12 @@ from manyhands.listeners.run_directory import RunDirectory
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """equal: whether all digests that both runs have are the same. steps_compared: how many there were.
+    """The result of `compare_runs`.
 
-    step: the first that differs (counted from 1, as "after step n"); last_equal_step: the last before it known to be
-    equal. parameter, block, elements: the first that differs there. differences: what else is not the same about the
-    two runs (recipe, numerics).
+    equal: True if all digests that both runs have are the same. steps_compared: how many digests both runs have.
+    step: the first step whose digests differ (counted from 1, as in "after step n"). last_equal_step: the last step
+    before it with equal digests. parameter, block, elements: the first difference in that step; elements is [start,
+    end). differences: other differences between the two runs (recipe, numerics).
     """
 
     equal: bool
@@ -36,7 +37,7 @@ class Comparison:
 
 
 def compare_runs(one: str | Path, other: str | Path) -> Comparison:
-    """Compare two run directories. Raises ConfigError (not a run; nothing to compare), DataError."""
+    """Compare two run directories. Raises ConfigError (not a run, or no common digests) and DataError."""
     runs = RunDirectory.open_existing(one), RunDirectory.open_existing(other)
     first, second = (_digests(run.read_metrics()) for run in runs)
     common = sorted(first.keys() & second.keys())
@@ -47,15 +48,15 @@ def compare_runs(one: str | Path, other: str | Path) -> Comparison:
             got=f"digests after steps {_listed(first)} and {_listed(second)}",
             hint="train both with the same --digest-every",
         )
-    apart = next((step for step in common if first[step] != second[step]), None)
-    if apart is None:
+    differing = next((step for step in common if first[step] != second[step]), None)
+    if differing is None:
         return Comparison(equal=True, steps_compared=len(common), differences=differences)
-    before = [step for step in common if step < apart]
-    found = _first_block(runs[0], runs[1], apart)
+    before = [step for step in common if step < differing]
+    found = _first_block(runs[0], runs[1], differing)
     return Comparison(
         equal=False,
         steps_compared=len(common),
-        step=apart,
+        step=differing,
         last_equal_step=before[-1] if before else None,
         differences=differences,
         **found,  # type: ignore[arg-type]
@@ -63,7 +64,7 @@ def compare_runs(one: str | Path, other: str | Path) -> Comparison:
 
 
 def explain_comparison(comparison: Comparison, one: str, other: str) -> str:
-    """The comparison in words."""
+    """Describe the comparison in text."""
     lines = []
     if comparison.equal:
         lines.append(f"equal: {one} and {other} have the same digest after each of {comparison.steps_compared} steps")
@@ -108,7 +109,7 @@ def _first_block(one: RunDirectory, other: RunDirectory, step: int) -> dict[str,
     try:
         tables = [np.load(run.digests / f"step-{step:08d}.npy") for run in (one, other)]
     except (OSError, ValueError):
-        return {}  # only the digests were kept
+        return {}  # the tables of hashes are missing, so the difference can't be located
     unequal = np.flatnonzero(tables[0] != tables[1])
     if not len(unequal):
         return {}

@@ -1,8 +1,7 @@
 """Checks one machine, or several together, before a run.
 
-What a machine has for a run, and what would fail on it: looked at before anything is started.
-
-What several machines have in common, and how far they are apart: looked at together before a run.
+On one machine: what a run needs, and what would fail. On several machines, under a launcher: what must be the same on
+all of them, and how fast they reach each other.
 """
 
 from __future__ import annotations
@@ -48,16 +47,19 @@ Verdict = Literal["good", "warning", "bad"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one subject. bad: runs will fail; warning: they may, or are slow. hint: what to do."""
+    """The result of one check.
+
+    verdict: "bad" if runs will fail, "warning" if they may fail or be slow. hint: what to do.
+    """
 
     subject: str
     verdict: Verdict
-    told: str
+    message: str
     hint: str | None = None
 
 
 def check_machine(folder: Path) -> Iterator[Finding]:
-    """One finding after the other; the last ones take a second. folder: where runs are to be written."""
+    """Run all checks and yield their findings; the last takes a second. folder: where runs will be written."""
     checks: tuple[Callable[[], Finding], ...] = (
         _versions,
         _cpus,
@@ -79,32 +81,34 @@ def _versions() -> Finding:
 
     from manyhands import __version__
 
-    told = (
+    message = (
         f"manyhands {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}"
     )
     if not sys.platform.startswith("linux"):
-        return Finding("versions", "warning", told, "several workers need Linux; here, one works")
-    return Finding("versions", "good", told)
+        return Finding("versions", "warning", message, "several workers need Linux; a single worker runs here")
+    return Finding("versions", "good", message)
 
 
 def _cpus() -> Finding:
-    from manyhands.numerics.arithmetic import bf16_instructions  # which loads torch
+    from manyhands.numerics.arithmetic import bf16_instructions  # here, because it loads torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]
-    told = f"{usable} of {os.cpu_count()} for this process, load {load:.1f}"
-    told += f", bf16 by {bf16_instructions()}" if bf16_instructions() else ", no bf16 instructions (fp32 stands in)"
+    message = f"{usable} of {os.cpu_count()} for this process, load {load:.1f}"
+    message += f", bf16 by {bf16_instructions()}" if bf16_instructions() else ", no bf16 instructions (fp32 stands in)"
     quota = _cpu_quota()
     if quota is not None and quota < usable:
-        told += f", {quota:g} by its control group"
-        return Finding("CPUs", "warning", told, f"use at most {max(1, int(quota))} workers x threads: more only wait")
+        message += f", {quota:g} by its control group"
+        return Finding(
+            "CPUs", "warning", message, f"use at most {max(1, int(quota))} workers x threads: more would only wait"
+        )
     if load > usable / 2:
-        return Finding("CPUs", "warning", told, "others compute here, too: steps wait for the slowest worker")
-    return Finding("CPUs", "good", told)
+        return Finding("CPUs", "warning", message, "other programs use these CPUs: steps wait for the slowest worker")
+    return Finding("CPUs", "good", message)
 
 
 def _cpu_quota() -> float | None:
-    """CPUs' worth of time that the control group may use."""
+    """The number of CPUs that the control group may use; None: no limit."""
     with suppress(OSError, ValueError):
         most, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return int(most) / int(period)
@@ -117,17 +121,17 @@ def _cpu_quota() -> float | None:
 
 def _memory() -> Finding:
     free, total = free_memory_bytes(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    told = f"{format_bytes(free)} free of {format_bytes(total)}"
+    message = f"{format_bytes(free)} free of {format_bytes(total)}"
     if free < LEAST_MEMORY_BYTES:
-        return Finding("memory", "bad", told, "torch alone takes about 400 MiB a worker: end other programs")
-    return Finding("memory", "good", told)
+        return Finding("memory", "bad", message, "torch alone takes about 400 MiB per worker: end other programs")
+    return Finding("memory", "good", message)
 
 
 _CHILD = "import mmap, os, sys; mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 4096)[:5] = b'hello'"
 
 
 def _shared_memory() -> Finding:
-    """Whether another process can open this one's memory as workers do."""
+    """Check that another process can map this process's memory, as workers do."""
     subject = "shared memory"
     if not hasattr(os, "memfd_create"):
         return Finding(
@@ -139,42 +143,44 @@ def _shared_memory() -> Finding:
         command = [sys.executable, "-I", "-S", "-c", _CHILD, f"/proc/{os.getpid()}/fd/{fd}"]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if os.pread(fd, 5, 0) == b"hello":
-            return Finding(subject, "good", "workers can open each other's")
+            return Finding(subject, "good", "workers can map each other's memory")
     finally:
         os.close(fd)
-    said = child.stderr.strip().splitlines()
-    why = said[-1] if said else "it was not seen"
+    errors = child.stderr.strip().splitlines()
+    reason = errors[-1] if errors else "the change was not visible"
     return Finding(
         subject,
         "bad",
-        f"a process can't open another one's: {why}",
+        f"a process can't map the memory of another: {reason}",
         "mount /proc without hidepid, or use --transport distributed",
     )
 
 
 def _watching() -> Finding:
-    """Whether workers can notice that another one has died."""
+    """Check that workers can notice the death of another worker."""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except (OSError, AttributeError) as error:
         return Finding(
             "watching", "bad", f"pidfd_open fails: {error}", "use Linux 5.3 or newer; allow it in seccomp's profile"
         )
-    return Finding("watching", "good", "a process's end is noticed by others")
+    return Finding("watching", "good", "the end of a process is noticed by others")
 
 
 def _ports() -> Finding:
     try:
         with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
-            return Finding("ports", "good", "a socket on 127.0.0.1 can be listened to and reached")
+            return Finding("ports", "good", "a socket on 127.0.0.1 can listen and be reached")
     except OSError as error:
-        return Finding("ports", "bad", f"127.0.0.1 can't be listened to or reached: {error}", "look at the firewall")
+        return Finding(
+            "ports", "bad", f"a socket on 127.0.0.1 can't listen or be reached: {error}", "check the firewall"
+        )
 
 
 def _host_name() -> Finding:
-    """torch.distributed's Gloo listens where the host's name points to."""
+    """Check the host's name: torch.distributed's Gloo listens at its address."""
     name = socket.gethostname()
-    hint = "for workers on several hosts, set GLOO_SOCKET_IFNAME to the network's interface, or mend /etc/hosts"
+    hint = "for workers on several hosts, set GLOO_SOCKET_IFNAME to the network's interface, or correct /etc/hosts"
     try:
         address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
@@ -195,29 +201,29 @@ def _gpus() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("GPUs", "good", "none that torch sees: recipes train on the CPU")
+        return Finding("GPUs", "good", "torch sees none: recipes train on the CPU")
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return Finding("GPUs", "good", ", ".join(f"{gpu.name} ({format_bytes(gpu.total_memory)})" for gpu in found))
 
 
 def _disk(folder: Path) -> Finding:
-    """Space, and speed past the system's cache."""
+    """Check the free space, and the speed without the page cache."""
     where = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     stat = os.statvfs(where)
     free, kind = stat.f_bavail * stat.f_frsize, file_system_of(where)
-    told = f"{where}: {format_bytes(free)} free, {kind}"
+    message = f"{where}: {format_bytes(free)} free, {kind}"
     try:
         written, read = measure_speed(where)
     except (OSError, ConfigError) as error:
-        return Finding("disk", "bad", f"{told}; can't be written: {error}", "name another folder with --run-dir")
-    told += f", writes {written:.2f} GB/s, reads {read:.2f} GB/s"
+        return Finding("disk", "bad", f"{message}; can't be written: {error}", "name another folder with --run-dir")
+    message += f", writes {written:.2f} GB/s, reads {read:.2f} GB/s"
     if free < LEAST_DISK_BYTES:
-        return Finding("disk", "bad", told, "a checkpoint takes 12 bytes a parameter: free some space")
+        return Finding("disk", "bad", message, "a checkpoint takes 12 bytes per parameter: free some space")
     if kind in MEMORY_FILE_SYSTEMS:
-        return Finding("disk", "warning", told, "what is written here is in memory, and gone with the machine")
+        return Finding("disk", "warning", message, "this file system is in memory: its files are lost with the machine")
     if written < SLOW_GB_PER_SECOND or kind in _NETWORK_FILE_SYSTEMS:
-        return Finding("disk", "warning", told, "checkpoints take long to write (training goes on meanwhile)")
-    return Finding("disk", "good", told)
+        return Finding("disk", "warning", message, "checkpoints take long to write (training continues meanwhile)")
+    return Finding("disk", "good", message)
 
 
 MOST_CLOCK_SECONDS = 1.0
@@ -228,67 +234,73 @@ _LARGE_BYTES = 8 * MIB
 
 
 def check_hosts(mine: Sequence[Finding]) -> Iterator[Finding]:
-    """Of the workers of this program's launcher, who have found `mine` on their own machines: what isn't good on the
-    others', then what they have in common. Collective: everyone gets the same. Raises WorkerError."""
+    """Compare the machines of all workers that the launcher started. Collective: all workers yield the same findings.
+
+    mine: this worker's findings about its own machine. Yields first what is not good on the other machines, then what
+    they have in common. Raises WorkerError.
+    """
     cpu, host = torch.device("cpu"), socket.gethostname()
     group = connect("distributed")
     try:
         wrong = [asdict(finding) for finding in mine if finding.verdict != "good"]
-        everyone: list[Any] = all_gather_json(group, [host, numerics_identity(cpu, 1, cpu), wrong], "hosts / control")
-        told = {everyone[0][0]}
-        for other, _, findings in everyone:
-            for finding in findings if other not in told else ():
-                yield Finding(f"{other}: {finding['subject']}", finding["verdict"], finding["told"], finding["hint"])
-            told.add(other)
-        yield _numerics([(other, identity) for other, identity, _ in everyone])
-        yield _clocks(group, [other for other, *_ in everyone])
+        all_ranks: list[Any] = all_gather_json(group, [host, numerics_identity(cpu, 1, cpu), wrong], "hosts / control")
+        reported = {all_ranks[0][0]}
+        for other, _, findings in all_ranks:
+            for finding in findings if other not in reported else ():
+                yield Finding(f"{other}: {finding['subject']}", finding["verdict"], finding["message"], finding["hint"])
+            reported.add(other)
+        yield _numerics([(other, identity) for other, identity, _ in all_ranks])
+        yield _clocks(group, [other for other, *_ in all_ranks])
         yield _link(group)
     finally:
         group.close()
 
 
-def _numerics(everyone: list[Any]) -> Finding:
-    """What must be the same everywhere, or the bits wouldn't be."""
-    hosts = sorted({host for host, _ in everyone})
-    (first_host, first), differing = everyone[0], []
-    for host, identity in everyone:
+def _numerics(identities: list[tuple[str, dict[str, str]]]) -> Finding:
+    """Check that all workers have the same numerics identity: otherwise their bits would differ."""
+    hosts = sorted({host for host, _ in identities})
+    (first_host, first), differing = identities[0], []
+    for host, identity in identities:
         for name in [*first, *identity]:
             if first.get(name) != identity.get(name):
                 differing.append(f"{name}: {first.get(name)} on {first_host}, {identity.get(name)} on {host}")
-    told = f"{len(everyone)} workers on {', '.join(hosts)}"
+    message = f"{len(identities)} workers on {', '.join(hosts)}"
     if differing:
         hint = "use the same version of torch and the same kind of CPU for all workers: a run is refused otherwise"
-        return Finding("numerics", "bad", f"{told}; {'; '.join(dict.fromkeys(differing))}", hint)
-    return Finding("numerics", "good", f"{told}: the same for all")
+        return Finding("numerics", "bad", f"{message}; {'; '.join(dict.fromkeys(differing))}", hint)
+    return Finding("numerics", "good", f"{message}: the same for all")
 
 
 def _clocks(group: Group, hosts: list[str]) -> Finding:
     group.barrier("hosts / clock / control")
     times: list[Any] = all_gather_json(group, time.time(), "hosts / clocks / control")
     spread = max(times) - min(times)
-    told = f"they differ by {format_seconds(spread)} or less"
+    message = f"they differ by {format_seconds(spread)} or less"
     if spread > MOST_CLOCK_SECONDS:
         late = f"{hosts[times.index(max(times))]} is ahead of {hosts[times.index(min(times))]}"
         return Finding(
-            "clocks", "warning", f"{told}: {late}", "the run is the same, but times in its events mislead: NTP"
+            "clocks",
+            "warning",
+            f"{message}: {late}",
+            "the result is the same, but times in its events mislead: set up NTP",
         )
-    return Finding("clocks", "good", told)
+    return Finding("clocks", "good", message)
 
 
 def _link(group: Group) -> Finding:
-    """The time of a small and of a large all-gather."""
+    """Measure the time of a small and of a large all-gather."""
     small, large = torch.zeros(1, dtype=torch.uint8), torch.zeros(_LARGE_BYTES, dtype=torch.uint8)
     waits = [_seconds(group, small) for _ in range(_ROUNDS)]
     speed = _LARGE_BYTES * (group.size - 1) / 1e9 / min(_seconds(group, large) for _ in range(3))
     mine = [statistics.median(waits), speed]
-    everyone: list[Any] = all_gather_json(group, mine, "hosts / link / control")
-    wait, slowest = max(wait for wait, _ in everyone), min(speed for _, speed in everyone)
+    all_ranks: list[Any] = all_gather_json(group, mine, "hosts / link / control")
+    wait, slowest = max(wait for wait, _ in all_ranks), min(speed for _, speed in all_ranks)
     return Finding(
-        "links", "good", f"{format_seconds(wait)} for a small message to all, {slowest:.2f} GB/s into a worker"
+        "links", "good", f"{format_seconds(wait)} for a small message to all workers, {slowest:.2f} GB/s into a worker"
     )
 
 
 def _seconds(group: Group, tensor: torch.Tensor) -> float:
-    began = time.perf_counter()
+    started = time.perf_counter()
     group.all_gather_small(tensor, "hosts / probe / control")
-    return time.perf_counter() - began
+    return time.perf_counter() - started

@@ -15,54 +15,60 @@ from manyhands.storage.run_lock import is_locked
 
 _TAIL_LINES = 8
 
-_QUIET_STEPS = 20  # without a word for so many steps' time a run isn't going on any more
+_QUIET_STEPS = 20
+"""A run that recorded nothing for the time of this many steps is no longer running."""
 
 _QUIET_SECONDS = 30.0
 
-_FIRST_STEP_SECONDS = 1800.0  # models are made, data is read, files are compiled before there is a word
+_FIRST_STEP_SECONDS = 1800.0
+"""Limit before the first step: models are built, data is read and code is compiled before anything is recorded."""
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """outcome: "ended", "stopped", "failed", "killed", "going on", "perhaps going on" (the run directory's lock can't
-    say: it may be another host's). lines: (when in seconds since the epoch,
-    what) in order. advice: what to do. tails: the last lines of the logs of workers that failed, by file name."""
+    """What happened to a run.
+
+    outcome: "ended", "stopped", "failed", "killed", "running", or "perhaps running" (the lock of the run directory may
+    belong to another host, so it does not decide). summary: the outcome in a sentence. lines: (seconds since the
+    epoch, text) of each event, in order. advice: what to do. tails: the last lines of the logs of failed workers, by
+    file name.
+    """
 
     outcome: str
-    told: str
+    summary: str
     lines: tuple[tuple[float, str], ...]
     advice: str
     tails: dict[str, str]
 
 
 def run_history(run: RunDirectory) -> RunHistory:
-    """Raises DataError for a directory whose figures can't be read."""
+    """Read the history of a run from its directory. Raises DataError if its metrics can't be read."""
     events, metrics = run.read_events(), run.read_metrics()
     steps = metrics[-1].step + 1 if metrics else 0
     median = sorted(each.step_seconds for each in metrics)[len(metrics) // 2] if metrics else 0.0
     outcome = _outcome(events, run, median)
     lines = [(float(event["seconds"]), text) for event in events if (text := _line(event))]
     failed = [event for event in events if event["event"] == "failed"]
-    told = {
-        "ended": f"it ended well after {steps} steps",
-        "stopped": f"it was asked to stop, and did after {steps} steps",
+    summary = {
+        "ended": f"it completed after {steps} steps",
+        "stopped": f"it was stopped on request after {steps} steps",
         "failed": f"it failed after {steps} steps: {failed[-1]['what'] if failed else ''}",
-        "killed": f"it ended without a word after {steps} steps: its launcher was killed, or the machine went down",
-        "going on": f"it has made {steps} steps, and is going on",
-        "perhaps going on": f"it has made {steps} steps, and may be going on",
+        "killed": f"it ended without a report after {steps} steps: its launcher was killed, or the machine went down",
+        "running": f"it is running, and has completed {steps} steps",
+        "perhaps running": f"it may be running, and has completed {steps} steps",
     }[outcome]
     tails = {}
     for rank in sorted({event["rank"] for event in failed if event.get("rank", -1) >= 0}):
         log = run.log(rank)
         if log.exists():
             tails[log.name] = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
-    return RunHistory(outcome, told, tuple(lines), _advice(run, outcome, failed), tails)
+    return RunHistory(outcome, summary, tuple(lines), _advice(run, outcome, failed), tails)
 
 
 def _outcome(events: list[dict[str, Any]], run: RunDirectory, median: float) -> str:
     owned = is_locked(run.path)
     if owned:
-        return "going on"
+        return "running"
     last = next((event for event in reversed(events) if event["event"] not in ("saved", "not saved")), None)
     if last is not None and last["event"] in ("ended", "stopped"):
         return str(last["event"])
@@ -75,23 +81,23 @@ def _outcome(events: list[dict[str, Any]], run: RunDirectory, median: float) -> 
     )
     quiet = time.time() - written
     allowed = max(_QUIET_SECONDS, _QUIET_STEPS * median) if median else _FIRST_STEP_SECONDS
-    return "perhaps going on" if quiet < allowed else "killed"
+    return "perhaps running" if quiet < allowed else "killed"
 
 
 def _line(event: dict[str, Any]) -> str:
     kind = event["event"]
-    if kind == "began":
+    if kind == "started":
         source = {"snapshot": " from a snapshot in memory", "checkpoint": " from a checkpoint"}.get(
             str(event.get("source")), ""
         )
-        again = f", {event['repeats']} steps made again" if event.get("repeats") else ""
-        return f"began at step {event['step']}{source}: {event['workers']} workers, {event['sharding']}{again}"
+        again = f", {event['repeats']} steps repeated" if event.get("repeats") else ""
+        return f"started at step {event['step']}{source}: {event['workers']} workers, {event['sharding']}{again}"
     if kind == "failed":
         where = f" ({event['where']})" if event.get("where") else ""
-        then = "" if event.get("restart") is None else f"; started again ({event['restart']})"
+        then = "" if event.get("restart") is None else f"; restarted ({event['restart']})"
         return f"failed: {event['what']}{where}{then}"
     if kind == "hosts changed":
-        return "a host came or went: started again with those that were there"
+        return "a host joined or left: restarted with the hosts that were there"
     if kind == "saved":
         return f"checkpoint of step {event['step']} published"
     if kind == "not saved":
@@ -103,29 +109,29 @@ def _line(event: dict[str, Any]) -> str:
 
 def _advice(run: RunDirectory, outcome: str, failed: list[dict[str, Any]]) -> str:
     if outcome == "ended":
-        return "nothing is to be done"
-    if outcome in ("going on", "perhaps going on"):
+        return "nothing to do"
+    if outcome in ("running", "perhaps running"):
         return "wait for it to end, or stop it first (Ctrl-C, or SIGTERM to its launcher)"
     try:
         checkpoints = list_checkpoints(checkpoints_of(run.path))
     except ManyhandsError as error:
-        return f"its checkpoints can't be seen from here: {error}"
+        return f"its checkpoints can't be listed from here: {error}"
     while checkpoints:
         step, path = checkpoints.pop()
         try:
             read_manifest(path)
         except CheckpointError as error:
-            return f"the last checkpoint is damaged ({error.what}): remove {path}, and look again"
-        again = f"the same command with --run-dir {run.path} goes on from step {step}"
+            return f"the last checkpoint is damaged ({error.what}): remove {path}, and run doctor again"
+        again = f"the same command with --run-dir {run.path} continues from step {step}"
         return f"{failed[-1]['hint']}; then {again}" if failed and failed[-1].get("hint") else again
-    return f"there is no checkpoint: the same command with --run-dir {run.path} begins anew"
+    return f"there is no checkpoint: the same command with --run-dir {run.path} starts from the beginning"
 
 
 def when(seconds: float) -> str:
-    """A moment as a person reads it, in local time."""
+    """A point in time as text, in local time."""
     return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
 
 
 def took(lines: tuple[tuple[float, str], ...], index: int) -> str:
-    """How long after the line before that was; "" for the first."""
+    """The time since the previous line; "" for the first."""
     return "" if index == 0 else f"+{format_seconds(max(0.0, lines[index][0] - lines[index - 1][0]))}"

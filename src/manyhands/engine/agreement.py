@@ -1,6 +1,6 @@
 """Facts that must match between workers, and between a run and its checkpoints.
 
-What workers, and a run and its checkpoints, must have in common: facts by name, as text.
+A fact is a name and a text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from manyhands.optim.sliced import SlicedOptimizer
 
 
 def all_gather_json(group: Group, value: object, tag: str) -> list[object]:
-    """Everyone's value, by rank. Collective; for setting up."""
+    """Return all workers' values, by rank. Collective; makes two calls, so it is used outside of steps only."""
     text = json.dumps(value).encode()
     lengths = [int(length) for length in group.all_gather_small(torch.tensor([len(text)]), tag)]
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
@@ -32,11 +32,11 @@ def all_gather_json(group: Group, value: object, tag: str) -> list[object]:
 
 
 def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> None:
-    """That all workers have the same facts. Collective; raises the same ConfigError on all of them."""
-    everyone: Sequence[dict[str, str]] = all_gather_json(group, dict(facts), f"start / {what} / control")  # type: ignore[assignment]
-    for rank, theirs in enumerate(everyone):
-        for name in [*everyone[0], *theirs]:
-            first, other = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
+    """Check that all workers have the same facts. Collective. Raises the same ConfigError on all of them."""
+    all_facts: Sequence[dict[str, str]] = all_gather_json(group, dict(facts), f"start / {what} / control")  # type: ignore[assignment]
+    for rank, theirs in enumerate(all_facts):
+        for name in [*all_facts[0], *theirs]:
+            first, other = all_facts[0].get(name, "nothing"), theirs.get(name, "nothing")
             if first != other:
                 raise ConfigError(
                     f"workers 0 and {group.workers[rank]} don't have the same {what}: they differ in {name}",
@@ -47,17 +47,20 @@ def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> No
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, str]:
-    """Of what decides the bits, as far as it can be told."""
+    """Return the recipe's settings that decide the bits. Functions and data can't be compared, but for len(data)."""
     facts = {
         f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")
     }
-    for name in ("precision", "clip_norm", "seed", "threads_per_worker", "device", *["compile"] * recipe.compile):
+    names = ["precision", "clip_norm", "seed", "threads_per_worker", "device"]
+    if recipe.compile:  # only then: checkpoints written before this option existed don't have the fact
+        names.append("compile")
+    for name in names:
         facts[name] = str(getattr(recipe, name))
     return facts | {"len(data)": str(len(recipe.data))}
 
 
 def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
-    """The optimizers' classes, and each param group's hyperparameters and parameters."""
+    """Return the optimizers' classes, and each param group's hyperparameters and parameters."""
     kinds = zip(optimizer.fronts, optimizer.kinds, strict=True)
     facts = {"optimizer": ", ".join(f"{type(front).__qualname__} ({kind})" for front, kind in kinds)}
     for index, group in enumerate(optimizer.hyperparameters()):
@@ -66,24 +69,26 @@ def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
     return facts
 
 
-def frozen_facts(model: nn.Module, awaited: Container[str], allocator: Allocator) -> dict[str, str]:
-    """What the digest doesn't cover, since no step changes it: the bits of frozen parameters, which are at `home`;
-    without those that have no values as yet."""
+def frozen_facts(model: nn.Module, pending: Container[str], allocator: Allocator) -> dict[str, str]:
+    """Return fingerprints of the frozen parameters, which the digest doesn't cover since no step changes them.
+
+    pending: names of parameters without values so far; they are left out. allocator: of the parameters' buffers.
+    """
     facts = {}
     for name, param in model.named_parameters():
-        if not (param.requires_grad or name in awaited):
+        if not (param.requires_grad or name in pending):
             facts[f"frozen parameter {name}"] = fingerprint(name, param)
             evict_model([param], allocator)
     return facts
 
 
 def schedule_facts(schedules: Sequence[LRScheduler]) -> dict[str, str]:
-    """Their classes and plain numbers, as they are before the first step."""
+    """Return the schedules' classes and plain numbers, as they are before the first step. Raises ConfigError."""
     facts = {"schedule": ", ".join(type(schedule).__qualname__ for schedule in schedules) or "none"}
     for index, schedule in enumerate(schedules):
         if isinstance(schedule, ReduceLROnPlateau):
             raise ConfigError(
-                "recipe.schedule wants to be told a measurement after each step",
+                "recipe.schedule requires a measurement after each step",
                 got="ReduceLROnPlateau",
                 hint="use a schedule that depends on the step alone",
             )
@@ -92,12 +97,15 @@ def schedule_facts(schedules: Sequence[LRScheduler]) -> dict[str, str]:
     return facts
 
 
-def agree_on_model(model: nn.Module, awaited: Collection[str], group: Group, allocator: Allocator) -> None:
-    """That every worker built the same model, to the bit, at `home`; apart from values that are awaited. Collective;
-    raises ConfigError."""
+def agree_on_model(model: nn.Module, pending: Collection[str], group: Group, allocator: Allocator) -> None:
+    """Check that every worker built the same model, to the bit. Collective. Raises ConfigError.
+
+    pending: names of parameters without values so far; only their shapes are compared.
+    allocator: the one of the parameters' buffers.
+    """
     facts = {}
     for name, param in model.named_parameters():
-        values = "awaited" if name in awaited else fingerprint(name, param)
+        values = "pending" if name in pending else fingerprint(name, param)
         facts[name] = f"{list(param.shape)} {param.requires_grad} {values}"
         evict_model([param], allocator)
     agree(

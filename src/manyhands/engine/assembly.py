@@ -1,4 +1,8 @@
-"""Builds a model's units and their buffers."""
+"""Builds a model's units and their buffers.
+
+Parameters, master weights and gradients of a unit lie in flat buffers. Where these buffers are (shared memory, one per
+worker, a file) and how much of the unit they hold follows from the sharding, the offload and the group.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.sharding import REPLICATED, SHARDED, Sharding, sharding_named
 from manyhands.engine.step.buffers import may_change
 from manyhands.engine.step.reduce import levels_of
-from manyhands.engine.units.gradients import Gradients, KeptGradients, PassingGradients, Ring, RingGradients
+from manyhands.engine.units.gradients import Gradients, PersistentGradients, Ring, RingGradients, TransientGradients
 from manyhands.engine.units.params import OffloadedParams, OnDemandParams, Params, ReplicatedParams, ShardedParams
 from manyhands.engine.units.partition import UnitPlan, plan_units, storage_dtype
 from manyhands.engine.units.unit import ParamUnit, Unit
@@ -31,8 +35,12 @@ from manyhands.optim.sliced import SlicedOptimizer
 
 @dataclass(frozen=True)
 class Storage:
-    """The laid out model. units: of trainable parameters; frozen: of the others, where those are gathered, too.
-    named_params: the trainable ones, in construction order."""
+    """A model whose parameters lie in units.
+
+    units: the units of the trainable parameters.
+    frozen: the units of frozen parameters, if these are sharded, too; else empty.
+    named_params: the trainable parameters by name, in construction order.
+    """
 
     layout: Layout
     units: tuple[Unit, ...]
@@ -40,8 +48,8 @@ class Storage:
     named_params: tuple[tuple[str, nn.Parameter], ...]
 
     @property
-    def gathered_units(self) -> list[ParamUnit]:
-        """Those that are whole only now and then."""
+    def on_demand_units(self) -> list[ParamUnit]:
+        """The units that are unsharded only while they are needed."""
         return [unit for unit in (*self.units, *self.frozen) if isinstance(unit.params, OnDemandParams)]
 
 
@@ -51,67 +59,77 @@ def lay_out(
     group: Group,
     strategy: Strategy,
     unsplittable: Collection[str],
-    awaited: Collection[str],
+    pending: Collection[str],
     allocator: Allocator,
 ) -> Storage:
     """Move the model's parameters into flat buffers. Collective.
 
-    unsplittable: the parameters that their optimizer must see whole. awaited: those without values as yet. home: of
-    master
-    weights and, if the sharding shards them, of parameters. Frozen parameters are only cast, unless gathered, too.
+    unsplittable: names of the parameters that their optimizer must see unsplit.
+    pending: names of the parameters without values so far; they are not copied.
+    allocator: of master weights and, if the sharding shards parameters, of these.
+    Frozen parameters are only cast and moved to the device, unless they are sharded, too.
     """
     sharding = sharding_named(strategy.sharding)
-    _cast_frozen(model, recipe.precision, group.device, awaited)
-    adding = levels_of(group, sharding, recipe.batch).intra_host
-    filler = _Filler(dict(model.named_parameters()), awaited, group, sharding, allocator, adding)
+    _cast_frozen(model, recipe.precision, group.device, pending)
+    reducing_group = levels_of(group, sharding, recipe.batch).intra_host
+    builder = _UnitBuilder(dict(model.named_parameters()), pending, group, sharding, allocator, reducing_group)
     plans = plan_units(
-        model, recipe.precision, strategy.units, unsplittable=unsplittable, workers=group.size, gathered=filler.gathers
+        model,
+        recipe.precision,
+        strategy.units,
+        unsplittable=unsplittable,
+        workers=group.size,
+        on_demand=builder.on_demand,
     )
-    layout = filler.layout_of([plan for plan in plans if plan.trainable])
-    trainable = list(zip((plan for plan in plans if plan.trainable), layout.units, strict=True))
+    trainable_plans = [plan for plan in plans if plan.trainable]
+    layout = builder.layout_of(trainable_plans)
+    trainable = list(zip(trainable_plans, layout.units, strict=True))
     units: dict[str, Unit] = {}
+    # One buffer per dtype. The dtypes come in construction order, so all workers create the buffers in the same order.
     for dtype in dict.fromkeys(plan.dtype for plan, _ in trainable):
-        units |= filler.units([pair for pair in trainable if pair[0].dtype == dtype])
+        units |= builder.units([pair for pair in trainable if pair[0].dtype == dtype])
     frozen: list[ParamUnit] = []
-    if filler.gathers:
-        still = _gathered_frozen(plans, filler.params)
-        for plan, unit_layout in zip(still, filler.layout_of(still).units, strict=True):
-            frozen.append(ParamUnit(unit_layout, filler.store(unit_layout, plan.dtype), plan.modules))
+    if builder.on_demand:
+        frozen_plans = _shardable_frozen(plans, builder.params)
+        for plan, unit_layout in zip(frozen_plans, builder.layout_of(frozen_plans).units, strict=True):
+            frozen.append(ParamUnit(unit_layout, builder.params_of(unit_layout, plan.dtype), plan.modules))
+        # Shared buffers are written by several workers: bind the model to them only when all have finished.
         group.barrier("start / frozen filled / control")
         for unit in frozen:
-            unit.bind(filler.params)
-    named = tuple((name, param) for name, param in filler.params.items() if param.requires_grad)
+            unit.bind(builder.params)
+    named = tuple((name, param) for name, param in builder.params.items() if param.requires_grad)
     return Storage(layout, tuple(units[unit.name] for unit in layout.units), tuple(frozen), named)
 
 
-class _Filler:
-    """Moves the model's parameters, `params` by name, into units. gathers: whether units become whole now and
-    then only; else they are so for good. awaited: see `lay_out`. adding: see `levels_of`."""
+class _UnitBuilder:
+    """Moves the model's parameters into units.
+
+    params: the model's parameters by name.
+    on_demand: True if units are unsharded only while they are needed; otherwise they are unsharded permanently.
+    pending: see `lay_out`.
+    reducing_group: the workers that add gradients in each round, see `levels_of`.
+    """
 
     def __init__(
         self,
         params: Mapping[str, nn.Parameter],
-        awaited: Collection[str],
+        pending: Collection[str],
         group: Group,
         sharding: Sharding,
         allocator: Allocator,
-        adding: Group,
+        reducing_group: Group,
     ) -> None:
-        self.params, self._awaited, self._group, self._sharding, self._allocator = (
-            params,
-            awaited,
-            group,
-            sharding,
-            allocator,
-        )
-        self._adding = adding
-        # Workers that share memory have one copy of the parameters together: there's nothing to shard.
-        elsewhere = allocator.on_disk or allocator.device != group.device
-        self.gathers = sharding.param is SHARDED and (elsewhere or not group.pieces_are_views)
+        self.params, self._pending = params, pending
+        self._group, self._reducing_group = group, reducing_group
+        self._sharding, self._allocator = sharding, allocator
+        # Workers on shared memory have one physical copy of the parameters, so sharding saves nothing, unless that copy
+        # is offloaded.
+        offloaded = allocator.on_disk or allocator.device != group.device
+        self.on_demand = sharding.param is SHARDED and (offloaded or not group.pieces_are_views)
         self._pool = BufferPool(group.device)
 
     def layout_of(self, plans: Sequence[UnitPlan]) -> Layout:
-        """Of those parameters, in construction order."""
+        """Return the layout of these units. Blocks are numbered in construction order."""
         names = {name for plan in plans for name in plan.params}
         named = [(name, param.numel()) for name, param in self.params.items() if name in names]
         units = [(plan.name, plan.params) for plan in plans]
@@ -120,55 +138,63 @@ class _Filler:
         )
 
     def units(self, plans: Sequence[tuple[UnitPlan, UnitLayout]]) -> dict[str, Unit]:
-        """The trainable units of one dtype, by name. Collective."""
+        """Build the trainable units of one dtype, by name. Collective."""
         group, dtype = self._group, plans[0][0].dtype
         starts = [0, *accumulate(layout.padded_numel for _, layout in plans)]
-        whole = group.empty_replicated(starts[-1], dtype) if not self.gathers else None
+        # One buffer for all units of the dtype: creating a shared buffer is a collective call.
+        replicated = None if self.on_demand else group.empty_replicated(starts[-1], dtype)
         gradients = self._gradients([layout for _, layout in plans], starts, dtype)
         units = {}
-        for (plan, layout), start, place in zip(plans, starts, gradients, strict=False):
-            full = None if whole is None else whole[start : start + layout.padded_numel]
-            store = self.store(layout, dtype, full)
-            held = layout.shard(group.rank) if self._sharding.optim is SHARDED else layout.whole
-            units[plan.name] = Unit(layout, group.rank, store, held, self._master(store, held), place, plan.modules)
+        # strict=False: `starts` has one more item, the end of the last unit.
+        for (plan, layout), start, unit_gradients in zip(plans, starts, gradients, strict=False):
+            full = None if replicated is None else replicated[start : start + layout.padded_numel]
+            params = self.params_of(layout, dtype, full)
+            held = layout.shard(group.rank) if self._sharding.optim is SHARDED else layout.extent
+            master = self._master(params, held)
+            units[plan.name] = Unit(layout, group.rank, params, held, master, unit_gradients, plan.modules)
+        # Shared buffers are written by several workers: bind the model to them only when all have finished.
         group.barrier(f"start / {dtype} filled / control")
         for unit in units.values():
             unit.bind(self.params)
         return units
 
-    def store(self, layout: UnitLayout, dtype: torch.dtype, full: Tensor | None = None) -> Params:
-        """A unit's parameters: in `full`, or at home. Collective where memory is shared."""
+    def params_of(self, layout: UnitLayout, dtype: torch.dtype, full: Tensor | None = None) -> Params:
+        """Create and fill a unit's parameters: in `full`, or in a new buffer. Collective where memory is shared."""
         group = self._group
-        writes = layout.part(group.intra_host.rank, group.intra_host.size)  # everyone has all values
-        store: Params
+        # Every worker has built the complete model, so the workers on shared memory fill one part of the buffer each.
+        writes = layout.part(group.intra_host.rank, group.intra_host.size)
+        params: Params
         if full is not None:
-            store = ReplicatedParams(layout, full)
+            params = ReplicatedParams(layout, full)
         elif group.pieces_are_views:
-            everything = group.empty_replicated(layout.padded_numel, dtype, self._allocator)
-            store = OffloadedParams(layout, everything, self._allocator, self._pool)
+            shared = group.empty_replicated(layout.padded_numel, dtype, self._allocator)
+            params = OffloadedParams(layout, shared, self._allocator, self._pool)
         else:
             shard = self._allocator.empty(layout.shard_numel, dtype)
-            store = ShardedParams(layout, group.rank, shard, self._allocator, self._pool)
+            params = ShardedParams(layout, group.rank, shard, self._allocator, self._pool)
             writes = layout.shard(group.rank)
-        self._copy(layout, writes, store.kept(writes))
-        evict_model([store.kept(writes)], self._allocator)
-        return store
+        self._copy(layout, writes, params.stored(writes))
+        evict_model([params.stored(writes)], self._allocator)
+        return params
 
-    def _master(self, store: Params, held: Range) -> Tensor:
-        # In fp32 the parameters are the master weights, unless others see them while each worker keeps all of its own.
-        if store.dtype == torch.float32 and (self._sharding.optim is SHARDED or not self._group.shares_memory):
-            kept = store.kept(held)
-            if kept.device == self._allocator.device:
-                return kept
+    def _master(self, params: Params, held: Range) -> Tensor:
+        """Return the master weights of `held`, [held.numel] fp32: an alias of fp32 parameters where possible."""
+        # fp32 parameters are their own master weights: a copy would cost 4 bytes per parameter. Not if each worker has
+        # all master weights while the parameters are one shared copy: then several workers would update that copy.
+        # The updater recognizes the alias by its address (update/apply.py:_is_alias).
+        if params.dtype == torch.float32 and (self._sharding.optim is SHARDED or not self._group.shares_memory):
+            stored = params.stored(held)
+            if stored.device == self._allocator.device:
+                return stored
         master = self._allocator.empty(held.numel, torch.float32)
-        self._copy(store.layout, held, master)
+        self._copy(params.layout, held, master)
         evict_model([master], self._allocator)
         return master
 
     def _copy(self, layout: UnitLayout, within: Range, out: Tensor) -> None:
-        """The model's parameters, as they were built, into `out`, which begins with the first element of `within`."""
+        """Copy the model's parameters, as they were built, into `out`, whose first element is that of `within`."""
         for piece in layout.pieces(within):
-            if piece.slot.name in self._awaited:
+            if piece.slot.name in self._pending:
                 continue
             flat = self.params[piece.slot.name].detach().flatten()
             out[piece.in_unit.start - within.start : piece.in_unit.end - within.start].copy_(
@@ -176,20 +202,24 @@ class _Filler:
             )
 
     def _gradients(self, layouts: Sequence[UnitLayout], starts: Sequence[int], dtype: torch.dtype) -> list[Gradients]:
-        group, numels = self._adding, [layout.padded_numel for layout in layouts]
+        """Create the gradient buffers of units of one dtype. Collective where memory is shared."""
+        group, numels = self._reducing_group, [layout.padded_numel for layout in layouts]
         if self._sharding.grad is REPLICATED or (group.pieces_are_views and self._sharding.param is REPLICATED):
             contribution = group.empty_contribution(starts[-1], dtype)
             pairs = zip(numels, starts, strict=False)
-            return [KeptGradients(group, numel, contribution, start) for numel, start in pairs]
+            return [PersistentGradients(group, numel, contribution, start) for numel, start in pairs]
         if not group.pieces_are_views:
-            return [PassingGradients(group, numel, dtype) for numel in numels]
+            return [TransientGradients(group, numel, dtype) for numel in numels]
         ring = Ring(group, max(numels), dtype, len(numels))
         last = len(numels) - 1  # units are sent from the last to the first
         return [RingGradients(group, layout, dtype, ring, last - index) for index, layout in enumerate(layouts)]
 
 
-def _gathered_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Parameter]) -> list[UnitPlan]:
-    """Without those that may change, or can't read as NaN while they're away."""
+def _shardable_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Parameter]) -> list[UnitPlan]:
+    """Return the plans of the frozen parameters that can be sharded.
+
+    Left out are parameters that may change in forward, and integers, which can't read as NaN while they are resharded.
+    """
     found = []
     for plan in plans:
         names = [name for name in plan.params if not may_change(params[name]) and params[name].is_floating_point()]
@@ -201,26 +231,31 @@ def _gathered_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Paramete
 def check_scratch_space(
     allocator: Allocator, group: Group, units: Sequence[Unit], optimizer: SlicedOptimizer, batch: Batch
 ) -> None:
-    """That what the first step will add to the files of all workers finds space: the optimizer's state, and sums of
-    gradients. (Master weights and parameters are there by now.) Collective; raises ConfigError."""
+    """Check that the files of all workers have space for what the first step adds. Collective. Raises ConfigError.
+
+    The first step adds the optimizer's state and sums of gradients; master weights and parameters are there already.
+    """
     if allocator.scratch is None:
         return
-    each, needed = optimizer.state_bytes(), 0.0
-    # One sum for each level of the tree, one that is being added to it, and the whole, for the norm.
+    state_bytes, needed = optimizer.state_bytes(), 0.0
+    # A partial sum per level of the tree, one that is being added to it, and the total, which the norm needs.
     sums = batch.virtual_workers.bit_length() + 2
     for unit in units:
-        needed += sum(piece.in_unit.numel * each[piece.slot.name] for piece in unit.layout.pieces(unit.held))
+        needed += sum(piece.in_unit.numel * state_bytes[piece.slot.name] for piece in unit.layout.pieces(unit.held))
         needed += sums * 4 * unit.shard.numel if isinstance(unit.params, OnDemandParams) else 0
     mine = [platform.node(), allocator.scratch.stat().st_dev]
-    everyone: list[Any] = all_gather_json(group, [*mine, needed], "start / scratch / control")
-    check_space(allocator.scratch, int(sum(theirs for *place, theirs in everyone if place == mine)))
+    all_needs: list[Any] = all_gather_json(group, [*mine, needed], "start / scratch / control")
+    # Workers whose scratch folders are on this worker's file system share its space.
+    check_space(allocator.scratch, int(sum(theirs for *file_system, theirs in all_needs if file_system == mine)))
 
 
-def _cast_frozen(model: nn.Module, precision: str, device: torch.device, awaited: Collection[str]) -> None:
-    without_values = {id(param) for name, param in model.named_parameters() if name in awaited}
+def _cast_frozen(model: nn.Module, precision: str, device: torch.device, pending: Collection[str]) -> None:
+    """Cast frozen parameters to their storage dtype, and move them and all buffers to the device."""
+    without_values = {id(param) for name, param in model.named_parameters() if name in pending}
     for module in model.modules():
         for param in module.parameters(recurse=False):
             if not param.requires_grad:
+                # Reading a parameter without values would give memory to pages that nothing has touched.
                 cast = partial(torch.empty_like, param.data) if id(param) in without_values else param.data.to
                 param.data = cast(device=device, dtype=storage_dtype(module, param, precision))
         for name, buffer in module.named_buffers(recurse=False):

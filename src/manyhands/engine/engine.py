@@ -57,22 +57,26 @@ _HINT_SAME_RECIPE = "start all workers with the same program, the same recipe an
 
 
 class StepEngine:
-    """The model of a recipe on this worker, and its steps. Making one is collective.
+    """A recipe's model on this worker, and the training steps on it. The constructor is collective.
 
-    model: the worker's model; its parameters are views of flat buffers, with the names, order and shapes they were
-    built with. step_index: the number of steps made so far. identity: the run's numerics identity. Raises ConfigError,
-    on all workers alike.
-    awaited: the parameters whose values are to be loaded from the recipe's files, and told in `frozen_facts` if frozen.
+    model: this worker's model. Its parameters are views of flat buffers, with the names, order and shapes that they
+    were built with.
+    step_index: the number of steps completed so far.
+    identity: the run's numerics identity.
+    pending: names of the parameters whose values have yet to be loaded from the recipe's files; the loader adds the
+    frozen ones among them to `frozen_facts`.
+    Raises ConfigError, the same one on all workers.
     """
 
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
         self.recipe, self.strategy, self.group = recipe, strategy, group
+        # Before anything creates an optimizer: torch.optim would import the compiler (150 MiB, 1 to 2 s a worker).
         avoid_compiler_import()
         fix_arithmetic(recipe)
         recipe.batch.check_workers(group.size)
         agree(group, "recipe", recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
-        held = {"sharding": strategy.sharding, "offload": strategy.offload, "units": str(strategy.units)}
-        agree(group, "strategy", held, hint=_HINT_SAME_RECIPE)
+        settings = {"sharding": strategy.sharding, "offload": strategy.offload, "units": str(strategy.units)}
+        agree(group, "strategy", settings, hint=_HINT_SAME_RECIPE)
         scratch = Path(strategy.scratch or tempfile.gettempdir())
         update_on = group.device if strategy.offload == "none" else torch.device("cpu")
         self.identity = numerics_identity(group.device, recipe.threads_per_worker, update_on)
@@ -90,36 +94,37 @@ class StepEngine:
             raise
 
     def _build(self, building: Allocator) -> Storage:
-        """The model, first at `building`, in its units."""
+        """Build the model in buffers of `building`, then move it into its units. Collective."""
         recipe, group = self.recipe, self.group
-        with group.exclusive():
-            self.model, self.awaited = build_model(recipe, building)
-        agree_on_model(self.model, self.awaited, group, building)
-        self.param_shapes = {name: param.shape for name, param in self.model.named_parameters()}  # as they were built
-        self.param_dtypes = {name: param.dtype for name, param in self.model.named_parameters()}  # likewise
+        self.model, self.pending = build_model(recipe, building)
+        agree_on_model(self.model, self.pending, group, building)
+        # As they were built: `lay_out` casts parameters and replaces their data.
+        self.param_shapes = {name: param.shape for name, param in self.model.named_parameters()}
+        self.param_dtypes = {name: param.dtype for name, param in self.model.named_parameters()}
         optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
         self.optimizer = SlicedOptimizer(recipe.optimizer, optimizer_params, declared_kind=recipe.optimizer_kind)
-        self.frozen_facts = frozen_facts(self.model, self.awaited, building)
+        self.frozen_facts = frozen_facts(self.model, self.pending, building)
         storage = lay_out(
-            self.model, recipe, group, self.strategy, self.optimizer.unsplittable, self.awaited, self.allocator
+            self.model, recipe, group, self.strategy, self.optimizer.unsplittable, self.pending, self.allocator
         )
         check_scratch_space(self.allocator, group, storage.units, self.optimizer, recipe.batch)
         return storage
 
     def _set_up(self, storage: Storage) -> None:
-        """What trains the model."""
+        """Create the parts of a step: hooks, gradient reduction, update. Collective."""
         recipe, strategy, group = self.recipe, self.strategy, self.group
         sharding = sharding_named(strategy.sharding)
         self.layout, self.units, self.frozen_units = storage.layout, storage.units, storage.frozen
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
-        self._optimizer_facts = optimizer_facts(self.optimizer)  # as the recipe has it: a schedule changes it
+        # Before schedules are created: they change the hyperparameters that the recipe has set.
+        self._optimizer_facts = optimizer_facts(self.optimizer)
         self.schedules = tuple(map(recipe.schedule, self.optimizer.fronts)) if recipe.schedule is not None else ()
         self._optimizer_facts |= schedule_facts(self.schedules)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
-        self._watch = ParamGuard(self.model, self.buffers.frozen, (*self.units, *self.frozen_units))
-        # A model that doesn't fit has sums of gradients that don't.
+        self._param_guard = ParamGuard(self.model, self.buffers.frozen, (*self.units, *self.frozen_units))
+        # If the model doesn't fit into memory, the sums of its gradients don't fit either.
         sums_allocator = (
             self.allocator if self.allocator.on_disk and sharding.param is SHARDED else Allocator(group.device)
         )
@@ -129,66 +134,71 @@ class StepEngine:
         )
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in self.model.parameters())
         self._compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
-        gathered = storage.gathered_units
-        for unit in gathered:
+        on_demand = storage.on_demand_units
+        for unit in on_demand:
+            # Hooks stay outside of compiled code, so a unit's hooks move to the compiled module that contains it.
             unit.modules = self._compiled.around(unit.modules)
-        # Where memory is shared, or nobody else is there, a gather is a copy, and needs nobody.
-        gathering = group.sibling() if gathered and not group.pieces_are_views else LocalGroup(group.device)
-        self._unsharder = Unsharder(gathering, gathered, strategy.unshard_ahead)
+        # Unsharding copies from memory that this worker can read (shared, or its own): then no peer takes part.
+        # Otherwise it has a sequence of collective calls of its own, see units/unsharding.py.
+        unshard_group = group.sibling() if on_demand and not group.pieces_are_views else LocalGroup(group.device)
+        self._unsharder = Unsharder(unshard_group, on_demand, strategy.unshard_ahead)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
         self._compiled.refuse_inside(strategy.activation_checkpointing, "strategy.activation_checkpointing")
         self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._unsharder.using)
-        self._module_hooks = self._gather_around_forwards(gathered)
+        self._module_hooks = self._unshard_around_forwards(on_demand)
         self._clock = PhaseClock(group.recorder)
         self.step_index = 0
-        self._weighted = False  # whether the loss function gives weights
+        self._weighted = False  # True if the loss function returns (sum, weight)
         self.last_hashes: np.ndarray | None = None
-        # Set by one worker that hears a signal, or by its clock; all of them learn it at the next step.
+        # Set on any worker, by a signal or by a timer. The next step's control values bring it to all workers.
         self.stop_requested = self.save_requested = False
         self._failed: BaseException | None = None
 
-    def _gather_around_forwards(self, units: Sequence[ParamUnit]) -> list[RemovableHandle]:
-        """Modules make the units whole that they use."""
-        gathers, handles = self._unsharder, []
+    def _unshard_around_forwards(self, units: Sequence[ParamUnit]) -> list[RemovableHandle]:
+        """Register hooks with which a module's forward unshards the units that it uses."""
+        handles = []
         for unit in units:
             for name in unit.modules:
-                enter = self._compiled.outside(partial(gathers.enter, unit))
-                handles += around_forward(self.model.get_submodule(name), enter, partial(gathers.leave, unit))
+                enter = self._compiled.outside(partial(self._unsharder.enter, unit))
+                leave = partial(self._unsharder.leave, unit)
+                handles += around_forward(self.model.get_submodule(name), enter, leave)
         return handles
 
     @property
     def my_micro_batches(self) -> list[int]:
-        """The micro-batches of a step that this worker computes, in order."""
+        """The indices of a step's micro-batches that this worker computes, in order."""
         return [this.micro_batch for this in self._reducer.rounds if this.micro_batch is not None]
 
     def run_step(self, load: Callable[[int], Any], *, digest: bool = False) -> StepMetrics:
-        """Make one step. Collective.
+        """Run one training step. Collective.
 
-        load(i) gives micro-batch i, for each of `my_micro_batches` in order. digest: compute the digest, too.
-        Raises NumericsError (a loss or gradient is not finite; nothing was changed: the engine may be saved, or the
-        step made again with other data),
-        WorkerError, and what the model or the loss raises; after those the engine can't be used any more.
+        load(i) returns micro-batch i; it is called for each of `my_micro_batches`, in order.
+        digest: also compute the digest of the weights after the step.
+        Raises NumericsError if a loss or gradient is not finite. Then no state has changed: the engine can be saved,
+        and the step can be repeated with other data.
+        Raises WorkerError, and whatever the model or the loss function raises. Then the engine is unusable.
         """
         with self.changing():
             return self._step(load, digest)
 
     def check_usable(self) -> None:
-        """Raises InvariantError after a failure that left the state half changed."""
+        """Raise InvariantError if an earlier failure left the state partly changed."""
         if self._failed is not None:
             raise InvariantError(
-                f"this engine failed at step {self.step_index} and can't go on: {self._failed}",
-                hint="make a new engine and load the last checkpoint",
+                f"this engine failed at step {self.step_index} and can't be used any more: {self._failed}",
+                hint="create a new engine and load the last checkpoint",
             )
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """While the state changes: unless an error says that nothing did, the engine is of no use after it."""
+        """Mark the engine as failed if the block raises, unless the error guarantees that no state changed."""
         self.check_usable()
         try:
             yield
         except BaseException as error:
             if not (isinstance(error, NumericsError) and getattr(error, "nothing_changed", False)):
                 self._failed = error
+                # First tell the peers, so that they raise this error instead of waiting for this worker's next call.
                 self.group.fail(error)
                 self._unsharder.abort()
                 for unit in self.units:
@@ -198,38 +208,39 @@ class StepEngine:
     def _step(self, load: Callable[[int], Any], digest: bool) -> StepMetrics:
         step, tag = self.step_index, f"step {self.step_index}"
         self._clock.begin()
-        self._watch.before_step()
-        self.model.train()  # also after an evaluation that forgot to: a step depends on the last one's state alone
+        self._param_guard.before_step()
+        # The mode must not depend on what the caller did between steps (an evaluation leaves eval mode, for example).
+        self.model.train()
         self.buffers.begin_step()
         self._reducer.begin_step(step)
         losses = {}
         for index, this in enumerate(self._reducer.rounds):
             with self._clock.phase("data"):
                 if this.micro_batch is not None:
-                    self._say("data", this.micro_batch)
-                    with self.group.exclusive():  # loading seeds the generators, too
-                        batch = to_device(load(this.micro_batch), self.group.device)
+                    self._publish_status("data", this.micro_batch)
+                    batch = to_device(load(this.micro_batch), self.group.device)
             with self._clock.phase("communication"):
                 self._reducer.begin(index)
                 self._unsharder.begin(f"{tag}, round {index}", computes=this.micro_batch is not None)
             with self._clock.phase("compute"):
                 if this.micro_batch is not None:
                     losses[this.micro_batch] = self._compute(step, this.micro_batch, batch)
-                    batch = None
+                    batch = None  # its memory is free while this worker communicates
             with self._clock.phase("communication"):
-                self._say("communication")
+                self._publish_status("communication")
                 self._unsharder.end()
                 self._reducer.end()
-        self._watch.after_backward()
+        self._param_guard.after_backward()
         with self._clock.phase("communication"):
             self._unsharder.end_step()
             self._reducer.close_rounds()
             control = all_gather_control(self._my_control(losses), self.group, f"{tag} / control")
             self._reducer.await_pieces()
+        # From here on state changes, so this is the last moment at which a step can be refused.
         self._refuse_not_finite(control, tag)
         weight = _added_in_order(control.weights)
         with self._clock.phase("update"):
-            learning_rates = self.optimizer.learning_rates
+            learning_rates = self.optimizer.learning_rates  # before schedules change them for the next step
             norm = self._update(control, weight, tag)
             self.step_index += 1
             digest_text = self.digest() if digest else None
@@ -248,31 +259,35 @@ class StepEngine:
             digest=digest_text,
         )
 
-    def _say(self, doing: str, micro_batch: int | None = None) -> None:
-        """What this step does now, for the others, and for whoever starts the workers again."""
+    def _publish_status(self, activity: str, micro_batch: int | None = None) -> None:
+        """Publish the current activity for peers and for the launcher."""
         part = "" if micro_batch is None else f", micro-batch {micro_batch}"
-        self.group.status(f"step {self.step_index}{part} / {doing}", self.step_index, micro_batch)
+        self.group.status(f"step {self.step_index}{part} / {activity}", self.step_index, micro_batch)
 
     def _compute(self, step: int, micro_batch: int, batch: Any) -> tuple[Tensor, Tensor | float]:
-        """Forward and backward of one micro-batch; its loss and weight."""
-        self._say("forward and backward", micro_batch)
-        bf16 = self._has_bf16 and not self.recipe.compile
-        with self.group.exclusive(), preserved_generators(), self._compiled.computing(), bf16_products_in_fp32(bf16):
+        """Run forward and backward of one micro-batch. Return its loss and weight."""
+        self._publish_status("forward and backward", micro_batch)
+        bf16 = self._has_bf16 and not self.recipe.compile  # torch compiles nothing under a dispatch mode
+        # Generators are seeded per micro-batch, so it doesn't matter which worker computes it, and restored afterwards,
+        # so the caller's own random numbers don't depend on how many micro-batches this worker had.
+        with preserved_generators(), self._compiled.computing(), bf16_products_in_fp32(bf16):
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
             with self._unsharder.watching_autograd():
                 result = self.recipe.loss(self.model, batch)
             self._weighted = isinstance(result, tuple) and len(result) == 2
             loss, weight = loss_and_weight(result)
-            self._watch.before_backward(loss)
+            self._param_guard.before_backward(loss)
             self._unsharder.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
-            # What no hook has told of: all, in the order in which units are sent, or what the loss set by hand.
+            # Gradients that no hook reported: all of them if `overlap` is off, or those that the loss function assigned
+            # itself. Last parameter first, which is the order in which units are sent.
             for name, param in reversed(self._params.items()):
                 self._reducer.arrived(name, param)
             self.buffers.end_micro_batch(micro_batch)
         return loss.detach(), weight.detach() if isinstance(weight, Tensor) else weight
 
     def _my_control(self, losses: dict[int, tuple[Tensor, Tensor | float]]) -> Control:
+        """Return this worker's control values of the step. losses: (loss, weight) by micro-batch."""
         count = self.recipe.batch.micro_batches
         values, weights = np.zeros(count), np.zeros(count)
         for micro_batch, (loss, weight) in losses.items():
@@ -289,23 +304,27 @@ class StepEngine:
         )
 
     def _refuse_not_finite(self, control: Control, tag: str) -> None:
-        """Raised on all workers alike, before anything has changed."""
+        """Raise NumericsError if a loss, gradient or the total weight is not finite.
+
+        `control` is the same on all workers, so all of them raise, and before any state has changed.
+        """
         bad_losses = np.flatnonzero(~np.isfinite(control.losses))
         weight = _added_in_order(control.weights)
         error: NumericsError | None = None
+        # A bad loss has bad gradients. The loss is reported, unless an earlier micro-batch has a bad gradient.
         if control.bad is not None and not (len(bad_losses) and bad_losses[0] <= control.bad[0]):
             loss = control.losses[control.bad[0]]
             error = NumericsError(
                 f"the gradient of {self._param_names[control.bad[1]]!r} is not finite in micro-batch {control.bad[0]}",
                 where=f"{tag}, {self.recipe.batch.samples_of(self.step_index, control.bad[0])}; its loss is {loss:g}",
-                hint="lower the learning rate, set clip_norm, or look at those samples; no weight has been changed",
+                hint="lower the learning rate, set clip_norm, or inspect those samples; no weight has been changed",
             )
         elif len(bad_losses):
             error = NumericsError(
                 f"the loss of micro-batch {bad_losses[0]} is {control.losses[bad_losses[0]]:g}",
                 where=f"{tag}, {self.recipe.batch.samples_of(self.step_index, int(bad_losses[0]))}",
-                hint="look at those samples, or lower the learning rate; no weight has been changed"
-                + self._unsharder.why_not_finite,
+                hint="inspect those samples, or lower the learning rate; no weight has been changed"
+                + self._unsharder.not_finite_hint,
             )
         elif not (math.isfinite(weight) and weight > 0):
             error = NumericsError(
@@ -315,80 +334,92 @@ class StepEngine:
                 got=weight,
             )
         if error is not None:
-            self._reducer.drop()
+            # All workers discard the step, with no collective call left unmatched: the engine stays usable.
+            self._reducer.discard()
             self.buffers.abort()
             error.nothing_changed = True  # type: ignore[attr-defined]
             raise error
 
     def _update(self, control: Control, weight: float, tag: str) -> float:
+        """Update weights, buffers and schedules from the step's sums. Return the gradient's norm. Collective."""
         self.stop_requested, self.save_requested = control.stop, control.save
         unused = {name for name, got in zip(self._param_names, control.got_gradient, strict=True) if not got}
-        self._say("update")
+        self._publish_status("update")
         norm = self.updater.update(self._reducer, weight, self.recipe.clip_norm, unused, tag)
         self._reducer.release()
         self.buffers.merge(list(control.changed_buffers), self.my_micro_batches, self.group, f"{tag} / buffers")
         for front in self.optimizer.fronts:
-            front.step()  # updates nothing (no parameter has a gradient); schedules want to see it
+            front.step()  # updates nothing (no parameter has a gradient), but schedules warn if it is never called
         for schedule in self.schedules:
             schedule.step()
         return norm
 
     @contextmanager
     def unsharded_model(self) -> Iterator[nn.Module]:
-        """The model with all its parameters, to look into it between two steps. Collective; where these are sharded
-        they take the whole model's memory on every worker meanwhile."""
-        with self._unsharder.whole():
+        """Unshard the complete model, to inspect it between two steps. Collective.
+
+        Sharded parameters take the memory of the full model on every worker until the block ends.
+        """
+        with self._unsharder.unsharded():
             yield self.model
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The model, to call it between two steps; sharded parameters are gathered unit by unit, as it needs them, also
-        if a worker calls it more often than another one, or never. Collective: its end waits for everyone."""
+        """Yield the model for forward passes between two steps. Collective: the end waits for all workers.
+
+        Sharded parameters are unsharded unit by unit, as the model needs them. Workers may call the model different
+        numbers of times, or not at all.
+        """
         try:
             with self._unsharder.evaluating(), bf16_products_in_fp32(self._has_bf16):
                 yield self.model
         except BaseException as error:
-            self.group.fail(error)  # the others wait for this worker
+            self.group.fail(error)  # peers may be waiting for this worker at the end of the block
             self._unsharder.abort()
             raise
 
     def digest(self) -> str:
-        """SHA-256 over the hashes of the master weights' blocks; `last_hashes` keeps these, [num_blocks] int64.
-        Collective."""
+        """Return the SHA-256 over the hashes of the master weights' blocks. Collective.
+
+        Also stores the hashes in `last_hashes`, [num_blocks] int64.
+        """
         self.check_usable()
         self.last_hashes = self.updater.hashes(f"step {self.step_index}").numpy()
         return digest_of(self.digest_names, self.last_hashes)
 
     @property
     def digest_names(self) -> list[tuple[str, int]]:
-        """(name, numel) of the parameters that the digest covers, in order."""
+        """The (name, numel) of each parameter that the digest covers, in order."""
         return slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
 
     def full_params(self) -> dict[str, Tensor]:
-        """Every trainable parameter's master weights, whole, fp32 on CPU, under its name. Collective."""
+        """Return the complete master weights of every trainable parameter by name, fp32 on the CPU. Collective."""
         full = {}
         for unit in self.units:
             mine = torch.zeros(unit.layout.shard_numel)
             start = unit.shard.start - unit.held.start
             mine[: unit.shard.numel] = unit.master[start : start + unit.shard.numel]
-            whole = torch.cat(self.group.all_gather_small(mine, f"step {self.step_index} / {unit.name} / full"))
+            unsharded = torch.cat(self.group.all_gather_small(mine, f"step {self.step_index} / {unit.name} / full"))
             for slot in unit.layout.slots:
-                full[slot.name] = whole[slot.range.start : slot.range.end].view(self._params[slot.name].shape).clone()
+                values = unsharded[slot.range.start : slot.range.end]
+                full[slot.name] = values.view(self._params[slot.name].shape).clone()
         return full
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The model's state_dict with the master weights, fp32 on CPU; frozen parameters and buffers as they are.
-        Collective; every worker gets it whole."""
+        """Return the complete state_dict on every worker: master weights in fp32 on the CPU. Collective.
+
+        Frozen parameters and buffers have their own dtypes. Tied parameters appear under all of their names.
+        """
         full = self.full_params()
         names = {id(param): name for name, param in self._params.items()}
         state = {}
-        with self._unsharder.whole(self.frozen_units):
-            for key, value in self.model.state_dict(keep_vars=True).items():  # tied parameters under all of their names
+        with self._unsharder.unsharded(self.frozen_units):
+            for key, value in self.model.state_dict(keep_vars=True).items():
                 state[key] = full[names[id(value)]] if id(value) in names else value.detach().cpu().clone()
         return state
 
     def facts(self) -> dict[str, str]:
-        """What a checkpoint must have in common with this engine: the recipe, as far as it can be told."""
+        """Return what a checkpoint must have in common with this engine: the recipe, as far as text can describe it."""
         params = {f"parameter {name}": str(numel) for name, numel in self.digest_names}
         buffers = {f"buffer {name}": str(list(buffer.shape)) for name, buffer in self.model.named_buffers()}
         return recipe_facts(self.recipe) | params | self.frozen_facts | buffers | self._optimizer_facts
@@ -404,7 +435,7 @@ class StepEngine:
 
 
 def _added_in_order(values: np.ndarray) -> float:
-    """Their sum, left to right."""
+    """Sum left to right: numpy's own sum adds pairwise, in an order that depends on the length."""
     total = 0.0
     for value in values:
         total += float(value)

@@ -1,7 +1,7 @@
 """Shardings as values: DDP, ZERO1, ZERO2 and ZERO3, three placements each.
 
-    bytes per parameter and worker, bf16 with AdamW, each worker with memory of its own (N workers; the fp32 sums in
-    flight, and what clipping keeps, come on top; where workers share memory, see docs/memory.md)
+    Bytes per parameter and worker for bf16 with AdamW, N workers that share no memory. The fp32 partial sums in flight
+    and the total gradient that clipping needs are not included. For shared memory see docs/memory.md.
 
               param         grad          optim          bytes
     DDP       replicated    replicated    replicated     2 + 2 + 12 + 4 (the summed gradient)
@@ -22,7 +22,7 @@ from manyhands.errors import ConfigError
 
 
 class Placement(Enum):
-    """Whether every worker holds all of something, or only its shard."""
+    """Placement of a kind of state: a full copy on every worker, or a shard on each."""
 
     REPLICATED = "replicated"
     SHARDED = "sharded"
@@ -33,7 +33,7 @@ REPLICATED, SHARDED = Placement.REPLICATED, Placement.SHARDED
 
 @dataclass(frozen=True)
 class Sharding:
-    """Where parameters, gradients and optimizer state (with master weights) are."""
+    """Placement of parameters, gradients, and optimizer state with master weights."""
 
     name: str
     param: Placement
@@ -53,7 +53,7 @@ SHARDING_BY_NAME = {sharding.name: sharding for sharding in (DDP, ZERO1, ZERO2, 
 
 
 def sharding_named(name: str) -> Sharding:
-    """The sharding of that name. Raises ConfigError."""
+    """Return the sharding of this name. Raises ConfigError if there is none."""
     if name not in SHARDING_BY_NAME:
         raise ConfigError(
             "no such sharding",

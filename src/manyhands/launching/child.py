@@ -1,7 +1,8 @@
 """The first code in a worker process (standard library only).
 
-Run by its path, as `python -I -S child.py FOLDER`: nothing but the standard library, about 15 ms. It replaces itself
-by the command (exec: same process, kernel settings kept), so a user's script runs exactly as `python script.py` would.
+The launcher runs it by its path, as `python -I -S child.py FOLDER`. It takes about 15 ms, because it imports only the
+standard library. Then it replaces itself with the worker's command (exec: the same process with the same kernel
+settings), so a user's script runs exactly as `python script.py` would.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """From now on the kernel kills this process (SIGKILL) when its parent ends, however that ends.
+    """Make the kernel kill this process (SIGKILL) when its parent ends for any reason.
 
-    parent: the parent's pid, where known: if it is gone already, this process ends at once. The setting outlives
-    exec, not fork. Linux only; elsewhere it does nothing.
+    parent: the expected pid of the parent, if known; if that process has ended already, this one exits at once. The
+    setting survives exec but not fork. Linux only; it does nothing on other systems.
     """
     if not sys.platform.startswith("linux"):
         return
     expected = os.getppid() if parent is None else parent
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != expected:  # it ended before the kernel was told
+    if os.getppid() != expected:  # the parent ended before prctl took effect
         os._exit(1)
 
 
 def started_marker(rank: int) -> str:
-    """The name of the empty file by which this worker tells the parent its pid, and when (clock ticks) this process
-    began, as another one may get its number later: made whole or not at all."""
+    """Return the name of the empty file that reports this worker's pid and start time (clock ticks) to the launcher.
+
+    The start time distinguishes this process from a later one with the same pid. All is in the name, because creating
+    an empty file is atomic.
+    """
     try:
         with open("/proc/self/stat") as file:
             ticks = file.read().rpartition(")")[2].split()[19]
@@ -43,17 +47,19 @@ def started_marker(rank: int) -> str:
 
 
 def become_worker(folder: str) -> None:
-    """Set this process up as the plan in `folder` says, and replace it by the worker's command. Doesn't return."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C this early ends it without a traceback
+    """Set up this process by the plan in `folder` and replace it with the worker's command. Does not return."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C this early ends the process without a traceback
     try:
         with open(os.path.join(folder, PLAN_FILE), encoding="utf-8") as file:
             plan = json.load(file)
         die_with_parent(plan["parent"])
-        if plan["holds_signals"]:  # it listens once it's ready; until then they wait
+        if plan["holds_signals"]:
+            # The worker handles these once it has started (StopSignals). Until then they stay pending, so that none is
+            # lost, and none kills a worker that is still importing torch.
             signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         rank = int(os.environ["RANK"])
         os.close(os.open(os.path.join(folder, started_marker(rank)), os.O_CREAT | os.O_WRONLY, 0o600))
-    except FileNotFoundError:  # the parent gave up while this process was starting, and took the folder away
+    except FileNotFoundError:  # the launcher gave up while this process was starting, and deleted the folder
         os._exit(1)
     if rank != 0:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -66,7 +72,7 @@ def become_worker(folder: str) -> None:
     try:
         os.execvp(plan["command"][0], plan["command"])
     except OSError as error:
-        sys.stderr.write(f"manyhands: can't run {plan['command'][0]}: {error.strerror}\n")
+        sys.stderr.write(f"manyhands: cannot run {plan['command'][0]}: {error.strerror}\n")
         sys.exit(127)
 
 

@@ -17,7 +17,7 @@ from manyhands.members.reports import record_failure
 
 _PATH_FILE, _CALL_FILE = "path.json", "call.pkl"
 
-# The worker finds modules where its parent did, this package included: so nothing is imported before the path is set.
+# The worker must find all modules where its parent did, including this package: set the path before any import.
 _BOOT = (
     f"import json, sys; sys.path[:] = json.load(open(sys.argv[1] + '/{_PATH_FILE}'));"
     "from manyhands.launching.function import answer_call; answer_call(sys.argv[1])"
@@ -25,24 +25,25 @@ _BOOT = (
 
 
 def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> list[Any]:
-    """Call `fn(*args, **kwargs)` in `workers` processes on this host; their results in rank order.
+    """Call `fn(*args, **kwargs)` in `workers` processes on this host and return their results in rank order.
 
-    `fn` may be defined anywhere, in a notebook's cell too; it, its arguments and its results travel by cloudpickle.
-    Worker 0 prints here, and so do the others. Blocks until all have ended.
+    `fn` may be defined anywhere, including a notebook cell. The function, its arguments and its results are sent with
+    cloudpickle. All workers print to this process's terminal. Blocks until all have ended.
 
-    Raises WorkerError, naming the worker, with its traceback in `detail`; Interrupted (Ctrl-C: see `run_workers`);
-    ConfigError for what can't be shipped. Nothing is left behind, neither processes nor files.
+    Raises WorkerError naming the worker, with its traceback in `detail`; Interrupted (Ctrl-C: see `run_workers`);
+    ConfigError if the call cannot be pickled. No processes or files are left behind.
     """
+    # Imported here, because the workers import this module, too, and do not need the launcher.
     from manyhands.launching.launcher import run_workers
-    from manyhands.launching.worker_files import shared_folder  # not in the worker, which imports this module too
+    from manyhands.launching.worker_files import shared_folder
 
     try:
         call = cloudpickle.dumps((fn, args, kwargs))
-    except Exception as error:  # pickling runs anybody's code
+    except Exception as error:  # pickling runs user code, which may raise anything
         raise ConfigError(
-            f"{getattr(fn, '__qualname__', fn)} can't be sent to the workers",
+            f"{getattr(fn, '__qualname__', fn)} cannot be sent to the workers",
             got=f"{type(error).__name__}: {error}",
-            hint="make such objects (locks, open files, connections) inside the function",
+            hint="create such objects (locks, open files, connections) inside the function",
         ) from error
     with shared_folder() as folder:
         (folder / _PATH_FILE).write_text(json.dumps(sys.path), encoding="utf-8")
@@ -52,7 +53,7 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
 
 
 def answer_call(name: str) -> None:
-    """In a worker: make the call that waits in folder `name`, leave its result there, or the error for the parent."""
+    """In a worker: make the call that is stored in folder `name`; store the result, or report the error."""
     folder, rank = Path(name), int(os.environ["RANK"])
     try:
         fn, args, kwargs = pickle.loads((folder / _CALL_FILE).read_bytes())
@@ -60,7 +61,7 @@ def answer_call(name: str) -> None:
         _result_file(folder, rank).write_bytes(cloudpickle.dumps(result))
     except (KeyboardInterrupt, Interrupted):
         sys.exit(130)
-    except Exception as error:  # the parent raises it
+    except Exception as error:  # the parent reads and raises it
         record_failure(error)
         sys.exit(1)
 
@@ -74,6 +75,6 @@ def _read_result(folder: Path, rank: int) -> Any:
         data = _result_file(folder, rank).read_bytes()
     except FileNotFoundError:
         raise WorkerError(
-            f"worker {rank} ended without a result", rank=rank, hint="the function must return, not exit"
+            f"worker {rank} exited without a result", rank=rank, hint="the function must return instead of exiting"
         ) from None
     return pickle.loads(data)

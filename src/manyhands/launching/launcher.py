@@ -1,13 +1,14 @@
 """Starts N workers on this host.
 
-The elastic launcher starts the processes, sets RANK, WORLD_SIZE, MASTER_ADDR and the rest, watches them, and ends all
-when one fails. Three things of it are replaced, each through an interface that torch offers for that:
+torch's elastic launcher starts the processes, sets RANK, WORLD_SIZE, MASTER_ADDR and the rest, watches them, and ends
+all of them when one fails. Three of its parts are replaced, each through an interface that torch has for that:
 
-- the rendezvous (`_LocalRendezvous`): one host needs no agreement; the store listens on 127.0.0.1 alone, on a port
-  that the system picks and that is never given back before it is used;
-- the signal handlers (`Stop`): torch's raise from wherever the parent happens to be, also between two starts of
-  workers, which are then lost; ours note the signal, and the launcher's next look at the workers acts on it;
-- the log folders (`Logs`): plain files, written by the workers themselves (see launching/child.py).
+- the rendezvous (`_LocalRendezvous`): one host needs no agreement. Its store listens only on 127.0.0.1, on a port
+  that the system chooses and that stays open from then on, so that no other process can take it;
+- the signal handlers (`StopRequest`): torch's handlers raise wherever the parent happens to be, even between two
+  starts of workers, which are then orphaned. Ours only record the signal; the launcher acts on it when it next checks
+  the workers;
+- the log folders (`Logs`): plain files that the workers write themselves (see launching/child.py).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.launching.failures import explain_failure
 from manyhands.launching.rendezvous import Rendezvous
-from manyhands.launching.supervision import Stop, WorkerMonitor, kill_all
+from manyhands.launching.supervision import StopRequest, WorkerMonitor, kill_all
 from manyhands.launching.worker_files import Logs, shared_folder
 from manyhands.members.reports import WorkerEnd
 
@@ -48,9 +49,9 @@ _BACKEND = "manyhands-local"
 
 _CHILD = Path(__file__).resolve().parents[1] / "launching" / "child.py"
 
-_PLAN_FILE = "plan.json"  # as in launching/child.py, which runs without this package
+_PLAN_FILE = "plan.json"  # the same as in launching/child.py, which cannot import this package
 
-_TALKERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torchelastic-events-null")
+_NOISY_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torchelastic-events-null")
 
 
 def run_workers(
@@ -64,28 +65,29 @@ def run_workers(
     holds_signals: bool = False,
     rendezvous: Rendezvous | None = None,
 ) -> None:
-    """Run `command` in `workers` processes on this host; returns when all have ended well (exit code 0).
+    """Run `command` in `workers` processes on this host; return when all have exited with code 0.
 
-    meeting: together with those of other hosts, which may come and go; then workers are started again as it says.
-
-    Worker 0 writes to this terminal; the others to `log_dir/worker-R.log` (appended), or to the terminal without one.
-    `environment` is added to what the workers inherit. `quiet=False` lets the elastic launcher's own log through.
-    `holds_signals`: a worker begins with SIGINT and SIGTERM blocked, and unblocks them once it listens (StopSignals).
+    environment: variables added to those that the workers inherit. log_dir: the output of worker R > 0 is appended to
+    log_dir/worker-R.log. Worker 0, and without a log_dir all workers, write to this process's terminal.
+    grace_seconds: time that workers have to stop after a signal. quiet: suppress the log of torch's elastic launcher.
+    holds_signals: workers start with SIGINT and SIGTERM blocked, and unblock them once they handle them
+    (StopSignals). rendezvous: run together with workers on other hosts, which may join and leave; workers are then
+    restarted as it specifies.
 
     SIGINT, SIGTERM and SIGHUP are passed on once to the workers, which have `grace_seconds` to finish their step and
-    save; a second Ctrl-C kills them at once. (Workers are sessions of their own: a Ctrl-C reaches only the parent.)
-    If the parent is killed, the kernel kills the workers (Linux). Signals are only handled in the main thread.
+    save; a second Ctrl-C kills them at once. Every worker leads its own session, so that a Ctrl-C on the terminal
+    reaches only the parent. Signals are handled only if this is the main thread. If the parent is killed, the kernel
+    kills the workers (Linux).
 
-    Raises WorkerError naming the root cause; Interrupted when asked to stop; ConfigError for a command that isn't
-    there.
-    Either way, and before workers are started again, no worker is left, nor anything that it started in its session,
-    nor a temporary file. (What workers that ended well have left running in theirs goes on.)
+    Raises WorkerError naming the root cause; Interrupted when stopped by a signal; ConfigError if the command does not
+    exist. After a failure, and before workers are restarted, no worker, no process that it started in its session and
+    no temporary file is left. Processes that workers have left running in their sessions after success continue.
     """
     if workers < 1:
         raise ConfigError("the number of workers is out of range", expected="at least 1", got=workers)
     program = shutil.which(command[0])
     if program is None:
-        raise ConfigError("the workers' command isn't there", got=command[0], expected="a program on the PATH")
+        raise ConfigError("the workers' command was not found", got=command[0], expected="a program on the PATH")
     if log_dir is not None:
         log_dir = log_dir.absolute()
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -97,13 +99,13 @@ def run_workers(
             "holds_signals": holds_signals,
         }
         (folder / _PLAN_FILE).write_text(json.dumps(plan), encoding="utf-8")
-        logs = Logs(folder, log_dir, dict(environment or {}), None if rendezvous is None else rendezvous.tell)
-        stop = Stop(folder, workers, grace_seconds)
+        logs = Logs(folder, log_dir, dict(environment or {}), None if rendezvous is None else rendezvous.on_restart)
+        stop = StopRequest(folder, workers, grace_seconds)
         config = _config(folder, workers, logs, stop, rendezvous)
         try:
             exit_codes = _launch(folder, config, stop, quiet)
-        except WorkerError as error:  # the hosts don't meet again: the workers here may know what was before that
-            raise behind(error, logs.ends({})) from None
+        except WorkerError as error:  # the rendezvous failed; a worker of this host may have reported why
+            raise explain_rendezvous_failure(error, logs.ends({})) from None
         ends = logs.ends(exit_codes)
     if stop.signal is not None:
         raise stop.interrupted(ends)
@@ -111,21 +113,24 @@ def run_workers(
         raise explain_failure(ends)
 
 
-def behind(error: WorkerError, ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
-    """What the workers that ended so on this host say of why the hosts don't find together any more: that a worker
-    failed too often on some host, or that the run was stopped; else `error`. Their exit codes aren't known."""
-    told = [replace(end, exit_code=1) for end in ends if end.failure is not None and not end.failure.is_secondhand]
-    said = explain_failure(told) if told else error
-    if isinstance(said, Interrupted):
-        words = [end.failure.error() for end in told if end.failure is not None]
-        return next((word for word in words if isinstance(word, Interrupted)), said)
-    if said is not error:
-        said.detail = "\n".join(filter(None, [said.detail, f"then {error}"]))
-    return said
+def explain_rendezvous_failure(error: WorkerError, ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
+    """Return the error that explains why the rendezvous failed with `error`.
+
+    ends: how the workers of this host ended; their exit codes are not known. The result is their root cause (a worker
+    failed too often on some host), Interrupted if the run was stopped, or else `error`.
+    """
+    reported = [replace(end, exit_code=1) for end in ends if end.failure is not None and not end.failure.is_secondhand]
+    cause = explain_failure(reported) if reported else error
+    if isinstance(cause, Interrupted):
+        errors = [end.failure.error() for end in reported if end.failure is not None]
+        return next((each for each in errors if isinstance(each, Interrupted)), cause)
+    if cause is not error:
+        cause.detail = "\n".join(filter(None, [cause.detail, f"then {error}"]))
+    return cause
 
 
-def _config(folder: Path, workers: int, logs: Logs, stop: Stop, rendezvous: Rendezvous | None) -> LaunchConfig:
-    """torch's configuration of a launch."""
+def _config(folder: Path, workers: int, logs: Logs, stop: StopRequest, rendezvous: Rendezvous | None) -> LaunchConfig:
+    """Return torch's configuration of the launch."""
     rendezvous_handler_registry.register(_BACKEND, _LocalRendezvous)
     one_host = {"min_nodes": 1, "max_nodes": 1, "run_id": folder.name, "rdzv_backend": _BACKEND, "max_restarts": 0}
     config = LaunchConfig(
@@ -133,51 +138,54 @@ def _config(folder: Path, workers: int, logs: Logs, stop: Stop, rendezvous: Rend
         nproc_per_node=workers,
         monitor_interval=0.1,
         logs_specs=logs,
-        signals_to_handle="",  # ours stay
+        signals_to_handle="",  # keep the handlers of StopRequest
         shutdown_timeout=math.ceil(stop.grace_seconds),
     )
-    config.rdzv_configs |= {"stop": stop, "watch": WorkerMonitor(folder)}
+    config.rdzv_configs |= {"stop": stop, "monitor": WorkerMonitor(folder)}
     return config
 
 
-def _launch(folder: Path, config: LaunchConfig, stop: Stop, quiet: bool) -> dict[int, tuple[int, float]]:
-    """Start and await the workers. Gives (exit code, seconds since the epoch) of those that failed."""
-    ended_well = False
+def _launch(folder: Path, config: LaunchConfig, stop: StopRequest, quiet: bool) -> dict[int, tuple[int, float]]:
+    """Start the workers and wait for them. Return (exit code, seconds since the epoch) of failed workers by rank."""
+    succeeded = False
     with ExitStack() as stack:
-        stack.enter_context(_environment_kept("TORCHELASTIC_SIGNALS_TO_HANDLE"))
-        stack.enter_context(_environment_kept("TORCH_DISABLE_SHARE_RDZV_TCP_STORE"))
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else who joins isn't told where the others meet
+        stack.enter_context(_restored_variable("TORCHELASTIC_SIGNALS_TO_HANDLE"))
+        stack.enter_context(_restored_variable("TORCH_DISABLE_SHARE_RDZV_TCP_STORE"))
+        # With a shared store, a joining host would not learn the address at which the workers meet.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         stack.enter_context(stop.listening())
         if quiet:
-            stack.enter_context(_silenced(*_TALKERS))
+            stack.enter_context(_silenced(*_NOISY_LOGGERS))
         try:
-            # Not the command itself: torch substitutes "$" in arguments. The child reads it from the folder.
+            # The command is not among the arguments, because torch substitutes "$" in them: the child reads it from
+            # the folder.
             elastic_launch(config, sys.executable)("-I", "-S", str(_CHILD), str(folder))
-            ended_well = True
+            succeeded = True
         except ChildFailedError as error:
             return {rank: (failure.exitcode, float(failure.timestamp)) for rank, failure in error.failures.items()}
-        except SignalException:  # raised by `Stop`: torch has passed the signal on, and awaited or killed the workers
+        except SignalException:
+            # Raised by StopRequest. torch has passed the signal on, and waited for the workers or killed them.
             return {}
-        except (RendezvousError, DistError) as error:  # the latter: of the store, after the hosts had found together
+        except (RendezvousError, DistError) as error:  # DistError: of the store, after a successful rendezvous
             raise WorkerError(
-                "the hosts don't find together (any more)",
+                "rendezvous failed: the hosts can no longer reach each other",
                 where=config.rdzv_endpoint,
-                hint="if the first host is gone, start the run on another one, with the same run directory",
+                hint="if the first host is lost, start the run on another one, with the same run directory",
                 detail="\n".join(str(reason) for reason in (error, error.__cause__) if reason is not None),
             ) from error
         finally:
-            if not ended_well:
+            if not succeeded:
                 kill_all(folder)
     return {}
 
 
 class _LocalRendezvous(RendezvousHandler):
-    """Where the launcher learns its ranks: one host, one round, and a store that listens on 127.0.0.1 alone."""
+    """Rendezvous of a single host: one round, with a store that listens only on 127.0.0.1."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
-        self._stop: Stop = parameters.get("stop")
-        self._watch: WorkerMonitor = parameters.get("watch")
+        self._stop: StopRequest = parameters.get("stop")
+        self._monitor: WorkerMonitor = parameters.get("monitor")
         self._store: TCPStore | None = None
 
     def get_backend(self) -> str:
@@ -185,9 +193,10 @@ class _LocalRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        return True  # the workers are clients of this store: MASTER_PORT is taken already when they start
+        return True  # the workers are clients of this store, so that MASTER_PORT is in use before they start
 
     def next_rendezvous(self) -> RendezvousInfo:
+        # Pass the open socket to the store: a port that is closed first could be taken by another process.
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         port = listener.getsockname()[1]
         self._store = TCPStore(
@@ -196,9 +205,9 @@ class _LocalRendezvous(RendezvousHandler):
         return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, RendezvousStoreInfo("127.0.0.1", port))
 
     def num_nodes_waiting(self) -> int:
-        # The launcher asks this after each look at its healthy workers: a place where it can be stopped safely.
-        self._stop.raise_if_asked()
-        self._watch.look()
+        # The launcher calls this after each check of its healthy workers: here it can be stopped safely.
+        self._stop.raise_if_requested()
+        self._monitor.check()
         return 0
 
     def is_closed(self) -> bool:
@@ -216,8 +225,8 @@ class _LocalRendezvous(RendezvousHandler):
 
 
 @contextmanager
-def _environment_kept(name: str) -> Iterator[None]:
-    """The launcher sets this variable in its own process: it goes back to what it was."""
+def _restored_variable(name: str) -> Iterator[None]:
+    """Restore an environment variable on exit; the launcher sets it in this process."""
     before = os.environ.get(name)
     try:
         yield
@@ -229,7 +238,7 @@ def _environment_kept(name: str) -> Iterator[None]:
 
 @contextmanager
 def _silenced(*names: str) -> Iterator[None]:
-    """These loggers and all below them say nothing: what matters becomes an error of ours."""
+    """Discard the messages of these loggers and their children; failures are reported as our own errors."""
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.propagate for logger in loggers]
     nowhere = logging.NullHandler()

@@ -1,11 +1,11 @@
 """Rendezvous of several hosts: which hosts take part in a run.
 
-A store on another host that may be stopped or cut off: torch's client would wait for it without limit, deaf to
-signals.
+The launchers of several hosts meet through torch's c10d rendezvous and agree on the hosts of a run. The first host
+has the store through which they meet; the store also holds what a joining host needs to know about the run. When a
+host joins or is lost, torch's elastic agents stop their workers and restart them with the new number of workers.
 
-Several hosts: where their launchers meet and agree on who takes part, by torch's c10d rendezvous.
-The first host keeps the store at which all meet, and in it what a host that joins must know of the run. When a host
-comes, or is lost, torch's elastic agents stop their workers and start them again, more of them or fewer.
+The store's host may be stopped or cut off. torch's client would wait for its answer without limit and without
+reacting to signals, so here every request has a time limit (`ask_store`, `RemoteStore`).
 """
 
 from __future__ import annotations
@@ -35,19 +35,22 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.launching.supervision import Stop, WorkerMonitor
+from manyhands.launching.supervision import StopRequest, WorkerMonitor
 from manyhands.members.processes import Answer, call_with_limit
 
 ANSWER_SECONDS = 20.0
+"""Time limit of a request to the first host's store."""
 
-_WAIT_SECONDS = 30.0  # for a key, unless told otherwise
+_WAIT_SECONDS = 30.0  # default time limit for a key that is not set yet
 
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 def ask_store(call: Callable[[], Answer], meanwhile: Callable[[], None] = lambda: None) -> Answer:
-    """What a call to the first host's store gives or raises; see `answered`. Raises DistNetworkError if it takes longer
-    than ANSWER_SECONDS."""
+    """Make a request to the first host's store with the time limit ANSWER_SECONDS; see `call_with_limit`.
+
+    Raises DistNetworkError if there is no answer in time.
+    """
     try:
         return call_with_limit(call, ANSWER_SECONDS, meanwhile)
     except TimeoutError as error:
@@ -55,30 +58,36 @@ def ask_store(call: Callable[[], Answer], meanwhile: Callable[[], None] = lambda
 
 
 class RemoteStore(Store):
-    """`near`, torch's client of such a store, with `meanwhile` called while it's awaited. Once it hasn't answered it's
-    not asked again. (C++ calls these methods, too, for the stores with a prefix: someone must hold this object.)"""
+    """Client of a store on another host, with a time limit for each request.
+
+    client: torch's client, which makes the requests. meanwhile: called repeatedly while a request is pending. After one
+    request without an answer all later ones fail at once.
+
+    torch's C++ code calls these methods, too, for stores with a prefix; it holds no reference to this Python object, so
+    the caller must keep one.
+    """
 
     def __init__(self, client: Store, meanwhile: Callable[[], None]) -> None:
         super().__init__()
         self._client, self._meanwhile = client, meanwhile
-        self._silent: DistNetworkError | None = None
+        self._no_answer: DistNetworkError | None = None
 
     def _ask(self, call: Callable[[], Answer]) -> Answer:
         self._meanwhile()
-        if self._silent is not None:
-            raise self._silent
+        if self._no_answer is not None:
+            raise self._no_answer
         try:
             return ask_store(call, self._meanwhile)
         except DistNetworkError as error:
-            self._silent = error
+            self._no_answer = error
             raise
 
     def wait(self, keys: list[str], limit: timedelta = timedelta(seconds=_WAIT_SECONDS)) -> None:
         deadline = time.monotonic() + limit.total_seconds()
         while not self.check(keys):
             if time.monotonic() > deadline:
-                raise DistStoreError(f"nobody has set {', '.join(keys)} within {limit.total_seconds():g} s")
-            time.sleep(_LOOK_SECONDS)
+                raise DistStoreError(f"{', '.join(keys)} were not set within {limit.total_seconds():g} s")
+            time.sleep(_POLL_SECONDS)
 
     def check(self, keys: list[str]) -> bool:
         return self._ask(lambda: self._client.check(keys))
@@ -105,137 +114,157 @@ class RemoteStore(Store):
 
 
 PORT = 29400
+"""Default port of the first host's store; torchrun's default, too."""
 
 _HOSTS_BACKEND = "manyhands-hosts"
 
-_LAST_CALL_SECONDS = 1  # that others are waited for, once the fewest are there
+_LAST_CALL_SECONDS = 1  # how long a rendezvous stays open for more hosts once there are enough
 
-_KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 1, 6  # without a sign of life for so long a host's launcher is given up
+_KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 1, 6  # a launcher that misses 6 heartbeats, one a second, is lost
 
-_GATHER_SECONDS = 10.0  # between the first and the last host of a round
+_GATHER_SECONDS = 10.0  # limit between the first and the last host of a round
 
-_COMING_ROUND_SECONDS = 8.0  # for workers to notice a lost host themselves, and end
+_NOTICE_SECONDS = 8.0  # time that workers have to notice a lost host themselves and exit
 
-_REACH_SECONDS = 10.0
+_CONNECT_SECONDS = 10.0  # time limit to connect to the first host
 
-_RUN, _TOLD = "manyhands/run", ("run", "least", "most", "restarts", "said")
+_RUN_KEY = "manyhands/run"
+"""Key of the store with the fields of a Rendezvous that a joining host needs."""
+
+_PUBLISHED = ("run_id", "min_hosts", "max_hosts", "max_restarts", "run_info")
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """host, port: where all meet. run: a name for it that is this run's alone. least, most: hosts. restarts: how often
-    workers are started again after a failure. first: whether this host keeps the store. said: what the others learn of
-    the run from the first. tell: called before workers are started again, with why, if a worker here knows."""
+    """Where and how the hosts of a run meet.
+
+    host, port: address of the first host's store. run_id: unique name of this run. min_hosts, max_hosts: how many may
+    take part. max_restarts: how often workers are restarted after a failure. is_first: True on the host that has the
+    store. run_info: what joining hosts need to know about the run; the first host publishes it. on_restart: called
+    before workers are restarted, with the reason, if a worker on this host reported one.
+    """
 
     host: str
     port: int
-    run: str
-    least: int
-    most: int
-    restarts: int
-    first: bool
-    said: dict[str, Any]
-    tell: Callable[[WorkerError | Interrupted | None], None] | None = None
+    run_id: str
+    min_hosts: int
+    max_hosts: int
+    max_restarts: int
+    is_first: bool
+    run_info: dict[str, Any]
+    on_restart: Callable[[WorkerError | Interrupted | None], None] | None = None
 
     @property
     def endpoint(self) -> str:
-        """As a person writes it."""
+        """The address as the user writes it: HOST:PORT."""
         return f"{self.host}:{self.port}"
 
     def launch_options(self) -> dict[str, Any]:
-        """For torch's configuration of a launch. Raises ConfigError if the first host can't be reached, or if this is
-        the first, and its port can't be had."""
-        if self.first:
+        """Return options for torch's LaunchConfig.
+
+        Raises ConfigError if the first host cannot be reached or, on the first host, if the port cannot be used.
+        """
+        if self.is_first:
             _try_port(self.endpoint, self.port)
         rendezvous_handler_registry.register(_HOSTS_BACKEND, HostsRendezvousHandler)
         return {
-            "min_nodes": self.least,
-            "max_nodes": self.most,
-            "run_id": self.run,
+            "min_nodes": self.min_hosts,
+            "max_nodes": self.max_hosts,
+            "run_id": self.run_id,
             "rdzv_backend": _HOSTS_BACKEND,
             "rdzv_endpoint": self.endpoint,
             "rdzv_configs": {
                 "rendezvous": self,
-                "is_host": self.first,
+                "is_host": self.is_first,
                 "last_call_timeout": _LAST_CALL_SECONDS,
                 "keep_alive_interval": _KEEP_ALIVE_SECONDS,
                 "keep_alive_max_attempt": _KEEP_ALIVE_ATTEMPTS,
                 "read_timeout": round(ANSWER_SECONDS),
             },
             "local_addr": own_address(self.host, self.port),
-            "max_restarts": self.restarts,
+            "max_restarts": self.max_restarts,
         }
 
 
 def _try_port(endpoint: str, port: int) -> None:
-    """torch would only say that it can't connect, and that after a minute."""
+    """Raise ConfigError if the port cannot be used.
+
+    torch itself would only report, after a minute, that it cannot connect.
+    """
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
         raise ConfigError(
-            "the hosts can't meet at this port",
+            "the rendezvous port cannot be used",
             where=endpoint,
             got=error.strerror,
-            hint="another run or program may listen there: choose a port with --rendezvous HOST:PORT, or end it",
+            hint="another run or program may use it: end that, or choose another port with --rendezvous HOST:PORT",
         ) from error
 
 
 def join_hosts(endpoint: str) -> Rendezvous:
-    """What the first host says of its run. Raises ConfigError if there's none at that endpoint."""
+    """Read what the first host has published about its run. Raises ConfigError if there is no run at that endpoint."""
     host, port = parse_endpoint(endpoint)
     try:
-        _await(host, port)
-        told = json.loads(ask_store(lambda: _told(host, port)))
+        _wait_until_listening(host, port)
+        published = json.loads(ask_store(lambda: _read_run(host, port)))
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            "no run can be joined there",
+            "there is no run to join at this address",
             where=f"{host}:{port}",
             got=str(error).partition("\n")[0][:200],
-            hint="on the first host, manyhands train --hosts says where; see that its port can be reached from here",
+            hint="use the address that manyhands train --hosts prints on the first host, and check that this host can "
+            "reach it",
         ) from error
-    return Rendezvous(host=host, port=port, first=False, **told)
+    return Rendezvous(host=host, port=port, is_first=False, **published)
 
 
-def _told(host: str, port: int) -> bytes:
-    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_REACH_SECONDS)).get(_RUN)
+def _read_run(host: str, port: int) -> bytes:
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_CONNECT_SECONDS)).get(_RUN_KEY)
 
 
-def _await(host: str, port: int) -> None:
-    """Until somebody listens there. (torch would tell of each try at length.) Raises OSError."""
-    deadline = time.monotonic() + _REACH_SECONDS
+def _wait_until_listening(host: str, port: int) -> None:
+    """Wait until a process listens there. Raises OSError.
+
+    torch's client would wait, too, but print a long message for each attempt.
+    """
+    deadline = time.monotonic() + _CONNECT_SECONDS
     while True:
         try:
-            return socket.create_connection((host, port), _REACH_SECONDS).close()
-        except ConnectionRefusedError:  # the first host may be on its way
+            return socket.create_connection((host, port), _CONNECT_SECONDS).close()
+        except ConnectionRefusedError:  # the first host may still be starting
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:
-    """Host and port of `host:port` or `host`. Raises ConfigError."""
+    """Return host and port of "host:port" or "host". Raises ConfigError."""
     host, _, port = text.rpartition(":") if ":" in text else (text, "", str(PORT))
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ConfigError(
-            "an endpoint can't be understood", expected=f"HOST or HOST:PORT, such as first:{PORT}", got=text
-        )
+        raise ConfigError("this is not a host and port", expected=f"HOST or HOST:PORT, such as first:{PORT}", got=text)
     return host, int(port)
 
 
 def own_address(host: str, port: int) -> str:
-    """This host's address as `host` sees it. Raises ConfigError if there's no way to it."""
+    """Return this host's address on the route to `host`. Raises ConfigError if there is no route."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))  # sends nothing
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise ConfigError("a host can't be reached", where=host, got=error, hint="check its name or address") from error
+        raise ConfigError(
+            "the host cannot be reached", where=host, got=error, hint="check its name or address"
+        ) from error
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has an address: Gloo would take the one that the host's name leads to."""
+    """Return the network interface that has an address; None if there is none.
+
+    It is passed to Gloo, which would otherwise use the interface that the host's own name resolves to.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with suppress(OSError):
@@ -246,24 +275,27 @@ def interface_of(address: str) -> str | None:
 
 
 class HostsRendezvousHandler(RendezvousHandler):
-    """torch's, with a look at this host's workers and at the wish to stop whenever the agent asks who waits, and while
-    it waits itself. A host that is lost is a reason to meet again, as one that comes is for torch."""
+    """torch's rendezvous handler, with checks of this host's workers and for requests to stop.
+
+    The checks run whenever the agent asks how many hosts are waiting, and while a request to the store is pending. A
+    lost host triggers a new rendezvous, as a joining host does in torch.
+    """
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         rendezvous: Rendezvous = parameters.get("rendezvous")
-        self._stop: Stop = parameters.get("stop")
-        self._watch: WorkerMonitor = parameters.get("watch")
-        self._first = rendezvous.first
-        self._agent = threading.get_ident()  # the thread that starts workers, and ends them
-        self._heeds = self._meets = True
-        self._hosts = 0  # in the last round
-        _, client = ask_store(lambda: create_backend(parameters), self._look)
-        self._store = RemoteStore(client, self._look)
+        self._stop: StopRequest = parameters.get("stop")
+        self._monitor: WorkerMonitor = parameters.get("monitor")
+        self._is_first = rendezvous.is_first
+        self._agent_thread = threading.get_ident()  # the thread that starts and ends workers
+        self._may_stop = self._has_no_workers = True
+        self._num_hosts = 0  # in the current round
+        _, client = ask_store(lambda: create_backend(parameters), self._check)
+        self._store = RemoteStore(client, self._check)
         backend = C10dRendezvousBackend(self._store, parameters.run_id)
         self._handler = create_handler(self._store, backend, parameters)
-        if rendezvous.first:
-            self._store.set(_RUN, json.dumps({name: getattr(rendezvous, name) for name in _TOLD}))
-        self._heeds = False
+        if rendezvous.is_first:
+            self._store.set(_RUN_KEY, json.dumps({name: getattr(rendezvous, name) for name in _PUBLISHED}))
+        self._may_stop = False
 
     def get_backend(self) -> str:
         return _HOSTS_BACKEND
@@ -273,58 +305,63 @@ class HostsRendezvousHandler(RendezvousHandler):
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._stop.kill_rest()  # of the round before: torch ends only the sessions whose worker still lives
-        with self._heeding(meets=True):
+        # Of the round before: torch ends only the sessions whose worker is still alive.
+        self._stop.kill_rest()
+        with self._stoppable(has_no_workers=True):
             while True:
-                # A host may be lost as soon as it had joined: the agent would wait for it, and give up.
+                # A host may be lost right after it joined. The agent would wait for it and give up, so check that all
+                # hosts have arrived, and meet again otherwise.
                 with suppress(DistStoreError):
                     info = self._handler.next_rendezvous()
                     info.store.set(f"here/{info.rank}", "")
-                    here = [f"here/{rank}" for rank in range(info.world_size)]
-                    info.store.wait(here, timedelta(seconds=_GATHER_SECONDS))
-                    self._hosts = info.world_size
+                    arrived = [f"here/{rank}" for rank in range(info.world_size)]
+                    info.store.wait(arrived, timedelta(seconds=_GATHER_SECONDS))
+                    self._num_hosts = info.world_size
                     return info
 
     @contextmanager
-    def _heeding(self, *, meets: bool) -> Iterator[None]:
-        """While it lasts, a wish to stop is raised, also from where a store is asked. Without the first host nobody can
-        meet any more: when it's asked to stop, the run stops on all hosts. meets: there are no workers here now."""
-        self._heeds, self._meets = True, meets
+    def _stoppable(self, *, has_no_workers: bool) -> Iterator[None]:
+        """Inside the block a request to stop is raised, also while a request to the store is pending.
+
+        has_no_workers: no workers run on this host now. If the first host is asked to stop, the rendezvous is closed on
+        all hosts, because they cannot meet without its store.
+        """
+        self._may_stop, self._has_no_workers = True, has_no_workers
         try:
             yield
         except SignalException:
-            self._heeds = False
-            if self._first:
+            self._may_stop = False
+            if self._is_first:
                 self._handler.set_closed()
             raise
         finally:
-            self._heeds = False
+            self._may_stop = False
 
-    def _look(self) -> None:
-        """While a store is asked: whether this host is to stop, and at its workers. (torch has a thread that asks, too,
-        and says so that this host lives.)"""
-        if self._heeds and threading.get_ident() == self._agent:
-            self._stop.raise_if_asked(all_started=self._meets)  # while hosts meet there are none that it could miss
-            if not self._meets:
-                self._watch.look()
+    def _check(self) -> None:
+        """While a request to the store is pending: raise a request to stop, and check this host's workers."""
+        # Only in the agent's thread: torch sends heartbeats of this host from another thread.
+        if self._may_stop and threading.get_ident() == self._agent_thread:
+            self._stop.raise_if_requested(all_started=self._has_no_workers)  # without workers, the signal misses none
+            if not self._has_no_workers:
+                self._monitor.check()
 
     def num_nodes_waiting(self) -> int:
-        with self._heeding(meets=False):
-            self._look()
+        with self._stoppable(has_no_workers=False):
+            self._check()
             try:
-                waiting = ask_store(self._handler.num_nodes_waiting, self._look)
-            except (RendezvousError, DistError):  # the first host is lost, or its launcher stopped
-                self._end_deaf_workers()
+                waiting = ask_store(self._handler.num_nodes_waiting, self._check)
+            except (RendezvousError, DistError):  # the first host is lost, or its launcher was stopped
+                self._kill_workers_later()
                 raise
-        state = self._handler._state_holder.state  # torch shows only who waits, not who is lost
-        lost = 0 if state.closed else max(0, self._hosts - len(state.participants))
+        state = self._handler._state_holder.state  # private, because torch reports waiting hosts, but not lost ones
+        lost = 0 if state.closed else max(0, self._num_hosts - len(state.participants))
         if lost:
-            self._end_deaf_workers()
+            self._kill_workers_later()
         return waiting + lost
 
-    def _end_deaf_workers(self) -> None:
-        """Before long: the agent asks them first, and gives them half a minute."""
-        self._stop.kill_later(_COMING_ROUND_SECONDS)
+    def _kill_workers_later(self) -> None:
+        """Kill workers that do not exit soon: the agent itself sends SIGTERM first and waits half a minute."""
+        self._stop.kill_later(_NOTICE_SECONDS)
 
     def is_closed(self) -> bool:
         return self._handler.is_closed()

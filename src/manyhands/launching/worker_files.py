@@ -1,8 +1,7 @@
 """The folder that a launcher and its workers share: environment, errors, logs.
 
-A folder for what a launcher and its workers tell each other, which nobody finds later, however both end.
-
-What workers get from the launcher, their environment, and what it reads of them: errors, and the ends of logs.
+The folder is temporary: it is deleted however launcher and workers exit. `Logs` gives the workers their environment,
+and reads what they leave: error reports, positions and the ends of their logs.
 """
 
 from __future__ import annotations
@@ -28,43 +27,46 @@ from manyhands.launching.failures import explain_failure
 from manyhands.launching.supervision import status_file
 from manyhands.members.reports import (
     ERROR_FILE_VARIABLE,
-    PARENT_TELLS_VARIABLE,
+    PARENT_REPORTS_VARIABLE,
     STATUS_FILE_VARIABLE,
     WorkerEnd,
     read_failure,
     read_status,
 )
 
-_YOUNG_SECONDS = 60.0  # so long ago one was made that is locked by now
+_YOUNG_SECONDS = 60.0  # a folder younger than this may not have been locked by its owner yet
 
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """Gone at the end of the block, also if this process was killed: a shell waits for the end of a pipe that only this
-    process holds. If that was killed, too (a job's processes may all be), the next one on this host clears it away."""
+    """Yield a temporary folder and delete it on exit, even if this process is killed with SIGKILL.
+
+    In that case a shell process deletes it, which waits for the end of a pipe that only this process holds. If the
+    shell was killed, too (a scheduler may kill all processes of a job), the next launcher on this host deletes it.
+    """
     prefix = f"manyhands-run-{socket.gethostname()}-"
-    _clear(prefix)
+    _delete_abandoned(prefix)
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name:
         lock = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with suppress(OSError):  # where the file system knows no locks, nobody else can lock it either
+            with suppress(OSError):  # on a file system without locks, no other launcher can lock it either
                 fcntl.flock(lock, fcntl.LOCK_EX)
             command = ["/bin/sh", "-c", 'cat; rm -rf "$1"', "sh", name]
-            nowhere = subprocess.DEVNULL
+            null = subprocess.DEVNULL
             with subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, cwd="/", start_new_session=True
+                command, stdin=subprocess.PIPE, stdout=null, stderr=null, cwd="/", start_new_session=True
             ):
                 yield Path(name)
         finally:
             os.close(lock)
 
 
-def _clear(prefix: str) -> None:
-    """Remove folders that no living process has."""
+def _delete_abandoned(prefix: str) -> None:
+    """Delete folders that no running process has locked."""
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         if "-" in path.name.removeprefix(prefix):
-            continue  # of a host whose name begins like this one's
-        with suppress(OSError):  # another user's
+            continue  # it belongs to a host whose name starts with this host's name
+        with suppress(OSError):  # it belongs to another user, or is in use
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,19 +80,24 @@ _LOG_TAIL_LINES = 20
 
 
 class Logs(LogsSpecs):
-    """Gives the launcher the workers' environment and error files, and reads what they left."""
+    """Environment and error files of the workers, for torch's launcher; reads what the workers leave.
+
+    folder: shared with the workers. log_dir: folder of log files, or None. environment: added to that of the workers.
+    on_restart: called before workers are restarted, with the root cause, or None if no worker here failed.
+    """
 
     def __init__(
         self,
         folder: Path,
         log_dir: Path | None,
         environment: Mapping[str, str],
-        tell: Callable[[WorkerError | Interrupted | None], None] | None,
+        on_restart: Callable[[WorkerError | Interrupted | None], None] | None,
     ) -> None:
         super().__init__()
-        self._folder, self._log_dir, self._environment, self._tell = folder, log_dir, environment, tell
+        self._folder, self._log_dir, self._environment = folder, log_dir, environment
+        self._on_restart = on_restart
         self._ranks: list[int] = []  # of the workers on this host
-        # A log may go on from an earlier run, whose last lines are not this one's.
+        # Logs are appended to. Lines of earlier runs must not be reported as the last ones of this run.
         self._earlier_bytes = {path: path.stat().st_size for path in log_dir.glob("worker-*.log")} if log_dir else {}
 
     @property
@@ -98,41 +105,42 @@ class Logs(LogsSpecs):
         return str(self._folder)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        if self._ranks:
-            self._begin_again()
+        if self._ranks:  # not the first start
+            self._report_restart()
         self._ranks = [int(variables["RANK"]) for variables in envs.values()]
         for variables in envs.values():
             rank = int(variables["RANK"])
             for name, value in self._environment.items():
                 variables.setdefault(name, value)
             variables.setdefault("OMP_NUM_THREADS", "1")
-            variables.setdefault(SNAPSHOT_MEMORY_VARIABLE, "")  # not that of a launcher whose worker starts these
+            # If this launcher runs in a worker of another one, do not inherit the snapshots of that run.
+            variables.setdefault(SNAPSHOT_MEMORY_VARIABLE, "")
             if self._log_dir is not None and "PYTHONUNBUFFERED" not in os.environ:
-                # What a killed worker has printed isn't lost. (On a shared terminal it would cut lines into pieces.)
+                # Otherwise the output of a killed worker is lost. (Not on a shared terminal, where it would mix lines.)
                 variables.setdefault("PYTHONUNBUFFERED", "1")
-            variables[PARENT_TELLS_VARIABLE] = "1"
+            variables[PARENT_REPORTS_VARIABLE] = "1"
             variables[STATUS_FILE_VARIABLE] = str(status_file(self._folder, rank))
             variables[ERROR_FILE_VARIABLE] = str(self._folder / f"error-{rank}.json")
-        nowhere = dict.fromkeys(envs, "")
-        # Other error files than those in the environment: torch raises from within at one that it can't parse.
+        no_redirect = dict.fromkeys(envs, "")
+        # Not the error files in the environment: torch raises an internal error at a file that it cannot parse.
         unread = dict.fromkeys(envs, os.devnull)
-        return LogsDest(stdouts=nowhere, stderrs=dict(nowhere), error_files=unread)
+        return LogsDest(stdouts=no_redirect, stderrs=dict(no_redirect), error_files=unread)
 
-    def _begin_again(self) -> None:
-        """Tell why, as far as the workers here have said, and forget those."""
+    def _report_restart(self) -> None:
+        """Report why workers are restarted, as far as those of this host reported it, and delete their files."""
         ends = self.ends({})
-        said = [replace(end, exit_code=1) if end.failure is not None else end for end in ends]
-        if self._tell is not None:
-            self._tell(explain_failure(said) if any(end.exit_code for end in said) else None)
+        reported = [replace(end, exit_code=1) if end.failure is not None else end for end in ends]
+        if self._on_restart is not None:
+            self._on_restart(explain_failure(reported) if any(end.exit_code for end in reported) else None)
         for path in [path for kind in ("error", "started", "status") for path in self._folder.glob(f"{kind}-*")]:
             path.unlink()
 
     def ends(self, exit_codes: Mapping[int, tuple[int, float]]) -> list[WorkerEnd]:
-        """How the workers here ended: exit code and time of those that failed, and what they left."""
+        """Return how the workers of this host ended. exit_codes: (exit code, time) of those that failed, by rank."""
         return [self.end_of(rank, *exit_codes.get(rank, (0, time.time()))) for rank in self._ranks]
 
     def end_of(self, rank: int, exit_code: int, seconds: float) -> WorkerEnd:
-        """How worker `rank` ended, with what it left."""
+        """Return how worker `rank` ended, with its error report, position and last lines."""
         failure = read_failure(self._folder / f"error-{rank}.json", rank)
         tail = self._tail(rank) if exit_code != 0 else ""
         status = read_status(status_file(self._folder, rank))
@@ -142,6 +150,7 @@ class Logs(LogsSpecs):
         )
 
     def _tail(self, rank: int) -> str:
+        """Return the last lines that a worker has written to its log in this run."""
         if self._log_dir is None or rank == 0:
             return ""
         path = self._log_dir / f"worker-{rank}.log"

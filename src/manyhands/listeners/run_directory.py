@@ -1,11 +1,11 @@
 """The run directory: manifest, metrics, events, digests.
 
-    recipe.json      what was computed, as used          metrics.jsonl   one JSON object per step
-    manifest.json    numerics, strategy, versions        events.jsonl    one JSON object per event: what happened, when
+    recipe.json      the recipe as used                  metrics.jsonl   one JSON object per step
+    manifest.json    numerics, strategy, versions        events.jsonl    one JSON object per event, with its time
     checkpoints/     digests/     tensorboard/           logs/           worker-0.log, ...
 
-Only worker 0 writes here, except for its own log of each worker, what the checkpoint writer does in checkpoints/, and
-the launcher's events.
+Only worker 0 writes here, with three exceptions: every worker has its own log, all workers write checkpoints, and the
+launcher records events.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
+from manyhands.storage.atomic import write_atomic
 from manyhands.storage.json_lines import append_line, complete_lines, numbers
 from manyhands.storage.run_lock import LOCK
 
@@ -32,13 +33,13 @@ RUN_FORMAT = "manyhands run 2"
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 
 _BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl", "events.jsonl", LOCK)
-"""All that a run may have written without one."""
+"""What a run may have written before its manifest."""
 
 
 class RunDirectory:
-    """The directory of one run: made if it isn't there, taken up again if it's a run's, refused if it's another's.
+    """The directory of one run. The constructor creates it, or opens the directory of an earlier run.
 
-    Raises ConfigError if `path` is something else than a run directory, or can't be written to.
+    Raises ConfigError if `path` is something other than a run directory, has another format, or can't be written to.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -55,7 +56,7 @@ class RunDirectory:
 
     @classmethod
     def open_existing(cls, path: str | os.PathLike[str]) -> RunDirectory:
-        """The run directory at `path`, for readers: nothing is made or changed. Raises ConfigError if it isn't one."""
+        """Open the run directory at `path` for reading: nothing is created or changed. Raises ConfigError."""
         where = Path(path)
         if not where.exists():
             raise ConfigError("there is no run directory here", where=str(where.absolute()), hint="check the path")
@@ -90,7 +91,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """The file of the steps' figures."""
+        """The file with the metrics of all steps."""
         return self.path / "metrics.jsonl"
 
     def log(self, rank: int) -> Path:
@@ -98,7 +99,7 @@ class RunDirectory:
         return self.path / "logs" / f"worker-{rank}.log"
 
     def write_recipe(self, recipe: Recipe | Mapping[str, Any]) -> None:
-        """Write recipe.json. A Recipe's functions and data are named, not stored: it's for reading, not for loading."""
+        """Write recipe.json, for people to read. It names functions and data, but does not store them."""
         write_json(self.path / "recipe.json", describe(recipe) if isinstance(recipe, Recipe) else dict(recipe))
 
     def read_recipe(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class RunDirectory:
     def write_manifest(self, numerics: Mapping[str, Any], strategy: Strategy | Mapping[str, Any], **more: Any) -> None:
         """Write manifest.json: numerics identity, strategy, versions, `more`, and when the run was created.
 
-        The time of creation is kept if there is a manifest already (the run is resumed); `updated_at` is now.
+        A resumed run keeps its time of creation; `updated_at` is the current time.
         """
         path, now = self.path / "manifest.json", datetime.now(UTC).isoformat(timespec="seconds")
         created_at = self.read_manifest().get("created_at", now) if path.exists() else now
@@ -130,32 +131,34 @@ class RunDirectory:
         return _read_json(self.path / "manifest.json")
 
     def append_metrics(self, metrics: StepMetrics) -> None:
-        """Add one step's line to metrics.jsonl; it's in the system's hands on return. Raises ConfigError."""
+        """Append the metrics of one step to metrics.jsonl. The line survives this process. Raises ConfigError."""
         _append(self.metrics, dataclasses.asdict(metrics))
 
     def append_event(self, event: str, **facts: Any) -> None:
-        """Add a line to events.jsonl: what happened ("began", "saved", "not saved", "failed", "ended", "stopped"), the
-        time in seconds since the epoch, and what there is to say of it. Raises ConfigError."""
+        """Append an event to events.jsonl, with the time in seconds since the epoch and `facts`. Raises ConfigError.
+
+        event: "started", "saved", "not saved", "failed", "hosts changed", "ended" or "stopped".
+        """
         _append(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events, in the order written; lines cut short are left out."""
-        said = [value for _, value in complete_lines(self.path / "events.jsonl")]
-        return [event for event in said if isinstance(event, dict) and {"seconds", "event"} <= event.keys()]
+        """All events, in the order written, without partial lines."""
+        values = [value for _, value in complete_lines(self.path / "events.jsonl")]
+        return [value for value in values if isinstance(value, dict) and {"seconds", "event"} <= value.keys()]
 
     def read_metrics(self) -> list[StepMetrics]:
-        """All steps' figures, in the order written; none if there are none. Lines cut short are left out.
+        """The metrics of all steps, in the order written, without partial lines.
 
-        Raises DataError for a line that isn't a step's figures.
+        Raises DataError for a line that does not hold the metrics of a step.
         """
         return [_parse(value, number, self.metrics) for number, value in complete_lines(self.metrics)]
 
     def truncate_metrics(self, step: int) -> None:
-        """Keep the lines of steps before `step` only: for a run that goes on from there. Atomic. Raises DataError."""
+        """Remove the metrics from step `step` on, for a run that resumes there. Atomic. Raises DataError."""
         if self.metrics.exists():
             kept = [metrics for metrics in self.read_metrics() if metrics.step < step]
             lines = [json.dumps(numbers(dataclasses.asdict(m)), allow_nan=False) + "\n" for m in kept]
-            _write_atomic(self.metrics, "".join(lines))
+            _write(self.metrics, "".join(lines))
 
 
 def _append(path: Path, value: Mapping[str, Any]) -> None:
@@ -166,15 +169,15 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` to `path` at once and for good: a reader, or a crash, sees the old file or the new, never a part.
+    """Write `value` to `path` atomically and durably: readers see the old file or the new one, also after a crash.
 
-    Numbers that JSON lacks (infinity, not a number) become text. Raises ConfigError if it can't be written.
+    Numbers that JSON lacks (infinity, NaN) become text. Raises ConfigError if the file can't be written.
     """
-    _write_atomic(path, json.dumps(numbers(dict(value)), indent=2, allow_nan=False, default=str) + "\n")
+    _write(path, json.dumps(numbers(dict(value)), indent=2, allow_nan=False, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes: Python, torch, numpy, Manyhands, and the system."""
+    """The versions of Python, torch, numpy, Manyhands and the operating system."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("manyhands", "torch", "numpy"):
         try:
@@ -185,7 +188,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """A recipe in words and numbers: functions by name and place, the data by type and length."""
+    """A recipe as JSON values: functions by name and source line, the data by type and length."""
     described: dict[str, Any] = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
@@ -199,7 +202,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str:
-    """`module:name`, and where it's defined if it has a line of its own."""
+    """`module:name`, with file and line if the object has code."""
     named = value if hasattr(value, "__qualname__") else type(value)
     name = f"{named.__module__}:{named.__qualname__}"
     code = getattr(value, "__code__", None)
@@ -216,10 +219,10 @@ def _parse(entry: Any, number: int, path: Path) -> StepMetrics:
         return StepMetrics(**entry)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
-            "a line of metrics.jsonl is not a step's figures",
+            "a line of metrics.jsonl does not hold the metrics of a step",
             where=f"{path.absolute()}, line {number}",
             got=f"{got} ({type(error).__name__}: {error})",
-            hint="remove the line, or the file: it's a record only, no run needs it to go on",
+            hint="remove the line, or the file: it is only a record, and resuming does not need it",
         ) from error
 
 
@@ -233,21 +236,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write(path: Path, text: str) -> None:
     try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        write_atomic(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _not_writable(path, error) from error
 
 
@@ -259,7 +251,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raise unless `path` is free, a run's directory, or what a run killed in its first moments left of one."""
+    """Raise ConfigError unless `path` is free, a run directory, or one without manifest that a killed run left."""
     try:
         if not path.exists() or (path.is_dir() and _is_run(path)):
             return
@@ -278,7 +270,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _refuse_other_format(path: Path) -> None:
-    """Raise if another version of Manyhands wrote the run directory `path`, with other names in its files."""
+    """Raise ConfigError if the run directory `path` has another format: other names in its files."""
     if not _is_run(path):
         return
     found = str(_read_json(path / "manifest.json")["format"])

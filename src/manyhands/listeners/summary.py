@@ -19,7 +19,8 @@ from manyhands.formatting import GIB, MIB, format_count, format_seconds
 
 _BAR_CELLS = 46
 
-_STYLES = {  # a cell of the stacked bar and its colour: they can be told apart without colours, too
+# The cell and the colour of each phase in the stacked bar. Cells differ, so the bar is readable without colours.
+_STYLES = {
     "data": ("▒", "magenta"),
     "compute": ("█", "green"),
     "communication": ("▓", "blue"),
@@ -33,7 +34,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 class Figures(NamedTuple):
-    """A run's figures over its steps: see `Summary`, whose fields they are."""
+    """Figures over the steps of a run. `Summary` has the same fields."""
 
     steps: int
     first_loss: float
@@ -46,13 +47,14 @@ class Figures(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run came to.
+    """The result of a run.
 
-    steps, first_loss, last_loss, tokens_per_second, step_seconds_median, seconds_by_phase: see `figures`, which
-    computes them. peak_memory_bytes_per_worker: by rank. sharding, group, precision: as in the strategy and the recipe.
-    parameters: elements of the model. sample: the text that recipe.sample made, if any. digest: SHA-256 of the
-    final master weights. wall_seconds: from the start of the run to its end, everything included (since its workers
-    were last started). failures, lost_seconds, repeated_steps: see `Failures`.
+    steps, first_loss, last_loss, tokens_per_second, step_seconds_median, seconds_by_phase: computed by `figures`.
+    peak_memory_bytes_per_worker: by rank.
+    sharding, precision: as in the strategy and the recipe. transport: the one in use ("auto" is resolved).
+    parameters: number of elements in the model. sample: the text that recipe.sample returned, if any.
+    digest: of the final master weights. wall_seconds: from the last start of the workers to the end of the run.
+    failures, lost_seconds, repeated_steps: see `Failures`.
     """
 
     name: str
@@ -79,7 +81,7 @@ class Summary:
 
 
 class Failures(NamedTuple):
-    """What workers' failures have cost a run: the time until it went on, and the steps made again."""
+    """What failures have cost a run: their number, the time until it resumed, and the steps that were repeated."""
 
     failures: int
     lost_seconds: float
@@ -87,23 +89,23 @@ class Failures(NamedTuple):
 
 
 def failures_among(events: Sequence[dict[str, Any]]) -> Failures:
-    """From a run directory's events."""
+    """Compute `Failures` from the events of a run directory."""
     count, seconds, steps, since = 0, 0.0, 0, None
     for event in events:
         if event["event"] == "failed":
             count += 1
             since = since or event["seconds"]
-        elif event["event"] == "began" and since is not None:
+        elif event["event"] == "started" and since is not None:
             seconds, steps, since = seconds + event["seconds"] - since, steps + event["repeats"], None
     return Failures(count, seconds, steps)
 
 
 def figures(metrics: Sequence[StepMetrics]) -> Figures:
-    """The figures of these steps; NaN where there are none.
+    """The figures of these steps; NaN if there are none.
 
-    first_loss, last_loss: of the first and the last step. tokens_per_second (samples, if the loss function gives no
-    weights: `throughput_unit` tells which), step_seconds and
-    seconds_by_phase are medians over the steps, so that a slow first step or a checkpoint doesn't show in them.
+    first_loss, last_loss: of the first and the last step. tokens_per_second counts samples if the loss function
+    returns no weights; `throughput_unit` states which. It, step_seconds_median and seconds_by_phase are medians over
+    the steps, so that a slow first step or a checkpoint does not distort them.
     """
     if not metrics:
         return Figures(0, math.nan, math.nan, math.nan, "tokens", math.nan, dict.fromkeys(PHASES, 0.0))
@@ -119,7 +121,7 @@ def figures(metrics: Sequence[StepMetrics]) -> Figures:
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
-    """The summary as plain numbers and text; `loss` is the last step's. Numbers that aren't finite become null."""
+    """The summary as plain numbers and text; `loss` is that of the last step. Non-finite numbers become null."""
     named = {
         "name": summary.name,
         "digest": summary.digest,
@@ -149,7 +151,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 
 def render(summary: Summary) -> RenderableType:
-    """The summary for a terminal: print it with a rich Console."""
+    """The summary for a terminal, to be printed with a rich Console."""
     facts = Table.grid(padding=(0, 3))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -157,7 +159,7 @@ def render(summary: Summary) -> RenderableType:
     speed = Text(f"{format_count(summary.tokens_per_second)} {summary.throughput_unit}/s", style="bold")
     speed.append(f"   {format_seconds(summary.step_seconds_median)}/step (median)", style="default not bold")
     facts.add_row("speed", speed)
-    facts.add_row("a step", _time_split(summary.seconds_by_phase))
+    facts.add_row("step time", _time_split(summary.seconds_by_phase))
     facts.add_row("peak memory", _memory(summary.peak_memory_bytes_per_worker))
     if summary.failures:
         facts.add_row("failures", Text(_failures(summary), style="yellow"))
@@ -192,8 +194,8 @@ def _strategy(summary: Summary) -> Text:
 
 
 def _failures(summary: Summary) -> str:
-    steps = f"{summary.repeated_steps:,} step{'' if summary.repeated_steps == 1 else 's'} made again"
-    return f"{summary.failures}: {format_seconds(summary.lost_seconds)} until the run went on, {steps}"
+    steps = f"{summary.repeated_steps:,} step{'' if summary.repeated_steps == 1 else 's'} repeated"
+    return f"{summary.failures}: {format_seconds(summary.lost_seconds)} until the run resumed, {steps}"
 
 
 def _loss(summary: Summary) -> Text:
@@ -205,7 +207,7 @@ def _loss(summary: Summary) -> Text:
 
 
 def _time_split(seconds_by_phase: dict[str, float]) -> RenderableType:
-    """One bar of all phases, and below it a bar, the time and the share of each."""
+    """A stacked bar of all phases; below it the time, the share and a bar of each."""
     total = sum(seconds_by_phase.values())
     if total <= 0:
         return Text("not measured", style="dim")
@@ -240,7 +242,7 @@ def _bar(share: float, cells: int = 20) -> str:
 
 
 def _memory(peaks: list[int]) -> RenderableType:
-    """Each worker's peak in one unit, so that they can be compared at a glance."""
+    """The peak of each worker, all in one unit for comparison."""
     if not peaks:
         return Text("not measured", style="dim")
     unit, name = (GIB, "GiB") if max(peaks) >= 10 * GIB else (MIB, "MiB")

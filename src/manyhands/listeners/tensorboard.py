@@ -9,11 +9,11 @@ from manyhands.engine.step.metrics import StepMetrics
 
 
 class TensorBoardLog:
-    """Writes a run's curves into `directory`; does nothing, and says nothing, if tensorboard isn't installed.
+    """Writes a run's curves into `directory`. Does nothing if tensorboard isn't installed.
 
     Curves: loss, gradient_norm, learning_rate (one per param group), throughput (tokens or samples per second),
-    seconds by phase.
-    What an earlier process wrote for `start_step` and later (the run is resumed) is no longer shown. Own until `close`.
+    seconds by phase. When a run resumes, TensorBoard no longer shows what an earlier process wrote for `start_step`
+    and later steps.
     """
 
     def __init__(self, directory: str | os.PathLike[str], start_step: int = 0) -> None:
@@ -25,7 +25,7 @@ class TensorBoardLog:
         self._writer = SummaryWriter(str(directory), purge_step=start_step or None)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Add one step's points."""
+        """Add the points of one step."""
         if self._writer is None:
             return
         points = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "seconds/step": metrics.step_seconds}
@@ -38,7 +38,7 @@ class TensorBoardLog:
             self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:
-        """Write out what is pending. May be called twice."""
+        """Write pending points. May be called twice."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -22,9 +22,9 @@ _REDRAW_SECONDS = 0.1
 class TrainingProgress:
     """Progress from `start_step` to `total_steps`, on standard error: a context manager.
 
-    On a terminal, a bar with step, loss, throughput, time per step and time left, all over the last 20 steps.
-    Elsewhere, one plain line at the first step, at the last, and every `line_seconds` between. There is no
-    thread: what is shown changes in `update` and `note`.
+    On a terminal, it shows a bar with step, loss, throughput, time per step and time left, over the last 20 steps.
+    Otherwise it prints a plain line at the first step, at the last, and every `line_seconds` in between. There is no
+    thread: the display changes only in `update` and `note`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TrainingProgress:
         self._progress.stop()
 
     def update(self, metrics: StepMetrics) -> None:
-        """A step is done."""
+        """Show a completed step."""
         self._recent.append(metrics)
         now = time.monotonic()
         wait = _REDRAW_SECONDS if self._console.is_interactive else self._line_seconds
@@ -72,7 +72,7 @@ class TrainingProgress:
             self._show(now)
 
     def note(self, text: str) -> None:
-        """Tell of an event (a checkpoint, a worker that left) on a line of its own, above the bar."""
+        """Print `text` (a checkpoint, a failed worker) on its own line, above the bar."""
         self._console.print(text, markup=False, highlight=False)
 
     def _show(self, now: float) -> None:
@@ -87,7 +87,7 @@ class TrainingProgress:
 
     def _figures(self, done: int) -> str:
         if not self._recent:
-            raise InvariantError("progress was shown before there was any")
+            raise InvariantError("progress was shown before the first step")
         step_seconds = median(metrics.step_seconds for metrics in self._recent)
         seconds = sum(metrics.step_seconds for metrics in self._recent)
         per_second = sum(metrics.amount for metrics in self._recent) / seconds if seconds > 0 else float("nan")
@@ -103,9 +103,9 @@ class TrainingProgress:
 
 
 class BytesProgress:
-    """Bytes done, rate and time left, on standard error if it is a terminal; nothing elsewhere. A context manager.
+    """Progress in bytes, with rate and time left, on standard error if it is a terminal. A context manager.
 
-    The bar appears with the first bytes: what is refused before leaves none.
+    The bar appears with the first bytes, so a call that is refused before leaves no bar.
     """
 
     def __init__(self, verb: str, console: Console | None = None) -> None:
@@ -120,7 +120,7 @@ class BytesProgress:
             disable=not console.is_interactive,
         )
         self._task = self._progress.add_task(verb, total=None, figures="")
-        self._began = self._shown_at = time.monotonic()
+        self._started = self._shown_at = time.monotonic()
 
     def __enter__(self) -> BytesProgress:
         return self
@@ -129,12 +129,12 @@ class BytesProgress:
         self._progress.stop()
 
     def update(self, done_bytes: int, total_bytes: int) -> None:
-        """So much is done."""
+        """Show that `done_bytes` of `total_bytes` are complete."""
         now = time.monotonic()
         if now - self._shown_at < _REDRAW_SECONDS and done_bytes < total_bytes:
             return
         self._shown_at = now
-        per_second = done_bytes / max(now - self._began, 1e-9)
+        per_second = done_bytes / max(now - self._started, 1e-9)
         left = (total_bytes - done_bytes) / per_second if per_second > 0 else float("inf")
         figures = (
             f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}",

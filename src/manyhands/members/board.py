@@ -1,19 +1,22 @@
 """A worker's board in shared memory: its progress, readable after its death.
 
-What a membership needs of its surroundings: memory that several workers see (offload/scratch.py), and a store.
+Peers on the same host map the board of each worker. They see how far it has come and what it is doing, even after its
+death. Layout of a board, written only by its owner:
 
-A worker's notice board: how far it has come and what it is doing, readable by its peers even after its death.
-Layout of a board, one shared page run per worker, written by its owner alone:
+    int64 [0], [1]   posted: number of collective calls that it has started, by channel
+    int64 [8]        drained: number of all-to-alls whose pieces it has read
+    int64 [16]       closed: 1 if it left on purpose
+    int64 [24]       waiting: 1 while it waits for peers
+    int64 [32], [33] position: step and micro-batch, plus 1 (0: none)
+    int64 [64:64+RING], [64+RING:64+2*RING]  CRC-32 of each call's tag, by call number modulo RING, by channel
+    bytes [TEXT:]    its current activity or collective call as text, zero-terminated
 
-    int64 [0], [1]   posted: how many collective calls it has begun (or contributed to), by lane
-    int64 [8]        drained: how many exchanges it has read to the end
-    int64 [16]       closed: it left on purpose
-    int64 [24]       waiting: it waits for others
-    int64 [32], [33] its place: step and micro-batch, plus 1 (0: in none)
-    int64 [64:64+RING], [64+RING:64+2*RING]  what it called: the tag's checksum, by call number modulo RING, by lane
-    bytes [TEXT:]    its place in words, or the call that it's in, zero-terminated
+A channel is a sequence of collective calls that all workers make in the same order; calls of different channels may
+interleave differently on different workers. Counters that change often lie 64 bytes apart, so that writing one does not
+invalidate the cache line of another.
 
-A lane is a sequence of collective calls that all workers make in one order; two lanes keep no order between them.
+The module also has the protocols of the shared memory (implemented in offload/scratch.py) and of the key-value store
+that a membership uses.
 """
 
 from __future__ import annotations
@@ -28,38 +31,42 @@ from manyhands.errors import Position
 
 
 class Arena(Protocol):
-    """Where shared buffers come from."""
+    """Source of buffers that several workers can map."""
 
     def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
-        """A zeroed uint8 buffer and the address under which others find it. scratch: a folder for a file to hold it, if
-        memory shall not. Raises ConfigError."""
+        """Create a zeroed uint8 buffer; return it and the address by which peers open it.
+
+        scratch: folder of a file that holds the buffer (None: it is in memory). Raises ConfigError.
+        """
 
     def open(self, address: str) -> Tensor:
-        """The buffer that another worker created."""
+        """Map the buffer that another worker created."""
 
     def seal(self) -> None:
-        """Everyone has opened what I created so far: drop the addresses."""
+        """Invalidate the addresses of all buffers created so far. Call it only once all peers have opened them."""
 
 
 class Store(Protocol):
-    """Small texts by key that all workers see: torch.distributed's stores."""
+    """Key-value store that all workers see: the stores of torch.distributed."""
 
     def set(self, key: str, value: str, /) -> None:
-        """Keep a text."""
+        """Set the value of a key."""
 
     def get(self, key: str, /) -> bytes:
-        """The text; waits until there is one."""
+        """Return the value of a key. Waits until it is set."""
 
     def check(self, keys: list[str], /) -> bool:
-        """Whether all the keys have a text."""
+        """True if all the keys are set."""
 
     def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
-        """Keep `desired` if the text is `expected`, or "" if there is none; what is kept then."""
+        """Set `desired` if the value is `expected`, or if `expected` is "" and there is none. Return the new value."""
 
 
 RING = 4096
+"""Tags of the last calls that a board holds. A peer can't be this far ahead: every few calls wait for all workers."""
 
 CHANNELS = 2
+"""Independent sequences of calls: that of the group, and that of its sibling or of its links between hosts."""
 
 TEXT = (64 + CHANNELS * RING) * 8
 
@@ -71,7 +78,7 @@ _POSTED, _DRAINED, _CLOSED, _WAITING, _POSITION, _TAGS = 0, 8, 16, 24, 32, 64
 
 
 class Board:
-    """One worker's board over `memory`, uint8 [BOARD_BYTES]."""
+    """One worker's board in `memory`, uint8 [BOARD_BYTES]. Methods that write are for the owner only."""
 
     def __init__(self, memory: Tensor) -> None:
         array = memory.numpy()
@@ -79,54 +86,59 @@ class Board:
         self._text = memoryview(array[TEXT:BOARD_BYTES])  # type: ignore[arg-type]
 
     def posted(self, channel: int) -> int:
-        """How many collective calls it has begun on that lane."""
+        """Return the number of collective calls that the owner has started on this channel."""
         return int(self._counts[_POSTED + channel])
 
     @property
     def drained(self) -> int:
+        """Number of all-to-alls whose pieces the owner has read."""
         return int(self._counts[_DRAINED])
 
     @property
     def closed(self) -> bool:
+        """True if the owner has left on purpose."""
         return bool(self._counts[_CLOSED])
 
     @property
     def waiting(self) -> bool:
+        """True while the owner waits for peers."""
         return bool(self._counts[_WAITING])
 
-    def wait(self, waiting: bool) -> None:
-        """Owner: I wait for others, or do no longer."""
+    def record_waiting(self, waiting: bool) -> None:
+        """Record whether the owner waits for peers."""
         self._counts[_WAITING] = waiting
 
     def post(self, number: int, tag: str, channel: int) -> None:
-        """Owner: begin collective call `number` of a lane. The tag is written before the count that shows it."""
+        """Announce the start of collective call `number` on a channel."""
+        # The tag first: a peer that sees the new count may read the tag at once.
         self._counts[_TAGS + channel * RING + number % RING] = zlib.crc32(tag.encode())
         self._counts[_POSTED + channel] = number
 
     def has_tag(self, number: int, tag: str, channel: int) -> bool:
-        """Whether call `number` of that lane had this tag; only to be asked once it is posted."""
+        """True if call `number` of this channel has this tag. Call it only after `posted` has shown the call."""
         return bool(self._counts[_TAGS + channel * RING + number % RING] == zlib.crc32(tag.encode()))
 
     def drain(self, number: int) -> None:
-        """Owner: all exchanges up to `number` are read."""
+        """Announce that the pieces of all all-to-alls up to `number` have been read."""
         self._counts[_DRAINED] = number
 
     def close(self) -> None:
-        """Owner: I leave on purpose."""
+        """Announce that the owner leaves on purpose."""
         self._counts[_CLOSED] = 1
 
     @property
     def position(self) -> Position:
-        words = bytes(self._text).split(b"\0", 1)[0].decode(errors="replace")
+        """Where the owner is. Text and numbers are read one after the other, so they may be of different moments."""
+        activity = bytes(self._text).split(b"\0", 1)[0].decode(errors="replace")
         step, micro_batch = (int(number) - 1 if number else None for number in self._counts[_POSITION : _POSITION + 2])
-        return Position(words, step, micro_batch)
+        return Position(activity, step, micro_batch)
 
-    def enter(self, position: Position) -> None:
-        """Owner: where I am from now on."""
+    def record_position(self, position: Position) -> None:
+        """Record where the owner is from now on."""
         self._counts[_POSITION : _POSITION + 2] = [0 if number is None else number + 1 for number in position[1:]]
-        self.say(position.words)
+        self.record_activity(position.activity)
 
-    def say(self, words: str) -> None:
-        """Owner: what I am doing at my place."""
-        line = words.encode()[: TEXT_BYTES - 1] + b"\0"
+    def record_activity(self, activity: str) -> None:
+        """Record the text of the position only: what the owner is doing there."""
+        line = activity.encode()[: TEXT_BYTES - 1] + b"\0"
         self._text[: len(line)] = line

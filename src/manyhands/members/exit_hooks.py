@@ -1,8 +1,10 @@
 """Exit hooks: a worker reports its error to peers and launcher before it ends.
 
-While this process is in a group, and only where the program hasn't its own ways: an uncaught exception is told to the
-peers and the parent; a SIGTERM, which launchers send as soon as another worker has failed, waits until this one has
-heard why; a program that ends without closing its engine leaves the group.
+They are active while this process is in a group, and only where the program has not installed its own:
+
+- an uncaught exception is reported to peers and launcher;
+- SIGTERM, which launchers send as soon as one worker has failed, is delayed until this worker knows the root cause;
+- a program that exits without closing its engine leaves the group.
 """
 
 from __future__ import annotations
@@ -18,53 +20,59 @@ from types import FrameType, TracebackType
 
 from manyhands.errors import WorkerError
 from manyhands.members.membership import Membership
-from manyhands.members.reports import PARENT_TELLS_VARIABLE, record_failure
+from manyhands.members.reports import PARENT_REPORTS_VARIABLE, record_failure
 
-_HEARSAY_SECONDS = 1.0
+_REPORT_SECONDS = 1.0
+"""Time that a worker that was sent SIGTERM waits for the report of the worker that failed."""
 
 
 class ExitHooks:
-    """See the module. In force from here on until `membership` is closed; for the parent, to the program's end."""
+    """Exit hooks of a worker; see the module.
+
+    They are installed by the constructor and removed when `membership` is closed. The hook that reports uncaught
+    exceptions to the launcher stays until the process ends.
+    """
 
     def __init__(self, membership: Membership) -> None:
-        self._membership: Membership | None = membership  # until it's closed
+        self._membership: Membership | None = membership  # None: closed
         self._pid = os.getpid()
-        # What stays for the parent after a group was closed is replaced: else each group would keep all before it.
+        # Replace a hook that an earlier, closed group has left for the launcher. Chaining to it would keep all earlier
+        # groups of this process in memory.
         before = getattr(sys.excepthook, "__self__", None)
         self._previous_hook = sys.excepthook
         if isinstance(before, ExitHooks) and before._membership is None:
             self._previous_hook = before._previous_hook
         self._handles_signal = False
-        sys.excepthook = self._uncaught
+        sys.excepthook = self._on_uncaught
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._asked_to_end)
+            signal.signal(signal.SIGTERM, self._on_sigterm)
             self._handles_signal = True
-        atexit.register(self._ending)
+        atexit.register(self._on_exit)
         membership.at_close.append(self._remove)
 
     def _remove(self) -> None:
-        membership, self._membership = self._membership, None  # which is kept by nothing that stays here
-        atexit.unregister(self._ending)
+        membership, self._membership = self._membership, None  # hooks that stay must not keep it in memory
+        atexit.unregister(self._on_exit)
         failed = membership is not None and membership.failure is not None
-        wanted = failed or os.environ.get(PARENT_TELLS_VARIABLE)  # for what comes later
-        if not wanted and sys.excepthook == self._uncaught:
+        needed = failed or os.environ.get(PARENT_REPORTS_VARIABLE)  # to report later errors to the launcher
+        if not needed and sys.excepthook == self._on_uncaught:
             sys.excepthook = self._previous_hook
-        if self._handles_signal and signal.getsignal(signal.SIGTERM) == self._asked_to_end:
-            with suppress(ValueError):  # closed in another thread: it stays
+        if self._handles_signal and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            with suppress(ValueError):  # only the main thread may do this; if another one closes, the handler stays
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         membership = self._membership
         if membership is None:
             record_failure(error)
         else:
             membership.fail(error)
-        if not os.environ.get(PARENT_TELLS_VARIABLE):
+        if not os.environ.get(PARENT_REPORTS_VARIABLE):
             self._previous_hook(kind, error, trace)
 
-    def _asked_to_end(self, number: int, frame: FrameType | None) -> None:
-        membership, deadline = self._membership, time.monotonic() + _HEARSAY_SECONDS
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        membership, deadline = self._membership, time.monotonic() + _REPORT_SECONDS
         while membership is not None and membership.failure is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if membership is not None and membership.failure is not None:
@@ -72,21 +80,21 @@ class ExitHooks:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _ending(self) -> None:
+    def _on_exit(self) -> None:
         membership = self._membership
         if membership is not None and membership.failure is None and os.getpid() == self._pid:  # not in a forked child
             membership.leave()
 
 
 def report_error(error: WorkerError) -> None:
-    """Leave what another worker's failure is for the parent, or on the terminal where there is none that shows it."""
+    """Report another worker's failure to the launcher, and on the terminal if no launcher prints it."""
     record_failure(error)
-    if not os.environ.get(PARENT_TELLS_VARIABLE):
+    if not os.environ.get(PARENT_REPORTS_VARIABLE):
         with suppress(OSError):
             os.write(2, f"\n{error}\n".encode())
 
 
 def end_process(error: WorkerError) -> None:
-    """Tell, and end at once: this worker didn't come round to raising the error itself."""
+    """Report a peer's failure and end this process at once, because it did not raise the error in time."""
     report_error(error)
     os._exit(1)

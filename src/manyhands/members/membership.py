@@ -1,10 +1,16 @@
 """The workers of a group, their heartbeats and their failures.
 
-Every worker announces itself in the store (host, pid, notice board), opens the boards of the workers on its host and
-keeps a watching thread. A worker that raises leaves its story in the store. One that dies is noticed by its pidfd if it
-is on this host, else by its heartbeat in the store. One that keeps the others waiting too long is declared stalled by
-those who wait, who ask it for its Python stack. Whatever comes first is *the* failure: all workers raise the same
-WorkerError; one that doesn't come round to raising it (it hangs in a kernel, say) ends GRACE_SECONDS later.
+Every worker announces itself in the store (host, pid, board), opens the boards of the workers on its host and starts a
+watching thread. Failures are noticed in four ways:
+
+- A worker that raises writes its error to the store.
+- A worker on this host that dies is noticed through its pidfd.
+- A worker on another host that dies or is cut off misses its heartbeats in the store.
+- A worker that keeps its peers waiting for too long is declared stalled by the peers that wait, which request its
+  Python stack.
+
+The first report in the store is *the* failure: all workers raise the same WorkerError. A worker that does not raise it
+(because it hangs in a kernel, for example) is killed after GRACE_SECONDS.
 """
 
 from __future__ import annotations
@@ -29,71 +35,94 @@ from manyhands.members.processes import ask_for_stack, call_with_limit, process_
 from manyhands.members.reports import StatusFile, record_failure, traceback_of
 
 PEER_POLL_SECONDS = 0.1
+"""Interval at which the watching thread inspects peers and store."""
 
 BEAT_SECONDS = 1.0
+"""Interval of heartbeats, which are sent only if there are several hosts."""
 
 LOST_SECONDS = 10.0
+"""Time without a heartbeat, or without an answer of the store, after which a host counts as lost."""
 
-HURRIED_LOST_SECONDS = 3.0  # where a connection broke, too
+SHORT_LOST_SECONDS = 3.0
+"""The same once a connection has broken, which makes a lost host likely."""
 
 GRACE_SECONDS = 1.5
+"""Time that a worker has to raise a peer's failure before it is killed: longer than a few polls of a wait."""
 
 JOIN_SECONDS = 300.0
+"""Time that all workers have to join: starting Python, importing torch and building a data set may take minutes."""
 
-CLOSED = b"closed"  # the last beat of a worker that left on purpose
+CLOSED = b"closed"
+"""The last heartbeat of a worker that left on purpose."""
 
 
 @dataclass
 class Peer:
-    """Another worker, as this one sees it."""
+    """Another worker, as seen by this one.
+
+    stack: its `stack_address`. board: None if it is on another host. beat: its last heartbeat, if it is on another
+    host: "posted calls by channel[,w] number position", with w while it waits. beat_seen: when that was read
+    (monotonic).
+    """
 
     rank: int
     host: str
     pid: int
     thread: int
-    stack: str  # "pid:fd" of the file that it dumps its stack into
-    board: Board | None  # None: on another host
+    stack: str
+    board: Board | None
     pidfd: int | None = None
     beat: bytes = b""
     beat_seen: float = 0.0
 
     @property
     def position(self) -> Position:
+        """Its last known position."""
         if self.board is not None:
             return self.board.position
         return NO_POSITION if self.beat in (b"", CLOSED) else Position(*json.loads(self.beat.split(b" ", 2)[2]))
 
     def posted(self, channel: int) -> int:
-        """How many collective calls it has begun on that lane, as far as is known here."""
+        """Return the number of collective calls that it is known to have started on this channel."""
         if self.board is not None:
             return self.board.posted(channel)
         return 0 if self.beat in (b"", CLOSED) else int(self.beat.split(b" ")[0].split(b",")[channel])
 
     @property
-    def waits(self) -> bool:
-        """Whether it waits for others itself, as far as is known here."""
+    def is_waiting(self) -> bool:
+        """True if it is known to wait for peers itself."""
         if self.board is not None:
             return self.board.waiting
         return self.beat not in (b"", CLOSED) and self.beat.split(b" ")[0].endswith(b"w")
 
     @property
     def drained(self) -> int:
+        """Number of all-to-alls whose pieces it has read; only known on its own host."""
         return 0 if self.board is None else self.board.drained
 
     @property
     def has_left(self) -> bool:
+        """True if it has left on purpose."""
         return self.beat == CLOSED if self.board is None else self.board.closed
 
     @property
     def where(self) -> str:
-        return f"worker {self.rank} (pid {self.pid} on {self.host}), {self.position.words or 'starting'}"
+        """Worker, process, host and activity, for an error's `where`."""
+        return f"worker {self.rank} (pid {self.pid} on {self.host}), {self.position.activity or 'starting'}"
 
 
 class Membership:
-    """This worker's place among `size` workers that share `store`. Collective: returns when all are there.
+    """This worker's membership in a group of `size` workers that share `store`. Collective.
 
-    wishes: what all must want alike (the kind of group, the device). Raises ConfigError, WorkerError.
-    Attributes: `board` (mine), `peers` (the others, by rank), `failure` (set once something went wrong).
+    The constructor returns once all workers have joined. Raises ConfigError, WorkerError.
+
+    stall_seconds: how long a worker may keep its peers waiting. abandon: called in the watching thread with the failure
+    if this worker does not raise it in time; ends the process. requested: transport and device; must be equal on all
+    workers.
+
+    Attributes: `board` (this worker's), `peers` (the others, by rank), `failure` (set once a worker has failed),
+    `hosts` (the host of each worker), `one_host` (True if all workers are on this host), `at_close` (functions that
+    `close` calls).
     """
 
     def __init__(
@@ -109,12 +138,14 @@ class Membership:
     ) -> None:
         self.rank, self.size, self.stall_seconds = rank, size, stall_seconds
         self.failure: WorkerError | None = None
-        self._noticed = False  # the main thread has raised the failure (or its own): it is on its way out
-        self._store, self._abandon, self._text_rounds, self._beats = store, abandon, 0, 0
-        self.one_host = False  # not before all have said where they are
+        self._raised = False  # the main thread has raised the failure or its own error: it is about to exit
+        self._store, self._abandon = store, abandon
+        self._text_rounds = self._beats = 0
+        self.one_host = False  # known only once all workers have announced their hosts
         self._stop = threading.Event()
-        self._lost_seconds, self._heard = LOST_SECONDS, math.inf  # when the store answered the watching thread last
-        self._store_is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else worker 0 keeps it
+        self._lost_seconds = LOST_SECONDS
+        self._store_answered = math.inf  # when the store last answered the watching thread (monotonic)
+        self._launcher_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else worker 0 has it
         memory, address = arena.create(BOARD_BYTES)
         self.board = Board(memory)
         me = {
@@ -127,7 +158,7 @@ class Membership:
         }
         others = [json.loads(text) for text in self.all_gather_text(json.dumps(me))]
         _check_requested([other["requested"] for other in others])
-        self.hosts = [str(other["host"]) for other in others]  # of each worker
+        self.hosts = [str(other["host"]) for other in others]
         self.one_host = all(host == me["host"] for host in self.hosts)
         self.at_close: list[Callable[[], None]] = []
         self.peers: dict[int, Peer] = {}
@@ -147,14 +178,17 @@ class Membership:
             )
         self._status_file = None if self.peers else StatusFile.for_parent(stall_seconds)
         self.all_gather_text("opened")
-        arena.seal()
-        # A thread has a client of its own: one that waits holds its client's lock.
+        arena.seal()  # only now: a peer could not open a board whose address is invalid
+        # The watching thread has its own client: a client is locked while another thread waits for its answer.
         self._watch_store = store.clone() if hasattr(store, "clone") else store
         self._watcher = threading.Thread(target=self._watch, name="manyhands-watch", daemon=True)
         self._watcher.start()
 
     def all_gather_text(self, text: str) -> list[str]:
-        """Everyone's text, by rank. Collective, blocks; slow (through the store): for setting up."""
+        """Return the texts of all workers, by rank. Collective, blocks.
+
+        It is slow, because it goes through the store: use it for set-up only. Raises WorkerError.
+        """
         self._text_rounds += 1
         prefix = f"text/{self._text_rounds}"
         self._store.set(f"{prefix}/{self.rank}", text)
@@ -165,68 +199,79 @@ class Membership:
                 self.check()
                 if time.monotonic() > deadline:
                     raise WorkerError(
-                        f"worker {rank} did not come to the group within {JOIN_SECONDS:.0f} s",
+                        f"worker {rank} did not join the group within {JOIN_SECONDS:.0f} s",
                         rank=rank,
-                        hint="see that all workers run the same program and can reach MASTER_ADDR:MASTER_PORT",
+                        hint="check that all workers run the same program and can reach MASTER_ADDR:MASTER_PORT",
                     )
                 time.sleep(0.002)
             texts.append(self._store.get(f"{prefix}/{rank}").decode())
         return texts
 
-    def hurry(self) -> None:
-        """A connection broke: from now on who isn't heard of for a few seconds is taken for lost."""
-        self._lost_seconds = HURRIED_LOST_SECONDS
+    def shorten_lost_limit(self) -> None:
+        """From now on, declare a host lost after SHORT_LOST_SECONDS; called when a connection has broken."""
+        self._lost_seconds = SHORT_LOST_SECONDS
 
     @property
     def _is_cut_off(self) -> bool:
-        """Whether the watching thread has waited for the store's answer for as long. A launcher on this host is never
-        judged: it's held (Ctrl-Z), and boards suffice to go on. If it ends, the store isn't silent, but breaks."""
-        if self._store_is_launchers and self.one_host:
+        """True if the watching thread has waited for the store's answer for LOST_SECONDS."""
+        # A launcher on this host that does not answer has been stopped (Ctrl-Z). That is no failure: the workers can
+        # continue with their boards alone. If it has died, its connection breaks, which is noticed elsewhere.
+        if self._launcher_has_store and self.one_host:
             return False
-        return time.monotonic() - self._heard > LOST_SECONDS
+        return time.monotonic() - self._store_answered > LOST_SECONDS
 
-    def enter(self, position: Position) -> None:
-        """Where this worker is from now on, for whoever watches it."""
-        self.board.enter(position)
+    def record_position(self, position: Position) -> None:
+        """Record where this worker is from now on, for its peers and its launcher."""
+        self.board.record_position(position)
         if self._status_file is not None:
-            self._status_file.enter(position)
+            self._status_file.record_position(position)
 
     def check(self) -> None:
-        """Raise the failure, if there is one."""
+        """Raise the failure, if a worker has failed."""
         if self.failure is None and self._is_cut_off:
             self.failure = WorkerError(
                 f"worker 0's host, {self.hosts[0]}, has not answered for {LOST_SECONDS:g} s",
                 rank=0,
                 where=self._where,
-                hint="see whether that host is down, or this one is cut off from the network",
+                hint="check whether that host is down or this one is cut off from the network",
             )
         if self.failure is not None:
-            self._noticed = True
+            self._raised = True
             raise self.failure
 
-    def check_wait(self, began: float, tag: str, behind: list[Peer], left: set[int]) -> None:
-        """Called while waiting since `began` (monotonic) for those peers. left: the ranks that had left already when
-        the wait was last seen not to be over: who leaves later may have made the call."""
+    def check_wait(self, started: float, tag: str, behind: list[Peer], left: set[int]) -> None:
+        """Raise the failure, or declare a peer stalled, while this worker waits in `tag` for the peers `behind`.
+
+        started: when the wait started (monotonic). left: ranks that had left before the caller last found the wait
+        incomplete. A peer that left after that may have completed the call first, so it is not reported.
+        """
         self.check()
         self._report_left([peer for peer in behind if peer.rank in left], tag)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - started
         if seconds < self.stall_seconds:
             return
-        if not behind:  # all have made the call: one was stopped before its bytes were sent, or is at something else
-            behind = [peer for peer in self.peers.values() if _is_stopped(peer) or not peer.waits]
         if not behind:
-            raise InvariantError("waited too long for calls that every worker has made", where=tag)
-        # Who waits itself is going to tell for whom.
-        to_blame = [peer for peer in behind if _is_stopped(peer)] or [peer for peer in behind if not peer.waits]
-        if to_blame or seconds > 2 * self.stall_seconds:
-            self._report_stalled((to_blame or behind)[0], tag)
+            # All workers have started the call. One of them was stopped before it sent its bytes, or does something
+            # else now while its bytes should be sent.
+            behind = [peer for peer in self.peers.values() if _is_stopped(peer) or not peer.is_waiting]
+        if not behind:
+            raise InvariantError("a wait timed out, although every worker has made the call", where=tag)
+        # A peer that is waiting itself will report the worker it waits for. If all of them wait (a deadlock), report
+        # one after twice the time.
+        stalled = [peer for peer in behind if _is_stopped(peer)] or [peer for peer in behind if not peer.is_waiting]
+        if stalled or seconds > 2 * self.stall_seconds:
+            self._report_stalled((stalled or behind)[0], tag)
             raise self._await_failure()
 
     def fail(self, error: BaseException) -> None:
-        """Leave `error`, raised here, for the others and for the parent. The first failure of the group wins."""
+        """Report `error`, which this worker raised, to the peers and the launcher.
+
+        Call it before leaving the group: otherwise the peers report that this worker has left. The first failure of the
+        group wins, and a WorkerError about a peer is never reported as a failure of this worker.
+        """
         where, position = self._where, self.board.position
         record_failure(error, where=where, position=position)
-        self._noticed = True
+        self._raised = True
         if isinstance(error, WorkerError) and error.rank != self.rank:
             return
         first = str(error).partition("\n")[0]
@@ -243,19 +288,20 @@ class Membership:
 
     @property
     def _where(self) -> str:
-        return f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.position.words or 'starting'}"
+        return f"worker {self.rank} (pid {os.getpid()} on {_host()}), {self.board.position.activity or 'starting'}"
 
     @property
-    def is_well(self) -> bool:
-        """Whether nobody has failed, as far as is known here."""
-        return self.failure is None and not self._noticed
+    def is_healthy(self) -> bool:
+        """True if no worker is known to have failed."""
+        return self.failure is None and not self._raised
 
     def close(self) -> None:
-        """Leave on purpose; the others don't take it for a failure."""
-        if self.is_well:
+        """Leave the group, so that the peers do not take it for a failure, and free everything."""
+        if self.is_healthy:
             self.leave()
         self._stop.set()
-        self._watcher.join(LOST_SECONDS if self.is_well else BEAT_SECONDS)  # it may wait for a host that is gone
+        # With a time limit, because the watching thread may wait for the store of a host that is lost.
+        self._watcher.join(LOST_SECONDS if self.is_healthy else BEAT_SECONDS)
         if self._status_file is not None:
             self._status_file.close()
             self._status_file = None
@@ -267,85 +313,94 @@ class Membership:
             self.at_close.pop()()
 
     def leave(self) -> None:
-        """Say that this worker goes on purpose."""
+        """Announce that this worker leaves on purpose."""
         self.board.close()
-        with contextlib.suppress(RuntimeError, TimeoutError):  # the store may be gone with its host
+        with contextlib.suppress(RuntimeError, TimeoutError):  # the store may be lost with its host
             call_with_limit(lambda: self._watch_store.set(f"beat/{self.rank}", CLOSED.decode()), LOST_SECONDS)
 
     # - Failures
 
     def _report(self, error: WorkerError) -> None:
+        """Write `error` to the store, unless another worker was first."""
         names = ("rank", "what", "where", "position", "detail", "hint", "alive")
         if self._is_cut_off:
             return
         report = json.dumps({name: getattr(error, name) for name in names})
         try:
             call_with_limit(lambda: self._store.compare_set("failure", "", report), LOST_SECONDS)
-        except TimeoutError:  # what is known here is told here
+        except TimeoutError:  # the report reaches no peer; raise it at least here
             self.failure = self.failure or error
         except RuntimeError:
             pass
 
     def _report_left(self, missed: list[Peer], tag: str) -> None:
-        """Those who are waited for, but have left."""
+        """Report and raise that a peer in `missed` has left without the call in which this worker waits."""
         if missed:
             peer = missed[0]
-            what = f"worker {peer.rank} has left (its program came to its end, or closed the engine)"
-            where = f"{peer.where}; the others wait in {tag}"
+            what = f"worker {peer.rank} has left the group (its program ended, or it closed its engine)"
+            where = f"{peer.where}; its peers wait in {tag}"
             self._report(WorkerError(what, rank=peer.rank, where=where, position=peer.position))
             raise self._await_failure()
 
     def _report_stalled(self, peer: Peer, tag: str) -> None:
+        """Report that a peer has stalled, with its Python stack, and kill it if its process is stopped."""
         stack, stopped = _stack_of(peer), _is_stopped(peer)
         error = WorkerError(
-            f"worker {peer.rank} has kept the others waiting for more than {self.stall_seconds:g} s"
+            f"worker {peer.rank} has stalled: its peers have waited for more than {self.stall_seconds:g} s"
             + (" (its process is stopped: SIGSTOP?)" if stopped else ""),
             rank=peer.rank,
-            where=f"{peer.where}; the others wait in {tag}",
+            where=f"{peer.where}; its peers wait in {tag}",
             position=peer.position,
             detail=None if stack is None else f"its stack (most recent call first):\n{stack}",
-            hint="see where it hangs; if it only takes long, raise strategy.stall_seconds",
+            hint="find out where it hangs; if it is only slow, increase strategy.stall_seconds",
         )
         error.alive = True
         self._report(error)
         if stopped and peer.pidfd is not None:
-            signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)  # it can't end by itself, and was just given up
+            # A stopped process cannot end by itself, and its peers have given it up.
+            signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)
 
     def _await_failure(self) -> WorkerError:
+        """Return the group's failure once the watching thread has read it: a peer's report may have been first."""
         deadline = time.monotonic() + 2.0
         while self.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        return self.failure or WorkerError("a worker failed, and the store with its story is gone")
+        return self.failure or WorkerError("a worker failed, and the store with its report is lost")
 
     # - The watching thread
 
     def _watch(self) -> None:
+        """Run the watching thread until `close`, or until the process is abandoned."""
         last_beat, failed_at = 0.0, 0.0
         while not self._stop.wait(PEER_POLL_SECONDS):
-            self._heard = now = time.monotonic()
+            self._store_answered = now = time.monotonic()
             if self.failure is None:
                 try:
-                    self._look()
+                    self._check_peers()
                     if not self.one_host and now - last_beat > BEAT_SECONDS:
                         self._beat(now)
                         last_beat = now
                 except (RuntimeError, OSError) as error:
-                    self.failure = self._store_gone(error)
+                    self.failure = self._store_lost(error)
                 failed_at = now
-            elif now - failed_at > GRACE_SECONDS and not self._noticed:
+            elif now - failed_at > GRACE_SECONDS and not self._raised:
                 self._abandon(self.failure)
                 return
 
-    def _store_gone(self, error: Exception) -> WorkerError:
-        """Who ended with the store. (Another one that was seen to end meanwhile may have ended because of that.)"""
-        keeper = None if self._store_is_launchers else self.peers.get(0)
-        if keeper is None:
-            what = "the store through which the workers find each other is gone (did the launcher end?)"
-            return WorkerError(what, detail=str(error))
-        what = "worker 0 ended, and with it the store through which the workers find each other"
-        return WorkerError(what, rank=0, where=keeper.where, position=keeper.position, detail=str(error))
+    def _store_lost(self, error: Exception) -> WorkerError:
+        """Return the failure to raise when the store's connection breaks.
 
-    def _look(self) -> None:
+        The process that has the store must have ended. Another worker that was seen to end in the meantime may have
+        ended because of that, so it is not reported.
+        """
+        owner = None if self._launcher_has_store else self.peers.get(0)
+        if owner is None:
+            return WorkerError("the workers' store is lost (did the launcher end?)", detail=str(error))
+        what = "worker 0 exited, and the workers' store with it"
+        return WorkerError(what, rank=0, where=owner.where, position=owner.position, detail=str(error))
+
+    def _check_peers(self) -> None:
+        """Read the failure from the store, and report peers on this host that have ended without leaving."""
         self._take_report()
         for peer in self.peers.values():
             if self.failure is None and peer.pidfd is not None and _has_ended(peer.pidfd):
@@ -353,13 +408,14 @@ class Membership:
                 os.close(peer.pidfd)
                 peer.pidfd = None
                 if not closed:
-                    time.sleep(0.05)  # what it left in the store may be on its way
+                    time.sleep(0.05)  # its own report may not have reached the store yet, and names the cause
                     self._take_report()
-                    what = f"worker {peer.rank} ended without a word (killed?)"
+                    what = f"worker {peer.rank} exited without an error report (killed?)"
                     self._report(WorkerError(what, rank=peer.rank, where=peer.where, position=peer.position))
                     self._take_report()
 
     def _take_report(self) -> None:
+        """Read the group's failure from the store, if there is one."""
         if self.failure is None and self._watch_store.check(["failure"]):
             report = json.loads(self._watch_store.get("failure").decode())
             alive, position = report.pop("alive"), Position(*report.pop("position"))
@@ -367,7 +423,8 @@ class Membership:
             self.failure.alive = alive
 
     def _beat(self, now: float) -> None:
-        self._beats += 1  # so that no two beats are the same
+        """Send a heartbeat, read those of peers on other hosts, and report peers whose heartbeats are missing."""
+        self._beats += 1  # makes every heartbeat different, so that a peer that makes no progress still counts as alive
         posted = ",".join(str(self.board.posted(channel)) for channel in range(CHANNELS)) + ",w" * self.board.waiting
         self._watch_store.set(f"beat/{self.rank}", f"{posted} {self._beats} {json.dumps(self.board.position)}")
         for peer in self.peers.values():
@@ -379,16 +436,17 @@ class Membership:
                 peer.beat, peer.beat_seen = beat, now
             elif now - peer.beat_seen > self._lost_seconds:
                 seconds = f"{self._lost_seconds:g} s"
-                what = f"worker {peer.rank} on another host, {peer.host}, has not been heard of for {seconds}"
-                hint = "see whether that host is down or cut off from the network, or the worker was killed there"
+                what = f"worker {peer.rank} on host {peer.host} has sent no heartbeat for {seconds}"
+                hint = "check whether that host is down or cut off from the network, or the worker was killed there"
                 self._report(WorkerError(what, rank=peer.rank, where=peer.where, position=peer.position, hint=hint))
 
 
 def _check_requested(requested: list[str]) -> None:
+    """Raise ConfigError unless all workers requested the same transport and device."""
     for rank, theirs in enumerate(requested):
         if theirs != requested[0]:
             raise ConfigError(
-                f"workers 0 and {rank} don't want the same group",
+                f"workers 0 and {rank} requested different transports",
                 expected=f"{requested[0]} (worker 0)",
                 got=f"{theirs} (worker {rank})",
                 hint="start all workers with the same program and strategy",
@@ -396,24 +454,29 @@ def _check_requested(requested: list[str]) -> None:
 
 
 def _host() -> str:
-    """This host, as told apart from others that may share its name (containers)."""
+    """Return an identifier of this host. The boot id distinguishes hosts with the same name."""
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return f"{socket.gethostname()}/{file.read(8)}"
     return socket.gethostname()
 
 
 def _has_ended(pidfd: int) -> bool:
-    poll = select.poll()  # not select: it can't look at descriptors from 1,024 on
+    """True if the process has ended."""
+    poll = select.poll()  # not select, which cannot handle descriptors from 1,024 on
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def _is_stopped(peer: Peer) -> bool:
+    """True if the peer is on this host and its process is stopped (by a signal or a debugger)."""
     return peer.pidfd is not None and process_state(peer.pid) in ("T", "t")
 
 
 def _stack_of(peer: Peer) -> str | None:
-    """The peer's Python stack, if it lives on this host and answers within a second: its main thread's."""
+    """Return the Python stack of the peer's main thread; None if it is on another host or does not answer in a second.
+
+    In tests a peer may be a thread of this process.
+    """
     if peer.pid == os.getpid():
         frame = sys._current_frames().get(peer.thread)
         return "".join(reversed(traceback.format_stack(frame))) if frame else None

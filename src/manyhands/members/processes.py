@@ -1,8 +1,8 @@
 """What one process can learn about another; calls with a time limit.
 
-A call that may never return, such as one to a store whose process is stopped, or whose host is cut off.
-
-What one process can learn of another on its host: whether it's stopped, and where its Python is.
+`call_with_limit` is for calls that may never return, such as a request to a store whose process is stopped or whose
+host is cut off. The other functions find out whether a process of this host is stopped, when it started, and where its
+Python code is.
 """
 
 from __future__ import annotations
@@ -18,55 +18,64 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 Answer = TypeVar("Answer")
 
 
 def call_with_limit(call: Callable[[], Answer], seconds: float, meanwhile: Callable[[], None] = lambda: None) -> Answer:
-    """What the call gives or raises. While it's awaited, `meanwhile` is called again and again, and may raise. Raises
-    TimeoutError if the call takes longer; then, too, it is left to itself, in a thread of its own."""
+    """Run `call` in a thread and return its result, or raise its exception.
+
+    meanwhile: called repeatedly while the call runs; may raise. Raises TimeoutError if the call takes longer than
+    `seconds`. After a timeout or an exception of `meanwhile` the thread continues, and its result is ignored.
+    """
     answer: concurrent.futures.Future[Answer] = concurrent.futures.Future()
 
-    def ask() -> None:
+    def run() -> None:
         try:
             answer.set_result(call())
         except BaseException as error:
             answer.set_exception(error)
 
     try:
-        threading.Thread(target=ask, name="manyhands-asks", daemon=True).start()
-    except RuntimeError:  # no thread is to be had: there are too many, or this process is ending
+        threading.Thread(target=run, name="manyhands-call", daemon=True).start()
+    except RuntimeError:  # no thread can be started: there are too many, or the interpreter is shutting down
         return call()
-    for _ in range(round(seconds / _LOOK_SECONDS)):  # counted: this process may have been stopped itself
-        if concurrent.futures.wait([answer], _LOOK_SECONDS).done:
+    # Count the polls instead of comparing clocks: if this process is stopped (Ctrl-Z) for longer than the limit, the
+    # call must still get its time after that.
+    for _ in range(round(seconds / _POLL_SECONDS)):
+        if concurrent.futures.wait([answer], _POLL_SECONDS).done:
             return answer.result()
         meanwhile()
     raise TimeoutError(f"no answer within {seconds:g} s")
 
 
 STACK_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 10
+"""Signal on which a worker dumps its Python stacks; a real-time signal that neither Python nor torch uses."""
 
 
 def process_state(pid: int) -> str:
-    """The kernel's letter for it (proc(5)): "T" is stopped; "" if there's no such process."""
+    """Return the kernel's state letter of a process (proc(5)): "T" is stopped; "" if there is no such process."""
     return _stat(pid)[0]
 
 
 def process_start(pid: int) -> str:
-    """When it began, in clock ticks since the host's start; "" if there's no such process."""
+    """Return when a process started, in clock ticks since boot; "" if there is no such process."""
     return _stat(pid)[19]
 
 
 def _stat(pid: int) -> list[str]:
-    """The kernel's words about it, after its name."""
+    """Return the fields of /proc/PID/stat that follow the process's name, which may itself contain spaces."""
     with suppress(OSError), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()
     return [""] * 20
 
 
 def stack_address() -> str:
-    """Where this process's Python stacks go when it's asked for them, also while it is inside a kernel: "pid:fd"."""
+    """Return where this process dumps its Python stacks on STACK_SIGNAL: "pid:fd" of a memfd.
+
+    The dump is written by faulthandler's signal handler, so it also works while the process is inside a kernel.
+    """
     return f"{os.getpid()}:{_stack_file()}"
 
 
@@ -78,7 +87,10 @@ def _stack_file() -> int:
 
 
 def ask_for_stack(address: str, pidfd: int) -> str | None:
-    """The Python stack of a process's main thread, if it answers within a second. address: its own `stack_address`."""
+    """Request the Python stack of a process's main thread; None if there is no answer within a second.
+
+    address: the `stack_address` of that process.
+    """
     with suppress(OSError):
         pid, fd = address.split(":")
         file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY)
@@ -88,7 +100,7 @@ def ask_for_stack(address: str, pidfd: int) -> str | None:
             for _ in range(20):
                 time.sleep(0.05)
                 dump = os.pread(file, 1 << 18, 0)
-                if dump and dump == before:  # it's whole
+                if dump and dump == before:  # unchanged since the last poll: complete
                     return _current_thread(dump.decode(errors="replace"))
                 before = dump
         finally:
@@ -97,6 +109,9 @@ def ask_for_stack(address: str, pidfd: int) -> str | None:
 
 
 def _current_thread(dump: str) -> str:
-    """Of faulthandler's dumps, one after another, the last part about the thread that took the signal: the main one."""
+    """Return the main thread's part of the last of several concatenated faulthandler dumps.
+
+    faulthandler calls the thread that received the signal, which is the main one, the current thread.
+    """
     part = dump.rpartition("Current thread ")[2]
     return part.partition("\n\n")[0].partition("\n")[2].partition("\nThread ")[0]

@@ -1,11 +1,11 @@
 """What a worker leaves for its parent: failure record and status file (no torch).
 
-What a worker without peers is doing, in a file for its parent, which watches it as peers would.
+A worker without peers writes what it is doing to a status file, which its launcher watches as peers would.
 
-What a failed worker leaves behind for its parent.
-A worker writes its error to the file that TORCHELASTIC_ERROR_FILE names (the elastic launcher's variable, so the same
-file also serves plain torchrun). The parent reads what all workers left (see root cause.py).
-Imports no torch: every worker loads it.
+A failed worker writes its error to the file that TORCHELASTIC_ERROR_FILE names: the elastic launcher's variable, so
+that this works under plain torchrun, too. The launcher reads the files of all workers (launching/failures.py).
+
+Imports no torch: every worker loads this module before it knows whether it needs torch.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from manyhands.errors import (
 from manyhands.members.processes import stack_address
 
 STATUS_FILE_VARIABLE = "MANYHANDS_STATUS_FILE"
-"""Set for workers whose parent watches them."""
+"""Names the status file of a worker whose launcher watches it."""
 
-_BYTES = 512
+_BYTES = 512  # of a status file: one short write, so that a reader never sees half of it
 
 
 class Status(NamedTuple):
-    """stack: where its Python stack is to be had; stall_seconds: how long a status may last."""
+    """Content of a status file. stack: the worker's `stack_address`; stall_seconds: how long one position may last."""
 
     position: Position
     stack: str
@@ -49,7 +49,7 @@ class Status(NamedTuple):
 
 
 class StatusFile:
-    """Written by the worker; `enter` costs a microsecond or two."""
+    """Status file of this worker. `record_position` takes one or two microseconds."""
 
     def __init__(self, path: str, stall_seconds: float) -> None:
         self._facts = [stack_address(), stall_seconds]
@@ -57,23 +57,23 @@ class StatusFile:
 
     @classmethod
     def for_parent(cls, stall_seconds: float) -> StatusFile | None:
-        """The one that this process's parent watches, if it does."""
+        """Open the status file that this process's launcher watches; None if it does not watch one."""
         path = os.environ.get(STATUS_FILE_VARIABLE)
         return None if path is None else cls(path, stall_seconds)
 
-    def enter(self, position: Position) -> None:
-        """Where the worker is from now on."""
-        text = json.dumps([position._replace(words=position.words[: _BYTES // 4]), *self._facts]).encode()
+    def record_position(self, position: Position) -> None:
+        """Record where the worker is from now on."""
+        text = json.dumps([position._replace(activity=position.activity[: _BYTES // 4]), *self._facts]).encode()
         os.pwrite(self._file, text[:_BYTES].ljust(_BYTES), 0)
 
     def close(self) -> None:
-        """The worker isn't to be watched any more."""
-        self.enter(Position())
+        """End the watch: an empty position is not timed."""
+        self.record_position(Position())
         os.close(self._file)
 
 
 def read_status(path: str | os.PathLike[str]) -> Status | None:
-    """What the worker said last; None if nothing."""
+    """Return the last status that a worker wrote; None if there is none that can be read."""
     try:
         with open(path, "rb") as file:
             position, stack, stall_seconds = json.loads(file.read(_BYTES))
@@ -84,21 +84,23 @@ def read_status(path: str | os.PathLike[str]) -> Status | None:
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
-PARENT_TELLS_VARIABLE = "MANYHANDS_PARENT_TELLS"
-"""Set for workers whose parent shows the error that matters: they needn't print theirs."""
+PARENT_REPORTS_VARIABLE = "MANYHANDS_PARENT_REPORTS"
+"""Set for workers whose launcher prints the root cause: they do not print their own errors."""
 
-_TELLING = (ConfigError, DataError, NumericsError, CheckpointError)
-"""Errors that are raised on all workers alike, or say themselves where: what a worker was doing adds nothing."""
+_SELF_EXPLANATORY = (ConfigError, DataError, NumericsError, CheckpointError)
+"""Errors that are raised on all workers, or that state their position: the worker's activity adds nothing."""
 
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """One worker's own account. `notice`: it merely noticed that a peer (`root cause`) raised, died or stalled;
-    `alive`:
-    the peer was alive then. `place`: where who is to blame was. `what` to `detail` are a ManyhandsError's own (see
-    errors)."""
+    """One worker's report of its failure.
+
+    notice: True if the worker only noticed that a peer (`root_cause`, a rank) raised, died or stalled, or was asked to
+    stop. alive: that peer was alive at that time. position: where the root cause was. `what` to `detail` are the fields
+    of a ManyhandsError. seconds: since the epoch.
+    """
 
     rank: int
     pid: int
@@ -118,10 +120,10 @@ class Failure:
     seconds: float = 0.0
 
     @classmethod
-    def of(
+    def from_error(
         cls, error: BaseException, *, rank: int, pid: int, where: str | None = None, position: Position = NO_POSITION
     ) -> Failure:
-        """A worker's account of `error`. where, place: what it was doing, if the error itself doesn't tell."""
+        """Return a worker's report of `error`. where, position: what the worker was doing, if the error lacks it."""
         root_cause = error.rank if isinstance(error, WorkerError) and error.rank >= 0 else None
         return cls(
             rank=rank,
@@ -136,39 +138,40 @@ class Failure:
             what=getattr(error, "what", None),
             expected=getattr(error, "expected", None),
             got=getattr(error, "got", None),
-            where=getattr(error, "where", None) or (None if isinstance(error, _TELLING) else where),
+            where=getattr(error, "where", None) or (None if isinstance(error, _SELF_EXPLANATORY) else where),
             hint=getattr(error, "hint", None),
-            detail=getattr(error, "detail", None) or _story_behind(error),
+            detail=getattr(error, "detail", None) or _cause_traceback(error),
             seconds=time.time(),
         )
 
     @property
     def is_secondhand(self) -> bool:
-        """Whether it merely noticed that something was gone, and knows of nobody who is to blame."""
+        """True if the worker only saw a broken connection and cannot name the root cause."""
         return self.kind == WorkerError.__name__ and self.root_cause is None
 
     @property
     def first_line(self) -> str:
-        """The message's."""
+        """First line of the message."""
         return self.message.partition("\n")[0]
 
     def error(self) -> ManyhandsError | None:
-        """The ManyhandsError that it tells of, made again; None for another kind."""
+        """Rebuild the ManyhandsError that was reported; None for errors of other kinds."""
         kind = getattr(errors, self.kind, None)
         if self.what is None or not (isinstance(kind, type) and issubclass(kind, ManyhandsError)):
             return None
-        made: ManyhandsError = kind(
+        rebuilt: ManyhandsError = kind(
             self.what, expected=self.expected, got=self.got, where=self.where, hint=self.hint, detail=self.detail
         )
-        return made
+        return rebuilt
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerEnd:
-    """How one worker ended: `exit_code` 0 is well, a negative one is minus the number of the signal that killed it.
+    """How one worker ended.
 
-    `seconds` (since the epoch): when the launcher saw it; `log_tail`: its last lines, if they went to a file; `place`:
-    where it was last, if it had no peers to tell.
+    exit_code: 0 is success; negative: minus the number of the signal that killed it. seconds: when the launcher saw the
+    end (since the epoch). log_tail: its last lines, if they went to a file. position: its last position, if it had no
+    peers that could report it.
     """
 
     rank: int
@@ -180,26 +183,26 @@ class WorkerEnd:
 
 
 def record_failure(error: BaseException, *, where: str | None = None, position: Position = NO_POSITION) -> None:
-    """Leave `error` for the parent. Called by a worker, once, before it ends; without a launcher it does nothing.
+    """Write `error` to the file that the launcher reads. Without a launcher it does nothing. Never raises.
 
-    where, place: what the worker was doing, if the error itself doesn't tell. A WorkerError that names another rank,
-    and being asked to stop, are only notices: not this worker's fault. The first record stays: what comes later is a
-    consequence. Never raises: a full disk must not hide the error itself.
+    where, position: what the worker was doing, if the error lacks it. A WorkerError that names another rank and a
+    request to stop are recorded as notices: this worker is not the root cause.
     """
+    # The first record stays, because later errors of this worker are consequences of the first. And an error here (a
+    # full disk, for example) must not hide the error itself.
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path or os.path.exists(path):
         return
     rank = int(os.environ.get("RANK", "-1"))
-    write_failure(Path(path), Failure.of(error, rank=rank, pid=os.getpid(), where=where, position=position))
+    write_failure(Path(path), Failure.from_error(error, rank=rank, pid=os.getpid(), where=where, position=position))
 
 
 def write_failure(path: Path, failure: Failure) -> None:
-    """Leave an account in a file, whole or not at all. Never raises."""
-    rounded_seconds = (
-        int(failure.seconds) + failure.notice
-    )  # torch blames the earliest: a cause is before what it causes
-    account = {
-        # The shape that torch's own launcher reads and prints.
+    """Write a report to a file, atomically. Never raises."""
+    # torch's launcher takes the earliest timestamp for the root cause, in full seconds: move notices behind it.
+    rounded_seconds = int(failure.seconds) + failure.notice
+    report = {
+        # The format that torch's launcher reads and prints.
         "message": {
             "message": f"{failure.kind}: {failure.message}",
             "extraInfo": {"py_callstack": failure.traceback, "timestamp": str(rounded_seconds)},
@@ -208,51 +211,58 @@ def write_failure(path: Path, failure: Failure) -> None:
     }
     with suppress(OSError):
         temporary = f"{path}.{os.getpid()}"
-        Path(temporary).write_text(json.dumps(account, default=str), encoding="utf-8")
-        os.replace(temporary, path)  # the launcher reads it only whole
+        Path(temporary).write_text(json.dumps(report, default=str), encoding="utf-8")
+        os.replace(temporary, path)  # atomic: the launcher may read at any moment
 
 
 def forget_failure() -> None:
-    """What this worker recorded before, it has survived."""
+    """Delete the report of an earlier failure that this worker has survived."""
     path = os.environ.get(ERROR_FILE_VARIABLE)
-    if path and os.environ.get(PARENT_TELLS_VARIABLE):  # torch's own file is left alone
+    if path and os.environ.get(PARENT_REPORTS_VARIABLE):  # under plain torchrun the file belongs to torch
         Path(path).unlink(missing_ok=True)
 
 
 def traceback_of(error: BaseException) -> str:
-    """Its traceback from where the user's code was called on: without our own frames above, unless the bug is ours.
-    Of a WorkerError only the message: what matters happened elsewhere."""
+    """Return the traceback of an error as text, starting at the user's code.
+
+    Manyhands's frames above the user's are removed, except for an InvariantError (a bug of ours). Of a WorkerError only
+    the message is returned: its cause is in another process.
+    """
     if isinstance(error, WorkerError):
         return "".join(traceback.format_exception_only(error)).rstrip()
-    story = traceback.TracebackException.from_exception(error)
+    parsed = traceback.TracebackException.from_exception(error)
     if not isinstance(error, InvariantError):
-        _cut_above_user(story)
-    return "".join(story.format()).rstrip()
+        _remove_frames_above_user(parsed)
+    return "".join(parsed.format()).rstrip()
 
 
-def _story_behind(error: BaseException) -> str | None:
-    """The user's code that made us raise `error`. (What is behind a WorkerError happened in another worker.)"""
+def _cause_traceback(error: BaseException) -> str | None:
+    """Return the traceback of the user's exception that caused `error`; None without one.
+
+    None for a WorkerError, too: its cause is in another worker.
+    """
     return None if error.__cause__ is None or isinstance(error, WorkerError) else traceback_of(error.__cause__)
 
 
-def _cut_above_user(story: traceback.TracebackException) -> None:
-    ours = [index for index, frame in enumerate(story.stack) if frame.filename.startswith((_PACKAGE, "<frozen"))]
-    if ours and ours[-1] + 1 < len(story.stack):
-        story.stack = traceback.StackSummary.from_list(list(story.stack)[ours[-1] + 1 :])
-    for other in (story.__cause__, story.__context__):
+def _remove_frames_above_user(parsed: traceback.TracebackException) -> None:
+    """Drop all frames up to the last one of Manyhands, in place, unless no frame would be left."""
+    ours = [index for index, frame in enumerate(parsed.stack) if frame.filename.startswith((_PACKAGE, "<frozen"))]
+    if ours and ours[-1] + 1 < len(parsed.stack):
+        parsed.stack = traceback.StackSummary.from_list(list(parsed.stack)[ours[-1] + 1 :])
+    for other in (parsed.__cause__, parsed.__context__):
         if other is not None:
-            _cut_above_user(other)
+            _remove_frames_above_user(other)
 
 
 def read_failure(path: Path, rank: int) -> Failure | None:
-    """What worker `rank` left in `path`, by record_failure or by torch's `record`; None: nothing that can be read."""
+    """Read the report that worker `rank` wrote with record_failure or torch's `record`; None if it can't be read."""
     try:
-        account = json.loads(path.read_text(encoding="utf-8"))
-        if "manyhands" in account:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if "manyhands" in report:
             known = {field.name for field in fields(Failure)}
-            told = {name: value for name, value in account["manyhands"].items() if name in known}
-            return Failure(**{**told, "position": Position(*told.get("position", ()))})
-        message = account["message"]
+            values = {name: value for name, value in report["manyhands"].items() if name in known}
+            return Failure(**{**values, "position": Position(*values.get("position", ()))})
+        message = report["message"]
         if isinstance(message, str):
             message = {"message": message}
         extra = message.get("extraInfo", {})

@@ -1,9 +1,8 @@
 """Checks a model once, and checks later that only updates change its parameters.
 
-What a model may bring: its parameters are looked at once, when it was built, and what can't be kept is refused.
-
-What training relies on while it goes on: the model's parameters are those that were laid out, and only updates
-change them. Whatever else a model does to them would train it wrongly without a word, so it is refused by name.
+`admit` checks the parameters and buffers of a model after it is built, and refuses what can't be moved into flat
+buffers. `ParamGuard` checks during training that the parameters are still those that were laid out, and that only
+updates change them. Anything else would silently train the model wrongly, so it is refused by name.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from manyhands.errors import ConfigError
 
 
 def admit(model: nn.Module) -> None:
-    """That the model's parameters can be moved into flat buffers without anyone noticing. Raises ConfigError.
+    """Check that the model's parameters can be moved into flat buffers. Raises ConfigError.
 
-    Trainable ones are fp32, on the CPU, and each has its memory for itself: once they are moved, whatever else was a
-    view of that memory would keep the initial weights for ever. Frozen ones and buffers may be of any dtype.
+    Trainable parameters must be fp32, on the CPU, and must not share memory: after a parameter has moved, another view
+    of its old memory would keep the initial weights forever. Frozen parameters and buffers may have any dtype.
     """
     for name, param in model.named_parameters():
         _admit_param(name, param)
@@ -35,7 +34,7 @@ def admit(model: nn.Module) -> None:
     if not any(param.requires_grad for param in model.parameters()):
         raise ConfigError(
             "the model has no trainable parameter",
-            hint="if it makes them when it is first called, call it (or its build method) once before returning it",
+            hint="if the model creates them in its first call, call it (or its build method) once before returning it",
         )
     _refuse_shared_memory(model)
 
@@ -47,7 +46,7 @@ def _admit_param(name: str, param: nn.Parameter) -> None:
     if wrapped or param.layout != torch.strided:
         raise ConfigError(
             f"parameter {name!r} is not a plain tensor",
-            expected="a dense nn.Parameter (subclasses are fine) with a storage of its own",
+            expected="a dense nn.Parameter (subclasses are fine) with its own storage",
             got=type(param).__name__ if wrapped else str(param.layout),
         )
     if param.device.type != "cpu" or (param.requires_grad and param.dtype != torch.float32):
@@ -55,7 +54,7 @@ def _admit_param(name: str, param: nn.Parameter) -> None:
             f"parameter {name!r} is not built in fp32 on the CPU",
             expected="torch.float32 on cpu (frozen parameters: any dtype)",
             got=_described(param),
-            hint="leave dtype and device to the recipe's precision and device: model.float() before returning it",
+            hint="the recipe's precision and device decide both: call model.float() before returning it",
         )
     if _span(param) < param.numel():
         raise ConfigError(
@@ -67,25 +66,26 @@ def _admit_param(name: str, param: nn.Parameter) -> None:
 
 def _refuse_shared_memory(model: nn.Module) -> None:
     trainable = {id(param) for param in model.parameters() if param.requires_grad}
-    places = sorted(
+    spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + _span(tensor) * tensor.itemsize, name, tensor)
         for name, tensor in _tensors_of(model).items()
         if tensor.numel()
     )
-    reached = places[:1]
-    for before, place in pairwise(places):
-        reached = [max(reached[0], before, key=lambda other: other[1])]
-        if place[0] < reached[0][1] and {id(place[3]), id(reached[0][3])} & trainable:
-            first, second = sorted((reached[0], place), key=lambda other: id(other[3]) not in trainable)
+    # Sorted by start, so a tensor overlaps an earlier one if it starts before the furthest end so far.
+    furthest = spans[:1]
+    for before, span in pairwise(spans):
+        furthest = [max(furthest[0], before, key=lambda other: other[1])]
+        if span[0] < furthest[0][1] and {id(span[3]), id(furthest[0][3])} & trainable:
+            first, second = sorted((furthest[0], span), key=lambda other: id(other[3]) not in trainable)
             raise ConfigError(
                 f"parameter {first[2]!r} and {second[2]!r} share memory",
-                got="two tensors, which would go their own ways when the parameter is moved",
-                hint="use the one parameter under both names (self.b = self.a), or make the view in forward",
+                got="two tensors that share storage; moving the parameter would separate them",
+                hint="use one parameter under both names (self.b = self.a), or create the view in forward",
             )
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """By the first name each has: parameters, buffers, and plain attributes, also in lists, tuples and dicts."""
+    """Parameters, buffers, and tensors in plain attributes, lists, tuples and dicts, each under its first name."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         found.setdefault(id(tensor), (name, tensor))
@@ -106,7 +106,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _span(tensor: Tensor) -> int:
-    """Elements between its first and its last, both included: less than it has, if some are one and the same."""
+    """The number of elements of storage from the first to the last element. Less than numel if elements overlap."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
@@ -114,29 +114,30 @@ def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype} on {tensor.device}" + ("" if tensor.layout == torch.strided else f", {tensor.layout}")
 
 
-_HINT = "make all parameters in recipe.model, before it returns: run the model once there, if it makes some in forward"
+_HINT = "create all parameters in recipe.model, before it returns; if forward creates some, run the model once there"
 
 
 class ParamHolder(Protocol):
-    """Where some parameters lie."""
+    """Holds the data of some parameters: a unit."""
 
     def not_bound(self) -> list[str]:
-        """Those that somebody else gave other data."""
+        """The names of its parameters whose data something else replaced."""
 
 
 class ParamGuard:
-    """Of a model whose parameters have found their place.
+    """Checks that only updates change a model's parameters, after they have been laid out.
 
-    changeable: names of frozen parameters that may change, being looked after like buffers. places: of all trainable
-    parameters, and of some that are frozen.
+    changeable: names of frozen parameters that may change, because they are managed like buffers. holders: hold all
+    trainable parameters, and some frozen ones.
     """
 
-    def __init__(self, model: nn.Module, changeable: Container[str], places: Sequence[ParamHolder]) -> None:
-        self._model, self._places = model, places
+    def __init__(self, model: nn.Module, changeable: Container[str], holders: Sequence[ParamHolder]) -> None:
+        self._model, self._holders = model, holders
         self._known = dict(model.named_parameters())
         self._trainable = {name for name, param in self._known.items() if param.requires_grad}
         self._versions = {name: param._version for name, param in self._known.items() if name not in changeable}
-        self._still = {  # where frozen ones are: between two rounds always there, also if they're gathered
+        # Addresses of frozen parameters. Between two rounds they are valid even for units that are unsharded on demand.
+        self._frozen_addresses = {
             name: param.data_ptr()
             for name, param in self._known.items()
             if not param.requires_grad and name not in changeable
@@ -144,61 +145,62 @@ class ParamGuard:
         self._graph_is_known = False
 
     def before_step(self) -> None:
-        """Raises ConfigError for a gradient that would be added to the step's."""
+        """Check that no parameter has a gradient, which would be added to the step's. Raises ConfigError."""
         for name, param in self._known.items():
             if param.grad is not None:
                 raise ConfigError(
                     f"parameter {name!r} has a gradient already before the step",
-                    hint="set its .grad to None after a backward of your own",
+                    hint="set its .grad to None after your own backward",
                 )
 
     def before_backward(self, loss: Tensor) -> None:
-        """Raises ConfigError if a parameter gets a gradient that the model doesn't have. Looks once."""
+        """Check, once, that backward reaches only parameters of the model. Raises ConfigError."""
         if self._graph_is_known:
             return
         self._graph_is_known = True
         mine = {id(param) for param in self._known.values()}
         for leaf in _leaves(loss):
             if isinstance(leaf, nn.Parameter) and id(leaf) not in mine:
-                self.after_backward()  # which knows its name, if it's in the model by now
+                self.after_backward()  # its error names the parameter, if the model has it now
                 raise ConfigError(
                     "the loss depends on a trainable parameter that the model doesn't have: it would never be updated",
                     got=f"one of shape {tuple(leaf.shape)}",
-                    hint="make its module part of the model (nn.ModuleList instead of a list, say), or freeze it",
+                    hint="make its module a part of the model (use nn.ModuleList instead of a list), or freeze it",
                 )
 
     def after_backward(self) -> None:
-        """After a step's last micro-batch, before anything is updated. Raises ConfigError."""
+        """Check all parameters, after the last micro-batch of a step and before the update. Raises ConfigError."""
         now = dict(self._model.named_parameters())
         for name, param in now.items():
             if name not in self._known:
-                raise ConfigError(f"parameter {name!r} came after the engine was made", hint=_HINT)
+                raise ConfigError(f"parameter {name!r} was added after the engine was created", hint=_HINT)
             if param.requires_grad and name not in self._trainable:
                 raise ConfigError(
-                    f"parameter {name!r} was frozen when the engine was made, and is trainable now",
-                    hint="leave it trainable in recipe.model; freezing it for some steps is fine",
+                    f"parameter {name!r} was frozen when the engine was created, and is trainable now",
+                    hint="make it trainable in recipe.model; freezing it for some steps is allowed",
                 )
         for name, param in self._known.items():
             if now.get(name) is not param:
-                what = f"parameter {name!r} was replaced or removed after the engine was made"
+                what = f"parameter {name!r} was replaced or removed after the engine was created"
                 raise ConfigError(what, hint=f"write to it in recipe.model only; {_HINT}")
-        elsewhere = (name for name, place in self._still.items() if self._known[name].data_ptr() != place)
-        for name in chain(*(place.not_bound() for place in self._places), elsewhere):
+        addresses = self._frozen_addresses.items()
+        moved = (name for name, address in addresses if self._known[name].data_ptr() != address)
+        for name in chain(*(holder.not_bound() for holder in self._holders), moved):
             raise ConfigError(
-                f"parameter {name!r} was given other data after the engine was made",
-                hint="leave dtype and device to the recipe: no .to(), .half() or param.data = ... afterwards",
+                f"parameter {name!r} was given other data after the engine was created",
+                hint="the recipe decides dtype and device: do not call .to(), .half() or assign param.data",
             )
         for name, version in self._versions.items():
             if self._known[name]._version != version:
                 raise ConfigError(
                     f"parameter {name!r} was changed in place, and not by the optimizer",
-                    hint="load weights in recipe.model; a tensor that forward changes is a buffer;"
-                    " Embedding(max_norm=...) and clamping weights after a step aren't possible",
+                    hint="load weights in recipe.model; make a tensor that forward changes a buffer;"
+                    " Embedding(max_norm=...) and clamping weights after a step are not supported",
                 )
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors that backward would give gradients to."""
+    """The leaf tensors that a backward from `loss` would reach."""
     found, seen, todo = [], set(), [loss.grad_fn]
     while todo:
         node = todo.pop()

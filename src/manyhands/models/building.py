@@ -1,11 +1,9 @@
 """Builds the model with its initial weights, in files if it does not fit in memory.
 
-Build a model that doesn't fit: what its constructor makes lies in files from the start, or is never written.
-The constructor runs as it is, so the initial weights have the bits that they have in memory; the kernel keeps as much
-of them in memory as there is room for. Where all weights come from elsewhere they needn't be initialised: memory that
-nobody writes to takes none.
+With offload = "disk", the large tensors that the constructor creates lie in files from the start. The constructor runs
+unchanged, so the initial weights have the same bits as in memory. The kernel caches as much of them as fits.
 
-Builds a recipe's model with its initial weights; without them, where files have them.
+If weight files supply the values, large parameters are not initialised: memory that is never written takes no space.
 """
 
 from __future__ import annotations
@@ -28,30 +26,30 @@ from manyhands.numerics.seeds import preserved_generators, seed_generators
 from manyhands.offload.allocator import Allocator
 
 LARGE_BYTES = 1 << 18
-"""Smaller tensors stay where they are: mapping one costs pages of its own."""
+"""Smaller tensors stay in memory: a mapped tensor takes at least a page."""
 
 UNWRITTEN_BYTES = 1 << 22
-"""Smaller parameters are initialised also if their values will come from elsewhere: not all of them may (adapters)."""
+"""Smaller parameters are always initialised, because weight files may lack them (adapters)."""
 
 RECENT = 2
-"""So many of the last ones stay in memory: modules fill a tensor soon after they made it."""
+"""The number of recent tensors that stay in memory: modules fill a tensor soon after they created it."""
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
 class BuiltAt(TorchFunctionMode):
-    """`with BuiltAt(home):` large tensors that torch's factories make on the CPU are buffers of `home`."""
+    """`with BuiltAt(allocator):` torch's factories create large CPU tensors as buffers of `allocator`."""
 
     def __init__(self, allocator: Allocator) -> None:
         super().__init__()
         self._allocator = allocator
-        self._recent: deque[Tensor] = deque()  # what the constructor may still be filling
+        self._recent: deque[Tensor] = deque()  # the constructor may still be filling these
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.clone:  # what copy.deepcopy makes a parameter with: layers may be copies of one
+        if func is Tensor.clone:  # copy.deepcopy clones parameters: layers may be copies of one layer
             return self._copy(*args, **kwargs)
         plain = "out" not in kwargs and "memory_format" not in kwargs and kwargs.get("layout") in (None, torch.strided)
         if func not in _FACTORIES or not plain:
@@ -61,43 +59,43 @@ class BuiltAt(TorchFunctionMode):
         device = torch.device(kwargs.get("device") or torch.get_default_device())
         if device.type != "cpu" or math.prod(size) * dtype.itemsize < LARGE_BYTES:
             return func(*args, **kwargs)
-        place = self._place(tuple(size), dtype)
+        buffer = self._allocate(tuple(size), dtype)
         if func is not torch.empty:
-            drawn_from = {key: value for key, value in kwargs.items() if key == "generator"}
-            func(size, out=place, **drawn_from)
-        return place.requires_grad_() if kwargs.get("requires_grad") else place
+            generator = {key: value for key, value in kwargs.items() if key == "generator"}
+            func(size, out=buffer, **generator)
+        return buffer.requires_grad_() if kwargs.get("requires_grad") else buffer
 
     def _copy(self, tensor: Tensor, **kwargs: Any) -> Tensor:
         large = tensor.device.type == "cpu" and tensor.nbytes >= LARGE_BYTES
         if not large or not tensor.is_contiguous() or tensor.requires_grad:
             return tensor.clone(**kwargs)
-        return self._place(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+        return self._allocate(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
-    def _place(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _allocate(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         while len(self._recent) >= RECENT:
             self._allocator.evict(self._recent.popleft())
-        place = self._allocator.empty(math.prod(size), dtype).view(size)
-        self._recent.append(place.detach())
-        return place
+        buffer = self._allocator.empty(math.prod(size), dtype).view(size)
+        self._recent.append(buffer.detach())
+        return buffer
 
 
 _WRITES = frozenset(name for name in dir(nn.init) if name.endswith("_") and name[0] != "_") | frozenset(
     ("add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "mul_", "normal_", "sub_", "uniform_", "zero_")
 )
-"""Functions that initialise (libraries put others of the same names in their place), and the tensors' methods that they
-are made of; others are left to write."""
+"""Names of functions that initialise (libraries replace them by others of the same names), and of the tensor methods
+that they call. Other functions may write."""
 
 
 class Unwritten(TorchFunctionMode):
-    """`with Unwritten():` large parameters aren't initialised, since their values will come from elsewhere.
+    """`with Unwritten():` large parameters are not initialised, because weight files supply their values.
 
-    Everything else is as it would be: shapes, types, other tensors, small parameters; though these are drawn from
-    generators that nothing was drawn from for the large ones.
+    Shapes, types, other tensors and small parameters are the same as without it. Small parameters have other random
+    values, though, because the generators skip the large ones.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._data: list[Tensor] = []  # what `.data` gave of large parameters
+        self._data: list[Tensor] = []  # results of `.data` on large parameters
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -114,7 +112,7 @@ class Unwritten(TorchFunctionMode):
 
 
 def is_unwritten(target: object) -> bool:
-    """Whether it's a parameter of the size that `Unwritten` leaves as it is."""
+    """True for a parameter that `Unwritten` does not initialise."""
     return isinstance(target, nn.Parameter) and target.nbytes >= UNWRITTEN_BYTES
 
 
@@ -122,18 +120,18 @@ _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def evict_model(tensors: Iterable[Tensor], allocator: Allocator) -> None:
-    """None of those that are at `home` is wanted for a while."""
+    """Let `allocator` evict those of `tensors` that are its buffers."""
     for tensor in tensors:
         if allocator.owns(tensor):
             allocator.evict(tensor)
 
 
 def build_model(recipe: Recipe, allocator: Allocator) -> tuple[nn.Module, frozenset[str]]:
-    """The recipe's model with its initial weights, a function of the recipe and its seed alone; and the names of the
-    parameters whose values are still to come, from the recipe's files. Raises ConfigError.
+    """Build the recipe's model with its initial weights. Return it with the names of pending parameters, whose values
+    the recipe's weight files will supply. Raises ConfigError.
 
-    home: of what is built, until it's laid out; if it's apart, the whole model is never in memory. Nor are large
-    parameters whose values are to come.
+    The weights are a function of the recipe and its seed alone. allocator: holds what is built until it is laid out. If
+    it is on disk, the full model is never in memory, and neither are large pending parameters.
     """
     weights = recipe.initial_weights
     if weights is None:
@@ -143,11 +141,13 @@ def build_model(recipe: Recipe, allocator: Allocator) -> tuple[nn.Module, frozen
     names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
-    kept = {param for param in names if weights.may_lack(names[param])}
-    awaited = frozenset(names[param][0] for param in names.keys() - kept)
-    if any(map(is_unwritten, kept)):  # it has the value that it would have without files: all is drawn before it
+    initialised = {param for param in names if weights.may_lack(names[param])}
+    pending = frozenset(names[param][0] for param in names.keys() - initialised)
+    if any(map(is_unwritten, initialised)):
+        # A large parameter keeps its initial value. That depends on all random numbers drawn before it, so everything
+        # is initialised.
         model = _build(recipe, allocator)
-    return model, awaited
+    return model, pending
 
 
 def _build(recipe: Recipe, allocator: Allocator) -> nn.Module:

@@ -1,19 +1,17 @@
 """torch.compile for repeated blocks, deterministic; otherwise the compiler is not imported.
 
-torch.compile for a model's repeated blocks, so that every worker computes with the same code.
-By default what is compiled depends on what the process has seen before (the second shape of an input makes code for any
-shape), on how long candidates took on the day, and on limits after which modules silently run as they were written. A
-worker that sees other micro-batches would then have other bits. So here every shape and number gets code of its own,
-nothing is measured, and too many compilations are an error.
+Compiled code must be the same in every worker. By default it depends on the shapes that the process has seen before
+(the second shape of an input makes the code generic), on measured times of candidates, and on limits beyond which
+modules silently run uncompiled. A worker that sees other micro-batches would then have other bits. So here every shape
+and number gets its own code, nothing is measured, and too many compilations are an error.
 
-Forwards alone are compiled, and only while a step is computed: hooks stay outside of the code, and evaluation and
-samples, whose shapes change with every call, run as they are written.
+Only forwards are compiled, and only inside a step. Hooks stay outside of compiled code. Evaluation and samples, whose
+shapes change with every call, run uncompiled.
 
-torch's compiler isn't loaded by those who compile nothing.
-torch's optimizers load it (torch._dynamo) when they are made, only to tell it that they are not to be compiled: 150 MiB
-and one to two seconds of every worker. In its place stands a module that can do nothing but be told that. Whatever else
-is wanted of it (by torch.compile, or by activation checkpointing, which reads its settings) loads the compiler, and
-it's as if the stand-in had never been.
+Without `compile`, torch's compiler (torch._dynamo) is not imported. torch's optimizers import it only to mark
+themselves as not compiled, which costs every worker 150 MiB and one to two seconds. A stand-in module accepts these
+marks. Any other use (torch.compile, or activation checkpointing, which reads its settings) imports the compiler, and
+the stand-in disappears without a trace.
 """
 
 from __future__ import annotations
@@ -38,20 +36,20 @@ from torch import nn
 
 from manyhands.errors import ConfigError
 
-MOST_COMPILATIONS = 1024
-"""Of one forward, whatever the number of modules that it's the forward of."""
+MAX_COMPILATIONS = 1024
+"""Compilations of one forward, for all modules that share it."""
 
 _TRACING = {  # torch._dynamo.config
     "automatic_dynamic_shapes": False,
-    "automatic_dynamic_local_pgo": False,  # shapes that earlier runs have seen
+    "automatic_dynamic_local_pgo": False,  # would use the shapes of earlier runs
     "automatic_dynamic_remote_pgo": False,
     "assume_static_by_default": True,
     "specialize_int": True,
     "specialize_float": True,
     "enable_compiler_collectives": False,
-    "recompile_limit": MOST_COMPILATIONS,
-    "accumulated_recompile_limit": MOST_COMPILATIONS,
-    "fail_on_recompile_limit_hit": True,  # else it goes on with what isn't compiled
+    "recompile_limit": MAX_COMPILATIONS,
+    "accumulated_recompile_limit": MAX_COMPILATIONS,
+    "fail_on_recompile_limit_hit": True,  # otherwise it would continue uncompiled
     "suppress_errors": False,
     "disable": False,
 }
@@ -67,16 +65,16 @@ _CODE = {  # torch._inductor.config
     "benchmark_epilogue_fusion": False,
     "freezing": False,
     "fallback_random": False,
-    "compile_threads": 1,  # no helper processes, which would outlive a worker that is killed
+    "compile_threads": 1,  # helper processes would outlive a killed worker
 }
 
 
 class CompiledModules:
-    """The modules of a model whose forwards are compiled while a step is computed.
+    """The modules of a model whose forwards are compiled, and run compiled inside a step.
 
-    candidates: names of modules, such as the children of containers; None: nothing is to be compiled. Instead of a
-    container without a forward its children are taken. torch's own layers aren't, where they stand alone: each is one
-    kernel already. names: of those that are compiled. Raises ConfigError, also if there are none.
+    candidates: names of modules, such as the children of containers; None: compile nothing. A container without a
+    forward is replaced by its children. Single torch layers are not compiled, because each is one kernel already.
+    Raises ConfigError; also if there is nothing to compile.
     """
 
     def __init__(self, model: nn.Module, candidates: Sequence[str] | None) -> None:
@@ -89,7 +87,7 @@ class CompiledModules:
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
             raise ConfigError("recipe.compile is on, but TORCHDYNAMO_DISABLE=1 is set", hint="unset it")
         for name, module in _worth_compiling(model, candidates):
-            if module not in self._modules.values():  # it may be in two containers
+            if module not in self._modules.values():  # a module may be in two containers
                 self._modules[name] = module
         if not self._modules:
             raise ConfigError(
@@ -105,11 +103,11 @@ class CompiledModules:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the compiled modules."""
+        """The names of the compiled modules."""
         return tuple(self._modules)
 
     def undo(self) -> None:
-        """The modules have their own forwards again."""
+        """Restore the modules' own forwards."""
         for name, module in self._modules.items():
             module.__dict__.pop("forward", None)
             if self._own[name] is not None:
@@ -117,8 +115,8 @@ class CompiledModules:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """While forward and backward of a micro-batch go on."""
-        if not self._modules:  # nothing of the compiler is even imported
+        """Run compiled forwards in this block: forward and backward of a micro-batch."""
+        if not self._modules:  # do not import the compiler
             yield
             return
         with _settings():
@@ -129,32 +127,32 @@ class CompiledModules:
                 self._computing = False
 
     def around(self, names: Sequence[str]) -> tuple[str, ...]:
-        """For each module the compiled one that it is inside of, if it is: its hooks can't be inside, too."""
+        """Replace each module inside a compiled module by that one: hooks must stay outside of compiled code."""
         return tuple(dict.fromkeys(self._outer(name) or name for name in names))
 
     def refuse_inside(self, patterns: Sequence[str], what: str) -> None:
-        """Raises ConfigError for a pattern that means a part of a compiled module, if none means it as a whole."""
+        """Raise ConfigError if a pattern matches a part of a compiled module, and none matches the full module."""
 
-        def meant(name: str) -> bool:
+        def matches(name: str) -> bool:
             return any(fnmatchcase(name, pattern) for pattern in patterns)
 
         for name, module in self._modules.items():
-            if any(map(meant, accumulate(name.split("."), "{}.{}".format))):
+            if any(map(matches, accumulate(name.split("."), "{}.{}".format))):
                 continue
             for part, _ in module.named_modules(prefix=name):
-                if meant(part):
+                if matches(part):
                     raise ConfigError(
-                        f"{what} names a module inside of one that is compiled", got=repr(part), hint=f"name {name!r}"
+                        f"{what} names a module inside a compiled module", got=repr(part), hint=f"name {name!r}"
                     )
 
     def outside(self, function: Callable[[], None]) -> Callable[[], None]:
-        """The function, which may only be called outside of compiled code. What it returns raises ConfigError."""
+        """Wrap `function` so that a call from compiled code raises ConfigError."""
 
         def checked() -> None:
             if self._inside:
                 raise ConfigError(
-                    "a compiled module uses a module that isn't part of it, and whose parameters are sharded",
-                    expected="modules that use their own submodules only",
+                    "a compiled module uses a module outside of it, whose parameters are sharded",
+                    expected="modules that use only their own submodules",
                     hint="use sharding zero2, or compile = false",
                 )
             function()
@@ -172,18 +170,19 @@ class CompiledModules:
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise ConfigError(
-                f"a forward was compiled {MOST_COMPILATIONS} times, and is wanted for one more shape or number",
-                hint="pad batches to a few lengths, and keep counters of steps out of forward; or compile = false",
+                f"a forward was compiled {MAX_COMPILATIONS} times, and is needed for one more shape or number",
+                hint="pad batches to a few lengths, and do not use step counters in forward; or set compile = false",
             ) from error
         finally:
             self._inside -= 1
 
 
-def compiler_identity(wanted: bool) -> dict[str, str]:
-    """What decides the bits of compiled code: the compiler, the vector instructions it uses, and its settings; nothing,
-    if it isn't wanted. Raises ConfigError if there is no compiler.
+def compiler_identity(compiles: bool) -> dict[str, str]:
+    """What decides the bits of compiled code: the compiler, its vector instructions and its settings.
+
+    Empty if not `compiles`. Raises ConfigError if there is no working compiler.
     """
-    if not wanted:
+    if not compiles:
         return {}
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -193,10 +192,10 @@ def compiler_identity(wanted: bool) -> dict[str, str]:
         version = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     except (InvalidCxxCompiler, OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(
-            "recipe.compile wants a C++ compiler, and there is none that works",
+            "recipe.compile needs a C++ compiler, and there is none that works",
             expected="g++, or the one that the environment variable CXX names",
             got=str(error).partition("\n")[0],
-            hint="install one (apt install g++), or use compile = false",
+            hint="install one (apt install g++), or set compile = false",
         ) from None
     return {
         "compiler": version.partition("\n")[0],
@@ -224,7 +223,7 @@ def _settings() -> Iterator[None]:
 
 
 def _hash_of_settings() -> str:
-    """Of all that the environment and programs may have set, as it is while a step is computed."""
+    """A hash of all compiler settings inside a step, including those from the environment."""
     import torch._functorch.config
 
     with _settings():
@@ -235,11 +234,12 @@ def _hash_of_settings() -> str:
 
 COMPILER = "torch._dynamo"
 
-_TOLD = "__dynamo_disable"  # where torch._compile remembers what the compiler made of a function
+_DISABLED = "__dynamo_disable"
+"""The attribute in which torch._compile caches the disabled version of a function."""
 
 
 def avoid_compiler_import() -> None:
-    """Until somebody wants to compile, in this process. Does nothing if it's loaded already."""
+    """Install the stand-in for the compiler. Does nothing if the compiler is loaded already."""
     if COMPILER not in sys.modules:
         stand_in = _StandIn()
         sys.modules[COMPILER] = stand_in
@@ -247,7 +247,7 @@ def avoid_compiler_import() -> None:
 
 
 class _StandIn(ModuleType):
-    """What torch calls of its compiler where nothing is compiled; any other name is the compiler's own."""
+    """The functions of the compiler that torch calls without compiling. Any other name imports the compiler."""
 
     def __init__(self) -> None:
         super().__init__(COMPILER, "Stands in for the compiler.")
@@ -258,40 +258,40 @@ class _StandIn(ModuleType):
         self.trace_rules = _TraceRules(self)
 
     def graph_break(self, msg: str = "") -> None:
-        """Code before and after it is compiled apart: it isn't compiled."""
+        """Do nothing: there is no compiled code to split."""
 
     def disable(self, fn: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The function, which is never to be compiled."""
+        """Return the function, and remember that it must not be compiled."""
         if str(getattr(fn, "__module__", "")).partition(".")[0] not in ("torch", "manyhands"):
             return self._compiler().disable(fn, *args, **kwargs)
         self._functions.append(fn)
         return fn
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # what modules are asked for by who looks at all of them
+        if name.startswith("__") and name != "__path__":  # inspection of all modules must not import the compiler
             raise AttributeError(name)
         return getattr(self._compiler(), name)
 
     def _compiler(self) -> Any:
-        """The real one, from now on."""
+        """Import the compiler, which replaces the stand-in."""
         with self._lock:
             if sys.modules.get(COMPILER) is self:
                 del sys.modules[COMPILER], torch._dynamo
-                for function in self._functions:  # which it knows nothing of
-                    if getattr(function, _TOLD, None) is function:
-                        delattr(function, _TOLD)
+                for function in self._functions:  # the compiler has not seen these
+                    if getattr(function, _DISABLED, None) is function:
+                        delattr(function, _DISABLED)
                 importlib.import_module(COMPILER)
         return sys.modules[COMPILER]
 
 
 class _TraceRules:
-    """torch._dynamo.trace_rules, of which torch.distributed clears the caches whenever it begins."""
+    """Stands in for torch._dynamo.trace_rules, whose caches torch.distributed clears whenever it starts."""
 
     def __init__(self, compiler: _StandIn) -> None:
         self._compiler = compiler
 
     def clear_lru_cache(self) -> None:
-        """There are none."""
+        """Do nothing: there are no caches."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module(f"{self._compiler.__name__}.trace_rules"), name)

@@ -1,8 +1,8 @@
 """Activation checkpointing: recompute activations in backward instead of keeping them.
 
-torch.utils.checkpoint does it (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174), without
-reentering autograd. So that the second time gives the bits of the first, all generators are what they were, and so are
-the module's buffers, which afterwards are again what forward left.
+Uses torch.utils.checkpoint without reentrant autograd (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
+arXiv 1604.06174). The recomputation must give the same bits, so it starts from the same generator states and the same
+buffers as the forward. Afterwards the buffers get back the values that the forward left.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from manyhands.numerics.seeds import generators_state, preserved_generators, res
 def checkpoint_activations(
     model: nn.Module, patterns: Sequence[str], using: Callable[[str], AbstractContextManager[object]]
 ) -> Callable[[], None]:
-    """Let the modules whose names match one of the patterns compute twice; returns what undoes it. Raises ConfigError.
+    """Recompute the activations of the modules whose names match a pattern. Return a function that undoes this.
 
-    Of modules inside each other the outer one is taken. using: held while the module of that name computes again.
+    If one matching module contains another, only the outer one is used. using: entered, with the module's name, around
+    its recomputation. Raises ConfigError for a pattern without a match.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     for pattern in patterns:
@@ -39,7 +40,8 @@ def checkpoint_activations(
         inside = any(name.startswith(f"{outer}.") for outer in chosen)
         if not inside and any(fnmatchcase(name, pattern) for pattern in patterns):
             chosen.append(name)
-    own = {name: modules[name].__dict__.get("forward") for name in chosen}  # of the object, not of its class
+    # A forward that was set on the object itself, not on its class.
+    own = {name: modules[name].__dict__.get("forward") for name in chosen}
     for name in chosen:
         module = modules[name]
         module.forward = partial(_forward, module, module.forward, partial(using, name))
@@ -73,7 +75,7 @@ def _forward(
 def _twice(
     module: nn.Module, using: Callable[[], AbstractContextManager[object]]
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around the first time and around the second."""
+    """The contexts of the forward and of the recomputation."""
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     generators = generators_state()
 

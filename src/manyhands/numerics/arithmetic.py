@@ -1,8 +1,7 @@
 """What else decides bits: torch version, device, CPU kind, threads; recorded and set.
 
-The numerics identity: everything outside the recipe that may change the bits of its arithmetic.
-
-This process's arithmetic, set as the recipe says: threads, and kernels that give the same bits every time.
+The *numerics identity* is everything outside the recipe that may change the bits of its arithmetic. `fix_arithmetic`
+sets what this process can control: the number of threads, and deterministic kernels.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from manyhands.config import Recipe
 
 
 def numerics_identity(device: torch.device, threads: int, update_on: torch.device) -> dict[str, str]:
-    """What a run records, and what a resumed run is compared with. The same on all workers of a run.
+    """Return the numerics identity that a run records, and with which a resumed run is compared.
 
-    update_on: where the optimizer computes. The same update has other bits on a GPU than on a CPU.
+    It is the same on all workers of a run.
+    update_on: the device on which the optimizer computes. An update has different bits on a GPU and on a CPU.
     """
     identity = {
         "torch": torch.__version__,
@@ -37,8 +37,10 @@ def numerics_identity(device: torch.device, threads: int, update_on: torch.devic
 
 
 def bf16_instructions() -> str:
-    """Those that torch multiplies bf16 tensors with on this CPU; none on an x86 CPU that has to emulate them. Of other
-    CPUs nothing but their name is known."""
+    """Return the instructions with which torch multiplies bf16 tensors on this CPU.
+
+    "" on an x86 CPU that emulates them. On other architectures the instructions aren't known: their name is returned.
+    """
     if platform.machine() not in ("x86_64", "AMD64"):
         return platform.machine()
     found = torch.cpu.get_capabilities()
@@ -46,12 +48,13 @@ def bf16_instructions() -> str:
 
 
 def fix_arithmetic(recipe: Recipe) -> None:
-    """Set the process's thread count and deterministic kernels. They stay so after the engine is closed."""
+    """Set the process's number of threads and deterministic kernels. They remain set after the engine is closed."""
     torch.set_num_threads(recipe.threads_per_worker)
-    if recipe.threads_per_worker > 1 or recipe.device == "cuda":  # one CPU thread always adds in the same order
+    # A single CPU thread always adds in the same order, so it needs no other kernels.
+    if recipe.threads_per_worker > 1 or recipe.device == "cuda":
         torch.use_deterministic_algorithms(True)
-        # Filling new memory costs time, and nothing reads it before it is written.
+        # Filling uninitialized memory costs time, and this code reads no memory before it has been written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if recipe.device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
-        torch.backends.cudnn.benchmark = False  # it would choose kernels by their speed on the day
+        torch.backends.cudnn.benchmark = False  # it would choose kernels by measured speed, which varies

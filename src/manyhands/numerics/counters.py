@@ -1,8 +1,8 @@
 """The counter-based random function that all randomness comes from (no torch).
 
-The one function that all counted randomness comes from. It needs no torch: preparing data starts quickly.
-
-Random words that are counted, not drawn: each is a function of (seed, purpose, partition, position).
+Random numbers are computed from counters, not drawn from a stream: each is a function of (seed, purpose, partition,
+position). So it doesn't matter which process computes them, or in which order. This module doesn't import torch, so
+that data jobs start quickly.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_DOMAIN = b"manyhands seed 1;"
+_DOMAIN = b"manyhands seed 1;"  # part of every seed: a change would change all results
 
 
 def derive(seed: int, *counters: int | str) -> int:
-    """The seed for one purpose: 63 bits of SHA-256 over the canonical encoding of `(seed, *counters)`.
+    """Return the seed for one purpose: 63 bits of SHA-256 over the canonical encoding of `(seed, *counters)`.
 
-    Integers and strings are told apart (`1` isn't `"1"`), and no two different tuples have the same encoding.
+    Integers and strings are distinguished (`1` isn't `"1"`), and no two different tuples have the same encoding.
     Deterministic: the same number on every machine and in every version of Python, numpy and torch.
-    Raises TypeError for a counter that is neither a whole number nor a string.
+    Raises TypeError for a counter that is neither an integer nor a string.
     """
     encoded = bytearray(_DOMAIN)
     for counter in (seed, *counters):
@@ -37,9 +37,10 @@ def derive(seed: int, *counters: int | str) -> int:
 
 
 def words_at(seed: int, purpose: str, partition: int, start: int, count: int) -> NDArray[np.uint64]:
-    """64 random bits for each of `count` records from position `start` of a partition: SplitMix64 of a derived key.
+    """Return 64 random bits for each of `count` records from position `start` of a partition.
 
-    Deterministic: the same words on every machine, however the partition is cut into chunks.
+    Computed as SplitMix64 (Steele, Lea and Flood, 2014) of a derived key.
+    Deterministic: the same words on every machine, however the partition is divided into chunks.
     """
     positions = np.arange(start, start + count, dtype=np.uint64)
     words = np.uint64(derive(seed, purpose, partition)) + positions * np.uint64(0x9E3779B97F4A7C15)

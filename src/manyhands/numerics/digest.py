@@ -1,12 +1,12 @@
 """Norms and hashes of blocks; digests and fingerprints of parameters.
 
-What is reduced over a buffer is reduced per block, and blocks' results are added in block order: never per shard.
-Functions take a flat tensor of whole blocks, [num_blocks * BLOCK], and give one value a block. A block's value depends
-on that block's elements alone, not on how many blocks are looked at together (a test holds this).
+Norms and hashes are computed per block and combined in block order, never per shard: shards depend on the number of
+workers. The functions take a flat tensor of complete blocks, [num_blocks * BLOCK], and return one value per block. A
+block's value depends only on that block's elements, not on how many blocks are processed together.
 
-The digest: SHA-256 over the hashes of all blocks of the master weights, by parameter, in construction order.
-
-Tells a parameter's bits: of those that the digest doesn't cover, or before there is one.
+The *digest* is SHA-256 over the hashes of all blocks of the master weights, by parameter, in construction order. A
+*fingerprint* identifies the bits of one parameter: of a frozen one, which the digest doesn't cover, or before there is
+a digest.
 """
 
 from __future__ import annotations
@@ -27,39 +27,46 @@ _LANES = 2
 
 _HASH_SEED = 0x6D616E79  # "many"
 
-_BLOCKS_IN_CACHE = 64  # with what is made of them, in a core's second-level cache: several times as fast
+_BLOCKS_IN_CACHE = 64  # they and the intermediate results fit a core's second-level cache: several times as fast
 
 
 def block_norms(values: Tensor) -> Tensor:
-    """The 2-norm of each block: [num_blocks * BLOCK] fp32 -> [num_blocks] fp32."""
+    """Return the 2-norm of each block: [num_blocks * BLOCK] fp32 -> [num_blocks] fp32."""
     norms: Tensor = torch.linalg.vector_norm(values.view(-1, BLOCK), dim=1)
     return norms
 
 
 def total_norm(norms_in_block_order: Tensor) -> float:
-    """The 2-norm of everything from the norms of all blocks, [num_blocks] fp32, in block order. Added in fp64."""
+    """Return the 2-norm of all elements from the norms of all blocks, [num_blocks] fp32, in block order.
+
+    Added in fp64. The order of the blocks and their number are the same for any number of workers.
+    """
     return float(norms_in_block_order.double().square().sum().sqrt())
 
 
 @functools.cache
 def _keys(device: str) -> tuple[Tensor, ...]:
+    """Return the odd keys of each lane, [BLOCK] int32. They are part of the digest's definition."""
     generator = torch.Generator().manual_seed(_HASH_SEED)
     keys = [torch.randint(-(2**31), 2**31, (BLOCK,), generator=generator, dtype=torch.int64) | 1 for _ in range(_LANES)]
     return tuple(key.to(torch.int32).to(device) for key in keys)
 
 
 def block_hashes(values: Tensor) -> Tensor:
-    """A 64-bit hash of each block's bits: [num_blocks * BLOCK] fp32 -> [num_blocks] int64.
+    """Return a 64-bit hash of each block's bits: [num_blocks * BLOCK] fp32 -> [num_blocks] int64.
 
-    Integer arithmetic modulo 2^32, so the same on every device and in any order of additions: in each of two lanes the
-    elements' bits are multiplied by odd keys, mixed and summed. It finds accidents, not forgeries.
+    In each of two lanes the elements' bits are multiplied by odd keys, mixed and summed. This is integer arithmetic
+    modulo 2^32, so the result is the same on every device and in any order of addition.
+    It detects accidental changes, not deliberate ones.
     """
     bits = values.view(torch.int32).view(-1, BLOCK)
-    together = _BLOCKS_IN_CACHE if values.device.type == "cpu" else max(len(bits), 1)
-    return torch.cat([_hashes(some, *_keys(str(values.device))) for some in torch.split(bits, together)])
+    blocks_at_a_time = _BLOCKS_IN_CACHE if values.device.type == "cpu" else max(len(bits), 1)
+    keys = _keys(str(values.device))
+    return torch.cat([_hashes(part, *keys) for part in torch.split(bits, blocks_at_a_time)])
 
 
 def _hashes(bits: Tensor, *keys: Tensor) -> Tensor:
+    """Return the hashes of blocks: [num_blocks, BLOCK] int32 -> [num_blocks] int64."""
     lanes = []
     for key in keys:
         mixed = bits * key
@@ -68,12 +75,12 @@ def _hashes(bits: Tensor, *keys: Tensor) -> Tensor:
     return (lanes[0] << 32) ^ (lanes[1] & 0xFFFFFFFF)
 
 
-HASHED_TOGETHER = 256 * BLOCK
-"""Elements: they may be copied for it, and a parameter may be as large as there's room for."""
+HASH_CHUNK = 256 * BLOCK
+"""Elements that are hashed at a time. They may be copied, and there may be no memory for a copy of a full parameter."""
 
 
 def digest_of(names_and_numels: Sequence[tuple[str, int]], hashes: npt.NDArray[np.int64]) -> str:
-    """64 hex digits. hashes: [num_blocks] int64, in the order of the parameters."""
+    """Return the digest as 64 hex digits. hashes: [num_blocks] int64, in the order of the parameters."""
     sha, first = hashlib.sha256(), 0
     for name, numel in names_and_numels:
         last = first + blocks_of(numel)
@@ -84,27 +91,27 @@ def digest_of(names_and_numels: Sequence[tuple[str, int]], hashes: npt.NDArray[n
 
 
 def slots_in_order(slots: Sequence[ParamSlot]) -> list[tuple[str, int]]:
-    """(name, numel) in construction order, as `digest_of` wants them."""
+    """Return (name, numel) of the slots in construction order, as `digest_of` requires."""
     return [(slot.name, slot.numel) for slot in sorted(slots, key=lambda slot: slot.first_block)]
 
 
 def digest_of_tensors(tensors: Sequence[tuple[str, Tensor]]) -> str:
-    """The digest of plain named fp32 tensors, in the order given: what any other program can check ours against."""
+    """Return the digest of plain named tensors, in the given order. Any other program can check a digest with it."""
     hashes = []
     for _, tensor in tensors:
-        for part in torch.split(tensor.detach().flatten(), HASHED_TOGETHER):
+        for part in torch.split(tensor.detach().flatten(), HASH_CHUNK):
             hashes.append(block_hashes(pad(part.float().cpu(), (0, -part.numel() % BLOCK))).numpy())
     return digest_of([(name, tensor.numel()) for name, tensor in tensors], np.concatenate(hashes))
 
 
 def fingerprint(name: str, param: Tensor) -> str:
-    """16 hex digits that tell a parameter's bits."""
-    parts = torch.split(param.detach().cpu().contiguous().reshape(-1), HASHED_TOGETHER)
+    """Return 16 hex digits that identify a parameter's bits."""
+    parts = torch.split(param.detach().cpu().contiguous().reshape(-1), HASH_CHUNK)
     return fingerprint_of_parts(name, param.dtype, parts)
 
 
 def fingerprint_of_parts(name: str, dtype: torch.dtype, parts: Iterable[Tensor]) -> str:
-    """The same of a parameter whose elements come in parts, in order; each but the last one is whole blocks."""
+    """Return the fingerprint of a parameter from consecutive parts; all but the last are complete blocks."""
     if dtype == torch.float32:
         numel, hashes = 0, []
         for part in parts:
@@ -112,6 +119,6 @@ def fingerprint_of_parts(name: str, dtype: torch.dtype, parts: Iterable[Tensor])
             hashes.append(block_hashes(pad(part, (0, -part.numel() % BLOCK))).numpy())
         return digest_of([(name, numel)], np.concatenate(hashes))[:16]
     sha = hashlib.sha256()
-    for part in parts:  # frozen: of whatever dtype
+    for part in parts:  # only frozen parameters may have a dtype other than fp32
         sha.update(part.view(torch.uint8).numpy().data)
     return sha.hexdigest()[:16]

@@ -1,12 +1,14 @@
 """The one order in which the gradients of a step are added.
 
 A step has `V` virtual workers with `accumulate` micro-batches each; micro-batch `i = v * accumulate + a` is the `a`-th
-of virtual worker `v`. The sum is *defined* as: sequentially over `a` inside each virtual worker, then over the virtual
-workers by the binary-counter tree: equal-sized neighbours merge, left + right; what is left over merges from the right.
+of virtual worker `v`. The sum is *defined* as follows: sequentially over `a` in each virtual worker, then over the
+virtual workers by a binary-counter tree. Equal-sized neighbours are added, left + right; the remaining subtrees are
+added from the right.
 
     V = 6:   ((0+1)+(2+3)) + (4+5)            V = 7:   ((0+1)+(2+3)) + ((4+5)+6)
 
-Everything here is a pure function of integers, or of values that know how to be added.
+This order is part of every result: floating-point addition isn't associative. It depends on the recipe alone, never on
+the number of workers. This module contains only pure functions of integers, and sums of values of any type.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ class Subtree(NamedTuple):
 
 
 def maximal_subtrees(start: int, end: int) -> tuple[Subtree, ...]:
-    """The fewest complete subtrees that cover virtual workers [start, end), in order.
+    """Return the fewest complete subtrees that cover virtual workers [start, end), in order.
 
-    One, if the run is an aligned power of two; never more than 2 * log2(end - start) + 1.
+    It is one subtree if the run is an aligned power of two, and never more than 2 * log2(end - start) + 1.
     """
     subtrees = []
     while start < end:
+        # A subtree that starts at `start` has a size that divides it: its lowest set bit at most.
         level = (start & -start).bit_length() - 1 if start else end.bit_length()
         while start + (1 << level) > end:
             level -= 1
@@ -44,26 +47,26 @@ def maximal_subtrees(start: int, end: int) -> tuple[Subtree, ...]:
 
 
 def run_of_virtual_workers(rank: int, workers: int, virtual_workers: int) -> range:
-    """The virtual workers that `rank` computes when gradients are exchanged once a step: a contiguous run."""
+    """Return the contiguous virtual workers that `rank` computes if gradients are exchanged once a step."""
     return range(rank * virtual_workers // workers, (rank + 1) * virtual_workers // workers)
 
 
 def micro_batch_of_round(round_index: int, rank: int, workers: int, micro_batches: int) -> int | None:
-    """The micro-batch that `rank` computes in this round when gradients are exchanged every micro-batch, if any."""
+    """Return the micro-batch that `rank` computes in a round if gradients are exchanged every micro-batch, or None."""
     index = round_index * workers + rank
     return index if index < micro_batches else None
 
 
 def num_rounds(workers: int, micro_batches: int) -> int:
-    """Rounds in a step when gradients are exchanged every micro-batch."""
+    """Return the number of rounds in a step if gradients are exchanged every micro-batch."""
     return -(-micro_batches // workers)
 
 
 class OrderedSum(Generic[T]):
-    """The sum of a step's gradients, fed in index order, in memory for at most log2(V) + 2 partial sums.
+    """The sum of a step's gradients, added in index order. It holds at most log2(V) + 2 partial sums.
 
-    own(value): a value that the sum may keep and overwrite, equal to `value`, which is only borrowed.
-    add(left, right): left + right, stored in `left`; `right` may be borrowed.
+    own(value): returns a value equal to `value`, which is borrowed. The sum may store and overwrite the result.
+    add(left, right): returns left + right, stored in `left`; `right` may be borrowed.
     free(value): called with each owned value that the sum no longer needs.
     """
 
@@ -78,7 +81,7 @@ class OrderedSum(Generic[T]):
         self.accumulate = accumulate
         self._own, self._add, self._free = own, add, free
         self._stack: list[tuple[int, T]] = []  # (level, partial), levels falling from left to right
-        self._current: T | None = None  # the virtual worker being accumulated
+        self._current: T | None = None  # the sum of the virtual worker that is incomplete so far
         self._in_current = 0
 
     def add_micro_batch(self, value: T) -> None:
@@ -89,8 +92,9 @@ class OrderedSum(Generic[T]):
         self._current = self._own(value) if self._current is None else self._add(self._current, value)
         self._in_current += 1
         if self._in_current == self.accumulate:
-            done, self._current, self._in_current = self._current, None, 0
-            self._push_owned(done, 0)
+            complete = self._current
+            self._current, self._in_current = None, 0
+            self._push_owned(complete, 0)
 
     def push(self, value: T, level: int) -> None:
         """Add the next complete subtree of 2**level virtual workers (borrowed)."""
@@ -100,6 +104,7 @@ class OrderedSum(Generic[T]):
             self._stack.append((level, self._own(value)))
 
     def _push_owned(self, value: T, level: int) -> None:
+        """Add an owned subtree, and merge it with equal-sized neighbours to its left."""
         while self._stack and self._stack[-1][0] == level:
             left = self._add(self._stack.pop()[1], value)
             self._free(value)
@@ -107,7 +112,7 @@ class OrderedSum(Generic[T]):
         self._stack.append((level, value))
 
     def fold(self) -> T:
-        """The total; the sum is empty afterwards and the caller owns the total."""
+        """Return the total, which the caller owns from now on. The sum is empty afterwards."""
         total = self._stack.pop()[1]
         while self._stack:
             left = self._add(self._stack.pop()[1], total)
@@ -116,18 +121,20 @@ class OrderedSum(Generic[T]):
         return total
 
     def part(
-        self, cut: Callable[[T], T], own: Callable[[T], T], add: Callable[[T, T], T], free: Callable[[T], None]
+        self, select: Callable[[T], T], own: Callable[[T], T], add: Callable[[T, T], T], free: Callable[[T], None]
     ) -> OrderedSum[T]:
-        """The same sum over a part of every value; `cut` gives that part as a view that may be overwritten.
-        own, add, free: of the part, as of the sum."""
+        """Return the same sum over a part of every value.
+
+        select(value): returns the part, as a view that may be overwritten. own, add, free: as for the sum.
+        """
         part: OrderedSum[T] = OrderedSum(self.accumulate, own=own, add=add, free=free)
-        part._stack = [(level, cut(value)) for level, value in self._stack]
-        part._current = None if self._current is None else cut(self._current)
+        part._stack = [(level, select(value)) for level, value in self._stack]
+        part._current = None if self._current is None else select(self._current)
         part._in_current = self._in_current
         return part
 
     def clear(self) -> None:
-        """Forget everything (after the parts were folded, or on abort), freeing what is owned."""
+        """Discard all values and free the owned ones, after the parts were folded or on abort."""
         for _, value in self._stack:
             self._free(value)
         if self._current is not None:

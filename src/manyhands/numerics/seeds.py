@@ -1,6 +1,6 @@
 """Seeds from (run seed, purpose, step, micro-batch), and the states of generators.
 
-Nothing is drawn from a stream that somebody else may have advanced, so it doesn't matter which worker computes a
+Random numbers never come from a stream that other code may have advanced. So it doesn't matter which worker computes a
 micro-batch, which process loads it, or whether the run was interrupted in between.
 """
 
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhands.numerics.counters import derive as derive  # known by this name, too
+from manyhands.numerics.counters import derive as derive  # exported under this module's name, too
 
 
 def seed_generators(value: int) -> None:
     """Seed Python's `random`, numpy's global generator and torch's (all devices) with `value`, 0 <= value < 2**63.
 
-    Called before every micro-batch, with `derive(run_seed, "compute", step, micro_batch)` before it is computed and
-    with `derive(run_seed, "data", step, micro_batch)` before it is loaded.
+    Called with `derive(run_seed, "compute", step, micro_batch)` before a micro-batch is computed, and with
+    `derive(run_seed, "data", step, micro_batch)` before it is loaded.
     """
     random.seed(value)
     np.random.seed([value & 0xFFFFFFFF, value >> 32])
@@ -32,7 +32,7 @@ def seed_generators(value: int) -> None:
 
 @dataclass(frozen=True)
 class GeneratorsState:
-    """Of Python's `random`, numpy's global generator, and torch's on the CPU and on every device in use."""
+    """States of Python's `random`, numpy's global generator, and torch's on the CPU and on every device in use."""
 
     python: Any
     arrays: Any
@@ -41,13 +41,13 @@ class GeneratorsState:
 
 
 def generators_state() -> GeneratorsState:
-    """As they are now."""
+    """Return the generators' current states."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     return GeneratorsState(random.getstate(), np.random.get_state(), torch.get_rng_state(), devices)
 
 
 def restore_generators(state: GeneratorsState) -> None:
-    """Put them back as they were."""
+    """Set the generators' states."""
     random.setstate(state.python)
     np.random.set_state(state.arrays)
     torch.set_rng_state(state.tensors)
@@ -57,7 +57,7 @@ def restore_generators(state: GeneratorsState) -> None:
 
 @contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Put all global generators back as they were on entry."""
+    """Restore the states of all global generators at the end of the block."""
     state = generators_state()
     try:
         yield

@@ -1,10 +1,8 @@
 """Allocators of buffers on the device, in host memory or in mapped files; buffer pools.
 
-Where state lives between its uses: on the device, in the host's memory, or in files that are mapped into memory.
-Offload is where a buffer lives, not another way to train: whoever uses a buffer says what it will want `soon` and what
-it is `done` with, and the bits are the same everywhere.
-
-Buffers that are used again and again: a fresh one costs page faults.
+Offload decides where a buffer lives, and nothing else: code that uses a buffer calls `prefetch` before and `evict`
+after its use, and the bits are the same with every allocator. `BufferPool` reuses buffers, because new memory costs
+page faults.
 """
 
 from __future__ import annotations
@@ -27,10 +25,10 @@ from manyhands.formatting import MIB
 from manyhands.offload.scratch import cannot_use, check_scratch, map_file
 
 SLAB_BYTES = 64 * MIB
-"""A file holds many buffers: each costs a descriptor."""
+"""Size of a file. A file holds many buffers, because each mapping takes resources of the kernel."""
 
 BEHIND_BYTES = 128 * MIB
-"""What may wait to be written; whoever is done with more than that waits."""
+"""How much may wait to be written. `evict` blocks while more is waiting."""
 
 _PAGE = mmap.PAGESIZE
 
@@ -38,52 +36,54 @@ _MS_SYNC = 4
 
 
 class Allocator:
-    """Buffers in the memory of `device`; pinned, if they are the host's and used by a GPU."""
+    """Buffers in the memory of `device`; pinned if they are in host memory and used by a GPU."""
 
     def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
         self.device = device
         self._pinned = pinned
-        self.scratch: Path | None = None  # the folder of files that buffers are in
+        self.scratch: Path | None = None  # the folder of the files that hold the buffers; None: in memory
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A zeroed buffer [numel]."""
         return torch.zeros(numel, dtype=dtype, device=self.device, pin_memory=self._pinned)
 
     def prefetch(self, buffer: Tensor) -> None:
-        """The buffer, or this part of one, will be wanted soon."""
+        """Announce that the buffer, or this part of a buffer, will be used soon."""
 
     def evict(self, buffer: Tensor) -> None:
-        """It isn't wanted for a while."""
+        """Announce that the buffer, or this part of a buffer, will not be used for a while."""
 
     def owns(self, buffer: Tensor) -> bool:
-        """Whether the buffer is one that can be `done` with."""
+        """True if the buffer can be evicted."""
         return False
 
     def adopt(self, mapped: Tensor) -> None:
-        """Look after a buffer of whole pages in a file that the group mapped."""
+        """Manage a buffer of complete pages that the group mapped from a file."""
 
     def close(self) -> None:
-        """Free what belongs to no buffer."""
+        """Free everything but the buffers."""
 
     @property
     def on_disk(self) -> bool:
-        """Whether what is done with leaves the memory."""
+        """True if evicted buffers leave memory."""
         return self.scratch is not None
 
 
 class DiskAllocator(Allocator):
-    """Buffers in files of `folder` that have no name, so that nothing is left of them however the process ends.
+    """Buffers in unnamed files of `folder`, which disappear however the process ends.
 
-    The kernel reads pages when they're touched and may drop those that are written; `soon` has it read ahead, and
-    `done` writes behind, in a thread of its own, and takes the pages out of this process. Raises ConfigError.
+    The kernel reads pages when they are accessed, and may drop pages that have been written. `prefetch` makes it read
+    ahead. `evict` writes pages behind, in a separate thread, and unmaps them from this process. Raises ConfigError.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(torch.device("cpu"))
         self.scratch = folder
         check_scratch(folder)
-        self._maps: list[tuple[int, int]] = []  # addresses [start, end), rising
-        self._held: list[Tensor] = []  # as long as the home lives nobody else gets these addresses
+        self._maps: list[tuple[int, int]] = []  # addresses [start, end), in ascending order
+        self._held: list[
+            Tensor
+        ] = []  # keeps the mappings, so that these addresses are not reused while the allocator lives
         self._free = 0  # bytes left in the last slab
         self._slab: Tensor | None = None
         self._behind: deque[tuple[int, int]] = deque()
@@ -96,13 +96,13 @@ class DiskAllocator(Allocator):
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         num_bytes = numel * dtype.itemsize
-        whole_pages = -(-num_bytes // _PAGE) * _PAGE
-        if self._slab is None or whole_pages > self._free:
-            self._slab = map_file(self.scratch or Path(), max(SLAB_BYTES, whole_pages))
+        page_bytes = -(-num_bytes // _PAGE) * _PAGE
+        if self._slab is None or page_bytes > self._free:
+            self._slab = map_file(self.scratch or Path(), max(SLAB_BYTES, page_bytes))
             self._free = self._slab.numel()
             self.adopt(self._slab)
         start = self._slab.numel() - self._free
-        self._free -= whole_pages
+        self._free -= page_bytes
         return self._slab[start : start + num_bytes].view(dtype)
 
     def adopt(self, mapped: Tensor) -> None:
@@ -122,7 +122,7 @@ class DiskAllocator(Allocator):
         with self._changed:
             while self._behind_bytes > BEHIND_BYTES and not self._closed:
                 self._changed.wait()
-            if self._error is not None:  # its pages may be lost: nobody goes on with them
+            if self._error is not None:  # pages may be lost, so training must not continue
                 raise cannot_use(self.scratch or Path(), self._error) from self._error
             if self._closed:
                 return
@@ -142,10 +142,15 @@ class DiskAllocator(Allocator):
         return index >= 0 and end <= self._maps[index][1]
 
     def _pages_of(self, buffer: Tensor) -> tuple[int, int]:
-        """Address and length of the pages that hold the buffer; only of files: dropping others would empty them."""
+        """Address and length of the pages that hold the buffer.
+
+        Raises InvariantError for memory without a file: dropping its pages would zero it.
+        """
         first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
         if not self.owns(buffer):
-            raise InvariantError("a buffer is not of this home", got=f"{buffer.nbytes} bytes at {first:#x}")
+            raise InvariantError(
+                "a buffer does not belong to this allocator", got=f"{buffer.nbytes} bytes at {first:#x}"
+            )
         start = first // _PAGE * _PAGE
         return start, end - start
 
@@ -160,7 +165,7 @@ class DiskAllocator(Allocator):
             try:
                 _call("msync", address, num_bytes, _MS_SYNC)
                 _advise(address, num_bytes, mmap.MADV_DONTNEED)
-            except BaseException as error:  # told to who is `done` next
+            except BaseException as error:  # the next call of evict raises it
                 self._error = error
             with self._changed:
                 self._behind.popleft()
@@ -169,7 +174,7 @@ class DiskAllocator(Allocator):
 
 
 def allocator_for(kind: str, device: torch.device, scratch: Path) -> Allocator:
-    """The home of that kind for what `device` computes with. Raises ConfigError."""
+    """The allocator for `Strategy.offload` = `kind`, for state that `device` computes with. Raises ConfigError."""
     if kind == "disk":
         return DiskAllocator(scratch)
     if kind == "cpu":
@@ -178,7 +183,7 @@ def allocator_for(kind: str, device: torch.device, scratch: Path) -> Allocator:
 
 
 def _advise(address: int, num_bytes: int, advice: int) -> None:
-    with suppress(OSError):  # advice may be refused, and nothing depends on it
+    with suppress(OSError):  # the kernel may refuse advice, and nothing depends on it
         _call("madvise", address, num_bytes, advice)
 
 
@@ -186,26 +191,29 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _call(name: str, address: int, num_bytes: int, what: int) -> None:
-    """A call that Python's mmap has too, but for whole mappings, and holding the interpreter's lock."""
+    """Call msync or madvise. Python's mmap has these only for complete mappings, and holds the GIL meanwhile."""
     if getattr(_libc, name)(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), what) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
 
-ALONE = 2
-"""Users of a storage that only its buffer and the asking one have."""
+UNSHARED_USE_COUNT = 2
+"""The use count of a storage that only its buffer, and the object that asks, refer to."""
 
 
 class BufferPool:
-    """Flat buffers of a device, by dtype. Sizes that differ by less than a factor of two share theirs: one that is too
-    small gives way to a larger one, so there are about as many as were in use at a time."""
+    """A pool of flat buffers on a device, by dtype.
+
+    Requests whose sizes differ by less than a factor of two share buffers. A buffer that is too small is replaced by a
+    larger one. So the pool has about as many buffers as were in use at the same time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._free: dict[torch.dtype, list[Tensor]] = {}  # from the smallest to the largest
-        self.num_bytes = 0  # of all that there are
+        self._free: dict[torch.dtype, list[Tensor]] = {}  # by ascending size
+        self.num_bytes = 0  # of all buffers, in use or free
 
-    @torch.inference_mode(False)  # who takes one in it hands it on to who isn't
+    @torch.inference_mode(False)  # a buffer that is taken in inference mode is used outside of it later
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised buffer [numel]."""
         free = self._free.setdefault(dtype, [])
@@ -215,31 +223,36 @@ class BufferPool:
         for index in similar:
             if free[index].numel() >= numel:
                 buffer = free.pop(index)
-                return buffer.set_(buffer.untyped_storage(), 0, (numel,), (1,))  # a view would be one more user
+                return buffer.set_(
+                    buffer.untyped_storage(), 0, (numel,), (1,)
+                )  # not a view: that would raise the use count
         if similar:
             self.num_bytes -= free.pop(similar[0]).nbytes
         self.num_bytes += numel * dtype.itemsize
         return torch.empty(numel, dtype=dtype, device=self.device)
 
     def give_back(self, buffer: Tensor) -> None:
-        """Its next user overwrites it, in the order of the device's stream; unless somebody still looks into it (a node
-        of autograd, activation checkpointing, a model that kept a view): then it's theirs, and goes with them."""
+        """Return a buffer to the pool. Its next user overwrites it, in the order of the device's stream.
+
+        If something else still refers to its storage (an autograd node, activation checkpointing, a view in the
+        model), the buffer leaves the pool instead, and is freed with its last user.
+        """
         storage = buffer.untyped_storage()
         users = torch._C._storage_Use_Count(storage._cdata)
-        if users > ALONE:
+        if users > UNSHARED_USE_COUNT:
             self.num_bytes -= storage.nbytes()
         else:
             self.put_back(buffer)
 
     @torch.inference_mode(False)
     def put_back(self, buffer: Tensor) -> None:
-        """As `give_back`, of a buffer that nobody looks into any more, whoever may still hold it."""
+        """As `give_back`, for a buffer that nothing reads any more, even if something still refers to it."""
         free = self._free[buffer.dtype]
         free.append(buffer.new_empty(0).set_(buffer.untyped_storage()))
         free.sort(key=Tensor.numel)
 
     def trim(self) -> None:
-        """Free what nobody uses."""
+        """Free all unused buffers."""
         for free in self._free.values():
             self.num_bytes -= sum(buffer.nbytes for buffer in free)
             free.clear()

@@ -1,10 +1,6 @@
 """The memory this process uses, can still get, and returns to the system.
 
-Memory that was freed but is still held by the C library.
-
-How much memory a process could still have.
-
-How much memory this process takes at its peak, shared pages divided among those who map them (PSS).
+Memory is measured as the proportional set size (PSS): shared pages are divided among the processes that map them.
 """
 
 from __future__ import annotations
@@ -18,25 +14,25 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-_MMAP_THRESHOLD_MAX = 1 << 25  # what glibc itself goes up to
+_MMAP_THRESHOLD_MAX = 1 << 25  # glibc's own maximum for the dynamic threshold
 
 
 def return_freed_memory() -> None:
-    """Return the heap's free pages to the system (glibc keeps them otherwise); elsewhere does nothing.
+    """Return the heap's free pages to the system; glibc would retain them. Does nothing with other C libraries.
 
-    Called after things that happen once and free much: laying out the model, the optimizer's first step.
+    Called after one-time operations that free much memory: laying out the model, the optimizer's first step.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory(large: bool) -> None:
-    """What the C library does from now on with memory that is freed; elsewhere than with glibc nothing.
+    """Control what glibc does with freed memory from now on. Does nothing with other C libraries.
 
-    large: it keeps what a step frees for the next one. (Left to itself glibc returns an activation's pages at one
-    time and not at another, and then the next step pays for tens of thousands of page faults, some 4 % of it.)
-    Else it maps every large buffer by itself, and returns it when it is freed: for models that barely fit, as the heap
-    keeps holes as large as weights and gradients otherwise. Costs page faults.
+    large: True: retain what a step frees for the next step. By default glibc sometimes returns the pages of
+    activations, and then the next step pays for tens of thousands of page faults, about 4 % of its time.
+    False: map every large buffer separately, and return it when it is freed. For models that barely fit: otherwise the
+    heap retains holes as large as weights and gradients. Costs page faults.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
@@ -45,11 +41,11 @@ def keep_freed_memory(large: bool) -> None:
 
 
 _LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-"""Of control groups, second and first version: what may be used, and what is."""
+"""Limit and usage in the file systems of control groups, versions 2 and 1."""
 
 
 def free_memory_bytes() -> int:
-    """Of the machine's memory, and of what the process's control group may use, as far as the system tells."""
+    """Free memory of the machine, or of this process's control group if that is less; 0 if both are unknown."""
     free = []
     with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
         free.append(next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")))
@@ -69,7 +65,7 @@ _SAMPLE_SECONDS = 0.02
 
 
 def memory_bytes() -> int:
-    """The process's proportional set size now; where the system doesn't tell it, its largest resident size so far."""
+    """The current PSS of this process, or its largest resident size so far if the system does not report the PSS."""
     try:
         with _SMAPS.open() as lines:
             return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
@@ -78,7 +74,7 @@ def memory_bytes() -> int:
 
 
 class PeakMemory:
-    """The largest `memory_bytes` seen while active (a context manager; it may be entered again and again)."""
+    """The largest `memory_bytes` while active. A context manager that may be entered repeatedly."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0

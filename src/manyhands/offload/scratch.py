@@ -1,11 +1,8 @@
 """The scratch folder, and anonymous memory that processes share.
 
-The folder of files that state lives in: whether it will do, and how fast it is.
-
-Memory that several processes see: anonymous files.
-A process creates a memfd and tells the others its address, `pid:fd:bytes`; they open it through /proc. Nothing has a
-name in any file system, so nothing is left behind whoever is killed, and /dev/shm's limit doesn't apply. The kernel
-frees the memory with the last process that maps it.
+Shared memory is an anonymous file: a process creates a memfd and passes its address, `pid:fd:bytes`, to the others,
+which open it through /proc. It has no name in any file system, so a killed process leaves nothing behind, and the limit
+of /dev/shm does not apply. The kernel frees the memory with the last process that maps it.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ _PAGE = mmap.PAGESIZE
 
 
 def map_file(folder: Path, num_bytes: int) -> Tensor:
-    """A zeroed buffer, uint8 [num_bytes], in a new file of `folder` that has no name. Raises ConfigError."""
+    """A zeroed buffer, uint8 [num_bytes], in a new unnamed file of `folder`. Raises ConfigError."""
     fd = open_unnamed(folder, num_bytes)
     try:
         return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
@@ -42,12 +39,15 @@ def map_file(folder: Path, num_bytes: int) -> Tensor:
 
 
 def open_unnamed(folder: Path, num_bytes: int) -> int:
-    """The descriptor of a new file without a name, with all its space: a full disk shows now. Raises ConfigError."""
+    """The descriptor of a new unnamed file.
+
+    Allocates all its space, so that a full disk raises ConfigError here and not later as SIGBUS.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError:  # a file system without such files
+        except OSError:  # the file system does not support O_TMPFILE
             fd, name = tempfile.mkstemp(dir=folder)
             os.unlink(name)
         try:
@@ -61,7 +61,7 @@ def open_unnamed(folder: Path, num_bytes: int) -> int:
 
 
 def check_scratch(folder: Path) -> None:
-    """That it can hold state: a folder on a disk, to be written. Raises ConfigError."""
+    """Check that the folder is on a disk and can be written. Raises ConfigError."""
     os.close(open_unnamed(folder, _PAGE))
     kind = file_system_of(folder)
     if kind in MEMORY_FILE_SYSTEMS:
@@ -69,44 +69,44 @@ def check_scratch(folder: Path) -> None:
             "the scratch folder is in memory, not on a disk",
             where=str(folder),
             got=kind,
-            hint="name another one in strategy.scratch, or use offload = 'cpu'",
+            hint="name another folder in strategy.scratch, or use offload = 'cpu'",
         )
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """That so much can be written to the scratch folder. Raises ConfigError."""
+    """Check that the scratch folder has this much free space. Raises ConfigError."""
     stat = os.statvfs(folder)
     free = stat.f_bavail * stat.f_frsize
     if free < num_bytes:
         raise ConfigError(
-            "the scratch folder has too little space for the state that is to live there",
+            "the scratch folder has too little space for the state",
             where=str(folder),
             expected=f"{num_bytes / MIB:,.0f} MiB",
             got=f"{free / MIB:,.0f} MiB free",
-            hint="free some, or name another folder in strategy.scratch",
+            hint="free some space, or name another folder in strategy.scratch",
         )
 
 
 def measure_speed(folder: Path) -> tuple[float, float]:
-    """GB/s that are written to and read from a file of the folder, in one stream, past the system's cache."""
+    """The speed of sequential writes and reads in the folder, in GB/s, without the page cache."""
     fd = open_unnamed(folder, PROBE_BYTES)
     try:
         data = os.urandom(MIB) * (PROBE_BYTES // MIB)
-        began = time.perf_counter()
+        started = time.perf_counter()
         os.pwrite(fd, data, 0)
         os.fsync(fd)
         written = time.perf_counter()
         os.posix_fadvise(fd, 0, PROBE_BYTES, os.POSIX_FADV_DONTNEED)
-        began_reading = time.perf_counter()
+        read_started = time.perf_counter()
         os.pread(fd, PROBE_BYTES, 0)
         read = time.perf_counter()
     finally:
         os.close(fd)
-    return PROBE_BYTES / 1e9 / (written - began), PROBE_BYTES / 1e9 / (read - began_reading)
+    return PROBE_BYTES / 1e9 / (written - started), PROBE_BYTES / 1e9 / (read - read_started)
 
 
 def file_system_of(folder: Path) -> str:
-    """The kind of file system that holds the folder, as the kernel calls it; "?" if it doesn't say."""
+    """The kernel's name for the file system that holds the folder; "?" if it is unknown."""
     found = "?"
     with suppress(OSError):
         longest, real = -1, os.path.realpath(folder)
@@ -119,7 +119,7 @@ def file_system_of(folder: Path) -> str:
 
 
 def cannot_use(folder: Path, error: BaseException) -> ConfigError:
-    """What is raised when the folder's files can't be."""
+    """The error for a scratch folder whose files can't be created or written."""
     return ConfigError(
         f"the scratch folder can't be used: {getattr(error, 'strerror', None) or error}",
         where=str(folder),
@@ -128,17 +128,17 @@ def cannot_use(folder: Path, error: BaseException) -> ConfigError:
 
 
 def scratch_line(folder: Path) -> str:
-    """What there is to know about the folder before a run, in one line."""
+    """The folder, its file system, free space and speed, in one line."""
     stat = os.statvfs(folder)
     written, read = measure_speed(folder)
     return (
-        f"state lives in {folder} ({file_system_of(folder)}, {stat.f_bavail * stat.f_frsize / GIB:,.0f} GiB free, "
+        f"state is stored in {folder} ({file_system_of(folder)}, {stat.f_bavail * stat.f_frsize / GIB:,.0f} GiB free, "
         f"writes {written:.1f} GB/s, reads {read:.1f} GB/s)"
     )
 
 
 class ProcessArena:
-    """Between processes of one host, by the same user."""
+    """Memory that processes of one user on one host share."""
 
     def __init__(self) -> None:
         self._created: list[int] = []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from manyhands.errors import ConfigError
 from manyhands.formatting import GIB, MIB, format_bytes
-from manyhands.surroundings import Rank, rank_from
+from manyhands.surroundings import Rank, parse_rank
 
 if TYPE_CHECKING:
     from manyhands.prepare.engines.engine import JobEngine
@@ -27,7 +27,7 @@ def check_engine(engine: object) -> None:
     if hasattr(engine, "submit"):
         return
     name = engine if isinstance(engine, str) else ""
-    if rank_from(name, os.environ) is not None:
+    if parse_rank(name, os.environ) is not None:
         return
     kind = name.partition("://")[0]
     if kind not in ("dask", "ray") or (kind == "dask" and name == "dask"):
@@ -47,7 +47,7 @@ def rank_of(options: Options) -> Rank | None:
 
     if isinstance(options.engine, Ranks):
         return options.engine.rank
-    return rank_from(options.engine, os.environ) if isinstance(options.engine, str) else None
+    return parse_rank(options.engine, os.environ) if isinstance(options.engine, str) else None
 
 
 def patience_seconds(options: Options) -> float:

@@ -5,26 +5,32 @@ Whoever runs it, wherever and however often: the file has the same records, and 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import cloudpickle  # type: ignore[import-untyped]
 
 from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
 from manyhands.prepare.io.reading import read_split
-from manyhands.prepare.io.run_file import RunFileWriter, read_blocks, read_index
+from manyhands.prepare.io.run_file import RunFileWriter, is_intact, read_blocks, read_index
 from manyhands.prepare.io.writing import Writer, open_writer, output_file_name
 from manyhands.prepare.plan.plan import Counting, Given, Kept, Output, Plan, Read, Stage
 from manyhands.prepare.records.chunks import Chunk, num_records
 from manyhands.prepare.records.pipeline import BadRecords, Pipeline, SourcedChunk, whole
 from manyhands.prepare.shuffle.reduce import EVERYTHING, KeyRange, RangeReader, rebatched
-from manyhands.storage.files import HashedFile, join_path, publish_file, read_bytes, replace_bytes
+from manyhands.storage.atomic import open_atomic, write_atomic
+from manyhands.storage.files import HashedFile, exists, join_path, names_in, open_to_read, read_bytes, remove
+
+_DONE = ".done"
 
 _BASE_BYTES = 2**27  # of a worker's memory, before it has any records
 
@@ -83,7 +89,7 @@ def run_task(task: Task) -> TaskResult:
             hint="if the disk is full, make room, and run again: what is done stays done",
         ) from None  # where in our code is of no use to anybody
     if bad.found:
-        replace_bytes(join_path(task.folder, f"part-{task.partition:05d}.bad"), bad.to_jsonl())
+        write_atomic(bad_path(task.folder, task.partition), bad.to_jsonl())
     result = TaskResult(
         stage=task.stage,
         partition=task.partition,
@@ -95,18 +101,78 @@ def run_task(task: Task) -> TaskResult:
         sha256=made.sha256,
         seconds=time.monotonic() - began,
     )
-    with publish_file(done_path(task.folder, task.partition)) as note:
-        note.write(json.dumps(asdict(result)).encode())
+    note = json.dumps(asdict(result))
+    # Neither the note nor the file of a task before a shuffle is synced: remove_torn checks them after a crash.
+    write_atomic(done_path(task.folder, task.partition), note, first_wins=True, durable=False)
     return result
 
 
 def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
     """What came of this task when it was done; None if it has to be done."""
     try:
-        noted = json.loads(read_bytes(done_path(folder, partition)))
-    except (OSError, ValueError):
+        note = json.loads(read_bytes(done_path(folder, partition)))
+        return TaskResult(**{**note, "stage": stage})
+    except (OSError, ValueError, TypeError):
         return None
-    return TaskResult(**{**noted, "stage": stage})
+
+
+def remove_torn(folder: str, output_folder: str | None) -> int:
+    """Delete the files of tasks that are not intact, with their notes; these tasks run again. Return how many.
+
+    After a power loss a file may be missing, short, or full of zeros although its note is there. Only for a process
+    that has the job folder for itself. folder: of a stage. output_folder: where a job that was killed may have moved
+    output files already.
+    """
+    names = names_in(folder)
+    notes = [name for name in names if name.endswith(_DONE)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # computing a checksum releases the interpreter's lock
+        checked = list(pool.map(lambda name: _intact_files(folder, output_folder, name), notes))
+    intact = {name for files in checked for name in files}
+    for name in names:
+        if name.startswith("part-") and name not in intact:
+            remove(join_path(folder, name))
+    return sum(not files for files in checked)
+
+
+def _intact_files(folder: str, output_folder: str | None, note: str) -> list[str]:
+    """The names of a task's files, with its note, if all of them are intact; else none."""
+    partition = int(note.removeprefix("part-").removesuffix(_DONE))
+    result = finished(folder, 0, partition)
+    if result is None:
+        return []
+    files = [note]
+    if result.bad_records:
+        # This file is synced before it gets its name: it is complete, or it isn't there.
+        files.append(_name_in(bad_path(folder, partition)))
+    if result.file is not None:
+        candidates = [join_path(place, result.file) for place in (folder, output_folder) if place is not None]
+        if not any(_has_hash(path, result.bytes_out, result.sha256) for path in candidates):
+            return []
+        files.append(result.file)
+    elif result.bytes_out:
+        if not is_intact(runs_path(folder, partition), result.bytes_out):
+            return []
+        files.append(_name_in(runs_path(folder, partition)))
+    if result.bad_records and not exists(bad_path(folder, partition)):
+        return []
+    return files
+
+
+def _has_hash(path: str, size: int, sha256: str | None) -> bool:
+    try:
+        with open_to_read(path) as file:
+            return file.seek(0, os.SEEK_END) == size and _hash_of(file) == sha256
+    except OSError:
+        return False
+
+
+def _hash_of(file: IO[bytes]) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def _name_in(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def chunks_of(task: Task) -> Iterator[Chunk]:
@@ -126,7 +192,12 @@ def load_plan(path: str) -> Plan:
 
 def done_path(folder: str, partition: int) -> str:
     """The note that a task is done."""
-    return join_path(folder, f"part-{partition:05d}.done")
+    return join_path(folder, f"part-{partition:05d}{_DONE}")
+
+
+def bad_path(folder: str, partition: int) -> str:
+    """The file of the records that a task set aside, as lines of JSON."""
+    return join_path(folder, f"part-{partition:05d}.bad")
 
 
 def runs_path(folder: str, partition: int) -> str:
@@ -149,7 +220,7 @@ def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Made:
     keyed: Callable[[Chunk], Any] = arrangement.keyed(task.partition)
     pipeline = Pipeline(stage.operations, task.partition, bad, keyed)
     path = runs_path(task.folder, task.partition)
-    with publish_file(path) as file:
+    with open_atomic(path, first_wins=True, durable=False) as file:
         runs = RunFileWriter(file, stage.block_bytes)
         writer = arrangement.writer(runs, stage.partition_bytes)
         for chunk in pipeline.run(_pieces(task, stage, bad)):
@@ -166,7 +237,7 @@ def _output(task: Task, stage: Stage, bad: BadRecords) -> _Made:
     path = join_path(task.folder, name)
     records = 0
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, whole)
-    with publish_file(path) as opened:
+    with open_atomic(path, first_wins=True, durable=False) as opened:
         file: Any = HashedFile(opened)
         writer: Writer | None = None
         for chunk in pipeline.run(_pieces(task, stage, bad)):
@@ -176,7 +247,7 @@ def _output(task: Task, stage: Stage, bad: BadRecords) -> _Made:
                 records += num_records(chunk)
         if writer is not None:
             writer.close()
-        file.sync()
+        file.sync()  # here, so that workers do it at once; the job syncs the folder once, when it publishes the files
     if writer is None:
         return _Made(pipeline.records_in, 0, 0)
     return _Made(pipeline.records_in, records, file.tell(), name, file.hexdigest())

@@ -1,12 +1,8 @@
 """A folder or an fsspec address: list, read ranges, write.
 
-Addresses such as s3://bucket/folder: whether something is one, and the fsspec file system behind it.
-
-Where checkpoints are: a folder of this machine, or an address that fsspec knows (s3://bucket/folder).
-`Address` has the words of pathlib's `Path` that checkpoints need, so most of what reads and writes them needn't know
-which of the two it has. An object store lacks renaming, but shows an object when its last byte has arrived.
-
-Ranges of a file's bytes, wherever it is.
+A `Location` is a `Path` of this machine's file system, or an `Address` in a store (s3://bucket/folder). `Address` has
+the methods of `Path` that checkpoints and data jobs use, so most code does not distinguish the two. A store cannot
+rename atomically, but it shows an object only when its last byte has arrived.
 """
 
 from __future__ import annotations
@@ -22,12 +18,12 @@ from manyhands.errors import ConfigError
 
 
 def is_local(path: str) -> bool:
-    """A path of this machine's file system, not an address such as s3://bucket/key."""
+    """True for a path of this machine's file system; False for an address such as s3://bucket/key."""
     return "://" not in path
 
 
 def file_system(path: str) -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path in it. Raises ConfigError for one that it can't have."""
+    """The fsspec file system of an address, and the path in it. Raises ConfigError if fsspec cannot open it."""
     try:
         import fsspec
 
@@ -42,22 +38,25 @@ def file_system(path: str) -> tuple[Any, str]:
 
 
 AHEAD_BYTES = 8 << 20
-"""Read at once, and written at once: what of an object is in memory."""
+"""Bytes of an object that are read, or written, with one call: the most of it that is in memory."""
 
 _PART_BYTES, _MOST_PARTS = 32 << 20, 9_000  # stores allow 10,000 parts of an upload
 
 
 class StoreError(OSError):
-    """What a store said, as an OSError whatever fsspec's package for it raises. hint: what to do."""
+    """An error of a store, as an OSError whatever fsspec's package for it raises. hint: what to do."""
 
-    def __init__(self, words: str, hint: str) -> None:
-        super().__init__(words)
+    def __init__(self, text: str, hint: str) -> None:
+        super().__init__(text)
         self.hint = hint
 
 
 class Address:
-    """A folder or an object of a store, by its address. Raises ConfigError if fsspec doesn't know it; what it does
-    raises OSError, with a hint where the store itself is the matter."""
+    """A folder or an object in a store.
+
+    The constructor raises ConfigError if fsspec does not know the address. Methods raise FileNotFoundError for an
+    object that does not exist, and StoreError for everything else.
+    """
 
     def __init__(self, text: str) -> None:
         self._text = text.rstrip("/")
@@ -89,19 +88,19 @@ class Address:
         return Address(self._text.rpartition("/")[0])
 
     def absolute(self) -> Address:
-        """Itself."""
+        """Return self: addresses are absolute."""
         return self
 
     def is_dir(self) -> bool:
-        """Whether there is anything below it."""
+        """True if there is anything below it."""
         return bool(self.files())
 
     def exists(self) -> bool:
-        """Whether there is an object of that name, or anything below it."""
+        """True if there is an object of that name, or anything below it."""
         return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
-        """Whether there is an object of that name."""
+        """True if there is an object of that name."""
         try:
             self.size()
         except FileNotFoundError:
@@ -109,8 +108,8 @@ class Address:
         return True
 
     def size(self) -> int:
-        """Of the object, in bytes."""
-        with self._told():
+        """The size of the object in bytes."""
+        with self._store_errors():
             self._system.invalidate_cache()
             info = self._system.info(self._inner)
         if info["type"] != "file":
@@ -119,68 +118,108 @@ class Address:
 
     def files(self) -> list[str]:
         """The names of all objects below it, as `folder/name`, sorted; none if there is nothing."""
-        with self._told():
-            self._system.invalidate_cache()  # others write there, too
+        with self._store_errors():
+            self._system.invalidate_cache()  # other processes write there, too
             found = self._system.find(self._inner)
         first = len(self._inner.rstrip("/")) + 1
         return sorted(path[first:] for path in found if path[first:])
 
+    def names(self) -> list[str]:
+        """The names of the objects and folders directly in it, sorted; none if there is nothing."""
+        with self._store_errors():
+            self._system.invalidate_cache()
+            if not self._system.isdir(self._inner):
+                return []
+            found = self._system.ls(self._inner, detail=False)
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+
+    def open_to_read(self) -> IO[bytes]:
+        """The object, open to read and seek."""
+        with self._store_errors():
+            file: IO[bytes] = self._system.open(self._inner, "rb")
+        return file
+
     def read_bytes(self) -> bytes:
-        """All of an object."""
-        with self._told():
+        """The complete object."""
+        with self._store_errors():
             return bytes(self._system.cat_file(self._inner))
 
     def read_text(self) -> str:
-        """All of an object, as text."""
+        """The complete object, as text."""
         return self.read_bytes().decode()
 
     def read_range(self, start: int, end: int) -> bytes:
         """Bytes [start, end) of an object."""
-        with self._told():
+        with self._store_errors():
             return bytes(self._system.cat_file(self._inner, start=start, end=end))
 
+    def write_bytes(self, data: bytes) -> None:
+        """Create or replace the object: readers see the old one or the new one."""
+        with self._store_errors():
+            self._system.pipe_file(self._inner, data)
+
     def write_text(self, text: str) -> None:
-        """Make an object of it, in place of what is there: readers see the old one or the new one."""
-        with self._told():
-            self._system.pipe_file(self._inner, text.encode())
+        """Create or replace the object with a text."""
+        self.write_bytes(text.encode())
+
+    def upload(self, path: str) -> None:
+        """Create or replace the object with a file of this machine."""
+        with self._store_errors():
+            self._system.put_file(path, self._inner)
 
     @contextmanager
     def written(self, size: int) -> Iterator[IO[bytes]]:
-        """A file of `size` bytes to write, sent in parts: the object is there when the block ends, and isn't if the
-        block raises."""
+        """A file of `size` bytes to write, sent in parts. The object appears when the block ends; not if it raises."""
         part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
-        with self._told():
+        with self._store_errors():
             file = self._system.open(self._inner, "wb", block_size=part_bytes, autocommit=False)
         try:
             yield _InParts(self, file)  # type: ignore[misc]
-            with self._told():
+            with self._store_errors():
                 file.close()
                 file.commit()
         except BaseException:
-            with suppress(Exception):  # the store may be gone: what it has of the upload is no object
+            with suppress(Exception):  # the store may be out of reach; an unfinished upload is not an object
                 file.discard()
             with suppress(AttributeError):
-                file.closed = True  # or its end would send the rest
+                file.closed = True  # otherwise its finalizer would send the rest
             raise
 
+    def make_folder(self) -> None:
+        """Create it as a folder, in a store that has folders."""
+        with self._store_errors():
+            self._system.makedirs(self._inner, exist_ok=True)
+
+    def move(self, to: Address) -> None:
+        """Rename the object: it is copied and deleted, so this is not atomic."""
+        with self._store_errors():
+            self._system.mv(self._inner, to._inner)
+
     def unlink(self) -> None:
-        """Delete an object; that it is gone already is no error."""
-        with suppress(FileNotFoundError), self._told():
+        """Delete the object; no error if it does not exist."""
+        with suppress(FileNotFoundError), self._store_errors():
             self._system.rm_file(self._inner)
 
+    def remove_tree(self) -> None:
+        """Delete the object, and everything below it; no error if there is nothing."""
+        with self._store_errors():
+            self._system.invalidate_cache()
+            if self._system.exists(self._inner):
+                self._system.rm(self._inner, recursive=True)
+
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Whatever a package for a store raises, as an OSError."""
+    def _store_errors(self) -> Iterator[None]:
+        """Raise whatever a package for a store raises as an OSError."""
         try:
             yield
         except Exception as error:
             if isinstance(error, FileNotFoundError) and error.__cause__ is None:
-                raise  # there is no such object, and nothing else is wrong
-            raise StoreError(f"{self._text}: {_words_of(error)}", _hint_for(error)) from error
+                raise  # the object does not exist; with a cause, it is the bucket that does not exist
+            raise StoreError(f"{self._text}: {_text_of(error)}", _hint_for(error)) from error
 
 
 class _InParts:
-    """Hands on what is written, some MiB at a time: the file below copies what it's given."""
+    """Passes on what is written, AHEAD_BYTES at a time: the file below copies what it is given."""
 
     def __init__(self, address: Address, file: Any) -> None:
         self._address, self._file = address, file
@@ -188,7 +227,7 @@ class _InParts:
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data)
         for start in range(0, view.nbytes, AHEAD_BYTES):
-            with self._address._told():
+            with self._address._store_errors():
                 self._file.write(view[start : start + AHEAD_BYTES])
         return view.nbytes
 
@@ -197,99 +236,80 @@ Location = Path | Address
 
 
 def location_of(text: str | os.PathLike[str] | Location) -> Location:
-    """What a user calls a folder or an address. Raises ConfigError."""
+    """The location that a user names, by a path or an address. Raises ConfigError."""
     if isinstance(text, Address):
         return text
-    said = os.fspath(text)
-    if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", said) and isinstance(text, Path):
+    path = os.fspath(text)
+    if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", path) and isinstance(text, Path):
         raise ConfigError(
-            "the address can't be used: pathlib.Path takes a slash out of it", where=said, hint="give it as a text"
+            "the address can't be used: pathlib.Path removes one of its slashes", where=path, hint="pass it as a string"
         )
-    return Path(said.removeprefix("file://")) if is_local(said.removeprefix("file://")) else Address(said)
+    return address_or_path(path.removeprefix("file://"))
 
 
-@contextmanager
-def written(place: Location, size: int) -> Iterator[IO[bytes]]:
-    """A file of `size` bytes to write; when the block ends it is there for good."""
-    if isinstance(place, Address):
-        with place.written(size) as file:
-            yield file
-        return
-    with place.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+def address_or_path(location: str | Location) -> Location:
+    """`location` itself, or the Path or Address of a text. Raises ConfigError for an address that can't be used."""
+    if isinstance(location, str):
+        return Path(location) if is_local(location) else Address(location)
+    return location
 
 
-def put_text(place: Location, text: str) -> None:
-    """A file that is there with all of its text, or not at all."""
-    if isinstance(place, Address):
-        return place.write_text(text)
-    hidden = place.with_name(f".{place.name}")
-    hidden.write_text(text)
-    os.rename(hidden, place)
-    return None
+def hint_of(error: OSError, default: str) -> str:
+    """What to do about an error: the hint of a StoreError, or else `default`."""
+    return error.hint if isinstance(error, StoreError) else default
 
 
-def names_in(folder: Location) -> set[str]:
-    """Of the files in a folder."""
-    return set(folder.files()) if isinstance(folder, Address) else {path.name for path in folder.iterdir()}
-
-
-def hint_of(error: OSError, otherwise: str) -> str:
-    """What to do about it: what the store's error says, or else `otherwise`."""
-    return error.hint if isinstance(error, StoreError) else otherwise
-
-
-def _words_of(error: Exception) -> str:
-    words = getattr(error, "strerror", None) or str(error)
-    return words or type(error).__name__
+def _text_of(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error)
+    return text or type(error).__name__
 
 
 def _hint_for(error: Exception) -> str:
-    kind = type(error).__name__  # of packages that may not be installed
+    kind = type(error).__name__  # a name, because the class's package may not be installed
     if "Credential" in kind or "Token" in kind:
         return "give this machine credentials for the store, in the environment or where its package looks for them"
     if isinstance(error, PermissionError):
-        return "let these credentials read, write, list and delete there"
+        return "allow these credentials to read, write, list and delete there"
     if isinstance(error, FileNotFoundError):
-        return "make the bucket first, or mend the address"
-    return "see whether the store can be reached from here; a run goes on, and tries again with the next checkpoint"
+        return "create the bucket first, or correct the address"
+    return "check that the store can be reached from here; a run continues, and tries again with the next checkpoint"
 
 
 class Ranges:
-    """Reads ranges of a file. size: its bytes. Of one in a store it reads some MiB ahead, since a request takes long
-    and what follows is mostly wanted next. Raises OSError."""
+    """Reads ranges of a file. size: its bytes. Raises OSError.
 
-    def __init__(self, place: Location) -> None:
-        self._place = place
+    An object in a store is read some MiB ahead: a request takes long, and the next range usually follows.
+    """
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
         self._first, self._ahead = 0, b""
-        self.size = place.size() if isinstance(place, Address) else place.stat().st_size
+        self.size = location.size() if isinstance(location, Address) else location.stat().st_size
 
     def read(self, start: int, length: int) -> bytes:
-        """Bytes [start, start + length): fewer if the file ends before."""
+        """Bytes [start, start + length); fewer if the file ends before."""
         found = bytearray(max(0, min(length, self.size - start)))
         return bytes(found[: self.read_into(start, memoryview(found))])
 
-    def read_into(self, start: int, wanted: memoryview) -> int:
-        """Fill `wanted` with the bytes from `start` on; how many there were."""
-        if not isinstance(self._place, Address):
-            with self._place.open("rb") as file:
+    def read_into(self, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` with the bytes from `start` on; return how many there were."""
+        if not isinstance(self._location, Address):
+            with self._location.open("rb") as file:
                 file.seek(start)
-                return file.readinto(wanted)
-        position, end = start, min(start + wanted.nbytes, self.size)
+                return file.readinto(buffer)
+        position, end = start, min(start + buffer.nbytes, self.size)
         while position < end:
             offset = position - self._first
             if not 0 <= offset < len(self._ahead):
                 self._first, offset = position, 0
-                self._ahead = self._place.read_range(position, min(position + AHEAD_BYTES, self.size))
+                self._ahead = self._location.read_range(position, min(position + AHEAD_BYTES, self.size))
                 if not self._ahead:
                     break
             part = self._ahead[offset : offset + end - position]
-            wanted[position - start : position - start + len(part)] = part
+            buffer[position - start : position - start + len(part)] = part
             position += len(part)
         return position - start
 
     def rest(self) -> None:
-        """Something else is read for now: what was read ahead is forgotten."""
+        """Free what was read ahead; for a reader that will not be used for some time."""
         self._ahead = b""

@@ -1,7 +1,7 @@
-"""Exclusive lock of a run directory.
+"""Locks on files, and the exclusive lock of a run directory.
 
-Two would publish checkpoints that neither has computed. The lock is the kernel's, on a file that stays: it ends with
-the process that holds it, however that ends.
+The locks are the kernel's (flock), on a file that stays: a lock ends with the process that holds it, however that ends.
+Two runs in one directory would publish checkpoints that neither of them has computed.
 """
 
 from __future__ import annotations
@@ -16,49 +16,99 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from manyhands.errors import ConfigError
+from manyhands.storage.atomic import remove_temporary_files
 
 LOCK = ".lock"
 
-_PATIENCE_SECONDS = 1.0  # for who only looks whether it's locked; and for what a killed worker had started to end
+# A process that checks whether the directory is locked holds the lock for a moment; children of a killed worker hold it
+# until they end.
+_PATIENCE_SECONDS = 1.0
+
+_POLL_SECONDS = 0.05
+
+
+class FileLock:
+    """A lock on a file, which is created. Raises OSError if that fails.
+
+    Where the file system has no locks, `take` always succeeds. is_supported: False once that has been found out.
+    """
+
+    is_supported = True
+
+    def __init__(self, path: str | Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def take(self, *, shared: bool = False, patience_seconds: float = 0.0) -> bool:
+        """Take the lock, or turn the one that is held into a shared or exclusive one. False if it is held elsewhere,
+        and still is after `patience_seconds`."""
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(_POLL_SECONDS)
+            except OSError:  # the file system has no locks
+                self.is_supported = False
+                return True
+
+    def write(self, text: str) -> None:
+        """Replace the file's content: a message of the holder for processes that wait."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, text.encode(), 0)
+
+    def read(self) -> str:
+        """The file's content."""
+        return os.pread(self._fd, 1000, 0).decode(errors="replace")
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._fd)
 
 
 @contextmanager
 def run_lock(path: Path) -> Iterator[None]:
-    """Have the run directory for oneself, until the end of the block. Raises ConfigError if another process has it.
+    """Hold the lock of the run directory `path` until the block ends. Raises ConfigError if another process holds it.
 
-    Where the file system knows no locks, or the file can't be made, it goes on without.
+    Deletes temporary files that killed runs left there.
+    Continues without a lock where the file system has none, or the lock file can't be created.
     """
     try:
-        fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError:  # what can't be written here is told by those who must
+        lock = FileLock(path / LOCK)
+    except OSError:  # the code that writes there reports it
         yield
         return
     try:
-        if _is_ours(fd):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps([socket.gethostname(), os.getpid()]).encode(), 0)
-            yield
-            return
-        raise ConfigError(
-            "the run is going on already",
-            where=str(path.absolute()),
-            got=_owner(fd),
-            hint="wait for it to end, or stop it first; or begin another run, in another run directory",
-        )
+        if not lock.take(patience_seconds=_PATIENCE_SECONDS):
+            raise ConfigError(
+                "the run is already in progress",
+                where=str(path.absolute()),
+                got=_owner(lock.read()),
+                hint="wait for it to end, or stop it first; or start another run, in another run directory",
+            )
+        lock.write(json.dumps([socket.gethostname(), os.getpid()]))
+        for folder in (path, path / "digests"):
+            remove_temporary_files(folder)
+        yield
     finally:
-        os.close(fd)
+        lock.close()
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether somebody has the run directory just now. None: that can't be said, as nobody has locked it ever, or the
-    last one was another host, whose locks may not be seen here."""
+    """True if a process holds the run directory's lock now; False if none does; None if that is unknown.
+
+    Unknown: the directory was never locked, or its last owner was on another host, whose locks may not be visible here.
+    """
     try:
         fd = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False if _owner(fd).endswith(f" on {socket.gethostname()}") else None
+        owner = _owner(os.pread(fd, 1000, 0).decode(errors="replace"))
+        return False if owner.endswith(f" on {socket.gethostname()}") else None
     except BlockingIOError:
         return True
     except OSError:
@@ -67,25 +117,9 @@ def is_locked(path: Path) -> bool | None:
         os.close(fd)
 
 
-def _is_ours(fd: int) -> bool:
-    """Take it. True also where the file system knows no locks."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-            continue
-        except OSError:
-            pass
-        return True
-
-
-def _owner(fd: int) -> str:
+def _owner(text: str) -> str:
     try:
-        host, pid = json.loads(os.pread(fd, 1000, 0))
-    except (OSError, ValueError, TypeError):  # it has just begun
+        host, pid = json.loads(text)
+    except (ValueError, TypeError):  # the owner has not written it yet
         return "another process"
     return f"process {pid} on {host}"

@@ -23,7 +23,7 @@ from manyhands.storage.location import Location, location_of
 
 
 class StepBatch(NamedTuple):
-    """One step's data on this worker: its micro-batches, read when the step wants them."""
+    """The data of one step on this worker. The step reads its micro-batches from `stream`, in order."""
 
     step: int
     stream: Iterator[LoadedBatch]
@@ -37,10 +37,11 @@ class Engine(StepEngine):
             metrics = engine.step(batch)
         engine.close()
 
-    Making one, `step`, `evaluating`, `save`, `load`, `digest`, `full_state_dict` and `close` are collective. A group is
-    given only to run workers as threads (tests); otherwise it comes from the launcher's environment.
-    resumes: a checkpoint will be loaded before the first step, so of the recipe's initial weights only frozen
-    parameters are read, which it lacks. weights_read_bytes: what this worker has read of the recipe's initial weights.
+    The constructor, `step`, `evaluating`, `save`, `load`, `digest`, `full_state_dict` and `close` are collective.
+    group: only for tests that run workers as threads; by default the launcher's environment determines it.
+    resumes: a checkpoint will be loaded before the first step. Then only the frozen parameters of the recipe's initial
+    weights are read, because the checkpoint lacks them.
+    weights_read_bytes: how much this worker has read of the recipe's initial weights.
     Raises ConfigError, DataError.
     """
 
@@ -56,13 +57,14 @@ class Engine(StepEngine):
         self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None
         self._saving: Saving | None = None
-        # Each host would have all of what the sharding shards over all: only if it's asked for.
-        whole_on_hosts = strategy.transport != "auto" or sharding_named(strategy.sharding).param is not SHARDED
+        # Hierarchical groups hold all parameters once per host, which zero3 would shard over all hosts. So "auto" does
+        # not choose them for zero3.
+        may_be_hierarchical = strategy.transport != "auto" or sharding_named(strategy.sharding).param is not SHARDED
         own = group or connect(
             strategy.transport,
             device=recipe.device,
             stall_seconds=strategy.stall_seconds,
-            most_hosts=recipe.batch.virtual_workers if whole_on_hosts else 0,
+            max_hosts=recipe.batch.virtual_workers if may_be_hierarchical else 0,
         )
         try:
             self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
@@ -81,11 +83,11 @@ class Engine(StepEngine):
             raise
 
     def batches(self, steps: int | None = None) -> Iterator[StepBatch]:
-        """The data of the steps from here on: until `steps` have been made altogether, or forever."""
+        """Yield the data of each step, from the current step until `steps` steps are complete, or forever."""
         stream: Iterator[LoadedBatch] | None = None
         expected = -1
         while steps is None or self.step_index < steps:
-            if stream is None or self.step_index != expected:  # a checkpoint was loaded meanwhile
+            if stream is None or self.step_index != expected:  # a checkpoint was loaded in between
                 stream = self._stream(self.step_index, steps)
             expected = self.step_index + 1
             yield StepBatch(self.step_index, stream)
@@ -97,7 +99,7 @@ class Engine(StepEngine):
         return self._loader.stream((step, micro_batch) for step in numbers for micro_batch in self.my_micro_batches)
 
     def step(self, batch: StepBatch, *, digest: bool = False) -> StepMetrics:
-        """Make the next step. Collective. See `run_step` for what is raised."""
+        """Run the next step. Collective. Raises what `run_step` raises."""
         self._refuse_without_checkpoint()
 
         def load(micro_batch: int) -> Any:
@@ -121,12 +123,12 @@ class Engine(StepEngine):
         keep_every: int | None = None,
         published: Callable[[Location], None] | None = None,
     ) -> Location:
-        """Write a checkpoint below `folder`, which may be an address (s3://bucket/folder), and return where it is.
+        """Write a checkpoint below `folder`, a path or an address (s3://bucket/folder), and return its location.
         Collective.
 
-        keep, keep_every: leave the last `keep` there, and those of every `keep_every`-th step (default: all).
-        published: called on worker 0, in the thread that writes, as soon as it's there (not, if it was there before).
-        Raises CheckpointError, alike on all workers; the engine may go on then.
+        keep, keep_every: keep the last `keep` checkpoints and those of every `keep_every`-th step (default: all).
+        published: called on worker 0, in the writer thread, once the checkpoint is complete; not if it existed before.
+        Raises CheckpointError on all workers; training may continue after that.
         """
         self.begin_save(folder, keep=keep, keep_every=keep_every, published=published)
         self.finish_save()
@@ -140,9 +142,9 @@ class Engine(StepEngine):
         keep_every: int | None = None,
         published: Callable[[Location], None] | None = None,
     ) -> None:
-        """As `save`, but steps may go on while it's written: what the state is now is copied. Collective.
+        """Start to write a checkpoint of the current state, which is copied; steps may follow. Collective.
 
-        Waits for the one before, as `finish_save` does.
+        Takes the arguments of `save`. First waits for the previous checkpoint, as `finish_save` does.
         """
         self.check_usable()
         self._refuse_without_checkpoint()
@@ -152,40 +154,41 @@ class Engine(StepEngine):
                 self, location_of(folder), keep=keep, keep_every=keep_every, published=published
             )
         except CheckpointError:
-            raise  # on all workers
+            raise  # all workers raise it
         except BaseException as error:
             self.group.fail(error)
             raise
 
     def finish_save(self) -> Location | None:
-        """Wait until what `begin_save` began is published, and return its path (None: nothing was). Collective.
+        """Wait until the checkpoint of `begin_save` is published, and return its location; None if there is none.
+        Collective.
 
-        Raises CheckpointError, alike on all workers.
+        Raises CheckpointError on all workers.
         """
         saving, self._saving = self._saving, None
         return None if saving is None else saving.wait()
 
     @property
     def is_saving(self) -> bool:
-        """Whether this worker still writes, or waits to publish, what `begin_save` began."""
+        """True while this worker writes the checkpoint of `begin_save`, or waits for its publication."""
         return self._saving is not None and not self._saving.is_done
 
     def load(self, checkpoint: str | Location, *, accept_new_numerics: bool = False) -> Manifest:
-        """Go on from a checkpoint, whatever number of workers and sharding it was saved with. Collective.
+        """Load a checkpoint that any number of workers with any sharding saved. Collective.
 
         Raises CheckpointError, NumericsError.
         """
-        place = location_of(checkpoint)
-        return self._restored(lambda: load_checkpoint(self, place, accept_new_numerics=accept_new_numerics))
+        location = location_of(checkpoint)
+        return self._restored(lambda: load_checkpoint(self, location, accept_new_numerics=accept_new_numerics))
 
     def load_snapshot(self, memory: SnapshotMemory) -> Manifest:
-        """Go on from the last snapshot in that memory. Collective."""
+        """Load the newest snapshot in `memory`. Collective."""
         return self._restored(lambda: load_snapshot(self, memory))
 
     def _restored(self, load: Callable[[], Manifest]) -> Manifest:
         try:
             manifest = load()
-        except BaseException as error:  # perhaps on this worker alone (a damaged file)
+        except BaseException as error:  # possibly on this worker only (a damaged file), so the peers must be informed
             self.group.fail(error)
             raise
         self._awaits_checkpoint = False
@@ -193,11 +196,13 @@ class Engine(StepEngine):
 
     def _refuse_without_checkpoint(self) -> None:
         if self._awaits_checkpoint:
-            raise InvariantError("the engine was made to load a checkpoint first (resumes=True), and hasn't")
+            raise InvariantError("the engine was created with resumes=True, but no checkpoint was loaded")
 
     def close(self) -> None:
-        """Finish a checkpoint that was begun, leave the group and end loader processes. Collective, unless a worker
-        failed. Raises CheckpointError."""
+        """Finish a pending checkpoint, leave the group and end loader processes. Collective, unless a worker failed.
+
+        Raises CheckpointError.
+        """
         if self._loader is not None:
             self._loader.close()
             self._loader = None
@@ -210,7 +215,7 @@ class Engine(StepEngine):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and not isinstance(error, Interrupted):  # that one, all workers raise together
+        if error is not None and not isinstance(error, Interrupted):  # all workers raise Interrupted together
             self.group.fail(error)
             if self._saving is not None:
                 self._saving.abandon()

@@ -18,13 +18,14 @@ from manyhands.offload.process_memory import PeakMemory
 from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
-from manyhands.training.run_record import Record, Saver, will_resume
+from manyhands.training.run_record import RunRecord, Saver, will_resume
 
 MEASURED_STEPS = 3
-"""Memory is measured in the first steps (the first makes the optimizer's state), so that it costs nothing later."""
+"""Memory is measured in the first steps only, so that it costs nothing later. The first step allocates the
+optimizer's state, so the peak is among them."""
 
 
-def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
+def train(  # noqa: PLR0913  (one argument for each option of a run)
     recipe: Recipe,
     *,
     steps: int,
@@ -40,15 +41,18 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
     recipe_as_used: dict[str, Any] | None = None,
     stop: StopSignals | None = None,
 ) -> Summary:
-    """Train until `steps` steps have been made altogether. Collective: every worker calls it alike.
+    """Train until `steps` steps are complete. Collective: every worker calls it with the same arguments.
 
-    run_dir: where figures and checkpoints go; one that holds checkpoints of this recipe is gone on with. None: nothing
-    is written. checkpoint_dir: where checkpoints go instead: a folder, or an address (s3://bucket/folder); the run
-    directory remembers it. checkpoint_every: steps (500) or time ("10m") between checkpoints, which are written while
-    training goes on (one is written at the end in any case); one that can't be written is told of, and the next one
-    tried. keep_checkpoints: how many stay, beside those of every `keep_every`-th step. digest_every: steps between
-    digests (the last step has one in any case). show: a progress bar on worker 0. recipe_as_used, stop: for the command
-    line.
+    run_dir: output directory. A directory with checkpoints of this recipe is resumed. None: nothing is written.
+    checkpoint_dir: where checkpoints are written instead: a folder, or an address (s3://bucket/folder). The run
+        directory records it.
+    checkpoint_every: steps (500) or time ("10m") between checkpoints. Training continues while they are written. A
+        checkpoint that can't be written is reported, and the next one is tried. There is always one at the end.
+    keep_checkpoints, keep_every: keep this many recent checkpoints, and those of every `keep_every`-th step.
+    digest_every: steps between digests. The last step always has one.
+    accept_new_numerics: resume under another numerics identity (torch version, CPU kind, threads).
+    show: show a progress bar on worker 0.
+    recipe_as_used, stop: for the command line.
 
     Returns the run's summary: `summary.digest`, `summary.last_loss`, ... Raises ConfigError, DataError, NumericsError,
     CheckpointError, WorkerError, and Interrupted after Ctrl-C.
@@ -58,52 +62,54 @@ def train(  # noqa: PLR0913  (each argument is a wish of its own about one run)
             "steps, digest_every, keep_checkpoints and keep_every count from 1",
             got=f"{steps}, {digest_every}, {keep_checkpoints}, {keep_every}",
         )
-    often = Every() if checkpoint_every is None else every(checkpoint_every)
-    began = time.monotonic()
+    interval = Every() if checkpoint_every is None else every(checkpoint_every)
+    started = time.monotonic()
     with ExitStack() as stack:
         signals = stop or stack.enter_context(StopSignals())
         strategy = _with_scratch(strategy or Strategy(), run_dir)
         engine = stack.enter_context(Engine(recipe, strategy, resumes=will_resume(run_dir, checkpoint_dir)))
-        record = Record(engine, run_dir, checkpoint_dir, recipe_as_used, stack)
+        record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, stack)
         record.resume(accept_new_numerics)
         record.show(steps, show)
-        saver = Saver(record, often, keep_checkpoints, keep_every)
+        saver = Saver(record, interval, keep_checkpoints, keep_every)
         memory, first = PeakMemory(), engine.step_index
-        signals.training_begins()
+        signals.training_started()
         for batch in engine.batches(steps):
             step = engine.step_index
             digest_due = (step + 1) % digest_every == 0 or step + 1 == steps
             with ExitStack() as watched:
                 if step - first < MEASURED_STEPS:
                     watched.enter_context(memory)
-                engine.stop_requested, engine.save_requested = signals.wanted, saver.is_due
+                engine.stop_requested, engine.save_requested = signals.requested, saver.is_due
                 metrics = engine.step(batch, digest=digest_due)
             record.add(metrics)
             if engine.stop_requested:
                 raise _interrupted(engine, record, saver)
             saver.after_step(metrics.digest, last=step + 1 == steps)
         saver.finish()
-        return _summary(engine, record, memory.peak_bytes, time.monotonic() - began)
+        return _summary(engine, record, memory.peak_bytes, time.monotonic() - started)
 
 
 def _with_scratch(strategy: Strategy, run_dir: str | Path | None) -> Strategy:
-    """Files that state lives in are the run's own, unless the strategy says otherwise."""
+    """With offload = "disk", put the scratch folder into the run directory, unless the strategy names one."""
     if strategy.offload != "disk" or strategy.scratch or run_dir is None:
         return strategy
     return replace(strategy, scratch=str(Path(run_dir) / "scratch"))
 
 
-def _interrupted(engine: Engine, record: Record, saver: Saver) -> Interrupted:
+def _interrupted(engine: Engine, record: RunRecord, saver: Saver) -> Interrupted:
     checkpoint = saver.finish()
     record.event("stopped", step=engine.step_index)
     return Interrupted(
-        f"stopped after step {engine.step_index}, as asked",
+        f"stopped after step {engine.step_index}, as requested",
         where=f"checkpoint {checkpoint}" if checkpoint else "no checkpoint was written: the run has no directory",
-        hint="start it again with the same run directory to go on, with any number of workers" if checkpoint else None,
+        hint="start it again with the same run directory to continue, with any number of workers"
+        if checkpoint
+        else None,
     )
 
 
-def _summary(engine: Engine, record: Record, peak_bytes: int, wall_seconds: float) -> Summary:
+def _summary(engine: Engine, record: RunRecord, peak_bytes: int, wall_seconds: float) -> Summary:
     group, recipe = engine.group, engine.recipe
     group.status("end / summary")
     digest = engine.digest()
@@ -113,13 +119,13 @@ def _summary(engine: Engine, record: Record, peak_bytes: int, wall_seconds: floa
             if group.rank == 0:
                 seed_generators(derive(recipe.seed, "sample"))
                 sample = recipe.sample(model)
-    # Worker 0 keeps the record, and computed the sample; all workers' summaries tell of it.
+    # Only worker 0 has the metrics and the sample. All workers return the same summary.
     mine = {**figures(record.metrics)._asdict(), **failures_among(record.read_events())._asdict(), "sample": sample}
-    told: list[Any] = all_gather_json(group, (mine, peak_bytes), "end / figures / control")
+    all_ranks: list[Any] = all_gather_json(group, (mine, peak_bytes), "end / figures / control")
     record.event("ended", step=engine.step_index, digest=digest)
-    (of_first, _), peaks = told[0], [peak for _, peak in told]
+    (of_worker_0, _), peaks = all_ranks[0], [peak for _, peak in all_ranks]
     return Summary(
-        **of_first,
+        **of_worker_0,
         name=recipe.name,
         peak_memory_bytes_per_worker=peaks,
         workers=group.size,

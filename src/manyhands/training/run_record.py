@@ -29,26 +29,29 @@ from manyhands.training.engine import Engine
 from manyhands.training.saving import Snapshots
 
 RETRY_SECONDS = 5
-"""Before the last checkpoint is tried again."""
+"""Wait before the second try of a run's last checkpoint."""
 
 
 def will_resume(run_dir: str | Path | None, checkpoint_dir: str | Location | None) -> bool:
-    """Whether there is a checkpoint to go on from, as far as this worker sees: the record asks all."""
-    place = _place_for(run_dir, checkpoint_dir)
+    """True if this worker sees a checkpoint to resume from. `RunRecord.resume` compares what all workers see."""
+    location = _checkpoint_location(run_dir, checkpoint_dir)
     try:
-        return place is not None and bool(list_checkpoints(place))
-    except CheckpointError:  # the record will say so, to all
+        return location is not None and bool(list_checkpoints(location))
+    except CheckpointError:  # resume() reports this on all workers
         return False
 
 
-def _place_for(run_dir: str | Path | None, checkpoint_dir: str | Location | None) -> Location | None:
+def _checkpoint_location(run_dir: str | Path | None, checkpoint_dir: str | Location | None) -> Location | None:
     if run_dir is None:
         return None if checkpoint_dir is None else location_of(checkpoint_dir)
     return checkpoints_of(Path(run_dir), checkpoint_dir)
 
 
-class Record:
-    """What a run leaves behind, if it has a directory: worker 0 writes, all save. checkpoints: where, if anywhere."""
+class RunRecord:
+    """Records a run: metrics, events, digests, progress. Worker 0 writes; all workers save checkpoints.
+
+    path: the run directory; None: nothing is recorded. checkpoints: where checkpoints are written; None: nowhere.
+    """
 
     def __init__(
         self,
@@ -59,65 +62,64 @@ class Record:
         stack: ExitStack,
     ) -> None:
         self.engine, self.path = engine, None if run_dir is None else Path(run_dir)
-        self.checkpoints = _place_for(run_dir, checkpoint_dir)
-        self._kept_before = None if self.path is None else checkpoints_of(self.path)
+        self.checkpoints = _checkpoint_location(run_dir, checkpoint_dir)
+        self._checkpoints_before = None if self.path is None else checkpoints_of(self.path)
         self.metrics: list[StepMetrics] = []
         self.notes: list[str] = []
-        self.log: Console | None = None  # worker 0's; the others' output goes to theirs
+        self.log: Console | None = None  # of worker 0; the other workers' output goes to their own log files
         self._directory: RunDirectory | None = None
         self._recipe_as_used = recipe_as_used
         self._tensorboard: TensorBoardLog | None = None
         self._bars: list[TrainingProgress] = []
-        self.snapshots = Snapshots(engine, self.path, self.tell)
+        self.snapshots = Snapshots(engine, self.path, self.report)
         self._stack = stack
         if self.path is not None and engine.group.rank == 0:
             self._directory = RunDirectory(self.path)
-            if recipe_as_used is None:  # else it's the command line's, which has the directory already
+            if recipe_as_used is None:  # otherwise the command line holds the lock already
                 stack.enter_context(run_lock(self.path))
             self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
         if self.checkpoints is not None and engine.group.rank == 0:
             check_writable(self.checkpoints)
         if engine.allocator.scratch is not None:
             self.notes.append(scratch_line(engine.allocator.scratch))
-        # The directory may be on worker 0's host alone; where it says that checkpoints are, all hosts can see.
-        everyone: list[Any] = all_gather_json(
+        # The run directory may exist on worker 0's host only. If it names a store for checkpoints, all hosts use that.
+        all_ranks: list[Any] = all_gather_json(
             engine.group, str(self.checkpoints or ""), "start / run directory / control"
         )
-        if not is_local(everyone[0]):
-            self.checkpoints = location_of(everyone[0])
+        if not is_local(all_ranks[0]):
+            self.checkpoints = location_of(all_ranks[0])
 
     def resume(self, accept_new_numerics: bool) -> None:
-        """Go on from the last state that there is: a snapshot, or the directory's last checkpoint. Then begin to write.
-        Collective."""
+        """Load the newest state: a snapshot, or the run's last checkpoint. Then start recording. Collective."""
         listed = [] if self.checkpoints is None else list_checkpoints(self.checkpoints)
         found, step = [str(path) for _, path in listed], max((step for step, _ in listed), default=0)
         newest = self.snapshots.newest_step()
-        everyone: list[Any] = all_gather_json(self.engine.group, found, "start / resume / control")
-        last = [paths[-1] if paths else None for paths in everyone]
+        all_ranks: list[Any] = all_gather_json(self.engine.group, found, "start / resume / control")
+        last = [paths[-1] if paths else None for paths in all_ranks]
         if len(set(last)) > 1:
             raise CheckpointError(
                 "the workers don't see the same checkpoints",
                 got=last,
-                hint="put checkpoints where all hosts see them: on a file system that they share, or in a store",
+                hint="put checkpoints where all hosts see them: on a shared file system, or in a store",
             )
         source = None
         if newest is not None and newest >= step:
             source = "snapshot"
             self.snapshots.load()
-            self.notes.append(f"going on from step {self.engine.step_index} (a snapshot in memory)")
+            self.notes.append(f"resuming from step {self.engine.step_index} (a snapshot in memory)")
         elif last[0] is not None:
             source = "checkpoint"
             self._load(found, accept_new_numerics)
-            self.notes.append(f"going on from step {self.engine.step_index} ({last[0]})")
-        elif self._kept_before not in (None, self.checkpoints) and list_checkpoints(self._kept_before):
+            self.notes.append(f"resuming from step {self.engine.step_index} ({last[0]})")
+        elif self._checkpoints_before not in (None, self.checkpoints) and list_checkpoints(self._checkpoints_before):
             raise ConfigError(
                 "the run has its checkpoints elsewhere, and none here",
                 where=str(self.checkpoints),
-                expected=str(self._kept_before),
-                hint="name that place, or none, as the run directory remembers it; or copy them here first",
+                expected=str(self._checkpoints_before),
+                hint="use that location, or none: the run directory records it; or copy the checkpoints here first",
             )
         elif self.engine.recipe.initial_weights is not None:
-            self.notes.append(f"beginning with the weights of {self.engine.recipe.initial_weights.path}")
+            self.notes.append(f"starting with the weights of {self.engine.recipe.initial_weights.path}")
         if self._directory is None:
             return
         engine, directory = self.engine, self._directory
@@ -125,7 +127,7 @@ class Record:
         directory.truncate_metrics(engine.step_index)
         self.metrics = directory.read_metrics()
         self.event(
-            "began",
+            "started",
             step=engine.step_index,
             source=source,
             repeats=repeats,
@@ -137,54 +139,57 @@ class Record:
             engine.strategy,
             workers=engine.group.size,
             transport=engine.group.kind,
-            **self._elsewhere(),
+            **self._external_checkpoints(),
         )
         directory.write_recipe(self._recipe_as_used or engine.recipe)
         write_json(directory.digests / "parameters.json", {"parameters": engine.digest_names})
         self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
 
-    def _elsewhere(self) -> dict[str, str]:
-        """Where checkpoints are, if that isn't in the directory itself, which may be moved."""
-        place = self.checkpoints
-        is_own = self.path is not None and place == self.path / "checkpoints"
-        return {} if place is None or is_own else {"checkpoints": str(place.absolute())}
+    def _external_checkpoints(self) -> dict[str, str]:
+        """The manifest's entry for checkpoints outside of the run directory.
+
+        Its own checkpoints have no entry, so that the directory can be moved.
+        """
+        location = self.checkpoints
+        is_own = self.path is not None and location == self.path / "checkpoints"
+        return {} if location is None or is_own else {"checkpoints": str(location.absolute())}
 
     def _load(self, found: list[str], accept_new_numerics: bool) -> None:
-        """The last one; of a damaged one it's told how to go on from the one before."""
+        """Load the last checkpoint. If it is damaged, the error says how to resume from the one before."""
         try:
             self.engine.load(found[-1], accept_new_numerics=accept_new_numerics)
         except CheckpointError as error:
             if len(found) > 1:
-                way = f"to go on from the one before, {found[-2]}, remove {found[-1]}"
-                error.hint = f"{error.hint}; {way}" if error.hint else way
+                remedy = f"to resume from the one before, {found[-2]}, remove {found[-1]}"
+                error.hint = f"{error.hint}; {remedy}" if error.hint else remedy
             raise
 
     def show(self, steps: int, on_terminal: bool) -> None:
-        """From now on worker 0 tells how far the run is: on the terminal if that's wanted, and in its log."""
+        """Start to show progress on worker 0: on the terminal if `on_terminal`, and in its log."""
         if self.engine.group.rank != 0 or self.engine.step_index >= steps:
             return
         consoles = ([None] if on_terminal else []) + ([self.log] if self.log is not None else [])
         start = self.engine.step_index
         self._bars = [self._stack.enter_context(TrainingProgress(steps, start, console)) for console in consoles]
         for note in self.notes:
-            self.tell(note)
+            self.report(note)
 
-    def tell(self, text: str) -> None:
-        """Something happened, for people."""
+    def report(self, text: str) -> None:
+        """Print `text` with the progress, for people."""
         for bar in self._bars:
             bar.note(text)
 
     def event(self, event: str, **facts: Any) -> None:
-        """Something happened, for the run's directory."""
+        """Record an event in the run directory."""
         if self._directory is not None:
             self._directory.append_event(event, **facts)
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All that has happened to the run so far (on worker 0)."""
+        """All events of the run so far; none on other workers than worker 0."""
         return [] if self._directory is None else self._directory.read_events()
 
     def add(self, metrics: StepMetrics) -> None:
-        """A step was made."""
+        """Record a completed step."""
         if self.engine.group.rank != 0:
             return
         self.metrics.append(metrics)
@@ -201,24 +206,26 @@ class Record:
 
 
 class Saver:
-    """Writes a run's checkpoints, if it has a place for them."""
+    """Writes a run's checkpoints when they are due, if it has a location for them."""
 
-    def __init__(self, record: Record, often: Every, keep: int, keep_every: int | None) -> None:
-        self._record, self._engine, self._often = record, record.engine, often
+    def __init__(self, record: RunRecord, interval: Every, keep: int, keep_every: int | None) -> None:
+        self._record, self._engine, self._interval = record, record.engine, interval
         self._keep, self._keep_every = keep, keep_every
         self._last = time.monotonic()
 
     @property
     def is_due(self) -> bool:
-        """Whether this worker wants one after the next step. Clocks differ: worker 0's is asked."""
-        if self._often.seconds is not None:
-            return self._engine.group.rank == 0 and time.monotonic() - self._last >= self._often.seconds
-        return self._often.steps is not None and (self._engine.step_index + 1) % self._often.steps == 0
+        """True if this worker requests a checkpoint after the next step. Clocks differ, so worker 0's clock decides."""
+        if self._interval.seconds is not None:
+            return self._engine.group.rank == 0 and time.monotonic() - self._last >= self._interval.seconds
+        return self._interval.steps is not None and (self._engine.step_index + 1) % self._interval.steps == 0
 
     def after_step(self, digest: str | None, *, last: bool) -> None:
-        """A snapshot is taken, if it's time; a checkpoint is begun if someone wanted it before the step (after the last
-        one `finish` comes); that the one before couldn't be written is told. digest: of the weights, if known.
-        Collective."""
+        """Take a snapshot if it is due, and start a checkpoint if a worker requested one before the step. Collective.
+
+        Reports a previous checkpoint that could not be written. After the last step, `finish` writes the checkpoint.
+        digest: of the weights, if known.
+        """
         self._record.snapshots.after_step(digest, last=last)
         if not self._engine.save_requested or last:
             return
@@ -230,7 +237,7 @@ class Saver:
                 save()
             except CheckpointError as error:
                 self._record.event("not saved", why=error.what, where=error.where)
-                self._record.tell(f"training goes on, but {error}")
+                self._record.report(f"training continues, but {error}")
 
     def _write(self, save: Callable[..., Location | None]) -> Location | None:
         step = self._engine.step_index
@@ -242,7 +249,7 @@ class Saver:
         )
 
     def finish(self) -> Location | None:
-        """Write one of the state as it is, and wait for it. Collective; raises CheckpointError."""
+        """Write a checkpoint of the current state, and wait for it. Collective. Raises CheckpointError."""
         if self._record.checkpoints is None:
             return None
         for last_try in (False, True):
@@ -252,6 +259,6 @@ class Saver:
                 self._record.event("not saved", why=error.what, where=error.where)
                 if last_try:
                     raise
-                self._record.tell(f"once more in {RETRY_SECONDS} seconds: {error}")
+                self._record.report(f"trying again in {RETRY_SECONDS} seconds: {error}")
                 time.sleep(RETRY_SECONDS)
         return None

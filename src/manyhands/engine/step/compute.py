@@ -1,6 +1,6 @@
 """Forward and backward of one micro-batch: hooks, loss, transfer to the device.
 
-The only place where autograd and module hooks are registered: each is a wire to a named method.
+This is the only module that registers autograd and module hooks. Each hook only calls a named method.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from manyhands.errors import ConfigError
 def on_gradients(
     named_params: Iterable[tuple[str, nn.Parameter]], arrived: Callable[[str, nn.Parameter], None]
 ) -> list[RemovableHandle]:
-    """Call `arrived(name, parameter)` during backward whenever a parameter's gradient is complete."""
+    """Call `arrived(name, parameter)` in backward whenever a parameter's gradient is complete. Return the handles."""
 
-    def wire(name: str, param: nn.Parameter) -> RemovableHandle:
+    def register(name: str, param: nn.Parameter) -> RemovableHandle:
         def hook(_: Tensor) -> None:
             arrived(name, param)
 
         handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         return handle
 
-    return [wire(name, param) for name, param in named_params]
+    return [register(name, param) for name, param in named_params]
 
 
 def around_forward(
     module: nn.Module, before: Callable[[], None], after: Callable[[list[Tensor]], None]
 ) -> list[RemovableHandle]:
-    """Call `before()` when the module's forward begins, and `after(its results' tensors)` when it ends; also by an
-    error, then without any."""
+    """Call `before()` before the module's forward, and `after(tensors)` after it with the tensors of its result.
+
+    `after` is also called if the forward raises, then with an empty list. Return the hooks' handles.
+    """
 
     def begin(*_: object) -> None:
         before()
@@ -51,7 +53,10 @@ def around_forward(
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """`batch` with its tensors on `device`: of a tensor, of tuples, lists and dicts of them, or of what has a `to`."""
+    """Return `batch` with its tensors on `device`.
+
+    batch: a tensor, an object with a method `to`, or nested tuples, lists and dicts of these.
+    """
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -64,7 +69,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def loss_and_weight(result: object) -> tuple[Tensor, Tensor | float]:
-    """What recipe.loss returned. Raises ConfigError."""
+    """Return loss and weight from the result of recipe.loss; the default weight is 1. Raises ConfigError."""
     loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, 1.0)
     is_loss = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
     is_weight = isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.numel() == 1)
@@ -75,6 +80,6 @@ def loss_and_weight(result: object) -> tuple[Tensor, Tensor | float]:
             "recipe.loss did not return a loss",
             expected="a scalar tensor with a gradient, or (sum, weight)",
             got=f"{got} as the weight" if is_loss else got,
-            hint="of an object with several results return the loss alone: model(**batch).loss, say",
+            hint="if the model returns an object, return only its loss, for example model(**batch).loss",
         )
     return loss, weight  # type: ignore[return-value]

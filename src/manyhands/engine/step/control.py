@@ -12,9 +12,14 @@ from manyhands.comm.group import Group
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """losses, weights: [micro_batches] fp64, by index. got_gradient: [params], changed_buffers: [buffers]: on any.
-    bad: (micro-batch, index of the parameter) of the first gradient that isn't finite. stop, save: someone wants to,
-    after the step."""
+    """Control values of a step: of one worker, or of all of them.
+
+    losses, weights: [micro_batches] fp64, by index.
+    got_gradient: [params], True if any micro-batch gave the parameter a gradient.
+    changed_buffers: [buffers], True if any micro-batch changed the buffer.
+    bad: (micro-batch, index of the parameter) of the first gradient that is not finite.
+    stop, save: True if any worker requests to stop or to save after the step.
+    """
 
     losses: np.ndarray
     weights: np.ndarray
@@ -26,20 +31,22 @@ class Control:
 
 
 def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
-    """Everyone's control values as one. `mine` has zeros for the micro-batches of others. Collective."""
+    """Combine all workers' control values. `mine` has zeros for other workers' micro-batches. Collective."""
+    # Everything travels in one message, since the latency of small messages counts: fp64 values, then flags as bytes.
+    # 1 is added to the indices, so that (0, 0) means "no bad gradient".
     bad = (0, 0) if mine.bad is None else (mine.bad[0] + 1, mine.bad[1] + 1)
     floats = np.concatenate([mine.losses, mine.weights, [float(mine.stop), float(mine.save), *bad]])
     flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
     packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), flags]))
-    everyone = [other.numpy() for other in group.all_gather_small(packed, tag)]
-    all_floats = np.stack([array[: floats.nbytes].view(np.float64) for array in everyone])
-    flags_of_any = np.max([array[floats.nbytes :] for array in everyone], axis=0).astype(bool)
+    arrays = [other.numpy() for other in group.all_gather_small(packed, tag)]
+    all_floats = np.stack([array[: floats.nbytes].view(np.float64) for array in arrays])
+    flags_of_any = np.max([array[floats.nbytes :] for array in arrays], axis=0).astype(bool)
     count, params = len(mine.losses), len(mine.got_gradient)
-    losses, weights, wishes, bads = np.split(all_floats, [count, 2 * count, 2 * count + 2], axis=1)
+    losses, weights, requests, bads = np.split(all_floats, [count, 2 * count, 2 * count + 2], axis=1)
     found = sorted((int(micro_batch) - 1, int(index) - 1) for micro_batch, index in bads if micro_batch > 0)
-    stop, save = (bool(wish.any()) for wish in wishes.T)
+    stop, save = (bool(request.any()) for request in requests.T)
     return Control(
-        # Each micro-batch has one worker that computed it; the others' zeros change nothing, whatever the order.
+        # Exactly one worker computed each micro-batch. The others' zeros change nothing, in any order of addition.
         losses=losses.sum(axis=0),
         weights=weights.sum(axis=0),
         got_gradient=flags_of_any[:params],

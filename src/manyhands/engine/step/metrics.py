@@ -1,8 +1,7 @@
 """What a step reports, and where its time went.
 
-What one step reports: plain numbers, the same on every worker but for the seconds and bytes, which are its own.
-
-Where a step's time goes: phases of one worker, with the waiting for others taken out of each.
+All values of a step's metrics are the same on every worker, except seconds and bytes, which are per worker. A step's
+time is divided into phases, and the time spent waiting for other workers is counted separately.
 """
 
 from __future__ import annotations
@@ -21,13 +20,16 @@ PHASES = ("data", "compute", "communication", "update", "waiting")
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One step's figures.
+    """The metrics of one step.
 
-    loss: the global batch's weighted mean loss. weight: the sum of the micro-batches' weights; weighted: whether the
-    loss function gave them (tokens, say), else it's the number of micro-batches. gradient_norm: 2-norm before clipping.
-    learning_rates: one per param group, as used in this step. seconds: by phase (PHASES) on this worker; they add up
-    to step_seconds. bytes_moved: by kind of message (grad, param, control) that this worker read from others.
-    digest: SHA-256 of the master weights after the step, or None if it wasn't asked for.
+    loss: the weighted mean loss of the global batch.
+    weight: the sum of the micro-batches' weights.
+    weighted: True if the loss function returned weights (tokens, say); else `weight` is the number of micro-batches.
+    gradient_norm: 2-norm before clipping.
+    learning_rates: one per param group, as used in this step.
+    seconds: by phase (PHASES) on this worker; they add up to step_seconds.
+    bytes_moved: bytes that this worker read from peers, by kind of message (grad, param, control).
+    digest: SHA-256 of the master weights after the step, or None if it wasn't requested.
     """
 
     step: int
@@ -44,45 +46,45 @@ class StepMetrics:
 
     @property
     def unit(self) -> str:
-        """What a step's throughput is counted in."""
+        """The unit of a step's throughput."""
         return "tokens" if self.weighted else "samples"
 
     @property
     def amount(self) -> float:
-        """How many of `unit` the step saw."""
+        """The step's amount of `unit`."""
         return self.weight if self.weighted else float(self.samples)
 
 
 class PhaseClock:
-    """Seconds by phase since `begin`; phases don't nest."""
+    """Measures seconds and bytes by phase since `begin`. Phases don't nest."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.bytes_moved: dict[str, int] = {}
-        self._began = 0.0
+        self._start = 0.0
 
     def begin(self) -> None:
-        """A step begins."""
+        """Start a step: reset all values."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.bytes_moved = {}
-        self._recorder.take()
-        self._began = time.perf_counter()
+        self._recorder.take()  # discard traffic from between the steps
+        self._start = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside for `name`, but for the waits, which count for "waiting"."""
-        began = time.perf_counter()
+        """Count the block's time for phase `name`, except time spent waiting for peers, which is "waiting"."""
+        start = time.perf_counter()
         try:
             yield
         finally:
             moved, waited = self._recorder.take()
             for kind, num_bytes in moved.items():
                 self.bytes_moved[kind] = self.bytes_moved.get(kind, 0) + num_bytes
-            self.seconds[name] += time.perf_counter() - began - waited
+            self.seconds[name] += time.perf_counter() - start - waited
             self.seconds["waiting"] += waited
 
     @property
     def step_seconds(self) -> float:
-        """Since `begin`."""
-        return time.perf_counter() - self._began
+        """Seconds since `begin`."""
+        return time.perf_counter() - self._start

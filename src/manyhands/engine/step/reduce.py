@@ -1,14 +1,14 @@
 """Reduces gradients: what is exchanged when, and in which order it is added.
 
-Waiting for an exchange that may not come as long as this worker waits for it.
+There are two ways, which compute the same sum:
 
-From micro-batches' gradients to ordered sums of shards: what is exchanged when, and what is added in which order.
-Two ways, the same sum. *Every micro-batch*: in round j the workers compute micro-batches j*W .. j*W+W-1, and each owner
-adds the pieces in index order. *Every step*: those who share memory (a host's workers, or one alone) compute in that
-way a contiguous run of virtual workers, and send the complete subtrees that their run covers to the others.
+- *Every micro-batch*: in round j the W workers compute micro-batches j*W .. j*W+W-1, and each owner adds the pieces in
+  index order.
+- *Every step*: workers that share memory (those of one host, or a single worker) compute a contiguous run of virtual
+  workers in that way, and send the complete subtrees that their run covers to the other hosts.
 
-Units are exchanged in one fixed order on all workers (the last built first, as backward usually completes them), in
-whatever order their gradients come: so no worker ever waits for a message that another doesn't send.
+Units are sent in one fixed order on all workers: the last built first, which is the order in which backward usually
+completes them. Gradients may arrive in any order. So no worker ever waits for a message that another one doesn't send.
 """
 
 from __future__ import annotations
@@ -30,37 +30,46 @@ from manyhands.engine.units.unit import Event, Unit
 from manyhands.numerics.order import Subtree, maximal_subtrees, micro_batch_of_round, num_rounds, run_of_virtual_workers
 from manyhands.offload.allocator import Allocator
 
-PATIENCE_SECONDS = 1.0
+MAX_WAIT_SECONDS = 1.0
 
 POLL_SECONDS = 0.0002
 
 
 class BoundedWait:
-    """Each time that waiting was in vain, a tenth of it from then on. seconds: that an exchange is awaited by now."""
+    """Waits for an all-to-all that may be unable to complete while this worker waits.
 
-    def __init__(self, recorder: Recorder, seconds: float = PATIENCE_SECONDS) -> None:
+    seconds: the current limit of a wait. Each wait that times out reduces it to a tenth.
+    """
+
+    def __init__(self, recorder: Recorder, seconds: float = MAX_WAIT_SECONDS) -> None:
         self._recorder, self.seconds = recorder, seconds
 
     def completes(self, all_to_all: AllToAll) -> bool:
-        """Whether it is complete soon."""
-        began = time.monotonic()
-        while not (complete := all_to_all.is_complete) and time.monotonic() < began + self.seconds:
+        """Wait for the all-to-all. Return False if it isn't complete within the limit."""
+        start = time.monotonic()
+        while not (complete := all_to_all.is_complete) and time.monotonic() < start + self.seconds:
             time.sleep(POLL_SECONDS)
-        self._recorder.waited(time.monotonic() - began)
+        self._recorder.add_wait(time.monotonic() - start)
         if not complete:
             self.seconds /= 10
         return complete
 
 
 class Levels(NamedTuple):
-    """near: whose gradients are added in each round. far: who exchange the sums once a step (None: nobody)."""
+    """Groups of the two levels of a reduction.
+
+    intra_host: the workers whose gradients are added in each round.
+    inter_host: the workers that exchange sums once a step; None if gradients are exchanged every micro-batch.
+    """
 
     intra_host: Group
     inter_host: Group | None
 
 
 def levels_of(group: Group, sharding: Sharding, batch: Batch) -> Levels:
-    """Which way the gradients go. Sums of whole units are kept only where whole gradients are, or are shared."""
+    """Choose between the two ways of reducing gradients."""
+    # Local sums cover complete units, in fp32. So they are used only where workers store complete gradients anyway, or
+    # share that memory, and if there is a virtual worker for every host.
     inter_host = group.inter_host
     if (
         inter_host is None
@@ -73,14 +82,18 @@ def levels_of(group: Group, sharding: Sharding, batch: Batch) -> Levels:
 
 @dataclass(frozen=True)
 class Round:
-    """micro_batch: what this worker computes (None: nothing); contributors: the ranks in `near` that compute one."""
+    """A round of a step.
+
+    micro_batch: the one that this worker computes, or None.
+    contributors: the ranks in `intra_host` that compute one.
+    """
 
     micro_batch: int | None
     contributors: range
 
 
 def plan_rounds(batch: Batch, run: range, rank: int, workers: int) -> list[Round]:
-    """The rounds of a step for one of those who compute the virtual workers of `run`, in order. Pure."""
+    """Return the rounds of a step for worker `rank` of those that compute the virtual workers of `run`. Pure."""
     first, count = run.start * batch.accumulate, len(run) * batch.accumulate
     rounds = []
     for index in range(num_rounds(workers, count)):
@@ -91,11 +104,11 @@ def plan_rounds(batch: Batch, run: range, rank: int, workers: int) -> list[Round
 
 
 class GradientReducer:
-    """One worker's part in the sums of a step.
+    """Sends this worker's gradients, and adds those of its shards.
 
-    For each round: `begin`, then the gradients as they come (`arrived`), then `end`. After the last one `close_rounds`;
-    then each unit's sum (`sums`) is complete once `await_pieces` returned. `release` lets the next step begin.
-    home: of the sums in flight.
+    For each round call `begin`, `arrived` for each gradient, and `end`. After the last round call `close_rounds` and
+    `await_pieces`: then each unit's sum (`sums`) is complete. `release` permits the next step.
+    allocator: of the partial sums.
     """
 
     def __init__(
@@ -103,15 +116,17 @@ class GradientReducer:
     ) -> None:
         self._batch = batch
         intra_host, self._inter_host = levels_of(group, sharding, batch)
+        # The one order in which all workers send units, whatever the order in which their gradients arrive.
         self._order = list(reversed(units))
-        self._views = (
-            intra_host.pieces_are_views and sharding.param is not SHARDED
-        )  # and the gradients stay where they are
-        # What comes last in a step finds its place free until the next one begins, and the update adds it.
-        self._keeps_last = intra_host.pieces_are_views and self._inter_host is None
-        # In a backward that gathers parameters the others may wait for this worker meanwhile, to gather what it doesn't
-        # expect, and don't send: then it goes on, with more exchanges under way.
-        self._patience = (
+        # Pieces are views of gradients that are stored persistently, so pieces in flight take no memory.
+        self._views = intra_host.pieces_are_views and sharding.param is not SHARDED
+        # Nothing overwrites the gradients of the last round before the next step. They stay in place, and the update
+        # reads and adds them in one pass.
+        self._defers_last_round = intra_host.pieces_are_views and self._inter_host is None
+        # In a backward that unshards parameters, peers may be waiting for this worker to take part in the unsharding of
+        # a unit that it doesn't expect. They send no gradients meanwhile, so an unlimited wait would be a deadlock.
+        # After the limit this worker continues, with more all-to-alls in flight.
+        self._bounded_wait = (
             BoundedWait(group.recorder) if sharding.param is SHARDED and not group.pieces_are_views else None
         )
         mine = (
@@ -128,9 +143,9 @@ class GradientReducer:
         self._unit_of: dict[str, Unit] = {}
         self._scratches = [run]
         for unit in units:
-            whole = Scratch(unit.layout.shard_numel, allocator)
-            self._scratches.append(whole)
-            self.sums[unit.name] = ShardSum(batch.accumulate, adder, whole, run)
+            shard_scratch = Scratch(unit.layout.shard_numel, allocator)
+            self._scratches.append(shard_scratch)
+            self.sums[unit.name] = ShardSum(batch.accumulate, adder, shard_scratch, run)
             self._unit_of.update({slot.name: unit for slot in unit.layout.slots})
             if self._inter_host is not None:
                 scratch = Scratch(unit.layout.padded_numel // intra_host.size, memory)
@@ -141,18 +156,18 @@ class GradientReducer:
         self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
-        """Before a step's first round."""
+        """Start a step."""
         self._step, self._round = step, 0
-        self.without_gradient = set(self._unit_of)  # in every micro-batch of this worker so far
-        self.not_finite: tuple[int, str] | None = None  # the first micro-batch and parameter
+        self.without_gradient = set(self._unit_of)  # in all micro-batches of this worker so far
+        self.not_finite: tuple[int, str] | None = None  # micro-batch and parameter of the first such gradient
         self._complete: set[str] = set()
-        self._next = 0  # the first unit, in the fixed order, that is not yet sent in this round
+        self._next = 0  # index in the fixed order of the first unit that has not been sent in this round
         self._in_flight: list[tuple[Unit, AllToAll]] = []
         self._last_round: list[tuple[Unit, AllToAll]] = []
         self._subtrees: list[AllToAll] = []
 
     def begin(self, index: int) -> None:
-        """Before this worker computes in round `index`."""
+        """Start round `index`, before this worker computes in it."""
         self._round, self._next = index, 0
         self._complete.clear()
         if self.rounds[index].micro_batch is not None:
@@ -160,7 +175,7 @@ class GradientReducer:
                 unit.begin()
 
     def arrived(self, name: str, param: nn.Parameter) -> None:
-        """A parameter's gradient is there: take it, and send what has become complete."""
+        """Take a parameter's gradient, and send the units that are complete and next in order."""
         unit, grad = self._unit_of[name], param.grad
         if grad is None:
             return
@@ -171,18 +186,20 @@ class GradientReducer:
             self._send_complete()
 
     def end(self) -> None:
-        """After backward: what got no gradient contributes zeros, and everything left is sent."""
+        """Finish a round after backward. Parameters without a gradient contribute zeros, and all units are sent."""
         for unit in self._order:
             if self.rounds[self._round].micro_batch is not None:
                 unit.complete()
             self._complete.add(unit.name)
-            self._send_complete()  # one by one, so that zeros find a place when it's their turn
-        if self._round == self._last and self._keeps_last:
+            # One by one: a unit's zeros may need a slot of the ring that is free only when the units before are sent.
+            self._send_complete()
+        if self._round == self._last and self._defers_last_round:
             self._last_round, self._in_flight = self._in_flight, []
         while self._in_flight:
             self._drain(*self._in_flight.pop(0))
 
     def _send_complete(self) -> None:
+        """Send complete units, up to the first one in the fixed order that isn't complete."""
         this = self.rounds[self._round]
         while self._next < len(self._order) and self._order[self._next].name in self._complete:
             unit = self._order[self._next]
@@ -192,49 +209,51 @@ class GradientReducer:
                 self.not_finite = None if bad is None else (this.micro_batch, bad)
             tag = f"step {self._step}, round {self._round} / {unit.name} / grad"
             self._in_flight.append((unit, unit.send(this.contributors, tag)))
-            while self._in_flight and self._shall_drain():
+            while self._in_flight and self._should_drain():
                 self._drain(*self._in_flight.pop(0))
 
-    def _shall_drain(self) -> bool:
-        """Whether to add the oldest pieces now, in the midst of a backward."""
-        if self._views:  # they cost no memory: only if there's something to gain, and nobody to wait for
+    def _should_drain(self) -> bool:
+        """True if the oldest pieces in flight should be added now, during a backward."""
+        if self._views:  # They take no memory: add them only if that is part of the local sums and needs no waiting.
             return self._inter_host is not None and self._in_flight[0][1].is_complete
         return len(self._in_flight) > IN_FLIGHT and (
-            self._patience is None or self._patience.completes(self._in_flight[0][1])
+            self._bounded_wait is None or self._bounded_wait.completes(self._in_flight[0][1])
         )
 
     def _drain(self, unit: Unit, all_to_all: AllToAll) -> None:
+        """Add the pieces of the oldest all-to-all, and release it: releases are in the order of creation."""
         into = self.sums[unit.name] if self._inter_host is None else self._local[unit.name]
         into.add(all_to_all.pieces())
-        self.sums[unit.name].rest()
+        self.sums[unit.name].evict()
         all_to_all.release()
         unit.sent()
 
     def close_rounds(self) -> None:
-        """After the last round: send the local sums, if that is the way."""
+        """Finish the rounds of a step: exchange the local sums, if there are any. Then collective."""
         if self._inter_host is None:
             return
         for unit in self._order:
             for level, piece in self._all_to_all_subtrees(unit, self._inter_host):
-                self.sums[unit.name].keep(piece, level)
+                self.sums[unit.name].defer(piece, level)
 
     def _all_to_all_subtrees(self, unit: Unit, inter_host: Group) -> list[tuple[int, torch.Tensor]]:
-        """(level, piece of my shard) of everyone's subtrees, in the order of the virtual workers."""
+        """Exchange a unit's subtrees. Return level and piece of each, in order of the virtual workers. Collective."""
         size = inter_host.size
         subtrees = [maximal_subtrees(run.start, run.stop) for run in _runs(inter_host, self._batch)]
         mine = self._local[unit.name].values
-        under_way = []
+        all_to_alls = []
         unit.life.on(Event.REDUCE)
         for slot in range(max(len(trees) for trees in subtrees)):
             contributors = [rank for rank in range(size) if slot < len(subtrees[rank])]
-            # A lone micro-batch travels as it is, in its own dtype; sums travel in fp32.
+            # A subtree of a single micro-batch is sent in the gradients' dtype; sums are sent in fp32.
             leaves = self._batch.accumulate == 1 and all(subtrees[rank][slot].level == 0 for rank in contributors)
             dtype = unit.params.dtype if leaves else torch.float32
             value = mine[slot].to(dtype) if slot < len(mine) else torch.empty(0, dtype=dtype, device=inter_host.device)
             tag = f"step {self._step}, subtree {slot} / {unit.name} / grad"
-            under_way.append(inter_host.all_to_all(Contribution(value), 0, unit.layout.shard_numel, contributors, tag))
-        pieces = [all_to_all.pieces() for all_to_all in under_way]
-        self._subtrees += under_way
+            contribution = Contribution(value)
+            all_to_alls.append(inter_host.all_to_all(contribution, 0, unit.layout.shard_numel, contributors, tag))
+        pieces = [all_to_all.pieces() for all_to_all in all_to_alls]
+        self._subtrees += all_to_alls
         unit.life.on(Event.REDUCED)
         found: list[tuple[Subtree, torch.Tensor]] = []
         for slot, in_slot in enumerate(pieces):
@@ -243,17 +262,18 @@ class GradientReducer:
         return [(subtree.level, piece) for subtree, piece in sorted(found, key=lambda item: item[0].start)]
 
     def await_pieces(self) -> None:
-        """Wait for the last round's pieces, where they are views that were left in place."""
+        """Wait for the last round's pieces, if these are views that stay in place until the update has read them."""
         for unit, all_to_all in self._last_round:
             for piece in all_to_all.pieces():
-                self.sums[unit.name].keep(piece)
+                self.sums[unit.name].defer(piece)
 
     def release(self) -> None:
-        """The sums were used: give back everything that they held."""
+        """Free the sums' buffers and release their pieces, after the update has read the sums."""
         for shard_sum in self.sums.values():
             shard_sum.clear()
         for local in self._local.values():
             local.clear()
+        # In the order of creation: groups count releases, see `AllToAll`.
         for unit, all_to_all in self._last_round:
             all_to_all.release()
             unit.sent()
@@ -261,17 +281,17 @@ class GradientReducer:
             all_to_all.release()
         self._last_round, self._subtrees = [], []
 
-    def drop(self) -> None:
-        """All workers give up this step alike: drop its gradients, leaving the group in order."""
-        self.await_pieces()
+    def discard(self) -> None:
+        """Discard this step's gradients on every worker without leaving collective calls unmatched."""
+        self.await_pieces()  # pieces must not be released before they have arrived
         self.release()
 
     @property
     def scratch_bytes(self) -> int:
-        """What the sums in flight have taken so far."""
+        """Bytes of the partial sums' buffers."""
         return sum(scratch.num_bytes for scratch in self._scratches)
 
 
 def _runs(inter_host: Group, batch: Batch) -> list[range]:
-    """The virtual workers of each rank in `far`."""
+    """Return the virtual workers of each rank in `inter_host`."""
     return [run_of_virtual_workers(rank, inter_host.size, batch.virtual_workers) for rank in range(inter_host.size)]

@@ -1,4 +1,9 @@
-"""Where a unit's parameters are: replicated, sharded or offloaded."""
+"""Where a unit's parameters are: replicated, sharded or offloaded.
+
+- `ReplicatedParams`: unsharded permanently, in one buffer.
+- `ShardedParams`: each worker stores its shard; unsharding is an all-gather.
+- `OffloadedParams`: workers on shared memory store one offloaded copy; unsharding is a copy to the device.
+"""
 
 from __future__ import annotations
 
@@ -14,51 +19,53 @@ from manyhands.offload.allocator import Allocator, BufferPool
 
 
 class Params(ABC):
-    """A unit's parameters in their flat buffers. Ranges count elements of the unit. dtype: theirs."""
+    """Abstract base: a unit's parameters in flat buffers. Ranges count elements of the unit. dtype: of the buffers."""
 
     def __init__(self, layout: UnitLayout, dtype: torch.dtype) -> None:
         self.layout, self.dtype = layout, dtype
         self._params: dict[str, nn.Parameter] = {}
         self._shapes: dict[str, torch.Size] = {}
-        self._places: dict[str, int] = {}  # where the parameters' data begin
+        # The address at which each parameter's data were put. A parameter at another address was given other data by
+        # the model or its user; it is remembered as lost even after `_put` has replaced these data.
+        self._addresses: dict[str, int] = {}
         self._lost: set[str] = set()
 
     @property
     def replicated(self) -> Tensor | None:
-        """The buffer, [padded_numel], whose shards are written by their owners; None if others don't see it."""
+        """The buffer [padded_numel] that all workers use, each writing its shard; None if there is none."""
         return None
 
     @abstractmethod
-    def kept(self, within: Range) -> Tensor:
-        """The elements `within` in the buffer that outlives a step; each worker may ask for its shard."""
+    def stored(self, within: Range) -> Tensor:
+        """Return the elements `within` of the buffer that outlives a step. Every worker has at least its shard."""
 
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
-        """From now on the model's parameters are these."""
+        """Let the model's parameters refer to these buffers from now on."""
         self._params = {slot.name: params[slot.name] for slot in self.layout.slots}
         self._shapes = {name: param.shape for name, param in self._params.items()}
 
     def not_bound(self) -> list[str]:
-        """Parameters that are not where they were put, or weren't when they were put elsewhere."""
+        """Return the parameters whose data are, or were at any time, somewhere else than where they were put."""
         return [slot.name for slot in self.layout.slots if slot.name in self._lost or self._is_lost(slot.name)]
 
     def _is_lost(self, name: str) -> bool:
         param = self._params[name]
-        return param.numel() > 0 and self._places.get(name, param.data_ptr()) != param.data_ptr()
+        return param.numel() > 0 and self._addresses.get(name, param.data_ptr()) != param.data_ptr()
 
     def _put(self, name: str, data: Tensor) -> None:
         if self._is_lost(name):
-            self._lost.add(name)  # what somebody else put there is gone now
+            self._lost.add(name)  # the next line discards the evidence
         self._params[name].data = data
-        self._places[name] = data.data_ptr()
+        self._addresses[name] = data.data_ptr()
 
     def _point(self, full: Tensor) -> None:
-        """Let the model's parameters be views of `full`, [padded_numel]."""
+        """Make the model's parameters views of `full`, [padded_numel]."""
         for slot in self.layout.slots:
             self._put(slot.name, full[slot.range.start : slot.range.end].view(self._shapes[slot.name]))
 
 
 class ReplicatedParams(Params):
-    """In `full`, [padded_numel], for good."""
+    """Parameters that are permanently unsharded, in `full`, [padded_numel]."""
 
     def __init__(self, layout: UnitLayout, full: Tensor) -> None:
         super().__init__(layout, full.dtype)
@@ -68,7 +75,7 @@ class ReplicatedParams(Params):
     def replicated(self) -> Tensor:
         return self.full
 
-    def kept(self, within: Range) -> Tensor:
+    def stored(self, within: Range) -> Tensor:
         return self.full[within.start : within.end]
 
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
@@ -77,28 +84,30 @@ class ReplicatedParams(Params):
 
 
 class OnDemandParams(Params):
-    """Whole only while they are gathered.
+    """Abstract base: parameters that are unsharded only while they are needed.
 
-    While a unit isn't whole its parameters have their shapes, take no memory, and read as NaN: who uses one then gets a
-    loss that is refused, and never a wrong result.
+    While a unit is resharded its parameters have their shapes, take no memory, and read as NaN. A model that uses one
+    then has a loss of NaN, which is refused, and never a wrong result.
+    stored: the buffer that outlives a step. pool: of the buffers [padded_numel] for unsharded parameters.
     """
 
-    def __init__(self, layout: UnitLayout, kept: Tensor, allocator: Allocator, pool: BufferPool) -> None:
-        super().__init__(layout, kept.dtype)
-        self._kept, self._allocator, self._pool = kept, allocator, pool
+    def __init__(self, layout: UnitLayout, stored: Tensor, allocator: Allocator, pool: BufferPool) -> None:
+        super().__init__(layout, stored.dtype)
+        self._stored, self._allocator, self._pool = stored, allocator, pool
         self.full: Tensor | None = None
-        self._absent = torch.full((), float("nan"), dtype=kept.dtype, device=pool.device)
+        # One element, expanded to the shape of every resharded parameter.
+        self._absent = torch.full((), float("nan"), dtype=stored.dtype, device=pool.device)
 
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
         super().bind(params)
         self.reshard()
 
     def prefetch(self) -> None:
-        """A gather will begin soon."""
-        self._allocator.prefetch(self._kept)
+        """Start to read offloaded parameters, since they will be unsharded soon."""
+        self._allocator.prefetch(self._stored)
 
     def unshard(self, group: Group, tag: str) -> Callable[[], None]:
-        """Begin to make the parameters whole; returns what waits for them. Collective."""
+        """Start to unshard the parameters. Return a function that waits for them. Collective."""
         full = self._pool.take(self.layout.padded_numel, self.dtype)
         wait = self._fetch(full, group, tag)
         self.full = full
@@ -110,7 +119,7 @@ class OnDemandParams(Params):
         return arrive
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
-        """Take part in a gather whose result isn't wanted here; returns what waits for its end. Collective."""
+        """Take part in unsharding that only peers need. Return a function that waits for its end. Collective."""
         full = self._pool.take(self.layout.padded_numel, self.dtype)
         wait = self._fetch(full, group, tag)
 
@@ -122,10 +131,10 @@ class OnDemandParams(Params):
 
     @abstractmethod
     def _fetch(self, full: Tensor, group: Group, tag: str) -> Callable[[], None]:
-        """Begin to fill `full`; returns what waits for that."""
+        """Start to fill `full`. Return a function that waits until it is complete."""
 
     def reshard(self) -> None:
-        """The whole parameters aren't needed any more."""
+        """Release the unsharded parameters' buffer; the model's parameters read as NaN from now on."""
         for name, shape in self._shapes.items():
             self._put(name, self._absent.expand(shape))
         if self.full is not None:
@@ -133,57 +142,59 @@ class OnDemandParams(Params):
             self.full = None
 
     def trim_pool(self) -> None:
-        """More units were whole than a step has at a time: free their buffers."""
+        """Free the pool's buffers, after more units were unsharded at a time than in a step."""
         self._pool.trim()
 
     def view_of(self, tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int] | None:
-        """Shape, strides and offset of `tensor`, if it's a view of the whole parameters; None if it isn't."""
+        """Return shape, strides and offset of `tensor` if it is a view of the unsharded parameters, else None."""
         if self.full is None or tensor.untyped_storage().data_ptr() != self.full.untyped_storage().data_ptr():
             return None
         return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
 class ShardedParams(OnDemandParams):
-    """Each worker keeps its shard, [shard_numel]."""
+    """Parameters of which each worker stores its shard, [shard_numel]."""
 
     def __init__(self, layout: UnitLayout, rank: int, shard: Tensor, allocator: Allocator, pool: BufferPool) -> None:
         super().__init__(layout, shard, allocator, pool)
         self._start = rank * layout.shard_numel
 
-    def kept(self, within: Range) -> Tensor:
-        return self._kept[within.start - self._start : within.end - self._start]
+    def stored(self, within: Range) -> Tensor:
+        return self._stored[within.start - self._start : within.end - self._start]
 
     def _fetch(self, full: Tensor, group: Group, tag: str) -> Callable[[], None]:
-        full[self._start : self._start + self.layout.shard_numel].copy_(self._kept, non_blocking=True)
-        self._allocator.evict(self._kept)
+        full[self._start : self._start + self.layout.shard_numel].copy_(self._stored, non_blocking=True)
+        self._allocator.evict(self._stored)
         return group.all_gather(full, tag)
 
 
 class OffloadedParams(OnDemandParams):
-    """All of them are at a home that this worker reaches alone, [padded_numel]: one copy for all that share memory."""
+    """Offloaded parameters that this worker reads without its peers: one copy [padded_numel] for a host's workers."""
 
-    def __init__(self, layout: UnitLayout, kept: Tensor, allocator: Allocator, pool: BufferPool) -> None:
-        super().__init__(layout, kept, allocator, pool)
+    def __init__(self, layout: UnitLayout, stored: Tensor, allocator: Allocator, pool: BufferPool) -> None:
+        super().__init__(layout, stored, allocator, pool)
         on_gpu = pool.device.type == "cuda"
         self._stream = torch.cuda.Stream(pool.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     @property
     def replicated(self) -> Tensor:
-        return self._kept
+        return self._stored
 
-    def kept(self, within: Range) -> Tensor:
-        return self._kept[within.start : within.end]
+    def stored(self, within: Range) -> Tensor:
+        return self._stored[within.start : within.end]
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
-        return lambda: None  # nobody else needs this worker for it
+        return lambda: None  # peers read the parameters without this worker
 
     def _fetch(self, full: Tensor, group: Group, tag: str) -> Callable[[], None]:
         stream = self._stream
         if stream is None:
-            full.copy_(self._kept)
-            self._allocator.evict(self._kept)
+            full.copy_(self._stored)
+            self._allocator.evict(self._stored)
             return lambda: None
-        stream.wait_stream(torch.cuda.current_stream(full.device))  # who used the buffer before may still compute
+        # Before the copy: kernels of the buffer's previous use may still be queued on the compute stream.
+        stream.wait_stream(torch.cuda.current_stream(full.device))
         with torch.cuda.stream(stream):
-            full.copy_(self._kept, non_blocking=True)
+            full.copy_(self._stored, non_blocking=True)
+        # After it: the compute stream must not read the buffer before the copy is complete.
         return lambda: torch.cuda.current_stream(full.device).wait_stream(stream)

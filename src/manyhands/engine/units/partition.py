@@ -1,13 +1,9 @@
 """Divides a model into units.
 
-none.
-
-A parameter that its optimizer must see whole is *unsplittable*: it has one owner, and a unit's shards are as long as
-the load
-of the unit's busiest owner. So unsplittable parameters are put together until they can be shared out with little
-padding: the
-four matrices of a GPT's block (3 + 1 + 4 + 4) fit three workers exactly, those of two blocks two workers, those of four
-blocks four.
+A parameter that its optimizer must see unsplit is *unsplittable*: it has one owner, and a unit's shards are as long as
+the load of the unit's busiest owner. So units of unsplittable parameters are merged until these can be divided among
+the workers with little padding. For example, the four matrices of a GPT's block (3 + 1 + 4 + 4) fit three workers
+exactly, those of two blocks two workers, and those of four blocks four workers.
 """
 
 from __future__ import annotations
@@ -20,43 +16,47 @@ from torch import nn
 
 from manyhands.config import nearest
 from manyhands.errors import ConfigError
-from manyhands.layout import blocks_of, shared_evenly
+from manyhands.layout import blocks_of, divide_evenly
 
 SMALL_NUMEL = 1 << 18
-"""Neighbours of one kind travel together until they have this many elements: a message has a price of its own."""
+"""Neighbours of one kind are merged up to this many elements, since every message has a fixed cost.
 
-LITTLE_PADDING = 1 / 16
-"""An unsplittable unit whose padding is at most this part of it is left as it is."""
+Units decide only how bytes travel, never the bits: see layout.py for the numbering of blocks.
+"""
 
-UNSPLITTABLE_TOGETHER = 4
-"""Otherwise so many neighbours may be put together, or as many as it takes for the largest parameter to be no more
-than a worker's share."""
+MAX_PADDING_FRACTION = 1 / 16
+"""An unsplittable unit is not merged further if its padding is at most this fraction of it."""
+
+MIN_UNSPLITTABLE_MERGED = 4
+"""Otherwise this many neighbours are tried, or as many as it takes until the largest parameter fits one share."""
 
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """A unit to be: its name, its parameters' names in construction order, and what they have in common.
+    """Plan of a unit: its name, its parameters' names in construction order, and their common properties.
 
-    modules: of units that are gathered, the names of the modules in whose forwards they are used: the repeated or named
-    ones that they belong to, and those that own one of them. () for what belongs to none, and may be used anywhere.
+    unsplittable: True if each parameter has one owner.
+    modules: for units that are unsharded on demand, the names of the modules whose forwards use the parameters: the
+    repeated or named modules that contain them, and the modules that own one of them. () for parameters outside of
+    such modules, which may be used anywhere.
     """
 
     name: str
     params: tuple[str, ...]
     dtype: torch.dtype
     trainable: bool
-    unsplittable: bool = False  # each parameter has one owner
+    unsplittable: bool = False
     modules: tuple[str, ...] = ()
 
     @property
     def kind(self) -> tuple[torch.dtype, bool, bool, bool]:
-        """What all that travel together have in common."""
+        """The properties that all parameters of a unit share."""
         return self.dtype, self.trainable, self.unsplittable, bool(self.modules)
 
 
 def storage_dtype(owner: nn.Module, param: nn.Parameter, precision: str) -> torch.dtype:
-    """The dtype in which a module's own parameter is kept. Batch norm stays in fp32: its kernels want it so."""
-    if param.dtype != torch.float32:  # it's frozen, and was made so on purpose
+    """Return the dtype in which a module's own parameter is stored. Batch norm's kernels require fp32."""
+    if param.dtype != torch.float32:  # only frozen parameters may have another dtype, and were given it on purpose
         return param.dtype
     if precision == "bf16" and not isinstance(owner, nn.modules.batchnorm._BatchNorm):
         return torch.bfloat16
@@ -70,15 +70,16 @@ def plan_units(
     *,
     unsplittable: Collection[str] = (),
     workers: int = 1,
-    gathered: bool = False,
+    on_demand: bool = False,
 ) -> list[UnitPlan]:
-    """The model's units, in the construction order of their first parameters.
+    """Return the plans of the model's units, in the construction order of their first parameters.
 
-    named_units: modules whose parameters make a unit each; without them, the children of every outermost ModuleList
-    and Sequential do. What is left goes by its top module; small neighbours are put together.
-    unsplittable: parameters that must have one owner each, among `workers`. gathered: whether units are whole now
-    and then
-    only; what may be used anywhere is then kept apart from what belongs to modules. Raises ConfigError.
+    named_units: modules whose parameters form one unit each. Without them, the children of every outermost ModuleList
+    and Sequential do, and small neighbours are merged. Other parameters form units by their top-level module.
+    unsplittable: parameters that must have one owner each, among `workers`.
+    on_demand: True if units are unsharded only while they are needed. Then parameters that belong to modules and
+    parameters that may be used anywhere are in separate units.
+    Raises ConfigError if `named_units` names a module that doesn't exist.
     """
     modules = dict(model.named_modules())
     for name in named_units:
@@ -86,7 +87,7 @@ def plan_units(
             raise ConfigError(
                 "strategy.units names a module that the model doesn't have", got=repr(name), hint=nearest(name, modules)
             )
-    roots = sorted(named_units, key=len, reverse=True) or repeated_children(model)
+    roots = sorted(named_units, key=len, reverse=True) or repeated_children(model)  # the innermost named module wins
     kinds: dict[tuple[str, torch.dtype, bool, bool], list[str]] = {}
     numels = {}
     for name, param in model.named_parameters():
@@ -106,21 +107,21 @@ def plan_units(
             dtype=dtype,
             trainable=trainable,
             unsplittable=is_unsplittable,
-            modules=_using_modules(model, names, root) if gathered and root in roots else (),
+            modules=_using_modules(model, names, root) if on_demand and root in roots else (),
         )
         by_kind.setdefault(plan.kind, []).append(plan)
     if not named_units:
-        by_kind = {kind: _small_together(plans, numels) for kind, plans in by_kind.items()}
+        by_kind = {kind: _merge_small(plans, numels) for kind, plans in by_kind.items()}
         by_kind = {
-            kind: _evenly_together(plans, numels, workers) if plans[0].unsplittable else plans
+            kind: _merge_evenly(plans, numels, workers) if plans[0].unsplittable else plans
             for kind, plans in by_kind.items()
         }
     position = {name: index for index, name in enumerate(numels)}
     return sorted((plan for plans in by_kind.values() for plan in plans), key=lambda plan: position[plan.params[0]])
 
 
-def _together(plans: Sequence[UnitPlan]) -> UnitPlan:
-    """One plan for neighbours of one kind."""
+def _merge(plans: Sequence[UnitPlan]) -> UnitPlan:
+    """Merge neighbours of one kind into one plan."""
     first, last = plans[0], plans[-1]
     return replace(
         first,
@@ -130,48 +131,50 @@ def _together(plans: Sequence[UnitPlan]) -> UnitPlan:
     )
 
 
-def _small_together(plans: Sequence[UnitPlan], numels: Mapping[str, int]) -> list[UnitPlan]:
+def _merge_small(plans: Sequence[UnitPlan], numels: Mapping[str, int]) -> list[UnitPlan]:
+    """Merge neighbours while they have at most SMALL_NUMEL elements together."""
     found: list[UnitPlan] = []
     for plan in plans:
         if found and sum(numels[name] for name in (*found[-1].params, *plan.params)) <= SMALL_NUMEL:
-            found[-1] = _together([found[-1], plan])
+            found[-1] = _merge([found[-1], plan])
         else:
             found.append(plan)
     return found
 
 
-def _evenly_together(plans: Sequence[UnitPlan], numels: Mapping[str, int], workers: int) -> list[UnitPlan]:
-    """As few neighbours as can be shared out with little padding; or as many as leave the least."""
+def _merge_evenly(plans: Sequence[UnitPlan], numels: Mapping[str, int], workers: int) -> list[UnitPlan]:
+    """Merge as few neighbours as can be divided among `workers` with little padding, or as many as have the least."""
     found, left = [], list(plans)
     while left:
         padding: list[float] = []
         for count in range(1, len(left) + 1):
             blocks = [blocks_of(numels[name]) for plan in left[:count] for name in plan.params]
-            heaviest = sum(blocks[index] for index in shared_evenly(blocks, workers)[0])
+            heaviest = sum(blocks[index] for index in divide_evenly(blocks, workers)[0])
             padding.append(heaviest * workers / max(1, sum(blocks)) - 1)
-            if padding[-1] <= LITTLE_PADDING or (
-                count >= UNSPLITTABLE_TOGETHER and max(blocks) * workers <= sum(blocks)
+            if padding[-1] <= MAX_PADDING_FRACTION or (
+                count >= MIN_UNSPLITTABLE_MERGED and max(blocks) * workers <= sum(blocks)
             ):
                 break
-        together = padding.index(min(padding)) + 1
-        found.append(_together(left[:together]))
-        left = left[together:]
+        best = padding.index(min(padding)) + 1
+        found.append(_merge(left[:best]))
+        left = left[best:]
     return found
 
 
 def _using_modules(model: nn.Module, names: Sequence[str], root: str) -> tuple[str, ...]:
+    """Return `root`, and the modules that own one of these parameters (tied ones have several owners)."""
     params = dict(model.named_parameters())
-    wanted = {id(params[name]) for name in names}
+    ids = {id(params[name]) for name in names}
     owners = [
         name
         for name, module in model.named_modules()
-        if any(id(param) in wanted for param in module.parameters(recurse=False))
+        if any(id(param) in ids for param in module.parameters(recurse=False))
     ]
     return tuple(dict.fromkeys([root, *owners]))
 
 
 def repeated_children(model: nn.Module) -> list[str]:
-    """The names of the children of every outermost ModuleList and Sequential."""
+    """Return the names of the children of every outermost ModuleList and Sequential."""
     found: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(

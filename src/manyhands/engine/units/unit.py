@@ -1,15 +1,16 @@
 """A unit: its parameters, its states and their transitions.
 
-A unit's life: four states and a literal table of what may follow what. Anything else raises with the unit's story.
-state       meaning                                         its parameters       its gradients
-RESTING     between uses                                    as the sharding keeps   none, or summed
-UNSHARDING  parameters on their way                         arriving             none
-READY       a micro-batch computes with it                  full                 arriving, one by one
-REDUCING    gradients complete, on their way to the owners  as the sharding keeps   leaving
+A unit has four states, and a table of the allowed transitions. Any other transition raises InvariantError with the
+unit's history.
 
-A unit: parameters that travel together, with the buffers that they live in.
-`params` and `master` live as long as the engine. Where gradients live is `gradients`' concern (gradients.py), where
-parameters are whole and where not, `params`' (params.py).
+    state       meaning                                  parameters          gradients
+    RESTING     between uses                             as sharded          none, or already summed
+    UNSHARDING  parameters are in transit                incomplete          none
+    READY       a micro-batch computes with the unit     unsharded           arriving one by one
+    REDUCING    gradients are complete and in transit    as sharded          being sent to their owners
+
+A unit has the parameters that travel together and their buffers. `params` and `master` exist as long as the engine.
+gradients.py decides where gradients are stored, params.py where parameters are.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from manyhands.layout import ParamSlot, Range, UnitLayout
 
 
 class State(Enum):
-    """See the module."""
+    """States of a unit; see the module."""
 
     RESTING = "resting"
     UNSHARDING = "unsharding"
@@ -38,13 +39,13 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What can happen to a unit."""
+    """Events that change a unit's state."""
 
-    UNSHARD = "unshard"  # its parameters are wanted
-    UNSHARDED = "unsharded"  # they are there
-    RESHARD = "reshard"  # they aren't wanted for now
-    REDUCE = "reduce"  # all its gradients of a micro-batch are there, and leave
-    REDUCED = "reduced"  # its owners have added them
+    UNSHARD = "unshard"  # its parameters are needed
+    UNSHARDED = "unsharded"  # its parameters are complete
+    RESHARD = "reshard"  # its parameters aren't needed for now
+    REDUCE = "reduce"  # its gradients of a micro-batch are complete, and are sent
+    REDUCED = "reduced"  # this worker has added the pieces that it owns
     ABORT = "abort"  # the step failed
 
 
@@ -54,37 +55,37 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.READY, Event.RESHARD): State.RESTING,
     (State.READY, Event.REDUCE): State.REDUCING,
     (State.REDUCING, Event.REDUCED): State.RESTING,
-    # A worker that has no micro-batch in a round reduces without having computed; so does one that sends its sums, and
-    # one whose model has left the unit before every gradient was there.
+    # A worker without a micro-batch in a round reduces without having computed. So does a worker that sends its local
+    # sums, and one whose model left the unit before all its gradients had arrived.
     (State.RESTING, Event.REDUCE): State.REDUCING,
     **{(state, Event.ABORT): State.RESTING for state in State},
 }
 
 
 class Lifecycle:
-    """The state of one unit, and how it came to it."""
+    """The state of one unit, and its most recent transitions."""
 
     def __init__(self, name: str) -> None:
         self.name, self.state = name, State.RESTING
-        self.story: deque[str] = deque(maxlen=32)
+        self.history: deque[str] = deque(maxlen=32)
 
     def on(self, event: Event) -> None:
-        """Make the transition. Raises InvariantError if the table has none."""
+        """Apply an event. Raises InvariantError if the table has no transition for it."""
         following = TRANSITIONS.get((self.state, event))
         if following is None:
             raise InvariantError(
                 f"unit {self.name!r} can't {event.value} while it is {self.state.value}",
-                detail="its story: " + (" ".join(self.story) or "none yet"),
+                detail="its history: " + (" ".join(self.history) or "none yet"),
             )
-        self.story.append(f"{self.state.value}--{event.value}-->{following.value}")
+        self.history.append(f"{self.state.value}--{event.value}-->{following.value}")
         self.state = following
 
 
 class ParamUnit:
-    """The parameters of a unit, trainable or frozen, and the unit's life.
+    """The parameters of a unit, trainable or frozen, and the unit's state.
 
-    modules: the names of the modules in whose forwards the parameters are used; () if that isn't known, and they must
-    be whole as long as a micro-batch goes on.
+    modules: the names of the modules whose forwards use the parameters. () if these are unknown: then the parameters
+    must be unsharded throughout each micro-batch.
     """
 
     def __init__(self, layout: UnitLayout, params: Params, modules: tuple[str, ...] = ()) -> None:
@@ -93,54 +94,55 @@ class ParamUnit:
         self._arrive: Callable[[], None] | None = None
 
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
-        """Let the model's parameters be those of this unit."""
+        """Let the model's parameters refer to this unit's buffers."""
         self.params.bind(params)
 
     def not_bound(self) -> list[str]:
-        """Parameters that somebody else gave other data."""
+        """Return the parameters whose data were replaced by the model or its user."""
         return self.params.not_bound()
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the model can compute with it."""
+    def is_unsharded(self) -> bool:
+        """True if the model can compute with the unit."""
         return self.life.state is State.READY
 
     def unshard(self, group: Group, tag: str) -> None:
-        """Begin to make its parameters whole. Collective, of sharded parameters."""
+        """Start to unshard the parameters. Collective if they are sharded."""
         self.life.on(Event.UNSHARD)
         self._arrive = self.on_demand_params.unshard(group, tag)
 
     def wait_unsharded(self) -> None:
-        """Wait until they are, if that was begun."""
+        """Wait until the parameters are unsharded, if `unshard` was called."""
         if self._arrive is not None:
             self._arrive()
             self._arrive = None
             self.life.on(Event.UNSHARDED)
 
     def reshard(self) -> None:
-        """They aren't wanted for now."""
-        self.wait_unsharded()
-        if self.is_whole:
+        """Release the unsharded parameters, since they aren't needed for now."""
+        self.wait_unsharded()  # data may still be on their way into the buffer
+        if self.is_unsharded:
             self.life.on(Event.RESHARD)
             self.on_demand_params.reshard()
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
-        """Take part in a gather that only others want. Collective; returns what waits for its end."""
+        """Take part in unsharding that only peers need. Return a function that waits for its end. Collective."""
         return self.on_demand_params.serve(group, tag)
 
     @property
     def on_demand_params(self) -> OnDemandParams:
-        """Its parameters. Raises InvariantError if they are always whole."""
+        """The unit's parameters. Raises InvariantError if they are permanently unsharded."""
         if not isinstance(self.params, OnDemandParams):
-            raise InvariantError(f"unit {self.name!r} is always whole")
+            raise InvariantError(f"unit {self.name!r} is permanently unsharded")
         return self.params
 
 
 class Unit(ParamUnit):
-    """Trainable parameters. Ranges count elements of the unit.
+    """A unit of trainable parameters. Ranges count elements of the unit.
 
-    held: what this worker keeps master weights and optimizer state of; shard: what it adds gradients for.
-    master: [held.numel] fp32; a view of the parameters where that is possible.
+    held: the elements whose master weights and optimizer state this worker has.
+    shard: the elements whose gradients this worker adds.
+    master: [held.numel] fp32; an alias of the parameters where possible.
     """
 
     def __init__(
@@ -159,13 +161,14 @@ class Unit(ParamUnit):
         self.finite_sums: list[tuple[ParamSlot, Tensor]] = []
         self._missing: set[str] = set()
         self._slots = {slot.name: slot for slot in layout.slots}
-        # Made once: small things made beside each gradient keep the C library from using its memory again.
+        # Allocated once: a small tensor allocated next to each gradient would fragment the C library's heap, so that it
+        # couldn't reuse the gradients' memory.
         sums = torch.zeros(len(layout.slots), dtype=params.dtype, device=gradients.device)
         self._sums = dict(zip(self._slots, sums.unbind(), strict=True))
 
     def begin(self) -> None:
-        """A micro-batch begins on this worker: gradients will come."""
-        if not isinstance(self.params, OnDemandParams):  # nothing moves
+        """Prepare for the gradients of a micro-batch that this worker computes."""
+        if not isinstance(self.params, OnDemandParams):  # permanently unsharded: only the state changes
             self.life.on(Event.UNSHARD)
             self.life.on(Event.UNSHARDED)
         self.gradients.begin()
@@ -173,7 +176,10 @@ class Unit(ParamUnit):
         self.finite_sums.clear()
 
     def take(self, name: str, grad: Tensor) -> bool:
-        """Keep a parameter's gradient of this micro-batch; whether it was the last one missing."""
+        """Store a parameter's gradient of this micro-batch. Return True if the unit's gradients are now complete.
+
+        Raises ConfigError for a sparse gradient, InvariantError for a second one.
+        """
         if grad.layout != torch.strided:
             raise ConfigError(
                 f"the gradient of {name!r} is sparse",
@@ -188,50 +194,51 @@ class Unit(ParamUnit):
                 hint="call no backward in the loss function or outside a step, and checkpoint with use_reentrant=False",
             )
         slot = self._slots[name]
-        place = self._place(slot)
-        place.view(grad.shape).copy_(grad)
-        # The sum of finite numbers is finite (or overflows, and is then looked at closely): one pass over what is in
-        # cache, and the offender is known by name before anything of this step is updated.
-        self.finite_sums.append((slot, torch.sum(place, 0, out=self._sums[name])))
+        stored = self._gradient(slot)
+        stored.view(grad.shape).copy_(grad)
+        # The sum of finite numbers is finite, unless it overflows; `first_not_finite` inspects such a gradient closely.
+        # This costs one pass over data in cache, and names the parameter before anything of this step is updated.
+        self.finite_sums.append((slot, torch.sum(stored, 0, out=self._sums[name])))
         self._missing.discard(name)
         return not self._missing
 
     def complete(self) -> list[str]:
-        """Parameters that got no gradient contribute zeros; their names."""
+        """Set the gradients of parameters that got none to zero. Return these parameters' names."""
         missing = [name for name in self._slots if name in self._missing]
         for name in missing:
-            self._place(self._slots[name]).zero_()
+            self._gradient(self._slots[name]).zero_()
         self._missing.clear()
         return missing
 
     def send(self, contributors: range, tag: str) -> AllToAll:
-        """Begin to exchange this micro-batch's gradients. Collective."""
-        self.wait_unsharded()  # it may be on its way again, for a use that isn't going to be
+        """Start the all-to-all of this micro-batch's gradients. Collective."""
+        self.wait_unsharded()  # the unit may have been unsharded ahead, for a use that didn't follow
         self.life.on(Event.REDUCE)
         if isinstance(self.params, OnDemandParams):
             self.params.reshard()
         return self.gradients.send(contributors, tag)
 
     def sent(self) -> None:
-        """The exchange is over on this worker."""
+        """Called when this worker has added and released the all-to-all's pieces."""
         self.life.on(Event.REDUCED)
         self.gradients.sent()
 
     def first_not_finite(self) -> str | None:
-        """The first parameter, in the order they came, whose gradient has an element that is not finite."""
+        """Return the first parameter, in order of arrival, whose gradient has an element that is not finite."""
+        # The sums are tested together: on a GPU each test waits for the device.
         if not self.finite_sums or bool(torch.stack([total.float() for _, total in self.finite_sums]).isfinite().all()):
             return None
         for slot, total in self.finite_sums:
-            if not bool(total.isfinite()) and not bool(self._place(slot).isfinite().all()):
+            if not bool(total.isfinite()) and not bool(self._gradient(slot).isfinite().all()):
                 return slot.name
         return None
 
     def abort(self) -> None:
-        """The step failed: forget what this micro-batch gave."""
+        """Discard this micro-batch's gradients after a failure in the step."""
         self.life.on(Event.ABORT)
         self._missing.clear()
         self.finite_sums.clear()
 
-    def _place(self, slot: ParamSlot) -> Tensor:
-        """Where a parameter's gradient goes, [numel]."""
-        return self.gradients.place()[slot.range.start : slot.range.end]
+    def _gradient(self, slot: ParamSlot) -> Tensor:
+        """Return the part of the gradient buffer for one parameter, [numel]."""
+        return self.gradients.buffer()[slot.range.start : slot.range.end]

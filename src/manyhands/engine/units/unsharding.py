@@ -1,15 +1,21 @@
 """Decides when sharded units are unsharded and resharded.
 
-A gather is collective, so all workers must make the same ones in the same order, whatever their models do. In each
-round they go through one list, the round's *plan*: units that must be whole all the time, then the others in the order
-of forward, then in that of backward. A worker goes on in the plan when its model needs a unit (`need`), a few units
-ahead of it; it takes part in gathers that its own model doesn't want. What a model needs and the plan doesn't have any
-more (a unit used again, or in another order) it asks for at the plan's end, where all workers meet until nobody asks;
-afterwards they agree on a better plan. So whatever a model chooses by its data, nobody waits for a gather that another
-one doesn't make. These calls have a sequence of their own (`Group.sibling`), and waiting in it depends on nothing else
-than others coming this far.
+Unsharding is collective, so all workers must unshard the same units in the same order, whatever their models do.
 
-A unit is released when its model has left it and needs another one, and for good when its gradients leave.
+In each round all workers go through one list, the round's *plan*: first the units that must be unsharded all the time,
+then the others in the order of forward, then in the order of backward. A worker advances in the plan when its model
+needs a unit (`need`), and unshards a few units ahead. It takes part in the unsharding of units that its own model
+doesn't need.
+
+A model may need a unit that the rest of the plan doesn't have: one that is used again, or in another order. The worker
+then goes to the plan's end and requests the unit there. All workers stay at the plan's end until no worker has a
+request. After the step they agree on a better plan. So whatever a model decides by its data, no worker waits for a
+collective call that another one doesn't make.
+
+These calls have a separate sequence (`Group.sibling`), so waiting in it depends only on peers reaching the same point
+of the plan, and never on their gradients.
+
+A unit is resharded when its model has left it and needs another one, and finally when its gradients are sent.
 """
 
 from __future__ import annotations
@@ -28,14 +34,15 @@ from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.units.unit import ParamUnit, State
 from manyhands.errors import ConfigError, InvariantError
 
-NOTHING = -1
+NO_REQUEST = -1
 
 
 class _Saved(NamedTuple):
-    """What autograd keeps of a tensor for backward.
+    """What autograd stores for backward in place of a tensor.
 
-    view: of a unit's parameters, which have to be gathered again: shape, strides and offset. values: the tensor; of a
-    view only to count changes. version: how often it had been changed in place (torch itself doesn't look then).
+    unit, view: for a view of a unit's parameters, which will be unsharded again: the unit; shape, strides and offset.
+    values: the tensor. For such a view, a tensor without data that only counts in-place changes.
+    version: the number of in-place changes so far. torch itself doesn't compare it if saved-tensor hooks are in use.
     """
 
     unit: ParamUnit | None
@@ -45,116 +52,125 @@ class _Saved(NamedTuple):
 
 
 class Unsharder:
-    """See the module. For each round: `begin`; `need`, `enter` and `leave` while the model computes; then `end`.
+    """Unshards and reshards a model's units; see the module.
 
-    group: for gathers alone. units: those whose parameters are gathered; without any nothing is done. ahead: how many
-    are gathered before they are needed.
+    For each round call `begin`; `need`, `enter` and `leave` while the model computes; then `end`.
+    group: used for unsharding only.
+    units: those that are unsharded on demand. Without any, all methods do nothing.
+    ahead: the number of units that are unsharded before they are needed.
     """
 
     def __init__(self, group: Group, units: Sequence[ParamUnit], ahead: int) -> None:
         self._units, self._ahead = list(units), ahead
         self._group = group
         self._always = [unit for unit in self._units if not unit.modules]
-        self._order = [unit for unit in self._units if unit.modules]  # as forward is expected to need them
+        self._order = [unit for unit in self._units if unit.modules]  # the order in which forward will need them
         self._in_round = self._backward = False
         self._tag = "start"
         self._plan: list[ParamUnit] = []
-        self._next = 0  # of the plan
-        self._coming: deque[ParamUnit] = deque()  # gathered ahead, not yet needed
-        self._left: list[ParamUnit] = []  # whole, and not known to be needed any more
-        self._passed: set[str] = set()  # of those, the ones that weren't needed yet
-        self._at: dict[int, ParamUnit] = {}  # by the address of its whole parameters
-        self._inside: dict[str, int] = {}  # forwards under way, by unit
-        self._serving: deque[Callable[[], None]] = deque()
+        self._next = 0  # index in the plan
+        self._ahead_units: deque[ParamUnit] = deque()  # unsharded ahead, not yet needed
+        self._used: list[ParamUnit] = []  # unsharded, and perhaps not needed any more
+        self._skipped: set[str] = set()  # names of those of `_used` that have not been needed so far
+        self._by_address: dict[int, ParamUnit] = {}  # by the address of the unsharded parameters
+        self._inside: dict[str, int] = {}  # number of forwards in progress, by unit
+        self._serving: deque[Callable[[], None]] = deque()  # waits for unsharding that only peers need
         self._needed: list[ParamUnit] = []  # in this round's forward, in order
-        self._surprised = False
+        self._plan_failed = False  # a worker had to request a unit, so a better plan is needed
 
-    # - A round
+    # - Rounds
 
     def begin(self, tag: str, *, computes: bool, backward: bool = True) -> None:
-        """A round begins. computes: whether this worker has a micro-batch in it. Collective."""
+        """Start a round. computes: True if this worker has a micro-batch in it. Collective."""
         if not self._units:
             return
         self._tag = tag
-        # Backward begins with the unit that forward ended with.
+        # The last unit appears once: backward starts with the unit that forward ended with.
         self._plan = [*self._always, *self._order, *(reversed(self._order[:-1]) if backward else ())]
         self._next, self._needed, self._in_round, self._backward = 0, [], True, False
-        self._inside, self._left, self._passed = {}, [], set()
+        self._inside, self._used, self._skipped = {}, [], set()
         if computes:
             for _ in self._always:
-                self._issue()
-            while self._coming:
-                self._arrive(self._coming.popleft())
+                self._advance()
+            while self._ahead_units:
+                self._arrive(self._ahead_units.popleft())
 
     def watching_autograd(self) -> AbstractContextManager[object]:
-        """While forward goes on: backward gathers what it needs."""
+        """Context for a forward whose backward unshards the parameters that it needs."""
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack) if self._units else nullcontext()
 
     @property
-    def why_not_finite(self) -> str:
-        """What else may be behind a loss that is not finite."""
-        told = ". With sharded parameters it's also what comes of using one outside of its unit's forward"
-        return f"{told}: try sharding zero2" if self._units else ""
+    def not_finite_hint(self) -> str:
+        """Another possible cause of a loss that is not finite, to be appended to an error's hint; may be ""."""
+        cause = ". With sharded parameters, using one outside of its unit's forward has the same effect"
+        return f"{cause}: try sharding zero2" if self._units else ""
 
     def begin_backward(self) -> None:
-        """Forward is over: from here on a unit that's needed stays until another one is."""
+        """Mark the end of forward: from now on a unit that is needed stays until another one is needed."""
         self._backward = True
 
     def end(self) -> None:
-        """This worker's model needs nothing more in this round: go on to where all others are, too. Collective."""
+        """Finish a round, whose remaining units this worker's model doesn't need. Collective."""
         if not self._units:
             return
         while self._next < len(self._plan):
-            self._drop()
-            self._issue(wanted=False)
-        self._drop()
-        self._ask(None)
+            self._reshard_ahead()
+            self._advance(needed=False)
+        self._reshard_ahead()
+        self._request(None)
         for unit in self._units:
             unit.reshard()
         self._in_round = False
 
     def end_step(self) -> None:
-        """All rounds are over. Collective if any worker was surprised, which all know alike."""
-        if not self._surprised:
+        """Finish a step: agree on a better plan if any worker requested a unit. Then collective."""
+        # All workers take part in every request, so `_plan_failed` is the same on all of them.
+        if not self._plan_failed:
             return
-        self._surprised = False
+        self._plan_failed = False
         mine = [self._units.index(unit) for unit in self._needed]
+        # Worker 0's order, since all workers must have one. Any order is correct; a good one avoids requests.
         indices = all_gather_json(self._group, mine, f"{self._tag} / plan / control")[0]
         agreed = [self._units[index] for index in indices]  # type: ignore[attr-defined]
         for before, unit in pairwise([None, *(unit for unit in self._units if unit.modules)]):
-            if unit is not None and unit not in agreed:  # others may use it: after the one that was built before it
-                place = 0 if before not in agreed else len(agreed) - agreed[::-1].index(before)
-                agreed.insert(place, unit)
+            # Worker 0 didn't need the unit, but peers may: insert it behind the one that was built before it.
+            if unit is not None and unit not in agreed:
+                position = 0 if before not in agreed else len(agreed) - agreed[::-1].index(before)
+                agreed.insert(position, unit)
         self._order = agreed
 
     def abort(self) -> None:
-        """The step failed."""
+        """Leave the round after a failure in the step."""
         self._in_round = False
 
-    # - What the model does
+    # - Called while the model computes
 
     def enter(self, unit: ParamUnit) -> None:
-        """A module that uses the unit begins its forward."""
+        """Called before the forward of a module that uses the unit."""
         self.need(unit)
         self._inside[unit.name] = self._inside.get(unit.name, 0) + 1
 
     def leave(self, unit: ParamUnit, results: Sequence[Tensor]) -> None:
-        """It ended, and gave `results`. Raises ConfigError if they are the parameters themselves."""
+        """Called after that forward. results: the tensors it returned.
+
+        Raises ConfigError if one of them is a view of the parameters: it would read as NaN once these are resharded.
+        """
         self._inside[unit.name] = self._inside.get(unit.name, 1) - 1
         if self._inside[unit.name] == 0 and self._in_round and not self._backward:
             for tensor in results:
                 if unit.on_demand_params.view_of(tensor) is not None:
                     raise ConfigError(
-                        f"a module of unit {unit.name!r} returns its own parameter, which is gone when it's used",
+                        f"a module of unit {unit.name!r} returns its own parameter, which is resharded before it is "
+                        "used",
                         where=self._tag,
-                        expected="results that are computed from it",
-                        hint="use sharding zero2, or name in strategy.units modules whose forwards do all that's done "
-                        "with their parameters",
+                        expected="results that are computed from the parameter",
+                        hint="use sharding zero2, or list modules in strategy.units whose forwards contain all uses of "
+                        "their parameters",
                     )
 
     @contextmanager
     def using(self, module: str) -> Iterator[None]:
-        """While that module computes again, in backward."""
+        """Context in which a module's forward is recomputed, in backward."""
         units = [unit for unit in self._units if module in unit.modules]
         for unit in units:
             self.enter(unit)
@@ -165,47 +181,48 @@ class Unsharder:
                 self.leave(unit, ())
 
     def need(self, unit: ParamUnit) -> None:
-        """Make the unit whole. Raises ConfigError outside of a step, and WorkerError."""
-        whole = unit.is_whole and unit not in self._coming
-        if whole and unit.name not in self._passed:
+        """Unshard the unit, which the model needs now. Raises ConfigError outside of a step, and WorkerError."""
+        unsharded = unit.is_unsharded and unit not in self._ahead_units
+        if unsharded and unit.name not in self._skipped:
             return
         if not self._backward:
             self._needed.append(unit)
-        self._passed.discard(unit.name)
-        if whole:
+        self._skipped.discard(unit.name)
+        if unsharded:
             return
         self._check_need(unit)
-        if unit in self._coming and unit.life.state is State.RESTING:  # it was let go with its gradients
-            self._coming.remove(unit)
-        self._release_left(unit)
-        while unit not in self._coming and self._next < len(self._plan):
-            self._issue(wanted=self._plan[self._next] is unit or len(self._coming) < self._ahead)
-        if unit in self._coming:
-            while (first := self._coming.popleft()) is not unit:
+        if unit in self._ahead_units and unit.life.state is State.RESTING:  # sending its gradients resharded it
+            self._ahead_units.remove(unit)
+        self._reshard_used(unit)
+        while unit not in self._ahead_units and self._next < len(self._plan):
+            self._advance(needed=self._plan[self._next] is unit or len(self._ahead_units) < self._ahead)
+        if unit in self._ahead_units:
+            while (first := self._ahead_units.popleft()) is not unit:
                 self._arrive(first)
-                self._left.append(first)
-                self._passed.add(first.name)  # perhaps it comes later
+                self._used.append(first)
+                self._skipped.add(first.name)  # the model may still need it, later than planned
             self._arrive(unit)
         else:
-            self._drop()
-            self._ask(unit)
-        self._left.append(unit)
-        while len(self._coming) < self._ahead and self._next < len(self._plan):
-            self._issue()
+            self._reshard_ahead()
+            self._request(unit)
+        self._used.append(unit)
+        while len(self._ahead_units) < self._ahead and self._next < len(self._plan):
+            self._advance()
         if self._next < len(self._plan):
             self._plan[self._next].on_demand_params.prefetch()
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """What autograd shall keep of a tensor that backward will need."""
-        unit = self._at.get(tensor.untyped_storage().data_ptr())
+        """Return what autograd stores in place of a tensor that backward will need."""
+        unit = self._by_address.get(tensor.untyped_storage().data_ptr())
         view = None if unit is None else unit.on_demand_params.view_of(tensor)
-        values = tensor.detach()  # not the tensor itself, which may hold what keeps it
+        # Not the tensor itself: it may refer to the graph node that stores it, and the cycle would never be freed.
+        values = tensor.detach()
         if view is not None:
-            values.data = values.new_empty(0)  # counts changes still, and holds no buffer
+            values.data = values.new_empty(0)  # still shares the version counter, but not the buffer
         return _Saved(unit, view, values, values._version)
 
     def unpack(self, saved: _Saved) -> Tensor:
-        """What `pack` was given, when backward needs it."""
+        """Return the tensor that `pack` was called with; unshards its unit if needed. Raises ConfigError."""
         if saved.values._version != saved.version:
             raise ConfigError(
                 f"a tensor that backward needs was changed in place (shape {tuple(saved.values.shape)})",
@@ -217,15 +234,15 @@ class Unsharder:
         self.need(saved.unit)
         full = saved.unit.on_demand_params.full
         if full is None:
-            raise InvariantError(f"unit {saved.unit.name!r} is not whole", where=self._tag)
+            raise InvariantError(f"unit {saved.unit.name!r} is not unsharded", where=self._tag)
         return full.as_strided(*saved.view)
 
     def _check_need(self, unit: ParamUnit) -> None:
         if not self._in_round:
             raise ConfigError(
-                f"the parameters of {unit.name!r} are sharded, and whole only during a step",
-                hint="use the model inside `with engine.evaluating():` or, if every worker has memory for all of it, "
-                "`with engine.whole_model():`",
+                f"the parameters of {unit.name!r} are sharded, and unsharded only during a step",
+                hint="use the model inside `with engine.evaluating():` or, if every worker has memory for the full "
+                "model, `with engine.unsharded_model():`",
             )
         if unit.life.state is State.REDUCING:
             raise ConfigError(
@@ -234,12 +251,12 @@ class Unsharder:
                 hint="use sharding zero2 for this model",
             )
 
-    # - Gathers
+    # - Collective calls
 
     @contextmanager
-    def whole(self, units: Sequence[ParamUnit] | None = None) -> Iterator[None]:
-        """These units (None: all) whole, between steps; some may be so already. Collective."""
-        resting = [unit for unit in (self._units if units is None else units) if not unit.is_whole]
+    def unsharded(self, units: Sequence[ParamUnit] | None = None) -> Iterator[None]:
+        """Unshard these units (None: all) between steps; those that are unsharded already stay so. Collective."""
+        resting = [unit for unit in (self._units if units is None else units) if not unit.is_unsharded]
         for unit in resting:
             unit.unshard(self._group, f"{self._tag} / {unit.name} / param")
             unit.wait_unsharded()
@@ -248,66 +265,72 @@ class Unsharder:
         finally:
             for unit in resting:
                 unit.reshard()
-            for unit in resting[:1]:  # they share one pool
+            for unit in resting[:1]:  # all units share one pool
                 unit.on_demand_params.trim_pool()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """A round of forwards, as many as each worker likes. Collective."""
+        """Context of a round with any number of forwards on each worker. Collective."""
         self.begin("evaluation", computes=True, backward=False)
         yield
         self.end()
-        self._surprised = False  # steps go on as they were
+        # Requests of an evaluation must not change the plan of the steps, nor make the next step's end collective.
+        self._plan_failed = False
 
     def _arrive(self, unit: ParamUnit) -> None:
         unit.wait_unsharded()
         full = unit.on_demand_params.full
         if full is not None:
-            self._at[full.untyped_storage().data_ptr()] = unit
+            self._by_address[full.untyped_storage().data_ptr()] = unit
 
-    def _issue(self, wanted: bool = True) -> None:
-        """Begin the plan's next gather."""
+    def _advance(self, needed: bool = True) -> None:
+        """Start the plan's next unsharding. needed: False if only peers need the unit."""
         unit = self._plan[self._next]
         self._next += 1
         tag = f"{self._tag} / {unit.name} / param"
-        if wanted and unit.life.state is State.RESTING:
+        if needed and unit.life.state is State.RESTING:
             unit.unshard(self._group, tag)
-            self._coming.append(unit)
+            self._ahead_units.append(unit)
         else:
             self._serve(unit, tag)
 
     def _serve(self, unit: ParamUnit, tag: str) -> None:
         self._serving.append(unit.serve(self._group, tag))
+        # Each takes a buffer until its end, so only as many are in flight as are unsharded ahead.
         while len(self._serving) > self._ahead + 1:
             self._serving.popleft()()
 
-    def _drop(self) -> None:
-        """Let go what was gathered ahead; nobody here needs it."""
-        while self._coming:
-            self._coming.popleft().reshard()
+    def _reshard_ahead(self) -> None:
+        """Reshard the units that were unsharded ahead, since this worker's model doesn't need them."""
+        while self._ahead_units:
+            self._ahead_units.popleft().reshard()
 
-    def _release_left(self, needed: ParamUnit) -> None:
-        """Release what was used before, unless its forward is still going on. Units of one module (a block's matrices
-        and the rest of it, say) go together, since backward wants them in turn."""
+    def _reshard_used(self, needed: ParamUnit) -> None:
+        """Reshard units that were used before `needed`, unless their forward is still in progress.
+
+        Units of one module (a block's matrices and the rest of the block, for example) stay together, since backward
+        needs them alternately.
+        """
         staying = []
-        for unit in self._left:
+        for unit in self._used:
             if unit is needed or self._inside.get(unit.name, 0) > 0 or set(unit.modules) & set(needed.modules):
                 staying.append(unit)
             else:
                 unit.reshard()
-        self._left = staying
+        self._used = staying
 
-    def _ask(self, unit: ParamUnit | None) -> None:
-        """At the plan's end: ask for `unit`, and take part in what others ask for; with None until nobody asks."""
+    def _request(self, unit: ParamUnit | None) -> None:
+        """At the plan's end: request `unit`, and serve the requests of peers. With None, serve until there are none."""
         while True:
-            number = NOTHING if unit is None else self._units.index(unit)
-            everyone = self._group.all_gather_small(torch.tensor([number]), f"{self._tag} / ask / control")
-            asked = sorted({int(wish) for wish in everyone} - {NOTHING})
-            if not asked:
+            number = NO_REQUEST if unit is None else self._units.index(unit)
+            numbers = self._group.all_gather_small(torch.tensor([number]), f"{self._tag} / request / control")
+            requested = sorted({int(each) for each in numbers} - {NO_REQUEST})  # one order on all workers
+            if not requested:
                 break
-            self._surprised = True
-            for wish in asked:
-                other, tag = self._units[wish], f"{self._tag} / {self._units[wish].name} / param"
+            self._plan_failed = True
+            for index in requested:
+                other = self._units[index]
+                tag = f"{self._tag} / {other.name} / param"
                 if other is unit:
                     unit.unshard(self._group, tag)
                     self._arrive(unit)

@@ -1,11 +1,11 @@
 """Clips and applies the optimizer run by run, and gathers the new parameters.
 
-What the update does at a time: runs of elements that stay in a core's cache, or whole parameters.
+The update makes one pass over runs of elements that stay in a core's cache. For each run of the shard it reads the
+pieces of the gradients, adds, divides, clips, applies the optimizer and writes the parameters. A parameter that its
+optimizer must see unsplit is a separate run, of any length.
 
-The update: from the sums of a step's gradients to new weights, in one pass over runs of elements that stay in cache.
-For each run of the shard: read the pieces, add, divide, clip, optimizer, write the parameters. A parameter that its
-optimizer must see whole is a run of its own, however long. Two passes only where they are needed: to clip (the norm
-comes first), and where every worker holds all optimizer state (it needs everyone's sums first).
+Two passes are made only where they are needed: for clipping, which needs the norm first, and for replicated optimizer
+state, where every worker needs the sums of all workers first.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from manyhands.optim.sliced import Slice, SlicedOptimizer
 
 
 def runs_of(within: Range) -> Iterator[Range]:
-    """`within` cut into runs of at most RUN elements."""
+    """Divide `within` into runs of at most RUN elements."""
     for start in range(within.start, within.end, RUN):
         yield Range(start, min(start + RUN, within.end))
 
 
 def ranges_of(unit: Unit) -> list[Range]:
-    """What one pass of the update handles at a time: runs of elements, or whole parameters with their padding."""
+    """Return the ranges that the update processes at a time: runs, or unsplittable parameters with their padding."""
     if not unit.layout.unsplittable:
         return list(runs_of(unit.held))
     return [slot.padded for slot in unit.layout.slots if slot.padded.overlap(unit.held).numel]
@@ -48,26 +48,32 @@ def ranges_of(unit: Unit) -> list[Range]:
 
 @dataclass(frozen=True)
 class Run:
-    """One pass: elements `range` of the unit (all held here), its slices, and the optimizer's groups over them."""
+    """A range of a unit that the update processes at a time; all its elements are held by this worker.
+
+    slices: the optimizer's views of the master weights in the range. groups: the optimizer's param groups over them.
+    """
 
     unit: Unit
     range: Range
     slices: tuple[Slice, ...]
     grads: tuple[Tensor, ...]  # each slice's gradient, a view of `grad`
     groups: list[list[dict[str, Any]]]
-    grad: Tensor  # [range.numel], where the state is; of one of the updater's buffers
-    evictable: list[Tensor]  # what is let go after an update
+    grad: Tensor  # [range.numel], on the state's device; a view of one of the updater's buffers
+    evictable: list[Tensor]  # tensors that are evicted to disk after an update
 
 
 class Allocators(NamedTuple):
-    """Where things are between two updates. state: master weights, optimizer state, parameters; sums: gradients."""
+    """Allocators of the state that outlives an update, and of sums of gradients.
+
+    state: of master weights, optimizer state and parameters. sums: of gradients.
+    """
 
     state: Allocator
     sums: Allocator
 
 
 class Updater:
-    """See the module."""
+    """Updates this worker's weights from the sums of a step's gradients; see the module."""
 
     def __init__(
         self,
@@ -76,34 +82,36 @@ class Updater:
         layout: Layout,
         sharding: Sharding,
         optimizer: SlicedOptimizer,
-        homes: Allocators,
+        allocators: Allocators,
     ) -> None:
         self._group, self._units, self._layout, self._optimizer = group, units, layout, optimizer
-        self._allocator, self._sums_allocator = homes
+        self._allocator, self._sums_allocator = allocators
         self._replicated = sharding.optim is REPLICATED
-        # Who share the work of writing parameters; others don't need them, or have the same ones.
+        # The workers that share the work of writing parameters. With replicated optimizer state every host computes all
+        # of them, so only the workers of one host share it.
         writers = self._writers = group.intra_host if self._replicated else group
         self._written = {unit.name: unit.layout.part(writers.rank, writers.size) for unit in units}
         ranges = {unit.name: ranges_of(unit) for unit in units}
         longest = max((each.numel for several in ranges.values() for each in several), default=0)
-        # A run's gradient, where it's summed, and where the state is. If that is elsewhere, one travels while another
-        # one is used.
+        # A run's gradient is summed on the group's device and used on the state's device. If these differ, two buffers
+        # are used in turn, so that one run's gradient is copied while another one's is used.
         self._summed = torch.zeros(longest, device=group.device)
-        travels = self._allocator.device != group.device
-        pinned = Allocator(self._allocator.device, pinned=travels)
-        self._grads = [pinned.empty(longest, torch.float32) for _ in range(2)] if travels else [self._summed]
+        is_copied = self._allocator.device != group.device
+        pinned = Allocator(self._allocator.device, pinned=is_copied)
+        self._grads = [pinned.empty(longest, torch.float32) for _ in range(2)] if is_copied else [self._summed]
         self._arrived: deque[torch.cuda.Event | None] = deque()
         self._runs: dict[str, list[Run]] = {}
         numbers = count()
         for unit in units:
             self._runs[unit.name] = [self._run(unit, each, next(numbers)) for each in ranges[unit.name]]
         self._numbers = [torch.tensor(layout.block_numbers(rank), dtype=torch.int64) for rank in range(group.size)]
-        self._updated = False  # before the first update
-        self._full: dict[str, Tensor] = {}  # the step's gradient in fp32, where a second pass needs it
+        self._updated = False  # True after the first update
+        self._full: dict[str, Tensor] = {}  # the step's gradient in fp32 by unit, if a second pass needs it
         blocks = {unit.name: unit.shard.numel // BLOCK for unit in units}
         self._norms = {name: torch.zeros(count, device=group.device) for name, count in blocks.items()}
 
     def _run(self, unit: Unit, within: Range, number: int) -> Run:
+        """Create a run. number: the run's index among all runs, which decides its gradient buffer."""
         slices, grads, grad = [], [], self._grads[number % len(self._grads)][: within.numel]
         for piece in unit.layout.pieces(within):
             start = piece.in_unit.start - unit.held.start
@@ -116,70 +124,76 @@ class Updater:
         return Run(unit, within, tuple(slices), tuple(grads), groups, grad, self._evictable_weights(unit, within))
 
     def _evictable_weights(self, unit: Unit, within: Range) -> list[Tensor]:
-        """The master weights and parameters of a run, where they leave the memory between updates."""
+        """Return the run's master weights and parameters that are evicted to disk between updates."""
         if not self._allocator.on_disk:
             return []
         master = unit.master[within.start - unit.held.start : within.end - unit.held.start]
         if isinstance(unit.params, ReplicatedParams):
-            return [] if _same_place(master, unit.params.kept(within)) else [master]
+            return [] if _is_alias(master, unit.params.stored(within)) else [master]
         writes = self._writes(unit, within)
-        kept = unit.params.kept(writes)
-        return [master] if _same_place(master, kept) else [master, kept]
+        stored = unit.params.stored(writes)
+        return [master] if _is_alias(master, stored) else [master, stored]  # never evict the same pages twice
 
     @property
     def slices(self) -> Iterator[tuple[Slice, Range]]:
-        """All slices whose master weights and optimizer state this worker holds, and the elements of each (counted in
-        the slice) that lie in its shard: all of them, unless every worker holds everything."""
+        """The slices of this worker's master weights and optimizer state, and the part of each that it owns.
+
+        The part counts elements of the slice and lies in the shard. It is the full slice unless state is replicated.
+        """
         for runs in self._runs.values():
             for run in runs:
-                for piece, whole in zip(run.slices, run.unit.layout.pieces(run.range), strict=True):
-                    owned = whole.in_unit.overlap(run.unit.shard)
-                    yield piece, Range(owned.start - whole.in_unit.start, owned.end - whole.in_unit.start)
+                for piece, param_piece in zip(run.slices, run.unit.layout.pieces(run.range), strict=True):
+                    in_unit = param_piece.in_unit
+                    owned = in_unit.overlap(run.unit.shard)
+                    yield piece, Range(owned.start - in_unit.start, owned.end - in_unit.start)
 
     def update(
         self, reducer: GradientReducer, weight: float, clip_norm: float | None, unused: set[str], tag: str
     ) -> float:
-        """Update this worker's weights and publish them; the gradient's norm before clipping. Collective.
+        """Update this worker's weights and all-gather them. Return the gradient's norm before clipping. Collective.
 
-        unused: parameters without a gradient in the whole step; they're left alone.
+        weight: the divisor of the sums. unused: parameters without a gradient in this step; they are not updated.
+        Raises NumericsError if the norm is not finite.
         """
+        # Each step, since schedules change the hyperparameters of the recipe's optimizers.
         self._optimizer.refresh([run.groups for runs in self._runs.values() for run in runs])
         norm = scale = None
         if self._replicated or clip_norm is not None:
             self._sum_first(reducer, weight, tag)
             norm = self._all_gather_norm(tag)
-            scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
+            scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
         waits: list[Callable[[], None]] = []
-        coming: deque[Run] = deque()
+        fetched: deque[Run] = deque()
         for unit in self._units:
             for run in self._runs[unit.name]:
                 self._fetch(reducer, run, weight, scale)
-                coming.append(run)
-                if len(coming) == len(self._grads):
-                    self._step(coming.popleft(), unused)
-            while coming:
-                self._step(coming.popleft(), unused)
-            reducer.sums[unit.name].rest()
-            waits += self._all_gather(unit, tag)  # while the next unit is updated
+                fetched.append(run)
+                if len(fetched) == len(self._grads):
+                    self._step(fetched.popleft(), unused)
+            while fetched:
+                self._step(fetched.popleft(), unused)
+            reducer.sums[unit.name].evict()
+            waits += self._all_gather(unit, tag)  # in flight while the next unit is updated
         if norm is None:
             norm = self._all_gather_norm(tag)
         for wait in waits:
             wait()
         if not self._updated:
             self._updated = True
-            return_freed_memory()  # torch has made the optimizer's state, and left holes
+            return_freed_memory()  # torch has created the optimizer's state, which fragments the heap
         return norm
 
     def _all_gather(self, unit: Unit, tag: str) -> list[Callable[[], None]]:
-        """Begin to give everyone my shard of what stays whole, or is one copy for all; what waits for theirs."""
-        whole = unit.params.replicated
-        return [] if whole is None else [self._writers.all_gather(whole, f"{tag} / {unit.name} / param")]
+        """Start to all-gather replicated parameters. Return the functions that wait for it; none if sharded."""
+        replicated = unit.params.replicated
+        return [] if replicated is None else [self._writers.all_gather(replicated, f"{tag} / {unit.name} / param")]
 
     def _full_start(self, unit: Unit) -> int:
+        """Return the element of the unit with which its `_full` starts."""
         return 0 if self._replicated else unit.shard.start
 
     def _total(self, reducer: GradientReducer, unit: Unit, within: Range, weight: float, out: Tensor) -> None:
-        """The step's gradient over `within`, which lies in the shard, and the norms of its blocks."""
+        """Write the step's gradient over `within`, a part of the shard, to `out`; store its blocks' norms."""
         for run in runs_of(within):
             in_shard = Range(run.start - unit.shard.start, run.end - unit.shard.start)
             part = out[run.start - within.start : run.end - within.start]
@@ -187,6 +201,7 @@ class Updater:
             self._norms[unit.name][in_shard.start // BLOCK : in_shard.end // BLOCK] = block_norms(part)
 
     def _sum_first(self, reducer: GradientReducer, weight: float, tag: str) -> None:
+        """Compute the step's gradient in `_full`, the first of two passes. Collective if state is replicated."""
         for unit in self._units:
             if unit.name not in self._full:
                 self._full[unit.name] = (
@@ -196,7 +211,7 @@ class Updater:
                 )
             full = self._full[unit.name][unit.shard.start - self._full_start(unit) :][: unit.shard.numel]
             self._total(reducer, unit, unit.shard, weight, full)
-            reducer.sums[unit.name].rest()
+            reducer.sums[unit.name].evict()
             if not self._replicated:
                 self._sums_allocator.evict(full)
         if self._replicated:
@@ -207,7 +222,7 @@ class Updater:
                 wait()
 
     def _fetch(self, reducer: GradientReducer, run: Run, weight: float, scale: float | None) -> None:
-        """Begin to bring a run's gradient to its state."""
+        """Compute a run's gradient and start to copy it to the device of the optimizer's state."""
         for tensor in run.evictable:
             self._allocator.prefetch(tensor)
         summed = self._summed[: run.range.numel]
@@ -226,7 +241,7 @@ class Updater:
         self._arrived.append(event)
 
     def _step(self, run: Run, unused: set[str]) -> None:
-        """Update a run, as soon as its gradient is there."""
+        """Wait for a run's gradient and update the run."""
         event = self._arrived.popleft()
         if event is not None:
             event.synchronize()
@@ -236,17 +251,16 @@ class Updater:
         self._finish(run)
 
     def _finish(self, run: Run) -> None:
-        """Its master weights or state have changed: write the parameters, and let all of it go to where it's to be."""
-        if self._allocator.on_disk:  # torch makes state when it wants to, in memory
-            state = [tensor for piece in run.slices for tensor in self._optimizer.settle(piece, self._allocator)]
+        """Write the parameters from changed master weights, then evict what is stored on disk."""
+        if self._allocator.on_disk:  # torch may have created new state tensors in memory
+            state = [tensor for piece in run.slices for tensor in self._optimizer.offload_state(piece, self._allocator)]
             run.evictable[:] = [*self._evictable_weights(run.unit, run.range), *state]
         self._write(run)
         for tensor in run.evictable:
             self._allocator.evict(tensor)
 
     def refill(self, fill: Callable[[Slice], None]) -> None:
-        """Let `fill` give every slice its master weights and state, then make the parameters what these are.
-        Collective."""
+        """Call `fill` to set each slice's master weights and state, then update the parameters. Collective."""
         for runs in self._runs.values():
             for run in runs:
                 for piece in run.slices:
@@ -257,29 +271,31 @@ class Updater:
                 wait()
 
     def _writes(self, unit: Unit, within: Range) -> Range:
-        """The elements whose parameters this worker writes."""
+        """Return the elements of `within` whose parameters this worker writes."""
         return within.overlap(self._written[unit.name])
 
     def _write(self, run: Run) -> None:
+        """Copy master weights to the parameters, unless they are the same memory."""
         unit, writes = run.unit, self._writes(run.unit, run.range)
-        kept = unit.params.kept(writes)
+        stored = unit.params.stored(writes)
         master = unit.master[writes.start - unit.held.start : writes.end - unit.held.start]
-        if not _same_place(master, kept):
-            kept.copy_(master)
+        if not _is_alias(master, stored):
+            stored.copy_(master)
 
     def _all_gather_norm(self, tag: str) -> float:
+        """Return the norm of the step's gradient. Collective. Raises NumericsError if it isn't finite."""
         norms = [self._norms[unit.name] for unit in self._units]
         norm = total_norm(self._in_block_order(norms, f"{tag} / norm / control"))
-        if not norm < float("inf"):
+        if not norm < float("inf"):  # also if it is NaN
             raise NumericsError(
                 f"the sum of the step's gradients is not finite, though each micro-batch's is (norm {norm})",
                 where=tag,
-                hint="lower the learning rate or scale the loss, and go on from the last checkpoint",
+                hint="lower the learning rate or scale the loss, and resume from the last checkpoint",
             )
         return norm
 
     def hashes(self, tag: str) -> Tensor:
-        """The hashes of all blocks of the master weights, [num_blocks] int64, in block order. Collective."""
+        """Return the hashes of all blocks of the master weights, [num_blocks] int64, in block order. Collective."""
         mine = [torch.empty(0, dtype=torch.int64)]  # a worker may own no block
         for unit in self._units:
             for run in runs_of(unit.shard):
@@ -290,8 +306,12 @@ class Updater:
         return self._in_block_order(mine, f"{tag} / digest / control")
 
     def _in_block_order(self, mine: Sequence[Tensor], tag: str) -> Tensor:
-        """Values of my shards' blocks, unit by unit -> those of all blocks of the model, on CPU, by number."""
+        """Return the values of all blocks of the model by number, on the CPU. Collective.
+
+        mine: the values of this worker's shards' blocks, unit by unit.
+        """
         joined = torch.cat([*mine]).cpu()
+        # The same length on all workers, which may own different numbers of blocks.
         padded = joined.new_zeros(max(len(numbers) for numbers in self._numbers))
         padded[: len(joined)] = joined
         ordered = joined.new_zeros(self._layout.num_blocks)
@@ -300,6 +320,6 @@ class Updater:
         return ordered
 
 
-def _same_place(master: Tensor, kept: Tensor) -> bool:
-    """Whether the parameters of a range are its master weights."""
-    return master.data_ptr() == kept.data_ptr()
+def _is_alias(master: Tensor, stored: Tensor) -> bool:
+    """True if the parameters of a range are its master weights: fp32 parameters, see assembly.py."""
+    return master.data_ptr() == stored.data_ptr()

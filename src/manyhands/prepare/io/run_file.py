@@ -109,6 +109,22 @@ def read_index(path: str) -> list[list[Block]]:
     raise _damaged(path, "it has no index")
 
 
+def is_intact(path: str, size: int) -> bool:
+    """True if the file has `size` bytes, and the index and all blocks have their checksums."""
+    try:
+        index = read_index(path)
+        with open_to_read(path) as file:
+            if file.seek(0, 2) != size:
+                return False
+            for block in (block for run in index for block in run):
+                file.seek(block.offset)
+                if zlib.crc32(file.read(block.length)) != block.checksum:
+                    return False
+    except (DataError, OSError):
+        return False
+    return True
+
+
 def read_blocks(path: str, blocks: Sequence[Block], by: tuple[str, ...]) -> list[Keyed]:
     """These blocks of a file, in order; `by`: the key columns of tables. Raises DataError for a damaged file."""
     found: list[Keyed] = []
@@ -161,5 +177,5 @@ def _damaged(path: str, why: str) -> DataError:
     return DataError(
         f"a file between two stages is damaged: {why}",
         where=path,
-        hint="delete the file and the .done file of the same name, and run again: that task is repeated",
+        hint="run again: the job finds the file by its checksum, and repeats the task that wrote it",
     )

@@ -34,7 +34,8 @@ from manyhands.prepare.options import Options, patience_seconds, rank_of
 from manyhands.prepare.plan.plan import Arranged, Cached, Kept, Node, Output, Plan, Step, make_plan
 from manyhands.prepare.records.chunks import records_of
 from manyhands.prepare.task import chunks_of
-from manyhands.storage.files import exists, join_path, move, names_in, read_bytes, remove, replace_bytes
+from manyhands.storage.atomic import is_temporary, sync, write_atomic
+from manyhands.storage.files import exists, join_path, move, names_in, read_bytes, remove
 from manyhands.storage.location import is_local
 
 
@@ -125,7 +126,7 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
         return _summary(there, folder, [], time.monotonic() - began)
     _refuse_foreign(folder, there, plan, overwrite=overwrite)
     rank = rank_of(options)
-    job = JobFolder(join_path(folder, JOB), together=rank is not None)
+    job = JobFolder(join_path(folder, JOB), together=rank is not None, output=folder)
     events = JobEvents(folder, None if rank is None else rank.number)
     events.add("job begun", identity=plan.identity, stages=len(plan.stages), **options.described())
     complete = False
@@ -231,6 +232,8 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
     files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
     if before is not None:
         remove(join_path(folder, MANIFEST))
+        if is_local(folder):
+            sync(Path(folder))  # after a power loss the old manifest must not be there with new files
     keep = {file.name for file in files}
     for name in names_in(folder):
         if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
@@ -246,9 +249,11 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
                 where=made,
                 hint=f"remove {join_path(folder, JOB)}, and run again",
             )
+    if is_local(folder):
+        sync(Path(folder))  # the tasks have synced the files; the manifest must not become durable before their names
     bad = b"".join(line for stage in stages for line in stage.bad_records)
     if bad:
-        replace_bytes(join_path(folder, BAD_RECORDS), bad)
+        write_atomic(join_path(folder, BAD_RECORDS), bad)
     manifest = {
         "format": _FORMAT,
         "identity": plan.identity,
@@ -257,7 +262,7 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
         "bad_records": bad.count(b"\n"),
         "files": [vars(file) for file in files],
     }
-    replace_bytes(join_path(folder, MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+    write_atomic(join_path(folder, MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
     return manifest
 
 
@@ -272,7 +277,7 @@ def _digest(files: list[OutputFile], bad: bytes) -> str:
 
 def _refuse_foreign(folder: str, there: dict[str, Any] | None, plan: Plan, *, overwrite: bool) -> None:
     """Raise unless the folder is free, is this plan's, holds an unfinished job, or may be overwritten."""
-    names = [name for name in names_in(folder) if not name.startswith(EVENTS)]
+    names = [name for name in names_in(folder) if not name.startswith(EVENTS) and not is_temporary(name)]
     if there is not None and not overwrite and there.get("identity") != plan.identity:
         raise ConfigError(
             "the output folder holds the output of another job",

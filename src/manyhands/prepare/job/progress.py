@@ -15,7 +15,8 @@ from typing import Any
 
 from manyhands.formatting import format_bytes, format_count, format_seconds
 from manyhands.prepare.task import TaskResult
-from manyhands.storage.files import join_path, read_bytes, replace_bytes
+from manyhands.storage.atomic import write_atomic
+from manyhands.storage.files import join_path, read_bytes
 from manyhands.storage.location import is_local
 
 EVENTS = "_events"
@@ -50,7 +51,7 @@ class JobEvents:
             before = b""
             with suppress(FileNotFoundError):
                 before = read_bytes(self._path)
-            replace_bytes(self._path, before + b"".join(self._lines))
+            write_atomic(self._path, before + b"".join(self._lines))
         self._lines = []
 
 

@@ -13,15 +13,14 @@ Runs a plan's stages one after the other, in the job's folder; what a run before
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 from manyhands.errors import ConfigError, Interrupted, ManyhandsError
 from manyhands.prepare.engines.engine import JobEngine
@@ -32,58 +31,48 @@ from manyhands.prepare.plan.fingerprint import pickled
 from manyhands.prepare.plan.plan import Plan, Read, Shuffled, Stage
 from manyhands.prepare.records.pipeline import BadRecord, too_many
 from manyhands.prepare.shuffle.reduce import EVERYTHING, KeyRange
-from manyhands.prepare.task import Task, TaskResult, finished, runs_path
-from manyhands.storage.files import (
-    TEMPORARY,
-    exists,
-    join_path,
-    make_folder,
-    names_in,
-    read_bytes,
-    remove,
-    replace_bytes,
-)
+from manyhands.prepare.task import Task, TaskResult, bad_path, finished, remove_torn, runs_path
+from manyhands.storage.atomic import TEMPORARY, remove_temporary_files, write_atomic
+from manyhands.storage.files import exists, join_path, make_folder, names_in, read_bytes, remove
 from manyhands.storage.location import is_local
+from manyhands.storage.run_lock import FileLock
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # some network file systems
+_CLEARING = "clearing"  # in the lock file: its holder is a rank, and will share the lock soon
 
-_CLEARING_SECONDS = 20.0  # that the first rank may take to clear the folder
+_CLEARING_SECONDS = 20.0  # how long a rank waits before it asks again whether the lock's holder is a rank
 
 
 class JobFolder:
-    """A job's folder, locked while it is open. Raises ConfigError if another run has it.
+    """A job's folder, locked while it is open. Raises ConfigError if another run holds the lock.
 
-    together: several ranks have it open at once. The first to come clears it; what is in it later may be another's.
+    together: several ranks have it open at once. The first one clears it; later ones may find files of the others.
+    output: the folder that the job publishes its files to, if there is one.
     """
 
-    def __init__(self, path: str, *, together: bool = False) -> None:
-        self.path, self.together = path, together
+    def __init__(self, path: str, *, together: bool = False, output: str | None = None) -> None:
+        self.path, self.together, self._output = path, together, output
         self._alone = not together
         make_folder(path)
-        self._lock: IO[bytes] | None = None
+        self._lock: FileLock | None = None
         if is_local(path):
-            self._lock = open(join_path(path, "lock"), "a+b")  # noqa: SIM115
-            self._alone = self._take(self._lock, fcntl.LOCK_EX)
-            if not self._alone and not (together and self._take_with_others(self._lock)):
+            self._lock = FileLock(join_path(path, "lock"))
+            self._alone = self._lock.take()
+            if self._alone:
+                self._lock.write(_CLEARING if together else "")
+                # Without locks, other ranks may be at work: then nothing is cleared.
+                self._alone = self._lock.is_supported or not together
+            elif not (together and self._wait_for_first_rank(self._lock)):
                 self._lock.close()
                 raise ConfigError(
                     "another run is at work here", where=path, hint="wait for it to end, or write to another folder"
                 )
 
     @staticmethod
-    def _take(lock: IO[bytes], how: int) -> bool:
-        try:
-            fcntl.flock(lock, how | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in _NO_LOCKS
-        return True
-
-    def _take_with_others(self, lock: IO[bytes]) -> bool:
-        deadline = time.monotonic() + _CLEARING_SECONDS
-        while not self._take(lock, fcntl.LOCK_SH):
-            if time.monotonic() > deadline:
+    def _wait_for_first_rank(lock: FileLock) -> bool:
+        """Share the lock, once the first rank has cleared the folder. False if it is another run that holds it."""
+        while not lock.take(shared=True, patience_seconds=_CLEARING_SECONDS):
+            if lock.read() != _CLEARING:
                 return False
-            time.sleep(0.05)
         return True
 
     def prepare(self, plan: Plan) -> str:
@@ -97,9 +86,9 @@ class JobFolder:
             self._refuse_other_plans(plan)
         for stage in plan.stages:
             make_folder(self.stage(stage))
-        replace_bytes(self.plan_path(plan), pickled(plan))
+        write_atomic(self.plan_path(plan), pickled(plan))
         if self.together and self._lock is not None:
-            self._take_with_others(self._lock)
+            self._lock.take(shared=True)
             self._alone = False
         return self.plan_path(plan)
 
@@ -109,6 +98,11 @@ class JobFolder:
             if name not in wanted and name != "lock":
                 remove(join_path(self.path, name))
         self.sweep(plan)
+        if is_local(self.path):
+            for stage in plan.stages:
+                remove_torn(self.stage(stage), self._output)
+            if self._output is not None:
+                remove_temporary_files(Path(self._output))
 
     def _refuse_other_plans(self, plan: Plan) -> None:
         mine = self.plan_path(plan).rpartition("/")[2]
@@ -186,7 +180,7 @@ class StageResult:
     @property
     def bad_records(self) -> list[bytes]:
         """Those that were set aside, as lines of JSON, in the order of the partitions."""
-        paths = [join_path(self.folder, f"part-{r.partition:05d}.bad") for r in self.results if r.bad_records]
+        paths = [bad_path(self.folder, r.partition) for r in self.results if r.bad_records]
         return [read_bytes(path) for path in paths]
 
 
@@ -290,6 +284,6 @@ def _size_of(stage: Stage, result: TaskResult) -> int:
 
 
 def _too_many(folder: str, result: TaskResult, count: int, limit: int) -> ManyhandsError:
-    lines = read_bytes(join_path(folder, f"part-{result.partition:05d}.bad")).splitlines()
+    lines = read_bytes(bad_path(folder, result.partition)).splitlines()
     last: dict[str, Any] = json.loads(lines[-1])
     return too_many(BadRecord(**last), count, limit)

@@ -1,4 +1,4 @@
-"""Where state lives changes no bit; what lives on a disk leaves the memory, and nothing of it stays behind."""
+"""Offload changes no bit. State on a disk leaves memory, and a killed run leaves no files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_shards_on_disk_have_the_oracles_bits(precision: str, tmp_path: Path) ->
     assert train_with_engine(recipe, strategy, steps=STEPS).digest == oracle_run(recipe, STEPS).digests[-1]
 
 
-def test_any_home_goes_on_from_any_other(tmp_path: Path) -> None:
+def test_a_run_resumes_under_any_offload_from_any_other(tmp_path: Path) -> None:
     recipe = gpt_recipe("bf16")
     expected = oracle_run(recipe, 4).digests[-1]
     homes = {
@@ -73,7 +73,7 @@ def test_any_home_goes_on_from_any_other(tmp_path: Path) -> None:
             assert train_with_engine(recipe, target, steps=4, load=checkpoint).digest == expected
 
 
-def test_what_is_at_the_home_is_what_shall_be(tmp_path: Path) -> None:
+def test_offloaded_state_is_in_buffers_of_the_allocator(tmp_path: Path) -> None:
     with mh.Engine(gpt_recipe("bf16"), on_disk(tmp_path)) as engine:
         for batch in engine.batches(2):
             engine.step(batch)
@@ -87,7 +87,7 @@ def test_what_is_at_the_home_is_what_shall_be(tmp_path: Path) -> None:
             assert all(engine.allocator.owns(moment) for moment in moments)
 
 
-def test_host_is_the_device_where_that_is_the_cpu() -> None:
+def test_offload_to_the_cpu_changes_nothing_on_a_cpu() -> None:
     recipe = conv_recipe()
     with mh.Engine(recipe, mh.Strategy(sharding="zero3", offload="cpu")) as engine:
         assert not any(isinstance(unit.params, OnDemandParams) for unit in engine.units)
@@ -97,7 +97,7 @@ def test_host_is_the_device_where_that_is_the_cpu() -> None:
 # - Files
 
 
-def test_a_buffer_survives_leaving_the_memory(tmp_path: Path) -> None:
+def test_a_buffer_survives_eviction(tmp_path: Path) -> None:
     allocator = DiskAllocator(tmp_path)
     try:
         buffers = [allocator.empty(300_000, torch.float32) for _ in range(3)]
@@ -108,14 +108,14 @@ def test_a_buffer_survives_leaving_the_memory(tmp_path: Path) -> None:
         for number, buffer in enumerate(buffers):
             allocator.prefetch(buffer)
             assert bool((buffer == number + 1).all())
-        with pytest.raises(InvariantError, match="not of this home"):
+        with pytest.raises(InvariantError, match="does not belong to this allocator"):
             allocator.evict(torch.zeros(10))
     finally:
         allocator.close()
     assert os.listdir(tmp_path) == []
 
 
-def test_what_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(name: str, *args: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -146,7 +146,7 @@ def test_nothing_is_left_of_a_killed_run(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_disk_without_space_is_told_before_anything_is_lost(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_before_state_is_lost(tmp_path: Path) -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))  # what a full disk is to a file
     try:
@@ -161,7 +161,7 @@ def test_a_disk_without_space_is_told_before_anything_is_lost(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("where", ["file", "memory"])
-def test_a_folder_that_will_not_do_is_refused(where: str, tmp_path: Path) -> None:
+def test_an_unusable_folder_is_refused(where: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" if where == "file" else Path("/dev/shm")
     if where == "memory" and file_system_of(folder) != "tmpfs":
@@ -174,19 +174,19 @@ def test_speeds_are_measured(tmp_path: Path) -> None:
     assert all(speed > 0 for speed in measure_speed(tmp_path))
 
 
-def test_a_run_has_a_scratch_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_has_its_own_scratch_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = mh.train(gpt_recipe(), steps=2, strategy=mh.Strategy(offload="disk"), run_dir=tmp_path / "run")
     assert summary.digest == oracle_run(gpt_recipe(), 2).digests[-1]
     assert os.listdir(tmp_path / "run" / "scratch") == []
     told = capsys.readouterr()
-    assert "state lives in" in told.out + told.err
+    assert "state is stored in" in told.out + told.err
 
 
 # - Construction
 
 
 class Wide(nn.Module):
-    """Large parameters, made in the ways that torch's modules and others make them."""
+    """Large parameters, created in the ways that torch's modules and other libraries use."""
 
     def __init__(self) -> None:
         super().__init__()

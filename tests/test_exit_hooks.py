@@ -1,4 +1,4 @@
-"""A worker's last words are its latest group's: what was closed is kept by nothing."""
+"""Exit hooks report the errors of the latest group, and keep no closed group in memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from manyhands.members.reports import ERROR_FILE_VARIABLE, PARENT_TELLS_VARIABLE, read_failure
+from manyhands.members.reports import ERROR_FILE_VARIABLE, PARENT_REPORTS_VARIABLE, read_failure
 
 ROUNDS = """
 import gc, os, sys
@@ -23,14 +23,14 @@ for _ in range(20):
     membership.close()
     del membership
 gc.collect()
-print(sum(type(kept) is Membership for kept in gc.get_objects()), sys.excepthook.__self__._previous_hook is first)
+print(sum(type(each) is Membership for each in gc.get_objects()), sys.excepthook.__self__._previous_hook is first)
 raise ValueError("after all groups")
 """
 
 
-def test_groups_that_were_closed_are_not_kept_and_later_errors_are_told(tmp_path: Path) -> None:
+def test_closed_groups_are_freed_and_later_errors_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "error.json"
-    variables = {**os.environ, PARENT_TELLS_VARIABLE: "1", ERROR_FILE_VARIABLE: str(path), "RANK": "0"}
+    variables = {**os.environ, PARENT_REPORTS_VARIABLE: "1", ERROR_FILE_VARIABLE: str(path), "RANK": "0"}
     done = subprocess.run([sys.executable, "-c", ROUNDS], env=variables, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "0 True\n", "")
     failure = read_failure(path, 0)

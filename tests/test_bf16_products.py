@@ -1,4 +1,4 @@
-"""Products of bf16 tensors on CPUs without instructions for them: in fp32, rounded once, wherever a model makes one."""
+"""bf16 products on CPUs without bf16 instructions: computed in fp32 and rounded once, anywhere in a model."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_a_matrix_product_is_the_rounded_one_in_fp32(rows: int, inner: int, colu
 
 
 @pytest.mark.parametrize("shape", [(200, 40, 90), (90, 40, 200)])
-def test_a_large_one_is_computed_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
+def test_a_large_product_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
     rows, inner, columns = shape
-    monkeypatch.setattr(products, "MOST_ELEMENTS", 70 * max(inner, min(rows, columns)))
+    monkeypatch.setattr(products, "MAX_ELEMENTS", 70 * max(inner, min(rows, columns)))
     left, right, added = bf16(rows, inner), bf16(inner, columns, seed=1), bf16(rows, columns, seed=2)
     wide = (added.float(), left.float(), right.float())
     if columns > rows:
@@ -97,7 +97,7 @@ def test_attention_and_convolutions_are_the_rounded_ones_in_fp32() -> None:
 
 
 class Asked(TorchDispatchMode):
-    """Outside of the mode that's tested: which products reach torch with bf16 tensors nevertheless."""
+    """Records, outside of the tested mode, the bf16 products that still reach torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def asked() -> Iterator[Asked]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_product_of_a_model_is_left_to_the_cpu(name: str, asked: Asked) -> None:
+def test_no_bf16_product_of_a_model_reaches_the_cpu(name: str, asked: Asked) -> None:
     torch.manual_seed(0)
     model, x = MODELS[name](), torch.randn(2, LENGTH, WIDTH)
     exact = model(x).detach()
@@ -182,7 +182,7 @@ def test_no_product_of_a_model_is_left_to_the_cpu(name: str, asked: Asked) -> No
     assert not asked.narrow
 
 
-def test_training_goes_on_after_inference() -> None:
+def test_training_works_after_inference() -> None:
     vars(products._local).clear()
     left, right = bf16(3, 5), bf16(5, 4)
     with bf16_products_in_fp32():
@@ -205,7 +205,7 @@ def test_muon_multiplies_matrices_of_bf16(asked: Asked) -> None:
     assert not asked.narrow
 
 
-def test_other_types_have_the_bits_that_they_had() -> None:
+def test_other_types_keep_their_bits() -> None:
     for dtype in (torch.float32, torch.float64, torch.float16):
         left, right = torch.randn(9, 5).to(dtype), torch.randn(5, 7).to(dtype)
         expected = left @ right
@@ -214,7 +214,7 @@ def test_other_types_have_the_bits_that_they_had() -> None:
 
 
 class Adapted(nn.Module):
-    """A frozen layer, as it came, and a trained one."""
+    """A frozen layer in its own type, and a trained one."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -234,7 +234,9 @@ class Adapted(nn.Module):
         pytest.param("bf16", torch.float32, True, False, marks=pytest.mark.slow),
     ],
 )
-def test_which_models_are_computed_so(precision: str, base: torch.dtype, compiled: bool, expected: bool) -> None:
+def test_which_models_compute_products_in_fp32(
+    precision: str, base: torch.dtype, compiled: bool, expected: bool
+) -> None:
     found = []
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ def test_which_models_are_computed_so(precision: str, base: torch.dtype, compile
     assert found == [expected, expected or compiled]
 
 
-def test_cpus_with_instructions_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_with_bf16_instructions_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "bf16_instructions", lambda: "avx512_bf16")
     with bf16_products_in_fp32():
         assert _get_current_dispatch_mode() is None

@@ -1,4 +1,4 @@
-"""Who is named when worker 0 ends, whose process keeps the store where no launcher does: as on several hosts."""
+"""The worker named when worker 0 is killed while its process has the store (as it does on several hosts)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import time
 from manyhands.comm.connect import connect
 group = connect()
 group.status("step 3 / update", 3)
-group.barrier("all are there / control")
-print("there", flush=True)
+group.barrier("all have joined / control")
+print("joined", flush=True)
 while True:
     group.barrier("step 3 / control")
     time.sleep(0.01)
@@ -28,9 +28,9 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Failure:
-    """What worker 1 leaves behind after worker 0 was killed, and the store with it."""
-    folder = tmp_path_factory.mktemp("told")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Failure:
+    """The error report of worker 1 after worker 0 was killed, and the store with it."""
+    folder = tmp_path_factory.mktemp("report")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
@@ -47,7 +47,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Failure:
     try:
         for member in members:
             assert member.stdout is not None
-            assert member.stdout.readline() == b"there\n"
+            assert member.stdout.readline() == b"joined\n"
         members[0].kill()
         assert members[1].wait(30) == 1
     finally:
@@ -60,9 +60,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Failure:
 
 
 @pytest.mark.parametrize("exit_code", [None, 0, -signal.SIGSEGV, -signal.SIGKILL], ids=str)
-def test_worker_0_that_was_killed_is_named_by_what_the_others_know(told: Failure, exit_code: int | None) -> None:
-    """Whether worker 0's parent is another one (None: on another host), doesn't know how it ended, or does."""
-    ends = [WorkerEnd(rank=1, exit_code=1, seconds=5.0, failure=told)]
+def test_a_killed_worker_0_is_named_from_the_reports_of_its_peers(report: Failure, exit_code: int | None) -> None:
+    """exit_code: of worker 0, as its launcher sees it; None: it is on another host."""
+    ends = [WorkerEnd(rank=1, exit_code=1, seconds=5.0, failure=report)]
     if exit_code is not None:
         ends.insert(0, WorkerEnd(rank=0, exit_code=exit_code, seconds=4.9))
     error = explain_failure(ends)
@@ -72,12 +72,12 @@ def test_worker_0_that_was_killed_is_named_by_what_the_others_know(told: Failure
     assert error.position.step == 3
 
 
-def test_who_only_knows_that_something_is_gone_is_to_blame_last() -> None:
-    gone = Failure.of(WorkerError("a worker failed, and the store with its story is gone"), rank=1, pid=1)
-    knows_nobody = WorkerEnd(rank=1, exit_code=1, seconds=4.0, failure=gone)
+def test_a_worker_that_only_saw_a_broken_connection_is_the_last_candidate() -> None:
+    broken = Failure.from_error(WorkerError("a worker failed, and the store with its report is lost"), rank=1, pid=1)
+    secondhand = WorkerEnd(rank=1, exit_code=1, seconds=4.0, failure=broken)
     for exit_code in (1, -signal.SIGSEGV):
-        error = explain_failure([knows_nobody, WorkerEnd(rank=0, exit_code=exit_code, seconds=5.0)])
+        error = explain_failure([secondhand, WorkerEnd(rank=0, exit_code=exit_code, seconds=5.0)])
         assert isinstance(error, WorkerError)
         assert error.rank == 0
-    alone = explain_failure([knows_nobody])
-    assert alone.what == gone.what
+    alone = explain_failure([secondhand])
+    assert alone.what == broken.what

@@ -1,4 +1,4 @@
-"""torch's compiler is loaded by those who compile, and by nobody else."""
+"""torch's compiler is imported only by processes that compile."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def run(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_training_loads_no_compiler() -> None:
+def test_training_does_not_import_the_compiler() -> None:
     run("train(); assert not is_loaded()")
 
 
-def test_nor_does_another_beginning_of_torch_distributed() -> None:
+def test_restarting_torch_distributed_does_not_import_the_compiler() -> None:
     run("train('distributed'); train('distributed'); assert not is_loaded()")
 
 
 @pytest.mark.slow
-def test_the_digest_is_that_with_the_compiler_there() -> None:
+def test_the_digest_does_not_depend_on_the_import_of_the_compiler() -> None:
     run("mine = train(); assert not is_loaded();torch._dynamo.config; assert is_loaded(); assert train() == mine")
 
 
@@ -68,7 +68,7 @@ def test_the_digest_is_that_with_the_compiler_there() -> None:
         pytest.param("assert torch._dynamo.trace_rules.lookup", marks=pytest.mark.slow),
     ],
 )
-def test_who_wants_it_gets_it(wants: str) -> None:
+def test_code_that_uses_the_compiler_gets_the_real_one(wants: str) -> None:
     run(
         "train(); assert not is_loaded();"
         f"{wants}; assert is_loaded(); assert not isinstance(torch._dynamo, compiling._StandIn);"
@@ -77,7 +77,7 @@ def test_who_wants_it_gets_it(wants: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_said_before_is_said_again() -> None:
+def test_disabled_functions_are_disabled_in_the_real_compiler() -> None:
     run(
         "train(); function = torch.optim.Optimizer.add_param_group.__wrapped__;"
         "assert getattr(function, '__dynamo_disable') is function;"
@@ -86,7 +86,7 @@ def test_what_was_said_before_is_said_again() -> None:
     )
 
 
-def test_who_looks_at_all_modules_loads_nothing() -> None:
+def test_inspecting_all_modules_does_not_import_the_compiler() -> None:
     run(
         "import inspect, warnings; train();"
         "[getattr(module, '__file__', None) or getattr(module, '__warningregistry__', None)"
@@ -110,7 +110,7 @@ def test_models_compile_themselves_where_products_are_in_fp32() -> None:
 
 
 @pytest.mark.slow
-def test_one_that_is_loaded_already_stays() -> None:
+def test_a_compiler_that_is_imported_already_stays() -> None:
     run(
         "import torch._dynamo; real = sys.modules['torch._dynamo']; compiling.avoid_compiler_import();"
         "assert sys.modules['torch._dynamo'] is real"

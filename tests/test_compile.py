@@ -1,5 +1,4 @@
-"""Compiled blocks: one digest for any workers and shardings, and one piece of code for every shape, whoever saw
-which."""
+"""Compiled blocks: one digest for any workers and shardings, and the same code for a shape in every worker."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ SHARDED = mh.Strategy(sharding="zero3", transport="distributed", units=UNITS)  #
 
 
 class CompiledByHand(Stack):
-    """As a user of plain PyTorch compiles: each shape by itself."""
+    """The blocks compiled as a user of plain PyTorch would, each shape separately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +37,7 @@ class CompiledByHand(Stack):
 
 
 def num_graphs() -> int:
-    """Graphs that were compiled in this process."""
+    """The number of graphs that this process has compiled."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
@@ -55,7 +54,7 @@ def trained(strategy: mh.Strategy | None = None, precision: str = "fp32") -> str
         *(pytest.param(workers, [*WAYS], marks=pytest.mark.slow) for workers in (1, 2, 3)),
     ],
 )
-def test_compiled_blocks_have_the_same_bits_with_any_workers_and_stage(
+def test_compiled_blocks_have_the_same_bits_with_any_workers_and_sharding(
     workers: int, ways: list[str], tmp_path: Path
 ) -> None:
     precisions = ["fp32"] if len(ways) < len(WAYS) else ["fp32", "bf16"]
@@ -81,7 +80,7 @@ def test_the_digest_is_that_of_plain_pytorch_compiled_by_hand(precision: str) ->
 
 
 @pytest.mark.slow
-def test_code_made_anew_by_each_worker_has_the_same_bits(tmp_path: Path) -> None:
+def test_code_compiled_by_each_worker_has_the_same_bits(tmp_path: Path) -> None:
     script = tmp_path / "anew.py"
     script.write_text(
         "import os, sys\n"
@@ -96,7 +95,7 @@ def test_code_made_anew_by_each_worker_has_the_same_bits(tmp_path: Path) -> None
     assert {digest for digests in found for digest in digests.values()} == {trained()}
 
 
-def test_sharded_parameters_are_gathered_without_compiling_anew() -> None:
+def test_sharded_parameters_are_unsharded_without_recompiling() -> None:
     with mh.Engine(compiled_recipe(), SHARDED) as engine:
         counts = []
         for batch in engine.batches(STEPS):
@@ -108,7 +107,7 @@ def test_sharded_parameters_are_gathered_without_compiling_anew() -> None:
     assert counts == [counts[0]] * STEPS
 
 
-def test_stages_of_one_worker_have_one_digest() -> None:
+def test_shardings_of_one_worker_have_one_digest() -> None:
     assert trained() == trained(SHARDED)
 
 
@@ -128,13 +127,13 @@ def test_one_shape_too_many_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = CompiledModules(model, ["0"])
     with torch.no_grad(), modules.computing():
         model[0](torch.zeros(1, 2, WIDTH), 1.0)
-        with pytest.raises(ConfigError, match="wanted for one more shape"):
+        with pytest.raises(ConfigError, match="needed for one more shape"):
             model[0](torch.zeros(1, 3, WIDTH), 1.0)
     assert model[0](torch.zeros(1, 3, WIDTH), 1.0).shape == (1, 3, WIDTH)  # outside of steps nothing is compiled
 
 
 class Borrows(Stack):
-    """A block that also calls another block, without having it as a submodule."""
+    """A block that calls another block which is not its submodule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,8 +141,8 @@ class Borrows(Stack):
         self.blocks[0].forward = lambda x, scale: x + other(x, scale)
 
 
-def test_what_is_used_from_outside_is_refused_where_it_is_sharded() -> None:
-    with pytest.raises(ConfigError, match="uses a module that isn't part of it"):
+def test_a_sharded_module_used_from_compiled_code_is_refused() -> None:
+    with pytest.raises(ConfigError, match="uses a module outside of it"):
         train_with_engine(compiled_recipe(model=Borrows), SHARDED, steps=1)
 
 
@@ -160,14 +159,14 @@ class Nested(nn.Module):
         return x
 
 
-def test_what_is_compiled_depends_on_the_model_alone() -> None:
+def test_the_compiled_modules_depend_on_the_model_alone() -> None:
     model = Nested()
     modules = CompiledModules(model, ["layers.0", "layers.1", "stem.0", "stem.1"])
     assert modules.names == ("layers.0.0", "layers.0.1")
     assert modules.around(("stem", "layers.0.0.mix", "layers.0.0")) == ("stem", "layers.0.0")
     modules.refuse_inside(("layers",), "")  # around all of them
     modules.refuse_inside(("layers.*",), "")  # whole ones, whatever else
-    with pytest.raises(ConfigError, match="inside of one that is compiled"):
+    with pytest.raises(ConfigError, match="inside a compiled module"):
         modules.refuse_inside(("layers.0.0", "*.mix"), "")
     modules.undo()
     assert not any("forward" in vars(module) for module in model.modules())
@@ -179,15 +178,15 @@ def test_a_model_without_blocks_is_refused() -> None:
     assert "no such container" in str(caught.value)
 
 
-def test_computing_a_part_of_a_compiled_block_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match="inside of one that is compiled") as caught:
+def test_recomputing_a_part_of_a_compiled_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match="inside a compiled module") as caught:
         mh.Engine(compiled_recipe(), mh.Strategy(activation_checkpointing=("blocks.*.mix",)))
     assert "name 'blocks.0'" in str(caught.value)
 
 
-def test_without_a_compiler_nothing_begins() -> None:
+def test_a_missing_compiler_is_an_error_before_training() -> None:
     other = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
-    with other, pytest.raises(ConfigError, match=r"wants a C\+\+ compiler"):
+    with other, pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
         mh.Engine(compiled_recipe())
 
 

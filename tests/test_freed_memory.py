@@ -1,4 +1,4 @@
-"""What the C library does with memory that a step has freed: kept for the next one, or given back at once."""
+"""Memory that a step has freed is retained for the next step, or returned to the system at once."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ print([faults() for _ in range(6)][-1])  # for up to three times they don't yet 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
 @pytest.mark.parametrize(("how", "least", "most"), [("kept", 0, 500), ("given back", 30_000, 100_000)])
-def test_a_step_finds_the_memory_of_those_before_or_not(how: str, least: int, most: int) -> None:
+def test_freed_memory_is_retained_or_returned(how: str, least: int, most: int) -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
     assert least <= int(done.stdout) < most

@@ -1,0 +1,181 @@
+"""Atomic and durable writes: the one rule for files and folders.
+
+The rule, on a disk: write under a temporary name in the same folder, sync the data (fsync), rename or link to the final
+name, sync the folder. A process killed anywhere, or a host without power, leaves the old content or the new content.
+The temporary file or folder that a killed process leaves is deleted by the next run of its owner
+(`remove_temporary_files`, `checkpoint.publish.remove_partial`). In an object store, which shows an object only when its
+last byte has arrived, objects are written directly; of a folder, the manifest is written last.
+
+One exception: files that tasks of a data job leave for each other, and done notes, are not synced. Writing 10,000 files
+of 16 KiB one after the other (ext4 on a virtual disk, 2 CPUs, quiet) takes 0.55 s unsynced, 3 s with each file synced,
+and 4.4 s with its folder synced, too: 8 times as long. Instead, a job that is resumed verifies the files of finished
+tasks and repeats tasks whose files are torn (`prepare.task.remove_torn`): 18 us for a file of 16 KiB in the page cache,
+1.6 GB/s a thread for SHA-256 and 5 GB/s for CRC-32; a job that is not interrupted verifies nothing. Output files are
+synced by their tasks, and their folder by the job, before their manifest is published.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from manyhands.errors import InvariantError
+from manyhands.storage.location import Address, Location, address_or_path
+
+TEMPORARY = ".tmp"
+
+_TEMPORARY_NAME = re.compile(r"\..+\.\d+-[0-9a-f]{12}\.tmp")
+"""What `_temporary_name` returns: other hidden files are never deleted."""
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux's renameat2
+
+
+def write_atomic(
+    location: str | Location, content: bytes | str, *, first_wins: bool = False, durable: bool = True
+) -> None:
+    """Make `content` the content of a file: readers see the old content or the new one, never a part.
+
+    first_wins, durable: see `open_atomic`. Raises OSError.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    target = address_or_path(location)
+    if isinstance(target, Address):
+        target.write_bytes(data)
+        return
+    with _replacing(target, first_wins=first_wins, durable=durable) as file:
+        file.write(data)
+
+
+@contextmanager
+def open_atomic(location: str | Location, *, first_wins: bool = False, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write, that appears at `location` when the block ends; not if it raises, nor if nothing was written.
+
+    first_wins: on a disk, a file that is there already stays; for writers whose content is the same. durable: sync the
+    file and its folder. Raises OSError.
+    """
+    target = address_or_path(location)
+    if not isinstance(target, Address):
+        with _replacing(target, first_wins=first_wins, durable=durable, skip_empty=True) as file:
+            yield file
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        yield file
+        if file.tell():
+            file.flush()
+            target.upload(file.name)
+
+
+@contextmanager
+def open_durable(location: Location, size: int) -> Iterator[IO[bytes]]:
+    """A file of `size` bytes to write, synced when the block ends; for folders that are published as a unit.
+
+    It has its final name from the start: the folder that it is in is the temporary one. Raises OSError.
+    """
+    if isinstance(location, Address):
+        with location.written(size) as file:
+            yield file
+        return
+    with location.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _replacing(path: Path, *, first_wins: bool, durable: bool, skip_empty: bool = False) -> Iterator[IO[bytes]]:
+    temporary = path.with_name(_temporary_name(path.name))
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if skip_empty and not file.tell():
+                return
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        if first_wins:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                pass  # the first writer has won; its content is the same
+            except OSError:  # a file system without hard links
+                os.replace(temporary, path)
+        else:
+            os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _temporary_name(name: str) -> str:
+    """A name that no other process uses, on any host that sees the folder."""
+    return f".{name}.{os.getpid()}-{os.urandom(6).hex()}{TEMPORARY}"
+
+
+def is_temporary(name: str) -> bool:
+    """True if it is the name of a temporary file."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Delete temporary files of killed processes. Only for the process that has the folder's lock."""
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            if is_temporary(path.name):
+                path.unlink(missing_ok=True)
+
+
+def publish_folder(partial: Location, final: Location, manifest: tuple[str, str] | None, *, replace: bool) -> None:
+    """Make the folder `partial`, whose files are synced, the folder `final`, atomically.
+
+    manifest: name and text of a file that is added first; in a store it is what publishes the folder, so it is needed
+    there. replace: put it in place of an existing folder; otherwise only an empty one is replaced. Raises OSError.
+    """
+    if isinstance(final, Address) or isinstance(partial, Address):
+        if manifest is None:
+            raise InvariantError("a folder in a store is published by its manifest", where=str(final))
+        write_atomic(final / manifest[0], manifest[1])
+        return
+    if manifest is not None:
+        path = partial / manifest[0]
+        path.write_text(manifest[1])
+        sync(path)
+    sync(partial)
+    if replace and final.exists():
+        _exchange(partial, final)
+        sync(final.parent)
+        shutil.rmtree(partial)
+    else:
+        os.rename(partial, final)
+        sync(final.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap the names of two folders, in one step where the file system can."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with suppress(AttributeError):  # a C library without that call
+        if not libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+            return
+    # Not atomic: between the first two renames neither folder is visible.
+    between = other.with_name(f".{other.name}.old.partial")
+    shutil.rmtree(between, ignore_errors=True)
+    os.rename(other, between)
+    os.rename(one, other)
+    os.rename(between, one)
+
+
+def sync(path: Path) -> None:
+    """Write a file or a folder through to the disk. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
