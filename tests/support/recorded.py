@@ -12,6 +12,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch
 import manyhands as mh
 from manyhands.numerics.arithmetic import numerics_identity
 from support import real_models
-from support.models import GPT_UNITS, OWNED, conv_recipe, gpt_recipe, padded_recipe
+from support.models import GPT, GPT_UNITS, OWNED, conv_recipe, gpt_recipe, padded_recipe
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 
@@ -27,6 +28,8 @@ TABLE = Path(__file__).resolve().parents[1] / "digests.json"
 STEPS = 3
 WAYS = [(sharding, workers) for sharding in ("ddp", "zero2", "zero3") for workers in (1, 3)]
 UNCLIPPED = {"clip_norm": None, "schedule": None}
+SEVEN = {"batch": mh.Batch(global_size=28, micro_size=2, virtual_workers=7), "model": partial(GPT, dropout=0.0)}
+"""Seven virtual workers leave three subtrees, ((0+1)+(2+3)) + ((4+5)+6): the fewest whose order of merging matters."""
 
 Digests = dict[str, str | None]
 """weights: the digest of the master weights. buffers: SHA-256 of the model's buffers; None if it has none."""
@@ -35,6 +38,8 @@ CASES: dict[str, Callable[[], mh.Recipe]] = {
     "gpt, dropout, clipped, fp32": gpt_recipe,
     "gpt, dropout, clipped, bf16": lambda: gpt_recipe("bf16"),
     "gpt, dropout, fp32": lambda: gpt_recipe(**UNCLIPPED),
+    "gpt, no dropout, seven virtual workers, fp32": lambda: gpt_recipe(**SEVEN),
+    "gpt, no dropout, seven virtual workers, bf16": lambda: gpt_recipe("bf16", **SEVEN),
     "gpt, unequal weights, fp32": padded_recipe,
     "gpt, unequal weights, bf16": lambda: padded_recipe("bf16"),
     "gpt, Muon and AdamW, fp32": lambda: gpt_recipe(optimizer=OWNED["Muon and AdamW"]),
@@ -52,9 +57,17 @@ def machine() -> str:
     """What the bits depend on besides the recipe: torch, the kind of CPU and its instructions."""
     cpu = torch.device("cpu")
     identity = numerics_identity(cpu, 1, cpu)
-    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    parts = (model[1] if model else platform.processor(), identity["cpu_kernels"], f"bf16 {identity['cpu_bf16']}")
+    described = [
+        re.search(rf"^{name}\s*:\s*(.+)$", _cpu_info(), re.MULTILINE) for name in ("model name", "cpu family", "model")
+    ]
+    name, family, model = (found[1] if found else "?" for found in described)
+    parts = (f"{name} (family {family}, model {model})", identity["cpu_kernels"], f"bf16 {identity['cpu_bf16']}")
     return ", ".join((f"torch {identity['torch']}", *parts))
+
+
+def _cpu_info() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else f"model name: {platform.processor() or platform.machine()}"
 
 
 def digests_of(outcome: Outcome) -> Digests:
