@@ -1,11 +1,11 @@
-"""Many random kills over many short jobs: each must end in the bytes that it would have had undisturbed.
+"""Kills processes of many short jobs at random: each job must have the same output as without kills.
 
     PYTHONPATH=tests .venv/bin/python tests/faults_prepare.py [--kills 100] [--seed 0] [--engines pool ranks dask]
 
-A job is one output folder that commands write to, one after the other, until it's done: each on another engine, with
-another number of workers and another memory. Meanwhile processes get SIGKILL at random moments: those that compute,
-the driver, a rank, or Dask's workers. In the end every output file must have the hash that it has undisturbed, no
-process of the job may be left, nor a file but the output. A job's seed replays its choices, if not the moments.
+A job is one output folder. Commands write to it one after the other until the output is complete, each with a random
+engine, number of workers and memory. Meanwhile, worker processes, the driver, a rank or Dask's workers get SIGKILL at
+random moments. In the end every output file must have the same hash as in a job without kills, and no process of the
+job and no other file may be left. A job's seed replays its choices, but not the exact moments of its kills.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from support.preparing import write_posts
 
 SCRIPT = Path(__file__).resolve().parent / "support" / "preparing.py"
 MARK = "PREPARE_FAULTS"
-COMMANDS = 40  # for a job: more means that it doesn't come to an end
+MAX_COMMANDS = 40  # a job that needs more makes no progress
 MODULES = {"pool": "manyhands.prepare.engines.worker", "dask": "distributed.cli.dask_worker"}
 
 
 class Failed(Exception):
-    """A job that broke the promise."""
+    """A job did not have the expected output, or left files or processes."""
 
 
 def processes(mark: str, text: str = "") -> list[int]:
-    """Those whose environment has the mark and whose command has the text."""
+    """Return the processes whose environment contains `mark` and whose command contains `text`."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (path / "environ").read_bytes() and text.encode() in (path / "cmdline").read_bytes():
                 found.append(int(path.name))
         except OSError:
-            pass  # it ended meanwhile, or is another user's
+            pass  # the process ended meanwhile, or belongs to another user
     return found
 
 
 class Cluster:
-    """Dask's scheduler and two workers on this machine; workers that were killed are started again."""
+    """A Dask scheduler and two workers on this machine. `tend` restarts killed workers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,20 +71,20 @@ class Cluster:
             return subprocess.Popen([*command, *options], cwd=self.folder, env=environment, stdout=log, stderr=log)
 
     def tend(self) -> None:
-        """Start what isn't there."""
+        """Start the workers that are not running."""
         for number, worker in enumerate(self._workers):
             if worker is None or worker.poll() is not None:
                 self._workers[number] = self._start("dask_worker", "--no-nanny", "--nthreads", "2")
 
     def end(self) -> None:
-        """Of all of it."""
+        """Kill the workers and the scheduler."""
         for process in (*self._workers, self._scheduler):
             process.kill()
             process.wait()
 
 
-def ways(engine: str, cluster: Cluster | None, chance: random.Random) -> list[dict[str, Any]]:
-    """The options of one command, or of each rank's."""
+def command_options(engine: str, cluster: Cluster | None, chance: random.Random) -> list[dict[str, Any]]:
+    """Return the options of one command, or of one command per rank."""
     if engine == "dask" and cluster is not None:
         return [{"engine": cluster.address}]
     workers = chance.choice([1, 2, 3, 5])
@@ -95,7 +95,7 @@ def ways(engine: str, cluster: Cluster | None, chance: random.Random) -> list[di
 
 
 def kill_one(folder: Path, drivers: list[subprocess.Popen[str]], cluster: Cluster | None, chance: random.Random) -> int:
-    """Kill a process of the job, if there is one; how many were."""
+    """Kill a random process of the job. Return the number of killed processes, 0 or 1."""
     marks = [f"{MARK}={folder}"] + ([f"{MARK}={cluster.folder}"] if cluster else [])
     computing = [pid for mark in marks for pid in processes(mark, MODULES["pool"])]
     driving = [driver.pid for driver in drivers if driver.poll() is None]
@@ -113,7 +113,7 @@ def kill_one(folder: Path, drivers: list[subprocess.Popen[str]], cluster: Cluste
 def run_once(
     posts: Path, folder: Path, engine: str, cluster: Cluster | None, chance: random.Random
 ) -> tuple[bool, int]:
-    """One command, or three ranks; kills on the way. Whether the output is there now, and how many kills there were."""
+    """Run one command, or three ranks, and kill processes meanwhile. Return (output is complete, number of kills)."""
     environment = {**os.environ, MARK: str(folder), "TMPDIR": str(folder)}
     drivers = [
         subprocess.Popen(
@@ -123,21 +123,21 @@ def run_once(
             stderr=subprocess.PIPE,
             text=True,
         )
-        for how in ways(engine, cluster, chance)
+        for how in command_options(engine, cluster, chance)
     ]
     kills = 0
     for _ in range(chance.randint(1, 4)):
         time.sleep(chance.uniform(0.1, 1.5))
         kills += kill_one(folder, drivers, cluster, chance)
         if cluster is not None:
-            cluster.tend()  # a job waits for workers, and doesn't bring any
-    told = [driver.communicate(timeout=180)[1] for driver in drivers]
+            cluster.tend()  # a job waits for Dask's workers, but does not start any
+    errors = [driver.communicate(timeout=180)[1] for driver in drivers]
     deadline = time.monotonic() + 10
     while processes(f"{MARK}={folder}"):
         if time.monotonic() > deadline:
             raise Failed("processes outlive their parent")
         time.sleep(0.02)
-    for driver, text in zip(drivers, told, strict=True):
+    for driver, text in zip(drivers, errors, strict=True):
         expected = driver.returncode in (0, -signal.SIGKILL) or "WorkerError" in text
         if not expected:
             raise Failed(f"a command ended with {driver.returncode}:\n{text}")
@@ -145,7 +145,7 @@ def run_once(
 
 
 def sha256s(folder: Path) -> dict[str, str]:
-    """Of all files but the events, which have times."""
+    """Hash all files except the events, which contain times."""
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith("_events")]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
@@ -153,10 +153,10 @@ def sha256s(folder: Path) -> dict[str, str]:
 def prepared(
     posts: Path, folder: Path, engines: list[str], cluster: Cluster | None, seed: int
 ) -> tuple[dict[str, str], int]:
-    """Commands until the output is there; the hashes of its files, and how many kills there were."""
+    """Run commands until the output is complete. Return the hashes of its files, and the number of kills."""
     chance, total = random.Random(seed), 0
     folder.mkdir()
-    for _ in range(COMMANDS):
+    for _ in range(MAX_COMMANDS):
         engine = chance.choice(engines)
         done, kills = run_once(posts, folder, engine, cluster if engine == "dask" else None, chance)
         total += kills
@@ -165,13 +165,13 @@ def prepared(
             if left:
                 raise Failed(f"left behind: {left}")
             return sha256s(folder / "out"), total
-    raise Failed("it didn't come to an end")
+    raise Failed(f"the output is not complete after {MAX_COMMANDS} commands")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the first job; the others follow")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first job; each next job adds 1")
     parser.add_argument("--engines", nargs="+", default=["pool", "ranks", "dask"])
     options = parser.parse_args()
     console = Console(highlight=False)
@@ -188,13 +188,13 @@ def main() -> None:
     cluster = Cluster(scratch / "dask") if "dask" in options.engines else None
     try:
         while total < options.kills:
-            folder, began = scratch / str(seed), time.monotonic()
+            folder, started = scratch / str(seed), time.monotonic()
             try:
                 found, kills = prepared(posts, folder, options.engines, cluster, seed)
                 if found != expected:
-                    raise Failed(f"other files than undisturbed: {found}, not {expected}")
+                    raise Failed(f"the output differs from a job without kills: got {found}, expected {expected}")
                 total += kills
-                console.print(f"seed {seed}: {kills} kills, {time.monotonic() - began:.0f} s, {total} so far")
+                console.print(f"seed {seed}: {kills} kills, {time.monotonic() - started:.0f} s, {total} so far")
                 shutil.rmtree(folder)
             except Failed as error:
                 bad.append(seed)

@@ -194,7 +194,7 @@ def test_other_numerics_do_not_go_on_with_a_run_unless_accepted(tmp_path: Path) 
     saved = json.loads(manifest.read_text())
     saved["identity"]["torch"] = "1.0"
     manifest.write_text(seal(saved))
-    with pytest.raises(mh.NumericsError, match="begun under other numerics: torch differs") as caught:
+    with pytest.raises(mh.NumericsError, match="started under other numerics: torch differs") as caught:
         mh.train(recipe(), steps=6, run_dir=tmp_path / "run", show=False)
     assert caught.value.expected == "1.0 (saved)"
     assert "--accept-new-numerics" in str(caught.value.hint)

@@ -247,6 +247,6 @@ def test_absurd_manifests_are_refused_by_name(originals: Originals, tmp_path: Pa
 def test_a_checkpoint_under_another_steps_name_is_refused(originals: Originals, tmp_path: Path) -> None:
     checkpoint = damaged(originals, tmp_path / "copy")
     renamed = checkpoint.rename(checkpoint.with_name("step-00000003"))
-    with pytest.raises(CheckpointError, match="another step than its folder's name says"):
+    with pytest.raises(CheckpointError, match="step differs from the one in its folder's name"):
         digests_of(renamed)
     assert digests_of(renamed.rename(renamed.with_name("best"))) == (originals.digest, originals.next_digest)

@@ -1,4 +1,4 @@
-"""Corpora for training: the same bytes whoever prepares them, what is dropped and what isn't, errors for people."""
+"""Corpora for training: the same bytes for any workers, which documents are dropped, and clear errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from manyhands.corpus.duplicates import MinHash, _components, jaccard
 from manyhands.corpus.job import prepare_corpus
 from manyhands.corpus.recipe import CorpusSchema, read_corpus_recipe
 from manyhands.corpus.steps import Steps
-from manyhands.corpus.text import Judge, Rules, in_one_form
+from manyhands.corpus.text import Judge, Rules, normalized
 from manyhands.corpus.tokenizing import (
     END,
     END_OF_TEXT,
@@ -56,19 +56,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As this process makes it."""
+    """The corpus as this process prepares it."""
     out = tmp_path_factory.mktemp("prepared")
-    made(corpus, out, engine=InProcess(2**30))
+    prepare(corpus, out, engine=InProcess(2**30))
     return out
 
 
-def made(recipe: Path, out: Path, *overrides: str, engine: JobEngine | None = None, **options: Any) -> Any:
+def prepare(recipe: Path, out: Path, *overrides: str, engine: JobEngine | None = None, **options: Any) -> Any:
     how = Options(engine=engine or InProcess(2**30), progress=False, **options)
     return prepare_corpus(read_corpus_recipe(recipe, overrides), out, how)
 
 
 def sha256s(folder: Path) -> dict[str, str]:
-    """Of all files but the summary and the events, which have times."""
+    """Hash all files except the summary and the events, which contain times."""
     timed = ("summary.json", "_events.jsonl")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in timed]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -83,7 +83,7 @@ def test_the_same_bytes_with_any_workers_and_memory(
 ) -> None:
     pool = Pool(workers, memory)
     try:
-        made(corpus, tmp_path / "out", engine=pool)
+        prepare(corpus, tmp_path / "out", engine=pool)
     finally:
         pool.close()
     assert sha256s(tmp_path / "out") == sha256s(prepared)
@@ -93,9 +93,7 @@ def test_the_same_bytes_with_any_workers_and_memory(
 @pytest.mark.parametrize(
     "step", ["exact-duplicates", *(pytest.param(s, marks=pytest.mark.slow) for s in ("clean", "near*", "voc*"))]
 )
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
-    corpus: Path, prepared: Path, tmp_path: Path, step: str
-) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(corpus: Path, prepared: Path, tmp_path: Path, step: str) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "manyhands.cli.main", "prepare", str(corpus), "--out", str(out), "-n", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -111,7 +109,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
     assert json.loads(done.stdout)["figures"]["digest"]
 
 
-def test_what_is_kept_is_in_the_tokens_once_and_in_another_order(corpus: Path, prepared: Path) -> None:
+def test_each_remaining_document_is_in_the_tokens_once_in_random_order(corpus: Path, prepared: Path) -> None:
     import tokenizers
 
     summary = json.loads((prepared / "summary.json").read_text())["figures"]
@@ -128,7 +126,7 @@ def test_what_is_kept_is_in_the_tokens_once_and_in_another_order(corpus: Path, p
     ]
     dropped = {drop["reason"]: drop["documents"] for drop in summary["dropped"]}
     assert len(texts) == len(set(texts)) == data.documents == summary["documents"]
-    assert set(texts) <= {in_one_form(text, "NFC") for text in read}
+    assert set(texts) <= {normalized(text, "NFC") for text in read}
     assert [text for text in read if text in set(texts)] != texts
     assert dropped.pop("near-duplicate") == pytest.approx(24, abs=4)
     assert dropped == {
@@ -142,18 +140,18 @@ def test_what_is_kept_is_in_the_tokens_once_and_in_another_order(corpus: Path, p
     assert data.vocabulary == summary["vocabulary"] == 400
     card = (prepared / "card.md").read_text()
     assert "exact duplicates | 18 |" in card
-    assert "(stays instead:)" in card
+    assert "(this one stays:)" in card
     assert sum(summary["lengths"]) == data.documents
     assert (prepared / "lengths.svg").read_text().startswith("<svg")
 
 
-def test_what_is_there_stays_and_another_corpus_is_refused(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def test_an_existing_corpus_stays_and_another_one_is_refused(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared, tmp_path / "out")
-    again = made(corpus, tmp_path / "out")
+    again = prepare(corpus, tmp_path / "out")
     assert not again.steps
-    assert "was there already" in str(again)
+    assert "existed already" in str(again)
     with pytest.raises(mh.ConfigError, match="holds another corpus"):
-        made(corpus, tmp_path / "out", "seed=4")
+        prepare(corpus, tmp_path / "out", "seed=4")
     other = prepare_corpus(
         read_corpus_recipe(corpus, ["tokenizer={}"]), tmp_path / "out", Options(**QUIET), overwrite=True
     )
@@ -161,21 +159,21 @@ def test_what_is_there_stays_and_another_corpus_is_refused(corpus: Path, prepare
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(mh.ConfigError, match="something that isn't an output"):
-        made(corpus, tmp_path / "mine")
+    with pytest.raises(mh.ConfigError, match="something that is not an output"):
+        prepare(corpus, tmp_path / "mine")
 
 
-def test_a_tokenizer_that_is_given_is_used(corpus: Path, prepared: Path, tmp_path: Path) -> None:
-    given = made(corpus, tmp_path / "out", f"tokenizer={{file='{prepared / 'tokenizer.json'}'}}")
+def test_a_given_tokenizer_is_used(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    given = prepare(corpus, tmp_path / "out", f"tokenizer={{file='{prepared / 'tokenizer.json'}'}}")
     assert sha256s(tmp_path / "out" / "tokens") == sha256s(prepared / "tokens")
     assert given.figures.vocabulary == 400
-    for overrides, says in (
+    for overrides, message in (
         (["tokenizer={file='nowhere.json'}"], "file can't be read"),
         ([f"tokenizer={{file='{corpus}'}}"], "can't be read"),
         ([f"tokenizer={{file='{prepared / 'tokenizer.json'}', end_of_text='</s>'}}"], "no token </s>"),
     ):
-        with pytest.raises((mh.ConfigError, mh.DataError), match=says):
-            made(corpus, tmp_path / "other", *overrides)
+        with pytest.raises((mh.ConfigError, mh.DataError), match=message):
+            prepare(corpus, tmp_path / "other", *overrides)
 
 
 def test_every_form_of_input_is_read_and_bad_records_are_set_aside(tmp_path: Path) -> None:
@@ -194,7 +192,7 @@ def test_every_form_of_input_is_read_and_bad_records_are_set_aside(tmp_path: Pat
     def tokens(name: str, **table: Any) -> int:
         written = "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
         (tmp_path / f"{name}.toml").write_text(f"[input]\n{written}\n[clean]\nmin_characters = 9\n")
-        return int(made(tmp_path / f"{name}.toml", tmp_path / "out" / name, max_bad_records=1).figures.tokens)
+        return int(prepare(tmp_path / f"{name}.toml", tmp_path / "out" / name, max_bad_records=1).figures.tokens)
 
     assert tokens("lines", paths=["a.txt"]) == 44 + 29
     assert (
@@ -206,18 +204,18 @@ def test_every_form_of_input_is_read_and_bad_records_are_set_aside(tmp_path: Pat
     (tmp_path / "named.toml").write_text(
         '[input]\npath = "own:paths"\nformat = "files"\n[input.arguments]\nname = "b.py"\n[clean]\nmin_characters = 9\n'
     )
-    assert made(tmp_path / "named.toml", tmp_path / "out" / "named").figures.documents == 1
+    assert prepare(tmp_path / "named.toml", tmp_path / "out" / "named").figures.documents == 1
     assert tokens("own", path="own:dataset") == 22
     with pytest.raises(mh.ConfigError, match="neither paths nor a Dataset"):
         tokens("wrong", path="own:wrong")
     with pytest.raises(mh.ConfigError, match="own:paths raised TypeError"):
         tokens("raises", path="own:paths")
     with pytest.raises(mh.DataError, match="no document is left"):
-        made(tmp_path / "lines.toml", tmp_path / "none", "clean.min_characters=1000")
+        prepare(tmp_path / "lines.toml", tmp_path / "none", "clean.min_characters=1000")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says", "hints"),
+    ("overrides", "message", "hint"),
     [
         (["tokeniser.vocabulary=300"], "tokeniser is not known", "did you mean 'tokenizer'?"),
         (["clean.min_leters=0.1"], "clean.min_leters is not known", "did you mean 'min_letters'?"),
@@ -233,11 +231,13 @@ def test_every_form_of_input_is_read_and_bad_records_are_set_aside(tmp_path: Pat
         (["input={path='nowhere:f'}"], "there is no module nowhere", "--set input"),
     ],
 )
-def test_a_wrong_recipe_is_told(corpus: Path, tmp_path: Path, overrides: list[str], says: str, hints: str) -> None:
+def test_a_wrong_corpus_recipe_is_reported(
+    corpus: Path, tmp_path: Path, overrides: list[str], message: str, hint: str
+) -> None:
     with pytest.raises((mh.ConfigError, mh.DataError)) as caught:
-        made(corpus, tmp_path / "out", *overrides)
-    assert says in str(caught.value)
-    assert hints in str(caught.value)
+        prepare(corpus, tmp_path / "out", *overrides)
+    assert message in str(caught.value)
+    assert hint in str(caught.value)
     assert "--set" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -245,21 +245,23 @@ def test_a_wrong_recipe_is_told(corpus: Path, tmp_path: Path, overrides: list[st
 def test_the_recipe_in_the_documents_has_the_defaults() -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "prepare.md").read_text()
     text = page.split("```toml\n")[1].split("```")[0]
-    said = tomllib.loads(text)
-    said["tokenizer"].pop("vocabulary")
-    least = CorpusSchema.model_validate({"name": "posts", "input": {"paths": ["posts/*.jsonl"], "format": "jsonl"}})
-    for name, table in said.items():
-        default = getattr(least, name)
+    documented = tomllib.loads(text)
+    documented["tokenizer"].pop("vocabulary")
+    defaults = CorpusSchema.model_validate({"name": "posts", "input": {"paths": ["posts/*.jsonl"], "format": "jsonl"}})
+    for name, table in documented.items():
+        default = getattr(defaults, name)
         assert (default if not isinstance(table, dict) else {key: getattr(default, key) for key in table}) == table
     unset = re.findall(r"^# (\w+) =", text, re.MULTILINE)
     assert unset == ["path", "file", "end_of_text", "fast"]
     for name, model in CorpusSchema.model_fields.items():
         fields = getattr(model.annotation, "model_fields", {})
         rare = {"arguments", "partition_bytes"}  # of [input]
-        assert set(fields) - rare <= {*(said.get(name) or {}), *unset, "vocabulary"}, name
+        assert set(fields) - rare <= {*(documented.get(name) or {}), *unset, "vocabulary"}, name
 
 
-def test_the_command_line_prepares_and_tells(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_prepares_and_prints_a_summary(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(
         app, ["prepare", str(corpus), "-n", "1", "--memory", "512MiB", "--set", "tokenizer={}", "--set", "name=mine"]
@@ -284,14 +286,14 @@ def test_the_command_line_prepares_and_tells(corpus: Path, tmp_path: Path, monke
         ("y" * 1500, "max_line"),
     ],
 )
-def test_rules_drop_what_they_say_in_any_language(text: str, rule: str) -> None:
+def test_rules_apply_to_any_language(text: str, rule: str) -> None:
     assert Rules(max_characters=2000, max_line=1000).broken_by(text) == rule
 
 
-def test_unicode_is_brought_to_one_form() -> None:
-    assert in_one_form("e\u0301\r\nx\r\0\ufeff\ud800y\tz", "NFC") == "é\nx\ny\tz"
-    assert in_one_form("ﬁ", "NFKC") == "fi"
-    assert in_one_form("e\u0301", "none") == "e\u0301"
+def test_unicode_is_normalized() -> None:
+    assert normalized("e\u0301\r\nx\r\0\ufeff\ud800y\tz", "NFC") == "é\nx\ny\tz"
+    assert normalized("ﬁ", "NFKC") == "fi"
+    assert normalized("e\u0301", "none") == "e\u0301"
     judge = Judge("text", "NFC", Rules(min_characters=1))
     assert judge("e\u0301")["id"] == judge({"text": "é"})["id"]
 
@@ -340,7 +342,7 @@ def test_groups_are_the_connected_components(
             parent[one] = parent[other] = min(parent[one], parent[other])
     as_bytes = [(bytes([one]), bytes([other])) for one, other in pairs]
     steps = Steps(tmp_path_factory.mktemp("steps"), QUIET)
-    records, count = steps.keep("near-duplicates: pairs", mh.Dataset.from_records(as_bytes))
+    records, count = steps.cache("near-duplicates: pairs", mh.Dataset.from_records(as_bytes))
     found, count = _components(records, count, steps)
     expected = {(bytes([node]), bytes([root])) for node, root in parent.items() if node != root}
     assert set(found.take(1000, **QUIET)) == expected
@@ -363,7 +365,7 @@ def test_a_vocabulary_depends_on_the_counts_alone_and_encodes_as_it_was_trained(
     expected = []
     for word in words:
         tokens = list(word.encode())
-        for left, right in trained.merges:  # the definition, word by word
+        for left, right in trained.merges:  # applies the definition of BPE to each word
             token = trained.names.index(trained.names[left] + trained.names[right])
             merged: list[int] = []
             for one in tokens:
@@ -378,7 +380,7 @@ def test_a_vocabulary_depends_on_the_counts_alone_and_encodes_as_it_was_trained(
     assert len(train_bpe({"aa": 1}, 300).names) == 257
 
 
-def test_what_looks_like_a_special_token_is_text() -> None:
+def test_a_special_token_in_a_document_is_text() -> None:
     import pyarrow as pa
 
     encoder = encoder_of(tokenizer_json(train_bpe({}, 0)), END_OF_TEXT, "here")
@@ -413,7 +415,7 @@ def test_a_faster_tokenizer_is_used_only_if_it_gives_the_same(monkeypatch: pytes
     assert faster(encoder, sample) == (encoder, "gigatoken gives other tokens for 'ab abab'")
     module._fast.cache_clear()
     monkeypatch.setitem(sys.modules, "gigatoken", library(lambda texts, parallel: 1 / 0))
-    assert "can't take this tokenizer: ZeroDivisionError" in faster(encoder, sample)[1]
+    assert "does not support this tokenizer: ZeroDivisionError" in faster(encoder, sample)[1]
     module._fast.cache_clear()
 
 
@@ -425,6 +427,6 @@ def test_without_its_packages_bytes_can_be_prepared_and_a_vocabulary_cannot(
     load_tokenizer.cache_clear()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(mh.ConfigError, match=r"pip install 'manyhands\[text\]'"):
-        made(corpus, tmp_path / "out")
-    assert made(corpus, tmp_path / "out", "tokenizer={}").figures.vocabulary == 257
+        prepare(corpus, tmp_path / "out")
+    assert prepare(corpus, tmp_path / "out", "tokenizer={}").figures.vocabulary == 257
     load_tokenizer.cache_clear()

@@ -1,4 +1,4 @@
-"""The examples of data beyond text: risk by counted randomness, trends over input that never ends."""
+"""The data examples beyond text: risk by Monte Carlo, and trends over files that keep arriving."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NORMAL = NormalDist()
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module of an example, which workers find by its name, too."""
+    """Import the module of an example under its own name, so that workers can import it, too."""
     monkeypatch.syspath_prepend(str(EXAMPLES / name))
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / name / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -55,13 +55,13 @@ def test_prices_are_those_of_black_and_scholes(risk: ModuleType) -> None:
     assert values == pytest.approx([4.76, 0.81], abs=0.005)  # the example of Hull's textbook
 
 
-def test_risk_is_that_of_the_closed_form_where_there_is_one(risk: ModuleType, tmp_path: Path) -> None:
+def test_risk_matches_the_closed_form(risk: ModuleType, tmp_path: Path) -> None:
     book, level, paths = sys.modules["book"], 0.975, 2**17
     stock, years = book.Stock(100.0, 0.06, 0.3), 10 / 252
     spread, growth = 0.3 * math.sqrt(years), (0.06 - 0.3**2 / 2) * years
     low = NORMAL.inv_cdf(1 - level)
-    price = 100.0 * math.exp(growth + spread * low)  # a loss beyond the quantile is a price below this one
-    below = 100.0 * math.exp(0.06 * years) * NORMAL.cdf(low - spread) / (1 - level)  # their mean
+    price = 100.0 * math.exp(growth + spread * low)  # losses beyond the quantile are prices below this one
+    below = 100.0 * math.exp(0.06 * years) * NORMAL.cdf(low - spread) / (1 - level)  # the mean of these prices
     held = book.Book((stock,), ((1.0,),), (book.Position(0, 1.0),))
     option = book.Position(0, 1.0, strike=100.0, years=0.5)
     for name, made, value, shortfall in [
@@ -70,7 +70,9 @@ def test_risk_is_that_of_the_closed_form_where_there_is_one(risk: ModuleType, tm
     ]:
         summary = risk.simulate(made, str(tmp_path / name), paths=paths, workers=0, memory="1GiB", progress=False)
         found = risk.risk_of(summary, level)
-        if value is None:  # the book's value rises with the price, so the quantile of one is at that of the other
+        if (
+            value is None
+        ):  # the value of the book rises with the price, so the quantile of the price gives that of the value
             value = made.value([np.array([price])], years)[0]
         assert found.paths == paths
         assert abs(found.var - (made.value_today() - value)) < 4 * found.var_error
@@ -99,7 +101,7 @@ def rows(made: mh.Dataset) -> list[dict[str, object]]:
     return made.take(10**9, workers=0, progress=False)
 
 
-def test_words_on_the_rise_are_found_also_while_posts_arrive(trends: ModuleType, tmp_path: Path) -> None:
+def test_rising_words_are_found_while_posts_arrive(trends: ModuleType, tmp_path: Path) -> None:
     how = {"workers": 0, "progress": False}
     inbox, waiting, out = (str(tmp_path / name) for name in ("inbox", "waiting", "out"))
     trends.sample(waiting, files=6, posts=150)
@@ -115,7 +117,7 @@ def test_words_on_the_rise_are_found_also_while_posts_arrive(trends: ModuleType,
 
 
 @pytest.mark.slow
-def test_files_that_arrive_are_taken_in_once_however_often_it_is_killed(trends: ModuleType, tmp_path: Path) -> None:
+def test_arriving_files_are_counted_once_however_often_it_is_killed(trends: ModuleType, tmp_path: Path) -> None:
     chance = random.Random(0)
     inbox, waiting, out = (str(tmp_path / name) for name in ("inbox", "waiting", "out"))
     trends.sample(waiting, files=24, posts=150)

@@ -83,7 +83,7 @@ def test_frozen_parameters_are_written_once_and_again_if_they_are_gone(tmp_path:
         assert frozen.stat() == written
         assert b"frozen|" not in b"".join(contents(first).values())
         shutil.rmtree(frozen)
-        with pytest.raises(mh.CheckpointError, match="frozen parameters are not there") as caught:
+        with pytest.raises(mh.CheckpointError, match="frozen parameters are missing") as caught:
             mh.export(second, tmp_path / "out")
         assert frozen.name in str(caught.value)
         engine.load(second)  # needs none: the recipe has them

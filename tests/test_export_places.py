@@ -124,7 +124,7 @@ def taken_folder(path: Path) -> None:
 @pytest.mark.parametrize("take", [taken_file, taken_folder])
 def test_what_is_there_already_is_left_alone(run_dir: Path, tmp_path: Path, take: Callable[[Path], None]) -> None:
     take(tmp_path / "out")
-    with pytest.raises(mh.ConfigError, match="something where the export shall go"):
+    with pytest.raises(mh.ConfigError, match="the export's destination is not empty"):
         mh.export(run_dir, tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out").is_file() or os.listdir(tmp_path / "out") == ["thesis.tex"]

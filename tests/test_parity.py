@@ -1,9 +1,7 @@
-"""The promise itself, with real processes: one digest, whatever the sharding, the workers, the group, and the way
-there.
+"""The guarantee itself, with real processes: one digest for all shardings, worker counts, transports and resumes.
 
-Each (workers, group) is started once, because importing torch takes a process seconds: its workers train all
-shardings and
-precisions one after the other and leave checkpoints; half of them also go on from the checkpoints of the others.
+Each (workers, transport) is started once, because importing torch takes seconds per process. Its workers train all
+shardings and precisions one after the other and write checkpoints; half of them also resume from those of others.
 """
 
 from __future__ import annotations

@@ -344,7 +344,7 @@ def test_what_is_there_is_not_computed_again_and_another_job_is_refused(tmp_path
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["records"] == 3
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(mh.ConfigError, match="something that isn't an output"):
+    with pytest.raises(mh.ConfigError, match="something that is not an output"):
         made.write(str(tmp_path / "mine"), workers=0, overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
 

@@ -166,7 +166,7 @@ def test_what_a_killed_run_has_done_is_not_done_again(posts: Path, digest: str, 
             self.stages.add(task.stage)
             return super().submit(task)
 
-    with pytest.raises(mh.Interrupted, match="preparing was stopped, as asked"):
+    with pytest.raises(mh.Interrupted, match="the job was stopped on request"):
         run(posts, tmp_path / "out", Breaks(2, 2**30))
     assert run(posts, tmp_path / "out", Counts(2, 2**30)) == digest
     assert Counts.stages
@@ -175,7 +175,7 @@ def test_what_a_killed_run_has_done_is_not_done_again(posts: Path, digest: str, 
 
 def test_a_task_that_ends_its_workers_every_time_is_named(tmp_path: Path) -> None:
     made = mh.Dataset.from_records([1]).map(lambda x: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(mh.WorkerError, match="a task has ended 3 workers: killed by SIGKILL") as caught:
+    with pytest.raises(mh.WorkerError, match="a task crashed 3 workers: killed by SIGKILL") as caught:
         made.write(str(tmp_path / "out"), workers=1, progress=False)
     assert caught.value.where == "stage 0, partition 0"
 
@@ -186,7 +186,7 @@ def test_two_runs_of_one_job_do_not_meet(posts: Path, digest: str, tmp_path: Pat
     try:
         while not (tmp_path / "out" / ".manyhands" / "lock").exists():
             time.sleep(0.01)
-        with pytest.raises(mh.ConfigError, match="another run is at work here"):
+        with pytest.raises(mh.ConfigError, match="another run uses this folder"):
             several_shuffles(posts).write(str(tmp_path / "out"), progress=False)
     finally:
         output, _ = first.communicate(timeout=120)

@@ -1,4 +1,4 @@
-"""Engines only decide where tasks run: the same bytes out, also when a worker, a host or a rank dies."""
+"""Engines only decide where tasks run: the output has the same bytes, even if a worker, a host or a rank dies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def digest(posts: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """As one worker makes it."""
+    """The digest of the output of one worker."""
     pool = Pool(1, 2**30)
     try:
         return several_shuffles(posts).write(str(tmp_path_factory.mktemp("one")), engine=pool, progress=False).digest
@@ -88,8 +88,8 @@ def test_ranks_share_a_job(posts: Path, digest: str, tmp_path: Path) -> None:
     assert nothing_is_left(tmp_path / "out")
 
 
-def test_a_rank_does_the_work_of_those_that_never_come(posts: Path, digest: str, tmp_path: Path) -> None:
-    engine, began = Ranks(Rank(2, 3), Pool(2, 2**30), PATIENCE_SECONDS), time.monotonic()
+def test_a_rank_runs_the_tasks_of_ranks_that_never_start(posts: Path, digest: str, tmp_path: Path) -> None:
+    engine, started = Ranks(Rank(2, 3), Pool(2, 2**30), PATIENCE_SECONDS), time.monotonic()
     try:
         written = several_shuffles(posts).write(str(tmp_path / "out"), engine=engine, progress=False)
     finally:
@@ -97,7 +97,7 @@ def test_a_rank_does_the_work_of_those_that_never_come(posts: Path, digest: str,
     assert written.digest == digest
     assert nothing_is_left(tmp_path / "out")
     tasks = sum(stage.tasks for stage in written.stages)
-    assert time.monotonic() - began < tasks * PATIENCE_SECONDS / 3  # it isn't lost anew at each task
+    assert time.monotonic() - started < tasks * PATIENCE_SECONDS / 3  # waits once for absent ranks, not once per task
 
 
 @pytest.mark.slow
@@ -106,8 +106,8 @@ def test_a_rank_does_the_work_of_those_that_never_come(posts: Path, digest: str,
 def test_any_number_of_ranks_with_any_memory_gives_the_same_bytes(
     posts: Path, digest: str, tmp_path: Path, ranks: int, memory: str
 ) -> None:
-    ways = [{"engine": f"rank {number} of {ranks}", "workers": 1, "memory": memory} for number in range(ranks)]
-    started = [start(posts, tmp_path / "out", json.dumps(how)) for how in ways]
+    options = [{"engine": f"rank {number} of {ranks}", "workers": 1, "memory": memory} for number in range(ranks)]
+    started = [start(posts, tmp_path / "out", json.dumps(rank)) for rank in options]
     assert [rank.communicate(timeout=180)[0] for rank in started] == [digest] * ranks
     assert nothing_is_left(tmp_path / "out")
 
@@ -127,13 +127,13 @@ def test_any_rank_may_be_killed_and_run_again(posts: Path, digest: str, tmp_path
     assert nothing_is_left(tmp_path / "out")
 
 
-def test_ranks_that_run_another_job_are_told(posts: Path, tmp_path: Path) -> None:
+def test_ranks_that_run_another_job_are_refused(posts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out" / ".manyhands"
     read = mh.Dataset.read(f"{posts}/posts-*.jsonl")
     gate = threading.Event()
 
     class Waits(InProcess):
-        """Is at work until the test is over."""
+        """Blocks each task until the test is over."""
 
         def submit(self, task: Any) -> Any:
             gate.wait(30)
@@ -148,7 +148,7 @@ def test_ranks_that_run_another_job_are_told(posts: Path, tmp_path: Path) -> Non
             time.sleep(0.01)
         with pytest.raises(mh.ConfigError, match="the ranks don't run the same job"):
             read.map(len).write(str(tmp_path / "out"), engine=second, progress=False)
-        with pytest.raises(mh.ConfigError, match="another run is at work here"):
+        with pytest.raises(mh.ConfigError, match="another run uses this folder"):
             read.write(str(tmp_path / "out"), workers=0, progress=False)
     finally:
         gate.set()
@@ -172,7 +172,7 @@ def test_ranks_that_run_another_job_are_told(posts: Path, tmp_path: Path) -> Non
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
     ],
 )
-def test_the_scheduler_says_which_rank_this_is(environment: dict[str, str], rank: tuple[int, int]) -> None:
+def test_the_scheduler_sets_the_rank(environment: dict[str, str], rank: tuple[int, int]) -> None:
     assert parse_rank("ranks", environment) == rank
 
 
@@ -180,14 +180,14 @@ def test_names_of_engines_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     made = mh.Dataset.from_records([1, 2])
     monkeypatch.delenv("RANK", raising=False)
     for name, message in [
-        ("spark", "there is no such engine"),
-        (8786, "there is no such engine"),
+        ("spark", "unknown engine"),
+        (8786, "unknown engine"),
         ("rank 4 of 4", "the rank is out of range"),
         ("ranks", 'engine="ranks" requires a rank in the environment'),
     ]:
         with pytest.raises(mh.ConfigError, match=re.escape(message)):
             made.count(engine=name)
-    assert made.count(engine="rank 1 of 2", workers=1) == 2  # by each rank for itself
+    assert made.count(engine="rank 1 of 2", workers=1) == 2  # each rank counts by itself
     assert made.cache().take(2, engine="rank 1 of 2", workers=1) == [1, 2]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(mh.ConfigError, match="needs a package that isn't installed"):
@@ -199,7 +199,7 @@ def test_names_of_engines_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def dask_cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A scheduler and workers as processes of this machine: its address, and the processes, it first."""
+    """Run a Dask scheduler and workers on this machine. Yield its address and the processes, the scheduler first."""
     file = folder / "scheduler.json"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     module = [sys.executable, "-m", "distributed.cli"]
@@ -237,13 +237,13 @@ def test_dask_gives_the_same_bytes_with_a_worker_killed(posts: Path, digest: str
             bad.write(str(tmp_path / "bad"), engine=address, progress=False)
         assert caught.value.where == f"{posts}/posts-1.jsonl, line 101"
         dies = mh.Dataset.from_records([1]).map(lambda _: os.kill(os.getpid(), signal.SIGKILL))
-        with pytest.raises(mh.WorkerError, match="a task has ended 3 workers: killed by SIGKILL"):
+        with pytest.raises(mh.WorkerError, match="a task crashed 3 workers: killed by SIGKILL"):
             dies.write(str(tmp_path / "dies"), engine=address, progress=False)
 
 
 @needs_dask
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", ["800MiB", "8GiB"])  # for four workers: with the former, a few blocks at a time
+@pytest.mark.parametrize("memory", ["800MiB", "8GiB"])  # for four workers: 800MiB holds only a few blocks at a time
 @pytest.mark.parametrize("workers", [1, 2])
 def test_dask_gives_the_same_bytes_with_any_workers_and_memory(
     posts: Path, digest: str, tmp_path: Path, workers: int, memory: str
@@ -255,7 +255,9 @@ def test_dask_gives_the_same_bytes_with_any_workers_and_memory(
 
 @needs_dask
 @pytest.mark.slow
-def test_a_job_goes_on_elsewhere_when_the_dask_scheduler_is_gone(posts: Path, digest: str, tmp_path: Path) -> None:
+def test_a_job_resumes_on_another_engine_when_the_dask_scheduler_is_gone(
+    posts: Path, digest: str, tmp_path: Path
+) -> None:
     with dask_cluster(tmp_path, 1) as (address, (scheduler, _)):
         command = [sys.executable, str(SCRIPT), str(posts), str(tmp_path / "out"), address]
         driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -277,28 +279,28 @@ def touch_and_wait(path: str) -> str:
 def test_a_job_ends_when_all_dask_workers_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from manyhands.prepare.engines import dask as dask_engine
 
-    monkeypatch.setattr(dask_engine, "_PATIENCE_SECONDS", 1.0)
-    begun = tmp_path / "begun"
+    monkeypatch.setattr(dask_engine, "_NO_WORKERS_SECONDS", 1.0)
+    task_started = tmp_path / "task-started"
     with dask_cluster(tmp_path, 1) as (address, (_, worker)):
 
         def kill() -> None:
-            while not begun.exists():
+            while not task_started.exists():
                 time.sleep(0.01)
             worker.kill()
 
         killer = threading.Thread(target=kill)
         killer.start()
-        job = mh.Dataset.from_records([str(begun)]).map(touch_and_wait)
+        job = mh.Dataset.from_records([str(task_started)]).map(touch_and_wait)
         with pytest.raises(mh.WorkerError, match="Dask has had no workers for 1 s"):
             job.write(str(tmp_path / "out"), engine=address, progress=False)
         killer.join()
-    told = {event["event"]: event for event in events_in(tmp_path / "out")}
-    assert told["tasks begun again"]["tasks"] == 1
-    assert "no workers" in told["job failed"]["why"]
+    events = {event["event"]: event for event in events_in(tmp_path / "out")}
+    assert events["tasks restarted"]["tasks"] == 1
+    assert "no workers" in events["job failed"]["why"]
 
 
 @needs_dask
-def test_a_dask_scheduler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_dask_scheduler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from manyhands.prepare.engines import dask as dask_engine
 
     monkeypatch.setattr(dask_engine, "_WAIT_SECONDS", 0.5)
@@ -310,7 +312,7 @@ def test_a_dask_scheduler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPa
 @needs_hosts
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [1.0, 3.0])
-def test_dask_over_hosts_of_which_one_is_killed(posts: Path, digest: str, tmp_path: Path, seconds: float) -> None:
+def test_dask_gives_the_same_bytes_with_a_host_killed(posts: Path, digest: str, tmp_path: Path, seconds: float) -> None:
     with hosts.hosts(3) as (first, second, third):
         dask = [sys.executable, "-m", "distributed.cli.dask_"]
         scheduler = f"{first.address}:8786"
@@ -345,7 +347,7 @@ def test_dask_over_hosts_of_which_one_is_killed(posts: Path, digest: str, tmp_pa
 
 
 def processes_named(name: str, mark: str) -> list[int]:
-    """Those that call themselves so, and whose environment has the mark."""
+    """Return the processes whose command line starts with `name` and whose environment contains `mark`."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -353,7 +355,7 @@ def processes_named(name: str, mark: str) -> list[int]:
             if is_it and mark.encode() in (path / "environ").read_bytes():
                 found.append(int(path.name))
         except OSError:
-            pass  # it ended meanwhile
+            pass  # the process ended meanwhile
     return found
 
 
@@ -362,10 +364,10 @@ def processes_named(name: str, mark: str) -> list[int]:
 def test_ray_gives_the_same_bytes_with_a_worker_killed(
     posts: Path, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with tempfile.TemporaryDirectory() as short:  # Ray's sockets lie there
+    with tempfile.TemporaryDirectory() as short:  # a short path, because Ray puts its sockets there
         monkeypatch.setenv("RAY_TMPDIR", short)
         (Path(short) / "ray").mkdir()
-        (Path(short) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")  # as a killed cluster leaves it
+        (Path(short) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")  # a killed cluster leaves such a file
         for name, value in {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "PREPARE_TEST": str(tmp_path)}.items():
             monkeypatch.setenv(name, value)
         ray_with_a_worker_killed(posts, digest, tmp_path)
@@ -378,8 +380,8 @@ def ray_with_a_worker_killed(posts: Path, digest: str, tmp_path: Path) -> None:
     workers = processes_named("ray::run_on_host", f"PREPARE_TEST={tmp_path}")
     assert workers
     os.kill(workers[0], signal.SIGKILL)
-    assert driver.communicate(timeout=120)[0].endswith(digest)  # Ray tells of the loss, on stdout
-    assert "tasks begun again" in [event["event"] for event in events_in(tmp_path / "out")]
+    assert driver.communicate(timeout=120)[0].endswith(digest)  # Ray reports the lost worker on stdout first
+    assert "tasks restarted" in [event["event"] for event in events_in(tmp_path / "out")]
     assert nothing_is_left(tmp_path / "out")
     program = """
 import os, signal, sys
@@ -390,5 +392,5 @@ except mh.DataError as error:
     print(error.where)
 """
     command = [sys.executable, "-c", program, str(tmp_path / "bad")]
-    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
-    assert told.stdout.strip() == "given records, partition 0, record 2"
+    completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    assert completed.stdout.strip() == "given records, partition 0, record 2"

@@ -106,7 +106,7 @@ def test_files_about_files_are_no_records(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     mh.Dataset.from_records([{"a": 1}]).write(out, format="jsonl", **ALONE)
     assert all_of(mh.Dataset.read(f"{out}/*.jsonl")) == [{"a": 1}]
-    assert {"job begun", "stage begun", "stage done", "published"} == {
+    assert {"job started", "stage started", "stage done", "published"} == {
         row["event"] for row in all_of(mh.Dataset.read(f"{out}/_events.jsonl"))
     }
 

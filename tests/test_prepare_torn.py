@@ -77,8 +77,8 @@ TEARS: list[Callable[[Path], None]] = [truncate, fill_with_zeros, zero_a_few_byt
 def tasks_run(folder: Path) -> int:
     """How many tasks the last command ran."""
     events = [json.loads(line) for line in (folder / "_events.jsonl").read_text().splitlines()]
-    last = max(index for index, event in enumerate(events) if event["event"] == "job begun")
-    return sum(e["tasks"] - e["done_before"] for e in events[last:] if e["event"] == "stage begun")
+    last = max(index for index, event in enumerate(events) if event["event"] == "job started")
+    return sum(e["tasks"] - e["done_before"] for e in events[last:] if e["event"] == "stage started")
 
 
 @pytest.mark.parametrize("tear", TEARS)

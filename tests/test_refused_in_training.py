@@ -1,4 +1,4 @@
-"""What happens to a model while it trains, and could train it wrongly without a word, is refused by name.
+"""Changes to a model during training that could silently give wrong results are refused by name.
 
 Cases are run with one worker and with several, and with gradients exchanged during backward and after it.
 """

@@ -1,6 +1,6 @@
-"""A book of options on correlated stocks, and what it is worth: Black and Scholes, in numpy.
+"""A book of options on correlated stocks, valued by Black and Scholes in numpy.
 
-Only elementwise operations of numpy: no BLAS, whose bits depend on its threads.
+Uses only elementwise operations of numpy. BLAS is avoided because its bits depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Stock:
-    """Today's price; drift and volatility a year."""
+    """A stock: its price today, and its drift and volatility per year."""
 
     price: float
     drift: float
@@ -24,7 +24,10 @@ class Stock:
 
 @dataclass(frozen=True)
 class Position:
-    """`quantity` of European options on stock number `stock`; strike 0: of the stock itself. years: to expiry."""
+    """A position of `quantity` European options on stock number `stock`, which expire in `years` years.
+
+    strike 0: the position holds the stock itself.
+    """
 
     stock: int
     quantity: float
@@ -35,7 +38,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Book:
-    """What is held, and the market that it is in."""
+    """Positions, and the market of their stocks. rate: the risk-free interest rate per year."""
 
     stocks: tuple[Stock, ...]
     correlation: tuple[tuple[float, ...], ...]
@@ -43,7 +46,10 @@ class Book:
     rate: float = 0.02
 
     def value(self, prices: list[Array], after_years: float) -> Array:
-        """What the book is worth when stock i has `prices[i]` ([paths] fp64) and so much time has passed: [paths]."""
+        """Return the value of the book after `after_years` on each path: [paths].
+
+        prices[i]: the prices of stock i, [paths] fp64.
+        """
         total = np.zeros_like(prices[0])
         for position in self.positions:
             price = prices[position.stock]
@@ -54,12 +60,12 @@ class Book:
         return total
 
     def value_today(self) -> float:
-        """Of the book, now."""
+        """Return the value of the book at today's prices."""
         return float(self.value([np.array([stock.price]) for stock in self.stocks], 0.0)[0])
 
 
 def option_price(price: Array, option: Position, volatility: float, rate: float, years: float) -> Array:
-    """Of one European option, by Black and Scholes, for each price of its stock: [paths]."""
+    """Return the Black-Scholes price of one European option for each price of its stock: [paths]."""
     spread = volatility * np.sqrt(years)
     discounted = option.strike * np.exp(-rate * years)
     d1 = np.log(price / discounted) / spread + spread / 2
@@ -68,7 +74,7 @@ def option_price(price: Array, option: Position, volatility: float, rate: float,
 
 
 def normal_cdf(x: Array) -> Array:
-    """The distribution of a standard normal, to double precision: Hart's rational function, as West gives it."""
+    """Return the standard normal distribution function in double precision (Hart's rational function, from West)."""
     size = np.minimum(np.abs(x), 37.0)
     density = np.exp(-size * size / 2)
     above = 3.52624965998911e-02 * size + 0.700383064443688

@@ -1,10 +1,11 @@
-"""Value at risk and expected shortfall of a book of options, by Monte Carlo: the same digits with any workers.
+"""Value at risk and expected shortfall of a book of options, by Monte Carlo: the same digits for any workers.
 
     python examples/risk/risk.py --paths 4194304 --workers 2 --out runs/risk
 
-Paths come in blocks. A block's random numbers depend on the seed and its number alone, not on who draws them or when.
-All losses are put in order, so the quantile is exact, and sums are rounded once (math.fsum): no digit depends on how
-the work was cut. Files of losses and a picture are left in the folder; a run that was killed is gone on with.
+Paths are simulated in blocks. The random numbers of a block depend only on the seed and the block's number, not on the
+worker that draws them. All losses are sorted, so the quantile is exact, and sums are rounded once (math.fsum). So no
+digit depends on how the work is divided. The folder holds the sorted losses and a picture. The same command resumes a
+killed run.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ TRADING_DAYS = 252
 
 @dataclass(frozen=True)
 class Risk:
-    """In units of money. var: the loss that a fraction `level` of all paths stays below; shortfall: the mean of the
-    losses beyond; *_error: their standard errors."""
+    """Risk of a book, in units of money.
+
+    var: value at risk, the loss that a fraction `level` of all paths stays below. shortfall: the mean of the losses
+    beyond it. *_error: their standard errors.
+    """
 
     level: float
     paths: int
@@ -50,7 +54,7 @@ class Risk:
 
 
 def losses_of(book: Book, days: int, seed: int) -> Callable[[Any], dict[str, Array]]:
-    """What makes blocks of paths into losses over so many days: for `map_batches`."""
+    """Return a function for `map_batches` that simulates the losses of blocks of paths over `days` trading days."""
     years = days / TRADING_DAYS
     roots = np.linalg.cholesky(np.array(book.correlation)).tolist()
     before = book.value_today()
@@ -74,7 +78,7 @@ def losses_of(book: Book, days: int, seed: int) -> Callable[[Any], dict[str, Arr
 
 
 def simulate(book: Book, folder: str, *, paths: int, days: int = 10, seed: int = 0, **how: Any) -> mh.PrepareSummary:
-    """All losses, the greatest first, as Parquet files in `folder`/ordered. `paths`: rounded up to whole blocks."""
+    """Write all losses, largest first, as Parquet files in `folder`/ordered. `paths` is rounded up to full blocks."""
     blocks = [{"block": block} for block in range(-(-paths // BLOCK_PATHS))]
     simulated = mh.Dataset.from_records(blocks, partition_bytes=1).map_batches(
         losses_of(book, days, seed), form="numpy"
@@ -84,8 +88,8 @@ def simulate(book: Book, folder: str, *, paths: int, days: int = 10, seed: int =
     return ordered.write(os.path.join(folder, "ordered"), format="parquet", overwrite=True, **how)
 
 
-def greatest(summary: mh.PrepareSummary, count: int) -> list[float]:
-    """The greatest losses: of the first files only."""
+def largest_losses(summary: mh.PrepareSummary, count: int) -> list[float]:
+    """Return the largest losses. Reads only the first files, because losses are sorted."""
     found: list[float] = []
     for name in summary.files:
         if len(found) >= count:
@@ -95,11 +99,11 @@ def greatest(summary: mh.PrepareSummary, count: int) -> list[float]:
 
 
 def risk_of(summary: mh.PrepareSummary, level: float) -> Risk:
-    """Value at risk and expected shortfall, from the losses beyond the quantile and some before it."""
+    """Compute value at risk and expected shortfall from the losses beyond the quantile and some before it."""
     paths = summary.records
     beyond = max(1, round((1 - level) * paths))
-    around = 3 * math.isqrt(beyond)  # order statistics that far away bound the quantile
-    tail = greatest(summary, min(paths, beyond + around))
+    around = 3 * math.isqrt(beyond)  # the order statistics within this distance bound the quantile
+    tail = largest_losses(summary, min(paths, beyond + around))
     worst = tail[:beyond]
     mean = math.fsum(worst) / beyond
     variance = math.fsum((loss - mean) ** 2 for loss in worst) / beyond
@@ -112,7 +116,7 @@ def risk_of(summary: mh.PrepareSummary, level: float) -> Risk:
 
 
 def draw(summary: mh.PrepareSummary, risks: list[Risk], path: str) -> None:
-    """A picture of all losses, with the quantiles."""
+    """Draw a histogram of all losses with the quantiles."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,17 +1,17 @@
-"""Which words are on the rise? Posts are counted by word and window of time; also while they still arrive.
+"""Finds words that become more frequent: counts posts by word and time window, even while posts arrive.
 
-    python examples/trends/trends.py batch  INBOX OUT    # what is there, at once
-    python examples/trends/trends.py follow INBOX OUT    # and what arrives, until it's stopped
-    python examples/trends/trends.py sample INBOX        # makes posts to try it with
+    python examples/trends/trends.py batch  INBOX OUT    # counts all files in INBOX
+    python examples/trends/trends.py follow INBOX OUT    # also counts files that arrive, until it is stopped
+    python examples/trends/trends.py sample INBOX        # writes sample posts
 
-A post is a line of JSON with `time` (seconds) and `text`. Files are put into INBOX by a rename, whole; names that begin
-with a dot are let be. `follow` takes each file in exactly once, however often it's killed (kill -9 included):
+A post is a line of JSON with `time` (seconds) and `text`. Move complete files into INBOX with a rename. Names that
+start with a dot are ignored. `follow` counts each file exactly once, however often it is killed (even with kill -9):
 
-    OUT/batches/00007.json   which files batch 7 has: written before it's counted, so that a batch once cut stays so
-    OUT/counts/00007         their counts; made by a job that is repeated with the same bytes if it was killed
-    OUT/totals/00007         those of all batches so far: totals of 6 + counts of 7
+    OUT/batches/00007.json   the files of batch 7; written before they are counted, so that the batch never changes
+    OUT/counts/00007         the counts of batch 7; if the job is killed, it is repeated with the same bytes
+    OUT/totals/00007         the totals of batches 0 to 7: totals of 6 + counts of 7
 
-What was killed is begun again at the first batch without totals. Late posts count in the window of their own time.
+After a kill, `follow` resumes at the first batch without totals. Late posts count in the window of their own time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORD = re.compile(r"[a-z]{3,}")
 
 
 def windowed_words(posts: mh.Dataset) -> mh.Dataset:
-    """{"window", "word", "count"} of posts, in order. Windows are named by the second in which they begin."""
+    """Count words by window: records {"window", "word", "count"}, sorted. `window` is the first second of a window."""
 
     def words(post: dict[str, Any]) -> list[dict[str, Any]]:
         window = int(post["time"]) // WINDOW_SECONDS * WINDOW_SECONDS
@@ -43,10 +43,10 @@ def windowed_words(posts: mh.Dataset) -> mh.Dataset:
 
 
 def rising(counts: mh.Dataset, window: int, *, most: int = 10, **how: Any) -> list[dict[str, Any]]:
-    """The words that have risen most in `window`: {"word", "count", "before", "score"}, the highest score first.
+    """Return the words that rise most in `window`: {"word", "count", "before", "score"}, the highest score first.
 
-    before: the mean of the earlier windows. score: by how many standard deviations the count is above it, as if words
-    came at random (Poisson), with one more to steady rare words.
+    before: the mean count in earlier windows. score: the number of standard deviations by which the count exceeds that
+    mean, if words occur at random (Poisson). One is added to the variance, so that rare words do not dominate.
     """
     windows = max(1, len({row["window"] for row in counts.take(10**9, **how) if row["window"] < window}))
 
@@ -61,22 +61,22 @@ def rising(counts: mh.Dataset, window: int, *, most: int = 10, **how: Any) -> li
 
 
 def follow(inbox: str, out: str, *, rounds: int | None = None, pause_seconds: float = 1.0, **how: Any) -> None:
-    """Take in files as they arrive. rounds: how often to look (None: for ever)."""
+    """Count files as they arrive. rounds: stop after the inbox had no new files this many times (None: never)."""
     folder = Path(out)
     (folder / "batches").mkdir(parents=True, exist_ok=True)
     number = 0
     while rounds is None or rounds > 0:
         batch = folder / "batches" / f"{number:05d}.json"
-        if not batch.exists() and not cut_batch(Path(inbox), batch):
+        if not batch.exists() and not write_batch(Path(inbox), batch):
             rounds = None if rounds is None else rounds - 1
             time.sleep(pause_seconds)
             continue
-        take_in(inbox, folder, number, **how)
+        count_batch(inbox, folder, number, **how)
         number += 1
 
 
-def cut_batch(inbox: Path, batch: Path) -> bool:
-    """Decide which files the next batch has: all that no earlier one has. Whether there are any."""
+def write_batch(inbox: Path, batch: Path) -> bool:
+    """Write the list of files of the next batch: all files of no earlier batch. Return False if there are none."""
     taken = {name for earlier in batch.parent.glob("*.json") for name in json.loads(earlier.read_text())}
     new = sorted(path.name for path in inbox.iterdir() if not path.name.startswith(".") and path.name not in taken)
     if new:
@@ -89,11 +89,11 @@ def cut_batch(inbox: Path, batch: Path) -> bool:
     return bool(new)
 
 
-def take_in(inbox: str, folder: Path, number: int, **how: Any) -> None:
-    """Count a batch and add it to the totals, unless that was done. Killed anywhere, it is only repeated."""
+def count_batch(inbox: str, folder: Path, number: int, **how: Any) -> None:
+    """Count a batch and add it to the totals, unless its totals exist. May be killed at any time, and repeated."""
     counts, totals = folder / "counts" / f"{number:05d}", folder / "totals" / f"{number:05d}"
     before = folder / "totals" / f"{number - 1:05d}"
-    if not is_whole(totals):
+    if not is_complete(totals):
         names = json.loads((folder / "batches" / f"{number:05d}.json").read_text())
         posts = mh.Dataset.read([os.path.join(inbox, name) for name in names])
         windowed_words(posts).write(str(counts), overwrite=True, **how)
@@ -102,22 +102,22 @@ def take_in(inbox: str, folder: Path, number: int, **how: Any) -> None:
         added.write(str(totals), overwrite=True, **how)
         print(f"batch {number}: {len(names)} files", flush=True)
     for older in (folder / "totals").glob("*"):
-        if older.name < before.name:  # the last two stay: whoever reads one has time to
+        if older.name < before.name:  # the last two stay, so that a reader of the older one can finish
             shutil.rmtree(older)
 
 
-def is_whole(output: Path) -> bool:
-    """The manifest is written last, and the job's folder is removed after it."""
+def is_complete(output: Path) -> bool:
+    """True if the manifest exists, which is written last, and the job's folder is removed, which happens after that."""
     return (output / "_manifest.json").exists() and not (output / ".manyhands").exists()
 
 
 def totals_of(out: str) -> mh.Dataset:
-    """The latest totals that are whole."""
-    return mh.Dataset.read(str(max(path for path in (Path(out) / "totals").iterdir() if is_whole(path))))
+    """Return the latest complete totals."""
+    return mh.Dataset.read(str(max(path for path in (Path(out) / "totals").iterdir() if is_complete(path))))
 
 
 def sample(inbox: str, *, files: int = 24, posts: int = 400, seed: int = 0) -> None:
-    """Posts of a day, a file an hour, among whose words "aurora" rises in the evening."""
+    """Write the posts of one day, one file per hour. The word "aurora" rises in the evening."""
     chance = random.Random(seed)
     syllables = ["ba", "do", "ke", "li", "mu", "na", "po", "ri", "su", "ta", "ve", "zo"]
     words = ["".join(chance.choices(syllables, k=chance.randint(2, 3))) for _ in range(800)]
@@ -136,7 +136,7 @@ def sample(inbox: str, *, files: int = 24, posts: int = 400, seed: int = 0) -> N
 
 
 def draw(counts: mh.Dataset, words: list[str], path: str, **how: Any) -> None:
-    """A picture of these words' counts by window."""
+    """Draw the counts of `words` by window."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -147,7 +147,7 @@ def draw(counts: mh.Dataset, words: list[str], path: str, **how: Any) -> None:
     found = {(row["window"], row["word"]): row["count"] for row in rows}
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     lines = [[found.get((window, word), 0) for window in windows] for word in words]
-    gap, free = max(map(max, lines)) / 22, 0.0  # labels stand apart, the lowest first
+    gap, free = max(map(max, lines)) / 22, 0.0  # keeps labels apart; the lowest is placed first
     for rank in sorted(range(len(words)), key=lambda rank: lines[rank][-1]):
         color, width = ("#c06020", 2.4) if rank == 0 else ("#7d9ab5", 1.2)
         axes.plot([window / 3600 for window in windows], lines[rank], color=color, linewidth=width)
@@ -162,7 +162,7 @@ def draw(counts: mh.Dataset, words: list[str], path: str, **how: Any) -> None:
 
 
 def report(counts: mh.Dataset, picture: str, **how: Any) -> None:
-    """The rising words of the last window but for those that are still filling up; and a picture."""
+    """Print and draw the words that rise most in the last window."""
     window = max(row["window"] for row in counts.take(10**9, **how))
     found = rising(counts, window, **how)
     for row in found:
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("inbox")
     parser.add_argument("out", nargs="?", default="runs/trends")
     parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=None, help="of follow: how often to look")
+    parser.add_argument("--rounds", type=int, default=None, help="follow: stop after so many checks without new files")
     options = parser.parse_args()
     how = {"workers": options.workers}
     if options.command == "sample":

@@ -17,7 +17,7 @@ def vocabulary(generator: random.Random, size: int = 2000) -> list[str]:
 
 
 def changed(text: str, share: float, generator: random.Random, words: list[str]) -> str:
-    """The text with so many of its words replaced."""
+    """The text with this share of its words replaced."""
     parts = text.split(" ")
     for index in generator.sample(range(len(parts)), round(share * len(parts))):
         parts[index] = generator.choice(words)
@@ -25,7 +25,11 @@ def changed(text: str, share: float, generator: random.Random, words: list[str])
 
 
 def write_corpus(folder: Path, count: int = 144) -> None:
-    """documents-*.jsonl and a corpus.toml: every 8th document once more, every 6th nearly so; and dirt."""
+    """Write documents-*.jsonl and corpus.toml.
+
+    Every 8th document has an exact duplicate, every 6th a near-duplicate. Five documents break a cleaning rule or
+    contain characters that cleaning replaces.
+    """
     generator = random.Random(0)
     words = vocabulary(generator)
     texts = [sentence(generator, words, generator.randint(60, 200)) for _ in range(count)]

@@ -1,8 +1,8 @@
-"""A worker of test_parity.py: trains the GPT in many ways, one after the other, and writes the digests.
+"""A worker of test_parity.py: trains the GPT in many ways and writes the digests.
 
     python parity_worker.py FOLDER GROUP JOBS.json
 
-Every job makes its own engine, which connects anew. Each worker writes what it found to FOLDER/worker-R.json.
+Every job creates its own engine and group. Each worker writes its results to FOLDER/worker-R.json.
 """
 
 from __future__ import annotations

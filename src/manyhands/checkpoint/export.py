@@ -1,16 +1,13 @@
 """Exports weights in Hugging Face's layout, streamed.
 
-A checkpoint's weights under their names in the model's state_dict, read a piece at a time.
-
-A checkpoint's weights as Hugging Face's loaders read them: safetensors files, an index, config.json.
     OUT/
-        config.json                          as the model has it, if it is one of transformers'
+        config.json                          the model's config, if it is a model of transformers
         generation_config.json               likewise
-        model-00001-of-00002.safetensors     or model.safetensors alone, if one file is enough
-        model.safetensors.index.json         which file holds which tensor
+        model-00001-of-00002.safetensors     or only model.safetensors, if one file is enough
+        model.safetensors.index.json         the file of each tensor
 
-Pieces stream from the checkpoint's files to these: each is read, checked, cast and written before the next one is
-read. The folder is written under a hidden name, and appears when it is whole and its digest is the checkpoint's.
+Each piece is read from the checkpoint, checked, cast and written before the next one is read. The folder is written
+under a hidden name, and appears when it is complete and the digest of its weights is the checkpoint's.
 """
 
 from __future__ import annotations
@@ -50,9 +47,9 @@ from manyhands.storage.location import Location, location_of
 
 
 class SavedWeights:
-    """The tensors of a checkpoint under their names in the model's state_dict, as they shall be written.
+    """The tensors of a checkpoint under their names in the model's state_dict, in the types to write.
 
-    A tied tensor has the first of its names, that of `named_parameters()`: loaders tie it again.
+    A tied tensor has the first of its names, the one in `named_parameters()`: loaders tie it again.
     """
 
     def __init__(self, folder: Location, cast: torch.dtype | None) -> None:
@@ -69,7 +66,7 @@ class SavedWeights:
         self._masters = [record for record in self.manifest.tensors if record.kind == "master"]
         firsts = list(accumulate((blocks_of(record.numel) for record in self._masters), initial=0))
         self._first_blocks = {record.name: first for record, first in zip(self._masters, firsts[:-1], strict=True)}
-        # One array from the start: small ones kept between large ones that come and go would tear the heap to pieces.
+        # One array from the start: small ones allocated between large temporary ones would fragment the heap.
         self._hashes = np.zeros(firsts[-1], dtype=np.int64)
         self.entries = [TensorEntry(key, _stored(record, cast), record.shape) for key, record in self._records.items()]
         self.dtype = next((entry.dtype for entry in self.entries if entry.dtype.is_floating_point), torch.float32)
@@ -77,7 +74,7 @@ class SavedWeights:
         self.num_parameters = sum(record.numel for record in self._records.values() if record.is_parameter)
 
     def parts(self, entry: TensorEntry) -> Iterator[Tensor]:
-        """The tensor's elements, in order, in parts."""
+        """The elements of the tensor, in order, in parts."""
         record = self._records[entry.name]
         reader = self._frozen if record.kind == "frozen" else self._pieces
         for piece in reader.parts(record.kind, record.name, record.numel):
@@ -86,15 +83,15 @@ class SavedWeights:
             yield piece.tensor.to(entry.dtype)
 
     def _hash(self, name: str, start: int, part: Tensor) -> None:
-        missing = -part.numel() % BLOCK  # a piece begins at a block, and ends at one or at the parameter's end
+        missing = -part.numel() % BLOCK  # a piece starts at a block boundary, and ends at one or at the parameter's end
         padded = torch.nn.functional.pad(part, (0, missing)) if missing else part
         first = self._first_blocks[name] + start // BLOCK
         self._hashes[first : first + padded.numel() // BLOCK] = block_hashes(padded).numpy()
 
     def check_digest(self) -> None:
-        """That what was read, which is all of it by now, are the weights that were saved. Raises CheckpointError."""
+        """Raise CheckpointError unless the weights are those that were saved. Call it when all of them were read."""
         for record in self._masters:
-            if not record.keys:  # its model leaves it out of the state_dict
+            if not record.keys:  # the model leaves it out of its state_dict
                 for piece in self._pieces.parts(record.kind, record.name, record.numel):
                     self._hash(record.name, piece.start, piece.tensor)
         found = digest_of([(record.name, record.numel) for record in self._masters], self._hashes)
@@ -119,9 +116,10 @@ def _frozen_reader(folder: Location, manifest: Manifest) -> PieceReader:
     frozen = folder.absolute().parent / manifest.frozen
     if not frozen.is_dir():
         raise CheckpointError(
-            "the checkpoint's frozen parameters are not there: they lie beside it",
+            "the checkpoint's frozen parameters are missing: their folder should be next to it",
             where=str(frozen),
-            hint="keep that folder and the checkpoint together; training the run to one more checkpoint writes it anew",
+            hint="move that folder together with the checkpoint; or train the run to one more checkpoint, "
+            "which writes the folder again",
         )
     return PieceReader(frozen, read_frozen_manifest(frozen).pieces)
 
@@ -132,17 +130,17 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
-Told = Callable[[int, int], None]
-"""Hears how many bytes of weights have been written, of how many."""
+ProgressCallback = Callable[[int, int], None]
+"""Called with the bytes of weights written so far, and those of all weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSummary:
-    """What an export came to.
+    """The result of an export.
 
-    out: the folder. files: their names, in order. weights_bytes: of all tensors. dtype: of the weights (of the first
-    one, if the recipe keeps some in another: batch norm's, in bf16). tensors, parameters: how many tensors, and
-    elements of parameters, were written. step, digest, checkpoint: of the weights, before any cast.
+    out: the folder. files: their names, sorted. weights_bytes: of all tensors. dtype: of the weights (of the first one,
+    if some have another type, such as batch norm's in bf16). tensors, parameters: the number of tensors, and of
+    elements of parameters, that were written. step, digest, checkpoint: of the weights, before any cast.
     """
 
     out: str
@@ -158,7 +156,7 @@ class ExportSummary:
 
     @property
     def has_config(self) -> bool:
-        """Whether `AutoModel.from_pretrained(out)` finds what it needs."""
+        """True if `AutoModel.from_pretrained(out)` finds the files that it needs."""
         return CONFIG in self.files
 
 
@@ -169,21 +167,20 @@ def export(
     step: int | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
-    told: Told | None = None,
+    told: ProgressCallback | None = None,
 ) -> ExportSummary:
     """Write the weights of a run's checkpoint to the folder `out`, as safetensors in Hugging Face's layout.
 
-    run: a run directory, what `Engine.save` was given (a folder or an address), or one checkpoint. step: which
-    checkpoint of the run (default: the last). dtype: "fp32" (the master weights, to the bit) or "bf16"; default: as the
-    model was trained. Buffers keep their type. max_shard_size: of a file; a larger tensor has a file of its own. told:
-    hears of progress.
+    run: a run directory, the folder or address that `Engine.save` was given, or one checkpoint. step: of the checkpoint
+    (default: the last). dtype: "fp32" (the master weights, to the bit) or "bf16"; default: as the model was trained.
+    Buffers keep their type. max_shard_size: of a file; a larger tensor has a file of its own. told: called with the
+    bytes written so far, and those of all weights. out: must not exist, or be an empty folder.
 
-    One process: in memory are a piece of a parameter (some MiB) or a whole buffer, the checkpoint's list of pieces, and
-    8 bytes for every 1,024 elements, for the digest. Optimizer state isn't read. Raises ConfigError, and
-    CheckpointError for what is missing or damaged; then nothing is left at `out`, which must not exist before, or be
-    an empty folder.
+    Runs in one process. In memory are a piece of a parameter (some MiB) or a complete buffer, the checkpoint's list of
+    pieces, and 8 bytes per 1,024 elements, for the digest. Optimizer state is not read. Raises ConfigError, and
+    CheckpointError for missing or damaged files; then nothing is left at `out`.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     target, max_bytes = Path(out), parse_size(max_shard_size)
     if dtype is not None and dtype not in PRECISIONS:
         raise ConfigError(
@@ -212,12 +209,12 @@ def export(
         step=weights.manifest.step,
         digest=weights.manifest.digest,
         checkpoint=str(folder),
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - started,
     )
 
 
 def find_checkpoint(run: Location, step: int | None) -> Location:
-    """The folder of the run's checkpoint of that step, or its last one. Raises ConfigError and CheckpointError."""
+    """The run's checkpoint of that step, or its last one. Raises ConfigError and CheckpointError."""
     is_run = isinstance(run, Path) and (run / "checkpoints").is_dir()
     found = list_checkpoints(checkpoints_of(run) if isinstance(run, Path) and is_run else run)
     if not found and not is_run and (run / MANIFEST).is_file():
@@ -227,8 +224,8 @@ def find_checkpoint(run: Location, step: int | None) -> Location:
             "there is no checkpoint here",
             where=str(run.absolute()),
             expected="a run directory, a folder of checkpoints, or a checkpoint",
-            got="no whole checkpoint" if run.exists() else "nothing",
-            hint="check the path; a run writes its checkpoint at its end, when it is stopped, "
+            got="no complete checkpoint" if run.exists() else "nothing",
+            hint="check the path; a run writes a checkpoint when it ends or is stopped, "
             "and every N steps with --checkpoint-every N",
         )
     if step is None:
@@ -241,7 +238,7 @@ def find_checkpoint(run: Location, step: int | None) -> Location:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes: of 5_000_000_000, "5GB" (powers of 1000) or "5GiB" (powers of 1024). Raises ConfigError."""
+    """The bytes of 5_000_000_000, "5GB" (powers of 1000) or "5GiB" (powers of 1024). Raises ConfigError."""
     match = _SIZE.fullmatch(f"{size}B" if str(size).strip().isdigit() else str(size))
     number = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()])
     if number < 1:
@@ -252,7 +249,7 @@ def parse_size(size: int | str) -> int:
 
 
 def plan_shards(entries: list[TensorEntry], max_bytes: int) -> dict[str, list[TensorEntry]]:
-    """By file name, its tensors, in the order given: a file is full when the next tensor would exceed `max_bytes`."""
+    """The tensors of each file, by its name, in the given order. A tensor beyond `max_bytes` starts a new file."""
     shards: list[list[TensorEntry]] = [[]]
     size = 0
     for entry in entries:
@@ -266,7 +263,9 @@ def plan_shards(entries: list[TensorEntry], max_bytes: int) -> dict[str, list[Te
     return dict(zip(names if len(names) > 1 else [SINGLE], shards, strict=True))
 
 
-def _write_shards(folder: Path, shards: dict[str, list[TensorEntry]], weights: SavedWeights, told: Told | None) -> None:
+def _write_shards(
+    folder: Path, shards: dict[str, list[TensorEntry]], weights: SavedWeights, told: ProgressCallback | None
+) -> None:
     written = 0
     for name, entries in shards.items():
         ordered = in_file_order(entries)
@@ -294,7 +293,7 @@ def _refuse_taken(out: Path) -> None:
         entries = sorted(path.name for path in out.iterdir()) if out.is_dir() else None
         if entries != []:
             raise ConfigError(
-                "there is something where the export shall go",
+                "the export's destination is not empty",
                 where=str(out.absolute()),
                 expected="a new path, or an empty folder",
                 got="a file" if entries is None else f"a folder with {', '.join(entries[:5])}",
@@ -304,7 +303,7 @@ def _refuse_taken(out: Path) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """What is done to a piece is too short to share: on a busy machine threads only wait for each other."""
+    """Use one thread: the operations on a piece are so short that several threads would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -315,11 +314,11 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _published(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` if what happens inside goes well, and is removed otherwise."""
+    """A hidden folder next to `out` that becomes `out` if the block ends without an error, and is deleted otherwise."""
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         partial.mkdir(parents=True)
         yield partial
         publish_folder(partial, out, None, replace=False)

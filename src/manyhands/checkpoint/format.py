@@ -6,11 +6,11 @@
         worker-0.safetensors    1-D pieces named "<kind>|<parameter>|<first element>": "exp_avg|head.weight|0"
     checkpoints/frozen-5f0c.../ parameters that no step changes, once for all checkpoints; files as above
 
-Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer", "frozen". What of the optimizer's
-state has another shape than its parameter (Adafactor's row factors) is saved whole. A folder appears under its name
-only when it is whole: all files are written and synced in `.step-….partial`, which is then renamed. A store has
-no renaming: there the files are in `step-00000100/5f0c11d2.../`, named after the attempt to write them, and the
-manifest comes last; a folder without a manifest is no checkpoint.
+Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer", "frozen". Optimizer state with
+another shape than its parameter (Adafactor's row factors) is saved unsplit. A folder appears under its name only when
+it is complete: all files are written and synced in `.step-….partial`, which is then renamed. A store cannot rename:
+there the files are in `step-00000100/5f0c11d2.../`, named after the attempt to write them, and the manifest is written
+last; a folder without a manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PieceRecord(BaseModel):
     start: Count
     numel: Count
     dtype: DtypeName
-    shape: tuple[Count, ...] | None = None  # of what has another shape than its parameter, and is whole in this piece
+    shape: tuple[Count, ...] | None = None  # only of an unsplit tensor with another shape than its parameter
     crc32: Count
 
     @model_validator(mode="after")
@@ -74,9 +74,12 @@ class PieceRecord(BaseModel):
 
 
 class TensorRecord(BaseModel):
-    """A tensor of the model. kind: whose pieces make it up ("buffer" also of small frozen parameters, which are looked
-    after like buffers); dtype: as the model computes with it. keys: its names in the model's state_dict: several if it
-    is tied, none if it is a buffer that isn't persistent."""
+    """A tensor of the model.
+
+    kind: of the pieces that store it ("buffer" also for small frozen parameters, which are managed like buffers).
+    dtype: the one that the model computes with. keys: its names in the model's state_dict: several if it is tied, none
+    if it is a buffer that is not persistent.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,12 +92,12 @@ class TensorRecord(BaseModel):
 
     @property
     def numel(self) -> int:
-        """Its elements."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
 
 class Scalar(BaseModel):
-    """A number of the optimizer's state. dtype, device: of the 0-d tensor that holds it; None: it's a plain number."""
+    """A number of the optimizer's state. dtype, device: of the 0-d tensor that holds it; dtype None: a plain number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -104,11 +107,11 @@ class Scalar(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a checkpoint is. `scalars`: by parameter, the optimizer's numbers; `schedules`: LR schedulers' states.
+    """The manifest of a checkpoint. scalars: the optimizer's numbers by parameter; schedules: LR schedulers' states.
 
-    tensors: parameters in construction order, then buffers. frozen: the folder beside this one that holds the frozen
-    ones. computed: names in the model's state_dict of tensors that aren't in the model; they aren't saved.
-    config_files: what Hugging Face's loaders want beside the weights, by file name.
+    tensors: parameters in construction order, then buffers. frozen: the folder, next to this one, with the frozen ones.
+    computed: names in the model's state_dict of tensors that are not the model's; they are not saved. config_files: by
+    file name, the files that Hugging Face's loaders need next to the weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -130,8 +133,11 @@ class Manifest(BaseModel):
     pieces: list[PieceRecord]
 
     def check_complete(self) -> None:
-        """That it has every tensor once, and every element of it in one piece; of other state likewise, as far as it
-        goes. So nobody reads half of one, or makes room for what isn't there. Raises ValueError."""
+        """Raise ValueError unless each tensor is listed once, and each of its elements is in exactly one piece.
+
+        The pieces of optimizer state must be contiguous, too. So no reader gets a part of a tensor, or allocates memory
+        for elements that do not exist.
+        """
         _refuse_twice([record.name for record in self.tensors])
         _refuse_twice([key for record in self.tensors for key in record.keys])
         ends: dict[tuple[str, str], int] = {}
@@ -146,7 +152,7 @@ class Manifest(BaseModel):
 
 
 class FrozenManifest(BaseModel):
-    """What a folder of frozen parameters is."""
+    """The manifest of a folder of frozen parameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -170,8 +176,10 @@ def piece_file_name(rank: int) -> str:
 
 
 def list_checkpoints(root: Location) -> list[tuple[int, Location]]:
-    """(step, folder) of the whole checkpoints below `root`, oldest first. Raises CheckpointError: not there, or empty,
-    is something else than out of reach."""
+    """(step, folder) of the complete checkpoints below `root`, oldest first; none if `root` does not exist.
+
+    Raises CheckpointError if `root` can't be read: a store out of reach is not an empty one.
+    """
     try:
         if isinstance(root, Address):
             names = {name.removesuffix(f"/{MANIFEST}") for name in root.files() if name.endswith(f"/{MANIFEST}")}
@@ -182,25 +190,27 @@ def list_checkpoints(root: Location) -> list[tuple[int, Location]]:
             "the checkpoints can't be listed",
             where=str(root),
             got=error,
-            hint=hint_of(error, "see whether the folder may be read"),
+            hint=hint_of(error, "check that the folder may be read"),
         ) from error
     return sorted((int(match[1]), root / match[0]) for match in map(_NAME.fullmatch, names) if match)
 
 
-def checkpoints_of(run_dir: Path, said: str | Location | None = None) -> Location:
-    """Where a run keeps its checkpoints: where it is said, or as its manifest says, or in its own folder. Raises
-    ConfigError for an address that can't be used."""
-    if said is None:
+def checkpoints_of(run_dir: Path, checkpoint_dir: str | Location | None = None) -> Location:
+    """The location of a run's checkpoints: `checkpoint_dir`, or the one in the run's manifest, or in the run directory.
+
+    Raises ConfigError for an address that can't be used.
+    """
+    if checkpoint_dir is None:
         with suppress(OSError, ValueError, AttributeError):
-            said = json.loads((run_dir / MANIFEST).read_bytes()).get("checkpoints")
-    return run_dir / "checkpoints" if said is None else location_of(said)
+            checkpoint_dir = json.loads((run_dir / MANIFEST).read_bytes()).get("checkpoints")
+    return run_dir / "checkpoints" if checkpoint_dir is None else location_of(checkpoint_dir)
 
 
 _PAIRS = "pairs of a dict"
 
 
 def encode_state(value: Any) -> Any:
-    """A scheduler's state as JSON can hold it: dicts with keys that aren't texts become lists of pairs."""
+    """A scheduler's state as JSON values: dicts with keys that are not strings become lists of pairs."""
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: encode_state(item) for key, item in value.items()}
     if isinstance(value, dict):
@@ -209,7 +219,7 @@ def encode_state(value: Any) -> Any:
 
 
 def decode_state(value: Any) -> Any:
-    """What `encode_state` was given."""
+    """The inverse of `encode_state`."""
     if isinstance(value, dict) and _PAIRS in value:
         kind = Counter if value["type"] == "Counter" else dict
         return kind({key: decode_state(item) for key, item in value[_PAIRS]})
@@ -219,44 +229,44 @@ def decode_state(value: Any) -> Any:
 
 
 def read_manifest(folder: Location) -> Manifest:
-    """Raises CheckpointError."""
+    """The manifest of the checkpoint in `folder`. Raises CheckpointError if it is missing or broken."""
     manifest = _read(folder, Manifest, Manifest.check_complete)
     named = _NAME.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:
         raise CheckpointError(
-            "the checkpoint is of another step than its folder's name says",
+            "the checkpoint's step differs from the one in its folder's name",
             where=str(folder),
             expected=f"step {int(named[1])}",
             got=f"step {manifest.step}",
-            hint="give the folder its own name back",
+            hint="rename the folder back",
         )
     return manifest
 
 
 def read_frozen_manifest(folder: Location) -> FrozenManifest:
-    """Raises CheckpointError."""
+    """The manifest of a folder of frozen parameters. Raises CheckpointError if it is missing or broken."""
     return _read(folder, FrozenManifest)
 
 
-def seal(said: dict[str, Any]) -> str:
-    """A manifest's text, with a checksum over all that it says."""
-    return json.dumps({**said, "checksum": _checksum(said)})
+def seal(fields: dict[str, Any]) -> str:
+    """The text of a manifest with a checksum over all its fields."""
+    return json.dumps({**fields, "checksum": _checksum(fields)})
 
 
-def _checksum(said: dict[str, Any]) -> str:
-    words = json.dumps({key: value for key, value in said.items() if key != "checksum"}, sort_keys=True)
-    return hashlib.sha256(words.encode()).hexdigest()
+def _checksum(fields: dict[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in fields.items() if key != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read(folder: Location, kind: type[_M], check: Callable[[_M], None] = lambda manifest: None) -> _M:
     path = folder / MANIFEST
     try:
-        said = json.loads(path.read_bytes())
-        found = said.get("format") if isinstance(said, dict) else None
+        fields = json.loads(path.read_bytes())
+        found = fields.get("format") if isinstance(fields, dict) else None
         if not isinstance(found, int) or found == CHECKPOINT_FORMAT:
-            if isinstance(said, dict) and said.pop("checksum", None) != _checksum(said):
+            if isinstance(fields, dict) and fields.pop("checksum", None) != _checksum(fields):
                 raise ValueError("its checksum differs")
-            manifest = kind.model_validate(said)
+            manifest = kind.model_validate(fields)
             check(manifest)
             return manifest
     except OSError as error:

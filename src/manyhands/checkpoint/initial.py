@@ -1,6 +1,6 @@
-"""Initial weights from such files: each worker reads the ranges it holds.
+"""Initial weights from Hugging Face weight files: each worker reads the ranges it holds.
 
-What doesn't fit the model is refused as a whole, before anything is read.
+Files that do not fit the model are refused before any tensor is read.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from manyhands.optim.sliced import Slice
 
 
 def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False) -> int:
-    """Make the engine's weights those of the files; how many bytes of tensors this worker has read. Collective.
+    """Load the files into the engine's weights; return how many bytes of tensors this worker read. Collective.
 
-    Parameters, frozen ones and persistent buffers get their values as if the model had been built with them. resumes: a
-    checkpoint will be loaded (as it is if all workers say so), so only frozen parameters are read, which it lacks.
-    Raises ConfigError (nothing there, or not of this model) and CheckpointError (missing or broken).
+    Parameters, frozen parameters and persistent buffers get their values as if the model had been built with them.
+    resumes: this worker sees a checkpoint to resume from. If all workers do, only frozen parameters are read, because
+    checkpoints lack them. Raises ConfigError if there are no weights, or they do not fit the model; CheckpointError for
+    missing or broken files.
     """
     engine.group.status("start / initial weights")
     resumes = all(all_gather_json(engine.group, resumes, "start / resumes / control"))
@@ -41,8 +42,8 @@ def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False)
     loader.fill_others()
     if not resumes:
         engine.updater.refill(loader.fill_slice)
-    everyone: list[Any] = all_gather_json(engine.group, loader.frozen_facts(), "start / frozen / control")
-    for facts in everyone:
+    all_facts: list[Any] = all_gather_json(engine.group, loader.frozen_facts(), "start / frozen / control")
+    for facts in all_facts:
         engine.frozen_facts |= facts
     return loader.files.read_bytes
 
@@ -53,7 +54,7 @@ class _Loader:
         self.files = WeightFiles(Path(weights.path))
         self._records = {record.name: record for record in tensor_records(engine)[0]}
         self._sources = fit(list(self._records.values()), self.files, weights)
-        for name in engine.pending - set(self._sources):  # only of models that have other names in their state_dict
+        for name in engine.pending - set(self._sources):  # happens only if the state_dict has other names
             raise ConfigError(
                 f"parameter {name!r} may be missing in the initial weights, but was built without values",
                 where=str(self.files.path),
@@ -61,34 +62,36 @@ class _Loader:
             )
 
     def fill_slice(self, piece: Slice) -> None:
-        """Master weights that this worker holds."""
+        """Fill the master weights of a slice that this worker holds."""
         if piece.name in self._sources:
             values = self._read(piece.name, piece.start, piece.master.numel())
             piece.master.copy_(values.view(piece.master.shape))
 
     def fill_frozen_units(self) -> None:
-        """This worker's shard of what is gathered without being trained."""
+        """Fill this worker's shard of frozen units."""
         for unit in self._engine.frozen_units:
             for piece in unit.layout.pieces(unit.layout.shard(self._engine.group.rank)):
                 if piece.slot.name in self._sources:
-                    kept, first = unit.params.stored(piece.in_unit), piece.in_param.start
-                    for start in range(0, kept.numel(), FROZEN_PIECE_NUMEL):
-                        part = kept[start : start + FROZEN_PIECE_NUMEL]
+                    stored, first = unit.params.stored(piece.in_unit), piece.in_param.start
+                    for start in range(0, stored.numel(), FROZEN_PIECE_NUMEL):
+                        part = stored[start : start + FROZEN_PIECE_NUMEL]
                         part.copy_(self._read(piece.slot.name, first + start, part.numel()))
-                    evict_model([kept], self._engine.allocator)
+                    evict_model([stored], self._engine.allocator)
 
     def fill_others(self) -> None:
-        """Buffers, and the frozen parameters that every worker keeps for itself."""
+        """Fill buffers, and the frozen parameters that every worker holds completely."""
         in_units = {slot.name for unit in self._engine.frozen_units for slot in unit.layout.slots}
         tensors = dict(self._engine.model.named_parameters()) | self._engine.buffers.named()
         for record in self._found("buffer", "frozen"):
             if record.name not in in_units:
                 values = self._read(record.name, 0, record.numel)
-                tensors[record.name].data.copy_(values.view(record.shape))  # .data: nothing that is watched changes
+                tensors[record.name].data.copy_(values.view(record.shape))  # .data: autograd must not see the change
 
     def frozen_facts(self) -> dict[str, str]:
-        """The bits of this worker's share of the frozen parameters, which are read once more for it, a part at a time:
-        what a checkpoint must have in common with a run, whatever the number of workers."""
+        """Fingerprints of this worker's share of the frozen parameters. They are read once more, a part at a time.
+
+        A checkpoint and the run that loads it must have equal fingerprints, whatever the number of workers.
+        """
         names = [record.name for record in self._found("buffer", "frozen") if record.is_parameter]
         mine = names[self._engine.group.rank :: self._engine.group.size]
         return {
@@ -105,13 +108,13 @@ class _Loader:
             yield self._read(name, start, min(FROZEN_PIECE_NUMEL, numel - start))
 
     def _read(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) as the model was built with them, 1-D."""
-        dtype = self._engine.param_dtypes.get(name)  # None: of a buffer, which has one type only
+        """Elements [start, start + numel) in the type that the model was built with, 1-D."""
+        dtype = self._engine.param_dtypes.get(name)  # None for a buffer: it has the file's type
         values = [self.files.read(source, start, numel) for source in self._sources[name]]
         for source, other in zip(self._sources[name][1:], values[1:], strict=True):
             if not torch.equal(values[0].to(dtype), other.to(dtype)):
                 raise ConfigError(
-                    f"the initial weights have two values for {name!r}, which is one parameter in the model",
+                    f"the initial weights have two values for {name!r}, which is a single parameter of the model",
                     where=str(self.files.path),
                     got=f"{self._sources[name][0]} and {source} differ in elements [{start}, {start + numel})",
                     hint="don't tie the two in the model; or leave one of them out: "

@@ -17,7 +17,7 @@ from manyhands.storage.location import Location
 
 
 class CheckpointReader(PieceReader):
-    """Reads ranges of named tensors out of a checkpoint's files. Raises CheckpointError."""
+    """Reads ranges of a checkpoint's tensors. Raises CheckpointError for missing or damaged files."""
 
     def __init__(self, folder: Location) -> None:
         self.manifest = read_manifest(folder)
@@ -33,22 +33,22 @@ class CheckpointReader(PieceReader):
 
 
 def load_checkpoint(engine: StepEngine, folder: Location, *, accept_new_numerics: bool = False) -> Manifest:
-    """Make the engine's state that of the checkpoint in `folder`. Collective.
+    """Load the checkpoint in `folder` into the engine. Collective.
 
-    Raises CheckpointError (missing, damaged, of another recipe) and NumericsError (saved under another numerics
-    identity, unless accepted: then later bits may differ from the saving run's).
+    Raises CheckpointError if it is missing, damaged or of another recipe, and NumericsError if it was saved under
+    another numerics identity, unless that is accepted: then later bits may differ from those of the saving run.
     """
     return restore(engine, CheckpointReader(folder), accept_new_numerics=accept_new_numerics)
 
 
 def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics: bool = False) -> Manifest:
-    """As `load_checkpoint`, with what `reader` gives."""
+    """Load the state that `reader` provides into the engine; see `load_checkpoint`. Collective."""
     manifest, folder = reader.manifest, reader.folder
     _check_facts(manifest, engine, folder)
     _check_hyperparameters(manifest, engine, folder)
     if not accept_new_numerics:
         check_identity(manifest.identity, engine.identity, str(folder))
-    engine.group.barrier(f"{folder.name} / load / control")  # others may still use the weights that they have
+    engine.group.barrier(f"{folder.name} / load / control")  # a peer may still read the current weights
     with engine.changing():
         engine.optimizer.load_hyperparameters(manifest.hyperparameters)
         engine.updater.refill(lambda piece: _fill(piece, engine, reader))
@@ -71,24 +71,24 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
 
 
 def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
-    """Give a slice the master weights and the optimizer's state of the checkpoint."""
+    """Fill a slice's master weights and optimizer state from the checkpoint."""
     piece.master.copy_(_read_like(piece, "master", reader))
     state: dict[str, Tensor | float | int | bool] = {
         kind: _read_like(piece, kind, reader) for kind in reader.kinds_of(piece.name) if kind != "master"
     }
     for kind, number in reader.manifest.scalars.get(piece.name, {}).items():
-        # torch's optimizers change their step counts and the like in place, where these are tensors.
-        place = torch.device("cpu") if number.device == "cpu" else piece.master.device
+        # torch's optimizers update step counts that are tensors in place, so they must be on the right device.
+        device = torch.device("cpu") if number.device == "cpu" else piece.master.device
         try:
-            state[kind] = _value_of(number, place)
+            state[kind] = _value_of(number, device)
         except (RuntimeError, OverflowError) as error:
             raise CheckpointError(
-                f"the checkpoint's {kind} of {piece.name!r} is no {number.dtype}",
+                f"the checkpoint's {kind} of {piece.name!r} is not a valid {number.dtype}",
                 where=str(reader.folder),
                 got=number.value,
                 hint="go back to an earlier checkpoint",
             ) from error
-    # It's empty before a parameter's first update, also if it had one here.
+    # Saved before the parameter's first update, the state is empty: then it replaces the one that the engine has.
     engine.optimizer.load_state_of(piece, state)
 
 
@@ -99,11 +99,11 @@ def _value_of(number: Scalar, device: torch.device) -> Tensor | float | int | bo
 
 
 def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:
-    """What a slice's optimizer has under that name, in the shape that it wants; or the slice's master weights."""
-    whole = reader.read_full(kind, piece.name)
-    if whole is None:
-        whole = reader.read(kind, piece.name, piece.start, piece.master.numel()).view(piece.master.shape)
-    return whole
+    """A tensor of the slice: unsplit in its own shape, or the slice's range in the shape of the master weights."""
+    unsplit = reader.read_full(kind, piece.name)
+    if unsplit is not None:
+        return unsplit
+    return reader.read(kind, piece.name, piece.start, piece.master.numel()).view(piece.master.shape)
 
 
 def _check_facts(manifest: Manifest, engine: StepEngine, folder: Location) -> None:
@@ -116,7 +116,7 @@ def _check_facts(manifest: Manifest, engine: StepEngine, folder: Location) -> No
                 where=str(folder),
                 expected=f"{saved} (saved)",
                 got=f"{now} (this recipe)",
-                hint="use the recipe it was saved with, or begin a new run directory",
+                hint="use the recipe it was saved with, or start a new run directory",
             )
 
 
@@ -126,7 +126,7 @@ def _check_hyperparameters(manifest: Manifest, engine: StepEngine, folder: Locat
     )
     if saved != now:
         raise CheckpointError(
-            "the checkpoint's hyperparameters are not such as the recipe's optimizer has",
+            "the checkpoint's hyperparameters don't match the recipe's optimizer",
             where=str(folder),
             expected=now,
             got=saved,
@@ -135,18 +135,18 @@ def _check_hyperparameters(manifest: Manifest, engine: StepEngine, folder: Locat
 
 
 def _kinds(group: dict[str, Any]) -> dict[str, str]:
-    """Of what kind each value is: the values themselves may differ, where a schedule changes them."""
-    words = {float: "number", int: "number", tuple: "list", list: "list", bool: "flag", str: "text"}
-    return {key: words.get(type(value), "flag") for key, value in sorted(group.items())}
+    """The kind of each value. The values themselves may differ, because schedules change them."""
+    kinds = {float: "number", int: "number", tuple: "list", list: "list", bool: "flag", str: "text"}
+    return {key: kinds.get(type(value), "flag") for key, value in sorted(group.items())}
 
 
 def _load_schedules(manifest: Manifest, engine: StepEngine, folder: Location) -> None:
     try:
         for schedule, saved in zip(engine.schedules, manifest.schedules, strict=True):
             schedule.load_state_dict(decode_state(saved))
-    except Exception as error:  # of a class of torch, or a user's
+    except Exception as error:  # a schedule is a class of torch or of the user: it may raise anything
         raise CheckpointError(
-            "the schedules can't take over what the checkpoint has of them",
+            "the schedules can't load their state from the checkpoint",
             where=str(folder),
             got=f"{type(error).__name__}: {error}",
             hint="use the recipe that it was saved with, or go back to an earlier checkpoint",
@@ -154,13 +154,13 @@ def _load_schedules(manifest: Manifest, engine: StepEngine, folder: Location) ->
 
 
 def check_identity(saved: dict[str, str], now: dict[str, str], where: str) -> None:
-    """Raises NumericsError if the two differ."""
+    """Raise NumericsError if the two numerics identities differ. where: of the saved one."""
     for name in [*saved, *now]:
         if saved.get(name) != now.get(name):
             raise NumericsError(
-                f"the run was begun under other numerics: {name} differs, so its bits can't be continued here",
+                f"the run was started under other numerics: {name} differs, so its bits can't be continued here",
                 where=where,
                 expected=f"{saved.get(name)} (saved)",
                 got=f"{now.get(name)} (here)",
-                hint="go on elsewhere, or say --accept-new-numerics (accept_new_numerics=True)",
+                hint="resume it where it was started, or pass --accept-new-numerics (accept_new_numerics=True)",
             )

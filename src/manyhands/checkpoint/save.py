@@ -57,7 +57,7 @@ from manyhands.storage.atomic import write_atomic
 from manyhands.storage.files import names_in
 from manyhands.storage.location import Location
 
-MOST_SECONDS_BETWEEN_LOOKS = 1.0
+MAX_POLL_SECONDS = 1.0
 """Longest pause between two checks for the other workers' parts. Earlier pauses are a tenth of the time waited, so
 publishing is at most that late, and a file system is not polled often."""
 
@@ -169,7 +169,7 @@ class Saving:
         while expected - (names := set(names_in(self._partial, missing_ok=False))):
             if names & failed or self._is_abandoned.is_set():
                 return False
-            time.sleep(min(MOST_SECONDS_BETWEEN_LOOKS, 0.005 + (time.monotonic() - started) / 10))
+            time.sleep(min(MAX_POLL_SECONDS, 0.005 + (time.monotonic() - started) / 10))
         return True
 
 
@@ -189,7 +189,7 @@ FROZEN_PIECE_NUMEL = 1 << 20
 """Elements in a piece of a frozen parameter: a reader has one piece in memory."""
 
 
-def begin_checkpoint(
+def start_checkpoint(
     engine: StepEngine,
     root: Location,
     *,
@@ -385,7 +385,7 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
     encoded: dict[str, Any] = encode_state(state)
     if decode_state(json.loads(json.dumps(encoded))) != state:
         raise CheckpointError(
-            f"the state of the schedule {type(schedule).__qualname__} can't be written down exactly",
+            f"the state of the schedule {type(schedule).__qualname__} can't be saved exactly",
             got=", ".join(state),
             hint="use a schedule whose state_dict() holds only numbers, strings, lists and dicts of them",
         )

@@ -1,11 +1,12 @@
 """Snapshots: state in shared memory that outlives the workers.
 
-The workers' parent makes files without a name (memfd) and holds them: two slots, in each a file for every worker's
-pieces and one for the record, which says what lies where. Workers open them through /proc. They write the slot that is
-older; when all have, worker 0 writes the record. So at every moment one slot is whole, whoever is killed; and when the
-parent ends, the kernel frees the memory. (As Gemini does, Wang et al., SOSP 2023, section 3, on one host.)
+The workers' parent creates files without a name (memfd) and holds them open: two slots, each with one file for the
+pieces of every worker, and one for the record, which lists the positions of the pieces. Workers open the files through
+/proc. They write the older slot; when all have, worker 0 writes the record. So one slot is always complete, whichever
+worker is killed, and when the parent ends, the kernel frees the memory. (As in Gemini, Wang et al., SOSP 2023, section
+3, on one host.)
 
-The record also says whose it is: a script may train more than once, and what one training left is none of another's.
+The record also names its training: a script may train more than once, and must not load another training's snapshot.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from manyhands.engine.engine import StepEngine
 from manyhands.errors import InvariantError
 
 SNAPSHOT_MEMORY_VARIABLE = "MANYHANDS_SNAPSHOT_MEMORY"
-"""Where the workers' parent keeps memory for snapshots; set by it ("": it keeps none)."""
+"""Environment variable with the address of the snapshot memory, set by the workers' parent; "": there is none."""
 
 _HEAD_BYTES = 16  # of a record: its length and its checksum
 
@@ -37,14 +38,14 @@ _IN_MEMORY = "the memory of the workers' parent"
 
 
 class SnapshotSlot(NamedTuple):
-    """Where a snapshot is written: paths of the record and, by rank, of the pieces."""
+    """The files of a snapshot: paths of the record and, by rank, of the pieces."""
 
     record: str
     pieces: tuple[str, ...]
 
 
 class Training(NamedTuple):
-    """Whose a snapshot is. number: which of those that the script makes, from 0; directory: of the run, "" for none."""
+    """The training that took a snapshot. number: its number in the script, from 0. directory: of its run, or ""."""
 
     number: int
     directory: str
@@ -54,7 +55,7 @@ FIRST = Training(0, "")
 
 
 class Snapshot(NamedTuple):
-    """What is in a slot."""
+    """The snapshot in a slot. of: the training that took it."""
 
     slot: SnapshotSlot
     of: Training
@@ -62,48 +63,48 @@ class Snapshot(NamedTuple):
 
 
 class SnapshotMemory:
-    """The two slots, as the workers' parent and they see them. of: the training whose they are; None: any."""
+    """The two slots, for the workers' parent and for workers. of: the training whose snapshots are read; None: any."""
 
     def __init__(
         self, slots: tuple[SnapshotSlot, ...], descriptors: tuple[int, ...] = (), of: Training | None = None
     ) -> None:
         self._slots, self._descriptors, self.of = slots, descriptors, of
-        self._next: int | None = None  # which one is written next, by this worker
+        self._next: int | None = None  # the slot that this worker writes next
 
     @classmethod
     def create(cls, workers: int) -> SnapshotMemory:
-        """For up to so many workers, held by this process until `close`; empty files take no memory."""
-        made: list[int] = []
+        """Create slots for up to `workers` workers. They are held until `close`; empty, they take no memory."""
+        descriptors: list[int] = []
 
         def new() -> str:
-            made.append(os.memfd_create("manyhands-snapshot", os.MFD_CLOEXEC))
-            return f"/proc/{os.getpid()}/fd/{made[-1]}"
+            descriptors.append(os.memfd_create("manyhands-snapshot", os.MFD_CLOEXEC))
+            return f"/proc/{os.getpid()}/fd/{descriptors[-1]}"
 
         slots = tuple(SnapshotSlot(new(), tuple(new() for _ in range(workers))) for _ in range(2))
-        return cls(slots, tuple(made))
+        return cls(slots, tuple(descriptors))
 
     def address(self) -> str:
-        """A text by which the workers find it."""
+        """A text from which a worker can open this memory; see `at`."""
         return json.dumps(self._slots)
 
     @classmethod
     def at(cls, address: str, of: Training = FIRST) -> SnapshotMemory:
-        """What another process made, for one training."""
+        """Open the memory that another process created, for one training."""
         return cls(tuple(SnapshotSlot(record, tuple(pieces)) for record, pieces in json.loads(address)), of=of)
 
     def close(self) -> None:
-        """Free it, once no worker is left."""
+        """Free the memory. Call it when no worker is left."""
         for fd in self._descriptors:
             os.close(fd)
         self._descriptors = ()
 
     def newest(self) -> Snapshot | None:
-        """The last whole snapshot, if there is one."""
-        whole = [snapshot for snapshot in map(self._in, self._slots) if snapshot is not None]
-        return max(whole, key=lambda snapshot: (snapshot.of.number, snapshot.manifest.step), default=None)
+        """The last complete snapshot; None if there is none."""
+        complete = [snapshot for snapshot in map(self._in, self._slots) if snapshot is not None]
+        return max(complete, key=lambda snapshot: (snapshot.of.number, snapshot.manifest.step), default=None)
 
     def next_slot(self) -> SnapshotSlot:
-        """The one to write now: empty, another training's, or the older one."""
+        """The slot to write now: one that is empty or of another training, or the older one."""
         if self._next is None:
             steps = [-1 if snapshot is None else snapshot.manifest.step for snapshot in map(self._in, self._slots)]
             self._next = steps.index(min(steps))
@@ -111,13 +112,16 @@ class SnapshotMemory:
         return slot
 
     def held_bytes(self) -> int:
-        """How much memory the slots take now."""
+        """The memory that the slots take now, in bytes."""
         return sum(os.stat(path).st_blocks * 512 for slot in self._slots for path in (slot.record, *slot.pieces))
 
     def free(self) -> None:
-        """Give the slots' memory back: they are empty then. For one worker, when none reads them any more."""
+        """Empty the slots, which frees their memory. Called by one worker, when no worker reads them any more."""
         for slot in self._slots:
-            for path in (slot.record, *slot.pieces):  # the record first: killed amid this, no part is taken for whole
+            for path in (
+                slot.record,
+                *slot.pieces,
+            ):  # record first: a kill in between must not leave it with partial pieces
                 os.truncate(path, 0)
 
     def _in(self, slot: SnapshotSlot) -> Snapshot | None:
@@ -126,25 +130,25 @@ class SnapshotMemory:
 
 
 def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None) -> None:
-    """Keep the engine's state as it is now. Collective.
+    """Write a snapshot of the engine's current state. Collective.
 
-    digest: of the weights, if it is known; then it's checked when the snapshot is loaded.
+    digest: of the weights, if it is known; then it is checked when the snapshot is loaded.
     """
     group, tag = engine.group, f"step {engine.step_index} / snapshot"
     group.status(f"snapshot of step {engine.step_index}", engine.step_index)
     slot, scalars = memory.next_slot(), Scalars()
-    # By every worker: all have done it before worker 0 writes a record again. What was there may be the newest one of
-    # another training: killed amid this, it must not be taken for whole.
+    # Every worker clears the head, so it is clear before worker 0 writes the new record. The slot may hold the newest
+    # snapshot of another training: a kill in between must not leave that looking complete.
     _write_head(slot, bytes(_HEAD_BYTES))
     records = _write(slot.pieces[group.rank], piece_file_name(group.rank), list(owned_pieces(engine, scalars)))
-    mine = {"pieces": [record.model_dump() for record in records], "scalars": scalars}
-    everyone: list[Any] = all_gather_json(group, mine, f"{tag} written / control")
+    part = {"pieces": [record.model_dump() for record in records], "scalars": scalars}
+    parts: list[Any] = all_gather_json(group, part, f"{tag} written / control")
     if group.rank == 0:
-        _write_record(slot, memory.of, with_pieces(manifest_of(engine, digest or "", frozen=None), everyone))
+        _write_record(slot, memory.of, with_pieces(manifest_of(engine, digest or "", frozen=None), parts))
 
 
 def load_snapshot(engine: StepEngine, memory: SnapshotMemory) -> Manifest:
-    """Make the engine's state that of the last snapshot. Collective."""
+    """Load the newest snapshot into the engine. Collective."""
     newest = memory.newest()
     if newest is None:
         raise InvariantError("there is no snapshot", where=_IN_MEMORY)
@@ -152,12 +156,12 @@ def load_snapshot(engine: StepEngine, memory: SnapshotMemory) -> Manifest:
 
 
 def snapshot_bytes(engine: StepEngine) -> int:
-    """How much of a slot this worker's pieces take."""
+    """The bytes of a slot that this worker's pieces take."""
     return sum(piece.tensor.nbytes for piece in owned_pieces(engine, Scalars()))
 
 
 class SnapshotReader(CheckpointReader):
-    """Reads ranges of named tensors out of memory."""
+    """Reads ranges of a snapshot's tensors from memory."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.manifest = manifest = snapshot.manifest
@@ -170,12 +174,12 @@ class SnapshotReader(CheckpointReader):
         with open(self._paths[piece.file], "rb", buffering=0) as file:
             file.seek(int(piece.key) + start * part.itemsize)
             if data.nbytes and file.readinto(data) != data.nbytes:
-                raise InvariantError("a snapshot is cut short", where=str(self.folder), got=piece.name)
+                raise InvariantError("a snapshot is truncated", where=str(self.folder), got=piece.name)
         return part
 
 
 def _write(path: str, name: str, pieces: list[TensorPiece]) -> list[PieceRecord]:
-    """One piece after the other; in records, which call the file `name`, a piece's key is where it begins."""
+    """Write the pieces one after the other. Return records with `name` as file and the position in bytes as key."""
     records, start = [], 0
     with open(path, "r+b", buffering=0) as file:
         for piece in pieces:
@@ -204,7 +208,7 @@ def _write_all(fd: int, data: memoryview, start: int) -> None:
 
 
 def _write_record(slot: SnapshotSlot, of: Training | None, manifest: Manifest) -> None:
-    """Its head last: a record that was begun is none (`take_snapshot` has removed the head before)."""
+    """Write the head last: a partial record is not valid (`take_snapshot` has cleared the head before)."""
     text = json.dumps({"of": of or FIRST, "manifest": manifest.model_dump(mode="json")}).encode()
     with open(slot.record, "r+b", buffering=0) as file:
         _write_all(file.fileno(), memoryview(text), _HEAD_BYTES)
@@ -223,7 +227,7 @@ def _read_record(slot: SnapshotSlot) -> Snapshot | None:
         text = file.read(length) if length else b""
     if not text or len(text) != length or zlib.crc32(text) != checksum:
         return None
-    said = json.loads(text)
-    if said["manifest"]["format"] != CHECKPOINT_FORMAT:
+    fields = json.loads(text)
+    if fields["manifest"]["format"] != CHECKPOINT_FORMAT:
         return None
-    return Snapshot(slot, Training(*said["of"]), Manifest.model_validate(said["manifest"]))
+    return Snapshot(slot, Training(*fields["of"]), Manifest.model_validate(fields["manifest"]))

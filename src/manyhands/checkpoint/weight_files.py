@@ -1,11 +1,8 @@
 """Hugging Face weight files: layout, names, and which tensors fit the model.
 
-The files of Hugging Face's layout: their names; and the small ones, written without transformers.
-
-Weights in safetensors files that anyone wrote: one file, or a folder in Hugging Face's layout.
-Headers are read when it's opened; of the tensors only what is asked for.
-
-Which of the tensors in some files are a model's: by name, shape and type; and what to say where they don't fit.
+The config files are written without importing transformers. Weights are read from one safetensors file, or from a
+folder in Hugging Face's layout, whatever wrote it: headers when it is opened, ranges of tensors on request. `fit`
+matches the tensors in the files to those of a model by name, shape and type, and explains what does not match.
 """
 
 from __future__ import annotations
@@ -32,15 +29,16 @@ from manyhands.layout import BLOCK
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The file that holds all weights; or what tells which file holds which of them."""
+"""The file with all weights; or the index, which names the file of each tensor."""
 
-_DTYPE_FIELDS = ("dtype", "torch_dtype")  # as new and old versions of transformers call it
+_DTYPE_FIELDS = ("dtype", "torch_dtype")  # in new and in old versions of transformers
 
 
 def config_files(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """By file name what `save_pretrained` would write, with the dtype left open; empty for other libraries' models.
+    """The config files that `save_pretrained` would write, by name, with the dtype left open.
 
-    A module that only wraps such a model isn't one, also if it hands on its config: its weights have other names.
+    Empty for models of other libraries. A module that wraps a model of transformers counts as such, even if it has the
+    model's config: its weights have other names.
     """
     config: Any = getattr(model, "config", None)
     if not (hasattr(type(model), "config_class") and hasattr(config, "to_json_string") and hasattr(config, "to_dict")):
@@ -56,13 +54,13 @@ def config_files(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def config_text(content: dict[str, Any], dtype: str) -> str:
-    """The text of a config file for weights of that dtype, such as `bfloat16`."""
+    """The text of a config file for weights of a dtype such as `bfloat16`."""
     filled = {key: dtype if key in _DTYPE_FIELDS else value for key, value in content.items()}
     return json.dumps(filled, indent=2, sort_keys=True) + "\n"
 
 
 class WeightFiles:
-    """The tensors below `path`. entries: by name; read_bytes: of tensors, so far.
+    """The tensors in the files at `path`. entries: by name. read_bytes: bytes of tensors read so far.
 
     Raises ConfigError if there are no weights, and CheckpointError for a file that is missing or broken.
     """
@@ -75,14 +73,14 @@ class WeightFiles:
             opened = _opened(file)
             for name in listed or ():
                 if name not in opened.entries:
-                    raise _broken(file, f"it lacks {name!r}, which the index says is in it")
+                    raise _broken(file, f"it lacks {name!r}, which it has according to the index")
             for name, entry in opened.entries.items():
                 if name in self.entries:
-                    raise _broken(file, f"{name!r} is in it, and in {self._files[name][0].name}, too")
+                    raise _broken(file, f"{name!r} is in it, and also in {self._files[name][0].name}")
                 self.entries[name], self._files[name] = entry, (file, opened)
 
     def read(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a tensor, 1-D, of the file's type."""
+        """Elements [start, start + numel) of a tensor, 1-D, in the file's type."""
         path, file = self._files[name]
         try:
             part = file.read(name, start, numel)
@@ -96,7 +94,7 @@ class WeightFiles:
         return str(self._files[name][0])
 
     def facts(self) -> dict[str, str]:
-        """Of each tensor its type, its shape and a hash of its first elements: other weights show, not every change."""
+        """Type, shape and a hash of the first elements of each tensor: detects other weights, but not every change."""
         facts = {}
         for name, entry in self.entries.items():
             first = self.read(name, 0, min(BLOCK, math.prod(entry.shape)))
@@ -105,7 +103,7 @@ class WeightFiles:
 
 
 def _files_at(path: Path) -> dict[Path, Collection[str]]:
-    """The files, and the names that an index says each has."""
+    """The files, each with the names of its tensors according to the index; without an index, no names."""
     if path.is_file():
         return _files_of_index(path) if path.suffix == ".json" else {path: ()}
     if (path / SINGLE).is_file():
@@ -113,13 +111,15 @@ def _files_at(path: Path) -> dict[Path, Collection[str]]:
     if (path / INDEX).is_file():
         return _files_of_index(path / INDEX)
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
-    hint = "check the path; of a model on a hub, give the folder that it was downloaded to"
+    hint = "check the path; for a model on a hub, give the folder that it was downloaded to"
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
-        hint = "write them as safetensors: AutoModel.from_pretrained(folder).save_pretrained(other_folder), say"
+        hint = (
+            "convert them to safetensors, for example: AutoModel.from_pretrained(folder).save_pretrained(other_folder)"
+        )
     elif {"manifest.json", "checkpoints"} & set(names):
-        hint = "a run's weights are written in that layout by `manyhands export RUN OUT`"
+        hint = "`manyhands export RUN OUT` writes a run's weights in that layout"
     raise ConfigError(
-        "there are no weights to begin with here",
+        "there are no initial weights here",
         where=str(path.absolute()),
         expected=f"a folder with {SINGLE} or {INDEX}, or a safetensors file",
         got=("a folder with " + (", ".join(names[:5]) or "nothing in it")) if path.is_dir() else "nothing",
@@ -133,7 +133,7 @@ def _files_of_index(index: Path) -> dict[Path, Collection[str]]:
         files: dict[Path, list[str]] = {}
         for name, file in content["weight_map"].items():
             if Path(file).name != file:
-                raise ValueError(f"{name!r} is said to be in {file!r}, which is no file beside it")
+                raise ValueError(f"{name!r} is in {file!r} according to it, which is not a file next to it")
             files.setdefault(index.parent / file, []).append(name)
     except (OSError, ValueError) as error:
         raise _broken(index, error) from error
@@ -159,16 +159,17 @@ def _broken(file: Path, error: object) -> CheckpointError:
 
 
 LISTED = 8
-"""Names that an error lists of each kind."""
+"""How many names of each kind an error lists."""
 
 
 def fit(records: Sequence[TensorRecord], files: WeightFiles, weights: Weights) -> dict[str, list[str]]:
-    """By the names of the model's tensors those of the files' that are theirs: several, if a tied one is there twice.
+    """Match the model's tensors to those in the files: by name in the model, the names in the files.
 
-    Those that may be missing, and are, are left out. Raises one ConfigError that tells all that doesn't fit.
+    A tied tensor may have several names in the files. Tensors that are missing, and may be, are left out. Raises one
+    ConfigError that lists everything that does not fit.
     """
-    wanted = [record for record in records if record.keys or record.is_parameter]
-    known = {key: record for record in wanted for key in _keys(record)}
+    needed = [record for record in records if record.keys or record.is_parameter]
+    known = {key: record for record in needed for key in _keys(record)}
     for pattern in weights.allow_missing:
         if not any(fnmatchcase(key, pattern) for key in known):
             raise ConfigError(
@@ -181,12 +182,12 @@ def fit(records: Sequence[TensorRecord], files: WeightFiles, weights: Weights) -
     for name, key in renamed.items():
         if key in known:
             found.setdefault(known[key].name, []).append(name)
-    missing = [record for record in wanted if record.name not in found and not weights.may_lack(_keys(record))]
+    missing = [record for record in needed if record.name not in found and not weights.may_lack(_keys(record))]
     unexpected = [key for key in renamed.values() if key not in known and not _matches(weights.ignore, key)]
     wrong = [
-        f"{record.name}: expected {_described(record.dtype, record.shape)}, got {_said(files.entries[name])}"
+        f"{record.name}: expected {_described(record.dtype, record.shape)}, got {_described_entry(files.entries[name])}"
         f" ({name} in {files.where(name)})"
-        for record in wanted
+        for record in needed
         for name in found.get(record.name, [])
         if not _fits(files.entries[name], record)
     ]
@@ -200,15 +201,17 @@ def fit(records: Sequence[TensorRecord], files: WeightFiles, weights: Weights) -
         "renamed to the same name": twice,
     }
     counts = {"missing in the files": len(missing), "not of the model": len(unexpected)}
-    told = {kind: (counts.get(kind, len(lines)), lines) for kind, lines in problems.items() if lines}
-    if told or not found:
-        summary = ", ".join(f"{count} {kind}" for kind, (count, _) in told.items()) or "none of them is the model's"
+    listed = {kind: (counts.get(kind, len(lines)), lines) for kind, lines in problems.items() if lines}
+    if listed or not found:
+        summary = (
+            ", ".join(f"{count} {kind}" for kind, (count, _) in listed.items()) or "no tensor of the model is in them"
+        )
         raise ConfigError(
-            f"the initial weights are not those of the model: {summary}",
+            f"the initial weights don't fit the model: {summary}",
             where=str(files.path),
             expected="all parameters and persistent buffers of the model, under their names in its state_dict",
             hint=_hint([record.name for record in missing], unexpected),
-            detail="\n".join(line for kind, (count, lines) in told.items() for line in _listed(kind, count, lines)),
+            detail="\n".join(line for kind, (count, lines) in listed.items() for line in _listed(kind, count, lines)),
         )
     return found
 
@@ -235,17 +238,17 @@ def _by_key(renamed: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _fits(entry: TensorEntry, record: TensorRecord) -> bool:
-    """Floating-point types are converted; but 8 bits are half of a number, whose scale is elsewhere."""
-    wanted: torch.dtype = getattr(torch, record.dtype)
-    convertible = all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in (entry.dtype, wanted))
-    return entry.shape == record.shape and (entry.dtype == wanted or convertible)
+    """True if shape and type match. Floating-point types are converted; not those of 8 bits, which need scales, too."""
+    dtype: torch.dtype = getattr(torch, record.dtype)
+    convertible = all(each.is_floating_point and each.itemsize > 1 for each in (entry.dtype, dtype))
+    return entry.shape == record.shape and (entry.dtype == dtype or convertible)
 
 
 def _described(dtype: str, shape: Sequence[int]) -> str:
     return f"{dtype} {list(shape)}"
 
 
-def _said(entry: TensorEntry) -> str:
+def _described_entry(entry: TensorEntry) -> str:
     return _described(str(entry.dtype).removeprefix("torch."), entry.shape)
 
 
@@ -256,26 +259,26 @@ def _listed(kind: str, count: int, lines: Sequence[str]) -> list[str]:
 
 def _near(name: str, others: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
-    return f"; the nearest there: {close[0]}" if close else ""
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """A prefix that would explain most of it, or what can be done in general."""
+    """How to fix it: a prefix that would make most names match, or the options in general."""
     for shorter, longer, rename in (
         (unexpected, missing, '"^" = "{}"'.format),
         (missing, unexpected, lambda prefix: '"^{}" = ""'.format(prefix.replace(".", "[.]"))),
     ):
         prefix = _prefix(shorter, longer)
         if prefix:
-            return f"the names differ by {prefix!r}: say rename = {{ {rename(prefix)} }} (in Python a dict)"
+            return f"the names differ by {prefix!r}: use rename = {{ {rename(prefix)} }} (in Python a dict)"
     return (
-        "rename turns the files' names into the model's; allow_missing names what keeps its initial values;"
-        " ignore names what the model doesn't need"
+        "rename turns the files' names into the model's; allow_missing lists tensors that keep their initial values;"
+        " ignore lists tensors that the model doesn't need"
     )
 
 
 def _prefix(shorter: Sequence[str], longer: Sequence[str]) -> str | None:
-    """What at least half of the longer names have in front of one of the shorter ones."""
+    """The prefix that at least half of the longer names have before one of the shorter names; None if there is none."""
     ends = set(shorter)
     counts: dict[str, int] = {}
     for name in longer:

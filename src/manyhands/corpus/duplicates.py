@@ -1,13 +1,13 @@
 """Near-duplicates by MinHash, joined into groups.
 
-MinHash: documents that share most of their shingles are found without comparing each with each.
-A document is the set of its shingles, runs of some characters. The least of a random hash of them is the same for two
-documents with a probability of their Jaccard similarity s (Broder, "On the resemblance and containment of documents",
-1997). With `bands` groups of `rows` such minima each, two documents share a whole band with probability
-1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3.4).
+MinHash finds documents that share most of their shingles without comparing all pairs. A document is the set of its
+shingles: runs of a few characters. The smallest random hash of the shingles is equal for two documents with the
+probability of their Jaccard similarity s (Broder, "On the resemblance and containment of documents", 1997). With
+`bands` groups of `rows` such minima each, two documents share a complete band with probability 1 - (1 - s^rows)^bands
+(Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3.4).
 
-Near-duplicates: documents that share a band are joined to groups, of which one document stays.
-All by Dataset's own operations, so with any number of workers, in bounded memory, and to the same result.
+Documents that share a band are joined into groups, and one document of each group stays. Everything uses operations of
+Dataset, so it runs with any number of workers in bounded memory, to the same result.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True, kw_only=True)
 class MinHash:
-    """Which documents are near each other: those with a similarity of about (1 / bands)^(1 / rows), or more.
+    """Parameters of MinHash. Finds documents with a similarity of about (1 / bands)^(1 / rows) or more.
 
-    shingle: how many characters are one: 9 for texts of some length (Leskovec et al., 3.2.2), of any language.
-    Letter case and the amount of white space don't count.
+    shingle: characters of a shingle; 9 for longer texts in any language (Leskovec et al., 3.2.2). Letter case and the
+    amount of white space are ignored.
     """
 
     bands: int = 16
@@ -49,52 +49,52 @@ class MinHash:
     shingle: int = 9
 
     def probability(self, similarity: float) -> float:
-        """That two documents of this Jaccard similarity share a band."""
+        """The probability that two documents of this Jaccard similarity share a band."""
         return 1 - float((1 - similarity**self.rows) ** self.bands)
 
     def signature(self, text: str) -> NDArray[np.uint64]:
-        """The least hash of all shingles, under each of bands x rows hash functions: [bands, rows].
+        """The smallest hash of all shingles, for each of bands x rows hash functions: [bands, rows].
 
         Deterministic: the same on every machine.
         """
         shingles = _mixed(_shingles(text, self.shingle))
         factors, offsets = _hash_functions(self.bands * self.rows)
-        least = np.empty(len(factors), np.uint64)
-        hashed = np.empty_like(shingles)  # used again for each: it stays in the cache
+        smallest = np.empty(len(factors), np.uint64)
+        hashed = np.empty_like(shingles)  # reused for each function, so it stays in the CPU cache
         for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
             np.multiply(shingles, factor, out=hashed)  # multiply-shift (Dietzfelbinger et al., 1997), modulo 2**64
             np.add(hashed, offset, out=hashed)
-            least[number] = hashed.min()
-        return least.reshape(self.bands, self.rows)
+            smallest[number] = hashed.min()
+        return smallest.reshape(self.bands, self.rows)
 
     def band_keys(self, text: str) -> list[int]:
-        """A number for each band: that of two documents is the same if the whole band is."""
+        """A number for each band, equal for two documents if the complete band is equal."""
         return [
             int.from_bytes(hashlib.blake2b(band.tobytes(), digest_size=8, key=b"%d" % number).digest(), "big") >> 1
             for number, band in enumerate(self.signature(text))
         ]
 
     def __call__(self, document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """A record for each band of a document."""
+        """Yield a record for each band of a document."""
         for key in self.band_keys(document["text"]):
             yield {"band": key, "id": document["id"]}
 
 
 def jaccard(text: str, other: str, shingle: int = MinHash.shingle) -> float:
-    """The true similarity of two texts: shingles in common, of all that either has."""
+    """The exact Jaccard similarity of two texts: shared shingles, divided by all shingles."""
     ours, theirs = (set(_shingles(one, shingle).tolist()) for one in (text, other))
     return len(ours & theirs) / len(ours | theirs)
 
 
 def _shingles(text: str, size: int) -> NDArray[np.uint64]:
-    """A number for each run of `size` characters: a polynomial of them, modulo 2**64."""
+    """A number for each run of `size` characters: their polynomial modulo 2**64."""
     plain = _SPACE.sub(" ", text.lower()).strip()
     characters = np.frombuffer(plain.encode("utf-32-le"), np.uint32).astype(np.uint64)
     count = max(1, len(characters) - size + 1)
     numbers = np.zeros(count, np.uint64)
-    for place in range(min(size, len(characters))):
+    for offset in range(min(size, len(characters))):
         numbers *= _BASE
-        numbers += characters[place : place + count]
+        numbers += characters[offset : offset + count]
     return numbers
 
 
@@ -107,42 +107,46 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=4)
 def _hash_functions(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Odd factors and offsets: h(x) = factor * x + offset, of which the upper bits are random."""
+    """Odd factors and offsets: h(x) = factor * x + offset. Its upper bits are random."""
     factors = [derive(0, "minhash factor", number) * 2 + 1 for number in range(count)]
     offsets = [derive(0, "minhash offset", number) for number in range(count)]
     return np.array(factors, np.uint64), np.array(offsets, np.uint64)
 
 
-_MOST_ROUNDS = 50  # rounds grow with the logarithm of the largest group: this is never reached
+_MAX_ROUNDS = 50
+"""The number of rounds grows with the logarithm of the largest group, so this limit is never reached."""
 
 
 def near_duplicates(documents: Dataset, minhash: MinHash, steps: Steps) -> tuple[Dataset, int]:
-    """Pairs (id, id of the one that stays), for each document of a group but the one with the least id; how many.
+    """Find near-duplicates: pairs (id of a duplicate, id of the document that stays), and their number.
 
-    The groups are the connected components of "shares a band".
+    The groups are the connected components of "shares a band". The document with the smallest id stays.
     """
     bands = documents.flat_map(minhash).group_by("band").aggregate(ids=Aggregate.collect(of="id"))
-    edges, count = steps.keep("near-duplicates: pairs", bands.flat_map(_edges).distinct())
+    edges, count = steps.cache("near-duplicates: pairs", bands.flat_map(_edges).distinct())
     return _components(edges, count, steps)
 
 
 def without(documents: Dataset, dropped: Dataset) -> Dataset:
-    """The documents whose id isn't the first one of a pair in `dropped`, in the order of their ids."""
+    """The documents whose id is not the first of a pair in `dropped`, ordered by id."""
     pairs = documents.join(dropped, "id", other_on=itemgetter(0), how="left")
     return pairs.filter(_is_alone).map(itemgetter(0))
 
 
 def _edges(group: dict[str, Any]) -> list[tuple[bytes, bytes]]:
-    """From all documents of a band to the one with the least id."""
+    """Edges from all documents of a band to the one with the smallest id."""
     ids = sorted(set(group["ids"]))
     return [(other, ids[0]) for other in ids[1:]]
 
 
 def _components(edges: Dataset, count: int, steps: Steps) -> tuple[Dataset, int]:
-    """Edges until each leads to the least id of its component: alternating large-star and small-star (Kiveris et al.,
-    "Connected Components in MapReduce and Beyond", 2014). A node's neighbours must fit in memory."""
-    known = steps.digest("near-duplicates: pairs")
-    for number in range(_MOST_ROUNDS):
+    """Replace edges until each leads to the smallest id of its component.
+
+    Alternates large-star and small-star (Kiveris et al., "Connected Components in MapReduce and Beyond", 2014). The
+    neighbours of a node must fit in memory.
+    """
+    previous = steps.digest("near-duplicates: pairs")
+    for number in range(_MAX_ROUNDS):
         if not count:
             return edges, 0
         name = f"near-duplicates: groups, round {number + 1}"
@@ -150,11 +154,11 @@ def _components(edges: Dataset, count: int, steps: Steps) -> tuple[Dataset, int]
         small = (
             large.flat_map(_large_star).group_by(itemgetter(0)).aggregate(others=Aggregate.collect(of=itemgetter(1)))
         )
-        edges, count = steps.keep(name, small.flat_map(_small_star).distinct().sort_by())
-        if steps.digest(name) == known:
+        edges, count = steps.cache(name, small.flat_map(_small_star).distinct().sort_by())
+        if steps.digest(name) == previous:
             return edges, count
-        known = steps.digest(name)
-    raise InvariantError("the groups of near-duplicates don't come to rest", got=f"{_MOST_ROUNDS} rounds")
+        previous = steps.digest(name)
+    raise InvariantError("the groups of near-duplicates do not converge", got=f"{_MAX_ROUNDS} rounds")
 
 
 def _both_ways(edge: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
@@ -162,13 +166,13 @@ def _both_ways(edge: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def _large_star(node: dict[str, Any]) -> Iterator[tuple[bytes, bytes]]:
-    """Greater neighbours are led to the least one; the greater id comes first."""
+    """Edges from greater neighbours to the smallest one; the greater id comes first."""
     least = min(node["key"], *node["others"])
     return ((other, least) for other in node["others"] if other > node["key"])
 
 
 def _small_star(node: dict[str, Any]) -> Iterator[tuple[bytes, bytes]]:
-    """The node and its lesser neighbours are led to the least one."""
+    """Edges from the node and its smaller neighbours to the smallest one."""
     least = min(node["others"])
     return ((other, least) for other in {node["key"], *node["others"]} if other != least)
 

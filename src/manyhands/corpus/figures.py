@@ -15,7 +15,7 @@ _EXACT, _NEAR = "exact duplicate", "near-duplicate"
 
 @dataclass(frozen=True, kw_only=True)
 class Dropped:
-    """Documents that were dropped for one reason: how many, and some of their texts."""
+    """The documents dropped for one reason: their number, and some of their texts."""
 
     reason: str
     documents: int
@@ -25,9 +25,9 @@ class Dropped:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFigures:
-    """What came of a corpus. The same whatever the workers, the memory and the engine; so there are no times.
+    """Figures of a corpus. They do not depend on workers, memory or engine, so there are no times among them.
 
-    lengths: how many documents have 1 token, 2 to 3, 4 to 7, and so on, their end included.
+    lengths: how many documents have 1 token, 2 to 3, 4 to 7, and so on, including the end token.
     """
 
     name: str
@@ -48,7 +48,7 @@ class CorpusFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSummary:
-    """Figures, and how long it took: seconds of each step (none if it was there already), and in all."""
+    """Figures and times: seconds of each step (empty if the corpus existed already), and in total."""
 
     path: str
     figures: CorpusFigures
@@ -56,19 +56,19 @@ class CorpusSummary:
     steps: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        """Of JSON's types only."""
+        """The summary as JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, said: dict[str, Any]) -> CorpusSummary:
-        """What `to_json` was given."""
-        told = said["figures"]
-        dropped = tuple(Dropped(**{**drop, "examples": tuple(drop["examples"])}) for drop in told["dropped"])
-        lists = {name: tuple(told[name]) for name in ("lengths", "examples")}
-        return cls(**{**said, "figures": CorpusFigures(**{**told, **lists, "dropped": dropped})})
+    def from_json(cls, value: dict[str, Any]) -> CorpusSummary:
+        """The inverse of `to_json`."""
+        figures = value["figures"]
+        dropped = tuple(Dropped(**{**drop, "examples": tuple(drop["examples"])}) for drop in figures["dropped"])
+        lists = {name: tuple(figures[name]) for name in ("lengths", "examples")}
+        return cls(**{**value, "figures": CorpusFigures(**{**figures, **lists, "dropped": dropped})})
 
     def __str__(self) -> str:
-        """For people, on a few lines."""
+        """A summary for people, in a few lines."""
         got = self.figures
         lines = [
             f"{got.name}: {format_count(got.tokens)} tokens in {format_count(got.documents)} documents, "
@@ -77,12 +77,12 @@ class CorpusSummary:
             f"{format_count(got.characters_read)} characters",
             *(
                 f"  dropped     {format_count(drop.documents)} ({_share(drop.documents, got.documents_read)}) "
-                f"{_reason_in_words(drop.reason)}"
+                f"{_describe_reason(drop.reason)}"
                 for drop in got.dropped
                 if drop.documents
             ),
-            f"  vocabulary  {got.vocabulary:,} ({got.tokenizer}), {_per_token(got)} characters a token",
-            f"  time        {format_seconds(self.seconds)}" if self.steps else "  was there already",
+            f"  vocabulary  {got.vocabulary:,} ({got.tokenizer}), {_per_token(got)} characters per token",
+            f"  time        {format_seconds(self.seconds)}" if self.steps else "  existed already",
             *(f"  {format_seconds(seconds):>10}  {name}" for name, seconds in self.steps.items()),
             f"  digest      {got.digest}",
         ]
@@ -92,7 +92,7 @@ class CorpusSummary:
 
 
 def duplicates_of(kind: str, documents: int, examples: Sequence[str]) -> Dropped:
-    """Duplicates that were dropped. kind: exact or near. Nobody has counted their characters."""
+    """The dropped duplicates. kind: "exact" or "near". Their characters are not counted."""
     reason = _EXACT if kind == "exact" else _NEAR
     return Dropped(reason=reason, documents=documents, characters=0, examples=tuple(examples))
 
@@ -100,46 +100,46 @@ def duplicates_of(kind: str, documents: int, examples: Sequence[str]) -> Dropped
 def card(figures: CorpusFigures, settings: Mapping[str, Any]) -> str:
     """The data card, as Markdown."""
     rows = "".join(
-        f"| {_reason_in_words(drop.reason)} | {drop.documents:,} | {_share(drop.documents, figures.documents_read)} |\n"
+        f"| {_describe_reason(drop.reason)} | {drop.documents:,} | {_share(drop.documents, figures.documents_read)} |\n"
         for drop in figures.dropped
     )
     tables = {name: table for name, table in settings.items() if isinstance(table, dict)}
-    said = "\n".join(
+    parameters = "\n".join(
         f"- {name}: " + ", ".join(f"{k} = {v!r}" for k, v in table.items()) for name, table in tables.items()
     )
     return f"""# {figures.name}
 
 {figures.tokens:,} tokens in {figures.documents:,} documents.
 A vocabulary of {figures.vocabulary:,} ({figures.tokenizer}).
-{_per_token(figures)} characters a token; {figures.token_bytes} bytes a token on disk. Digest `{figures.digest}`.
+{_per_token(figures)} characters per token; {figures.token_bytes} bytes per token on disk. Digest `{figures.digest}`.
 
 ## Documents
 
 | | documents | of those read |
 |---|---|---|
 | read | {figures.documents_read:,} | 100 % |
-{rows}| kept | {figures.documents:,} | {_share(figures.documents, figures.documents_read)} |
+{rows}| remaining | {figures.documents:,} | {_share(figures.documents, figures.documents_read)} |
 
 Bad records that were set aside: {figures.bad_records:,}.
 
-![How many documents have how many tokens]({PICTURE})
+![Histogram of the number of tokens per document]({PICTURE})
 
-## Examples of what was kept
+## Examples of documents
 
 {_quoted(figures.examples)}
-## Examples of what was dropped
+## Examples of dropped documents
 
-{"".join(_dropped_examples(drop) for drop in figures.dropped) or "Nothing was."}
-## Made by
+{"".join(_dropped_examples(drop) for drop in figures.dropped) or "None."}
+## Parameters
 
 Seed {settings["seed"]}.
 
-{said}
+{parameters}
 """
 
 
 def picture(lengths: Sequence[int]) -> str:
-    """A histogram of document lengths, in tokens, as SVG: written plainly, so its bytes depend on the numbers alone."""
+    """A histogram of document lengths in tokens, as SVG. Its bytes depend on the numbers alone."""
     most, width, height, left, bottom = max((*lengths, 1)), 640, 240, 50, 200
     step = (width - left - 10) / max(1, len(lengths))
     bars = []
@@ -155,7 +155,7 @@ def picture(lengths: Sequence[int]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
         f'font-size="10">\n<rect width="100%" height="100%" fill="white"/>\n'
-        f'<text x="{left}" y="18" font-size="13">Documents by their tokens (from so many to twice as many)</text>\n'
+        f'<text x="{left}" y="18" font-size="13">Documents by number of tokens (each bar: from N to 2 N)</text>\n'
         + "\n".join(bars)
         + f'\n<line x1="{left}" y1="{bottom}" x2="{width - 10}" y2="{bottom}" stroke="black"/>\n</svg>\n'
     )
@@ -169,15 +169,15 @@ def _per_token(figures: CorpusFigures) -> str:
     return f"{figures.characters / max(1, figures.tokens):.2f}"
 
 
-def _reason_in_words(reason: str) -> str:
+def _describe_reason(reason: str) -> str:
     return f"{reason}s" if reason in (_EXACT, _NEAR) else f"by the rule {reason}"
 
 
 def _dropped_examples(drop: Dropped) -> str:
-    return f"### {_reason_in_words(drop.reason)}\n\n{_quoted(drop.examples)}\n" if drop.examples else ""
+    return f"### {_describe_reason(drop.reason)}\n\n{_quoted(drop.examples)}\n" if drop.examples else ""
 
 
 def _quoted(examples: Sequence[str]) -> str:
-    """Texts as Markdown: indented by four, so nothing in them is read as Markdown."""
+    """Texts as indented Markdown blocks, so that nothing in them is interpreted."""
     blocks = ["".join(f"    {line}\n" for line in example[:400].split("\n")[:12]) for example in examples]
     return "\n---\n\n".join(blocks)

@@ -18,13 +18,13 @@ from manyhands.corpus.recipe import CorpusSchema, located, source_of
 from manyhands.corpus.steps import Steps
 from manyhands.corpus.text import (
     EXAMPLES,
-    KEPT,
+    NO_RULE,
     IsAmong,
     Judge,
     beginning,
-    is_kept,
     is_twice,
     nothing,
+    passes_rules,
     some_examples,
     words_of,
 )
@@ -58,18 +58,19 @@ _RECIPE, _SUMMARY, _CARD, _WORK = "recipe.json", "summary.json", "card.md", "wor
 
 _OURS = {_RECIPE, _SUMMARY, TOKENIZER, _CARD, _WORK, FOLDER, PICTURE, BAD_RECORDS}
 
-_SAMPLE = 200  # documents on which a faster tokenizer is compared with the reference
+_SAMPLE = 200
+"""Documents on which a faster tokenizer is compared with the reference."""
 
 
 def prepare_corpus(
     document: Document[CorpusSchema], out: str | Path, options: Options, *, overwrite: bool = False
 ) -> CorpusSummary:
-    """Prepare the corpus of a recipe into the folder `out`; what is there of it, finished or begun, is used.
+    """Prepare the corpus of a recipe in the folder `out`. Reuses its complete or partial output.
 
-    The bytes of tokens, tokenizer, card and picture depend on the recipe and its documents alone. Raises ConfigError
-    for a folder with something else in it, and what jobs raise; the same call then goes on where this one ended.
+    The bytes of tokens, tokenizer, card and picture depend on the recipe and its documents alone. Raises ConfigError if
+    the folder holds something else, and whatever the jobs raise. The same call then resumes.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     folder = Path(out).absolute()
     source = source_of(document)
     settings = document.schema.model_dump()
@@ -77,25 +78,25 @@ def prepare_corpus(
     identity = fingerprint_code([settings, source.identity, tokenizer and tokenizer.text])
     found = _found(folder, identity, overwrite=overwrite)
     if found is not None:
-        return replace(found, path=str(folder), seconds=time.monotonic() - began, steps={})
+        return replace(found, path=str(folder), seconds=time.monotonic() - started, steps={})
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(folder)
     write_atomic(str(folder / _RECIPE), _json({"identity": identity, "settings": settings}))
-    how = JobOptions(
+    job_options = JobOptions(
         workers=options.workers,
         memory=options.memory,
         max_bad_records=options.max_bad_records,
         engine=options.engine,
         progress=options.progress,
     )
-    steps = Steps(folder / _WORK, how)
-    figures = _Corpus(document.schema, folder, steps).made_of(source, tokenizer)
+    steps = Steps(folder / _WORK, job_options)
+    figures = _Corpus(document.schema, folder, steps).prepare(source, tokenizer)
     if bad := steps.bad_records():
         write_atomic(str(folder / BAD_RECORDS), bad)
     write_atomic(str(folder / PICTURE), picture(figures.lengths).encode())
     write_atomic(str(folder / _CARD), card(figures, settings).encode("utf-8", "replace"))
     summary = CorpusSummary(
-        path=str(folder), figures=figures, seconds=time.monotonic() - began, steps=dict(steps.seconds)
+        path=str(folder), figures=figures, seconds=time.monotonic() - started, steps=dict(steps.seconds)
     )
     write_atomic(str(folder / _SUMMARY), _json(summary.to_json()))
     shutil.rmtree(folder / _WORK)
@@ -103,38 +104,38 @@ def prepare_corpus(
 
 
 class _Corpus:
-    """The steps of one corpus, into one folder."""
+    """The steps that prepare one corpus in one folder."""
 
     def __init__(self, schema: CorpusSchema, folder: Path, steps: Steps) -> None:
-        self._schema, self._folder, self._steps, self._how = schema, folder, steps, steps.how
+        self._schema, self._folder, self._steps, self._options = schema, folder, steps, steps.options
 
-    def made_of(self, source: Dataset, tokenizer: TokenizerEncoder | None) -> CorpusFigures:
-        """All of them. Raises DataError if no document is left."""
+    def prepare(self, source: Dataset, tokenizer: TokenizerEncoder | None) -> CorpusFigures:
+        """Run all steps. Raises DataError if no document is left."""
         clean = self._schema.clean
         judge = Judge(self._schema.input.text, clean.unicode, clean.rules())
-        judged, read = self._steps.keep("clean", source.map(judge))
+        judged, num_read = self._steps.cache("clean", source.map(judge))
         rules = self._by_rule(judged)
-        kept = rules.pop(KEPT, Dropped(reason=KEPT, documents=0, characters=0, examples=()))
-        if not kept.documents:
+        accepted = rules.pop(NO_RULE, Dropped(reason=NO_RULE, documents=0, characters=0, examples=()))
+        if not accepted.documents:
             reasons = ", ".join(f"{rule}: {drop.documents}" for rule, drop in rules.items())
             raise DataError(
                 "no document is left after cleaning",
-                expected="documents that the rules of [clean] let pass",
-                got=f"{read} documents; dropped by {reasons}" if read else "no documents at all",
-                hint="look at the rules' thresholds, and at what input.paths names",
+                expected="documents that pass the rules of [clean]",
+                got=f"{num_read} documents; dropped by {reasons}" if num_read else "no documents",
+                hint="check the thresholds of the rules, and input.paths",
             )
-        documents, duplicates = self._unique(judged.filter(is_kept), kept.documents)
+        documents, duplicates = self._unique(judged.filter(passes_rules), accepted.documents)
         encoder, kind = self._encoder(documents, tokenizer)
         written = self._tokens(documents, encoder)
         lengths = _lengths(written)
         totals = documents.group_by(nothing).aggregate(
             characters=Aggregate.sum(of="characters"), examples=some_examples()
         )
-        (total,) = totals.take(1, **self._how)
+        (total,) = totals.take(1, **self._options)
         return CorpusFigures(
             name=self._schema.name,
-            documents_read=read,
-            characters_read=kept.characters + sum(drop.characters for drop in rules.values()),
+            documents_read=num_read,
+            characters_read=accepted.characters + sum(drop.characters for drop in rules.values()),
             bad_records=self._steps.bad_records().count(b"\n"),
             dropped=(*rules.values(), *duplicates),
             documents=written.records,
@@ -149,7 +150,7 @@ class _Corpus:
         )
 
     def _by_rule(self, judged: Dataset) -> dict[str, Dropped]:
-        """What each rule has dropped, and under `KEPT` what none has."""
+        """What each rule dropped, by rule. `NO_RULE` has the documents that none dropped."""
         groups = judged.group_by("rule").aggregate(
             documents=Aggregate.count(), characters=Aggregate.sum(of="characters"), examples=some_examples()
         )
@@ -160,46 +161,46 @@ class _Corpus:
                 characters=group["characters"],
                 examples=tuple(group["examples"]),
             )
-            for group in groups.take(1000, **self._how)
+            for group in groups.take(1000, **self._options)
         }
 
     def _unique(self, documents: Dataset, count: int) -> tuple[Dataset, list[Dropped]]:
-        """Without duplicates, as the recipe says; what was dropped."""
+        """The documents without the duplicates that the recipe removes, and what was dropped."""
         table, dropped = self._schema.duplicates, []
         if table.exact:
-            unique, left = self._steps.keep("exact duplicates", documents.distinct(key="id"))
+            unique, left = self._steps.cache("exact duplicates", documents.distinct(key="id"))
             again = documents.map(beginning).group_by("id")
             twice = again.aggregate(documents=Aggregate.count(), text=Aggregate.first(of="text")).filter(is_twice)
-            examples = [group["text"] for group in twice.take(EXAMPLES, **self._how)] if left < count else []
+            examples = [group["text"] for group in twice.take(EXAMPLES, **self._options)] if left < count else []
             dropped.append(duplicates_of("exact", count - left, examples))
             documents, count = unique, left
         if table.near:
             pairs, near = near_duplicates(documents, table.minhash(), self._steps)
-            examples = self._pairs_in_words(documents, pairs.take(EXAMPLES, **self._how)) if near else []
+            examples = self._describe_pairs(documents, pairs.take(EXAMPLES, **self._options)) if near else []
             dropped.append(duplicates_of("near", near, examples))
             if near:
-                documents, _ = self._steps.keep("near-duplicates: removed", without(documents, pairs))
+                documents, _ = self._steps.cache("near-duplicates: removed", without(documents, pairs))
         return documents, dropped
 
-    def _pairs_in_words(self, documents: Dataset, pairs: list[tuple[bytes, bytes]]) -> list[str]:
-        """Near-duplicates beside what stays instead."""
+    def _describe_pairs(self, documents: Dataset, pairs: list[tuple[bytes, bytes]]) -> list[str]:
+        """Examples of near-duplicates, each with the document that stays."""
         ids = frozenset(one for pair in pairs for one in pair)
-        found = documents.filter(IsAmong(ids)).map(beginning).take(len(ids), **self._how)
+        found = documents.filter(IsAmong(ids)).map(beginning).take(len(ids), **self._options)
         texts = {document["id"]: "\n".join(document["text"].split("\n")[:5]) for document in found}
-        return [f"{texts[dropped][:190]}\n  (stays instead:)\n{texts[stays][:190]}" for dropped, stays in pairs]
+        return [f"{texts[dropped][:190]}\n  (this one stays:)\n{texts[stays][:190]}" for dropped, stays in pairs]
 
     def _encoder(
         self, documents: Dataset, tokenizer: TokenizerEncoder | None
     ) -> tuple[ByteEncoder | TokenizerEncoder, str]:
-        """What makes tokens, and what it is called. A tokenizer is written beside the tokens."""
+        """The encoder, and its description. Writes the tokenizer next to the tokens."""
         table, kind = self._schema.tokenizer, f"of {self._schema.tokenizer.file}"
         if table.vocabulary is not None:
             words = documents.sample(table.sample, seed=self._schema.seed).flat_map(words_of).group_by()
-            counts, number = self._steps.keep(
+            counts, number = self._steps.cache(
                 "vocabulary: words", words.aggregate(documents=Aggregate.count()).filter(is_twice)
             )
-            self._steps.begin("vocabulary: pairs")
-            counted = {row["key"]: row["documents"] for row in counts.take(number, **self._how)}
+            self._steps.start("vocabulary: pairs")
+            counted = {row["key"]: row["documents"] for row in counts.take(number, **self._options)}
             text = tokenizer_json(train_bpe(counted, table.vocabulary))
             self._steps.end("vocabulary: pairs")
             tokenizer, kind = encoder_of(text, END_OF_TEXT, str(self._folder / TOKENIZER)), "byte-level BPE, trained"
@@ -207,36 +208,37 @@ class _Corpus:
             return ByteEncoder(), "bytes"
         write_atomic(str(self._folder / TOKENIZER), tokenizer.text.encode())
         if table.fast:
-            sample = [document["text"] for document in documents.take(_SAMPLE, **self._how)]
-            tokenizer, why_not = faster(tokenizer, sample)
-            if why_not and self._how.get("progress", True):
-                sys.stderr.write(f"tokenized by {REFERENCE}: {why_not}\n")
+            sample = [document["text"] for document in documents.take(_SAMPLE, **self._options)]
+            tokenizer, reason = faster(tokenizer, sample)
+            if reason and self._options.get("progress", True):
+                sys.stderr.write(f"tokenized by {REFERENCE}: {reason}\n")
         return tokenizer, kind
 
     def _tokens(self, documents: Dataset, encoder: ByteEncoder | TokenizerEncoder) -> PrepareSummary:
-        """Tokens in a random order of documents, in files."""
-        self._steps.begin("tokens")
+        """Write the tokens of all documents, in random order, to files."""
+        self._steps.start("tokens")
         shuffled = documents.map_batches(encoder).shuffle(self._schema.seed)
         schema = token_schema(encoder.vocabulary)
         written = shuffled.write(
-            str(self._folder / FOLDER), format="tokens", schema=schema, overwrite=True, **self._how
+            str(self._folder / FOLDER), format="tokens", schema=schema, overwrite=True, **self._options
         )
         self._steps.end("tokens")
         return written
 
 
 def _lengths(written: PrepareSummary) -> NDArray[np.integer]:
-    """How many tokens each document has, its end included."""
+    """The number of tokens of each document, including its end token."""
     files = [map_tokens(f"{written.path}/{name}") for name in written.files]
     return np.concatenate([np.diff(file.ends, prepend=np.uint64(0)) for file in files])
 
 
 def _given_tokenizer(document: Document[CorpusSchema]) -> TokenizerEncoder | None:
-    """That of the recipe's file, if it names one. Raises ConfigError, DataError."""
+    """The tokenizer file that the recipe names; None if it names none. Raises ConfigError, DataError."""
     table = document.schema.tokenizer
     if table.file is None:
         if table.vocabulary is not None:
-            load_tokenizer(tokenizer_json(train_bpe({}, 0)))  # without the package, say so before hours of work
+            # If the package is missing, this raises now, and not after hours of work.
+            load_tokenizer(tokenizer_json(train_bpe({}, 0)))
         return None
     path, where = located(document, table.file, "tokenizer", "file"), document.origin("tokenizer", "file")
     try:
@@ -247,32 +249,32 @@ def _given_tokenizer(document: Document[CorpusSchema]) -> TokenizerEncoder | Non
 
 
 def _found(folder: Path, identity: str, *, overwrite: bool) -> CorpusSummary | None:
-    """What is there of the same corpus, if it is complete. Raises ConfigError if there is something else."""
+    """The summary of the same corpus if it is complete. Raises ConfigError if the folder holds something else."""
     names = [name for name in names_in(folder) if not is_temporary(name)]
     if folder.exists() and not folder.is_dir():
         raise ConfigError("the output folder is a file", where=str(folder), hint="choose another path")
     foreign = [name for name in names if name not in _OURS] or (names if names and _RECIPE not in names else [])
     if foreign:
         raise ConfigError(
-            "the output folder holds something that isn't an output",
+            "the output folder holds something that is not an output",
             where=str(folder),
             expected="a new folder, an empty one, or one of an earlier run",
             got=f"a folder with {', '.join(foreign[:5])}",
             hint="choose another folder; nothing was written",
         )
-    there = _read_json(folder / _RECIPE).get("identity") if names else identity
-    if there != identity:
+    existing = _read_json(folder / _RECIPE).get("identity") if names else identity
+    if existing != identity:
         if not overwrite:
             raise ConfigError(
                 "the output folder holds another corpus",
                 where=str(folder),
-                hint="the recipe or its documents have changed: use --out for a new folder, or delete that one",
+                hint="the recipe or its documents have changed: use --out for a new folder, or delete this one",
             )
         for name in names:
             remove(str(folder / name))
         return None
-    said = _read_json(folder / _SUMMARY)
-    return CorpusSummary.from_json(said) if said and (folder / FOLDER / MANIFEST).exists() else None
+    summary = _read_json(folder / _SUMMARY)
+    return CorpusSummary.from_json(summary) if summary and (folder / FOLDER / MANIFEST).exists() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,38 +14,38 @@ from manyhands.prepare.options import JobOptions
 
 
 class Steps:
-    """Runs jobs with one engine, each in a folder of its own in `folder`. seconds: how long each took."""
+    """Runs the jobs of a corpus, each in its own folder in `folder`. seconds: of each step, by name."""
 
-    def __init__(self, folder: Path, how: JobOptions) -> None:
-        self.how, self.seconds = how, dict[str, float]()
+    def __init__(self, folder: Path, options: JobOptions) -> None:
+        self.options, self.seconds = options, dict[str, float]()
         self._folder = folder
         self._manifests: dict[str, dict[str, Any]] = {}
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
-    def begin(self, name: str) -> None:
-        """Tell which step begins."""
-        self._began = time.monotonic()
-        if self.how.get("progress", True):
+    def start(self, name: str) -> None:
+        """Start a step, and print its name."""
+        self._started = time.monotonic()
+        if self.options.get("progress", True):
             sys.stderr.write(f"{name}\n")
 
     def end(self, name: str) -> None:
-        """Note how long the step took."""
-        self.seconds[name] = time.monotonic() - self._began
+        """Record how long the step took."""
+        self.seconds[name] = time.monotonic() - self._started
 
-    def keep(self, name: str, records: Dataset) -> tuple[Dataset, int]:
-        """The same records, computed now if they aren't there; and how many they are."""
-        self.begin(name)
+    def cache(self, name: str, records: Dataset) -> tuple[Dataset, int]:
+        """The same records, computed and cached unless an earlier run has; and their number."""
+        self.start(name)
         folder = str(self._folder / re.sub(r"\W+", "-", name))
-        kept = records.cache(folder)
-        kept.take(1, **self.how)
+        cached = records.cache(folder)
+        cached.take(1, **self.options)
         self._manifests[name] = read_output_manifest(folder) or {}
         self.end(name)
-        return kept, int(self._manifests[name]["records"])
+        return cached, int(self._manifests[name]["records"])
 
     def digest(self, name: str) -> str:
-        """Of all records of a step that was kept."""
+        """The digest of the cached records of a step."""
         return str(self._manifests[name]["digest"])
 
     def bad_records(self) -> bytes:
-        """Those of all steps that were set aside, as lines of JSON."""
+        """The records that all steps set aside, as JSON lines."""
         return b"".join(path.read_bytes() for path in sorted(self._folder.glob(f"*/{BAD_RECORDS}")))

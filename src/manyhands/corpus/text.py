@@ -1,8 +1,6 @@
 """Cleaning rules, and small functions on documents.
 
-Cleaning documents: one form of Unicode, and rules that hold for any language. Plain functions of a text.
-
-Small functions of documents, for jobs: their words, examples of them, which are whose duplicates.
+Cleaning normalizes Unicode, and applies rules that hold for any language.
 """
 
 from __future__ import annotations
@@ -23,27 +21,30 @@ from manyhands.prepare.records.aggregate import Aggregate
 
 FORMS = ("NFC", "NFKC", "none")
 
-KEPT = ""  # the rule of documents that no rule drops
+NO_RULE = ""
+"""The rule of documents that no rule drops."""
 
-EXAMPLE_CHARACTERS = 400  # of a dropped document that are kept, to be shown
+EXAMPLE_CHARACTERS = 400
+"""Characters of a dropped document that the data card may show."""
 
-# Control characters but tab and line feed, marks of byte order, lone surrogates, and what Unicode says is no character.
-_UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+# Control characters except tab and line feed, byte order marks, lone surrogates, and noncharacters of Unicode.
+_REMOVED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
-def in_one_form(text: str, form: str) -> str:
-    """The text in a normal form of Unicode, with line feeds as line ends and without control characters."""
-    text = _UNWANTED.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+def normalized(text: str, form: str) -> str:
+    """The text in a Unicode normal form, with line feeds as line ends and without control characters."""
+    text = _REMOVED.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return text if form == "none" else unicodedata.normalize(form, text)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Which documents are dropped. Shares are of characters, from 0 to 1.
+    """Rules that drop documents. Shares are shares of characters, from 0 to 1.
 
-    min_characters, max_characters: its length. min_letters: letters, marks and digits of all that isn't white space.
-    max_replaced: U+FFFD, which stands for what somebody couldn't decode. max_repeated_lines: in lines that have come
-    before in the document (Rae et al., "Scaling Language Models", 2021, table A1, there 0.2). max_line: the mean line.
+    min_characters, max_characters: length of the document. min_letters: share of letters, marks and digits among
+    characters that are not white space. max_replaced: share of U+FFFD, the replacement of undecodable bytes.
+    max_repeated_lines: share of characters in lines that occurred before in the document (Rae et al., "Scaling Language
+    Models", 2021, table A1, with 0.2). max_line: mean length of a line.
     """
 
     min_characters: int = 50
@@ -54,7 +55,7 @@ class Rules:
     max_line: int = 10_000
 
     def broken_by(self, text: str) -> str:
-        """The name of the first rule that drops the text; `KEPT` if none does."""
+        """The name of the first rule that drops the text; NO_RULE if none does."""
         length = len(text)
         if length < self.min_characters:
             return "min_characters"
@@ -69,7 +70,7 @@ class Rules:
             return "max_line"
         if _repeated(lines) > self.max_repeated_lines * length:
             return "max_repeated_lines"
-        return KEPT
+        return NO_RULE
 
 
 def _share_of_letters(text: str) -> float:
@@ -82,16 +83,16 @@ def _share_of_letters(text: str) -> float:
 
 
 def _repeated(lines: list[str]) -> int:
-    """How many characters are in lines that have come before; lines of up to 3 (brackets, say) don't count."""
+    """The characters in repeated lines. Lines of up to 3 characters (brackets, for example) are not counted."""
     counts = Counter(stripped for line in lines if len(stripped := line.strip()) > 3)
     return sum((count - 1) * len(line) for line, count in counts.items())
 
 
 @dataclass(frozen=True)
 class Judge:
-    """From a record to a document: `id`, `text`, `characters`, and the `rule` that drops it.
+    """Makes a document of a record: `id`, `text`, `characters`, and the `rule` that drops it.
 
-    id: 16 bytes that stand for the text (BLAKE2b), so that equal documents have equal ones.
+    id: a hash of the text (BLAKE2b, 16 bytes), so that equal documents have equal ids.
     """
 
     column: str
@@ -99,31 +100,31 @@ class Judge:
     rules: Rules
 
     def __call__(self, record: Any) -> dict[str, Any]:
-        """Raises DataError for a record that has no text."""
+        """Raises DataError for a record without text."""
         text = record if isinstance(record, str) else record.get(self.column) if isinstance(record, dict) else None
         if not isinstance(text, str):
             known = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
             raise DataError(f"the record has no text in column {self.column!r}", got=known)
-        text = in_one_form(text, self.form)
+        text = normalized(text, self.form)
         rule = self.rules.broken_by(text)
         return {
             "id": hashlib.blake2b(text.encode(), digest_size=16).digest(),
-            "text": text if rule == KEPT else text[:EXAMPLE_CHARACTERS],
+            "text": text if rule == NO_RULE else text[:EXAMPLE_CHARACTERS],
             "characters": len(text),
             "rule": rule,
         }
 
 
-def is_kept(document: dict[str, Any]) -> bool:
-    """No rule drops it."""
-    return bool(document["rule"] == KEPT)
+def passes_rules(document: dict[str, Any]) -> bool:
+    """True if no rule drops the document."""
+    return bool(document["rule"] == NO_RULE)
 
 
 EXAMPLES = 3
 
 
 def words_of(document: dict[str, Any]) -> list[str]:
-    """Its words, as byte-level BPE cuts them before it merges. Raises ConfigError without the package regex."""
+    """The words of a document, as byte-level BPE splits them before merging. Raises ConfigError without regex."""
     found: list[str] = _pattern().findall(document["text"])
     return found
 
@@ -140,23 +141,23 @@ def _pattern() -> Any:
 
 
 def some_examples() -> Aggregate:
-    """The beginnings of the documents with the least ids: some that seem chosen at random, always the same."""
+    """The beginnings of the documents with the smallest ids: a random-looking but reproducible choice."""
     return Aggregate(start=_example, add=_one_more, merge=_both, finish=_texts)
 
 
 def beginning(document: dict[str, Any]) -> dict[str, Any]:
-    """The document, with no more of its text than an example shows."""
+    """The document with only the part of its text that an example shows."""
     return {**document, "text": document["text"][:EXAMPLE_CHARACTERS]}
 
 
 def is_twice(group: dict[str, Any]) -> bool:
-    """More than one document has the key."""
+    """True if more than one document has the key."""
     return bool(group["documents"] > 1)
 
 
 @dataclass(frozen=True)
 class IsAmong:
-    """Whether a document's id is one of these."""
+    """True for documents whose id is one of `ids`."""
 
     ids: frozenset[bytes]
 
@@ -165,7 +166,7 @@ class IsAmong:
 
 
 def nothing(_: Any) -> int:
-    """The same key for all."""
+    """One key for all records."""
     return 0
 
 

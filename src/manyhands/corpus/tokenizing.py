@@ -1,9 +1,8 @@
 """Byte-pair vocabularies and encoders.
 
-Training a byte-pair vocabulary from counted words: in one place, and to the same vocabulary every time.
-Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units", 2016; on bytes as in GPT-2.
-
-From texts to tokens: bytes, Hugging Face's tokenizers, or a faster library that was found to give the same.
+A vocabulary is trained from counted words, in one process and deterministically (Sennrich, Haddow and Birch, "Neural
+Machine Translation of Rare Words with Subword Units", 2016; on bytes, as GPT-2 does). Texts are encoded as bytes, by
+Hugging Face's tokenizers, or by a faster library that gives the same tokens.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-# GPT-2's words: a contraction's end; letters, digits or other signs, with the space before; white space.
+# GPT-2's words: the end of a contraction; letters, digits or other characters with a leading space; white space.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 END_OF_TEXT = "<|endoftext|>"
 
-END = 256  # tokens 0 to 255 are the bytes, the next one is the end of a document
+END = 256  # the token for the end of a document; tokens 0 to 255 are the bytes
 
 Pair = tuple[int, int]
 
 
 class Vocabulary:
-    """Tokens by number, and the pairs that were merged to make them. Names are those of tokenizer files."""
+    """Tokens by number, and the merged pairs. Names are those of tokenizer files."""
 
     def __init__(self) -> None:
         self.names = [*_names_of_bytes(), END_OF_TEXT]
@@ -47,7 +46,7 @@ class Vocabulary:
         self._ids = {name: number for number, name in enumerate(self.names)}
 
     def merge(self, pair: Pair) -> int:
-        """The token that stands for a pair from now on: a new one, or one that other pairs have made already."""
+        """Merge a pair, and return its token: a new one, or one that another pair has produced already."""
         name = self.names[pair[0]] + self.names[pair[1]]
         if name not in self._ids:
             self._ids[name] = len(self.names)
@@ -57,10 +56,10 @@ class Vocabulary:
 
 
 def train_bpe(counts: Mapping[str, int], size: int) -> Vocabulary:
-    """A vocabulary of `size` tokens: the bytes, the end of a document, and what is merged.
+    """Train a vocabulary of `size` tokens: the bytes, the end of a document, and merged pairs.
 
-    Merged is what stands side by side most often; of equals, the pair with the least tokens. Fewer come out if no pair
-    comes twice any more. counts: how often each word comes; their order doesn't matter.
+    Merges the most frequent adjacent pair; among equals, the pair with the smallest tokens. Stops early if no pair
+    occurs twice. counts: how often each word occurs, in any order.
     """
     words = [(list(word.encode()), count) for word, count in sorted(counts.items())]
     found: dict[Pair, int] = defaultdict(int)
@@ -74,7 +73,7 @@ def train_bpe(counts: Mapping[str, int], size: int) -> Vocabulary:
     vocabulary = Vocabulary()
     while heap and len(vocabulary.names) < size:
         count, pair = heapq.heappop(heap)
-        if -count != found[pair]:  # changed since: it has an entry of its own
+        if -count != found[pair]:  # an outdated entry: the pair's count has changed since
             continue
         if -count < 2:
             break
@@ -88,7 +87,7 @@ def train_bpe(counts: Mapping[str, int], size: int) -> Vocabulary:
 def _merge(
     pair: Pair, token: int, words: list[tuple[list[int], int]], found: dict[Pair, int], where: dict[Pair, set[int]]
 ) -> set[Pair]:
-    """Put the token in place of the pair in all words; the pairs whose counts have changed."""
+    """Replace the pair by the token in all words. Return the pairs whose counts have changed."""
     changed: set[Pair] = set()
     for index in where.pop(pair):
         word, count = words[index]
@@ -118,11 +117,11 @@ def _merged(word: list[int], pair: Pair, token: int) -> list[int]:
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> str:
-    """The vocabulary as a file of Hugging Face's tokenizers: byte-level BPE."""
+    """The vocabulary as a tokenizer.json of Hugging Face's tokenizers: byte-level BPE."""
     names = vocabulary.names
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    described = {
+    document = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -144,11 +143,11 @@ def tokenizer_json(vocabulary: Vocabulary) -> str:
             "merges": [[names[left], names[right]] for left, right in vocabulary.merges],
         },
     }
-    return json.dumps(described, ensure_ascii=False, indent=1) + "\n"
+    return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
 
 
 def _names_of_bytes() -> list[str]:
-    """The characters that stand for the 256 bytes in such files: those that can be seen stand for themselves."""
+    """The characters that represent the 256 bytes in such files: visible ones represent themselves."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     names, hidden = [], 0
     for byte in range(END):
@@ -162,21 +161,22 @@ REFERENCE, FAST = "tokenizers", "gigatoken"
 
 @dataclass(frozen=True)
 class ByteEncoder:
-    """A token a byte of UTF-8, and one for the end of each document. Needs no other library."""
+    """One token per byte of UTF-8, and one for the end of each document. Needs no library."""
 
     vocabulary = END + 1
 
     def __call__(self, documents: pa.Table) -> pa.Table:
-        """A table of `tokens` for one with `text`."""
+        """Encode a table with the column `text` as a table with the column `tokens`."""
         texts = documents.column("text").to_pylist()
         return _table([np.frombuffer(text.encode(), np.uint8) for text in texts], END, self.vocabulary)
 
 
 @dataclass(frozen=True)
 class TokenizerEncoder:
-    """The tokens of a tokenizer.json, whose text this holds, and `end` after each document.
+    """Encodes with a tokenizer.json, and adds `end` after each document.
 
-    What looks like a special token in a text is text. library: what encodes.
+    text: the contents of the tokenizer.json. A special token in a document is encoded as plain text. library: the
+    library that encodes.
     """
 
     text: str
@@ -185,13 +185,13 @@ class TokenizerEncoder:
     library: str = REFERENCE
 
     def __call__(self, documents: pa.Table) -> pa.Table:
-        """A table of `tokens` for one with `text`."""
+        """Encode a table with the column `text` as a table with the column `tokens`."""
         return _table(self.encode(documents.column("text").to_pylist()), self.end, self.vocabulary)
 
     def encode(self, texts: list[str]) -> list[NDArray[Any]]:
         """The tokens of each text, without `end`."""
         tokenizer = load_tokenizer(self.text)
-        if self.library == FAST:  # which takes what looks like a special token for one: such texts aren't for it
+        if self.library == FAST:  # it would encode special tokens in a text as such, so such texts use the reference
             library, special = _fast(self.text), _special_tokens(self.text)
             plain = [text for text in texts if not any(token in text for token in special)]
             if len(plain) == len(texts):
@@ -200,7 +200,7 @@ class TokenizerEncoder:
 
 
 def encoder_of(text: str, end_of_text: str, where: str) -> TokenizerEncoder:
-    """The encoder of a tokenizer.json. Raises DataError for what isn't one, ConfigError for another `end_of_text`."""
+    """The encoder of a tokenizer.json. Raises DataError for an invalid file, ConfigError without `end_of_text`."""
     tokenizer = load_tokenizer(text, where)
     end = tokenizer.token_to_id(end_of_text)
     if end is None:
@@ -209,21 +209,24 @@ def encoder_of(text: str, end_of_text: str, where: str) -> TokenizerEncoder:
             f"the tokenizer has no token {end_of_text}",
             where=where,
             expected=f"the token for a document's end; its special tokens are {', '.join(added[:9]) or 'none'}",
-            hint='say it: [tokenizer] end_of_text = "..."',
+            hint='set it: [tokenizer] end_of_text = "..."',
         )
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     return TokenizerEncoder(text, end, largest + 1)
 
 
 def faster(encoder: TokenizerEncoder, sample: Sequence[str]) -> tuple[TokenizerEncoder, str]:
-    """The encoder with the faster library, if it is installed and gives the same tokens for a sample; and why not."""
+    """The encoder with the faster library, if that is installed and gives the same tokens for `sample`.
+
+    Otherwise returns `encoder`, and the reason as text.
+    """
     quick = TokenizerEncoder(encoder.text, encoder.end, encoder.vocabulary, FAST)
     try:
         found = quick.encode(list(sample))
     except ImportError:
         return encoder, f"{FAST} isn't installed"
-    except Exception as error:  # whatever a young library raises for a tokenizer that it doesn't know
-        return encoder, f"{FAST} can't take this tokenizer: {type(error).__name__}: {error}"
+    except Exception as error:  # the library raises various errors for unsupported tokenizers
+        return encoder, f"{FAST} does not support this tokenizer: {type(error).__name__}: {error}"
     for text, ours, theirs in zip(sample, encoder.encode(list(sample)), found, strict=True):
         if not np.array_equal(ours, theirs):
             return encoder, f"{FAST} gives other tokens for {text[:40]!r}"
@@ -232,7 +235,7 @@ def faster(encoder: TokenizerEncoder, sample: Sequence[str]) -> tuple[TokenizerE
 
 @lru_cache(maxsize=2)
 def load_tokenizer(text: str, where: str | None = None) -> Any:
-    """A tokenizer of Hugging Face's library. Raises ConfigError without that, DataError for a broken file."""
+    """Load a tokenizer with Hugging Face's library. Raises ConfigError without it, DataError for an invalid file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
     try:
         tokenizers: Any = importlib.import_module("tokenizers")
@@ -264,7 +267,7 @@ def _fast(text: str) -> Any:
 
 
 def _table(documents: Sequence[NDArray[Any]], end: int, vocabulary: int) -> pa.Table:
-    """Documents as a column of lists, each with its end token."""
+    """A table with the documents as a column of lists, each with its end token."""
     import pyarrow as pa
 
     lengths = np.array([len(document) + 1 for document in documents], np.int64)

@@ -1,7 +1,4 @@
-"""Options of a data job: workers, memory, engine. They never change the output.
-
-With what a job is done: workers, memory, engine. None of it changes a byte of the output.
-"""
+"""Options of a data job: workers, memory, engine. They never change the output."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ EXPECTED = 'dask://scheduler:8786, ray, ray://head:10001, "rank 2 of 8", ranks'
 
 
 def check_engine(engine: object) -> None:
-    """Raises ConfigError if it is no engine and names none, or if what the name needs isn't installed."""
+    """Check that `engine` is an engine or names one, and that its package is installed. Raises ConfigError."""
     if hasattr(engine, "submit"):
         return
     name = engine if isinstance(engine, str) else ""
@@ -31,7 +28,7 @@ def check_engine(engine: object) -> None:
         return
     kind = name.partition("://")[0]
     if kind not in ("dask", "ray") or (kind == "dask" and name == "dask"):
-        raise ConfigError("there is no such engine", expected=EXPECTED, got=repr(engine))
+        raise ConfigError("unknown engine", expected=EXPECTED, got=repr(engine))
     package = {"dask": "distributed", "ray": "ray"}[kind]
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
@@ -42,7 +39,7 @@ def check_engine(engine: object) -> None:
 
 
 def rank_of(options: Options) -> Rank | None:
-    """The rank that this process is, if it is one."""
+    """The rank of this process; None if it is not one of several ranks."""
     from manyhands.prepare.engines.ranks import Ranks
 
     if isinstance(options.engine, Ranks):
@@ -51,26 +48,28 @@ def rank_of(options: Options) -> Rank | None:
 
 
 def patience_seconds(options: Options) -> float:
-    """How long a rank waits for the others before it does their part."""
+    """How long a rank waits for other ranks before it runs their tasks."""
     from manyhands.prepare.engines.ranks import RANK_PATIENCE_SECONDS, Ranks
 
     return options.engine.patience_seconds if isinstance(options.engine, Ranks) else RANK_PATIENCE_SECONDS
 
 
-LEAST_BYTES = 192 * MIB  # that a worker needs, whatever it does
+LEAST_BYTES = 192 * MIB
+"""The least memory of a worker."""
 
 _UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class JobOptions(TypedDict, total=False):
-    """What every method that runs a job takes beside its own arguments.
+    """Keyword arguments of every method that runs a job.
 
-    workers: processes on this machine (default: one a CPU; 0: none, tasks run in this process). memory: for all of
-    them together, a number of bytes or text like "2GiB" (default: 70 % of the machine's); fewer workers run if it
-    is too little for all. max_bad_records: how many records may be set aside (default 0). engine: where tasks run, if
-    not on this machine alone: "dask://scheduler:8786", "ray", "ray://head:10001"; "rank 2 of 8" or "ranks" (the
-    scheduler says which) for one of several runs of the script that share the work; or an object with `submit`.
-    progress: show it on standard error (default: yes).
+    workers: processes on this machine (default: one per CPU; 0: tasks run in this process).
+    memory: for all workers together, in bytes or as text like "2GiB" (default: 70 % of the machine's). If it is too
+        little for all workers, fewer run.
+    max_bad_records: how many records may be set aside (default 0).
+    engine: where tasks run: "dask://scheduler:8786", "ray" or "ray://head:10001"; "rank 2 of 8", or "ranks" if the
+        scheduler sets the rank, for one of several runs of the script that share the work; or an object with `submit`.
+    progress: show progress on standard error (default: True).
     """
 
     workers: int | None
@@ -82,7 +81,7 @@ class JobOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`How`, checked. Raises ConfigError."""
+    """`JobOptions`, checked. Raises ConfigError."""
 
     workers: int | None = None
     memory: int | str | None = None
@@ -93,7 +92,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, value in (("workers", self.workers), ("max_bad_records", self.max_bad_records)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ConfigError(f"{name} is not a whole number of at least 0", got=repr(value))
+                raise ConfigError(f"{name} is not an integer of at least 0", got=repr(value))
         if self.memory is not None and self.total_bytes() < LEAST_BYTES:
             raise ConfigError(
                 "memory is too little for one worker",
@@ -108,24 +107,24 @@ class Options:
         return _machine_bytes() * 7 // 10 if self.memory is None else parse_bytes(self.memory)
 
     def num_workers(self) -> int:
-        """How many processes there are on this machine; fewer than wanted, if the memory is too little for all."""
+        """The number of processes on this machine; fewer than requested if the memory is too little for all."""
         return min(self.workers or _cpus(), max(1, self.total_bytes() // LEAST_BYTES))
 
     def described(self) -> dict[str, Any]:
-        """For the record of a job."""
+        """The options as a job's events record them."""
         where = self.engine if isinstance(self.engine, str) else type(self.engine).__name__
         of_engine = {"engine": where} if self.engine is not None else {"workers": self.num_workers()}
         return {**of_engine, "memory_bytes": self.total_bytes(), "max_bad_records": self.max_bad_records}
 
     def alone(self) -> Options:
-        """The same, without other ranks: for what they needn't share."""
+        """The same options without other ranks, for work that is not shared."""
 
         return self if rank_of(self) is None else replace(self, engine=None)
 
 
-def options_of(how: JobOptions) -> Options:
-    """The options that a caller gave. Raises ConfigError for one that isn't known."""
-    given: dict[str, Any] = dict(how)
+def options_of(keywords: JobOptions) -> Options:
+    """Check the options that a caller passed. Raises ConfigError for an unknown option."""
+    given: dict[str, Any] = dict(keywords)
     known = [field.name for field in fields(Options)]
     for name in given:
         if name not in known:
@@ -139,7 +138,7 @@ def options_of(how: JobOptions) -> Options:
 
 
 def parse_bytes(text: int | str) -> int:
-    """A number of bytes, also as text: 2GiB, 512 MiB, 1.5GB. Raises ConfigError."""
+    """Parse a number of bytes: an int, or text like 2GiB, 512 MiB, 1.5GB. Raises ConfigError."""
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
@@ -148,7 +147,7 @@ def parse_bytes(text: int | str) -> int:
             return int(float(match[1]) * _UNITS[match[2].upper()])
         except ValueError:
             pass
-    raise ConfigError("an amount of memory can't be understood", expected="2GiB, 512MiB or a number of bytes", got=text)
+    raise ConfigError("an amount of memory can't be parsed", expected="2GiB, 512MiB or a number of bytes", got=text)
 
 
 def _cpus() -> int:
@@ -156,7 +155,7 @@ def _cpus() -> int:
 
 
 def _machine_bytes() -> int:
-    """The memory that this process may have: the machine's, or its control group's limit."""
+    """The memory of the machine, or the limit of this process's control group if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/sys/fs/cgroup/memory.max") as file:

@@ -1,6 +1,6 @@
 """A task: a pure function of (plan, stage, partition) that writes one file.
 
-Whoever runs it, wherever and however often: the file has the same records, and the first one published stays.
+However often it runs, and wherever: the file has the same records, and the first one that is published stays.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _EXPANSION = 10  # how much more memory records take while they are read and put
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Small, and all that is needed. `inputs`: for each stage that it reads, the files. `wanted`: its range of keys."""
+    """What a worker needs to run a task. inputs: the files of each stage that it reads. wanted: its range of keys."""
 
     plan_path: str
     folder: str
@@ -52,13 +52,13 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Its name in messages."""
         return f"stage {self.stage}, partition {self.partition}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What came of a task: counts, and the name and hash of its file. Nothing of the data goes through the engine."""
+    """The result of a task: counts, and name and hash of its output file. Data do not pass through the engine."""
 
     stage: int
     partition: int
@@ -72,13 +72,15 @@ class TaskResult:
 
 
 def run_task(task: Task) -> TaskResult:
-    """Do a task, unless it is done. Raises DataError for data that can't be used, or a full disk."""
+    """Run a task, unless it is done. Raises DataError for data that can't be used, or a full disk."""
     found = finished(task.folder, task.stage, task.partition)
     if found is not None:
         return found
-    began = time.monotonic()
+    started = time.monotonic()
     stage = load_plan(task.plan_path).stages[task.stage]
-    random.seed(derive(0, "task", stage.identity, task.partition))  # functions that draw get the same every time
+    random.seed(
+        derive(0, "task", stage.identity, task.partition)
+    )  # functions that use `random` see the same numbers every time
     bad = BadRecords(task.max_bad_records)
     try:
         made = _END_OF.get(type(stage.end), _arrange)(task, stage, bad)
@@ -86,8 +88,8 @@ def run_task(task: Task) -> TaskResult:
         raise DataError(
             f"a task could not read or write: {error}",
             where=f"{task.name}, in {task.folder}",
-            hint="if the disk is full, make room, and run again: what is done stays done",
-        ) from None  # where in our code is of no use to anybody
+            hint="if the disk is full, free some space, and run again: finished tasks are not repeated",
+        ) from None  # the place in this code does not help the user
     if bad.found:
         write_atomic(bad_path(task.folder, task.partition), bad.to_jsonl())
     result = TaskResult(
@@ -99,7 +101,7 @@ def run_task(task: Task) -> TaskResult:
         bad_records=len(bad.found),
         file=made.file,
         sha256=made.sha256,
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - started,
     )
     note = json.dumps(asdict(result))
     # Neither the note nor the file of a task before a shuffle is synced: remove_torn checks them after a crash.
@@ -108,7 +110,7 @@ def run_task(task: Task) -> TaskResult:
 
 
 def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
-    """What came of this task when it was done; None if it has to be done."""
+    """The result in the done note of a task; None if there is no valid note."""
     try:
         note = json.loads(read_bytes(done_path(folder, partition)))
         return TaskResult(**{**note, "stage": stage})
@@ -176,7 +178,7 @@ def _name_in(path: str) -> str:
 
 
 def chunks_of(task: Task) -> Iterator[Chunk]:
-    """The records of a task of a plan's last stage, without writing them."""
+    """The records of a task of a plan's last stage, computed without writing them."""
     stage = load_plan(task.plan_path).stages[task.stage]
     bad = BadRecords(task.max_bad_records)
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, whole)
@@ -185,13 +187,13 @@ def chunks_of(task: Task) -> Iterator[Chunk]:
 
 @lru_cache(maxsize=1)
 def load_plan(path: str) -> Plan:
-    """The plan of a job, as it was saved."""
+    """Load the plan of a job; the last one is cached."""
     plan: Plan = cloudpickle.loads(read_bytes(path))
     return plan
 
 
 def done_path(folder: str, partition: int) -> str:
-    """The note that a task is done."""
+    """The path of the note that a task is done: its result, in JSON."""
     return join_path(folder, f"part-{partition:05d}{_DONE}")
 
 
@@ -201,12 +203,12 @@ def bad_path(folder: str, partition: int) -> str:
 
 
 def runs_path(folder: str, partition: int) -> str:
-    """The file that a task before a shuffle leaves."""
+    """The path of the file that a task before a shuffle writes."""
     return join_path(folder, f"part-{partition:05d}.runs")
 
 
-class _Made(NamedTuple):
-    """What the end of a stage has made: counts, and the output file with its hash, if there is one."""
+class _Written(NamedTuple):
+    """What the end of a stage has written: counts, and the output file with its hash, if there is one."""
 
     records_in: int
     records: int
@@ -215,7 +217,7 @@ class _Made(NamedTuple):
     sha256: str | None = None
 
 
-def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Made:
+def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Written:
     arrangement: Any = stage.end
     keyed: Callable[[Chunk], Any] = arrangement.keyed(task.partition)
     pipeline = Pipeline(stage.operations, task.partition, bad, keyed)
@@ -228,10 +230,10 @@ def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Made:
         writer.flush()
         runs.close()
     records = sum(block.records for run in runs.runs for block in run)
-    return _Made(pipeline.records_in, records, runs.written_bytes)
+    return _Written(pipeline.records_in, records, runs.written_bytes)
 
 
-def _output(task: Task, stage: Stage, bad: BadRecords) -> _Made:
+def _output(task: Task, stage: Stage, bad: BadRecords) -> _Written:
     output: Any = stage.end
     name = output_file_name(task.partition, output.form)
     path = join_path(task.folder, name)
@@ -249,17 +251,17 @@ def _output(task: Task, stage: Stage, bad: BadRecords) -> _Made:
             writer.close()
         file.sync()  # here, so that workers do it at once; the job syncs the folder once, when it publishes the files
     if writer is None:
-        return _Made(pipeline.records_in, 0, 0)
-    return _Made(pipeline.records_in, records, file.tell(), name, file.hexdigest())
+        return _Written(pipeline.records_in, 0, 0)
+    return _Written(pipeline.records_in, records, file.tell(), name, file.hexdigest())
 
 
-def _count(task: Task, stage: Stage, bad: BadRecords) -> _Made:
+def _count(task: Task, stage: Stage, bad: BadRecords) -> _Written:
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, whole)
     records = sum(num_records(chunk) for chunk in pipeline.run(_pieces(task, stage, bad)))
-    return _Made(pipeline.records_in, records, 0)
+    return _Written(pipeline.records_in, records, 0)
 
 
-_END_OF: dict[type, Callable[[Task, Stage, BadRecords], _Made]] = {
+_END_OF: dict[type, Callable[[Task, Stage, BadRecords], _Written]] = {
     Output: _output,
     Counting: _count,
 }

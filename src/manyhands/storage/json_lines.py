@@ -11,20 +11,24 @@ from typing import Any
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Add a line; it's in the system's hands on return. What was cut short before stays a line by itself. Raises
-    OSError, also if only a part could be written."""
+    """Append a value as one line of JSON. On return the line is with the operating system, so it survives this process.
+
+    A partial line at the end of the file stays a line of its own. Raises OSError, also if only a part was written.
+    """
     data = (json.dumps(numbers(value), allow_nan=False) + "\n").encode()
     with path.open("a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             data = data if file.read(1) == b"\n" else b"\n" + data
-        while data:  # a disk that has room for a part says that it's full when asked for the rest
+        while data:  # if the disk has room for a part only, writing the rest raises the error
             data = data[file.write(data) :]
 
 
 def complete_lines(path: Path) -> list[tuple[int, Any]]:
-    """(its number, from 1, what it says) of each line; those that were cut short are left out, and so is what hasn't
-    the end of a line. No lines if there is no such file."""
+    """(number from 1, value) of each line, without partial lines and a last line that has no end.
+
+    No lines if there is no such file.
+    """
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
@@ -35,7 +39,7 @@ def complete_lines(path: Path) -> list[tuple[int, Any]]:
 
 
 def numbers(value: Any) -> Any:
-    """The same with infinities and NaN, which JSON lacks, as text ("inf", "nan"), which `float` reads back."""
+    """The value with infinities and NaN, which JSON lacks, as text ("inf", "nan") that `float` reads back."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from manyhands.checkpoint.format import Manifest, folder_name
 from manyhands.checkpoint.initial import load_initial
 from manyhands.checkpoint.load import load_checkpoint
-from manyhands.checkpoint.save import Saving, begin_checkpoint
+from manyhands.checkpoint.save import Saving, start_checkpoint
 from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
@@ -150,7 +150,7 @@ class Engine(StepEngine):
         self._refuse_without_checkpoint()
         self.finish_save()
         try:
-            self._saving = begin_checkpoint(
+            self._saving = start_checkpoint(
                 self, location_of(folder), keep=keep, keep_every=keep_every, published=published
             )
         except CheckpointError:

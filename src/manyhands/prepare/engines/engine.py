@@ -9,37 +9,37 @@ from manyhands.prepare.task import Task, TaskResult, run_task
 
 
 class JobEngine(Protocol):
-    """Runs tasks, in any order, at any place that sees the files.
+    """Runs tasks in any order, on any machine that sees the files.
 
-    A task may run twice (after its worker was lost, say): the second result is the first one's.
+    A task may run twice, after its worker was lost for example: both runs have the same result.
     """
 
     @property
     def workers(self) -> int:
-        """How many tasks run at once."""
+        """The number of tasks that run at the same time."""
         ...
 
     @property
     def memory_bytes(self) -> int:
-        """How much memory a task may take."""
+        """The memory that a task may use."""
         ...
 
     @property
     def retries(self) -> int:
-        """How many tasks were begun again because their worker was lost."""
+        """The number of tasks that were restarted because their worker was lost."""
         ...
 
     def submit(self, task: Task) -> Future[TaskResult]:
-        """Begin a task when there is a free worker. The future has its result, or what it raised, or a WorkerError."""
+        """Start a task when a worker is free. The future holds its result, its error, or a WorkerError."""
         ...
 
     def close(self) -> None:
-        """End all workers. Tasks that aren't done are given up. May be called twice."""
+        """End all workers and abandon unfinished tasks. May be called twice."""
         ...
 
 
 class InProcess:
-    """No workers: tasks run in this process, when they are submitted. For debugging: breakpoints work."""
+    """Runs tasks in this process, when they are submitted. For debugging: breakpoints work."""
 
     workers = 1
     retries = 0
@@ -48,7 +48,7 @@ class InProcess:
         self.memory_bytes = memory_bytes
 
     def submit(self, task: Task) -> Future[TaskResult]:
-        """Do the task now."""
+        """Run the task now."""
         future: Future[TaskResult] = Future()
         try:
             future.set_result(run_task(task))
@@ -57,4 +57,4 @@ class InProcess:
         return future
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""

@@ -1,15 +1,13 @@
 """A supervised pool of worker processes on this machine, kept for the next job.
 
-The embedded engine: supervised worker processes on this machine.
-A worker that is killed is replaced and its task begun again, until a task has ended three workers; one that has taken
-more memory than it may is replaced after its task. Workers end with this process, however it ends, and when there has
-been nothing to do for a while.
+A killed worker is replaced and its task retried; a task that crashes three workers fails. A worker that has exceeded
+its memory is replaced after its task. Workers end with this process, however it ends, and after some idle time.
 
-The pool of one job, kept for the next one of this process: starting workers is most of what a small job costs.
+`PersistentPool` stays for the next job of this process, because starting workers takes most of the time of a small job.
 
-What Dask's and Ray's workers run: they hand the task to processes of our own beside them, and wait.
-So a task runs as it does in the embedded pool: one at a time in a process, with the same seed of hashes, watched for
-its memory, and whoever kills it is not the engine's worker.
+Dask and Ray workers call `run_on_host`, which passes the task to such a pool next to them and waits. So a task runs
+there as it does here: one at a time in a process, with the same hash seed and with its memory watched. A task that
+crashes does not take the Dask or Ray worker with it.
 """
 
 from __future__ import annotations
@@ -35,46 +33,49 @@ from manyhands.errors import ConfigError, DataError, WorkerError
 from manyhands.prepare.task import Task, TaskResult
 from manyhands.storage.files import exists
 
-_STRIKES = 3
+_MAX_CRASHES = 3
+"""A task fails after it has crashed this many workers."""
 
-_PATIENCE_SECONDS = 5.0
+_EXIT_SECONDS = 5.0
+"""How long a worker may take to exit before it is killed."""
 
 _IDLE_SECONDS = 30.0
 
 
 class ProcessContext(NamedTuple):
-    """Where a script runs: its working directory, and where it imports from."""
+    """The working directory and the import path of a script."""
 
     directory: str
     path: tuple[str, ...]
 
     @classmethod
     def here(cls) -> ProcessContext:
-        """This process's."""
+        """The context of this process."""
         return cls(os.getcwd(), tuple(p or os.getcwd() for p in sys.path))
 
 
 class _Job:
-    """A task, its future, and how many workers it has ended."""
+    """A task, its future, and the number of workers that it has crashed."""
 
     def __init__(self, task: Task) -> None:
-        self.task, self.strikes = task, 0
+        self.task, self.crashes = task, 0
         self.future: Future[TaskResult] = Future()
 
 
 class _Worker:
-    """A process and the connection to it. `job`: what it does now; None also while it starts.
+    """A worker process and the connection to it.
 
-    plan_path: of its last task. It may serve another plan's only as long as all that it has imported is `installed`:
-    a script's own modules may have changed since.
+    job: its current task; None while it is idle or starting. plan_path: the plan of its last task. installed: True
+    while all modules that it has imported are installed. Otherwise it may not serve another plan, because the script's
+    own modules may have changed since.
     """
 
-    def __init__(self, place: ProcessContext) -> None:
+    def __init__(self, context: ProcessContext) -> None:
         self.connection, theirs = Pipe()
-        # Sets in users' functions are iterated in an order that depends on the seed of hashes: one seed for all.
-        # Behind what this process imports from, the script's: they are the same but on another host.
+        # The order of sets in users' functions depends on the hash seed, so all workers have the same one.
+        # The import path of this process comes first, then the script's. They differ only on another host.
         own = ProcessContext.here().path
-        paths = [*own, *(path for path in place.path if path not in own)]
+        paths = [*own, *(path for path in context.path if path not in own)]
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(paths)}
         try:
             self.process = subprocess.Popen(
@@ -82,7 +83,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env=environment,
-                cwd=place.directory if os.path.isdir(place.directory) else None,
+                cwd=context.directory if os.path.isdir(context.directory) else None,
             )
         finally:
             theirs.close()
@@ -93,86 +94,86 @@ class _Worker:
 
     @property
     def idle(self) -> bool:
-        """It waits for a task."""
+        """True if it waits for a task."""
         return self.ready and self.job is None
 
     def may_serve(self, task: Task) -> bool:
-        """What it has imported is what the task means."""
+        """True if the modules that it has imported are those of the task's script."""
         return self.installed or self.plan_path == task.plan_path
 
     def end(self, *, at_once: bool) -> int | None:
-        """Close the connection and see the process end; its exit code."""
+        """Close the connection, wait for the process to exit, and return its exit code."""
         self.connection.close()
         if at_once:
             self.process.kill()
         try:
-            return self.process.wait(_PATIENCE_SECONDS)
+            return self.process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
 
 
 class Pool:
-    """`workers` processes that run tasks; `memory_bytes` is what each may take. Started when there is work for them.
+    """Up to `workers` processes that run tasks, started on demand. `memory_bytes` is the limit of each.
 
-    place: where the script runs, if this isn't its process. One thread owns the workers; `submit` and `close` may be
-    called from any other.
+    context: of the script, if it is another process. One thread owns the workers; `submit` and `close` may be called
+    from any thread.
     """
 
-    def __init__(self, workers: int, memory_bytes: int, place: ProcessContext | None = None) -> None:
+    def __init__(self, workers: int, memory_bytes: int, context: ProcessContext | None = None) -> None:
         self.workers, self.memory_bytes, self.retries = workers, memory_bytes, 0
-        self._place = place or ProcessContext.here()
+        self._context = context or ProcessContext.here()
         self._lock = threading.Lock()
         self._waiting: deque[_Job] = deque()
         self._members: list[_Worker] = []
         self._closing = False
-        self._false_starts = 0
-        self._bell, self._ear = os.pipe()[::-1]
+        self._failed_starts = 0
+        self._wake_up, self._woken = os.pipe()[::-1]  # wakes the supervising thread
         self._thread = threading.Thread(target=self._supervise, name="manyhands-pool", daemon=True)
         self._thread.start()
 
     @property
     def pids(self) -> list[int]:
-        """The processes of the workers that have come up."""
+        """The process ids of the workers that have started."""
         with self._lock:
             return [worker.process.pid for worker in self._members if worker.ready]
 
     @property
     def idle(self) -> bool:
-        """No task is waiting or running."""
+        """True if no task is waiting or running."""
         with self._lock:
             return not self._waiting and all(worker.job is None for worker in self._members)
 
     def submit(self, task: Task) -> Future[TaskResult]:
-        """Begin a task when a worker is free."""
+        """Start a task when a worker is free."""
         job = _Job(task)
         with self._lock:
             self._waiting.append(job)
-        os.write(self._bell, b"!")
+        os.write(self._wake_up, b"!")
         return job.future
 
     def close(self) -> None:
-        """End all workers; tasks that aren't done are given up."""
+        """End all workers and abandon unfinished tasks."""
         if self._thread.is_alive():
             self._closing = True
-            os.write(self._bell, b"!")
+            os.write(self._wake_up, b"!")
             self._thread.join()
-            os.close(self._bell)
-            os.close(self._ear)
+            os.close(self._wake_up)
+            os.close(self._woken)
 
     def _supervise(self) -> None:
         try:
             while not self._closing:
-                self._hand_out()
+                self._assign_tasks()
                 by_connection = {worker.connection: worker for worker in self._members}
-                sources = wait([*by_connection, self._ear], _IDLE_SECONDS)
+                sources = wait([*by_connection, self._woken], _IDLE_SECONDS)
                 if not sources and self.idle:
                     self._replace([worker for worker in self._members if worker.idle])
                 for source in sources:
                     if isinstance(source, Connection):
-                        self._hear(by_connection[source])
+                        self._receive(by_connection[source])
                     else:
-                        os.read(self._ear, 4096)
+                        os.read(self._woken, 4096)
         finally:
             for worker in self._members:
                 if worker.job is not None:
@@ -182,8 +183,8 @@ class Pool:
             for job in self._waiting:
                 job.future.cancel()
 
-    def _hand_out(self) -> None:
-        """Give waiting tasks to idle workers; start as many more workers as are wanted."""
+    def _assign_tasks(self) -> None:
+        """Give waiting tasks to idle workers, and start workers for the rest."""
         if self._waiting:
             task = self._waiting[0].task
             self._replace([worker for worker in self._members if worker.idle and not worker.may_serve(task)])
@@ -192,15 +193,15 @@ class Pool:
                 with self._lock:
                     worker.job = self._waiting.popleft()
                 worker.plan_path = worker.job.task.plan_path
-                with suppress(OSError):  # if it has just died, its connection says so next
+                with suppress(OSError):  # if it has just died, its connection reports that next
                     worker.connection.send_bytes(pickle.dumps(worker.job.task))
         starting = sum(not worker.ready for worker in self._members)
         while len(self._members) < self.workers and starting < len(self._waiting):
             with self._lock:
-                self._members.append(_Worker(self._place))
+                self._members.append(_Worker(self._context))
             starting += 1
 
-    def _hear(self, worker: _Worker) -> None:
+    def _receive(self, worker: _Worker) -> None:
         try:
             kind, value, rss, installed = pickle.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
@@ -208,7 +209,7 @@ class Pool:
             return
         job, worker.job, worker.installed = worker.job, None, installed
         if kind == "ready" or job is None:
-            worker.ready, self._false_starts = True, 0
+            worker.ready, self._failed_starts = True, 0
         elif kind == "done":
             job.future.set_result(value)
         else:
@@ -219,37 +220,39 @@ class Pool:
     def _lost(self, worker: _Worker) -> None:
         job, code = worker.job, self._remove(worker, at_once=False)
         how = (
-            f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"it left with code {code}"
+            f"killed by {signal.Signals(-code).name}"
+            if code is not None and code < 0
+            else f"it exited with code {code}"
         )
         if not worker.ready:
-            self._false_starts += 1
-            if self._false_starts >= _STRIKES:
-                self._give_up(
-                    WorkerError(f"no worker can be started: {how}", hint="its last words are above, on stderr")
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_CRASHES:
+                self._fail_waiting(
+                    WorkerError(f"no worker can be started: {how}", hint="its error is above, on stderr")
                 )
         if job is None:
             return
-        job.strikes += 1
-        if job.strikes < _STRIKES:
+        job.crashes += 1
+        if job.crashes < _MAX_CRASHES:
             self.retries += 1
             self._waiting.appendleft(job)
             return
         job.future.set_exception(
             WorkerError(
-                f"a task has ended {_STRIKES} workers: {how}",
+                f"a task crashed {_MAX_CRASHES} workers: {how}",
                 where=job.task.name,
-                hint="if the kernel killed them for want of memory (dmesg tells), give fewer workers or less memory; "
+                hint="if the kernel killed them because memory ran out (see dmesg), use fewer workers or less memory; "
                 "if a function crashes, run with workers=0 to see it in this process",
             )
         )
 
-    def _give_up(self, error: WorkerError) -> None:
+    def _fail_waiting(self, error: WorkerError) -> None:
         while self._waiting:
             self._waiting.popleft().future.set_exception(error)
-        self._false_starts = 0
+        self._failed_starts = 0
 
     def _replace(self, workers: Sequence[_Worker]) -> None:
-        """End idle workers; others are started when there is work for them."""
+        """End idle workers. New ones start on demand."""
         for worker in workers:
             self._remove(worker, at_once=False)
 
@@ -261,35 +264,35 @@ class Pool:
 
 _lock = threading.Lock()
 
-_resting: list[tuple[_Basis, PersistentPool]] = []  # of this process: at most one, and nobody uses it
+_idle_pools: list[tuple[_Basis, PersistentPool]] = []  # at most one in each process
 
 
 class _Basis(NamedTuple):
-    """What workers have taken over from this process when they were started. A pool with another one is of no use."""
+    """What workers inherit from this process when they start. A pool with another basis can't be reused."""
 
     process: int
     workers: int
     memory_bytes: int
-    place: ProcessContext
+    context: ProcessContext
     environment: dict[str, str]
 
 
 class PersistentPool(Pool):
-    """A pool that `close` lays aside, workers and all, if it has come to the end of its tasks."""
+    """A pool that `close` stores with its workers for the next job, if all its tasks are complete."""
 
     def __init__(self, basis: _Basis) -> None:
         super().__init__(basis.workers, basis.memory_bytes)
         self._basis = basis
 
     def close(self) -> None:
-        """Lay it aside for the next job; end it if tasks are still running."""
+        """Store the pool for the next job; end it if tasks are still running."""
         if not self.idle:
             self.end()
             return
         with _lock:
-            _resting.append((self._basis, self))
-            others = [pool for _, pool in _resting[:-1]]
-            del _resting[:-1]
+            _idle_pools.append((self._basis, self))
+            others = [pool for _, pool in _idle_pools[:-1]]
+            del _idle_pools[:-1]
         for pool in others:
             pool.end()
 
@@ -299,12 +302,12 @@ class PersistentPool(Pool):
 
 
 def persistent_pool(workers: int, memory_bytes: int) -> Pool:
-    """The pool that was laid aside, if it is as wanted; or a new one."""
+    """The stored pool if it has the same basis, otherwise a new one."""
     basis = _Basis(os.getpid(), workers, memory_bytes, ProcessContext.here(), dict(os.environ))
     with _lock:
-        found = [pool for its, pool in _resting if its == basis]
-        others = [pool for its, pool in _resting if its != basis and its.process == basis.process]
-        _resting.clear()
+        found = [pool for its, pool in _idle_pools if its == basis]
+        others = [pool for its, pool in _idle_pools if its != basis and its.process == basis.process]
+        _idle_pools.clear()
     for pool in others:
         pool.end()
     if found:
@@ -316,19 +319,20 @@ def persistent_pool(workers: int, memory_bytes: int) -> Pool:
 
 
 def close_persistent_pools() -> None:
-    """End the workers that wait for another job."""
+    """End the workers of stored pools."""
     with _lock:
-        pools = [pool for its, pool in _resting if its.process == os.getpid()]
-        _resting.clear()
+        pools = [pool for its, pool in _idle_pools if its.process == os.getpid()]
+        _idle_pools.clear()
     for pool in pools:
         pool.end()
 
 
-_MOST = 1024  # workers beside one worker of the engine, which decides how many tasks it has at once
+_NO_LIMIT = 1024
+"""Workers of a pool for Dask or Ray, which limit how many tasks run at once."""
 
 
 class Versions(NamedTuple):
-    """What must be the same everywhere: functions are sent as code of one Python, files written by one Arrow."""
+    """Versions that must be equal on all hosts: functions are sent as Python code, and Arrow writes the files."""
 
     python: str
     manyhands: str
@@ -336,19 +340,20 @@ class Versions(NamedTuple):
 
     @classmethod
     def here(cls) -> Versions:
-        """This process's."""
+        """The versions of this process."""
         import pyarrow as pa
 
         return cls(".".join(map(str, sys.version_info[:2])), __version__, str(pa.__version__))
 
 
-def run_on_host(task: Task, place: ProcessContext, versions: Versions) -> TaskResult:
-    """Do a task in a process beside this one. Raises what the task raises, or that this host can't do it."""
+def run_on_host(task: Task, context: ProcessContext, versions: Versions) -> TaskResult:
+    """Run a task in a worker process on this host. Raises what the task raises; ConfigError or DataError if this host
+    can't run it."""
     if versions != Versions.here():
         raise ConfigError(
             "a worker has other versions than the script",
-            expected=_in_words(versions),
-            got=_in_words(Versions.here()),
+            expected=_describe(versions),
+            got=_describe(Versions.here()),
             hint="install the same versions everywhere: the bytes of the output depend on them",
         )
     if not exists(task.plan_path):
@@ -356,19 +361,19 @@ def run_on_host(task: Task, place: ProcessContext, versions: Versions) -> TaskRe
             "a worker doesn't see the job's folder",
             where=task.plan_path,
             hint="all hosts need the output folder under the same path, on a shared disk or in a store; take() and "
-            "count() work in the system's folder of temporary files: set TMPDIR to a shared one, or write()",
+            "count() use the system's temporary folder: set TMPDIR to a shared folder, or use write()",
         )
     try:
-        return _pool(place, task.memory_bytes).submit(task).result()
+        return _pool(context, task.memory_bytes).submit(task).result()
     except CancelledError:
-        raise WorkerError("a worker was ended in the middle of a task", where=task.name) from None
+        raise WorkerError("a worker was stopped during a task", where=task.name) from None
 
 
 @cache
-def _pool(place: ProcessContext, memory_bytes: int) -> Pool:
-    """One for all tasks of a script, as long as the engine's worker lives. Its processes end when they have no work."""
-    return Pool(_MOST, memory_bytes, place)
+def _pool(context: ProcessContext, memory_bytes: int) -> Pool:
+    """The pool for all tasks of a script in this Dask or Ray worker. Its processes end when they are idle."""
+    return Pool(_NO_LIMIT, memory_bytes, context)
 
 
-def _in_words(versions: Versions) -> str:
+def _describe(versions: Versions) -> str:
     return f"Python {versions.python}, Manyhands {versions.manyhands}, pyarrow {versions.pyarrow}"

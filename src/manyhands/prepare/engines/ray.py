@@ -1,6 +1,6 @@
 """Ray as an engine.
 
-store: data and state stay in files.
+Ray only schedules tasks. Its object store is not used, because data and state stay in files.
 """
 
 from __future__ import annotations
@@ -20,58 +20,62 @@ from manyhands.prepare.task import Task, TaskResult
 
 _REACH_SECONDS = 2.0
 
-_RETRIES = 2  # of a task whose worker or host died
+_RETRIES = 2
+"""How often a task is retried after its worker or host died."""
 
 _LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
 
 
 class RayEngine:
-    """Runs tasks on Ray, one a CPU; a task whose worker or host dies is begun again elsewhere, twice.
+    """Runs tasks on Ray, one per CPU. A task whose worker or host dies is retried twice.
 
-    address: ray://head:10001, through Ray's client; None for the cluster that this process is connected to, that Ray
-    finds here, or one that is started here and ended with the engine. memory_bytes: for all workers together; without
-    it, each has its CPU's part of what Ray gives tasks. Raises ConfigError if nobody answers at the address.
+    address: ray://head:10001, for Ray's client. None: the cluster that this process is connected to, or that Ray finds
+    on this host, or a new one that ends with the engine. memory_bytes: for all workers together; None: an equal part
+    per CPU of the memory that Ray gives tasks. Raises ConfigError if no cluster answers at the address.
     """
 
     def __init__(self, address: str | None, memory_bytes: int | None, default_bytes: int) -> None:
-        self._began = not ray.is_initialized()
+        self._owns_connection = not ray.is_initialized()
         self._address = address or "ray"
-        if self._began:
+        if self._owns_connection:
             try:
                 ray.init(
-                    address or _address_here(), logging_level="warning", log_to_driver=False, include_dashboard=False
+                    address or _local_address(), logging_level="warning", log_to_driver=False, include_dashboard=False
                 )
             except (OSError, RuntimeError, ValueError) as error:  # OSError: ConnectionError is one
                 raise ConfigError(f"no Ray cluster answers: {error}", where=self._address) from error
-        there = ray.cluster_resources()
-        self.workers = max(1, int(there.get("CPU", 1)))
-        share = int(there.get("memory", default_bytes * self.workers)) // self.workers
+        resources = ray.cluster_resources()
+        self.workers = max(1, int(resources.get("CPU", 1)))
+        share = int(resources.get("memory", default_bytes * self.workers)) // self.workers
         self.memory_bytes = share if memory_bytes is None else memory_bytes // self.workers
         self.retries = 0
-        self._run: Any = ray.remote(num_cpus=1, max_retries=0)(run_on_host)  # Ray wouldn't tell how often it tried
-        self._facts = ray.put(ProcessContext.here()), ray.put(Versions.here())
+        # No retries by Ray, because it does not report them: `_forward_result` retries and counts.
+        self._run: Any = ray.remote(num_cpus=1, max_retries=0)(run_on_host)
+        self._arguments = ray.put(ProcessContext.here()), ray.put(Versions.here())
 
     def submit(self, task: Task) -> Future[TaskResult]:
-        """Begin a task when Ray has a free CPU."""
+        """Start a task when Ray has a free CPU."""
         future: Future[TaskResult] = Future()
-        self._begin(task, future, _RETRIES)
+        self._start(task, future, _RETRIES)
         return future
 
     def close(self) -> None:
-        """Leave the cluster; end it, if it was started here."""
-        if self._began and ray.is_initialized():
+        """Leave the cluster. End it if it was started here."""
+        if self._owns_connection and ray.is_initialized():
             ray.shutdown()
 
-    def _begin(self, task: Task, future: Future[TaskResult], tries_left: int) -> None:
+    def _start(self, task: Task, future: Future[TaskResult], tries_left: int) -> None:
         try:
-            theirs = self._run.remote(task, *self._facts).future()
+            theirs = self._run.remote(task, *self._arguments).future()
         except Exception as error:  # the cluster is gone
             what = f"Ray could not run a task: {type(error).__name__}: {error}"
             future.set_exception(WorkerError(what, where=task.name))
             return
-        theirs.add_done_callback(lambda done: self._pass_on(task, done, future, tries_left))
+        theirs.add_done_callback(lambda done: self._forward_result(task, done, future, tries_left))
 
-    def _pass_on(self, task: Task, done: Future[TaskResult], future: Future[TaskResult], tries_left: int) -> None:
+    def _forward_result(
+        self, task: Task, done: Future[TaskResult], future: Future[TaskResult], tries_left: int
+    ) -> None:
         if done.cancelled():
             future.cancel()
             return
@@ -84,14 +88,14 @@ class RayEngine:
             future.set_exception(cause)
         elif isinstance(error, _LOST) and tries_left:
             self.retries += 1
-            # Not in this thread, which is Ray's own and may not wait for Ray.
-            threading.Thread(target=self._begin, args=(task, future, tries_left - 1), daemon=True).start()
+            # In a new thread: this one belongs to Ray, and must not wait for Ray.
+            threading.Thread(target=self._start, args=(task, future, tries_left - 1), daemon=True).start()
         elif isinstance(error, _LOST):
             future.set_exception(
                 WorkerError(
-                    f"a task has ended {_RETRIES + 1} of Ray's workers: {str(error).splitlines()[0]}",
+                    f"a task crashed {_RETRIES + 1} of Ray's workers: {str(error).splitlines()[0]}",
                     where=task.name,
-                    hint="Ray's logs say why; too little memory for a worker is the most frequent reason",
+                    hint="see Ray's logs; the most frequent reason is too little memory for a worker",
                 )
             )
         else:
@@ -99,9 +103,11 @@ class RayEngine:
             future.set_exception(WorkerError(what, where=task.name))
 
 
-def _address_here() -> str | None:
-    """None, as which Ray looks for a cluster itself; "local" for one of our own, if the one that it remembers on this
-    host is gone: Ray would wait for that for long, and give up."""
+def _local_address() -> str | None:
+    """None, so that Ray looks for a cluster; "local", to start one, if the cluster that Ray remembers is gone.
+
+    Otherwise Ray would wait long for the remembered cluster, and fail.
+    """
     remembered = find_bootstrap_address(None)
     if os.environ.get("RAY_ADDRESS") or not remembered:
         return None

@@ -18,13 +18,13 @@ from manyhands.prepare.plan.fingerprint import is_installed
 
 def main() -> None:
     """Serve the connection whose file descriptor is the only argument."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to everyone; the parent answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the parent handles it
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     threading.Thread(target=_end_with_parent, args=(connection.fileno(), os.getppid()), daemon=True).start()
     try:
         from manyhands.prepare.task import run_task
 
-        began_with = frozenset(sys.modules)
+        initial_modules = frozenset(sys.modules)
         connection.send_bytes(pickle.dumps(("ready", None, rss_bytes(), True)))
         while True:
             task = pickle.loads(connection.recv_bytes())
@@ -34,13 +34,13 @@ def main() -> None:
                 answer = ("failed", _portable(error, task.name))
             if "pyarrow" in sys.modules:
                 sys.modules["pyarrow"].default_memory_pool().release_unused()
-            connection.send_bytes(pickle.dumps((*answer, rss_bytes(), _all_installed(began_with))))
+            connection.send_bytes(pickle.dumps((*answer, rss_bytes(), _all_installed(initial_modules))))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent wants no more
+        pass  # the parent closed the connection
 
 
 def rss_bytes() -> int:
-    """How much memory this process has now; 0 where /proc isn't there."""
+    """The resident memory of this process; 0 without /proc."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -48,9 +48,9 @@ def rss_bytes() -> int:
         return 0
 
 
-def _all_installed(began_with: frozenset[str]) -> bool:
-    """All modules that tasks have imported come with Python or were installed: they stay what they are."""
-    for name in sys.modules.keys() - began_with:
+def _all_installed(initial_modules: frozenset[str]) -> bool:
+    """True if all modules that tasks have imported come with Python or are installed, so that they do not change."""
+    for name in sys.modules.keys() - initial_modules:
         file = getattr(sys.modules.get(name), "__file__", None)
         if file and not (name.startswith("manyhands.") or is_installed(file)):
             return False
@@ -58,7 +58,7 @@ def _all_installed(began_with: frozenset[str]) -> bool:
 
 
 def _end_with_parent(fd: int, parent: int) -> None:
-    """End this process at once when the parent is gone, in the middle of a task, too: however the parent ended."""
+    """End this process as soon as the parent has ended, however it ended, even in the middle of a task."""
     poller = select.poll()
     poller.register(fd, 0)  # reports only that the other end was closed
     while os.getppid() == parent:
@@ -68,10 +68,10 @@ def _end_with_parent(fd: int, parent: int) -> None:
 
 
 def _portable(error: BaseException, name: str) -> BaseException:
-    """The error, if it can be sent; with the traceback in words. What isn't ours becomes a DataError of this task."""
+    """Make an error that can be pickled, with its traceback as text. Foreign errors become a DataError of this task."""
     if not isinstance(error, ManyhandsError):
-        story = "".join(traceback.format_exception(error))
-        error = DataError(f"a task failed: {type(error).__name__}: {error}", where=name, detail=story)
+        trace = "".join(traceback.format_exception(error))
+        error = DataError(f"a task failed: {type(error).__name__}: {error}", where=name, detail=trace)
     elif error.__cause__ is not None and error.detail is None:
         error.detail = "".join(traceback.format_exception(error.__cause__))
     return error

@@ -1,12 +1,8 @@
 """The output folder and its manifest; caches and previews; the summary of a job.
 
-What preparing data came to.
-
-A folder of output files: written in its hidden job folder, then moved into place and listed in a manifest.
-
-Records that are kept between jobs: written once, read again without computing or parsing.
-
-The first records of a plan, without writing them.
+Tasks write output files in the hidden job folder. When all are complete, the files are moved into place, and the
+manifest that lists them is written last. Caches are such outputs, too, in a format that is read back without parsing.
+`take` computes the first records without writing output.
 """
 
 from __future__ import annotations
@@ -41,7 +37,7 @@ from manyhands.storage.location import is_local
 
 @dataclass(frozen=True, kw_only=True)
 class StageFigures:
-    """Of one stage: its tasks, the records and bytes that they wrote, and how long it took."""
+    """Figures of one stage: its tasks, the records and bytes that they wrote, and its seconds."""
 
     title: str
     tasks: int
@@ -52,11 +48,11 @@ class StageFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSummary:
-    """What `Dataset.write` has written.
+    """The result of `Dataset.write`.
 
-    path, files: the folder, and the names of its files in order. records, bytes: in all of them. bad_records: how many
-    were set aside, in `_bad_records.jsonl`. digest: SHA-256 over all files: equal whatever the workers, the memory and
-    the engine. seconds: of this call. stages: none if the output was there already.
+    path, files: the folder, and the names of its files in order. records, bytes: totals of all files. bad_records: how
+    many were set aside in `_bad_records.jsonl`. digest: SHA-256 over all files, the same for any workers, memory and
+    engine. seconds: of this call. stages: empty if the output existed already.
     """
 
     path: str
@@ -69,7 +65,7 @@ class PrepareSummary:
     stages: tuple[StageFigures, ...]
 
     def __str__(self) -> str:
-        """For people, on a few lines."""
+        """A summary for people, in a few lines."""
         bad = f", {format_count(self.bad_records)} bad records set aside" if self.bad_records else ""
         files = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
         lines = [
@@ -80,14 +76,14 @@ class PrepareSummary:
                 f"{format_count(stage.records)} records, {format_bytes(stage.bytes)} written"
                 for stage in self.stages
             ),
-            f"  {format_seconds(self.seconds):>9}  in all" if self.stages else "  was there already",
+            f"  {format_seconds(self.seconds):>9}  in all" if self.stages else "  existed already",
             f"  digest     {self.digest}",
         ]
         return "\n".join(lines)
 
 
 def show(summary: PrepareSummary, *, progress: bool) -> None:
-    """On the terminal, if there is one and `progress` is wanted: a program's own output stays what it is."""
+    """Print the summary on standard error if that is a terminal and `progress` is true."""
     if progress and sys.stderr.isatty():
         sys.stderr.write(f"{summary}\n")
 
@@ -114,35 +110,35 @@ class OutputFile:
 
 
 def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) -> PrepareSummary:
-    """Run a plan whose files shall lie in `folder`. What is there of the same plan, finished or begun, is used.
+    """Run a plan and publish its files in `folder`. Reuses the complete or partial output of the same plan.
 
-    Raises ConfigError if there is something else, and what the tasks raise; the files then aren't there, and the same
-    call goes on where this one ended.
+    Raises ConfigError if the folder holds something else, and whatever the tasks raise. No file is published then, and
+    the same call resumes the job.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     folder = folder if not is_local(folder) else os.path.abspath(folder)
-    there = read_output_manifest(folder)
-    if there is not None and there.get("identity") == plan.identity and _is_whole(there, folder):
-        return _summary(there, folder, [], time.monotonic() - began)
-    _refuse_foreign(folder, there, plan, overwrite=overwrite)
+    existing = read_output_manifest(folder)
+    if existing is not None and existing.get("identity") == plan.identity and _is_complete(existing, folder):
+        return _summary(existing, folder, [], time.monotonic() - started)
+    _refuse_foreign(folder, existing, plan, overwrite=overwrite)
     rank = rank_of(options)
     job = JobFolder(join_path(folder, JOB), together=rank is not None, output=folder)
     events = JobEvents(folder, None if rank is None else rank.number)
-    events.add("job begun", identity=plan.identity, stages=len(plan.stages), **options.described())
+    events.add("job started", identity=plan.identity, stages=len(plan.stages), **options.described())
     complete = False
     stages: list[StageResult] = []
     try:
         manifest = _of_other_ranks(plan, folder, options)
         if manifest is None:
-            stages, manifest = _run(plan, folder, job, options, there, events)
-        complete, took = True, time.monotonic() - began
+            stages, manifest = _run(plan, folder, job, options, existing, events)
+        complete, took = True, time.monotonic() - started
         events.add("published", digest=manifest["digest"], records=manifest["records"], seconds_taken=took)
     except OSError as error:
         events.add("job failed", why=error)
         raise ConfigError(
             f"the output folder can't be written: {error.strerror or error}",
             where=folder,
-            hint="make room or choose another folder, and run again: what is done stays done",
+            hint="free some space or choose another folder, and run again: completed tasks are not repeated",
         ) from error
     except ManyhandsError as error:
         events.add("job stopped" if isinstance(error, Interrupted) else "job failed", why=error)
@@ -150,15 +146,18 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
     finally:
         job.close(delete=complete)
         events.close()
-    summary = _summary(manifest, folder, stages, time.monotonic() - began)
+    summary = _summary(manifest, folder, stages, time.monotonic() - started)
     show(summary, progress=options.progress)
     return summary
 
 
 def _run(
-    plan: Plan, folder: str, job: JobFolder, options: Options, there: dict[str, Any] | None, events: JobEvents
+    plan: Plan, folder: str, job: JobFolder, options: Options, existing: dict[str, Any] | None, events: JobEvents
 ) -> tuple[list[StageResult], dict[str, Any]]:
-    """Run the stages, and publish what came out; or find that another rank has. The manifest, and what was run."""
+    """Run the stages and publish their output, unless another rank has published it.
+
+    Returns the stages that ran here, and the manifest.
+    """
     try:
         with JobProgress(len(plan.stages), show=options.progress, events=events) as progress:
             stages = run_stages(plan, plan.stages, job, options, progress)
@@ -166,20 +165,20 @@ def _run(
         manifest = _of_other_ranks(plan, folder, options)
         if manifest is None:
             raise
-        return [], manifest  # the job's folder was gone with the end of the job
+        return [], manifest  # another rank completed the job and removed its folder
     rank = rank_of(options)
-    if rank is not None and rank.number > 0:  # rank 0 publishes, and if it doesn't, whoever is there
+    if rank is not None and rank.number > 0:  # rank 0 publishes; if it does not in time, any other rank does
         deadline = time.monotonic() + patience_seconds(options)
         while time.monotonic() < deadline:
             manifest = _of_other_ranks(plan, folder, options)
             if manifest is not None:
                 return stages, manifest
             time.sleep(_POLL_SECONDS)
-    return stages, _publish(plan, folder, stages, there)
+    return stages, _publish(plan, folder, stages, existing)
 
 
 def _of_other_ranks(plan: Plan, folder: str, options: Options) -> dict[str, Any] | None:
-    """The manifest of this job's output, if this process is a rank, and another one has published it."""
+    """The manifest of this job's output if this process is a rank, and another rank has published it."""
     if rank_of(options) is None:
         return None
     found = read_output_manifest(folder)
@@ -191,13 +190,13 @@ def _has_its_files(manifest: dict[str, Any], folder: str) -> bool:
     return set(names_in(folder)) >= {file["name"] for file in manifest["files"]}
 
 
-def _is_whole(manifest: dict[str, Any], folder: str) -> bool:
-    """All files are there, and no job is still moving them."""
+def _is_complete(manifest: dict[str, Any], folder: str) -> bool:
+    """True if all files exist, and no job is still moving them."""
     return _has_its_files(manifest, folder) and not exists(join_path(folder, JOB))
 
 
 def read_output_manifest(folder: str) -> dict[str, Any] | None:
-    """The manifest of an output that is whole; None if there is none."""
+    """The manifest of a complete output; None if there is none."""
     try:
         manifest: dict[str, Any] = json.loads(read_bytes(join_path(folder, MANIFEST)))
     except (OSError, ValueError):
@@ -206,9 +205,9 @@ def read_output_manifest(folder: str) -> dict[str, Any] | None:
 
 
 def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
-    """`use(folder, progress)` with a job folder among the system's temporary files, that is gone afterwards.
+    """Call `use(folder, progress)` with a job folder in the system's temporary folder, and remove it afterwards.
 
-    It is named by the plan: what a killed run has left there is used and removed by the next one.
+    The folder is named after the plan, so the next run uses and removes what a killed run left.
     """
     root = join_path(tempfile.gettempdir(), f"manyhands-{os.getuid()}")
     for attempt in range(1000):
@@ -216,9 +215,9 @@ def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
             job = JobFolder(join_path(root, f"{plan.identity[:20]}-{attempt}"))
             break
         except ConfigError:
-            continue  # another process runs the same plan
+            continue  # another process runs the same plan there
     else:
-        raise ConfigError("another run is at work here", where=root)
+        raise ConfigError("another run uses this folder", where=root)
     try:
         with JobProgress(len(plan.stages), show=options.progress) as progress:
             return use(job, progress)
@@ -227,7 +226,7 @@ def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
 
 
 def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[str, Any] | None) -> dict[str, Any]:
-    """Move the files into place, and write the manifest last. A kill on the way is made good by the next run."""
+    """Move the files into place, and write the manifest last. After a kill in between, the next run completes this."""
     last = stages[-1]
     files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
     if before is not None:
@@ -239,14 +238,14 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
         if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
             remove(join_path(folder, name))
     for file in files:
-        made = join_path(last.folder, file.name)
-        if exists(made):
-            with suppress(FileNotFoundError):  # another rank is at it, too
-                move(made, join_path(folder, file.name))
+        source = join_path(last.folder, file.name)
+        if exists(source):
+            with suppress(FileNotFoundError):  # another rank moves it at the same time
+                move(source, join_path(folder, file.name))
         if not exists(join_path(folder, file.name)):
             raise DataError(
                 "a file that was written is gone",
-                where=made,
+                where=source,
                 hint=f"remove {join_path(folder, JOB)}, and run again",
             )
     if is_local(folder):
@@ -275,10 +274,10 @@ def _digest(files: list[OutputFile], bad: bytes) -> str:
     return digest.hexdigest()
 
 
-def _refuse_foreign(folder: str, there: dict[str, Any] | None, plan: Plan, *, overwrite: bool) -> None:
-    """Raise unless the folder is free, is this plan's, holds an unfinished job, or may be overwritten."""
+def _refuse_foreign(folder: str, existing: dict[str, Any] | None, plan: Plan, *, overwrite: bool) -> None:
+    """Raise ConfigError unless the folder is free, may be overwritten, or holds this plan's output or a partial job."""
     names = [name for name in names_in(folder) if not name.startswith(EVENTS) and not is_temporary(name)]
-    if there is not None and not overwrite and there.get("identity") != plan.identity:
+    if existing is not None and not overwrite and existing.get("identity") != plan.identity:
         raise ConfigError(
             "the output folder holds the output of another job",
             where=folder,
@@ -286,9 +285,9 @@ def _refuse_foreign(folder: str, there: dict[str, Any] | None, plan: Plan, *, ov
         )
     ours = (JOB, MANIFEST, BAD_RECORDS)
     foreign = [name for name in names if not (name in ours or name.startswith("part-"))]
-    if foreign or (names and there is None and JOB not in names):
+    if foreign or (names and existing is None and JOB not in names):
         raise ConfigError(
-            "the output folder holds something that isn't an output",
+            "the output folder holds something that is not an output",
             where=folder,
             expected="a new folder, an empty one, or one of an earlier run",
             got=f"a folder with {', '.join((foreign or names)[:5])}",
@@ -324,7 +323,7 @@ _numbers = count()
 
 
 def with_caches(node: Node, options: Options) -> Node:
-    """The same node, with files of records in place of what is cached; what isn't there yet is computed now."""
+    """Replace cached nodes by their files of records. Computes caches that do not exist yet."""
     if isinstance(node, Step):
         return Step(with_caches(node.parent, options), node.operation)
     if isinstance(node, Arranged):
@@ -347,12 +346,15 @@ def _root() -> Path:
 
 
 def _is_temporary(folder: str) -> bool:
-    """No other process knows of it."""
+    """True for a cache of this process alone."""
     return Path(folder).parent == _root()
 
 
 def temporary_job_folder() -> str:
-    """A folder for a cache: removed when this process ends, or if it is killed by the next one that wants one."""
+    """Create a folder for a cache.
+
+    It is removed when this process ends; after a kill, by the next process that creates such a folder.
+    """
     root = _root()
     for path in root.glob("cache-*"):
         pid = path.name.split("-")[1]
@@ -365,7 +367,7 @@ def temporary_job_folder() -> str:
 
 
 def first_records(plan: Plan, count: int, options: Options) -> list[Any]:
-    """The first `count` records. The last stage's tasks run here, one after the other, as far as needed."""
+    """The first `count` records. Tasks of the last stage run in this process, in order, until there are enough."""
 
     def read(job: JobFolder, progress: JobProgress) -> list[Any]:
         done = run_stages(plan, plan.stages[:-1], job, options, progress)

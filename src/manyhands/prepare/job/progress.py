@@ -1,8 +1,7 @@
 """Progress and events of a job.
 
-What happened to an output, and when: lines of JSON in its folder, as a run of training leaves them.
-
-What a person sees while data are prepared: a line per stage that moves on a terminal, plain lines elsewhere.
+`JobEvents` writes JSON lines to the output folder. `JobProgress` shows a bar per stage on a terminal, and plain lines
+otherwise.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ EVENTS = "_events"
 
 
 class JobEvents:
-    """Appends to `_events.jsonl` in `folder`; a rank of several, to a file of its own.
+    """Appends events to `_events.jsonl` in `folder`. Each rank of several has its own file.
 
-    On a local disk each event is there at once; in a store, which can't append, when the job ends (`close`). Not being
-    able to write it ends no job: that is the output's own matter.
+    On a local disk an event is written at once. A store can't append, so events are written when the job ends
+    (`close`). An event that can't be written does not end the job; the output itself reports a full disk.
     """
 
     def __init__(self, folder: str, rank: int | None = None) -> None:
@@ -35,7 +34,7 @@ class JobEvents:
         self._lines: list[bytes] = []
 
     def add(self, event: str, **facts: Any) -> None:
-        """Note an event with the time (seconds since the epoch) and what is to be known of it."""
+        """Record an event with the time (seconds since the epoch) and `facts`."""
         line = json.dumps({"seconds": time.time(), "event": event, **facts}, default=str).encode() + b"\n"
         if not is_local(self._folder):
             self._lines.append(line)
@@ -44,7 +43,7 @@ class JobEvents:
             file.write(line)
 
     def close(self) -> None:
-        """Put what is noted into the store."""
+        """Write pending events to the store."""
         if not self._lines:
             return
         with suppress(OSError):
@@ -63,8 +62,9 @@ _REDRAW_SECONDS = 0.1
 class JobProgress:
     """Progress of a job's stages, on standard error: a context manager.
 
-    On a terminal, a bar for the stage at hand, and a line for each that is done. Elsewhere, a plain line when a stage
-    that took a while is done, and every 10 s. There is no thread. events: where stages and lost workers are noted.
+    On a terminal, a bar for the current stage, and a line for each completed one. Otherwise a plain line every 10 s,
+    and one for each completed stage that took a second or more. There is no thread. events: records stages and lost
+    workers.
     """
 
     def __init__(self, stages: int, *, show: bool, events: JobEvents | None = None) -> None:
@@ -72,7 +72,7 @@ class JobProgress:
         self._bar: Any = None
         self._number, self._title = 0, ""
         self._tasks = self._done = self._found = self._records = self._bytes = self._written = self._retries = 0
-        self._began = self._shown_at = time.monotonic()
+        self._started = self._shown_at = time.monotonic()
 
     def __enter__(self) -> JobProgress:
         return self
@@ -81,18 +81,18 @@ class JobProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def begin(self, number: int, title: str, tasks: int, found: int) -> None:
-        """A stage begins; `found` of its tasks were done by an earlier run."""
+    def start(self, number: int, title: str, tasks: int, found: int) -> None:
+        """Start a stage. An earlier run has completed `found` of its tasks."""
         self._number, self._title, self._tasks, self._done, self._found = number, title, tasks, found, found
         self._records = self._bytes = self._written = 0
-        self._began = self._shown_at = time.monotonic()
-        self._note("stage begun", title=title, tasks=tasks, done_before=found)
+        self._started = self._shown_at = time.monotonic()
+        self._record("stage started", title=title, tasks=tasks, done_before=found)
         if self._show and sys.stderr.isatty():
             self._bar = _new_bar(f"stage {number + 1}/{self._stages}", tasks, found)
             self._bar.start()
 
     def task_done(self, result: TaskResult, size_bytes: int) -> None:
-        """A task is done; `size_bytes`: what it read of files, or wrote."""
+        """Count a completed task. size_bytes: what it read from files, or wrote."""
         self._done += 1
         self._records += result.records_in
         self._bytes += size_bytes
@@ -100,24 +100,24 @@ class JobProgress:
         self._refresh()
 
     def tick(self, retries: int) -> None:
-        """Time has passed."""
+        """Refresh the display. retries: of the engine so far."""
         if retries > self._retries:
-            self._note("tasks begun again", tasks=retries - self._retries, why="their workers were lost")
+            self._record("tasks restarted", tasks=retries - self._retries, why="their workers were lost")
         self._retries = retries
         self._refresh()
 
     def end(self) -> None:
-        """The stage is done."""
+        """End the current stage."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._started
         figures = {"tasks": self._done, "records_in": self._records, "bytes_written": self._written}
-        self._note("stage done", title=self._title, **figures, seconds_taken=seconds)
+        self._record("stage done", title=self._title, **figures, seconds_taken=seconds)
         if self._show and (sys.stderr.isatty() or seconds >= 1):
             self._line(f"{self._figures(seconds)}  {format_seconds(seconds)}")
 
-    def _note(self, event: str, **facts: Any) -> None:
+    def _record(self, event: str, **facts: Any) -> None:
         if self._events is not None:
             self._events.add(event, stage=self._number + 1, of=self._stages, **facts)
 
@@ -126,9 +126,9 @@ class JobProgress:
         if not self._show or now - self._shown_at < (_REDRAW_SECONDS if self._bar is not None else _LINE_SECONDS):
             return
         self._shown_at = now
-        seconds = now - self._began
-        made = self._done - self._found
-        left = (self._tasks - self._done) * seconds / made if made else float("nan")
+        seconds = now - self._started
+        completed = self._done - self._found
+        left = (self._tasks - self._done) * seconds / completed if completed else float("nan")
         figures = f"{self._figures(seconds)}  {format_seconds(left)} left"
         if self._bar is None:
             self._line(figures)
@@ -145,7 +145,7 @@ class JobProgress:
         if self._written:
             parts.append(f"{format_bytes(self._written)} written")
         if self._found:
-            parts.append(f"{self._found} were done before")
+            parts.append(f"{self._found} done before")
         if self._retries:
             parts.append(f"{self._retries} retries")
         return "  ".join(parts)

@@ -1,14 +1,11 @@
 """Runs stages in order in a locked job folder; completed tasks are not repeated.
 
-A job's folder: what its tasks leave for each other and for the next run.
-.manyhands/
-  lock                 one run at a time, or the ranks of one
-  plan-IDENTITY        what the workers load
-  IDENTITY/            a stage, by what it computes: part-N.runs or output files, part-N.done, part-N.bad
+The job folder holds what tasks leave for each other and for the next run:
 
-From what `engine=` says to an engine. All make the same bytes; they differ in where tasks run.
-
-Runs a plan's stages one after the other, in the job's folder; what a run before has left done stays done.
+    .manyhands/
+      lock             held by one run, or shared by its ranks
+      plan-IDENTITY    the plan, which workers load
+      IDENTITY/        a stage, named by what it computes: part-N.runs or output files, part-N.done, part-N.bad
 """
 
 from __future__ import annotations
@@ -37,16 +34,18 @@ from manyhands.storage.files import exists, join_path, make_folder, names_in, re
 from manyhands.storage.location import is_local
 from manyhands.storage.run_lock import FileLock
 
-_CLEARING = "clearing"  # in the lock file: its holder is a rank, and will share the lock soon
+_CLEARING = "clearing"
+"""Content of the lock file while its holder is a rank that clears the folder, and will share the lock soon."""
 
-_CLEARING_SECONDS = 20.0  # how long a rank waits before it asks again whether the lock's holder is a rank
+_CLEARING_SECONDS = 20.0
+"""How long a rank waits before it checks again whether the holder of the lock is a rank."""
 
 
 class JobFolder:
     """A job's folder, locked while it is open. Raises ConfigError if another run holds the lock.
 
-    together: several ranks have it open at once. The first one clears it; later ones may find files of the others.
-    output: the folder that the job publishes its files to, if there is one.
+    together: several ranks open it at the same time. The first one clears it; later ones find files of the others.
+    output: the folder to which the job publishes its files, if there is one.
     """
 
     def __init__(self, path: str, *, together: bool = False, output: str | None = None) -> None:
@@ -59,26 +58,26 @@ class JobFolder:
             self._alone = self._lock.take()
             if self._alone:
                 self._lock.write(_CLEARING if together else "")
-                # Without locks, other ranks may be at work: then nothing is cleared.
+                # If the file system has no locks, other ranks may be active, so nothing is cleared.
                 self._alone = self._lock.is_supported or not together
             elif not (together and self._wait_for_first_rank(self._lock)):
                 self._lock.close()
                 raise ConfigError(
-                    "another run is at work here", where=path, hint="wait for it to end, or write to another folder"
+                    "another run uses this folder", where=path, hint="wait for it to end, or write to another folder"
                 )
 
     @staticmethod
     def _wait_for_first_rank(lock: FileLock) -> bool:
-        """Share the lock, once the first rank has cleared the folder. False if it is another run that holds it."""
+        """Share the lock once the first rank has cleared the folder. False if another run holds the lock."""
         while not lock.take(shared=True, patience_seconds=_CLEARING_SECONDS):
             if lock.read() != _CLEARING:
                 return False
         return True
 
     def prepare(self, plan: Plan) -> str:
-        """Remove what killed runs and other plans have left, and save the plan; its path.
+        """Remove what killed runs and other plans left, save the plan, and return its path.
 
-        Raises ConfigError if other ranks are at work on another plan.
+        Raises ConfigError if other ranks run another plan.
         """
         if self._alone:
             self._clear(plan)
@@ -93,9 +92,9 @@ class JobFolder:
         return self.plan_path(plan)
 
     def _clear(self, plan: Plan) -> None:
-        wanted = {self.stage(stage).rpartition("/")[2] for stage in plan.stages}
+        current = {self.stage(stage).rpartition("/")[2] for stage in plan.stages}
         for name in names_in(self.path):
-            if name not in wanted and name != "lock":
+            if name not in current and name != "lock":
                 remove(join_path(self.path, name))
         self.sweep(plan)
         if is_local(self.path):
@@ -114,15 +113,15 @@ class JobFolder:
                 expected=mine,
                 got=", ".join(others),
                 hint="all must run the same script with the same Python and Manyhands, and see the same input files; "
-                "if a job that was changed was killed, start it with one rank first, or remove the folder",
+                "if an earlier version of the job was killed, start it with one rank first, or remove the folder",
             )
 
     def plan_path(self, plan: Plan) -> str:
-        """Where the plan is saved: of another plan, in another file, because workers keep what they have loaded."""
+        """The plan's file. Each plan has its own, because workers cache the plans that they have loaded."""
         return join_path(self.path, f"plan-{plan.identity[:20]}")
 
     def sweep(self, plan: Plan) -> None:
-        """Remove the temporary files of tasks that were killed."""
+        """Remove the temporary files of killed tasks."""
         for stage in plan.stages if not self.together or self._alone else ():
             folder = self.stage(stage)
             for name in names_in(folder):
@@ -134,7 +133,7 @@ class JobFolder:
         return join_path(self.path, stage.identity[:20])
 
     def close(self, *, delete: bool) -> None:
-        """Unlock; remove the folder with all that is in it, if nobody needs it any more."""
+        """Release the lock. delete: remove the folder and its contents."""
         if delete and exists(self.path):
             remove(self.path)
         if self._lock is not None:
@@ -142,7 +141,7 @@ class JobFolder:
 
 
 def open_engine(options: Options) -> JobEngine:
-    """The engine that is named; processes on this machine if none is. Raises ConfigError if nobody answers."""
+    """The engine of `options`; by default processes on this machine. Raises ConfigError if it can't be reached."""
     from manyhands.prepare.engines.engine import InProcess
     from manyhands.prepare.engines.local import persistent_pool
     from manyhands.prepare.engines.ranks import Ranks
@@ -165,7 +164,7 @@ def open_engine(options: Options) -> JobEngine:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What came of a stage: its tasks' results by partition, and its figures."""
+    """The result of a stage: its tasks' results by partition, and its figures."""
 
     title: str
     folder: str
@@ -174,12 +173,12 @@ class StageResult:
 
     @property
     def records(self) -> int:
-        """That came out."""
+        """The number of records that the stage wrote."""
         return sum(result.records for result in self.results)
 
     @property
     def bad_records(self) -> list[bytes]:
-        """Those that were set aside, as lines of JSON, in the order of the partitions."""
+        """The records that were set aside, as JSON lines, in the order of partitions."""
         paths = [bad_path(self.folder, r.partition) for r in self.results if r.bad_records]
         return [read_bytes(path) for path in paths]
 
@@ -187,7 +186,7 @@ class StageResult:
 def run_stages(
     plan: Plan, stages: Sequence[Stage], folder: JobFolder, options: Options, progress: JobProgress
 ) -> list[StageResult]:
-    """Run some first stages of a plan. Raises what tasks raise: the first error ends the others."""
+    """Run the first `stages` of a plan. Raises what a task raises: the first error ends the other tasks."""
     plan_path = folder.prepare(plan)
     given = options.engine
     engine = open_engine(options) if given is None or isinstance(given, str) else given
@@ -198,7 +197,7 @@ def run_stages(
             done.append(_run_stage(stage, tasks, engine, options, progress, sum(_bad(result) for result in done)))
     except KeyboardInterrupt:
         raise Interrupted(
-            "preparing was stopped, as asked", where=folder.path, hint="run it again: what is done stays done"
+            "the job was stopped on request", where=folder.path, hint="run it again: completed tasks are not repeated"
         ) from None
     finally:
         if engine is not given:
@@ -216,7 +215,7 @@ def tasks_of(
     memory_bytes: int,
     max_bad_records: int,
 ) -> list[Task]:
-    """A stage's tasks. Behind a shuffle, as many as the arranged records want: that depends on them alone."""
+    """The tasks of a stage. After a shuffle their number depends on the size of the arranged records alone."""
     inputs = tuple(
         tuple(runs_path(folder.stage(plan.stages[number]), result.partition) for result in done[number].results)
         for number in stage.inputs
@@ -251,13 +250,13 @@ def _ranges(inputs: Sequence[Sequence[str]], reduce_bytes: int, *, descending: b
 def _run_stage(
     stage: Stage, tasks: Sequence[Task], engine: JobEngine, options: Options, progress: JobProgress, bad_before: int
 ) -> StageResult:
-    began = time.monotonic()
+    started = time.monotonic()
     results: dict[int, TaskResult] = {}
     for task in tasks:
         found = finished(task.folder, task.stage, task.partition)
         if found is not None:
             results[task.partition] = found
-    progress.begin(stage.number, stage.title, len(tasks), len(results))
+    progress.start(stage.number, stage.title, len(tasks), len(results))
     waiting: set[Future[TaskResult]] = {engine.submit(task) for task in tasks if task.partition not in results}
     bad = bad_before + sum(result.bad_records for result in results.values())
     while waiting:
@@ -272,7 +271,7 @@ def _run_stage(
         progress.tick(engine.retries)
     progress.end()
     ordered = tuple(results[partition] for partition in sorted(results))
-    return StageResult(stage.title, tasks[0].folder if tasks else "", ordered, time.monotonic() - began)
+    return StageResult(stage.title, tasks[0].folder if tasks else "", ordered, time.monotonic() - started)
 
 
 def _bad(result: StageResult) -> int:

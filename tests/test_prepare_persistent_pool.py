@@ -1,4 +1,4 @@
-"""Workers stay for the next job of a program, where that changes nothing."""
+"""Workers stay for the next job of a program, unless their environment or modules have changed."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def test_the_next_job_has_the_same_workers(tmp_path: Path, monkeypatch: pytest.M
     assert not pids(tmp_path / "4") & third
 
 
-def test_a_module_that_was_changed_is_imported_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_module_is_imported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     module = tmp_path / "changing_module.py"
 
-    def told(_: int) -> int:
+    def imported_value(_: int) -> int:
         import changing_module
 
         return int(changing_module.VALUE)
 
-    made = mh.Dataset.from_records([0]).map(told)
+    made = mh.Dataset.from_records([0]).map(imported_value)
     found = []
     for value in (1, 22):
         module.write_text(f"VALUE = {value}\n")
@@ -56,7 +56,7 @@ def test_a_module_that_was_changed_is_imported_anew(tmp_path: Path, monkeypatch:
     assert "changing_module" not in sys.modules
 
 
-def test_after_an_error_the_next_job_is_sound(tmp_path: Path) -> None:
+def test_after_an_error_the_next_job_works(tmp_path: Path) -> None:
     slow = mh.Dataset.from_records(range(50), partition_bytes=1).map(lambda x: __import__("time").sleep(0.1) or 1 / x)
     with pytest.raises(mh.DataError, match="ZeroDivisionError"):
         slow.write(str(tmp_path / "bad"), workers=2, progress=False)
