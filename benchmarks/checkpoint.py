@@ -1,10 +1,10 @@
-"""What a checkpoint costs: how long a step waits for it, how long until it's there, and how long a load takes.
+"""The cost of a checkpoint: how long a step waits for it, when it is published, and how long a load takes.
 
     .venv/bin/python benchmarks/checkpoint.py [--rounds 3] [--depth 8] [--folder DIR]
 
-The state of a GPT of 69.4 M parameters and AdamW, 12 bytes a parameter, of 2 workers. Ours is checksummed, its digest
-is computed at the save and again at the load, and it's on the disk when it's published. Contenders run in turn, round
-by round; medians. All figures go to runs/checkpoint.json.
+The state of a GPT with 69.4 M parameters and AdamW, 12 bytes per parameter, on 2 workers. Manyhands computes checksums,
+and a digest at the save and again at the load, and its checkpoint is synced when it is published. Contenders run in
+turn, round by round; the table shows medians. All figures go to runs/checkpoint.json.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure(kind: str, folder: str, depth: int) -> list[dict[str, float]]:
 
 
 def described(times: list[dict[str, float]], ours: list[dict[str, float]], figure: str) -> str:
-    """The median, and how many times ours that is."""
+    """The median, and its ratio to that of Manyhands."""
     if not times:
         return "failed"
     seconds = statistics.median(time[figure] for time in times)

@@ -1,7 +1,7 @@
-"""One worker of checkpoint.py: trains a few steps, saves, goes on, loads. Rank 0 prints one JSON line.
+"""One worker of checkpoint.py: trains a few steps, saves, continues, loads. Rank 0 prints one JSON line.
 
-manyhands-STAGE; torch.save (rank 0 writes DDP's whole state); dcp, dcp-async (torch.distributed.checkpoint of FSDP2).
-stall: how long a step's worker waits; published: from the beginning until the checkpoint may be loaded.
+manyhands-SHARDING; torch.save (rank 0 writes DDP's full state); dcp, dcp-async (torch.distributed.checkpoint of FSDP2).
+stall: how long a worker waits in a step. published: from the start until the checkpoint can be loaded.
 """
 
 from __future__ import annotations

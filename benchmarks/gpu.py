@@ -1,11 +1,11 @@
-"""One GPU: our step beside plain PyTorch's and DeepSpeed ZeRO-Offload's, and the largest models that train.
+"""One GPU: a step next to plain PyTorch's and DeepSpeed ZeRO-Offload's, and the largest models that train.
 
     .venv-bench/bin/python benchmarks/gpu.py [--depth 25] [--rounds 3] [--largest]
 
-A GPT in bf16 with fp32 master weights and AdamW; 2,048 wide and 25 blocks deep it has 1.3 billion parameters. Every
-contender runs once per round as a process of its own; ratios are taken inside a round, and their median is shown. busy:
-the part of a step in which the GPU computes or copies. --largest: doubles the depth until a model doesn't train any
-more. With `--device cpu --width 64 --depth 2` it goes through all of it on any machine.
+A GPT in bf16 with fp32 master weights and AdamW. With width 2,048 and 25 blocks it has 1.3 billion parameters. Every
+contender runs once per round in its own process. Ratios are computed inside a round, and their median is shown. busy:
+the part of a step in which the GPU computes or copies. --largest: doubles the depth until a model no longer trains.
+With `--device cpu --width 64 --depth 2` everything runs on any machine.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def shown(records: list[Record], figure: str, beside: list[Record] | None = None
 
 
 def speeds(options: argparse.Namespace, console: Console) -> dict[str, list[Record]]:
-    """Steps beside each other, round by round."""
+    """Measure all contenders, round by round."""
     kinds = [kind for kind in KINDS if kind != "deepspeed-offload" or importlib.util.find_spec("deepspeed")]
     results: dict[str, list[Record]] = {kind: [] for kind in kinds}
     for number in range(options.rounds):
@@ -87,7 +87,7 @@ def speeds(options: argparse.Namespace, console: Console) -> dict[str, list[Reco
 
 
 def largest(options: argparse.Namespace, console: Console) -> dict[str, Record]:
-    """For each contender the largest model that made two steps: the depth is doubled, then halved towards the limit."""
+    """The largest model with which each contender completes two steps, found by doubling and bisecting the depth."""
     found = {}
     for kind in LARGEST:
         trained, failed = 0, 0

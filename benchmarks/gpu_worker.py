@@ -1,7 +1,7 @@
 """One contender of gpu.py, in one process; prints one JSON line.
 
-plain: PyTorch with the deterministic kernels that Manyhands asks for; plain-any-kernels: with those it takes by itself.
-manyhands-STAGE-HOME. deepspeed-offload: ZeRO-2 with the optimizer on the host (its fused Adam for CPUs).
+plain: PyTorch with the deterministic kernels that Manyhands uses. plain-any-kernels: with its default kernels.
+manyhands-SHARDING-OFFLOAD. deepspeed-offload: ZeRO-2 with the optimizer on the host (its fused Adam for CPUs).
 """
 
 from __future__ import annotations

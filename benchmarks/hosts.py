@@ -1,4 +1,4 @@
-"""What travels over the link between hosts, and how long a step takes there: each sharding, precision and group.
+"""The bytes between hosts, and the time of a step, for each sharding, precision and transport.
 
     .venv/bin/python benchmarks/hosts.py [--hosts 2 3] [--mbit 1000 100] [--precisions fp32 bf16]
 
@@ -59,7 +59,7 @@ def measure(sharding: str, group: str, precision: str) -> dict[str, object]:
         for batch in engine.batches(STEPS):
             before = int(RECEIVED.read_text())
             seconds.append(engine.step(batch).step_seconds)
-            engine.group.barrier("measured / control")  # nobody's next step is counted
+            engine.group.barrier("measured / control")  # no worker may start its next step before the bytes are read
             received.append(int(RECEIVED.read_text()) - before)
             engine.group.barrier("read / control")
         digest = engine.digest()

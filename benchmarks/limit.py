@@ -1,10 +1,10 @@
-"""A model that doesn't fit: each worker may use a quarter of its training state, and the kernel kills who takes more.
+"""A model that does not fit: each worker may use a quarter of its training state, enforced by the kernel.
 
     .venv/bin/python benchmarks/limit.py [--depth 20] [--scratch DIR]
 
-Makes a control group with a memory limit for every worker (as root, or where control groups are delegated), and trains
-a GPT in fp32 whose parameters, gradients and AdamW moments take 16 bytes a parameter: with plain PyTorch, with DDP, and
-with Manyhands at sharding zero3 with its state on disk; and once more by Manyhands without limit, for the digest.
+Creates a control group with a memory limit for every worker (as root, or where control groups are delegated). Trains a
+GPT in fp32 whose parameters, gradients and AdamW moments take 16 bytes per parameter, with plain PyTorch, with DDP, and
+with Manyhands (zero3, offload to disk). Manyhands also trains it without a limit, to compare the digest.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc-per-node W benchmarks/limited.py KIND CGROUP --depth D
 
-KIND: plain (one process), ddp, or manyhands-STAGE-HOME. CGROUP: a folder of the memory controller; worker R joins
+KIND: plain (one process), ddp, or manyhands-SHARDING-OFFLOAD. CGROUP: a folder of the memory controller; worker R joins
 CGROUP/R. Rank 0 prints one JSON line.
 """
 
@@ -50,7 +50,7 @@ def peers(kind: str, options: argparse.Namespace) -> dict[str, object]:
 
 
 def ours(kind: str, options: argparse.Namespace) -> dict[str, object]:
-    """Manyhands; the same model and as many samples a step, whoever computes them."""
+    """Manyhands: the same model and the same number of samples per step, for any number of workers."""
     _, sharding, offload = kind.split("-")
 
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What every contender shares: its arguments, its random tokens, and the one JSON line that it prints at the end."""
+"""What all contenders share: arguments, random tokens, and the JSON line that they print at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpt import VOCABULARY
 
-WARM_UP = 2  # steps that aren't counted: allocators, kernels and connections are made in them
+WARM_UP = 2  # steps that are not counted: they create allocators, kernels and connections
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
@@ -32,10 +32,10 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 class Turns:
-    """Whose step it is, where several contenders are there at once: T of turn T in a file, from which contender I of K
-    takes turns I, K + I, 2 K + I... `with turns.take(): step()` on all its workers; else the steps just go on.
+    """Lets several contenders take their steps in turn. A file holds the current turn; contender I of K takes turns I,
+    K + I, 2 K + I, and so on. All workers of a contender call `with turns.take(): step()`.
 
-    Who waits looks at the file now and then, so that it takes no time from who computes.
+    A waiting worker polls the file rarely, so that it takes no CPU time from the one that computes.
     """
 
     VARIABLE = "BENCH_TURNS"  # "file I K"
@@ -48,7 +48,7 @@ class Turns:
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        """Wait for this contender's next turn; after it, it's the next one's."""
+        """Wait for this contender's next turn, and pass the turn on at the end of the block."""
         while self._contenders and int(self._file.read_text()) < self._next:
             time.sleep(0.01)
         yield

@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/memory.py [--workers 1 2 4] [--only "zero3 disk"] [--most-gib 9]
 
-Trains a GPT of 154 M parameters for two steps with each strategy and reads what the workers take meanwhile, beyond what
-the same processes took before they made their engines; as root, for the control group that counts it. Writes
-runs/memory.json as it goes; cases that are there are left out (--again: they aren't). In the end the tables go into
-docs/memory.md, and the plot beside it.
+Trains a GPT with 154 M parameters for two steps with each strategy, and reads the memory of the workers meanwhile,
+minus that of the same processes before they created engines. Needs root, for the control group that counts it. Writes
+runs/memory.json after each case; completed cases are skipped (--again: measured again). At the end the tables go into
+docs/memory.md, and the plot next to it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Reading:
         self._ready = 0
 
     def a_worker_is_ready(self, now: tuple[float, float]) -> None:
-        """It will begin when all are."""
+        """It starts when all have started."""
         self._ready += 1
         if self._ready == self.case.workers:
             self._before, self.phase = now, "start"
@@ -219,8 +219,8 @@ def main() -> None:
     def measured(case: Case, row: dict[str, Any]) -> None:
         rows[str(case)] = row = {**vars(case), **row, "formula_mib": formula_mib(case, options.depth)}
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-        told = {name: value for name, value in row.items() if name.endswith("mib") and name != "formula_mib"}
-        print(f"{case}: {row['formula_mib'].get('peak', 0):,.0f} MiB by the formula, {told}", flush=True)
+        figures = {name: value for name, value in row.items() if name.endswith("mib") and name != "formula_mib"}
+        print(f"{case}: {row['formula_mib'].get('peak', 0):,.0f} MiB by the formula, {figures}", flush=True)
 
     for several in together.values():
         Run(several, measured).run(options.depth)

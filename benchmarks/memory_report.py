@@ -1,4 +1,4 @@
-"""What memory.py measured, as tables in docs/memory.md and as a plot beside it."""
+"""Writes what memory.py measured: tables in docs/memory.md, and a plot next to it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ GROUPS = {"shared-memory": "on shared memory", "distributed": "over torch.distri
 COLOURS = {1: "#4c78a8", 2: "#f58518", 4: "#54a24b"}
 
 Row = dict[str, Any]
-"""Of one case: what memory.py wrote. `foreseen_mib`: the formula and activations."""
+"""One case, as memory.py recorded it. `predicted_mib`: the formula and the activations."""
 
 
 def write_report(rows: Iterable[Row]) -> None:
-    """Put the tables between their marks in docs/memory.md, and draw docs/memory.svg."""
+    """Write the tables between the marks in docs/memory.md, and draw docs/memory.svg."""
     several = list(rows)
     alone = {(row["precision"], row["offload"]): row["steps_mib"] for row in several if row["sharding"] == "none"}
     measured = [
-        {**row, "foreseen_mib": row["formula_mib"]["peak"] + alone[row["precision"], row["offload"]]}
+        {**row, "predicted_mib": row["formula_mib"]["peak"] + alone[row["precision"], row["offload"]]}
         for row in several
         if row["sharding"] != "none" and (row["precision"], row["offload"]) in alone
     ]
@@ -49,7 +49,7 @@ def _tables(rows: list[Row]) -> str:
         if not workers:
             continue
         names = [f"{count} worker{'s' if count > 1 else ''}" for count in workers]
-        parts += [f"**{precision}, {GROUPS[group]}** (MiB a worker: foreseen, measured, ratio)\n"]
+        parts += [f"**{precision}, {GROUPS[group]}** (MiB per worker: predicted, measured, ratio)\n"]
         parts += ["| sharding | offload | " + " | ".join(f"{name} | | " for name in names) + "|"]
         parts += ["|---|---|" + "---:|---:|---:|" * len(workers)]
         for sharding, offload in product(SHARDINGS, OFFLOADS):
@@ -63,8 +63,8 @@ def _tables(rows: list[Row]) -> str:
 def _cells(row: Row | None) -> str:
     if row is None:
         return "- | - | -"
-    foreseen, measured = row["foreseen_mib"], row["steps_mib"]
-    return f"{foreseen:,.0f} | {measured:,.0f} | {measured / foreseen:.2f}"
+    predicted, measured = row["predicted_mib"], row["steps_mib"]
+    return f"{predicted:,.0f} | {measured:,.0f} | {measured / predicted:.2f}"
 
 
 def _draw(rows: list[Row]) -> None:
@@ -77,16 +77,16 @@ def _draw(rows: list[Row]) -> None:
     figure, panels = pyplot.subplots(2, 2, figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained")
     for (row, precision), (column, offload) in product(enumerate(PRECISIONS), enumerate(OFFLOADS)):
         panel = panels[row][column]
-        for place, count in enumerate(COLOURS):
+        for position, count in enumerate(COLOURS):
             for sharding in SHARDINGS:
                 for found in rows:
                     if (found["precision"], found["offload"], found["sharding"]) == (precision, offload, sharding):
                         if found["workers"] != count:
                             continue
-                        left = SHARDINGS.index(sharding) + (place - 1) * 0.27
+                        left = SHARDINGS.index(sharding) + (position - 1) * 0.27
                         panel.bar(left, found["steps_mib"], 0.24, color=COLOURS[count], zorder=2)
                         ends = (left - 0.12, left + 0.12)
-                        panel.hlines(found["foreseen_mib"], *ends, color="black", linewidth=1.6, zorder=3)
+                        panel.hlines(found["predicted_mib"], *ends, color="black", linewidth=1.6, zorder=3)
         panel.set_title(f"{precision}, offload = {offload}", fontsize=10)
         panel.set_xlim(-0.6, len(SHARDINGS) - 0.4)
         panel.set_xticks(range(len(SHARDINGS)), SHARDINGS)

@@ -1,11 +1,11 @@
-"""One worker of memory.py: trains a GPT for a few steps in one case after the other, and says where it is, so that its
+"""One worker of memory.py: trains a GPT for a few steps in one case after the other, and reports its phase, so that its
 memory can be read meanwhile.
 
     python -m torch.distributed.run --nproc-per-node W benchmarks/memory_worker.py CGROUP DEPTH CASES
 
 CGROUP: a folder of the memory controller, which the worker joins. CASES: JSON, [{"sharding": "zero2", ...}, ...].
-Prints JSON lines: every worker before it makes an engine, rank 0 as each phase ends.
-With sharding "none" it computes forward and backward alone, in plain PyTorch: what activations take.
+Prints JSON lines: every worker before it creates an engine, and rank 0 at the end of each phase.
+With sharding "none" it runs only forward and backward in plain PyTorch, to measure activations.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def recipe_of(precision: str, *shape: int) -> mh.Recipe:
 
 
 def tell(**what: object) -> None:
-    """One JSON line, whole: several workers write to one pipe."""
+    """Print one JSON line in a single write: several workers write to one pipe."""
     os.write(1, (json.dumps(what) + "\n").encode())
 
 
@@ -97,7 +97,7 @@ def compute_alone(given: dict[str, Any], *shape: int) -> None:
             return_freed_memory()
             tell(case=given["name"], ended="nothing yet")
             tell(case=given["name"], ended="start")
-        with bf16_products_in_fp32():  # as the engine does, where the CPU wants it
+        with bf16_products_in_fp32():  # as the engine does on CPUs without bf16 instructions
             loss_of(model, data[step][None]).backward()  # type: ignore[no-untyped-call]
     tell(case=given["name"], ended="steps")
 

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--transport", default="auto")
     options = parser.parse_args()
     workers, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    engine = mh.Engine(recipe_of(options, workers), mh.Strategy(sharding=options.sharding, transport=options.group))
+    engine = mh.Engine(recipe_of(options, workers), mh.Strategy(sharding=options.sharding, transport=options.transport))
     batches = iter(engine.batches())
     seconds, turns = [], Turns()
     for _ in range(options.steps + WARM_UP):
@@ -94,7 +94,7 @@ def main() -> None:
         overhead = digest_seconds(engine) / DIGEST_EVERY + record_seconds(engine, metrics)
     if rank == 0:
         share = overhead / statistics.median(seconds[WARM_UP:])
-        kind = f"manyhands-{options.sharding}" + ("" if options.group == "auto" else f"-{options.group}")
+        kind = f"manyhands-{options.sharding}" + ("" if options.transport == "auto" else f"-{options.transport}")
         report(
             options,
             Measured(

@@ -145,7 +145,7 @@ def start(options: argparse.Namespace) -> Step:
 
 
 def our_products() -> AbstractContextManager[object]:
-    """How Manyhands multiplies; nothing of it is loaded by those who don't want it, whose memory is measured."""
+    """Manyhands's bf16 products. Imported only by contenders that use them, because memory is measured."""
     from manyhands.models.bf16_products import bf16_products_in_fp32
 
     return bf16_products_in_fp32()

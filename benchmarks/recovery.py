@@ -45,7 +45,7 @@ NO_CHANGE_SECONDS = 60.0
 
 
 def command_of(kind: str, folder: Path, steps: int, every: int) -> list[str]:
-    """A whole launch of two workers."""
+    """The command that launches two workers."""
     script = [str(WORKER), kind, str(folder), str(steps), str(every)]
     if kind.startswith("ddp"):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "99"]
@@ -54,15 +54,15 @@ def command_of(kind: str, folder: Path, steps: int, every: int) -> list[str]:
 
 
 def steps_made(kind: str, folder: Path) -> tuple[int, int]:
-    """The last step that was made, and how many were made again."""
+    """The last completed step, and the number of repeated steps."""
     if kind.startswith("ddp"):
         path = folder / "steps"
         made = [int(line) for line in path.read_text().split()] if path.exists() else []
         return max(made, default=0), len(made) - len(set(made))
     metrics, events = folder / "run" / "metrics.jsonl", folder / "run" / "events.jsonl"
     made = metrics.read_text().count("\n") if metrics.exists() else 0
-    told = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
-    return made, sum(event.get("repeats", 0) for event in told)
+    recorded = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+    return made, sum(event.get("repeats", 0) for event in recorded)
 
 
 def pid_of(folder: Path, rank: int) -> int | None:
@@ -79,7 +79,7 @@ def pid_of(folder: Path, rank: int) -> int | None:
 
 
 def run(kind: str, steps: int, every: int, kills: list[tuple[int, int]]) -> dict[str, Any]:
-    """Train to the end. kills: (step, rank), rising: who is killed once that step is made for the first time."""
+    """Train to the end. kills: (step, rank) in ascending order: the worker to kill when the step is first complete."""
     with tempfile.TemporaryDirectory(prefix="manyhands-recovery-") as name:
         folder, left, began = Path(name), list(kills), time.monotonic()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}

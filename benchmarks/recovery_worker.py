@@ -1,4 +1,4 @@
-"""One worker of recovery.py: trains a GPT, notes every step, goes on from where an earlier one was killed.
+"""One worker of recovery.py: trains a GPT, records every step, and resumes where an earlier one was killed.
 
 python benchmarks/recovery_worker.py KIND FOLDER STEPS EVERY
 """
@@ -27,7 +27,7 @@ def model_of() -> GPT:
 
 
 def train_ddp(folder: Path, steps: int, every: int) -> str:
-    """As PyTorch's tutorial on fault tolerance has it: rank 0 writes a file, all begin with it."""
+    """As in PyTorch's tutorial on fault tolerance: rank 0 writes a file, and all workers start from it."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 

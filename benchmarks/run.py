@@ -48,7 +48,7 @@ WITH_OUR_PRODUCTS = tuple(kind + OUR_PRODUCTS for kind in ("ddp", "fsdp2", "deep
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How many workers compute how much, in which precision, and who is measured at it."""
+    """The number of workers, their batch and precision, and the contenders."""
 
     name: str
     workers: int
@@ -93,7 +93,7 @@ SETTINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A bound on the ratio of the figure of `ours` in `setting` to `peer`'s; of step times, on the peer's to ours."""
+    """A bound on the ratio of a figure of `ours` to that of `peer`; for step times, of the peer's to ours."""
 
     what: str
     setting: str
@@ -105,7 +105,7 @@ class Target:
 
 
 def as_fast(setting: str, peer: str, at_least: float, ours: str = OURS) -> Target:
-    """That the peer's step takes at least so many times as long as that of `ours`."""
+    """The peer's step must take at least `at_least` times as long as that of `ours`."""
     who = (setting, peer)
     return Target(
         what=f"times as fast as {peer}", setting=setting, peer=who, figure="step_ms", at_least=at_least, ours=ours
@@ -147,7 +147,7 @@ Results = dict[tuple[str, str], list[Record]]  # (setting, kind): one record a r
 
 
 def command_of(setting: Setting, kind: str, steps: int) -> list[str]:
-    """A whole launch: torch's own launcher, one process per worker."""
+    """The command of a contender: torch's launcher, with one process per worker."""
     sharding, _, group = kind.removeprefix("manyhands-").partition("-")
     ours = kind.startswith("manyhands-")
     script = ["ours.py", "--sharding", sharding, "--transport", group or "auto"] if ours else ["peers.py", kind]
@@ -159,7 +159,7 @@ def command_of(setting: Setting, kind: str, steps: int) -> list[str]:
     ]
 
 
-def begin(setting: Setting, kind: str, steps: int, turns: str = "") -> subprocess.Popen[str]:
+def start(setting: Setting, kind: str, steps: int, turns: str = "") -> subprocess.Popen[str]:
     """Start one contender. turns: see Turns."""
     environment = {
         **os.environ,
@@ -168,7 +168,7 @@ def begin(setting: Setting, kind: str, steps: int, turns: str = "") -> subproces
         "PYTHONWARNINGS": "ignore",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    # DeepSpeed compiles a part of itself at its first use, with the ninja that stands beside this Python.
+    # DeepSpeed compiles an extension at its first use, with the ninja next to this Python.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return subprocess.Popen(
         command_of(setting, kind, steps),
@@ -202,8 +202,10 @@ def measure_in_turns(setting: Setting, kinds: list[str], steps: int) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         turn = Path(folder) / "turn"
         turn.write_text("0")
-        processes = [begin(setting, kind, steps, f"{turn} {number} {len(kinds)}") for number, kind in enumerate(kinds)]
-        with ThreadPoolExecutor(len(kinds)) as pool:  # each reads what its contender says, so that none waits for that
+        processes = [start(setting, kind, steps, f"{turn} {number} {len(kinds)}") for number, kind in enumerate(kinds)]
+        with ThreadPoolExecutor(
+            len(kinds)
+        ) as pool:  # a thread reads the output of each contender, so that no pipe fills up
             waits = [pool.submit(end, process, SECONDS_ALLOWED * len(kinds)) for process in processes]
             try:
                 for done in as_completed(waits):
@@ -220,7 +222,7 @@ def measure_in_turns(setting: Setting, kinds: list[str], steps: int) -> dict[str
     }
 
 
-def wanted(patterns: list[str]) -> list[tuple[Setting, str]]:
+def selected(patterns: list[str]) -> list[tuple[Setting, str]]:
     """The contenders of one round, in order: those that `--only` names, or all that are installed."""
     pairs = [(setting, kind) for setting in SETTINGS for kind in setting.kinds]
     if patterns:
@@ -333,12 +335,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="SETTING/KIND", help='such as "2-bf16/*" "*/ddp"')
     options = parser.parse_args()
     console = Console(width=max(120, Console().width))
-    pairs, where = wanted(options.only), machine()
+    pairs, where = selected(options.only), machine()
     if not pairs:
         names = ", ".join(f"{setting.name}/{kind}" for setting in SETTINGS for kind in setting.kinds)
         raise SystemExit(f"--only {' '.join(options.only)} names no contender that is installed; there are: {names}")
-    told = f"{where['processor']}, {where['cores']} cores, bf16 instructions: {where['bf16']}, torch {where['torch']}"
-    console.print(told, highlight=False)
+    description = (
+        f"{where['processor']}, {where['cores']} cores, bf16 instructions: {where['bf16']}, torch {where['torch']}"
+    )
+    console.print(description, highlight=False)
     if "deepspeed" not in where:
         console.print("skipped: deepspeed-1, deepspeed-2, deepspeed-3 (not installed: pip install '.[bench]')")
     if where["load_before"] > 0.5:
@@ -356,7 +360,7 @@ def main() -> None:
                         )
         for number in range(0 if options.in_turns else options.rounds):
             for setting, kind in pairs:
-                record = end(begin(setting, kind, options.steps))
+                record = end(start(setting, kind, options.steps))
                 results.setdefault((setting.name, kind), []).append(record)
                 outcome = f"{record['step_ms']:,.0f} ms" if "step_ms" in record else f"failed\n{record['error']}"
                 label = f"round {number + 1} of {options.rounds}  {setting.name}/{kind}"

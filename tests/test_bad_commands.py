@@ -1,4 +1,4 @@
-"""Commands and runs that can't be: a clear error that says what, where and what to do, and nothing is written."""
+"""Wrong commands and runs: a clear error states what failed, where and what to do, and nothing is written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from manyhands.checkpoint.format import seal
-from support.command import told
+from support.command import run_command
 from test_bad_input import RECIPE, SUPPORT, recipe
 
 # - The command line
@@ -24,10 +24,14 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "wrong type": (["--set", "seed=x"], ["seed has a wrong value", "--set seed=x", "integer", "'x'"]),
     "batch": (
         ["--set", "batch.global_size=7"],
-        ["batch.global_size can't be cut into micro-batches", "--set batch.global_size=7", "use global_size = 6 or 8"],
+        [
+            "batch.global_size can't be divided into micro-batches",
+            "--set batch.global_size=7",
+            "use global_size = 6 or 8",
+        ],
     ),
     "workers": (["--workers", "5"], ["5 workers are more than the step has micro-batches", "at most 4 workers"]),
-    "no workers": (["--workers", "0"], ["0 is neither a whole number of at"]),
+    "no workers": (["--workers", "0"], ["0 is not an integer of at least 1"]),
     "sharding": (
         ["--sharding", "zero9"],
         ["strategy.sharding is not known", "ddp, zero1, zero2", "did you mean 'zero3'?"],
@@ -44,7 +48,7 @@ def test_refused_before_workers_start(
 ) -> None:
     options, texts = REFUSED[case]
     monkeypatch.chdir(tmp_path)
-    code, output = told(capsys, monkeypatch, "train", RECIPE, *options)
+    code, output = run_command(capsys, monkeypatch, "train", RECIPE, *options)
     assert code == 2
     for text in texts:
         assert text in output, output
@@ -52,14 +56,14 @@ def test_refused_before_workers_start(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_or_script_that_is_not_there(
+def test_a_missing_recipe_or_script_is_reported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, output = told(capsys, monkeypatch, "train", SUPPORT / "fault.toml")
+    code, output = run_command(capsys, monkeypatch, "train", SUPPORT / "fault.toml")
     assert code == 2
     assert f"there is no recipe {SUPPORT / 'fault.toml'}" in output
     assert "did you mean 'faulty.toml'?" in output
-    code, output = told(capsys, monkeypatch, "run", "nowhere.py")
+    code, output = run_command(capsys, monkeypatch, "run", "nowhere.py")
     assert code == 2
     assert "there is no such script" in output
 
@@ -105,9 +109,7 @@ def model():
         ),
     ],
 )
-def test_what_workers_raise_reaches_the_terminal_as_it_is(
-    tmp_path: Path, changes: list[str], code: int, expected: str
-) -> None:
+def test_errors_of_workers_are_printed_unchanged(tmp_path: Path, changes: list[str], code: int, expected: str) -> None:
     (tmp_path / "own.py").write_text(MODULE)
     for name in ("faulty.py", "faulty.toml"):
         (tmp_path / name).write_text((SUPPORT / name).read_text())
@@ -118,7 +120,7 @@ def test_what_workers_raise_reaches_the_terminal_as_it_is(
     )
     assert ended.returncode == code, ended.stderr
     assert expected in ended.stderr
-    if "FileNotFoundError" in expected:  # Python's own: with the lines of the user's code
+    if "FileNotFoundError" in expected:  # an error of Python: with the lines of the user's code
         assert "own.py" in ended.stderr
         assert "(raised by [data], faulty.toml:" in ended.stderr
         assert "/manyhands/" not in ended.stderr
@@ -132,7 +134,7 @@ def test_what_workers_raise_reaches_the_terminal_as_it_is(
 
 
 class Differs:
-    """From a step on, one parameter's gradient has another sign."""
+    """A loss whose gradient for one parameter changes its sign at a given step."""
 
     def __init__(self, step: int) -> None:
         self.step, self.calls = step, 0
@@ -151,50 +153,50 @@ def run_into(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_compare_says_where_runs_part(
+def test_compare_reports_where_runs_differ(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, same = run_into(tmp_path / "one"), run_into(tmp_path / "same")
     other, seed = run_into(tmp_path / "other", loss=Differs(2)), run_into(tmp_path / "seed", seed=1)
-    code, output = told(capsys, monkeypatch, "compare", one, same)
+    code, output = run_command(capsys, monkeypatch, "compare", one, same)
     assert (code, output.split(":")[0]) == (0, "equal")
     assert "after each of 4 steps" in output
-    code, output = told(capsys, monkeypatch, "compare", one, other)
+    code, output = run_command(capsys, monkeypatch, "compare", one, other)
     assert code == 1
     assert "different: first after step 3 (the same after step 2)" in output
     assert "parameter '2.bias', block 0 (elements 0 to 7): the first of 1 blocks in 1 parameters" in output
-    code, output = told(capsys, monkeypatch, "compare", "--json", one, other)
+    code, output = run_command(capsys, monkeypatch, "compare", "--json", one, other)
     found = json.loads(output)
     assert (code, found["equal"], found["step"], found["parameter"], found["block"]) == (1, False, 3, "2.bias", 0)
-    code, output = told(capsys, monkeypatch, "compare", one, seed)
+    code, output = run_command(capsys, monkeypatch, "compare", one, seed)
     assert code == 1
     assert "first after step 1" in output
     assert "recipe: seed is 0 in one and 1 in the other" in output
-    code, output = told(capsys, monkeypatch, "compare", one, tmp_path)
+    code, output = run_command(capsys, monkeypatch, "compare", one, tmp_path)
     assert code == 2
     assert "this is not a run directory" in output
-    code, output = told(capsys, monkeypatch, "compare", one, tmp_path / "nowhere")
+    code, output = run_command(capsys, monkeypatch, "compare", one, tmp_path / "nowhere")
     assert code == 2
     assert "there is no run directory here" in output
 
 
-def test_another_recipe_does_not_go_on_with_a_run(tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_another_recipe(tmp_path: Path) -> None:
     run_into(tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    with pytest.raises(mh.CheckpointError, match="of another recipe: seed differs") as caught:
+    with pytest.raises(mh.CheckpointError, match="belongs to another recipe: seed differs") as caught:
         mh.train(recipe(seed=1), steps=6, run_dir=tmp_path / "run", show=False)
     assert caught.value.expected == "0 (saved)"
     assert caught.value.got == "1 (this recipe)"
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
 
 
-def test_other_numerics_do_not_go_on_with_a_run_unless_accepted(tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_other_numerics_only_if_accepted(tmp_path: Path) -> None:
     run_into(tmp_path / "run")
     (manifest,) = (tmp_path / "run" / "checkpoints").glob("*/manifest.json")
     saved = json.loads(manifest.read_text())
     saved["identity"]["torch"] = "1.0"
     manifest.write_text(seal(saved))
-    with pytest.raises(mh.NumericsError, match="started under other numerics: torch differs") as caught:
+    with pytest.raises(mh.NumericsError, match="started with different numerics: torch differs") as caught:
         mh.train(recipe(), steps=6, run_dir=tmp_path / "run", show=False)
     assert caught.value.expected == "1.0 (saved)"
     assert "--accept-new-numerics" in str(caught.value.hint)

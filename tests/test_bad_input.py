@@ -1,4 +1,4 @@
-"""Bad input: a clear error that says what, where and what to do, on all workers alike, within seconds."""
+"""Bad input: a clear error states what failed, where and what to do, on all workers, within seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.threads import host_groups, run_threads, thread_groups
 
 SUPPORT = Path(__file__).resolve().parent / "support"
 RECIPE = str(SUPPORT / "faulty.toml")
-SECONDS = 20.0  # on a busy machine; it's a matter of milliseconds
+SECONDS = 20.0  # for a busy machine; errors take milliseconds
 SAMPLES = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -35,7 +35,7 @@ class Samples(torch.utils.data.Dataset[Tensor]):
 
 
 class LostSample(Samples):
-    """A sample's file isn't there."""
+    """A data set in which the file of one sample is missing."""
 
     def __getitem__(self, index: int) -> Tensor:
         if index == LOST:
@@ -47,7 +47,7 @@ LOST = 29
 
 
 class Poison(torch.autograd.Function):
-    """Adds nothing to the loss, and no number to the parameter's gradient."""
+    """Adds 0 to the loss, and NaN to the parameter's gradient."""
 
     @staticmethod
     def forward(ctx: Any, param: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Poison(torch.autograd.Function):
 
 
 class Sparse(nn.Module):
-    """Its embedding asks for sparse gradients."""
+    """A model whose embedding has sparse gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,9 +77,9 @@ def model() -> nn.Module:
 
 
 def other_weights() -> nn.Module:
-    made = model()
-    nn.init.zeros_(made[2].weight)
-    return made
+    built = model()
+    nn.init.zeros_(built[2].weight)
+    return built
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -91,18 +91,18 @@ def sgd(params: list[tuple[str, nn.Parameter]], lr: float = 0.1) -> torch.optim.
 
 
 def recipe(**changes: Any) -> mh.Recipe:
-    made: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "model": model,
         "loss": loss,
         "optimizer": sgd,
         "data": Samples(),
         "batch": mh.Batch(global_size=8, micro_size=2),
     }
-    return mh.Recipe(**{**made, **changes})
+    return mh.Recipe(**{**defaults, **changes})
 
 
 def on_all(work: Callable[[int, Group], Any], workers: int = 2) -> list[Any]:
-    """What `work(rank, group)` gave or raised, by rank, in threads."""
+    """Call `work(rank, group)` in a thread for each rank. Return the results or errors, by rank."""
     results: list[Any] = [None] * workers
 
     def run(rank: int, make: Callable[[], Group]) -> None:
@@ -130,11 +130,11 @@ def trained(recipe: mh.Recipe, strategy: mh.Strategy, group: Group, steps: int =
 
 
 class Unknown(torch.optim.Optimizer):
-    """Nobody knows what it does."""
+    """An optimizer that Manyhands does not know."""
 
 
 class NaNLoss:
-    """The loss of step 1, micro-batch 2 is not a number: the second one that worker 0 computes in that step."""
+    """A loss that is NaN in micro-batch 2 of step 1, the second one that worker 0 computes in that step."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -258,7 +258,7 @@ ON_ALL: dict[str, tuple[Callable[[int], mh.Recipe], type[Exception], list[str]]]
 
 
 @pytest.mark.parametrize("case", ON_ALL)
-def test_all_workers_raise_the_same(case: str) -> None:
+def test_all_workers_raise_the_same_error(case: str) -> None:
     make, kind, texts = ON_ALL[case]
     errors = on_all(lambda rank, group: trained(make(rank), mh.Strategy(), group))
     for error in errors:
@@ -268,7 +268,7 @@ def test_all_workers_raise_the_same(case: str) -> None:
     assert str(errors[0]) == str(errors[1])
 
 
-def test_strategies_that_differ_are_named() -> None:
+def test_different_strategies_are_reported() -> None:
     for error in on_all(lambda rank, group: trained(recipe(), mh.Strategy(sharding=("ddp", "zero1")[rank]), group)):
         assert isinstance(error, mh.ConfigError), error
         assert "don't have the same strategy: they differ in sharding" in str(error)
@@ -328,7 +328,7 @@ REFUSED_STEPS = {
 @pytest.mark.parametrize("cause", REFUSED_STEPS)
 @pytest.mark.parametrize(("hosts", "workers"), [(1, 1), (1, 3), (2, 2)])
 def test_training_continues_unchanged_after_a_refused_step(cause: str, hosts: int, workers: int) -> None:
-    """A step is refused twice and then made. Weights, momentum, buffers and schedule are as without the refusals."""
+    """A step is refused twice, then succeeds. Weights, momentum, buffers and schedule are as without the refusals."""
 
     def normed() -> nn.Module:
         return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
@@ -336,7 +336,9 @@ def test_training_continues_unchanged_after_a_refused_step(cause: str, hosts: in
     def summed(model: nn.Module, batch: Tensor) -> tuple[Tensor, float]:
         return model(batch).square().sum(), float(len(batch))
 
-    made = recipe(model=normed, loss=summed, schedule=lambda front: torch.optim.lr_scheduler.StepLR(front, 1, 0.5))
+    normed_recipe = recipe(
+        model=normed, loss=summed, schedule=lambda front: torch.optim.lr_scheduler.StepLR(front, 1, 0.5)
+    )
 
     def work(group: Group) -> tuple[str, Tensor]:
         disturbed, computed = False, 0
@@ -352,7 +354,7 @@ def test_training_continues_unchanged_after_a_refused_step(cause: str, hosts: in
                 loss = loss * float("nan") if cause == "loss" else loss + Poison.apply(model[2].weight)
             return loss, weight
 
-        with mh.Engine(replace(made, loss=sometimes_wrong), mh.Strategy(), group) as engine:
+        with mh.Engine(replace(normed_recipe, loss=sometimes_wrong), mh.Strategy(), group) as engine:
             for batch in engine.batches(4):
                 disturbed = engine.step_index == 2
                 if disturbed:
@@ -367,14 +369,14 @@ def test_training_continues_unchanged_after_a_refused_step(cause: str, hosts: in
                 engine.step(batch)
             return engine.digest(), engine.model[1].running_mean
 
-    expected = oracle_run(made, 4)
+    expected = oracle_run(normed_recipe, 4)
     makers = thread_groups(workers) if hosts == 1 else host_groups(hosts, workers)
     for digest, mean in run_threads(len(makers), work, makers=makers):
         assert digest == expected.digests[-1]
         assert torch.equal(mean, expected.buffers["1.running_mean"])
 
 
-def test_a_sample_that_is_not_there_is_named_to_all() -> None:
+def test_all_workers_report_a_missing_sample() -> None:
     errors = on_all(lambda rank, group: trained(recipe(data=LostSample()), mh.Strategy(), group, steps=8))
     reader = next(error for error in errors if isinstance(error, mh.DataError))
     assert f"recipe.data[{LOST}] raised FileNotFoundError" in str(reader)
@@ -385,7 +387,7 @@ def test_a_sample_that_is_not_there_is_named_to_all() -> None:
     assert f"raised DataError: recipe.data[{LOST}] raised FileNotFoundError" in str(other)
 
 
-def test_workers_that_take_different_ways_are_told_apart() -> None:
+def test_different_collective_calls_are_reported() -> None:
     def work(rank: int, group: Group) -> None:
         with mh.Engine(recipe(), mh.Strategy(), group) as engine:
             if rank == 1:
@@ -395,17 +397,17 @@ def test_workers_that_take_different_ways_are_told_apart() -> None:
 
     errors = on_all(work)
     assert any(isinstance(error, mh.InvariantError) for error in errors)
-    for error in errors:  # who sees the other fail first says that
+    for error in errors:  # a worker that sees the other one fail first reports that failure
         assert isinstance(error, (mh.InvariantError, mh.WorkerError)), error
         assert "made different collective calls" in str(error)
     assert any("step 0 / digest" in str(error) for error in errors)
 
 
-def test_a_worker_that_leaves_early_is_named() -> None:
+def test_a_worker_that_leaves_early_is_reported() -> None:
     def work(rank: int, group: Group) -> None:
         engine = mh.Engine(recipe(), mh.Strategy(), group)
         if rank == 1:
-            group.membership.leave()  # type: ignore[attr-defined]  # as a program does that ends without closing
+            group.membership.leave()  # type: ignore[attr-defined]  # like a program that exits without closing
         for batch in engine.batches(1 - rank):
             engine.step(batch)
 

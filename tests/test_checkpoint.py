@@ -1,5 +1,4 @@
-"""A checkpoint brings back every bit, in any number of workers and any sharding; what isn't whole is refused by
-name."""
+"""A checkpoint restores every bit with any number of workers and any sharding. Errors name a damaged file."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ SHARDINGS, WORKERS = ("ddp", "zero1", "zero2"), (1, 2, 3)
 
 
 def train(recipe: mh.Recipe, workers: int = 1, sharding: str = "zero2", steps: int = STEPS, **files: Any) -> Outcome:
-    """The run's outcome, the same on all workers."""
+    """Return the run's result, which is the same on all workers."""
     strategy = mh.Strategy(sharding=sharding)
     outcomes = run_threads(
         workers, lambda group: train_with_engine(recipe, strategy, steps=steps, group=group, **files)
@@ -36,13 +35,13 @@ def train(recipe: mh.Recipe, workers: int = 1, sharding: str = "zero2", steps: i
 
 
 def saved(recipe: mh.Recipe, folder: Path, workers: int = 1, sharding: str = "zero2", at: int = SAVED_AT) -> Path:
-    """A checkpoint after some steps."""
+    """Train some steps and write a checkpoint."""
     train(recipe, workers, sharding, at, save=folder)
     return folder / f"step-{at:08d}"
 
 
 def assert_resumed(found: Outcome, undisturbed: Outcome) -> None:
-    """What came after the checkpoint is what would have come."""
+    """Check that the resumed run equals the uninterrupted one."""
     assert found.digest == undisturbed.digest
     assert found.losses == undisturbed.losses[SAVED_AT:]
     assert found.norms == undisturbed.norms[SAVED_AT:]
@@ -53,7 +52,7 @@ def assert_resumed(found: Outcome, undisturbed: Outcome) -> None:
 @pytest.mark.slow  # test_parity.py has a fair part of it with processes
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_any_number_of_workers_and_any_stage_loads_what_any_other_saved(
+def test_a_checkpoint_loads_with_any_number_of_workers_and_any_sharding(
     tmp_path: Path, workers: int, precision: str
 ) -> None:
     recipe = gpt_recipe(precision)
@@ -66,7 +65,7 @@ def test_any_number_of_workers_and_any_stage_loads_what_any_other_saved(
 
 @pytest.mark.parametrize("recipe_of", [conv_recipe, partly_used_recipe])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_buffers_momentum_and_unused_parameters_come_back(
+def test_buffers_momentum_and_unused_parameters_are_restored(
     tmp_path: Path, recipe_of: Callable[[str], mh.Recipe], precision: str
 ) -> None:
     recipe = recipe_of(precision)
@@ -93,7 +92,7 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizers_state_comes_back(tmp_path: Path, optimizer: str) -> None:
+def test_every_optimizers_state_is_restored(tmp_path: Path, optimizer: str) -> None:
     recipe = gpt_recipe(optimizer=OPTIMIZERS[optimizer])
     undisturbed = train(recipe)
     checkpoint = saved(recipe, tmp_path, 2)
@@ -110,7 +109,7 @@ def test_owners_change_with_the_workers(tmp_path: Path, optimizer: str) -> None:
         assert_resumed(train(recipe, *target, load=checkpoint), undisturbed)
 
 
-def test_factors_of_a_matrix_are_saved_whole_by_its_owner_alone(tmp_path: Path) -> None:
+def test_factors_of_a_matrix_are_saved_unsplit_by_its_owner_only(tmp_path: Path) -> None:
     for workers, sharding in ((3, "zero2"), (2, "ddp")):
         checkpoint = saved(gpt_recipe(optimizer=OWNED["Adafactor"]), tmp_path / sharding, workers, sharding)
         pieces = read_manifest(checkpoint).pieces
@@ -129,7 +128,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_schedule_goes_on_where_it_was(tmp_path: Path, schedule: str) -> None:
+def test_the_schedule_is_resumed(tmp_path: Path, schedule: str) -> None:
     recipe = gpt_recipe(schedule=SCHEDULES[schedule])
     checkpoint = saved(recipe, tmp_path, 2)
     with mh.Engine(recipe) as one, mh.Engine(recipe) as other:
@@ -142,7 +141,7 @@ def test_the_schedule_goes_on_where_it_was(tmp_path: Path, schedule: str) -> Non
         assert other.digest() == one.digest()
 
 
-def test_an_engine_that_went_on_goes_back(tmp_path: Path) -> None:
+def test_an_engine_that_trained_on_can_load_an_earlier_checkpoint(tmp_path: Path) -> None:
     recipe = partly_used_recipe()
     with mh.Engine(recipe) as engine:
         first = engine.save(tmp_path)
@@ -155,7 +154,7 @@ def test_an_engine_that_went_on_goes_back(tmp_path: Path) -> None:
         assert later[0] == later[1]
 
 
-def test_saving_twice_is_saving_once_and_disturbs_nothing(tmp_path: Path) -> None:
+def test_saving_twice_writes_one_checkpoint_and_changes_no_state(tmp_path: Path) -> None:
     recipe = gpt_recipe()
     with mh.Engine(recipe) as engine:
         for batch in engine.batches(STEPS):
@@ -165,7 +164,7 @@ def test_saving_twice_is_saving_once_and_disturbs_nothing(tmp_path: Path) -> Non
     assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
     def work(group: Any) -> None:
         with mh.Engine(gpt_recipe(), group=group) as engine:
             for batch in engine.batches(STEPS):
@@ -177,7 +176,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_leftover_of_a_killed_save_is_removed_and_never_taken(tmp_path: Path) -> None:
+def test_a_partial_checkpoint_of_a_killed_save_is_never_loaded_and_is_deleted(tmp_path: Path) -> None:
     leftover = tmp_path / ".step-00000009.0123456789abcdef.partial"
     leftover.mkdir()
     (leftover / "worker-0.safetensors").write_bytes(b"half")
@@ -187,14 +186,14 @@ def test_a_leftover_of_a_killed_save_is_removed_and_never_taken(tmp_path: Path) 
 
 
 def flip_a_bit(path: Path) -> None:
-    """In the middle of the data."""
+    """Flip a bit in the middle of the data."""
     data = bytearray(path.read_bytes())
     data[len(data) * 3 // 4] ^= 4
     path.write_bytes(data)
 
 
 def truncate(path: Path) -> None:
-    """By a third."""
+    """Truncate the file by a third."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
 
 
@@ -204,7 +203,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {"bit flip": flip_a_bit, "truncatio
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("file", ["worker-0.safetensors", "worker-1.safetensors"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: str, file: str, workers: int) -> None:
+def test_a_damaged_file_is_refused_and_named(tmp_path: Path, damage: str, file: str, workers: int) -> None:
     recipe = gpt_recipe()
     checkpoint = saved(recipe, tmp_path, 2)
     DAMAGES[damage](checkpoint / file)
@@ -213,7 +212,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: str, file: st
     assert file in str(caught.value)
 
 
-def test_a_load_that_fails_midway_ends_the_engine(tmp_path: Path) -> None:
+def test_an_engine_is_unusable_after_a_load_that_failed_midway(tmp_path: Path) -> None:
     with mh.Engine(gpt_recipe("fp32")) as engine:
         for batch in engine.batches(1):
             engine.step(batch)
@@ -233,7 +232,7 @@ def test_a_load_that_fails_midway_ends_the_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_manifest_is_refused_and_named(tmp_path: Path, damage: str) -> None:
     recipe = gpt_recipe()
     checkpoint = saved(recipe, tmp_path)
     DAMAGES[damage](checkpoint / "manifest.json")
@@ -255,7 +254,7 @@ OTHERS: dict[str, Callable[[], mh.Recipe]] = {
 @pytest.mark.parametrize("differs", OTHERS)
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, differs: str) -> None:
     checkpoint = saved(gpt_recipe(), tmp_path)
-    with pytest.raises(CheckpointError, match=f"of another recipe: .*{differs}"):
+    with pytest.raises(CheckpointError, match=f"another recipe: .*{differs}"):
         train(OTHERS[differs](), 2, load=checkpoint)
 
 
@@ -267,19 +266,19 @@ def test_another_numerics_identity_is_refused_unless_accepted(tmp_path: Path) ->
     manifest["identity"]["torch"] = "1.0"
     path.write_text(seal(manifest))
     with mh.Engine(recipe) as engine:
-        with pytest.raises(NumericsError, match="under other numerics: torch differs"):
+        with pytest.raises(NumericsError, match="different numerics: torch differs"):
             load_checkpoint(engine, checkpoint)
         engine.load(checkpoint, accept_new_numerics=True)
         assert engine.step_index == SAVED_AT
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_error_names_the_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with mh.Engine(gpt_recipe()) as engine, pytest.raises(CheckpointError, match="can't be written"):
         engine.save(tmp_path / "file" / "checkpoints")
 
 
-def test_a_schedule_with_milestones_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_schedule_with_milestones_is_resumed_exactly(tmp_path: Path) -> None:
     def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[3, 3, 4], gamma=0.1)
 
@@ -297,14 +296,14 @@ def test_a_checkpoint_of_other_weights_at_the_same_step_is_replaced(tmp_path: Pa
         path = engine.save(tmp_path)
         with torch.no_grad():
             engine.updater.refill(lambda piece: piece.master.add_(1.0))
-        wanted = engine.digest()
+        expected = engine.digest()
         assert engine.save(tmp_path) == path
     with mh.Engine(gpt_recipe("fp32")) as engine:
         engine.load(path)
-        assert engine.digest() == wanted
+        assert engine.digest() == expected
 
 
-def test_the_checkpoint_just_written_is_kept_whatever_keep_says(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_never_deleted(tmp_path: Path) -> None:
     with mh.Engine(gpt_recipe("fp32")) as engine:
         for batch in engine.batches(1):
             engine.step(batch)

@@ -1,6 +1,7 @@
-"""A save that is killed, at each of the system calls by which it changes files or sends something: SIGKILL, as the call
-begins. The checkpoint from before or the new one is whole, what was said to be published is there, and the next save
-leaves nothing of it. See support/crashing.py for what is there before."""
+"""A save killed (SIGKILL) before any of its system calls that change files or send data leaves a complete checkpoint.
+
+It is the previous or the new one. A checkpoint that was reported as published exists, and the next save deletes all
+leftovers. See support/crashing.py for the initial state of each scenario."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(not IS_SUPPORTED, reason="the tracer knows Linux
 
 
 def crash(scenario: str, root: object, stride: int, **variables: str) -> dict[str, Any]:
-    """What came of it."""
+    """Run a scenario in a subprocess and return its result."""
     command = [sys.executable, "-W", "error", str(TESTS / "support" / "crashing.py"), scenario, str(root), str(stride)]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), **variables}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -36,14 +37,14 @@ def crash(scenario: str, root: object, stride: int, **variables: str) -> dict[st
     return found
 
 
-def test_killed_at_some_calls(tmp_path: Path) -> None:
+def test_a_save_killed_at_some_system_calls_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     found = crash("same step there", tmp_path, 4)
     assert {"write", "fsync", "rename", "renameat2", "mkdir", "unlink", "rmdir"} <= set(found["calls"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_killed_at_every_call(tmp_path: Path, scenario: str) -> None:
+def test_a_save_killed_at_every_system_call_leaves_a_valid_checkpoint(tmp_path: Path, scenario: str) -> None:
     crash(scenario, tmp_path, 1)
 
 
@@ -52,7 +53,7 @@ def test_killed_at_every_call(tmp_path: Path, scenario: str) -> None:
     not all(map(importlib.util.find_spec, ("s3fs", "moto"))), reason="s3fs and moto[server] aren't installed"
 )
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_killed_at_every_request_to_a_store(scenario: str) -> None:
+def test_a_save_killed_at_every_request_to_a_store_leaves_a_valid_checkpoint(scenario: str) -> None:
     with running() as url:
         found = crash(scenario, f"s3://{BUCKET}/run", 1, **VARIABLES, AWS_ENDPOINT_URL=url)
     assert "sendto" in found["calls"]

@@ -1,4 +1,4 @@
-"""Whatever happens to a checkpoint's files, it is refused by name and reason, or loads to the bits that were saved."""
+"""A damaged checkpoint is refused with the file and the reason, or loads to the bits that were saved."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ABSURD += [[], {}, [1], [[]], {"x": 1}, "step-00000001", "worker-9.safetensors",
 
 
 class FrozenStem(ConvNet):
-    """Its first convolution isn't trained."""
+    """A model whose first convolution is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class FrozenStem(ConvNet):
 
 @cache
 def recipe() -> mh.Recipe:
-    """With buffers, a frozen parameter, moments and a schedule; of two micro-batches."""
+    """A recipe with buffers, a frozen parameter, moments, a schedule and two micro-batches per step."""
     batch = mh.Batch(global_size=4, micro_size=2)
     return conv_recipe(
         model=FrozenStem, batch=batch, optimizer=lambda params: torch.optim.AdamW([p for _, p in params], lr=1e-2)
@@ -87,7 +87,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
 
 
 def flip(path: Path, chance: random.Random) -> None:
-    """A bit: of the header's length, of the header, or of anything."""
+    """Flip a bit in the header's length, in the header, or anywhere."""
     data = bytearray(path.read_bytes())
     end = chance.choice([8, 8 + int.from_bytes(data[:8], "little"), len(data)]) if path.suffix != ".json" else len(data)
     data[chance.randrange(min(end, len(data)))] ^= 1 << chance.randrange(8)
@@ -104,7 +104,7 @@ def extend(path: Path, chance: random.Random) -> None:
 
 
 def overwrite(path: Path, chance: random.Random) -> None:
-    """A run of bytes, as a page of another file."""
+    """Overwrite a run of bytes, as if with a page of another file."""
     data = bytearray(path.read_bytes())
     start = chance.randrange(len(data))
     data[start : start + 512] = chance.choice([bytes(512), chance.randbytes(512)])[: len(data) - start]
@@ -112,20 +112,20 @@ def overwrite(path: Path, chance: random.Random) -> None:
 
 
 def lose(path: Path, chance: random.Random) -> None:
-    """The file is gone, or is a folder."""
+    """Delete the file, or replace it by a folder."""
     path.unlink()
     if chance.random() < 0.5:
         path.mkdir()
 
 
 def foreign(path: Path, chance: random.Random) -> None:
-    """The file is another's: of the other worker, of the other step, or of another kind."""
+    """Replace the file by that of the other worker, of the other step, or of another kind."""
     others = [other for name in FILES for other in path.parent.parent.glob(f"*/{name}") if other != path]
     shutil.copyfile(chance.choice(others), path)
 
 
 def swap(path: Path, chance: random.Random) -> None:
-    """Two files change places."""
+    """Swap two files."""
     one, other = chance.sample(sorted(path.parent.parent.glob("*/*")), 2)
     between = one.with_name("between")
     one.rename(between)
@@ -134,7 +134,7 @@ def swap(path: Path, chance: random.Random) -> None:
 
 
 def nest(path: Path, chance: random.Random) -> None:
-    """Brackets without end."""
+    """Nest brackets very deeply."""
     deep = b"[" * 200_000
     path.write_bytes(deep if path.suffix == ".json" else len(deep).to_bytes(8, "little") + deep)
 
@@ -143,7 +143,7 @@ DAMAGES: list[Callable[[Path, random.Random], None]] = [flip, flip, cut, extend,
 
 
 def absurd(path: Path, chance: random.Random) -> str:
-    """One value of the manifest becomes another one, or is gone, under a checksum that is right; where it was."""
+    """Change or delete one value of the manifest, with a valid checksum. Return the value's position."""
     manifest = json.loads(path.read_text())
     place: Any = manifest
     trail = []
@@ -164,7 +164,7 @@ def absurd(path: Path, chance: random.Random) -> str:
 
 
 def is_refused(action: Callable[[], Any], folder: Path) -> bool:
-    """Whether it is; then the error says what, where and what to do."""
+    """True if it is refused, with an error that states what failed, where and what to do."""
     refused: CheckpointError | None = None
     try:
         action()
@@ -175,7 +175,7 @@ def is_refused(action: Callable[[], Any], folder: Path) -> bool:
 
 
 def export_is_refused(checkpoint: Path, out: Path) -> bool:
-    """Whether it is; then nothing is written, there or elsewhere."""
+    """True if it is refused, and nothing was written."""
     before = sorted(out.parent.parent.iterdir())
 
     def export() -> None:
@@ -191,7 +191,7 @@ def export_is_refused(checkpoint: Path, out: Path) -> bool:
 
 
 def digests_of(checkpoint: Path) -> tuple[str, str]:
-    """At its step, and after one more: that one depends on all of the state."""
+    """Return the digests at its step and after one more step, which depends on all of the state."""
     with mh.Engine(recipe()) as engine:
         engine.load(checkpoint)
         found = engine.digest()
@@ -204,7 +204,7 @@ def damaged(originals: Originals, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 60))])
-def test_damaged_files_are_refused_by_name_or_change_nothing(originals: Originals, tmp_path: Path, seed: int) -> None:
+def test_damaged_files_are_refused_and_named_or_change_nothing(originals: Originals, tmp_path: Path, seed: int) -> None:
     chance, refused = random.Random(seed), 0
     for number in range(2 * len(DAMAGES)):
         folder = tmp_path / str(number)
@@ -212,39 +212,39 @@ def test_damaged_files_are_refused_by_name_or_change_nothing(originals: Original
         path = chance.choice(sorted(folder.glob("*/*")))
         damage = DAMAGES[number % len(DAMAGES)]
         damage(path, chance)
-        told = f"seed {seed}, damage {number}: {damage.__name__} {path}"
+        case = f"seed {seed}, damage {number}: {damage.__name__} {path}"
         found: list[tuple[str, str]] = []
-        is_told = is_refused(lambda: found.append(digests_of(checkpoint)), folder)  # noqa: B023
-        assert is_told or found == [(originals.digest, originals.next_digest)], told
+        was_refused = is_refused(lambda: found.append(digests_of(checkpoint)), folder)  # noqa: B023
+        assert was_refused or found == [(originals.digest, originals.next_digest)], case
         export_is_refused(checkpoint, folder / "out")
-        refused += is_told
+        refused += was_refused
         shutil.rmtree(folder)
     assert refused
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 60))])
-def test_absurd_manifests_are_refused_by_name(originals: Originals, tmp_path: Path, seed: int) -> None:
-    """Also if their checksums are right, as those of another program, or of a bug, would be."""
+def test_absurd_manifests_are_refused_and_named(originals: Originals, tmp_path: Path, seed: int) -> None:
+    """They are refused even if their checksums are valid, as after a bug in another program."""
     chance = random.Random(seed)
     for number in range(20):
         folder = tmp_path / str(number)
         checkpoint = damaged(originals, folder)
         what = absurd(checkpoint / "manifest.json", chance)
-        told = f"seed {seed}, manifest {number}: {what}"
+        case = f"seed {seed}, manifest {number}: {what}"
         engine = mh.Engine(recipe())
         try:
-            assert is_refused(lambda: engine.load(checkpoint), folder) or engine.digest() == originals.digest, told  # noqa: B023
+            assert is_refused(lambda: engine.load(checkpoint), folder) or engine.digest() == originals.digest, case  # noqa: B023
             export_is_refused(checkpoint, folder / "out")
         except NumericsError:
-            assert what == "identity", told
+            assert what == "identity", case
         except Exception as error:
-            raise AssertionError(told) from error
+            raise AssertionError(case) from error
         finally:
             engine.close()
         shutil.rmtree(folder)
 
 
-def test_a_checkpoint_under_another_steps_name_is_refused(originals: Originals, tmp_path: Path) -> None:
+def test_a_checkpoint_in_the_folder_of_another_step_is_refused(originals: Originals, tmp_path: Path) -> None:
     checkpoint = damaged(originals, tmp_path / "copy")
     renamed = checkpoint.rename(checkpoint.with_name("step-00000003"))
     with pytest.raises(CheckpointError, match="step differs from the one in its folder's name"):

@@ -1,4 +1,4 @@
-"""Any sharding, number of workers and home goes on from a checkpoint of any other, to the same bits."""
+"""A checkpoint resumes to the same bits with any other sharding, number of workers and offload."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SAVED = 1
 
 @cache
 def recipe() -> mh.Recipe:
-    """Of four micro-batches: each of four workers has one."""
+    """A recipe with four micro-batches per step, one for each of four workers."""
     return gpt_recipe("bf16", batch=mh.Batch(global_size=8, micro_size=2))
 
 
 @cache
 def digest_after(steps: int) -> str:
-    """Undisturbed."""
+    """The digest of the uninterrupted run."""
     return train_with_engine(recipe(), mh.Strategy(), steps=steps).digest
 
 
@@ -37,7 +37,7 @@ def strategy(way: tuple[str, int, str], folder: Path) -> mh.Strategy:
 
 
 def trained(way: tuple[str, int, str], folder: Path, steps: int, load: Path | None = None) -> str:
-    """The digest after so many steps, when a checkpoint is written to `folder`."""
+    """Train, write a checkpoint to `folder` and return the digest."""
     how = strategy(way, folder)
     (digest,) = set(
         run_threads(
@@ -48,7 +48,7 @@ def trained(way: tuple[str, int, str], folder: Path, steps: int, load: Path | No
     return digest
 
 
-def test_a_sample_of_ways_goes_on_from_each_other(tmp_path: Path) -> None:
+def test_some_configurations_resume_from_each_other(tmp_path: Path) -> None:
     load = None
     for number, way in enumerate(SAMPLE, start=1):
         assert trained(way, tmp_path, number, load) == digest_after(number), f"{way} from {load}"
@@ -57,7 +57,7 @@ def test_a_sample_of_ways_goes_on_from_each_other(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Path]:
-    """By the way in which it was saved, a checkpoint."""
+    """A checkpoint for each configuration."""
     found = {}
     for way in WAYS:
         folder = tmp_path_factory.mktemp("-".join(map(str, way)))
@@ -68,7 +68,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way[0]}-{way[1]}-{way[2]}")
-def test_every_way_goes_on_from_every_other(
+def test_every_configuration_resumes_from_every_other(
     way: tuple[str, int, str], saved: dict[tuple[str, int, str], Path], tmp_path: Path
 ) -> None:
     def work(group: Group) -> dict[tuple[str, int, str], str | None]:

@@ -1,4 +1,4 @@
-"""Checkpoints in an object store: a real server of S3's interface. What they promise on a disk, they promise there."""
+"""Checkpoints in an object store, a real server with S3's interface, have the same guarantees as on a disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEPS = 4
 
 
 def small_recipe(**kinds: Any) -> mh.Recipe:
-    """Of four micro-batches."""
+    """A recipe with four micro-batches per step."""
     return gpt_recipe(**({"model": PartlyUsed, "batch": mh.Batch(global_size=8, micro_size=2)} | kinds))
 
 
@@ -45,7 +45,7 @@ def server() -> Iterator[str]:
 
 
 def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have s3fs go there, as a user would."""
+    """Configure s3fs for the server, as a user would."""
     import s3fs
 
     for name, value in (VARIABLES | {"AWS_ENDPOINT_URL": url}).items():
@@ -55,7 +55,7 @@ def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """An address below which there is nothing."""
+    """An address with no objects below it."""
     use(server, monkeypatch)
     return f"s3://{BUCKET}/{tmp_path.parent.name}/{tmp_path.name}"
 
@@ -69,7 +69,7 @@ def steps_in(folder: str) -> list[int]:
 
 
 def saved(folder: str, steps: int = 2, workers: int = 2, sharding: str = "zero2", **kinds: Any) -> str:
-    """A checkpoint there after some steps; its digest."""
+    """Train some steps, write a checkpoint to `folder` and return its digest."""
 
     def work(group: Group) -> str:
         with mh.Engine(small_recipe(**kinds), mh.Strategy(sharding=sharding), group=group) as engine:
@@ -82,7 +82,7 @@ def saved(folder: str, steps: int = 2, workers: int = 2, sharding: str = "zero2"
 
 
 def loaded(checkpoint: str, workers: int, sharding: str) -> str:
-    """The digest at the run's end, gone on with from there."""
+    """Resume from the checkpoint and return the digest at the end."""
 
     def work(group: Group) -> str:
         with mh.Engine(small_recipe(), mh.Strategy(sharding=sharding), group=group) as engine:
@@ -95,7 +95,7 @@ def loaded(checkpoint: str, workers: int, sharding: str) -> str:
     return digest
 
 
-def test_any_number_of_workers_loads_what_any_other_saved(folder: str) -> None:
+def test_a_checkpoint_in_a_store_loads_with_any_number_of_workers(folder: str) -> None:
     saved(folder, workers=3)
     undisturbed = train_with_engine(small_recipe(), mh.Strategy(), steps=STEPS).digest
     for workers, sharding in ((1, "ddp"), (2, "zero3")):
@@ -105,7 +105,7 @@ def test_any_number_of_workers_loads_what_any_other_saved(folder: str) -> None:
     assert objects(folder) == sorted(f"step-00000002/{name}" for name in files)
 
 
-def test_a_run_keeps_its_checkpoints_there_and_remembers_where(folder: str, tmp_path: Path) -> None:
+def test_a_run_writes_its_checkpoints_to_a_store_and_records_the_address(folder: str, tmp_path: Path) -> None:
     run_dir, began = tmp_path / "run", time.time()
     where: dict[str, Any] = {"run_dir": run_dir, "checkpoint_dir": folder, "show": False}
     mh.train(small_recipe(), steps=5, checkpoint_every=1, keep_checkpoints=1, keep_every=2, **where)
@@ -116,25 +116,25 @@ def test_a_run_keeps_its_checkpoints_there_and_remembers_where(folder: str, tmp_
     assert [event["step"] for event in events] == [1, 2, 3, 4, 5]
     assert all(began < event["seconds"] < time.time() for event in events)
 
-    longer = mh.train(small_recipe(), steps=6, run_dir=run_dir, show=False)  # it isn't told where again
+    longer = mh.train(small_recipe(), steps=6, run_dir=run_dir, show=False)  # without checkpoint_dir
     assert steps_in(folder) == [4, 5, 6]
     assert longer.digest == train_with_engine(small_recipe(), mh.Strategy(), steps=6).digest
     exported = [mh.export(source, tmp_path / f"{number}") for number, source in enumerate([run_dir, folder])]
     assert {summary.digest for summary in exported} == {longer.digest}
     assert mh.export(f"{folder}/step-00000004", tmp_path / "four").step == 4
-    with pytest.raises(ConfigError, match="the run has its checkpoints elsewhere, and none here"):
+    with pytest.raises(ConfigError, match="the run's checkpoints are in another location"):
         mh.train(small_recipe(), steps=7, run_dir=run_dir, checkpoint_dir=f"{folder}/other", show=False)
 
 
 @pytest.mark.slow
-def test_without_a_run_directory_too(folder: str) -> None:
+def test_checkpoints_in_a_store_need_no_run_directory(folder: str) -> None:
     mh.train(small_recipe(), steps=2, checkpoint_dir=folder, show=False)
     longer = mh.train(small_recipe(), steps=STEPS, checkpoint_dir=folder, show=False)
     assert longer.digest == train_with_engine(small_recipe(), mh.Strategy(), steps=STEPS).digest
     assert steps_in(folder) == [2, 4]
 
 
-def test_workers_on_hosts_without_a_common_directory_are_told_where(folder: str, tmp_path: Path) -> None:
+def test_hosts_without_a_shared_directory_find_the_store(folder: str, tmp_path: Path) -> None:
     mh.train(small_recipe(), steps=2, run_dir=tmp_path / "0", checkpoint_dir=folder, show=False)
 
     def work(group: Group) -> int:
@@ -147,7 +147,7 @@ def test_workers_on_hosts_without_a_common_directory_are_told_where(folder: str,
     assert not (tmp_path / "1").exists()
 
 
-def test_what_lacks_a_manifest_is_no_checkpoint_and_goes_with_the_next_save(folder: str) -> None:
+def test_a_folder_without_a_manifest_is_no_checkpoint_and_is_deleted_by_the_next_save(folder: str) -> None:
     saved(folder)
     whole = set(objects(folder))
     attempt = "0123456789abcdef"
@@ -168,16 +168,16 @@ def test_a_checkpoint_of_other_weights_at_the_same_step_is_replaced(folder: str)
         engine.load(f"{folder}/step-00000002")
         with torch.no_grad():
             engine.updater.refill(lambda piece: piece.master.add_(1.0))
-        wanted = engine.digest()
+        expected = engine.digest()
         engine.save(folder)
     with mh.Engine(small_recipe()) as engine:
         engine.load(f"{folder}/step-00000002")
-        assert engine.digest() == wanted
-    assert len(objects(folder)) == 2  # what was there before is gone
+        assert engine.digest() == expected
+    assert len(objects(folder)) == 2  # the previous objects were deleted
 
 
-def test_files_travel_in_parts_and_ranges(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part at a time is in memory; and a worker reads what it holds."""
+def test_files_are_uploaded_in_parts_and_read_in_ranges(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one part at a time is in memory, and each worker reads only its own ranges."""
     monkeypatch.setattr(addresses, "AHEAD_BYTES", 1 << 18)
     monkeypatch.setattr("manyhands.storage.location.AHEAD_BYTES", 1 << 18)
     monkeypatch.setattr(addresses, "_PART_BYTES", 5 << 20)  # S3's least
@@ -205,7 +205,7 @@ def test_files_travel_in_parts_and_ranges(folder: str, monkeypatch: pytest.Monke
     assert sum(ranges) < file.size() + 2 * ((1 << 20) + (1 << 18))
 
 
-def test_a_bucket_that_is_not_there_is_told_before_anything_is_trained(folder: str, tmp_path: Path) -> None:
+def test_a_missing_bucket_is_reported_before_training(folder: str, tmp_path: Path) -> None:
     with mh.Engine(small_recipe()) as engine, pytest.raises(CheckpointError, match="bucket does not exist") as caught:
         engine.save("s3://nowhere/run")
     assert caught.value.where is not None
@@ -220,7 +220,7 @@ def test_a_bucket_that_is_not_there_is_told_before_anything_is_trained(folder: s
         mh.export(folder, tmp_path / "out")
 
 
-def test_without_credentials_that_is_told(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_reported(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -232,7 +232,7 @@ def test_without_credentials_that_is_told(folder: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("text", ["gs://bucket/run", "nothing://bucket/run", Path("s3://bucket/run")])
-def test_an_address_that_cannot_be_used_is_told(text: str | Path) -> None:
+def test_an_invalid_address_is_reported(text: str | Path) -> None:
     if str(text).startswith("gs:") and importlib.util.find_spec("gcsfs"):
         pytest.skip("gcsfs is installed")
     with pytest.raises(ConfigError, match="the address can't be used") as caught:
@@ -244,7 +244,7 @@ def test_a_local_address_is_a_folder(tmp_path: Path) -> None:
     assert location_of(f"file://{tmp_path}") == location_of(str(tmp_path)) == tmp_path
 
 
-def test_a_network_that_is_gone_is_told_and_the_next_checkpoint_is_tried(
+def test_a_network_failure_is_reported_and_the_next_checkpoint_is_tried(
     server: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, calls = small_recipe(), itertools.count()
@@ -261,14 +261,16 @@ def test_a_network_that_is_gone_is_told_and_the_next_checkpoint_is_tried(
         assert steps_in(folder)[-2:] == [3, 4]
         assert 2 not in steps_in(folder)
     assert summary.digest == train_with_engine(recipe, mh.Strategy(), steps=4).digest
-    said = capsys.readouterr().err
-    assert "training continues, but the checkpoint can't be written" in said
-    assert "check that the store can be reached" in said
+    output = capsys.readouterr().err
+    assert "training continues, but the checkpoint can't be written" in output
+    assert "check that the store can be reached" in output
     assert "not saved" in {event["event"] for event in RunDirectory(tmp_path).read_events()}
 
 
-def test_a_store_out_of_reach_is_not_an_empty_one(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a run would begin anew."""
+def test_an_unreachable_store_is_not_treated_as_empty(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the run would restart from step 0."""
     mh.train(small_recipe(), steps=1, run_dir=tmp_path, checkpoint_dir=folder, show=False)
     before = RunDirectory(tmp_path).metrics.read_bytes()
     use(f"http://127.0.0.1:{free_port()}", monkeypatch)

@@ -1,4 +1,4 @@
-"""An export holds the checkpoint's bits in Hugging Face's layout, never more than a piece in memory, or isn't there."""
+"""An export has the checkpoint's bits in Hugging Face's layout, is streamed piece by piece, and is atomic."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_masters_can_be_written_as_bf16(tmp_path: Path) -> None:
     assert_same(weights(tmp_path / "out"), expected)
 
 
-def test_the_bytes_of_an_export_do_not_depend_on_workers_and_stage(tmp_path: Path) -> None:
+def test_the_bytes_of_an_export_do_not_depend_on_workers_or_sharding(tmp_path: Path) -> None:
     found = []
     for workers, sharding in ((1, "ddp"), (2, "zero1"), (3, "zero2")):
         trained = Trained(gpt_recipe("bf16"), tmp_path / sharding / "checkpoints", workers, sharding)
@@ -72,7 +72,7 @@ def test_frozen_parameters_and_buffers_are_exported(tmp_path: Path, precision: s
     assert_same(weights(tmp_path / "masters"), expected)
 
 
-def test_frozen_parameters_are_written_once_and_again_if_they_are_gone(tmp_path: Path) -> None:
+def test_frozen_parameters_are_written_once_and_again_if_they_were_deleted(tmp_path: Path) -> None:
     with mh.Engine(conv_recipe(model=FrozenStem)) as engine:
         batches = engine.batches()
         first = engine.save(tmp_path)
@@ -105,7 +105,7 @@ def test_runs_with_other_frozen_parameters_share_a_folder(tmp_path: Path) -> Non
 
 
 class Odd(PartlyUsed):
-    """Tied, scalar, empty and integer tensors, and a buffer that isn't persistent."""
+    """A model with tied, scalar, empty and integer tensors, and a buffer that is not persistent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,21 +132,21 @@ def test_odd_tensors_are_exported(tmp_path: Path, precision: str) -> None:
 
 
 class Hooked(PartlyUsed):
-    """Its state_dict holds a tensor that isn't in the model."""
+    """A model whose state_dict has a tensor that is not in the model."""
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         return {**super().state_dict(*args, **options), "sum": self.head.weight.sum()}
 
 
-def test_tensors_that_a_state_dict_makes_are_refused_by_name(tmp_path: Path) -> None:
+def test_tensors_computed_by_a_state_dict_are_refused_and_named(tmp_path: Path) -> None:
     with mh.Engine(partly_used_recipe(model=Hooked)) as engine:
         checkpoint = engine.save(tmp_path / "checkpoints")
         engine.load(checkpoint)
-    with pytest.raises(mh.CheckpointError, match="tensors that aren't the model's: sum"):
+    with pytest.raises(mh.CheckpointError, match="tensors that are not parameters or buffers of the model: sum"):
         mh.export(checkpoint, tmp_path / "out")
 
 
-def test_a_type_that_files_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_dtype_that_safetensors_lacks_is_refused_and_named(tmp_path: Path) -> None:
     class Complex(PartlyUsed):
         def __init__(self) -> None:
             super().__init__()
@@ -229,7 +229,7 @@ def test_a_model_that_wraps_one_of_transformers_gets_no_config(tmp_path: Path) -
 
 
 class Big(nn.Module):
-    """256 MiB, an eighth of them frozen."""
+    """A model of 256 MiB, an eighth of it frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ MEASURE = """
 
 
 @pytest.mark.slow
-def test_the_model_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+def test_the_complete_model_is_never_in_memory(tmp_path: Path) -> None:
     small = Trained(conv_recipe(model=FrozenStem), tmp_path / "small").checkpoint
     recipe = gpt_recipe(model=Big, optimizer=grouped(torch.optim.SGD, lr=0.1))
     with mh.Engine(recipe) as engine:

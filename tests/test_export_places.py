@@ -1,4 +1,4 @@
-"""Where an export comes from and where it goes: runs, checkpoints, folders, damage, sizes, and the command."""
+"""Sources and destinations of exports: runs, checkpoints, folders, damage, sizes, and the command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import manyhands as mh
 from manyhands.checkpoint.export import parse_size, plan_shards
 from manyhands.checkpoint.format import seal
 from manyhands.checkpoint.tensor_file import TensorEntry
-from support.command import told
+from support.command import run_command
 from support.exporting import FrozenStem, Trained, assert_same, contents, weights
 from support.models import conv_recipe, gpt_recipe
 
@@ -43,11 +43,11 @@ def test_an_empty_folder_is_filled_and_leftovers_are_removed(run_dir: Path, tmp_
     (tmp_path / "out").mkdir()
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
-    heard: list[tuple[int, int]] = []
-    summary = mh.export(run_dir, tmp_path / "out", told=lambda done, total: heard.append((done, total)))
+    calls: list[tuple[int, int]] = []
+    summary = mh.export(run_dir, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
     assert os.listdir(tmp_path) == ["out"]
-    assert heard == sorted(heard)
-    assert heard[-1] == (summary.weights_bytes, summary.weights_bytes)
+    assert calls == sorted(calls)
+    assert calls[-1] == (summary.weights_bytes, summary.weights_bytes)
 
 
 @pytest.mark.parametrize(("cwd", "run", "out"), [("step-00000002", ".", "../../out"), (".", "step-00000002", "../out")])
@@ -59,7 +59,7 @@ def test_relative_paths_work(tmp_path: Path, cwd: str, run: str, out: str, monke
 
 
 def flip_bits(path: Path) -> None:
-    """One in every 16 bytes of the data: some are in weights (moments aren't read)."""
+    """Change every 16th byte of the data, so that weights are damaged, too (moments are not read)."""
     data = bytearray(path.read_bytes())
     for place in range(8 + int.from_bytes(data[:8], "little"), len(data), 16):
         data[place] ^= 4
@@ -72,7 +72,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip_bits, truncate, Path.unlink])
 @pytest.mark.parametrize("where", ["step-*/worker-0", "step-*/worker-1", "frozen-*/worker-1"])
-def test_a_damaged_checkpoint_is_refused_by_name_and_nothing_is_left(
+def test_a_damaged_checkpoint_is_refused_and_named_and_nothing_is_written(
     tmp_path: Path, where: str, damage: Callable[[Path], None]
 ) -> None:
     checkpoint = Trained(conv_recipe(model=FrozenStem), tmp_path / "checkpoints", 2).checkpoint
@@ -91,7 +91,7 @@ def changed(checkpoint: Path, **fields: Any) -> None:
     path.write_text(seal(json.loads(path.read_text()) | fields))
 
 
-def test_other_weights_than_the_manifest_says_are_refused(tmp_path: Path) -> None:
+def test_weights_that_differ_from_the_manifests_digest_are_refused(tmp_path: Path) -> None:
     checkpoint = Trained(gpt_recipe(), tmp_path / "checkpoints").checkpoint
     changed(checkpoint, digest="0" * 64)
     with pytest.raises(mh.CheckpointError, match="not those that were saved"):
@@ -122,7 +122,7 @@ def taken_folder(path: Path) -> None:
 
 
 @pytest.mark.parametrize("take", [taken_file, taken_folder])
-def test_what_is_there_already_is_left_alone(run_dir: Path, tmp_path: Path, take: Callable[[Path], None]) -> None:
+def test_an_existing_destination_is_not_changed(run_dir: Path, tmp_path: Path, take: Callable[[Path], None]) -> None:
     take(tmp_path / "out")
     with pytest.raises(mh.ConfigError, match="the export's destination is not empty"):
         mh.export(run_dir, tmp_path / "out")
@@ -130,7 +130,7 @@ def test_what_is_there_already_is_left_alone(run_dir: Path, tmp_path: Path, take
     assert (tmp_path / "out").is_file() or os.listdir(tmp_path / "out") == ["thesis.tex"]
 
 
-def test_wrong_wishes_are_refused(run_dir: Path, tmp_path: Path) -> None:
+def test_wrong_export_options_are_refused(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(mh.ConfigError, match="no checkpoint of step 7") as caught:
         mh.export(run_dir, out, step=7)
@@ -142,7 +142,7 @@ def test_wrong_wishes_are_refused(run_dir: Path, tmp_path: Path) -> None:
             mh.export(nothing, out)
     with pytest.raises(mh.ConfigError, match="no such dtype"):
         mh.export(run_dir, out, dtype="fp8")
-    with pytest.raises(mh.ConfigError, match="max_shard_size can't be understood"):
+    with pytest.raises(mh.ConfigError, match="max_shard_size can't be parsed"):
         mh.export(run_dir, out, max_shard_size="large")
     with pytest.raises(mh.CheckpointError, match="the export can't be written"):
         mh.export(run_dir, "/proc/export")
@@ -161,7 +161,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", 0, -1, "5G5", "5 apples", "GB", "0.1B"])
-def test_what_is_no_size(text: str | int) -> None:
+def test_an_invalid_size_is_refused(text: str | int) -> None:
     with pytest.raises(mh.ConfigError):
         parse_size(text)
 
@@ -177,12 +177,12 @@ def test_shards_are_filled_in_order() -> None:
 # - The command
 
 
-def test_the_command_says_what_it_wrote(
+def test_the_export_command_prints_its_result(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = mh.export(run_dir, tmp_path / "by hand", step=2, dtype="bf16", max_shard_size="20KB").digest
     options = ("--step", 2, "--dtype", "bf16", "--max-shard-size", "20KB")
-    code, text = told(capsys, monkeypatch, "export", run_dir, tmp_path / "out", *options)
+    code, text = run_command(capsys, monkeypatch, "export", run_dir, tmp_path / "out", *options)
     assert code == 0
     for part in (
         "after step 2",
@@ -194,15 +194,15 @@ def test_the_command_says_what_it_wrote(
     ):
         assert part in text
     assert contents(tmp_path / "out") == contents(tmp_path / "by hand")
-    code, text = told(capsys, monkeypatch, "export", run_dir, tmp_path / "json", "--json")
-    said = json.loads(text)
-    assert (code, said["step"], said["files"], said["has_config"]) == (0, 3, ["model.safetensors"], False)
+    code, text = run_command(capsys, monkeypatch, "export", run_dir, tmp_path / "json", "--json")
+    shown = json.loads(text)
+    assert (code, shown["step"], shown["files"], shown["has_config"]) == (0, 3, ["model.safetensors"], False)
 
 
-def test_the_command_tells_what_is_wrong(
+def test_the_export_command_prints_errors(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, text = told(capsys, monkeypatch, "export", run_dir, tmp_path / "out", "--step", 9)
+    code, text = run_command(capsys, monkeypatch, "export", run_dir, tmp_path / "out", "--step", 9)
     assert code == 2
     assert "the run has no checkpoint of step 9" in text
     assert "Traceback" not in text

@@ -1,4 +1,4 @@
-"""Weights from files are those of a model that was built with them, to the bit; each worker reads what it holds."""
+"""Weights from files give the bits of a model that was built with them. Each worker reads only its own ranges."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = 2
 
 
 def trained(recipe: mh.Recipe, workers: int = 1, **strategy: Any) -> str:
-    """The digest after some steps, the same on all workers."""
+    """Train some steps and return the digest, which is the same on all workers."""
     found = run_threads(
         workers, lambda group: train_with_engine(recipe, mh.Strategy(**strategy), steps=STEPS, group=group)
     )
@@ -59,7 +59,7 @@ class Pretrained:
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
-    """One file, in fp32."""
+    """A folder with one file, in fp32."""
     found = Pretrained("gpt2", "bf16", tmp_path_factory.mktemp("gpt2"))
     assert (found.folder / "model.safetensors").is_file()
     return found
@@ -67,7 +67,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
-    """Several files and their index, in bf16."""
+    """A folder with several files and their index, in bf16."""
     found = Pretrained("llama", "fp32", tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16, max_shard_size="20KB")
     assert len(list(found.folder.glob("model-*-of-*.safetensors"))) > 2
     return found
@@ -98,7 +98,7 @@ def test_a_folder_of_transformers_gives_the_bits_of_from_pretrained(
 
 
 class Everything(nn.Module):
-    """Large and small parameters, trained, frozen and tied; buffers that files have, and such as they don't."""
+    """A model with large, small, trainable, frozen and tied parameters, and buffers both in and not in the files."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def everything(precision: str, model: Callable[[], nn.Module] = Everything) -> m
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of fp16 weights of `Everything`; what is no parameter has its own type."""
+    """A file with the weights of `Everything`: parameters in fp16, buffers in their own types."""
     model = built(everything("fp32"), 13)
     model.norm.running_mean.fill_(0.25)  # type: ignore[operator, union-attr]
     params = {name: param.detach().half() for name, param in model.named_parameters()}
@@ -172,7 +172,7 @@ def test_frozen_parameters_and_buffers_come_from_files_too(precision: str, halve
                 assert torch.equal(before[key], value), key
 
 
-def test_a_run_goes_on_whatever_the_files_are_now(halves: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_even_if_the_weight_files_have_changed(halves: Path, tmp_path: Path) -> None:
     recipe = replace(everything("fp32"), weights=halves)
     expected = mh.train(recipe, steps=2, show=False).digest
     mh.train(recipe, steps=1, run_dir=tmp_path / "run", show=False)
@@ -185,8 +185,8 @@ def test_a_run_goes_on_whatever_the_files_are_now(halves: Path, tmp_path: Path) 
         mh.train(replace(recipe, weights=tmp_path / "frozen"), steps=3, run_dir=tmp_path / "run", show=False)
 
 
-def test_a_run_that_goes_on_reads_only_what_checkpoints_lack(halves: Path, tmp_path: Path) -> None:
-    """Files of a model without frozen parameters may even be gone by then."""
+def test_a_resumed_run_reads_only_frozen_parameters_from_weight_files(halves: Path, tmp_path: Path) -> None:
+    """The files of a model without frozen parameters may have been deleted."""
     model = nn.Linear(5, 5)
     save_file(dict(model.state_dict()), tmp_path / "weights")
     recipe = mh.Recipe(
@@ -217,7 +217,7 @@ def test_a_run_that_goes_on_reads_only_what_checkpoints_lack(halves: Path, tmp_p
 # - Names
 
 
-def test_a_prefix_is_named_and_can_be_given(tmp_path: Path) -> None:
+def test_an_error_names_a_prefix_that_rename_can_remove(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     recipe = RECIPES["gpt2"]("fp32")
     model: Any = built(recipe, 14)
@@ -284,7 +284,7 @@ def conv_files(folder: Path, change: Callable[[dict[str, Tensor]], None] = lambd
     return replace(conv_recipe(), weights=folder)
 
 
-def test_files_that_fit_are_taken(tmp_path: Path) -> None:
+def test_files_that_fit_are_loaded(tmp_path: Path) -> None:
     recipe = conv_files(tmp_path)
 
     def with_weights() -> nn.Module:
@@ -315,7 +315,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_weights_that_do_not_fit_are_told_by_name(what: str, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_named(what: str, tmp_path: Path) -> None:
     change, message = CHANGES[what]
     recipe = conv_files(tmp_path, change)
 
@@ -328,7 +328,7 @@ def test_weights_that_do_not_fit_are_told_by_name(what: str, tmp_path: Path) -> 
     assert len(set(run_threads(2, work))) == 1
 
 
-def test_what_may_be_missing_or_is_ignored_must_be_said(tmp_path: Path) -> None:
+def test_missing_and_extra_tensors_must_be_allowed_explicitly(tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors["head.weight"], tensors["head.bias"]
         tensors["extra"] = torch.ones(1)
@@ -347,7 +347,7 @@ def test_what_may_be_missing_or_is_ignored_must_be_said(tmp_path: Path) -> None:
     assert "norm_1.weight: norm_1.bias, norm_1.weight" in str(caught.value)
 
 
-def test_a_tied_parameter_may_be_there_twice_if_it_is_the_same(tmp_path: Path) -> None:
+def test_a_tied_parameter_may_be_stored_twice_if_both_are_equal(tmp_path: Path) -> None:
     model = built(gpt_recipe(), 16)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -409,7 +409,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_broken_files_are_refused_by_name(what: str, tmp_path: Path) -> None:
+def test_damaged_weight_files_are_refused_and_named(what: str, tmp_path: Path) -> None:
     damage, file, message = DAMAGE[what]
     recipe = conv_files(tmp_path)
     damage(tmp_path)
@@ -427,7 +427,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         WeightFiles(tmp_path)
 
 
-def test_where_no_weights_are_it_is_said_what_to_do(tmp_path: Path) -> None:
+def test_missing_weights_are_reported_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "pytorch_model.bin").touch()
     mh.train(conv_recipe(), steps=1, run_dir=tmp_path / "run", show=False)
@@ -438,7 +438,7 @@ def test_where_no_weights_are_it_is_said_what_to_do(tmp_path: Path) -> None:
         assert hint in (caught.value.hint or "")
 
 
-def test_an_export_can_be_begun_with(tmp_path: Path) -> None:
+def test_training_can_start_from_an_export(tmp_path: Path) -> None:
     digest = mh.train(gpt_recipe("bf16"), steps=1, run_dir=tmp_path / "run", show=False).digest
     mh.export(tmp_path / "run", tmp_path / "out", dtype="fp32", max_shard_size="20KB")
     with mh.Engine(replace(gpt_recipe("bf16", seed=5), weights=tmp_path / "out")) as engine:
@@ -450,7 +450,7 @@ def test_an_export_can_be_begun_with(tmp_path: Path) -> None:
     [
         ({"path": ""}, "weights.path is not a path"),
         ({"path": 3}, "weights.path is not a path"),
-        ({"path": ".", "allow_missing": "head.*"}, "weights.allow_missing is one text"),
+        ({"path": ".", "allow_missing": "head.*"}, "weights.allow_missing is a string"),
         ({"path": ".", "rename": {"(": ""}}, r"weights.rename is not a regular expression .*: missing \)"),
         ({"path": ".", "rename": {"x": r"\1"}}, "weights.rename is not a regular expression .*: invalid group"),
     ],
@@ -468,7 +468,7 @@ def test_other_types_are_refused() -> None:
 # - Workers
 
 
-def test_workers_with_other_files_are_told_so(tmp_path: Path) -> None:
+def test_workers_with_different_files_are_refused(tmp_path: Path) -> None:
     folders = [tmp_path / "0", tmp_path / "1"]
     conv_files(folders[0])
     conv_files(folders[1], lambda tensors: tensors.update({"head.bias": tensors["head.bias"] + 1}))
@@ -480,7 +480,7 @@ def test_workers_with_other_files_are_told_so(tmp_path: Path) -> None:
     run_threads(2, work)
 
 
-def test_a_worker_that_lacks_a_file_ends_the_others(tmp_path: Path) -> None:
+def test_a_file_missing_on_one_worker_ends_all_workers(tmp_path: Path) -> None:
     folders = [tmp_path / "0", tmp_path / "1"]
     for folder in folders:
         conv_files(folder)
@@ -498,7 +498,9 @@ def test_a_worker_that_lacks_a_file_ends_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sharding", "offload", "parts"), [("ddp", "none", 1), ("zero3", "disk", 4)])
-def test_a_worker_reads_what_it_holds(sharding: str, offload: str, parts: int, halves: Path, tmp_path: Path) -> None:
+def test_a_worker_reads_only_its_own_ranges(
+    sharding: str, offload: str, parts: int, halves: Path, tmp_path: Path
+) -> None:
     recipe = replace(everything("fp32"), weights=halves, batch=mh.Batch(global_size=8, micro_size=2))
     strategy = mh.Strategy(sharding=sharding, offload=offload, scratch=str(tmp_path))
 
@@ -523,7 +525,7 @@ def test_a_worker_reads_what_it_holds(sharding: str, offload: str, parts: int, h
 
 
 class Wide(nn.Module):
-    """Linear layers of 16 MiB."""
+    """A model of linear layers of 16 MiB each."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -544,14 +546,14 @@ def resident_bytes(line: str) -> int:
 
 
 def wide_llama() -> nn.Module:
-    """Its library puts functions of its own in the place of torch's that initialise."""
+    """A library replaces torch's initialisation functions by its own."""
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 3}
     model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=8))
     return model
 
 
-def test_large_parameters_take_no_memory_until_their_values_come() -> None:
+def test_large_parameters_take_no_memory_until_they_are_loaded() -> None:
     wide_llama()  # what is imported
     before = resident_bytes("VmRSS")
     with Unwritten():
@@ -565,7 +567,7 @@ def test_large_parameters_take_no_memory_until_their_values_come() -> None:
 
 
 def peak_growth(folder: Path) -> int:
-    """How much more memory this worker takes, at most, until it can make its first step."""
+    """Return the growth of this worker's peak memory until it is ready for the first step."""
     recipe = mh.Recipe(
         model=lambda: Wide(8),
         loss=lambda model, batch: model(batch).square().mean(),
@@ -586,7 +588,7 @@ def peak_growth(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_no_worker_has_the_whole_model_in_memory(tmp_path: Path) -> None:
+def test_no_worker_has_the_complete_model_in_memory(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(Wide(8).state_dict(), tmp_path / "model.safetensors")  # 128 MiB
     found = mh.launch(peak_growth, tmp_path, workers=2)

@@ -59,7 +59,7 @@ def test_a_stopped_run_prints_how_to_resume_and_resumes(tmp_path: Path, number: 
     assert checkpoint.name == f"step-{int(found[1]):08d}"
     assert int(found[1]) < STEPS
     assert f"  where: its last checkpoint is {checkpoint}\n" in ended.stderr
-    assert f"  what to do: to go on: manyhands train {RECIPE} --steps {STEPS}" in ended.stderr
+    assert f"  what to do: to continue: manyhands train {RECIPE} --steps {STEPS}" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == int(found[1])
 
@@ -88,7 +88,7 @@ def test_a_run_stopped_during_start_up_reports_that_there_is_no_checkpoint(
     assert ended.stdout == ""
     assert re.fullmatch(
         rf"the run was stopped by {number.name}; its workers exited\n"
-        r"  where: there is no checkpoint: no step was finished\n",
+        r"  where: there is no checkpoint: no step was completed\n",
         ended.stderr,
     ), ended.stderr
     assert list((run_dir / "checkpoints").iterdir()) == []

@@ -178,8 +178,8 @@ def test_a_run_has_its_own_scratch_folder(tmp_path: Path, capsys: pytest.Capture
     summary = mh.train(gpt_recipe(), steps=2, strategy=mh.Strategy(offload="disk"), run_dir=tmp_path / "run")
     assert summary.digest == oracle_run(gpt_recipe(), 2).digests[-1]
     assert os.listdir(tmp_path / "run" / "scratch") == []
-    told = capsys.readouterr()
-    assert "state is stored in" in told.out + told.err
+    output = capsys.readouterr()
+    assert "state is stored in" in output.out + output.err
 
 
 # - Construction

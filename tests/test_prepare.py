@@ -390,9 +390,9 @@ def test_the_plan_is_cut_at_shuffles_and_knows_its_partitions(tmp_path: Path) ->
         "stage 0  read 2 text files → flat_map split → group by the record: n",
         "         4 partitions, 800 B",
         "stage 1  stage 0 → sort by n",
-        "         partitions as the data come out, about 400 B each",
+        "         number of partitions depends on the data, about 400 B each",
         "stage 2  stage 1 → write jsonl",
-        "         partitions as the data come out, about 400 B each",
+        "         number of partitions depends on the data, about 400 B each",
     ]
     twice = words.join(words, on="key").explain()
     assert twice.count("read 2 text files") == 1  # both sides are the same stage

@@ -67,7 +67,7 @@ def test_a_compressed_file_that_breaks_off_is_refused_whatever_the_limit(tmp_pat
     path = tmp_path / f"a.jsonl.{'gz' if kind == 'gzip' else 'zst'}"
     path.write_bytes(whole[:-20])
     error = refused(
-        mh.Dataset.read(str(path)), f"a {kind} file is broken off or damaged", tmp_path, max_bad_records=10**6
+        mh.Dataset.read(str(path)), f"a {kind} file is truncated or damaged", tmp_path, max_bad_records=10**6
     )
     assert error.where == str(path)
 
@@ -123,14 +123,14 @@ def test_a_null_in_a_tables_key_column_is_a_bad_record(tmp_path: Path) -> None:
 
 def test_keys_and_values_that_do_not_fit_are_explained(tmp_path: Path) -> None:
     mixed = mh.Dataset.from_records([1, "one"])
-    refused(mixed.sort_by(), "keys of different types can't be put in order", tmp_path)
+    refused(mixed.sort_by(), "keys of different types can't be sorted", tmp_path)
     rows = mh.Dataset.from_records([{"a": 1}])
     assert "has no column 'b'" in str(refused(rows.sort_by("b"), "the record has no column", tmp_path))
     refused(mixed.sort_by("b"), "the record has no columns: it is a int, not a dict", tmp_path)
-    refused(rows.group_by().aggregate(n=mh.Aggregate.count()), "a key can't be looked up", tmp_path)
+    refused(rows.group_by().aggregate(n=mh.Aggregate.count()), "a key is not hashable", tmp_path)
     nothing = mh.Dataset.from_records([{"a": None}])
     refused(nothing.group_by(lambda row: 1).aggregate(n=mh.Aggregate.sum(of="a")), "the value to aggregate", tmp_path)
-    refused(mh.Dataset.from_records([object()]).distinct(), "can't be told from others by its content", tmp_path)
+    refused(mh.Dataset.from_records([object()]).distinct(), "can't be compared by its content", tmp_path)
 
 
 def test_records_that_an_output_cannot_hold_are_named(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_damaged_file_between_two_stages_is_named_and_written_again(tmp_path: 
     data = bytearray(path.read_bytes())
     data[10] ^= 1
     path.write_bytes(data)
-    with pytest.raises(mh.DataError, match="has another checksum than it was written with") as caught:
+    with pytest.raises(mh.DataError, match=r"the checksum of the block at byte .* does not match") as caught:
         read_blocks(str(path), read_index(str(path))[0], ())
     assert caught.value.where == str(path)
     path.write_bytes(data[:100])
@@ -240,23 +240,23 @@ def test_wrong_options_are_refused() -> None:
         made.count(worker=2)  # type: ignore[call-arg]
     assert caught.value.hint == "did you mean 'workers'?"
     for wrong in ({"workers": -1}, {"max_bad_records": 1.5}):
-        with pytest.raises(mh.ConfigError, match="is not an integer of at least 0"):
+        with pytest.raises(mh.ConfigError, match="is out of range"):
             made.count(**wrong)  # type: ignore[arg-type]
     with pytest.raises(mh.ConfigError, match="memory is too little for one worker"):
         made.count(memory="10MiB")
     with pytest.raises(mh.ConfigError, match="an amount of memory can't be parsed"):
         made.count(memory="much")
-    with pytest.raises(mh.ConfigError, match="there is no such output format"):
+    with pytest.raises(mh.ConfigError, match="unknown output format"):
         made.write("out", format="xml")
-    with pytest.raises(mh.ConfigError, match="there is no such input format"):
+    with pytest.raises(mh.ConfigError, match="unknown input format"):
         mh.Dataset.read(__file__, format="xml")
-    with pytest.raises(mh.ConfigError, match="there is no such join"):
+    with pytest.raises(mh.ConfigError, match="unknown join"):
         made.join(made, on="x", how="cross")
-    with pytest.raises(mh.ConfigError, match="there is no such form of batches"):
+    with pytest.raises(mh.ConfigError, match="unknown form of batches"):
         made.map_batches(len, form="pandas")
-    with pytest.raises(mh.ConfigError, match="a fraction is from 0 to 1"):
+    with pytest.raises(mh.ConfigError, match="fraction is not between 0 and 1"):
         made.sample(2)
-    with pytest.raises(mh.ConfigError, match="aggregate wants one aggregate or more"):
+    with pytest.raises(mh.ConfigError, match="aggregate needs at least one aggregate"):
         made.group_by("n").aggregate(n=mh.Aggregate.count())
     with pytest.raises(mh.ConfigError, match="is not an Aggregate"):
         made.group_by().aggregate(n=len)  # type: ignore[arg-type]

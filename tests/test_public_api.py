@@ -62,12 +62,15 @@ OPTIONS = {
         "--json",
         "--keep-checkpoints",
         "--keep-every",
+        "--loader-workers",
         "--max-restarts",
         "--rendezvous",
         "--run-dir",
+        "--scratch",
         "--set",
         "--snapshot-every",
         "--sharding",
+        "--stall-seconds",
         "--steps",
         "--workers",
         "-n",
@@ -98,7 +101,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def run_page(page: str, folder: Path) -> None:
-    """Write the blocks that begin with `# file: NAME` to files, and run the other Python blocks in order."""
+    """Write the blocks that start with `# file: NAME` to files, and run the other Python blocks in order."""
     programs = []
     for language, text in blocks(page):
         file = re.match(r"# file: (\S+)\n", text)
@@ -111,7 +114,7 @@ def run_page(page: str, folder: Path) -> None:
         exec(compile(text, f"docs/{page}, Python block {number}", "exec"), namespace)
 
 
-def test_the_names_are_these() -> None:
+def test_the_public_names_are_fixed() -> None:
     assert mh.__all__ == NAMES == sorted(NAMES)
 
 
@@ -154,7 +157,7 @@ def test_an_unknown_name_is_refused() -> None:
         _ = mh.Trainer  # type: ignore[attr-defined]
 
 
-def test_importing_does_nothing() -> None:
+def test_importing_loads_no_heavy_package_and_starts_nothing() -> None:
     program = textwrap.dedent("""
         import sys, threading
         import manyhands
@@ -167,7 +170,7 @@ def test_importing_does_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_command_line_is_this() -> None:
+def test_the_options_of_commands_are_fixed() -> None:
     command = typer.main.get_command(app)
     found = {
         name: {option for parameter in sub.params for option in parameter.opts}
@@ -178,9 +181,9 @@ def test_the_command_line_is_this() -> None:
         shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
         assert shown.exit_code == 0
         for parameter in sub.params:
-            told = getattr(parameter, "help", None) or ""
-            assert told[:30].strip("`") in shown.output, f"{name} {parameter.name}"
-            assert told, f"{name} {parameter.name}"
+            help_text = getattr(parameter, "help", None) or ""
+            assert help_text[:30].strip("`") in shown.output, f"{name} {parameter.name}"
+            assert help_text, f"{name} {parameter.name}"
 
 
 WITHOUT_TORCH: dict[str, tuple[int, str]] = {
@@ -207,7 +210,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mh.train(recipe(seed=seed), steps=1, run_dir=folder / name, digest_every=1, show=False)
     write_corpus(folder, 8)
     (folder / "path").mkdir()
-    program = f"open({str(folder / 'imported')!r}, 'w')\nraise ImportError('torch is not wanted here')\n"
+    program = f"open({str(folder / 'imported')!r}, 'w')\nraise ImportError('torch must not be imported')\n"
     (folder / "path" / "torch.py").write_text(program)
     return folder
 

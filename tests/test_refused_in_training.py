@@ -116,9 +116,9 @@ HAPPENS: dict[str, tuple[Callable[[Late], None], str]] = {
     "a parameter comes late": (late_module, "parameter 'late.weight' was added after the engine was created"),
     "a parameter is replaced": (replaced, "parameter 'first.weight' was replaced or removed"),
     "a parameter is removed": (removed, "parameter 'first.weight' was replaced or removed"),
-    "a parameter is given other data": (new_data, "parameter 'first.weight' was given other data"),
-    "a frozen parameter is given other data": (new_frozen_data, "parameter 'frozen' was given other data"),
-    "a module is cast": (to_other_dtype, "parameter 'last.weight' was given other data"),
+    "a parameter is assigned other data": (new_data, "parameter 'first.weight' was assigned other data"),
+    "a frozen parameter is assigned other data": (new_frozen_data, "parameter 'frozen' was assigned other data"),
+    "a module is cast": (to_other_dtype, "parameter 'last.weight' was assigned other data"),
     "a parameter is changed in place": (in_place, "parameter 'first.weight' was changed in place"),
     "a frozen parameter is changed": (in_place_frozen, "parameter 'frozen' was changed in place"),
     "a frozen parameter is made trainable": (unfreeze, "parameter 'frozen' was frozen when the engine was created"),
@@ -193,7 +193,7 @@ def test_a_gradient_from_outside_a_step_is_refused(overlap: bool) -> None:
         engine.step(next(batches))
         param = engine.model.first.weight
         param.grad = torch.ones_like(param)
-        with pytest.raises(mh.ConfigError, match=r"parameter 'first.weight' has a gradient already before the step"):
+        with pytest.raises(mh.ConfigError, match=r"parameter 'first.weight' already has a gradient before the step"):
             engine.step(next(batches))
 
 

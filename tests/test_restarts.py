@@ -184,7 +184,7 @@ def test_the_run_ends_with_the_digest_of_an_undisturbed_run(
     run = train_with_fault(tmp_path / "run", fault, "--snapshot-every", "never", *options)
     assert run.process.returncode == 0, run.output
     assert digest_of(run) == undisturbed
-    assert "starting again (1 of 3) with 2 workers" in run.output
+    assert "restarting (1 of 3) with 2 workers" in run.output
     assert run.left_behind() == []
     events = RunDirectory.open_existing(tmp_path / "run" / "directory").read_events()
     kinds = [event["event"] for event in events if "saved" not in event["event"]]
@@ -203,7 +203,7 @@ def test_the_run_ends_with_the_digest_of_an_undisturbed_run(
 def test_a_micro_batch_that_always_fails_is_named_with_its_samples(tmp_path: Path) -> None:
     run = train_with_fault(tmp_path / "run", "raise forward", "--snapshot-every", "never")
     assert run.process.returncode == 1
-    assert run.output.count("starting again") == 1
+    assert run.output.count("restarting") == 1
     assert "samples 18 to 19 of the run's order" in run.output, run.output
     assert "the run is not restarted: the previous attempt failed at the same position" in run.output
 

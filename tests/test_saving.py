@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: what was the state when they began, whole or not at all."""
+"""Checkpoints written while training continues contain the state at their start, complete or not at all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def steps_in(folder: Path) -> list[int]:
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """No file of this process may have more than a few bytes: what a full disk is to a file."""
+    """Limit the size of this process's files to a few bytes: writes fail as on a full disk."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limit[1]))
     try:
@@ -42,7 +42,7 @@ def full_disk() -> Iterator[None]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("sharding", ["ddp", "zero3"])
-def test_what_is_saved_is_the_state_when_it_began(
+def test_a_checkpoint_has_the_state_at_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, sharding: str
 ) -> None:
     go_on = threading.Event()
@@ -74,13 +74,13 @@ def test_what_is_saved_is_the_state_when_it_began(
     assert digests == {resumed.digest}
 
 
-def test_a_checkpoint_that_was_begun_is_finished_before_the_engine_closes(tmp_path: Path) -> None:
+def test_a_pending_checkpoint_is_finished_before_the_engine_closes(tmp_path: Path) -> None:
     with mh.Engine(gpt_recipe()) as engine:
         engine.begin_save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
 
 
-def test_a_full_disk_is_told_to_all_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_on_all_workers_and_training_continues(tmp_path: Path) -> None:
     def work(group: Group) -> tuple[str, str]:
         with mh.Engine(gpt_recipe(), group=group) as engine:
             engine.save(tmp_path)
@@ -105,7 +105,7 @@ def test_a_full_disk_is_told_to_all_and_training_goes_on(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000000", "step-00000004"]
 
 
-def test_a_run_tells_what_could_not_be_written_and_tries_again(
+def test_a_run_reports_a_failed_checkpoint_and_tries_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failures = iter([OSError(28, os.strerror(28)), OSError(28, os.strerror(28))])
@@ -121,16 +121,16 @@ def test_a_run_tells_what_could_not_be_written_and_tries_again(
     summary = mh.train(gpt_recipe(), steps=4, run_dir=tmp_path, checkpoint_every=1)
     assert summary.digest == train_with_engine(gpt_recipe(), mh.Strategy(), steps=4).digest
     assert steps_in(tmp_path / "checkpoints") == [3, 4]
-    told = capsys.readouterr().err
-    assert told.count("training continues, but the checkpoint can't be written: No space left on device") == 2
+    output = capsys.readouterr().err
+    assert output.count("training continues, but the checkpoint can't be written: No space left on device") == 2
 
 
-def test_some_checkpoints_are_kept_for_good(tmp_path: Path) -> None:
+def test_keep_every_retains_checkpoints(tmp_path: Path) -> None:
     mh.train(gpt_recipe(), steps=7, run_dir=tmp_path, checkpoint_every="1step", keep_checkpoints=2, keep_every=3)
     assert steps_in(tmp_path / "checkpoints") == [3, 6, 7]
 
 
-def test_time_is_worker_0s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_of_worker_0_decides_when_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(0, 10**6, 30))
     monkeypatch.setattr("manyhands.training.loop.time.monotonic", lambda: float(next(now)))
     mh.train(gpt_recipe(), steps=5, run_dir=tmp_path, checkpoint_every="1m", keep_checkpoints=9, show=False)
@@ -140,7 +140,7 @@ def test_time_is_worker_0s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("text", "expected"),
     [
         (500, Every(steps=500)),
         ("500", Every(steps=500)),
@@ -151,12 +151,12 @@ def test_time_is_worker_0s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("2h", Every(seconds=7200)),
     ],
 )
-def test_how_often(said: int | str, meant: Every) -> None:
-    assert every(said) == meant
+def test_an_interval_is_parsed(text: int | str, expected: Every) -> None:
+    assert every(text) == expected
 
 
-@pytest.mark.parametrize("said", ["", "0", "10 minutes", "-3", "1.5h", "steps"])
-def test_what_is_not_how_often(said: str) -> None:
-    with pytest.raises(ConfigError, match="how often") as caught:
-        every(said)
+@pytest.mark.parametrize("text", ["", "0", "10 minutes", "-3", "1.5h", "steps"])
+def test_an_invalid_interval_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="interval between checkpoints") as caught:
+        every(text)
     assert "10m" in str(caught.value)

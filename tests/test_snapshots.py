@@ -1,4 +1,4 @@
-"""A snapshot in memory that outlives the workers brings back every bit; one that's half written is none."""
+"""A snapshot in memory outlives the workers and restores every bit. A partial snapshot is ignored."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(
     taken: tuple[int, ...] = (),
     load: bool = False,
 ) -> str:
-    """Four steps altogether, with snapshots after those of `taken`; the digest."""
+    """Train up to step 4, with snapshots after the steps in `taken`. Return the digest."""
 
     def work(group: Group) -> str:
         mine = SnapshotMemory.at(memory.address())
@@ -63,7 +63,9 @@ def train(
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe_of", [gpt_recipe, conv_recipe])
-def test_any_number_of_workers_goes_on_from_it(memory: SnapshotMemory, recipe_of: object, precision: str) -> None:
+def test_a_snapshot_resumes_with_any_number_of_workers(
+    memory: SnapshotMemory, recipe_of: object, precision: str
+) -> None:
     recipe = recipe_of(precision)  # type: ignore[operator]
     undisturbed = train(recipe, 1, "ddp", memory)
     assert train(recipe, 2, "zero2", memory, taken=(1, 2)) == undisturbed
@@ -74,7 +76,7 @@ def test_any_number_of_workers_goes_on_from_it(memory: SnapshotMemory, recipe_of
         assert newest.manifest.step == 2
 
 
-def test_one_that_is_half_written_is_none(memory: SnapshotMemory) -> None:
+def test_a_partial_snapshot_is_ignored(memory: SnapshotMemory) -> None:
     recipe = gpt_recipe("fp32")
     assert memory.newest() is None
     undisturbed = train(recipe, 2, "zero2", memory, taken=(1, 2, 3))
@@ -90,7 +92,7 @@ def test_one_that_is_half_written_is_none(memory: SnapshotMemory) -> None:
     assert train(recipe, 3, "zero1", memory, load=True) == undisturbed
 
 
-def test_the_older_slot_is_written_also_by_workers_that_came_later(memory: SnapshotMemory) -> None:
+def test_restarted_workers_also_write_the_older_slot(memory: SnapshotMemory) -> None:
     recipe = gpt_recipe("fp32")
     train(recipe, 1, "zero2", memory, taken=(1,))
     train(recipe, 2, "zero2", memory, load=True, taken=(2, 3))
@@ -100,25 +102,23 @@ def test_the_older_slot_is_written_also_by_workers_that_came_later(memory: Snaps
     assert steps == [2, 3]
 
 
-def test_when_memory_is_short_it_says_so_and_none_is_taken(
+def test_when_memory_is_short_no_snapshot_is_taken_and_this_is_reported(
     memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
+    reports: list[str] = []
     monkeypatch.setenv(SNAPSHOT_MEMORY_VARIABLE, memory.address())
     monkeypatch.setattr(snapshots, "free_memory_bytes", lambda: 100 << 10)
 
     with mh.Engine(gpt_recipe("fp32")) as engine:
-        mine = snapshots.Snapshots(engine, None, told.append)
+        mine = snapshots.Snapshots(engine, None, reports.append)
         engine.step(next(engine.batches()))
         mine.after_step(None, last=False)
     assert memory.newest() is None
-    assert "100 KiB free memory" in told[0]
+    assert "100 KiB free memory" in reports[0]
 
 
-def test_what_the_slots_hold_already_needs_no_room_again(
-    memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, told = gpt_recipe("fp32"), list[str]()
+def test_memory_of_earlier_snapshots_counts_as_free(memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, reports = gpt_recipe("fp32"), list[str]()
     train(recipe, 1, "zero2", memory, taken=(1, 2))
     held = memory.held_bytes()
     monkeypatch.setenv(SNAPSHOT_MEMORY_VARIABLE, memory.address())
@@ -126,51 +126,53 @@ def test_what_the_slots_hold_already_needs_no_room_again(
         monkeypatch.setattr(snapshots, "free_memory_bytes", lambda free=free: free)
         monkeypatch.setattr(snapshots, "_trainings", itertools.count())
         with mh.Engine(recipe) as engine:
-            mine = snapshots.Snapshots(engine, None, told.append)
+            mine = snapshots.Snapshots(engine, None, reports.append)
             mine.load()
             engine.step(next(engine.batches()))
             mine.after_step(None, last=False)
         newest = memory.newest()
         assert (None if newest is None else newest.manifest.step) == newest_step
-    assert len(told) == 1
+    assert len(reports) == 1
     assert memory.held_bytes() == 0
 
 
 @pytest.fixture
-def kept(memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch) -> SnapshotMemory:
-    """As a worker of a parent that has it: a snapshot is taken after each step but the last."""
+def snapshots_every_step(memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch) -> SnapshotMemory:
+    """Set the environment of a worker whose launcher has this memory, with a snapshot after each step but the last."""
     monkeypatch.setenv(SNAPSHOT_MEMORY_VARIABLE, memory.address())
     monkeypatch.setenv(snapshots.SNAPSHOT_EVERY_VARIABLE, "1")
     monkeypatch.setattr(snapshots, "_trainings", itertools.count())
     return memory
 
 
-def test_what_one_training_left_is_none_of_the_next_ones(kept: SnapshotMemory, tmp_path: Path) -> None:
+def test_a_training_does_not_load_the_snapshot_of_an_earlier_one(
+    snapshots_every_step: SnapshotMemory, tmp_path: Path
+) -> None:
     recipe = gpt_recipe("fp32")
     mh.train(recipe, steps=4, show=False)
     second = mh.train(recipe, steps=2, show=False)
     assert second.steps == 2
     third = mh.train(recipe, steps=3, run_dir=tmp_path / "third", show=False)
     assert third.steps == 3
-    newest = kept.newest()
+    newest = snapshots_every_step.newest()
     assert newest is not None
     assert (newest.of.number, newest.manifest.step) == (2, 2)  # more than (0, 3): the script came further
-    assert SnapshotStore(kept, None).newest_step() == (2, 2)
+    assert SnapshotStore(snapshots_every_step, None).newest_step() == (2, 2)
     mh.train(replace(recipe, seed=5), steps=2, show=False)
 
 
-def test_one_of_a_training_that_is_over_is_not_taken_for_another_ones(kept: SnapshotMemory) -> None:
-    """A script may leave it out when it's started again; without run directories the two look the same then."""
+def test_a_finished_training_leaves_no_snapshot_for_another_one(snapshots_every_step: SnapshotMemory) -> None:
+    """A restarted script may skip a finished training. Without run directories, both trainings look the same."""
     recipe = gpt_recipe("fp32")
     undisturbed = mh.train(recipe, steps=2, show=False).digest
     mh.train(recipe, steps=4, show=False)
-    assert kept.newest() is None
+    assert snapshots_every_step.newest() is None
     snapshots._trainings = itertools.count(1)
     assert mh.train(recipe, steps=2, show=False).digest == undisturbed
 
 
-def test_a_script_that_is_started_again_finds_its_own(
-    kept: SnapshotMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_restarted_script_finds_its_snapshot(
+    snapshots_every_step: SnapshotMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = gpt_recipe("fp32")
     undisturbed = mh.train(recipe, steps=4, show=False).digest
@@ -182,7 +184,7 @@ def test_a_script_that_is_started_again_finds_its_own(
     assert RunDirectory(tmp_path / "run").read_events()[-3]["source"] == "snapshot"
 
 
-def test_one_that_another_training_began_to_overwrite_is_none(
+def test_a_snapshot_partly_overwritten_by_another_training_is_ignored(
     memory: SnapshotMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with mh.Engine(gpt_recipe("fp32")) as engine:
@@ -198,12 +200,12 @@ def test_one_that_another_training_began_to_overwrite_is_none(
     assert newest.manifest.step == 2
 
 
-def test_a_launcher_inside_a_worker_hands_its_memory_not_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_inside_a_worker_does_not_pass_on_the_snapshot_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SNAPSHOT_MEMORY_VARIABLE, "that of the outer launcher")
     run_workers([sys.executable, "-c", f"import os; exit(bool(os.environ['{SNAPSHOT_MEMORY_VARIABLE}']))"], workers=1)
 
 
-def test_free_memory_is_some_of_the_machines() -> None:
+def test_free_memory_is_less_than_the_machines_memory() -> None:
     assert 0 < free_memory_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -1,4 +1,4 @@
-"""Files of tensors are those of the safetensors library, both ways; what is broken is refused."""
+"""Tensor files are compatible with the safetensors library in both directions. Damaged files are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = [(), (1,), (7,), (3, 5), (0,), (2, 0, 3)]
 
 
 def tensors() -> dict[str, Tensor]:
-    """Of every type and shape."""
+    """Tensors of every type and many shapes."""
     generator = torch.Generator().manual_seed(1)
     found = {}
     for dtype, code in CODES.items():
@@ -42,7 +42,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and bits[0] == bits[1]
 
 
-def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+def test_the_safetensors_library_reads_tensor_files(tmp_path: Path) -> None:
     write(tmp_path / "file", tensors())
     found = load_file(tmp_path / "file")
     assert set(found) == set(tensors())
@@ -50,7 +50,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
         assert same(found[name], tensor), name
 
 
-def test_what_the_library_writes_is_read_range_by_range(tmp_path: Path) -> None:
+def test_files_of_the_safetensors_library_are_read_range_by_range(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "file", {"format": "pt"})
     file = TensorFile(tmp_path / "file")
     assert set(file.entries) == set(tensors())
@@ -62,7 +62,7 @@ def test_what_the_library_writes_is_read_range_by_range(tmp_path: Path) -> None:
                 assert same(file.read(name, start, numel), flat[start : start + numel]), (name, start, numel)
 
 
-def test_every_tensor_lies_at_a_multiple_of_its_elements_size(tmp_path: Path) -> None:
+def test_every_tensor_is_aligned_to_its_element_size(tmp_path: Path) -> None:
     write(tmp_path / "file", tensors())
     data = (tmp_path / "file").read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -73,7 +73,7 @@ def test_every_tensor_lies_at_a_multiple_of_its_elements_size(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "start", "numel"), [("other", 0, 1), ("x", 5, 1), ("x", 0, 6), ("x", -1, 2)])
-def test_what_is_not_there_is_refused(tmp_path: Path, name: str, start: int, numel: int) -> None:
+def test_a_range_outside_a_tensor_is_refused(tmp_path: Path, name: str, start: int, numel: int) -> None:
     write(tmp_path / "file", {"x": torch.arange(5)})
     with pytest.raises(ValueError, match=name):
         TensorFile(tmp_path / "file").read(name, start, numel)
@@ -99,13 +99,13 @@ def broken(header: object, length: int | None = None) -> bytes:
         (broken({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}), "'x' is outside of the file"),
     ],
 )
-def test_a_broken_file_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+def test_a_damaged_file_header_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(ValueError, match=message):
         TensorFile(tmp_path / "file")
 
 
-def test_a_file_that_was_cut_after_it_was_opened_is_refused(tmp_path: Path) -> None:
+def test_a_file_truncated_after_it_was_opened_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "file", {"x": torch.arange(5)})
     file = TensorFile(tmp_path / "file")
     with (tmp_path / "file").open("r+b") as other:
@@ -114,7 +114,7 @@ def test_a_file_that_was_cut_after_it_was_opened_is_refused(tmp_path: Path) -> N
         file.read("x", 0, 5)
 
 
-def test_a_file_that_lacks_elements_is_our_bug(tmp_path: Path) -> None:
+def test_writing_too_few_elements_raises_invariant_error(tmp_path: Path) -> None:
     with (
         pytest.raises(InvariantError, match="incomplete"),
         TensorFileWriter(tmp_path / "file", [TensorEntry("x", torch.float32, (5,))]) as file,

@@ -64,7 +64,7 @@ def test_small_vocabularies_take_two_bytes_a_token_and_large_ones_four(tmp_path:
 
 
 def test_values_that_are_not_tokens_are_refused(tmp_path: Path) -> None:
-    for documents, says in (([[1, 100]], "outside of a vocabulary of 100"), ([[1, -1]], "tokens"), ([None], "null")):
+    for documents, says in (([[1, 100]], "outside the vocabulary of 100"), ([[1, -1]], "tokens"), ([None], "null")):
         with pytest.raises(mh.DataError, match=says):
             written(tmp_path / "out", documents)  # type: ignore[arg-type]
     with pytest.raises(mh.DataError, match="isn't in the schema"):
@@ -95,7 +95,7 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(mh.DataError, match="truncated, or is not a token file"):
         mh.TokenFile(tmp_path, 2)
     path.write_bytes(whole[8:])
-    with pytest.raises(mh.DataError, match="another size than it was written with"):
+    with pytest.raises(mh.DataError, match="size of a token file has changed"):
         mh.TokenFile(tmp_path, 2)
     path.unlink()
     with pytest.raises(mh.DataError, match="can't be read"):

@@ -1,4 +1,4 @@
-"""One training, started in every way that there is: the same bits, and everything that a run leaves."""
+"""One training, started in every way: the same bits, and a complete run directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = "digest steps loss workers sharding transport tokens_per_second step_seco
 
 
 def output_of(command: list[str]) -> str:
-    """Of a command that succeeds."""
+    """Run a command that must succeed. Return its standard output."""
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
@@ -34,7 +34,7 @@ def output_of(command: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def from_command_line(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], RunDirectory]:
-    """What `manyhands train` says in the end, and its run directory."""
+    """The summary that `manyhands train` prints, and its run directory."""
     folder = tmp_path_factory.mktemp("run") / "run"
     out = output_of([*MANYHANDS, "train", RECIPE, "--workers", "2", "--run-dir", str(folder), "--json"])
     return json.loads(out.splitlines()[-1]), RunDirectory(folder)
@@ -47,26 +47,35 @@ def test_a_script_gives_the_same_bits_and_every_worker_the_same_summary(
     workers, command = SCRIPTS[way]
     output_of([*command, str(tmp_path)])
     summaries = [json.loads((tmp_path / f"worker-{rank}.json").read_text()) for rank in range(workers)]
-    told = from_command_line[0]
+    printed = from_command_line[0]
     for summary in summaries:
-        assert (summary["digest"], summary["last_loss"], summary["steps"]) == (told["digest"], told["loss"], STEPS)
+        assert (summary["digest"], summary["last_loss"], summary["steps"]) == (
+            printed["digest"],
+            printed["loss"],
+            STEPS,
+        )
         assert summary["last_loss"] < summary["first_loss"]
         assert summary["sample"]
         assert len(summary["peak_memory_bytes_per_worker"]) == summary["workers"] == workers
         assert {key: summary[key] for key in THE_SAME} == {key: summaries[0][key] for key in THE_SAME}
 
 
-def test_the_last_line_has_all_figures(from_command_line: tuple[dict[str, Any], RunDirectory]) -> None:
-    told = from_command_line[0]
-    assert set(KEYS.split()) <= set(told)
-    assert (told["steps"], told["workers"], told["sharding"], told["transport"]) == (STEPS, 2, "zero2", "shared-memory")
-    assert told["tokens_per_second"] > 0
-    assert told["step_seconds_median"] > 0
-    assert all(peak > 1 << 20 for peak in told["peak_memory_bytes_per_worker"])
+def test_the_last_line_has_all_keys_of_the_summary(from_command_line: tuple[dict[str, Any], RunDirectory]) -> None:
+    printed = from_command_line[0]
+    assert set(KEYS.split()) <= set(printed)
+    assert (printed["steps"], printed["workers"], printed["sharding"], printed["transport"]) == (
+        STEPS,
+        2,
+        "zero2",
+        "shared-memory",
+    )
+    assert printed["tokens_per_second"] > 0
+    assert printed["step_seconds_median"] > 0
+    assert all(peak > 1 << 20 for peak in printed["peak_memory_bytes_per_worker"])
 
 
-def test_the_run_directory_has_what_it_should(from_command_line: tuple[dict[str, Any], RunDirectory]) -> None:
-    told, directory = from_command_line
+def test_the_run_directory_is_complete(from_command_line: tuple[dict[str, Any], RunDirectory]) -> None:
+    printed, directory = from_command_line
     steps = directory.read_metrics()
     assert [each.step for each in steps] == list(range(STEPS))
     for each in steps:
@@ -76,7 +85,7 @@ def test_the_run_directory_has_what_it_should(from_command_line: tuple[dict[str,
         assert each.step_seconds > 0
         assert {"data", "compute", "communication", "update", "waiting"} <= set(each.seconds)
         assert each.bytes_moved["grad"] > 0
-    assert steps[-1].digest == told["digest"]
+    assert steps[-1].digest == printed["digest"]
     assert list(directory.tensorboard.glob("events.*"))
     assert directory.log(1).exists()
     assert f"step {STEPS}" in directory.log(0).read_text()

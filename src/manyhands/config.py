@@ -1,23 +1,23 @@
 """Recipe, Batch, Weights and Strategy, checked when they are created.
 
-What is computed (`Recipe`, `Batch`, `Weights`) and with what (`Strategy`): frozen, keyword-only, checked when made.
-A recipe fixes every bit of the result; a strategy fixes only how long it takes and how much memory it needs.
+`Recipe`, `Batch` and `Weights` define the computation, `Strategy` the resources. A recipe decides every bit of the
+result; a strategy decides only time and memory. All are frozen and keyword-only. `every` parses how often something
+happens.
 
-How often: every so many steps, or after so much time.
+Recipe files and the command line take the options from these classes: to add an option, add a field (see `options.py`).
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import field as field_of
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from manyhands.errors import ConfigError
+from manyhands.options import check_options, option, options
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,57 +37,30 @@ OPTIMIZER_KINDS = ("elementwise", "per-parameter")
 TRANSPORTS = ("auto", "shared-memory", "distributed", "hierarchical")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known word closest to `name`, or lists them all."""
-    words = list(known)
-    close = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(words))}"
-
-
-def hint_nearest(name: str, known: Iterable[str]) -> str | None:
-    """`nearest`, but nothing where it would list a crowd (all of a module's names, say)."""
-    hint = nearest(name, known)
-    return hint if len(hint) <= 300 and hint != "known: " else None
-
-
-def _choice(field: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(
-            f"{field} is not known",
-            expected=f"one of {', '.join(known)}",
-            got=repr(value),
-            hint=nearest(str(value), known),
-        )
-
-
-def _at_least(field: str, value: object, least: float, kind: type = int) -> None:
-    is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not is_number or not least <= value < float("inf"):  # type: ignore[operator]
-        noun = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{field} is out of range", expected=f"{noun} of at least {least}", got=repr(value))
-
-
-@dataclass(frozen=True, kw_only=True)
+@options
 class Batch:
-    """How a step's global batch is cut. The cuts decide the bits of the result; the number of workers doesn't.
+    """How the samples of one optimizer step are divided. The division decides the bits, the number of workers doesn't.
 
-    `global_size` samples make one optimizer step; forward and backward see `micro_size` of them at a time.
-    `virtual_workers` fixes the tree in which gradients are added (default: one virtual worker per micro-batch); each
-    one adds `accumulate` micro-batches in order before the tree begins.
+    Each virtual worker adds the gradients of `accumulate` micro-batches in order; then a binary tree adds the sums of
+    the virtual workers. Raises ConfigError.
     """
 
-    global_size: int
-    micro_size: int
-    virtual_workers: int = 0
+    global_size: int = option(at_least=1, help="Samples in one optimizer step.")
+    micro_size: int = option(
+        at_least=1, help="Samples in one micro-batch, which forward and backward process together."
+    )
+    virtual_workers: int = option(
+        default=0,
+        at_least=0,
+        help="Leaves of the tree that adds gradients. 0: one for each micro-batch.",
+    )
 
     def __post_init__(self) -> None:
-        _at_least("batch.global_size", self.global_size, 1)
-        _at_least("batch.micro_size", self.micro_size, 1)
-        _at_least("batch.virtual_workers", self.virtual_workers, 0)
+        check_options(self)
         if self.global_size % self.micro_size:
             lower = self.global_size - self.global_size % self.micro_size
             raise ConfigError(
-                "batch.global_size can't be cut into micro-batches of batch.micro_size samples",
+                "batch.global_size can't be divided into micro-batches of batch.micro_size samples",
                 expected=f"a multiple of {self.micro_size}",
                 got=self.global_size,
                 hint=f"use global_size = {lower or self.micro_size} or {lower + self.micro_size}, or change micro_size",
@@ -96,7 +69,7 @@ class Batch:
             object.__setattr__(self, "virtual_workers", self.micro_batches)
         if self.micro_batches % self.virtual_workers:
             raise ConfigError(
-                "the step's micro-batches can't be shared evenly among batch.virtual_workers",
+                "the step's micro-batches can't be divided evenly among batch.virtual_workers",
                 expected=f"a divisor of {self.micro_batches} (= {self.global_size} / {self.micro_size})",
                 got=self.virtual_workers,
             )
@@ -108,43 +81,46 @@ class Batch:
 
     @property
     def accumulate(self) -> int:
-        """Micro-batches that one virtual worker adds up before the tree of sums begins."""
+        """Micro-batches that a virtual worker adds in order, before the tree of sums."""
         return self.micro_batches // self.virtual_workers
 
     def samples_of(self, step: int, micro_batch: int) -> str:
-        """Which samples a micro-batch of a step holds, in words."""
+        """The samples of a micro-batch, as text for errors."""
         first = step * self.global_size + micro_batch * self.micro_size
         return f"samples {first} to {first + self.micro_size - 1} of the run's order"
 
     def check_workers(self, workers: int) -> None:
-        """That each of so many workers has something to compute. Raises ConfigError."""
+        """Check that each of `workers` has a micro-batch. Raises ConfigError."""
         if workers > self.micro_batches:
             raise ConfigError(
                 f"{workers} workers are more than the step has micro-batches: some would never compute",
                 expected=f"at most {self.micro_batches} workers"
                 f" (= global_size / micro_size = {self.global_size} / {self.micro_size})",
                 got=f"{workers} workers",
-                hint="use fewer workers; or a smaller micro_size (which changes the recipe, and its bits)",
+                hint="use fewer workers, or a smaller micro_size (which changes the recipe and its bits)",
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Weights:
-    """Initial weights from safetensors files. Each worker reads only what it holds of them.
+    """Initial weights from safetensors files. Each worker reads only the parts that it stores. Raises ConfigError."""
 
-    path: a folder in Hugging Face's layout (model.safetensors, or several files and model.safetensors.index.json), an
-        index, or one file. Names are those of the model's state_dict.
-    rename: regular expressions and what they are replaced by, one after the other, in each name that the files have.
-    allow_missing: patterns ("classifier.*") of names that the files may lack: they keep their built values.
-    ignore: patterns of names in the files, renamed, that the model may lack.
-
-    Raises ConfigError.
-    """
-
-    path: str | os.PathLike[str]
-    rename: Mapping[str, str] = field_of(default_factory=dict)
-    allow_missing: Sequence[str] = ()
-    ignore: Sequence[str] = ()
+    path: str | os.PathLike[str] = option(
+        help="A folder in Hugging Face's layout (model.safetensors, or several files with "
+        "model.safetensors.index.json), an index, or one file. Its tensors have the names of the model's state_dict."
+    )
+    rename: Mapping[str, str] = option(
+        default_factory=dict,
+        help="Regular expressions and their replacements. All are applied, in order, to each name in the files.",
+    )
+    allow_missing: Sequence[str] = option(
+        default=(),
+        help='Patterns ("classifier.*") of names that the files may lack. These tensors keep the values that they were '
+        "built with.",
+    )
+    ignore: Sequence[str] = option(
+        default=(), help="Patterns of names in the files, after renaming, that the model may lack."
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, (str, os.PathLike)) or not str(self.path):
@@ -152,7 +128,7 @@ class Weights:
         object.__setattr__(self, "path", str(self.path))
         for name in ("allow_missing", "ignore"):
             if isinstance(getattr(self, name), str):
-                raise ConfigError(f"weights.{name} is one text", expected="a list of patterns", got=repr(self))
+                raise ConfigError(f"weights.{name} is a string", expected="a list of patterns", got=repr(self))
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "rename", dict(self.rename))
         for pattern, replacement in self.rename.items():
@@ -165,54 +141,87 @@ class Weights:
                 ) from None
 
     def may_lack(self, names: Iterable[str]) -> bool:
-        """Whether the files needn't have a tensor, which the model's state_dict has under these names."""
+        """True if the files may lack the tensor that the model's state_dict has under these names."""
         return any(fnmatchcase(name, pattern) for name in names for pattern in self.allow_missing)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Recipe:
-    """What is computed: everything that decides the bits of the result, and nothing else.
+    """Everything that decides the bits of the result, and nothing else. Raises ConfigError."""
 
-    model: builds the model, on CPU in fp32; called once per worker with the run's seed set.
-    loss: `(model, batch) -> mean` or `(model, batch) -> (sum, weight)`; a scalar tensor, and the weight (a token
-        count, say) that the step's total is divided by, so that unequal micro-batches are exact.
-    optimizer: gets the model's `(name, parameter)` pairs and returns a torch optimizer over them (or over groups of
-        them), or a list of optimizers that share them, each parameter in one.
-    optimizer_kind: of an optimizer that isn't torch's: "elementwise" (an element's update depends on that element
-        alone) or "per-parameter" (it looks at a whole parameter, but at one at a time).
-    weights: where the initial weights come from instead of the constructor: a path, or `Weights`. A run that goes on
-        from a checkpoint has that one's.
-    data: a map-style torch Dataset; `collate` (default: torch's) makes a batch of `micro_size` samples.
-    schedule: makes a torch LR scheduler from the optimizer (from each, if there are several); it is stepped once after
-        every optimizer step.
-    clip_norm: the gradient's largest 2-norm; None: it's measured, not clipped.
-    precision: "fp32", or "bf16": parameters and gradients in bfloat16, master weights, moments and sums in fp32.
-    compile: let torch.compile make code of the model's repeated blocks. It changes bits, so it's here.
-    threads_per_worker, device: part of the arithmetic (they change the bits of matrix products), so they're here.
-    sample: shown at the end of a run, on one worker: `(model) -> str`; a generated text, say.
-    name, source: the recipe's name, and where it was read from (for messages and the run directory).
-
-    Raises ConfigError.
-    """
-
-    model: Callable[[], nn.Module]
-    loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | float | int]]
-    optimizer: Callable[[list[tuple[str, nn.Parameter]]], Optimizer | Sequence[Optimizer]]
-    data: Any
-    batch: Batch
-    weights: Weights | str | os.PathLike[str] | None = None
-    schedule: Callable[[Optimizer], LRScheduler] | None = None
-    collate: Callable[[list[Any]], Any] | None = None
-    sample: Callable[[nn.Module], str] | None = None
-    precision: str = "fp32"
-    clip_norm: float | None = None
-    compile: bool = False
-    seed: int = 0
-    threads_per_worker: int = 1
-    device: str = "cpu"
-    optimizer_kind: str | None = None
-    name: str = "run"
-    source: str | None = None
+    model: Callable[[], nn.Module] = option(
+        in_toml=False,
+        help="Builds the model on the CPU in fp32. It is called once in each worker, with the run's seed set.",
+    )
+    loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | float | int]] = option(
+        in_toml=False,
+        help="(model, batch) -> mean, or (model, batch) -> (sum, weight): a scalar tensor, and the weight (a number of "
+        "tokens, for example). The step's total is divided by the total weight, so that micro-batches of unequal "
+        "weight are exact.",
+    )
+    optimizer: Callable[[list[tuple[str, nn.Parameter]]], Optimizer | Sequence[Optimizer]] = option(
+        in_toml=False,
+        help="Gets the model's (name, parameter) pairs and returns a torch optimizer over all of them (or over param "
+        "groups of them), or a list of optimizers, with each parameter in one of them.",
+    )
+    data: Any = option(in_toml=False, help="A map-style torch Dataset.")
+    batch: Batch = option(in_toml=False, help="How the samples of a step are divided.")
+    weights: Weights | str | os.PathLike[str] | None = option(
+        default=None,
+        in_toml=False,
+        help="Where the initial weights come from instead of the constructor: a path, or Weights. A resumed run takes "
+        "its weights from the checkpoint.",
+    )
+    schedule: Callable[[Optimizer], LRScheduler] | None = option(
+        default=None,
+        in_toml=False,
+        help="Builds a torch LR scheduler for an optimizer; called for each optimizer if there are several. The "
+        "scheduler advances after every optimizer step.",
+    )
+    collate: Callable[[list[Any]], Any] | None = option(
+        default=None, in_toml=False, help="Makes a batch of a list of samples. None: torch's default_collate."
+    )
+    sample: Callable[[nn.Module], str] | None = option(
+        default=None,
+        in_toml=False,
+        help="(model) -> str: text that is shown at the end of a run, for example generated by the model. One worker "
+        "calls it.",
+    )
+    precision: str = option(
+        default="fp32",
+        choices=PRECISIONS,
+        help="fp32, or bf16: parameters and gradients in bfloat16; master weights, moments and sums in fp32.",
+    )
+    clip_norm: float | None = option(
+        default=None,
+        at_least=0.0,
+        help="The largest 2-norm of the gradient. None: the norm is measured, and nothing is clipped.",
+    )
+    compile: bool = option(
+        default=False,
+        help="Compile the model's repeated blocks with torch.compile. Part of the recipe because it changes bits.",
+    )
+    seed: int = option(default=0, at_least=0, help="The run's seed.")
+    threads_per_worker: int = option(
+        default=1,
+        at_least=1,
+        help="torch threads in a worker. Part of the recipe because they change the bits of matrix products.",
+    )
+    device: str = option(
+        default="cpu", choices=DEVICES, help="cpu or cuda. Part of the recipe because kernels differ in their bits."
+    )
+    optimizer_kind: str | None = option(
+        default=None,
+        choices=OPTIMIZER_KINDS,
+        help="For an optimizer that is not torch's: elementwise (the update of an element depends on that element "
+        "only) or per-parameter (the update of a parameter depends on that parameter only).",
+    )
+    name: str = option(default="run", in_toml=False, help="The recipe's name.")
+    source: str | None = option(
+        default=None,
+        in_toml=False,
+        help="Where the recipe was read from, for messages and the run directory.",
+    )
 
     def __post_init__(self) -> None:
         for field in ("model", "loss", "optimizer"):
@@ -236,90 +245,114 @@ class Recipe:
                 expected="a path, or manyhands.Weights(path=...)",
                 got=repr(self.weights),
             )
-        _choice("recipe.precision", self.precision, PRECISIONS)
-        _choice("recipe.device", self.device, DEVICES)
-        if self.optimizer_kind is not None:
-            _choice("recipe.optimizer_kind", self.optimizer_kind, OPTIMIZER_KINDS)
+        check_options(self)
         if not isinstance(self.compile, bool):
             raise ConfigError("recipe.compile is of another type", expected="True or False", got=repr(self.compile))
         if self.compile and self.device != "cpu":
             raise ConfigError(
-                "recipe.compile is for the CPU alone so far: on a GPU nothing proves that the bits stay the same",
+                "recipe.compile is supported on the CPU only: on a GPU no test shows that the bits stay the same",
                 expected="device = cpu, or compile = false",
                 got=f"device = {self.device}",
             )
-        _at_least("recipe.seed", self.seed, 0)
-        _at_least("recipe.threads_per_worker", self.threads_per_worker, 1)
-        if self.clip_norm is not None:
-            _at_least("recipe.clip_norm", self.clip_norm, 0.0, float)
 
     @property
     def initial_weights(self) -> Weights | None:
-        """`weights` as what it was made of a path."""
+        """`weights`, which the constructor has converted from a path."""
         return self.weights if isinstance(self.weights, Weights) else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Strategy:
-    """With what a recipe is computed. It never changes a bit of the result.
+    """The resources that compute a recipe. A strategy never changes a bit of the result. Raises ConfigError."""
 
-    sharding: who holds which part of the state: "ddp", "zero1", "zero2" or "zero3".
-    offload: where the optimizer's state and the master weights live, and at zero3 the parameters: "none" (on the
-        device), "cpu" (the host's memory, for a GPU), or "disk": files in `scratch`, read ahead and written behind.
-    scratch: a folder on a disk for that; "": in the run directory, or the system's for temporary files.
-    transport: how bytes travel: "shared-memory" (workers on one host), "distributed" (torch.distributed: Gloo or NCCL),
-        "hierarchical" (several hosts with as many CPU workers each: shared memory inside, torch.distributed between
-        them), or "auto": shared memory when all workers are on one host's CPUs, else hierarchical where it fits.
-    overlap: exchange a unit's gradients while backward goes on; False: after backward.
-    units: names of modules whose parameters travel together; () finds them (repeated children of containers).
-    activation_checkpointing: names of modules, or patterns ("blocks.*"), whose activations are computed again in
-        backward instead of kept: less memory, more time.
-    unshard_ahead: where parameters are sharded, how many units are gathered before they are needed.
-    loader_workers: processes that read data ahead of each worker; 0 reads in the worker itself.
-    stall_seconds: how long a worker may keep the others waiting before it is declared stalled.
-
-    Raises ConfigError.
-    """
-
-    sharding: str = "zero2"
-    offload: str = "none"
-    scratch: str = ""
-    transport: str = "auto"
-    overlap: bool = True
-    units: tuple[str, ...] = ()
-    activation_checkpointing: tuple[str, ...] = ()
-    unshard_ahead: int = 1
-    loader_workers: int = 0
-    stall_seconds: float = 600.0
+    sharding: str = option(
+        default="zero2",
+        choices=SHARDINGS,
+        flags=("--sharding",),
+        help="State that is sharded over the workers. ddp: none; zero1: the optimizer's state and the master weights; "
+        "zero2: gradients, too; zero3: parameters, too.",
+    )
+    offload: str = option(
+        default="none",
+        choices=OFFLOADS,
+        flags=("--offload",),
+        help="Where the optimizer's state and the master weights are stored, and with zero3 the parameters. none: on "
+        "the device; cpu: in the host's memory, for a GPU; disk: in files, read ahead and written behind.",
+    )
+    scratch: str = option(
+        default="",
+        flags=("--scratch",),
+        metavar="DIR",
+        help="Folder on a disk for the files of offload = disk. Empty: in the run directory, or without one in the "
+        "system's folder for temporary files.",
+    )
+    transport: str = option(
+        default="auto",
+        choices=TRANSPORTS,
+        flags=("--transport",),
+        help="How workers exchange data. shared-memory: workers on one host; distributed: torch.distributed (Gloo or "
+        "NCCL); hierarchical: several hosts with the same number of CPU workers each, with shared memory inside a host "
+        "and torch.distributed between hosts; auto: shared-memory if all workers are on one host's CPUs, otherwise "
+        "hierarchical if it is possible, otherwise distributed.",
+    )
+    overlap: bool = option(
+        default=True, help="Exchange a unit's gradients while backward continues. False: after backward."
+    )
+    units: tuple[str, ...] = option(
+        default=(),
+        help="Names of modules whose parameters are exchanged together. Empty: they are found, as the repeated "
+        "children of containers.",
+    )
+    activation_checkpointing: tuple[str, ...] = option(
+        default=(),
+        help='Names of modules, or patterns ("blocks.*"), whose activations are computed again in backward instead of '
+        "stored: less memory, more time.",
+    )
+    unshard_ahead: int = option(
+        default=1,
+        at_least=0,
+        help="With sharded parameters, the number of units that are unsharded before they are needed.",
+    )
+    loader_workers: int = option(
+        default=0,
+        at_least=0,
+        flags=("--loader-workers",),
+        flag_type=int,
+        metavar="N",
+        help="Processes in addition to each worker that read data ahead. 0: the worker itself reads.",
+    )
+    stall_seconds: float = option(
+        default=600.0,
+        at_least=0.1,
+        flags=("--stall-seconds",),
+        flag_type=float,
+        metavar="SECONDS",
+        help="How long other workers wait for a worker before it is declared stalled.",
+    )
 
     def __post_init__(self) -> None:
-        _choice("strategy.sharding", self.sharding, SHARDINGS)
-        _choice("strategy.offload", self.offload, OFFLOADS)
-        _choice("strategy.transport", self.transport, TRANSPORTS)
-        _at_least("strategy.loader_workers", self.loader_workers, 0)
-        _at_least("strategy.unshard_ahead", self.unshard_ahead, 0)
-        _at_least("strategy.stall_seconds", self.stall_seconds, 0.1, float)
+        check_options(self)
 
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
-_FORM = re.compile(r"(\d+)\s*(steps?|[smh])?")
+_INTERVAL = re.compile(r"(\d+)\s*(steps?|[smh])?")
 
 
 @dataclass(frozen=True)
 class Every:
-    """`steps` or `seconds`; the other one is None."""
+    """An interval: `steps` or `seconds`; the other one is None."""
 
     steps: int | None = None
     seconds: float | None = None
 
 
 def every(value: int | str) -> Every:
-    """From 500, "500", "500steps", "30s", "10m" or "2h". Raises ConfigError."""
-    found = _FORM.fullmatch(str(value).strip())
+    """Parse 500, "500", "500steps", "30s", "10m" or "2h". Raises ConfigError."""
+    found = _INTERVAL.fullmatch(str(value).strip())
     if found is None or int(found[1]) < 1:
         raise ConfigError(
-            "how often a checkpoint is written can't be read",
+            "the interval between checkpoints can't be parsed",
             expected="a number of steps or a time: 500, '500steps', '30s', '10m', '2h'",
             got=repr(value),
         )

@@ -1,12 +1,14 @@
 """The errors that Manyhands raises, in one class tree.
 
-    ManyhandsError ├── ConfigError (ValueError)     the recipe, the strategy or the command is wrong: the user must
-    change it ├── DataError (ValueError)       the data are missing, damaged or not as the recipe specifies ├──
-    NumericsError                the arithmetic cannot continue (a gradient is not finite), or differs from the run's
-    ├── CheckpointError              a checkpoint cannot be written, or what was found is not a valid one ├──
-    WorkerError                  a worker raised, died or stalled: names it, its step and its position ├── Interrupted
-    the user or the system requested the run to stop └── InvariantError               a bug in Manyhands, or in an
-    object that was passed to it
+All are subclasses of ManyhandsError:
+
+- ConfigError (a ValueError): the recipe, the strategy or the command line is wrong; the user must change it.
+- DataError (a ValueError): the data are missing, damaged, or not as the recipe specifies.
+- NumericsError: the arithmetic cannot continue (a gradient is not finite), or differs from the run's.
+- CheckpointError: a checkpoint cannot be written, or is missing or invalid.
+- WorkerError: a worker raised, died or stalled; names the worker, its step and its position.
+- Interrupted: the user or the system requested the run to stop.
+- InvariantError: a bug in Manyhands, or in an object that was passed to it.
 
 Every error states what failed, what was expected and found, where, and what to do next.
 """
@@ -87,7 +89,7 @@ class NumericsError(ManyhandsError):
 
 
 class CheckpointError(ManyhandsError):
-    """A checkpoint cannot be written, or what was found is not a complete checkpoint of this run."""
+    """A checkpoint cannot be written, or is not a complete checkpoint of this run."""
 
 
 class WorkerError(ManyhandsError):

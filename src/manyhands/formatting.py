@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def format_count(count: float) -> str:
-    """How many: `950`, `12.3 k`, `69.4 M`, `1.50 B`, `2.00 T`."""
+    """A count: `950`, `12.3 k`, `69.4 M`, `1.50 B`, `2.00 T`."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= 0.9995 * unit:
             return f"{_three_digits(count / unit)} {name}"
@@ -18,7 +18,7 @@ def format_count(count: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """How much memory or disk: `950 B`, `12.3 KiB`, `1.95 MiB`, `4.66 GiB`."""
+    """An amount of memory or disk space: `950 B`, `12.3 KiB`, `1.95 MiB`, `4.66 GiB`."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB")):
         if abs(count) >= 0.9995 * unit:
             return f"{_three_digits(count / unit)} {name}"
@@ -26,7 +26,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration: `85 µs`, `12.3 ms`, `1.74 s`, `2 min 05 s`, `3 h 07 min`, `2 d 04 h`; `?` if it isn't known."""
+    """A duration: `85 µs`, `12.3 ms`, `1.74 s`, `2 min 05 s`, `3 h 07 min`, `2 d 04 h`; `?` if it is unknown."""
     if not math.isfinite(seconds):
         return "?"
     if abs(seconds) < 59.95:
@@ -34,15 +34,15 @@ def format_seconds(seconds: float) -> str:
             if abs(seconds) >= 0.9995 * unit:
                 return f"{_three_digits(seconds / unit)} {name}"
         return f"{seconds * 1e6:.0f} µs"
-    whole = round(seconds)
-    if abs(whole) < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if abs(whole) < 2 * 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+    rounded = round(seconds)
+    if abs(rounded) < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    if abs(rounded) < 2 * 86400:
+        return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
+    return f"{rounded // 86400} d {rounded % 86400 // 3600:02d} h"
 
 
 def _three_digits(value: float) -> str:
-    """At least three significant digits, and no more decimals than that takes: 1.74, 12.3, 812, 1,191."""
+    """At least three significant digits, with as few decimals as possible: 1.74, 12.3, 812, 1,191."""
     size = abs(value)
     return f"{value:,.{2 if size < 9.995 else 1 if size < 99.95 else 0}f}"

@@ -1,4 +1,4 @@
-"""A command of manyhands's in this process, as a person types it."""
+"""Runs a manyhands command in this process, with the arguments of a command line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 from manyhands.cli import main as cli
 
 
-def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
-    """Exit code and output of a command that starts no workers."""
+def run_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> tuple[int, str]:
+    """Run a command that starts no workers. Return its exit code and output."""
     monkeypatch.setattr(sys, "argv", ["manyhands", *map(str, arguments)])
     try:
         cli.main()

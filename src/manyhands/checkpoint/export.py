@@ -38,10 +38,11 @@ from manyhands.checkpoint.format import (
 from manyhands.checkpoint.pieces import PieceReader
 from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, dtype_name, in_file_order
 from manyhands.checkpoint.weight_files import CONFIG, INDEX, SINGLE, config_text
-from manyhands.config import PRECISIONS, nearest
+from manyhands.config import PRECISIONS
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.layout import BLOCK, blocks_of
 from manyhands.numerics.digest import block_hashes, digest_of
+from manyhands.options import nearest
 from manyhands.storage.atomic import publish_folder, sync
 from manyhands.storage.location import Location, location_of
 
@@ -56,9 +57,10 @@ class SavedWeights:
         self.folder, self.manifest = folder, read_manifest(folder)
         if self.manifest.computed:
             raise CheckpointError(
-                f"the model's state_dict has tensors that aren't the model's: {', '.join(self.manifest.computed[:5])}",
+                f"the model's state_dict has tensors that are not parameters or buffers of the model: "
+                f"{', '.join(self.manifest.computed[:5])}",
                 where=str(folder),
-                hint="they come from a hook or a state_dict() of its own, and checkpoints don't hold them",
+                hint="a hook or an overridden state_dict() adds them, and checkpoints don't contain them",
             )
         self._pieces = PieceReader(folder, self.manifest.pieces)
         self._frozen = _frozen_reader(folder, self.manifest)
@@ -167,14 +169,14 @@ def export(
     step: int | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
-    told: ProgressCallback | None = None,
+    progress: ProgressCallback | None = None,
 ) -> ExportSummary:
     """Write the weights of a run's checkpoint to the folder `out`, as safetensors in Hugging Face's layout.
 
-    run: a run directory, the folder or address that `Engine.save` was given, or one checkpoint. step: of the checkpoint
-    (default: the last). dtype: "fp32" (the master weights, to the bit) or "bf16"; default: as the model was trained.
-    Buffers keep their type. max_shard_size: of a file; a larger tensor has a file of its own. told: called with the
-    bytes written so far, and those of all weights. out: must not exist, or be an empty folder.
+    run: a run directory, the folder or address that was passed to `Engine.save`, or a checkpoint. step: of the
+    checkpoint (default: the last). dtype: "fp32" (the master weights, to the bit) or "bf16"; default: as the model was
+    trained. Buffers retain their dtype. max_shard_size: of a file; a larger tensor has its own file.
+    progress: called with the bytes written so far, and those of all weights. out: a new path, or an empty folder.
 
     Runs in one process. In memory are a piece of a parameter (some MiB) or a complete buffer, the checkpoint's list of
     pieces, and 8 bytes per 1,024 elements, for the digest. Optimizer state is not read. Raises ConfigError, and
@@ -194,7 +196,7 @@ def export(
     weights = SavedWeights(folder, None if dtype is None else _PRECISION_DTYPES[dtype])
     with _published(target) as partial, _one_thread():
         shards = plan_shards(weights.entries, max_bytes)
-        _write_shards(partial, shards, weights, told)
+        _write_shards(partial, shards, weights, progress)
         weights.check_digest()
         for name, content in weights.manifest.config_files.items():
             _write_text(partial / name, config_text(content, dtype_name(weights.dtype)))
@@ -242,9 +244,7 @@ def parse_size(size: int | str) -> int:
     match = _SIZE.fullmatch(f"{size}B" if str(size).strip().isdigit() else str(size))
     number = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()])
     if number < 1:
-        raise ConfigError(
-            "max_shard_size can't be understood", expected='a size such as "5GB" or "500MiB"', got=repr(size)
-        )
+        raise ConfigError("max_shard_size can't be parsed", expected='a size such as "5GB" or "500MiB"', got=repr(size))
     return number
 
 
@@ -264,7 +264,7 @@ def plan_shards(entries: list[TensorEntry], max_bytes: int) -> dict[str, list[Te
 
 
 def _write_shards(
-    folder: Path, shards: dict[str, list[TensorEntry]], weights: SavedWeights, told: ProgressCallback | None
+    folder: Path, shards: dict[str, list[TensorEntry]], weights: SavedWeights, progress: ProgressCallback | None
 ) -> None:
     written = 0
     for name, entries in shards.items():
@@ -273,8 +273,8 @@ def _write_shards(
             for entry in ordered:
                 for part in weights.parts(entry):
                     written += file.write(part)
-                    if told is not None:
-                        told(written, weights.nbytes)
+                    if progress is not None:
+                        progress(written, weights.nbytes)
     if len(shards) > 1:
         index = {
             "metadata": {"total_parameters": weights.num_parameters, "total_size": weights.nbytes},

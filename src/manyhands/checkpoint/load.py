@@ -88,7 +88,7 @@ def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
                 got=number.value,
                 hint="go back to an earlier checkpoint",
             ) from error
-    # Saved before the parameter's first update, the state is empty: then it replaces the one that the engine has.
+    # A state that was saved before the parameter's first update is empty. It replaces the engine's state, too.
     engine.optimizer.load_state_of(piece, state)
 
 
@@ -112,7 +112,7 @@ def _check_facts(manifest: Manifest, engine: StepEngine, folder: Location) -> No
         saved, now = manifest.facts.get(name, "nothing"), facts.get(name, "nothing")
         if saved != now:
             raise CheckpointError(
-                f"the checkpoint is of another recipe: {name} differs",
+                f"the checkpoint belongs to another recipe: {name} differs",
                 where=str(folder),
                 expected=f"{saved} (saved)",
                 got=f"{now} (this recipe)",
@@ -158,7 +158,7 @@ def check_identity(saved: dict[str, str], now: dict[str, str], where: str) -> No
     for name in [*saved, *now]:
         if saved.get(name) != now.get(name):
             raise NumericsError(
-                f"the run was started under other numerics: {name} differs, so its bits can't be continued here",
+                f"the run was started with different numerics: {name} differs, so its bits can't be reproduced here",
                 where=where,
                 expected=f"{saved.get(name)} (saved)",
                 got=f"{now.get(name)} (here)",

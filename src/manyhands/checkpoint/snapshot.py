@@ -118,10 +118,8 @@ class SnapshotMemory:
     def free(self) -> None:
         """Empty the slots, which frees their memory. Called by one worker, when no worker reads them any more."""
         for slot in self._slots:
-            for path in (
-                slot.record,
-                *slot.pieces,
-            ):  # record first: a kill in between must not leave it with partial pieces
+            # Record first: a kill in between must not leave a record with partial pieces.
+            for path in (slot.record, *slot.pieces):
                 os.truncate(path, 0)
 
     def _in(self, slot: SnapshotSlot) -> Snapshot | None:

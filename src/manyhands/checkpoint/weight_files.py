@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from manyhands.checkpoint.format import TensorRecord
 from manyhands.checkpoint.tensor_file import TensorEntry, TensorFile, bytes_of, once_each
-from manyhands.config import Weights, hint_nearest
+from manyhands.config import Weights
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.layout import BLOCK
+from manyhands.options import hint_nearest
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 

@@ -23,7 +23,7 @@ _MARKS = {"good": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/
 def doctor_command(
     run: Annotated[
         Path | None,
-        typer.Argument(metavar="RUN", help="A run directory: say what happened to it.", show_default=False),
+        typer.Argument(metavar="RUN", help="A run directory: explain what happened to the run.", show_default=False),
     ] = None,
     folder: Annotated[
         Path,
@@ -33,12 +33,12 @@ def doctor_command(
     ] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Check this machine before a run; or, given a run directory, tell what happened to the run, and what to do.
+    """Check this machine before a run. With a run directory, explain what happened to the run, and what to do.
 
-    Under a launcher, on several machines at once, it also says what must be the same on all of them and isn't, and how
-    fast they reach each other: `torchrun --nnodes 2 … -m manyhands.cli.main doctor`.
+    Under a launcher, on several machines at once, it also checks what must be the same on all of them, and how fast
+    they reach each other: `torchrun --nnodes 2 … -m manyhands.cli.main doctor`.
 
-    Exit code 1: something is bad, or the run failed.
+    Exit code 1: a check failed, or the run failed.
 
     Example: `manyhands doctor runs/first`
     """
@@ -49,24 +49,24 @@ def doctor_command(
         from manyhands.doctor.runs import run_history
         from manyhands.listeners.run_directory import RunDirectory
 
-        story = run_history(RunDirectory.open_existing(run))
+        history = run_history(RunDirectory.open_existing(run))
         if as_json:
-            typer.echo(json.dumps(asdict(story)))
+            typer.echo(json.dumps(asdict(history)))
         else:
-            _show_story(story, console)
-        raise typer.Exit(1 if story.outcome in ("failed", "killed") else 0)
-    tells = int(os.environ.get("RANK", "0")) == 0  # the others only help worker 0 to find out
+            _show_history(history, console)
+        raise typer.Exit(1 if history.outcome in ("failed", "killed") else 0)
+    prints = int(os.environ.get("RANK", "0")) == 0  # the other workers only take part in the checks
     found: list[Finding] = []
-    for finding in _look(folder, found):
+    for finding in _check(folder, found):
         found.append(finding)
-        if tells and not as_json:
+        if prints and not as_json:
             _show_finding(finding, console)
-    if tells and as_json:
+    if prints and as_json:
         typer.echo(json.dumps({"findings": [asdict(finding) for finding in found]}))
     raise typer.Exit(1 if any(finding.verdict == "bad" for finding in found) else 0)
 
 
-def _look(folder: Path, found: list[Finding]) -> Iterable[Finding]:
+def _check(folder: Path, found: list[Finding]) -> Iterable[Finding]:
     from manyhands.doctor.machines import check_machine
 
     yield from check_machine(folder)
@@ -89,21 +89,21 @@ def _show_finding(finding: Finding, console: Console) -> None:
     console.print(row)
 
 
-def _show_story(story: RunHistory, console: Console) -> None:
+def _show_history(history: RunHistory, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     from manyhands.doctor.runs import took, when
 
-    colour = {"ended": "green", "failed": "red", "killed": "red"}.get(story.outcome, "yellow")
-    console.print(f"[{colour}]{escape(story.summary)}[/]")
+    colour = {"ended": "green", "failed": "red", "killed": "red"}.get(history.outcome, "yellow")
+    console.print(f"[{colour}]{escape(history.summary)}[/]")
     table = Table.grid(padding=(0, 2))
     for style in ("dim", "dim", ""):
         table.add_column(style=style, no_wrap=style == "dim", justify="left")
-    for index, (seconds, text) in enumerate(story.lines):
-        table.add_row(when(seconds), took(story.lines, index), escape(text))
+    for index, (seconds, text) in enumerate(history.lines):
+        table.add_row(when(seconds), took(history.lines, index), escape(text))
     console.print(table)
-    for name, tail in story.tails.items():
+    for name, tail in history.tails.items():
         console.print(f"[dim]the last lines of logs/{name}:[/]")
         console.print(escape(tail))
-    console.print(f"what to do: {escape(story.advice)}")
+    console.print(f"what to do: {escape(history.advice)}")

@@ -20,15 +20,13 @@ def export_command(
     run: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="A run directory, or checkpoints: a folder or an address.", show_default=False
+            metavar="RUN", help="A run directory, or a folder or address of checkpoints.", show_default=False
         ),
     ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder: new or empty.", show_default=False)],
     step: Annotated[
         int | None,
-        typer.Option(metavar="N", help="The checkpoint after N steps (default: the last one).", show_default=False),
+        typer.Option(metavar="N", help="The checkpoint after N steps (default: the last).", show_default=False),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -42,7 +40,7 @@ def export_command(
         str,
         typer.Option(
             metavar="SIZE",
-            help="Begin a new file when one gets larger: 5GB, 500MiB (default: 5GB).",
+            help="The largest size of a file: 5GB, 500MiB (default: 5GB).",
             show_default=False,
         ),
     ] = "5GB",
@@ -50,8 +48,8 @@ def export_command(
 ) -> None:
     """Write a run's weights as safetensors that Hugging Face's `from_pretrained` loads.
 
-    The weights stream from the checkpoint's files, checked on the way: the model is never in memory as a whole.
-    OUT appears when it is complete.
+    The weights are streamed from the checkpoint's files and verified, so the full model is never in memory. OUT appears
+    when it is complete.
 
     Example: `manyhands export runs/first exported --dtype bf16`
     """
@@ -59,13 +57,13 @@ def export_command(
     from manyhands.listeners.terminal import BytesProgress
 
     with BytesProgress("exporting") as bar:
-        summary = export(run, out, step=step, dtype=dtype, max_shard_size=max_shard_size, told=bar.update)
-    said = asdict(summary) | {"has_config": summary.has_config}
-    typer.echo(json.dumps(said) if as_json else explain_export(summary))
+        summary = export(run, out, step=step, dtype=dtype, max_shard_size=max_shard_size, progress=bar.update)
+    result = asdict(summary) | {"has_config": summary.has_config}
+    typer.echo(json.dumps(result) if as_json else explain_export(summary))
 
 
 def explain_export(summary: ExportSummary) -> str:
-    """The summary for people."""
+    """The summary as text for people."""
     speed = summary.weights_bytes / summary.seconds if summary.seconds > 0 else 0.0
     shown = summary.files if len(summary.files) <= 8 else [*summary.files[:3], "...", *summary.files[-2:]]
     lines = [
@@ -78,5 +76,5 @@ def explain_export(summary: ExportSummary) -> str:
         f"  digest      {summary.digest}",
     ]
     if not summary.has_config:
-        lines.append("  no config.json, since the model has no Hugging Face config: load the files by name")
+        lines.append("  no config.json, because the model has no Hugging Face config: load the files by name")
     return "\n".join(lines)

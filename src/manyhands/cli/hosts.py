@@ -21,14 +21,14 @@ from manyhands.errors import ConfigError, Interrupted, WorkerError
 if TYPE_CHECKING:
     from manyhands.launching.rendezvous import Rendezvous
 
-Tell = Callable[[WorkerError | None], None]
-"""Hears why workers are started again: of a failure, or None if a host has come or gone."""
+OnRestart = Callable[[WorkerError | None], None]
+"""Called before workers restart, with their failure; None if a host joined or left."""
 
 
 def first_host(
-    hosts: Bounds, endpoint: str | None, request: dict[str, Any], workers: int, restarts: int, note: Tell
+    hosts: Bounds, endpoint: str | None, request: dict[str, Any], workers: int, restarts: int, record: OnRestart
 ) -> Rendezvous:
-    """A run that others may join, whose workers do what `request` says. Raises ConfigError."""
+    """Create the rendezvous of a run that other hosts may join. Its workers execute `request`. Raises ConfigError."""
     from manyhands.launching.rendezvous import PORT, Rendezvous, parse_endpoint
 
     host, port = parse_endpoint(endpoint or f"{socket.gethostname()}:{PORT}")
@@ -47,12 +47,12 @@ def first_host(
         max_restarts=restarts,
         is_first=True,
         run_info=run_info,
-        on_restart=_telling(note),
+        on_restart=_print_and(record),
     )
 
 
 def train_together(rendezvous: Rendezvous, workers: int) -> None:
-    """This host's part of the run. Raises WorkerError and Interrupted."""
+    """Run this host's workers until the run ends. Raises WorkerError and Interrupted."""
     from manyhands.launching.rendezvous import interface_of, own_address
 
     request = rendezvous.run_info["request"]
@@ -68,15 +68,13 @@ def train_together(rendezvous: Rendezvous, workers: int) -> None:
 def join_command(
     endpoint: Annotated[
         str,
-        typer.Argument(
-            metavar="HOST[:PORT]", help="Where the run's first host says that others join.", show_default=False
-        ),
+        typer.Argument(metavar="HOST[:PORT]", help="The address that the run's first host prints.", show_default=False),
     ],
     workers: Workers = None,
 ) -> None:
-    """Train a run of another host together with it, from the next step on. SIGTERM or Ctrl-C leaves it again.
+    """Join a run that another host has started, from the next step on. SIGTERM or Ctrl-C leaves it.
 
-    The recipe, its data and the run directory must be here under the same paths as there.
+    The recipe, its data and the run directory must have the same paths as on the first host.
 
     Example: `manyhands join first-host:29400 --workers 4`
     """
@@ -88,9 +86,9 @@ def join_command(
         raise ConfigError(
             "the run's recipe is not the same here",
             where=recipe,
-            expected="the file that the first host has",
-            got="another one" if Path(recipe).is_file() else "no such file",
-            hint="put it, with what it imports, under the same path on all hosts, or on a file system that they share",
+            expected="the file of the first host",
+            got="another file" if Path(recipe).is_file() else "no such file",
+            hint="copy it, with the modules it imports, to the same path on all hosts, or use a shared file system",
         )
     if not run_dir.is_dir():
         raise ConfigError(
@@ -99,18 +97,18 @@ def join_command(
             hint="it must be on a file system that all hosts share",
         )
     mine = workers.most if workers else int(rendezvous.run_info["workers"])
-    train_together(replace(rendezvous, on_restart=_telling(lambda error: None)), mine)
+    train_together(replace(rendezvous, on_restart=_print_and(lambda error: None)), mine)
 
 
-def _telling(note: Tell) -> Callable[[WorkerError | Interrupted | None], None]:
-    def tell(why: WorkerError | Interrupted | None) -> None:
-        failure = why if isinstance(why, WorkerError) else None
-        place = f"\n  where: {failure.where}" if failure is not None and failure.where else ""
-        told = "a host has come or gone" if failure is None else f"{failure.what}{place}"
-        sys.stderr.write(f"{told}\nstarting again, with the hosts that are there\n")
-        note(failure)
+def _print_and(record: OnRestart) -> Callable[[WorkerError | Interrupted | None], None]:
+    def on_restart(cause: WorkerError | Interrupted | None) -> None:
+        failure = cause if isinstance(cause, WorkerError) else None
+        where = f"\n  where: {failure.where}" if failure is not None and failure.where else ""
+        reason = "a host joined or left" if failure is None else f"{failure.what}{where}"
+        sys.stderr.write(f"{reason}\nrestarting with the hosts that are there\n")
+        record(failure)
 
-    return tell
+    return on_restart
 
 
 def _sha256(path: str) -> str:

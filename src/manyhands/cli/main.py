@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -28,40 +28,47 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-INTERRUPTED = 130
-
+# Exit codes. An interruption has the code of a process that SIGINT ended: 128 + 2.
 FAILED = 1
 
 WRONG = 2
 
+INTERRUPTED = 130
+
 
 def main() -> None:
-    """Run the command line; what went wrong is told on stderr, without a traceback unless it's a bug."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of sockets are for those who mend them
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, where nobody listens better
+    """Run the command line. Errors go to stderr, with a traceback only if they are bugs."""
+    # torch warns of every socket that it retries, which no user of the command can act on.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # SIGTERM acts as Ctrl-C, until a command installs its own handler.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(standalone_mode=True)
     except ManyhandsError as error:
-        passed_on = error.__cause__ if isinstance(error, WorkerError) else None  # what a worker has raised on purpose
-        told = passed_on if isinstance(passed_on, ManyhandsError) and not _is_ours(passed_on) else error
-        _leave(
-            str(told),
-            INTERRUPTED if isinstance(told, Interrupted) else WRONG if isinstance(told, ConfigError) else FAILED,
-        )
+        shown = _error_to_show(error)
+        code = FAILED
+        if isinstance(shown, Interrupted):
+            code = INTERRUPTED
+        elif isinstance(shown, ConfigError):
+            code = WRONG
+        sys.stderr.write(f"{shown}\n")
+        sys.exit(code)
 
 
-def _is_ours(error: ManyhandsError) -> bool:
-    """A bug of ours, or news of another worker: there, who and how is what matters."""
-    return isinstance(error, (InvariantError, WorkerError))
+def _error_to_show(error: ManyhandsError) -> ManyhandsError:
+    """The error that a worker raised on purpose, instead of the WorkerError that reports it.
+
+    The cause is not shown alone if it is a bug or a report on another worker: there it matters which worker failed, and
+    how.
+    """
+    cause = error.__cause__ if isinstance(error, WorkerError) else None
+    if isinstance(cause, ManyhandsError) and not isinstance(cause, (InvariantError, WorkerError)):
+        return cause
+    return error
 
 
-def _leave(text: str, code: int) -> NoReturn:
-    sys.stderr.write(f"{text}\n")
-    sys.exit(code)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"manyhands {__version__}")
         raise typer.Exit
 
@@ -85,7 +92,7 @@ def run_command(
     context: typer.Context,
     script: Annotated[
         Path,
-        typer.Argument(metavar="SCRIPT", help="Your script; what follows it are its arguments.", show_default=False),
+        typer.Argument(metavar="SCRIPT", help="Your script. Everything after it is passed to it.", show_default=False),
     ],
     workers: Workers = None,
     max_restarts: Annotated[
@@ -93,15 +100,14 @@ def run_command(
         typer.Option(
             metavar="N",
             min=0,
-            help="How often to start the script again after a worker failed, without a step more saved (default: 0).",
-            show_default=False,
+            help="Number of restarts of the script after failures of workers without another saved step.",
         ),
     ] = 0,
 ) -> None:
-    """Run your own script in N workers, as `torchrun` would, but quietly and with errors that name the root cause.
+    """Run your own script in N workers, like `torchrun`, but with less output and with errors that name the root cause.
 
-    Inside, `manyhands.train` or `manyhands.Engine` finds the other workers. Started again, `train` goes on from where
-    it was; what your script does beside it is done once more.
+    In the script, `manyhands.train` or `manyhands.Engine` connects to the other workers. After a restart `train`
+    resumes; the rest of the script runs again.
 
     Example: `manyhands run --workers 4 script.py --its-own-option`
     """
@@ -124,10 +130,10 @@ def run_command(
 @app.command("compare")
 def compare_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one.", show_default=False)],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another run directory.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Say that two runs are equal, or name the first step, parameter and block at which they differ.
+    """Compare two runs: report that they are equal, or the first step, parameter and block at which they differ.
 
     Exit code 0: equal; 1: different; 2: they can't be compared.
 

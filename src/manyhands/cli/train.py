@@ -7,14 +7,16 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from manyhands.cli.hosts import first_host, train_together
+from manyhands.cli.parameters import with_parameters
 from manyhands.cli.workers import (
     Bounds,
     Workers,
@@ -28,37 +30,29 @@ from manyhands.cli.workers import (
     start_workers,
     workers_for,
 )
-from manyhands.config import OFFLOADS, SHARDINGS, TRANSPORTS
+from manyhands.config import Strategy
 from manyhands.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from manyhands.config import Batch
     from manyhands.storage.location import Location
 
 
-def train_command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a TOML file.", show_default=False)],
-    workers: Workers = None,
-    sharding: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help=f"Who holds what: {', '.join(SHARDINGS)}.", show_default=False),
-    ] = None,
-    offload: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help=f"Where state lives: {', '.join(OFFLOADS)}.", show_default=False),
-    ] = None,
-    transport: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help=f"How bytes travel: {', '.join(TRANSPORTS)}.", show_default=False),
-    ] = None,
+@dataclass(frozen=True)
+class TrainArguments:
+    """Parameters of the train command, in addition to the options of a strategy."""
+
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a TOML file.", show_default=False)]
+    workers: Workers = None
     steps: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             callback=check_from_one,
-            help="Train until this many steps are made (default: as the recipe says).",
+            help="Train up to this step (default: as in the recipe).",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,15 +61,15 @@ def train_command(
             help="Change a value of the recipe, such as seed=1 or batch.micro_size=2. Repeat as needed.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     run_dir: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where figures and checkpoints go; an earlier run's is continued (default: runs/NAME-TIME).",
+            help="Folder for metrics and checkpoints. The run of an existing one is resumed (default: runs/NAME-TIME).",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     checkpoint_dir: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +77,7 @@ def train_command(
             help="Where checkpoints go instead: a folder, or an address such as s3://bucket/folder.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     checkpoint_every: Annotated[
         str | None,
         typer.Option(
@@ -91,162 +85,176 @@ def train_command(
             help="Steps or time between checkpoints: 500, 30s, 10m, 2h (default: only at the end, and when stopped).",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     keep_checkpoints: Annotated[
-        int,
-        typer.Option(
-            metavar="N", callback=check_from_one, help="How many checkpoints stay (default: 3).", show_default=False
-        ),
-    ] = 3,
+        int, typer.Option(metavar="N", callback=check_from_one, help="Number of newest checkpoints to keep.")
+    ] = 3
     keep_every: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             callback=check_from_one,
-            help="Keep the checkpoints of every N-th step for good.",
+            help="Never delete the checkpoints of every N-th step.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     snapshot_every: Annotated[
         str,
         typer.Option(
             metavar="N",
             callback=check_snapshot_every,
-            help="Steps between snapshots in memory, with which workers that failed begin again: a number, auto (so "
-            "often that they cost 2 % of the time), or never. With --hosts none are taken.",
+            help="Steps between snapshots in memory, from which workers restart after a failure: a number, auto (they "
+            "take 2 % of the time), or never. With --hosts there are no snapshots.",
         ),
-    ] = "auto",
+    ] = "auto"
     max_restarts: Annotated[
         int,
         typer.Option(
             metavar="N",
             min=0,
-            help="How often to start the workers again after one failed, without a step more saved; with --hosts: in "
-            "all (default: 3).",
-            show_default=False,
+            help="Number of restarts after failures of workers without another saved step; with --hosts: in total.",
         ),
-    ] = 3,
+    ] = 3
     hosts: Annotated[
         Bounds | None,
         typer.Option(
             metavar="N",
             parser=bounds,
-            help="How many hosts train together, this one included: 2, or 1:4, so that others come and go "
-            "(`manyhands join`).",
+            help="Number of hosts, including this one: 2, or a range such as 1:4, in which hosts may join "
+            "(`manyhands join`) and leave.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     rendezvous: Annotated[
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="With --hosts: where the others reach this one (default: its name, port 29400).",
+            help="With --hosts: the address of this host for the others (default: its name, port 29400).",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     digest_every: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            callback=check_from_one,
-            help="Steps between digests of the weights (default: 10).",
-            show_default=False,
-        ),
-    ] = 10,
+        int, typer.Option(metavar="N", callback=check_from_one, help="Steps between digests of the weights.")
+    ] = 10
     accept_new_numerics: Annotated[
         bool,
         typer.Option(
             "--accept-new-numerics",
-            help="Go on with a run begun under other numerics (another torch, CPU kind, thread count).",
+            help="Resume a run that was started with different numerics (another torch, kind of CPU, number of "
+            "threads).",
         ),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False,
-) -> None:
+    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False
+
+    def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
+        """Describe the training for the workers: JSON values, of which `training` is passed on to `manyhands.train`."""
+        return {
+            "recipe": str(self.recipe),
+            "overrides": overrides,
+            "run_dir": str(run_dir),
+            "json": self.as_json,
+            "training": {
+                "steps": steps,
+                "checkpoint_dir": self.checkpoint_dir,
+                "checkpoint_every": self.checkpoint_every,
+                "keep_checkpoints": self.keep_checkpoints,
+                "keep_every": self.keep_every,
+                "digest_every": self.digest_every,
+                "accept_new_numerics": self.accept_new_numerics,
+            },
+        }
+
+
+@with_parameters(TrainArguments, Strategy, after="workers", as_overrides=True)
+def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
     """Train a recipe. The same recipe gives the same bits with any number of workers and any sharding.
 
-    Ctrl-C stops after the step at hand, with a checkpoint; the same command with the same `--run-dir` goes on.
+    Ctrl-C stops after the current step, with a checkpoint. The same command with the same `--run-dir` resumes.
 
-    On several hosts: with --hosts on the first and `manyhands join` on the others; or torchrun starts it, as its
-    workers. See docs/hosts.md.
+    On several hosts: use --hosts on the first one and `manyhands join` on the others; or start this command with
+    torchrun, as its workers. See docs/hosts.md.
 
     Example: `manyhands train recipe.toml --workers 4 --sharding zero2 --set seed=1`
     """
     from manyhands.config import every
     from manyhands.documents.recipe_file import check_recipe
+    from manyhands.documents.toml import override_of
 
-    if checkpoint_every is not None:
-        every(checkpoint_every)
-    overrides = list(set_ or [])
-    strategy = {"sharding": sharding, "offload": offload, "transport": transport}
-    overrides += [f"strategy.{key}={value}" for key, value in strategy.items() if value is not None]
-    checked = check_recipe(recipe, overrides)
+    if arguments.checkpoint_every is not None:
+        every(arguments.checkpoint_every)
+    overrides = [*(arguments.set_ or []), *(override_of(f"strategy.{name}", value) for name, value in strategy.items())]
+    checked = check_recipe(arguments.recipe, overrides)
     batch = checked.batch.build()
-    launched = _launched_workers(workers, run_dir)
-    allowed = workers_for(workers, checked.threads_per_worker, batch.micro_batches)
+    launched = _launched_workers(arguments)
+    allowed = workers_for(arguments.workers, checked.threads_per_worker, batch.micro_batches)
     batch.check_workers(launched or allowed.most)
-    if steps is None and checked.steps is None:
+    steps = arguments.steps or checked.steps
+    if steps is None:
         raise ConfigError(
-            "nobody says how many steps to train", where=str(recipe), hint="use --steps N, or steps = N in the recipe"
+            "the number of steps is not set",
+            where=str(arguments.recipe),
+            hint="use --steps N, or steps = N in the recipe",
         )
-    directory = run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    directory = arguments.run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
     from manyhands.checkpoint.format import checkpoints_of
-    from manyhands.launching.failures import run_with_restarts
     from manyhands.listeners.run_directory import RunDirectory
     from manyhands.storage.run_lock import run_lock
 
-    RunDirectory(directory)  # a wrong place is refused before workers start
-    checkpoints = checkpoints_of(directory, checkpoint_dir)
-    request = {
-        "recipe": str(recipe),
-        "overrides": overrides,
-        "steps": steps or checked.steps,
-        "run_dir": str(directory),
-        "checkpoint_dir": checkpoint_dir,
-        "checkpoint_every": checkpoint_every,
-        "keep_checkpoints": keep_checkpoints,
-        "keep_every": keep_every,
-        "digest_every": digest_every,
-        "accept_new_numerics": accept_new_numerics,
-        "json": as_json,
-    }
+    RunDirectory(directory)  # refuses a path that can't be a run directory, before workers start
+    checkpoints = checkpoints_of(directory, arguments.checkpoint_dir)
+    request = arguments.request(overrides, steps, directory)
     if launched:
         from manyhands.cli.worker import work
 
         with run_lock(directory) if os.environ.get("RANK") == "0" else nullcontext():
             raise typer.Exit(work(request))
-    command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
-    note = partial(record_run_failure, RunDirectory(directory))
+    record = partial(record_run_failure, RunDirectory(directory))
     with ExitStack() as stack:
         stack.enter_context(run_lock(directory))
-        stack.enter_context(ending_reported(note, directory, checkpoints, given=run_dir is not None))
-        if hosts is not None:
-            batch.check_workers(allowed.most * hosts.most)
-            run_rendezvous = first_host(
-                hosts, rendezvous, request, allowed.most, max_restarts, partial(note, restart=0)
-            )
-            train_together(run_rendezvous, allowed.most)
+        stack.enter_context(ending_reported(record, directory, checkpoints, given=arguments.run_dir is not None))
+        if arguments.hosts is None:
+            _train_on_this_host(arguments, request, allowed, batch, checkpoints)
             return
-        with snapshot_memory(snapshot_every if max_restarts else "never", allowed.most) as snapshots:
-            run_with_restarts(
-                lambda failures: start_workers(
-                    command, allowed.after(failures), directory / "logs", snapshots.variables, holds_signals=True
-                ),
-                saved_step=lambda: max(snapshots.newest_step(), (0, _last_checkpoint(checkpoints))),
-                limit=max_restarts,
-                on_restart=lambda restart: record_restart(
-                    RunDirectory(directory), restart, allowed.after(restart.number)
-                ),
-                samples_of=batch.samples_of,
-            )
+        batch.check_workers(allowed.most * arguments.hosts.most)
+        rendezvous = first_host(
+            arguments.hosts,
+            arguments.rendezvous,
+            request,
+            allowed.most,
+            arguments.max_restarts,
+            partial(record, restart=0),
+        )
+        train_together(rendezvous, allowed.most)
 
 
-def _launched_workers(workers: Bounds | None, run_dir: Path | None) -> int:
-    """How many workers another launcher (torchrun, say) has started, of which this process is one; 0: none has."""
+def _train_on_this_host(
+    arguments: TrainArguments, request: dict[str, Any], allowed: Bounds, batch: Batch, checkpoints: Location
+) -> None:
+    """Start the workers, and start them again after failures. Raises WorkerError and Interrupted."""
+    from manyhands.launching.failures import run_with_restarts
+    from manyhands.listeners.run_directory import RunDirectory
+
+    command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
+    directory = Path(request["run_dir"])
+    with snapshot_memory(arguments.snapshot_every if arguments.max_restarts else "never", allowed.most) as snapshots:
+        run_with_restarts(
+            lambda failures: start_workers(
+                command, allowed.after(failures), directory / "logs", snapshots.variables, holds_signals=True
+            ),
+            saved_step=lambda: max(snapshots.newest_step(), (0, _last_checkpoint(checkpoints))),
+            limit=arguments.max_restarts,
+            on_restart=lambda restart: record_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
+            samples_of=batch.samples_of,
+        )
+
+
+def _launched_workers(arguments: TrainArguments) -> int:
+    """The number of workers if this process is one that another launcher (torchrun) started; otherwise 0."""
     launched = int(os.environ.get("WORLD_SIZE", "0"))
-    if launched and (workers is not None or run_dir is None):
+    if launched and (arguments.workers is not None or arguments.run_dir is None):
         raise ConfigError(
             "manyhands train was started by another launcher",
-            expected="--run-dir DIR, the same for all workers, and no --workers: that launcher says how many",
+            expected="--run-dir DIR, the same for all workers, and no --workers: that launcher sets their number",
             got=shlex.join(sys.argv[1:]),
             hint="with several hosts, DIR must be on a file system that all of them share; without a launcher, unset "
             "RANK and WORLD_SIZE",
@@ -255,7 +263,7 @@ def _launched_workers(workers: Bounds | None, run_dir: Path | None) -> int:
 
 
 def _last_checkpoint(checkpoints: Location) -> int:
-    """How many steps it has made; 0 if there is none, or its store is out of reach just now."""
+    """The step of the last checkpoint; 0 if there is none, or if its storage is temporarily unreachable."""
     from manyhands.checkpoint.format import list_checkpoints
 
     try:

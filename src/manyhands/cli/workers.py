@@ -1,8 +1,6 @@
-"""What the commands that start workers share.
+"""Options, checks and records shared by the commands that start workers.
 
-What commands that start workers share.
-
-What is noted and told of a run's workers that failed, and of a run that didn't end well.
+They concern the number of workers, memory for snapshots, and failures and restarts.
 """
 
 from __future__ import annotations
@@ -27,36 +25,39 @@ if TYPE_CHECKING:
 
 
 def check_from_one(value: int | None) -> int | None:
-    """An option's value, if it counts from 1."""
+    """Check that an option's value is at least 1."""
     if value is not None and value < 1:
-        raise typer.BadParameter(f"{value} is not a whole number of at least 1")
+        raise typer.BadParameter(f"{value} is not an integer of at least 1")
     return value
 
 
 def check_snapshot_every(value: str) -> str:
-    """An option's value, if it is one of those."""
+    """Check a value of --snapshot-every."""
     if value not in ("auto", "never") and not (value.isdecimal() and int(value) > 0):
-        raise typer.BadParameter(f"{value} is neither a number of steps nor auto nor never")
+        raise typer.BadParameter(f"{value} is not a number of steps, auto or never")
     return value
 
 
 class Bounds(NamedTuple):
-    """Between how many and how many."""
+    """A range of the number of workers."""
 
     least: int
     most: int
 
     def after(self, failures: int) -> int:
-        """How many workers to start after so many failures without progress: the first may have been chance; then there
-        may be too many of them for the memory, or a part of the machine is broken."""
+        """The number of workers to start after this many failures without progress.
+
+        The first failure may be chance. Then one worker fewer starts each time: there may be too many for the memory,
+        or a part of the machine may be broken.
+        """
         return max(self.least, self.most - max(0, failures - 1))
 
 
 def bounds(text: str) -> Bounds:
-    """Of an option's value: `4`, or `2:8`."""
+    """Parse an option's value: `4`, or `2:8`."""
     least, _, most = text.partition(":")
     if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
-        raise typer.BadParameter(f"{text} is neither a whole number of at least 1 nor a range of them such as 2:8")
+        raise typer.BadParameter(f"{text} is not an integer of at least 1, or a range such as 2:8")
     return Bounds(int(least), int(most or least))
 
 
@@ -67,28 +68,30 @@ Workers = Annotated[
         "-n",
         metavar="N",
         parser=bounds,
-        help="Worker processes on this machine (default: as many as its CPUs allow). 2:8: as many as they allow, but "
-        "at least 2 and at most 8, and fewer when workers fail again and again.",
+        help="Worker processes on this machine (default: as many as its CPUs allow). 2:8: as many as the CPUs allow, "
+        "between 2 and 8, and fewer after repeated failures.",
         show_default=False,
     ),
 ]
 
 
-def workers_for(wanted: Bounds | None, threads_per_worker: int, micro_batches: int | None) -> Bounds:
-    """As many workers as the CPUs that this process may use allow, but no more than there are micro-batches; in a range
-    that is wanted, and as many as are wanted if it's one number."""
+def workers_for(requested: Bounds | None, threads_per_worker: int, micro_batches: int | None) -> Bounds:
+    """The number of workers that the CPUs of this process allow, at most one per micro-batch, within `requested`.
+
+    A single requested number is used as it is.
+    """
     import os
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fitting = max(1, cpus // threads_per_worker)
     fitting = fitting if micro_batches is None else min(fitting, micro_batches)
-    if wanted is None:
+    if requested is None:
         return Bounds(fitting, fitting)
-    return Bounds(wanted.least, max(wanted.least, min(wanted.most, fitting)))
+    return Bounds(requested.least, max(requested.least, min(requested.most, fitting)))
 
 
 class SnapshotStore:
-    """Memory for the workers' snapshots, while they are started again and again. variables: their environment's."""
+    """Memory for the snapshots of workers across restarts. variables: for the environment of the workers."""
 
     def __init__(self, memory: SnapshotMemory | None, every: int | None) -> None:
         from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE
@@ -100,14 +103,14 @@ class SnapshotStore:
             self.variables[SNAPSHOT_EVERY_VARIABLE] = str(every)
 
     def newest_step(self) -> tuple[int, int]:
-        """Which training of the script the last one is of, from 0, and how many steps that has made."""
+        """The newest snapshot: the number of its training in the script, from 0, and its step."""
         newest = None if self._memory is None else self._memory.newest()
         return (0, 0) if newest is None else (newest.of.number, newest.manifest.step)
 
 
 @contextmanager
 def snapshot_memory(every: str, workers: int) -> Iterator[SnapshotStore]:
-    """every: a number of steps, auto or never."""
+    """Create memory for snapshots. every: a number of steps, auto or never."""
     from manyhands.checkpoint.snapshot import SnapshotMemory
 
     memory = None if every == "never" or not sys.platform.startswith("linux") else SnapshotMemory.create(workers)
@@ -127,9 +130,9 @@ def start_workers(
     holds_signals: bool,
     rendezvous: Rendezvous | None = None,
 ) -> None:
-    """Start them, with `variables` in their environment, and await their end. Raises WorkerError and Interrupted.
+    """Start workers with `variables` in their environment, and wait for their end. Raises WorkerError and Interrupted.
 
-    meeting: with other hosts', if any.
+    rendezvous: with the other hosts of the run, if there are any.
     """
     try:
         from manyhands.launching.launcher import run_workers
@@ -142,41 +145,41 @@ def start_workers(
             holds_signals=holds_signals,
             rendezvous=rendezvous,
         )
-    except KeyboardInterrupt:  # before the launcher listened to signals
-        raise Interrupted("stopped before any worker began, as asked (SIGINT)") from None
+    except KeyboardInterrupt:  # the launcher did not handle signals yet
+        raise Interrupted("stopped on request (SIGINT) before any worker started") from None
 
 
 def print_restart(restart: Restart, workers: int) -> None:
-    """On the terminal: why, for which time, and with how many workers."""
+    """Print the cause, the number of the restart, and the number of workers."""
     cause, count = restart.cause, f"{workers} worker{'' if workers == 1 else 's'}"
-    place = f"\n  where: {cause.where}" if cause.where else ""
+    where = f"\n  where: {cause.where}" if cause.where else ""
     hint = f"\n  what to do: {cause.hint}" if cause.hint else ""
-    again = f"starting again ({restart.number} of {restart.limit}) with {count}"
-    sys.stderr.write(f"{cause.what}{place}{hint}\n{again}\n")
+    action = f"restarting ({restart.number} of {restart.limit}) with {count}"
+    sys.stderr.write(f"{cause.what}{where}{hint}\n{action}\n")
 
 
 @contextmanager
 def ending_reported(
-    note: Callable[..., None], directory: Path, checkpoints: Location, *, given: bool
+    record: Callable[..., None], directory: Path, checkpoints: Location, *, given: bool
 ) -> Iterator[None]:
-    """How the run ends inside, if not well, is noted in its directory; and how to go on with one that was stopped."""
+    """Record a failure of the run in this block, and add to an interruption how to continue the run."""
     try:
         yield
     except WorkerError as error:
-        note(error, restart=None)
+        record(error, restart=None)
         raise
     except Interrupted as error:
-        raise _with_the_way_on(error, directory, checkpoints, given=given) from None
+        raise _with_resume_hint(error, directory, checkpoints, given=given) from None
 
 
 def record_restart(directory: RunDirectory, restart: Restart, workers: int) -> None:
-    """In the run's directory, and on the terminal."""
+    """Record a restart in the run directory, and print it."""
     record_run_failure(directory, restart.cause, restart.number)
     print_restart(restart, workers)
 
 
 def record_run_failure(directory: RunDirectory, error: WorkerError | None, restart: int | None) -> None:
-    """restart: None if nobody tries again. error: None if it was none: a host has come or gone."""
+    """Record a failure. restart: its number; None if the run ends. error: None if a host joined or left."""
     if error is None:
         directory.append_event("hosts changed")
         return
@@ -184,15 +187,15 @@ def record_run_failure(directory: RunDirectory, error: WorkerError | None, resta
     directory.append_event("failed", **facts, restart=restart)
 
 
-def _with_the_way_on(error: Interrupted, directory: Path, checkpoints: Location, *, given: bool) -> Interrupted:
-    """The same, with where the last checkpoint is and how to go on from it; or that there is none."""
+def _with_resume_hint(error: Interrupted, directory: Path, checkpoints: Location, *, given: bool) -> Interrupted:
+    """Add the last checkpoint, and the command that continues from it."""
     from manyhands.checkpoint.format import list_checkpoints
 
     found = list_checkpoints(checkpoints)
     again = shlex.join(["manyhands", *sys.argv[1:], *([] if given else ["--run-dir", str(directory)])])
     return Interrupted(
         error.what,
-        where=f"its last checkpoint is {found[-1][1]}" if found else "there is no checkpoint: no step was finished",
-        hint=f"to go on: {again}" if found else None,
+        where=f"its last checkpoint is {found[-1][1]}" if found else "there is no checkpoint: no step was completed",
+        hint=f"to continue: {again}" if found else None,
         detail=error.detail,
     )

@@ -1,10 +1,10 @@
-"""The verbs of a group, and a record of its traffic.
+"""The collective operations of a group of workers, and a record of its traffic.
 
 A group is a set of workers with ranks 0 to size - 1 and a few collective operations on which the engine is built:
 
 - `all_to_all(contribution)`: receive every contributor's piece of this worker's range of a buffer, in rank order.
-- `all_gather(full)`: every worker's range of a buffer to all workers, in place.
-- `all_gather_small(small)`, `barrier()`: for control values of a step.
+- `all_gather(full)`: send every worker's range of a buffer to all workers, in place.
+- `all_gather_small(small)`, `barrier()`: exchange control values of a step, and wait for all workers.
 
 None of them adds anything: the engine adds the pieces itself, in a fixed order.
 

@@ -57,8 +57,8 @@ class WatchedGroup(Group):
         self.membership.board.record_waiting(True)
         try:
             while not ready():
-                # Look at who has left, then call ready() again: a peer may have completed this call and left (or
-                # failed) between the first ready() and this look, and then the call is complete on all workers.
+                # Check which peers have left, then call ready() again: a peer may have completed this call and left (or
+                # failed) between the first ready() and this check. Then the call is complete on all workers.
                 left = {peer.rank for peer in self._peers if peer.has_left}
                 if (left or self.membership.failure is not None) and ready():
                     break
@@ -73,8 +73,8 @@ class WatchedGroup(Group):
         """Raise InvariantError if a peer's call of this number has another tag; call it after the wait."""
         me = self.membership.rank
         for peer in self._peers:
-            # With streams of a GPU a wait may end before a peer has posted the call: then the last worker to call
-            # makes the comparison. The tag may only be read after the count, which the peer writes last.
+            # With GPU streams a wait may end before a peer has posted the call. Then the last worker that calls
+            # compares the tags. The tag may only be read after the count, which the peer writes last.
             if (
                 peer.board is not None
                 and peer.posted(self.channel) >= call

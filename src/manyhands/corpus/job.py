@@ -45,7 +45,7 @@ from manyhands.errors import ConfigError, DataError
 from manyhands.prepare.dataset import Dataset
 from manyhands.prepare.io.writing import token_schema
 from manyhands.prepare.job.output import BAD_RECORDS, PrepareSummary
-from manyhands.prepare.options import JobOptions, Options
+from manyhands.prepare.options import Options
 from manyhands.prepare.plan.fingerprint import fingerprint_code
 from manyhands.prepare.records.aggregate import Aggregate
 from manyhands.storage.atomic import is_temporary, remove_temporary_files, write_atomic
@@ -82,14 +82,7 @@ def prepare_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(folder)
     write_atomic(str(folder / _RECIPE), _json({"identity": identity, "settings": settings}))
-    job_options = JobOptions(
-        workers=options.workers,
-        memory=options.memory,
-        max_bad_records=options.max_bad_records,
-        engine=options.engine,
-        progress=options.progress,
-    )
-    steps = Steps(folder / _WORK, job_options)
+    steps = Steps(folder / _WORK, options.keywords())
     figures = _Corpus(document.schema, folder, steps).prepare(source, tokenizer)
     if bad := steps.bad_records():
         write_atomic(str(folder / BAD_RECORDS), bad)

@@ -11,22 +11,23 @@ from typing import Any
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from manyhands.config import nearest
 from manyhands.corpus.duplicates import MinHash
 from manyhands.corpus.text import FORMS, Rules
 from manyhands.documents.recipe_file import IMPORT_PATH, find_function
 from manyhands.documents.toml import Document, Table, read_document
 from manyhands.errors import ConfigError, DataError
+from manyhands.options import nearest
 from manyhands.prepare.dataset import Dataset
-from manyhands.prepare.io.listing import FORMATS, InputFile, find_files
-from manyhands.prepare.plan.plan import PARTITION_BYTES, Given
+from manyhands.prepare.io.formats import input_formats
+from manyhands.prepare.io.listing import InputFile, find_files
+from manyhands.prepare.plan.plan import PARTITION_BYTES, InMemory
 from manyhands.storage.files import read_bytes
 
-FILES = "files"  # the input format in which every file is a document
+FILES = "files"  # the input format in which each file is one document
 
 
 class InputTable(Table):
-    """Where documents come from: paths, or a function that gives them (or a Dataset); and where their text is."""
+    """The source of documents: paths, or a function that returns paths or a Dataset; and the column with their text."""
 
     paths: list[str] = []
     path: str | None = Field(default=None, pattern=IMPORT_PATH)
@@ -38,20 +39,20 @@ class InputTable(Table):
     @field_validator("format")
     @classmethod
     def _known_format(cls, value: str | None) -> str | None:
-        return _one_of("input.format", value, (*FORMATS, FILES))
+        return _one_of("input.format", value, (*input_formats(), FILES))
 
     @model_validator(mode="after")
     def _paths_or_path(self) -> InputTable:
         if bool(self.paths) == bool(self.path):
             raise ConfigError(
-                "input.paths is missing" if not self.paths else "input.path is not for use beside paths",
-                expected='paths = ["docs/*.jsonl"], or path = "module:function" of yours that returns them',
+                "input.paths is missing" if not self.paths else "input.path can't be used together with paths",
+                expected='paths = ["docs/*.jsonl"], or path = "module:function" that returns paths',
             )
         return self
 
 
 class CleanTable(Table):
-    """One form of Unicode, and the fields of `Rules`."""
+    """The Unicode normal form, and the fields of `Rules`."""
 
     unicode: str = "NFC"
     min_characters: int = Field(default=Rules.min_characters, ge=0)
@@ -67,7 +68,7 @@ class CleanTable(Table):
         return str(_one_of("clean.unicode", value, FORMS))
 
     def rules(self) -> Rules:
-        """The rules themselves."""
+        """Create the rules."""
         return Rules(**self.model_dump(exclude={"unicode"}))
 
 
@@ -84,7 +85,7 @@ class DuplicatesTable(Table):
     def _exact_first(self) -> DuplicatesTable:
         if self.near and not self.exact:
             raise ConfigError(
-                "duplicates.near wants exact, too", expected="exact = true, or near = false", got="exact = false"
+                "duplicates.near requires exact", expected="exact = true, or near = false", got="exact = false"
             )
         return self
 
@@ -94,7 +95,7 @@ class DuplicatesTable(Table):
 
 
 class TokenizerTable(Table):
-    """A tokenizer.json; or how large a vocabulary to train, from which part of the documents; or neither: bytes."""
+    """A tokenizer.json, or the size of a vocabulary to train on a sample of the documents. Default: bytes."""
 
     file: str | None = None
     vocabulary: int | None = Field(default=None, ge=258, le=2**31)
@@ -106,14 +107,14 @@ class TokenizerTable(Table):
     def _one_way(self) -> TokenizerTable:
         if self.file is not None and self.vocabulary is not None:
             raise ConfigError(
-                "tokenizer.file is not for use beside vocabulary",
+                "tokenizer.file can't be used together with vocabulary",
                 expected="file = ..., or vocabulary = ... to train one",
             )
         return self
 
 
 class CorpusSchema(Table):
-    """A corpus recipe's tables, with defaults for what it leaves out."""
+    """The tables of a corpus recipe, with defaults."""
 
     name: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -132,37 +133,39 @@ def _one_of(field: str, value: str | None, known: tuple[str, ...]) -> str | None
 
 
 def read_corpus_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Document[CorpusSchema]:
-    """Read and check a corpus recipe. Raises one ConfigError that tells all problems, each with file and line."""
+    """Read and validate a corpus recipe. Raises one ConfigError that lists all problems, each with file and line."""
     return read_document(path, overrides, CorpusSchema)
 
 
 def located(document: Document[CorpusSchema], path: str, *key: str) -> str:
-    """A path of the recipe: a relative one counts from its folder, or from the working one if `--set` gave it."""
+    """Resolve a path of the recipe: relative to its folder, or to the working directory if `--set` set it."""
     if "://" in path or document.origin(*key).startswith("--set"):
         return path
     return os.path.normpath(document.path.parent / path)
 
 
 def source_of(document: Document[CorpusSchema]) -> Dataset:
-    """The records that documents are made of. Raises ConfigError for a function that can't be used, DataError."""
+    """The records of the input. Raises ConfigError for an invalid function, and DataError."""
     table = document.schema.input
     paths: Any = [located(document, path, "input", "paths") for path in table.paths]
     if table.path is not None:
-        paths = _called(document, table)
+        paths = _call_function(document, table)
         if isinstance(paths, Dataset):
             return paths
     try:
         if table.format != FILES:
             return Dataset.read(paths, format=table.format, partition_bytes=table.partition_bytes)
-        return Dataset(Given(_parts(find_files(paths), table.partition_bytes), table.partition_bytes)).map(_whole_file)
+        return Dataset(InMemory(_parts(find_files(paths), table.partition_bytes), table.partition_bytes)).map(
+            _read_document_file
+        )
     except (ConfigError, DataError) as error:
         key = "paths" if table.path is None else "path"
         error.where = f"{error.where or ''} ({document.origin('input', key)})".lstrip()
         raise
 
 
-def _called(document: Document[CorpusSchema], table: InputTable) -> Any:
-    """What the recipe's function returns. The recipe's folder is put first on sys.path, and stays there."""
+def _call_function(document: Document[CorpusSchema], table: InputTable) -> Any:
+    """Call the recipe's function. Inserts the recipe's folder at the front of sys.path, where it stays."""
     folder = document.path.absolute().parent
     if sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))
@@ -172,7 +175,7 @@ def _called(document: Document[CorpusSchema], table: InputTable) -> Any:
     except ConfigError as error:
         error.where = document.origin("input", "path")
         raise
-    except Exception as error:  # whatever the user's function raises
+    except Exception as error:  # the user's function may raise anything
         raise ConfigError(
             f"{table.path} raised {type(error).__name__}: {error}", where=document.origin("input", "path")
         ) from error
@@ -189,7 +192,7 @@ def _called(document: Document[CorpusSchema], table: InputTable) -> Any:
 
 
 def _parts(files: Sequence[InputFile], partition_bytes: int) -> tuple[tuple[InputFile, ...], ...]:
-    """Files in runs of about so many bytes."""
+    """Group files into runs of about `partition_bytes`."""
     parts: list[tuple[InputFile, ...]] = []
     part: list[InputFile] = []
     size = 0
@@ -202,6 +205,6 @@ def _parts(files: Sequence[InputFile], partition_bytes: int) -> tuple[tuple[Inpu
     return (*parts, tuple(part)) if part else tuple(parts)
 
 
-def _whole_file(file: InputFile) -> str:
-    """Its text; what isn't UTF-8 becomes U+FFFD, of which a rule allows little."""
+def _read_document_file(file: InputFile) -> str:
+    """The text of a file. Invalid UTF-8 becomes U+FFFD, whose share max_replaced limits."""
     return read_bytes(file.path).decode("utf-8-sig", "replace")

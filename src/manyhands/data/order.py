@@ -152,7 +152,7 @@ class Mixture(Dataset[Any]):
                 "a mixture needs data sets, and a weight for each", got=f"{len(datasets)}, {len(weights)}"
             )
         if not all(isinstance(weight, (int, float)) and 0 < weight < math.inf for weight in weights):
-            raise ConfigError("the weights of a mixture must be numbers above 0", got=list(weights))
+            raise ConfigError("the weights of a mixture must be positive numbers", got=list(weights))
         self.datasets, self.seed = list(datasets), seed
         total = sum(map(len, self.datasets)) if samples is None else samples
         if total < 1:

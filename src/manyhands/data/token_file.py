@@ -177,7 +177,7 @@ def _opened(path: Path, num_bytes: int) -> MappedTokens:
     try:
         if path.stat().st_size != num_bytes:
             raise DataError(
-                "a token file has another size than it was written with",
+                "the size of a token file has changed since it was written",
                 where=str(path),
                 expected=f"{num_bytes:,} bytes",
                 got=f"{path.stat().st_size:,}",

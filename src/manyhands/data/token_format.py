@@ -73,7 +73,7 @@ def map_tokens(path: str) -> MappedTokens:
     expected = ends_at + 8 * num_documents + _TAIL.size
     if size != expected:
         raise DataError(
-            "a token file has another size than its tail states",
+            "the size of a token file does not match its tail",
             where=path,
             expected=f"{expected:,} bytes",
             got=f"{size:,}",

@@ -44,7 +44,7 @@ def compare_runs(one: str | Path, other: str | Path) -> Comparison:
     differences = _differences(*runs)
     if not common:
         raise ConfigError(
-            "the two runs have no step in common that both have a digest of",
+            "no step has a digest in both runs",
             got=f"digests after steps {_listed(first)} and {_listed(second)}",
             hint="train both with the same --digest-every",
         )

@@ -1,7 +1,7 @@
 """Checks one machine, or several together, before a run.
 
-On one machine: what a run needs, and what would fail. On several machines, under a launcher: what must be the same on
-all of them, and how fast they reach each other.
+On one machine: the resources that a run needs. On several machines, under a launcher: differences that would stop a
+run, and the speed of the network.
 """
 
 from __future__ import annotations
@@ -236,8 +236,8 @@ _LARGE_BYTES = 8 * MIB
 def check_hosts(mine: Sequence[Finding]) -> Iterator[Finding]:
     """Compare the machines of all workers that the launcher started. Collective: all workers yield the same findings.
 
-    mine: this worker's findings about its own machine. Yields first what is not good on the other machines, then what
-    they have in common. Raises WorkerError.
+    mine: this worker's findings about its own machine. Yields the bad findings and warnings of the other machines
+    first, then the results of the comparison. Raises WorkerError.
     """
     cpu, host = torch.device("cpu"), socket.gethostname()
     group = connect("distributed")

@@ -1,14 +1,12 @@
 """Recipe files: tables, imports and checks of arguments.
 
-A recipe file's tables. Imports neither the user's code nor torch.
-
-Recipes as TOML files: a file's import paths and arguments become a `Recipe`.
     [model]
-    path = "gpt:GPT"              # module:attribute; the file's own folder is looked in first
+    path = "gpt:GPT"              # module:attribute; the file's own folder is searched first
     arguments = { depth = 4 }
 
-What a path names is imported and its arguments are held against its signature here, so that a slip is told with its
-line before anything is built. `recipe_schema` has the file's form, and its check that imports nothing.
+`check_recipe` validates a file; it imports neither the user's code nor torch. `load_recipe` also imports what the paths
+name, and checks the arguments against the signatures, so that errors are reported with their line before anything is
+built.
 """
 
 from __future__ import annotations
@@ -25,33 +23,35 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, JsonValue, field_validator, model_validator
-from pydantic_core.core_schema import ValidationInfo
+import tomli_w
+from pydantic import Field, JsonValue, model_validator
 
-from manyhands.config import Batch, Recipe, Strategy, Weights, hint_nearest
-from manyhands.documents.toml import Document, KeyPath, Table, dotted, raise_all, read_document, to_toml
+from manyhands.config import Batch, Recipe, Strategy, Weights
+from manyhands.documents.option_table import BuildableTable, OptionTable
+from manyhands.documents.toml import Document, KeyPath, Table, dotted, raise_all, read_document
 from manyhands.errors import ConfigError, ManyhandsError
+from manyhands.options import hint_nearest
 
 if TYPE_CHECKING:
     from torch import nn
 
 Arguments = dict[str, JsonValue]
 
-PLAIN_FIELDS = ("seed", "precision", "device", "clip_norm", "compile", "threads_per_worker", "optimizer_kind")
-
 IMPORT_PATH = r"^\w+(\.\w+)*:\w+(\.\w+)*$"
 
 
 class Target(Table):
-    """Something that is imported and called with `arguments`."""
+    """An object to import, and to call with `arguments`."""
 
     path: str = Field(pattern=IMPORT_PATH)
     arguments: Arguments = {}
 
 
 class GroupTable(Table):
-    """The parameters whose names match (and that have so many dimensions), and what the optimizer does differently for
-    them; with a path, the optimizer of their own."""
+    """Parameters whose names match, and their arguments of the optimizer. With a path, they have their own optimizer.
+
+    dimensions: matches only parameters with this number of dimensions.
+    """
 
     match: list[str] = Field(min_length=1)
     dimensions: int | None = Field(default=None, ge=0)
@@ -60,90 +60,24 @@ class GroupTable(Table):
 
 
 class OptimizerTable(Target):
-    """The optimizer, its param groups, and those with an optimizer of their own; the first that matches a parameter
-    gets it."""
+    """The optimizer and its param groups. A parameter belongs to the first group that matches."""
 
     groups: list[GroupTable] = []
 
 
-class WeightsTable(Table):
-    """`manyhands.Weights`, checked by it; or its path alone."""
-
-    path: str = Field(min_length=1)
-    rename: dict[str, str] = {}
-    allow_missing: list[str] = []
-    ignore: list[str] = []
+class WeightsTable(BuildableTable[Weights]):
+    """The options of `manyhands.Weights`, or only its path."""
 
     @model_validator(mode="before")
     @classmethod
     def _path_alone(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
-    @field_validator("rename")
-    @classmethod
-    def _as_weights_checks(cls, value: dict[str, str]) -> dict[str, str]:
-        Weights(path=".", rename=value)
-        return value
 
-    def build(self, folder: Path) -> Weights:
-        """The Weights themselves; a relative path counts from `folder`."""
-        return Weights(**self.model_dump() | {"path": folder / self.path})
-
-
-class BatchTable(Table):
-    """`manyhands.Batch`, checked by it."""
-
-    global_size: int
-    micro_size: int
-    virtual_workers: int = Batch.virtual_workers
-
-    @model_validator(mode="after")
-    def _as_batch_checks(self) -> BatchTable:
-        self.build()
-        return self
-
-    def build(self) -> Batch:
-        """The Batch itself."""
-        return Batch(**self.model_dump())
-
-
-class StrategyTable(Table):
-    """`manyhands.Strategy`, each field checked by it."""
-
-    sharding: str = Strategy.sharding
-    offload: str = Strategy.offload
-    scratch: str = Strategy.scratch
-    transport: str = Strategy.transport
-    overlap: bool = Strategy.overlap
-    units: list[str] = list(Strategy.units)
-    activation_checkpointing: list[str] = list(Strategy.activation_checkpointing)
-    unshard_ahead: int = Strategy.unshard_ahead
-    loader_workers: int = Strategy.loader_workers
-    stall_seconds: float = Strategy.stall_seconds
-
-    @field_validator("sharding", "offload", "transport", "unshard_ahead", "loader_workers", "stall_seconds")
-    @classmethod
-    def _as_strategy_checks(cls, value: Any, info: ValidationInfo) -> Any:
-        Strategy(**{str(info.field_name): value})
-        return value
-
-    def build(self) -> Strategy:
-        """The Strategy itself."""
-        lists = {"units": tuple(self.units), "activation_checkpointing": tuple(self.activation_checkpointing)}
-        return Strategy(**{**self.model_dump(), **lists})
-
-
-class RecipeSchema(Table):
-    """A recipe file's tables, with defaults for what it leaves out; nothing of them is imported yet."""
+class RecipeSchema(OptionTable[Recipe]):
+    """The tables of a recipe file, with defaults. Nothing that they name has been imported."""
 
     name: str = Field(min_length=1)
-    seed: int = Recipe.seed
-    precision: str = Recipe.precision
-    device: str = Recipe.device
-    clip_norm: float | None = Recipe.clip_norm
-    compile: bool = Recipe.compile
-    threads_per_worker: int = Recipe.threads_per_worker
-    optimizer_kind: str | None = Recipe.optimizer_kind
     steps: int | None = Field(default=None, ge=1)
     model: Target
     loss: Target
@@ -153,19 +87,11 @@ class RecipeSchema(Table):
     optimizer: OptimizerTable
     schedule: Target | None = None
     sample: Target | None = None
-    batch: BatchTable
-    strategy: StrategyTable = StrategyTable()
-
-    @field_validator(*PLAIN_FIELDS)
-    @classmethod
-    def _as_recipe_checks(cls, value: Any, info: ValidationInfo) -> Any:
-        # Recipe's own check of this one field; the rest is filled with what it doesn't object to.
-        rest: dict[str, Any] = {"model": len, "loss": len, "optimizer": len, "data": ()}
-        Recipe(**rest, batch=Batch(global_size=1, micro_size=1), **{str(info.field_name): value})
-        return value
+    batch: BuildableTable[Batch]
+    strategy: BuildableTable[Strategy] = BuildableTable[Strategy]()
 
 
-CALLED_WITH = {  # what each function gets by position, before its arguments
+CALLED_WITH = {  # the positional parameters of each function, before its arguments
     "model": (),
     "loss": ("model", "batch"),
     "data": (),
@@ -180,10 +106,10 @@ NAMED = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFile:
-    """A recipe file, read.
+    """A loaded recipe file.
 
-    steps: how long to train, if the file says so. settings: the recipe as it was used, defaults and overrides
-    included, of JSON's types only. text: the same as TOML; kept beside the file's modules, it is the same recipe.
+    steps: the number of steps, if the file has it. settings: the recipe as used, with defaults and overrides, as JSON
+    values. text: the same as TOML; stored next to the file's modules, it is the same recipe.
     """
 
     recipe: Recipe
@@ -194,19 +120,19 @@ class RecipeFile:
 
 
 def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchema:
-    """Read a recipe file and check its form; imports neither what it names nor torch.
+    """Read and validate a recipe file. Imports neither what it names nor torch.
 
     overrides: `key=value` with dotted keys, such as "optimizer.arguments.lr=1e-3".
-    Raises one ConfigError that tells all problems, each with file and line.
+    Raises one ConfigError that lists all problems, each with file and line.
     """
     return read_document(path, overrides, RecipeSchema).schema
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
-    """Read a recipe file, import what it names and make its data set; the model is built later, by the recipe.
+    """Read a recipe file, import what it names, and create its data set. The recipe builds the model later.
 
-    The file's folder is put first on sys.path and stays there: what reads data or builds the model may import later.
-    Raises one ConfigError that tells all problems, each with file and line; what the data set raises comes through.
+    Inserts the file's folder at the front of sys.path, where it stays, because data sets and models may import later.
+    Raises one ConfigError that lists all problems, each with file and line, and whatever the data set raises.
     """
     document = read_document(path, overrides, RecipeSchema)
     functions = _import_all(document)
@@ -215,7 +141,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     try:
         recipe = Recipe(
             **functions | {"data": data},
-            **{field: getattr(schema, field) for field in PLAIN_FIELDS},
+            **schema.option_values(),
             weights=weights,
             batch=schema.batch.build(),
             name=schema.name,
@@ -226,15 +152,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     settings = schema.model_dump(exclude_none=True)
     if weights is not None:
         settings["weights"]["path"] = weights.path
-    strategy = schema.strategy.build()
-    return RecipeFile(recipe=recipe, strategy=strategy, steps=schema.steps, text=to_toml(settings), settings=settings)
+    return RecipeFile(
+        recipe=recipe,
+        strategy=schema.strategy.build(),
+        steps=schema.steps,
+        text=tomli_w.dumps(settings),
+        settings=settings,
+    )
 
 
 def _weights(document: Document[RecipeSchema]) -> Weights | None:
-    """The initial weights; a path counts from the recipe's folder, or from the working one if an override gave it."""
+    """The initial weights. Paths are relative to the recipe's folder; in an override, to the working directory."""
     table = document.schema.weights
     overridden = document.origin("weights", "path").startswith("--set")
-    return None if table is None else table.build((Path() if overridden else document.path.parent).absolute())
+    if table is None:
+        return None
+    folder = Path() if overridden else document.path.parent
+    return table.build(path=folder.absolute() / table.path)
 
 
 def _import_all(document: Document[RecipeSchema]) -> dict[str, Callable[..., Any]]:
@@ -256,7 +190,7 @@ def _import_all(document: Document[RecipeSchema]) -> dict[str, Callable[..., Any
             return None
         problems.extend(_argument_problems(key, function, target, document))
         bound = functools.partial(function, **target.arguments)
-        return bound if table in ("loss", "collate", "sample") else _noted(bound, document.origin(*key), table)
+        return bound if table in ("loss", "collate", "sample") else _with_note(bound, document.origin(*key), table)
 
     for table in CALLED_WITH:
         target: Target | None = getattr(document.schema, table)
@@ -272,7 +206,7 @@ def _import_all(document: Document[RecipeSchema]) -> dict[str, Callable[..., Any
 
 
 def find_function(path: str, folder: Path) -> Callable[..., Any]:
-    """What `module:attribute` names. Raises ConfigError without a place."""
+    """Import the object that `module:attribute` names. Raises ConfigError without an origin."""
     module_name, _, attribute = path.partition(":")
     found: Any = _import(module_name, folder)
     for name in attribute.split("."):
@@ -298,10 +232,10 @@ def _import(name: str, folder: Path) -> Any:
             *parents, last = missing.split(".")
             paths = getattr(sys.modules.get(".".join(parents)), "__path__", ()) if parents else [str(folder)]
             hint = hint_nearest(last, [found.name for found in pkgutil.iter_modules(paths)])
-            looked = f"a module in {folder}, or an installed one"
-            raise ConfigError(f"there is no module {missing}", expected=looked, got=repr(name), hint=hint) from None
+            expected = f"a module in {folder}, or an installed one"
+            raise ConfigError(f"there is no module {missing}", expected=expected, got=repr(name), hint=hint) from None
         raise _import_failed(name, error) from error
-    except Exception as error:  # whatever the user's module raises while it's imported
+    except Exception as error:  # the user's module may raise anything
         raise _import_failed(name, error) from error
     _check_not_another(name, folder)
     return module
@@ -309,12 +243,14 @@ def _import(name: str, folder: Path) -> Any:
 
 def _import_failed(name: str, error: Exception) -> ConfigError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
-    at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""  # else it's in the message: bad syntax, say
+    at = (
+        f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    )  # otherwise the message has it, for a syntax error for example
     return ConfigError(f"module {name} can't be imported", got=f"{type(error).__name__}: {error}{at}")
 
 
 def _check_not_another(name: str, folder: Path) -> None:
-    """Python imports a name once per process: refuse a module of that name that came from elsewhere before."""
+    """Refuse a module of the same name from elsewhere: Python imports a name only once per process."""
     top = name.partition(".")[0]
     used = getattr(sys.modules[top], "__file__", None) or "built into Python"
     own = [file for file in (folder / f"{top}.py", folder / top / "__init__.py") if file.is_file()]
@@ -330,11 +266,11 @@ def _check_not_another(name: str, folder: Path) -> None:
 def _argument_problems(
     key: KeyPath, function: Callable[..., Any], target: Target | GroupTable, document: Document[RecipeSchema]
 ) -> list[ConfigError]:
-    """Arguments that the function doesn't take, and what it wants and isn't given. key: the table's."""
+    """Unknown and missing arguments of a function. key: of its table."""
     table = str(key[0])
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions written in C don't tell
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return []
     parameters = signature.parameters.values()
     takes = [p.name for p in parameters if p.kind in NAMED]
@@ -369,8 +305,8 @@ def _argument_problems(
     return problems
 
 
-def _noted(function: Callable[..., Any], where: str, table: str) -> Callable[..., Any]:
-    """The function; what it raises gets a note that tells the table it was called for."""
+def _with_note(function: Callable[..., Any], where: str, table: str) -> Callable[..., Any]:
+    """Wrap `function` so that its errors get a note that names the table."""
 
     def call(*given: Any) -> Any:
         try:
@@ -387,9 +323,9 @@ def _noted(function: Callable[..., Any], where: str, table: str) -> Callable[...
 def _grouped(
     rest: Callable[..., Any], own: dict[int, Callable[..., Any] | None], document: Document[RecipeSchema]
 ) -> Callable[..., Any]:
-    """The optimizer over param groups: the rest, then each group's own; and the groups with an optimizer of their own.
+    """The factory of the optimizers: one over the param groups, and the groups' own optimizers.
 
-    A pattern must match a parameter.
+    Every pattern must match a parameter.
     """
     groups = document.schema.optimizer.groups
     patterns = [(index, pattern) for index, group in enumerate(groups) for pattern in group.match]
@@ -420,8 +356,8 @@ def _grouped(
         shared = [
             {"params": params, **options[index]} for index, params in members.items() if params and index not in own
         ]
-        made = [rest(shared)] if shared else []
-        made += [make(members[index]) for index, make in own.items() if make is not None and members[index]]
-        return made if own else made[0]
+        optimizers = [rest(shared)] if shared else []
+        optimizers += [make(members[index]) for index, make in own.items() if make is not None and members[index]]
+        return optimizers if own else optimizers[0]
 
     return build

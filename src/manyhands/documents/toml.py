@@ -1,9 +1,7 @@
 """TOML with overrides and line numbers; reports all problems in one error.
 
-TOML as text: at which line each value is written, values changed by `--set key=value`, and settings written back.
-
-A TOML file's text and its check against tables: overrides, origins, problems in words.
-Every value keeps its origin (`recipe.toml:12`, or the `--set` that gave it), and all problems come out in one error.
+A file is parsed, changed by `--set key=value`, and validated by tables, which are pydantic models. Every value has an
+origin (`recipe.toml:12`, or the `--set` that set it).
 """
 
 from __future__ import annotations
@@ -20,16 +18,16 @@ from typing import Any, Generic, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from manyhands.config import hint_nearest, nearest
 from manyhands.errors import ConfigError, InvariantError
+from manyhands.options import hint_nearest, nearest
 
-KeyPath = tuple[str | int, ...]  # where a value is: ("optimizer", "groups", 0, "match")
+KeyPath = tuple[str | int, ...]  # the path of a value: ("optimizer", "groups", 0, "match")
 
 
 def line_numbers(text: str) -> dict[KeyPath, int]:
-    """The line at which each table and value of a valid TOML text begins.
+    """The line at which each table and value of a valid TOML text starts.
 
-    tomllib doesn't tell; but a statement is the shortest run of lines that is valid TOML by itself.
+    tomllib does not report lines. But a statement is the shortest run of lines that is valid TOML by itself.
     """
     lines: dict[KeyPath, int] = {}
     table: KeyPath = ()
@@ -53,7 +51,7 @@ def line_numbers(text: str) -> dict[KeyPath, int]:
 
 
 def _header(parsed: dict[str, Any], last_index: dict[KeyPath, int]) -> KeyPath:
-    """The key of `[a.b]` or `[[a.b]]`, parsed alone: inside arrays of tables it's that of the last table so far."""
+    """The key of `[a.b]` or `[[a.b]]`, parsed alone. In an array of tables it includes the index of the last table."""
     key: KeyPath = ()
     value: Any = parsed
     while isinstance(value, dict) and value:
@@ -78,13 +76,13 @@ def _keys(value: Any, base: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def apply_override(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> ConfigError | None:
-    """Put `key=value` into the values; returns what's wrong with it, if it can't be put there."""
+    """Apply `key=value` to the values. Return the error if that is not possible."""
     name, equals, written = override.partition("=")
     parts = [part.strip() for part in name.split(".")]
     origin = f"--set {override}"
     if not equals or not all(parts):
         return ConfigError(
-            "an override can't be understood", where=origin, expected="key=value, such as batch.micro_size=2"
+            "an override can't be parsed", where=origin, expected="key=value, such as batch.micro_size=2"
         )
     key: KeyPath = ()
     table: Any = values
@@ -105,7 +103,7 @@ def apply_override(override: str, values: dict[str, Any], origins: dict[KeyPath,
 
 
 def _override_value(written: str) -> Any:
-    """A TOML value; or Python's `.5` or `True`, which nobody means as text; or else a plain string."""
+    """Parse a TOML value, or a Python number or boolean such as `.5` or `True`; anything else is a string."""
     try:
         parsed = tomllib.loads(f"value = {written}")
         if parsed.keys() == {"value"}:
@@ -119,34 +117,16 @@ def _override_value(written: str) -> Any:
     return literal if isinstance(literal, int | float) else written
 
 
+def override_of(key: str, value: str | float) -> str:
+    """The override that sets `key` to `value`. Strings that would be parsed as something else are quoted."""
+    written = str(value)
+    parsed = _override_value(written.strip())
+    return f"{key}={written if parsed == value and type(parsed) is type(value) else json.dumps(value)}"
+
+
 def dotted(key: KeyPath) -> str:
     """`optimizer.groups.0.match`."""
     return ".".join(str(name) for name in key)
-
-
-def to_toml(settings: dict[str, Any]) -> str:
-    """Settings (of JSON's types) as TOML text: plain values first, then one table for each that is one."""
-    plain = [f"{name} = {_toml_value(value)}\n" for name, value in settings.items() if not isinstance(value, dict)]
-    tables = [
-        f"\n[{name}]\n" + "".join(f"{_toml_key(inner)} = {_toml_value(value)}\n" for inner, value in table.items())
-        for name, table in settings.items()
-        if isinstance(table, dict)
-    ]
-    return "".join(plain + tables)
-
-
-def _toml_key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_key(name)} = {_toml_value(inner)}" for name, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
 EXPECTED = {
@@ -157,11 +137,11 @@ EXPECTED = {
     "string_pattern_mismatch": 'an import path, "module:attribute"',
 }
 
-OTHERS_FILES = ("pyproject.toml", "Cargo.toml")  # beside many a recipe, and never one
+FOREIGN_FILES = ("pyproject.toml", "Cargo.toml")  # often next to recipes, but never recipes
 
 
 class Table(BaseModel):
-    """A table of a file: what it doesn't know is refused, and values aren't converted."""
+    """A table of a file. Unknown fields are refused, and values are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -171,23 +151,23 @@ S = TypeVar("S", bound=Table)
 
 @dataclass(frozen=True)
 class Document(Generic[S]):
-    """A file that was read and checked. `origins` tells where each value comes from."""
+    """A validated file. origins: where each value comes from."""
 
     path: Path
     schema: S
     origins: dict[KeyPath, str]
 
     def origin(self, *key: str | int) -> str:
-        """`recipe.toml:12`, or `--set ...`: of a value, or else of the table it would be in."""
+        """The origin of a value, or of the table it would be in: `recipe.toml:12`, or `--set ...`."""
         return _origin(self.path, self.origins, key)
 
     def relocated(self, error: ConfigError) -> ConfigError:
-        """A ConfigError of Batch, Strategy or Recipe, which tells the field only, with the field's origin."""
+        """Add the field's origin to a ConfigError of Batch, Strategy or Recipe, which names only the field."""
         return _relocated(error, type(self.schema), self.path, self.origins)
 
 
 def read_document(path: str | Path, overrides: Sequence[str], schema: type[S]) -> Document[S]:
-    """Read a file and check it against its tables. Raises one ConfigError that tells all problems."""
+    """Read and validate a file. Raises one ConfigError that lists all problems."""
     path = Path(path)
     text = _read_text(path)
     try:
@@ -208,12 +188,12 @@ def read_document(path: str | Path, overrides: Sequence[str], schema: type[S]) -
         problems += [_problem(details, schema, values, path, origins) for details in invalid.errors()]
     raise_all(problems, path)
     if checked is None:
-        raise InvariantError("a file was found wrong, and no problem was found", where=str(path))
+        raise InvariantError("a file is invalid, but no problem was found", where=str(path))
     return Document(path, checked, origins)
 
 
 def raise_all(problems: Sequence[ConfigError], path: Path) -> None:
-    """Raise the only problem, or one error that lists them all; nothing if there are none."""
+    """Raise the only problem, or one error that lists all problems, if there are any."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -229,7 +209,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         folder = path if path.is_dir() else path.parent
         files = (*folder.glob("*.toml"), *folder.glob("*/*.toml"))
-        near = sorted(str(file.relative_to(folder)) for file in files if file.name not in OTHERS_FILES)
+        near = sorted(str(file.relative_to(folder)) for file in files if file.name not in FOREIGN_FILES)
         what = f"there is no recipe {path}" if not path.exists() else f"the recipe {path} can't be read"
         hint = hint_nearest(path.name, near) or (f"in {folder} there are {', '.join(near[:5])}, ..." if near else None)
         raise ConfigError(what, where=str(path.absolute()), got=error.strerror, hint=hint) from None
@@ -238,7 +218,7 @@ def _read_text(path: Path) -> str:
 def _problem(
     details: ErrorDetails, schema: type[Table], values: dict[str, Any], path: Path, origins: dict[KeyPath, str]
 ) -> ConfigError:
-    """What pydantic found, in our words."""
+    """Describe a problem that pydantic found."""
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return _relocated(cause, schema, path, origins)
@@ -263,15 +243,15 @@ def _unknown_hint(loc: KeyPath, schema: type[Table]) -> str | None:
     hint = nearest(name, table.model_fields)
     if len(loc) > 1 and name in schema.model_fields:
         if _table_named(name, schema):
-            return f"[{name}] is a table of its own"
+            return f"[{name}] is a separate table"
         return f"{name} belongs at the top of the file, above the first [table]"
     if "arguments" in table.model_fields and not hint.startswith("did"):
-        return f"{hint}; what is passed on goes into {dotted((*loc[:-1], 'arguments'))}"
+        return f"{hint}; arguments of the function go into {dotted((*loc[:-1], 'arguments'))}"
     return hint
 
 
 def _table_at(loc: KeyPath, schema: type[Table]) -> type[Table] | None:
-    """The table that a key's last name is (or should have been) in."""
+    """The table that contains, or should contain, the last name of a key."""
     table: type[Table] | None = schema
     for name in loc[:-1]:
         if isinstance(name, str) and table is not None:
@@ -280,7 +260,7 @@ def _table_at(loc: KeyPath, schema: type[Table]) -> type[Table] | None:
 
 
 def _table_named(name: str, outer: type[Table]) -> type[Table] | None:
-    """The table that may be given under a name (once, or in an array), if it's a table that may be."""
+    """The table class of a field, or of the items of a field; None if it is not a table."""
     field = outer.model_fields.get(name)
     annotation = field.annotation if field else None
     kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
@@ -288,7 +268,7 @@ def _table_named(name: str, outer: type[Table]) -> type[Table] | None:
 
 
 def _real_key(loc: KeyPath, values: Any) -> KeyPath:
-    """pydantic puts names of types between a nested value's keys, and names what's missing: keep what's there."""
+    """The part of pydantic's location that exists in `values`: it also names types, and missing keys."""
     key: KeyPath = ()
     name: Any
     for name in loc:
@@ -311,4 +291,4 @@ def _origin(path: Path, origins: dict[KeyPath, str], key: KeyPath) -> str:
     for length in range(len(key), 0, -1):
         if key[:length] in origins:
             return origins[key[:length]]
-    return f"{path}:1"  # a table that isn't there at all
+    return f"{path}:1"  # the table does not exist

@@ -255,7 +255,7 @@ def _cast_frozen(model: nn.Module, precision: str, device: torch.device, pending
     for module in model.modules():
         for param in module.parameters(recurse=False):
             if not param.requires_grad:
-                # Reading a parameter without values would give memory to pages that nothing has touched.
+                # Reading a parameter without values would allocate memory for its untouched pages.
                 cast = partial(torch.empty_like, param.data) if id(param) in without_values else param.data.to
                 param.data = cast(device=device, dtype=storage_dtype(module, param, precision))
         for name, buffer in module.named_buffers(recurse=False):

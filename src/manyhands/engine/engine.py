@@ -198,7 +198,7 @@ class StepEngine:
         except BaseException as error:
             if not (isinstance(error, NumericsError) and getattr(error, "nothing_changed", False)):
                 self._failed = error
-                # First tell the peers, so that they raise this error instead of waiting for this worker's next call.
+                # First notify the peers, so that they raise this error instead of waiting for this worker's next call.
                 self.group.fail(error)
                 self._unsharder.abort()
                 for unit in self.units:

@@ -17,8 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from manyhands.config import nearest
 from manyhands.errors import ConfigError
+from manyhands.options import nearest
 
 
 class Placement(Enum):

@@ -62,7 +62,7 @@ def _error_about(root_cause: WorkerEnd, notices: Sequence[Failure], ends: Sequen
     notice = notices[0] if notices else None
     reported, raised = None if failure is None else failure.error(), ""
     if failure is not None and isinstance(reported, WorkerError):
-        # Its peers or the launcher gave it up, and it repeats their report.
+        # Its peers or the launcher declared it lost, and it repeats their report.
         what = reported.what
     elif failure is not None:
         raised = f"{failure.kind}: {failure.first_line}"
@@ -122,7 +122,7 @@ def _detail(
         parts.append(f"the last lines of worker {root_cause.rank}:\n{root_cause.log_tail}")
     for end in ends:
         other = end.failure
-        # Omit workers that only report the root cause, repeat its message, or were only told to end.
+        # Omit workers that only report the root cause, repeat its message, or were only requested to end.
         repeats = other is not None and (
             other.root_cause == root_cause.rank or (failure and other.message == failure.message)
         )
@@ -217,7 +217,7 @@ def _is_accident(error: WorkerError) -> bool:
 
 
 def _fault_of(error: WorkerError) -> tuple[Position, str] | None:
-    """Return where a worker raised what; None if it was killed or stalled, which may be chance."""
+    """Return a worker's exception and its position; None if it was killed or stalled, which may be chance."""
     return (error.position._replace(activity=""), error.raised) if error.raised else None
 
 

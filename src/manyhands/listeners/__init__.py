@@ -1,1 +1,1 @@
-"""What a run writes and shows."""
+"""Listeners: they write the metrics of a run to a terminal, to its run directory, and to TensorBoard."""

@@ -33,7 +33,7 @@ RUN_FORMAT = "manyhands run 2"
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 
 _BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl", "events.jsonl", LOCK)
-"""What a run may have written before its manifest."""
+"""Names of the files and folders that a run may have written before its manifest."""
 
 
 class RunDirectory:
@@ -156,8 +156,8 @@ class RunDirectory:
     def truncate_metrics(self, step: int) -> None:
         """Remove the metrics from step `step` on, for a run that resumes there. Atomic. Raises DataError."""
         if self.metrics.exists():
-            kept = [metrics for metrics in self.read_metrics() if metrics.step < step]
-            lines = [json.dumps(numbers(dataclasses.asdict(m)), allow_nan=False) + "\n" for m in kept]
+            earlier = [metrics for metrics in self.read_metrics() if metrics.step < step]
+            lines = [json.dumps(numbers(dataclasses.asdict(m)), allow_nan=False) + "\n" for m in earlier]
             _write(self.metrics, "".join(lines))
 
 
@@ -261,7 +261,7 @@ def _refuse_foreign(path: Path) -> None:
     ours = all(name in _BEFORE_MANIFEST or (name[0] == "." and name.endswith(".tmp")) for name in entries)
     if not path.is_dir() or not ours:
         raise ConfigError(
-            "run_dir names something that is not a run directory",
+            "run_dir exists, but is not a run directory",
             where=str(path.absolute()),
             expected="a new path, an empty directory, or the directory of an earlier run",
             got=f"a directory with {', '.join(sorted(entries)[:5])}" if path.is_dir() else "a file",

@@ -29,7 +29,7 @@ def admit(model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if buffer.layout != torch.strided or buffer.device.type == "meta":
             raise ConfigError(
-                f"buffer {name!r} can't be kept", expected="a dense tensor with values", got=_described(buffer)
+                f"buffer {name!r} is not supported", expected="a dense tensor with values", got=_described(buffer)
             )
     if not any(param.requires_grad for param in model.parameters()):
         raise ConfigError(
@@ -149,7 +149,7 @@ class ParamGuard:
         for name, param in self._known.items():
             if param.grad is not None:
                 raise ConfigError(
-                    f"parameter {name!r} has a gradient already before the step",
+                    f"parameter {name!r} already has a gradient before the step",
                     hint="set its .grad to None after your own backward",
                 )
 
@@ -187,7 +187,7 @@ class ParamGuard:
         moved = (name for name, address in addresses if self._known[name].data_ptr() != address)
         for name in chain(*(holder.not_bound() for holder in self._holders), moved):
             raise ConfigError(
-                f"parameter {name!r} was given other data after the engine was created",
+                f"parameter {name!r} was assigned other data after the engine was created",
                 hint="the recipe decides dtype and device: do not call .to(), .half() or assign param.data",
             )
         for name, version in self._versions.items():

@@ -107,7 +107,7 @@ class CompiledModules:
         return tuple(self._modules)
 
     def undo(self) -> None:
-        """Restore the modules' own forwards."""
+        """Restore the modules' original forward methods."""
         for name, module in self._modules.items():
             module.__dict__.pop("forward", None)
             if self._own[name] is not None:
@@ -127,7 +127,7 @@ class CompiledModules:
                 self._computing = False
 
     def around(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Replace each module inside a compiled module by that one: hooks must stay outside of compiled code."""
+        """Replace names of modules inside a compiled module by its name: hooks must stay outside of compiled code."""
         return tuple(dict.fromkeys(self._outer(name) or name for name in names))
 
     def refuse_inside(self, patterns: Sequence[str], what: str) -> None:
@@ -170,7 +170,8 @@ class CompiledModules:
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise ConfigError(
-                f"a forward was compiled {MAX_COMPILATIONS} times, and is needed for one more shape or number",
+                f"a forward was compiled {MAX_COMPILATIONS} times, and would have to be compiled for another shape "
+                "or number",
                 hint="pad batches to a few lengths, and do not use step counters in forward; or set compile = false",
             ) from error
         finally:
@@ -178,7 +179,7 @@ class CompiledModules:
 
 
 def compiler_identity(compiles: bool) -> dict[str, str]:
-    """What decides the bits of compiled code: the compiler, its vector instructions and its settings.
+    """The facts that decide the bits of compiled code: the compiler, its vector instructions and its settings.
 
     Empty if not `compiles`. Raises ConfigError if there is no working compiler.
     """
@@ -192,7 +193,7 @@ def compiler_identity(compiles: bool) -> dict[str, str]:
         version = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     except (InvalidCxxCompiler, OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(
-            "recipe.compile needs a C++ compiler, and there is none that works",
+            "recipe.compile needs a working C++ compiler, and none was found",
             expected="g++, or the one that the environment variable CXX names",
             got=str(error).partition("\n")[0],
             hint="install one (apt install g++), or set compile = false",

@@ -1,4 +1,4 @@
-"""Activation checkpointing: recompute activations in backward instead of keeping them.
+"""Activation checkpointing: recompute activations in backward instead of storing them.
 
 Uses torch.utils.checkpoint without reentrant autograd (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
 arXiv 1604.06174). The recomputation must give the same bits, so it starts from the same generator states and the same
@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from manyhands.config import nearest
 from manyhands.errors import ConfigError
 from manyhands.numerics.seeds import generators_state, preserved_generators, restore_generators
+from manyhands.options import nearest
 
 
 def checkpoint_activations(

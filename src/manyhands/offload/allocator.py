@@ -81,9 +81,8 @@ class DiskAllocator(Allocator):
         self.scratch = folder
         check_scratch(folder)
         self._maps: list[tuple[int, int]] = []  # addresses [start, end), in ascending order
-        self._held: list[
-            Tensor
-        ] = []  # keeps the mappings, so that these addresses are not reused while the allocator lives
+        # References to the mappings, so that their addresses are not reused while the allocator lives.
+        self._held: list[Tensor] = []
         self._free = 0  # bytes left in the last slab
         self._slab: Tensor | None = None
         self._behind: deque[tuple[int, int]] = deque()
@@ -198,7 +197,7 @@ def _call(name: str, address: int, num_bytes: int, what: int) -> None:
 
 
 UNSHARED_USE_COUNT = 2
-"""The use count of a storage that only its buffer, and the object that asks, refer to."""
+"""The use count of a storage to which only its buffer and the caller refer."""
 
 
 class BufferPool:
@@ -223,9 +222,8 @@ class BufferPool:
         for index in similar:
             if free[index].numel() >= numel:
                 buffer = free.pop(index)
-                return buffer.set_(
-                    buffer.untyped_storage(), 0, (numel,), (1,)
-                )  # not a view: that would raise the use count
+                # Not a view, because a view would raise the use count.
+                return buffer.set_(buffer.untyped_storage(), 0, (numel,), (1,))
         if similar:
             self.num_bytes -= free.pop(similar[0]).nbytes
         self.num_bytes += numel * dtype.itemsize

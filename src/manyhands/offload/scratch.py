@@ -35,7 +35,7 @@ def map_file(folder: Path, num_bytes: int) -> Tensor:
     except OSError as error:
         raise cannot_use(folder, error) from error
     finally:
-        os.close(fd)  # the mapping keeps the file
+        os.close(fd)  # the mapping keeps the file alive
 
 
 def open_unnamed(folder: Path, num_bytes: int) -> int:
@@ -160,7 +160,7 @@ class ProcessArena:
         try:
             return _map(fd, num_bytes)
         finally:
-            os.close(fd)  # the mapping keeps the memory
+            os.close(fd)  # the mapping keeps the memory alive
 
     def seal(self) -> None:
         while self._created:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from manyhands.errors import ConfigError
-from manyhands.prepare.io.listing import FORMATS, find_files, split_files
-from manyhands.prepare.io.writing import check_format
+from manyhands.prepare.io.formats import check_output_format, find_input, split_files
+from manyhands.prepare.io.listing import find_files
 from manyhands.prepare.job.output import PrepareSummary
 from manyhands.prepare.options import JobOptions, options_of
 from manyhands.prepare.plan.plan import (
@@ -15,7 +15,7 @@ from manyhands.prepare.plan.plan import (
     Arranged,
     Cached,
     Counting,
-    Given,
+    InMemory,
     Node,
     Output,
     Plan,
@@ -46,11 +46,15 @@ _JOINS = ("inner", "left", "right", "outer")
 
 
 class Dataset:
-    """Records, and what is done with them: each method returns a new Dataset. Functions are plain Python functions.
+    """A lazy, ordered collection of records with the operations to apply to them.
 
-    A record is what a function makes of it; rows of tables and JSON objects are dicts, lines of text are `str`.
-    Functions must be pure: what they return depends on their arguments alone. `write`, `take` and `count` run the job
-    with the options of `How` (workers, memory, max_bad_records, engine, progress): none changes a byte of the output.
+    Methods such as `map`, `sort_by` and `join` compute nothing: each returns a new Dataset. `write`, `take` and `count`
+    run the job. They accept the keyword arguments of `JobOptions` (workers, memory, max_bad_records, engine, progress),
+    none of which changes a byte of the output.
+
+    A record may be any Python object. Lines of text are read as `str`; JSON objects and rows of tables are read as
+    dicts. The functions that a Dataset applies are plain Python functions. They must be pure: the result may depend on
+    the arguments only, because a task can run more than once and on any worker.
 
     Example:
         counts = (
@@ -75,17 +79,23 @@ class Dataset:
         types: Mapping[str, str] | None = None,
         partition_bytes: int = PARTITION_BYTES,
     ) -> Dataset:
-        """The records of files: `text` (lines), `jsonl`, `parquet`, `csv`; the lines also compressed by gzip or zstd.
+        """Read the records of files.
 
-        paths: files, folders and globs, local or any address of fsspec (`s3://...`); they are looked up now. format:
-        without it, the files' suffixes tell. columns: of Parquet files, only these. types: of CSV columns, which are
-        text otherwise, such as {"age": "int64"}. partition_bytes: about how much one task reads; it decides the
-        files of the output. Raises DataError if a path names no file or Parquet files differ, ConfigError for a format.
+        paths: files, folders and globs; local paths or any address that fsspec supports (`s3://...`). They are resolved
+            when `read` is called.
+        format: `text` (one record a line), `jsonl`, `parquet` or `csv`. By default, the suffix of each file decides.
+            Files may be compressed by gzip or zstd (`.gz`, `.zst`), except Parquet.
+        columns: the columns to read from Parquet files (default: all).
+        types: the types of CSV columns, such as {"age": "int64"}; all other columns are text.
+        partition_bytes: about how much input one task reads. It determines how the output is divided into files.
+
+        Raises DataError if a path matches no file, or if Parquet files can't be read or have different columns.
+        Raises ConfigError if the format is unknown.
         """
         if partition_bytes < 1:
-            raise ConfigError("partition_bytes is not a whole number of at least 1", got=partition_bytes)
-        if format is not None and format not in FORMATS:
-            raise ConfigError("there is no such input format", expected=", ".join(FORMATS), got=repr(format))
+            raise ConfigError("partition_bytes is not an integer of at least 1", got=partition_bytes)
+        if format is not None:
+            find_input(format)  # raises ConfigError if it is unknown
         files = find_files([paths] if isinstance(paths, str) else paths)
         splits = split_files(files, format, partition_bytes)
         return cls(
@@ -100,58 +110,68 @@ class Dataset:
 
     @classmethod
     def from_records(cls, records: Iterable[Any], *, partition_bytes: int = PARTITION_BYTES) -> Dataset:
-        """Records that are at hand: a list, say. They travel with the plan, so let them be few."""
-        held = list(records)
-        step = max(1, len(held) * partition_bytes // max(1, size_bytes(held)))
-        parts = tuple(tuple(held[start : start + step]) for start in range(0, len(held), step))
-        return cls(Given(parts, partition_bytes))
+        """Create a Dataset from records in memory, such as a list.
+
+        The records are part of the plan that is sent to every worker, so pass few of them.
+        """
+        in_memory = list(records)
+        step = max(1, len(in_memory) * partition_bytes // max(1, size_bytes(in_memory)))
+        parts = tuple(tuple(in_memory[start : start + step]) for start in range(0, len(in_memory), step))
+        return cls(InMemory(parts, partition_bytes))
 
     def map(self, function: Callable[[Any], Any]) -> Dataset:
-        """`function(record)` in place of each record."""
-        return self._step(Map(function))
+        """Replace each record by `function(record)`."""
+        return self._with_step(Map(function))
 
     def flat_map(self, function: Callable[[Any], Iterable[Any]]) -> Dataset:
-        """All that `function(record)` returns or yields, in place of each record."""
-        return self._step(FlatMap(function))
+        """Replace each record by all the records that `function(record)` returns or yields."""
+        return self._with_step(FlatMap(function))
 
     def filter(self, function: Callable[[Any], object]) -> Dataset:
-        """The records for which `function(record)` is true."""
-        return self._step(Filter(function))
+        """Select the records for which `function(record)` is true."""
+        return self._with_step(Filter(function))
 
     def map_batches(self, function: Callable[[Any], Any], *, form: str = "arrow") -> Dataset:
-        """`function(batch)` in place of some records at a time: an Arrow table, or with form="numpy" a dict of arrays.
+        """Replace each batch of records by `function(batch)`.
 
-        It returns a table, a dict of columns or a list of records. Batches are cut by the data alone.
+        function: takes an Arrow table, or a dict of NumPy arrays if form="numpy". It returns a table, a dict of columns
+        or a list of records. Where batches start and end depends on the data only, not on the workers or the memory.
+        Raises ConfigError if `form` is unknown.
         """
         if form not in ("arrow", "numpy"):
-            raise ConfigError("there is no such form of batches", expected="arrow, numpy", got=repr(form))
-        return self._step(MapBatches(function, form))
+            raise ConfigError("unknown form of batches", expected="arrow, numpy", got=repr(form))
+        return self._with_step(MapBatches(function, form))
 
     def key_by(self, key: Callable[[Any], Any]) -> Dataset:
-        """`(key(record), record)` in place of each record."""
-        return self._step(KeyBy(key))
+        """Replace each record by the pair `(key(record), record)`."""
+        return self._with_step(KeyBy(key))
 
     def sample(self, fraction: float, *, seed: int = 0) -> Dataset:
-        """About this fraction of the records, chosen by their position: the same ones every time."""
+        """Select about this fraction of the records at random.
+
+        The choice depends only on the seed and the positions of the records, so it is the same in every run. Raises
+        ConfigError if `fraction` is not between 0 and 1.
+        """
         if not 0 <= fraction <= 1:
-            raise ConfigError("a fraction is from 0 to 1", got=fraction)
-        return self._step(Sample(fraction, seed))
+            raise ConfigError("fraction is not between 0 and 1", got=fraction)
+        return self._with_step(Sample(fraction, seed))
 
     def group_by(self, key: KeyLike = None) -> GroupedDataset:
-        """The records with the same key together: a function of the record, the name of a column or several, or the
-        record itself.
+        """Group the records that have the same key; call `aggregate` on the result.
 
-        Keys are numbers, text, bytes or tuples of them. A record whose key is None or NaN is a bad record.
+        key: a function of the record, the name of a column, several such names, or None for the record itself. Keys are
+        numbers, text, bytes or tuples of them. A record whose key is None or NaN is a bad record (`max_bad_records`).
         """
         return GroupedDataset(self._node, key_from(key))
 
     def sort_by(self, key: KeyLike = None, *, descending: bool = False) -> Dataset:
-        """In the order of keys, over all output files; records with equal keys in the order of the input.
+        """Sort the records by key, across all output files.
 
-        The key is what it is for `group_by`; keys are of one type.
+        The sort is stable: records with equal keys stay in the order of the input, also if `descending`. The key is
+        specified as in `group_by`. All keys must be of one type.
         """
         arrangement = ByKey(key_from(key), f"sort by {key_name(key)}")
-        return self._arranged(arrangement, Sorted(columns_of(key_from(key)), descending))
+        return self._with_shuffle(arrangement, Sorted(columns_of(key_from(key)), descending))
 
     def join(
         self,
@@ -161,44 +181,56 @@ class Dataset:
         how: str = "inner",
         other_on: KeyLike = None,
     ) -> Dataset:
-        """Pairs `(record, other's record)` with the same key, in the order of the keys.
+        """Pair each record with the records of `other` that have the same key.
 
-        on: the key, as for `group_by`; other_on: that of the other's records, where it's another. how: "inner", "left",
-        "right", "outer": a record without a partner is dropped, or paired with None. A key may have more records than
-        fit into memory, on both sides.
+        The result holds tuples `(record, other_record)` in the order of the keys. On both sides, one key may have more
+        records than fit into memory.
+
+        on: the key, specified as in `group_by`.
+        how: "inner" drops records without a partner. "left" pairs those of this Dataset with None, "right" those of
+            `other`, "outer" both.
+        other_on: the key of the records of `other`, if it differs from `on`.
+
+        Raises ConfigError if `how` is unknown.
         """
         if how not in _JOINS:
-            raise ConfigError("there is no such join", expected=", ".join(_JOINS), got=repr(how))
+            raise ConfigError("unknown join", expected=", ".join(_JOINS), got=repr(how))
         keys = [key_from(on), key_from(on if other_on is None else other_on)]
-        arrangements = [
-            ByKey(key, f"join on {key_name(name)}") for key, name in zip(keys, (on, other_on or on), strict=True)
-        ]
+        titles = [f"join on {key_name(name)}" for name in (on, other_on or on)]
         by = columns_of(keys[0]) if columns_of(keys[0]) == columns_of(keys[1]) else ()
-        if not by and any(map(columns_of, keys)):  # one side by columns, the other by a function: both as records
-            arrangements = [
-                ByKey(as_function(key), arrangement.what) for key, arrangement in zip(keys, arrangements, strict=True)
-            ]
+        if not by and any(map(columns_of, keys)):
+            # The sides are not keyed by the same columns, so their tables can't be compared: join them as records.
+            keys = [as_function(key) for key in keys]
+        arrangements = [ByKey(key, title) for key, title in zip(keys, titles, strict=True)]
         return Dataset(Arranged((self._node, other._node), tuple(arrangements), Joined(how, by)))
 
     def distinct(self, key: KeyLike = None) -> Dataset:
-        """The first record with each key, in the order of the keys; without a key, of each content, in some order."""
+        """Select the first record with each key, in the order of the keys.
+
+        Without a key, records with equal content are duplicates. The order of the result is then unspecified, but the
+        same in every run.
+        """
         by = content_key if key is None else key_from(key)
         grouping = Grouping(by, {"record": Aggregate.first()})
-        return self._arranged(ByGroup(grouping, f"distinct {key_name(key)}"), Grouped(grouping, (), bare=True))
+        return self._with_shuffle(ByGroup(grouping, f"distinct {key_name(key)}"), Grouped(grouping, (), bare=True))
 
     def shuffle(self, seed: int) -> Dataset:
-        """In an order that looks random and depends on the seed and the positions alone."""
-        return self._arranged(ByPosition(seed, f"shuffle with seed {seed}"), Sorted((ORDER_COLUMN,)))
+        """Shuffle the records into a pseudorandom order that depends only on the seed and their positions."""
+        return self._with_shuffle(ByPosition(seed, f"shuffle with seed {seed}"), Sorted((ORDER_COLUMN,)))
 
     def repartition(self) -> Dataset:
-        """As they are, in partitions of even size: after a filter that left little of each, say."""
-        return self._arranged(ByPosition(None, "repartition"), Sorted((ORDER_COLUMN,)))
+        """Divide the same records, in the same order, into partitions of even size.
+
+        Useful after a filter that left few records in each partition.
+        """
+        return self._with_shuffle(ByPosition(None, "repartition"), Sorted((ORDER_COLUMN,)))
 
     def cache(self, folder: str | None = None) -> Dataset:
-        """Kept when they have been computed once: later jobs read them from there, without computing or parsing.
+        """Store the records once they have been computed; later jobs read them without computing or parsing.
 
-        folder: where, also for later runs of the script; without it, a temporary one as long as this process lives.
-        They are read through the system's page cache: from memory, as far as there is any.
+        folder: where to store them, so that later runs of the script can use them, too. By default, a temporary folder
+        that exists until this process exits. Cached records are read through the operating system's page cache, so
+        from memory as far as it suffices.
         """
         from manyhands.prepare.job.output import temporary_job_folder
 
@@ -211,83 +243,97 @@ class Dataset:
         format: str = "jsonl",
         schema: pa.Schema | None = None,
         overwrite: bool = False,
-        **how: Unpack[JobOptions],
+        **job_options: Unpack[JobOptions],
     ) -> PrepareSummary:
-        """Run the job, and write its records into files of a folder, one a partition; what that came to.
+        """Run the job and write its records into a folder, one file a partition; return a summary.
 
-        format: parquet, jsonl or text; the lines also as jsonl.gz, text.zst and so on; or tokens, for records with a
-        list `tokens` each, which `mh.TokenFile` reads. schema: the columns of Parquet files; without it, those of the
-        records. overwrite: replace the output of another job. how: see `How`.
+        folder: the output folder. `_manifest.json` is written last: if it exists, the output is complete.
+        format: `jsonl` or `text` (also compressed: `jsonl.gz`, `jsonl.zst`, `text.gz`, `text.zst`), `parquet`, or
+            `tokens`, which `mh.TokenFile` reads, for records with a list `tokens` each.
+        schema: the columns of Parquet files (default: inferred from the records).
+        overwrite: replace the output of another job. Other files are never replaced.
+        job_options: workers, memory and so on; see `JobOptions`.
 
-        The folder's `_manifest.json` is written last: with it, the output is whole. The same call goes on where a
-        killed one ended, and returns at once if the output is there. Raises DataError for data that can't be used,
-        ConfigError for a folder with something else in it, WorkerError for a task that ends its workers every time.
+        If an earlier run of the same job was killed, the call resumes it. If the output is already complete, the call
+        returns at once.
+
+        Raises DataError if the data can't be read, processed or written. Raises ConfigError if an option is invalid or
+        the folder holds something else. Raises WorkerError if a task makes its worker exit at every attempt.
         """
         from manyhands.prepare.job.output import write_output
 
-        options = options_of(how)
-        plan = self._plan(Output(check_format(format), schema), how)
+        options = options_of(job_options)
+        plan = self._plan(Output(check_output_format(format), schema), job_options)
         return write_output(plan, folder, options, overwrite=overwrite)
 
-    def count(self, **how: Unpack[JobOptions]) -> int:
-        """Run the job; how many records come out."""
+    def count(self, **job_options: Unpack[JobOptions]) -> int:
+        """Run the job and return the number of records."""
         from manyhands.prepare.job.output import run_temporarily
         from manyhands.prepare.job.stages import run_stages
 
-        options, plan = options_of(how).alone(), self._plan(Counting(), how)
+        options = options_of(job_options).alone()
+        plan = self._plan(Counting(), job_options)
         return int(
             run_temporarily(
                 plan, options, lambda job, progress: run_stages(plan, plan.stages, job, options, progress)[-1].records
             )
         )
 
-    def take(self, count: int, **how: Unpack[JobOptions]) -> list[Any]:
-        """The first records. Only as much is read as that takes, unless they must be arranged."""
+    def take(self, count: int, **job_options: Unpack[JobOptions]) -> list[Any]:
+        """Return the first `count` records.
+
+        Only as much input is read as needed, unless the records must be sorted, grouped, joined or shuffled first.
+        """
         from manyhands.prepare.job.output import first_records
 
-        options, plan = options_of(how).alone(), self._plan(Counting(), how)
+        options = options_of(job_options).alone()
+        plan = self._plan(Counting(), job_options)
         return first_records(plan, count, options)
 
     def explain(self, *, format: str = "jsonl") -> str:
-        """The plan of `write`, in that format: stages, their steps and their partitions.
+        """Return a description of the plan that `write` would run for this format: stages, steps and partitions.
 
-        Caches that aren't there yet are shown as computed. Raises ConfigError for a format.
+        Caches are ignored: the plan shows how their records are computed. Raises ConfigError if the format is unknown.
         """
-        return make_plan(_without_caches(self._node), Output(check_format(format), None)).explain()
+        return make_plan(_without_caches(self._node), Output(check_output_format(format), None)).explain()
 
     @property
     def identity(self) -> str:
-        """64 hex digits that stand for the records: the same as long as files, functions and options are."""
+        """A hash (64 hex digits) that changes if the input files, the functions or their options change."""
         return make_plan(_without_caches(self._node), Counting()).identity
 
-    def _plan(self, end: Output | Counting, how: JobOptions) -> Plan:
+    def _plan(self, end: Output | Counting, job_options: JobOptions) -> Plan:
         from manyhands.prepare.job.output import with_caches
 
-        return make_plan(with_caches(self._node, options_of(how)), end)
+        return make_plan(with_caches(self._node, options_of(job_options)), end)
 
-    def _step(self, operation: Operation) -> Dataset:
+    def _with_step(self, operation: Operation) -> Dataset:
         return Dataset(Step(self._node, operation))
 
-    def _arranged(self, arrangement: Arrangement, reducer: Any) -> Dataset:
+    def _with_shuffle(self, arrangement: Arrangement, reducer: Any) -> Dataset:
         return Dataset(Arranged((self._node,), (arrangement,), reducer))
 
 
 class GroupedDataset:
-    """Records by key: what `Dataset.group_by` returns."""
+    """Records grouped by key. Returned by `Dataset.group_by`."""
 
     def __init__(self, node: Node, key: Key) -> None:
         self._node, self._key = node, key
 
     def aggregate(self, **aggregates: Aggregate) -> Dataset:
-        """A record per group, in the order of the keys: a dict of the key and one value for each aggregate.
+        """Return one record for each group, in the order of the keys.
 
-        The key's columns have their names; what a function returns is called `key`. Aggregates are evaluated in the
-        tasks that read the records first, so that only one state per group and task travels. Raises ConfigError.
+        The record is a dict of the key and of each aggregate's value under the aggregate's name. If the key consists of
+        columns, they keep their names; otherwise the key is called `key`. Each task that reads records aggregates its
+        own first, so only one state per group and task is shuffled.
+
+        Raises ConfigError if there is no aggregate, if an aggregate has the name of a key, or if an argument is not an
+        Aggregate.
         """
         names = self._key if isinstance(self._key, tuple) else ("key",)
         if not aggregates or set(names) & set(aggregates):
             raise ConfigError(
-                "aggregate wants one aggregate or more, named otherwise than the key",
+                "aggregate needs at least one aggregate, and none may have the name of a key",
                 got=", ".join(aggregates) or "none",
                 hint="group_by(...).aggregate(count=mh.Aggregate.count())",
             )
@@ -300,7 +346,7 @@ class GroupedDataset:
 
 
 def _without_caches(node: Node) -> Node:
-    """The same, as if nothing were kept."""
+    """Return a copy of the node in which each Cached node is replaced by its parent."""
     if isinstance(node, Step):
         return Step(_without_caches(node.parent), node.operation)
     if isinstance(node, Arranged):

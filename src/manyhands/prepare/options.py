@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from manyhands.errors import ConfigError
 from manyhands.formatting import GIB, MIB, format_bytes
+from manyhands.options import check_options, declared, option, options
 from manyhands.surroundings import Rank, parse_rank
 
 if TYPE_CHECKING:
@@ -61,38 +62,53 @@ _UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB":
 
 
 class JobOptions(TypedDict, total=False):
-    """Keyword arguments of every method that runs a job.
-
-    workers: processes on this machine (default: one per CPU; 0: tasks run in this process).
-    memory: for all workers together, in bytes or as text like "2GiB" (default: 70 % of the machine's). If it is too
-        little for all workers, fewer run.
-    max_bad_records: how many records may be set aside (default 0).
-    engine: where tasks run: "dask://scheduler:8786", "ray" or "ray://head:10001"; "rank 2 of 8", or "ranks" if the
-        scheduler sets the rank, for one of several runs of the script that share the work; or an object with `submit`.
-    progress: show progress on standard error (default: True).
-    """
+    """Keyword arguments of every method that runs a job, for type checkers; `Options` declares and describes them."""
 
     workers: int | None
+    engine: JobEngine | str | None
     memory: int | str | None
     max_bad_records: int
-    engine: JobEngine | str | None
     progress: bool
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Options:
-    """`JobOptions`, checked. Raises ConfigError."""
+    """How a job runs. Raises ConfigError. `engine` may also be an object with the methods of `JobEngine`."""
 
-    workers: int | None = None
-    memory: int | str | None = None
-    max_bad_records: int = 0
-    engine: JobEngine | str | None = None
-    progress: bool = True
+    workers: int | None = option(
+        default=None,
+        at_least=0,
+        flags=("--workers", "-n"),
+        flag_type=int,
+        metavar="N",
+        help="Worker processes on this machine (default: one per CPU). 0: tasks run in the main process.",
+    )
+    engine: JobEngine | str | None = option(
+        default=None,
+        flags=("--engine",),
+        metavar="NAME",
+        help="Where tasks run instead: dask://scheduler:8786, ray or ray://head:10001. Or for one of several runs of "
+        "the same script that share the work: 'rank 2 of 8', or ranks if a scheduler such as Slurm sets the rank.",
+    )
+    memory: int | str | None = option(
+        default=None,
+        flags=("--memory",),
+        metavar="SIZE",
+        help="Memory for all workers together: 2GiB, 512MiB, or a number of bytes (default: 70 % of the machine's). If "
+        "it is too little for all workers, fewer run.",
+    )
+    max_bad_records: int = option(
+        default=0,
+        at_least=0,
+        flags=("--max-bad-records",),
+        flag_type=int,
+        metavar="N",
+        help="Number of unreadable or failing records that may be set aside.",
+    )
+    progress: bool = option(default=True, help="Show progress on standard error.")
 
     def __post_init__(self) -> None:
-        for name, value in (("workers", self.workers), ("max_bad_records", self.max_bad_records)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ConfigError(f"{name} is not an integer of at least 0", got=repr(value))
+        check_options(self, prefix="")
         if self.memory is not None and self.total_bytes() < LEAST_BYTES:
             raise ConfigError(
                 "memory is too little for one worker",
@@ -110,6 +126,10 @@ class Options:
         """The number of processes on this machine; fewer than requested if the memory is too little for all."""
         return min(self.workers or _cpus(), max(1, self.total_bytes() // LEAST_BYTES))
 
+    def keywords(self) -> JobOptions:
+        """The options as keyword arguments."""
+        return cast("JobOptions", {name: getattr(self, name) for name in declared(Options)})
+
     def described(self) -> dict[str, Any]:
         """The options as a job's events record them."""
         where = self.engine if isinstance(self.engine, str) else type(self.engine).__name__
@@ -125,7 +145,7 @@ class Options:
 def options_of(keywords: JobOptions) -> Options:
     """Check the options that a caller passed. Raises ConfigError for an unknown option."""
     given: dict[str, Any] = dict(keywords)
-    known = [field.name for field in fields(Options)]
+    known = list(declared(Options))
     for name in given:
         if name not in known:
             near = get_close_matches(name, known, 1)

@@ -20,13 +20,13 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
-from manyhands.prepare.io.reading import read_split
+from manyhands.prepare.io.formats import open_writer, output_file_name, read_split
 from manyhands.prepare.io.run_file import RunFileWriter, is_intact, read_blocks, read_index
-from manyhands.prepare.io.writing import Writer, open_writer, output_file_name
-from manyhands.prepare.plan.plan import Counting, Given, Kept, Output, Plan, Read, Stage
+from manyhands.prepare.io.writing import Writer
+from manyhands.prepare.plan.plan import CachedFiles, Counting, InMemory, Output, Plan, Read, Stage
 from manyhands.prepare.records.chunks import Chunk, num_records
-from manyhands.prepare.records.pipeline import BadRecords, Pipeline, SourcedChunk, whole
-from manyhands.prepare.shuffle.reduce import EVERYTHING, KeyRange, RangeReader, rebatched
+from manyhands.prepare.records.pipeline import BadRecords, Pipeline, SourcedChunk, unchanged
+from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, RangeReader, rebatched
 from manyhands.storage.atomic import open_atomic, write_atomic
 from manyhands.storage.files import HashedFile, exists, join_path, names_in, open_to_read, read_bytes, remove
 
@@ -39,14 +39,17 @@ _EXPANSION = 10  # how much more memory records take while they are read and put
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a worker needs to run a task. inputs: the files of each stage that it reads. wanted: its range of keys."""
+    """What a worker needs to run a task.
+
+    inputs: the run files of each stage that the task reads. key_range: the keys that it reads from them.
+    """
 
     plan_path: str
     folder: str
     stage: int
     partition: int
     inputs: tuple[tuple[str, ...], ...] = ()
-    wanted: KeyRange = EVERYTHING
+    key_range: KeyRange = ALL_KEYS
     memory_bytes: int
     max_bad_records: int
 
@@ -181,7 +184,7 @@ def chunks_of(task: Task) -> Iterator[Chunk]:
     """The records of a task of a plan's last stage, computed without writing them."""
     stage = load_plan(task.plan_path).stages[task.stage]
     bad = BadRecords(task.max_bad_records)
-    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, whole)
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, unchanged)
     return pipeline.run(_pieces(task, stage, bad))
 
 
@@ -219,8 +222,8 @@ class _Written(NamedTuple):
 
 def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Written:
     arrangement: Any = stage.end
-    keyed: Callable[[Chunk], Any] = arrangement.keyed(task.partition)
-    pipeline = Pipeline(stage.operations, task.partition, bad, keyed)
+    keyer: Callable[[Chunk], Any] = arrangement.keyer(task.partition)
+    pipeline = Pipeline(stage.operations, task.partition, bad, keyer)
     path = runs_path(task.folder, task.partition)
     with open_atomic(path, first_wins=True, durable=False) as file:
         runs = RunFileWriter(file, stage.block_bytes)
@@ -238,7 +241,7 @@ def _output(task: Task, stage: Stage, bad: BadRecords) -> _Written:
     name = output_file_name(task.partition, output.form)
     path = join_path(task.folder, name)
     records = 0
-    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, whole)
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, unchanged)
     with open_atomic(path, first_wins=True, durable=False) as opened:
         file: Any = HashedFile(opened)
         writer: Writer | None = None
@@ -256,7 +259,7 @@ def _output(task: Task, stage: Stage, bad: BadRecords) -> _Written:
 
 
 def _count(task: Task, stage: Stage, bad: BadRecords) -> _Written:
-    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, whole)
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, unchanged)
     records = sum(num_records(chunk) for chunk in pipeline.run(_pieces(task, stage, bad)))
     return _Written(pipeline.records_in, records, 0)
 
@@ -271,9 +274,9 @@ def _pieces(task: Task, stage: Stage, bad: BadRecords) -> Iterator[SourcedChunk]
     source = stage.source
     if isinstance(source, Read):
         yield from read_split(source.splits[task.partition], bad, source.columns, source.types)
-    elif isinstance(source, Given):
+    elif isinstance(source, InMemory):
         yield SourcedChunk(list(source.partitions[task.partition]), _placed("given records", task.partition, 0))
-    elif isinstance(source, Kept):
+    elif isinstance(source, CachedFiles):
         seen = 0
         path = source.paths[task.partition]
         for run in read_index(path):
@@ -282,7 +285,7 @@ def _pieces(task: Task, stage: Stage, bad: BadRecords) -> Iterator[SourcedChunk]
                 seen += len(keyed)
     else:
         limit = max(4 * stage.block_bytes, (task.memory_bytes - _BASE_BYTES) // _EXPANSION)
-        readers = [RangeReader(paths, source.reducer.by, task.wanted, limit) for paths in task.inputs]
+        readers = [RangeReader(paths, source.reducer.by, task.key_range, limit) for paths in task.inputs]
         seen = 0
         for chunk in rebatched(source.reducer.reduce(readers), readers):
             yield SourcedChunk(chunk, _placed(f"stage {stage.number}", task.partition, seen))

@@ -76,7 +76,7 @@ def open_atomic(location: str | Location, *, first_wins: bool = False, durable: 
 def open_durable(location: Location, size: int) -> Iterator[IO[bytes]]:
     """A file of `size` bytes to write, synced when the block ends; for folders that are published as a unit.
 
-    It has its final name from the start: the folder that it is in is the temporary one. Raises OSError.
+    It has its final name from the start: only its folder is temporary. Raises OSError.
     """
     if isinstance(location, Address):
         with location.written(size) as file:

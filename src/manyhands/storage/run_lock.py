@@ -39,8 +39,10 @@ class FileLock:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def take(self, *, shared: bool = False, patience_seconds: float = 0.0) -> bool:
-        """Take the lock, or turn the one that is held into a shared or exclusive one. False if it is held elsewhere,
-        and still is after `patience_seconds`."""
+        """Take the lock, or convert a held lock to shared or exclusive.
+
+        False if another process still holds it after `patience_seconds`.
+        """
         deadline = time.monotonic() + patience_seconds
         while True:
             try:
@@ -77,7 +79,7 @@ def run_lock(path: Path) -> Iterator[None]:
     """
     try:
         lock = FileLock(path / LOCK)
-    except OSError:  # the code that writes there reports it
+    except OSError:  # a later write to the directory reports the error
         yield
         return
     try:

@@ -59,7 +59,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     """
     if min(steps, digest_every, keep_checkpoints, keep_every or 1) < 1:
         raise ConfigError(
-            "steps, digest_every, keep_checkpoints and keep_every count from 1",
+            "steps, digest_every, keep_checkpoints and keep_every must be at least 1",
             got=f"{steps}, {digest_every}, {keep_checkpoints}, {keep_every}",
         )
     interval = Every() if checkpoint_every is None else every(checkpoint_every)

@@ -113,10 +113,10 @@ class RunRecord:
             self.notes.append(f"resuming from step {self.engine.step_index} ({last[0]})")
         elif self._checkpoints_before not in (None, self.checkpoints) and list_checkpoints(self._checkpoints_before):
             raise ConfigError(
-                "the run has its checkpoints elsewhere, and none here",
+                "the run's checkpoints are in another location",
                 where=str(self.checkpoints),
                 expected=str(self._checkpoints_before),
-                hint="use that location, or none: the run directory records it; or copy the checkpoints here first",
+                hint="omit checkpoint_dir to use the recorded location, or copy the checkpoints here first",
             )
         elif self.engine.recipe.initial_weights is not None:
             self.notes.append(f"starting with the weights of {self.engine.recipe.initial_weights.path}")
@@ -185,7 +185,7 @@ class RunRecord:
             self._directory.append_event(event, **facts)
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events of the run so far; none on other workers than worker 0."""
+        """All events of the run so far on worker 0; an empty list on other workers."""
         return [] if self._directory is None else self._directory.read_events()
 
     def add(self, metrics: StepMetrics) -> None:

@@ -1,4 +1,4 @@
-"""Reduces gradients: what is exchanged when, and in which order it is added.
+"""Reduces gradients: when workers exchange them, and in which order they are added.
 
 There are two ways, which compute the same sum:
 

@@ -25,7 +25,7 @@ class Params(ABC):
         self.layout, self.dtype = layout, dtype
         self._params: dict[str, nn.Parameter] = {}
         self._shapes: dict[str, torch.Size] = {}
-        # The address at which each parameter's data were put. A parameter at another address was given other data by
+        # The address at which each parameter's data were put. A parameter at another address was assigned other data by
         # the model or its user; it is remembered as lost even after `_put` has replaced these data.
         self._addresses: dict[str, int] = {}
         self._lost: set[str] = set()
@@ -45,7 +45,7 @@ class Params(ABC):
         self._shapes = {name: param.shape for name, param in self._params.items()}
 
     def not_bound(self) -> list[str]:
-        """Return the parameters whose data are, or were at any time, somewhere else than where they were put."""
+        """Return the parameters whose data are, or once were, at an address that this object did not assign."""
         return [slot.name for slot in self.layout.slots if slot.name in self._lost or self._is_lost(slot.name)]
 
     def _is_lost(self, name: str) -> bool:
@@ -54,7 +54,7 @@ class Params(ABC):
 
     def _put(self, name: str, data: Tensor) -> None:
         if self._is_lost(name):
-            self._lost.add(name)  # the next line discards the evidence
+            self._lost.add(name)  # the next line overwrites the address that shows it
         self._params[name].data = data
         self._addresses[name] = data.data_ptr()
 

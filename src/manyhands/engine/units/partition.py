@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from manyhands.config import nearest
 from manyhands.errors import ConfigError
 from manyhands.layout import blocks_of, divide_evenly
+from manyhands.options import nearest
 
 SMALL_NUMEL = 1 << 18
 """Neighbours of one kind are merged up to this many elements, since every message has a fixed cost.

@@ -1,39 +1,25 @@
 """Finds input files and divides them into splits.
 
-Splits come from the data alone, never from the number of workers.
+How files are divided depends on the data and `partition_bytes` only, never on the number of workers.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import pairwise
 from typing import Any
 
-from manyhands.errors import ConfigError, DataError
+from manyhands.errors import DataError
 from manyhands.storage.files import join_path, names_in, open_to_read
 from manyhands.storage.location import file_system, is_local
-
-FORMATS = ("text", "jsonl", "parquet", "csv")
-
-_SUFFIXES = {
-    ".txt": "text",
-    ".text": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".csv": "csv",
-}
-
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What one task reads: bytes `start` to `end` of a file (end None: all), or some row groups of it."""
+    """The input of one task: bytes `start` to `end` of a file (None: up to its end), or some of its row groups."""
 
     path: str
     format: str
@@ -46,7 +32,7 @@ class Split:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file that was found. `version`: changes when its content does (time, etag), as far as the storage tells."""
+    """An input file. `version` (modification time or ETag) changes with its content; it is "" if the store has none."""
 
     path: str
     size_bytes: int
@@ -54,9 +40,10 @@ class InputFile:
 
 
 def find_files(patterns: Sequence[str]) -> list[InputFile]:
-    """The files that paths, folders and globs name, in the order of the patterns and then of their names.
+    """Find the files that paths, folders and globs match, in the order of the patterns, then of the names.
 
-    Of a folder, all files that aren't hidden (names that begin with `.` or `_`). Raises DataError if there are none.
+    A folder stands for the files directly in it, except those whose names start with `.` or `_`. Raises DataError if a
+    pattern matches no file.
     """
     found: list[InputFile] = []
     for pattern in patterns:
@@ -65,8 +52,8 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
             raise DataError(
                 "no file matches",
                 where=pattern if not is_local(pattern) else os.path.abspath(pattern),
-                expected="a file, a folder with files, or a glob that matches some",
-                hint="check the path; globs are *, ?, [...] and ** for folders in folders",
+                expected="a file, a folder with files, or a glob that matches files",
+                hint="check the path; globs may contain *, ?, [...], and ** for nested folders",
             )
         found += files
     return found
@@ -76,19 +63,19 @@ def _local_files(pattern: str) -> list[InputFile]:
     if os.path.isdir(pattern):
         paths = [join_path(pattern, name) for name in names_in(pattern) if name[0] not in "._"]
     elif has_magic(pattern) and not os.path.exists(pattern):
-        paths = sorted(path for path in glob(pattern, recursive=True) if _is_meant(path, pattern))
+        paths = sorted(path for path in glob(pattern, recursive=True) if _is_input(path, pattern))
     else:
         paths = [pattern]
-    return [
-        InputFile(path, info.st_size, str(info.st_mtime_ns))
-        for path in paths
-        if os.path.isfile(path)
-        for info in (os.stat(path),)
-    ]
+    files = []
+    for path in paths:
+        if os.path.isfile(path):
+            info = os.stat(path)
+            files.append(InputFile(path, info.st_size, str(info.st_mtime_ns)))
+    return files
 
 
-def _is_meant(path: str, pattern: str) -> bool:
-    """A file whose name begins with _ is about the others (manifests, events), unless it's asked for by that."""
+def _is_input(path: str, pattern: str) -> bool:
+    """False for names that start with _ (manifests, events), unless the last part of the pattern starts with _."""
     return path.rpartition("/")[2][:1] != "_" or pattern.rpartition("/")[2][:1] == "_"
 
 
@@ -97,69 +84,49 @@ def _remote_files(pattern: str) -> list[InputFile]:
     if system.isdir(inner):
         paths = [path for path in system.find(inner, maxdepth=1) if path.rpartition("/")[2][0] not in "._"]
     else:
-        found = system.glob(inner) if has_magic(inner) else [inner] if system.isfile(inner) else []
-        paths = [path for path in found if _is_meant(path, inner)]
+        if has_magic(inner):
+            found = system.glob(inner)
+        else:
+            found = [inner] if system.isfile(inner) else []
+        paths = [path for path in found if _is_input(path, inner)]
     files = []
     for path in sorted(paths):
         info = system.info(path)
         if info["type"] == "file":
-            told = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), "")
-            files.append(InputFile(system.unstrip_protocol(path), int(info["size"]), str(told)))
+            keys = ("ETag", "etag", "mtime", "LastModified", "created")  # names that file systems of fsspec use
+            version = next((info[key] for key in keys if key in info), "")
+            files.append(InputFile(system.unstrip_protocol(path), int(info["size"]), str(version)))
     return files
 
 
-def format_of(path: str, given: str | None) -> tuple[str, str | None]:
-    """(format, compression) by the file's name, or the format that was given. Raises ConfigError for an unknown one."""
-    stem, suffix = os.path.splitext(path)
-    compression = _COMPRESSIONS.get(suffix.lower())
-    if compression:
-        suffix = os.path.splitext(stem)[1]
-    found = given or _SUFFIXES.get(suffix.lower())
-    if found not in FORMATS:
-        raise ConfigError(
-            "the format of a file isn't known",
-            where=path,
-            expected=", ".join(FORMATS),
-            got=repr(given) if given else f"the suffix {suffix!r}",
-            hint='say it: Dataset.read(..., format="jsonl")',
-        )
-    return found, compression
+def undivided(file: InputFile, form: str, compression: str | None, partition_bytes: int) -> tuple[list[Split], None]:
+    """One split for the file; none if it is empty."""
+    if not file.size_bytes:
+        return [], None
+    split = Split(path=file.path, format=form, compression=compression, start=0, end=None, size_bytes=file.size_bytes)
+    return [split], None
 
 
-def split_files(files: Iterable[InputFile], given: str | None, partition_bytes: int) -> list[Split]:
-    """The splits of all files. Lines that cross a split's end belong to the split that they begin in.
+def split_lines(file: InputFile, form: str, compression: str | None, partition_bytes: int) -> tuple[list[Split], None]:
+    """Divide a file of lines by bytes. A line that crosses the end of a split belongs to the split in which it starts.
 
-    Compressed files and CSV (a quoted field may hold line ends) are one split each. Raises DataError for Parquet files
-    that can't be read or whose columns differ.
+    A compressed file is one split.
     """
-    splits: list[Split] = []
-    first_schema: tuple[str, Any] | None = None
-    for file in files:
-        form, compression = format_of(file.path, given)
-        if not file.size_bytes and form != "parquet":
-            continue
-        if form == "parquet":
-            parts, schema = _row_groups(file, partition_bytes)
-            first_schema = first_schema or (file.path, schema)
-            _same_columns(first_schema, file.path, schema)
-            splits += parts
-        elif compression or form == "csv":
-            splits.append(
-                Split(
-                    path=file.path, format=form, compression=compression, start=0, end=None, size_bytes=file.size_bytes
-                )
-            )
-        else:
-            count = max(1, round(file.size_bytes / partition_bytes))
-            edges = [file.size_bytes * index // count for index in range(count + 1)]
-            splits += [
-                Split(path=file.path, format=form, compression=None, start=start, end=end, size_bytes=end - start)
-                for start, end in pairwise(edges)
-            ]
-    return splits
+    if compression or not file.size_bytes:
+        return undivided(file, form, compression, partition_bytes)
+    count = max(1, round(file.size_bytes / partition_bytes))
+    edges = [file.size_bytes * index // count for index in range(count + 1)]
+    splits = [
+        Split(path=file.path, format=form, compression=None, start=start, end=end, size_bytes=end - start)
+        for start, end in pairwise(edges)
+    ]
+    return splits, None
 
 
-def _row_groups(file: InputFile, partition_bytes: int) -> tuple[list[Split], Any]:
+def split_into_row_groups(
+    file: InputFile, form: str, compression: str | None, partition_bytes: int
+) -> tuple[list[Split], Any]:
+    """Divide a Parquet file into splits of consecutive row groups. Return them with its schema, for comparison."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -179,7 +146,7 @@ def _row_groups(file: InputFile, partition_bytes: int) -> tuple[list[Split], Any
             splits.append(
                 Split(
                     path=file.path,
-                    format="parquet",
+                    format=form,
                     compression=None,
                     start=0,
                     end=None,
@@ -191,7 +158,8 @@ def _row_groups(file: InputFile, partition_bytes: int) -> tuple[list[Split], Any
     return splits, schema
 
 
-def _same_columns(first: tuple[str, Any], path: str, schema: Any) -> None:
+def check_same_columns(first: tuple[str, Any], path: str, schema: Any) -> None:
+    """Raise DataError if a Parquet file has other columns than the first one. first: its path and schema."""
     if not first[1].equals(schema):
         expected, got = (", ".join(f"{field.name}: {field.type}" for field in one) for one in (first[1], schema))
         raise DataError(
@@ -199,5 +167,5 @@ def _same_columns(first: tuple[str, Any], path: str, schema: Any) -> None:
             where=path,
             expected=f"{expected} (as in {first[0]})",
             got=got,
-            hint="read files of one kind together; bring others to the same columns first",
+            hint="files that are read together need the same columns: convert them, or read them separately",
         )

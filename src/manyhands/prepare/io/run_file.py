@@ -1,9 +1,9 @@
 """A task's file of sorted runs: blocks, index, checksums.
 
-    block ... block | index | length of the index, its checksum, magic
+    block ... block | index | length of the index, checksum of the index, magic
 
-The index has of each run the blocks with their place, checksum, number of records, size, first and last key; so a
-reader fetches the blocks that its range of keys touches, and no others.
+The index lists the blocks of each run: offset, length, checksum, number of records, size, form, first and last key. A
+reader therefore fetches only the blocks that overlap its range of keys.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from manyhands.errors import DataError
 from manyhands.prepare.records.chunks import pack, unpack
-from manyhands.prepare.records.keys import Cut, Keyed, KeyedLists, KeyedTable, with_one_order
+from manyhands.prepare.records.keys import Cut, Keyed, KeyedLists, KeyedTable, compare_keys
 from manyhands.storage.files import open_to_read
 
 _TAIL = struct.Struct("<QI8s")
@@ -24,9 +24,11 @@ _MAGIC = b"mhruns01"
 
 
 class Block(NamedTuple):
-    """Where a block of a run is, and what is in it. `size_bytes` depends on the records only, `length` may not.
+    """The entry of a block in the index of a run file.
 
-    form: 0 for lists; for tables, another number for each schema.
+    offset, length: its bytes in the file. checksum: CRC-32 of these bytes. size_bytes: the estimated size of its
+    records; it depends on the records only, which is not guaranteed for `length`. form: 0 for lists; for tables, a
+    number that identifies the schema. first, last: its first and last key.
     """
 
     offset: int
@@ -38,19 +40,20 @@ class Block(NamedTuple):
     first: Any
     last: Any
 
-    def touches(self, start: Cut | None, stop: Cut | None) -> bool:
-        """It may hold records of this range."""
+    def overlaps(self, start: Cut | None, stop: Cut | None) -> bool:
+        """True if the block may hold records of this range."""
         return (start is None or (self.last, 0) >= start) and (stop is None or (self.first, 0) < stop)
 
-    def lies_in(self, start: Cut | None, stop: Cut | None) -> bool:
-        """All its records are of this range."""
+    def is_within(self, start: Cut | None, stop: Cut | None) -> bool:
+        """True if all records of the block are in this range."""
         return (start is None or (self.first, 0) >= start) and (stop is None or (self.last, 0) < stop)
 
 
 class RunFileWriter:
-    """Writes runs into a file that is open for writing; `close` adds the index.
+    """Writes runs into an open file; `close` appends the index.
 
-    block_bytes: of a block, as estimated. At both ends of a range, about half of it is read in vain.
+    block_bytes: the size of a block, estimated from its records. A reader discards half a block on average at each end
+    of its range.
     """
 
     def __init__(self, file: IO[bytes], block_bytes: int) -> None:
@@ -58,7 +61,7 @@ class RunFileWriter:
         self.runs: list[list[Block]] = []
 
     def add(self, run: Keyed) -> None:
-        """Write a run, which is in order. Raises DataError for records that can't be pickled."""
+        """Write a sorted run. Raises DataError if records can't be pickled."""
         total, size = len(run), run.size_bytes()
         step = max(1, total * self._block_bytes // max(1, size))
         form = _form_of(run)
@@ -67,21 +70,30 @@ class RunFileWriter:
             part = run.part(start, min(start + step, total))
             packed = pack(part.table if isinstance(part, KeyedTable) else (part.keys, part.columns))
             weight = max(1, size * len(part) // total)
-            ends = part.key_at(0), part.key_at(len(part) - 1)
-            facts = zlib.crc32(packed), len(part), weight, form
-            blocks.append(Block(self._offset, len(packed), *facts, *ends))
+            blocks.append(
+                Block(
+                    offset=self._offset,
+                    length=len(packed),
+                    checksum=zlib.crc32(packed),
+                    records=len(part),
+                    size_bytes=weight,
+                    form=form,
+                    first=part.key_at(0),
+                    last=part.key_at(len(part) - 1),
+                )
+            )
             self._write(packed)
         self.runs.append(blocks)
 
     def close(self) -> None:
-        """Write the index."""
+        """Append the index. The file stays open."""
         index = pack([[tuple(block) for block in run] for run in self.runs])
         self._write(index)
         self._write(_TAIL.pack(len(index), zlib.crc32(index), _MAGIC))
 
     @property
     def written_bytes(self) -> int:
-        """How long the file is so far."""
+        """The bytes written so far."""
         return self._offset
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -90,11 +102,12 @@ class RunFileWriter:
 
 
 def _form_of(run: Keyed) -> int:
+    """Return `Block.form`. The lowest bit is set for tables, so that it is never 0 for them."""
     return zlib.crc32(run.table.schema.to_string().encode()) | 1 if isinstance(run, KeyedTable) else 0
 
 
 def read_index(path: str) -> list[list[Block]]:
-    """The runs of a file. Raises DataError for a file that is damaged."""
+    """Read the index of a file: a list of blocks for each run. Raises DataError if the file is damaged."""
     with _opened(path) as file:
         end = file.seek(0, 2)
         file.seek(max(0, end - _TAIL.size))
@@ -110,7 +123,7 @@ def read_index(path: str) -> list[list[Block]]:
 
 
 def is_intact(path: str, size: int) -> bool:
-    """True if the file has `size` bytes, and the index and all blocks have their checksums."""
+    """True if the file has `size` bytes and the checksums of the index and of all blocks match."""
     try:
         index = read_index(path)
         with open_to_read(path) as file:
@@ -126,29 +139,35 @@ def is_intact(path: str, size: int) -> bool:
 
 
 def read_blocks(path: str, blocks: Sequence[Block], by: tuple[str, ...]) -> list[Keyed]:
-    """These blocks of a file, in order; `by`: the key columns of tables. Raises DataError for a damaged file."""
+    """Read blocks of a file in this order. Raises DataError if the file is damaged.
+
+    by: the key columns of tables.
+    """
     found: list[Keyed] = []
     with _opened(path) as file:
         for block in blocks:
             file.seek(block.offset)
             packed = file.read(block.length)
             if len(packed) != block.length or zlib.crc32(packed) != block.checksum:
-                raise _damaged(path, f"the block at byte {block.offset} has another checksum than it was written with")
+                raise _damaged(path, f"the checksum of the block at byte {block.offset} does not match")
             value = unpack(packed)
             found.append(KeyedLists(*value) if isinstance(value, tuple) else KeyedTable(value, by))
     return found
 
 
 def trimmed(keyed: Keyed, start: Cut | None, stop: Cut | None) -> Keyed:
-    """Its records of this range."""
-    low = 0 if start is None else keyed.below(start)
-    high = len(keyed) if stop is None else keyed.below(stop)
+    """Return the records of `keyed` that are in this range."""
+    low = 0 if start is None else keyed.count_before(start)
+    high = len(keyed) if stop is None else keyed.count_before(stop)
     return keyed if (low, high) == (0, len(keyed)) else keyed.part(low, max(low, high))
 
 
 def cuts_by_size(blocks: Sequence[Block], limit_bytes: int) -> list[Cut]:
-    """Cuts between ranges of about `limit_bytes` each; a key that many blocks begin with gets a range of its own."""
-    ordered = with_one_order(lambda: sorted(blocks, key=lambda block: block.first))
+    """Divide the keys of blocks into ranges of about `limit_bytes`; return the cuts between them.
+
+    A key with which more than `limit_bytes` of blocks start gets a range of its own, however large that range is.
+    """
+    ordered = compare_keys(lambda: sorted(blocks, key=lambda block: block.first))
     cuts: list[Cut] = []
     filled, index = 0, 0
     while index < len(ordered):
@@ -177,5 +196,5 @@ def _damaged(path: str, why: str) -> DataError:
     return DataError(
         f"a file between two stages is damaged: {why}",
         where=path,
-        hint="run again: the job finds the file by its checksum, and repeats the task that wrote it",
+        hint="run the job again: it detects the file by its checksum and repeats the task that wrote it",
     )

@@ -1,13 +1,11 @@
 """Output files: Parquet, JSON lines, text, tokens.
 
-Output files of tokens: documents one after the other, and where each ends.
-
-Output files: Parquet, JSON lines, text, tokens; gzip or zstd. The bytes depend on the records only.
+JSON lines and text may be compressed by gzip or zstd. Token files hold the tokens of all documents in sequence and the
+positions where documents end (see `manyhands.data.token_format`). The bytes of a file depend on its records only.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -18,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manyhands.data.token_format import padding, tail, token_type
-from manyhands.errors import ConfigError, DataError
+from manyhands.errors import DataError
 from manyhands.prepare.io.run_file import RunFileWriter
 from manyhands.prepare.records.chunks import (
     CHUNK_BYTES,
@@ -26,7 +24,7 @@ from manyhands.prepare.records.chunks import (
     concatenate,
     num_records,
     records_of,
-    shared,
+    share_equal_texts,
     size_bytes,
     table_of,
 )
@@ -41,13 +39,17 @@ _VOCABULARY = b"vocabulary"
 
 
 def token_schema(vocabulary: int) -> pa.Schema:
-    """Of documents as lists of tokens; for a vocabulary of up to 65,536 tokens, of two bytes each."""
+    """Return the schema of documents as lists of tokens.
+
+    vocabulary: the number of tokens. Each takes two bytes if there are up to 65,536, otherwise, or if the number is
+    unknown (0), four bytes.
+    """
     kind = pa.list_(pa.from_numpy_dtype(token_type(vocabulary)))
     return pa.schema([(_COLUMN, kind)], metadata={_VOCABULARY: str(vocabulary)})
 
 
 class TokensWriter:
-    """Writes a column `tokens` of lists. Without a schema, tokens take four bytes."""
+    """Writes the column `tokens`, a list a document, as a token file. Without a schema, a token takes four bytes."""
 
     def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:
         self._file, self._name, self._schema = file, name, schema or token_schema(0)
@@ -57,186 +59,143 @@ class TokensWriter:
         self._written = 0
 
     def add(self, chunk: Chunk) -> None:
-        """Write the documents of a chunk. Raises DataError for records that aren't lists of tokens."""
+        """Write the documents of a chunk. Raises DataError if a record has no list of tokens in `tokens`."""
         if not num_records(chunk):
             return
         try:
             column = table_of(chunk, self._schema).column(_COLUMN)
         except (DataError, KeyError) as error:
-            raise self._unfit(str(error.what if isinstance(error, DataError) else error)) from error
+            raise self._invalid(str(error.what if isinstance(error, DataError) else error)) from error
         for part in column.chunks:
             tokens = part.flatten()
             if part.null_count or tokens.null_count:
-                raise self._unfit("a document or a token is missing (null)")
+                raise self._invalid("a document or a token is missing (null)")
             values = tokens.to_numpy(zero_copy_only=False)
             if self._vocabulary and len(values) and int(values.max()) >= self._vocabulary:
-                raise self._unfit(f"token {values.max()} is outside of a vocabulary of {self._vocabulary}")
+                raise self._invalid(f"token {values.max()} is outside the vocabulary of {self._vocabulary} tokens")
             self._file.write(values.astype(self._type, copy=False).tobytes())
             self._lengths.append(pc.list_value_length(part).to_numpy(zero_copy_only=False).astype(np.uint64))
             self._written += len(values)
 
     def close(self) -> None:
-        """Write where the documents end, and the tail."""
+        """Write the ends of the documents and the tail. The file stays open."""
         ends = np.cumsum(np.concatenate(self._lengths), dtype=np.uint64) if self._lengths else np.empty(0, np.uint64)
         self._file.write(bytes(padding(self._written * self._type.itemsize)))
         self._file.write(ends.astype("<u8").tobytes())
         self._file.write(tail(self._written, len(ends), self._vocabulary, self._type.itemsize))
 
-    def _unfit(self, why: Any) -> DataError:
+    def _invalid(self, reason: Any) -> DataError:
         return DataError(
-            f"records can't be written as tokens: {why}",
+            f"records can't be written as tokens: {reason}",
             where=self._name,
-            expected="a column `tokens` of lists of whole numbers",
+            expected="a column `tokens` of lists of integers",
             hint="map the records to {'tokens': [...]}, one record a document",
         )
 
 
-_ROW_GROUP, _ROW_GROUP_BYTES = 131_072, 2**25  # rows and bytes, whichever comes first
+# A Parquet row group ends when it has this many rows or bytes, whichever comes first.
+_ROW_GROUP_ROWS, _ROW_GROUP_BYTES = 131_072, 2**25
 
-_SAMPLED = 4096  # rows that tell whether a column's values come again
+_SAMPLE_ROWS = 4096  # the rows that decide whether a Parquet column is written with a dictionary
 
-_LINES = 512  # encoded at once: orjson takes 1 KiB for each, which then stays in the cache
-
-CHUNKS = "chunks"  # between two jobs: any records, for cache()
-
-TOKENS = "tokens"
-
-FORMATS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "text", "text.gz", "text.zst", TOKENS)
-
-_SUFFIXES = {"parquet": ".parquet", CHUNKS: ".chunks"}
+_LINES = 512  # JSON lines encoded at a time: orjson allocates 1 KiB for each, and 512 KiB fit into the CPU's cache
 
 
 class Writer(Protocol):
     """Writes chunks into one file."""
 
     def add(self, chunk: Chunk) -> None:
-        """Write a chunk. Raises DataError for records that the format can't hold."""
+        """Write a chunk. Raises DataError for records that can't be represented in the format."""
         ...
 
     def close(self) -> None:
-        """Write what is left; the file itself stays open."""
+        """Write buffered records and the end of the format. The file itself stays open."""
         ...
 
 
-def check_format(name: str) -> str:
-    """`name`, if it is a format of output files. Raises ConfigError."""
-    if name not in (*FORMATS, CHUNKS):
-        raise ConfigError("there is no such output format", expected=", ".join(FORMATS), got=repr(name))
-    return name
+class LinesWriter:
+    """Writes lines. encode: returns the lines of a chunk. name: the file and task, for error messages."""
 
-
-def output_file_name(partition: int, form: str) -> str:
-    """The name of a partition's output file."""
-    return f"part-{partition:05d}{_SUFFIXES.get(form, '.' + form.replace('text', 'txt'))}"
-
-
-def open_writer(form: str, file: IO[bytes], schema: pa.Schema | None, name: str) -> Writer:
-    """A writer of the format into an open file. `name`: where, for messages."""
-    if form == "parquet":
-        return _ParquetWriter(file, schema, name)
-    if form == CHUNKS:
-        return _ChunksWriter(file)
-    if form == TOKENS:
-        return TokensWriter(file, schema, name)
-    form, _, compression = form.partition(".")
-    encode = _json_lines if form == "jsonl" else _text_lines
-    if compression == "gz":
-        # Level 6 of zlib, and neither a name nor a time in the header: the same bytes every time.
-        return _LinesWriter(gzip.GzipFile("", "wb", 6, file, mtime=0), encode, name, closes=True)
-    if compression == "zst":
-        import pyarrow as pa
-
-        return _LinesWriter(
-            pa.CompressedOutputStream(pa.PythonFile(_KeptOpen(file), "w"), "zstd"), encode, name, closes=True
-        )
-    return _LinesWriter(file, encode, name, closes=False)
-
-
-class _LinesWriter:
-    def __init__(self, file: Any, encode: Callable[[Chunk, str], bytes], name: str, *, closes: bool) -> None:
-        self._file, self._encode, self._name, self._closes = file, encode, name, closes
+    def __init__(
+        self, encode: Callable[[Chunk, str], bytes], file: IO[bytes], schema: pa.Schema | None, name: str
+    ) -> None:
+        self._encode, self._file, self._name = encode, file, name
 
     def add(self, chunk: Chunk) -> None:
+        """Write a chunk. Raises DataError for records that can't be encoded."""
         if num_records(chunk):
             self._file.write(self._encode(chunk, self._name))
 
     def close(self) -> None:
-        if self._closes:
-            self._file.close()
+        """Do nothing: every chunk has been written."""
 
 
-class _KeptOpen:
-    """A file whose `close` does nothing: Arrow closes what it writes into."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.write, self.flush, self.tell = file.write, file.flush, file.tell
-        self.closed = False
-
-    def close(self) -> None:
-        pass
-
-
-def _json_lines(chunk: Chunk, name: str) -> bytes:
+def json_lines(chunk: Chunk, name: str) -> bytes:
+    """Encode records as JSON, one on each line. Raises DataError, with `name` as where."""
     options = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
     records = records_of(chunk)
     parts = []
     for start in range(0, len(records), _LINES):
-        some = records[start : start + _LINES]
+        batch = records[start : start + _LINES]
         try:
-            parts.append(b"".join([orjson.dumps(record, None, options) for record in some]))
+            parts.append(b"".join([orjson.dumps(record, None, options) for record in batch]))
         except TypeError:
-            parts.append(b"".join([_json_line(record, name) for record in some]))
+            parts.append(b"".join([_json_line(record, name) for record in batch]))
     return b"".join(parts)
 
 
 def _json_line(record: Any, name: str) -> bytes:
-    """What orjson refuses: whole numbers beyond 64 bits; or an error that says what isn't JSON."""
+    """Encode a record that orjson rejects, such as integers beyond 64 bits.
+
+    Raises DataError that names the record if it can't be represented in JSON.
+    """
     try:
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     except (TypeError, ValueError) as error:
-        raise _unfit("JSON", error, record, name) from error
+        raise _unrepresentable("JSON", error, record, name) from error
 
 
-def _text_lines(chunk: Chunk, name: str) -> bytes:
+def text_lines(chunk: Chunk, name: str) -> bytes:
+    """Encode strings, one on each line. Raises DataError, with `name` as where."""
     records = records_of(chunk)
     try:
         text = "\n".join(records) + "\n"
     except TypeError as error:
-        wrong = next((record for record in records if not isinstance(record, str)), None)
-        raise _unfit("text", error, wrong, name) from error
+        invalid = next((record for record in records if not isinstance(record, str)), None)
+        raise _unrepresentable("text", error, invalid, name) from error
     if text.count("\n") != len(records):
-        wrong = next(record for record in records if "\n" in record)
-        raise _unfit("a line of text", ValueError("it has a line end in it"), wrong, name)
+        invalid = next(record for record in records if "\n" in record)
+        raise _unrepresentable("a line of text", ValueError("it contains a line end"), invalid, name)
     return text.encode()
 
 
-def _unfit(kind: str, error: Exception, record: Any, name: str) -> DataError:
+def _unrepresentable(kind: str, error: Exception, record: Any, name: str) -> DataError:
     return DataError(
         f"a record can't be written as {kind}: {error}",
         where=name,
         got=repr(record)[:200],
-        hint="map the records to what the format holds, or write another format",
+        hint="map the records to values that the format supports, or write another format",
     )
 
 
-class _ParquetWriter:
-    """Row groups end with a chunk; the columns are those of the first group, or of the schema."""
+class ParquetWriter:
+    """Writes Parquet files. Without a schema, the first row group determines the columns."""
 
     def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:
         self._file, self._schema, self._name = file, schema, name
         self._writer: Any = None
-        self._waiting: list[Chunk] = []
+        self._pending: list[Chunk] = []
         self._count = self._bytes = 0
 
     def add(self, chunk: Chunk) -> None:
-        self._waiting.append(chunk)
+        self._pending.append(chunk)
         self._count += num_records(chunk)
         self._bytes += size_bytes(chunk)
-        if self._count >= _ROW_GROUP or self._bytes >= _ROW_GROUP_BYTES:
+        if self._count >= _ROW_GROUP_ROWS or self._bytes >= _ROW_GROUP_BYTES:
             self._write()
 
     def close(self) -> None:
-        if self._waiting:
+        if self._pending:
             self._write()
         if self._writer is not None:
             self._writer.close()
@@ -244,14 +203,15 @@ class _ParquetWriter:
     def _write(self) -> None:
         import pyarrow.parquet as pq
 
-        chunk = concatenate(self._waiting)
-        self._waiting, self._count, self._bytes = [], 0, 0
+        chunk = concatenate(self._pending)
+        self._pending, self._count, self._bytes = [], 0, 0
         try:
             table = table_of(chunk, self._schema)
         except DataError as error:
             error.where = self._name
             raise
-        table = table.combine_chunks()  # else pages end where its arrays do
+        # Otherwise Parquet pages would end where the arrays of the chunks end.
+        table = table.combine_chunks()
         if self._writer is None:
             self._schema = table.schema
             repeating = [name for name in table.column_names if _repeats(table.column(name))]
@@ -262,26 +222,26 @@ class _ParquetWriter:
 
 
 def _repeats(column: Any) -> bool:
-    """Its first values are so few different ones that a dictionary of them pays: making one takes time."""
+    """True if values repeat often enough in the first rows to write a dictionary, which takes time to build."""
     import pyarrow as pa
 
     if not (pa.types.is_primitive(column.type) or pa.types.is_string(column.type) or pa.types.is_binary(column.type)):
         return True
-    first = column.slice(0, _SAMPLED)
+    first = column.slice(0, _SAMPLE_ROWS)
     return len(first.unique()) * 2 <= len(first)
 
 
-class _ChunksWriter:
-    """Blocks of records as they are."""
+class ChunksWriter:
+    """Writes records unchanged, as the blocks of a run file without keys."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:
         self._file = RunFileWriter(file, CHUNK_BYTES)
 
     def add(self, chunk: Chunk) -> None:
         if not num_records(chunk):
             return
         if isinstance(chunk, list):
-            self._file.add(KeyedLists([None] * len(chunk), [shared(chunk)]))
+            self._file.add(KeyedLists([None] * len(chunk), [share_equal_texts(chunk)]))
         else:
             self._file.add(KeyedTable(chunk, ()))
 

@@ -23,11 +23,11 @@ from typing import Any
 
 from manyhands.errors import ConfigError, DataError, Interrupted, ManyhandsError
 from manyhands.formatting import format_bytes, format_count, format_seconds
-from manyhands.prepare.io.writing import CHUNKS
+from manyhands.prepare.io.formats import CHUNKS
 from manyhands.prepare.job.progress import EVENTS, JobEvents, JobProgress
 from manyhands.prepare.job.stages import JobFolder, StageResult, run_stages, tasks_of
 from manyhands.prepare.options import Options, patience_seconds, rank_of
-from manyhands.prepare.plan.plan import Arranged, Cached, Kept, Node, Output, Plan, Step, make_plan
+from manyhands.prepare.plan.plan import Arranged, Cached, CachedFiles, Node, Output, Plan, Step, make_plan
 from manyhands.prepare.records.chunks import records_of
 from manyhands.prepare.task import chunks_of
 from manyhands.storage.atomic import is_temporary, sync, write_atomic
@@ -334,7 +334,7 @@ def with_caches(node: Node, options: Options) -> Node:
     plan = make_plan(with_caches(node.parent, options), Output(CHUNKS, None))
     write_output(plan, node.folder, options.alone() if _is_temporary(node.folder) else options, overwrite=True)
     manifest = read_output_manifest(node.folder) or {}
-    return Kept(
+    return CachedFiles(
         tuple(join_path(node.folder, file["name"]) for file in manifest["files"]),
         plan.identity,
         plan.stages[-1].partition_bytes,

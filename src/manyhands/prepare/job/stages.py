@@ -26,8 +26,8 @@ from manyhands.prepare.job.progress import JobProgress
 from manyhands.prepare.options import Options, rank_of
 from manyhands.prepare.plan.fingerprint import pickled
 from manyhands.prepare.plan.plan import Plan, Read, Shuffled, Stage
-from manyhands.prepare.records.pipeline import BadRecord, too_many
-from manyhands.prepare.shuffle.reduce import EVERYTHING, KeyRange
+from manyhands.prepare.records.pipeline import BadRecord, too_many_bad_records
+from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange
 from manyhands.prepare.task import Task, TaskResult, bad_path, finished, remove_torn, runs_path
 from manyhands.storage.atomic import TEMPORARY, remove_temporary_files, write_atomic
 from manyhands.storage.files import exists, join_path, make_folder, names_in, read_bytes, remove
@@ -220,7 +220,7 @@ def tasks_of(
         tuple(runs_path(folder.stage(plan.stages[number]), result.partition) for result in done[number].results)
         for number in stage.inputs
     )
-    ranges = [EVERYTHING] * (stage.partitions or 0)
+    ranges = [ALL_KEYS] * (stage.partitions or 0)
     if isinstance(stage.source, Shuffled):
         ranges = _ranges(inputs, stage.reduce_bytes, descending=stage.source.reducer.descending)
     return [
@@ -230,11 +230,11 @@ def tasks_of(
             stage=stage.number,
             partition=partition,
             inputs=inputs,
-            wanted=wanted,
+            key_range=key_range,
             memory_bytes=memory_bytes,
             max_bad_records=max_bad_records,
         )
-        for partition, wanted in enumerate(ranges)
+        for partition, key_range in enumerate(ranges)
     ]
 
 
@@ -285,4 +285,4 @@ def _size_of(stage: Stage, result: TaskResult) -> int:
 def _too_many(folder: str, result: TaskResult, count: int, limit: int) -> ManyhandsError:
     lines = read_bytes(bad_path(folder, result.partition)).splitlines()
     last: dict[str, Any] = json.loads(lines[-1])
-    return too_many(BadRecord(**last), count, limit)
+    return too_many_bad_records(BadRecord(**last), count, limit)

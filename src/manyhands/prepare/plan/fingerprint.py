@@ -1,7 +1,8 @@
 """Hashes of functions and values, which name stages.
 
-Functions are known by their code, defaults, the values that they close over and the functions and values of their own
-package that they use; where they stand in a file doesn't matter. A function of another package is known by its name.
+The fingerprint of a function covers its code, its defaults, the values that it closes over, and the functions and
+values of its own package that it uses. Its position in the file does not matter. An installed function of another
+package is identified by its name.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from manyhands.errors import ConfigError
 
 
 def fingerprint_code(value: Any) -> str:
-    """64 hex digits that stand for a value: plain data, functions, classes, dataclasses, all that can be pickled.
+    """Return a hash of a value as 64 hex digits.
 
-    Raises ConfigError for what can't be pickled.
+    Accepts plain data, functions, classes, dataclasses, and other objects that can be pickled. Raises ConfigError for
+    an object that can't be pickled.
     """
     return _Fingerprint(_package_of(value)).of(value)
 
@@ -32,22 +34,22 @@ def _package_of(value: Any) -> str:
 
 
 class _Fingerprint:
-    """One walk. `seen`: objects on the way to the one at hand, so that recursive functions end."""
+    """Recursive hash of one value."""
 
     def __init__(self, package: str) -> None:
         self._package = package
-        self._seen: dict[int, int] = {}
+        self._ancestors: dict[int, int] = {}  # id and depth of each object being hashed; ends recursive functions
 
     def of(self, value: Any) -> str:
-        if id(value) in self._seen:
-            return f"seen {self._seen[id(value)]}"
+        if id(value) in self._ancestors:
+            return f"seen {self._ancestors[id(value)]}"
         if value is None or isinstance(value, (bool, int, float, str, bytes, complex)):
             return _hash(type(value).__name__, repr(value))
-        self._seen[id(value)] = len(self._seen)
+        self._ancestors[id(value)] = len(self._ancestors)
         try:
             return self._of_object(value)
         finally:
-            del self._seen[id(value)]
+            del self._ancestors[id(value)]
 
     def _of_object(self, value: Any) -> str:
         if isinstance(value, Mapping):
@@ -71,7 +73,7 @@ class _Fingerprint:
         if dataclasses.is_dataclass(value):
             fields = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
             return _hash("dataclass", self.of(type(value)), self.of(fields))
-        if hasattr(value, "__qualname__"):  # a function or method of C
+        if hasattr(value, "__qualname__"):  # a function or method implemented in C
             return _hash("named", _name(value))
         return _hash("object", hashlib.sha256(pickled(value)).hexdigest())
 
@@ -82,11 +84,8 @@ class _Fingerprint:
 
     def _of_function(self, function: types.FunctionType) -> str:
         package = _package_of(function)
-        if (
-            package not in (self._package, "__main__")
-            and package != "manyhands"
-            and is_installed(function.__code__.co_filename)
-        ):
+        hashed_by_code = package in (self._package, "__main__", "manyhands")
+        if not hashed_by_code and is_installed(function.__code__.co_filename):
             return _hash("function", _name(function))
         cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         used = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
@@ -100,7 +99,10 @@ class _Fingerprint:
         )
 
     def _of_module(self, module: types.ModuleType) -> str:
-        """By its name, if it was installed; else by its source, too: what of it is used isn't known."""
+        """Hash an installed module by its name, and any other by its name and source.
+
+        The complete source counts, because it isn't known which parts of the module are used.
+        """
         file = getattr(module, "__file__", None)
         if file is None or _package_of(module) == "manyhands" or is_installed(file):
             return _hash("module", module.__name__)
@@ -112,31 +114,38 @@ class _Fingerprint:
     def _of_class(self, kind: type) -> str:
         if kind.__module__ == "builtins" or _package_of(kind) not in (self._package, "__main__"):
             return _hash("class", _name(kind))
-        own = {"__dict__", "__weakref__", "_abc_impl"}  # and what Python and dataclass note of the class beside it
+        # Bookkeeping of Python and abc does not describe behaviour and may differ between processes.
+        ignored = {"__dict__", "__weakref__", "_abc_impl"}
         members = {
-            name: _function_of(member)
+            name: _implementation_of(member)
             for name, member in sorted(vars(kind).items())
-            if name not in own and (callable(member) or not name.startswith("__"))
+            if name not in ignored and (callable(member) or not name.startswith("__"))
         }
         parts = (part for name, member in members.items() for part in (name, self.of(member)))
         return _hash("class", _name(kind), *map(self.of, kind.__bases__), *parts)
 
 
 def pickled(value: Any) -> bytes:
-    """By cloudpickle, so that lambdas and what a notebook or script defines travel, too. Raises ConfigError."""
+    """Pickle a value with cloudpickle, which also supports lambdas and definitions of a script or notebook.
+
+    Raises ConfigError if the value can't be pickled.
+    """
     try:
         return bytes(cloudpickle.dumps(value))
     except Exception as error:
         raise ConfigError(
             f"a function of the job can't be sent to the workers: {type(error).__name__}: {error}",
             got=repr(value)[:200],
-            hint="it, or what it uses, holds something that belongs to this process (a lock, an open file, "
-            "a connection): make that inside the function",
+            hint="the function, or an object that it uses, holds something that can't leave this process (a lock, an "
+            "open file, a connection): create it inside the function",
         ) from error
 
 
-def _function_of(member: Any) -> Any:
-    """What a member of a class does: the function behind a property, a class method or a static one."""
+def _implementation_of(member: Any) -> Any:
+    """Return the functions behind a property, class method or static method; any other member as it is.
+
+    Slots and C descriptors are represented by their names.
+    """
     if isinstance(member, property):
         return (member.fget, member.fset, member.fdel)
     if isinstance(member, functools.cached_property):
@@ -147,7 +156,7 @@ def _function_of(member: Any) -> Any:
 
 
 def _names(code: types.CodeType) -> Iterable[str]:
-    """The global names that code uses, also inside functions that it defines."""
+    """Return the global names that the code uses, including nested functions. Sorted."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -158,13 +167,13 @@ def _names(code: types.CodeType) -> Iterable[str]:
 def _is_filled(cell: types.CellType) -> bool:
     try:
         _ = cell.cell_contents
-    except ValueError:
+    except ValueError:  # the variable has no value yet
         return False
     return True
 
 
 def is_installed(file: str) -> bool:
-    """What is defined in it comes with Python or was installed, so that its version says what it does."""
+    """True if the file belongs to Python or an installed package, whose code changes only with its version."""
     return "site-packages" in file or "/lib/python" in file
 
 
@@ -176,5 +185,5 @@ def _hash(*parts: str) -> str:
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
-        digest.update(b"%d:" % len(data) + data)
+        digest.update(b"%d:" % len(data) + data)  # with the length, so that ("ab", "c") and ("a", "bc") differ
     return digest.hexdigest()

@@ -1,8 +1,8 @@
 """Plans a Dataset as stages, cut at shuffles.
 
-    node (what the Dataset's methods make) -> Stage: a source, steps, and an end: an arrangement or an output
+    node (built by the methods of Dataset) -> Stage: a source, steps, and an end (an arrangement or an output)
 
-Plans know nothing of workers, memory or engines.
+A plan does not depend on workers, memory or engines, so the same Dataset has the same stages everywhere.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from manyhands.prepare.shuffle.reduce import Reduction
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PARTITION_BYTES = 2**25  # of input that one task reads, where the format can be split; see Stage.partition_bytes
+PARTITION_BYTES = 2**25  # default input of one task, if the format can be split; see Stage.partition_bytes
 
 
 @dataclass(frozen=True)
 class Read:
-    """Files, as splits."""
+    """Input files, divided into splits. Each split is a partition."""
 
     files: tuple[InputFile, ...]
     splits: tuple[Split, ...]
@@ -38,8 +38,8 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Given:
-    """Records that were given, in partitions."""
+class InMemory:
+    """Records that the caller passed in memory, divided into partitions."""
 
     partitions: tuple[tuple[Any, ...], ...]
     partition_bytes: int
@@ -47,7 +47,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Step:
-    """A step on each chunk."""
+    """An operation on each chunk of the parent."""
 
     parent: Node
     operation: Operation
@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Arranged:
-    """A shuffle: the parents' records arranged and reduced."""
+    """A shuffle: the records of the parents, arranged and then reduced."""
 
     parents: tuple[Node, ...]
     arrangements: tuple[Arrangement, ...]
@@ -64,15 +64,15 @@ class Arranged:
 
 @dataclass(frozen=True)
 class Cached:
-    """The parent's records, kept in files in `folder` from the first time that they are needed."""
+    """The records of the parent, stored as files in `folder` when they are first computed."""
 
     parent: Node
     folder: str
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Files of chunks: a Cached node whose records are there."""
+class CachedFiles:
+    """Files of chunks. Replaces a Cached node once its records are stored."""
 
     paths: tuple[str, ...]
     identity: str
@@ -81,20 +81,20 @@ class Kept:
 
 @dataclass(frozen=True)
 class Shuffled:
-    """A range of what the stages of these numbers arranged."""
+    """A range of the records that the stages with these numbers arranged."""
 
     stages: tuple[int, ...]
     reducer: Reduction
 
 
-Node: TypeAlias = Read | Given | Step | Arranged | Cached | Kept
+Node: TypeAlias = Read | InMemory | Step | Arranged | Cached | CachedFiles
 
-Source: TypeAlias = Read | Given | Kept | Shuffled
+Source: TypeAlias = Read | InMemory | CachedFiles | Shuffled
 
 
 @dataclass(frozen=True)
 class Output:
-    """The end of a plan: a file of this format for each partition."""
+    """The end of a plan that writes one file of this format per partition."""
 
     form: str
     schema: pa.Schema | None
@@ -102,15 +102,16 @@ class Output:
 
 @dataclass(frozen=True)
 class Counting:
-    """The end of a plan that only counts."""
+    """The end of a plan that only counts records."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Tasks that don't depend on each other, one a partition. `identity`: hash of all that its results depend on.
+    """Independent tasks, one per partition.
 
-    partition_bytes: the size that all others follow. Tasks before a shuffle sort that much at a time; tasks behind one
-    read twice as much, in blocks of 1/128. All as estimated from the records.
+    identity: hash of everything that the results depend on. partition_bytes: the size from which the others are
+    derived. A task before a shuffle sorts that many bytes at a time; a task after a shuffle reads twice as many, in
+    blocks of 1/128 of it. Sizes are estimated from the records.
     """
 
     number: int
@@ -123,54 +124,54 @@ class Stage:
 
     @property
     def reduce_bytes(self) -> int:
-        """How much a task behind a shuffle reads."""
+        """Return the bytes that a task after a shuffle reads."""
         return 2 * self.partition_bytes
 
     @property
     def block_bytes(self) -> int:
-        """How much of a run is read at once."""
+        """Return the bytes of a run that are read at once."""
         return max(1, self.partition_bytes // 128)
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """The stages that must be done before."""
+        """Return the numbers of the stages that must be complete before this one starts."""
         return self.source.stages if isinstance(self.source, Shuffled) else ()
 
     @property
     def partitions(self) -> int | None:
-        """How many tasks; None if that is known only when its inputs are there."""
+        """Return the number of tasks, or None if it depends on the results of earlier stages."""
         if isinstance(self.source, Read):
             return len(self.source.splits)
-        if isinstance(self.source, Given):
+        if isinstance(self.source, InMemory):
             return len(self.source.partitions)
-        return len(self.source.paths) if isinstance(self.source, Kept) else None
+        return len(self.source.paths) if isinstance(self.source, CachedFiles) else None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in an order in which they can be run; the last one makes the result."""
+    """Stages in an order in which they can run. The last one computes the result."""
 
     stages: tuple[Stage, ...]
 
     @property
     def identity(self) -> str:
-        """Of the whole job."""
+        """Return the identity of the complete job, which is that of its last stage."""
         return self.stages[-1].identity
 
     def explain(self) -> str:
-        """The stages, one a line, with their partitions and estimated bytes."""
+        """Return a description of each stage with its partitions and bytes, as text."""
         return "\n".join(f"stage {stage.number}  {stage.title}\n         {_extent(stage)}" for stage in self.stages)
 
 
 def make_plan(node: Node, end: Output | Counting) -> Plan:
-    """The plan that ends a node's records in `end`. `node` has no Cached nodes left."""
+    """Plan the stages that take the records of `node` to `end`. `node` must not contain Cached nodes."""
     stages: list[Stage] = []
-    _close(stages, node, end, min(_partition_bytes(node)))
+    _add_stages(stages, node, end, min(_partition_bytes(node)))
     return Plan(tuple(stages))
 
 
 def _partition_bytes(node: Node) -> list[int]:
-    """Of all sources of a node."""
+    """Return the partition sizes of all sources of a node."""
     if isinstance(node, Arranged):
         return [size for parent in node.parents for size in _partition_bytes(parent)]
     if isinstance(node, (Step, Cached)):
@@ -178,8 +179,8 @@ def _partition_bytes(node: Node) -> list[int]:
     return [node.partition_bytes]
 
 
-def _close(stages: list[Stage], node: Node, end: Arrangement | Output | Counting, partition_bytes: int) -> int:
-    """Add the stage that takes `node` to `end`, and those that it needs; its number."""
+def _add_stages(stages: list[Stage], node: Node, end: Arrangement | Output | Counting, partition_bytes: int) -> int:
+    """Add the stage that takes `node` to `end` after all stages that it needs. Returns its number."""
     operations: list[Operation] = []
     while isinstance(node, Step):
         operations.append(node.operation)
@@ -188,24 +189,31 @@ def _close(stages: list[Stage], node: Node, end: Arrangement | Output | Counting
     source: Any = node
     upstream: list[str] = []
     if isinstance(node, Arranged):
-        numbers = [_close(stages, *pair, partition_bytes) for pair in zip(node.parents, node.arrangements, strict=True)]
+        numbers = [
+            _add_stages(stages, parent, arrangement, partition_bytes)
+            for parent, arrangement in zip(node.parents, node.arrangements, strict=True)
+        ]
         source = Shuffled(tuple(numbers), node.reducer)
         upstream = [stages[number].identity for number in numbers]
+    # Other versions of Manyhands or Python may compute other results, so they must not reuse these.
     basis = (__version__, sys.version_info[:2], partition_bytes)
-    identity = fingerprint_code([basis, upstream, _known_as(source), operations, _known_as(end)])
+    identity = fingerprint_code([basis, upstream, _identifying(source), operations, _identifying(end)])
     for stage in stages:
-        if stage.identity == identity:  # both sides of a join with itself, say
+        if stage.identity == identity:  # for example both sides of a join of a dataset with itself
             return stage.number
     title = " → ".join([_source_title(source), *(op.describe() for op in operations), _end_title(end)])
     stages.append(Stage(len(stages), title, identity, source, tuple(operations), end, partition_bytes))
     return len(stages) - 1
 
 
-def _known_as(value: Any) -> Any:
-    """What of a source or an end its results depend on."""
+def _identifying(value: Any) -> Any:
+    """Return the parts of a source or an end that the results depend on.
+
+    Stage numbers and the paths of cached files may differ between runs with the same results.
+    """
     if isinstance(value, Shuffled):
         return ("shuffled", value.reducer)
-    if isinstance(value, Kept):
+    if isinstance(value, CachedFiles):
         return ("kept", value.identity)
     if isinstance(value, Output):
         return ("output", value.form, None if value.schema is None else value.schema.to_string())
@@ -215,12 +223,12 @@ def _known_as(value: Any) -> Any:
 def _source_title(source: Source) -> str:
     if isinstance(source, Read):
         forms = sorted({split.format for split in source.splits})
-        return f"read {len(source.files)} {'/'.join(forms)} file{'' if len(source.files) == 1 else 's'}".replace(
-            "  ", " "
-        )
-    if isinstance(source, Given):
+        noun = "file" if len(source.files) == 1 else "files"
+        # Without splits there is no format to name, which would leave two spaces.
+        return f"read {len(source.files)} {'/'.join(forms)} {noun}".replace("  ", " ")
+    if isinstance(source, InMemory):
         return "given records"
-    if isinstance(source, Kept):
+    if isinstance(source, CachedFiles):
         return "cached records"
     return " and ".join(f"stage {number}" for number in source.stages)
 
@@ -232,12 +240,13 @@ def _end_title(end: Arrangement | Output | Counting) -> str:
 
 
 def _extent(stage: Stage) -> str:
+    """Return the number of partitions and the bytes of a stage, as text."""
     if stage.partitions is None:
-        return f"partitions as the data come out, about {format_bytes(stage.reduce_bytes)} each"
+        return f"number of partitions depends on the data, about {format_bytes(stage.reduce_bytes)} each"
     text = f"{stage.partitions} partition{'' if stage.partitions == 1 else 's'}"
     return f"{text}, {format_bytes(input_bytes(stage))}" if isinstance(stage.source, Read) else text
 
 
 def input_bytes(stage: Stage) -> int:
-    """How many bytes of files a stage reads; 0 where it reads none."""
+    """Return the bytes of files that a stage reads; 0 if it reads no files."""
     return sum(split.size_bytes for split in stage.source.splits) if isinstance(stage.source, Read) else 0

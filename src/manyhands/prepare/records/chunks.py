@@ -1,7 +1,7 @@
 """Chunks: the lists of records or Arrow tables that flow through a task.
 
-A record is whatever the user's functions make of it. Rows of tables are dicts; a list of dicts becomes a table with a
-column per key, a list of anything else a table with one column, `value`.
+A record is any Python object that the user's functions return. Rows of tables are dicts. A list of dicts becomes a
+table with a column per key; a list of other objects becomes a table with one column, `value`.
 """
 
 from __future__ import annotations
@@ -20,47 +20,49 @@ if TYPE_CHECKING:
 
 Chunk: TypeAlias = "list[Any] | pa.Table"
 
-CHUNK_BYTES = 2**19  # of text: enough to pay for a call; what becomes of it fits in a processor's cache
+# Of text. Large enough that the cost of a call per chunk is small; the records parsed from it fit in a CPU's cache.
+CHUNK_BYTES = 2**19
 
 TABLE_CHUNK_BYTES = 2**22  # of a table's columns
 
-_TABLE, _PICKLE = b"A" + bytes(15), b"P"  # Arrow wants its buffers at multiples of 8
+# The first bytes of packed values. The one for tables is padded, because Arrow needs its buffers aligned to 8 bytes.
+_TABLE, _PICKLE = b"A" + bytes(15), b"P"
 
 
 def is_table(chunk: Chunk) -> bool:
-    """An Arrow table, not a list."""
+    """True if the chunk is an Arrow table, not a list."""
     return not isinstance(chunk, list)
 
 
 def num_records(chunk: Chunk) -> int:
-    """How many records are in it."""
+    """Return the number of records in the chunk."""
     return len(chunk) if isinstance(chunk, list) else int(chunk.num_rows)
 
 
 def records_of(chunk: Chunk) -> list[Any]:
-    """The records as Python objects: rows of a table as dicts."""
+    """Return the records as Python objects. Rows of a table become dicts."""
     return chunk if isinstance(chunk, list) else list(chunk.to_pylist())
 
 
 def part_of(chunk: Chunk, start: int, stop: int) -> Chunk:
-    """Records `start` to `stop` of the chunk."""
+    """Return records `start` to `stop` of the chunk."""
     return chunk[start:stop] if isinstance(chunk, list) else chunk.slice(start, stop - start)
 
 
 def table_of(chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
-    """The records as an Arrow table, with the columns of all of them (or of `schema`), a missing value as null.
+    """Return the records as an Arrow table, with the columns of all records or of `schema`. Missing values are null.
 
-    Raises DataError for values that share no Arrow type, or that `schema` has no place for.
+    Raises DataError if the values of a column have no common Arrow type, or if `schema` lacks a column of the records.
     """
     import pyarrow as pa
 
     try:
         if not isinstance(chunk, list):
-            return chunk if schema is None else chunk.select(_known(chunk.column_names, schema)).cast(schema)
+            return chunk if schema is None else chunk.select(_checked_names(chunk.column_names, schema)).cast(schema)
         columns = _columns(chunk)
         if schema is None:
             return pa.table(columns)
-        _known(list(columns), schema)
+        _checked_names(list(columns), schema)
         missing = [None] * len(chunk)
         return pa.table({field.name: columns.get(field.name, missing) for field in schema}, schema=schema)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
@@ -69,7 +71,7 @@ def table_of(chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
         raise DataError(
             f"the records can't be put into columns: {error}",
             got=f"the first of {num_records(chunk)}: {str(part_of(chunk, 0, 1))[:200]}",
-            hint="give a column values of one type; write(schema=...) says which",
+            hint="use values of one type in a column, or set the types with write(schema=...)",
         ) from error
 
 
@@ -82,12 +84,12 @@ def _columns(records: list[Any]) -> dict[str, list[Any]]:
     return {str(name): [record.get(name) for record in records] for name in names}
 
 
-def _known(names: Sequence[str], schema: pa.Schema) -> list[str]:
-    """The schema's names; raises if `names` has others, which would be lost, or if a table lacks one."""
-    more = [name for name in names if name not in schema.names]
-    if more:
+def _checked_names(names: Sequence[str], schema: pa.Schema) -> list[str]:
+    """Return the schema's names. Raises DataError if `names` has others, because their values would be lost."""
+    extra = [name for name in names if name not in schema.names]
+    if extra:
         raise DataError(
-            f"column {more[0]!r} of the records isn't in the schema",
+            f"column {extra[0]!r} of the records isn't in the schema",
             expected=", ".join(schema.names),
             got=", ".join(names),
             hint="add it to the schema, or leave it out of the records; nothing is dropped silently",
@@ -96,7 +98,7 @@ def _known(names: Sequence[str], schema: pa.Schema) -> list[str]:
 
 
 def concatenate(chunks: Sequence[Chunk]) -> Chunk:
-    """All records in order: as a table where all are tables with the same columns, else as a list."""
+    """Return all records in order: as a table if all chunks are tables with the same schema, else as a list."""
     if len(chunks) == 1:
         return chunks[0]
     tables = [chunk for chunk in chunks if not isinstance(chunk, list)]
@@ -107,21 +109,22 @@ def concatenate(chunks: Sequence[Chunk]) -> Chunk:
     return list(chain.from_iterable(map(records_of, chunks)))
 
 
-def in_one_piece(chunk: Chunk) -> Chunk:
-    """The same records, a table's columns each in one array: of how many they were made, nobody sees then."""
+def with_contiguous_columns(chunk: Chunk) -> Chunk:
+    """Return the same records, with each column of a table in one array, so that the number of parts is not visible."""
     return chunk if isinstance(chunk, list) else chunk.combine_chunks()
 
 
 def size_bytes(chunk: Chunk) -> int:
-    """About how much memory the records take. Depends on their values only, so plans may depend on it."""
+    """Return an estimate of the memory of the records. It depends on their values only, so plans may depend on it."""
     if not isinstance(chunk, list):
         return sum(sum(map(_array_bytes, column.chunks)) for column in chunk.columns)
+    # Every n-th record, so that the estimate costs little; the positions are fixed, so that it is reproducible.
     sampled = chunk[:: max(1, len(chunk) // 64)]
     return sum(map(_value_bytes, sampled)) * len(chunk) // len(sampled) if sampled else 0
 
 
 def _array_bytes(array: pa.Array) -> int:
-    """Of the values alone: whether there's a bitmap of nulls depends on which array these were cut out of."""
+    """Return the size of the values, without bitmaps of nulls, which exist or not depending on how slices were made."""
     import pyarrow as pa
 
     kind = array.type
@@ -149,8 +152,8 @@ def _value_bytes(value: Any) -> int:
     return 8
 
 
-def shared(records: list[Any]) -> list[Any]:
-    """The same records; texts that come again and again are one object, which is packed once."""
+def share_equal_texts(records: list[Any]) -> list[Any]:
+    """Return the same records, with equal strings as one object if many repeat. Pickle then stores each once."""
     sampled = records[:: max(1, len(records) // 1024)]
     if set(map(type, sampled)) != {str} or 2 * len(set(sampled)) > len(sampled) or set(map(type, records)) != {str}:
         return records
@@ -159,7 +162,10 @@ def shared(records: list[Any]) -> list[Any]:
 
 
 def pack(value: Any) -> bytes | memoryview:
-    """Plain values of a task's own as bytes: an Arrow table among them by Arrow, all else pickled as a whole."""
+    """Return a value as bytes: an Arrow table in Arrow's stream format, any other value pickled.
+
+    Raises DataError for a value that can't be pickled.
+    """
     if type(value).__module__.startswith("pyarrow"):
         import pyarrow as pa
 
@@ -170,22 +176,22 @@ def pack(value: Any) -> bytes | memoryview:
         return memoryview(sink.getvalue())
     try:
         return _PICKLE + pickle.dumps(value, protocol=5)
-    except (pickle.PicklingError, AttributeError, TypeError):  # of a class in the user's script
+    except (pickle.PicklingError, AttributeError, TypeError):  # pickle can't import classes of the user's script
         try:
             return _PICKLE + bytes(cloudpickle.dumps(value))
         except Exception as error:
             raise DataError(
-                f"records can't be written down: {type(error).__name__}: {error}",
-                hint="let records be numbers, text, bytes and dicts, lists and tuples of them",
+                f"records can't be serialized: {type(error).__name__}: {error}",
+                hint="use records of numbers, text and bytes, and dicts, lists and tuples of these",
             ) from error
 
 
 def unpack(packed: bytes | memoryview) -> Any:
-    """What `pack` was given."""
+    """Return the value that `pack` received. Raises InvariantError for bytes that `pack` did not write."""
     if packed[:1] == _TABLE[:1]:
         import pyarrow as pa
 
         return pa.ipc.open_stream(pa.py_buffer(memoryview(packed)[len(_TABLE) :])).read_all()
     if packed[:1] != _PICKLE:
-        raise InvariantError("packed values begin with another byte than they were packed with", got=packed[:1])
+        raise InvariantError("packed values start with an unknown byte", got=packed[:1])
     return pickle.loads(memoryview(packed)[1:])

@@ -1,10 +1,10 @@
 """Keys of records, and records with keys.
 
-A record's key: the record itself, columns of it, or what a function makes of it.
+The key of a record is the record itself, one or more of its columns, or the result of a function. Records with keys
+are sorted, written as runs, and divided into ranges.
 
-Records with keys: what is put in order, written in runs and cut into ranges.
-A *cut* lies between keys: `(key, 0)` before all records with that key, `(key, 1)` behind them. A range is
-`[start, stop)` of cuts, None where it is open.
+A *cut* is a boundary between keys: `(key, 0)` lies before all records with that key, `(key, 1)` after them. A range is
+`[start, stop)` of cuts; None means that this side is open.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 Key: TypeAlias = "Callable[[Any], Any] | tuple[str, ...] | None"
 
-KeyLike: TypeAlias = "Callable[[Any], Any] | str | Sequence[str] | None"  # as users give it
+KeyLike: TypeAlias = "Callable[[Any], Any] | str | Sequence[str] | None"  # as users pass it
 
 
 def keys_of(chunk: Chunk, key: Key) -> list[Any]:
-    """The keys of a chunk's records; of several columns, tuples. Raises BadKey for a column that isn't there."""
+    """Return the keys of a chunk's records; tuples for several columns. Raises BadKey for a missing column."""
     records = records_of(chunk)
     if key is None:
         return records
@@ -49,55 +49,63 @@ def keys_of(chunk: Chunk, key: Key) -> list[Any]:
 
 
 def values_of(records: list[Any], of: Callable[[Any], Any] | str | None) -> list[Any]:
-    """What is aggregated of each record. Raises BadKey for a column that isn't there."""
+    """Return the value of each record to aggregate. Raises BadKey for a missing column."""
     if of is None:
         return records
     return keys_of(records, (of,) if isinstance(of, str) else of)
 
 
 def check_keys(keys: list[Any]) -> None:
-    """Raise BadKey if a key has no place in an order: None, NaN, or a tuple with one of them."""
+    """Raise BadKey if a key can't be ordered: None, NaN, or a tuple that contains one of them."""
     kinds = set(map(type, keys))
     if kinds <= {str, int, bytes, bool}:
         return
     for key in keys:
         for part in key if isinstance(key, tuple) else (key,):
             if part is None:
-                raise BadKey("the key is None: leave such records out, or give them a key of their own")
-            if part != part:
-                raise BadKey("the key is NaN, which equals nothing: leave such records out, or give them another key")
+                raise BadKey("the key is None: drop such records, or give them another key")
+            if part != part:  # only NaN differs from itself
+                raise BadKey("the key is NaN, which equals no other key: drop such records, or give them another key")
 
 
 def content_key(record: Any) -> bytes:
-    """16 bytes that stand for a whole record, whatever the order of its columns. Raises BadKey for what isn't plain."""
-    text = isinstance(record, str)
-    data = b"s" + record.encode("utf-8", "surrogatepass") if text else b"j" + _canonical(record)
+    """Return a 16-byte hash of a record's content, independent of the order of its columns.
+
+    Raises BadKey for an object that has no canonical form.
+    """
+    is_text = isinstance(record, str)
+    data = b"s" + record.encode("utf-8", "surrogatepass") if is_text else b"j" + _canonical_json(record)
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _canonical(record: Any) -> bytes:
+def _canonical_json(record: Any) -> bytes:
     try:
-        made = orjson.dumps(record, _tagged, orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
-        if b"null" in made:  # which stands for None, and for floats that JSON doesn't have
-            made = orjson.dumps(_finite(record), _tagged, orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
-        return made
+        encoded = orjson.dumps(record, _tagged, orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
+        if b"null" in encoded:  # orjson writes null for None, and also for NaN and infinities
+            encoded = orjson.dumps(
+                _tag_non_finite(record), _tagged, orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME
+            )
+        return encoded
     except TypeError as error:
         raise BadKey(
-            f"a {type(record).__name__} can't be told from others by its content ({error}): use distinct(key=...)"
+            f"a {type(record).__name__} can't be compared by its content ({error}): use distinct(key=...)"
         ) from error
 
 
-def _finite(value: Any) -> Any:
-    """The same, with NaN and infinities as what equals nothing else."""
+def _tag_non_finite(value: Any) -> Any:
+    """Return the value with NaN and infinities replaced by objects that equal no other value."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"\0float": repr(value)}
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _tag_non_finite(item) for key, item in value.items()}
+    return [_tag_non_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _tagged(value: Any) -> Any:
-    """For what JSON doesn't have: its type's name beside it, so that it equals nothing else."""
+    """Return a JSON form of a value that JSON lacks, tagged with its type so that it equals no other value.
+
+    Raises TypeError for types without a canonical form.
+    """
     if isinstance(value, (bytes, bytearray)):
         return {"\0bytes": value.hex()}
     if isinstance(value, (set, frozenset)):
@@ -108,24 +116,24 @@ def _tagged(value: Any) -> Any:
 
 
 def key_from(key: KeyLike) -> Key:
-    """The key that a user has given."""
+    """Convert a key as users pass it to its internal form."""
     if key is None or callable(key):
         return key
     return (key,) if isinstance(key, str) else tuple(key)
 
 
 def columns_of(key: Key) -> tuple[str, ...]:
-    """The columns that a key is made of; none if it is a function's, or the record."""
+    """Return the columns of a key; empty if the key is a function or the record itself."""
     return key if isinstance(key, tuple) else ()
 
 
 def as_function(key: Key) -> Key:
-    """As a function: operator.itemgetter gives what a key of these columns is."""
+    """Return a key of columns as a function. `operator.itemgetter` returns the same keys as the columns."""
     return itemgetter(*key) if isinstance(key, tuple) else key
 
 
 def key_name(key: KeyLike) -> str:
-    """For messages and plans."""
+    """Return the name of a key for messages and plans."""
     if key is None:
         return "the record"
     if callable(key):
@@ -135,14 +143,14 @@ def key_name(key: KeyLike) -> str:
 
 Cut: TypeAlias = tuple[Any, int]
 
-ORDER_COLUMN = "manyhands order"  # a key that isn't the records' own
+ORDER_COLUMN = "manyhands order"  # an extra column that holds the order, and is dropped after the shuffle
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class KeyedLists:
-    """Keys, and columns of values as long as them. A list of records is the only column, and may be the keys, too."""
+    """Keys, and columns of values of the same length. Records are one column, which may be the keys list itself."""
 
     keys: list[Any]
     columns: list[list[Any]]
@@ -152,43 +160,45 @@ class KeyedLists:
 
     @property
     def chunk(self) -> Chunk:
-        """The records."""
+        """Return the records."""
         return self.columns[0]
 
     def key_at(self, index: int) -> Any:
-        """The key of a record."""
+        """Return the key of a record."""
         return self.keys[index]
 
     def part(self, start: int, stop: int) -> KeyedLists:
-        """Records `start` to `stop`."""
+        """Return records `start` to `stop`."""
         keys = self.keys[start:stop]
-        return KeyedLists(keys, [keys if c is self.keys else c[start:stop] for c in self.columns])
+        # A column that is the list of keys stays the same object as the keys.
+        columns = [keys if column is self.keys else column[start:stop] for column in self.columns]
+        return KeyedLists(keys, columns)
 
-    def below(self, cut: Cut) -> int:
-        """How many records are before the cut. The keys are in order."""
-        key, behind = cut
-        return with_one_order(lambda: (bisect_right if behind else bisect_left)(self.keys, key))
+    def count_before(self, cut: Cut) -> int:
+        """Return the number of records before the cut. The keys must be sorted."""
+        key, is_after = cut
+        return compare_keys(lambda: (bisect_right if is_after else bisect_left)(self.keys, key))
 
     def in_order(self, *, descending: bool = False) -> KeyedLists:
-        """By keys; equal ones stay as they are. Raises DataError for keys that have no order."""
+        """Return the records sorted by key; the sort is stable. Raises DataError for keys that can't be compared."""
         keys = self.keys
         if all(column is keys for column in self.columns):
-            keys = with_one_order(lambda: sorted(keys, reverse=descending))
+            keys = compare_keys(lambda: sorted(keys, reverse=descending))
             return KeyedLists(keys, [keys for _ in self.columns])
-        order = with_one_order(lambda: sorted(range(len(keys)), key=keys.__getitem__, reverse=descending))
-        if len(order) < 2:
+        order = compare_keys(lambda: sorted(range(len(keys)), key=keys.__getitem__, reverse=descending))
+        if len(order) < 2:  # itemgetter of one index returns the item, not a tuple
             return self
         take = itemgetter(*order)
         return KeyedLists(list(take(keys)), [list(take(column)) for column in self.columns])
 
     def size_bytes(self) -> int:
-        """About how much memory they take."""
+        """Return an estimate of the memory of keys and columns."""
         return sum(map(size_bytes, [column for column in self.columns if column is not self.keys] + [self.keys]))
 
 
 @dataclass(frozen=True)
 class KeyedTable:
-    """A table, and the names of the columns that are its key."""
+    """A table, and the names of its key columns."""
 
     table: pa.Table
     by: tuple[str, ...]
@@ -198,44 +208,44 @@ class KeyedTable:
 
     @property
     def chunk(self) -> Chunk:
-        """The records."""
+        """Return the records."""
         return self.table
 
     def key_at(self, index: int) -> Any:
-        """The key of a row: its value, or a tuple for several columns."""
+        """Return the key of a row: a value, or a tuple for several columns."""
         values = tuple(self.table.column(name)[index].as_py() for name in self.by)
         return values[0] if len(values) == 1 else values
 
     def part(self, start: int, stop: int) -> KeyedTable:
-        """Rows `start` to `stop`."""
+        """Return rows `start` to `stop`."""
         return KeyedTable(self.table.slice(start, stop - start), self.by)
 
-    def below(self, cut: Cut) -> int:
-        """How many rows are before the cut. The keys are in order."""
-        key, behind = cut
+    def count_before(self, cut: Cut) -> int:
+        """Return the number of rows before the cut. The keys must be sorted."""
+        key, is_after = cut
         view = _Keys(self)
-        return with_one_order(lambda: (bisect_right if behind else bisect_left)(view, key))
+        return compare_keys(lambda: (bisect_right if is_after else bisect_left)(view, key))
 
     def in_order(self, *, descending: bool = False) -> KeyedTable:
-        """By keys; equal ones stay as they are."""
+        """Return the rows sorted by key; the sort is stable."""
         from manyhands.prepare.records.table_order import order_of
 
         return KeyedTable(self.table.take(order_of(self.table, self.by, descending=descending)), self.by)
 
     def size_bytes(self) -> int:
-        """How much memory the columns take."""
+        """Return an estimate of the memory of the columns."""
         return size_bytes(self.table)
 
     def as_lists(self) -> KeyedLists:
-        """The same as Python objects."""
+        """Return keys and rows as Python objects."""
         columns = [self.table.column(name).to_pylist() for name in self.by]
         keys = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-        own = self.table.drop_columns([ORDER_COLUMN]) if self.by == (ORDER_COLUMN,) else self.table
-        return KeyedLists(keys, [own.to_pylist()])
+        records = self.table.drop_columns([ORDER_COLUMN]) if self.by == (ORDER_COLUMN,) else self.table
+        return KeyedLists(keys, [records.to_pylist()])
 
 
 class _Keys(Sequence[Any]):
-    """A table's keys, made when they are looked at."""
+    """Sequence view of a table's keys. Converts only the keys that a binary search inspects."""
 
     def __init__(self, keyed: KeyedTable) -> None:
         self._keyed = keyed
@@ -250,8 +260,8 @@ class _Keys(Sequence[Any]):
 Keyed: TypeAlias = KeyedLists | KeyedTable
 
 
-def joined(parts: Sequence[Keyed]) -> Keyed:
-    """All of them in a row. `parts` has at least one."""
+def concatenate_keyed(parts: Sequence[Keyed]) -> Keyed:
+    """Concatenate parts, of which there must be at least one. Stays a table if all are tables with one schema."""
     if len(parts) == 1:
         return parts[0]
     tables = [part for part in parts if isinstance(part, KeyedTable)]
@@ -260,18 +270,18 @@ def joined(parts: Sequence[Keyed]) -> Keyed:
         return KeyedTable(table, tables[0].by)
     lists = [part.as_lists() if isinstance(part, KeyedTable) else part for part in parts]
     keys = list(chain.from_iterable(part.keys for part in lists))
-    alike = all(part.columns[0] is part.keys for part in lists)
+    records_are_keys = all(part.columns[0] is part.keys for part in lists)
     columns = zip(*(part.columns for part in lists), strict=True)
-    return KeyedLists(keys, [keys] if alike else [list(chain.from_iterable(column)) for column in columns])
+    return KeyedLists(keys, [keys] if records_are_keys else [list(chain.from_iterable(column)) for column in columns])
 
 
-def with_one_order(compare: Callable[[], T]) -> T:
-    """`compare()`; a comparison that Python refuses becomes a DataError."""
+def compare_keys(compare: Callable[[], T]) -> T:
+    """Return `compare()`. Raises DataError if Python can't compare the keys."""
     try:
         return compare()
     except TypeError as error:
         raise DataError(
-            f"keys of different types can't be put in order: {error}",
+            f"keys of different types can't be sorted: {error}",
             expected="keys of one type: numbers, text, bytes, or tuples of them",
-            hint="let the key function return one type: key=lambda record: str(...), say",
+            hint="return one type from the key function, for example key=lambda record: str(...)",
         ) from error

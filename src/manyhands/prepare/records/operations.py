@@ -1,6 +1,6 @@
 """map, filter, sample and others, one chunk at a time.
 
-Each is a pure function of the chunk and of how many records came before it in the partition.
+Each operation is a pure function of the chunk, the partition's number and the number of records before the chunk.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from manyhands.prepare.records.chunks import Chunk, num_records, records_of, tab
 
 
 class Operation(Protocol):
-    """A step inside a stage. `batched`: it sees records together, so that an error isn't one record's."""
+    """A step inside a stage."""
 
     @property
-    def batched(self) -> bool: ...
+    def batched(self) -> bool:
+        """True if it processes records together, so that an error can't be assigned to one record."""
+        ...
 
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
-        """The chunk that comes out. `before`: records of this partition that this step has seen already."""
+        """Return the resulting chunk. `before` is the number of earlier records of this partition at this step."""
         ...
 
     def describe(self) -> str:
-        """In a few words, for `explain`."""
+        """Return a short description for `explain`."""
         ...
 
 
 @dataclass(frozen=True)
 class Map:
-    """`function(record)` in place of each record."""
+    """Replaces each record by `function(record)`."""
 
     function: Callable[[Any], Any]
     batched = False
@@ -45,7 +47,7 @@ class Map:
 
 @dataclass(frozen=True)
 class FlatMap:
-    """All that `function(record)` yields in place of each record."""
+    """Replaces each record by all records that `function(record)` yields."""
 
     function: Callable[[Any], Any]
     batched = False
@@ -59,7 +61,7 @@ class FlatMap:
 
 @dataclass(frozen=True)
 class Filter:
-    """The records for which `function(record)` is true. A table stays one."""
+    """Selects the records for which `function(record)` is true. A table stays a table."""
 
     function: Callable[[Any], Any]
     batched = False
@@ -67,8 +69,9 @@ class Filter:
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
         if isinstance(chunk, list):
             return list(filter(self.function, chunk))
-        kept = [index for index, record in enumerate(records_of(chunk)) if self.function(record)]
-        return chunk.take(kept) if kept else chunk.slice(0, 0)
+        selected = [index for index, record in enumerate(records_of(chunk)) if self.function(record)]
+        # Arrow can't infer the type of an empty list of indices.
+        return chunk.take(selected) if selected else chunk.slice(0, 0)
 
     def describe(self) -> str:
         return f"filter {name_of(self.function)}"
@@ -76,7 +79,10 @@ class Filter:
 
 @dataclass(frozen=True)
 class MapBatches:
-    """`function(table)` in place of a chunk: it returns a table, a dict of columns, or a list of records."""
+    """Replaces a chunk by `function(table)`, which returns a table, a dict of columns, or a list of records.
+
+    Raises DataError if it returns anything else.
+    """
 
     function: Callable[[Any], Any]
     form: str  # "arrow" or "numpy"
@@ -89,8 +95,10 @@ class MapBatches:
         if self.form == "numpy":
             table = {name: table.column(name).to_numpy() for name in table.column_names}
         result = self.function(table)
-        if isinstance(result, list) or (type(result).__module__.startswith("pyarrow") and hasattr(result, "num_rows")):
-            return result if isinstance(result, list) else _as_table(result)
+        if isinstance(result, list):
+            return result
+        if type(result).__module__.startswith("pyarrow") and hasattr(result, "num_rows"):
+            return _as_table(result)
         if isinstance(result, Mapping):
             import pyarrow as pa
 
@@ -113,7 +121,7 @@ def _as_table(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class KeyBy:
-    """`(key, record)` in place of each record."""
+    """Replaces each record by `(key, record)`."""
 
     key: Callable[[Any], Any]
     batched = False
@@ -127,7 +135,10 @@ class KeyBy:
 
 @dataclass(frozen=True)
 class Sample:
-    """Each record with probability `fraction`, by a hash of (seed, partition, position): the same ones every time."""
+    """Selects each record with probability `fraction`.
+
+    The choice is a hash of (seed, partition, position), so every run selects the same records.
+    """
 
     fraction: float
     seed: int
@@ -139,16 +150,18 @@ class Sample:
         from manyhands.numerics.counters import words_at
 
         words = words_at(self.seed, "sample", partition, before, num_records(chunk))
-        kept = np.flatnonzero(words < np.uint64(min(int(self.fraction * 2**64), 2**64 - 1)))
+        # Words are uniform in 0 … 2**64 - 1. A fraction of 1 gives a threshold that exceeds 64 bits, hence the minimum.
+        threshold = np.uint64(min(int(self.fraction * 2**64), 2**64 - 1))
+        selected = np.flatnonzero(words < threshold)
         if isinstance(chunk, list):
-            return [chunk[index] for index in kept.tolist()]
-        return chunk.take(kept)
+            return [chunk[index] for index in selected.tolist()]
+        return chunk.take(selected)
 
     def describe(self) -> str:
         return f"sample {self.fraction:g}"
 
 
 def name_of(function: Any) -> str:
-    """A function's own name, for messages and plans."""
+    """Return the name of a function for messages and plans: `lambda` for a lambda, the class for other callables."""
     name = getattr(function, "__name__", None) or type(function).__name__
     return "lambda" if name == "<lambda>" else str(name)

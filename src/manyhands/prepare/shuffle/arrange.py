@@ -9,46 +9,55 @@ from typing import Any, Protocol
 from manyhands.prepare.io.run_file import RunFileWriter
 from manyhands.prepare.records.aggregate import MANY, Grouping
 from manyhands.prepare.records.chunks import Chunk, is_table, num_records, records_of
-from manyhands.prepare.records.keys import ORDER_COLUMN, Key, Keyed, KeyedLists, KeyedTable, check_keys, joined, keys_of
+from manyhands.prepare.records.keys import (
+    ORDER_COLUMN,
+    Key,
+    Keyed,
+    KeyedLists,
+    KeyedTable,
+    check_keys,
+    concatenate_keyed,
+    keys_of,
+)
 from manyhands.prepare.records.pipeline import BadKey
 
-_TABLES = 256  # of groups' states, before they become one: each takes some KiB, however few rows it has
+_MAX_TABLES = 256  # tables of group states to hold before merging them: even one with few rows takes some KiB
 
-GROUP_COLUMN = "key"  # in tables of groups' states
+GROUP_COLUMN = "key"  # the key column in tables of group states
 
-_POSITION_BITS = 40  # of a position in a partition
+_POSITION_BITS = 40  # of an order key: the position in the partition; the bits above are the partition's number
 
 
 class Arrangement(Protocol):
-    """How records are arranged for the next stage."""
+    """The key by which a shuffle orders records, and the writer of the sorted runs."""
 
-    def keyed(self, partition: int) -> Callable[[Chunk], Keyed]:
-        """What gives the chunks of a partition, one after the other, their keys. Raises BadKey."""
+    def keyer(self, partition: int) -> Callable[[Chunk], Keyed]:
+        """Return a function that adds keys to the chunks of a partition; call it in their order. It raises BadKey."""
         ...
 
     def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
-        """What writes keyed chunks as runs of about this size, as estimated from the records."""
+        """Return a writer of keyed chunks as runs of about `run_bytes`, estimated from the records."""
         ...
 
     def describe(self) -> str:
-        """In a few words, for `explain`."""
+        """Return a short description for `explain`."""
         ...
 
 
 class RunWriter(Protocol):
-    """Takes keyed chunks and writes runs."""
+    """Collects keyed chunks and writes them as runs."""
 
     def add(self, keyed: Any) -> None:
-        """Take a chunk. Where runs end depends on the chunks only, not on the memory that there is."""
+        """Add a chunk. Where a run ends depends on the chunks only, never on the available memory."""
         ...
 
     def flush(self) -> None:
-        """Write what is left."""
+        """Write the records that are not written yet as the last run."""
         ...
 
 
 class SortingWriter:
-    """Collects records, and writes them in order."""
+    """Collects records and writes them as sorted runs."""
 
     def __init__(self, file: RunFileWriter, run_bytes: int) -> None:
         self._file, self._run_bytes = file, run_bytes
@@ -65,42 +74,43 @@ class SortingWriter:
     def flush(self) -> None:
         if self._parts:
             parts, self._parts, self._bytes = self._parts, [], 0
-            self._file.add(joined(parts).in_order())
+            self._file.add(concatenate_keyed(parts).in_order())
 
 
 class CombiningWriter:
-    """Merges the states of groups, and writes them in the order of their keys: as a table where that is exact."""
+    """Merges the states of groups and writes runs in key order, as Arrow tables if additions in 64 bits are exact."""
 
     def __init__(self, file: RunFileWriter, run_bytes: int, grouping: Grouping) -> None:
         self._file, self._run_bytes, self._grouping = file, run_bytes, grouping
-        # States that are added are kept as tables, as long as all can be tables; few groups wait until there are many.
+        # States that are merged by addition are held as tables as long as all of them can be tables. Lists with few
+        # groups are collected until there are MANY: Arrow is slow for small tables.
         self._tables: list[Any] = []
-        self._waiting: list[KeyedLists] = []
-        self._groups_waiting = 0
+        self._pending: list[KeyedLists] = []
+        self._pending_groups = 0
         self._states: list[dict[Any, Any]] = [{} for _ in grouping.aggregates]
         self._bytes = 0
 
     def add(self, keyed: Keyed) -> None:
         if not len(keyed):
             return
-        if self._states[0] or not self._grouping.adds:
+        if self._states[0] or not self._grouping.merges_by_addition:
             self._merge(keyed)
         elif isinstance(keyed, KeyedTable):
             self._tables.append(keyed.table)
-            if len(self._tables) >= _TABLES:
+            if len(self._tables) >= _MAX_TABLES:
                 self._merge_tables()
         else:
-            self._waiting.append(keyed)
-            self._groups_waiting += len(keyed)
-            if self._groups_waiting >= MANY:
-                self._waiting_to_tables()
+            self._pending.append(keyed)
+            self._pending_groups += len(keyed)
+            if self._pending_groups >= MANY:
+                self._pending_to_tables()
         self._bytes += keyed.size_bytes()
         if self._bytes >= self._run_bytes:
             self.flush()
 
     def flush(self) -> None:
         if self._tables:
-            self._waiting_to_tables()
+            self._pending_to_tables()
             self._merge_tables()
         if self._tables:
             self._file.add(KeyedTable(self._tables[0], (GROUP_COLUMN,)))
@@ -112,45 +122,45 @@ class CombiningWriter:
             self._file.add(in_key_order(states))
 
     def _merge_tables(self) -> None:
-        """All tables become one; or states, where that isn't exact."""
-        from manyhands.prepare.records.aggregate import are_small, merged_states
+        """Merge all tables into one, or into dicts of states if sums in 64 bits might overflow."""
+        from manyhands.prepare.records.aggregate import merge_states, states_are_small
 
-        merged = merged_states(self._tables) if self._tables else None
-        if merged is not None and are_small(merged):
+        merged = merge_states(self._tables) if self._tables else None
+        if merged is not None and states_are_small(merged):
             self._tables = [merged]
         else:
             self._all_to_states()
 
-    def _waiting_to_tables(self) -> None:
+    def _pending_to_tables(self) -> None:
         from manyhands.prepare.records.aggregate import states_table
 
         aggregates = list(self._grouping.aggregates.values())
-        tables = [states_table(lists, aggregates) for lists in self._waiting]
+        tables = [states_table(lists, aggregates) for lists in self._pending]
         if all(table is not None for table in tables):
             self._tables += tables
-            self._waiting, self._groups_waiting = [], 0
+            self._pending, self._pending_groups = [], 0
         else:
             self._all_to_states()
 
     def _all_to_states(self) -> None:
         for table in self._tables:
             self._merge(KeyedTable(table, (GROUP_COLUMN,)))
-        for lists in self._waiting:
+        for lists in self._pending:
             self._merge(lists)
-        self._tables, self._waiting, self._groups_waiting = [], [], 0
+        self._tables, self._pending, self._pending_groups = [], [], 0
 
     def _merge(self, keyed: Keyed) -> None:
         self._grouping.merge_into(self._states, states_of(keyed.table) if isinstance(keyed, KeyedTable) else keyed)
 
 
 def states_of(table: Any) -> KeyedLists:
-    """A table of states as lists."""
+    """Convert a table of group states to lists."""
     keys, *columns = (column.to_pylist() for column in table.columns)
     return KeyedLists(keys, columns)
 
 
 def in_key_order(states: list[dict[Any, Any]]) -> KeyedLists:
-    """Groups' states by key, as columns in the order of the keys."""
+    """Convert dicts of states by key, one for each aggregate, to columns in the order of the keys."""
     keys = list(states[0])
     ordered = KeyedLists(keys, [keys]).in_order().keys
     return KeyedLists(ordered, [list(map(column.__getitem__, ordered)) for column in states])
@@ -158,15 +168,15 @@ def in_key_order(states: list[dict[Any, Any]]) -> KeyedLists:
 
 @dataclass(frozen=True)
 class ByKey:
-    """Sorted by a key: for sort_by and join."""
+    """Sorts records by a key, for `sort_by` and `join`."""
 
     key: Key
     what: str
 
-    def keyed(self, partition: int) -> Callable[[Chunk], Keyed]:
-        return self._keyed
+    def keyer(self, partition: int) -> Callable[[Chunk], Keyed]:
+        return self._add_keys
 
-    def _keyed(self, chunk: Chunk) -> Keyed:
+    def _add_keys(self, chunk: Chunk) -> Keyed:
         if not isinstance(chunk, list) and isinstance(self.key, tuple):
             return _checked_table(chunk, self.key)
         keys = keys_of(chunk, self.key)
@@ -181,6 +191,7 @@ class ByKey:
 
 
 def _checked_table(table: Any, by: tuple[str, ...]) -> KeyedTable:
+    """Check the key columns of a table and decode dictionaries in them. Raises BadKey."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -192,20 +203,20 @@ def _checked_table(table: Any, by: tuple[str, ...]) -> KeyedTable:
             column = column.cast(column.type.value_type)
             table = table.set_column(table.column_names.index(name), name, column)
         if column.null_count:
-            raise BadKey("the key is None: leave such records out, or give them a key of their own")
+            raise BadKey("the key is None: drop such records, or give them another key")
         if pa.types.is_floating(column.type) and pc.any(pc.is_nan(column)).as_py():
-            raise BadKey("the key is NaN, which equals nothing: leave such records out, or give them another key")
+            raise BadKey("the key is NaN, which equals no other key: drop such records, or give them another key")
     return KeyedTable(table, by)
 
 
 @dataclass(frozen=True)
 class ByGroup:
-    """Combined by key."""
+    """Combines records with equal keys into states of aggregates, for `aggregate` and `distinct`."""
 
     grouping: Grouping
     what: str
 
-    def keyed(self, partition: int) -> Callable[[Chunk], Keyed]:
+    def keyer(self, partition: int) -> Callable[[Chunk], Keyed]:
         return self.grouping.combine
 
     def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
@@ -217,16 +228,19 @@ class ByGroup:
 
 @dataclass(frozen=True)
 class ByPosition:
-    """In an order that only positions decide: shuffled (by counted random words), or as they are (seed None)."""
+    """Orders records by their positions: shuffled by counter-based random words, or unchanged if the seed is None."""
 
     seed: int | None
     what: str
 
-    def keyed(self, partition: int) -> Callable[[Chunk], Keyed]:
-        """Stateful: counts the records that it has seen. It never fails, so each is seen once."""
+    def keyer(self, partition: int) -> Callable[[Chunk], Keyed]:
+        """Return a function that counts the records it has seen, so each chunk must be passed to it exactly once.
+
+        That holds because it never raises: a chunk is passed again only after an exception.
+        """
         seen = 0
 
-        def keyed(chunk: Chunk) -> Keyed:
+        def add_keys(chunk: Chunk) -> Keyed:
             nonlocal seen
             count = num_records(chunk)
             start, seen = seen, seen + count
@@ -244,7 +258,7 @@ class ByPosition:
                 return KeyedTable(_with_order(chunk, keys), (ORDER_COLUMN,))
             return KeyedLists(keys, [records_of(chunk)])
 
-        return keyed
+        return add_keys
 
     def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
         return SortingWriter(file, run_bytes)

@@ -1,7 +1,7 @@
 """The start of a stage after a shuffle: merges the runs of a range of keys.
 
-The range is worked on in parts that fit: each is loaded, put in order and let go. Where the parts are cut changes
-nothing in what comes out.
+A range is processed in parts that fit into memory: each part is loaded, sorted and released. How the range is divided
+into parts does not affect the output.
 """
 
 from __future__ import annotations
@@ -14,56 +14,63 @@ from typing import Any, NamedTuple, Protocol
 from manyhands.errors import InvariantError
 from manyhands.prepare.io.run_file import Block, cuts_by_size, read_blocks, read_index, trimmed
 from manyhands.prepare.records.aggregate import Grouping
-from manyhands.prepare.records.chunks import TABLE_CHUNK_BYTES, Chunk, concatenate, in_one_piece, num_records, part_of
-from manyhands.prepare.records.keys import ORDER_COLUMN, Cut, Keyed, KeyedLists, KeyedTable, joined
+from manyhands.prepare.records.chunks import (
+    TABLE_CHUNK_BYTES,
+    Chunk,
+    concatenate,
+    num_records,
+    part_of,
+    with_contiguous_columns,
+)
+from manyhands.prepare.records.keys import ORDER_COLUMN, Cut, Keyed, KeyedLists, KeyedTable, concatenate_keyed
 from manyhands.prepare.shuffle.arrange import GROUP_COLUMN, in_key_order, states_of
 
 
 class KeyRange(NamedTuple):
-    """From one cut to another."""
+    """The keys from `start` (inclusive) to `stop` (exclusive); None: unbounded."""
 
     start: Cut | None
     stop: Cut | None
 
     @property
     def is_one_key(self) -> bool:
-        """It holds the records of a single key."""
+        """True if the range consists of a single key."""
         return self.start is not None and self.stop == (self.start[0], 1) and self.start[1] == 0
 
 
-EVERYTHING = KeyRange(None, None)
+ALL_KEYS = KeyRange(None, None)
 
 
 class RangeReader:
-    """Reads one range of keys out of run files, in the order of the files and their runs.
+    """Reads one range of keys from run files, in the order of the files and of the runs in them.
 
-    by: the key columns of tables. limit_bytes: how large a part may be, as estimated from its records.
+    by: the key columns of tables. limit_bytes: the maximum size of a part, estimated from its records.
     """
 
-    def __init__(self, paths: Sequence[str], by: tuple[str, ...], wanted: KeyRange, limit_bytes: int) -> None:
-        self._by, self._wanted, self.limit_bytes = by, wanted, limit_bytes
+    def __init__(self, paths: Sequence[str], by: tuple[str, ...], key_range: KeyRange, limit_bytes: int) -> None:
+        self._by, self._key_range, self.limit_bytes = by, key_range, limit_bytes
         self._runs: list[tuple[str, list[Block]]] = []
         for path in paths:
             for run in read_index(path):
-                touched = [block for block in run if block.touches(*wanted)]
-                if touched:
-                    self._runs.append((path, touched))
+                overlapping = [block for block in run if block.overlaps(*key_range)]
+                if overlapping:
+                    self._runs.append((path, overlapping))
         self._is_uniform = len({block.form for block in self.blocks}) <= 1
 
     @property
     def blocks(self) -> list[Block]:
-        """All that touch the range."""
+        """All blocks that overlap the range."""
         return [block for _, run in self._runs for block in run]
 
     @property
     def all_tables(self) -> bool:
-        """All that it reads are tables with the same columns."""
+        """True if all blocks are tables with the same columns."""
         return self._is_uniform and all(block.form for block in self.blocks)
 
     def parts(self, others: Sequence[RangeReader] = ()) -> list[KeyRange]:
-        """The range, cut into parts that fit in memory together with the same parts of `others`."""
+        """Divide the range into parts that fit into memory together with the same parts of `others`."""
         blocks = [block for reader in (self, *others) for block in reader.blocks]
-        start, stop = self._wanted
+        start, stop = self._key_range
         cuts = [
             cut
             for cut in cuts_by_size(blocks, self.limit_bytes)
@@ -73,16 +80,16 @@ class RangeReader:
         return [KeyRange(low, high) for low, high in pairwise(edges)]
 
     def stream(self, part: KeyRange, *, as_written: bool = False) -> Iterator[Keyed]:
-        """The records of a part, run after run, a few blocks at a time: as tables only if all of the range are alike.
+        """Yield the records of a part, run after run and block by block.
 
-        So it depends on the range and not on its parts, and thereby not on the memory, what comes out. as_written: what
-        was written as a table comes as one, whatever the others are.
+        Tables are yielded only if all blocks of the range, not just of the part, are tables with the same columns;
+        otherwise all records are yielded as lists. So the output does not depend on how the range is divided into
+        parts, which depends on the memory. as_written: yield each block in the form in which it was written.
         """
         for path, run in self._runs:
-            touched = [block for block in run if block.touches(*part)]
-            for block in touched:
+            for block in (block for block in run if block.overlaps(*part)):
                 for keyed in read_blocks(path, [block], self._by):
-                    found = keyed if block.lies_in(*part) else trimmed(keyed, *part)
+                    found = keyed if block.is_within(*part) else trimmed(keyed, *part)
                     if len(found):
                         if isinstance(found, KeyedTable) and not (as_written or self._is_uniform):
                             found = found.as_lists()
@@ -90,7 +97,7 @@ class RangeReader:
 
 
 class Reduction(Protocol):
-    """What is done with the records of a range of keys."""
+    """Computes the output of a stage after a shuffle from the records of a range of keys."""
 
     @property
     def by(self) -> tuple[str, ...]:
@@ -99,17 +106,17 @@ class Reduction(Protocol):
 
     @property
     def descending(self) -> bool:
-        """The first partition has the greatest keys."""
+        """True if the first partition has the greatest keys."""
         ...
 
     def reduce(self, readers: Sequence[RangeReader]) -> Iterator[Chunk]:
-        """The chunks that come out; a reader for each side."""
+        """Yield the output chunks. `readers` has one reader, or two for a join (left, right)."""
         ...
 
 
 @dataclass(frozen=True)
 class Sorted:
-    """The records in the order of their keys; equal keys in the order of the input."""
+    """Yields the records sorted by key; records with equal keys stay in the order of the input."""
 
     by: tuple[str, ...]
     descending: bool = False
@@ -118,11 +125,12 @@ class Sorted:
         (reader,) = readers
         parts = reader.parts()
         for part in reversed(parts) if self.descending else parts:
-            if part.is_one_key:  # perhaps more than fits: all have the same key, and the runs are in the order wanted
+            if part.is_one_key:
+                # It may not fit into memory. It needs no sorting: the keys are equal, and the runs are in input order.
                 for keyed in reader.stream(part):
                     yield self._records(keyed)
             elif found := list(reader.stream(part)):
-                yield self._records(joined(found).in_order(descending=self.descending))
+                yield self._records(concatenate_keyed(found).in_order(descending=self.descending))
 
     def _records(self, keyed: Keyed) -> Chunk:
         if isinstance(keyed, KeyedTable) and self.by == (ORDER_COLUMN,):
@@ -132,7 +140,7 @@ class Sorted:
 
 @dataclass(frozen=True)
 class Grouped:
-    """A record per group: a dict of the key's columns and the aggregates; or the only aggregate itself, if `bare`."""
+    """Yields one record a group: a dict of key columns and aggregates, or the only aggregate itself if `bare`."""
 
     grouping: Grouping
     key_names: tuple[str, ...]
@@ -154,13 +162,13 @@ class Grouped:
                 yield self._records(in_key_order(states))
 
     def _merge_tables(self, reader: RangeReader) -> Iterator[Chunk]:
-        from manyhands.prepare.records.aggregate import merged_states
+        from manyhands.prepare.records.aggregate import merge_states
 
         for part in reader.parts():
             tables = [keyed.chunk for keyed in reader.stream(part)]
-            merged = merged_states(tables) if tables else None
+            merged = merge_states(tables) if tables else None
             if merged is None and tables:
-                raise InvariantError("tables of groups' states with the same columns couldn't be merged")
+                raise InvariantError("tables of group states with the same columns can't be merged")
             if merged is not None:
                 yield merged.rename_columns([*self.key_names, *self.grouping.aggregates])
 
@@ -178,7 +186,7 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Joined:
-    """Pairs (left, right) of records with the same key; `how`: whether one side may be missing, as None."""
+    """Yields pairs (left, right) of records with the same key. `how` decides which side may be missing (None)."""
 
     how: str
     by: tuple[str, ...] = ()
@@ -188,32 +196,38 @@ class Joined:
         left, right = readers
         for part in left.parts([right]):
             if part.is_one_key:
-                yield from self._of_one_key(left, right, part)
+                yield from self._join_one_key(left, right, part)
                 continue
             groups = [_groups(reader, part) for reader in readers]
             keys = list({**groups[0], **groups[1]})
             for key in KeyedLists(keys, [keys]).in_order().keys:
                 yield from self._pairs(groups[0].get(key), groups[1].get(key))
 
-    def _of_one_key(self, left: RangeReader, right: RangeReader, part: KeyRange) -> Iterator[Chunk]:
-        """Perhaps more than fits on both sides: then the right is read again for each record of the left. As many
-        pairs as that come out, so it costs no more than writing them does."""
-        sizes = [sum(block.size_bytes for block in reader.blocks if block.touches(*part)) for reader in (left, right)]
-        held = list(_records(right, part)) if sizes[1] <= right.limit_bytes // 2 else None
-        is_empty = not held if held is not None else next(_records(right, part), None) is None
-        if is_empty and self.how in ("inner", "right"):
+    def _join_one_key(self, left: RangeReader, right: RangeReader, part: KeyRange) -> Iterator[Chunk]:
+        """Join the records of one key, which may not fit into memory on either side.
+
+        If the right side does not fit, it is read again for each record of the left side. Each such read yields as many
+        pairs as it reads records, so it costs no more than writing the pairs.
+        """
+        right_bytes = sum(block.size_bytes for block in right.blocks if block.overlaps(*part))
+        in_memory = list(_record_lists(right, part)) if right_bytes <= right.limit_bytes // 2 else None
+        if in_memory is not None:
+            right_is_empty = not in_memory
+        else:
+            right_is_empty = next(_record_lists(right, part), None) is None
+        if right_is_empty and self.how in ("inner", "right"):
             return
-        found = False
-        for lefts in _records(left, part):
-            found = True
-            for one in lefts:
-                if is_empty:
-                    yield [(one, None)]
-                for rights in held if held is not None else _records(right, part):
-                    yield [(one, other) for other in rights]
-        if not found and self.how in ("right", "outer"):
-            for rights in _records(right, part):
-                yield [(None, other) for other in rights]
+        left_is_empty = True
+        for left_records in _record_lists(left, part):
+            left_is_empty = False
+            for left_record in left_records:
+                if right_is_empty:
+                    yield [(left_record, None)]
+                for right_records in in_memory if in_memory is not None else _record_lists(right, part):
+                    yield [(left_record, right_record) for right_record in right_records]
+        if left_is_empty and self.how in ("right", "outer"):
+            for right_records in _record_lists(right, part):
+                yield [(None, right_record) for right_record in right_records]
 
     def _pairs(self, lefts: list[Any] | None, rights: list[Any] | None) -> Iterator[Chunk]:
         if lefts is None:
@@ -224,14 +238,15 @@ class Joined:
             yield [(left, right) for right in rights]
 
 
-def _records(reader: RangeReader, part: KeyRange) -> Iterator[list[Any]]:
-    """A few blocks at a time, none of them empty."""
+def _record_lists(reader: RangeReader, part: KeyRange) -> Iterator[list[Any]]:
+    """Yield the records of a part as non-empty lists, one a block."""
     for keyed in reader.stream(part):
         lists = keyed.as_lists() if isinstance(keyed, KeyedTable) else keyed
         yield lists.columns[0]
 
 
 def _groups(reader: RangeReader, part: KeyRange) -> dict[Any, list[Any]]:
+    """Load the records of a part by key."""
     groups: dict[Any, list[Any]] = {}
     for keyed in reader.stream(part):
         lists = keyed.as_lists() if isinstance(keyed, KeyedTable) else keyed
@@ -241,21 +256,24 @@ def _groups(reader: RangeReader, part: KeyRange) -> dict[Any, list[Any]]:
 
 
 def rebatched(chunks: Iterator[Chunk], readers: Sequence[RangeReader]) -> Iterator[Chunk]:
-    """The same records in chunks of a size that doesn't depend on memory: batches that functions see stay the same."""
+    """Yield the same records in chunks whose size does not depend on the memory.
+
+    The chunks are the batches that `map_batches` passes to functions, so they must be the same in every run.
+    """
     blocks = [block for reader in readers for block in reader.blocks]
     records, size = sum(block.records for block in blocks), sum(block.size_bytes for block in blocks)
-    want = max(1, min(65_536, records * TABLE_CHUNK_BYTES // max(1, size)))
-    waiting: list[Chunk] = []
+    batch_records = max(1, min(65_536, records * TABLE_CHUNK_BYTES // max(1, size)))
+    pending: list[Chunk] = []
     count = 0
     for chunk in chunks:
         start, total = 0, num_records(chunk)
-        while count + total - start >= want:
-            waiting.append(part_of(chunk, start, start + want - count))
-            start += want - count
-            yield in_one_piece(concatenate(waiting))
-            waiting, count = [], 0
+        while count + total - start >= batch_records:
+            pending.append(part_of(chunk, start, start + batch_records - count))
+            start += batch_records - count
+            yield with_contiguous_columns(concatenate(pending))
+            pending, count = [], 0
         if start < total:
-            waiting.append(part_of(chunk, start, total))
+            pending.append(part_of(chunk, start, total))
             count += total - start
-    if waiting:
-        yield in_one_piece(concatenate(waiting))
+    if pending:
+        yield with_contiguous_columns(concatenate(pending))

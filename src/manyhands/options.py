@@ -1,0 +1,132 @@
+"""Options, declared once: name, type, default, help text and check.
+
+A class decorated with `options` is a frozen dataclass whose fields are declared with `option`. Everything else is
+derived from the declarations: the checks when an object is created (`check_options`), the TOML table
+(`documents.option_table`), the options of commands (`cli.parameters`), and the list of options in the docstring.
+
+    @options
+    class Strategy:
+        loader_workers: int = option(default=0, at_least=0, flags=("--loader-workers",), help="Processes that ...")
+"""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar, dataclass_transform, get_type_hints
+
+from manyhands.errors import ConfigError
+
+T = TypeVar("T")
+
+_OPTION = "manyhands.option"  # the key of an Option in the metadata of its field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """The declaration of one option.
+
+    help: what it does, in full sentences: for docstrings, and for the help of commands.
+    choices: the values that are allowed; () allows any.
+    at_least: the least value of a number. An int here means that the option takes integers only.
+    in_toml: False if the value can't be written in a file, a function for example.
+    flags: names on the command line, such as ("--workers", "-n"); (): the option is not on the command line.
+    flag_type: the type of the value on the command line.
+    metavar: stands for the value in the help of commands. The choices are in `help`.
+    """
+
+    help: str
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    in_toml: bool = True
+    flags: tuple[str, ...] = ()
+    flag_type: type = str
+    metavar: str = "NAME"
+
+    def check(self, name: str, value: object) -> None:
+        """Raise ConfigError if `value` is not a choice or is out of range. name: the option's, for the message."""
+        if self.choices and value not in self.choices:
+            raise ConfigError(
+                f"{name} is not known",
+                expected=f"one of {', '.join(self.choices)}",
+                got=repr(value),
+                hint=nearest(str(value), self.choices),
+            )
+        if self.at_least is not None:
+            is_whole = isinstance(self.at_least, int)
+            # bool is a subclass of int, but True is not meant as a number.
+            is_number = isinstance(value, int if is_whole else (int, float)) and not isinstance(value, bool)
+            if not is_number or not self.at_least <= value < float("inf"):  # type: ignore[operator]
+                noun = "an integer" if is_whole else "a number"
+                raise ConfigError(
+                    f"{name} is out of range", expected=f"{noun} of at least {self.at_least}", got=repr(value)
+                )
+
+
+def option(
+    *,
+    help: str,
+    default: Any = MISSING,
+    default_factory: Any = MISSING,
+    **more: Any,
+) -> Any:
+    """Declare a field of a class decorated with `options`. more: the other fields of `Option`."""
+    return field(default=default, default_factory=default_factory, metadata={_OPTION: Option(help=help, **more)})
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option, field))
+def options(cls: type[T]) -> type[T]:
+    """Make a frozen, keyword-only dataclass whose docstring lists the options."""
+    created = dataclass(frozen=True, kw_only=True)(cls)
+    described = [
+        textwrap.fill(f"{name}: {each.help}", 110, initial_indent="    ", subsequent_indent="        ")
+        for name, each in declared(created).items()
+    ]
+    created.__doc__ = "\n".join([created.__doc__ or "", "", *described])
+    return created
+
+
+def declared(cls: type) -> dict[str, Option]:
+    """The declarations of a class's options by name, in order."""
+    return {each.name: each.metadata[_OPTION] for each in fields(cls) if _OPTION in each.metadata}
+
+
+def types_of(cls: type, names: Iterable[str]) -> dict[str, Any]:
+    """The types of some options of a class.
+
+    Types of other options are not resolved: they may name what is imported for type checkers only, torch for example.
+    """
+    annotations = {each.name: each.type for each in fields(cls) if each.name in set(names)}
+    return get_type_hints(type(cls.__name__, (), {"__annotations__": annotations, "__module__": cls.__module__}))
+
+
+def check_option(cls: type, name: str, value: object, prefix: str | None = None) -> None:
+    """Check one value. Raises ConfigError. None passes if it is the default.
+
+    prefix: stands before the name in the error; by default `strategy.` if `cls` is Strategy.
+    """
+    default = next(each.default for each in fields(cls) if each.name == name)
+    if value is not None or default is not None:
+        prefix = f"{cls.__name__.lower()}." if prefix is None else prefix
+        declared(cls)[name].check(f"{prefix}{name}", value)
+
+
+def check_options(values: object, prefix: str | None = None) -> None:
+    """Check all options of an object, like `check_option`. Raises ConfigError for the first one that is wrong."""
+    for name in declared(type(values)):
+        check_option(type(values), name, getattr(values, name), prefix)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the known word closest to `name`, or lists all known words if none is close."""
+    words = list(known)
+    close = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(words))}"
+
+
+def hint_nearest(name: str, known: Iterable[str]) -> str | None:
+    """`nearest`, or None if the hint would be empty or too long to read (all names of a module, for example)."""
+    hint = nearest(name, known)
+    return hint if len(hint) <= 300 and hint != "known: " else None

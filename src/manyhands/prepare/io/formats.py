@@ -1,0 +1,240 @@
+"""The table of file formats: suffixes, and how files are divided, read and written.
+
+To add a format, add an entry to `FORMATS`, with a reader (see `Reader`) or a writer (see `Writer`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any
+
+from manyhands.errors import ConfigError, InvariantError
+from manyhands.prepare.io.compression import COMPRESSIONS
+from manyhands.prepare.io.listing import (
+    InputFile,
+    Split,
+    check_same_columns,
+    split_into_row_groups,
+    split_lines,
+    undivided,
+)
+from manyhands.prepare.io.reading import read_csv, read_json_lines, read_parquet, read_text
+from manyhands.prepare.io.writing import (
+    ChunksWriter,
+    LinesWriter,
+    ParquetWriter,
+    TokensWriter,
+    Writer,
+    json_lines,
+    text_lines,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from manyhands.prepare.records.chunks import Chunk
+    from manyhands.prepare.records.pipeline import BadRecords, SourcedChunk
+
+Splitter = Callable[[InputFile, str, str | None, int], tuple[list[Split], Any]]
+"""(file, format, compression, partition_bytes) -> the splits of a file, and its schema if it has one."""
+
+Reader = Callable[[Split, "BadRecords", tuple[str, ...] | None, Mapping[str, str]], Iterator["SourcedChunk"]]
+"""(split, bad, columns, types) -> the records of a split. Records that can't be parsed are added to `bad`."""
+
+WriterFactory = Callable[[IO[bytes], "pa.Schema | None", str], Writer]
+"""(file, schema, name) -> a writer into an open file. name: the file and task, for error messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """How files of a format are divided into splits, and how a split is read."""
+
+    split: Splitter
+    read: Reader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How files of a format are written. is_compressible: True if they may be compressed, as in `jsonl.gz`."""
+
+    write: WriterFactory
+    is_compressible: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFormat:
+    """One file format.
+
+    suffixes: of file names. The first one is used for output.
+    input, output: None if the format can't be read or written.
+    is_internal: True if the format is not offered to users.
+    needs: a package that must be installed to use the format. extra: the extra of Manyhands that installs it.
+    """
+
+    suffixes: tuple[str, ...]
+    input: Input | None = None
+    output: Output | None = None
+    is_internal: bool = False
+    needs: str | None = None
+    extra: str | None = None
+
+
+CHUNKS = "chunks"  # the internal format of cache(), which holds any records
+
+FORMATS = {
+    "parquet": FileFormat(
+        suffixes=(".parquet", ".pq"),
+        input=Input(split=split_into_row_groups, read=read_parquet),
+        output=Output(write=ParquetWriter),
+    ),
+    "jsonl": FileFormat(
+        suffixes=(".jsonl", ".ndjson"),
+        input=Input(split=split_lines, read=read_json_lines),
+        output=Output(write=partial(LinesWriter, json_lines), is_compressible=True),
+    ),
+    "text": FileFormat(
+        suffixes=(".txt", ".text"),
+        input=Input(split=split_lines, read=read_text),
+        output=Output(write=partial(LinesWriter, text_lines), is_compressible=True),
+    ),
+    "csv": FileFormat(
+        suffixes=(".csv",),
+        # A quoted field may contain line ends, so rows can't be found from the middle of a file.
+        input=Input(split=undivided, read=read_csv),
+    ),
+    "tokens": FileFormat(suffixes=(".tokens",), output=Output(write=TokensWriter)),
+    CHUNKS: FileFormat(suffixes=(".chunks",), output=Output(write=ChunksWriter), is_internal=True),
+}
+
+
+def input_formats() -> list[str]:
+    """The names of the formats that can be read."""
+    return [name for name, each in FORMATS.items() if each.input is not None and not each.is_internal]
+
+
+def output_formats() -> list[str]:
+    """The names of the formats that can be written, including compressed ones such as `jsonl.gz`."""
+    found = []
+    for name, each in FORMATS.items():
+        if each.output is not None and not each.is_internal:
+            found.append(name)
+            if each.output.is_compressible:
+                found += [name + compression.suffixes[0] for compression in COMPRESSIONS.values()]
+    return found
+
+
+def find_input(name: str) -> Input:
+    """How a format is read. Raises ConfigError if it is not an input format, or if its package is not installed."""
+    entry = FORMATS.get(name)
+    if entry is None or entry.input is None:
+        raise ConfigError("unknown input format", expected=", ".join(input_formats()), got=repr(name))
+    _check_installed(name, entry)
+    return entry.input
+
+
+def check_output_format(name: str) -> str:
+    """Return `name` if it is an output format whose package is installed. Raises ConfigError otherwise."""
+    if name not in (*output_formats(), CHUNKS):
+        raise ConfigError("unknown output format", expected=", ".join(output_formats()), got=repr(name))
+    plain = name.partition(".")[0]
+    _check_installed(plain, FORMATS[plain])
+    return name
+
+
+def _check_installed(name: str, entry: FileFormat) -> None:
+    if entry.needs is not None and importlib.util.find_spec(entry.needs) is None:
+        raise ConfigError(
+            f"the format {name!r} needs a package that isn't installed",
+            expected=entry.needs,
+            hint=f"pip install 'manyhands[{entry.extra}]', here and on all workers",
+        )
+
+
+def format_of(path: str, given: str | None) -> tuple[str, str | None]:
+    """Return (format, compression) of a file, from its suffixes.
+
+    given: the format, if the caller specified it; it overrides the suffix. Raises ConfigError if the format is unknown.
+    """
+    stem, suffix = os.path.splitext(path)
+    compression = next((name for name, each in COMPRESSIONS.items() if suffix.lower() in each.suffixes), None)
+    if compression:
+        suffix = os.path.splitext(stem)[1]
+    found = given or next((name for name in input_formats() if suffix.lower() in FORMATS[name].suffixes), None)
+    if found not in input_formats():
+        raise ConfigError(
+            "the format of a file isn't known",
+            where=path,
+            expected=", ".join(input_formats()),
+            got=repr(given) if given else f"the suffix {suffix!r}",
+            hint='pass the format: Dataset.read(..., format="jsonl")',
+        )
+    return found, compression
+
+
+def split_files(files: Iterable[InputFile], given: str | None, partition_bytes: int) -> list[Split]:
+    """Divide files into splits of about `partition_bytes`. Empty files have no split.
+
+    given: the format, if the caller specified it. Raises DataError if Parquet files can't be read or have different
+    columns, ConfigError if a format is unknown.
+    """
+    splits: list[Split] = []
+    first_schema: tuple[str, Any] | None = None
+    for file in files:
+        name, compression = format_of(file.path, given)
+        found, schema = find_input(name).split(file, name, compression, partition_bytes)
+        splits += found
+        if schema is not None:
+            first_schema = first_schema or (file.path, schema)
+            check_same_columns(first_schema, file.path, schema)
+    return splits
+
+
+def read_split(
+    split: Split, bad: BadRecords, columns: tuple[str, ...] | None, types: Mapping[str, str]
+) -> Iterator[SourcedChunk]:
+    """Read the records of a split.
+
+    columns: of Parquet files (None: all). types: of CSV columns. Records that can't be parsed are added to `bad`.
+    Raises DataError if the file can't be read, is truncated or damaged, or has no column of a requested name.
+    """
+    return find_input(split.format).read(split, bad, columns, types)
+
+
+def output_file_name(partition: int, form: str) -> str:
+    """Return the name of the output file of a partition."""
+    name, dot, compression = form.partition(".")
+    return f"part-{partition:05d}{FORMATS[name].suffixes[0]}{dot}{compression}"
+
+
+def open_writer(form: str, file: IO[bytes], schema: pa.Schema | None, name: str) -> Writer:
+    """Return a writer of this format into an open file.
+
+    schema: of Parquet and token files (None: inferred from the records). name: the file and task, for error messages.
+    """
+    plain, dot, suffix = form.partition(".")
+    output = FORMATS[plain].output
+    if output is None:
+        raise InvariantError("an input format was opened for output", got=form)
+    if not dot:
+        return output.write(file, schema, name)
+    compression = next(each for each in COMPRESSIONS.values() if each.suffixes[0] == dot + suffix)
+    stream = compression.writer(file)
+    return _CompressedWriter(stream, output.write(stream, schema, name))
+
+
+class _CompressedWriter:
+    """A writer into a stream that compresses, which is closed with the writer."""
+
+    def __init__(self, stream: IO[bytes], writer: Writer) -> None:
+        self._stream, self._writer = stream, writer
+
+    def add(self, chunk: Chunk) -> None:
+        self._writer.add(chunk)
+
+    def close(self) -> None:
+        self._writer.close()
+        self._stream.close()
