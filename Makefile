@@ -17,7 +17,7 @@ demo: $(READY)
 test: check
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
-# The cases that make test leaves out, too: about as long again.
+# Also the slow cases, which make test leaves out. Takes about twice as long.
 test-all: check
 	$(BIN)/python -m pytest -q -n 2 -m "slow or not slow" $(ARGS)
 
@@ -30,15 +30,16 @@ check: $(READY)
 digests: $(READY)
 	PYTHONPATH=tests $(BIN)/python -W ignore -m support.recorded
 
-# Hundreds of random faults, each run to the undisturbed digest: most of an hour. make faults ARGS='--runs 5 --seed 7'
+# Hundreds of random faults; every run must end with the undisturbed digest. Takes most of an hour.
+# make faults ARGS='--runs 5 --seed 7'
 faults: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/faults.py $(ARGS)
 
-# The same for preparing data: kills of workers, ranks and drivers. make faults-prepare ARGS='--kills 100 --seed 0'
+# The same for data jobs: kills of workers, ranks and drivers. make faults-prepare ARGS='--kills 100 --seed 0'
 faults-prepare: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/faults_prepare.py $(ARGS)
 
-# Our step beside the peers'; use a quiet machine. make bench ARGS='--rounds 5 --only "2-bf16/*"'
+# Our training step compared with the peers'; use a quiet machine. make bench ARGS='--rounds 5 --only "2-bf16/*"'
 BENCH_VENV ?= .venv-bench
 $(BENCH_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(BENCH_VENV)
@@ -52,28 +53,29 @@ bench: $(BENCH_VENV)/.ready
 bench-limit: $(READY)
 	$(BIN)/python benchmarks/limit.py $(ARGS)
 
-# On one GPU: our step beside plain PyTorch's and DeepSpeed ZeRO-Offload's. make bench-gpu ARGS=--largest
+# On one GPU: our step compared with plain PyTorch's and DeepSpeed ZeRO-Offload's. make bench-gpu ARGS=--largest
 bench-gpu: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
-# What travels between hosts, and the time a step takes there, for each stage and group; as root.
+# The bytes between hosts, and the time of a step, for each sharding and transport; as root.
 bench-hosts: $(READY)
 	$(BIN)/python benchmarks/hosts.py $(ARGS)
 
-# What a checkpoint costs beside torch.save and torch.distributed.checkpoint.
+# The cost of a checkpoint, compared with torch.save and torch.distributed.checkpoint.
 bench-checkpoint: $(READY)
 	$(BIN)/python benchmarks/checkpoint.py $(ARGS)
 
-# What killed workers cost, beside torchrun with DDP and torch.save; use a quiet machine.
+# The cost of killed workers, compared with torchrun, DDP and torch.save; use a quiet machine.
 bench-recovery: $(READY)
 	$(BIN)/python benchmarks/recovery.py $(ARGS)
 
-# Preparing data beside DuckDB, Dask, Ray Data, Spark and plain processes; on a quiet machine. Spark is 400 MB, wants java.
+# Data jobs compared with DuckDB, Dask, Ray Data, Spark and plain processes; use a quiet machine. Installs Spark (400 MB),
+# which needs Java.
 bench-prepare: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench-prepare]'
 	$(BIN)/python benchmarks/prepare.py $(ARGS)
 
-# What workers take against the formula, into docs/memory.md; as root, for the control group.
+# The memory of workers compared with the formula, written to docs/memory.md; as root, for the control group.
 bench-memory: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	$(BIN)/python -W ignore benchmarks/memory.py $(ARGS)

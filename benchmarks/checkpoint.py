@@ -28,7 +28,7 @@ WORKERS = 2
 
 
 def measure(kind: str, folder: str, depth: int) -> list[dict[str, float]]:
-    """One contender once; what it took, save by save. Empty: it failed."""
+    """Run one contender once. Return the seconds of each save; empty if it failed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)),
@@ -64,7 +64,7 @@ def main() -> None:
                 results[kind] += measure(kind, folder, options.depth)
             console.print(f"round {number + 1} of {options.rounds}  {kind}", highlight=False)
     table = Table(
-        "seconds, medians; times the first row's",
+        "median seconds; ratio to the first row",
         *FIGURES,
         title=f"A checkpoint by {WORKERS} workers, {options.rounds} rounds",
     )

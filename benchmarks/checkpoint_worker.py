@@ -1,6 +1,7 @@
 """One worker of checkpoint.py: trains a few steps, saves, continues, loads. Rank 0 prints one JSON line.
 
-manyhands-SHARDING; torch.save (rank 0 writes DDP's full state); dcp, dcp-async (torch.distributed.checkpoint of FSDP2).
+Kinds: manyhands-SHARDING; torch.save (rank 0 writes DDP's full state); dcp, dcp-async (torch.distributed.checkpoint of
+FSDP2).
 stall: how long a worker waits in a step. published: from the start until the checkpoint can be loaded.
 """
 
@@ -27,7 +28,7 @@ LENGTH, STEPS, TIMES = 32, 2, 3
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that everyone takes."""
+    """Run `action` on all workers. Return the seconds until all have completed it."""
     dist.barrier()
     began = time.perf_counter()
     action()
@@ -84,7 +85,7 @@ def peers(options: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     data, found = RandomTokens(256, LENGTH), []
-    own = dist.new_group(backend="gloo")  # of the thread that saves: its calls may not come between the steps'
+    own = dist.new_group(backend="gloo")  # for the thread that saves: its calls must not mix with the steps'
     for step in range(STEPS + TIMES):
         model(batch_of(data, step, rank, world, 1)).backward()
         optimizer.step()
@@ -99,7 +100,7 @@ def peers(options: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
 
 
 def save_whole(model: nn.Module, optimizer: Any, path: Path, rank: int, _: Any) -> dict[str, float]:
-    """As most programs do it."""
+    """Save as most programs do: rank 0 writes the full state."""
 
     def save() -> None:
         if rank == 0:
@@ -119,7 +120,7 @@ def save_whole(model: nn.Module, optimizer: Any, path: Path, rank: int, _: Any) 
 
 
 def save_dcp(model: nn.Module, optimizer: Any, path: Path, rank: int, background: Any) -> dict[str, float]:
-    """torch.distributed.checkpoint, each worker its shards. background: of a thread that saves, its group."""
+    """Save with torch.distributed.checkpoint. background: the group of the thread that saves; None: no thread."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 

@@ -1,4 +1,4 @@
-"""One GPU: a step next to plain PyTorch's and DeepSpeed ZeRO-Offload's, and the largest models that train.
+"""One GPU: a step compared with plain PyTorch's and DeepSpeed ZeRO-Offload's, and the largest models that train.
 
     .venv-bench/bin/python benchmarks/gpu.py [--depth 25] [--rounds 3] [--largest]
 
@@ -24,15 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-PLAIN, DEVICE, HOST = "plain", "manyhands-ddp-device", "manyhands-ddp-host"
-KINDS = (PLAIN, "plain-any-kernels", DEVICE, HOST, "manyhands-zero3-host", "deepspeed-offload")
-LARGEST = (PLAIN, HOST, "manyhands-zero3-host")
+PLAIN, NONE, CPU = "plain", "manyhands-ddp-none", "manyhands-ddp-cpu"
+KINDS = (PLAIN, "plain-any-kernels", NONE, CPU, "manyhands-zero3-cpu", "deepspeed-offload")
+LARGEST = (PLAIN, CPU, "manyhands-zero3-cpu")
 SHAPE = ("device", "width", "depth", "length", "batch", "steps")
 Record = dict[str, Any]
 
 
 def measure(kind: str, options: argparse.Namespace, **changes: int) -> Record:
-    """One contender once; its JSON line, or {"error": why}."""
+    """Run one contender once. Return its JSON line, or {"error": reason}."""
     values = {name: getattr(options, name) for name in SHAPE} | changes
     words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "PYTHONWARNINGS": "ignore"}
@@ -47,7 +47,7 @@ def measure(kind: str, options: argparse.Namespace, **changes: int) -> Record:
 
 
 def shown(records: list[Record], figure: str, beside: list[Record] | None = None) -> str:
-    """The median of a figure over the rounds, or of its ratio to another contender's of the same round."""
+    """The median of a figure over the rounds, or of the ratio of `beside`'s figure to it in the same round."""
     if beside is None:
         values = [record[figure] for record in records if figure in record]
     else:
@@ -70,7 +70,7 @@ def speeds(options: argparse.Namespace, console: Console) -> dict[str, list[Reco
             outcome = f"{record['step_ms']:,.1f} ms" if "step_ms" in record else f"failed\n{record['error']}"
             console.print(f"round {number + 1} of {options.rounds}  {kind}: {outcome}", highlight=False, markup=False)
     offload = results.get("deepspeed-offload", [{}] * options.rounds)
-    columns = ("", "step ms", "speed to plain", "speed to ZeRO-Offload", "busy", "peak GPU MiB", "digest")
+    columns = ("", "step ms", "speed vs. plain", "speed vs. ZeRO-Offload", "busy", "peak GPU MiB", "digest")
     table = Table(*columns, title=f"One step, {options.batch} x {options.length} tokens, bf16")
     for kind, records in results.items():
         table.add_row(

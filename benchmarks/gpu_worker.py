@@ -28,7 +28,7 @@ Step = Callable[[int], object]
 
 
 def plain(options: argparse.Namespace, data: RandomTokens) -> tuple[Step, nn.Module]:
-    """The arithmetic of a bf16 recipe: bf16 parameters, fp32 masters."""
+    """The arithmetic of a bf16 recipe: bf16 parameters, fp32 master weights."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(options.kind == "plain")
     model = _model(options)

@@ -40,7 +40,7 @@ class Data(torch.utils.data.Dataset[Tensor]):
 
 
 def recipe(precision: str) -> mh.Recipe:
-    """2.1 M parameters in 8 units; 12 micro-batches of one sample, so that it's the link that is measured."""
+    """2.1 M parameters in 8 units, and 12 micro-batches of one sample, so that the link dominates."""
     return mh.Recipe(
         model=lambda: nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))),
         loss=lambda model, batch: model(batch.to(next(model.parameters()).dtype)).float().square().mean(),
@@ -52,7 +52,7 @@ def recipe(precision: str) -> mh.Recipe:
 
 
 def measure(sharding: str, group: str, precision: str) -> dict[str, object]:
-    """On one worker: medians over the steps after the first ones."""
+    """Return this worker's medians over all but the first steps."""
     units = tuple(str(index) for index in range(LAYERS))
     with mh.Engine(recipe(precision), mh.Strategy(sharding=sharding, transport=group, units=units)) as engine:
         seconds, received = [], []
@@ -71,7 +71,7 @@ def measure(sharding: str, group: str, precision: str) -> dict[str, object]:
 
 
 def work(out: Path, precisions: list[str]) -> None:
-    """What torchrun starts: everything, one after the other."""
+    """Measure all cases, one after the other. torchrun starts this as a worker."""
     found = {}
     for sharding, group, precision in product(SHARDINGS, GROUPS, precisions):
         found[f"{sharding} {group} {precision}"] = measure(sharding, group, precision)

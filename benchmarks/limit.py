@@ -28,7 +28,7 @@ WORKERS = 2
 
 
 class Limits:
-    """A control group for each worker with that limit, `with Limits(bytes) as folder:`; version 1 or 2."""
+    """A control group with this limit for each worker: `with Limits(bytes) as folder:`. Of version 1 or 2."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
@@ -47,7 +47,7 @@ class Limits:
         return self._folder
 
     def peak_mib(self, rank: int) -> float:
-        """The most that worker had in memory, the kernel's cache of its files included."""
+        """The peak memory of this worker, including the kernel's cache of its files."""
         name = "memory.max_usage_in_bytes" if self._is_first else "memory.peak"
         return int((self._folder / str(rank) / name).read_text()) / MIB
 
@@ -58,7 +58,7 @@ class Limits:
 
 
 def run(kind: str, workers: int, folder: Path | None, options: argparse.Namespace) -> dict[str, object]:
-    """Train with one contender; its JSON line, or {"failed": how it ended}."""
+    """Train with one contender. Return its JSON line, or {"failed": how it ended}."""
     words = {f"--{name}": getattr(options, name) for name in ("depth", "length", "steps", "scratch")}
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)),
@@ -71,7 +71,7 @@ def run(kind: str, workers: int, folder: Path | None, options: argparse.Namespac
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     killed = "SIGKILL" in done.stderr or "exitcode  : -9" in done.stderr
-    return {"failed": "killed for its memory" if killed else done.stderr[-1500:]}
+    return {"failed": "killed at its memory limit" if killed else done.stderr[-1500:]}
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20, help="blocks of the GPT, 19.7 M parameters each")
     parser.add_argument("--length", type=int, default=64, help="tokens in a sample")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--scratch", default="", help="a folder on a disk (default: a new one for temporary files)")
+    parser.add_argument("--scratch", default="", help="a folder on a disk (default: a new temporary folder)")
     parser.add_argument("--seconds", type=int, default=1800, help="how long a contender may take")
     options = parser.parse_args()
     made = None if options.scratch else tempfile.mkdtemp(prefix="manyhands-")
@@ -97,7 +97,7 @@ def main() -> None:
         ("plain", 1, True),
         ("ddp", WORKERS, True),
         ("manyhands-zero3-disk", WORKERS, True),
-        ("manyhands-zero3-device", 1, False),
+        ("manyhands-zero3-none", 1, False),
     )
     digests = []
     try:

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-if sys.argv[2] != "none":  # before torch is loaded, whose memory counts, too
+if sys.argv[2] != "none":  # before torch is loaded, because its memory counts, too
     (Path(sys.argv[2]) / os.environ.get("RANK", "0") / "cgroup.procs").write_text(str(os.getpid()))
 
 import torch

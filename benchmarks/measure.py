@@ -105,9 +105,8 @@ class PeakPss:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What rank 0 saw. seconds: of all steps, the warm-up's included. peak_pss_mib: of one more step, not timed;
-    rest_pss_mib: after it.
-    overhead: of a step, for what Manyhands does besides training (digests, records)."""
+    """What rank 0 measured. seconds: of each step, including the warm-up. peak_pss_mib: during one more step, which is
+    not timed. rest_pss_mib: after that step. overhead: the fraction of a step that digests and records take."""
 
     kind: str
     workers: int

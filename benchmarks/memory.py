@@ -53,7 +53,7 @@ class Case:
 
 
 def cases(workers: Sequence[int]) -> Iterator[Case]:
-    """Everything on shared memory; over torch.distributed two workers; of both what activations take."""
+    """All cases: every strategy on shared memory, two workers over torch.distributed, and activations alone."""
     shardings, offloads = ("ddp", "zero1", "zero2", "zero3"), ("none", "disk")
     for precision in ("fp32", "bf16"):
         for offload in offloads:
@@ -66,8 +66,8 @@ def cases(workers: Sequence[int]) -> Iterator[Case]:
 
 
 class ControlGroup:
-    """The kernel's count of what a set of processes has in memory, `with ControlGroup() as folder:`; they join it by
-    themselves. Version 1 or 2."""
+    """The kernel's count of the memory of a set of processes: `with ControlGroup() as folder:`. The processes join it
+    themselves. Of version 1 or 2."""
 
     def __init__(self) -> None:
         first = Path("/sys/fs/cgroup/memory")
@@ -83,7 +83,7 @@ class ControlGroup:
             self._folder.rmdir()
 
     def read(self) -> tuple[float, float]:
-        """MiB: in memory, and mapped from files (which the kernel may drop, once they are written)."""
+        """Return MiB in memory, and MiB mapped from files (pages that the kernel may drop once they are written)."""
         stat = dict(line.split() for line in (self._folder / "memory.stat").read_text().splitlines())
         anonymous, mapped = ("rss", "mapped_file") if self._is_first else ("anon", "file_mapped")
         shared = int(stat["shmem"])  # counts as mapped, too
@@ -91,7 +91,7 @@ class ControlGroup:
 
 
 class Reading:
-    """Of one case: the most that its processes take together in each phase, beyond what they took before."""
+    """The readings of one case: the peak per worker in each phase, beyond what the workers took before."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.phase = case, "before"
@@ -101,18 +101,18 @@ class Reading:
         self._ready = 0
 
     def a_worker_is_ready(self, now: tuple[float, float]) -> None:
-        """It starts when all have started."""
+        """Count a worker that is ready. When all are, the phase "start" begins."""
         self._ready += 1
         if self._ready == self.case.workers:
             self._before, self.phase = now, "start"
 
     def add(self, now: tuple[float, float]) -> None:
-        """What is there now."""
+        """Add a reading."""
         for largest, value, before in zip((self._memory_mib, self._mapped_mib), now, self._before, strict=True):
             largest[self.phase] = max(largest.get(self.phase, 0.0), (value - before) / self.case.workers)
 
     def row(self) -> dict[str, Any]:
-        """MiB a worker."""
+        """Return the peaks in MiB per worker."""
         phases = ("start", "steps")
         return {
             **{f"{phase}_mib": round(self._memory_mib.get(phase, 0.0), 1) for phase in phases},
@@ -121,8 +121,8 @@ class Reading:
         }
 
 
-def foreseen(case: Case, depth: int) -> Footprint:
-    """The formula's words about a case, from a model that has no memory."""
+def predicted(case: Case, depth: int) -> Footprint:
+    """The formula's prediction for a case, from a model on the meta device."""
     with torch.device("meta"):
         model = GPT(LENGTH, WIDTH, depth, HEADS)
     strategy = mh.Strategy(sharding=case.sharding, offload=case.offload, transport=case.transport)
@@ -131,7 +131,7 @@ def foreseen(case: Case, depth: int) -> Footprint:
 
 
 class Run:
-    """Several cases in one set of processes; `measured` is called with each one's row as it ends."""
+    """Several cases in one set of processes. Calls `measured` with the row of each case when the case ends."""
 
     def __init__(self, several: Sequence[Case], measured: Callable[[Case, dict[str, Any]], None]) -> None:
         self._cases = {str(case): case for case in several}
@@ -140,7 +140,7 @@ class Run:
         self._done = threading.Event()
 
     def run(self, depth: int) -> None:
-        """Start the workers, and read until they end."""
+        """Start the workers, and read their memory until they end."""
         with (
             tempfile.TemporaryDirectory(prefix="manyhands-") as scratch,
             tempfile.TemporaryFile("w+") as errors,
@@ -184,10 +184,10 @@ class Run:
 
 
 def formula_mib(case: Case, depth: int) -> dict[str, float]:
-    """The formula's words in MiB; nothing of what activations take."""
+    """The formula's prediction in MiB, without activations."""
     if case.sharding == "none":
         return {}
-    expected = foreseen(case, depth)
+    expected = predicted(case, depth)
     everything = {**vars(expected), "peak": expected.peak, "mapped": expected.mapped}
     return {name: round(value / MIB, 1) for name, value in everything.items()}
 
@@ -196,23 +196,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=20, help="blocks of the GPT, 7.1 M parameters each")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--only", default="", help="run only cases whose names have this in them")
-    parser.add_argument("--most-gib", type=float, default=9.0, help="leave out what takes more memory, all together")
-    parser.add_argument("--again", action="store_true", help="run also what was measured before")
+    parser.add_argument("--only", default="", help="run only cases whose names contain this")
+    parser.add_argument("--most-gib", type=float, default=9.0, help="skip cases whose workers together take more")
+    parser.add_argument("--again", action="store_true", help="also repeat cases that were measured before")
     parser.add_argument("--no-report", action="store_true", help="leave docs/memory.md as it is")
     options = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    together: dict[tuple[str, int, str, str], list[Case]] = {}  # with files, malloc is set up another way
+    together: dict[tuple[str, int, str, str], list[Case]] = {}  # per offload, because files need other malloc settings
     for case in cases(options.workers):
         if options.only not in str(case) or (str(case) in rows and not options.again):
             continue
         total = 0.0
         if case.sharding != "none":
-            expected = foreseen(case, options.depth)
+            expected = predicted(case, options.depth)
             total = max(expected.peak, expected.start) * case.workers / GIB
         if total > options.most_gib:
-            print(f"{case}: left out, it would take {total:.1f} GiB")
+            print(f"{case}: skipped, because it would take {total:.1f} GiB")
         else:
             together.setdefault((case.transport, case.workers, case.precision, case.offload), []).append(case)
 
@@ -220,7 +220,7 @@ def main() -> None:
         rows[str(case)] = row = {**vars(case), **row, "formula_mib": formula_mib(case, options.depth)}
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
         figures = {name: value for name, value in row.items() if name.endswith("mib") and name != "formula_mib"}
-        print(f"{case}: {row['formula_mib'].get('peak', 0):,.0f} MiB by the formula, {figures}", flush=True)
+        print(f"{case}: {row['formula_mib'].get('peak', 0):,.0f} MiB predicted, {figures}", flush=True)
 
     for several in together.values():
         Run(several, measured).run(options.depth)

@@ -30,7 +30,7 @@ def write_report(rows: Iterable[Row]) -> None:
         f"{value:,.0f} MiB in {precision}" + (" with state on a disk" if offload == "disk" else "")
         for (precision, offload), value in alone.items()
     )
-    text = f"Activations, and the gradient on its way: {taken}.\n\n{_tables(measured)}"
+    text = f"Activations, and one parameter's gradient: {taken}.\n\n{_tables(measured)}"
     page = re.sub(
         r"(<!-- measured -->\n).*?(<!-- end -->)",
         lambda found: f"{found[1]}\n{text}\n{found[2]}",

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # before torch is loaded, whose memory counts, too
+if __name__ == "__main__":  # before torch is loaded, because its memory counts, too
     (Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
 
 import torch
@@ -41,7 +41,7 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
-    """In one operator: without temporary memory."""
+    """Fused AdamW, which takes no temporary memory."""
     return torch.optim.AdamW(params, lr=1e-4, fused=True)
 
 
@@ -63,7 +63,7 @@ def tell(**what: object) -> None:
 
 
 def train(given: dict[str, Any], *shape: int) -> None:
-    """Some steps of the engine."""
+    """Train for STEPS steps with the engine."""
     strategy = mh.Strategy(**{name: given[name] for name in ("sharding", "offload", "transport", "scratch")})
     with mh.Engine(recipe_of(given["precision"], *shape), strategy) as engine:
 
@@ -79,7 +79,7 @@ def train(given: dict[str, Any], *shape: int) -> None:
 
 
 def compute_alone(given: dict[str, Any], *shape: int) -> None:
-    """Forward and backward of one micro-batch at a time; gradients are dropped as they come."""
+    """Forward and backward of one micro-batch at a time; gradients are dropped as they arrive."""
     if given["offload"] == "disk":  # as the engine does then
         keep_freed_memory(large=False)
     torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def compute_alone(given: dict[str, Any], *shape: int) -> None:
         param.register_post_accumulate_grad_hook(drop)
     data = RandomTokens(64, LENGTH)
     for step in range(1 + STEPS * BATCH.micro_batches):
-        if step == 1:  # by now torch has its kernels' own memory
+        if step == 1:  # by now torch has allocated its kernels' own memory
             return_freed_memory()
             tell(case=given["name"], ended="nothing yet")
             tell(case=given["name"], ended="start")
@@ -108,7 +108,7 @@ def main() -> None:
         if given["sharding"] == "none":
             compute_alone(given, WIDTH, depth, HEADS)
             continue
-        if number == 0:  # a tiny model first: torch loads all that it loads by itself
+        if number == 0:  # first a tiny model, so that torch has loaded what it loads at its first use
             for precision in ("fp32", "bf16"):
                 train({**given, "precision": precision, "name": ""}, 64, 2, 1)
         gc.collect()

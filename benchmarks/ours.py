@@ -21,7 +21,7 @@ import manyhands as mh
 from gpt import GPT
 from measure import WARM_UP, Measured, PeakPss, RandomTokens, Turns, argument_parser, leave, pss_mib, report
 
-DIGEST_EVERY = 10  # as mh.train has it
+DIGEST_EVERY = 10  # the default of mh.train
 TIMES = 10
 
 
@@ -44,7 +44,7 @@ def recipe_of(options: argparse.Namespace, workers: int) -> mh.Recipe:
 
 
 def digest_seconds(engine: mh.Engine) -> float:
-    """What a digest costs a step, on this worker."""
+    """The seconds that a digest takes on this worker."""
     engine.group.barrier("bench / control")
     began = time.perf_counter()
     for _ in range(TIMES):
@@ -53,8 +53,8 @@ def digest_seconds(engine: mh.Engine) -> float:
 
 
 def record_seconds(engine: mh.Engine, metrics: mh.StepMetrics) -> float:
-    """What a step's records cost: its line of metrics, TensorBoard's if installed, a tenth of its table of hashes."""
-    from manyhands.listeners.run_directory import RunDirectory  # here: a bare engine doesn't load them
+    """The seconds that a step's records take: metrics, TensorBoard if installed, and every 10th step the hashes."""
+    from manyhands.listeners.run_directory import RunDirectory  # imported here, because a bare engine doesn't load them
     from manyhands.listeners.tensorboard import TensorBoardLog
 
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def main() -> None:
     for _ in range(options.steps + WARM_UP):
         batch = next(batches)
         with turns.take():
-            # A step ends when this worker has everyone's new parameters: as long as a peer's between two barriers.
+            # A step ends when this worker has all new parameters: the same span as a peer's between two barriers.
             began = time.perf_counter()
             engine.step(batch)
             seconds.append(time.perf_counter() - began)

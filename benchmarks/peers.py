@@ -1,12 +1,12 @@
-"""Train the 69.4 M GPT for a few steps with what others built.
+"""Train the 69.4 M GPT for a few steps with another library.
 
     OMP_NUM_THREADS=1 python -m torch.distributed.run --nproc-per-node 2 benchmarks/peers.py ddp --precision bf16
 
 single: one process, nothing to communicate, torch.autocast as for the others; single-bf16: the same, with parameters
-and gradients in bf16 and fp32 masters, the arithmetic of Manyhands; ddp; ddp-bf16hook (gradients travel in bf16);
-zero-redundancy (DDP + ZeroRedundancyOptimizer); fsdp2 (fully_shard); deepspeed-1, -2, -3. With -our-products behind the
-name the peer computes its products of bf16 tensors as Manyhands does, in fp32 on CPUs without instructions for bf16: so
-what the two do besides is compared, too. Rank 0 prints one JSON line.
+and gradients in bf16 and fp32 master weights, the arithmetic of Manyhands; ddp; ddp-bf16hook (gradients travel in
+bf16); zero-redundancy (DDP + ZeroRedundancyOptimizer); fsdp2 (fully_shard); deepspeed-1, -2, -3. With the suffix
+-our-products the peer computes bf16 products as Manyhands does: in fp32, on CPUs without bf16 instructions. This
+compares what the two do apart from these products. Rank 0 prints one JSON line.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def deepspeed(model: GPT, options: argparse.Namespace) -> Step:
         "train_micro_batch_size_per_gpu": options.batch,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 10**9,
-        "zero_optimization": {"sharding": int(options.kind[-1])},
+        "zero_optimization": {"stage": int(options.kind[-1])},
         "zero_allow_untested_optimizer": True,
         "optimizer": {"type": "AdamW", "params": {"lr": ADAMW["lr"], "torch_adam": True}},
         "bf16": {"enabled": options.precision == "bf16"},

@@ -1,16 +1,17 @@
-"""Preparing data beside the others: word count, sort, a cached second pass, tokens to train with, a small job.
+"""Data jobs compared with other tools: word count, sort, a cached second pass, tokens for training, a small job.
 
     make bench-prepare ARGS="--text-mb 382 --sort-mb 1000 --tokens-mb 32 --rounds 3"
 
-Words: the Python sources of what is installed here, as JSON lines, cut at blanks, to counts in files. Sort: rows of a
-random 64-bit key and 90 bytes, Parquet to Parquet. Cached documents: figures of each text are kept, then some of them
-added up. Cached words: all words are kept, then the long ones counted by a Python function, which takes most of that
-time. Tokens: texts to shuffled files of tokens, by a byte-level BPE tokenizer of 8,192 tokens. Small: the sum of 1,000
-rows.
+words: counts the words of all installed Python sources. The texts are JSON lines, and white space divides the words.
+sort: sorts rows of a random 64-bit key and 90 bytes, Parquet to Parquet. cached-documents: caches statistics of each
+text, then adds up some of them in a second pass. cached-words: caches all words, then counts the long ones with a
+Python function, which takes most of the time of that pass. tokens: encodes texts with a byte-level BPE tokenizer of
+8,192 tokens, and writes them to token files in random order. small: sums 1,000 rows by key.
 
-Each contender that can do a task runs in a process of its own, in turns; all must come to the same result. Shown are
-medians of what it takes to start, of the job and how many times ours that is, and of the second pass, if there is
-one; and the most memory of all its processes together. manyhands-700MB may take that much. Use a quiet machine.
+Each contender that supports a task runs in a process of its own, in turn; all must give the same result. The table
+shows medians of the seconds to start, of the job (and their ratio to ours) and of the second pass, if there is one; and
+the peak memory of all processes of a contender together. manyhands-700MB has a memory limit of 700 MB. Use a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -47,19 +48,19 @@ CONTENDER = Path(__file__).with_name("prepare_contenders.py")
 
 
 def sources() -> Iterator[str]:
-    """The text of all Python files that are installed, again and again, without what contenders take in different ways:
-    other blanks than ASCII's are blanks here, and no text has the name of a special token."""
+    """The text of all installed Python files, in an endless loop, without what contenders treat differently: white
+    space that is not ASCII becomes a space, and the name of the special token is removed."""
     odd = {code: " " for code in range(sys.maxunicode) if chr(code).isspace() and chr(code) not in " \t\n\r\f"}
     paths = sorted(path for folder in site.getsitepackages() for path in Path(folder).rglob("*.py"))
     while True:
         for path in paths:
             text = path.read_text(encoding="utf-8", errors="replace").translate(odd).replace(END_OF_TEXT, "")
-            if text.strip():  # datatrove leaves others out
+            if text.strip():  # datatrove skips empty texts
                 yield text
 
 
 def write_text(folder: Path, size: int) -> None:
-    """`size` bytes of JSON lines, one a source file, in files of about 32 MiB."""
+    """Write `size` bytes of JSON lines, one per source file, in files of about 32 MiB."""
     folder.mkdir()
     texts, written, number = sources(), 0, 0
     while written < size:
@@ -70,7 +71,7 @@ def write_text(folder: Path, size: int) -> None:
 
 
 def write_records(folder: Path, size: int) -> None:
-    """`size` bytes of rows: key [0, 2**62), payload of 90 hexadecimal digits."""
+    """Write `size` bytes of rows: key [0, 2**62), payload of 90 hexadecimal digits."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number, start in enumerate(range(0, size, FILE_BYTES)):
@@ -86,7 +87,7 @@ def write_records(folder: Path, size: int) -> None:
 
 
 def write_tokenizer(data: Path) -> None:
-    """A tokenizer.json, trained on the first file of the text."""
+    """Write a tokenizer.json, trained on the first file of the text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -112,7 +113,7 @@ def members(mark: str) -> list[Path]:
 
 
 def memory_bytes(processes: list[Path]) -> int:
-    """What they take together, without files that are mapped: what they share is counted once."""
+    """The memory of these processes together, without mapped files. Shared memory is counted once."""
     total = 0
     for path in processes:
         with suppress(OSError):
@@ -123,7 +124,7 @@ def memory_bytes(processes: list[Path]) -> int:
 
 
 def run(contender: str, task: str, data: Path, workers: int, limit_seconds: float) -> dict[str, Any]:
-    """One contender, one task, once; nothing of it is left."""
+    """Run one contender on one task, once. Removes its files, and kills its remaining processes."""
     with tempfile.TemporaryDirectory(dir=data.parent) as name:
         folder = Path(name)
         for part in ("text", "records", "texts", "tokenizer.json"):
@@ -138,12 +139,12 @@ def run(contender: str, task: str, data: Path, workers: int, limit_seconds: floa
                 peak = max(peak, memory_bytes(members(mark)))
                 time.sleep(0.25)
             code = process.poll()
-            for path in members(mark):  # of Ray, some outlive the program
+            for path in members(mark):  # some of Ray's outlive the program
                 with suppress(ProcessLookupError):
                     os.kill(int(path.name), signal.SIGKILL)
             process.wait()
             if code is None:
-                return {"skipped": f"wasn't done after {limit_seconds:g} s"}
+                return {"skipped": f"took longer than {limit_seconds:g} s"}
             said.seek(0)
             errors.seek(0)
             lines, wrong = said.read().splitlines(), errors.read().strip().splitlines()
@@ -155,7 +156,7 @@ def run(contender: str, task: str, data: Path, workers: int, limit_seconds: floa
 def show(task: str, results: dict[str, list[dict[str, Any]]], console: Console) -> None:
     """A table of one task."""
     table = Table(title=task, title_justify="left")
-    for column in ("", "start s", "job s", "times ours", "again s", "peak MiB", "result"):
+    for column in ("", "start s", "job s", "ratio to ours", "second pass s", "peak MiB", "result"):
         table.add_column(column, justify="left" if column in ("", "result") else "right")
 
     def median(contender: str, phase: str) -> float:

@@ -2,9 +2,9 @@
 
     python benchmarks/prepare_contenders.py CONTENDER TASK FOLDER WORKERS
 
-FOLDER has text/*.jsonl, texts/*.jsonl (fewer), records/*.parquet and tokenizer.json. On the last line of standard
-output: seconds by phase, and a check of the result, which must be the same for all, as JSON. `start`: what it takes to
-be ready, imports aside.
+FOLDER has text/*.jsonl, texts/*.jsonl (fewer), records/*.parquet and tokenizer.json. The last line of standard output
+is JSON: seconds by phase, and a check of the result, which must be the same for all contenders. The phase `start` lasts
+until the contender is ready; imports are not included.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 
 import orjson
 
-BLANK = r"\s+"  # between words; the text has no other blanks than ASCII's
+BLANK = r"\s+"  # between words; all white space in the text is ASCII
 SMALL_ROWS = 1000
-NOTHING = "has no such thing"
+NOTHING = "does not support this task"
 seconds: dict[str, float] = {}
 
 
@@ -46,7 +46,7 @@ def words_of(record: dict[str, Any]) -> list[str]:
 
 
 def figures_of(record: dict[str, Any]) -> dict[str, int]:
-    """Of a text: how many words, different ones, and letters of the longest."""
+    """Statistics of a text: its words, its distinct words, and the letters of the longest word."""
     words = words_of(record)
     return {"words": len(words), "different": len(set(words)), "longest": max(map(len, words), default=0)}
 
@@ -56,7 +56,7 @@ def check_counts(total: int, distinct: int) -> str:
 
 
 def check_sorted(folder: Path) -> str:
-    """Rows, and whether they are in order over all files; by name, as all write them in order."""
+    """The number of rows, and whether they are in order across all files, in the order of the files' names."""
     import pyarrow.parquet as pq
 
     keys = [pq.read_table(path, columns=["key"]).column("key").to_numpy() for path in sorted(folder.rglob("*.parquet"))]
@@ -110,7 +110,7 @@ def ours(task: str, folder: Path, workers: int, memory: str | None = None) -> st
 
 
 def our_tokens(folder: Path, workers: int, how: dict[str, Any], *, fast: bool = False) -> str:
-    """What `manyhands prepare RECIPE.toml` does behind cleaning: encode, shuffle, write."""
+    """What `manyhands prepare RECIPE.toml` does after cleaning: encode, shuffle, write."""
     import manyhands as mh
     from manyhands.corpus.tokenizing import encoder_of, faster
     from manyhands.prepare.io.writing import token_schema
@@ -151,7 +151,7 @@ def datatrove(task: str, folder: Path, workers: int) -> str:
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer, DocumentTokenizerMerger
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as its own tasks are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # because its tasks already run in parallel
     parts, out = folder / "parts", folder / "out"
     encode = DocumentTokenizer(
         str(parts),
@@ -171,7 +171,7 @@ def datatrove(task: str, folder: Path, workers: int) -> str:
     return f"{sum(np.memmap(path, np.uint16, 'r').size for path in out.glob('*.ds'))} tokens"
 
 
-# Processes and the standard library, and nothing else
+# A pool of processes from the standard library
 
 
 def count_file(path: str) -> Counter[str]:

@@ -1,15 +1,16 @@
-"""What killed workers cost: our run, and torchrun's with DDP and torch.save, under the same kills.
+"""The cost of killed workers: our run compared with torchrun, DDP and torch.save, under the same kills.
 
     .venv/bin/python benchmarks/recovery.py [--steps 60] [--kills 3] [--every 20] [--rounds 1]
 
-Both train the same GPT with two workers and write a checkpoint every so many steps. When a run has come to a chosen
-step, one of its workers is killed (SIGKILL), once for each of the chosen steps. Told are the time to finish undisturbed
-and disturbed, the steps that were made again, and whether the weights are those of the undisturbed run. Use a machine
-that does nothing else. What makes no step for a minute is given up, and what it said is in runs/recovery-KIND.log.
+Both train the same GPT with two workers and write a checkpoint every 20 steps. When a run reaches a chosen step,
+one of its workers is killed (SIGKILL), once for each of the chosen steps. The table shows the time to finish
+undisturbed and with kills, the steps that were repeated, and whether the weights equal those of the undisturbed run.
+Use a machine that does nothing else. A run that makes no step for a minute is stopped; its output is in
+runs/recovery-KIND.log.
 
-torchrun is there twice. Left to itself it keeps one store for all starts of the workers, with the addresses of those
-that were killed (https://github.com/pytorch/pytorch/issues/135712): whoever starts first may find its peer's old one,
-and then the start fails or never ends. So the peer that counts has the setting that gives each start a store.
+torchrun is measured twice. By default it keeps one store for all starts of the workers, with the addresses of killed
+workers (https://github.com/pytorch/pytorch/issues/135712): a worker that starts first may find the old address of its
+peer, and then the start fails or never ends. So the main peer has the setting that gives each start its own store.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def steps_made(kind: str, folder: Path) -> tuple[int, int]:
 
 
 def pid_of(folder: Path, rank: int) -> int | None:
-    """The worker of that rank, if it's there."""
+    """The pid of the worker of that rank; None if it is not running."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
             words = (path / "cmdline").read_bytes().split(b"\0")
@@ -99,7 +100,7 @@ def run(kind: str, steps: int, every: int, kills: list[tuple[int, int]]) -> dict
                         left.pop(0)
                         os.kill(pid, signal.SIGKILL)
                 if time.monotonic() - changed > NO_CHANGE_SECONDS:
-                    for rank in range(2):  # workers first: a launcher that is killed leaves them
+                    for rank in range(2):  # workers first: a launcher that is killed leaves them running
                         pid = pid_of(folder, rank)
                         if pid is not None:
                             os.kill(pid, signal.SIGKILL)
@@ -118,22 +119,22 @@ def run(kind: str, steps: int, every: int, kills: list[tuple[int, int]]) -> dict
 
 
 def chosen(steps: int, count: int, seed: int) -> list[tuple[int, int]]:
-    """Spread over the run, but not at round numbers."""
+    """Choose steps and ranks for the kills: spread over the run, but not at round numbers."""
     chance = random.Random(seed)
     parts = [chance.uniform(0.35, 0.95) + number for number in range(count)]
     return [(int(part * steps / count), chance.randrange(2)) for part in parts]
 
 
 def median(values: Iterable[float], digits: int = 1) -> str:
-    """Of the runs that came to an end."""
+    """The median of the runs that ended."""
     ended = [value for value in values if not math.isnan(value)]
     return f"{statistics.median(ended):.{digits}f}" if ended else "-"
 
 
 def show(console: Console, results: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], kills: int) -> None:
-    """results: of each kind, an undisturbed and a disturbed run for each round."""
+    """Print the table. results: by kind, an undisturbed run and one with kills for each round."""
     table = Table()
-    headings = ("", "undisturbed s", "with kills s", "s a kill", "steps made again", "ended", "same weights")
+    headings = ("", "undisturbed s", "with kills s", "s per kill", "steps repeated", "ended", "same weights")
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
     for kind, pairs in results.items():
@@ -156,7 +157,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--rounds", type=int, default=1, help="each with other kills")
+    parser.add_argument("--rounds", type=int, default=1, help="each with different kills")
     options = parser.parse_args()
     console = Console(width=120, highlight=False)
     results: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {kind: [] for kind in KINDS}

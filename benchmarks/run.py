@@ -2,11 +2,11 @@
 
     .venv-bench/bin/python benchmarks/run.py [--rounds 3] [--steps 8] [--only SETTING/KIND ...]
 
-Machines are noisy, and their speed drifts. So every contender runs once per round, A B C A B C, each time as whole new
-processes with one thread each; ratios are taken inside a round, and the median over the rounds is shown. Where the
-speed drifts within minutes, `--in-turns`: all contenders of a setting are there at once (mind the memory), and take
-single steps in turn; a round is a step of each. Use a machine that does nothing else. A peer that isn't installed is
-skipped by name. All figures go to runs/bench/.
+Machines are noisy, and their speed drifts. So every contender runs once per round, A B C A B C, each time in new
+processes with one thread each. Ratios are computed inside a round, and their median over the rounds is shown. If the
+speed drifts within minutes, use `--in-turns`: all contenders of a setting run at the same time (all must fit in memory
+together) and take single steps in turn; a round is one step of each. Use a machine that does nothing else. Peers that
+aren't installed are skipped, and their names are printed. All figures go to runs/bench/.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from measure import Turns
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "runs" / "bench"
-OURS = "manyhands-zero2"  # manyhands-STAGE[-GROUP]: what ratios are to
-ZERO3, ZERO3_PROCESS = "manyhands-zero3", "manyhands-zero3-process"
+OURS = "manyhands-zero2"  # manyhands-SHARDING[-TRANSPORT]: ratios are relative to it
+ZERO3, ZERO3_DISTRIBUTED = "manyhands-zero3", "manyhands-zero3-distributed"
 SECONDS_ALLOWED = 600
 ALL_PEERS = ("ddp", "ddp-bf16hook", "zero-redundancy", "fsdp2", "deepspeed-1", "deepspeed-2", "deepspeed-3")
-# Where the CPU has no instructions for bf16, most of a peer's step is their emulation: what is left without it?
+# On a CPU without bf16 instructions most of a peer's step is their emulation. These show what is left without it.
 OUR_PRODUCTS = "-our-products"
 WITH_OUR_PRODUCTS = tuple(kind + OUR_PRODUCTS for kind in ("ddp", "fsdp2", "deepspeed-2", "deepspeed-3"))
 
@@ -75,7 +75,15 @@ SETTINGS = (
         workers=2,
         batch=4,
         precision="bf16",
-        kinds=(OURS, "manyhands-ddp", ZERO3, "manyhands-zero2-process", ZERO3_PROCESS, *ALL_PEERS, *WITH_OUR_PRODUCTS),
+        kinds=(
+            OURS,
+            "manyhands-ddp",
+            ZERO3,
+            "manyhands-zero2-distributed",
+            ZERO3_DISTRIBUTED,
+            *ALL_PEERS,
+            *WITH_OUR_PRODUCTS,
+        ),
     ),
     Setting(name="alone-fp32", workers=1, batch=4, precision="fp32", kinds=(OURS, "single")),
     Setting(
@@ -83,7 +91,7 @@ SETTINGS = (
         workers=2,
         batch=4,
         precision="fp32",
-        kinds=(OURS, ZERO3, ZERO3_PROCESS, *(kind for kind in ALL_PEERS if kind != "ddp-bf16hook")),
+        kinds=(OURS, ZERO3, ZERO3_DISTRIBUTED, *(kind for kind in ALL_PEERS if kind != "ddp-bf16hook")),
     ),
     Setting(
         name="4-bf16", workers=4, batch=1, precision="bf16", kinds=(OURS, "ddp", "fsdp2", "deepspeed-2", "deepspeed-3")
@@ -119,7 +127,7 @@ TARGETS = (
     as_fast("2-bf16", "fsdp2", 2.2, ZERO3),
     as_fast("2-bf16", "deepspeed-3", 2.2, ZERO3),
     as_fast("2-bf16", OURS, 0.95, ZERO3),
-    as_fast("2-bf16", "fsdp2", 1.3, ZERO3_PROCESS),
+    as_fast("2-bf16", "fsdp2", 1.3, ZERO3_DISTRIBUTED),
     Target(
         what="of one plain PyTorch process's tokens/s, per worker",
         setting="2-bf16",
@@ -143,7 +151,7 @@ TARGETS = (
 MOST_OVERHEAD = 0.02
 
 Record = dict[str, Any]
-Results = dict[tuple[str, str], list[Record]]  # (setting, kind): one record a round, {"error": ...} if it failed
+Results = dict[tuple[str, str], list[Record]]  # (setting, kind): one record per round, {"error": ...} if it failed
 
 
 def command_of(setting: Setting, kind: str, steps: int) -> list[str]:
@@ -338,7 +346,7 @@ def main() -> None:
     pairs, where = selected(options.only), machine()
     if not pairs:
         names = ", ".join(f"{setting.name}/{kind}" for setting in SETTINGS for kind in setting.kinds)
-        raise SystemExit(f"--only {' '.join(options.only)} names no contender that is installed; there are: {names}")
+        raise SystemExit(f"--only {' '.join(options.only)} names no contender that is installed; contenders: {names}")
     description = (
         f"{where['processor']}, {where['cores']} cores, bf16 instructions: {where['bf16']}, torch {where['torch']}"
     )
@@ -366,7 +374,7 @@ def main() -> None:
                 label = f"round {number + 1} of {options.rounds}  {setting.name}/{kind}"
                 console.print(f"{label}: {outcome}", highlight=False, markup=False)
     except KeyboardInterrupt:
-        console.print("stopped; what was measured until then:")
+        console.print("stopped; measured so far:")
     console.print(table_of(results))
     verdicts = judged(results)
     for verdict in verdicts:

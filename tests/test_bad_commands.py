@@ -30,13 +30,16 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
             "use global_size = 6 or 8",
         ],
     ),
-    "workers": (["--workers", "5"], ["5 workers are more than the step has micro-batches", "at most 4 workers"]),
+    "workers": (["--workers", "5"], ["5 workers are too many for a step of 4 micro-batches", "at most 4 workers"]),
     "no workers": (["--workers", "0"], ["0 is not an integer of at least 1"]),
     "sharding": (
         ["--sharding", "zero9"],
-        ["strategy.sharding is not known", "ddp, zero1, zero2", "did you mean 'zero3'?"],
+        ["strategy.sharding has an unknown value", "ddp, zero1, zero2", "did you mean 'zero3'?"],
     ),
-    "transport": (["--transport", "shared"], ["strategy.transport is not known", "did you mean 'shared-memory'?"]),
+    "transport": (
+        ["--transport", "shared"],
+        ["strategy.transport has an unknown value", "did you mean 'shared-memory'?"],
+    ),
     "a file as run_dir": (["--run-dir", RECIPE], ["not a run directory", RECIPE, "got: a file", "nothing was written"]),
     "a foreign run_dir": (["--run-dir", str(SUPPORT)], ["not a run directory", "a directory with", "__init__.py"]),
 }
@@ -163,15 +166,15 @@ def test_compare_reports_where_runs_differ(
     assert "after each of 4 steps" in output
     code, output = run_command(capsys, monkeypatch, "compare", one, other)
     assert code == 1
-    assert "different: first after step 3 (the same after step 2)" in output
-    assert "parameter '2.bias', block 0 (elements 0 to 7): the first of 1 blocks in 1 parameters" in output
+    assert "different: the digests first differ after step 3 (the same after step 2)" in output
+    assert "parameter '2.bias', block 0 (elements 0 to 7): the first of 1 differing blocks in 1 parameters" in output
     code, output = run_command(capsys, monkeypatch, "compare", "--json", one, other)
     found = json.loads(output)
     assert (code, found["equal"], found["step"], found["parameter"], found["block"]) == (1, False, 3, "2.bias", 0)
     code, output = run_command(capsys, monkeypatch, "compare", one, seed)
     assert code == 1
-    assert "first after step 1" in output
-    assert "recipe: seed is 0 in one and 1 in the other" in output
+    assert "first differ after step 1" in output
+    assert "recipe: seed is 0 in one run and 1 in the other" in output
     code, output = run_command(capsys, monkeypatch, "compare", one, tmp_path)
     assert code == 2
     assert "this is not a run directory" in output

@@ -199,7 +199,7 @@ ON_ALL: dict[str, tuple[Callable[[int], mh.Recipe], type[Exception], list[str]]]
     "optimizer: kind": (
         lambda rank: recipe(optimizer_kind="matrix"),
         mh.ConfigError,
-        ["recipe.optimizer_kind is not known", "elementwise, per-parameter"],
+        ["recipe.optimizer_kind has an unknown value", "elementwise, per-parameter"],
     ),
     "optimizer: leaves out": (
         lambda rank: recipe(optimizer=lambda named: torch.optim.SGD(named[1:], lr=0.1)),
@@ -277,7 +277,7 @@ def test_different_strategies_are_reported() -> None:
 def test_more_workers_than_micro_batches_are_refused() -> None:
     for error in on_all(lambda rank, group: trained(recipe(), mh.Strategy(), group), workers=5):
         assert isinstance(error, mh.ConfigError), error
-        assert "5 workers are more than the step has micro-batches" in str(error)
+        assert "5 workers are too many for a step of 4 micro-batches" in str(error)
         assert "at most 4 workers" in str(error)
 
 

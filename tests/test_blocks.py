@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhands.layout import BLOCK
 from manyhands.numerics.digest import block_hashes, block_norms, digest_of_tensors, total_norm
+from manyhands.shard_layout import BLOCK
 
 
 def values(blocks: int, seed: int = 0) -> torch.Tensor:

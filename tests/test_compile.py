@@ -207,7 +207,7 @@ def test_the_identity_names_the_compiler_and_its_settings() -> None:
 
 
 def test_compile_is_on_or_off_and_for_the_cpu() -> None:
-    with pytest.raises(ConfigError, match=r"recipe\.compile is of another type"):
+    with pytest.raises(ConfigError, match=r"recipe\.compile has the wrong type"):
         compiled_recipe(compile="yes")
     with pytest.raises(ConfigError, match=r"recipe\.compile is supported on the CPU only"):
         compiled_recipe(device="cuda")

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import typer
 
+import manyhands as mh
 from manyhands.cli.main import app
+from manyhands.options import declared
 from support.annotated_tree import BLOCK, annotated_tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,3 +99,12 @@ def test_troubleshooting_has_the_messages_that_users_meet() -> None:
     texts, raised = messages()
     assert not listed - texts, "headings of messages that the source doesn't have (any more)"
     assert not raised - listed, "messages without a heading"
+
+
+def test_contenders_of_benchmarks_have_shardings_transports_and_offloads_that_exist() -> None:
+    known = {name for option in ("sharding", "transport", "offload") for name in declared(mh.Strategy)[option].choices}
+    found = set()
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        found |= set(re.findall(r'"manyhands-((?:ddp|zero)[a-z0-9-]*)"', path.read_text()))
+    assert "zero2-distributed" in found
+    assert {part for kind in found for part in kind.split("-")} - known == set()

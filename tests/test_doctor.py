@@ -26,7 +26,7 @@ def verdicts(folder: Path) -> dict[str, Finding]:
     return {finding.subject: finding for finding in check_machine(folder)}
 
 
-def test_this_machine_has_what_workers_need(tmp_path: Path) -> None:
+def test_this_machine_meets_the_requirements_of_workers(tmp_path: Path) -> None:
     found = verdicts(tmp_path / "runs")
     for subject in ("versions", "shared memory", "watching", "ports", "GPUs"):
         assert found[subject].verdict == "good", found[subject]

@@ -123,7 +123,7 @@ def activation_bytes(recipe: mh.Recipe) -> int:
     return peak.num_bytes - before
 
 
-def foreseen(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> float:
+def predicted(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> float:
     """The formula's prediction for all workers, from a model on the meta device."""
     with torch.device("meta"):
         sizes = sizes_of(Stack(), recipe, strategy, workers)
@@ -132,9 +132,9 @@ def foreseen(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> floa
 
 def check(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> None:
     """Check that both agree. Another copy of the model in bf16, shared by all workers, would be two tolerances."""
-    expected, activations = foreseen(recipe, strategy, workers), activation_bytes(recipe) * workers
+    expected, activations = predicted(recipe, strategy, workers), activation_bytes(recipe) * workers
     found = peak_bytes(recipe, strategy, workers)
-    assert 0.93 * expected < found < expected + activations + NUMEL, f"{found / expected:.3f} of what was foreseen"
+    assert 0.93 * expected < found < expected + activations + NUMEL, f"{found / expected:.3f} of what was predicted"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -180,4 +180,4 @@ def test_allocations_match_the_formula_with_clipping(sharding: str, tmp_path: Pa
 def test_allocations_match_the_formula_without_overlap(sharding: str, tmp_path: Path) -> None:
     strategy = replace(strategy_of(sharding, "none", tmp_path), overlap=False)
     check(recipe_of("fp32"), strategy)
-    assert foreseen(recipe_of("fp32"), strategy) > 1.1 * foreseen(recipe_of("fp32"), replace(strategy, overlap=True))
+    assert predicted(recipe_of("fp32"), strategy) > 1.1 * predicted(recipe_of("fp32"), replace(strategy, overlap=True))

@@ -222,7 +222,7 @@ def test_an_error_names_a_prefix_that_rename_can_remove(tmp_path: Path) -> None:
     recipe = RECIPES["gpt2"]("fp32")
     model: Any = built(recipe, 14)
     model.transformer.save_pretrained(tmp_path)  # without the head, which is tied
-    with pytest.raises(mh.ConfigError, match="28 missing in the files, 28 not of the model") as caught:
+    with pytest.raises(mh.ConfigError, match="28 missing from the files, 28 not in the model") as caught:
         trained(replace(recipe, weights=tmp_path))
     assert caught.value.hint is not None
     assert 'rename = { "^" = "transformer." }' in caught.value.hint
@@ -295,7 +295,7 @@ def test_files_that_fit_are_loaded(tmp_path: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "missing": (lambda t: t.pop("head.weight"), r"1 missing in the files\n(.|\n)*head\.weight \[5, 24\]"),
+    "missing": (lambda t: t.pop("head.weight"), r"1 missing from the files\n(.|\n)*head\.weight \[5, 24\]"),
     "unexpected": (lambda t: t.update({"haed.bias": t["head.bias"] + 1}), r"haed\.bias; did you mean head\.bias\?"),
     "shape": (
         lambda t: t.update({"head.weight": t["head.weight"][:4]}),
@@ -309,7 +309,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "no counter": (lambda t: t.pop("norm_1.num_batches_tracked"), r"norm_1\.num_batches_tracked \[\]"),
     "another model": (
         lambda t: ([t.pop(name) for name in list(t)], t.update({"a": torch.ones(2), "b": torch.ones(2)})),
-        "14 missing in the files, 2 not of the model",
+        "14 missing from the files, 2 not in the model",
     ),
 }
 
@@ -338,7 +338,7 @@ def test_missing_and_extra_tensors_must_be_allowed_explicitly(tmp_path: Path) ->
     assert trained(replace(recipe, weights=weights)) == trained(replace(recipe, weights=weights), 2)
     with pytest.raises(mh.ConfigError, match=r"allow_missing: 'heads\.\*' matches no tensor of the model"):
         trained(replace(recipe, weights=mh.Weights(path=tmp_path, allow_missing=["heads.*"], ignore=["*"])))
-    with pytest.raises(mh.ConfigError, match="no tensor of the model is in them"):
+    with pytest.raises(mh.ConfigError, match="the files have none of its tensors"):
         trained(
             replace(recipe, weights=mh.Weights(path=tmp_path, rename={"^": "x"}, allow_missing=["*"], ignore=["*"]))
         )
@@ -383,7 +383,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "cut": (cut, "two.safetensors", "is outside of the file"),
+    "cut": (cut, "two.safetensors", "does not fit the file"),
     "longer": (longer, "one.safetensors", "something was added"),
     "foreign": (
         lambda f: (f / "two.safetensors").write_bytes(b"PK\3\4 and so on"),
@@ -391,7 +391,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "truncated",
     ),
     "not there": (lambda f: (f / "two.safetensors").unlink(), "two.safetensors", "No such file"),
-    "doubled": (doubled_header, "two.safetensors", "'x' is in it twice"),
+    "doubled": (doubled_header, "two.safetensors", "'x' occurs twice"),
     "in both": (lambda f: shutil.copy(f / "one.safetensors", f / "two.safetensors"), "two.safetensors", "it lacks 'n"),
     "lying": (
         lambda f: rewritten(f, lambda m: m.update({"norm_2.weight": "one.safetensors"})),
@@ -401,7 +401,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "elsewhere": (
         lambda f: rewritten(f, lambda m: m.update({"norm_2.weight": "../two.safetensors"})),
         "index.json",
-        "not a file next to it",
+        "not the name of a file in the same folder",
     ),
     "no map": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json", "has no weight_map"),
     "no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json", "Expecting"),
@@ -423,7 +423,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     conv_files(tmp_path)
     tensors = load_file(tmp_path / "two.safetensors")
     save_file(tensors | {"head.bias": torch.ones(5)}, tmp_path / "two.safetensors")
-    with pytest.raises(mh.CheckpointError, match=r"'head\.bias' is in it, and also in one\.safetensors"):
+    with pytest.raises(mh.CheckpointError, match=r"'head\.bias' is in this file, and also in one\.safetensors"):
         WeightFiles(tmp_path)
 
 
@@ -461,7 +461,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_other_types_are_refused() -> None:
-    with pytest.raises(mh.ConfigError, match=r"recipe\.weights is of another type"):
+    with pytest.raises(mh.ConfigError, match=r"recipe\.weights has the wrong type"):
         replace(conv_recipe(), weights=load_file)  # type: ignore[arg-type]
 
 

@@ -76,7 +76,7 @@ def test_as_many_workers_as_micro_batches_and_no_more() -> None:
     expected = train_with_engine(recipe, mh.Strategy(), steps=STEPS)
     for found in outcomes(recipe, mh.Strategy(), 3):
         assert_same(found, expected)
-    with pytest.raises(ConfigError, match="4 workers are more than the step has micro-batches"):
+    with pytest.raises(ConfigError, match="4 workers are too many for a step of 3 micro-batches"):
         outcomes(recipe, mh.Strategy(), 4)
 
 

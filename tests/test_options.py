@@ -108,7 +108,7 @@ def test_choices_and_ranges_are_checked_when_an_object_is_created() -> None:
             check_options(self)
 
     assert Colour(name="red").share is None
-    with pytest.raises(mh.ConfigError, match=r"colour\.name is not known") as caught:
+    with pytest.raises(mh.ConfigError, match=r"colour\.name has an unknown value") as caught:
         Colour(name="bleu")
     assert caught.value.hint == "did you mean 'blue'?"
     for wrong in (0.2, True, "1", float("inf"), float("nan")):

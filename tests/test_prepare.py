@@ -62,7 +62,7 @@ def ask(sql: str, *tables: pa.Table) -> list[tuple[Any, ...]]:
 
 @cases
 @given(rows, st.booleans(), st.sampled_from([("k",), ("t",), ("k", "t")]))
-def test_groups_are_those_of_duckdb(records: list[dict[str, Any]], as_table: bool, by: tuple[str, ...]) -> None:
+def test_grouping_gives_the_same_as_duckdb(records: list[dict[str, Any]], as_table: bool, by: tuple[str, ...]) -> None:
     ways = mh.Aggregate
     groups = dataset(records, as_table=as_table).group_by(by)
     made = groups.aggregate(
@@ -82,7 +82,7 @@ def test_groups_are_those_of_duckdb(records: list[dict[str, Any]], as_table: boo
 
 @cases
 @given(rows, st.booleans(), st.booleans(), st.sampled_from(["k", "t", ["t", "k"]]))
-def test_sorting_is_that_of_duckdb_and_keeps_the_order_of_equals(
+def test_sorting_gives_the_same_as_duckdb_and_is_stable(
     records: list[dict[str, Any]], as_table: bool, descending: bool, by: Any
 ) -> None:
     numbered = [{**record, "v": number} for number, record in enumerate(records)]
@@ -96,7 +96,7 @@ def test_sorting_is_that_of_duckdb_and_keeps_the_order_of_equals(
 
 @cases
 @given(rows, rows, st.booleans(), st.sampled_from(["inner", "left", "right", "outer"]))
-def test_joins_are_those_of_duckdb(
+def test_joining_gives_the_same_as_duckdb(
     left: list[dict[str, Any]], right: list[dict[str, Any]], as_table: bool, how: str
 ) -> None:
     made = dataset(left, as_table=as_table).join(dataset(right, as_table=False), on="k", how=how)
@@ -110,7 +110,7 @@ def test_joins_are_those_of_duckdb(
 
 @pytest.mark.parametrize("how", ["inner", "left", "right", "outer"])
 @pytest.mark.parametrize(("lefts", "rights"), [(30, 40), (30, 0), (0, 40)])
-def test_a_key_of_which_there_are_very_many_is_joined_in_order(how: str, lefts: int, rights: int) -> None:
+def test_a_very_frequent_key_is_joined_in_order(how: str, lefts: int, rights: int) -> None:
     sides = [
         [{"k": 0, "v": 0}, *({"k": 7, "v": value} for value in range(count)), {"k": 9, "v": 0}]
         for count in (lefts, rights)
@@ -128,7 +128,7 @@ def test_a_key_of_which_there_are_very_many_is_joined_in_order(how: str, lefts: 
 
 @cases
 @given(rows, st.booleans())
-def test_distinct_records_are_those_of_duckdb(records: list[dict[str, Any]], as_table: bool) -> None:
+def test_distinct_gives_the_same_as_duckdb(records: list[dict[str, Any]], as_table: bool) -> None:
     twice = records + records[::2]
     made = [(row["k"], row["t"], row["v"]) for row in all_of(dataset(twice, as_table=as_table).distinct())]
     assert len(made) == len(set(made))
@@ -139,7 +139,7 @@ def test_distinct_records_are_those_of_duckdb(records: list[dict[str, Any]], as_
 
 @cases
 @given(st.lists(st.one_of(st.integers(), st.text(max_size=9)), max_size=80), st.integers(0, 3))
-def test_a_shuffle_loses_nothing_and_depends_on_its_seed_alone(records: list[Any], seed: int) -> None:
+def test_a_shuffle_loses_no_record_and_depends_on_its_seed_alone(records: list[Any], seed: int) -> None:
     made = dataset(records, as_table=False)
     shuffled = all_of(made.shuffle(seed))
     assert Counter(map(repr, shuffled)) == Counter(map(repr, records))
@@ -148,7 +148,7 @@ def test_a_shuffle_loses_nothing_and_depends_on_its_seed_alone(records: list[Any
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_batches_of_different_columns_are_arranged_without_loss_in_any_memory(tmp_path: Path, form: str) -> None:
+def test_batches_with_different_columns_are_shuffled_without_loss_in_any_memory(tmp_path: Path, form: str) -> None:
     records = [{"n": n, "a": None if n < 40 else n, "t": f"text {n}"} for n in range(100)]  # null, then int64
     made = dataset(records, as_table=True).filter(lambda row: row["n"] != 50)
     made = made.map_batches(lambda table: table if table["n"][0].as_py() % 3 else table.to_pylist())
@@ -160,7 +160,7 @@ def test_batches_of_different_columns_are_arranged_without_loss_in_any_memory(tm
         assert sorted(found, key=lambda row: row["n"]) == [record for record in records if record["n"] != 50]
 
 
-def test_another_seed_is_another_order_and_samples_are_as_large_as_asked() -> None:
+def test_another_seed_gives_another_order_and_samples_have_the_requested_size() -> None:
     made = mh.Dataset.from_records(range(20_000), partition_bytes=2**14)
     first, other = (made.shuffle(seed).take(10**9, workers=0, progress=False) for seed in (1, 2))
     assert first != other
@@ -182,7 +182,7 @@ LIKE_ANOTHER = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.one_of(st.binary(max_size=3), LIKE_ANOTHER), max_size=60))
-def test_rows_are_ordered_by_their_whole_keys(values: list[bytes]) -> None:
+def test_rows_are_sorted_by_all_parts_of_their_keys(values: list[bytes]) -> None:
     for kind in (pa.binary(), pa.large_binary()):
         table = pa.table({"k": pa.array([b"", *values], kind)}).slice(
             1
@@ -200,7 +200,7 @@ def test_rows_are_ordered_by_their_whole_keys(values: list[bytes]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.one_of(st.integers(0, 3), st.integers(0, 2**63 - 1)), max_size=300), st.booleans())
-def test_numbers_are_ordered_and_equal_ones_stay_as_they_are(values: list[int], signed: bool) -> None:
+def test_numbers_are_sorted_by_value_and_keep_their_type(values: list[int], signed: bool) -> None:
     numbers = [value - 2**62 if signed else value + 2**62 for value in values]
     middle = len(numbers) // 2
     for these in (numbers, sorted(numbers), sorted(numbers[:middle]) + sorted(numbers[middle:])):
@@ -230,14 +230,14 @@ def test_many_keys_are_counted_as_python_counts_them(kind: str) -> None:
     assert [type(key) for key, _, _ in found] == [type(key) for key in sorted(Counter(keys))]
 
 
-def test_a_key_that_outweighs_all_others_is_sorted_within_little_memory() -> None:
+def test_a_key_with_most_of_the_records_is_sorted_within_little_memory() -> None:
     records = [{"k": 7 if number % 10 else number, "n": number} for number in range(600)]
     for as_table in (False, True):
         made = all_of(dataset(records, as_table=as_table).sort_by("k"))
         assert made == sorted(records, key=lambda record: record["k"])
 
 
-def test_steps_do_what_their_names_say() -> None:
+def test_each_operation_has_its_documented_result() -> None:
     made = mh.Dataset.from_records([1, 2, 3, 4], partition_bytes=16)
     assert all_of(made.map(lambda x: x * x).filter(lambda x: x % 2)) == [1, 9]
     assert all_of(made.flat_map(range)) == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3]
@@ -255,7 +255,7 @@ def test_steps_do_what_their_names_say() -> None:
     assert mh.Dataset.from_records([]).group_by().aggregate(n=mh.Aggregate.count()).count(workers=0) == 0
 
 
-def test_all_formats_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_all_formats_can_be_read_back_unchanged(tmp_path: Path) -> None:
     records = [{"n": number, "text": f"ü {number}", "nothing": None} for number in range(100)]
     source = mh.Dataset.from_records(records, partition_bytes=2**10)
     for form in ("jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
@@ -269,7 +269,7 @@ def test_all_formats_come_back_as_they_were_written(tmp_path: Path) -> None:
         assert all_of(mh.Dataset.read(written.path)) == [record["text"] for record in records]
 
 
-def test_csv_is_text_unless_it_is_said_otherwise(tmp_path: Path) -> None:
+def test_csv_columns_are_text_unless_types_are_given(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('zip,age,says\n007,3,"two\nlines"\n010,,x\n')
     assert all_of(mh.Dataset.read(str(tmp_path / "a.csv"))) == [
         {"zip": "007", "age": "3", "says": "two\nlines"},
@@ -293,7 +293,7 @@ def test_parquet_is_read_by_row_groups_and_columns(tmp_path: Path) -> None:
     st.integers(1, 60),
     st.booleans(),
 )
-def test_every_line_is_read_once_wherever_files_are_cut(
+def test_every_line_is_read_once_wherever_files_are_split(
     tmp_path: Path, lines: list[str], size: int, ends: bool
 ) -> None:
     text = "\n".join(lines) + ("\n" if ends and lines else "")
@@ -332,7 +332,7 @@ def test_a_cache_is_computed_once(tmp_path: Path) -> None:
     assert len(seen.read_text()) == 3
 
 
-def test_what_is_there_is_not_computed_again_and_another_job_is_refused(tmp_path: Path) -> None:
+def test_existing_output_is_not_computed_again_and_another_job_is_refused(tmp_path: Path) -> None:
     made = mh.Dataset.from_records([3, 1, 2], partition_bytes=16)
     first = made.sort_by().write(str(tmp_path / "out"), workers=0)
     again = made.sort_by().write(str(tmp_path / "out"), workers=0)
@@ -349,7 +349,7 @@ def test_what_is_there_is_not_computed_again_and_another_job_is_refused(tmp_path
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_files_that_were_deleted_are_made_again(tmp_path: Path) -> None:
+def test_deleted_files_are_written_again(tmp_path: Path) -> None:
     made = mh.Dataset.from_records([3, 1, 2], partition_bytes=16)
     first = made.write(str(tmp_path / "out"), workers=0)
     (tmp_path / "out" / first.files[0]).unlink()
@@ -357,7 +357,7 @@ def test_files_that_were_deleted_are_made_again(tmp_path: Path) -> None:
     assert (tmp_path / "out" / first.files[0]).exists()
 
 
-def test_a_terminal_sees_a_bar_for_each_stage(tmp_path: Path) -> None:
+def test_a_terminal_shows_a_bar_for_each_stage(tmp_path: Path) -> None:
     program = "import manyhands as mh; print(mh.Dataset.from_records([2, 1]).sort_by().write('out', workers=1))"
     shown = tmp_path / "shown"
     with shown.open("wb") as file:
@@ -381,7 +381,7 @@ def pty_spawn(command: list[str], folder: Path, file: IO[bytes]) -> int:
     return process.wait()
 
 
-def test_the_plan_is_cut_at_shuffles_and_knows_its_partitions(tmp_path: Path) -> None:
+def test_the_plan_is_split_at_shuffles_and_knows_its_partitions(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("x y\n" * 100)
     made = mh.Dataset.read(f"{tmp_path}/*.txt", partition_bytes=200)

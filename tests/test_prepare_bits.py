@@ -65,7 +65,7 @@ def test_the_same_bytes_with_any_number_of_workers_and_any_memory(
     assert run(posts, tmp_path / "out", Pool(workers, memory)) == digest
 
 
-def test_a_task_that_is_done_twice_changes_nothing(posts: Path, digest: str, tmp_path: Path) -> None:
+def test_a_task_that_runs_twice_changes_nothing(posts: Path, digest: str, tmp_path: Path) -> None:
     class Twice(Pool):
         """Runs every task twice, some of them at the same time."""
 
@@ -76,7 +76,7 @@ def test_a_task_that_is_done_twice_changes_nothing(posts: Path, digest: str, tmp
     assert run(posts, tmp_path / "out", Twice(3, 2**30)) == digest
 
 
-def test_workers_that_are_killed_are_replaced(posts: Path, digest: str, tmp_path: Path) -> None:
+def test_killed_workers_are_replaced(posts: Path, digest: str, tmp_path: Path) -> None:
     pool = Pool(2, 2**30)
     over = threading.Event()
 
@@ -135,7 +135,7 @@ def killed_and_run_again(posts: Path, folder: Path, seconds: float, workers: int
 
 
 @pytest.mark.parametrize("seconds", [1.0, 2.5])
-def test_a_driver_that_is_killed_leaves_nothing_and_is_gone_on_from(
+def test_a_killed_driver_leaves_no_processes_or_temporary_files_and_its_job_resumes(
     posts: Path, digest: str, tmp_path: Path, seconds: float
 ) -> None:
     assert killed_and_run_again(posts, tmp_path, seconds, 2) == digest
@@ -143,12 +143,12 @@ def test_a_driver_that_is_killed_leaves_nothing_and_is_gone_on_from(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", range(40))
-def test_a_driver_may_be_killed_at_any_moment(posts: Path, digest: str, tmp_path: Path, case: int) -> None:
+def test_a_driver_can_be_killed_at_any_moment(posts: Path, digest: str, tmp_path: Path, case: int) -> None:
     generator = random.Random(case)
     assert killed_and_run_again(posts, tmp_path, generator.uniform(0.2, 6.0), generator.choice([1, 2, 3, 5])) == digest
 
 
-def test_what_a_killed_run_has_done_is_not_done_again(posts: Path, digest: str, tmp_path: Path) -> None:
+def test_a_resumed_job_repeats_no_finished_task(posts: Path, digest: str, tmp_path: Path) -> None:
     class Breaks(Pool):
         """Runs the first two stages, then this process's luck ends."""
 
@@ -173,14 +173,14 @@ def test_what_a_killed_run_has_done_is_not_done_again(posts: Path, digest: str, 
     assert min(Counts.stages) > 1
 
 
-def test_a_task_that_ends_its_workers_every_time_is_named(tmp_path: Path) -> None:
+def test_a_task_that_always_kills_its_worker_is_named(tmp_path: Path) -> None:
     made = mh.Dataset.from_records([1]).map(lambda x: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(mh.WorkerError, match="a task crashed 3 workers: killed by SIGKILL") as caught:
         made.write(str(tmp_path / "out"), workers=1, progress=False)
     assert caught.value.where == "stage 0, partition 0"
 
 
-def test_two_runs_of_one_job_do_not_meet(posts: Path, digest: str, tmp_path: Path) -> None:
+def test_two_runs_of_one_job_do_not_interfere(posts: Path, digest: str, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(posts), str(tmp_path / "out"), "1"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -193,7 +193,7 @@ def test_two_runs_of_one_job_do_not_meet(posts: Path, digest: str, tmp_path: Pat
     assert output.strip() == digest
 
 
-def test_a_worker_that_has_taken_too_much_memory_is_replaced(tmp_path: Path) -> None:
+def test_a_worker_that_uses_too_much_memory_is_replaced(tmp_path: Path) -> None:
     pool = Pool(1, 1)
     made = mh.Dataset.from_records(range(4), partition_bytes=16).map(lambda _: os.getpid())
     written = made.write(str(tmp_path / "out"), engine=pool, progress=False)

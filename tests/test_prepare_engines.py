@@ -114,7 +114,7 @@ def test_any_number_of_ranks_with_any_memory_gives_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", range(6))
-def test_any_rank_may_be_killed_and_run_again(posts: Path, digest: str, tmp_path: Path, case: int) -> None:
+def test_any_rank_can_be_killed_and_restarted(posts: Path, digest: str, tmp_path: Path, case: int) -> None:
     generator = random.Random(case)
     names = [f"rank {number} of 3" for number in range(3)]
     ranks = [start(posts, tmp_path / "out", name) for name in names]

@@ -26,7 +26,7 @@ def all_of(made: mh.Dataset) -> list[Any]:
 
 
 @pytest.mark.parametrize("first_small", [0, 100], ids=["the same keys", "other keys"])
-def test_groups_of_large_and_small_partitions_are_put_together(first_small: int) -> None:
+def test_groups_of_large_and_small_partitions_are_merged(first_small: int) -> None:
     large = [index % 3 for index in range(MANY + 1000)]
     small = [first_small + index % 3 for index in range(1000)]
     made = mh.Dataset.from_records(large + small, partition_bytes=8 * len(large))
@@ -52,7 +52,7 @@ def test_parquet_has_the_same_bytes_with_any_memory(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
-def test_columns_may_be_called_as_arrow_calls_its_results(tmp_path: Path) -> None:
+def test_columns_may_have_names_that_arrow_uses_for_its_results(tmp_path: Path) -> None:
     table = pa.table({"x_sum": [10, 20, 10], "count_all": [1, 1, 2], "x": [1, 2, 4]})
     pq.write_table(table, tmp_path / "in.parquet")
     made = mh.Dataset.read(f"{tmp_path}/in.parquet")
@@ -69,7 +69,7 @@ def test_columns_may_be_called_as_arrow_calls_its_results(tmp_path: Path) -> Non
     assert all_of(made.filter(lambda row: row["x"] > 9).group_by("x").aggregate(**counts)) == []
 
 
-def test_sums_have_one_type_whatever_is_added(tmp_path: Path) -> None:
+def test_sums_have_the_same_type_for_all_inputs(tmp_path: Path) -> None:
     for name, most in (("a", 9), ("b", 2**48)):
         values = pa.array([most] + [1] * 999, pa.uint64())
         pq.write_table(
@@ -84,7 +84,7 @@ def test_sums_have_one_type_whatever_is_added(tmp_path: Path) -> None:
     assert len(written.files) > 1
 
 
-def test_numbers_beyond_64_bits_stay_whole(tmp_path: Path) -> None:
+def test_integers_beyond_64_bits_are_exact(tmp_path: Path) -> None:
     lines = ['{"x": 123456789012345678901234567890}', '{"x": -9223372036854775809}', '{"x": 1.5, "y": "0"}']
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     found = [row["x"] for row in all_of(mh.Dataset.read(f"{tmp_path}/in.jsonl"))]
@@ -102,7 +102,7 @@ def test_a_row_of_csv_may_be_long(tmp_path: Path) -> None:
     assert [(len(row["t"]), row["n"]) for row in rows] == [(2_400_000, "1"), (5, "2")]
 
 
-def test_files_about_files_are_no_records(tmp_path: Path) -> None:
+def test_metadata_files_are_not_read_as_records(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     mh.Dataset.from_records([{"a": 1}]).write(out, format="jsonl", **ALONE)
     assert all_of(mh.Dataset.read(f"{out}/*.jsonl")) == [{"a": 1}]
@@ -117,7 +117,7 @@ def test_records_that_columns_cannot_hold_are_refused(tmp_path: Path) -> None:
             mh.Dataset.from_records(records).write(f"{tmp_path}/{number}", format="parquet", **ALONE)
 
 
-def test_a_column_of_a_dictionary_is_a_key_like_others(tmp_path: Path) -> None:
+def test_a_dictionary_encoded_column_can_be_a_key(tmp_path: Path) -> None:
     table = pa.table({"k": pa.array(["b", "a", "b"]).dictionary_encode(), "n": [1, 2, 3]})
     pq.write_table(table, tmp_path / "in.parquet")
     assert [row["n"] for row in all_of(mh.Dataset.read(f"{tmp_path}/in.parquet").sort_by("k"))] == [2, 1, 3]

@@ -37,7 +37,7 @@ def set_aside(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / "out" / "_bad_records.jsonl").read_text().splitlines()]
 
 
-def test_broken_json_is_named_by_its_line_in_whatever_split(tmp_path: Path) -> None:
+def test_broken_json_is_reported_with_its_line_in_any_split(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([*LINES[:76], '{"n": 77', "", *LINES[77:]]) + "\n")
     made = mh.Dataset.read(str(path), partition_bytes=200)
@@ -49,7 +49,7 @@ def test_broken_json_is_named_by_its_line_in_whatever_split(tmp_path: Path) -> N
     assert set_aside(tmp_path)[0]["where"] == f"{path}, line 77"
 
 
-def test_invalid_utf8_is_named_by_its_line(tmp_path: Path) -> None:
+def test_invalid_utf8_is_reported_with_its_line(tmp_path: Path) -> None:
     for name, good, bad in (("a.txt", b"fine", b"caf\xe9"), ("a.jsonl", b'"fine"', b'"caf\xe9"')):
         path = tmp_path / name
         path.write_bytes(b"\n".join([good, bad, good]) + b"\n")
@@ -61,7 +61,7 @@ def test_invalid_utf8_is_named_by_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gzip", "zstd"])
-def test_a_compressed_file_that_breaks_off_is_refused_whatever_the_limit(tmp_path: Path, kind: str) -> None:
+def test_a_truncated_compressed_file_is_refused_whatever_the_limit(tmp_path: Path, kind: str) -> None:
     data = "\n".join(LINES).encode() * 50
     whole = gzip.compress(data) if kind == "gzip" else pa.compress(data, kind, asbytes=True)
     path = tmp_path / f"a.jsonl.{'gz' if kind == 'gzip' else 'zst'}"
@@ -72,7 +72,7 @@ def test_a_compressed_file_that_breaks_off_is_refused_whatever_the_limit(tmp_pat
     assert error.where == str(path)
 
 
-def test_a_function_that_raises_is_named_with_the_record(tmp_path: Path) -> None:
+def test_an_error_in_a_function_is_reported_with_the_record(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(LINES))
 
@@ -89,7 +89,7 @@ def test_a_function_that_raises_is_named_with_the_record(tmp_path: Path) -> None
     assert set_aside(tmp_path)[0]["record"] == "{'n': 42}"
 
 
-def test_too_many_bad_records_end_the_job_over_all_tasks(tmp_path: Path) -> None:
+def test_bad_records_of_all_tasks_count_towards_the_limit(tmp_path: Path) -> None:
     made = mh.Dataset.from_records(list(range(40)), partition_bytes=80).map(lambda x: 1 // (x % 10))
     error = refused(made, "4 bad records are more than max_bad_records allows", tmp_path, max_bad_records=3)
     assert error.expected == "at most 3"
@@ -121,7 +121,7 @@ def test_a_null_in_a_tables_key_column_is_a_bad_record(tmp_path: Path) -> None:
         assert arranged.count(workers=0, max_bad_records=1) == 2
 
 
-def test_keys_and_values_that_do_not_fit_are_explained(tmp_path: Path) -> None:
+def test_keys_and_values_of_a_wrong_type_are_reported(tmp_path: Path) -> None:
     mixed = mh.Dataset.from_records([1, "one"])
     refused(mixed.sort_by(), "keys of different types can't be sorted", tmp_path)
     rows = mh.Dataset.from_records([{"a": 1}])
@@ -133,7 +133,7 @@ def test_keys_and_values_that_do_not_fit_are_explained(tmp_path: Path) -> None:
     refused(mh.Dataset.from_records([object()]).distinct(), "can't be compared by its content", tmp_path)
 
 
-def test_records_that_an_output_cannot_hold_are_named(tmp_path: Path) -> None:
+def test_records_that_an_output_cannot_hold_are_reported(tmp_path: Path) -> None:
     refused(mh.Dataset.from_records([{1, 2}]), "a record can't be written as JSON", tmp_path)
     refused(mh.Dataset.from_records(["a", 1]), "a record can't be written as text", tmp_path, format="text")
     refused(mh.Dataset.from_records(["a\nb"]), "a record can't be written as a line of text", tmp_path, format="text")
@@ -150,7 +150,7 @@ def test_late_columns_of_parquet_are_not_lost(tmp_path: Path) -> None:
     assert mh.Dataset.read(str(tmp_path / "out")).take(9) == [{"a": 1, "b": None}, {"a": 2, "b": 3}]
 
 
-def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
+def test_files_with_wrong_content_are_reported(tmp_path: Path) -> None:
     with pytest.raises(mh.DataError, match="no file matches") as caught:
         mh.Dataset.read(str(tmp_path / "*.jsonl"))
     assert caught.value.where == str(tmp_path / "*.jsonl")
@@ -171,7 +171,7 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     assert mh.Dataset.read(str(tmp_path / "empty.txt")).count(workers=0) == 0
 
 
-def test_rows_of_csv_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_rows_of_csv_with_a_wrong_number_of_fields_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("a,b\n1,2\n3\n4,x\n5,6\n")
     made = mh.Dataset.read(str(path), types={"b": "int64"})
@@ -181,7 +181,7 @@ def test_rows_of_csv_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert [bad["where"] for bad in set_aside(tmp_path)] == [f"{path}, row 3", f"{path}, row 4"]
 
 
-def test_batches_that_raise_end_the_job_with_their_place(tmp_path: Path) -> None:
+def test_an_error_in_a_batch_function_ends_the_job_and_reports_the_position(tmp_path: Path) -> None:
     def check(table: pa.Table) -> pa.Table:
         raise ValueError("no good")
 
@@ -220,7 +220,7 @@ def test_a_damaged_file_between_two_stages_is_named_and_written_again(tmp_path: 
     assert made.write(str(tmp_path / "out"), workers=0).records == 1000
 
 
-def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_job_resumes(tmp_path: Path) -> None:
     import resource
 
     made = mh.Dataset.from_records([1] * 50).flat_map(lambda x: ["some text"] * 1000)
@@ -262,7 +262,7 @@ def test_wrong_options_are_refused() -> None:
         made.group_by().aggregate(n=len)  # type: ignore[arg-type]
 
 
-def test_functions_are_known_by_what_they_do() -> None:
+def test_functions_are_identified_by_their_code() -> None:
     program = "from manyhands.prepare.plan.fingerprint import fingerprint_code as f; "
     program += "k = {}; s = {{'a', 'b', 'c'}}\n{}\nprint(f(g))"
 

@@ -27,7 +27,7 @@ print(written.records, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "count"), [("parquet", 3_000_000), ("jsonl", 900_000)])
-def test_sorting_takes_no_more_memory_than_it_may(tmp_path: Path, form: str, count: int) -> None:
+def test_sorting_stays_within_its_memory_limit(tmp_path: Path, form: str, count: int) -> None:
     generator = np.random.default_rng(0)
     for number in range(3):
         key = generator.integers(0, 2**62, count // 3)
@@ -53,7 +53,7 @@ print(pairs, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 @pytest.mark.slow
-def test_a_key_with_more_records_than_fit_is_joined_within_the_memory(tmp_path: Path) -> None:
+def test_a_key_whose_records_exceed_the_memory_is_joined_within_the_limit(tmp_path: Path) -> None:
     count = 600_000
     with (tmp_path / "many.txt").open("w") as file:
         file.writelines(f"{number:0300d}\n" for number in range(count))

@@ -94,7 +94,7 @@ def test_a_torn_file_is_written_again(interrupted: Path, digest: str, tear: Call
 
 
 @pytest.mark.parametrize("tear", TEARS[:4])
-def test_a_torn_file_without_a_note_is_not_taken_for_the_first_writers(
+def test_a_torn_file_without_its_done_file_is_written_again(
     interrupted: Path, digest: str, tear: Callable[[Path], None]
 ) -> None:
     for kind in ("*.runs", "*.jsonl"):

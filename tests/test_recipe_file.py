@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,8 +191,6 @@ allow_missing = ["head.*"]
     )
     assert loaded.recipe.weights == expected
     assert loaded.settings["weights"]["path"] == "/pretrained"
-    recipe.write_text(loaded.text)
-    assert load_recipe(recipe).recipe.weights == expected
 
 
 @pytest.mark.parametrize(
@@ -217,7 +215,7 @@ def test_the_default_name_is_the_name_of_the_file(recipe: Path) -> None:
     assert load_recipe(edit(recipe, 'name = "small"\n', "")).recipe.name == "recipe"
 
 
-def test_a_group_with_a_path_is_an_optimizer_of_its_own(recipe: Path) -> None:
+def test_a_group_with_a_path_has_its_own_optimizer(recipe: Path) -> None:
     edit(
         recipe,
         "[batch]",
@@ -242,8 +240,6 @@ arguments = { weight_decay = 0.0 }
     assert [(group["param_names"], group["weight_decay"]) for group in rest.param_groups] == [
         (["layers.0.bias", "norm.weight", "norm.bias"], 0.0)
     ]
-    (recipe.parent / "again.toml").write_text(loaded.text)
-    assert load_recipe(recipe.parent / "again.toml").settings == loaded.settings
 
 
 def test_a_parameter_belongs_to_the_first_group_that_matches(recipe: Path) -> None:
@@ -286,14 +282,13 @@ def test_check_imports_neither_torch_nor_the_users_modules(recipe: Path) -> None
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_the_text_is_the_recipe_as_used(recipe: Path) -> None:
-    loaded = load_recipe(recipe, ["seed=8", "model.arguments.depth=2", 'name=a "b" ü😀'])
-    assert tomllib.loads(loaded.text) == loaded.settings
-    assert loaded.settings["seed"] == 8
-    assert loaded.settings["strategy"]["sharding"] == Strategy.sharding
-    again = recipe.with_name("again.toml")
-    again.write_text(loaded.text, encoding="utf-8")
-    assert load_recipe(again).settings == loaded.settings
+def test_settings_are_the_recipe_as_used(recipe: Path) -> None:
+    settings = load_recipe(recipe, ["seed=8", "model.arguments.depth=2", 'name=a "b" ü😀']).settings
+    assert settings["seed"] == 8
+    assert settings["model"]["arguments"]["depth"] == 2
+    assert settings["name"] == 'a "b" ü😀'
+    assert settings["strategy"]["sharding"] == Strategy.sharding
+    assert json.loads(json.dumps(settings)) == settings
 
 
 # - Overrides
@@ -338,7 +333,7 @@ def test_an_override_can_change_a_group(recipe: Path) -> None:
         ("seed.x=1", ["there is no seed.x", "seed = 3"]),
         ("seed", ["can't be parsed", "key=value"]),
         ("=3", ["can't be parsed"]),
-        ("precision=fp8", ["precision is not known", "--set precision=fp8", "'fp8'", "fp32"]),
+        ("precision=fp8", ["precision has an unknown value", "--set precision=fp8", "'fp8'", "fp32"]),
         ("schedule.arguments.T_max=3", ["schedule.path is missing", "--set schedule"]),
     ],
 )
@@ -360,7 +355,7 @@ WRONG_FORM = [
     ("seed = 3", 'seed = "3"', ["recipe.toml:2", "seed has a wrong value", "a valid integer", "'3'"]),
     ("seed = 3", "seed = -3", ["recipe.toml:2", "seed is out of range", "at least 0", "-3"]),
     ("seed = 3", "seed = true", ["recipe.toml:2", "seed has a wrong value", "a valid integer", "True"]),
-    ('"bf16"', '"bf61"', ["recipe.toml:3", "precision is not known", "'bf61'", "did you mean 'bf16'?"]),
+    ('"bf16"', '"bf61"', ["recipe.toml:3", "precision has an unknown value", "'bf61'", "did you mean 'bf16'?"]),
     ("steps = 20", "steps = 0", ["recipe.toml:5", "steps has a wrong value", "greater than or equal to 1"]),
     ('"tiny:Net"', '"tiny.Net"', ["recipe.toml:8", "model.path has a wrong value", "module:attribute", "tiny.Net"]),
     (
@@ -385,7 +380,7 @@ WRONG_FORM = [
     (
         "[batch]",
         '[strategy]\nsharding = "zero7"\n[batch]',
-        ["recipe.toml:23", "strategy.sharding is not known", "zero7"],
+        ["recipe.toml:23", "strategy.sharding has an unknown value", "zero7"],
     ),
     (
         "[batch]",
@@ -393,7 +388,11 @@ WRONG_FORM = [
         ["recipe.toml:23", "strategy.units has a wrong value", "an array"],
     ),
     ("[batch]", "[[optimizer.groups]]\nmatch = []\n[batch]", ["recipe.toml:23", "optimizer.groups.0.match"]),
-    ("seed = 3", 'optimizer_kind = "matrix"', ["recipe.toml:2", "optimizer_kind is not known", "per-parameter"]),
+    (
+        "seed = 3",
+        'optimizer_kind = "matrix"',
+        ["recipe.toml:2", "optimizer_kind has an unknown value", "per-parameter"],
+    ),
     (
         "[batch]",
         "[[optimizer.groups]]\nmatch = ['*']\npath = 'Muon'\n[batch]",

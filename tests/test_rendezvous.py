@@ -250,7 +250,7 @@ def test_a_host_that_waits_for_others_can_be_stopped(tmp_path: Path) -> None:
     ]
     with started([*MANYHANDS, *waits]) as process:
         assert process.stderr is not None
-        assert process.stderr.readline() == f"others join this run with: manyhands join {endpoint}\n"
+        assert process.stderr.readline() == f"other hosts join this run with: manyhands join {endpoint}\n"
         wait_until(lambda: can_be_reached(endpoint))  # from then on it handles signals, too
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130

@@ -127,7 +127,7 @@ def test_the_summary_is_shown_with_missing_figures() -> None:
     assert "1 worker ·" in text
     many = rendered(summary(peak_memory_bytes_per_worker=[(20 + rank) * GIB for rank in range(64)]))
     assert "20.0 · 21.0" in many
-    assert "most: 83.0" in many
+    assert "max: 83.0" in many
 
 
 def test_the_stacked_bar_has_one_length_and_unknown_phases_are_shown() -> None:

@@ -90,7 +90,7 @@ def test_without_progress_restarts_are_limited() -> None:
     with pytest.raises(WorkerError, match="was killed") as caught:
         launches.run_all(limit=3)
     assert len(launches.ends) == 6
-    assert "not restarted: this is failure 4 without a checkpoint since step 2" in str(caught.value.hint)
+    assert "not restarted: this is failure 4 without progress since step 2" in str(caught.value.hint)
 
 
 def test_an_exception_that_repeats_in_the_same_micro_batch_is_final() -> None:
@@ -204,7 +204,7 @@ def test_a_micro_batch_that_always_fails_is_named_with_its_samples(tmp_path: Pat
     run = train_with_fault(tmp_path / "run", "raise forward", "--snapshot-every", "never")
     assert run.process.returncode == 1
     assert run.output.count("restarting") == 1
-    assert "samples 18 to 19 of the run's order" in run.output, run.output
+    assert "samples 18 to 19 in the run's order" in run.output, run.output
     assert "the run is not restarted: the previous attempt failed at the same position" in run.output
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import manyhands as mh
 from manyhands.comm.group import AllToAll, Group
 from manyhands.engine.units.gradients import IN_FLIGHT, Ring, RingGradients
-from manyhands.layout import BLOCK, build_layout
+from manyhands.shard_layout import BLOCK, build_layout
 from oracle import oracle_run
 from support.models import GPT_UNITS, gpt_recipe
 from support.threads import run_threads

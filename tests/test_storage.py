@@ -110,7 +110,7 @@ def test_other_hidden_files_are_not_deleted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("root", ["disk", "memory://manyhands-storage", "file"])
-def test_paths_and_addresses_are_used_alike(tmp_path: Path, root: str) -> None:
+def test_paths_and_addresses_have_the_same_interface(tmp_path: Path, root: str) -> None:
     folder = {"disk": str(tmp_path), "file": f"file://{tmp_path}"}.get(root, root)
     remove(f"{folder}/b")
     assert names_in(f"{folder}/missing") == []

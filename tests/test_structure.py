@@ -22,7 +22,7 @@ WITHIN = {  # the layers inside of a package, from the bottom up; files of one e
     "prepare": ("records", "io", "shuffle", "plan", "task", "engines", "options", "job", "dataset"),
     "engine": (("sharding", "agreement"), "units", "step", "update", "assembly", "engine"),
 }
-PURE = {"errors", "formatting", "options", "config", "layout", "numerics"}
+PURE = {"errors", "formatting", "options", "config", "shard_layout", "numerics"}
 NOT_PURE = {"socket", "subprocess", "time", "threading", "multiprocessing"}
 KNOW_TORCHS_LAUNCHER = {f"launching/{name}.py" for name in ("launcher", "rendezvous", "supervision", "worker_files")}
 # What its rendezvous is made of, and how that fails.
@@ -147,7 +147,7 @@ def test_hooks_are_registered_in_one_file() -> None:
     found = {
         name for name, tree in TREES.items() for called in calls(tree) if re.fullmatch(r"register_\w*hook", called)
     }
-    assert found == {"engine/step/compute.py"}
+    assert found == {"engine/step/hooks.py"}
 
 
 def test_one_worker_is_not_a_special_case() -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from manyhands.engine.step.sums import Adder, Scratch, ShardSum
-from manyhands.layout import Range
 from manyhands.numerics.order import OrderedSum
 from manyhands.offload.allocator import Allocator
+from manyhands.shard_layout import Range
 
 NUMEL, RUN, DIVISOR = 48, 16, 3.0
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import manyhands as mh
 from manyhands.comm.group import Group
 from manyhands.engine.units.params import ReplicatedParams
-from manyhands.layout import Range
 from manyhands.numerics.order import num_rounds
+from manyhands.shard_layout import Range
 from support.models import GPT_UNITS, gpt_recipe
 from support.threads import run_threads
 

@@ -1,4 +1,4 @@
-"""A small GPT over bytes or other tokens: model, loss, learning-rate schedule and a sampler, in plain PyTorch."""
+"""A small GPT over bytes or other tokens: model, loss, learning-rate schedule and sampler, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.network_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, length, width] to the same shape."""
+        """Map [batch, length, width] to the same shape."""
         x = x + self._drop(self.attention_out(self._attention(self.attention_norm(x))))
         return x + self._drop(self.network_out(F.gelu(self.network_up(self.network_norm(x)))))
 
@@ -45,11 +45,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Predicts each position's next token.
+    """Predicts the next token at each position.
 
-    A position's input is its token, its place, and the `recent` tokens before it, each with embeddings of its own: so
-    the first block knows what attention would take most of a short training to find, and bytes soon make words.
-    With `tied`, the output layer is the token embedding, transposed.
+    The input at a position is the sum of the embeddings of its token, of the position, and of the `recent` tokens
+    before it. Attention therefore need not learn to find these tokens, which would take most of a short training, and
+    samples soon contain words. If `tied`, the output layer shares its weights with the token embedding.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"width {width} can't be shared among {heads} heads: make it a multiple of {heads}")
+            raise ValueError(f"width {width} can't be divided among {heads} heads: make it a multiple of {heads}")
         self.vocabulary, self.length, self.recent, self.dropout = vocabulary, length, recent, dropout
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(length, width)
@@ -84,17 +84,17 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 1:
                 nn.init.ones_(parameter)
-            elif parameter is self.head.weight:  # small, tied or not: at first all tokens are about as likely
+            elif parameter is self.head.weight:  # small, so that at first all tokens are about equally likely
                 nn.init.normal_(parameter, std=0.02)
             elif "embedding" in name:
                 nn.init.normal_(parameter, std=0.5)
-            elif name.endswith("_out.weight"):  # 2 x depth of these are added up on the residual path
+            elif name.endswith("_out.weight"):  # the outputs of 2 x depth of these are added on the residual path
                 nn.init.normal_(parameter, std=spread / math.sqrt(2 * depth))
             else:
                 nn.init.normal_(parameter, std=spread)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token numbers [batch, length] to logits [batch, length, vocabulary]."""
+        """Map token ids [batch, length] to logits [batch, length, vocabulary]."""
         length = tokens.shape[1]
         x = self.token_embedding(tokens) + self.position_embedding(torch.arange(length, device=tokens.device))
         for distance in range(1, self.recent + 1):
@@ -107,14 +107,14 @@ class GPT(nn.Module):
 
 
 def loss(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
-    """The sum of the cross entropies (nats, fp32) of a batch [samples, length + 1], and how many tokens it predicts."""
+    """The sum of the cross entropies (nats, fp32) of a batch [samples, length + 1], and the number of its targets."""
     targets = batch[:, 1:]
     logits = model(batch[:, :-1]).float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel()
 
 
 def warmup_cosine(optimizer: Optimizer, warmup: int, steps: int, floor: float = 0.1) -> LambdaLR:
-    """A linear rise over `warmup` steps, then half a cosine down to `floor` of the peak at step `steps`."""
+    """A linear rise over `warmup` steps, then half a cosine period down to `floor` times the peak at step `steps`."""
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -135,10 +135,11 @@ def sample(
     seed: int = 0,
     tokenizer: str | None = None,
 ) -> str:
-    """The prompt and `length` more tokens that the model makes up, as text; the same text for the same weights.
+    """The prompt and `length` more tokens that the model generates, as text.
 
-    A token is a byte, or one of the file `tokenizer` (of Hugging Face's tokenizers). The model sees a sliding window of
-    its last `model.length` tokens. Its training mode and torch's global random state are left as they were.
+    The same weights and seed give the same text. Tokens are bytes, or the tokens of `tokenizer`, a file of Hugging
+    Face's tokenizers library. The model sees a sliding window of the last `model.length` tokens. The model's training
+    mode and torch's global random state stay as they were.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device

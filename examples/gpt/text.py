@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source of the running Python's standard library, about 30 MB, byte by byte."""
+"""Real text that every machine has: the source of Python's standard library (about 30 MB), as bytes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from torch.utils.data import Dataset
 
 from manyhands.errors import DataError
 
-NOT_OURS = {"site-packages", "dist-packages", "__pycache__"}  # what others installed differs from machine to machine
+NOT_OURS = {"site-packages", "dist-packages", "__pycache__"}  # left out, because they differ between machines
 
 
 def library_files(source: str | None = None, tests: bool = False) -> list[Path]:
-    """The Python files of the standard library (or of another folder), for `manyhands prepare`: each is a document.
+    """The Python files of the standard library, or of the folder `source`, for `manyhands prepare`.
 
-    tests: also those of its tests, which are more than half of it. Raises DataError if there are none.
+    Each file is a document. tests: include the library's tests, which are more than half of it. Raises DataError if
+    there are no files.
     """
     folder = Path(source or sysconfig.get_path("stdlib"))
     files = [file for file, _ in python_files(folder)]
@@ -33,13 +34,13 @@ def library_files(source: str | None = None, tests: bool = False) -> list[Path]:
 
 
 class StandardLibraryText(Dataset[Tensor]):
-    """Item i is a LongTensor [length + 1] of bytes: `length` bytes to read, and for each the one that comes next.
+    """Item i is a LongTensor [length + 1] of consecutive bytes. The model predicts each byte after the first.
 
-    Each byte is predicted by one item only: an item's last byte is the next item's first. The text is read once,
-    kept as one file under `cache` (default: the user's cache directory) and mapped into memory, so that all workers
-    of a host share one copy of it. `source` (default: the standard library) is the folder that is read.
+    The last byte of an item is the first byte of the next item, so each byte is predicted only once. The text is read
+    once, stored as one file in `cache` (default: the user's cache folder) and mapped into memory, so that all workers
+    of a host share one copy. `source` is the folder of the Python files (default: the standard library).
 
-    Raises DataError if there's no source text, too little of it, or no place to keep it.
+    Raises DataError if there is no source text, if it is too short, or if it can't be stored.
     """
 
     def __init__(self, length: int = 128, cache: str | None = None, source: str | None = None) -> None:
@@ -65,20 +66,20 @@ class StandardLibraryText(Dataset[Tensor]):
         return torch.from_numpy(self._bytes[start : start + self.length + 1].astype(np.int64))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # A pickled memory map would carry the whole text: a reader process opens the file itself instead.
+        # A pickled memory map would contain the full text. Instead, a loader process opens the file itself.
         return type(self), (self.length, self.cache, self.source)
 
 
 def user_cache() -> Path:
-    """Where this user's programs keep what they can make again."""
+    """The user's cache folder for Manyhands."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "manyhands"
 
 
 def cached_text(folder: Path, cache: Path) -> Path:
-    """The file in `cache` that holds the text of all Python files under `folder`; it's written if it isn't there.
+    """The file in `cache` that holds the text of all Python files under `folder`. It is written if it does not exist.
 
-    Its name tells the Python version and which files there are, of which size. It appears by an atomic rename: many
-    workers may start at once, and the worst is that some of them write the same bytes twice.
+    Its name contains the Python version and a hash of the names and sizes of all files. The complete file is renamed
+    into place. So several workers may start at the same time: at worst, some of them write the same bytes again.
     """
     files = python_files(folder)
     if not files:
@@ -103,12 +104,12 @@ def python_files(folder: Path) -> list[tuple[Path, int]]:
 
 
 def no_source(folder: Path) -> DataError:
-    """What to say of a folder without Python files."""
+    """The error for a folder without Python files."""
     return DataError(
         "no Python source text was found",
         where=str(folder),
         expected="*.py files of the standard library",
-        hint="this Python comes without its source (zipped or stripped): use another one, or pass source=FOLDER",
+        hint="this Python comes without its source (zipped or stripped): use another Python, or pass source=FOLDER",
     )
 
 
@@ -126,8 +127,8 @@ def _write(path: Path, files: list[Path]) -> None:
             raise
     except OSError as error:
         raise DataError(
-            "the text can't be read and kept in the cache",
+            "the text can't be read or can't be stored in the cache",
             where=str(path),
             got=str(error),
-            hint="make room, or name another folder: cache=FOLDER, or the environment variable XDG_CACHE_HOME",
+            hint="free some space, or set another folder with cache=FOLDER or the environment variable XDG_CACHE_HOME",
         ) from error

@@ -1,6 +1,6 @@
-"""A book of options on correlated stocks, valued by Black and Scholes in numpy.
+"""A book of options on correlated stocks, valued with the Black-Scholes formula in NumPy.
 
-Uses only elementwise operations of numpy. BLAS is avoided because its bits depend on the number of threads.
+Uses only elementwise operations. BLAS is avoided because the bits of its results depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Book:
-    """Positions, and the market of their stocks. rate: the risk-free interest rate per year."""
+    """Positions, and the market data of their stocks. rate: the risk-free interest rate per year."""
 
     stocks: tuple[Stock, ...]
     correlation: tuple[tuple[float, ...], ...]

@@ -1,11 +1,11 @@
-"""Value at risk and expected shortfall of a book of options, by Monte Carlo: the same digits for any workers.
+"""Value at risk and expected shortfall of a book of options, by Monte Carlo simulation.
 
     python examples/risk/risk.py --paths 4194304 --workers 2 --out runs/risk
 
 Paths are simulated in blocks. The random numbers of a block depend only on the seed and the block's number, not on the
-worker that draws them. All losses are sorted, so the quantile is exact, and sums are rounded once (math.fsum). So no
-digit depends on how the work is divided. The folder holds the sorted losses and a picture. The same command resumes a
-killed run.
+worker that draws them. All losses are sorted, so the quantile is exact, and sums are rounded once (math.fsum). So the
+results have the same digits for any number of workers. The output folder holds the sorted losses and a picture. The
+same command resumes a killed run.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TRADING_DAYS = 252
 
 @dataclass(frozen=True)
 class Risk:
-    """Risk of a book, in units of money.
+    """The risk of a book, in units of currency.
 
-    var: value at risk, the loss that a fraction `level` of all paths stays below. shortfall: the mean of the losses
-    beyond it. *_error: their standard errors.
+    var: the value at risk, which is the loss that a fraction `level` of all paths does not exceed. shortfall: the mean
+    of the losses beyond the value at risk. var_error, shortfall_error: the standard errors of these numbers.
     """
 
     level: float
@@ -167,7 +167,7 @@ def main() -> None:
     try:
         draw(summary, risks, os.path.join(options.out, "losses.png"))
     except ImportError:
-        print("no picture: pip install matplotlib")
+        print("no picture was drawn, because matplotlib is not installed: pip install matplotlib")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2, made from a config, on bytes: what its users write, and nothing else."""
+"""Hugging Face's GPT-2, built from a config, on bytes. Nothing in this file is specific to Manyhands."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 def model(**options: Any) -> GPT2LMHeadModel:
-    """The model with new weights. options: GPT2Config's; a token is a byte."""
+    """The model with new weights. Each token is a byte. options: further arguments of GPT2Config."""
     return GPT2LMHeadModel(GPT2Config(vocab_size=256, bos_token_id=10, eos_token_id=10, **options))
 
 
 def loss(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
-    """The sum over the tokens predicted in a batch [samples, length + 1], and their number.
+    """The sum of the losses of all tokens predicted in a batch [samples, length + 1], and the number of these tokens.
 
-    The model shifts labels itself, and gives the mean; without the key-value cache, which is for generating.
+    The model shifts the labels itself and returns the mean loss. The key-value cache is off: only generation needs it.
     """
     count = batch[:, 1:].numel()
     return model(input_ids=batch, labels=batch, use_cache=False).loss * count, count
@@ -26,7 +26,7 @@ def loss(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def sample(model: GPT2LMHeadModel, prompt: str = "def ", length: int = 200) -> str:
-    """The prompt and `length` more bytes, the likeliest each; the model is left in the mode that it was in."""
+    """The prompt and `length` more bytes, each the most likely one. Restores the model's training mode."""
     training = model.training
     model.eval()
     try:

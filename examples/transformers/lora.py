@@ -1,4 +1,4 @@
-"""LoRA through peft: a frozen base in bf16, adapters in fp32."""
+"""LoRA with peft: a frozen base model in bf16, and adapters in fp32."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
 def model(folder: str | None = None, rank: int = 8, targets: Sequence[str] = ("q_proj", "v_proj")) -> PeftModel:
-    """Adapters of `rank` on the model in `folder`; without one, on a small new Llama over bytes.
+    """Adapters of rank `rank` on the model in `folder`, or on a small new Llama over bytes if there is no folder.
 
-    The base is in bf16: frozen parameters keep their dtype, whatever the recipe's precision.
+    The base model stays in bf16, because frozen parameters keep their dtype at every precision of the recipe.
     """
     if folder is None:
         sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}

@@ -1,4 +1,4 @@
-"""Finds words that become more frequent: counts posts by word and time window, even while posts arrive.
+"""Finds words that become more frequent: counts words by time window, even while posts arrive.
 
     python examples/trends/trends.py batch  INBOX OUT    # counts all files in INBOX
     python examples/trends/trends.py follow INBOX OUT    # also counts files that arrive, until it is stopped
@@ -61,7 +61,7 @@ def rising(counts: mh.Dataset, window: int, *, most: int = 10, **how: Any) -> li
 
 
 def follow(inbox: str, out: str, *, rounds: int | None = None, pause_seconds: float = 1.0, **how: Any) -> None:
-    """Count files as they arrive. rounds: stop after the inbox had no new files this many times (None: never)."""
+    """Count files as they arrive. rounds: stop after this many checks without new files (None: never stop)."""
     folder = Path(out)
     (folder / "batches").mkdir(parents=True, exist_ok=True)
     number = 0
@@ -76,7 +76,7 @@ def follow(inbox: str, out: str, *, rounds: int | None = None, pause_seconds: fl
 
 
 def write_batch(inbox: Path, batch: Path) -> bool:
-    """Write the list of files of the next batch: all files of no earlier batch. Return False if there are none."""
+    """Write the list of files of the next batch: all files not in an earlier batch. Return False if there are none."""
     taken = {name for earlier in batch.parent.glob("*.json") for name in json.loads(earlier.read_text())}
     new = sorted(path.name for path in inbox.iterdir() if not path.name.startswith(".") and path.name not in taken)
     if new:
@@ -90,7 +90,7 @@ def write_batch(inbox: Path, batch: Path) -> bool:
 
 
 def count_batch(inbox: str, folder: Path, number: int, **how: Any) -> None:
-    """Count a batch and add it to the totals, unless its totals exist. May be killed at any time, and repeated."""
+    """Count a batch and add it to the totals, unless its totals exist. If this is killed, it can be repeated."""
     counts, totals = folder / "counts" / f"{number:05d}", folder / "totals" / f"{number:05d}"
     before = folder / "totals" / f"{number - 1:05d}"
     if not is_complete(totals):
@@ -102,12 +102,12 @@ def count_batch(inbox: str, folder: Path, number: int, **how: Any) -> None:
         added.write(str(totals), overwrite=True, **how)
         print(f"batch {number}: {len(names)} files", flush=True)
     for older in (folder / "totals").glob("*"):
-        if older.name < before.name:  # the last two stay, so that a reader of the older one can finish
+        if older.name < before.name:  # the last two stay, so that a process that reads the older one can finish
             shutil.rmtree(older)
 
 
 def is_complete(output: Path) -> bool:
-    """True if the manifest exists, which is written last, and the job's folder is removed, which happens after that."""
+    """True if the output is complete: its manifest exists, and the job folder has been removed."""
     return (output / "_manifest.json").exists() and not (output / ".manyhands").exists()
 
 
@@ -154,8 +154,8 @@ def draw(counts: mh.Dataset, words: list[str], path: str, **how: Any) -> None:
         height = max(free, lines[rank][-1])
         axes.text(windows[-1] / 3600 + 0.3, height, words[rank], va="center", fontsize=9, color=color)
         free = height + gap
-    axes.set(xlabel="hour", ylabel="times an hour", ylim=(0, None))
-    axes.set_title(f"“{words[0]}” has risen most in the last hour; and the next four", loc="left", fontsize=11)
+    axes.set(xlabel="hour", ylabel="occurrences per hour", ylim=(0, None))
+    axes.set_title(f"Words that rose most in the last hour, “{words[0]}” first", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -170,7 +170,7 @@ def report(counts: mh.Dataset, picture: str, **how: Any) -> None:
     try:
         draw(counts, [row["word"] for row in found[:5]], picture, **how)
     except ImportError:
-        print("no picture: pip install matplotlib")
+        print("no picture was drawn, because matplotlib is not installed: pip install matplotlib")
 
 
 def main() -> None:
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("inbox")
     parser.add_argument("out", nargs="?", default="runs/trends")
     parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=None, help="follow: stop after so many checks without new files")
+    parser.add_argument("--rounds", type=int, default=None, help="follow: stop after ROUNDS checks without new files")
     options = parser.parse_args()
     how = {"workers": options.workers}
     if options.command == "sample":

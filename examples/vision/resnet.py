@@ -1,4 +1,4 @@
-"""torchvision's ResNet-18 on pictures that are generated: coloured shapes."""
+"""torchvision's ResNet-18 on generated pictures of coloured shapes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ KINDS = 4  # a disc, a square, a cross, stripes
 
 
 class Shapes(Dataset[tuple[Tensor, int]]):
-    """Item i is a picture [3, size, size] of a shape in some colour, place and size on a noisy ground, and its kind.
+    """Item i is a picture [3, size, size] of one shape on a noisy background, and the kind of the shape.
 
-    Each is a function of its index; no file is read.
+    The colour, position and size of the shape depend only on the index. No file is read.
     """
 
     def __init__(self, count: int = 4096, size: int = 32) -> None:
@@ -44,11 +44,11 @@ class Shapes(Dataset[tuple[Tensor, int]]):
 
 
 def model() -> ResNet:
-    """ResNet-18 with new weights. Its batch norms' statistics are the means over a step's micro-batches."""
+    """ResNet-18 with new weights. The running statistics of its batch norms are means over a step's micro-batches."""
     return resnet18(num_classes=KINDS)
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The mean cross entropy (fp32) of the pictures, which are cast to what the model computes in."""
+    """The mean cross entropy (fp32) of the pictures, which are cast to the model's dtype."""
     pictures, kinds = batch
     return F.cross_entropy(model(pictures.to(model.conv1.weight.dtype)).float(), kinds)

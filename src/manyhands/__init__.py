@@ -95,7 +95,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module 'manyhands' has no attribute {name!r}")
-    # A sub-package may have the name of what it holds (manyhands.training): what was asked for takes its place.
     value = getattr(importlib.import_module(f"manyhands.{_WHERE[name]}"), name)
     globals()[name] = value
     return value

@@ -1,8 +1,8 @@
 """Recipe, Batch, Weights and Strategy, checked when they are created.
 
-`Recipe`, `Batch` and `Weights` define the computation, `Strategy` the resources. A recipe decides every bit of the
-result; a strategy decides only time and memory. All are frozen and keyword-only. `every` parses how often something
-happens.
+`Recipe`, `Batch` and `Weights` define the computation; `Strategy` defines the resources. A recipe decides every bit of
+the result; a strategy decides only time and memory. All are frozen and keyword-only. `every` parses an interval, such
+as the one between checkpoints.
 
 Recipe files and the command line take the options from these classes: to add an option, add a field (see `options.py`).
 """
@@ -39,16 +39,14 @@ TRANSPORTS = ("auto", "shared-memory", "distributed", "hierarchical")
 
 @options
 class Batch:
-    """How the samples of one optimizer step are divided. The division decides the bits, the number of workers doesn't.
+    """The division of one step's samples into micro-batches. It decides the bits; the number of workers doesn't.
 
     Each virtual worker adds the gradients of `accumulate` micro-batches in order; then a binary tree adds the sums of
     the virtual workers. Raises ConfigError.
     """
 
     global_size: int = option(at_least=1, help="Samples in one optimizer step.")
-    micro_size: int = option(
-        at_least=1, help="Samples in one micro-batch, which forward and backward process together."
-    )
+    micro_size: int = option(at_least=1, help="Samples in one micro-batch: forward and backward process them together.")
     virtual_workers: int = option(
         default=0,
         at_least=0,
@@ -85,15 +83,16 @@ class Batch:
         return self.micro_batches // self.virtual_workers
 
     def samples_of(self, step: int, micro_batch: int) -> str:
-        """The samples of a micro-batch, as text for errors."""
+        """Return a description of a micro-batch's samples, for error messages."""
         first = step * self.global_size + micro_batch * self.micro_size
-        return f"samples {first} to {first + self.micro_size - 1} of the run's order"
+        return f"samples {first} to {first + self.micro_size - 1} in the run's order"
 
     def check_workers(self, workers: int) -> None:
         """Check that each of `workers` has a micro-batch. Raises ConfigError."""
         if workers > self.micro_batches:
             raise ConfigError(
-                f"{workers} workers are more than the step has micro-batches: some would never compute",
+                f"{workers} workers are too many for a step of {self.micro_batches} micro-batches: "
+                "some would never compute",
                 expected=f"at most {self.micro_batches} workers"
                 f" (= global_size / micro_size = {self.global_size} / {self.micro_size})",
                 got=f"{workers} workers",
@@ -107,7 +106,8 @@ class Weights:
 
     path: str | os.PathLike[str] = option(
         help="A folder in Hugging Face's layout (model.safetensors, or several files with "
-        "model.safetensors.index.json), an index, or one file. Its tensors have the names of the model's state_dict."
+        "model.safetensors.index.json), an index file, or one safetensors file. The tensors have the same names as in "
+        "the model's state_dict."
     )
     rename: Mapping[str, str] = option(
         default_factory=dict,
@@ -136,7 +136,7 @@ class Weights:
                 re.sub(pattern, replacement, "")
             except re.error as error:
                 raise ConfigError(
-                    f"weights.rename is not a regular expression and its replacement: {error}",
+                    f"weights.rename has an invalid pattern or replacement: {error}",
                     got=f"{pattern!r} and {replacement!r}",
                 ) from None
 
@@ -155,22 +155,22 @@ class Recipe:
     )
     loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | float | int]] = option(
         in_toml=False,
-        help="(model, batch) -> mean, or (model, batch) -> (sum, weight): a scalar tensor, and the weight (a number of "
-        "tokens, for example). The step's total is divided by the total weight, so that micro-batches of unequal "
-        "weight are exact.",
+        help="(model, batch) -> mean, or (model, batch) -> (sum, weight). The mean or sum is a scalar tensor; the "
+        "weight is the number of tokens, for example. The sum over the step is divided by the step's total weight, so "
+        "the mean is exact even if the micro-batches have unequal weights.",
     )
     optimizer: Callable[[list[tuple[str, nn.Parameter]]], Optimizer | Sequence[Optimizer]] = option(
         in_toml=False,
-        help="Gets the model's (name, parameter) pairs and returns a torch optimizer over all of them (or over param "
-        "groups of them), or a list of optimizers, with each parameter in one of them.",
+        help="Takes the model's (name, parameter) pairs. Returns one torch optimizer for all parameters (in one or "
+        "more param groups), or a list of optimizers in which each parameter belongs to one optimizer.",
     )
     data: Any = option(in_toml=False, help="A map-style torch Dataset.")
     batch: Batch = option(in_toml=False, help="How the samples of a step are divided.")
     weights: Weights | str | os.PathLike[str] | None = option(
         default=None,
         in_toml=False,
-        help="Where the initial weights come from instead of the constructor: a path, or Weights. A resumed run takes "
-        "its weights from the checkpoint.",
+        help="Files with the initial weights: a path, or Weights. None: the model's constructor supplies them. A "
+        "resumed run takes its weights from the checkpoint.",
     )
     schedule: Callable[[Optimizer], LRScheduler] | None = option(
         default=None,
@@ -179,13 +179,13 @@ class Recipe:
         "scheduler advances after every optimizer step.",
     )
     collate: Callable[[list[Any]], Any] | None = option(
-        default=None, in_toml=False, help="Makes a batch of a list of samples. None: torch's default_collate."
+        default=None, in_toml=False, help="Makes a batch from a list of samples. None: torch's default_collate."
     )
     sample: Callable[[nn.Module], str] | None = option(
         default=None,
         in_toml=False,
-        help="(model) -> str: text that is shown at the end of a run, for example generated by the model. One worker "
-        "calls it.",
+        help="(model) -> str. Returns a text to show at the end of a run: text that the model generates, for example. "
+        "Only one worker calls it.",
     )
     precision: str = option(
         default="fp32",
@@ -195,7 +195,7 @@ class Recipe:
     clip_norm: float | None = option(
         default=None,
         at_least=0.0,
-        help="The largest 2-norm of the gradient. None: the norm is measured, and nothing is clipped.",
+        help="The gradient is scaled down to this 2-norm if its norm is larger. None: the norm is only measured.",
     )
     compile: bool = option(
         default=False,
@@ -205,10 +205,12 @@ class Recipe:
     threads_per_worker: int = option(
         default=1,
         at_least=1,
-        help="torch threads in a worker. Part of the recipe because they change the bits of matrix products.",
+        help="Number of torch threads in a worker. Part of the recipe because it changes the bits of matrix products.",
     )
     device: str = option(
-        default="cpu", choices=DEVICES, help="cpu or cuda. Part of the recipe because kernels differ in their bits."
+        default="cpu",
+        choices=DEVICES,
+        help="cpu or cuda. Part of the recipe because their kernels give different bits.",
     )
     optimizer_kind: str | None = option(
         default=None,
@@ -230,7 +232,7 @@ class Recipe:
                     f"recipe.{field} can't be called", expected="a function", got=repr(getattr(self, field))
                 )
         if not isinstance(self.batch, Batch):
-            raise ConfigError("recipe.batch is of another type", expected="manyhands.Batch(...)", got=repr(self.batch))
+            raise ConfigError("recipe.batch has the wrong type", expected="manyhands.Batch(...)", got=repr(self.batch))
         if not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__"):
             raise ConfigError(
                 "recipe.data is not a map-style dataset",
@@ -241,13 +243,13 @@ class Recipe:
             object.__setattr__(self, "weights", Weights(path=self.weights))
         elif not (self.weights is None or isinstance(self.weights, Weights)):
             raise ConfigError(
-                "recipe.weights is of another type",
+                "recipe.weights has the wrong type",
                 expected="a path, or manyhands.Weights(path=...)",
                 got=repr(self.weights),
             )
         check_options(self)
         if not isinstance(self.compile, bool):
-            raise ConfigError("recipe.compile is of another type", expected="True or False", got=repr(self.compile))
+            raise ConfigError("recipe.compile has the wrong type", expected="True or False", got=repr(self.compile))
         if self.compile and self.device != "cpu":
             raise ConfigError(
                 "recipe.compile is supported on the CPU only: on a GPU no test shows that the bits stay the same",
@@ -257,34 +259,35 @@ class Recipe:
 
     @property
     def initial_weights(self) -> Weights | None:
-        """`weights`, which the constructor has converted from a path."""
+        """`weights` as Weights: the constructor has converted it if it was a path."""
         return self.weights if isinstance(self.weights, Weights) else None
 
 
 @options
 class Strategy:
-    """The resources that compute a recipe. A strategy never changes a bit of the result. Raises ConfigError."""
+    """The resources of a run. A strategy never changes a bit of the result. Raises ConfigError."""
 
     sharding: str = option(
         default="zero2",
         choices=SHARDINGS,
         flags=("--sharding",),
         help="State that is sharded over the workers. ddp: none; zero1: the optimizer's state and the master weights; "
-        "zero2: gradients, too; zero3: parameters, too.",
+        "zero2: also the gradients; zero3: also the parameters.",
     )
     offload: str = option(
         default="none",
         choices=OFFLOADS,
         flags=("--offload",),
-        help="Where the optimizer's state and the master weights are stored, and with zero3 the parameters. none: on "
-        "the device; cpu: in the host's memory, for a GPU; disk: in files, read ahead and written behind.",
+        help="Where the optimizer's state and the master weights are stored; with zero3, also the parameters. none: "
+        "on the device; cpu: in the host's memory, for a GPU; disk: in files, which are read before use and written "
+        "in the background.",
     )
     scratch: str = option(
         default="",
         flags=("--scratch",),
         metavar="DIR",
-        help="Folder on a disk for the files of offload = disk. Empty: in the run directory, or without one in the "
-        "system's folder for temporary files.",
+        help="Folder on a disk for the files of offload = disk. Empty: a folder in the run directory, or in the "
+        "system's folder for temporary files if there is no run directory.",
     )
     transport: str = option(
         default="auto",
@@ -300,13 +303,13 @@ class Strategy:
     )
     units: tuple[str, ...] = option(
         default=(),
-        help="Names of modules whose parameters are exchanged together. Empty: they are found, as the repeated "
-        "children of containers.",
+        help="Names of modules whose parameters are exchanged together. Empty: the repeated children of containers "
+        "are used.",
     )
     activation_checkpointing: tuple[str, ...] = option(
         default=(),
-        help='Names of modules, or patterns ("blocks.*"), whose activations are computed again in backward instead of '
-        "stored: less memory, more time.",
+        help='Names of modules, or patterns ("blocks.*"), whose activations are recomputed in backward instead of '
+        "being stored. This takes less memory and more time.",
     )
     unshard_ahead: int = option(
         default=1,
@@ -319,7 +322,7 @@ class Strategy:
         flags=("--loader-workers",),
         flag_type=int,
         metavar="N",
-        help="Processes in addition to each worker that read data ahead. 0: the worker itself reads.",
+        help="Additional processes of each worker that read data ahead. 0: the worker reads the data itself.",
     )
     stall_seconds: float = option(
         default=600.0,

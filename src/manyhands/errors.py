@@ -4,10 +4,10 @@ All are subclasses of ManyhandsError:
 
 - ConfigError (a ValueError): the recipe, the strategy or the command line is wrong; the user must change it.
 - DataError (a ValueError): the data are missing, damaged, or not as the recipe specifies.
-- NumericsError: the arithmetic cannot continue (a gradient is not finite), or differs from the run's.
+- NumericsError: a gradient or loss is not finite, or this machine's numerics differ from those of the run.
 - CheckpointError: a checkpoint cannot be written, or is missing or invalid.
-- WorkerError: a worker raised, died or stalled; names the worker, its step and its position.
-- Interrupted: the user or the system requested the run to stop.
+- WorkerError: a worker raised an exception, died or stalled; the error names the worker, its step and its position.
+- Interrupted: the user or the system asked the run to stop.
 - InvariantError: a bug in Manyhands, or in an object that was passed to it.
 
 Every error states what failed, what was expected and found, where, and what to do next.
@@ -36,7 +36,7 @@ NO_POSITION = Position()
 class ManyhandsError(Exception):
     """Base of all errors that Manyhands raises on purpose.
 
-    what: one sentence. The rest is optional, and each is printed on its own line: `where` (worker, step, unit,
+    what: one sentence. The rest is optional, and each part starts on its own line: `where` (worker, step, unit,
     parameter, file and line), `expected` and `got`, `hint` (what to do next), `detail` (a traceback or other text).
     """
 
@@ -85,7 +85,7 @@ class DataError(ManyhandsError, ValueError):
 
 
 class NumericsError(ManyhandsError):
-    """A gradient or loss is not finite, or this machine's numerics are not those with which the run was started."""
+    """A gradient or loss is not finite, or this machine's numerics differ from those of the run."""
 
 
 class CheckpointError(ManyhandsError):
@@ -93,11 +93,12 @@ class CheckpointError(ManyhandsError):
 
 
 class WorkerError(ManyhandsError):
-    """A worker raised, died or stalled.
+    """A worker raised an exception, died or stalled.
 
-    rank: the worker that is the root cause, not the one that noticed (-1: unknown). alive: it was alive when that was
-    noticed. position: where it was. raised: the exception that it raised there, as "kind: message" ("" if it was killed
-    or stalled). If a launcher passes on another error of Manyhands, that is the `__cause__`.
+    rank: the worker that is the root cause, not the one that reports it (-1: unknown). alive: True if that worker was
+    alive when its failure was noticed. position: where that worker was. raised: the exception that it raised there, as
+    "kind: message"; "" if it was killed or stalled. If the worker raised an error of Manyhands, the launcher sets that
+    error as the `__cause__`.
     """
 
     alive = False
@@ -109,7 +110,7 @@ class WorkerError(ManyhandsError):
 
 
 class Interrupted(ManyhandsError):
-    """The run was requested to stop (Ctrl-C, SIGTERM) and stopped between two steps."""
+    """The run was asked to stop (Ctrl-C, SIGTERM) and stopped between two steps."""
 
 
 class InvariantError(ManyhandsError):

@@ -5,8 +5,8 @@ derived from the declarations: the checks when an object is created (`check_opti
 (`documents.option_table`), the options of commands (`cli.parameters`), and the list of options in the docstring.
 
     @options
-    class Strategy:
-        loader_workers: int = option(default=0, at_least=0, flags=("--loader-workers",), help="Processes that ...")
+    class Oven:
+        degrees: int = option(default=180, at_least=0, at_most=300, flags=("--degrees",), help="Temperature in C.")
 """
 
 from __future__ import annotations
@@ -28,28 +28,30 @@ _OPTION = "manyhands.option"  # the key of an Option in the metadata of its fiel
 class Option:
     """The declaration of one option.
 
-    help: what it does, in full sentences: for docstrings, and for the help of commands.
+    help: what the option does, in full sentences. It is shown in docstrings and in the help of commands.
     choices: the values that are allowed; () allows any.
     at_least: the least value of a number. An int here means that the option takes integers only.
-    in_toml: False if the value can't be written in a file, a function for example.
+    at_most: the greatest value of a number that has an `at_least`; None allows any finite value.
+    in_toml: False if the value, such as a function, can't be written in a TOML file.
     flags: names on the command line, such as ("--workers", "-n"); (): the option is not on the command line.
     flag_type: the type of the value on the command line.
-    metavar: stands for the value in the help of commands. The choices are in `help`.
+    metavar: the placeholder for the value in the help of commands. It does not list the choices, because `help` does.
     """
 
     help: str
     choices: tuple[str, ...] = ()
     at_least: float | None = None
+    at_most: float | None = None
     in_toml: bool = True
     flags: tuple[str, ...] = ()
     flag_type: type = str
     metavar: str = "NAME"
 
     def check(self, name: str, value: object) -> None:
-        """Raise ConfigError if `value` is not a choice or is out of range. name: the option's, for the message."""
+        """Raise ConfigError if `value` is not a choice or is out of range. name: the option's name."""
         if self.choices and value not in self.choices:
             raise ConfigError(
-                f"{name} is not known",
+                f"{name} has an unknown value",
                 expected=f"one of {', '.join(self.choices)}",
                 got=repr(value),
                 hint=nearest(str(value), self.choices),
@@ -58,11 +60,16 @@ class Option:
             is_whole = isinstance(self.at_least, int)
             # bool is a subclass of int, but True is not meant as a number.
             is_number = isinstance(value, int if is_whole else (int, float)) and not isinstance(value, bool)
-            if not is_number or not self.at_least <= value < float("inf"):  # type: ignore[operator]
+            if (
+                not is_number
+                or not self.at_least <= value < float("inf")  # type: ignore[operator]
+                or (self.at_most is not None and value > self.at_most)  # type: ignore[operator]
+            ):
                 noun = "an integer" if is_whole else "a number"
-                raise ConfigError(
-                    f"{name} is out of range", expected=f"{noun} of at least {self.at_least}", got=repr(value)
-                )
+                limits = f"of at least {self.at_least}"
+                if self.at_most is not None:
+                    limits = f"from {self.at_least} to {self.at_most}"
+                raise ConfigError(f"{name} is out of range", expected=f"{noun} {limits}", got=repr(value))
 
 
 def option(
@@ -96,7 +103,7 @@ def declared(cls: type) -> dict[str, Option]:
 def types_of(cls: type, names: Iterable[str]) -> dict[str, Any]:
     """The types of some options of a class.
 
-    Types of other options are not resolved: they may name what is imported for type checkers only, torch for example.
+    Types of other options are not resolved: they may use modules that are imported only for type checkers (torch).
     """
     annotations = {each.name: each.type for each in fields(cls) if each.name in set(names)}
     return get_type_hints(type(cls.__name__, (), {"__annotations__": annotations, "__module__": cls.__module__}))
@@ -105,7 +112,7 @@ def types_of(cls: type, names: Iterable[str]) -> dict[str, Any]:
 def check_option(cls: type, name: str, value: object, prefix: str | None = None) -> None:
     """Check one value. Raises ConfigError. None passes if it is the default.
 
-    prefix: stands before the name in the error; by default `strategy.` if `cls` is Strategy.
+    prefix: put before the name in the error. The default is the name of the class: `strategy.` for Strategy.
     """
     default = next(each.default for each in fields(cls) if each.name == name)
     if value is not None or default is not None:

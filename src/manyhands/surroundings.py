@@ -1,8 +1,9 @@
-"""What started this process, read from its environment; and signals that ask it to stop.
+"""This process's rank, read from the environment, and the signals that ask it to stop.
 
-Stop signals: the first SIGINT or SIGTERM ends the run after the current step, a second SIGINT at once.
+Stop signals: the first SIGINT or SIGTERM ends the run after the current step; a second SIGINT ends it at once.
 
-Imports no torch, because a worker must handle stop signals before it imports torch, which takes seconds.
+This module does not import torch, because a worker must handle stop signals before it imports torch, which takes
+seconds.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._on_signal)
-            # Only after the handlers are installed: the launcher starts workers with these signals blocked, so that
-            # one that arrived since then is delivered now.
+            # Unblock only after the handlers are installed: the launcher starts workers with these signals blocked, and
+            # a signal that has arrived in the meantime is delivered now.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)
         return self
 
@@ -45,7 +46,7 @@ class StopSignals:
         self._previous.clear()
 
     def training_started(self) -> None:
-        """From now on, only record the first signal."""
+        """From now on, record the first signal instead of raising KeyboardInterrupt."""
         self._training = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -90,7 +91,7 @@ def _rank_from(environment: Mapping[str, str]) -> Rank:
 
     index, count = number("MANYHANDS_RANK"), number("MANYHANDS_RANKS")
     if index is None and number("SLURM_ARRAY_TASK_ID") is not None:
-        # A job array, in which each job may have several tasks: count jobs first, then tasks.
+        # Each job of a job array may have several tasks. Number the tasks job by job.
         first, step = number("SLURM_ARRAY_TASK_MIN", default=0) or 0, number("SLURM_ARRAY_TASK_STEP", default=1) or 1
         tasks = number("SLURM_NTASKS", default=1) or 1
         job = ((number("SLURM_ARRAY_TASK_ID") or 0) - first) // step

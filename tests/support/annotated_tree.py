@@ -17,7 +17,7 @@ BLOCK = re.compile(r"(?<=^```text\n)src/manyhands/\n.*?(?=^```$)", re.MULTILINE 
 LAYERS = (
     ("errors", "formatting"),
     ("options",),
-    ("config", "layout", "surroundings", "storage", "offload", "members"),
+    ("config", "shard_layout", "surroundings", "storage", "offload", "members"),
     ("numerics", "documents"),
     ("comm", "data", "models"),
     ("optim", "prepare"),

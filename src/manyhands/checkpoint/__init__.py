@@ -1,1 +1,1 @@
-"""State that outlives a process."""
+"""Checkpoints and snapshots: state that outlives a process."""

@@ -1,13 +1,13 @@
-"""Exports weights in Hugging Face's layout, streamed.
+"""Exports weights in Hugging Face's layout, as a stream.
 
     OUT/
-        config.json                          the model's config, if it is a model of transformers
+        config.json                          the model's config, if it is a transformers model
         generation_config.json               likewise
         model-00001-of-00002.safetensors     or only model.safetensors, if one file is enough
         model.safetensors.index.json         the file of each tensor
 
 Each piece is read from the checkpoint, checked, cast and written before the next one is read. The folder is written
-under a hidden name, and appears when it is complete and the digest of its weights is the checkpoint's.
+under a hidden name. It appears when it is complete and the digest of its weights equals the checkpoint's.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, dtyp
 from manyhands.checkpoint.weight_files import CONFIG, INDEX, SINGLE, config_text
 from manyhands.config import PRECISIONS
 from manyhands.errors import CheckpointError, ConfigError
-from manyhands.layout import BLOCK, blocks_of
 from manyhands.numerics.digest import block_hashes, digest_of
 from manyhands.options import nearest
+from manyhands.shard_layout import BLOCK, blocks_of
 from manyhands.storage.atomic import publish_folder, sync
 from manyhands.storage.location import Location, location_of
 
 
 class SavedWeights:
-    """The tensors of a checkpoint under their names in the model's state_dict, in the types to write.
+    """The tensors of a checkpoint under their names in the model's state_dict, in the dtypes to write.
 
-    A tied tensor has the first of its names, the one in `named_parameters()`: loaders tie it again.
+    A tied tensor is stored under the first of its names only, the one in `named_parameters()`: loaders tie it again.
     """
 
     def __init__(self, folder: Location, cast: torch.dtype | None) -> None:
@@ -68,7 +68,7 @@ class SavedWeights:
         self._masters = [record for record in self.manifest.tensors if record.kind == "master"]
         firsts = list(accumulate((blocks_of(record.numel) for record in self._masters), initial=0))
         self._first_blocks = {record.name: first for record, first in zip(self._masters, firsts[:-1], strict=True)}
-        # One array from the start: small ones allocated between large temporary ones would fragment the heap.
+        # Allocate one array at the start: small arrays between large temporary ones would fragment the heap.
         self._hashes = np.zeros(firsts[-1], dtype=np.int64)
         self.entries = [TensorEntry(key, _stored(record, cast), record.shape) for key, record in self._records.items()]
         self.dtype = next((entry.dtype for entry in self.entries if entry.dtype.is_floating_point), torch.float32)
@@ -91,9 +91,9 @@ class SavedWeights:
         self._hashes[first : first + padded.numel() // BLOCK] = block_hashes(padded).numpy()
 
     def check_digest(self) -> None:
-        """Raise CheckpointError unless the weights are those that were saved. Call it when all of them were read."""
+        """Raise CheckpointError unless the weights are those that were saved. Call it after reading all entries."""
         for record in self._masters:
-            if not record.keys:  # the model leaves it out of its state_dict
+            if not record.keys:  # the model's state_dict leaves it out
                 for piece in self._pieces.parts(record.kind, record.name, record.numel):
                     self._hash(record.name, piece.start, piece.tensor)
         found = digest_of([(record.name, record.numel) for record in self._masters], self._hashes)
@@ -133,16 +133,17 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with the bytes of weights written so far, and those of all weights."""
+"""Called with the bytes of weights written so far, and the bytes of all weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSummary:
     """The result of an export.
 
-    out: the folder. files: their names, sorted. weights_bytes: of all tensors. dtype: of the weights (of the first one,
-    if some have another type, such as batch norm's in bf16). tensors, parameters: the number of tensors, and of
-    elements of parameters, that were written. step, digest, checkpoint: of the weights, before any cast.
+    out: the folder. files: the names of its files, sorted. weights_bytes: the size of all tensors. dtype: the dtype of
+    the weights; if they differ, that of the first floating-point tensor. tensors, parameters: the number of tensors and
+    the number of parameter elements that were written. checkpoint: the folder of the checkpoint. step: its step.
+    digest: the digest of its weights, before any cast.
     """
 
     out: str
@@ -173,13 +174,14 @@ def export(
 ) -> ExportSummary:
     """Write the weights of a run's checkpoint to the folder `out`, as safetensors in Hugging Face's layout.
 
-    run: a run directory, the folder or address that was passed to `Engine.save`, or a checkpoint. step: of the
-    checkpoint (default: the last). dtype: "fp32" (the master weights, to the bit) or "bf16"; default: as the model was
-    trained. Buffers retain their dtype. max_shard_size: of a file; a larger tensor has its own file.
-    progress: called with the bytes written so far, and those of all weights. out: a new path, or an empty folder.
+    run: a run directory, the folder or address that was passed to `Engine.save`, or a checkpoint. step: the step
+    of the checkpoint (default: the last). dtype: "fp32" (the master weights, bit for bit) or "bf16"; default: the dtype
+    in which the model was trained. Buffers retain their dtype. max_shard_size: the largest size of a file; a larger
+    tensor gets its own file. progress: called with the bytes of weights written so far, and the bytes of all weights.
+    out: a new path, or an empty folder.
 
-    Runs in one process. In memory are a piece of a parameter (some MiB) or a complete buffer, the checkpoint's list of
-    pieces, and 8 bytes per 1,024 elements, for the digest. Optimizer state is not read. Raises ConfigError, and
+    Runs in one process. Its memory holds one piece of a parameter (some MiB) or one complete buffer, the checkpoint's
+    list of pieces, and 8 bytes per 1,024 elements for the digest. Optimizer state is not read. Raises ConfigError, and
     CheckpointError for missing or damaged files; then nothing is left at `out`.
     """
     started = time.monotonic()
@@ -216,7 +218,7 @@ def export(
 
 
 def find_checkpoint(run: Location, step: int | None) -> Location:
-    """The run's checkpoint of that step, or its last one. Raises ConfigError and CheckpointError."""
+    """The run's checkpoint of that step; if step is None, its last one. Raises ConfigError and CheckpointError."""
     is_run = isinstance(run, Path) and (run / "checkpoints").is_dir()
     found = list_checkpoints(checkpoints_of(run) if isinstance(run, Path) and is_run else run)
     if not found and not is_run and (run / MANIFEST).is_file():
@@ -240,7 +242,7 @@ def find_checkpoint(run: Location, step: int | None) -> Location:
 
 
 def parse_size(size: int | str) -> int:
-    """The bytes of 5_000_000_000, "5GB" (powers of 1000) or "5GiB" (powers of 1024). Raises ConfigError."""
+    """Convert 5_000_000_000, "5GB" (powers of 1000) or "5GiB" (powers of 1024) to bytes. Raises ConfigError."""
     match = _SIZE.fullmatch(f"{size}B" if str(size).strip().isdigit() else str(size))
     number = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()])
     if number < 1:
@@ -249,7 +251,7 @@ def parse_size(size: int | str) -> int:
 
 
 def plan_shards(entries: list[TensorEntry], max_bytes: int) -> dict[str, list[TensorEntry]]:
-    """The tensors of each file, by its name, in the given order. A tensor beyond `max_bytes` starts a new file."""
+    """Divide the tensors, in order, among files of up to `max_bytes` (or one larger tensor): file name -> tensors."""
     shards: list[list[TensorEntry]] = [[]]
     size = 0
     for entry in entries:
@@ -326,7 +328,7 @@ def _published(out: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"the export can't be written: {error.strerror or error}",
             where=str(error.filename or partial),
-            hint="choose a folder on a disk with space left where you may write",
+            hint="choose a folder that you may write to, on a disk with enough free space",
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

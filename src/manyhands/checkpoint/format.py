@@ -4,13 +4,13 @@
         manifest.json           step, facts of the recipe, numerics identity, scalars, the model's tensors, and which
                                 file holds which range
         worker-0.safetensors    1-D pieces named "<kind>|<parameter>|<first element>": "exp_avg|head.weight|0"
-    checkpoints/frozen-5f0c.../ parameters that no step changes, once for all checkpoints; files as above
+    checkpoints/frozen-5f0c.../ parameters that no step changes, stored once for all checkpoints; files as above
 
-Kinds: "master" (fp32 weights), the optimizer's own tensors under its names, "buffer", "frozen". Optimizer state with
-another shape than its parameter (Adafactor's row factors) is saved unsplit. A folder appears under its name only when
-it is complete: all files are written and synced in `.step-….partial`, which is then renamed. A store cannot rename:
-there the files are in `step-00000100/5f0c11d2.../`, named after the attempt to write them, and the manifest is written
-last; a folder without a manifest is not a checkpoint.
+The kinds are "master" (fp32 weights), "buffer", "frozen", and the optimizer's own names for the tensors of its state.
+Optimizer state whose shape differs from its parameter's (Adafactor's row factors, for example) is saved unsplit. A
+folder appears under its name only when it is complete: all files are written and synced in `.step-….partial`, which is
+then renamed. A store cannot rename: there the files are in `step-00000100/5f0c11d2.../`, named after the attempt to
+write them, and the manifest is written last. A folder without a manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -63,22 +63,22 @@ class PieceRecord(BaseModel):
     start: Count
     numel: Count
     dtype: DtypeName
-    shape: tuple[Count, ...] | None = None  # only of an unsplit tensor with another shape than its parameter
+    shape: tuple[Count, ...] | None = None  # set only for an unsplit tensor whose shape differs from its parameter's
     crc32: Count
 
     @model_validator(mode="after")
     def _has_as_many_elements(self) -> PieceRecord:
         if self.shape is not None and (self.start or math.prod(self.shape) != self.numel):
-            raise ValueError(f"{self.numel} elements have no shape {list(self.shape)}")
+            raise ValueError(f"{self.numel} elements from {self.start} on can't have the shape {list(self.shape)}")
         return self
 
 
 class TensorRecord(BaseModel):
     """A tensor of the model.
 
-    kind: of the pieces that store it ("buffer" also for small frozen parameters, which are managed like buffers).
-    dtype: the one that the model computes with. keys: its names in the model's state_dict: several if it is tied, none
-    if it is a buffer that is not persistent.
+    kind: the kind of the pieces that store it. Small frozen parameters have "buffer", because they are managed like
+    buffers. dtype: the dtype that the model computes with. keys: the tensor's names in the model's state_dict: several
+    if it is tied; none if the state_dict leaves it out (a buffer that is not persistent, for example).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,12 +92,15 @@ class TensorRecord(BaseModel):
 
     @property
     def numel(self) -> int:
-        """The number of its elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 class Scalar(BaseModel):
-    """A number of the optimizer's state. dtype, device: of the 0-d tensor that holds it; dtype None: a plain number."""
+    """A number in the optimizer's state.
+
+    dtype, device: those of the 0-d tensor that holds the number; dtype is None for a plain number.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -107,11 +110,13 @@ class Scalar(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The manifest of a checkpoint. scalars: the optimizer's numbers by parameter; schedules: LR schedulers' states.
+    """The manifest of a checkpoint.
 
-    tensors: parameters in construction order, then buffers. frozen: the folder, next to this one, with the frozen ones.
-    computed: names in the model's state_dict of tensors that are not the model's; they are not saved. config_files: by
-    file name, the files that Hugging Face's loaders need next to the weights.
+    scalars: the numbers in the optimizer's state: parameter -> kind -> number. schedules: the states of LR schedulers.
+    tensors: parameters in construction order, then buffers. frozen: the name of the folder with the frozen parameters,
+    which is next to this one. computed: names of tensors in the model's state_dict that are neither parameters nor
+    buffers; they are not saved. config_files: the files that Hugging Face's loaders need next to the weights: file
+    name -> content.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -135,20 +140,20 @@ class Manifest(BaseModel):
     def check_complete(self) -> None:
         """Raise ValueError unless each tensor is listed once, and each of its elements is in exactly one piece.
 
-        The pieces of optimizer state must be contiguous, too. So no reader gets a part of a tensor, or allocates memory
-        for elements that do not exist.
+        The pieces of optimizer state must be contiguous, too. Without these checks, a reader could get only a part of a
+        tensor, or allocate memory for elements that do not exist.
         """
         _refuse_twice([record.name for record in self.tensors])
         _refuse_twice([key for record in self.tensors for key in record.keys])
         ends: dict[tuple[str, str], int] = {}
         for piece in sorted(self.pieces, key=lambda piece: (piece.start, piece.numel)):
             if piece.start != ends.get((piece.kind, piece.name), 0):
-                raise ValueError(f"the pieces of {piece.kind} of {piece.name!r} don't meet at {piece.start}")
+                raise ValueError(f"the pieces of {piece.kind} of {piece.name!r} have a gap or overlap at {piece.start}")
             ends[piece.kind, piece.name] = piece.start + piece.numel
         for record in self.tensors:
             found = ends.get((record.kind, record.name), 0)
             if record.kind != "frozen" and found != record.numel:
-                raise ValueError(f"{record.name!r} has {record.numel} elements, and its pieces {found}")
+                raise ValueError(f"{record.name!r} has {record.numel} elements, but its pieces have {found}")
 
 
 class FrozenManifest(BaseModel):
@@ -162,23 +167,23 @@ class FrozenManifest(BaseModel):
 
 def _refuse_twice(names: list[str]) -> None:
     if len(set(names)) < len(names):
-        raise ValueError(f"{Counter(names).most_common(1)[0][0]!r} is in it twice")
+        raise ValueError(f"{Counter(names).most_common(1)[0][0]!r} occurs twice")
 
 
 def folder_name(step: int) -> str:
-    """The folder of the checkpoint after `step` steps."""
+    """The name of the folder of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
 def piece_file_name(rank: int) -> str:
-    """The file of the pieces that one worker wrote."""
+    """The name of the file of the pieces that one worker wrote."""
     return f"worker-{rank}.safetensors"
 
 
 def list_checkpoints(root: Location) -> list[tuple[int, Location]]:
     """(step, folder) of the complete checkpoints below `root`, oldest first; none if `root` does not exist.
 
-    Raises CheckpointError if `root` can't be read: a store out of reach is not an empty one.
+    Raises CheckpointError if `root` can't be read: an unreachable store must not be taken for an empty one.
     """
     try:
         if isinstance(root, Address):
@@ -190,13 +195,15 @@ def list_checkpoints(root: Location) -> list[tuple[int, Location]]:
             "the checkpoints can't be listed",
             where=str(root),
             got=error,
-            hint=hint_of(error, "check that the folder may be read"),
+            hint=hint_of(error, "check that you may read the folder"),
         ) from error
     return sorted((int(match[1]), root / match[0]) for match in map(_NAME.fullmatch, names) if match)
 
 
 def checkpoints_of(run_dir: Path, checkpoint_dir: str | Location | None = None) -> Location:
-    """The location of a run's checkpoints: `checkpoint_dir`, or the one in the run's manifest, or in the run directory.
+    """The location of a run's checkpoints: `checkpoint_dir` if it is given.
+
+    Otherwise it is the location in the run's manifest; if there is none, a folder in the run directory.
 
     Raises ConfigError for an address that can't be used.
     """
@@ -265,7 +272,7 @@ def _read(folder: Location, kind: type[_M], check: Callable[[_M], None] = lambda
         found = fields.get("format") if isinstance(fields, dict) else None
         if not isinstance(found, int) or found == CHECKPOINT_FORMAT:
             if isinstance(fields, dict) and fields.pop("checksum", None) != _checksum(fields):
-                raise ValueError("its checksum differs")
+                raise ValueError("its checksum does not match its contents")
             manifest = kind.model_validate(fields)
             check(manifest)
             return manifest

@@ -27,10 +27,11 @@ from manyhands.optim.sliced import Slice
 def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False) -> int:
     """Load the files into the engine's weights; return how many bytes of tensors this worker read. Collective.
 
-    Parameters, frozen parameters and persistent buffers get their values as if the model had been built with them.
-    resumes: this worker sees a checkpoint to resume from. If all workers do, only frozen parameters are read, because
-    checkpoints lack them. Raises ConfigError if there are no weights, or they do not fit the model; CheckpointError for
-    missing or broken files.
+    Parameters, frozen parameters and persistent buffers end up as if the model had been built with these values.
+    resumes: True if this worker sees a checkpoint to resume from. If all workers see one, trained parameters are not
+    read, because the checkpoint has them; frozen parameters are read, because loading a checkpoint does not restore
+    them. Raises ConfigError if there are no weights or they do not fit the model, and CheckpointError for missing or
+    broken files.
     """
     engine.group.status("start / initial weights")
     resumes = all(all_gather_json(engine.group, resumes, "start / resumes / control"))
@@ -54,11 +55,11 @@ class _Loader:
         self.files = WeightFiles(Path(weights.path))
         self._records = {record.name: record for record in tensor_records(engine)[0]}
         self._sources = fit(list(self._records.values()), self.files, weights)
-        for name in engine.pending - set(self._sources):  # happens only if the state_dict has other names
+        for name in engine.pending - set(self._sources):  # possible if the state_dict has another name for it
             raise ConfigError(
-                f"parameter {name!r} may be missing in the initial weights, but was built without values",
+                f"parameter {name!r} may be missing from the initial weights, but the model has no value for it",
                 where=str(self.files.path),
-                hint="let a pattern of weights.allow_missing match this name, too",
+                hint="add a pattern that matches this name to weights.allow_missing",
             )
 
     def fill_slice(self, piece: Slice) -> None:
@@ -88,7 +89,7 @@ class _Loader:
                 tensors[record.name].data.copy_(values.view(record.shape))  # .data: autograd must not see the change
 
     def frozen_facts(self) -> dict[str, str]:
-        """Fingerprints of this worker's share of the frozen parameters. They are read once more, a part at a time.
+        """Fingerprints of this worker's share of the frozen parameters, which are read a second time, in parts.
 
         A checkpoint and the run that loads it must have equal fingerprints, whatever the number of workers.
         """
@@ -108,8 +109,8 @@ class _Loader:
             yield self._read(name, start, min(FROZEN_PIECE_NUMEL, numel - start))
 
     def _read(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) in the type that the model was built with, 1-D."""
-        dtype = self._engine.param_dtypes.get(name)  # None for a buffer: it has the file's type
+        """Elements [start, start + numel) of a tensor, 1-D, in the dtype that the model was built with."""
+        dtype = self._engine.param_dtypes.get(name)  # None for a buffer: keep the file's dtype
         values = [self.files.read(source, start, numel) for source in self._sources[name]]
         for source, other in zip(self._sources[name][1:], values[1:], strict=True):
             if not torch.equal(values[0].to(dtype), other.to(dtype)):

@@ -35,8 +35,9 @@ class CheckpointReader(PieceReader):
 def load_checkpoint(engine: StepEngine, folder: Location, *, accept_new_numerics: bool = False) -> Manifest:
     """Load the checkpoint in `folder` into the engine. Collective.
 
-    Raises CheckpointError if it is missing, damaged or of another recipe, and NumericsError if it was saved under
-    another numerics identity, unless that is accepted: then later bits may differ from those of the saving run.
+    Raises CheckpointError if the checkpoint is missing, damaged or of another recipe, and NumericsError if it was saved
+    under another numerics identity. accept_new_numerics: load it all the same; then the bits of later steps may differ
+    from those of the run that saved it.
     """
     return restore(engine, CheckpointReader(folder), accept_new_numerics=accept_new_numerics)
 
@@ -48,7 +49,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
     _check_hyperparameters(manifest, engine, folder)
     if not accept_new_numerics:
         check_identity(manifest.identity, engine.identity, str(folder))
-    engine.group.barrier(f"{folder.name} / load / control")  # a peer may still read the current weights
+    engine.group.barrier(f"{folder.name} / load / control")  # another worker may still read the weights
     with engine.changing():
         engine.optimizer.load_hyperparameters(manifest.hyperparameters)
         engine.updater.refill(lambda piece: _fill(piece, engine, reader))
@@ -77,7 +78,7 @@ def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
         kind: _read_like(piece, kind, reader) for kind in reader.kinds_of(piece.name) if kind != "master"
     }
     for kind, number in reader.manifest.scalars.get(piece.name, {}).items():
-        # torch's optimizers update step counts that are tensors in place, so they must be on the right device.
+        # torch's optimizers update a step count in place if it is a tensor, so it must be on the right device.
         device = torch.device("cpu") if number.device == "cpu" else piece.master.device
         try:
             state[kind] = _value_of(number, device)
@@ -88,7 +89,7 @@ def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
                 got=number.value,
                 hint="go back to an earlier checkpoint",
             ) from error
-    # A state that was saved before the parameter's first update is empty. It replaces the engine's state, too.
+    # The saved state is empty if it was saved before the parameter's first update. It still replaces the engine's.
     engine.optimizer.load_state_of(piece, state)
 
 
@@ -99,7 +100,11 @@ def _value_of(number: Scalar, device: torch.device) -> Tensor | float | int | bo
 
 
 def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:
-    """A tensor of the slice: unsplit in its own shape, or the slice's range in the shape of the master weights."""
+    """A tensor for the slice.
+
+    It is complete and in its own shape if it was saved unsplit; otherwise it is the slice's range, in the shape of the
+    master weights.
+    """
     unsplit = reader.read_full(kind, piece.name)
     if unsplit is not None:
         return unsplit
@@ -130,7 +135,7 @@ def _check_hyperparameters(manifest: Manifest, engine: StepEngine, folder: Locat
             where=str(folder),
             expected=now,
             got=saved,
-            hint="use the recipe and the torch that it was saved with, or go back to an earlier checkpoint",
+            hint="use the recipe and the torch version that it was saved with, or go back to an earlier checkpoint",
         )
 
 
@@ -144,7 +149,7 @@ def _load_schedules(manifest: Manifest, engine: StepEngine, folder: Location) ->
     try:
         for schedule, saved in zip(engine.schedules, manifest.schedules, strict=True):
             schedule.load_state_dict(decode_state(saved))
-    except Exception as error:  # a schedule is a class of torch or of the user: it may raise anything
+    except Exception as error:  # the schedule may be the user's own class, which may raise anything
         raise CheckpointError(
             "the schedules can't load their state from the checkpoint",
             where=str(folder),
@@ -154,7 +159,7 @@ def _load_schedules(manifest: Manifest, engine: StepEngine, folder: Location) ->
 
 
 def check_identity(saved: dict[str, str], now: dict[str, str], where: str) -> None:
-    """Raise NumericsError if the two numerics identities differ. where: of the saved one."""
+    """Raise NumericsError if the two numerics identities differ. where: the location of the saved one."""
     for name in [*saved, *now]:
         if saved.get(name) != now.get(name):
             raise NumericsError(

@@ -1,4 +1,4 @@
-"""Pieces of tensors with checksums: written once, read as any ranges."""
+"""Writes tensors in pieces with checksums, and reads any ranges of the tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from manyhands.checkpoint.tensor_file import (
     in_file_order,
 )
 from manyhands.errors import CheckpointError
-from manyhands.layout import Range
+from manyhands.shard_layout import Range
 from manyhands.storage.location import Address, Location, hint_of
 
 CACHED_BYTES = 4 << 20
@@ -31,7 +31,7 @@ CACHED_BYTES = 4 << 20
 class TensorPiece(NamedTuple):
     """Elements of a tensor from `start` on, 1-D.
 
-    shape: of a tensor that has another shape than its parameter; it is never split. Else None.
+    shape: the tensor's shape if it differs from its parameter's; such a tensor is never split. Otherwise None.
     """
 
     kind: str
@@ -100,7 +100,7 @@ class PieceReader:
         ] = {}  # the last piece of each kind: the next range is probably in it
 
     def kinds_of(self, name: str) -> list[str]:
-        """The kinds of tensors that are stored of a parameter."""
+        """The kinds of tensors that are stored for a parameter."""
         return [kind for kind, other in self._pieces if other == name]
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
@@ -123,7 +123,7 @@ class PieceReader:
         return self._read_piece(pieces[0], 0, pieces[0].numel).view(pieces[0].shape).clone()
 
     def parts(self, kind: str, name: str, numel: int) -> Iterator[TensorPiece]:
-        """All `numel` elements in order, in the pieces that were written. One piece is in memory."""
+        """Yield all `numel` elements in order, piece by piece. Only one piece at a time is in memory."""
         position = 0
         for piece in self._pieces.get((kind, name), []):
             if piece.start != position:
@@ -143,7 +143,7 @@ class PieceReader:
         )
 
     def _read_piece(self, piece: PieceRecord, start: int, end: int) -> Tensor:
-        """Elements [start, end) of the piece; do not modify. The first time, the complete piece is read and checked."""
+        """Elements [start, end) of the piece; do not modify them. The first call reads and checks the full piece."""
         recent, tensor = self._recent.get(piece.kind, (None, None))
         if tensor is not None and recent is piece:
             return tensor[start:end]

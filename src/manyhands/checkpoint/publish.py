@@ -1,7 +1,8 @@
 """Checkpoint folders that appear complete or not at all.
 
-On a disk: written under a hidden name, published by one rename (see `storage.atomic`). In a store, which cannot rename:
-written below the folder's own name, each attempt in a folder of its own, and published by the manifest, written last.
+On a disk, a folder is written under a hidden name and published by one rename (see `storage.atomic`). A store cannot
+rename: there each attempt writes its files to its own subfolder of the final folder. The manifest, which is written
+last, publishes them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from manyhands.storage.location import Address, Location, hint_of
 _ATTEMPT_FILE = re.compile(
     r"(step-\d{8,}|frozen-[0-9a-f]{16})/([0-9a-f]{16})/(worker-\d+\.safetensors|part-\d+\.json|failed-\d+)"
 )
-"""What an attempt writes to a store. Nothing else is ever deleted as a leftover."""
+"""The files that an attempt writes to a store. No other file is ever deleted as a leftover."""
 
 
 def partial_folder(final: Location, attempt: str) -> Location:
@@ -33,7 +34,7 @@ def partial_folder(final: Location, attempt: str) -> Location:
 
 
 def check_writable(root: Location) -> None:
-    """Check that checkpoints can be written there before training starts. Raises CheckpointError."""
+    """Check, before training starts, that checkpoints can be written to `root`. Raises CheckpointError."""
     with as_checkpoint_error(root):
         if isinstance(root, Address):
             (root / ".trying").write_text("")
@@ -50,15 +51,15 @@ def create_partial(partial: Location, root: Location) -> None:
 
 
 def publish_folder(partial: Location, final: Location, manifest: BaseModel) -> None:
-    """Make the folder `partial`, whose files are synced, the folder `final`, in place of an existing one."""
+    """Publish the folder `partial`, whose files are synced, as the folder `final`. Replaces an existing `final`."""
     atomic.publish_folder(partial, final, (MANIFEST, seal(manifest.model_dump(mode="json"))), replace=True)
     if isinstance(final, Address):
-        with suppress(OSError):  # it is published; the next save tries again to delete what it replaces
+        with suppress(OSError):  # the folder is published; the next save deletes the leftovers
             remove_partial(final.parent)
 
 
 def remove_checkpoint(folder: Location) -> None:
-    """Delete a folder. It is hidden first: a kill in between must not leave an incomplete folder that is visible."""
+    """Delete a folder. It is hidden first, so that a kill during the deletion leaves no incomplete folder visible."""
     if isinstance(folder, Address):
         files = folder.files()
         for name in sorted(files, key=lambda name: name != MANIFEST):
@@ -80,7 +81,7 @@ def remove_partial(root: Location) -> None:
 
 
 def _remove_attempts(root: Address) -> None:
-    """Delete all attempts in folders without a manifest, and those that the manifest does not name in other folders."""
+    """In folders without a manifest, delete all attempts; in other folders, those that the manifest does not name."""
     files = root.files()
     attempts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for match in filter(None, map(_ATTEMPT_FILE.fullmatch, files)):
@@ -105,7 +106,7 @@ def _attempts_of(manifest: Address) -> set[str] | None:
 
 
 class as_checkpoint_error:
-    """Raise an OSError of the block (a full disk, a folder without permission) as a CheckpointError naming `path`."""
+    """Turn an OSError in the block (a full disk, a missing permission) into a CheckpointError that names `path`."""
 
     def __init__(self, path: Location) -> None:
         self._path = path

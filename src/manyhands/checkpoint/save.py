@@ -1,9 +1,9 @@
-"""What a checkpoint contains; writes it in the background.
+"""Collects the contents of a checkpoint and writes them in the background.
 
-All workers write at once, each the ranges that it owns, into a hidden folder that appears complete or not at all (see
-`publish`). When its tensors are written, a worker writes its part of the manifest as a file. When all of these files
-exist, worker 0 writes the manifest and publishes the folder. This takes no collective call, so training continues
-meanwhile.
+All workers write at the same time, each the ranges that it owns. They write to a hidden folder, which appears complete
+or not at all (see `publish`). After its tensors, each worker writes its part of the manifest to a file. When all of
+these files exist, worker 0 writes the manifest and publishes the folder. This takes no collective call, so training
+continues meanwhile.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ from manyhands.storage.files import names_in
 from manyhands.storage.location import Location
 
 MAX_POLL_SECONDS = 1.0
-"""Longest pause between two checks for the other workers' parts. Earlier pauses are a tenth of the time waited, so
-publishing is at most that late, and a file system is not polled often."""
+"""The longest pause between two checks for the other workers' parts. A pause is a tenth of the time waited so far, so
+polling delays publishing by at most about a tenth, and the file system is not polled often."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
     """The contents of a folder.
 
-    write: writes this worker's files into the given folder, and returns its part of the manifest, as JSON values.
-    manifest_of: builds the manifest from the parts of all workers. published: called on worker 0 when the folder
-    exists.
+    write: writes this worker's files to the given folder, and returns the worker's part of the manifest as JSON values.
+    manifest_of: builds the manifest from the parts of all workers. published: called on worker 0 after the folder is
+    published.
     """
 
     write: Callable[[Location], dict[str, Any]]
@@ -77,7 +77,7 @@ class Contents:
 
 
 class Saving:
-    """Writes the folder `final` in the background, in place of an existing one.
+    """Writes the folder `final` in the background. An existing folder is replaced.
 
     The constructor and `wait` are collective.
     """
@@ -88,7 +88,7 @@ class Saving:
         self._error: BaseException | None = None
         self._is_written = threading.Event()
         self._is_abandoned = threading.Event()
-        attempt = secrets.token_hex(8)  # worker 0's is used: files of another attempt are never taken for this one's
+        attempt = secrets.token_hex(8)  # all workers use worker 0's, which keeps the files of different attempts apart
         self._partial = partial_folder(final, attempt)
         if group.rank == 0:
             try:
@@ -103,7 +103,7 @@ class Saving:
 
     @property
     def is_done(self) -> bool:
-        """True if this worker has nothing left to do for it."""
+        """True if this worker has nothing left to write or publish."""
         return not self._thread.is_alive()
 
     def wait_written(self) -> None:
@@ -139,7 +139,7 @@ class Saving:
             if self._error is None:
                 with as_checkpoint_error(self._partial):
                     part = self._contents.write(self._partial)
-                    # Only worker 0 of this run reads it, so it need not survive a crash.
+                    # Only worker 0 of this run reads this file, so it need not survive a crash.
                     write_atomic(self._partial / f"part-{self._group.rank}.json", json.dumps(part), durable=False)
             self._is_written.set()
             if self._group.rank == 0 and self._error is None:
@@ -183,10 +183,10 @@ def _report_of(error: BaseException | None) -> tuple[str, ...]:
 
 
 Scalars = dict[str, dict[str, dict[str, Any]]]
-"""Numbers of the optimizer's state, by parameter and kind: the fields of a `Scalar`."""
+"""The numbers in the optimizer's state: parameter -> kind -> the fields of a `Scalar`."""
 
 FROZEN_PIECE_NUMEL = 1 << 20
-"""Elements in a piece of a frozen parameter: a reader has one piece in memory."""
+"""Elements in a piece of a frozen parameter. A reader holds one piece in memory."""
 
 
 def start_checkpoint(
@@ -197,13 +197,15 @@ def start_checkpoint(
     keep_every: int | None = None,
     published: Callable[[Location], None] | None = None,
 ) -> Saving | None:
-    """Start writing the engine's current state to a new folder in `root`; None if that exists. Collective.
+    """Start writing the engine's current state to a new folder in `root`. Collective.
 
-    keep, keep_every: which checkpoints stay in `root`: the last `keep` (None: all), and those of every `keep_every`-th
-    step. A checkpoint of this step with the same weights stays; one with other weights is replaced. Two things are
-    written before this returns: frozen parameters, once, next to the first checkpoint; and state that is offloaded to
-    disk, because it is not copied in memory. A failure leaves published checkpoints as they are. published: called with
-    the folder on worker 0, in the thread that writes, as soon as it exists. Raises CheckpointError.
+    Returns None if `root` already has a checkpoint of this step with the same weights; one with other weights is
+    replaced. keep, keep_every: `root` keeps the last `keep` checkpoints (None: all), and those of every `keep_every`-th
+    step. published: called on worker 0 with the folder as soon as it exists, in the thread that writes.
+
+    Two things are written before this returns: frozen parameters, once, next to the first checkpoint; and state that is
+    offloaded to disk, because it is not copied to memory. A failure leaves published checkpoints as they are. Raises
+    CheckpointError.
     """
     group, step = engine.group, engine.step_index
     final = root / folder_name(step)
@@ -301,7 +303,7 @@ def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
 
 
 def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
-    """All tensors of the model, and the names in its state_dict of tensors that are not the model's (computed)."""
+    """All parameters and buffers of the model, and the names of all other tensors in its state_dict (computed)."""
     keys: dict[int, list[str]] = {}
     state = engine.model.state_dict(keep_vars=True)
     for key, value in state.items():
@@ -327,7 +329,7 @@ def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
 def _save_frozen(engine: StepEngine, root: Location) -> str | None:
     """Write the parameters that no step changes, unless they exist; return the folder's name. Collective.
 
-    The name is a hash of their contents, so runs of several recipes can share a root folder.
+    The name contains a hash of the parameters, so runs of several recipes can share a root folder.
     """
     tag = f"step {engine.step_index} / frozen"
     frozen = [record for record in tensor_records(engine)[0] if record.kind == "frozen"]
@@ -354,7 +356,7 @@ def _save_frozen(engine: StepEngine, root: Location) -> str | None:
 
 
 def _frozen_pieces(params: dict[str, torch.nn.Parameter], engine: StepEngine) -> Iterator[TensorPiece]:
-    """This worker's shard of sharded parameters, and its share of the parameters that every worker has completely."""
+    """This worker's shard of sharded parameters, and its share of the parameters that every worker holds in full."""
     sharded = set()
     for unit in engine.frozen_units:
         sharded |= {slot.name for slot in unit.layout.slots}
@@ -393,7 +395,7 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
 
 
 def _holds(folder: Location, digest: str) -> bool:
-    """True if there is a checkpoint in `folder`, and it has these weights."""
+    """True if `folder` has a checkpoint with these weights."""
     try:
         return read_manifest(folder).digest == digest
     except CheckpointError:

@@ -1,10 +1,10 @@
 """Snapshots: state in shared memory that outlives the workers.
 
-The workers' parent creates files without a name (memfd) and holds them open: two slots, each with one file for the
-pieces of every worker, and one for the record, which lists the positions of the pieces. Workers open the files through
-/proc. They write the older slot; when all have, worker 0 writes the record. So one slot is always complete, whichever
-worker is killed, and when the parent ends, the kernel frees the memory. (As in Gemini, Wang et al., SOSP 2023, section
-3, on one host.)
+The workers' parent creates files without a name (memfd) and holds them open. They form two slots. In each slot, every
+worker has a file for its pieces, and one more file holds the record, which lists the positions of the pieces. Workers
+open the files through /proc. They write their pieces to the older slot; when all have done so, worker 0 writes the
+record. So one slot is always complete, whichever worker is killed. When the parent ends, the kernel frees the memory.
+(As in Gemini, Wang et al., SOSP 2023, section 3, but on one host.)
 
 The record also names its training: a script may train more than once, and must not load another training's snapshot.
 """
@@ -30,22 +30,25 @@ from manyhands.engine.engine import StepEngine
 from manyhands.errors import InvariantError
 
 SNAPSHOT_MEMORY_VARIABLE = "MANYHANDS_SNAPSHOT_MEMORY"
-"""Environment variable with the address of the snapshot memory, set by the workers' parent; "": there is none."""
+"""The environment variable that gives workers the address of their parent's snapshot memory; "" if it has none."""
 
-_HEAD_BYTES = 16  # of a record: its length and its checksum
+_HEAD_BYTES = 16  # the head of a record: its length and its checksum
 
 _IN_MEMORY = "the memory of the workers' parent"
 
 
 class SnapshotSlot(NamedTuple):
-    """The files of a snapshot: paths of the record and, by rank, of the pieces."""
+    """The files of a snapshot: the path of the record, and the paths of the pieces, by rank."""
 
     record: str
     pieces: tuple[str, ...]
 
 
 class Training(NamedTuple):
-    """The training that took a snapshot. number: its number in the script, from 0. directory: of its run, or ""."""
+    """The training that took a snapshot.
+
+    number: its number in the script, from 0. directory: its run directory, or "".
+    """
 
     number: int
     directory: str
@@ -63,7 +66,7 @@ class Snapshot(NamedTuple):
 
 
 class SnapshotMemory:
-    """The two slots, for the workers' parent and for workers. of: the training whose snapshots are read; None: any."""
+    """The two slots, as the parent and the workers see them. of: the training whose snapshots are read; None: any."""
 
     def __init__(
         self, slots: tuple[SnapshotSlot, ...], descriptors: tuple[int, ...] = (), of: Training | None = None
@@ -73,7 +76,7 @@ class SnapshotMemory:
 
     @classmethod
     def create(cls, workers: int) -> SnapshotMemory:
-        """Create slots for up to `workers` workers. They are held until `close`; empty, they take no memory."""
+        """Create slots for up to `workers` workers. They exist until `close`. Empty slots take no memory."""
         descriptors: list[int] = []
 
         def new() -> str:
@@ -104,7 +107,7 @@ class SnapshotMemory:
         return max(complete, key=lambda snapshot: (snapshot.of.number, snapshot.manifest.step), default=None)
 
     def next_slot(self) -> SnapshotSlot:
-        """The slot to write now: one that is empty or of another training, or the older one."""
+        """The slot to write now: one that is empty or of another training, if there is one; otherwise the older one."""
         if self._next is None:
             steps = [-1 if snapshot is None else snapshot.manifest.step for snapshot in map(self._in, self._slots)]
             self._next = steps.index(min(steps))
@@ -118,7 +121,7 @@ class SnapshotMemory:
     def free(self) -> None:
         """Empty the slots, which frees their memory. Called by one worker, when no worker reads them any more."""
         for slot in self._slots:
-            # Record first: a kill in between must not leave a record with partial pieces.
+            # Truncate the record first: a kill in between must not leave a record without all of its pieces.
             for path in (slot.record, *slot.pieces):
                 os.truncate(path, 0)
 
@@ -130,13 +133,13 @@ class SnapshotMemory:
 def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None) -> None:
     """Write a snapshot of the engine's current state. Collective.
 
-    digest: of the weights, if it is known; then it is checked when the snapshot is loaded.
+    digest: the digest of the weights, if it is known. Loading the snapshot then checks it.
     """
     group, tag = engine.group, f"step {engine.step_index} / snapshot"
     group.status(f"snapshot of step {engine.step_index}", engine.step_index)
     slot, scalars = memory.next_slot(), Scalars()
-    # Every worker clears the head, so it is clear before worker 0 writes the new record. The slot may hold the newest
-    # snapshot of another training: a kill in between must not leave that looking complete.
+    # Every worker clears the record's head before it writes its pieces. The slot may hold another training's newest
+    # snapshot, which must not look complete if a worker is killed now.
     _write_head(slot, bytes(_HEAD_BYTES))
     records = _write(slot.pieces[group.rank], piece_file_name(group.rank), list(owned_pieces(engine, scalars)))
     part = {"pieces": [record.model_dump() for record in records], "scalars": scalars}
@@ -154,7 +157,7 @@ def load_snapshot(engine: StepEngine, memory: SnapshotMemory) -> Manifest:
 
 
 def snapshot_bytes(engine: StepEngine) -> int:
-    """The bytes of a slot that this worker's pieces take."""
+    """The number of bytes that this worker's pieces take in a slot."""
     return sum(piece.tensor.nbytes for piece in owned_pieces(engine, Scalars()))
 
 
@@ -177,7 +180,7 @@ class SnapshotReader(CheckpointReader):
 
 
 def _write(path: str, name: str, pieces: list[TensorPiece]) -> list[PieceRecord]:
-    """Write the pieces one after the other. Return records with `name` as file and the position in bytes as key."""
+    """Write the pieces one after the other. Return their records: file is `name`, and key is the position in bytes."""
     records, start = [], 0
     with open(path, "r+b", buffering=0) as file:
         for piece in pieces:
@@ -206,7 +209,7 @@ def _write_all(fd: int, data: memoryview, start: int) -> None:
 
 
 def _write_record(slot: SnapshotSlot, of: Training | None, manifest: Manifest) -> None:
-    """Write the head last: a partial record is not valid (`take_snapshot` has cleared the head before)."""
+    """Write the head last, so that a partial record is not valid: `take_snapshot` has cleared the old head."""
     text = json.dumps({"of": of or FIRST, "manifest": manifest.model_dump(mode="json")}).encode()
     with open(slot.record, "r+b", buffering=0) as file:
         _write_all(file.fileno(), memoryview(text), _HEAD_BYTES)

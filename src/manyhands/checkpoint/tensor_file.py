@@ -1,8 +1,8 @@
 """safetensors files, written and read in parts.
 
-The safetensors library needs all tensors of a file in memory to write it, and maps files into memory to read them; this
-module streams both. The format: 8 bytes with the header's length; the header, in JSON, with type, shape and offsets of
-each tensor; the tensors' bytes, without gaps.
+The safetensors library needs all tensors of a file in memory to write it, and maps files into memory to read them. This
+module streams files in both directions. The format: 8 bytes with the header's length; the header, in JSON, with dtype,
+shape and offsets of each tensor; the tensors' bytes, without gaps.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CODES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-"""The types that such a file can hold, and their names in it."""
+"""The dtypes that a safetensors file can hold, and their names in the file."""
 
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
@@ -48,12 +48,12 @@ _METADATA = "__metadata__"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of the type as an attribute of torch, such as `bfloat16`."""
+    """The name of a dtype as an attribute of torch, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The type of that name. Raises ValueError if a file can't hold it."""
+    """The dtype of that name. Raises ValueError if a file can't hold it."""
     found = next((dtype for dtype in CODES if dtype_name(dtype) == name), None)
     if found is None:
         raise ValueError(f"unknown type {name!r}")
@@ -61,7 +61,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 class TensorEntry(NamedTuple):
-    """Name, type and shape of a tensor in a file."""
+    """Name, dtype and shape of a tensor in a file."""
 
     name: str
     dtype: torch.dtype
@@ -69,7 +69,7 @@ class TensorEntry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its size in the file."""
+        """The size of the tensor in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -83,7 +83,7 @@ def once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} is in it twice")
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} occurs twice")
     return found
 
 
@@ -119,7 +119,7 @@ class TensorFileWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, part: Tensor) -> int:
-        """Write the next elements, from a CPU tensor of the file's type. Return how many bytes they take."""
+        """Write the next elements, which are a CPU tensor of the entry's dtype. Return the number of bytes written."""
         data = bytes_of(part)
         self._file.write(data)
         self._left -= data.nbytes
@@ -133,11 +133,16 @@ class TensorFileWriter:
             if error is not None:
                 raise error
             if self._left:
-                raise InvariantError("a file of tensors is incomplete", where=str(self._path), got=f"{self._left} left")
+                raise InvariantError(
+                    "a file of tensors is incomplete", where=str(self._path), got=f"{self._left} bytes are missing"
+                )
 
 
 class TensorFile:
-    """Reads ranges of the tensors in a file. entries: by name. Raises OSError; ValueError for a file that is broken."""
+    """Reads ranges of the tensors in a file. entries: the tensors by name.
+
+    Raises OSError, and ValueError for a broken file.
+    """
 
     def __init__(self, path: Location) -> None:
         self._ranges = Ranges(path)
@@ -156,7 +161,7 @@ class TensorFile:
         for name, fields in header.items():
             entry, start, end = _parse(name, fields)
             if not 0 <= start <= end <= size - 8 - length or end - start != entry.nbytes:
-                raise ValueError(f"{name!r} is outside of the file: bytes {start} to {end} of {size - 8 - length}")
+                raise ValueError(f"{name!r} does not fit the file: bytes {start} to {end} of {size - 8 - length}")
             self.entries[name], self._starts[name] = entry, 8 + length + start
         if sum(entry.nbytes for entry in self.entries.values()) != size - 8 - length:
             raise ValueError("its size is not the sum of its tensors' sizes: it was truncated, or something was added")
@@ -175,7 +180,7 @@ class TensorFile:
         return part
 
     def rest(self) -> None:
-        """Free what was read ahead; for a file that will not be read for some time."""
+        """Free the data that was read ahead. Call it for a file that will not be read for some time."""
         self._ranges.rest()
 
 

@@ -1,8 +1,9 @@
 """Hugging Face weight files: layout, names, and which tensors fit the model.
 
 The config files are written without importing transformers. Weights are read from one safetensors file, or from a
-folder in Hugging Face's layout, whatever wrote it: headers when it is opened, ranges of tensors on request. `fit`
-matches the tensors in the files to those of a model by name, shape and type, and explains what does not match.
+folder in Hugging Face's layout that any tool may have written. Opening reads only the headers; ranges of tensors are
+read on request. `fit` matches the tensors in the files to those of a model by name, shape and type, and explains what
+does not match.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from manyhands.checkpoint.format import TensorRecord
 from manyhands.checkpoint.tensor_file import TensorEntry, TensorFile, bytes_of, once_each
 from manyhands.config import Weights
 from manyhands.errors import CheckpointError, ConfigError
-from manyhands.layout import BLOCK
 from manyhands.options import hint_nearest
+from manyhands.shard_layout import BLOCK
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The file with all weights; or the index, which names the file of each tensor."""
+"""A folder has either one file with all weights, or several files and an index, which names the file of each tensor."""
 
 _DTYPE_FIELDS = ("dtype", "torch_dtype")  # in new and in old versions of transformers
 
 
 def config_files(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The config files that `save_pretrained` would write, by name, with the dtype left open.
+    """The config files that `save_pretrained` would write: file name -> content, in which the dtype is still None.
 
-    Empty for models of other libraries. A module that wraps a model of transformers counts as such, even if it has the
-    model's config: its weights have other names.
+    Empty for models of other libraries. A module that wraps a transformers model counts as a model of another library,
+    even if it has the transformers model's config, because its weights have other names.
     """
     config: Any = getattr(model, "config", None)
     if not (hasattr(type(model), "config_class") and hasattr(config, "to_json_string") and hasattr(config, "to_dict")):
@@ -61,7 +62,7 @@ def config_text(content: dict[str, Any], dtype: str) -> str:
 
 
 class WeightFiles:
-    """The tensors in the files at `path`. entries: by name. read_bytes: bytes of tensors read so far.
+    """The tensors in the files at `path`. entries: the tensors by name. read_bytes: bytes of tensors read so far.
 
     Raises ConfigError if there are no weights, and CheckpointError for a file that is missing or broken.
     """
@@ -74,10 +75,10 @@ class WeightFiles:
             opened = _opened(file)
             for name in listed or ():
                 if name not in opened.entries:
-                    raise _broken(file, f"it lacks {name!r}, which it has according to the index")
+                    raise _broken(file, f"it lacks {name!r}, although the index lists it")
             for name, entry in opened.entries.items():
                 if name in self.entries:
-                    raise _broken(file, f"{name!r} is in it, and also in {self._files[name][0].name}")
+                    raise _broken(file, f"{name!r} is in this file, and also in {self._files[name][0].name}")
                 self.entries[name], self._files[name] = entry, (file, opened)
 
     def read(self, name: str, start: int, numel: int) -> Tensor:
@@ -95,7 +96,10 @@ class WeightFiles:
         return str(self._files[name][0])
 
     def facts(self) -> dict[str, str]:
-        """Type, shape and a hash of the first elements of each tensor: detects other weights, but not every change."""
+        """Dtype, shape and a hash of the first elements of each tensor.
+
+        If these differ, the weights differ; if they are equal, the weights may still differ.
+        """
         facts = {}
         for name, entry in self.entries.items():
             first = self.read(name, 0, min(BLOCK, math.prod(entry.shape)))
@@ -104,7 +108,7 @@ class WeightFiles:
 
 
 def _files_at(path: Path) -> dict[Path, Collection[str]]:
-    """The files, each with the names of its tensors according to the index; without an index, no names."""
+    """The files, each with the names of the tensors that the index lists for it; without an index, with no names."""
     if path.is_file():
         return _files_of_index(path) if path.suffix == ".json" else {path: ()}
     if (path / SINGLE).is_file():
@@ -134,12 +138,12 @@ def _files_of_index(index: Path) -> dict[Path, Collection[str]]:
         files: dict[Path, list[str]] = {}
         for name, file in content["weight_map"].items():
             if Path(file).name != file:
-                raise ValueError(f"{name!r} is in {file!r} according to it, which is not a file next to it")
+                raise ValueError(f"it maps {name!r} to {file!r}, which is not the name of a file in the same folder")
             files.setdefault(index.parent / file, []).append(name)
     except (OSError, ValueError) as error:
         raise _broken(index, error) from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise _broken(index, "it has no weight_map of names and files") from error
+        raise _broken(index, "it has no weight_map from names to files") from error
     return dict(sorted(files.items()))
 
 
@@ -160,14 +164,14 @@ def _broken(file: Path, error: object) -> CheckpointError:
 
 
 LISTED = 8
-"""How many names of each kind an error lists."""
+"""An error lists at most this many names of each kind."""
 
 
 def fit(records: Sequence[TensorRecord], files: WeightFiles, weights: Weights) -> dict[str, list[str]]:
-    """Match the model's tensors to those in the files: by name in the model, the names in the files.
+    """Match the model's tensors to those in the files. Returns the names in the files for each name in the model.
 
-    A tied tensor may have several names in the files. Tensors that are missing, and may be, are left out. Raises one
-    ConfigError that lists everything that does not fit.
+    A tied tensor may have several names in the files. The result leaves out tensors that are missing and are allowed to
+    be missing. Raises one ConfigError that lists everything that does not fit.
     """
     needed = [record for record in records if record.keys or record.is_parameter]
     known = {key: record for record in needed for key in _keys(record)}
@@ -194,18 +198,18 @@ def fit(records: Sequence[TensorRecord], files: WeightFiles, weights: Weights) -
     ]
     twice = [f"{key}: {', '.join(names)}" for key, names in _by_key(renamed).items() if key in known and names[1:]]
     problems = {
-        "missing in the files": [
+        "missing from the files": [
             f"{record.name} {list(record.shape)}{_near(record.name, unexpected)}" for record in missing[:LISTED]
         ],
-        "not of the model": [f"{key}{_near(key, known)}" for key in unexpected[:LISTED]],
-        "of another shape or type": wrong,
+        "not in the model": [f"{key}{_near(key, known)}" for key in unexpected[:LISTED]],
+        "with another shape or dtype": wrong,
         "renamed to the same name": twice,
     }
-    counts = {"missing in the files": len(missing), "not of the model": len(unexpected)}
+    counts = {"missing from the files": len(missing), "not in the model": len(unexpected)}
     listed = {kind: (counts.get(kind, len(lines)), lines) for kind, lines in problems.items() if lines}
     if listed or not found:
         summary = (
-            ", ".join(f"{count} {kind}" for kind, (count, _) in listed.items()) or "no tensor of the model is in them"
+            ", ".join(f"{count} {kind}" for kind, (count, _) in listed.items()) or "the files have none of its tensors"
         )
         raise ConfigError(
             f"the initial weights don't fit the model: {summary}",
@@ -239,7 +243,10 @@ def _by_key(renamed: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _fits(entry: TensorEntry, record: TensorRecord) -> bool:
-    """True if shape and type match. Floating-point types are converted; not those of 8 bits, which need scales, too."""
+    """True if the shapes are equal and the dtypes match.
+
+    Different floating-point dtypes match, because the values are converted. Those of 8 bits don't: they need scales.
+    """
     dtype: torch.dtype = getattr(torch, record.dtype)
     convertible = all(each.is_floating_point and each.itemsize > 1 for each in (entry.dtype, dtype))
     return entry.shape == record.shape and (entry.dtype == dtype or convertible)
@@ -264,14 +271,14 @@ def _near(name: str, others: Iterable[str]) -> str:
 
 
 def _hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """How to fix it: a prefix that would make most names match, or the options in general."""
+    """The hint: rename a prefix, if that would make most names match; otherwise the options in general."""
     for shorter, longer, rename in (
         (unexpected, missing, '"^" = "{}"'.format),
         (missing, unexpected, lambda prefix: '"^{}" = ""'.format(prefix.replace(".", "[.]"))),
     ):
         prefix = _prefix(shorter, longer)
         if prefix:
-            return f"the names differ by {prefix!r}: use rename = {{ {rename(prefix)} }} (in Python a dict)"
+            return f"the names differ by the prefix {prefix!r}: use rename = {{ {rename(prefix)} }} (a dict in Python)"
     return (
         "rename turns the files' names into the model's; allow_missing lists tensors that keep their initial values;"
         " ignore lists tensors that the model doesn't need"
@@ -279,7 +286,7 @@ def _hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
 
 
 def _prefix(shorter: Sequence[str], longer: Sequence[str]) -> str | None:
-    """The prefix that at least half of the longer names have before one of the shorter names; None if there is none."""
+    """The prefix that turns a shorter name into a longer one, for at least half of the longer names; otherwise None."""
     ends = set(shorter)
     counts: dict[str, int] = {}
     for name in longer:

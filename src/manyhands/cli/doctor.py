@@ -35,8 +35,8 @@ def doctor_command(
 ) -> None:
     """Check this machine before a run. With a run directory, explain what happened to the run, and what to do.
 
-    Under a launcher, on several machines at once, it also checks what must be the same on all of them, and how fast
-    they reach each other: `torchrun --nnodes 2 … -m manyhands.cli.main doctor`.
+    If a launcher starts it on several machines, it also compares what must be the same on all of them, and measures
+    how fast they reach each other: `torchrun --nnodes 2 … -m manyhands.cli.main doctor`.
 
     Exit code 1: a check failed, or the run failed.
 

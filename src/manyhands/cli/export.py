@@ -40,7 +40,7 @@ def export_command(
         str,
         typer.Option(
             metavar="SIZE",
-            help="The largest size of a file: 5GB, 500MiB (default: 5GB).",
+            help="The largest size of a file, such as 500MiB (default: 5GB).",
             show_default=False,
         ),
     ] = "5GB",
@@ -49,7 +49,7 @@ def export_command(
     """Write a run's weights as safetensors that Hugging Face's `from_pretrained` loads.
 
     The weights are streamed from the checkpoint's files and verified, so the full model is never in memory. OUT appears
-    when it is complete.
+    only when it is complete.
 
     Example: `manyhands export runs/first exported --dtype bf16`
     """

@@ -1,4 +1,4 @@
-"""train --hosts, and the join command."""
+"""The --hosts option of the train command, and the join command."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def train_together(rendezvous: Rendezvous, workers: int) -> None:
     variables = {} if interface is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": interface}
     logs = Path(request["run_dir"]) / "logs"
     if rendezvous.is_first and rendezvous.max_hosts > 1:
-        sys.stderr.write(f"others join this run with: manyhands join {rendezvous.endpoint}\n")
+        sys.stderr.write(f"other hosts join this run with: manyhands join {rendezvous.endpoint}\n")
     start_workers(command, workers, logs, variables, holds_signals=True, rendezvous=rendezvous)
 
 
@@ -72,7 +72,7 @@ def join_command(
     ],
     workers: Workers = None,
 ) -> None:
-    """Join a run that another host has started, from the next step on. SIGTERM or Ctrl-C leaves it.
+    """Join a run that another host has started, from the next step on. SIGTERM or Ctrl-C leaves the run.
 
     The recipe, its data and the run directory must have the same paths as on the first host.
 
@@ -105,7 +105,7 @@ def _print_and(record: OnRestart) -> Callable[[WorkerError | Interrupted | None]
         failure = cause if isinstance(cause, WorkerError) else None
         where = f"\n  where: {failure.where}" if failure is not None and failure.where else ""
         reason = "a host joined or left" if failure is None else f"{failure.what}{where}"
-        sys.stderr.write(f"{reason}\nrestarting with the hosts that are there\n")
+        sys.stderr.write(f"{reason}\nrestarting with the hosts that are now in the run\n")
         record(failure)
 
     return on_restart

@@ -1,4 +1,4 @@
-"""The command line: every command, and how errors end it."""
+"""The command line: all commands, and the exit codes of errors."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line. Errors go to stderr, with a traceback only if they are bugs."""
-    # torch warns of every socket that it retries, which no user of the command can act on.
+    # torch warns about every connection that it retries, but users of the command can do nothing about that.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # SIGTERM acts as Ctrl-C, until a command installs its own handler.
+    # SIGTERM acts like Ctrl-C until a command installs its own handler.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(standalone_mode=True)
@@ -58,8 +58,8 @@ def main() -> None:
 def _error_to_show(error: ManyhandsError) -> ManyhandsError:
     """The error that a worker raised on purpose, instead of the WorkerError that reports it.
 
-    The cause is not shown alone if it is a bug or a report on another worker: there it matters which worker failed, and
-    how.
+    A cause that is a bug, or a report about another worker, is not shown alone, because then it matters which worker
+    failed and how.
     """
     cause = error.__cause__ if isinstance(error, WorkerError) else None
     if isinstance(cause, ManyhandsError) and not isinstance(cause, (InvariantError, WorkerError)):
@@ -100,7 +100,7 @@ def run_command(
         typer.Option(
             metavar="N",
             min=0,
-            help="Number of restarts of the script after failures of workers without another saved step.",
+            help="Maximum number of restarts of the script after failures. A newly saved step resets the count.",
         ),
     ] = 0,
 ) -> None:

@@ -20,9 +20,9 @@ def with_parameters(
     """Make `function(arguments, options)` a command for typer.
 
     arguments: a dataclass with the command's own parameters, described by typer's Annotated. The function gets an
-        object of it.
-    options: a class that declares options. Those with flags become parameters, too, behind the parameter `after`. The
-        function gets their values by name.
+        instance of it.
+    options: a class that declares options. Options with flags become parameters after the parameter `after`. The
+        function gets a dict of their values by name.
     as_overrides: the options have no defaults here, because their defaults come from a recipe. The function gets only
         the values that were given.
     """
@@ -38,7 +38,7 @@ def with_parameters(
             function(arguments(**values), given)
 
         command.__doc__ = function.__doc__
-        # typer reads the signature and not the code.
+        # typer reads the signature, not the code.
         command.__signature__ = inspect.Signature([*own[:position], *derived, *own[position:]])  # type: ignore[attr-defined]
         return command
 

@@ -40,7 +40,7 @@ class PrepareArguments:
 
 @with_parameters(PrepareArguments, Options, after="recipe")
 def prepare_command(arguments: PrepareArguments, options: dict[str, Any]) -> None:
-    """Prepare documents for training: cleaned, without duplicates, as tokens in random order, with a data card.
+    """Prepare documents for training: clean them, remove duplicates, and write shuffled tokens and a data card.
 
     The output has the same bytes with any number of workers and any memory. After a kill or Ctrl-C the same command
     resumes.

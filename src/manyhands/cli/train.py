@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Parameters of the train command, in addition to the options of a strategy."""
+    """Parameters of the train command. `config.Strategy` declares the others, such as `--loader-workers`."""
 
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a TOML file.", show_default=False)]
     workers: Workers = None
@@ -66,7 +66,7 @@ class TrainArguments:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder for metrics and checkpoints. The run of an existing one is resumed (default: runs/NAME-TIME).",
+            help="Folder for metrics and checkpoints (default: runs/NAME-TIME). An existing run in it is resumed.",
             show_default=False,
         ),
     ] = None
@@ -74,7 +74,7 @@ class TrainArguments:
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Where checkpoints go instead: a folder, or an address such as s3://bucket/folder.",
+            help="Another place for checkpoints: a folder, or an address such as s3://bucket/folder.",
             show_default=False,
         ),
     ] = None
@@ -103,8 +103,8 @@ class TrainArguments:
         typer.Option(
             metavar="N",
             callback=check_snapshot_every,
-            help="Steps between snapshots in memory, from which workers restart after a failure: a number, auto (they "
-            "take 2 % of the time), or never. With --hosts there are no snapshots.",
+            help="Steps between snapshots in memory, from which workers restart after a failure: a number, auto "
+            "(snapshots take 2 % of the time), or never. With --hosts there are no snapshots.",
         ),
     ] = "auto"
     max_restarts: Annotated[
@@ -112,7 +112,7 @@ class TrainArguments:
         typer.Option(
             metavar="N",
             min=0,
-            help="Number of restarts after failures of workers without another saved step; with --hosts: in total.",
+            help="Maximum number of restarts after failures. A newly saved step resets the count, except with --hosts.",
         ),
     ] = 3
     hosts: Annotated[
@@ -129,7 +129,7 @@ class TrainArguments:
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="With --hosts: the address of this host for the others (default: its name, port 29400).",
+            help="With --hosts: the address at which others reach this host (default: its name, port 29400).",
             show_default=False,
         ),
     ] = None
@@ -140,14 +140,14 @@ class TrainArguments:
         bool,
         typer.Option(
             "--accept-new-numerics",
-            help="Resume a run that was started with different numerics (another torch, kind of CPU, number of "
-            "threads).",
+            help="Resume a run that was started with different numerics (another torch version, kind of CPU or "
+            "number of threads).",
         ),
     ] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False
 
     def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
-        """Describe the training for the workers: JSON values, of which `training` is passed on to `manyhands.train`."""
+        """Describe the training for the workers, as JSON values. They pass `training` on to `manyhands.train`."""
         return {
             "recipe": str(self.recipe),
             "overrides": overrides,
@@ -171,8 +171,8 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
 
     Ctrl-C stops after the current step, with a checkpoint. The same command with the same `--run-dir` resumes.
 
-    On several hosts: use --hosts on the first one and `manyhands join` on the others; or start this command with
-    torchrun, as its workers. See docs/hosts.md.
+    On several hosts: use --hosts on the first one and `manyhands join` on the others; or let torchrun
+    start this command on all of them. See docs/hosts.md.
 
     Example: `manyhands train recipe.toml --workers 4 --sharding zero2 --set seed=1`
     """
@@ -249,7 +249,7 @@ def _train_on_this_host(
 
 
 def _launched_workers(arguments: TrainArguments) -> int:
-    """The number of workers if this process is one that another launcher (torchrun) started; otherwise 0."""
+    """The number of workers if another launcher (torchrun) started this process as one of them; otherwise 0."""
     launched = int(os.environ.get("WORLD_SIZE", "0"))
     if launched and (arguments.workers is not None or arguments.run_dir is None):
         raise ConfigError(

@@ -16,8 +16,8 @@ from manyhands.surroundings import StopSignals
 def work(request: Mapping[str, Any]) -> int:
     """Train as one worker of the launcher, and return the exit code.
 
-    Records an error for the parent. If the parent is Manyhands's launcher, it prints the root cause of all workers;
-    otherwise this worker prints its traceback.
+    Records an error for the parent, and prints the traceback. Worker 0 does not print it under Manyhands's launcher,
+    which prints the root cause on the same terminal.
     """
     try:
         with StopSignals() as stop:
@@ -27,7 +27,7 @@ def work(request: Mapping[str, Any]) -> int:
         return 130
     except BaseException as error:  # the parent must get a record of any error
         record_failure(error)
-        # The parent prints the errors of all workers on worker 0's terminal.
+        # Worker 0 shares its terminal with the parent, which prints the root cause there.
         parent_prints = os.environ.get(PARENT_REPORTS_VARIABLE) and int(os.environ["RANK"]) == 0
         if not parent_prints:
             sys.stderr.write(f"{traceback_of(error)}\n")

@@ -47,8 +47,8 @@ class Bounds(NamedTuple):
     def after(self, failures: int) -> int:
         """The number of workers to start after this many failures without progress.
 
-        The first failure may be chance. Then one worker fewer starts each time: there may be too many for the memory,
-        or a part of the machine may be broken.
+        The first failure may be chance, so the number stays. After each further failure, one worker fewer starts: the
+        memory may be too small for all of them, or a part of the machine may be broken.
         """
         return max(self.least, self.most - max(0, failures - 1))
 
@@ -68,8 +68,8 @@ Workers = Annotated[
         "-n",
         metavar="N",
         parser=bounds,
-        help="Worker processes on this machine (default: as many as its CPUs allow). 2:8: as many as the CPUs allow, "
-        "between 2 and 8, and fewer after repeated failures.",
+        help="Worker processes on this machine (default: as many as its CPUs allow). A range such as 2:8: as many as "
+        "the CPUs allow, within the range, and fewer after repeated failures.",
         show_default=False,
     ),
 ]
@@ -91,7 +91,7 @@ def workers_for(requested: Bounds | None, threads_per_worker: int, micro_batches
 
 
 class SnapshotStore:
-    """Memory for the snapshots of workers across restarts. variables: for the environment of the workers."""
+    """Memory that keeps the workers' snapshots across restarts. variables: environment variables for the workers."""
 
     def __init__(self, memory: SnapshotMemory | None, every: int | None) -> None:
         from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE
@@ -130,9 +130,9 @@ def start_workers(
     holds_signals: bool,
     rendezvous: Rendezvous | None = None,
 ) -> None:
-    """Start workers with `variables` in their environment, and wait for their end. Raises WorkerError and Interrupted.
+    """Start workers with `variables` in their environment, and wait until they end. Raises WorkerError and Interrupted.
 
-    rendezvous: with the other hosts of the run, if there are any.
+    rendezvous: the rendezvous with the other hosts of the run, if there are any.
     """
     try:
         from manyhands.launching.launcher import run_workers
@@ -162,7 +162,7 @@ def print_restart(restart: Restart, workers: int) -> None:
 def ending_reported(
     record: Callable[..., None], directory: Path, checkpoints: Location, *, given: bool
 ) -> Iterator[None]:
-    """Record a failure of the run in this block, and add to an interruption how to continue the run."""
+    """If the run fails in this block, record the failure. If it is interrupted, add to the error how to continue."""
     try:
         yield
     except WorkerError as error:
@@ -179,7 +179,10 @@ def record_restart(directory: RunDirectory, restart: Restart, workers: int) -> N
 
 
 def record_run_failure(directory: RunDirectory, error: WorkerError | None, restart: int | None) -> None:
-    """Record a failure. restart: its number; None if the run ends. error: None if a host joined or left."""
+    """Record a failure.
+
+    restart: the number of the restart that follows; None if the run ends. error: None if a host joined or left.
+    """
     if error is None:
         directory.append_event("hosts changed")
         return
@@ -188,7 +191,7 @@ def record_run_failure(directory: RunDirectory, error: WorkerError | None, resta
 
 
 def _with_resume_hint(error: Interrupted, directory: Path, checkpoints: Location, *, given: bool) -> Interrupted:
-    """Add the last checkpoint, and the command that continues from it."""
+    """Add the last checkpoint and the command that continues from it to the error."""
     from manyhands.checkpoint.format import list_checkpoints
 
     found = list_checkpoints(checkpoints)

@@ -1,1 +1,1 @@
-"""How bytes travel between workers; the only package that imports torch.distributed's collectives."""
+"""Moves bytes between workers. No other package imports torch.distributed's collectives."""

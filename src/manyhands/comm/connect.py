@@ -1,4 +1,4 @@
-"""Connects this worker to its group, as its launcher's environment specifies."""
+"""Connects this worker to its group, as the launcher's environment variables specify."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def connect(
     """Connect this process to the other workers of its launcher and return the group. Collective.
 
     kind: "auto", "shared-memory", "distributed" or "hierarchical" (see Strategy.transport).
-    stall_seconds: how long a worker may keep its peers waiting before they give it up.
-    max_hosts: the number of hosts up to which workers may add gradients inside each host first.
+    stall_seconds: how long a worker may keep its peers waiting before they report that it has stalled.
+    max_hosts: with more hosts than this, workers do not add gradients inside each host first.
 
-    A worker that does not raise a peer's failure within the grace period (it hangs, for example) is killed.
+    A worker that does not raise a peer's failure within the grace period (because it hangs, for example) is killed.
     Raises ConfigError, WorkerError.
     """
     forget_failure()
@@ -68,12 +68,12 @@ def connect(
             raise ConfigError(
                 "these workers cannot share memory",
                 expected="CPU workers on one host",
-                got=f"{device} workers",
+                got=f"{device} workers on {', '.join(membership.hosts)}",
                 hint="use transport = 'distributed'",
             )
         return SharedMemoryGroup(membership, arena)
     except BaseException as error:
-        membership.fail(error)  # before leaving, so that peers report this error and not a worker that has left
+        membership.fail(error)  # before leaving: otherwise peers would report that this worker has left
         membership.close()
         raise
 
@@ -84,9 +84,9 @@ def _hierarchical(
     if by_host is None or len(by_host) > max_hosts:
         raise ConfigError(
             "these workers cannot be grouped by host",
-            expected=f"2 to {max_hosts} hosts (virtual_workers), with the same number of CPU workers each, at least 2",
+            expected=f"2 to {max_hosts} hosts (virtual_workers), each with the same number (2 or more) of CPU workers",
             got=f"workers on {', '.join(membership.hosts)}",
-            hint="use transport = 'auto', which chooses one that fits",
+            hint="use transport = 'auto', which chooses a suitable transport",
         )
     mine = next(workers for workers in by_host if membership.rank in workers)
     position = mine.index(membership.rank)
@@ -102,13 +102,15 @@ def _gpu() -> torch.device:
     """Return this worker's GPU; with more workers than GPUs, several workers share one. Raises ConfigError."""
     if not torch.cuda.is_available():
         raise ConfigError(
-            "the recipe requires a GPU, but torch finds none on this host", expected="device = 'cpu'", got="'cuda'"
+            "the recipe requires a GPU, but torch finds none on this host",
+            expected="device = 'cpu'",
+            got="device = 'cuda'",
         )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _gpus_are_shared() -> bool:
-    """True if workers of this host share a GPU: NCCL requires one for each, while Gloo copies through host memory."""
+    """True if workers of this host share a GPU. NCCL requires one GPU per worker; Gloo does not."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
 
 
@@ -116,7 +118,7 @@ def _numbered_store(rank: int, size: int) -> Store:
     """Connect to the launcher's store, with a key prefix for this connection. Raises ConfigError.
 
     A process may connect several times (one engine after another), and workers may be restarted with the same store:
-    keys of an earlier connection must not be seen.
+    this connection must not see the keys of an earlier one.
     """
     if "MASTER_ADDR" not in os.environ:
         if size == 1:

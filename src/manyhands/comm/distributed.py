@@ -1,7 +1,7 @@
-"""Groups over torch.distributed (Gloo, NCCL): data movement only, never a sum.
+"""Groups over torch.distributed (Gloo, NCCL), which moves data but never adds.
 
-The library only moves bytes (all-to-all, all-gather, broadcast). It never adds: its order of addition depends on the
-number of workers.
+torch.distributed only moves bytes here (all-to-all, all-gather, broadcast). It must not add, because its order of
+addition depends on the number of workers.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from manyhands.members.membership import Membership
 from manyhands.offload.allocator import Allocator, BufferPool
 
 BROKEN_SECONDS = 6.0
-"""Time that the watching thread has to identify the peer whose connection broke: longer than its shortened limit for
-lost hosts (SHORT_LOST_SECONDS) and one heartbeat."""
+"""Time that the watching thread has to identify the peer whose connection broke. It is longer than the shortened limit
+for lost hosts (SHORT_LOST_SECONDS) plus one interval between heartbeats."""
 
 TAKE_DOWN_SECONDS = 1.0
 """Time that a broken group has to shut down before it is abandoned."""
 
 
 class _DistributedAllToAll(AllToAll):
-    """received: the contributors' pieces, one after another; num: how many; pool: where that buffer came from."""
+    """received: a buffer of `pool` that receives the contributors' pieces, one after another. num: how many pieces."""
 
     def __init__(self, received: Tensor, num: int, work: dist.Work, wait: Callable[[], None], pool: BufferPool) -> None:
         self._received, self._num_pieces, self._work, self._wait, self._pool = received, num, work, wait, pool
@@ -53,13 +53,13 @@ class _DistributedAllToAll(AllToAll):
         del self._received
 
     def wait_reusable(self) -> None:
-        self._wait()  # the work is complete only once this worker's contribution has been sent, too
+        self._wait()  # the work is complete only after this worker's contribution has been sent
 
 
 class DistributedGroup(WatchedGroup):
     """Workers with separate memory, connected by a process group of torch.distributed.
 
-    dist_group: the process group; None: torch's default group. Buffers come from a pool and are used again.
+    dist_group: the process group; None: torch's default group. Buffers come from a pool and are reused.
     """
 
     kind = "distributed"
@@ -88,7 +88,7 @@ class DistributedGroup(WatchedGroup):
         channel: int = 0,
         workers: Sequence[int] | None = None,
     ) -> DistributedGroup:
-        """Create torch's default process group of these workers. Collective among them.
+        """Create a group of these workers, with torch's default process group. Collective among these workers.
 
         Raises ConfigError if the default group exists already.
         """
@@ -101,7 +101,7 @@ class DistributedGroup(WatchedGroup):
         hook, limit = sys.excepthook, _last_resort(membership)
         dist.init_process_group(backend, store=store, rank=new.rank, world_size=new.size, timeout=limit)
         if workers is not None:
-            # torch's hook prefixes lines of errors with a rank of this subgroup, which is not the launcher's rank.
+            # torch's hook prefixes each line of an error with the rank in this subgroup, not with the launcher's rank.
             sys.excepthook = hook
         return new
 
@@ -155,8 +155,8 @@ class DistributedGroup(WatchedGroup):
         if full.is_cuda:
             works = [self._call(partial(dist.all_gather_single, as_bytes, parts[self.rank], group, async_op=True))]
         else:
-            # One broadcast per worker's range: Gloo's all-gather needs as much memory again and, with two workers,
-            # takes three times as long.
+            # One broadcast per worker's range: Gloo's all-gather would need twice the memory and, with two workers,
+            # three times as long.
             works = [
                 self._call(partial(dist.broadcast, part, None, group, True, source))
                 for source, part in enumerate(parts)
@@ -184,10 +184,10 @@ class DistributedGroup(WatchedGroup):
     def _waiter(
         self, works: list[dist.Work], call: int, tag: str, size: int, *, on_host: bool | None = None
     ) -> Callable[[], None]:
-        """Return a function that waits for `works` and records the call; it does nothing when called again.
+        """Return a function that waits for `works` and records the call. Further calls of the function do nothing.
 
-        size: bytes that this worker receives. on_host: True if the tensors are on the CPU, so that the work is complete
-        when the wait returns (None: as the group's device). On a GPU the wait only orders streams.
+        size: bytes that this worker receives. on_host: True if the tensors are on the CPU; None: they are on the
+        group's device. On the CPU the work is complete when the wait returns. On a GPU the wait only orders streams.
         """
         done = False
         on_host = self.device.type == "cpu" if on_host is None else on_host
@@ -213,8 +213,8 @@ class DistributedGroup(WatchedGroup):
     def _failure_behind(self, error: RuntimeError) -> WorkerError:
         """Return the failure that broke a connection, with the worker that caused it.
 
-        A connection breaks when a peer dies. Wait for the watching thread to find out which one; only if it does not,
-        return an error without a rank.
+        A connection breaks when a peer dies. Wait until the watching thread identifies the peer. If that takes
+        longer than BROKEN_SECONDS, return an error without a rank.
         """
         self.membership.shorten_lost_limit()
         deadline = time.monotonic() + BROKEN_SECONDS
@@ -226,8 +226,8 @@ class DistributedGroup(WatchedGroup):
     def take_down(self) -> None:
         """Destroy the process group.
 
-        In a broken group Gloo waits for pending operations until its own time limit, perhaps for a host that no longer
-        answers. Then the group is abandoned after TAKE_DOWN_SECONDS and ends with the process.
+        In a broken group, Gloo waits for pending operations until its own time limit, perhaps for a host that no longer
+        answers. So a broken group is abandoned after TAKE_DOWN_SECONDS and ends with the process.
         """
         ending = threading.Thread(target=_destroy, name="manyhands-take-down", daemon=True)
         ending.start()
@@ -235,10 +235,10 @@ class DistributedGroup(WatchedGroup):
 
 
 def _destroy() -> None:
-    with contextlib.suppress(RuntimeError):  # a broken group cannot be destroyed in order, which is harmless
+    with contextlib.suppress(RuntimeError):  # destroying a broken group may raise, which is harmless
         dist.destroy_process_group()
 
 
 def _last_resort(membership: Membership) -> timedelta:
-    """The library's own time limit. It is longer than ours, which ends waits first and names the worker."""
+    """Return torch's own time limit. Waits end earlier, after stall_seconds, with an error that names the worker."""
     return timedelta(seconds=max(60.0, 2 * membership.stall_seconds))

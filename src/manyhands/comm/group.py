@@ -2,19 +2,20 @@
 
 A group is a set of workers with ranks 0 to size - 1 and a few collective operations on which the engine is built:
 
-- `all_to_all(contribution)`: receive every contributor's piece of this worker's range of a buffer, in rank order.
+- `all_to_all(contribution)`: receive this worker's range of a buffer from every contributor, in rank order.
 - `all_gather(full)`: send every worker's range of a buffer to all workers, in place.
 - `all_gather_small(small)`, `barrier()`: exchange control values of a step, and wait for all workers.
 
 None of them adds anything: the engine adds the pieces itself, in a fixed order.
 
-A group has two levels. `intra_host` has the workers that share memory with this one (only this one, if none does).
-`inter_host` has the workers at the same position on every host (all workers, if none share memory; None, if all do).
+A group has two levels. `intra_host` has the workers that share memory with this one (only this one if no other does).
+`inter_host` has the workers at the same position on every host. It has all workers if none share memory, and is None if
+all do.
 
 Buffers are created by the group, which can place them where transfers are cheapest. All operations are collective:
 every worker makes the same calls with the same tags in the same order. Calls are counted, and each has a tag such as
-`step 12 / layers.3 / grad`, whose last part is its kind. If a peer raised, died or stalled, a call raises WorkerError
-naming that worker.
+`step 12 / layers.3 / grad`, whose last part is its kind. If a peer raised, died or stalled, a call raises WorkerError,
+which names that worker.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Recorder:
         self._seconds = 0.0
 
     def add(self, tag: str, num_bytes: int, seconds: float) -> None:
-        """Record a message. num_bytes: received from other workers; seconds: spent waiting for it."""
+        """Record a message. num_bytes: bytes received from other workers. seconds: time spent waiting for them."""
         kind = tag.rsplit(" / ", 1)[-1]
         self._bytes[kind] = self._bytes.get(kind, 0) + num_bytes
         self._seconds += seconds
@@ -57,10 +58,10 @@ class Recorder:
 
 
 class Contribution:
-    """One buffer per worker, of which each other worker reads the range that it owns.
+    """One buffer per worker. Every worker reads its own range from the buffers of all others.
 
-    local: this worker's buffer, [numel]. peers: all workers' buffers by rank, where the group can map them (else
-    empty). free: releases the buffer; call it once the data have been sent.
+    local: this worker's buffer, [numel]. peers: the buffers of all workers by rank if the group can map them, else
+    empty. free: releases the buffer; call it after the data have been sent.
     """
 
     def __init__(self, local: Tensor, peers: Sequence[Tensor] = (), free: Callable[[], None] = lambda: None) -> None:
@@ -68,9 +69,9 @@ class Contribution:
 
 
 class AllToAll(ABC):
-    """An all-to-all in progress: call `pieces`, then `release`, each once; release in the order of creation.
+    """An all-to-all in progress. Call `pieces` once, then `release` once. Release all-to-alls in order of creation.
 
-    Some groups count the releases, so releasing out of order would signal to peers that an earlier one has been read.
+    Some groups only count releases: a release out of order would tell peers that an earlier all-to-all has been read.
     """
 
     @property
@@ -80,7 +81,10 @@ class AllToAll(ABC):
 
     @abstractmethod
     def pieces(self) -> list[Tensor]:
-        """Wait for the contributors' pieces of this worker's range, in rank order: each [shard_numel], borrowed."""
+        """Wait for the contributors' pieces of this worker's range; return them in rank order, each [shard_numel].
+
+        The pieces are borrowed: do not overwrite them, and do not use them after `release`.
+        """
 
     @abstractmethod
     def release(self) -> None:
@@ -97,11 +101,11 @@ class AllToAll(ABC):
 
 
 class Group(ABC):
-    """Abstract base of all groups; see the module.
+    """Abstract base of all groups; see the module's docstring.
 
     kind: "local", "shared-memory", "distributed" or "hierarchical".
-    rank, size, device, recorder: of this worker.
-    workers: the launcher's number of each rank.
+    rank, device, recorder: those of this worker. size: the number of workers.
+    workers: the launcher's numbers of the workers, by rank.
     shares_memory: True if a replicated buffer is one physical copy for the workers of `intra_host`.
     pieces_are_views: True if pieces exchanged in `intra_host` are views of the contributors' buffers, so that holding
     them takes no memory.
@@ -123,19 +127,19 @@ class Group(ABC):
 
     @property
     def inter_host(self) -> Group | None:
-        """The group of the workers at this worker's position on every host; None if all workers share memory."""
+        """The workers with this worker's intra-host rank, one from every host; None if all workers share memory."""
         return None
 
     @abstractmethod
     def empty_replicated(self, numel: int, dtype: torch.dtype, allocator: Allocator | None = None) -> Tensor:
         """Create a zeroed buffer [numel] that holds the same values on all workers, one copy per `intra_host` group.
 
-        allocator: where to create it, if given. Collective where memory is shared.
+        allocator: decides where the buffer is kept, if given. Collective if memory is shared.
         """
 
     @abstractmethod
     def empty_contribution(self, numel: int, dtype: torch.dtype) -> Contribution:
-        """Create a zeroed buffer [numel] for `all_to_all`. Collective where memory is shared."""
+        """Create a zeroed buffer [numel] for `all_to_all`. Collective if memory is shared."""
 
     @abstractmethod
     def all_to_all(
@@ -148,34 +152,35 @@ class Group(ABC):
 
     @abstractmethod
     def all_gather(self, full: Tensor, tag: str) -> Callable[[], None]:
-        """Start to send this worker's range of the replicated `full`, [size * shard_numel], to all, in place.
+        """Start to send this worker's range of `full` to all workers, in place.
 
-        Return a function that waits until all ranges have arrived. Collective.
+        full: a replicated buffer, [size * shard_numel]. Returns a function that waits until all ranges have arrived.
+        Collective.
         """
 
     @abstractmethod
     def all_gather_small(self, small: Tensor, tag: str) -> list[Tensor]:
-        """Return copies of all workers' `small` (same shape and dtype, on the CPU), by rank. Collective, blocks."""
+        """Return copies of all workers' `small` (same shape and dtype, on the CPU), by rank. Collective; blocks."""
 
     def sibling(self) -> Group:
         """Create a group of the same workers with an independent sequence of collective calls. Collective.
 
-        Calls of the two groups may interleave differently on different workers. Only for groups whose workers share no
-        memory, and only one per group; it ends with this group. Raises InvariantError for other kinds.
+        Calls of the two groups may interleave differently on different workers. A group whose workers share
+        no memory can have one sibling; other groups raise InvariantError. Closing this group closes the sibling.
         """
-        raise InvariantError(f"a {self.kind} group has one sequence of calls")
+        raise InvariantError(f"a {self.kind} group can have only one sequence of calls")
 
     def barrier(self, tag: str) -> None:
-        """Wait until all workers have called this. Collective, blocks."""
+        """Wait until all workers have called this. Collective; blocks."""
         self.all_gather_small(torch.zeros(1, dtype=torch.uint8), tag)
 
     @abstractmethod
     def fail(self, error: BaseException) -> None:
-        """Report to the peers that this worker fails with `error`."""
+        """Report to the peers that this worker has failed with `error`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the group: wait until all workers are done, then free everything. Collective unless failed."""
+        """Leave the group: wait for all workers to finish, then free everything. Collective unless a worker failed."""
 
     def status(self, activity: str, step: int | None = None, micro_batch: int | None = None) -> None:  # noqa: B027
-        """Publish what this worker is doing, in which step and micro-batch, for error messages. Default: nothing."""
+        """Publish this worker's activity, step and micro-batch for error messages. By default, do nothing."""

@@ -1,7 +1,7 @@
-"""Several hosts: shared memory inside a host, torch.distributed between hosts.
+"""Groups over several hosts: shared memory inside a host, torch.distributed between hosts.
 
-A host receives one copy of what all its workers need, and each part of it over another worker's link: worker l of
-every host transfers the l-th part of a buffer. Gradients are added inside a host first, so that only sums travel
+A host receives one copy of the data that all its workers need, and its workers share the transfer: worker l of every
+host transfers the l-th part of a buffer. Gradients are added inside a host first, so that only sums travel
 between hosts.
 
 Ranks are ordered so that the part of a buffer that worker l transfers is contiguous: the shards of the l-th workers of
@@ -31,7 +31,7 @@ from manyhands.offload.allocator import Allocator
 def workers_by_host(hosts: Sequence[str]) -> list[list[int]] | None:
     """Return the workers of each host, by the launcher's numbers. hosts: the host of each worker. Pure.
 
-    None if there is one host, if hosts have different numbers of workers, or if each has only one.
+    None if there is one host, if hosts have different numbers of workers, or if each host has only one.
     """
     found: dict[str, list[int]] = {}
     for worker, host in enumerate(hosts):
@@ -41,9 +41,9 @@ def workers_by_host(hosts: Sequence[str]) -> list[list[int]] | None:
 
 
 class HierarchicalGroup(WatchedGroup):
-    """Workers of several hosts; see the module.
+    """Workers of several hosts; see the module's docstring.
 
-    Gradients go through `intra_host` and, as sums, through `inter_host`: this group itself has no `all_to_all`.
+    Gradients go through `intra_host`, and their sums through `inter_host`, so this group itself has no `all_to_all`.
     by_host: the workers of each host, by the launcher's numbers.
     """
 
@@ -54,7 +54,7 @@ class HierarchicalGroup(WatchedGroup):
     def __init__(
         self, intra_host: SharedMemoryGroup, inter_host: DistributedGroup, by_host: Sequence[Sequence[int]]
     ) -> None:
-        # Rank order: the first worker of each host, then the second of each, and so on (see the module).
+        # Rank order: the first worker of each host, then the second of each, and so on (see the module's docstring).
         workers = [worker for position in zip(*by_host, strict=True) for worker in position]
         super().__init__(intra_host.membership, intra_host.device, workers=workers)
         self._intra_host, self._inter_host = intra_host, inter_host
@@ -85,8 +85,8 @@ class HierarchicalGroup(WatchedGroup):
 
         def wait() -> None:
             wait_inter_host()
-            # `full` is one copy on this host. The parts of the other workers here are complete once these have
-            # waited, too, and started this call.
+            # `full` is one copy on this host. Another worker's part of it is complete once that worker has waited for
+            # its own inter-host transfer and started this call.
             self._intra_host.all_gather(full, tag)()
 
         return wait

@@ -1,4 +1,4 @@
-"""A group of one worker: every verb is the identity."""
+"""A group of one worker: every operation is the identity."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _OwnPiece(AllToAll):
 
 
 class LocalGroup(Group):
-    """One worker, whose status goes to a file for the launcher, if there is one."""
+    """A group of one worker. status_file: the file that shows the worker's status to its launcher; None: no file."""
 
     kind = "local"
     shares_memory = False

@@ -1,8 +1,9 @@
-"""CPU workers on one host: views of each other's buffers in shared memory.
+"""Groups of CPU workers on one host, which read each other's buffers in shared memory.
 
-Memory order: a worker writes data, then the count on its board that announces them. A reader sees the count first, then
-reads the data. Between the two there is always a system call (sched_yield, nanosleep) or the interpreter's lock, which
-keeps the order; Python has no other memory barrier. Do not remove these calls, and never write the count first.
+Memory order: a worker writes data, then announces them by writing a count on its board. A reader sees the count first,
+then reads the data. Between the two operations there is always a system call (sched_yield, nanosleep) or an acquisition
+of the interpreter's lock, which keeps the order; Python has no other memory barrier. Do not remove these calls, and
+never write the count first.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ MAILBOX_BYTES = 1 << 20
 class _SharedAllToAll(AllToAll):
     """Views of the peers' contributions; nothing is copied.
 
-    call: number of the collective call. number: which all-to-all of the group this is, from 1; the boards count those
-    that have been read.
+    call: number of the collective call. number: number of this all-to-all among those of the group, from 1. The
+    boards count the all-to-alls that have been read.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class _SharedAllToAll(AllToAll):
         return [piece for _, piece in self._pieces]
 
     def release(self) -> None:
-        # The board has one number, "all up to here are read": this is why releases must come in order.
+        # The board has only the number of the last all-to-all that was read, so releases must come in order.
         self._group.membership.board.drain(self._number)
 
     def wait_reusable(self) -> None:
@@ -74,7 +75,7 @@ class SharedMemoryGroup(WatchedGroup):
         self._num_letters = 0
 
     def _create(self, num_bytes: int) -> list[Tensor]:
-        """Create a buffer of that size on every worker; return all of them by rank. Collective."""
+        """Create a buffer of `num_bytes` on every worker; return all these buffers by rank. Collective."""
         mine, address = self._arena.create(num_bytes)
         addresses = self._all_gather_text(address)
         buffers = [mine if rank == self.rank else self._arena.open(other) for rank, other in enumerate(addresses)]
@@ -125,8 +126,8 @@ class SharedMemoryGroup(WatchedGroup):
         seconds = 0.0
         for chunk in range(max(1, math.ceil(flat.numel() / MAILBOX_BYTES))):
             part = slice(chunk * MAILBOX_BYTES, min((chunk + 1) * MAILBOX_BYTES, flat.numel()))
-            # Each worker alternates between two boxes. A box is overwritten only after all peers have posted the next
-            # letter, which they do after they have read this one; with a single box a slow reader would lose it.
+            # Each worker alternates between two boxes. It overwrites a box only after all peers have posted the next
+            # letter, and they post that after reading this one. With a single box, a slow reader would lose a letter.
             self._num_letters += 1
             offset = self._num_letters % 2 * MAILBOX_BYTES
             box = slice(offset, offset + part.stop - part.start)
@@ -139,7 +140,7 @@ class SharedMemoryGroup(WatchedGroup):
         return [copy.view(small.dtype).view(small.shape) for copy in copies]
 
     def wait_posted(self, call: int, tag: str) -> float:
-        """Wait until all workers have started collective call `call`; return the seconds it took."""
+        """Wait until all workers have started collective call `call`; return the seconds that the wait took."""
         seconds = self._wait(lambda: self.all_posted(call), lambda peer: peer.posted(self.channel) < call, tag)
         self._check_tags(call, tag)
         return seconds

@@ -13,16 +13,16 @@ from manyhands.errors import InvariantError, Position
 from manyhands.members.membership import Membership, Peer
 
 YIELDS = 200
-"""Polls with a sched_yield before a wait starts to sleep: most waits are short, and a yield costs about 1 us."""
+"""Number of polls with a sched_yield before a wait starts to sleep. Most waits are short; a yield costs about 1 us."""
 
 NAP_SECONDS = 0.0002
-"""Sleep between two polls of a longer wait."""
+"""Time to sleep between two polls of a longer wait."""
 
 
 class WatchedGroup(Group):
     """A group whose workers watch each other through a Membership.
 
-    workers: the members that are in this group, including this one, by the launcher's numbers (None: all members).
+    workers: the launcher's numbers of this group's workers, including this one; None: all members.
     channel: number of the group's sequence of calls on the board.
     """
 
@@ -47,7 +47,7 @@ class WatchedGroup(Group):
     def _wait(self, ready: Callable[[], bool], is_behind: Callable[[Peer], bool], tag: str) -> float:
         """Wait until `ready()` and return the seconds it took.
 
-        is_behind: True for the peers that this call waits for. Raises WorkerError if one of them failed or stalls.
+        is_behind: True for the peers that this call waits for. Raises WorkerError if one of them fails or stalls.
         """
         started = time.monotonic()
         for _ in range(YIELDS):
@@ -58,7 +58,8 @@ class WatchedGroup(Group):
         try:
             while not ready():
                 # Check which peers have left, then call ready() again: a peer may have completed this call and left (or
-                # failed) between the first ready() and this check. Then the call is complete on all workers.
+                # failed) between the first ready() and this check. In that case, the call is complete on all
+                # workers.
                 left = {peer.rank for peer in self._peers if peer.has_left}
                 if (left or self.membership.failure is not None) and ready():
                     break
@@ -70,11 +71,11 @@ class WatchedGroup(Group):
         return time.monotonic() - started
 
     def _check_tags(self, call: int, tag: str) -> None:
-        """Raise InvariantError if a peer's call of this number has another tag; call it after the wait."""
+        """Raise InvariantError if a peer's call with this number has another tag. Call this after the wait."""
         me = self.membership.rank
         for peer in self._peers:
-            # With GPU streams a wait may end before a peer has posted the call. Then the last worker that calls
-            # compares the tags. The tag may only be read after the count, which the peer writes last.
+            # With GPU streams a wait may end before a peer has posted the call. In that case, the last worker to post
+            # it compares the tags. The tag may only be read after the count, which the peer writes last.
             if (
                 peer.board is not None
                 and peer.posted(self.channel) >= call
@@ -107,4 +108,4 @@ class WatchedGroup(Group):
             self.take_down()
 
     def take_down(self) -> None:
-        """Free the resources of the transport. Default: there are none."""
+        """Free the resources of the transport. By default, there are none."""

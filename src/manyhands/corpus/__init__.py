@@ -1,1 +1,1 @@
-"""From documents to token files."""
+"""Prepares a corpus: from documents to token files."""

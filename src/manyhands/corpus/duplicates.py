@@ -1,13 +1,13 @@
-"""Near-duplicates by MinHash, joined into groups.
+"""Finds near-duplicates by MinHash, and joins them into groups.
 
 MinHash finds documents that share most of their shingles without comparing all pairs. A document is the set of its
-shingles: runs of a few characters. The smallest random hash of the shingles is equal for two documents with the
-probability of their Jaccard similarity s (Broder, "On the resemblance and containment of documents", 1997). With
-`bands` groups of `rows` such minima each, two documents share a complete band with probability 1 - (1 - s^rows)^bands
-(Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3.4).
+shingles: runs of a few characters. Hash all shingles of two documents with the same random function: the probability
+that the smallest hashes are equal is the Jaccard similarity s of the documents (Broder, "On the resemblance and
+containment of documents", 1997). With `bands` groups of `rows` such minima each, two documents share a complete band
+with probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3.4).
 
-Documents that share a band are joined into groups, and one document of each group stays. Everything uses operations of
-Dataset, so it runs with any number of workers in bounded memory, to the same result.
+Documents that share a band are joined into groups, and one document of each group stays. All of this consists of
+operations of Dataset, so any number of workers, with bounded memory, gives the same result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ import numpy as np
 from manyhands.corpus.steps import Steps
 from manyhands.errors import InvariantError
 from manyhands.numerics.counters import derive
+from manyhands.options import check_options, option, options
 from manyhands.prepare.dataset import Dataset
 from manyhands.prepare.records.aggregate import Aggregate
 
@@ -36,24 +36,31 @@ _SPACE = re.compile(r"\s+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class MinHash:
     """Parameters of MinHash. Finds documents with a similarity of about (1 / bands)^(1 / rows) or more.
 
-    shingle: characters of a shingle; 9 for longer texts in any language (Leskovec et al., 3.2.2). Letter case and the
-    amount of white space are ignored.
+    Letter case and the amount of white space are ignored.
     """
 
-    bands: int = 16
-    rows: int = 8
-    shingle: int = 9
+    bands: int = option(default=16, at_least=1, at_most=256, help="The number of bands.")
+    rows: int = option(default=8, at_least=1, at_most=64, help="The number of hashes in a band.")
+    shingle: int = option(
+        default=9,
+        at_least=1,
+        at_most=100,
+        help="Characters of a shingle; 9 suits longer texts in any language (Leskovec et al., 3.2.2).",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "duplicates.")
 
     def probability(self, similarity: float) -> float:
         """The probability that two documents of this Jaccard similarity share a band."""
         return 1 - float((1 - similarity**self.rows) ** self.bands)
 
     def signature(self, text: str) -> NDArray[np.uint64]:
-        """The smallest hash of all shingles, for each of bands x rows hash functions: [bands, rows].
+        """The smallest hash of all shingles for each of bands x rows hash functions, as an array [bands, rows].
 
         Deterministic: the same on every machine.
         """
@@ -81,7 +88,7 @@ class MinHash:
 
 
 def jaccard(text: str, other: str, shingle: int = MinHash.shingle) -> float:
-    """The exact Jaccard similarity of two texts: shared shingles, divided by all shingles."""
+    """The exact Jaccard similarity of two texts: the number of shared shingles, divided by that of all shingles."""
     ours, theirs = (set(_shingles(one, shingle).tolist()) for one in (text, other))
     return len(ours & theirs) / len(ours | theirs)
 
@@ -118,9 +125,9 @@ _MAX_ROUNDS = 50
 
 
 def near_duplicates(documents: Dataset, minhash: MinHash, steps: Steps) -> tuple[Dataset, int]:
-    """Find near-duplicates: pairs (id of a duplicate, id of the document that stays), and their number.
+    """Find near-duplicates. Returns pairs (id of a duplicate, id of the document that stays), and their number.
 
-    The groups are the connected components of "shares a band". The document with the smallest id stays.
+    The groups are the connected components of the relation "shares a band". The document with the smallest id stays.
     """
     bands = documents.flat_map(minhash).group_by("band").aggregate(ids=Aggregate.collect(of="id"))
     edges, count = steps.cache("near-duplicates: pairs", bands.flat_map(_edges).distinct())

@@ -48,7 +48,7 @@ class CorpusFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSummary:
-    """Figures and times: seconds of each step (empty if the corpus existed already), and in total."""
+    """Figures and times. seconds: the total. steps: the seconds of each step; empty if the corpus existed already."""
 
     path: str
     figures: CorpusFigures
@@ -92,7 +92,7 @@ class CorpusSummary:
 
 
 def duplicates_of(kind: str, documents: int, examples: Sequence[str]) -> Dropped:
-    """The dropped duplicates. kind: "exact" or "near". Their characters are not counted."""
+    """The dropped duplicates, whose characters are not counted. kind: "exact" or "near"."""
     reason = _EXACT if kind == "exact" else _NEAR
     return Dropped(reason=reason, documents=documents, characters=0, examples=tuple(examples))
 
@@ -110,7 +110,7 @@ def card(figures: CorpusFigures, settings: Mapping[str, Any]) -> str:
     return f"""# {figures.name}
 
 {figures.tokens:,} tokens in {figures.documents:,} documents.
-A vocabulary of {figures.vocabulary:,} ({figures.tokenizer}).
+The vocabulary has {figures.vocabulary:,} tokens ({figures.tokenizer}).
 {_per_token(figures)} characters per token; {figures.token_bytes} bytes per token on disk. Digest `{figures.digest}`.
 
 ## Documents

@@ -68,7 +68,7 @@ def prepare_corpus(
     """Prepare the corpus of a recipe in the folder `out`. Reuses its complete or partial output.
 
     The bytes of tokens, tokenizer, card and picture depend on the recipe and its documents alone. Raises ConfigError if
-    the folder holds something else, and whatever the jobs raise. The same call then resumes.
+    the folder holds something else, and the errors of the jobs. After an error, the same call resumes.
     """
     started = time.monotonic()
     folder = Path(out).absolute()
@@ -105,7 +105,7 @@ class _Corpus:
     def prepare(self, source: Dataset, tokenizer: TokenizerEncoder | None) -> CorpusFigures:
         """Run all steps. Raises DataError if no document is left."""
         clean = self._schema.clean
-        judge = Judge(self._schema.input.text, clean.unicode, clean.rules())
+        judge = Judge(self._schema.input.text, clean.unicode, clean.build())
         judged, num_read = self._steps.cache("clean", source.map(judge))
         rules = self._by_rule(judged)
         accepted = rules.pop(NO_RULE, Dropped(reason=NO_RULE, documents=0, characters=0, examples=()))
@@ -143,7 +143,7 @@ class _Corpus:
         )
 
     def _by_rule(self, judged: Dataset) -> dict[str, Dropped]:
-        """What each rule dropped, by rule. `NO_RULE` has the documents that none dropped."""
+        """The documents that each rule dropped, by rule. The entry `NO_RULE` is for those that no rule dropped."""
         groups = judged.group_by("rule").aggregate(
             documents=Aggregate.count(), characters=Aggregate.sum(of="characters"), examples=some_examples()
         )
@@ -158,7 +158,7 @@ class _Corpus:
         }
 
     def _unique(self, documents: Dataset, count: int) -> tuple[Dataset, list[Dropped]]:
-        """The documents without the duplicates that the recipe removes, and what was dropped."""
+        """The documents without the duplicates that the recipe removes, and the dropped ones."""
         table, dropped = self._schema.duplicates, []
         if table.exact:
             unique, left = self._steps.cache("exact duplicates", documents.distinct(key="id"))
@@ -168,7 +168,7 @@ class _Corpus:
             dropped.append(duplicates_of("exact", count - left, examples))
             documents, count = unique, left
         if table.near:
-            pairs, near = near_duplicates(documents, table.minhash(), self._steps)
+            pairs, near = near_duplicates(documents, table.build(), self._steps)
             examples = self._describe_pairs(documents, pairs.take(EXAMPLES, **self._options)) if near else []
             dropped.append(duplicates_of("near", near, examples))
             if near:
@@ -176,11 +176,11 @@ class _Corpus:
         return documents, dropped
 
     def _describe_pairs(self, documents: Dataset, pairs: list[tuple[bytes, bytes]]) -> list[str]:
-        """Examples of near-duplicates, each with the document that stays."""
+        """Examples of near-duplicates, each with the document that is kept."""
         ids = frozenset(one for pair in pairs for one in pair)
         found = documents.filter(IsAmong(ids)).map(beginning).take(len(ids), **self._options)
         texts = {document["id"]: "\n".join(document["text"].split("\n")[:5]) for document in found}
-        return [f"{texts[dropped][:190]}\n  (this one stays:)\n{texts[stays][:190]}" for dropped, stays in pairs]
+        return [f"{texts[dropped][:190]}\n  (this document stays:)\n{texts[stays][:190]}" for dropped, stays in pairs]
 
     def _encoder(
         self, documents: Dataset, tokenizer: TokenizerEncoder | None
@@ -204,7 +204,7 @@ class _Corpus:
             sample = [document["text"] for document in documents.take(_SAMPLE, **self._options)]
             tokenizer, reason = faster(tokenizer, sample)
             if reason and self._options.get("progress", True):
-                sys.stderr.write(f"tokenized by {REFERENCE}: {reason}\n")
+                sys.stderr.write(f"tokenizing with the {REFERENCE} library: {reason}\n")
         return tokenizer, kind
 
     def _tokens(self, documents: Dataset, encoder: ByteEncoder | TokenizerEncoder) -> PrepareSummary:
@@ -226,11 +226,11 @@ def _lengths(written: PrepareSummary) -> NDArray[np.integer]:
 
 
 def _given_tokenizer(document: Document[CorpusSchema]) -> TokenizerEncoder | None:
-    """The tokenizer file that the recipe names; None if it names none. Raises ConfigError, DataError."""
+    """The encoder of the recipe's tokenizer file; None if it names none. Raises ConfigError and DataError."""
     table = document.schema.tokenizer
     if table.file is None:
         if table.vocabulary is not None:
-            # If the package is missing, this raises now, and not after hours of work.
+            # If the package is missing, this raises now instead of after hours of work.
             load_tokenizer(tokenizer_json(train_bpe({}, 0)))
         return None
     path, where = located(document, table.file, "tokenizer", "file"), document.origin("tokenizer", "file")
@@ -242,7 +242,7 @@ def _given_tokenizer(document: Document[CorpusSchema]) -> TokenizerEncoder | Non
 
 
 def _found(folder: Path, identity: str, *, overwrite: bool) -> CorpusSummary | None:
-    """The summary of the same corpus if it is complete. Raises ConfigError if the folder holds something else."""
+    """The summary of this corpus if it is complete. Raises ConfigError if the folder holds something else."""
     names = [name for name in names_in(folder) if not is_temporary(name)]
     if folder.exists() and not folder.is_dir():
         raise ConfigError("the output folder is a file", where=str(folder), hint="choose another path")

@@ -13,6 +13,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from manyhands.corpus.duplicates import MinHash
 from manyhands.corpus.text import FORMS, Rules
+from manyhands.documents.option_table import BuildableTable
 from manyhands.documents.recipe_file import IMPORT_PATH, find_function
 from manyhands.documents.toml import Document, Table, read_document
 from manyhands.errors import ConfigError, DataError
@@ -27,7 +28,7 @@ FILES = "files"  # the input format in which each file is one document
 
 
 class InputTable(Table):
-    """The source of documents: paths, or a function that returns paths or a Dataset; and the column with their text."""
+    """The source of documents (paths, or a function that returns paths or a Dataset), and the column with the text."""
 
     paths: list[str] = []
     path: str | None = Field(default=None, pattern=IMPORT_PATH)
@@ -51,35 +52,26 @@ class InputTable(Table):
         return self
 
 
-class CleanTable(Table):
-    """The Unicode normal form, and the fields of `Rules`."""
+class CleanTable(BuildableTable[Rules]):
+    """The Unicode normal form, and the options of `Rules`."""
+
+    prefix = "clean."
 
     unicode: str = "NFC"
-    min_characters: int = Field(default=Rules.min_characters, ge=0)
-    max_characters: int = Field(default=Rules.max_characters, ge=1)
-    min_letters: float = Field(default=Rules.min_letters, ge=0, le=1)
-    max_replaced: float = Field(default=Rules.max_replaced, ge=0, le=1)
-    max_repeated_lines: float = Field(default=Rules.max_repeated_lines, ge=0, le=1)
-    max_line: int = Field(default=Rules.max_line, ge=1)
 
     @field_validator("unicode")
     @classmethod
     def _known_form(cls, value: str) -> str:
         return str(_one_of("clean.unicode", value, FORMS))
 
-    def rules(self) -> Rules:
-        """Create the rules."""
-        return Rules(**self.model_dump(exclude={"unicode"}))
 
+class DuplicatesTable(BuildableTable[MinHash]):
+    """Which duplicates are removed, and the options of `MinHash`."""
 
-class DuplicatesTable(Table):
-    """Which duplicates are removed, and the fields of `MinHash`."""
+    prefix = "duplicates."
 
     exact: bool = True
     near: bool = True
-    bands: int = Field(default=MinHash.bands, ge=1, le=256)
-    rows: int = Field(default=MinHash.rows, ge=1, le=64)
-    shingle: int = Field(default=MinHash.shingle, ge=1, le=100)
 
     @model_validator(mode="after")
     def _exact_first(self) -> DuplicatesTable:
@@ -89,13 +81,9 @@ class DuplicatesTable(Table):
             )
         return self
 
-    def minhash(self) -> MinHash:
-        """MinHash with these parameters."""
-        return MinHash(bands=self.bands, rows=self.rows, shingle=self.shingle)
-
 
 class TokenizerTable(Table):
-    """A tokenizer.json, or the size of a vocabulary to train on a sample of the documents. Default: bytes."""
+    """A tokenizer.json, or the size of a vocabulary to train on a sample of the documents. Default: bytes as tokens."""
 
     file: str | None = None
     vocabulary: int | None = Field(default=None, ge=258, le=2**31)
@@ -127,7 +115,7 @@ class CorpusSchema(Table):
 def _one_of(field: str, value: str | None, known: tuple[str, ...]) -> str | None:
     if value is not None and value not in known:
         raise ConfigError(
-            f"{field} is not known", expected=", ".join(known), got=repr(value), hint=nearest(value, known)
+            f"{field} has an unknown value", expected=", ".join(known), got=repr(value), hint=nearest(value, known)
         )
     return value
 
@@ -145,7 +133,7 @@ def located(document: Document[CorpusSchema], path: str, *key: str) -> str:
 
 
 def source_of(document: Document[CorpusSchema]) -> Dataset:
-    """The records of the input. Raises ConfigError for an invalid function, and DataError."""
+    """The records of the input. Raises ConfigError for an invalid function, DataError for missing or invalid files."""
     table = document.schema.input
     paths: Any = [located(document, path, "input", "paths") for path in table.paths]
     if table.path is not None:
@@ -206,5 +194,5 @@ def _parts(files: Sequence[InputFile], partition_bytes: int) -> tuple[tuple[Inpu
 
 
 def _read_document_file(file: InputFile) -> str:
-    """The text of a file. Invalid UTF-8 becomes U+FFFD, whose share max_replaced limits."""
+    """The text of a file. Invalid UTF-8 becomes U+FFFD; the rule max_replaced limits its share."""
     return read_bytes(file.path).decode("utf-8-sig", "replace")

@@ -1,4 +1,4 @@
-"""The steps of preparing a corpus, each a job that a killed run resumes."""
+"""The steps that prepare a corpus. Each step is a job, so a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from manyhands.prepare.options import JobOptions
 
 
 class Steps:
-    """Runs the jobs of a corpus, each in its own folder in `folder`. seconds: of each step, by name."""
+    """Runs the jobs of a corpus, each in its own folder in `folder`. seconds: the duration of each step, by name."""
 
     def __init__(self, folder: Path, options: JobOptions) -> None:
         self.options, self.seconds = options, dict[str, float]()
@@ -33,7 +33,7 @@ class Steps:
         self.seconds[name] = time.monotonic() - self._started
 
     def cache(self, name: str, records: Dataset) -> tuple[Dataset, int]:
-        """The same records, computed and cached unless an earlier run has; and their number."""
+        """Compute and cache the records, unless an earlier run did. Return the cached records and their number."""
         self.start(name)
         folder = str(self._folder / re.sub(r"\W+", "-", name))
         cached = records.cache(folder)

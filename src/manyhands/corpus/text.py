@@ -17,15 +17,16 @@ from typing import Any
 
 from manyhands.corpus.tokenizing import WORDS
 from manyhands.errors import ConfigError, DataError
+from manyhands.options import check_options, option, options
 from manyhands.prepare.records.aggregate import Aggregate
 
 FORMS = ("NFC", "NFKC", "none")
 
 NO_RULE = ""
-"""The rule of documents that no rule drops."""
+"""The `rule` of documents that no rule drops."""
 
 EXAMPLE_CHARACTERS = 400
-"""Characters of a dropped document that the data card may show."""
+"""The data card shows at most this many characters of a document."""
 
 # Control characters except tab and line feed, byte order marks, lone surrogates, and noncharacters of Unicode.
 _REMOVED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
@@ -37,22 +38,35 @@ def normalized(text: str, form: str) -> str:
     return text if form == "none" else unicodedata.normalize(form, text)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Rules:
-    """Rules that drop documents. Shares are shares of characters, from 0 to 1.
+    """Rules that drop documents. A share is a fraction of the characters, from 0 to 1."""
 
-    min_characters, max_characters: length of the document. min_letters: share of letters, marks and digits among
-    characters that are not white space. max_replaced: share of U+FFFD, the replacement of undecodable bytes.
-    max_repeated_lines: share of characters in lines that occurred before in the document (Rae et al., "Scaling Language
-    Models", 2021, table A1, with 0.2). max_line: mean length of a line.
-    """
+    min_characters: int = option(default=50, at_least=0, help="The least number of characters in a document.")
+    max_characters: int = option(default=1_000_000, at_least=1, help="The greatest number of characters in a document.")
+    min_letters: float = option(
+        default=0.5,
+        at_least=0.0,
+        at_most=1.0,
+        help="The least share of letters, marks and digits among characters that are not white space.",
+    )
+    max_replaced: float = option(
+        default=0.001,
+        at_least=0.0,
+        at_most=1.0,
+        help="The greatest share of U+FFFD, the replacement of undecodable bytes.",
+    )
+    max_repeated_lines: float = option(
+        default=0.3,
+        at_least=0.0,
+        at_most=1.0,
+        help="The greatest share of characters in lines that occurred before in the document "
+        '(Rae et al., "Scaling Language Models", 2021, table A1, use 0.2).',
+    )
+    max_line: int = option(default=10_000, at_least=1, help="The greatest mean length of a line, in characters.")
 
-    min_characters: int = 50
-    max_characters: int = 1_000_000
-    min_letters: float = 0.5
-    max_replaced: float = 0.001
-    max_repeated_lines: float = 0.3
-    max_line: int = 10_000
+    def __post_init__(self) -> None:
+        check_options(self, "clean.")
 
     def broken_by(self, text: str) -> str:
         """The name of the first rule that drops the text; NO_RULE if none does."""
@@ -90,7 +104,7 @@ def _repeated(lines: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Judge:
-    """Makes a document of a record: `id`, `text`, `characters`, and the `rule` that drops it.
+    """Makes a document from a record: `id`, `text`, `characters`, and the `rule` that drops it.
 
     id: a hash of the text (BLAKE2b, 16 bytes), so that equal documents have equal ids.
     """
@@ -124,7 +138,10 @@ EXAMPLES = 3
 
 
 def words_of(document: dict[str, Any]) -> list[str]:
-    """The words of a document, as byte-level BPE splits them before merging. Raises ConfigError without regex."""
+    """The words of a document, as byte-level BPE splits text before merging.
+
+    Raises ConfigError if the regex package isn't installed.
+    """
     found: list[str] = _pattern().findall(document["text"])
     return found
 

@@ -1,8 +1,8 @@
 """Byte-pair vocabularies and encoders.
 
 A vocabulary is trained from counted words, in one process and deterministically (Sennrich, Haddow and Birch, "Neural
-Machine Translation of Rare Words with Subword Units", 2016; on bytes, as GPT-2 does). Texts are encoded as bytes, by
-Hugging Face's tokenizers, or by a faster library that gives the same tokens.
+Machine Translation of Rare Words with Subword Units", 2016; on bytes, as GPT-2 does). A text is encoded in one of
+three ways: as its bytes, with Hugging Face's tokenizers, or with a faster library that gives the same tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Pair = tuple[int, int]
 
 
 class Vocabulary:
-    """Tokens by number, and the merged pairs. Names are those of tokenizer files."""
+    """The names of the tokens, by number, and the merged pairs. The names are those of tokenizer files."""
 
     def __init__(self) -> None:
         self.names = [*_names_of_bytes(), END_OF_TEXT]
@@ -58,8 +58,8 @@ class Vocabulary:
 def train_bpe(counts: Mapping[str, int], size: int) -> Vocabulary:
     """Train a vocabulary of `size` tokens: the bytes, the end of a document, and merged pairs.
 
-    Merges the most frequent adjacent pair; among equals, the pair with the smallest tokens. Stops early if no pair
-    occurs twice. counts: how often each word occurs, in any order.
+    Merges the most frequent adjacent pair, again and again; among equally frequent pairs, the one with the smallest
+    tokens. Stops early if no pair occurs twice. counts: the number of occurrences of each word, in any order.
     """
     words = [(list(word.encode()), count) for word, count in sorted(counts.items())]
     found: dict[Pair, int] = defaultdict(int)
@@ -87,7 +87,7 @@ def train_bpe(counts: Mapping[str, int], size: int) -> Vocabulary:
 def _merge(
     pair: Pair, token: int, words: list[tuple[list[int], int]], found: dict[Pair, int], where: dict[Pair, set[int]]
 ) -> set[Pair]:
-    """Replace the pair by the token in all words. Return the pairs whose counts have changed."""
+    """Replace the pair with the token in all words. Return the pairs whose counts have changed."""
     changed: set[Pair] = set()
     for index in where.pop(pair):
         word, count = words[index]
@@ -147,7 +147,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> str:
 
 
 def _names_of_bytes() -> list[str]:
-    """The characters that represent the 256 bytes in such files: visible ones represent themselves."""
+    """The characters that represent the 256 bytes in tokenizer files. Visible characters represent themselves."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     names, hidden = [], 0
     for byte in range(END):
@@ -191,7 +191,7 @@ class TokenizerEncoder:
     def encode(self, texts: list[str]) -> list[NDArray[Any]]:
         """The tokens of each text, without `end`."""
         tokenizer = load_tokenizer(self.text)
-        if self.library == FAST:  # it would encode special tokens in a text as such, so such texts use the reference
+        if self.library == FAST:  # FAST can't encode a special token as plain text; the reference can
             library, special = _fast(self.text), _special_tokens(self.text)
             plain = [text for text in texts if not any(token in text for token in special)]
             if len(plain) == len(texts):
@@ -200,7 +200,7 @@ class TokenizerEncoder:
 
 
 def encoder_of(text: str, end_of_text: str, where: str) -> TokenizerEncoder:
-    """The encoder of a tokenizer.json. Raises DataError for an invalid file, ConfigError without `end_of_text`."""
+    """The encoder of a tokenizer.json. Raises DataError if it is invalid, ConfigError if it lacks `end_of_text`."""
     tokenizer = load_tokenizer(text, where)
     end = tokenizer.token_to_id(end_of_text)
     if end is None:
@@ -208,7 +208,7 @@ def encoder_of(text: str, end_of_text: str, where: str) -> TokenizerEncoder:
         raise ConfigError(
             f"the tokenizer has no token {end_of_text}",
             where=where,
-            expected=f"the token for a document's end; its special tokens are {', '.join(added[:9]) or 'none'}",
+            expected=f"a token for the end of a document; the special tokens are {', '.join(added[:9]) or 'none'}",
             hint='set it: [tokenizer] end_of_text = "..."',
         )
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
@@ -218,7 +218,7 @@ def encoder_of(text: str, end_of_text: str, where: str) -> TokenizerEncoder:
 def faster(encoder: TokenizerEncoder, sample: Sequence[str]) -> tuple[TokenizerEncoder, str]:
     """The encoder with the faster library, if that is installed and gives the same tokens for `sample`.
 
-    Otherwise returns `encoder`, and the reason as text.
+    Otherwise `encoder`. Also returns the reason why the faster library is not used, or "".
     """
     quick = TokenizerEncoder(encoder.text, encoder.end, encoder.vocabulary, FAST)
     try:
@@ -235,8 +235,11 @@ def faster(encoder: TokenizerEncoder, sample: Sequence[str]) -> tuple[TokenizerE
 
 @lru_cache(maxsize=2)
 def load_tokenizer(text: str, where: str | None = None) -> Any:
-    """Load a tokenizer with Hugging Face's library. Raises ConfigError without it, DataError for an invalid file."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+    """Load a tokenizer with Hugging Face's library.
+
+    Raises ConfigError if the library isn't installed, and DataError for an invalid file.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers already run in parallel
     try:
         tokenizers: Any = importlib.import_module("tokenizers")
     except ImportError:
@@ -267,7 +270,7 @@ def _fast(text: str) -> Any:
 
 
 def _table(documents: Sequence[NDArray[Any]], end: int, vocabulary: int) -> pa.Table:
-    """A table with the documents as a column of lists, each with its end token."""
+    """A table with a column of lists of tokens: one list for each document, with its end token."""
     import pyarrow as pa
 
     lengths = np.array([len(document) + 1 for document in documents], np.int64)

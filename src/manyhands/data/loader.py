@@ -2,8 +2,8 @@
 
     task (step, micro-batch) -> positions -> sample indices -> items -> collated batch
 
-A batch has the same bits in the worker and in a loader process: the generators are seeded for the task, and one CPU
-thread is used.
+A batch has the same bits whether the worker or a loader process makes it: the random generators are seeded for each
+task, and only one CPU thread is used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import preserved_generators, seed_generators
 
 _PER_PROCESS = 2
-"""Results that each process prefetches."""
+"""Number of results that each process prefetches."""
 
 _END = object()
 
@@ -40,9 +40,9 @@ _END = object()
 class PrefetchProcesses:
     """`num_processes` processes that evaluate `dataset[task]` ahead of the reader, in the order of the tasks.
 
-    Wraps torch's DataLoader, and adds two things: a process that dies ends the wait within seconds with a DataError
-    that names it, and no global state (signal handlers, generators) stays changed. The first `stream` starts the
-    processes. They live until `close` or an error.
+    Wraps torch's DataLoader and adds two guarantees. If a process dies, the reader gets a DataError that names the
+    process within seconds. Changes to global state (signal handlers, generators) are undone. The first `stream` starts
+    the processes. They live until `close` or an error.
     """
 
     def __init__(self, dataset: Dataset[Any], num_processes: int) -> None:
@@ -54,10 +54,11 @@ class PrefetchProcesses:
         self._stream = 0
 
     def stream(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """`dataset[task]` for every task, in order. Consumes tasks some results ahead. A new stream ends the older one.
+        """Iterate over `dataset[task]` for every task, in order. A new stream ends the previous one.
 
-        Raises DataError if a process dies; all processes end then, and a new stream starts new ones. Raises
-        InvariantError if a stream is read that has ended.
+        Takes each task from `tasks` some time before its result is read. Raises DataError if a process dies. All
+        processes end then, and the next stream starts new ones. Raises InvariantError if a stream is read after it has
+        ended.
         """
         self._stream += 1
         with self._watched():
@@ -66,7 +67,7 @@ class PrefetchProcesses:
 
     def close(self) -> None:
         """End the processes. May be called twice."""
-        self._results = self._loader = None  # without references, torch's DataLoader ends its processes
+        self._results = self._loader = None  # torch's DataLoader ends its processes once nothing refers to it
         for process in self._processes:
             process.join(timeout=5)
             if process.is_alive():
@@ -94,10 +95,13 @@ class PrefetchProcesses:
             self._results = iter(self._loader)
             return
         others = set(multiprocessing.active_children())
-        get_temp_dir()  # create it here, so that the processes share it: a killed one would leave its own in /tmp
+        # Create the folder for temporary files here, so that the processes share it: a killed process would leave its
+        # own folder in /tmp.
+        get_temp_dir()
         with _child_signal(None), warnings.catch_warnings():
-            # Python 3.12 and later warn of fork in a process with threads, but only fork can pass on any data set.
-            # torch warns of more processes than cores. The user chose their number, and they may be waiting for I/O.
+            # Python 3.12 and later warn about fork in a process with threads, but without fork the data set must be
+            # picklable. torch warns about more processes than cores, but the user chose the number, and the processes
+            # may be waiting for I/O.
             warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
             self._loader = DataLoader(
@@ -109,7 +113,7 @@ class PrefetchProcesses:
                 worker_init_fn=_prepare_process,
                 prefetch_factor=_PER_PROCESS,
                 persistent_workers=True,
-                generator=torch.Generator(),  # otherwise it draws its base seed from the global generator
+                generator=torch.Generator(),  # otherwise the base seed is drawn from the global generator
                 multiprocessing_context="fork" if sys.platform == "linux" else None,
             )
             self._results = iter(self._loader)
@@ -134,7 +138,8 @@ class PrefetchProcesses:
                 yield
         except BaseException as error:
             died = self._died() if isinstance(error, RuntimeError) else None
-            for process in self._processes:  # the traceback refers to torch's iterator, so torch would not end them
+            # torch would end the processes only with its iterator, which the traceback keeps alive.
+            for process in self._processes:
                 process.kill()
             self.close()
             if died:
@@ -142,12 +147,12 @@ class PrefetchProcesses:
             raise
 
     def _died(self) -> DataError | None:
-        """The error if a loader process has died."""
+        """Return the error to raise if a loader process has died."""
         for process in self._processes:
             if not process.is_alive():
                 return DataError(
                     f"loader process {process.pid} died: {_describe_exit(process.exitcode)}",
-                    where=f"{len(self._processes)} loader processes of this worker (strategy.loader_workers)",
+                    where=f"one of this worker's {len(self._processes)} loader processes (strategy.loader_workers)",
                     hint=_hint_for_exit(process.exitcode),
                 )
         return None
@@ -164,7 +169,7 @@ class _Source:
 
 
 def _unchanged(batch: Any) -> Any:
-    """Replaces torch's default, which would turn numpy arrays into tensors only in loader processes."""
+    """Replaces torch's default, which would convert numpy arrays to tensors, but only in loader processes."""
     return batch
 
 
@@ -199,7 +204,7 @@ def _hint_for_exit(code: int | None) -> str:
         return "the host's shared memory is probably full: enlarge /dev/shm, or set strategy.loader_workers = 0"
     if code == -signal.SIGKILL:
         return "the host may be out of memory (see dmesg): use fewer loader_workers, or 0 to load in the worker itself"
-    return "set strategy.loader_workers = 0 to load in the worker itself, and see the error there"
+    return "set strategy.loader_workers = 0 to load in the worker itself, which then shows the error"
 
 
 class LoadedBatch(NamedTuple):
@@ -211,7 +216,7 @@ class LoadedBatch(NamedTuple):
 
 
 class _Failure(NamedTuple):
-    """What a loader process sends instead of a batch that failed."""
+    """Sent by a loader process instead of a batch that it failed to load."""
 
     error: DataError
     cause: Exception
@@ -220,9 +225,9 @@ class _Failure(NamedTuple):
 class MicroBatchLoader:
     """Loads micro-batches of `recipe.data`. With `loader_workers` > 0, `stream` prefetches in that many processes.
 
-    Deterministic: a batch is a pure function of (recipe, step, micro-batch), even if the data set augments at random
-    with the global generators of Python, numpy or torch, whose states are restored. A data set with `__getitems__` is
-    called once per micro-batch. Owns its processes until `close()`.
+    Deterministic: a batch is a pure function of (recipe, step, micro-batch), even if the data set draws random numbers
+    from the global generators of Python, numpy or torch. Their states are restored afterwards. If the data set has
+    `__getitems__`, it is called once per micro-batch. Owns its processes until `close()`.
     Raises DataError for empty data, and if the data set or the collate function raises.
     """
 
@@ -242,10 +247,10 @@ class MicroBatchLoader:
         return self._tasks.load(step, micro_batch)
 
     def stream(self, tasks: Iterable[tuple[int, int]]) -> Iterator[LoadedBatch]:
-        """The micro-batches of `tasks`, each a (step, micro-batch), in order.
+        """Iterate over the micro-batches of `tasks`, in order. Each task is a pair (step, micro-batch).
 
         Loader processes consume tasks some batches in advance. A new stream ends the previous one.
-        Raises DataError as `load` does, and within seconds if a loader process dies; all loader processes end then.
+        Raises DataError as `load` does. If a loader process dies, raises DataError within seconds and ends all of them.
         """
         if self._ahead is None:
             return (LoadedBatch(step, micro_batch, self.load(step, micro_batch)) for step, micro_batch in tasks)
@@ -301,14 +306,14 @@ class _Tasks(Dataset[Any]):
                 raise DataError(
                     f"{doing} raised {type(error).__name__}: {error}",
                     where=f"step {step}, micro-batch {micro_batch}, samples {_listed(indices)}",
-                    hint=f"call {doing} yourself to reproduce it; the original traceback is above or below",
+                    hint=f"call {doing} yourself to reproduce the error; its traceback is above or below",
                 ) from error
 
     def __getitem__(self, task: tuple[int, int]) -> bytes:
-        """As `load`, in a loader process: the pickled LoadedBatch or _Failure.
+        """Load a micro-batch in a loader process and return the pickled LoadedBatch or _Failure.
 
-        Raises nothing, because torch would pass on only the text of an error. Pickles here: if a batch can't be
-        pickled, torch's queue would print the error and drop the batch, and the reader would wait forever.
+        Raises nothing, because torch would pass on only the text of an error. Pickles the result itself, because
+        torch's queue would print an error of pickling and drop the batch, and the reader would wait forever.
         """
         step, micro_batch = task
         try:
@@ -327,12 +332,12 @@ class _Tasks(Dataset[Any]):
 
 
 def _packed(result: LoadedBatch | _Failure) -> bytes:
-    """Pickle so that tensors stay in shared memory."""
+    """Pickle `result` so that its tensors stay in shared memory."""
     return bytes(ForkingPickler.dumps(result))
 
 
 def _failure(error: DataError) -> _Failure:
-    """The error and its cause, with the traceback as text, because traceback objects can't be pickled."""
+    """Return the error and its cause, with the traceback as text, because traceback objects can't be pickled."""
     cause = error.__cause__
     error.detail = "".join(traceback.format_exception(cause)) if cause else None
     return _Failure(error, _portable(cause))
@@ -340,7 +345,7 @@ def _failure(error: DataError) -> _Failure:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one CPU thread in this block: the thread count changes some bits, and loader processes have only one."""
+    """Use one CPU thread in this block: the thread count changes some bits, and loader processes use only one."""
     threads = torch.get_num_threads()
     if threads == 1:
         yield
@@ -353,7 +358,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _portable(cause: BaseException | None) -> Exception:
-    """The error itself if it can be pickled, otherwise a RuntimeError with its text."""
+    """Return the error itself if it can be pickled, otherwise a RuntimeError with its text."""
     try:
         copy = pickle.loads(pickle.dumps(cause))
     except Exception:

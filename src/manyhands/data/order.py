@@ -1,9 +1,9 @@
-"""Which samples a micro-batch holds; mixtures of data sets.
+"""Chooses the samples of each micro-batch; mixes data sets.
 
 The samples are a pure function of (seed, size of the data, position in the run). Position p of a run (0 is the first
 sample of step 0) lies in epoch p // size, and is sample p % size of that epoch's permutation. The permutation is
-evaluated per index, so nothing is shuffled or stored. The state of a loader is its position, and the number of workers
-has no influence.
+evaluated per index, so nothing is shuffled or stored. The only state of a loader is its position, and the number
+of workers has no influence on the order.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class Permutation:
 
     A Feistel network over two halves of (almost) equal size: index = left * right_size + right, with
     left_size * right_size >= size. Each round adds a keyed hash of one half to the other, modulo that half's size. This
-    is invertible, so the result is a bijection. A result >= size is permuted again until it is inside (cycle walking).
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002; the additive form wastes less than one part in
-    sqrt(size) of the domain and reaches every permutation of small sizes.) Integers only.
+    is invertible, so the result is a bijection. A result >= size is permuted again until it is < size (cycle walking).
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002; the additive form wastes less than
+    1/sqrt(size) of the domain and reaches every permutation of small sizes.) All arithmetic uses integers.
 
     Deterministic: the same indices on every machine. Raises DataError for a size out of range.
     """
 
     def __init__(self, size: int, key: int) -> None:
         if not 1 <= size <= MAX_SIZE:
-            raise DataError("there are no samples to permute", expected=f"1 to {MAX_SIZE} samples", got=size)
+            raise DataError("the number of samples is out of range", expected=f"1 to {MAX_SIZE} samples", got=size)
         self.size = size
         self._left_size = math.isqrt(size - 1) + 1
         self._right_size = -(-size // self._left_size)
@@ -90,7 +90,7 @@ class Permutation:
         return left * self._right_size + right
 
     def _once_each(self, indices: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """One pass through the network for an array: the same arithmetic, modulo 2**64 by numpy's wrap-around."""
+        """One pass through the network for an array: the same arithmetic, modulo 2**64 because numpy wraps around."""
         left_size, right_size = np.uint64(self._left_size), np.uint64(self._right_size)
         keys = [np.uint64(key) for key in self._keys]
         left, right = np.divmod(indices, right_size)
@@ -101,7 +101,7 @@ class Permutation:
 
 
 def sample_indices(seed: int, size: int, positions: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
-    """The samples at these positions of the run, for data of `size` samples: every epoch is a new permutation.
+    """Return the samples at these positions of the run, for data of `size` samples. Every epoch has a new permutation.
 
     Deterministic: a pure function of its arguments. Raises DataError for empty data.
     """
@@ -117,13 +117,13 @@ def sample_indices(seed: int, size: int, positions: Sequence[int] | NDArray[np.i
 
 
 def micro_batch_positions(step: int, micro_batch: int, batch: Batch) -> range:
-    """The positions in the run of the samples of one micro-batch."""
+    """Return the positions in the run of one micro-batch's samples."""
     start = step * batch.global_size + micro_batch * batch.micro_size
     return range(start, start + batch.micro_size)
 
 
-# [Note: the hash of a round] The finaliser of SplitMix64 (Steele, Lea, Flood, 2014), shifted right by one bit, so that
-# adding a half (< 2**31) does not overflow 64 bits.
+# [Note: the hash of a round] This is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014). Its result is shifted
+# right by one bit, so that adding one half of an index (< 2**31) does not overflow 64 bits.
 def _mix(word: int) -> int:
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -137,11 +137,12 @@ def _mix_each(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Mixture(Dataset[Any]):
-    """`samples` items from several data sets, in proportion to their weights, to within one item.
+    """`samples` items from several data sets, in proportion to the data sets' weights (to within one item).
 
-    The items of data set k form one run of indices; the recipe's order mixes them. Item j of that run is item `j %
-    size` of a permutation of data set k; each pass over the data set has a new permutation. So it is a pure function of
-    (seed, k, j). samples: by default the number of samples of all data sets together. Raises ConfigError.
+    The items of data set k have consecutive indices; the recipe's order mixes the data sets. The j-th of these is item
+    `j % size` of a permutation of data set k; each pass over the data set has a new permutation. So the j-th item is a
+    pure function of (seed, k, j). samples: by default the number of samples in all data sets together. Raises
+    ConfigError.
     """
 
     def __init__(
@@ -149,7 +150,8 @@ class Mixture(Dataset[Any]):
     ) -> None:
         if not datasets or len(datasets) != len(weights):
             raise ConfigError(
-                "a mixture needs data sets, and a weight for each", got=f"{len(datasets)}, {len(weights)}"
+                "a mixture needs data sets, and a weight for each",
+                got=f"{len(datasets)} data sets, {len(weights)} weights",
             )
         if not all(isinstance(weight, (int, float)) and 0 < weight < math.inf for weight in weights):
             raise ConfigError("the weights of a mixture must be positive numbers", got=list(weights))
@@ -166,7 +168,7 @@ class Mixture(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
+            raise IndexError(f"item {index} is outside of a mixture of {len(self)} items")
         number = bisect_right(self._starts, index) - 1
         dataset = self.datasets[number]
         number_of_pass, position = divmod(index - self._starts[number], len(dataset))
@@ -174,7 +176,7 @@ class Mixture(Dataset[Any]):
 
 
 def _shares(weights: Sequence[float], total: int) -> list[int]:
-    """Integers that add up to `total`, in proportion to the weights: the largest remainders are rounded up."""
+    """Return integers that add up to `total`, in proportion to the weights. The largest remainders are rounded up."""
     sum_of_weights = math.fsum(weights)
     exact = [weight / sum_of_weights * total for weight in weights]
     shares = [math.floor(share) for share in exact]

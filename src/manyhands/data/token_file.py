@@ -28,16 +28,18 @@ if TYPE_CHECKING:
 class TokenFile(Dataset[Any]):
     """Samples of `length` tokens from a folder that `manyhands prepare` or `Dataset.write(format="tokens")` wrote.
 
-    Item i is a LongTensor [length + 1]: `length` input tokens, and the next token of each as its target. So each token
-    is the target of one item, and the last token of an item is the first of the next. Documents are concatenated. With
-    `boundaries`, an item is a dict of `tokens` and `documents`, both [length + 1]: `documents` numbers the document of
-    each token, from 0 in every item, for attention that stays inside documents.
+    Item i is a LongTensor [length + 1]: `length` input tokens and one more, because the target of each input token is
+    the next token. The last token of an item is also the first of the next item, so no token is a target twice.
+    Documents are concatenated. With `boundaries`, an item is a dict of `tokens` and `documents`, both [length + 1].
+    `documents` has the number of each token's document, counted from 0 in every item. Use it to restrict attention to
+    one document.
 
     The files are mapped into memory: the workers of a host share one copy, and opening reads only the ends of the
-    files. The recipe decides the order of samples, a function of (seed, position), so there is no state.
-    tokens, documents: how many there are. vocabulary: its size; 0: unknown.
+    files. The recipe decides the order of samples, so a TokenFile has no state.
+    tokens, documents: the number of each. vocabulary: the size of the vocabulary; 0: unknown.
 
-    Raises DataError if there are no prepared tokens, too few for one item, or incomplete files. Raises ConfigError.
+    Raises DataError if there are no prepared tokens, too few for one item, or incomplete files.
+    Raises ConfigError for an invalid length.
     """
 
     def __init__(self, path: str | Path, length: int, boundaries: bool = False) -> None:
@@ -67,11 +69,12 @@ class TokenFile(Dataset[Any]):
         boundaries: bool = False,
         seed: int = 0,
     ) -> Mixture:
-        """Several corpora (by path) as one data set, with samples in proportion to their weights.
+        """Combine several corpora into one data set, with samples in proportion to the corpora's weights.
 
-        samples: the samples of an epoch; by default as many as all corpora have. Use what the run will take (steps x
-        global_size), so that no sample is repeated unnecessarily. A corpus with fewer samples than its share is
-        repeated in another order; from one with more, `seed` selects.
+        weights: the weight of each corpus, by path. samples: the number of samples in an epoch; by default the number
+        in all corpora. Use the number that the run will take (steps x global_size), so that no sample is repeated
+        unnecessarily. A corpus with fewer samples than its share is repeated in another order. If a corpus has more
+        samples than its share, `seed` decides which are used.
         Raises ConfigError for weights that are not positive, and DataError for corpora with different tokens.
         """
         parts = {str(path): cls(path, length, boundaries) for path in weights}
@@ -80,7 +83,7 @@ class TokenFile(Dataset[Any]):
             raise DataError(
                 "corpora with different tokens can't be mixed",
                 got=", ".join(f"{path}: {kind}" for path, kind in kinds.items()),
-                hint="prepare all with one tokenizer: [tokenizer] file = ...",
+                hint="prepare all corpora with the same tokenizer: [tokenizer] file = ...",
             )
         return Mixture(list(parts.values()), list(weights.values()), samples, seed)
 
@@ -90,7 +93,7 @@ class TokenFile(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
+            raise IndexError(f"item {index} is outside of a token file of {len(self)} items")
         start = index * self.length
         pieces = self._pieces(start, start + self.length + 1)
         tokens = _long([file.tokens[low:high] for file, low, high in pieces])
@@ -99,7 +102,7 @@ class TokenFile(Dataset[Any]):
         return {"tokens": tokens, "documents": _long(_document_numbers(pieces))}
 
     def verify(self) -> None:
-        """Read all files and compare their checksums (SHA-256). Raises DataError, which names the changed file."""
+        """Read all files and check their SHA-256 checksums. Raises DataError, which names a file that has changed."""
         for listed in self._listed:
             path = self._folder / listed["name"]
             with path.open("rb") as file:
@@ -118,7 +121,7 @@ class TokenFile(Dataset[Any]):
         return type(self), (self.path, self.length, self.boundaries)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[MappedTokens, int, int]]:
-        """The files, and the ranges in them, of tokens `start` to `stop`."""
+        """Return the files that hold tokens [start, stop), and the range of these tokens in each file."""
         pieces = []
         number = bisect_right(self._starts, start) - 1
         while start < stop:
@@ -134,7 +137,7 @@ def _long(parts: list[NDArray[Any]]) -> Tensor:
 
 
 def _document_numbers(pieces: list[tuple[MappedTokens, int, int]]) -> list[NDArray[Any]]:
-    """The number of each token's document, starting at 0. No document spans two files."""
+    """Return the number of each token's document, counted from 0. No document spans two files."""
     numbers, first = [], 0
     for file, low, high in pieces:
         found = np.searchsorted(file.ends, np.arange(low, high, dtype=np.uint64), side="right")
@@ -145,7 +148,7 @@ def _document_numbers(pieces: list[tuple[MappedTokens, int, int]]) -> list[NDArr
 
 
 def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of token files, and the entries of its manifest. Raises DataError."""
+    """Return the folder of token files and the entries of its manifest. Raises DataError."""
     if not is_local(path):
         raise DataError(
             "token files are mapped into memory, so they must be on a disk", where=path, hint="copy them to a disk"
@@ -159,13 +162,13 @@ def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
     raise DataError(
         "there are no prepared tokens here",
         where=str(Path(path).absolute()),
-        expected=f"a folder with {FOLDER}/{MANIFEST}, or {MANIFEST}, which is written last",
+        expected=f"a folder with {FOLDER}/{MANIFEST} or {MANIFEST} (written when the preparation is complete)",
         hint="prepare them first: manyhands prepare RECIPE.toml --out FOLDER",
     )
 
 
 def _kind_of_tokens(path: str, vocabulary: int) -> str:
-    """Identifies the tokenizer: the one next to the tokens, or else the size of the vocabulary."""
+    """Describe the tokenizer: the size of its vocabulary, and a hash of its file if that lies next to the tokens."""
     try:
         tokenizer = hashlib.sha256((Path(path) / TOKENIZER).read_bytes()).hexdigest()[:8]
     except OSError:

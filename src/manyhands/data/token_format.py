@@ -1,10 +1,10 @@
-"""The format of token files on disk (no torch).
+"""The format of token files on disk. Does not import torch.
 
     tokens, uint16 or uint32 | padding to a multiple of 8 | end of each document, uint64 | tail
 
 All little-endian. The end of a document is counted in tokens from the start of the file. No document spans two files.
-The tail holds the number of tokens, the number of documents, the size of the vocabulary (0: unknown) and the bytes of a
-token.
+The tail holds the number of tokens, the number of documents, the size of the vocabulary (0: unknown), the number of
+bytes per token, and a fixed text that identifies the format.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".tokens"
 
-FOLDER = "tokens"  # in the folder of a corpus, which also has the tokenizer and the data card
+FOLDER = "tokens"  # inside the folder of a corpus, which also has the tokenizer and the data card
 
 TOKENIZER = "tokenizer.json"
 
@@ -35,7 +35,7 @@ _ALIGNMENT = 8
 
 
 class MappedTokens(NamedTuple):
-    """A token file, mapped into memory. tokens: [tokens]. ends: [documents]."""
+    """A token file, mapped into memory. tokens: [tokens]. ends: the end of each document, [documents]."""
 
     tokens: NDArray[np.integer]
     ends: NDArray[np.integer]
@@ -43,22 +43,22 @@ class MappedTokens(NamedTuple):
 
 
 def token_type(vocabulary: int) -> np.dtype[np.integer]:
-    """The smallest type that holds every token of a vocabulary of this size; 4 bytes if it is unknown (0)."""
+    """Return the smallest type that holds every token of a vocabulary of this size; 4 bytes if it is 0 (unknown)."""
     return np.dtype("<u2") if 0 < vocabulary <= 2**16 else np.dtype("<u4")
 
 
 def padding(num_bytes: int) -> int:
-    """The bytes of padding after `num_bytes` of tokens."""
+    """Return the number of padding bytes after `num_bytes` of tokens."""
     return -num_bytes % _ALIGNMENT
 
 
 def tail(num_tokens: int, num_documents: int, vocabulary: int, token_bytes: int) -> bytes:
-    """The last bytes of a token file."""
+    """Return the tail of a token file."""
     return _TAIL.pack(num_tokens, num_documents, vocabulary, token_bytes, _MAGIC)
 
 
 def map_tokens(path: str) -> MappedTokens:
-    """Map a token file into memory; reads only its tail. Raises DataError for an incomplete file, and OSError."""
+    """Map a token file into memory; read only its tail. Raises DataError if the file is incomplete, and OSError."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL.size))

@@ -1,4 +1,4 @@
-"""Finds where two runs differ: step, parameter, block (no torch)."""
+"""Finds where two runs differ: step, parameter and block. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
-from manyhands.layout import BLOCK, blocks_of
 from manyhands.listeners.run_directory import RunDirectory
+from manyhands.shard_layout import BLOCK, blocks_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The result of `compare_runs`.
 
-    equal: True if all digests that both runs have are the same. steps_compared: how many digests both runs have.
-    step: the first step whose digests differ (counted from 1, as in "after step n"). last_equal_step: the last step
-    before it with equal digests. parameter, block, elements: the first difference in that step; elements is [start,
-    end). differences: other differences between the two runs (recipe, numerics).
+    The steps that have a digest in both runs are compared. steps_compared: their number. equal: True if the digests are
+    equal after all of them. step: the first step whose digests differ (counted from 1, as in "after step n").
+    last_equal_step: the compared step before `step`. parameter, block, elements: the first difference in `step`;
+    elements is [start, end). differences: other differences between the two runs (recipe, numerics).
     """
 
     equal: bool
@@ -37,7 +37,7 @@ class Comparison:
 
 
 def compare_runs(one: str | Path, other: str | Path) -> Comparison:
-    """Compare two run directories. Raises ConfigError (not a run, or no common digests) and DataError."""
+    """Compare two run directories. Raises ConfigError if there is no run or no step to compare, and DataError."""
     runs = RunDirectory.open_existing(one), RunDirectory.open_existing(other)
     first, second = (_digests(run.read_metrics()) for run in runs)
     common = sorted(first.keys() & second.keys())
@@ -71,14 +71,14 @@ def explain_comparison(comparison: Comparison, one: str, other: str) -> str:
     else:
         equal_until = comparison.last_equal_step
         since = f"the same after step {equal_until}" if equal_until else "no earlier step to compare"
-        lines.append(f"different: first after step {comparison.step} ({since})")
+        lines.append(f"different: the digests first differ after step {comparison.step} ({since})")
         if comparison.parameter is not None and comparison.elements is None:
             lines.append(f"  {comparison.parameter}")
         elif comparison.parameter is not None and comparison.elements is not None:
             lines.append(
                 f"  parameter {comparison.parameter!r}, block {comparison.block}"
                 f" (elements {comparison.elements[0]} to {comparison.elements[1] - 1}): the first of"
-                f" {comparison.blocks_differing} blocks in {comparison.parameters_differing} parameters"
+                f" {comparison.blocks_differing} differing blocks in {comparison.parameters_differing} parameters"
             )
     lines += [f"  {difference}" for difference in comparison.differences]
     return "\n".join(lines)
@@ -143,5 +143,5 @@ def _differences(one: RunDirectory, other: RunDirectory) -> tuple[str, ...]:
     ):
         for name in dict.fromkeys([*first, *second]):
             if first.get(name) != second.get(name):
-                found.append(f"{title}: {name} is {first.get(name)!r} in one and {second.get(name)!r} in the other")
+                found.append(f"{title}: {name} is {first.get(name)!r} in one run and {second.get(name)!r} in the other")
     return tuple(found)

@@ -1,7 +1,7 @@
 """Checks one machine, or several together, before a run.
 
-On one machine: the resources that a run needs. On several machines, under a launcher: differences that would stop a
-run, and the speed of the network.
+On one machine, it checks the resources that a run needs. On several machines, under a launcher, it also looks for
+differences that would stop a run, and measures the speed of the network.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Finding:
 
 
 def check_machine(folder: Path) -> Iterator[Finding]:
-    """Run all checks and yield their findings; the last takes a second. folder: where runs will be written."""
+    """Run all checks and yield their findings; the last check takes a second. folder: where runs will be written."""
     checks: tuple[Callable[[], Finding], ...] = (
         _versions,
         _cpus,
@@ -94,13 +94,13 @@ def _cpus() -> Finding:
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]
-    message = f"{usable} of {os.cpu_count()} for this process, load {load:.1f}"
-    message += f", bf16 by {bf16_instructions()}" if bf16_instructions() else ", no bf16 instructions (fp32 stands in)"
+    message = f"{usable} of {os.cpu_count()} available to this process, load {load:.1f}"
+    message += f", bf16 instructions: {bf16_instructions()}" if bf16_instructions() else ", bf16 is emulated"
     quota = _cpu_quota()
     if quota is not None and quota < usable:
-        message += f", {quota:g} by its control group"
+        message += f", limited to {quota:g} by its control group"
         return Finding(
-            "CPUs", "warning", message, f"use at most {max(1, int(quota))} workers x threads: more would only wait"
+            "CPUs", "warning", message, f"use at most {max(1, int(quota))} threads in total (workers x threads each)"
         )
     if load > usable / 2:
         return Finding("CPUs", "warning", message, "other programs use these CPUs: steps wait for the slowest worker")
@@ -147,7 +147,7 @@ def _shared_memory() -> Finding:
     finally:
         os.close(fd)
     errors = child.stderr.strip().splitlines()
-    reason = errors[-1] if errors else "the change was not visible"
+    reason = errors[-1] if errors else "the other process's write was not visible"
     return Finding(
         subject,
         "bad",
@@ -162,9 +162,12 @@ def _watching() -> Finding:
         os.close(os.pidfd_open(os.getpid()))
     except (OSError, AttributeError) as error:
         return Finding(
-            "watching", "bad", f"pidfd_open fails: {error}", "use Linux 5.3 or newer; allow it in seccomp's profile"
+            "watching",
+            "bad",
+            f"pidfd_open fails: {error}",
+            "use Linux 5.3 or newer, and allow pidfd_open in the seccomp profile",
         )
-    return Finding("watching", "good", "the end of a process is noticed by others")
+    return Finding("watching", "good", "a process can notice the end of another")
 
 
 def _ports() -> Finding:
@@ -178,22 +181,22 @@ def _ports() -> Finding:
 
 
 def _host_name() -> Finding:
-    """Check the host's name: torch.distributed's Gloo listens at its address."""
+    """Check the host's name: Gloo, which torch.distributed uses, listens at the address of that name."""
     name = socket.gethostname()
     hint = "for workers on several hosts, set GLOO_SOCKET_IFNAME to the network's interface, or correct /etc/hosts"
     try:
         address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        return Finding("host name", "warning", f"{name} isn't known: {error.strerror or error}", hint)
+        return Finding("host name", "warning", f"{name} can't be resolved: {error.strerror or error}", hint)
     if address.startswith("127.") or address == "::1":
-        return Finding("host name", "warning", f"{name} is {address}, which other hosts can't reach", hint)
-    return Finding("host name", "good", f"{name} is {address}")
+        return Finding("host name", "warning", f"{name} resolves to {address}, which other hosts can't reach", hint)
+    return Finding("host name", "good", f"{name} resolves to {address}")
 
 
 def _files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < LEAST_FILES:
-        return Finding("open files", "warning", f"at most {soft:,}", f"ulimit -n {min(hard, 65536)}")
+        return Finding("open files", "warning", f"at most {soft:,}", f"raise the limit: ulimit -n {min(hard, 65536)}")
     return Finding("open files", "good", f"at most {soft:,}")
 
 
@@ -215,14 +218,14 @@ def _disk(folder: Path) -> Finding:
     try:
         written, read = measure_speed(where)
     except (OSError, ConfigError) as error:
-        return Finding("disk", "bad", f"{message}; can't be written: {error}", "name another folder with --run-dir")
+        return Finding("disk", "bad", f"{message}; it isn't writable: {error}", "choose another folder with --run-dir")
     message += f", writes {written:.2f} GB/s, reads {read:.2f} GB/s"
     if free < LEAST_DISK_BYTES:
         return Finding("disk", "bad", message, "a checkpoint takes 12 bytes per parameter: free some space")
     if kind in MEMORY_FILE_SYSTEMS:
-        return Finding("disk", "warning", message, "this file system is in memory: its files are lost with the machine")
+        return Finding("disk", "warning", message, "this file system is in memory: a restart of the machine deletes it")
     if written < SLOW_GB_PER_SECOND or kind in _NETWORK_FILE_SYSTEMS:
-        return Finding("disk", "warning", message, "checkpoints take long to write (training continues meanwhile)")
+        return Finding("disk", "warning", message, "writing a checkpoint takes long (training continues meanwhile)")
     return Finding("disk", "good", message)
 
 
@@ -266,9 +269,9 @@ def _numerics(identities: list[tuple[str, dict[str, str]]]) -> Finding:
                 differing.append(f"{name}: {first.get(name)} on {first_host}, {identity.get(name)} on {host}")
     message = f"{len(identities)} workers on {', '.join(hosts)}"
     if differing:
-        hint = "use the same version of torch and the same kind of CPU for all workers: a run is refused otherwise"
+        hint = "use the same version of torch and the same kind of CPU for all workers: otherwise a run is refused"
         return Finding("numerics", "bad", f"{message}; {'; '.join(dict.fromkeys(differing))}", hint)
-    return Finding("numerics", "good", f"{message}: the same for all")
+    return Finding("numerics", "good", f"{message}: all have the same")
 
 
 def _clocks(group: Group, hosts: list[str]) -> Finding:
@@ -282,7 +285,7 @@ def _clocks(group: Group, hosts: list[str]) -> Finding:
             "clocks",
             "warning",
             f"{message}: {late}",
-            "the result is the same, but times in its events mislead: set up NTP",
+            "results are not affected, but the times of events are misleading: set up NTP",
         )
     return Finding("clocks", "good", message)
 

@@ -1,4 +1,7 @@
-"""Reports what happened to a run, from its directory."""
+"""Reports what happened to a run, from its directory.
+
+The cause of a failure is what the launcher recorded when it happened: see `launching/failures.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,22 @@ from manyhands.storage.run_lock import is_locked
 _TAIL_LINES = 8
 
 _QUIET_STEPS = 20
-"""A run that recorded nothing for the time of this many steps is no longer running."""
+"""A run that has recorded nothing during the time of this many steps is assumed to have ended."""
 
 _QUIET_SECONDS = 30.0
 
 _FIRST_STEP_SECONDS = 1800.0
-"""Limit before the first step: models are built, data is read and code is compiled before anything is recorded."""
+"""Limit before the first step: models are built, data are read and code is compiled before anything is recorded."""
 
 
 @dataclass(frozen=True)
 class RunHistory:
     """What happened to a run.
 
-    outcome: "ended", "stopped", "failed", "killed", "running", or "perhaps running" (the lock of the run directory may
-    belong to another host, so it does not decide). summary: the outcome in a sentence. lines: (seconds since the
-    epoch, text) of each event, in order. advice: what to do. tails: the last lines of the logs of failed workers, by
-    file name.
+    outcome: "ended", "stopped", "failed", "killed", "running", or "perhaps running" (the lock of
+    the run directory can't be checked: another host may hold it). summary: the outcome in a sentence. lines: (seconds
+    since the epoch, text) of each event, in order. advice: what to do. tails: the last lines of the logs of failed
+    workers, by file name.
     """
 
     outcome: str
@@ -97,7 +100,7 @@ def _line(event: dict[str, Any]) -> str:
         then = "" if event.get("restart") is None else f"; restarted ({event['restart']})"
         return f"failed: {event['what']}{where}{then}"
     if kind == "hosts changed":
-        return "a host joined or left: restarted with the hosts that were there"
+        return "a host joined or left: restarted with the hosts that were present"
     if kind == "saved":
         return f"checkpoint of step {event['step']} published"
     if kind == "not saved":
@@ -111,7 +114,7 @@ def _advice(run: RunDirectory, outcome: str, failed: list[dict[str, Any]]) -> st
     if outcome == "ended":
         return "nothing to do"
     if outcome in ("running", "perhaps running"):
-        return "wait for it to end, or stop it first (Ctrl-C, or SIGTERM to its launcher)"
+        return "wait for the run to end, or stop it (Ctrl-C, or SIGTERM to its launcher)"
     try:
         checkpoints = list_checkpoints(checkpoints_of(run.path))
     except ManyhandsError as error:
@@ -128,10 +131,10 @@ def _advice(run: RunDirectory, outcome: str, failed: list[dict[str, Any]]) -> st
 
 
 def when(seconds: float) -> str:
-    """A point in time as text, in local time."""
+    """Return a point in time as text, in local time."""
     return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
 
 
 def took(lines: tuple[tuple[float, str], ...], index: int) -> str:
-    """The time since the previous line; "" for the first."""
+    """Return the time since the previous line as text; "" for the first line."""
     return "" if index == 0 else f"+{format_seconds(max(0.0, lines[index][0] - lines[index - 1][0]))}"

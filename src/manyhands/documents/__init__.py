@@ -1,1 +1,1 @@
-"""Documents that users write."""
+"""TOML files that users write."""

@@ -19,9 +19,10 @@ T = TypeVar("T")
 
 
 class OptionTable(Table, Generic[T]):
-    """`OptionTable[Recipe]` is a table with the options of Recipe that TOML can have, each checked as Recipe does."""
+    """`OptionTable[Recipe]` is a table of those options of Recipe that TOML can have. It checks each as Recipe does."""
 
     options_of: ClassVar[type]
+    prefix: ClassVar[str | None] = None  # stands before an option's name in errors; None: the class's name
 
     if TYPE_CHECKING:
 
@@ -35,7 +36,7 @@ class OptionTable(Table, Generic[T]):
     @classmethod
     def _as_the_option_declares(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name in option_names(cls.options_of):
-            check_option(cls.options_of, str(info.field_name), value)
+            check_option(cls.options_of, str(info.field_name), value, cls.prefix)
         return value
 
     def option_values(self) -> dict[str, Any]:
@@ -45,7 +46,7 @@ class OptionTable(Table, Generic[T]):
 
 
 class BuildableTable(OptionTable[T], Generic[T]):
-    """An `OptionTable` with all required values of its class, which checks that an object can be created."""
+    """An `OptionTable` that has all required values of its class, and checks that they form a valid object."""
 
     @model_validator(mode="after")
     def _as_the_class_checks(self) -> BuildableTable[T]:
@@ -53,7 +54,7 @@ class BuildableTable(OptionTable[T], Generic[T]):
         return self
 
     def build(self, **changes: Any) -> T:
-        """Create the object. changes: other values of options. Raises ConfigError."""
+        """Create the object. changes: values that replace those of the table. Raises ConfigError."""
         built: T = self.options_of(**self.option_values() | changes)
         return built
 

@@ -4,9 +4,9 @@
     path = "gpt:GPT"              # module:attribute; the file's own folder is searched first
     arguments = { depth = 4 }
 
-`check_recipe` validates a file; it imports neither the user's code nor torch. `load_recipe` also imports what the paths
-name, and checks the arguments against the signatures, so that errors are reported with their line before anything is
-built.
+`check_recipe` validates a file; it imports neither the user's code nor torch. `load_recipe` also imports the objects
+that the paths name, and checks the arguments against the signatures of these objects. So errors are reported with file
+and line before anything is built.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tomli_w
 from pydantic import Field, JsonValue, model_validator
 
 from manyhands.config import Batch, Recipe, Strategy, Weights
@@ -48,9 +47,9 @@ class Target(Table):
 
 
 class GroupTable(Table):
-    """Parameters whose names match, and their arguments of the optimizer. With a path, they have their own optimizer.
+    """Parameters whose names match a pattern in `match`, and the optimizer's arguments for them.
 
-    dimensions: matches only parameters with this number of dimensions.
+    dimensions: only parameters with this number of dimensions match. path: an optimizer for these parameters alone.
     """
 
     match: list[str] = Field(min_length=1)
@@ -75,7 +74,7 @@ class WeightsTable(BuildableTable[Weights]):
 
 
 class RecipeSchema(OptionTable[Recipe]):
-    """The tables of a recipe file, with defaults. Nothing that they name has been imported."""
+    """The tables of a recipe file, with defaults. The objects that they name are not imported."""
 
     name: str = Field(min_length=1)
     steps: int | None = Field(default=None, ge=1)
@@ -91,7 +90,7 @@ class RecipeSchema(OptionTable[Recipe]):
     strategy: BuildableTable[Strategy] = BuildableTable[Strategy]()
 
 
-CALLED_WITH = {  # the positional parameters of each function, before its arguments
+CALLED_WITH = {  # the positional arguments that each function gets before those of its table
     "model": (),
     "loss": ("model", "batch"),
     "data": (),
@@ -108,19 +107,18 @@ NAMED = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 class RecipeFile:
     """A loaded recipe file.
 
-    steps: the number of steps, if the file has it. settings: the recipe as used, with defaults and overrides, as JSON
-    values. text: the same as TOML; stored next to the file's modules, it is the same recipe.
+    steps: the number of steps, if the file sets it. settings: the recipe as used, with defaults and overrides, as JSON
+    values.
     """
 
     recipe: Recipe
     strategy: Strategy
     steps: int | None
-    text: str
     settings: dict[str, Any]
 
 
 def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchema:
-    """Read and validate a recipe file. Imports neither what it names nor torch.
+    """Read and validate a recipe file. Imports neither torch nor anything that the file names.
 
     overrides: `key=value` with dotted keys, such as "optimizer.arguments.lr=1e-3".
     Raises one ConfigError that lists all problems, each with file and line.
@@ -129,10 +127,10 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchem
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
-    """Read a recipe file, import what it names, and create its data set. The recipe builds the model later.
+    """Read a recipe file, import the objects that it names, and create its data set. The model is built later.
 
     Inserts the file's folder at the front of sys.path, where it stays, because data sets and models may import later.
-    Raises one ConfigError that lists all problems, each with file and line, and whatever the data set raises.
+    Raises one ConfigError that lists all problems, each with file and line. Errors from the data set pass through.
     """
     document = read_document(path, overrides, RecipeSchema)
     functions = _import_all(document)
@@ -156,13 +154,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
         recipe=recipe,
         strategy=schema.strategy.build(),
         steps=schema.steps,
-        text=tomli_w.dumps(settings),
         settings=settings,
     )
 
 
 def _weights(document: Document[RecipeSchema]) -> Weights | None:
-    """The initial weights. Paths are relative to the recipe's folder; in an override, to the working directory."""
+    """Return the initial weights.
+
+    Their path is relative to the recipe's folder; in an override, it is relative to the working directory.
+    """
     table = document.schema.weights
     overridden = document.origin("weights", "path").startswith("--set")
     if table is None:
@@ -172,7 +172,7 @@ def _weights(document: Document[RecipeSchema]) -> Weights | None:
 
 
 def _import_all(document: Document[RecipeSchema]) -> dict[str, Callable[..., Any]]:
-    """The recipe's functions by table, with their arguments filled in. Raises one ConfigError for all problems."""
+    """Return the recipe's functions by table, with their arguments bound. Raises one ConfigError for all problems."""
     folder = document.path.absolute().parent
     if sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))
@@ -206,7 +206,7 @@ def _import_all(document: Document[RecipeSchema]) -> dict[str, Callable[..., Any
 
 
 def find_function(path: str, folder: Path) -> Callable[..., Any]:
-    """Import the object that `module:attribute` names. Raises ConfigError without an origin."""
+    """Import the object that `module:attribute` names. Raises a ConfigError without an origin."""
     module_name, _, attribute = path.partition(":")
     found: Any = _import(module_name, folder)
     for name in attribute.split("."):
@@ -245,12 +245,12 @@ def _import_failed(name: str, error: Exception) -> ConfigError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
     at = (
         f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    )  # otherwise the message has it, for a syntax error for example
+    )  # without frames (after a syntax error, for example), the message names the place
     return ConfigError(f"module {name} can't be imported", got=f"{type(error).__name__}: {error}{at}")
 
 
 def _check_not_another(name: str, folder: Path) -> None:
-    """Refuse a module of the same name from elsewhere: Python imports a name only once per process."""
+    """Refuse a module of the same name that was imported from elsewhere: Python imports a name once per process."""
     top = name.partition(".")[0]
     used = getattr(sys.modules[top], "__file__", None) or "built into Python"
     own = [file for file in (folder / f"{top}.py", folder / top / "__init__.py") if file.is_file()]
@@ -266,7 +266,7 @@ def _check_not_another(name: str, folder: Path) -> None:
 def _argument_problems(
     key: KeyPath, function: Callable[..., Any], target: Target | GroupTable, document: Document[RecipeSchema]
 ) -> list[ConfigError]:
-    """Unknown and missing arguments of a function. key: of its table."""
+    """Return an error for each unknown or missing argument of a function. key: the key of the function's table."""
     table = str(key[0])
     try:
         signature = inspect.signature(function)
@@ -323,9 +323,9 @@ def _with_note(function: Callable[..., Any], where: str, table: str) -> Callable
 def _grouped(
     rest: Callable[..., Any], own: dict[int, Callable[..., Any] | None], document: Document[RecipeSchema]
 ) -> Callable[..., Any]:
-    """The factory of the optimizers: one over the param groups, and the groups' own optimizers.
+    """Return a factory of the optimizers: one for each group with a path, and one for all other parameters.
 
-    Every pattern must match a parameter.
+    The factory raises ConfigError if a pattern matches no parameter.
     """
     groups = document.schema.optimizer.groups
     patterns = [(index, pattern) for index, group in enumerate(groups) for pattern in group.match]
@@ -341,7 +341,11 @@ def _grouped(
                 f"optimizer.groups.{index}.match: {pattern!r} matches no parameter",
                 where=document.origin("optimizer", "groups", index, "match"),
                 expected=f"a pattern for names like {', '.join(names[:3])}"
-                + ("" if groups[index].dimensions is None else f", with {groups[index].dimensions} dimensions"),
+                + (
+                    ""
+                    if groups[index].dimensions is None
+                    else f" (the parameter must have {groups[index].dimensions} dimensions)"
+                ),
                 hint=hint_nearest(pattern.strip("*."), parts),
             )
             for index, pattern in patterns

@@ -25,13 +25,14 @@ KeyPath = tuple[str | int, ...]  # the path of a value: ("optimizer", "groups", 
 
 
 def line_numbers(text: str) -> dict[KeyPath, int]:
-    """The line at which each table and value of a valid TOML text starts.
+    """Return the line at which each table and value of a valid TOML text starts.
 
-    tomllib does not report lines. But a statement is the shortest run of lines that is valid TOML by itself.
+    tomllib does not report line numbers. So the text is divided into statements: each is the shortest sequence of lines
+    that is valid TOML by itself.
     """
     lines: dict[KeyPath, int] = {}
     table: KeyPath = ()
-    last_index: dict[KeyPath, int] = {}  # of each array of tables
+    last_index: dict[KeyPath, int] = {}  # of the tables in each array of tables
     statement, start = "", 1
     for number, line in enumerate(text.split("\n"), 1):
         statement += line + "\n"
@@ -51,7 +52,7 @@ def line_numbers(text: str) -> dict[KeyPath, int]:
 
 
 def _header(parsed: dict[str, Any], last_index: dict[KeyPath, int]) -> KeyPath:
-    """The key of `[a.b]` or `[[a.b]]`, parsed alone. In an array of tables it includes the index of the last table."""
+    """Return the key of the header `[a.b]` or `[[a.b]]`, including the index of the last table of each array."""
     key: KeyPath = ()
     value: Any = parsed
     while isinstance(value, dict) and value:
@@ -125,7 +126,7 @@ def override_of(key: str, value: str | float) -> str:
 
 
 def dotted(key: KeyPath) -> str:
-    """`optimizer.groups.0.match`."""
+    """Return the key as text, such as `optimizer.groups.0.match`."""
     return ".".join(str(name) for name in key)
 
 
@@ -158,7 +159,7 @@ class Document(Generic[S]):
     origins: dict[KeyPath, str]
 
     def origin(self, *key: str | int) -> str:
-        """The origin of a value, or of the table it would be in: `recipe.toml:12`, or `--set ...`."""
+        """Return the origin of a value, or of the table that would contain it: `recipe.toml:12`, or `--set ...`."""
         return _origin(self.path, self.origins, key)
 
     def relocated(self, error: ConfigError) -> ConfigError:
@@ -174,7 +175,7 @@ def read_document(path: str | Path, overrides: Sequence[str], schema: type[S]) -
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"line (\d+)", str(error))
-        line = found[1] if found else str(text.rstrip().count("\n") + 1)  # "at end of document"
+        line = found[1] if found else str(text.rstrip().count("\n") + 1)  # the error is "at end of document"
         raise ConfigError(
             f"{path} is not TOML: {error}", where=f"{path}:{line}", expected="valid TOML (toml.io)"
         ) from None
@@ -193,7 +194,7 @@ def read_document(path: str | Path, overrides: Sequence[str], schema: type[S]) -
 
 
 def raise_all(problems: Sequence[ConfigError], path: Path) -> None:
-    """Raise the only problem, or one error that lists all problems, if there are any."""
+    """Raise the problem if there is one, and one error that lists all problems if there are several."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -211,7 +212,7 @@ def _read_text(path: Path) -> str:
         files = (*folder.glob("*.toml"), *folder.glob("*/*.toml"))
         near = sorted(str(file.relative_to(folder)) for file in files if file.name not in FOREIGN_FILES)
         what = f"there is no recipe {path}" if not path.exists() else f"the recipe {path} can't be read"
-        hint = hint_nearest(path.name, near) or (f"in {folder} there are {', '.join(near[:5])}, ..." if near else None)
+        hint = hint_nearest(path.name, near) or (f"files in {folder}: {', '.join(near[:5])}, ..." if near else None)
         raise ConfigError(what, where=str(path.absolute()), got=error.strerror, hint=hint) from None
 
 
@@ -251,7 +252,7 @@ def _unknown_hint(loc: KeyPath, schema: type[Table]) -> str | None:
 
 
 def _table_at(loc: KeyPath, schema: type[Table]) -> type[Table] | None:
-    """The table that contains, or should contain, the last name of a key."""
+    """Return the table that contains, or should contain, the last name of a key."""
     table: type[Table] | None = schema
     for name in loc[:-1]:
         if isinstance(name, str) and table is not None:
@@ -260,7 +261,7 @@ def _table_at(loc: KeyPath, schema: type[Table]) -> type[Table] | None:
 
 
 def _table_named(name: str, outer: type[Table]) -> type[Table] | None:
-    """The table class of a field, or of the items of a field; None if it is not a table."""
+    """Return the table class of a field or of its items; None if they are not tables."""
     field = outer.model_fields.get(name)
     annotation = field.annotation if field else None
     kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
@@ -268,7 +269,7 @@ def _table_named(name: str, outer: type[Table]) -> type[Table] | None:
 
 
 def _real_key(loc: KeyPath, values: Any) -> KeyPath:
-    """The part of pydantic's location that exists in `values`: it also names types, and missing keys."""
+    """Return the part of pydantic's location that exists in `values`: pydantic also names types and missing keys."""
     key: KeyPath = ()
     name: Any
     for name in loc:

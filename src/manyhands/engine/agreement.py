@@ -1,6 +1,6 @@
 """Facts that must match between workers, and between a run and its checkpoints.
 
-A fact is a name and a text.
+A fact is a name and a value, both of them text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from manyhands.optim.sliced import SlicedOptimizer
 
 
 def all_gather_json(group: Group, value: object, tag: str) -> list[object]:
-    """Return all workers' values, by rank. Collective; makes two calls, so it is used outside of steps only."""
+    """Return all workers' values, by rank. Collective. Makes two calls, so it is too slow for every step."""
     text = json.dumps(value).encode()
     lengths = [int(length) for length in group.all_gather_small(torch.tensor([len(text)]), tag)]
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
@@ -47,12 +47,12 @@ def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> No
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe's settings that decide the bits. Functions and data can't be compared, but for len(data)."""
+    """Return the recipe's settings that decide the bits. Of functions and data, only len(data) can be compared."""
     facts = {
         f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")
     }
     names = ["precision", "clip_norm", "seed", "threads_per_worker", "device"]
-    if recipe.compile:  # only then: checkpoints written before this option existed don't have the fact
+    if recipe.compile:  # only if it is set: checkpoints written before this option existed lack the fact
         names.append("compile")
     for name in names:
         facts[name] = str(getattr(recipe, name))
@@ -60,7 +60,7 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
 
 
 def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
-    """Return the optimizers' classes, and each param group's hyperparameters and parameters."""
+    """Return the optimizers' classes, and each param group's hyperparameters and parameter names."""
     kinds = zip(optimizer.fronts, optimizer.kinds, strict=True)
     facts = {"optimizer": ", ".join(f"{type(front).__qualname__} ({kind})" for front, kind in kinds)}
     for index, group in enumerate(optimizer.hyperparameters()):
@@ -72,7 +72,8 @@ def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
 def frozen_facts(model: nn.Module, pending: Container[str], allocator: Allocator) -> dict[str, str]:
     """Return fingerprints of the frozen parameters, which the digest doesn't cover since no step changes them.
 
-    pending: names of parameters without values so far; they are left out. allocator: of the parameters' buffers.
+    pending: names of the parameters that have no values yet; they are left out.
+    allocator: the allocator of the parameters' buffers.
     """
     facts = {}
     for name, param in model.named_parameters():
@@ -83,7 +84,7 @@ def frozen_facts(model: nn.Module, pending: Container[str], allocator: Allocator
 
 
 def schedule_facts(schedules: Sequence[LRScheduler]) -> dict[str, str]:
-    """Return the schedules' classes and plain numbers, as they are before the first step. Raises ConfigError."""
+    """Return the schedules' classes and their numeric state before the first step. Raises ConfigError."""
     facts = {"schedule": ", ".join(type(schedule).__qualname__ for schedule in schedules) or "none"}
     for index, schedule in enumerate(schedules):
         if isinstance(schedule, ReduceLROnPlateau):
@@ -98,10 +99,10 @@ def schedule_facts(schedules: Sequence[LRScheduler]) -> dict[str, str]:
 
 
 def agree_on_model(model: nn.Module, pending: Collection[str], group: Group, allocator: Allocator) -> None:
-    """Check that every worker built the same model, to the bit. Collective. Raises ConfigError.
+    """Check that every worker built the same model, bit for bit. Collective. Raises ConfigError.
 
-    pending: names of parameters without values so far; only their shapes are compared.
-    allocator: the one of the parameters' buffers.
+    pending: names of the parameters that have no values yet; only their shapes are compared.
+    allocator: the allocator of the parameters' buffers.
     """
     facts = {}
     for name, param in model.named_parameters():
@@ -112,5 +113,5 @@ def agree_on_model(model: nn.Module, pending: Collection[str], group: Group, all
         group,
         "model",
         facts,
-        hint="the model's construction must not depend on the worker's number, the time, or its own generator",
+        hint="build the same model on every worker: don't use the rank, the time or an unseeded random generator",
     )

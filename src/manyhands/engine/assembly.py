@@ -1,7 +1,7 @@
 """Builds a model's units and their buffers.
 
-Parameters, master weights and gradients of a unit lie in flat buffers. Where these buffers are (shared memory, one per
-worker, a file) and how much of the unit they hold follows from the sharding, the offload and the group.
+A unit's parameters, master weights and gradients lie in flat buffers. The sharding, the offload and the group determine
+where these buffers are (in shared memory, in each worker's own memory, in a file) and how much of the unit they hold.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from manyhands.engine.step.buffers import may_change
 from manyhands.engine.step.reduce import levels_of
 from manyhands.engine.units.gradients import Gradients, PersistentGradients, Ring, RingGradients, TransientGradients
 from manyhands.engine.units.params import OffloadedParams, OnDemandParams, Params, ReplicatedParams, ShardedParams
-from manyhands.engine.units.partition import UnitPlan, plan_units, storage_dtype
 from manyhands.engine.units.unit import ParamUnit, Unit
-from manyhands.layout import Layout, Range, UnitLayout, build_layout
+from manyhands.engine.units.unit_plan import UnitPlan, plan_units, storage_dtype
 from manyhands.models.building import evict_model
 from manyhands.offload.allocator import Allocator, BufferPool
 from manyhands.offload.scratch import check_space
 from manyhands.optim.sliced import SlicedOptimizer
+from manyhands.shard_layout import Layout, Range, UnitLayout, build_layout
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Storage:
     """A model whose parameters lie in units.
 
     units: the units of the trainable parameters.
-    frozen: the units of frozen parameters, if these are sharded, too; else empty.
+    frozen: the units of the frozen parameters if these are sharded, else empty.
     named_params: the trainable parameters by name, in construction order.
     """
 
@@ -64,10 +64,10 @@ def lay_out(
 ) -> Storage:
     """Move the model's parameters into flat buffers. Collective.
 
-    unsplittable: names of the parameters that their optimizer must see unsplit.
-    pending: names of the parameters without values so far; they are not copied.
-    allocator: of master weights and, if the sharding shards parameters, of these.
-    Frozen parameters are only cast and moved to the device, unless they are sharded, too.
+    unsplittable: names of the parameters that their optimizer must see in full.
+    pending: names of the parameters that have no values yet; they are not copied.
+    allocator: creates the buffers of master weights, and of parameters if these are unsharded on demand.
+    Frozen parameters that are not sharded are only cast and moved to the device.
     """
     sharding = sharding_named(strategy.sharding)
     _cast_frozen(model, recipe.precision, group.device, pending)
@@ -93,7 +93,7 @@ def lay_out(
         frozen_plans = _shardable_frozen(plans, builder.params)
         for plan, unit_layout in zip(frozen_plans, builder.layout_of(frozen_plans).units, strict=True):
             frozen.append(ParamUnit(unit_layout, builder.params_of(unit_layout, plan.dtype), plan.modules))
-        # Shared buffers are written by several workers: bind the model to them only when all have finished.
+        # Several workers fill a shared buffer, so bind the model to it only after all of them have finished.
         group.barrier("start / frozen filled / control")
         for unit in frozen:
             unit.bind(builder.params)
@@ -122,7 +122,7 @@ class _UnitBuilder:
         self.params, self._pending = params, pending
         self._group, self._reducing_group = group, reducing_group
         self._sharding, self._allocator = sharding, allocator
-        # Workers on shared memory have one physical copy of the parameters, so sharding saves nothing, unless that copy
+        # Workers that share memory have one physical copy of the parameters, so sharding saves nothing unless that copy
         # is offloaded.
         offloaded = allocator.on_disk or allocator.device != group.device
         self.on_demand = sharding.param is SHARDED and (offloaded or not group.pieces_are_views)
@@ -152,16 +152,16 @@ class _UnitBuilder:
             held = layout.shard(group.rank) if self._sharding.optim is SHARDED else layout.extent
             master = self._master(params, held)
             units[plan.name] = Unit(layout, group.rank, params, held, master, unit_gradients, plan.modules)
-        # Shared buffers are written by several workers: bind the model to them only when all have finished.
+        # Several workers fill a shared buffer, so bind the model to it only after all of them have finished.
         group.barrier(f"start / {dtype} filled / control")
         for unit in units.values():
             unit.bind(self.params)
         return units
 
     def params_of(self, layout: UnitLayout, dtype: torch.dtype, full: Tensor | None = None) -> Params:
-        """Create and fill a unit's parameters: in `full`, or in a new buffer. Collective where memory is shared."""
+        """Create and fill a unit's parameters, in `full` or in a new buffer. Collective where memory is shared."""
         group = self._group
-        # Every worker has built the complete model, so the workers on shared memory fill one part of the buffer each.
+        # Every worker has built the complete model, so workers that share memory each fill one part of the buffer.
         writes = layout.part(group.intra_host.rank, group.intra_host.size)
         params: Params
         if full is not None:
@@ -178,10 +178,10 @@ class _UnitBuilder:
         return params
 
     def _master(self, params: Params, held: Range) -> Tensor:
-        """Return the master weights of `held`, [held.numel] fp32: an alias of fp32 parameters where possible."""
-        # fp32 parameters are their own master weights: a copy would cost 4 bytes per parameter. Not if each worker has
-        # all master weights while the parameters are one shared copy: then several workers would update that copy.
-        # The updater recognizes the alias by its address (update/apply.py:_is_alias).
+        """Return the master weights of `held`, [held.numel] fp32. They are an alias of fp32 parameters if possible."""
+        # fp32 parameters are their own master weights, since a copy would cost 4 bytes per parameter. A copy is needed
+        # if each worker has all master weights while the workers share one copy of the parameters: without it, several
+        # workers would update the shared copy. The updater recognizes an alias by its address (apply.py:_is_alias).
         if params.dtype == torch.float32 and (self._sharding.optim is SHARDED or not self._group.shares_memory):
             stored = params.stored(held)
             if stored.device == self._allocator.device:
@@ -192,7 +192,7 @@ class _UnitBuilder:
         return master
 
     def _copy(self, layout: UnitLayout, within: Range, out: Tensor) -> None:
-        """Copy the model's parameters, as they were built, into `out`, whose first element is that of `within`."""
+        """Copy the unit's elements `within` from the built model to `out`, [within.numel]."""
         for piece in layout.pieces(within):
             if piece.slot.name in self._pending:
                 continue
@@ -218,7 +218,8 @@ class _UnitBuilder:
 def _shardable_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Parameter]) -> list[UnitPlan]:
     """Return the plans of the frozen parameters that can be sharded.
 
-    Left out are parameters that may change in forward, and integers, which can't read as NaN while they are resharded.
+    Parameters that may change in forward are left out. So are integer parameters: they could not read as NaN while they
+    are resharded.
     """
     found = []
     for plan in plans:
@@ -231,14 +232,14 @@ def _shardable_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Paramet
 def check_scratch_space(
     allocator: Allocator, group: Group, units: Sequence[Unit], optimizer: SlicedOptimizer, batch: Batch
 ) -> None:
-    """Check that the files of all workers have space for what the first step adds. Collective. Raises ConfigError.
+    """Check that the disk has space for what the first step adds on all workers. Collective. Raises ConfigError.
 
-    The first step adds the optimizer's state and sums of gradients; master weights and parameters are there already.
+    The first step adds the optimizer's state and sums of gradients. Master weights and parameters already have files.
     """
     if allocator.scratch is None:
         return
     state_bytes, needed = optimizer.state_bytes(), 0.0
-    # A partial sum per level of the tree, one that is being added to it, and the total, which the norm needs.
+    # One partial sum per level of the tree, one that is being added, and the total gradient, which the norm needs.
     sums = batch.virtual_workers.bit_length() + 2
     for unit in units:
         needed += sum(piece.in_unit.numel * state_bytes[piece.slot.name] for piece in unit.layout.pieces(unit.held))

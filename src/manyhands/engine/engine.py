@@ -29,12 +29,12 @@ from manyhands.engine.agreement import (
 from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
 from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.buffers import Buffers
-from manyhands.engine.step.compute import around_forward, loss_and_weight, on_gradients, to_device
 from manyhands.engine.step.control import Control, all_gather_control
+from manyhands.engine.step.hooks import around_forward, loss_and_weight, on_gradients, to_device
 from manyhands.engine.step.metrics import PhaseClock, StepMetrics
 from manyhands.engine.step.reduce import GradientReducer
-from manyhands.engine.units.partition import repeated_children
 from manyhands.engine.units.unit import ParamUnit
+from manyhands.engine.units.unit_plan import repeated_children
 from manyhands.engine.units.unsharding import Unsharder
 from manyhands.engine.update.apply import Allocators, Updater
 from manyhands.errors import InvariantError, NumericsError
@@ -59,18 +59,18 @@ _HINT_SAME_RECIPE = "start all workers with the same program, the same recipe an
 class StepEngine:
     """A recipe's model on this worker, and the training steps on it. The constructor is collective.
 
-    model: this worker's model. Its parameters are views of flat buffers, with the names, order and shapes that they
-    were built with.
+    model: this worker's model. Its parameters are views of flat buffers. Their names, order and shapes are those of the
+    model as it was built.
     step_index: the number of steps completed so far.
     identity: the run's numerics identity.
-    pending: names of the parameters whose values have yet to be loaded from the recipe's files; the loader adds the
-    frozen ones among them to `frozen_facts`.
-    Raises ConfigError, the same one on all workers.
+    pending: names of the parameters whose values have yet to be loaded from the recipe's files. After loading, the
+    fingerprints of the frozen ones are added to `frozen_facts`.
+    Raises the same ConfigError on all workers.
     """
 
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
         self.recipe, self.strategy, self.group = recipe, strategy, group
-        # Before anything creates an optimizer: torch.optim would import the compiler (150 MiB, 1 to 2 s a worker).
+        # This must come before any optimizer is created: torch.optim would import the compiler (150 MiB, 1 to 2 s).
         avoid_compiler_import()
         fix_arithmetic(recipe)
         recipe.batch.check_workers(group.size)
@@ -98,7 +98,7 @@ class StepEngine:
         recipe, group = self.recipe, self.group
         self.model, self.pending = build_model(recipe, building)
         agree_on_model(self.model, self.pending, group, building)
-        # As they were built: `lay_out` casts parameters and replaces their data.
+        # Record shapes and dtypes as built, because `lay_out` casts parameters and replaces their data.
         self.param_shapes = {name: param.shape for name, param in self.model.named_parameters()}
         self.param_dtypes = {name: param.dtype for name, param in self.model.named_parameters()}
         optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
@@ -117,7 +117,7 @@ class StepEngine:
         self.layout, self.units, self.frozen_units = storage.layout, storage.units, storage.frozen
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
-        # Before schedules are created: they change the hyperparameters that the recipe has set.
+        # This must come before schedules are created: they change the hyperparameters that the recipe has set.
         self._optimizer_facts = optimizer_facts(self.optimizer)
         self.schedules = tuple(map(recipe.schedule, self.optimizer.fronts)) if recipe.schedule is not None else ()
         self._optimizer_facts |= schedule_facts(self.schedules)
@@ -136,10 +136,11 @@ class StepEngine:
         self._compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
         on_demand = storage.on_demand_units
         for unit in on_demand:
-            # Hooks stay outside of compiled code, so a unit's hooks move to the compiled module that contains it.
+            # Hooks must stay outside of compiled code. If a compiled module contains the unit's module, the hooks are
+            # registered on the compiled module.
             unit.modules = self._compiled.around(unit.modules)
-        # Unsharding copies from memory that this worker can read (shared, or its own): then no peer takes part.
-        # Otherwise it has a sequence of collective calls of its own, see units/unsharding.py.
+        # If this worker can read the stored parameters of all shards, unsharding is a copy in which no peer takes part.
+        # Otherwise unsharding has its own sequence of collective calls, see units/unsharding.py.
         unshard_group = group.sibling() if on_demand and not group.pieces_are_views else LocalGroup(group.device)
         self._unsharder = Unsharder(unshard_group, on_demand, strategy.unshard_ahead)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
@@ -150,12 +151,12 @@ class StepEngine:
         self.step_index = 0
         self._weighted = False  # True if the loss function returns (sum, weight)
         self.last_hashes: np.ndarray | None = None
-        # Set on any worker, by a signal or by a timer. The next step's control values bring it to all workers.
+        # A signal or a timer may set these on any one worker. The next step's control values set them on all workers.
         self.stop_requested = self.save_requested = False
         self._failed: BaseException | None = None
 
     def _unshard_around_forwards(self, units: Sequence[ParamUnit]) -> list[RemovableHandle]:
-        """Register hooks with which a module's forward unshards the units that it uses."""
+        """Register hooks that unshard a unit before the forward of each module that uses it. Return their handles."""
         handles = []
         for unit in units:
             for name in unit.modules:
@@ -166,7 +167,7 @@ class StepEngine:
 
     @property
     def my_micro_batches(self) -> list[int]:
-        """The indices of a step's micro-batches that this worker computes, in order."""
+        """The indices of the micro-batches that this worker computes in a step, in order."""
         return [this.micro_batch for this in self._reducer.rounds if this.micro_batch is not None]
 
     def run_step(self, load: Callable[[int], Any], *, digest: bool = False) -> StepMetrics:
@@ -174,9 +175,10 @@ class StepEngine:
 
         load(i) returns micro-batch i; it is called for each of `my_micro_batches`, in order.
         digest: also compute the digest of the weights after the step.
-        Raises NumericsError if a loss or gradient is not finite. Then no state has changed: the engine can be saved,
-        and the step can be repeated with other data.
-        Raises WorkerError, and whatever the model or the loss function raises. Then the engine is unusable.
+        Raises NumericsError if a loss or gradient of a micro-batch is not finite. In that case no state has changed:
+        the engine can be saved, and the step can be repeated with other data.
+        After any other error the engine is unusable: for example, WorkerError, NumericsError if only the sum of the
+        gradients is not finite, or an exception of the model or the loss function.
         """
         with self.changing():
             return self._step(load, digest)
@@ -209,7 +211,7 @@ class StepEngine:
         step, tag = self.step_index, f"step {self.step_index}"
         self._clock.begin()
         self._param_guard.before_step()
-        # The mode must not depend on what the caller did between steps (an evaluation leaves eval mode, for example).
+        # The mode must not depend on the caller's code between steps: an evaluation may leave the model in eval mode.
         self.model.train()
         self.buffers.begin_step()
         self._reducer.begin_step(step)
@@ -225,7 +227,7 @@ class StepEngine:
             with self._clock.phase("compute"):
                 if this.micro_batch is not None:
                     losses[this.micro_batch] = self._compute(step, this.micro_batch, batch)
-                    batch = None  # its memory is free while this worker communicates
+                    batch = None  # free its memory before this worker communicates
             with self._clock.phase("communication"):
                 self._publish_status("communication")
                 self._unsharder.end()
@@ -236,7 +238,7 @@ class StepEngine:
             self._reducer.close_rounds()
             control = all_gather_control(self._my_control(losses), self.group, f"{tag} / control")
             self._reducer.await_pieces()
-        # From here on state changes, so this is the last moment at which a step can be refused.
+        # State changes from here on, so this is the last point at which a step can be refused.
         self._refuse_not_finite(control, tag)
         weight = _added_in_order(control.weights)
         with self._clock.phase("update"):
@@ -268,8 +270,8 @@ class StepEngine:
         """Run forward and backward of one micro-batch. Return its loss and weight."""
         self._publish_status("forward and backward", micro_batch)
         bf16 = self._has_bf16 and not self.recipe.compile  # torch compiles nothing under a dispatch mode
-        # Generators are seeded per micro-batch, so it doesn't matter which worker computes it, and restored afterwards,
-        # so the caller's own random numbers don't depend on how many micro-batches this worker had.
+        # Generators are seeded for each micro-batch, so it doesn't matter which worker computes it. They are restored
+        # afterwards, so the caller's random numbers don't depend on how many micro-batches this worker computed.
         with preserved_generators(), self._compiled.computing(), bf16_products_in_fp32(bf16):
             seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
             with self._unsharder.watching_autograd():
@@ -279,8 +281,8 @@ class StepEngine:
             self._param_guard.before_backward(loss)
             self._unsharder.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
-            # Gradients that no hook reported: all of them if `overlap` is off, or those that the loss function assigned
-            # itself. Last parameter first, which is the order in which units are sent.
+            # Take the gradients that no hook has reported: all of them if `overlap` is off, otherwise those that the
+            # loss function assigned itself. The last parameter comes first, because units are sent in that order.
             for name, param in reversed(self._params.items()):
                 self._reducer.arrived(name, param)
             self.buffers.end_micro_batch(micro_batch)
@@ -304,19 +306,19 @@ class StepEngine:
         )
 
     def _refuse_not_finite(self, control: Control, tag: str) -> None:
-        """Raise NumericsError if a loss, gradient or the total weight is not finite.
+        """Raise NumericsError if a loss or gradient is not finite, or the total weight is not finite and positive.
 
-        `control` is the same on all workers, so all of them raise, and before any state has changed.
+        `control` is the same on all workers, so all of them raise. They raise before any state has changed.
         """
         bad_losses = np.flatnonzero(~np.isfinite(control.losses))
         weight = _added_in_order(control.weights)
         error: NumericsError | None = None
-        # A bad loss has bad gradients. The loss is reported, unless an earlier micro-batch has a bad gradient.
+        # A bad loss causes bad gradients, so the loss is reported unless an earlier micro-batch has a bad gradient.
         if control.bad is not None and not (len(bad_losses) and bad_losses[0] <= control.bad[0]):
             loss = control.losses[control.bad[0]]
             error = NumericsError(
                 f"the gradient of {self._param_names[control.bad[1]]!r} is not finite in micro-batch {control.bad[0]}",
-                where=f"{tag}, {self.recipe.batch.samples_of(self.step_index, control.bad[0])}; its loss is {loss:g}",
+                where=f"{tag}, {self.recipe.batch.samples_of(self.step_index, control.bad[0])}; the loss is {loss:g}",
                 hint="lower the learning rate, set clip_norm, or inspect those samples; no weight has been changed",
             )
         elif len(bad_losses):
@@ -334,7 +336,7 @@ class StepEngine:
                 got=weight,
             )
         if error is not None:
-            # All workers discard the step, with no collective call left unmatched: the engine stays usable.
+            # All workers discard the step and leave no collective call unmatched, so the engine stays usable.
             self._reducer.discard()
             self.buffers.abort()
             error.nothing_changed = True  # type: ignore[attr-defined]
@@ -358,14 +360,14 @@ class StepEngine:
     def unsharded_model(self) -> Iterator[nn.Module]:
         """Unshard the complete model, to inspect it between two steps. Collective.
 
-        Sharded parameters take the memory of the full model on every worker until the block ends.
+        Every worker needs memory for the full model until the block ends.
         """
         with self._unsharder.unsharded():
             yield self.model
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """Yield the model for forward passes between two steps. Collective: the end waits for all workers.
+        """Yield the model for forward passes between two steps. Collective: the end of the block waits for all workers.
 
         Sharded parameters are unsharded unit by unit, as the model needs them. Workers may call the model different
         numbers of times, or not at all.
@@ -406,9 +408,10 @@ class StepEngine:
         return full
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Return the complete state_dict on every worker: master weights in fp32 on the CPU. Collective.
+        """Return the complete state_dict on every worker, on the CPU. Collective.
 
-        Frozen parameters and buffers have their own dtypes. Tied parameters appear under all of their names.
+        The values of trainable parameters are the master weights, in fp32. Frozen parameters and buffers have their own
+        dtypes. Tied parameters appear under all of their names.
         """
         full = self.full_params()
         names = {id(param): name for name, param in self._params.items()}
@@ -419,7 +422,7 @@ class StepEngine:
         return state
 
     def facts(self) -> dict[str, str]:
-        """Return what a checkpoint must have in common with this engine: the recipe, as far as text can describe it."""
+        """Return the facts that a checkpoint must share with this engine. They describe the recipe as text."""
         params = {f"parameter {name}": str(numel) for name, numel in self.digest_names}
         buffers = {f"buffer {name}": str(list(buffer.shape)) for name, buffer in self.model.named_buffers()}
         return recipe_facts(self.recipe) | params | self.frozen_facts | buffers | self._optimizer_facts
@@ -435,7 +438,7 @@ class StepEngine:
 
 
 def _added_in_order(values: np.ndarray) -> float:
-    """Sum left to right: numpy's own sum adds pairwise, in an order that depends on the length."""
+    """Return the sum from left to right. numpy's sum adds pairwise, in an order that depends on the length."""
     total = 0.0
     for value in values:
         total += float(value)

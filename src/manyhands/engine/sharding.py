@@ -1,6 +1,6 @@
-"""Shardings as values: DDP, ZERO1, ZERO2 and ZERO3, three placements each.
+"""The shardings DDP, ZERO1, ZERO2 and ZERO3, each defined by three placements.
 
-    Bytes per parameter and worker for bf16 with AdamW, N workers that share no memory. The fp32 partial sums in flight
+    Bytes per parameter and worker for bf16 with AdamW, on N workers that share no memory. Partial sums in flight (fp32)
     and the total gradient that clipping needs are not included. For shared memory see docs/memory.md.
 
               param         grad          optim          bytes
@@ -9,7 +9,8 @@
     ZERO2     replicated    sharded       sharded        2 + one unit's + 12/N
     ZERO3     sharded       sharded       sharded        2/N + one unit's + 12/N
 
-Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 5.
+Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 5. `shard_layout.py` decides which elements each
+worker owns.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from manyhands.options import nearest
 
 
 class Placement(Enum):
-    """Placement of a kind of state: a full copy on every worker, or a shard on each."""
+    """Placement of one kind of state: a full copy on every worker, or one shard on each worker."""
 
     REPLICATED = "replicated"
     SHARDED = "sharded"
@@ -33,7 +34,7 @@ REPLICATED, SHARDED = Placement.REPLICATED, Placement.SHARDED
 
 @dataclass(frozen=True)
 class Sharding:
-    """Placement of parameters, gradients, and optimizer state with master weights."""
+    """The placements of parameters, of gradients, and of optimizer state with master weights."""
 
     name: str
     param: Placement

@@ -1,1 +1,1 @@
-"""Starts workers, supervises them and starts them again."""
+"""Starts, supervises and restarts workers."""

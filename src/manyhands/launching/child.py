@@ -1,8 +1,8 @@
 """The first code in a worker process (standard library only).
 
-The launcher runs it by its path, as `python -I -S child.py FOLDER`. It takes about 15 ms, because it imports only the
-standard library. Then it replaces itself with the worker's command (exec: the same process with the same kernel
-settings), so a user's script runs exactly as `python script.py` would.
+The launcher runs this file by its path, as `python -I -S child.py FOLDER`. This takes about 15 ms, because the file
+imports only the standard library. Then the process replaces itself with the worker's command (exec: the same process
+with the same kernel settings), so a user's script runs exactly as with `python script.py`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def die_with_parent(parent: int | None = None) -> None:
 def started_marker(rank: int) -> str:
     """Return the name of the empty file that reports this worker's pid and start time (clock ticks) to the launcher.
 
-    The start time distinguishes this process from a later one with the same pid. All is in the name, because creating
-    an empty file is atomic.
+    The start time distinguishes this process from a later one with the same pid. The name holds everything, because
+    creating an empty file is atomic.
     """
     try:
         with open("/proc/self/stat") as file:
@@ -47,7 +47,7 @@ def started_marker(rank: int) -> str:
 
 
 def become_worker(folder: str) -> None:
-    """Set up this process by the plan in `folder` and replace it with the worker's command. Does not return."""
+    """Set up this process as the plan in `folder` says and replace it with the worker's command. Does not return."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C this early ends the process without a traceback
     try:
         with open(os.path.join(folder, PLAN_FILE), encoding="utf-8") as file:

@@ -1,8 +1,8 @@
 """Finds the root cause among several failed workers, and decides whether to restart.
 
-After a failure all workers are restarted from the last snapshot or checkpoint, as long as that can succeed. A step is
-a function of the state before it only, so lost steps are computed again to the same bits. For the same reason an
-exception that occurs twice in the same micro-batch would occur every time.
+After a failure all workers are restarted from the last snapshot or checkpoint, as long as that can succeed. A step
+depends only on the state before it, so lost steps give the same bits when they are computed again. For the same reason
+an exception that occurs twice in the same micro-batch would occur every time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ STOPPED_CODES = (130, 143)
 """Exit codes of a worker that stopped on request: 128 + SIGINT, 128 + SIGTERM."""
 
 LAUNCHER_KILL_SECONDS = 20.0
-"""A worker whose SIGKILL is seen this long after the first failure was killed by the launcher, which waits 30 s."""
+"""If a worker dies of SIGKILL this long after the first failure, the launcher has killed it (it waits 30 s first)."""
 
 
 def explain_failure(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
-    """Return the error to raise for workers that ended as `ends` (all of them, at least one not successfully). Pure.
+    """Return the error to raise. ends: how all workers ended; at least one of them failed. This is a pure function.
 
-    Interrupted, if they stopped on request. Otherwise a WorkerError that names the root cause, which is the first of:
+    The error is Interrupted if the workers stopped on request. Otherwise it is a WorkerError that names the root cause,
+    which is the first of:
     1. a worker killed with SIGKILL from outside, such as by the out-of-memory killer (its peers see broken connections,
        which they may report as their own errors, but these are consequences);
     2. the first worker that reported its own error;
@@ -51,13 +52,16 @@ def explain_failure(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
 
 
 def _stopped_code(end: WorkerEnd) -> int:
-    """Return the exit code, or that of a stopped worker if it ended by raising the request to stop."""
+    """Return the exit code.
+
+    If the worker failed with Interrupted or KeyboardInterrupt, return the exit code of a stopped worker.
+    """
     was_interrupted = end.failure is not None and end.failure.kind in ("Interrupted", "KeyboardInterrupt")
     return STOPPED_CODES[0] if was_interrupted and end.exit_code > 0 else end.exit_code
 
 
 def _error_about(root_cause: WorkerEnd, notices: Sequence[Failure], ends: Sequence[WorkerEnd]) -> WorkerError:
-    """Return the error about the root cause. notices: what its peers reported about it, earliest first."""
+    """Return the error about the root cause. notices: reports of its peers about it, earliest first."""
     failure = root_cause.failure if root_cause.failure is not None and not root_cause.failure.notice else None
     notice = notices[0] if notices else None
     reported, raised = None if failure is None else failure.error(), ""
@@ -68,8 +72,8 @@ def _error_about(root_cause: WorkerEnd, notices: Sequence[Failure], ends: Sequen
         raised = f"{failure.kind}: {failure.first_line}"
         what = f"worker {root_cause.rank} failed: {failure.kind}: {failure.first_line}"
     elif notice is not None and (notice.alive or root_cause.exit_code in (0, -signal.SIGTERM)):
-        # It was alive (in a stall, for example) and ended only because it was stopped or killed afterwards: what the
-        # peer reported is more specific than the exit code.
+        # It was alive (in a stall, for example) and ended only because it was stopped or killed afterwards: the peer's
+        # report is more specific than the exit code.
         what = notice.what or notice.first_line
     else:
         what = f"worker {root_cause.rank} {_describe_exit(root_cause.exit_code)}"
@@ -110,7 +114,7 @@ def _root_cause_order(end: WorkerEnd, named: int | None, first_seconds: float) -
 def _detail(
     what: str, root_cause: WorkerEnd, failure: Failure | None, notices: Sequence[Failure], ends: Sequence[WorkerEnd]
 ) -> str:
-    """Return what is known in addition to `what`: tracebacks, log lines, and other workers' failures."""
+    """Return the details that `what` lacks: tracebacks, log lines, and other workers' failures."""
     parts = []
     if failure is not None:
         parts.append((failure.detail or "") if failure.kind == "WorkerError" else failure.traceback)
@@ -122,7 +126,7 @@ def _detail(
         parts.append(f"the last lines of worker {root_cause.rank}:\n{root_cause.log_tail}")
     for end in ends:
         other = end.failure
-        # Omit workers that only report the root cause, repeat its message, or were only requested to end.
+        # Omit workers that only report the root cause, repeat its message, or were only asked to end.
         repeats = other is not None and (
             other.root_cause == root_cause.rank or (failure and other.message == failure.message)
         )
@@ -162,7 +166,7 @@ def _describe_exit(exit_code: int) -> str:
 
 @dataclass(frozen=True)
 class Restart:
-    """A restart that is about to happen. number: which one without progress, from 1; limit: how many are allowed."""
+    """A restart that is about to happen. number: counts restarts without progress, from 1. limit: its maximum."""
 
     cause: WorkerError
     number: int
@@ -179,10 +183,10 @@ def run_with_restarts(
 ) -> None:
     """Call `run`, which starts the workers and waits for them, until it succeeds.
 
-    run: called with the number of failures since the last progress. saved_step: the point from which `run` would
-    continue: (number of the training within the script, from 0; steps that its last snapshot or checkpoint has).
-    limit: number of restarts without progress, which is growth of `saved_step`. on_restart: called before each restart.
-    samples_of: describes the samples of (step, micro-batch).
+    run: called with the number of failures since the last progress. saved_step: returns the point from which `run`
+    would continue: the number of the training within the script, from 0, and the step of its last snapshot or
+    checkpoint. limit: how many restarts without progress are allowed; a later `saved_step` is progress. on_restart:
+    called before each restart. samples_of: describes the samples of (step, micro-batch).
 
     Raises the last WorkerError if the limit is exceeded or an exception has occurred twice at the same position. Errors
     that a restart cannot fix, and Interrupted, are raised at once.
@@ -203,21 +207,21 @@ def run_with_restarts(
                 why = "the previous attempt failed at the same position"
                 raise _not_restarted(error, why, samples_of) from error.__cause__
             if number > limit:
-                why = f"this is failure {number} without a checkpoint since step {since[1]}" if limit else ""
+                why = f"this is failure {number} without progress since step {since[1]}" if limit else ""
                 raise _not_restarted(error, why, samples_of) from error.__cause__
             last_fault = fault
             on_restart(Restart(error, number, limit))
 
 
 def _is_accident(error: WorkerError) -> bool:
-    """True if a restart may succeed: not if a person must fix the error, or a worker raised before its first step."""
+    """False if a restart can't succeed: a person must fix the error, or a worker raised it before its first step."""
     if error.raised and error.position.step is None:
         return False
     return not isinstance(error.__cause__, ManyhandsError) or isinstance(error.__cause__, WorkerError)
 
 
 def _fault_of(error: WorkerError) -> tuple[Position, str] | None:
-    """Return a worker's exception and its position; None if it was killed or stalled, which may be chance."""
+    """Return a worker's exception and its position; None if it was killed or stalled, which may not recur."""
     return (error.position._replace(activity=""), error.raised) if error.raised else None
 
 

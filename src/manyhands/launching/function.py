@@ -33,7 +33,7 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
     Raises WorkerError naming the worker, with its traceback in `detail`; Interrupted (Ctrl-C: see `run_workers`);
     ConfigError if the call cannot be pickled. No processes or files are left behind.
     """
-    # Imported here, because the workers import this module, too, and do not need the launcher.
+    # Imported here, because the workers also import this module, and do not need the launcher.
     from manyhands.launching.launcher import run_workers
     from manyhands.launching.worker_files import shared_folder
 

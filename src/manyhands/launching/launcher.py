@@ -1,13 +1,12 @@
 """Starts N workers on this host.
 
-torch's elastic launcher starts the processes, sets RANK, WORLD_SIZE, MASTER_ADDR and the rest, watches them, and ends
-all of them when one fails. Three of its parts are replaced, each through an interface that torch has for that:
+torch's elastic launcher starts the processes, sets their variables (RANK, WORLD_SIZE, MASTER_ADDR and others), watches
+them, and ends all of them when one fails. Three of its parts are replaced, each through an interface of torch:
 
-- the rendezvous (`_LocalRendezvous`): one host needs no agreement. Its store listens only on 127.0.0.1, on a port
+- the rendezvous (`_LocalRendezvous`): one host needs no agreement. The store listens only on 127.0.0.1, on a port
   that the system chooses and that stays open from then on, so that no other process can take it;
-- the signal handlers (`StopRequest`): torch's handlers raise wherever the parent happens to be, even between two
-  starts of workers, which are then orphaned. Ours only record the signal; the launcher acts on it when it next checks
-  the workers;
+- the signal handlers (`StopRequest`): torch's handlers may raise while only some workers have started, and leave these
+  orphaned. Ours only record the signal; the launcher acts on it when it next checks the workers;
 - the log folders (`Logs`): plain files that the workers write themselves (see launching/child.py).
 """
 
@@ -70,9 +69,9 @@ def run_workers(
     environment: variables added to those that the workers inherit. log_dir: the output of worker R > 0 is appended to
     log_dir/worker-R.log. Worker 0, and without a log_dir all workers, write to this process's terminal.
     grace_seconds: time that workers have to stop after a signal. quiet: suppress the log of torch's elastic launcher.
-    holds_signals: workers start with SIGINT and SIGTERM blocked, and unblock them once they handle them
-    (StopSignals). rendezvous: run together with workers on other hosts, which may join and leave; workers are then
-    restarted as it specifies.
+    holds_signals: workers start with SIGINT and SIGTERM blocked, and unblock them once their handlers are installed
+    (StopSignals). rendezvous: if given, run together with workers on other hosts, which may join and leave; it also
+    specifies how often workers are restarted.
 
     SIGINT, SIGTERM and SIGHUP are passed on once to the workers, which have `grace_seconds` to finish their step and
     save; a second Ctrl-C kills them at once. Every worker leads its own session, so that a Ctrl-C on the terminal
@@ -80,8 +79,8 @@ def run_workers(
     kills the workers (Linux).
 
     Raises WorkerError naming the root cause; Interrupted when stopped by a signal; ConfigError if the command does not
-    exist. After a failure, and before workers are restarted, no worker, no process that it started in its session and
-    no temporary file is left. Processes that workers have left running in their sessions after success continue.
+    exist. After a failure, and before a restart, no worker and no process in its session is left. Temporary files are
+    always deleted at the end. After success, processes that the workers left running in their sessions continue.
     """
     if workers < 1:
         raise ConfigError("the number of workers is out of range", expected="at least 1", got=workers)
@@ -116,8 +115,8 @@ def run_workers(
 def explain_rendezvous_failure(error: WorkerError, ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
     """Return the error that explains why the rendezvous failed with `error`.
 
-    ends: how the workers of this host ended; their exit codes are not known. The result is their root cause (a worker
-    failed too often on some host), Interrupted if the run was stopped, or else `error`.
+    ends: how the workers of this host ended; their exit codes are not known. The result is the root cause that they
+    reported, if any (a worker may have failed too often); Interrupted if the run was stopped; otherwise `error`.
     """
     reported = [replace(end, exit_code=1) for end in ends if end.failure is not None and not end.failure.is_secondhand]
     cause = explain_failure(reported) if reported else error
@@ -166,7 +165,7 @@ def _launch(folder: Path, config: LaunchConfig, stop: StopRequest, quiet: bool) 
         except SignalException:
             # Raised by StopRequest. torch has passed the signal on, and waited for the workers or killed them.
             return {}
-        except (RendezvousError, DistError) as error:  # DistError: of the store, after a successful rendezvous
+        except (RendezvousError, DistError) as error:  # DistError: the store failed after the rendezvous
             raise WorkerError(
                 "rendezvous failed: the hosts can no longer reach each other",
                 where=config.rdzv_endpoint,
@@ -205,7 +204,7 @@ class _LocalRendezvous(RendezvousHandler):
         return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, RendezvousStoreInfo("127.0.0.1", port))
 
     def num_nodes_waiting(self) -> int:
-        # The launcher calls this after each check of its healthy workers: here it can be stopped safely.
+        # torch's launcher calls this after each check of its healthy workers. It can be stopped safely here.
         self._stop.raise_if_requested()
         self._monitor.check()
         return 0

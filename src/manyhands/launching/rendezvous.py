@@ -1,7 +1,7 @@
 """Rendezvous of several hosts: which hosts take part in a run.
 
 The launchers of several hosts meet through torch's c10d rendezvous and agree on the hosts of a run. The first host
-has the store through which they meet; the store also holds what a joining host needs to know about the run. When a
+has the store through which they meet; the store also holds the facts about the run that a joining host needs. When a
 host joins or is lost, torch's elastic agents stop their workers and restart them with the new number of workers.
 
 The store's host may be stopped or cut off. torch's client would wait for its answer without limit and without
@@ -63,7 +63,7 @@ class RemoteStore(Store):
     client: torch's client, which makes the requests. meanwhile: called repeatedly while a request is pending. After one
     request without an answer all later ones fail at once.
 
-    torch's C++ code calls these methods, too, for stores with a prefix; it holds no reference to this Python object, so
+    torch's C++ code also calls these methods, for stores with a prefix. It holds no reference to this Python object, so
     the caller must keep one.
     """
 
@@ -114,7 +114,7 @@ class RemoteStore(Store):
 
 
 PORT = 29400
-"""Default port of the first host's store; torchrun's default, too."""
+"""Default port of the first host's store. torchrun has the same default."""
 
 _HOSTS_BACKEND = "manyhands-hosts"
 
@@ -122,14 +122,14 @@ _LAST_CALL_SECONDS = 1  # how long a rendezvous stays open for more hosts once t
 
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 1, 6  # a launcher that misses 6 heartbeats, one a second, is lost
 
-_GATHER_SECONDS = 10.0  # limit between the first and the last host of a round
+_GATHER_SECONDS = 10.0  # how long a host waits for the other hosts of its round to arrive
 
 _NOTICE_SECONDS = 8.0  # time that workers have to notice a lost host themselves and exit
 
 _CONNECT_SECONDS = 10.0  # time limit to connect to the first host
 
 _RUN_KEY = "manyhands/run"
-"""Key of the store with the fields of a Rendezvous that a joining host needs."""
+"""The key in the store under which the first host publishes the fields of a Rendezvous that a joining host needs."""
 
 _PUBLISHED = ("run_id", "min_hosts", "max_hosts", "max_restarts", "run_info")
 
@@ -142,8 +142,8 @@ class Rendezvous:
 
     host, port: address of the first host's store. run_id: unique name of this run. min_hosts, max_hosts: how many may
     take part. max_restarts: how often workers are restarted after a failure. is_first: True on the host that has the
-    store. run_info: what joining hosts need to know about the run; the first host publishes it. on_restart: called
-    before workers are restarted, with the reason, if a worker on this host reported one.
+    store. run_info: facts about the run that joining hosts need; the first host publishes them. on_restart: called
+    before workers are restarted, with the reason if a worker on this host reported one, otherwise with None.
     """
 
     host: str
@@ -205,7 +205,7 @@ def _try_port(endpoint: str, port: int) -> None:
 
 
 def join_hosts(endpoint: str) -> Rendezvous:
-    """Read what the first host has published about its run. Raises ConfigError if there is no run at that endpoint."""
+    """Return the rendezvous that the first host has published. Raises ConfigError if there is no run at `endpoint`."""
     host, port = parse_endpoint(endpoint)
     try:
         _wait_until_listening(host, port)
@@ -226,9 +226,9 @@ def _read_run(host: str, port: int) -> bytes:
 
 
 def _wait_until_listening(host: str, port: int) -> None:
-    """Wait until a process listens there. Raises OSError.
+    """Wait until a process listens on that port. Raises OSError.
 
-    torch's client would wait, too, but print a long message for each attempt.
+    torch's client would also wait, but it would print a long message for each attempt.
     """
     deadline = time.monotonic() + _CONNECT_SECONDS
     while True:
@@ -275,7 +275,7 @@ def interface_of(address: str) -> str | None:
 
 
 class HostsRendezvousHandler(RendezvousHandler):
-    """torch's rendezvous handler, with checks of this host's workers and for requests to stop.
+    """torch's rendezvous handler. It also checks this host's workers, and whether a stop was requested.
 
     The checks run whenever the agent asks how many hosts are waiting, and while a request to the store is pending. A
     lost host triggers a new rendezvous, as a joining host does in torch.
@@ -305,12 +305,12 @@ class HostsRendezvousHandler(RendezvousHandler):
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        # Of the round before: torch ends only the sessions whose worker is still alive.
+        # Kill the processes that the previous round's workers left: torch ends only sessions of workers that are alive.
         self._stop.kill_rest()
         with self._stoppable(has_no_workers=True):
             while True:
                 # A host may be lost right after it joined. The agent would wait for it and give up, so check that all
-                # hosts have arrived, and meet again otherwise.
+                # hosts have arrived. If not, meet again.
                 with suppress(DistStoreError):
                     info = self._handler.next_rendezvous()
                     info.store.set(f"here/{info.rank}", "")
@@ -321,7 +321,7 @@ class HostsRendezvousHandler(RendezvousHandler):
 
     @contextmanager
     def _stoppable(self, *, has_no_workers: bool) -> Iterator[None]:
-        """Inside the block a request to stop is raised, also while a request to the store is pending.
+        """Inside the block, a request to stop raises SignalException, even while a request to the store is pending.
 
         has_no_workers: no workers run on this host now. If the first host is asked to stop, the rendezvous is closed on
         all hosts, because they cannot meet without its store.
@@ -338,10 +338,10 @@ class HostsRendezvousHandler(RendezvousHandler):
             self._may_stop = False
 
     def _check(self) -> None:
-        """While a request to the store is pending: raise a request to stop, and check this host's workers."""
+        """Raise SignalException if a stop was requested, and check this host's workers."""
         # Only in the agent's thread: torch sends heartbeats of this host from another thread.
         if self._may_stop and threading.get_ident() == self._agent_thread:
-            self._stop.raise_if_requested(all_started=self._has_no_workers)  # without workers, the signal misses none
+            self._stop.raise_if_requested(all_started=self._has_no_workers)  # without workers, none can miss the signal
             if not self._has_no_workers:
                 self._monitor.check()
 
@@ -353,7 +353,7 @@ class HostsRendezvousHandler(RendezvousHandler):
             except (RendezvousError, DistError):  # the first host is lost, or its launcher was stopped
                 self._kill_workers_later()
                 raise
-        state = self._handler._state_holder.state  # private, because torch reports waiting hosts, but not lost ones
+        state = self._handler._state_holder.state  # private: torch's interface reports waiting hosts, not lost ones
         lost = 0 if state.closed else max(0, self._num_hosts - len(state.participants))
         if lost:
             self._kill_workers_later()

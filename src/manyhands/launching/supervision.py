@@ -1,8 +1,8 @@
 """Stop signals, hung or stopped workers, and the end of leftover processes.
 
-`StopRequest` records stop signals to the launcher, passes them on to the workers, and kills what they leave.
-`WorkerMonitor` detects what peers cannot, because there are none or they have not met yet: a process that is stopped,
-and a worker without peers that hangs in a step. It kills them and writes the reason to their error files.
+`StopRequest` records stop signals to the launcher, passes them on to the workers, and kills processes that they leave
+running. `WorkerMonitor` needs no peers: it detects stopped processes, even before the workers have met, and a worker
+without peers that hangs in a step. It kills these workers and writes the reason to their error files.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from manyhands.members.processes import ask_for_stack, process_start, process_st
 from manyhands.members.reports import Failure, WorkerEnd, read_status, write_failure
 
 _REPEATED_SECONDS = 0.3
-"""A second SIGINT within this time is the same Ctrl-C: wrappers (uv, npm) forward what the terminal has delivered."""
+"""A second SIGINT within this time belongs to the same Ctrl-C: wrappers (uv, npm) repeat the terminal's signal."""
 
 _START_SECONDS = 10.0
 """A stop signal is passed on after this time at the latest, even if some workers have not started."""
 
 
 class StopRequest:
-    """Stop signals to the launcher: which one has arrived, and what happens to the workers.
+    """A request to stop the launcher: records the signal, and stops the workers.
 
-    signal: the first one; None if there is none. grace_seconds: time that workers have to exit. folder: shared with the
-    workers. workers: how many will start.
+    signal: the first stop signal; None if none has arrived. grace_seconds: time that workers have to exit. folder:
+    shared with the workers. workers: how many will start.
     """
 
     def __init__(self, folder: Path, workers: int, grace_seconds: float) -> None:
@@ -77,13 +77,13 @@ class StopRequest:
         started = (
             len(started_workers(self._folder)) == self._workers or time.monotonic() - self._started > _START_SECONDS
         )
-        if all_started or started:  # before that, a second Ctrl-C would not find all of them
+        if all_started or started:  # earlier, a second Ctrl-C would miss workers
             self._passed_on = time.monotonic()
             sent = signal.SIGINT if self.signal is signal.SIGINT else signal.SIGTERM
             raise SignalException(f"asked to stop by {self.signal.name}", sent)
 
     def kill_later(self, seconds: float) -> None:
-        """After `seconds`, kill the workers of now that are still alive.
+        """After `seconds`, kill those of the current workers that are still alive.
 
         They may hang in a call that never returns and does not react to signals. Workers that start later are spared.
         """
@@ -97,7 +97,7 @@ class StopRequest:
         timer.start()
 
     def kill_rest(self) -> None:
-        """Kill the processes that workers which have exited left running in their sessions."""
+        """Kill the processes that exited workers have left running in their sessions."""
         _kill_sessions(self._folder)
 
     def interrupted(self, ends: Sequence[WorkerEnd]) -> Interrupted:
@@ -126,9 +126,8 @@ class StopRequest:
 def started_workers(folder: Path) -> dict[int, int]:
     """Return the pids of the workers that have started, by rank.
 
-    Each worker leads a session and a process group, whose number is its pid. A worker that has exited is included as
-    long as no other process has its pid: its session may have processes left. The files' names come from
-    launching/child.py.
+    Each worker leads a session and a process group, both numbered by its pid. A worker that has exited is included
+    as long as no other process has its pid: its session may have processes left. launching/child.py names the files.
     """
     workers = {}
     for path in folder.glob("started-*"):
@@ -161,11 +160,11 @@ def kill_all(folder: Path) -> None:
 
 
 STOPPED_SECONDS = 5.0
-"""A worker whose process has been stopped for this time is killed."""
+"""A worker whose process has been stopped for this long is killed."""
 
 _STEP = "step "  # prefix of the activity of a worker in a step; between two steps there is no time limit
 
-_ASLEEP_SECONDS = 1.0  # a gap between two checks of this length: this process was stopped, too
+_ASLEEP_SECONDS = 1.0  # after a longer gap between two checks, this process must have been stopped
 
 
 class WorkerMonitor:
@@ -183,7 +182,7 @@ class WorkerMonitor:
     def check(self) -> None:
         """Kill workers that are stopped or hang."""
         now = time.monotonic()
-        # Ctrl-Z stops launcher and workers together: after it, start timing anew.
+        # Ctrl-Z stops the launcher together with the workers. After that, restart the timing.
         if now - self._last_check > _ASLEEP_SECONDS:
             self._stopped.clear()
             self._progress.clear()
@@ -196,7 +195,7 @@ class WorkerMonitor:
             self._check_progress(rank, pid, now)
 
     def _check_progress(self, rank: int, pid: int, now: float) -> None:
-        """Kill the worker if its status, of a step, has not been written anew for its stall_seconds."""
+        """Kill the worker if it is in a step and has not rewritten its status file for its stall_seconds."""
         path = status_file(self._folder, rank)
         status = read_status(path)
         if status is None or not status.position.activity.startswith(_STEP):
@@ -212,7 +211,10 @@ class WorkerMonitor:
             self._kill(rank, pid, what, status.stack)
 
     def _kill(self, rank: int, pid: int, what: str, stack: str | None = None) -> None:
-        """Write `what` to the worker's error file and kill it. stack: its `stack_address`, if its stack is of use."""
+        """Write `what` to the worker's error file and kill the worker.
+
+        stack: the worker's `stack_address`; None: do not report its stack.
+        """
         status = read_status(status_file(self._folder, rank))
         position = NO_POSITION if status is None else status.position
         with suppress(ProcessLookupError):
@@ -236,5 +238,5 @@ class WorkerMonitor:
 
 
 def status_file(folder: Path, rank: int) -> Path:
-    """Return the path of the status file of a worker, which it writes if it has no peers."""
+    """Return the path of a worker's status file. Only a worker without peers writes one."""
     return folder / f"status-{rank}"

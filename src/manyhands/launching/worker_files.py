@@ -1,7 +1,7 @@
 """The folder that a launcher and its workers share: environment, errors, logs.
 
 The folder is temporary: it is deleted however launcher and workers exit. `Logs` gives the workers their environment,
-and reads what they leave: error reports, positions and the ends of their logs.
+and reads the files that they leave: error reports, positions and logs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _YOUNG_SECONDS = 60.0  # a folder younger than this may not have been locked by 
 def shared_folder() -> Iterator[Path]:
     """Yield a temporary folder and delete it on exit, even if this process is killed with SIGKILL.
 
-    In that case a shell process deletes it, which waits for the end of a pipe that only this process holds. If the
-    shell was killed, too (a scheduler may kill all processes of a job), the next launcher on this host deletes it.
+    In that case a shell deletes the folder. The shell waits for the end of a pipe that only this process holds open. If
+    the shell was also killed (a scheduler may kill all processes of a job), the next launcher on this host deletes the
+    folder.
     """
     prefix = f"manyhands-run-{socket.gethostname()}-"
     _delete_abandoned(prefix)
@@ -80,10 +81,10 @@ _LOG_TAIL_LINES = 20
 
 
 class Logs(LogsSpecs):
-    """Environment and error files of the workers, for torch's launcher; reads what the workers leave.
+    """Tells torch's launcher the workers' environment and files; reads the files that the workers leave.
 
-    folder: shared with the workers. log_dir: folder of log files, or None. environment: added to that of the workers.
-    on_restart: called before workers are restarted, with the root cause, or None if no worker here failed.
+    folder: shared with the workers. log_dir: folder of log files, or None. environment: variables for the workers.
+    on_restart: called before workers are restarted, with the root cause, or with None if no worker here failed.
     """
 
     def __init__(
@@ -116,18 +117,18 @@ class Logs(LogsSpecs):
             # If this launcher runs in a worker of another one, do not inherit the snapshots of that run.
             variables.setdefault(SNAPSHOT_MEMORY_VARIABLE, "")
             if self._log_dir is not None and "PYTHONUNBUFFERED" not in os.environ:
-                # Otherwise the output of a killed worker is lost. (Not on a shared terminal, where it would mix lines.)
+                # Otherwise the output of a killed worker is lost. Not on a shared terminal, where lines would mix.
                 variables.setdefault("PYTHONUNBUFFERED", "1")
             variables[PARENT_REPORTS_VARIABLE] = "1"
             variables[STATUS_FILE_VARIABLE] = str(status_file(self._folder, rank))
             variables[ERROR_FILE_VARIABLE] = str(self._folder / f"error-{rank}.json")
         no_redirect = dict.fromkeys(envs, "")
-        # Not the error files in the environment: torch raises an internal error at a file that it cannot parse.
+        # Hide the error files from torch, which raises an internal error if it cannot parse one.
         unread = dict.fromkeys(envs, os.devnull)
         return LogsDest(stdouts=no_redirect, stderrs=dict(no_redirect), error_files=unread)
 
     def _report_restart(self) -> None:
-        """Report why workers are restarted, as far as those of this host reported it, and delete their files."""
+        """Report why workers are restarted, if a worker of this host gave a reason, and delete the workers' files."""
         ends = self.ends({})
         reported = [replace(end, exit_code=1) if end.failure is not None else end for end in ends]
         if self._on_restart is not None:

@@ -1,1 +1,1 @@
-"""Listeners: they write the metrics of a run to a terminal, to its run directory, and to TensorBoard."""
+"""Listeners, which write the metrics of a run to the terminal, the run directory and TensorBoard."""

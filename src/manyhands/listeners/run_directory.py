@@ -66,7 +66,7 @@ class RunDirectory:
                 "this is not a run directory",
                 where=str(where.absolute()),
                 expected="a directory with the manifest.json of a run",
-                got=f"a directory with the runs {', '.join(inside[:8])}" if inside else "no such file in it",
+                got=f"a directory with the runs {', '.join(inside[:8])}" if inside else "no such manifest.json",
                 hint="name one of the runs" if inside else "give the run_dir that the run was started with",
             )
         _refuse_other_format(where)
@@ -81,12 +81,12 @@ class RunDirectory:
 
     @property
     def digests(self) -> Path:
-        """Where digests by block are written, for comparing runs."""
+        """Where the digests of all blocks are written, for comparing runs."""
         return self.path / "digests"
 
     @property
     def tensorboard(self) -> Path:
-        """Where event files are written."""
+        """Where TensorBoard event files are written."""
         return self.path / "tensorboard"
 
     @property
@@ -103,7 +103,7 @@ class RunDirectory:
         write_json(self.path / "recipe.json", describe(recipe) if isinstance(recipe, Recipe) else dict(recipe))
 
     def read_recipe(self) -> dict[str, Any]:
-        """recipe.json as it was written. Raises DataError."""
+        """Return recipe.json as it was written. Raises DataError."""
         return _read_json(self.path / "recipe.json")
 
     def write_manifest(self, numerics: Mapping[str, Any], strategy: Strategy | Mapping[str, Any], **more: Any) -> None:
@@ -127,11 +127,11 @@ class RunDirectory:
         )
 
     def read_manifest(self) -> dict[str, Any]:
-        """manifest.json as it was written. Raises DataError."""
+        """Return manifest.json as it was written. Raises DataError."""
         return _read_json(self.path / "manifest.json")
 
     def append_metrics(self, metrics: StepMetrics) -> None:
-        """Append the metrics of one step to metrics.jsonl. The line survives this process. Raises ConfigError."""
+        """Append the metrics of one step to metrics.jsonl. The line outlives this process. Raises ConfigError."""
         _append(self.metrics, dataclasses.asdict(metrics))
 
     def append_event(self, event: str, **facts: Any) -> None:
@@ -142,12 +142,12 @@ class RunDirectory:
         _append(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events, in the order written, without partial lines."""
+        """Return all events in the order in which they were written, without partial lines."""
         values = [value for _, value in complete_lines(self.path / "events.jsonl")]
         return [value for value in values if isinstance(value, dict) and {"seconds", "event"} <= value.keys()]
 
     def read_metrics(self) -> list[StepMetrics]:
-        """The metrics of all steps, in the order written, without partial lines.
+        """Return the metrics of all steps in the order in which they were written, without partial lines.
 
         Raises DataError for a line that does not hold the metrics of a step.
         """
@@ -169,7 +169,7 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` to `path` atomically and durably: readers see the old file or the new one, also after a crash.
+    """Write `value` to `path` atomically and durably: readers see the old file or the new one, even after a crash.
 
     Numbers that JSON lacks (infinity, NaN) become text. Raises ConfigError if the file can't be written.
     """
@@ -188,7 +188,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON values: functions by name and source line, the data by type and length."""
+    """Describe a recipe in JSON values: a function by its name and source line, the data by type and length."""
     described: dict[str, Any] = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
@@ -202,7 +202,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str:
-    """`module:name`, with file and line if the object has code."""
+    """Return `module:name`, with file and line if the object has code."""
     named = value if hasattr(value, "__qualname__") else type(value)
     name = f"{named.__module__}:{named.__qualname__}"
     code = getattr(value, "__code__", None)
@@ -251,7 +251,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raise ConfigError unless `path` is free, a run directory, or one without manifest that a killed run left."""
+    """Raise ConfigError if `path` is a file, or holds files that no run wrote. A killed run may have no manifest."""
     try:
         if not path.exists() or (path.is_dir() and _is_run(path)):
             return
@@ -270,7 +270,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _refuse_other_format(path: Path) -> None:
-    """Raise ConfigError if the run directory `path` has another format: other names in its files."""
+    """Raise ConfigError if the run directory `path` has another format, in which its files have other names."""
     if not _is_run(path):
         return
     found = str(_read_json(path / "manifest.json")["format"])
@@ -292,5 +292,5 @@ def _not_writable(path: Path, error: OSError) -> ConfigError:
     return ConfigError(
         f"the run directory can't be written: {error.strerror or error}",
         where=str(path.absolute()),
-        hint="choose a run_dir on a disk with space left where you may write",
+        hint="choose a run_dir that you may write to, on a disk with free space",
     )

@@ -19,7 +19,8 @@ from manyhands.formatting import GIB, MIB, format_count, format_seconds
 
 _BAR_CELLS = 46
 
-# The cell and the colour of each phase in the stacked bar. Cells differ, so the bar is readable without colours.
+# The cell and the colour of each phase in the stacked bar. Neighbouring phases have different cells, so the bar is
+# readable without colours.
 _STYLES = {
     "data": ("▒", "magenta"),
     "compute": ("█", "green"),
@@ -34,7 +35,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 class Figures(NamedTuple):
-    """Figures over the steps of a run. `Summary` has the same fields."""
+    """Figures about the steps of a run. `Summary` has the same fields."""
 
     steps: int
     first_loss: float
@@ -51,9 +52,10 @@ class Summary:
 
     steps, first_loss, last_loss, tokens_per_second, step_seconds_median, seconds_by_phase: computed by `figures`.
     peak_memory_bytes_per_worker: by rank.
-    sharding, precision: as in the strategy and the recipe. transport: the one in use ("auto" is resolved).
+    sharding, precision: as in the strategy and the recipe. transport: the transport in use (never "auto").
     parameters: number of elements in the model. sample: the text that recipe.sample returned, if any.
-    digest: of the final master weights. wall_seconds: from the last start of the workers to the end of the run.
+    digest: the digest of the final master weights.
+    wall_seconds: from the last start of the workers to the end of the run.
     failures, lost_seconds, repeated_steps: see `Failures`.
     """
 
@@ -81,7 +83,7 @@ class Summary:
 
 
 class Failures(NamedTuple):
-    """What failures have cost a run: their number, the time until it resumed, and the steps that were repeated."""
+    """The cost of a run's failures: their number, the time until the run resumed, and the steps it repeated."""
 
     failures: int
     lost_seconds: float
@@ -101,11 +103,11 @@ def failures_among(events: Sequence[dict[str, Any]]) -> Failures:
 
 
 def figures(metrics: Sequence[StepMetrics]) -> Figures:
-    """The figures of these steps; NaN if there are none.
+    """Compute the figures of these steps; NaN if there are none.
 
-    first_loss, last_loss: of the first and the last step. tokens_per_second counts samples if the loss function
-    returns no weights; `throughput_unit` states which. It, step_seconds_median and seconds_by_phase are medians over
-    the steps, so that a slow first step or a checkpoint does not distort them.
+    first_loss, last_loss: the losses of the first and the last step. tokens_per_second counts samples if the loss
+    function returns no weights; `throughput_unit` states which it counts. tokens_per_second, step_seconds_median and
+    seconds_by_phase are medians over the steps, so that a slow first step or a checkpoint does not distort them.
     """
     if not metrics:
         return Figures(0, math.nan, math.nan, math.nan, "tokens", math.nan, dict.fromkeys(PHASES, 0.0))
@@ -121,7 +123,7 @@ def figures(metrics: Sequence[StepMetrics]) -> Figures:
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
-    """The summary as plain numbers and text; `loss` is that of the last step. Non-finite numbers become null."""
+    """Return the summary as plain numbers and text. `loss` is the last step's loss. Non-finite numbers become null."""
     named = {
         "name": summary.name,
         "digest": summary.digest,
@@ -151,7 +153,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 
 def render(summary: Summary) -> RenderableType:
-    """The summary for a terminal, to be printed with a rich Console."""
+    """Return the summary for a terminal, to be printed with a rich Console."""
     facts = Table.grid(padding=(0, 3))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -207,7 +209,7 @@ def _loss(summary: Summary) -> Text:
 
 
 def _time_split(seconds_by_phase: dict[str, float]) -> RenderableType:
-    """A stacked bar of all phases; below it the time, the share and a bar of each."""
+    """Return a stacked bar of all phases; below the bar, the time, the share and a bar of each phase."""
     total = sum(seconds_by_phase.values())
     if total <= 0:
         return Text("not measured", style="dim")
@@ -242,13 +244,13 @@ def _bar(share: float, cells: int = 20) -> str:
 
 
 def _memory(peaks: list[int]) -> RenderableType:
-    """The peak of each worker, all in one unit for comparison."""
+    """Return the peak of each worker, all in the same unit."""
     if not peaks:
         return Text("not measured", style="dim")
     unit, name = (GIB, "GiB") if max(peaks) >= 10 * GIB else (MIB, "MiB")
     written = [f"{peak / unit:,.1f}" if unit == GIB else f"{peak / unit:,.0f}" for peak in peaks]
     text = Text(" · ".join(written[:16]), style="bold")
     if len(written) > 16:
-        text.append(f" · ... (most: {max(peaks) / unit:,.1f})")
+        text.append(f" · ... (max: {max(peaks) / unit:,.1f})")
     text.append(f" {name}" + (" by worker" if len(peaks) > 1 else ""), style="default not bold")
     return text

@@ -22,9 +22,9 @@ _REDRAW_SECONDS = 0.1
 class TrainingProgress:
     """Progress from `start_step` to `total_steps`, on standard error: a context manager.
 
-    On a terminal, it shows a bar with step, loss, throughput, time per step and time left, over the last 20 steps.
-    Otherwise it prints a plain line at the first step, at the last, and every `line_seconds` in between. There is no
-    thread: the display changes only in `update` and `note`.
+    On a terminal, it shows a bar with step, loss, throughput, time per step and time left. Throughput and times are
+    measured over the last 20 steps. Otherwise it prints a plain line at the first step, at the last step, and every
+    `line_seconds` in between. There is no thread: the display changes only in `update` and `note`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TrainingProgress:
             self._show(now)
 
     def note(self, text: str) -> None:
-        """Print `text` (a checkpoint, a failed worker) on its own line, above the bar."""
+        """Print `text` (about a checkpoint or a failed worker, for example) on its own line, above the bar."""
         self._console.print(text, markup=False, highlight=False)
 
     def _show(self, now: float) -> None:
@@ -105,7 +105,7 @@ class TrainingProgress:
 class BytesProgress:
     """Progress in bytes, with rate and time left, on standard error if it is a terminal. A context manager.
 
-    The bar appears with the first bytes, so a call that is refused before leaves no bar.
+    The bar appears with the first bytes, so a call that is refused earlier shows no bar.
     """
 
     def __init__(self, verb: str, console: Console | None = None) -> None:

@@ -1,21 +1,21 @@
 """A worker's board in shared memory: its progress, readable after its death.
 
-Peers on the same host map the board of each worker. They see how far it has come and what it is doing, even after its
-death. Layout of a board, written only by its owner:
+Each worker maps the boards of its peers on the same host, and reads their progress and activity there. Layout of a
+board, which only its owner writes:
 
-    int64 [0], [1]   posted: number of collective calls that it has started, by channel
-    int64 [8]        drained: number of all-to-alls whose pieces it has read
-    int64 [16]       closed: 1 if it left on purpose
-    int64 [24]       waiting: 1 while it waits for peers
+    int64 [0], [1]   posted: number of collective calls that the owner has started, by channel
+    int64 [8]        drained: number of all-to-alls whose pieces the owner has read
+    int64 [16]       closed: 1 if the owner left on purpose
+    int64 [24]       waiting: 1 while the owner waits for peers
     int64 [32], [33] position: step and micro-batch, plus 1 (0: none)
-    int64 [64:64+RING], [64+RING:64+2*RING]  CRC-32 of each call's tag, by call number modulo RING, by channel
-    bytes [TEXT:]    its current activity or collective call as text, zero-terminated
+    int64 [64:64+RING], [64+RING:64+2*RING]  CRC-32 of each call's tag, at call number modulo RING; one ring a channel
+    bytes [TEXT:]    the owner's current activity or collective call as text, zero-terminated
 
 A channel is a sequence of collective calls that all workers make in the same order; calls of different channels may
 interleave differently on different workers. Counters that change often lie 64 bytes apart, so that writing one does not
 invalidate the cache line of another.
 
-The module also has the protocols of the shared memory (implemented in offload/scratch.py) and of the key-value store
+The module also defines two protocols: the shared memory, which offload/scratch.py implements, and the key-value store
 that a membership uses.
 """
 
@@ -36,7 +36,7 @@ class Arena(Protocol):
     def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
         """Create a zeroed uint8 buffer; return it and the address by which peers open it.
 
-        scratch: folder of a file that holds the buffer (None: it is in memory). Raises ConfigError.
+        scratch: folder for a file that holds the buffer (None: the buffer is in memory). Raises ConfigError.
         """
 
     def open(self, address: str) -> Tensor:
@@ -59,14 +59,20 @@ class Store(Protocol):
         """True if all the keys are set."""
 
     def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
-        """Set `desired` if the value is `expected`, or if `expected` is "" and there is none. Return the new value."""
+        """Set the key to `desired` if its value is `expected`, or if it has no value and `expected` is "".
+
+        Return the key's value after the call.
+        """
 
 
 RING = 4096
-"""Tags of the last calls that a board holds. A peer can't be this far ahead: every few calls wait for all workers."""
+"""A board holds the tags of this many recent calls.
+
+A peer can't be this far ahead, because all workers wait for each other every few calls.
+"""
 
 CHANNELS = 2
-"""Independent sequences of calls: that of the group, and that of its sibling or of its links between hosts."""
+"""Number of channels: one for the group, and one for its sibling or for its links between hosts."""
 
 TEXT = (64 + CHANNELS * RING) * 8
 
@@ -110,7 +116,7 @@ class Board:
 
     def post(self, number: int, tag: str, channel: int) -> None:
         """Announce the start of collective call `number` on a channel."""
-        # The tag first: a peer that sees the new count may read the tag at once.
+        # Write the tag first: a peer that sees the new count may read the tag at once.
         self._counts[_TAGS + channel * RING + number % RING] = zlib.crc32(tag.encode())
         self._counts[_POSTED + channel] = number
 
@@ -128,7 +134,7 @@ class Board:
 
     @property
     def position(self) -> Position:
-        """Where the owner is. Text and numbers are read one after the other, so they may be of different moments."""
+        """Where the owner is. Text and numbers are read one after the other, so they may be from different moments."""
         activity = bytes(self._text).split(b"\0", 1)[0].decode(errors="replace")
         step, micro_batch = (int(number) - 1 if number else None for number in self._counts[_POSITION : _POSITION + 2])
         return Position(activity, step, micro_batch)
@@ -139,6 +145,6 @@ class Board:
         self.record_activity(position.activity)
 
     def record_activity(self, activity: str) -> None:
-        """Record the text of the position only: what the owner is doing there."""
+        """Record only the text of the position: the owner's activity."""
         line = activity.encode()[: TEXT_BYTES - 1] + b"\0"
         self._text[: len(line)] = line

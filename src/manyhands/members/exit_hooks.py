@@ -1,10 +1,11 @@
 """Exit hooks: a worker reports its error to peers and launcher before it ends.
 
-They are active while this process is in a group, and only where the program has not installed its own:
+The hooks are active while this process is in a group:
 
-- an uncaught exception is reported to peers and launcher;
-- SIGTERM, which launchers send as soon as one worker has failed, is delayed until this worker knows the root cause;
-- a program that exits without closing its engine leaves the group.
+- An uncaught exception is reported to peers and launcher.
+- Launchers send SIGTERM as soon as one worker has failed. It is delayed until this worker knows the root cause, unless
+  the program has its own handler for SIGTERM.
+- A program that exits without closing its engine leaves the group.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from manyhands.members.membership import Membership
 from manyhands.members.reports import PARENT_REPORTS_VARIABLE, record_failure
 
 _REPORT_SECONDS = 1.0
-"""Time that a worker that was sent SIGTERM waits for the report of the worker that failed."""
+"""How long a worker that received SIGTERM waits for the report of the failed worker."""
 
 
 class ExitHooks:
     """Exit hooks of a worker; see the module.
 
-    They are installed by the constructor and removed when `membership` is closed. The hook that reports uncaught
-    exceptions to the launcher stays until the process ends.
+    They are installed by the constructor and removed when `membership` is closed. The hook for uncaught exceptions
+    stays if a worker has failed or the launcher reports errors.
     """
 
     def __init__(self, membership: Membership) -> None:
@@ -59,7 +60,7 @@ class ExitHooks:
         if not needed and sys.excepthook == self._on_uncaught:
             sys.excepthook = self._previous_hook
         if self._handles_signal and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-            with suppress(ValueError):  # only the main thread may do this; if another one closes, the handler stays
+            with suppress(ValueError):  # allowed only in the main thread; otherwise the handler stays
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

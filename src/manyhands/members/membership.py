@@ -6,8 +6,8 @@ watching thread. Failures are noticed in four ways:
 - A worker that raises writes its error to the store.
 - A worker on this host that dies is noticed through its pidfd.
 - A worker on another host that dies or is cut off misses its heartbeats in the store.
-- A worker that keeps its peers waiting for too long is declared stalled by the peers that wait, which request its
-  Python stack.
+- A worker that keeps its peers waiting for too long is declared stalled. The waiting peers report it, with its Python
+  stack.
 
 The first report in the store is *the* failure: all workers raise the same WorkerError. A worker that does not raise it
 (because it hangs in a kernel, for example) is killed after GRACE_SECONDS.
@@ -41,10 +41,10 @@ BEAT_SECONDS = 1.0
 """Interval of heartbeats, which are sent only if there are several hosts."""
 
 LOST_SECONDS = 10.0
-"""Time without a heartbeat, or without an answer of the store, after which a host counts as lost."""
+"""Time without a heartbeat, or without an answer from the store, after which a host counts as lost."""
 
 SHORT_LOST_SECONDS = 3.0
-"""The same once a connection has broken, which makes a lost host likely."""
+"""The same limit after a connection has broken, which makes a lost host likely."""
 
 GRACE_SECONDS = 1.5
 """Time that a worker has to raise a peer's failure before it is killed: longer than a few polls of a wait."""
@@ -61,8 +61,8 @@ class Peer:
     """Another worker, as seen by this one.
 
     stack: its `stack_address`. board: None if it is on another host. beat: its last heartbeat, if it is on another
-    host: "posted calls by channel[,w] number position", with w while it waits. beat_seen: when that was read
-    (monotonic).
+    host: the posted calls of each channel (followed by ",w" while it waits), the heartbeat's number and the position.
+    beat_seen: when that heartbeat was read (monotonic).
     """
 
     rank: int
@@ -97,7 +97,7 @@ class Peer:
 
     @property
     def drained(self) -> int:
-        """Number of all-to-alls whose pieces it has read; only known on its own host."""
+        """Number of all-to-alls whose pieces it has read; known only on its own host."""
         return 0 if self.board is None else self.board.drained
 
     @property
@@ -215,7 +215,7 @@ class Membership:
     def _is_cut_off(self) -> bool:
         """True if the watching thread has waited for the store's answer for LOST_SECONDS."""
         # A launcher on this host that does not answer has been stopped (Ctrl-Z). That is no failure: the workers can
-        # continue with their boards alone. If it has died, its connection breaks, which is noticed elsewhere.
+        # continue with their boards alone. If the launcher has died, its connection breaks, which is noticed elsewhere.
         if self._launcher_has_store and self.one_host:
             return False
         return time.monotonic() - self._store_answered > LOST_SECONDS
@@ -251,8 +251,8 @@ class Membership:
         if seconds < self.stall_seconds:
             return
         if not behind:
-            # All workers have started the call. One of them was stopped before it sent its bytes, or does something
-            # else now while its bytes should be sent.
+            # All workers have started the call. One of them was stopped before it sent its bytes, or is busy with
+            # something else instead of sending them.
             behind = [peer for peer in self.peers.values() if _is_stopped(peer) or not peer.is_waiting]
         if not behind:
             raise InvariantError("a wait timed out, although every worker has made the call", where=tag)
@@ -296,7 +296,7 @@ class Membership:
         return self.failure is None and not self._raised
 
     def close(self) -> None:
-        """Leave the group, so that the peers do not take it for a failure, and free everything."""
+        """Leave the group on purpose, so that the peers do not report a failure, and free everything."""
         if self.is_healthy:
             self.leave()
         self._stop.set()
@@ -328,13 +328,16 @@ class Membership:
         report = json.dumps({name: getattr(error, name) for name in names})
         try:
             call_with_limit(lambda: self._store.compare_set("failure", "", report), LOST_SECONDS)
-        except TimeoutError:  # the report reaches no peer; raise it at least here
+        except TimeoutError:  # the report reaches no peer; raise the error at least here
             self.failure = self.failure or error
         except RuntimeError:
             pass
 
     def _report_left(self, missed: list[Peer], tag: str) -> None:
-        """Report and raise that a peer in `missed` has left without the call in which this worker waits."""
+        """If `missed` is not empty, report that its first peer has left, and raise the failure.
+
+        That peer left without making the call `tag`, in which this worker waits.
+        """
         if missed:
             peer = missed[0]
             what = f"worker {peer.rank} has left the group (its program ended, or it closed its engine)"
@@ -357,7 +360,7 @@ class Membership:
         error.alive = True
         self._report(error)
         if stopped and peer.pidfd is not None:
-            # A stopped process cannot end by itself, and its peers have given it up.
+            # A stopped process cannot end by itself, and its peers no longer wait for it.
             signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)
 
     def _await_failure(self) -> WorkerError:
@@ -408,7 +411,7 @@ class Membership:
                 os.close(peer.pidfd)
                 peer.pidfd = None
                 if not closed:
-                    time.sleep(0.05)  # its own report may not have reached the store yet, and names the cause
+                    time.sleep(0.05)  # its own report names the cause, but may not be in the store yet
                     self._take_report()
                     what = f"worker {peer.rank} exited without an error report (killed?)"
                     self._report(WorkerError(what, rank=peer.rank, where=peer.where, position=peer.position))
@@ -437,7 +440,7 @@ class Membership:
             elif now - peer.beat_seen > self._lost_seconds:
                 seconds = f"{self._lost_seconds:g} s"
                 what = f"worker {peer.rank} on host {peer.host} has sent no heartbeat for {seconds}"
-                hint = "check whether that host is down or cut off from the network, or the worker was killed there"
+                hint = "check whether that host is down or cut off from the network, and whether the worker was killed"
                 self._report(WorkerError(what, rank=peer.rank, where=peer.where, position=peer.position, hint=hint))
 
 
@@ -473,7 +476,7 @@ def _is_stopped(peer: Peer) -> bool:
 
 
 def _stack_of(peer: Peer) -> str | None:
-    """Return the Python stack of the peer's main thread; None if it is on another host or does not answer in a second.
+    """Return the Python stack of the peer's main thread; None if it is on another host or does not answer.
 
     In tests a peer may be a thread of this process.
     """

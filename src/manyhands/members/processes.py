@@ -1,8 +1,8 @@
-"""What one process can learn about another; calls with a time limit.
+"""Calls with a time limit, and the state of other processes.
 
 `call_with_limit` is for calls that may never return, such as a request to a store whose process is stopped or whose
-host is cut off. The other functions find out whether a process of this host is stopped, when it started, and where its
-Python code is.
+host is cut off. The other functions find out whether a process of this host is stopped, when it started, and which
+Python code it is executing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STACK_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 10
 
 
 def process_state(pid: int) -> str:
-    """Return the kernel's state letter of a process (proc(5)): "T" is stopped; "" if there is no such process."""
+    """Return the kernel's state letter of a process (proc(5)): "T" means stopped; "" if there is no such process."""
     return _stat(pid)[0]
 
 
@@ -111,7 +111,7 @@ def ask_for_stack(address: str, pidfd: int) -> str | None:
 def _current_thread(dump: str) -> str:
     """Return the main thread's part of the last of several concatenated faulthandler dumps.
 
-    faulthandler calls the thread that received the signal, which is the main one, the current thread.
+    faulthandler labels the thread that received the signal, the main thread, "Current thread".
     """
     part = dump.rpartition("Current thread ")[2]
     return part.partition("\n\n")[0].partition("\n")[2].partition("\nThread ")[0]

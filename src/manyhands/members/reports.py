@@ -1,11 +1,12 @@
-"""What a worker leaves for its parent: failure record and status file (no torch).
+"""The files that a worker leaves for its launcher: failure report and status file (no torch).
 
-A worker without peers writes what it is doing to a status file, which its launcher watches as peers would.
+A worker without peers writes its position to a status file, which its launcher watches as peers would.
 
-A failed worker writes its error to the file that TORCHELASTIC_ERROR_FILE names: the elastic launcher's variable, so
-that this works under plain torchrun, too. The launcher reads the files of all workers (launching/failures.py).
+A failed worker writes its error to the file that TORCHELASTIC_ERROR_FILE names. This is a variable of
+torch's elastic launcher, so the report also works under plain torchrun. The launcher reads the files of all workers
+(launching/failures.py).
 
-Imports no torch: every worker loads this module before it knows whether it needs torch.
+This module does not import torch, because every worker loads it before it knows whether it needs torch.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from manyhands.errors import (
 from manyhands.members.processes import stack_address
 
 STATUS_FILE_VARIABLE = "MANYHANDS_STATUS_FILE"
-"""Names the status file of a worker whose launcher watches it."""
+"""Environment variable: the path of the worker's status file, if its launcher watches it."""
 
-_BYTES = 512  # of a status file: one short write, so that a reader never sees half of it
+_BYTES = 512  # the size of a status file: it is written at once, so that a reader never sees half of it
 
 
 class Status(NamedTuple):
@@ -67,7 +68,7 @@ class StatusFile:
         os.pwrite(self._file, text[:_BYTES].ljust(_BYTES), 0)
 
     def close(self) -> None:
-        """End the watch: an empty position is not timed."""
+        """End the launcher's watch: an empty position has no time limit."""
         self.record_position(Position())
         os.close(self._file)
 
@@ -88,7 +89,7 @@ PARENT_REPORTS_VARIABLE = "MANYHANDS_PARENT_REPORTS"
 """Set for workers whose launcher prints the root cause: they do not print their own errors."""
 
 _SELF_EXPLANATORY = (ConfigError, DataError, NumericsError, CheckpointError)
-"""Errors that are raised on all workers, or that state their position: the worker's activity adds nothing."""
+"""Errors that all workers raise, or that state their own position. The worker's activity would add nothing."""
 
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 
@@ -97,9 +98,9 @@ _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 class Failure:
     """One worker's report of its failure.
 
-    notice: True if the worker only noticed that a peer (`root_cause`, a rank) raised, died or stalled, or was asked to
-    stop. alive: that peer was alive at that time. position: where the root cause was. `what` to `detail` are the fields
-    of a ManyhandsError. seconds: since the epoch.
+    notice: True if the worker itself did not fail: it noticed that a peer (`root_cause`, a rank) raised, died or
+    stalled, or it was asked to stop. alive: True if that peer was alive at that time. position: where the root cause
+    was. `what` to `detail` are the fields of a ManyhandsError. seconds: time of the report, since the epoch.
     """
 
     rank: int
@@ -123,7 +124,7 @@ class Failure:
     def from_error(
         cls, error: BaseException, *, rank: int, pid: int, where: str | None = None, position: Position = NO_POSITION
     ) -> Failure:
-        """Return a worker's report of `error`. where, position: what the worker was doing, if the error lacks it."""
+        """Return a worker's report of `error`. where, position: those of the worker, used if the error has none."""
         root_cause = error.rank if isinstance(error, WorkerError) and error.rank >= 0 else None
         return cls(
             rank=rank,
@@ -185,11 +186,11 @@ class WorkerEnd:
 def record_failure(error: BaseException, *, where: str | None = None, position: Position = NO_POSITION) -> None:
     """Write `error` to the file that the launcher reads. Without a launcher it does nothing. Never raises.
 
-    where, position: what the worker was doing, if the error lacks it. A WorkerError that names another rank and a
-    request to stop are recorded as notices: this worker is not the root cause.
+    where, position: those of this worker, used if the error has none. If the error names another rank or is a request
+    to stop, it is recorded as a notice: this worker is not the root cause.
     """
-    # The first record stays, because later errors of this worker are consequences of the first. And an error here (a
-    # full disk, for example) must not hide the error itself.
+    # The first record stays, because later errors of this worker are consequences of the first. An error here (a full
+    # disk, for example) must not hide the original error.
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path or os.path.exists(path):
         return
@@ -199,7 +200,7 @@ def record_failure(error: BaseException, *, where: str | None = None, position: 
 
 def write_failure(path: Path, failure: Failure) -> None:
     """Write a report to a file, atomically. Never raises."""
-    # torch's launcher takes the earliest timestamp for the root cause, in full seconds: move notices behind it.
+    # torch's launcher takes the report with the earliest whole second as the root cause: give notices a later one.
     rounded_seconds = int(failure.seconds) + failure.notice
     report = {
         # The format that torch's launcher reads and prints.
@@ -225,8 +226,8 @@ def forget_failure() -> None:
 def traceback_of(error: BaseException) -> str:
     """Return the traceback of an error as text, starting at the user's code.
 
-    Manyhands's frames above the user's are removed, except for an InvariantError (a bug of ours). Of a WorkerError only
-    the message is returned: its cause is in another process.
+    Manyhands's frames above the user's are removed, except for an InvariantError (a bug of ours). For a WorkerError
+    only the message is returned: its cause is in another process.
     """
     if isinstance(error, WorkerError):
         return "".join(traceback.format_exception_only(error)).rstrip()
@@ -237,9 +238,9 @@ def traceback_of(error: BaseException) -> str:
 
 
 def _cause_traceback(error: BaseException) -> str | None:
-    """Return the traceback of the user's exception that caused `error`; None without one.
+    """Return the traceback of the user's exception that caused `error`; None if there is none.
 
-    None for a WorkerError, too: its cause is in another worker.
+    Also None for a WorkerError: its cause is in another worker.
     """
     return None if error.__cause__ is None or isinstance(error, WorkerError) else traceback_of(error.__cause__)
 

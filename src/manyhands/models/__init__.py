@@ -1,1 +1,1 @@
-"""What a model may contain, and how it is built."""
+"""Builds, checks and compiles models."""

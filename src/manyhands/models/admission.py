@@ -1,8 +1,8 @@
-"""Checks a model once, and checks later that only updates change its parameters.
+"""Checks a model when it is built, and later checks that only updates change its parameters.
 
-`admit` checks the parameters and buffers of a model after it is built, and refuses what can't be moved into flat
-buffers. `ParamGuard` checks during training that the parameters are still those that were laid out, and that only
-updates change them. Anything else would silently train the model wrongly, so it is refused by name.
+`admit` checks the parameters and buffers of a model after it is built, and refuses those that can't be moved into
+flat buffers. `ParamGuard` checks during training that the parameters are still those that were laid out, and that only
+updates change them. Any other change would silently give wrong results, so it raises an error that names the parameter.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class ParamHolder(Protocol):
     """Holds the data of some parameters: a unit."""
 
     def not_bound(self) -> list[str]:
-        """The names of its parameters whose data something else replaced."""
+        """The names of its parameters whose data was replaced by other code."""
 
 
 class ParamGuard:
@@ -145,7 +145,7 @@ class ParamGuard:
         self._graph_is_known = False
 
     def before_step(self) -> None:
-        """Check that no parameter has a gradient, which would be added to the step's. Raises ConfigError."""
+        """Check that no parameter has a gradient: it would be added to the step's gradient. Raises ConfigError."""
         for name, param in self._known.items():
             if param.grad is not None:
                 raise ConfigError(
@@ -161,10 +161,10 @@ class ParamGuard:
         mine = {id(param) for param in self._known.values()}
         for leaf in _leaves(loss):
             if isinstance(leaf, nn.Parameter) and id(leaf) not in mine:
-                self.after_backward()  # its error names the parameter, if the model has it now
+                self.after_backward()  # if the model has the parameter by now, this error names it
                 raise ConfigError(
                     "the loss depends on a trainable parameter that the model doesn't have: it would never be updated",
-                    got=f"one of shape {tuple(leaf.shape)}",
+                    got=f"a parameter of shape {tuple(leaf.shape)}",
                     hint="make its module a part of the model (use nn.ModuleList instead of a list), or freeze it",
                 )
 
@@ -188,13 +188,13 @@ class ParamGuard:
         for name in chain(*(holder.not_bound() for holder in self._holders), moved):
             raise ConfigError(
                 f"parameter {name!r} was assigned other data after the engine was created",
-                hint="the recipe decides dtype and device: do not call .to(), .half() or assign param.data",
+                hint="the recipe decides dtype and device: do not call .to() or .half(), and do not assign param.data",
             )
         for name, version in self._versions.items():
             if self._known[name]._version != version:
                 raise ConfigError(
                     f"parameter {name!r} was changed in place, and not by the optimizer",
-                    hint="load weights in recipe.model; make a tensor that forward changes a buffer;"
+                    hint="load weights in recipe.model; register a tensor that forward changes as a buffer;"
                     " Embedding(max_norm=...) and clamping weights after a step are not supported",
                 )
 

@@ -1,11 +1,11 @@
 """bf16 matrix products computed in fp32 on CPUs that would emulate them.
 
-On such CPUs torch emulates the instructions. That takes four times as long as the same product in fp32 (a Xeon with
-AVX-512), or a hundred times (torch's plain loops, where oneDNN has no bf16). A product of two bf16 numbers is exact in
-fp32, and sums are fp32 either way, so no precision is lost. The bits differ from those of a CPU with bf16 instructions,
-as emulated ones do too; the numerics identity records the instructions.
+On such CPUs torch emulates the instructions. On a Xeon with AVX-512 this takes four times as long as the same product
+in fp32. Where oneDNN has no bf16, torch uses plain loops, which take a hundred times as long. A product of two bf16
+numbers is exact in fp32, and sums are fp32 either way, so no precision is lost. The bits differ from those of a CPU
+with bf16 instructions. The bits of emulated products also differ. The numerics identity records the instructions.
 
-Implemented as a torch dispatch mode below autograd, so models, losses, backward and optimizers are unchanged.
+This is a torch dispatch mode below autograd, so models, losses, backward and optimizers are unchanged.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _attention(func: OpOverload, *args: Any, **kwargs: Any) -> tuple[Tensor, Ten
 def _matrix_product(func: OpOverload, added: Tensor | None, left: Tensor, right: Tensor, **factors: float) -> Tensor:
     """left [m, k] times right [k, n], plus `added`, which is expanded to [m, n].
 
-    Widens the larger factor in parts, so that it is never in fp32 in full.
+    Widens the larger factor in parts, so that it is never completely in fp32.
     """
     (rows, inner), columns = left.shape, right.shape[1]
     product = left.new_empty(rows, columns)

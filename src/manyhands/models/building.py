@@ -32,7 +32,7 @@ UNWRITTEN_BYTES = 1 << 22
 """Smaller parameters are always initialised, because weight files may lack them (adapters)."""
 
 RECENT = 2
-"""The number of recent tensors that stay in memory: modules fill a tensor soon after they created it."""
+"""The number of recent tensors that stay in memory: modules fill a tensor soon after they create it."""
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
@@ -82,15 +82,15 @@ class BuiltAt(TorchFunctionMode):
 _WRITES = frozenset(name for name in dir(nn.init) if name.endswith("_") and name[0] != "_") | frozenset(
     ("add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "mul_", "normal_", "sub_", "uniform_", "zero_")
 )
-"""Names of functions that initialise (libraries replace them by others of the same names), and of the tensor methods
-that they call. Other functions may write."""
+"""Names of functions that initialise tensors, and of the tensor methods that these functions call. They are names,
+because libraries replace the functions with others of the same names. Other functions may write."""
 
 
 class Unwritten(TorchFunctionMode):
     """`with Unwritten():` large parameters are not initialised, because weight files supply their values.
 
-    Shapes, types, other tensors and small parameters are the same as without it. Small parameters have other random
-    values, though, because the generators skip the large ones.
+    Shapes, types, and values in other tensors are the same as without it, except random values: those differ, because
+    no random numbers are drawn for large parameters.
     """
 
     def __init__(self) -> None:
@@ -130,8 +130,8 @@ def build_model(recipe: Recipe, allocator: Allocator) -> tuple[nn.Module, frozen
     """Build the recipe's model with its initial weights. Return it with the names of pending parameters, whose values
     the recipe's weight files will supply. Raises ConfigError.
 
-    The weights are a function of the recipe and its seed alone. allocator: holds what is built until it is laid out. If
-    it is on disk, the full model is never in memory, and neither are large pending parameters.
+    The weights are a function of the recipe and its seed alone. allocator: holds the model's tensors until the
+    model is laid out. If they are on disk, the full model is never in memory, and neither are large pending parameters.
     """
     weights = recipe.initial_weights
     if weights is None:
@@ -144,8 +144,8 @@ def build_model(recipe: Recipe, allocator: Allocator) -> tuple[nn.Module, frozen
     initialised = {param for param in names if weights.may_lack(names[param])}
     pending = frozenset(names[param][0] for param in names.keys() - initialised)
     if any(map(is_unwritten, initialised)):
-        # A large parameter keeps its initial value. That depends on all random numbers drawn before it, so everything
-        # is initialised.
+        # A large parameter keeps its initial value. That depends on all random numbers drawn before it, so all
+        # parameters are initialised.
         model = _build(recipe, allocator)
     return model, pending
 

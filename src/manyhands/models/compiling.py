@@ -1,8 +1,8 @@
-"""torch.compile for repeated blocks, deterministic; otherwise the compiler is not imported.
+"""Deterministic torch.compile for repeated blocks. Without it, the compiler is not imported.
 
 Compiled code must be the same in every worker. By default it depends on the shapes that the process has seen before
 (the second shape of an input makes the code generic), on measured times of candidates, and on limits beyond which
-modules silently run uncompiled. A worker that sees other micro-batches would then have other bits. So here every shape
+modules silently run uncompiled. A worker that sees other micro-batches would compute other bits. So here every shape
 and number gets its own code, nothing is measured, and too many compilations are an error.
 
 Only forwards are compiled, and only inside a step. Hooks stay outside of compiled code. Evaluation and samples, whose
@@ -10,8 +10,8 @@ shapes change with every call, run uncompiled.
 
 Without `compile`, torch's compiler (torch._dynamo) is not imported. torch's optimizers import it only to mark
 themselves as not compiled, which costs every worker 150 MiB and one to two seconds. A stand-in module accepts these
-marks. Any other use (torch.compile, or activation checkpointing, which reads its settings) imports the compiler, and
-the stand-in disappears without a trace.
+marks. Any other use (torch.compile, or activation checkpointing, which reads its settings) imports the compiler,
+which replaces the stand-in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import nn
 from manyhands.errors import ConfigError
 
 MAX_COMPILATIONS = 1024
-"""Compilations of one forward, for all modules that share it."""
+"""The most compilations of one forward, counted over all modules that share it."""
 
 _TRACING = {  # torch._dynamo.config
     "automatic_dynamic_shapes": False,
@@ -74,7 +74,7 @@ class CompiledModules:
 
     candidates: names of modules, such as the children of containers; None: compile nothing. A container without a
     forward is replaced by its children. Single torch layers are not compiled, because each is one kernel already.
-    Raises ConfigError; also if there is nothing to compile.
+    Raises ConfigError, for example if there is nothing to compile.
     """
 
     def __init__(self, model: nn.Module, candidates: Sequence[str] | None) -> None:
@@ -93,7 +93,7 @@ class CompiledModules:
             raise ConfigError(
                 "recipe.compile finds nothing to compile in the model",
                 expected="modules of several layers in an nn.ModuleList or nn.Sequential",
-                got=f"{len(candidates)} of torch's own layers there" if candidates else "no such container",
+                got=f"only torch's own layers there ({len(candidates)})" if candidates else "no such container",
                 hint="put layers that belong together into a module, and such modules into an nn.ModuleList",
             )
         for name, module in self._modules.items():
@@ -127,7 +127,7 @@ class CompiledModules:
                 self._computing = False
 
     def around(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Replace names of modules inside a compiled module by its name: hooks must stay outside of compiled code."""
+        """Replace names of modules inside a compiled module with its name: hooks must stay outside of compiled code."""
         return tuple(dict.fromkeys(self._outer(name) or name for name in names))
 
     def refuse_inside(self, patterns: Sequence[str], what: str) -> None:

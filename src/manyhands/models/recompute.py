@@ -26,8 +26,8 @@ def checkpoint_activations(
 ) -> Callable[[], None]:
     """Recompute the activations of the modules whose names match a pattern. Return a function that undoes this.
 
-    If one matching module contains another, only the outer one is used. using: entered, with the module's name, around
-    its recomputation. Raises ConfigError for a pattern without a match.
+    If one matching module contains another, only the outer one is used. using: called with a module's name; returns a
+    context for its recomputation. Raises ConfigError for a pattern without a match.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     for pattern in patterns:

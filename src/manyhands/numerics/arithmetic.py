@@ -1,7 +1,7 @@
-"""What else decides bits: torch version, device, CPU kind, threads; recorded and set.
+"""The numerics identity (torch version, device, CPU kind, threads), and settings that make arithmetic deterministic.
 
-The *numerics identity* is everything outside the recipe that may change the bits of its arithmetic. `fix_arithmetic`
-sets what this process can control: the number of threads, and deterministic kernels.
+The *numerics identity* is everything outside the recipe that may change the bits of the result. `fix_arithmetic` makes
+the settings that this process can control: the number of threads, and deterministic kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from manyhands.config import Recipe
 
 
 def numerics_identity(device: torch.device, threads: int, update_on: torch.device) -> dict[str, str]:
-    """Return the numerics identity that a run records, and with which a resumed run is compared.
+    """Return the numerics identity. A run records it, and a resumed run is compared with the record.
 
     It is the same on all workers of a run.
     update_on: the device on which the optimizer computes. An update has different bits on a GPU and on a CPU.
@@ -39,7 +39,8 @@ def numerics_identity(device: torch.device, threads: int, update_on: torch.devic
 def bf16_instructions() -> str:
     """Return the instructions with which torch multiplies bf16 tensors on this CPU.
 
-    "" on an x86 CPU that emulates them. On other architectures the instructions aren't known: their name is returned.
+    Returns "" on an x86 CPU without such instructions. On other architectures the instructions aren't known, so the
+    architecture's name is returned.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return platform.machine()
@@ -48,7 +49,7 @@ def bf16_instructions() -> str:
 
 
 def fix_arithmetic(recipe: Recipe) -> None:
-    """Set the process's number of threads and deterministic kernels. They remain set after the engine is closed."""
+    """Set the process's number of threads, and select deterministic kernels. Both outlast the engine."""
     torch.set_num_threads(recipe.threads_per_worker)
     # A single CPU thread always adds in the same order, so it needs no other kernels.
     if recipe.threads_per_worker > 1 or recipe.device == "cuda":
@@ -56,5 +57,6 @@ def fix_arithmetic(recipe: Recipe) -> None:
         # Filling uninitialized memory costs time, and this code reads no memory before it has been written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if recipe.device == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
+        # cuBLAS is deterministic only with a workspace of fixed size.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False  # it would choose kernels by measured speed, which varies

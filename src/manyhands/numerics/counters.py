@@ -1,4 +1,4 @@
-"""The counter-based random function that all randomness comes from (no torch).
+"""The counter-based random function from which all random numbers come.
 
 Random numbers are computed from counters, not drawn from a stream: each is a function of (seed, purpose, partition,
 position). So it doesn't matter which process computes them, or in which order. This module doesn't import torch, so
@@ -37,9 +37,9 @@ def derive(seed: int, *counters: int | str) -> int:
 
 
 def words_at(seed: int, purpose: str, partition: int, start: int, count: int) -> NDArray[np.uint64]:
-    """Return 64 random bits for each of `count` records from position `start` of a partition.
+    """Return 64 random bits for each of `count` records starting at position `start` of a partition.
 
-    Computed as SplitMix64 (Steele, Lea and Flood, 2014) of a derived key.
+    Computed by SplitMix64 (Steele, Lea and Flood, 2014) from a derived key.
     Deterministic: the same words on every machine, however the partition is divided into chunks.
     """
     positions = np.arange(start, start + count, dtype=np.uint64)

@@ -5,8 +5,8 @@ workers. The functions take a flat tensor of complete blocks, [num_blocks * BLOC
 block's value depends only on that block's elements, not on how many blocks are processed together.
 
 The *digest* is SHA-256 over the hashes of all blocks of the master weights, by parameter, in construction order. A
-*fingerprint* identifies the bits of one parameter: of a frozen one, which the digest doesn't cover, or before there is
-a digest.
+*fingerprint* identifies the bits of one parameter. It is used for frozen parameters, which the digest doesn't cover,
+and before there is a digest.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from manyhands.layout import BLOCK, ParamSlot, blocks_of
+from manyhands.shard_layout import BLOCK, ParamSlot, blocks_of
 
 _LANES = 2
 
 _HASH_SEED = 0x6D616E79  # "many"
 
-_BLOCKS_IN_CACHE = 64  # they and the intermediate results fit a core's second-level cache: several times as fast
+# These blocks and the intermediate results fit into a core's second-level cache, so hashing is several times faster.
+_BLOCKS_IN_CACHE = 64
 
 
 def block_norms(values: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def block_norms(values: Tensor) -> Tensor:
 def total_norm(norms_in_block_order: Tensor) -> float:
     """Return the 2-norm of all elements from the norms of all blocks, [num_blocks] fp32, in block order.
 
-    Added in fp64. The order of the blocks and their number are the same for any number of workers.
+    The squares are added in fp64. The order of the blocks and their number are the same for any number of workers.
     """
     return float(norms_in_block_order.double().square().sum().sqrt())
 
@@ -76,7 +77,7 @@ def _hashes(bits: Tensor, *keys: Tensor) -> Tensor:
 
 
 HASH_CHUNK = 256 * BLOCK
-"""Elements that are hashed at a time. They may be copied, and there may be no memory for a copy of a full parameter."""
+"""Elements that are hashed at a time. They may be copied, and a copy of a full parameter may not fit into memory."""
 
 
 def digest_of(names_and_numels: Sequence[tuple[str, int]], hashes: npt.NDArray[np.int64]) -> str:
@@ -96,7 +97,7 @@ def slots_in_order(slots: Sequence[ParamSlot]) -> list[tuple[str, int]]:
 
 
 def digest_of_tensors(tensors: Sequence[tuple[str, Tensor]]) -> str:
-    """Return the digest of plain named tensors, in the given order. Any other program can check a digest with it."""
+    """Return the digest of plain named tensors, in the given order. Other programs can use it to check a digest."""
     hashes = []
     for _, tensor in tensors:
         for part in torch.split(tensor.detach().flatten(), HASH_CHUNK):
@@ -111,7 +112,7 @@ def fingerprint(name: str, param: Tensor) -> str:
 
 
 def fingerprint_of_parts(name: str, dtype: torch.dtype, parts: Iterable[Tensor]) -> str:
-    """Return the fingerprint of a parameter from consecutive parts; all but the last are complete blocks."""
+    """Return the fingerprint of a parameter from consecutive parts. All but the last must be complete blocks."""
     if dtype == torch.float32:
         numel, hashes = 0, []
         for part in parts:

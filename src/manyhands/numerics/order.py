@@ -1,14 +1,14 @@
 """The one order in which the gradients of a step are added.
 
 A step has `V` virtual workers with `accumulate` micro-batches each; micro-batch `i = v * accumulate + a` is the `a`-th
-of virtual worker `v`. The sum is *defined* as follows: sequentially over `a` in each virtual worker, then over the
-virtual workers by a binary-counter tree. Equal-sized neighbours are added, left + right; the remaining subtrees are
-added from the right.
+of virtual worker `v`. The sum is *defined* as follows. In each virtual worker, micro-batches are added in order of
+`a`. Then the sums of the virtual workers are added by a binary-counter tree: equal-sized neighbours are added as left +
+right, and the remaining subtrees are added from the right.
 
     V = 6:   ((0+1)+(2+3)) + (4+5)            V = 7:   ((0+1)+(2+3)) + ((4+5)+6)
 
-This order is part of every result: floating-point addition isn't associative. It depends on the recipe alone, never on
-the number of workers. This module contains only pure functions of integers, and sums of values of any type.
+The order decides the bits of every result, because floating-point addition isn't associative. It depends on the recipe
+alone, never on the number of workers. This module has only pure functions of integers, and sums of any values.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ class Subtree(NamedTuple):
 def maximal_subtrees(start: int, end: int) -> tuple[Subtree, ...]:
     """Return the fewest complete subtrees that cover virtual workers [start, end), in order.
 
-    It is one subtree if the run is an aligned power of two, and never more than 2 * log2(end - start) + 1.
+    There is one subtree if the length of the run is a power of two that divides `start`. There are never more than
+    2 * log2(end - start) + 1.
     """
     subtrees = []
     while start < end:
-        # A subtree that starts at `start` has a size that divides it: its lowest set bit at most.
+        # The size of a subtree must divide its start, so the size is at most the lowest set bit of `start`.
         level = (start & -start).bit_length() - 1 if start else end.bit_length()
         while start + (1 << level) > end:
             level -= 1
@@ -52,7 +53,7 @@ def run_of_virtual_workers(rank: int, workers: int, virtual_workers: int) -> ran
 
 
 def micro_batch_of_round(round_index: int, rank: int, workers: int, micro_batches: int) -> int | None:
-    """Return the micro-batch that `rank` computes in a round if gradients are exchanged every micro-batch, or None."""
+    """Return the micro-batch of `rank` in a round, or None, if gradients are exchanged every micro-batch."""
     index = round_index * workers + rank
     return index if index < micro_batches else None
 
@@ -65,7 +66,7 @@ def num_rounds(workers: int, micro_batches: int) -> int:
 class OrderedSum(Generic[T]):
     """The sum of a step's gradients, added in index order. It holds at most log2(V) + 2 partial sums.
 
-    own(value): returns a value equal to `value`, which is borrowed. The sum may store and overwrite the result.
+    own(value): takes a borrowed value, and returns an equal value that the sum may store and overwrite.
     add(left, right): returns left + right, stored in `left`; `right` may be borrowed.
     free(value): called with each owned value that the sum no longer needs.
     """
@@ -80,8 +81,8 @@ class OrderedSum(Generic[T]):
     ) -> None:
         self.accumulate = accumulate
         self._own, self._add, self._free = own, add, free
-        self._stack: list[tuple[int, T]] = []  # (level, partial), levels falling from left to right
-        self._current: T | None = None  # the sum of the virtual worker that is incomplete so far
+        self._stack: list[tuple[int, T]] = []  # (level, partial sum); levels decrease from left to right
+        self._current: T | None = None  # the partial sum of the virtual worker in progress
         self._in_current = 0
 
     def add_micro_batch(self, value: T) -> None:
@@ -125,7 +126,7 @@ class OrderedSum(Generic[T]):
     ) -> OrderedSum[T]:
         """Return the same sum over a part of every value.
 
-        select(value): returns the part, as a view that may be overwritten. own, add, free: as for the sum.
+        select(value): returns the part, as a view that may be overwritten. own, add, free: as in the constructor.
         """
         part: OrderedSum[T] = OrderedSum(self.accumulate, own=own, add=add, free=free)
         part._stack = [(level, select(value)) for level, value in self._stack]
@@ -134,7 +135,7 @@ class OrderedSum(Generic[T]):
         return part
 
     def clear(self) -> None:
-        """Discard all values and free the owned ones, after the parts were folded or on abort."""
+        """Discard all values and free the owned ones. Call it after the parts were folded, or on abort."""
         for _, value in self._stack:
             self._free(value)
         if self._current is not None:

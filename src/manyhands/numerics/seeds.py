@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhands.numerics.counters import derive as derive  # exported under this module's name, too
+from manyhands.numerics.counters import derive as derive  # re-exported
 
 
 def seed_generators(value: int) -> None:

@@ -1,1 +1,1 @@
-"""Where state lives between its uses, and what it costs in memory."""
+"""Stores state between its uses, and measures memory."""

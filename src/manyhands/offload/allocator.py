@@ -1,8 +1,7 @@
 """Allocators of buffers on the device, in host memory or in mapped files; buffer pools.
 
-Offload decides where a buffer lives, and nothing else: code that uses a buffer calls `prefetch` before and `evict`
-after its use, and the bits are the same with every allocator. `BufferPool` reuses buffers, because new memory costs
-page faults.
+Offload decides only where a buffer is stored. Code that uses a buffer calls `prefetch` before and `evict` after its
+use, and the bits are the same with every allocator. `BufferPool` reuses buffers, because new memory costs page faults.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from manyhands.formatting import MIB
 from manyhands.offload.scratch import cannot_use, check_scratch, map_file
 
 SLAB_BYTES = 64 * MIB
-"""Size of a file. A file holds many buffers, because each mapping takes resources of the kernel."""
+"""Size of a file. A file holds many buffers, because each mapping takes kernel resources."""
 
 BEHIND_BYTES = 128 * MIB
-"""How much may wait to be written. `evict` blocks while more is waiting."""
+"""The amount of data that may wait to be written. `evict` blocks while more is waiting."""
 
 _PAGE = mmap.PAGESIZE
 
@@ -73,7 +72,7 @@ class DiskAllocator(Allocator):
     """Buffers in unnamed files of `folder`, which disappear however the process ends.
 
     The kernel reads pages when they are accessed, and may drop pages that have been written. `prefetch` makes it read
-    ahead. `evict` writes pages behind, in a separate thread, and unmaps them from this process. Raises ConfigError.
+    ahead. `evict` makes a thread write the pages to the file and unmap them from this process. Raises ConfigError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -190,7 +189,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _call(name: str, address: int, num_bytes: int, what: int) -> None:
-    """Call msync or madvise. Python's mmap has these only for complete mappings, and holds the GIL meanwhile."""
+    """Call msync or madvise. Python's mmap has these only for complete mappings, and holds the GIL during the call."""
     if getattr(_libc, name)(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), what) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -244,7 +243,7 @@ class BufferPool:
 
     @torch.inference_mode(False)
     def put_back(self, buffer: Tensor) -> None:
-        """As `give_back`, for a buffer that nothing reads any more, even if something still refers to it."""
+        """Like `give_back`, but for a buffer that nothing reads any more, even if something still refers to it."""
         free = self._free[buffer.dtype]
         free.append(buffer.new_empty(0).set_(buffer.untyped_storage()))
         free.sort(key=Tensor.numel)

@@ -1,4 +1,4 @@
-"""The memory this process uses, can still get, and returns to the system.
+"""The memory that this process uses, can still get, and returns to the system.
 
 Memory is measured as the proportional set size (PSS): shared pages are divided among the processes that map them.
 """
@@ -29,10 +29,10 @@ def return_freed_memory() -> None:
 def keep_freed_memory(large: bool) -> None:
     """Control what glibc does with freed memory from now on. Does nothing with other C libraries.
 
-    large: True: retain what a step frees for the next step. By default glibc sometimes returns the pages of
-    activations, and then the next step pays for tens of thousands of page faults, about 4 % of its time.
-    False: map every large buffer separately, and return it when it is freed. For models that barely fit: otherwise the
-    heap retains holes as large as weights and gradients. Costs page faults.
+    large: if True, glibc retains the memory that a step frees, for the next step. By default glibc sometimes returns
+    the pages of activations, and the next step then pays for tens of thousands of page faults, about 4 % of its time.
+    If False, glibc maps every large buffer separately, and returns it when it is freed. This is for models that barely
+    fit: otherwise the heap retains holes as large as weights and gradients. It costs page faults.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)

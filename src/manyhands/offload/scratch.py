@@ -2,7 +2,7 @@
 
 Shared memory is an anonymous file: a process creates a memfd and passes its address, `pid:fd:bytes`, to the others,
 which open it through /proc. It has no name in any file system, so a killed process leaves nothing behind, and the limit
-of /dev/shm does not apply. The kernel frees the memory with the last process that maps it.
+of /dev/shm does not apply. The kernel frees the memory when no process maps it any more.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def map_file(folder: Path, num_bytes: int) -> Tensor:
 def open_unnamed(folder: Path, num_bytes: int) -> int:
     """The descriptor of a new unnamed file.
 
-    Allocates all its space, so that a full disk raises ConfigError here and not later as SIGBUS.
+    All its space is allocated here, so that a full disk raises ConfigError now instead of SIGBUS later.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

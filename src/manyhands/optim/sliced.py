@@ -1,10 +1,10 @@
-"""torch optimizers applied to slices of the master weights.
+"""Applies torch optimizers to slices of the master weights.
 
 The recipe's factory is called once, with the model's named parameters. It returns the *fronts*: one optimizer, or
-several that divide the parameters among them. They fix the classes, the param groups and their hyperparameters, and LR
-schedulers change them. Their own `step` never updates anything. A working copy of each front does the updates: its
-param groups are replaced by the slices of one run after the other. This gives the same bits as one call over full
-parameters if the optimizer is
+several that divide the parameters among themselves. The fronts hold the param groups with their hyperparameters, which
+LR schedulers change. The fronts' own `step` never updates anything. A working copy of each front does the updates: for
+each run, the copy's param groups are replaced by groups of the run's slices. This gives the same bits as one call over
+full parameters if the optimizer is
 
 - *elementwise*: an element's update depends only on that element. A slice may be any part of a parameter.
 - *per-parameter*: an update depends on one complete parameter and its shape. A slice is a complete parameter.
@@ -40,7 +40,7 @@ REFUSED = {
 Factory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 
 ParamGroups = list[list[dict[str, Any]]]
-"""For each optimizer its param groups over the slices of one run."""
+"""The param groups of each optimizer over the slices of one run."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class Slice:
 
     name: str
     start: int
-    master: Tensor  # fp32, [numel], or of the parameter's own shape; its .grad is a view of the run's gradient
+    master: Tensor  # fp32, of shape [numel] or the parameter's own shape; its .grad is a view of the run's gradient
 
 
 class SlicedOptimizer:
     """The recipe's optimizers, applied slice by slice; see the module.
 
-    fronts: the optimizers that the recipe's factory returned. kinds: of each.
+    fronts: the optimizers that the recipe's factory returned. kinds: the kind of each front.
     unsplittable: the names of the parameters of per-parameter optimizers.
-    declared_kind: the kind of optimizers that aren't torch's. Raises ConfigError.
+    declared_kind: the kind of optimizers whose classes aren't torch's. Raises ConfigError.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class SlicedOptimizer:
         )
         self._shapes = {name: tuple(param.shape) for name, param in named_params}
         self._copies = [_working_copy(front) for front in self.fronts]
-        # State tensors of the allocator, by parameter, first element and kind. Only with offload "disk".
+        # State tensors in the allocator's buffers, by parameter, first element and key. Only with offload "disk".
         self._offloaded: dict[tuple[str, int, str], Tensor] = {}
 
     def _front_groups(self) -> Iterator[dict[str, Any]]:
@@ -100,7 +100,7 @@ class SlicedOptimizer:
         return run
 
     def step(self, run: ParamGroups) -> None:
-        """Update a run's slices from their .grad. Slices whose .grad is None are not changed."""
+        """Update the slices of a run of elements from their .grad. Slices whose .grad is None are not changed."""
         for copy, groups, kind in zip(self._copies, run, self.kinds, strict=True):
             if groups:
                 copy.param_groups = groups
@@ -132,7 +132,7 @@ class SlicedOptimizer:
     def load_state_of(self, piece: Slice, state: dict[str, Any]) -> None:
         """Set the optimizer's state of a slice. Tensors are moved to the slice's device.
 
-        Tensors of one number (a step count) are moved only for fused or capturable kernels, which is the rule of
+        A tensor of one number (such as a step count) is moved only if the kernels are fused or capturable, as in
         torch.optim.Optimizer.load_state_dict.
         """
         group = list(self._front_groups())[self._group_of[piece.name]]
@@ -144,9 +144,9 @@ class SlicedOptimizer:
         }
 
     def state_bytes(self) -> dict[str, float]:
-        """Return the bytes of optimizer state per element of each parameter, without state of a single number.
+        """Return the bytes of optimizer state per element of each parameter, not counting single numbers.
 
-        Measured: a copy of the optimizer updates a small parameter.
+        They are measured: a copy of the optimizer updates a small parameter.
         """
         by_group = []
         for index, group in enumerate(self.hyperparameters()):
@@ -163,7 +163,7 @@ class SlicedOptimizer:
     def offload_state(self, piece: Slice, allocator: Allocator) -> list[Tensor]:
         """Move a slice's state to buffers of `allocator`, and return these tensors.
 
-        torch and checkpoints create state tensors in memory; a tensor that has been moved before is not copied again.
+        torch and checkpoints create state tensors in memory. A tensor that is already in its buffer is not copied.
         """
         state = self.state_of(piece)
         for kind, value in state.items():
@@ -189,7 +189,7 @@ class SlicedOptimizer:
 
 
 def _call(factory: Factory, named_params: Sequence[tuple[str, nn.Parameter]]) -> Any:
-    """Call the factory. If torch's Muon refuses a parameter, raise a ConfigError that names it, which torch doesn't."""
+    """Call the factory. If torch's Muon refuses a parameter, raise a ConfigError that names the parameter."""
     try:
         return factory(list(named_params))
     except ValueError as error:
@@ -214,7 +214,7 @@ def _working_copy(front: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def _kind(optimizer: object, declared: str | None) -> str:
-    """Return the optimizer's kind. declared: for classes that aren't torch's. Raises ConfigError if it is unknown."""
+    """Return the optimizer's kind. declared: the kind if its class isn't torch's. Raises ConfigError if unknown."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             "recipe.optimizer did not return an optimizer",
@@ -273,7 +273,7 @@ def _groups_by_name(
             if name in found:
                 raise ConfigError(
                     f"two of recipe.optimizer's optimizers have the parameter {name!r}",
-                    got=f"param groups {found[name]} and {index}, counted through all of them",
+                    got=f"param groups {found[name]} and {index}, numbered across all optimizers",
                     hint="pass every parameter to exactly one of them",
                 )
             found[name] = index

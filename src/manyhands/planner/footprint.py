@@ -1,7 +1,7 @@
-"""How many bytes a worker takes, predicted from recipe, strategy and number of workers.
+"""Predicts a worker's memory from the recipe, the strategy and the number of workers.
 
-Includes everything that grows with the model. Excludes activations, which depend on the batch but not on sharding or
-offload, and torch's own memory.
+The prediction includes everything that grows with the model. It excludes torch's own memory, and activations, which
+depend on the batch but not on sharding or offload.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from manyhands.config import Batch, Recipe, Strategy
 from manyhands.engine.sharding import REPLICATED, SHARDED, sharding_named
 from manyhands.engine.step.sums import RUN
 from manyhands.engine.units.gradients import IN_FLIGHT, RING_SLOTS
-from manyhands.engine.units.partition import plan_units
-from manyhands.layout import build_layout
+from manyhands.engine.units.unit_plan import plan_units
 from manyhands.numerics.order import OrderedSum, Subtree, maximal_subtrees, num_rounds, run_of_virtual_workers
 from manyhands.offload.allocator import BEHIND_BYTES
+from manyhands.shard_layout import build_layout
 
 FP32 = 4
 
@@ -34,8 +34,8 @@ ADAMW_STATE_BYTES = 8.0
 class UnitSize:
     """The sizes of a unit.
 
-    shard_numel: elements of a worker's shard, with padding. itemsize: bytes of an element in the compute type.
-    stays: at zero3, True if the unit stays unsharded during a micro-batch.
+    shard_numel: elements of a worker's shard, with padding. itemsize: bytes of an element of the parameters.
+    stays: with zero3, True if the unit stays unsharded during a micro-batch.
     """
 
     shard_numel: int
@@ -46,14 +46,15 @@ class UnitSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of the worker that takes most; of shared memory, its part. `peak` is the sum of all but files and start.
+    """Bytes of the worker that takes most, including its part of shared memory.
 
-    params: the model's parameters. masters: master weights, unless they are the parameters themselves.
+    `peak` is the sum of all values except files and start.
+    params: the model's parameters. masters: master weights, unless they are an alias of the parameters.
     gradients: buffers in which a micro-batch's gradients are collected and sent. sums: sums of gradients in flight.
-    step_gradient: the gradient of the step, if the update needs all of it first. unsharded: sharded units while they
-    are unsharded. workspace: runs of the update, and the group's mailboxes.
-    files: on disk, not in memory. start: in memory while the model is laid out; each worker has its own copy of the
-    model then.
+    step_gradient: the step's gradient, if the update needs all of it before it starts. unsharded: sharded units while
+    they are unsharded. workspace: the update's buffers, and the group's mailboxes.
+    files: bytes on disk, not in memory. start: bytes in memory while the model is laid out, when each worker has its
+    own copy of the model.
     """
 
     params: float
@@ -75,16 +76,17 @@ class Footprint:
 
     @property
     def mapped(self) -> float:
-        """The most of `files` that this process maps at a time. The kernel may cache more while memory is free."""
+        """The largest part of `files` that this process maps at a time. The kernel may cache more in free memory."""
         return min(self.files, BEHIND_BYTES)
 
 
 class Ways:
-    """What a strategy implies for a number of CPU workers: everything that depends on sharding, offload and transport.
+    """Properties of a strategy on a number of CPU workers: those that depend on sharding, offload and transport.
 
-    views: pieces of gradients are read where they were computed. shares: workers share one copy of replicated buffers.
-    unshards: parameters are unsharded on demand. reduces_every_step: gradients are exchanged once a step, not every
-    micro-batch.
+    views: True if pieces of gradients are read where they were computed.
+    shares: True if workers share one copy of replicated buffers.
+    unshards: True if parameters are unsharded on demand.
+    reduces_every_step: True if gradients are exchanged once a step, not once a micro-batch.
     """
 
     def __init__(self, strategy: Strategy, workers: int, virtual_workers: int) -> None:
@@ -100,7 +102,7 @@ class Ways:
 
 
 def sizes_of(model: nn.Module, recipe: Recipe, strategy: Strategy, workers: int) -> list[UnitSize]:
-    """The sizes of a model's units. The model may be on torch's meta device. Treats all parameters as splittable.
+    """Return the sizes of a model's units, as if no parameter were unsplittable. The model may be on the meta device.
 
     Raises ConfigError.
     """
@@ -147,7 +149,7 @@ def footprint(
     step_gradient = 0.0
     if ways.replicates_state or clips:
         step_gradient = FP32 * shard * (1 if ways.shares else held_shards)
-    # Factors: 1 if that part is in memory, 0 if it is in files.
+    # Factors: 1 if the part of the state is in memory, 0 if it is in files.
     state_here = 0 if ways.on_disk else 1
     params_here = state_here if ways.unshards else 1
     sums_here = state_here if ways.sharded_params else 1
@@ -180,10 +182,10 @@ def _masters(trained: Iterable[UnitSize], ways: Ways, held_shards: int) -> float
 
 
 def _workspace(run: int, run_buffers: int, new_state_bytes: float, workers: int) -> float:
-    """Buffers of the update, and two mailboxes.
+    """Return the bytes of the update's buffers and of two mailboxes.
 
-    The update needs a run's gradient, the partial sums over a run, a widened piece, and the state of a run as torch
-    creates it, before it moves to its allocator.
+    The update needs a run's gradient, the partial sums over a run, a widened piece, and a run's new optimizer state,
+    which torch creates in memory before it is moved to the allocator's buffers.
     """
     mailboxes = 2 * MAILBOX_BYTES if workers > 1 else 0
     return run * (FP32 + new_state_bytes) + FP32 * RUN * (1 + run_buffers) + mailboxes
@@ -213,7 +215,7 @@ def _gradients(trained: Sequence[UnitSize], ways: Ways, workers: int) -> float:
 
 
 def _unsharded(units: Sequence[UnitSize], unshard_ahead: int, workers: int) -> float:
-    """Unsharded parameters: units in use, the next ones, and units that stay. Buffers are reused by size."""
+    """Return the bytes of units in use, units unsharded ahead, and units that stay. Units of one size share buffers."""
     total, of_size = 0, dict[tuple[int, int], int]()
     for unit in units:
         if unit.stays:
@@ -246,11 +248,11 @@ def _sum_of(accumulate: int, owned: _Owned) -> OrderedSum[object]:
 
 
 def _shard_sums(trained: Sequence[UnitSize], batch: Batch, ways: Ways, workers: int) -> tuple[float, int]:
-    """Bytes of the sums over shards, and the number of buffers that a sum needs over a run of the update."""
+    """Return the bytes of the sums over shards, and the number of RUN-sized buffers that a sum needs in the update."""
     num_bytes, run_buffers = 0.0, 0
     in_place = (
         (len(trained) if ways.retains_gradients else IN_FLIGHT) if ways.views else 0
-    )  # units in a step's last round
+    )  # units whose pieces of the last round stay in place
     for keeps_last, units in ((True, trained[:in_place]), (False, trained[in_place:])):
         if units:
             buffers, over_a_run = _partial_sums(batch, ways, workers, keeps_last=keeps_last)
@@ -260,7 +262,7 @@ def _shard_sums(trained: Sequence[UnitSize], batch: Batch, ways: Ways, workers: 
 
 
 def _partial_sums(batch: Batch, ways: Ways, workers: int, *, keeps_last: bool) -> tuple[int, int]:
-    """The buffers of an owner's sum: those of a shard's length, and those of the length of a run of the update.
+    """Return how many buffers an owner's sum needs: of a shard's length, and of the length of a run of the update.
 
     keeps_last: True if the pieces of the last round stay in place until the update.
     """
@@ -281,18 +283,18 @@ def _partial_sums(batch: Batch, ways: Ways, workers: int, *, keeps_last: bool) -
         for tree in sorted(tree for trees in _subtrees(batch, workers) for tree in trees):
             part.push(None, tree.level)
     part.fold()
-    # One buffer of a run is the run's gradient, which _workspace counts. fp32 may need fewer.
+    # One of a run's buffers is the run's gradient, which _workspace counts. In fp32, fewer buffers may be enough.
     return full.peak, max(0, run.peak - 1)
 
 
 def _subtrees(batch: Batch, workers: int) -> list[tuple[Subtree, ...]]:
-    """The subtrees of each worker, if gradients are exchanged every step."""
+    """Return the subtrees of each worker, if gradients are exchanged once a step."""
     runs = [run_of_virtual_workers(rank, workers, batch.virtual_workers) for rank in range(workers)]
     return [maximal_subtrees(run.start, run.stop) for run in runs]
 
 
 def _local_sums(trained: Sequence[UnitSize], batch: Batch, workers: int) -> float:
-    """Bytes of a worker's own sums of complete units, and of the pieces that it receives from all workers."""
+    """Return the bytes of a worker's own sums of complete units and of the pieces that it receives."""
     by_worker = _subtrees(batch, workers)
     own_sums = 0
     for trees in by_worker:
@@ -308,7 +310,7 @@ def _local_sums(trained: Sequence[UnitSize], batch: Batch, workers: int) -> floa
         total += own_sums * FP32 * unit.shard_numel * workers
         for slot in range(max(len(trees) for trees in by_worker)):
             received = [trees[slot] for trees in by_worker if slot < len(trees)]
-            # A subtree of one micro-batch is sent in the compute type, because it is no sum yet.
+            # A subtree of one micro-batch is not a sum yet, so it is sent in the parameters' dtype.
             single = batch.accumulate == 1 and all(tree.level == 0 for tree in received)
             total += len(received) * unit.shard_numel * (unit.itemsize if single else FP32)
     return total

@@ -1,4 +1,4 @@
-"""Dataset: what users write; lazy until `write`, `take` or `count`."""
+"""The lazy Dataset; `write`, `take` and `count` run its job."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Dataset:
     """A lazy, ordered collection of records with the operations to apply to them.
 
     Methods such as `map`, `sort_by` and `join` compute nothing: each returns a new Dataset. `write`, `take` and `count`
-    run the job. They accept the keyword arguments of `JobOptions` (workers, memory, max_bad_records, engine, progress),
-    none of which changes a byte of the output.
+    run the job. They accept the keyword arguments of `JobOptions` (workers, memory, max_bad_records, engine, progress).
+    These options do not change a byte of the output.
 
     A record may be any Python object. Lines of text are read as `str`; JSON objects and rows of tables are read as
     dicts. The functions that a Dataset applies are plain Python functions. They must be pure: the result may depend on
@@ -87,10 +87,10 @@ class Dataset:
             Files may be compressed by gzip or zstd (`.gz`, `.zst`), except Parquet.
         columns: the columns to read from Parquet files (default: all).
         types: the types of CSV columns, such as {"age": "int64"}; all other columns are text.
-        partition_bytes: about how much input one task reads. It determines how the output is divided into files.
+        partition_bytes: the approximate size of a task's input. It determines how the output is divided into files.
 
         Raises DataError if a path matches no file, or if Parquet files can't be read or have different columns.
-        Raises ConfigError if the format is unknown.
+        Raises ConfigError if the format is unknown or `partition_bytes` is less than 1.
         """
         if partition_bytes < 1:
             raise ConfigError("partition_bytes is not an integer of at least 1", got=partition_bytes)
@@ -135,7 +135,8 @@ class Dataset:
         """Replace each batch of records by `function(batch)`.
 
         function: takes an Arrow table, or a dict of NumPy arrays if form="numpy". It returns a table, a dict of columns
-        or a list of records. Where batches start and end depends on the data only, not on the workers or the memory.
+        or a list of records. The boundaries of batches depend only on the data, not on the workers or the memory.
+
         Raises ConfigError if `form` is unknown.
         """
         if form not in ("arrow", "numpy"):
@@ -167,8 +168,8 @@ class Dataset:
     def sort_by(self, key: KeyLike = None, *, descending: bool = False) -> Dataset:
         """Sort the records by key, across all output files.
 
-        The sort is stable: records with equal keys stay in the order of the input, also if `descending`. The key is
-        specified as in `group_by`. All keys must be of one type.
+        The sort is stable: records with equal keys stay in the order of the input, even if `descending` is true. The
+        key is specified as in `group_by`. All keys must be of one type.
         """
         arrangement = ByKey(key_from(key), f"sort by {key_name(key)}")
         return self._with_shuffle(arrangement, Sorted(columns_of(key_from(key)), descending))
@@ -187,8 +188,8 @@ class Dataset:
         records than fit into memory.
 
         on: the key, specified as in `group_by`.
-        how: "inner" drops records without a partner. "left" pairs those of this Dataset with None, "right" those of
-            `other`, "outer" both.
+        how: "inner" drops records without a partner. "left" keeps those of this Dataset and pairs them with None.
+            "right" keeps those of `other`. "outer" keeps both.
         other_on: the key of the records of `other`, if it differs from `on`.
 
         Raises ConfigError if `how` is unknown.
@@ -221,16 +222,16 @@ class Dataset:
     def repartition(self) -> Dataset:
         """Divide the same records, in the same order, into partitions of even size.
 
-        Useful after a filter that left few records in each partition.
+        This is useful after a filter that left few records in each partition.
         """
         return self._with_shuffle(ByPosition(None, "repartition"), Sorted((ORDER_COLUMN,)))
 
     def cache(self, folder: str | None = None) -> Dataset:
-        """Store the records once they have been computed; later jobs read them without computing or parsing.
+        """Store the records when they are first computed. Later jobs read the stored records and do not parse them.
 
-        folder: where to store them, so that later runs of the script can use them, too. By default, a temporary folder
-        that exists until this process exits. Cached records are read through the operating system's page cache, so
-        from memory as far as it suffices.
+        folder: the folder for the records. Later runs of the script can use it again. The default is a temporary folder
+        that is removed when this process exits. Cached records are read through the operating system's page cache, so
+        they come from memory if there is enough of it.
         """
         from manyhands.prepare.job.output import temporary_job_folder
 
@@ -245,11 +246,11 @@ class Dataset:
         overwrite: bool = False,
         **job_options: Unpack[JobOptions],
     ) -> PrepareSummary:
-        """Run the job and write its records into a folder, one file a partition; return a summary.
+        """Run the job and write its records into a folder, one file per partition. Return a summary.
 
         folder: the output folder. `_manifest.json` is written last: if it exists, the output is complete.
         format: `jsonl` or `text` (also compressed: `jsonl.gz`, `jsonl.zst`, `text.gz`, `text.zst`), `parquet`, or
-            `tokens`, which `mh.TokenFile` reads, for records with a list `tokens` each.
+            `tokens`. Each record of a `tokens` output must have a list named `tokens`; `mh.TokenFile` reads the files.
         schema: the columns of Parquet files (default: inferred from the records).
         overwrite: replace the output of another job. Other files are never replaced.
         job_options: workers, memory and so on; see `JobOptions`.
@@ -258,7 +259,7 @@ class Dataset:
         returns at once.
 
         Raises DataError if the data can't be read, processed or written. Raises ConfigError if an option is invalid or
-        the folder holds something else. Raises WorkerError if a task makes its worker exit at every attempt.
+        the folder holds something else. Raises WorkerError if a task crashes its worker at every attempt.
         """
         from manyhands.prepare.job.output import write_output
 
@@ -323,9 +324,9 @@ class GroupedDataset:
     def aggregate(self, **aggregates: Aggregate) -> Dataset:
         """Return one record for each group, in the order of the keys.
 
-        The record is a dict of the key and of each aggregate's value under the aggregate's name. If the key consists of
-        columns, they keep their names; otherwise the key is called `key`. Each task that reads records aggregates its
-        own first, so only one state per group and task is shuffled.
+        Each record is a dict that holds the key, and the value of each aggregate under the aggregate's name. If the key
+        consists of columns, they keep their names; otherwise the key is called `key`. Each task that reads records
+        aggregates them before the shuffle, so only one state per group and task is shuffled.
 
         Raises ConfigError if there is no aggregate, if an aggregate has the name of a key, or if an argument is not an
         Aggregate.

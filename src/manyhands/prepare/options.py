@@ -56,7 +56,7 @@ def patience_seconds(options: Options) -> float:
 
 
 LEAST_BYTES = 192 * MIB
-"""The least memory of a worker."""
+"""The minimum memory of a worker."""
 
 _UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -73,7 +73,7 @@ class JobOptions(TypedDict, total=False):
 
 @options
 class Options:
-    """How a job runs. Raises ConfigError. `engine` may also be an object with the methods of `JobEngine`."""
+    """How a job runs. `engine` may also be an object with the methods of `JobEngine`. Raises ConfigError."""
 
     workers: int | None = option(
         default=None,
@@ -87,15 +87,15 @@ class Options:
         default=None,
         flags=("--engine",),
         metavar="NAME",
-        help="Where tasks run instead: dask://scheduler:8786, ray or ray://head:10001. Or for one of several runs of "
-        "the same script that share the work: 'rank 2 of 8', or ranks if a scheduler such as Slurm sets the rank.",
+        help="Run tasks on a cluster: dask://scheduler:8786, ray or ray://head:10001. If several runs of the same "
+        "script share the work, pass 'rank 2 of 8' for example, or ranks if a scheduler such as Slurm sets the rank.",
     )
     memory: int | str | None = option(
         default=None,
         flags=("--memory",),
         metavar="SIZE",
         help="Memory for all workers together: 2GiB, 512MiB, or a number of bytes (default: 70 % of the machine's). If "
-        "it is too little for all workers, fewer run.",
+        "that is too little for all workers, fewer workers start.",
     )
     max_bad_records: int = option(
         default=0,
@@ -123,7 +123,7 @@ class Options:
         return _machine_bytes() * 7 // 10 if self.memory is None else parse_bytes(self.memory)
 
     def num_workers(self) -> int:
-        """The number of processes on this machine; fewer than requested if the memory is too little for all."""
+        """The number of processes on this machine; fewer than requested if there is too little memory for them."""
         return min(self.workers or _cpus(), max(1, self.total_bytes() // LEAST_BYTES))
 
     def keywords(self) -> JobOptions:

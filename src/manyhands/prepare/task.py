@@ -1,6 +1,6 @@
 """A task: a pure function of (plan, stage, partition) that writes one file.
 
-However often it runs, and wherever: the file has the same records, and the first one that is published stays.
+The file has the same records however often and wherever the task runs. The first file that is published is kept.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from manyhands.storage.files import HashedFile, exists, join_path, names_in, ope
 
 _DONE = ".done"
 
-_BASE_BYTES = 2**27  # of a worker's memory, before it has any records
+_BASE_BYTES = 2**27  # the memory of a worker before it holds any records
 
-_EXPANSION = 10  # how much more memory records take while they are read and put in order than their estimate
+_EXPANSION = 10  # reading and sorting records takes up to this many times their estimated size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a worker needs to run a task.
+    """A task, described completely for a worker.
 
-    inputs: the run files of each stage that the task reads. key_range: the keys that it reads from them.
+    inputs: the run files of each stage that the task reads. key_range: the keys that it reads from these files.
     """
 
     plan_path: str
@@ -55,13 +55,13 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """The task's name in messages."""
         return f"stage {self.stage}, partition {self.partition}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """The result of a task: counts, and name and hash of its output file. Data do not pass through the engine."""
+    """A task's counts, and the name and hash of its output file. Records do not pass through the engine."""
 
     stage: int
     partition: int
@@ -75,7 +75,7 @@ class TaskResult:
 
 
 def run_task(task: Task) -> TaskResult:
-    """Run a task, unless it is done. Raises DataError for data that can't be used, or a full disk."""
+    """Run a task unless it is already complete. Raises DataError if the data can't be used or the disk is full."""
     found = finished(task.folder, task.stage, task.partition)
     if found is not None:
         return found
@@ -91,8 +91,8 @@ def run_task(task: Task) -> TaskResult:
         raise DataError(
             f"a task could not read or write: {error}",
             where=f"{task.name}, in {task.folder}",
-            hint="if the disk is full, free some space, and run again: finished tasks are not repeated",
-        ) from None  # the place in this code does not help the user
+            hint="if the disk is full, free some space, and run again: completed tasks are not repeated",
+        ) from None  # a traceback into this module does not help the user
     if bad.found:
         write_atomic(bad_path(task.folder, task.partition), bad.to_jsonl())
     result = TaskResult(
@@ -107,7 +107,7 @@ def run_task(task: Task) -> TaskResult:
         seconds=time.monotonic() - started,
     )
     note = json.dumps(asdict(result))
-    # Neither the note nor the file of a task before a shuffle is synced: remove_torn checks them after a crash.
+    # The note is not synced, nor is the run file of a task before a shuffle: remove_torn checks both after a crash.
     write_atomic(done_path(task.folder, task.partition), note, first_wins=True, durable=False)
     return result
 
@@ -122,15 +122,16 @@ def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
 
 
 def remove_torn(folder: str, output_folder: str | None) -> int:
-    """Delete the files of tasks that are not intact, with their notes; these tasks run again. Return how many.
+    """Delete damaged task files with their notes, so that these tasks run again. Return the number of these tasks.
 
-    After a power loss a file may be missing, short, or full of zeros although its note is there. Only for a process
-    that has the job folder for itself. folder: of a stage. output_folder: where a job that was killed may have moved
-    output files already.
+    After a power loss a file may be missing, short, or full of zeros although its note exists. Call this only in a
+    process that has the job folder to itself.
+
+    folder: the folder of a stage. output_folder: the folder into which a killed job may have moved output files.
     """
     names = names_in(folder)
     notes = [name for name in names if name.endswith(_DONE)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # computing a checksum releases the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
         checked = list(pool.map(lambda name: _intact_files(folder, output_folder, name), notes))
     intact = {name for files in checked for name in files}
     for name in names:
@@ -140,14 +141,14 @@ def remove_torn(folder: str, output_folder: str | None) -> int:
 
 
 def _intact_files(folder: str, output_folder: str | None, note: str) -> list[str]:
-    """The names of a task's files, with its note, if all of them are intact; else none."""
+    """The names of a task's note and files if all of them are intact; otherwise an empty list."""
     partition = int(note.removeprefix("part-").removesuffix(_DONE))
     result = finished(folder, 0, partition)
     if result is None:
         return []
     files = [note]
     if result.bad_records:
-        # This file is synced before it gets its name: it is complete, or it isn't there.
+        # This file is synced before it is renamed into place, so it is either complete or absent.
         files.append(_name_in(bad_path(folder, partition)))
     if result.file is not None:
         candidates = [join_path(place, result.file) for place in (folder, output_folder) if place is not None]
@@ -181,7 +182,7 @@ def _name_in(path: str) -> str:
 
 
 def chunks_of(task: Task) -> Iterator[Chunk]:
-    """The records of a task of a plan's last stage, computed without writing them."""
+    """Compute the records of a task of the plan's last stage without writing them."""
     stage = load_plan(task.plan_path).stages[task.stage]
     bad = BadRecords(task.max_bad_records)
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, unchanged)
@@ -190,18 +191,18 @@ def chunks_of(task: Task) -> Iterator[Chunk]:
 
 @lru_cache(maxsize=1)
 def load_plan(path: str) -> Plan:
-    """Load the plan of a job; the last one is cached."""
+    """Load the plan of a job. The plan that was loaded last is cached."""
     plan: Plan = cloudpickle.loads(read_bytes(path))
     return plan
 
 
 def done_path(folder: str, partition: int) -> str:
-    """The path of the note that a task is done: its result, in JSON."""
+    """The path of a task's done note, which holds its result as JSON."""
     return join_path(folder, f"part-{partition:05d}{_DONE}")
 
 
 def bad_path(folder: str, partition: int) -> str:
-    """The file of the records that a task set aside, as lines of JSON."""
+    """The path of the file that holds a task's bad records as JSON lines."""
     return join_path(folder, f"part-{partition:05d}.bad")
 
 
@@ -211,7 +212,7 @@ def runs_path(folder: str, partition: int) -> str:
 
 
 class _Written(NamedTuple):
-    """What the end of a stage has written: counts, and the output file with its hash, if there is one."""
+    """Counts of the records and bytes that a task wrote, and the name and hash of its output file if it has one."""
 
     records_in: int
     records: int
@@ -252,7 +253,8 @@ def _output(task: Task, stage: Stage, bad: BadRecords) -> _Written:
                 records += num_records(chunk)
         if writer is not None:
             writer.close()
-        file.sync()  # here, so that workers do it at once; the job syncs the folder once, when it publishes the files
+        # Each task syncs its file, so that workers do this in parallel. The job syncs the folder when it publishes.
+        file.sync()
     if writer is None:
         return _Written(pipeline.records_in, 0, 0)
     return _Written(pipeline.records_in, records, file.tell(), name, file.hexdigest())

@@ -1,1 +1,1 @@
-"""One way to files and addresses."""
+"""One interface to files and addresses."""

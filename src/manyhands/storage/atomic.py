@@ -1,17 +1,17 @@
 """Atomic and durable writes: the one rule for files and folders.
 
 The rule, on a disk: write under a temporary name in the same folder, sync the data (fsync), rename or link to the final
-name, sync the folder. A process killed anywhere, or a host without power, leaves the old content or the new content.
-The temporary file or folder that a killed process leaves is deleted by the next run of its owner
-(`remove_temporary_files`, `checkpoint.publish.remove_partial`). In an object store, which shows an object only when its
-last byte has arrived, objects are written directly; of a folder, the manifest is written last.
+name, sync the folder. If the process is killed at any point, or the host loses power, the old content or the new
+content is left. The next run deletes temporary files and folders that a killed process has left
+(`remove_temporary_files`, `checkpoint.publish.remove_partial`). An object store shows an object only when its last byte
+has arrived, so objects are written directly; the manifest of a folder is written last.
 
 One exception: files that tasks of a data job leave for each other, and done notes, are not synced. Writing 10,000 files
-of 16 KiB one after the other (ext4 on a virtual disk, 2 CPUs, quiet) takes 0.55 s unsynced, 3 s with each file synced,
-and 4.4 s with its folder synced, too: 8 times as long. Instead, a job that is resumed verifies the files of finished
-tasks and repeats tasks whose files are torn (`prepare.task.remove_torn`): 18 us for a file of 16 KiB in the page cache,
-1.6 GB/s a thread for SHA-256 and 5 GB/s for CRC-32; a job that is not interrupted verifies nothing. Output files are
-synced by their tasks, and their folder by the job, before their manifest is published.
+of 16 KiB one after the other (ext4 on a virtual disk, 2 CPUs, quiet) takes 0.55 s unsynced, 3 s if each file is synced,
+and 4.4 s if its folder is also synced: 8 times as long. Instead, a resumed job verifies the files of finished tasks and
+repeats tasks whose files are torn (`prepare.task.remove_torn`). Verifying a file of 16 KiB in the page cache takes
+18 us; a thread verifies 1.6 GB/s with SHA-256 and 5 GB/s with CRC-32. A job that is not interrupted verifies nothing.
+Output files are synced by their tasks, and their folder by the job, before their manifest is published.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from manyhands.storage.location import Address, Location, address_or_path
 TEMPORARY = ".tmp"
 
 _TEMPORARY_NAME = re.compile(r"\..+\.\d+-[0-9a-f]{12}\.tmp")
-"""What `_temporary_name` returns: other hidden files are never deleted."""
+"""Matches the names that `_temporary_name` returns. Other hidden files are never deleted."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux's renameat2
 
@@ -55,10 +55,10 @@ def write_atomic(
 
 @contextmanager
 def open_atomic(location: str | Location, *, first_wins: bool = False, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write, that appears at `location` when the block ends; not if it raises, nor if nothing was written.
+    """Yield a file to write. It appears at `location` when the block ends, unless the block raises or writes nothing.
 
-    first_wins: on a disk, a file that is there already stays; for writers whose content is the same. durable: sync the
-    file and its folder. Raises OSError.
+    first_wins: on a disk, keep a file that already exists; for writers that all write the same content. durable: sync
+    the file and its folder. Raises OSError.
     """
     target = address_or_path(location)
     if not isinstance(target, Address):
@@ -74,9 +74,10 @@ def open_atomic(location: str | Location, *, first_wins: bool = False, durable: 
 
 @contextmanager
 def open_durable(location: Location, size: int) -> Iterator[IO[bytes]]:
-    """A file of `size` bytes to write, synced when the block ends; for folders that are published as a unit.
+    """Yield a file of `size` bytes to write, and sync it when the block ends.
 
-    It has its final name from the start: only its folder is temporary. Raises OSError.
+    For folders that are published as a unit: the file has its final name from the start, and only its folder is
+    temporary. Raises OSError.
     """
     if isinstance(location, Address):
         with location.written(size) as file:
@@ -134,10 +135,10 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 def publish_folder(partial: Location, final: Location, manifest: tuple[str, str] | None, *, replace: bool) -> None:
-    """Make the folder `partial`, whose files are synced, the folder `final`, atomically.
+    """Publish the folder `partial` as `final`, atomically. The files in `partial` must be synced already.
 
-    manifest: name and text of a file that is added first; in a store it is what publishes the folder, so it is needed
-    there. replace: put it in place of an existing folder; otherwise only an empty one is replaced. Raises OSError.
+    manifest: name and text of a file that is added first. It is required in a store, where this file publishes the
+    folder. replace: if True, replace an existing folder; if False, replace only an empty one. Raises OSError.
     """
     if isinstance(final, Address) or isinstance(partial, Address):
         if manifest is None:
@@ -164,7 +165,7 @@ def _exchange(one: Path, other: Path) -> None:
     with suppress(AttributeError):  # a C library without that call
         if not libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
             return
-    # Not atomic: between the first two renames neither folder is visible.
+    # Not atomic: between the first two renames there is no folder with the name of `other`.
     between = other.with_name(f".{other.name}.old.partial")
     shutil.rmtree(between, ignore_errors=True)
     os.rename(other, between)

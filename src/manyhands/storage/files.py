@@ -23,13 +23,13 @@ def join_path(folder: str, name: str) -> str:
 
 
 def open_to_read(location: str | Location) -> IO[bytes]:
-    """The file, open to read and seek."""
+    """The file, open for reading and seeking."""
     target = address_or_path(location)
     return target.open_to_read() if isinstance(target, Address) else target.open("rb")
 
 
 def read_bytes(location: str | Location) -> bytes:
-    """All of a file."""
+    """The complete content of a file."""
     with open_to_read(location) as file:
         return file.read()
 
@@ -43,7 +43,8 @@ def exists(location: str | Location) -> bool:
 def names_in(folder: str | Location, *, missing_ok: bool = True) -> list[str]:
     """The names of all files and folders in a folder, sorted.
 
-    If there is no such folder: none, or FileNotFoundError unless `missing_ok`. In a store it is always none.
+    If the folder is missing, return an empty list, or raise FileNotFoundError unless `missing_ok`. A store never raises
+    it.
     """
     target = address_or_path(folder)
     if isinstance(target, Address):
@@ -61,7 +62,7 @@ def make_folder(folder: str | Location) -> None:
 
 
 def move(location: str | Location, to: str | Location) -> None:
-    """Rename a file, in place of what has the new name. Both are on one file system, or in one store."""
+    """Rename a file; it replaces a file that has the new name. Both are on one file system, or in one store."""
     source, target = address_or_path(location), address_or_path(to)
     if isinstance(source, Address) and isinstance(target, Address):
         source.move(target)
@@ -91,7 +92,7 @@ def _remove_folder(path: Path) -> None:
 
 
 class HashedFile:
-    """Passes bytes on to `file` from beginning to end, and hashes them. Its `close` leaves `file` open."""
+    """Passes bytes on to `file` sequentially, and hashes them. Its `close` leaves `file` open."""
 
     closed = False
 
@@ -114,7 +115,7 @@ class HashedFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Write what is buffered through to the disk."""
+        """Write buffered bytes through to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -135,4 +136,4 @@ class HashedFile:
         return False
 
     def close(self) -> None:
-        """Does nothing: the owner of `file` closes it."""
+        """Do nothing: the owner of `file` closes it."""

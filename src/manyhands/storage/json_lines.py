@@ -11,9 +11,9 @@ from typing import Any
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append a value as one line of JSON. On return the line is with the operating system, so it survives this process.
+    """Append a value as one line of JSON. On return the operating system has the line, so it survives this process.
 
-    A partial line at the end of the file stays a line of its own. Raises OSError, also if only a part was written.
+    A partial line at the end of the file stays a line of its own. Raises OSError if the full line can't be written.
     """
     data = (json.dumps(numbers(value), allow_nan=False) + "\n").encode()
     with path.open("a+b", buffering=0) as file:
@@ -25,9 +25,9 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def complete_lines(path: Path) -> list[tuple[int, Any]]:
-    """(number from 1, value) of each line, without partial lines and a last line that has no end.
+    """Return (line number from 1, value) of each complete line.
 
-    No lines if there is no such file.
+    Lines that are not JSON and a last line without a line break are omitted. A missing file has no lines.
     """
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):

@@ -1,4 +1,4 @@
-"""A folder or an fsspec address: list, read ranges, write.
+"""Paths and fsspec addresses: list, read ranges, write.
 
 A `Location` is a `Path` of this machine's file system, or an `Address` in a store (s3://bucket/folder). `Address` has
 the methods of `Path` that checkpoints and data jobs use, so most code does not distinguish the two. A store cannot
@@ -38,13 +38,13 @@ def file_system(path: str) -> tuple[Any, str]:
 
 
 AHEAD_BYTES = 8 << 20
-"""Bytes of an object that are read, or written, with one call: the most of it that is in memory."""
+"""Bytes of an object that one call reads or writes. No more of the object is in memory at a time."""
 
 _PART_BYTES, _MOST_PARTS = 32 << 20, 9_000  # stores allow 10,000 parts of an upload
 
 
 class StoreError(OSError):
-    """An error of a store, as an OSError whatever fsspec's package for it raises. hint: what to do."""
+    """An error of a store: an OSError, although fsspec's packages raise other exceptions. hint: what to do."""
 
     def __init__(self, text: str, hint: str) -> None:
         super().__init__(text)
@@ -79,7 +79,7 @@ class Address:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last part of the address."""
         return self._text.rpartition("/")[2]
 
     @property
@@ -119,7 +119,7 @@ class Address:
     def files(self) -> list[str]:
         """The names of all objects below it, as `folder/name`, sorted; none if there is nothing."""
         with self._store_errors():
-            self._system.invalidate_cache()  # other processes write there, too
+            self._system.invalidate_cache()  # other processes also write there
             found = self._system.find(self._inner)
         first = len(self._inner.rstrip("/")) + 1
         return sorted(path[first:] for path in found if path[first:])
@@ -134,7 +134,7 @@ class Address:
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
 
     def open_to_read(self) -> IO[bytes]:
-        """The object, open to read and seek."""
+        """The object, open for reading and seeking."""
         with self._store_errors():
             file: IO[bytes] = self._system.open(self._inner, "rb")
         return file
@@ -159,17 +159,20 @@ class Address:
             self._system.pipe_file(self._inner, data)
 
     def write_text(self, text: str) -> None:
-        """Create or replace the object with a text."""
+        """Create or replace the object; its content is `text`."""
         self.write_bytes(text.encode())
 
     def upload(self, path: str) -> None:
-        """Create or replace the object with a file of this machine."""
+        """Create or replace the object; its content is a file on this machine."""
         with self._store_errors():
             self._system.put_file(path, self._inner)
 
     @contextmanager
     def written(self, size: int) -> Iterator[IO[bytes]]:
-        """A file of `size` bytes to write, sent in parts. The object appears when the block ends; not if it raises."""
+        """Yield a file of `size` bytes to write, which is sent in parts.
+
+        The object appears when the block ends, unless the block raises.
+        """
         part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
         with self._store_errors():
             file = self._system.open(self._inner, "wb", block_size=part_bytes, autocommit=False)
@@ -186,7 +189,7 @@ class Address:
             raise
 
     def make_folder(self) -> None:
-        """Create it as a folder, in a store that has folders."""
+        """Create the folder, if the store has folders."""
         with self._store_errors():
             self._system.makedirs(self._inner, exist_ok=True)
 
@@ -209,7 +212,7 @@ class Address:
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
-        """Raise whatever a package for a store raises as an OSError."""
+        """Convert exceptions that a store's package raises in the block to StoreError. FileNotFoundError passes."""
         try:
             yield
         except Exception as error:
@@ -219,7 +222,7 @@ class Address:
 
 
 class _InParts:
-    """Passes on what is written, AHEAD_BYTES at a time: the file below copies what it is given."""
+    """Passes written bytes on, at most AHEAD_BYTES at a time, because the underlying file copies them."""
 
     def __init__(self, address: Address, file: Any) -> None:
         self._address, self._file = address, file
@@ -236,7 +239,7 @@ Location = Path | Address
 
 
 def location_of(text: str | os.PathLike[str] | Location) -> Location:
-    """The location that a user names, by a path or an address. Raises ConfigError."""
+    """The location of a path or an address from a user. Raises ConfigError."""
     if isinstance(text, Address):
         return text
     path = os.fspath(text)
@@ -272,13 +275,13 @@ def _hint_for(error: Exception) -> str:
         return "allow these credentials to read, write, list and delete there"
     if isinstance(error, FileNotFoundError):
         return "create the bucket first, or correct the address"
-    return "check that the store can be reached from here; a run continues, and tries again with the next checkpoint"
+    return "check that the store can be reached from here; a run continues, and tries again at the next checkpoint"
 
 
 class Ranges:
-    """Reads ranges of a file. size: its bytes. Raises OSError.
+    """Reads ranges of a file. size: its size in bytes. Raises OSError.
 
-    An object in a store is read some MiB ahead: a request takes long, and the next range usually follows.
+    An object in a store is read some MiB ahead: a request takes a long time, and the next range is usually read soon.
     """
 
     def __init__(self, location: Location) -> None:
@@ -287,7 +290,7 @@ class Ranges:
         self.size = location.size() if isinstance(location, Address) else location.stat().st_size
 
     def read(self, start: int, length: int) -> bytes:
-        """Bytes [start, start + length); fewer if the file ends before."""
+        """Bytes [start, start + length); fewer if the file ends earlier."""
         found = bytearray(max(0, min(length, self.size - start)))
         return bytes(found[: self.read_into(start, memoryview(found))])
 
@@ -311,5 +314,5 @@ class Ranges:
         return position - start
 
     def rest(self) -> None:
-        """Free what was read ahead; for a reader that will not be used for some time."""
+        """Free the bytes that were read ahead. Call it if the reader will not be used for some time."""
         self._ahead = b""

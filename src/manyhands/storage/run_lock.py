@@ -1,7 +1,7 @@
 """Locks on files, and the exclusive lock of a run directory.
 
-The locks are the kernel's (flock), on a file that stays: a lock ends with the process that holds it, however that ends.
-Two runs in one directory would publish checkpoints that neither of them has computed.
+The locks are the kernel's (flock), on a file that is never deleted. A lock ends with the process that holds it, however
+that process ends. Two runs in one directory would publish checkpoints that neither of them has computed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _POLL_SECONDS = 0.05
 
 
 class FileLock:
-    """A lock on a file, which is created. Raises OSError if that fails.
+    """A lock on a file. The constructor creates the file if it is missing. Raises OSError if that fails.
 
-    Where the file system has no locks, `take` always succeeds. is_supported: False once that has been found out.
+    If the file system has no locks, `take` always succeeds, and sets `is_supported` to False.
     """
 
     is_supported = True
@@ -41,7 +41,7 @@ class FileLock:
     def take(self, *, shared: bool = False, patience_seconds: float = 0.0) -> bool:
         """Take the lock, or convert a held lock to shared or exclusive.
 
-        False if another process still holds it after `patience_seconds`.
+        Return False if another process still holds it after `patience_seconds`.
         """
         deadline = time.monotonic() + patience_seconds
         while True:
@@ -57,7 +57,7 @@ class FileLock:
                 return True
 
     def write(self, text: str) -> None:
-        """Replace the file's content: a message of the holder for processes that wait."""
+        """Replace the file's content: a message from the holder to waiting processes."""
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, text.encode(), 0)
 
@@ -75,7 +75,7 @@ def run_lock(path: Path) -> Iterator[None]:
     """Hold the lock of the run directory `path` until the block ends. Raises ConfigError if another process holds it.
 
     Deletes temporary files that killed runs left there.
-    Continues without a lock where the file system has none, or the lock file can't be created.
+    Continues without a lock if the file system has none, or if the lock file can't be created.
     """
     try:
         lock = FileLock(path / LOCK)

@@ -1,4 +1,4 @@
-"""Engine: the engine as users hold it."""
+"""Engine: the public interface to train one step at a time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Engine(StepEngine):
     group: only for tests that run workers as threads; by default the launcher's environment determines it.
     resumes: a checkpoint will be loaded before the first step. Then only the frozen parameters of the recipe's initial
     weights are read, because the checkpoint lacks them.
-    weights_read_bytes: how much this worker has read of the recipe's initial weights.
+    weights_read_bytes: bytes of the recipe's initial weights that this worker has read.
     Raises ConfigError, DataError.
     """
 
@@ -57,8 +57,8 @@ class Engine(StepEngine):
         self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None
         self._saving: Saving | None = None
-        # Hierarchical groups hold all parameters once per host, which zero3 would shard over all hosts. So "auto" does
-        # not choose them for zero3.
+        # zero3 shards parameters over all hosts, but a hierarchical group holds all of them once per host. So "auto"
+        # does not choose hierarchical groups for zero3.
         may_be_hierarchical = strategy.transport != "auto" or sharding_named(strategy.sharding).param is not SHARDED
         own = group or connect(
             strategy.transport,
@@ -99,7 +99,7 @@ class Engine(StepEngine):
         return self._loader.stream((step, micro_batch) for step in numbers for micro_batch in self.my_micro_batches)
 
     def step(self, batch: StepBatch, *, digest: bool = False) -> StepMetrics:
-        """Run the next step. Collective. Raises what `run_step` raises."""
+        """Run the next step. Collective. Raises the errors of `run_step`."""
         self._refuse_without_checkpoint()
 
         def load(micro_batch: int) -> Any:
@@ -142,7 +142,7 @@ class Engine(StepEngine):
         keep_every: int | None = None,
         published: Callable[[Location], None] | None = None,
     ) -> None:
-        """Start to write a checkpoint of the current state, which is copied; steps may follow. Collective.
+        """Start to write a copy of the current state as a checkpoint. Training may continue meanwhile. Collective.
 
         Takes the arguments of `save`. First waits for the previous checkpoint, as `finish_save` does.
         """
@@ -174,7 +174,7 @@ class Engine(StepEngine):
         return self._saving is not None and not self._saving.is_done
 
     def load(self, checkpoint: str | Location, *, accept_new_numerics: bool = False) -> Manifest:
-        """Load a checkpoint that any number of workers with any sharding saved. Collective.
+        """Load a checkpoint; any number of workers with any sharding may have saved it. Collective.
 
         Raises CheckpointError, NumericsError.
         """

@@ -21,8 +21,8 @@ from manyhands.training.engine import Engine
 from manyhands.training.run_record import RunRecord, Saver, will_resume
 
 MEASURED_STEPS = 3
-"""Memory is measured in the first steps only, so that it costs nothing later. The first step allocates the
-optimizer's state, so the peak is among them."""
+"""Memory is measured in the first steps only, so that later steps do not pay for it. The first step allocates the
+optimizer's state, so the peak is in these steps."""
 
 
 def train(  # noqa: PLR0913  (one argument for each option of a run)
@@ -44,10 +44,10 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     """Train until `steps` steps are complete. Collective: every worker calls it with the same arguments.
 
     run_dir: output directory. A directory with checkpoints of this recipe is resumed. None: nothing is written.
-    checkpoint_dir: where checkpoints are written instead: a folder, or an address (s3://bucket/folder). The run
-        directory records it.
-    checkpoint_every: steps (500) or time ("10m") between checkpoints. Training continues while they are written. A
-        checkpoint that can't be written is reported, and the next one is tried. There is always one at the end.
+    checkpoint_dir: where to write checkpoints instead of in run_dir: a folder, or an address (s3://bucket/folder). The
+        run directory records it.
+    checkpoint_every: steps (500) or time ("10m") between checkpoints. Training continues while they are written. If
+        a checkpoint can't be written, this is reported and training continues. The last step always has a checkpoint.
     keep_checkpoints, keep_every: keep this many recent checkpoints, and those of every `keep_every`-th step.
     digest_every: steps between digests. The last step always has one.
     accept_new_numerics: resume under another numerics identity (torch version, CPU kind, threads).
@@ -103,7 +103,7 @@ def _interrupted(engine: Engine, record: RunRecord, saver: Saver) -> Interrupted
     return Interrupted(
         f"stopped after step {engine.step_index}, as requested",
         where=f"checkpoint {checkpoint}" if checkpoint else "no checkpoint was written: the run has no directory",
-        hint="start it again with the same run directory to continue, with any number of workers"
+        hint="to continue, start it again with the same run directory; the number of workers may change"
         if checkpoint
         else None,
     )

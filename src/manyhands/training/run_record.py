@@ -33,7 +33,7 @@ RETRY_SECONDS = 5
 
 
 def will_resume(run_dir: str | Path | None, checkpoint_dir: str | Location | None) -> bool:
-    """True if this worker sees a checkpoint to resume from. `RunRecord.resume` compares what all workers see."""
+    """True if this worker sees a checkpoint to resume from. `RunRecord.resume` compares all workers' checkpoints."""
     location = _checkpoint_location(run_dir, checkpoint_dir)
     try:
         return location is not None and bool(list_checkpoints(location))
@@ -148,7 +148,7 @@ class RunRecord:
     def _external_checkpoints(self) -> dict[str, str]:
         """The manifest's entry for checkpoints outside of the run directory.
 
-        Its own checkpoints have no entry, so that the directory can be moved.
+        Checkpoints inside the run directory have no entry, so that the directory can be moved.
         """
         location = self.checkpoints
         is_own = self.path is not None and location == self.path / "checkpoints"
@@ -175,7 +175,7 @@ class RunRecord:
             self.report(note)
 
     def report(self, text: str) -> None:
-        """Print `text` with the progress, for people."""
+        """Print a message for people, with the progress."""
         for bar in self._bars:
             bar.note(text)
 
@@ -224,7 +224,7 @@ class Saver:
         """Take a snapshot if it is due, and start a checkpoint if a worker requested one before the step. Collective.
 
         Reports a previous checkpoint that could not be written. After the last step, `finish` writes the checkpoint.
-        digest: of the weights, if known.
+        digest: the digest of the weights, if known.
         """
         self._record.snapshots.after_step(digest, last=last)
         if not self._engine.save_requested or last:

@@ -1,4 +1,4 @@
-"""When snapshots and checkpoints are taken."""
+"""Decides when snapshots are taken, and takes them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAX_TIME_SHARE = 0.02
 """Share of the run time that snapshots may cost, unless their interval is set."""
 
 MAX_MEMORY_SHARE = 0.5
-"""Share of free memory (with what the slots hold already) that both snapshots may take."""
+"""Share of free memory that the two snapshots may take. Memory that their slots hold already counts as free."""
 
 # Numbers the trainings of this process. A restarted script runs the same trainings in the same order, so the number
 # identifies a training across restarts.
@@ -42,8 +42,8 @@ class Snapshots:
 
     All methods but `newest_step` are collective.
 
-    run_dir: the run directory, if there is one. With the number of the training in this process it identifies the
-    training that snapshots belong to. report: called with messages for people. State on a disk is not copied to
+    run_dir: the run directory, if there is one. Together with the number of the training in this process, it identifies
+    the training that snapshots belong to. report: called with messages for people. State on a disk is not copied to
     snapshots: it is on the disk because it does not fit in memory.
     """
 
@@ -74,7 +74,7 @@ class Snapshots:
         return None if self._memory is None else self._engine.load_snapshot(self._memory)
 
     def after_step(self, digest: str | None, *, last: bool) -> None:
-        """Take a snapshot if one is due; not after the last step. digest: of the weights, if known."""
+        """Take a snapshot if one is due; not after the last step. digest: that of the weights, if known."""
         step = self._engine.step_index
         of = None if self._memory is None else self._memory.of
         if self._memory is not None and of is not None and last and not of.directory:

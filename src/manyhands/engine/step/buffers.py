@@ -1,8 +1,8 @@
-"""The model's buffers (running statistics, say) over a step.
+"""The model's buffers (such as running statistics) during a step.
 
 Each micro-batch starts from the values that the buffers had before the step, so it doesn't matter which worker computes
-it. After the step, a buffer that any micro-batch changed becomes the mean over the micro-batches, added in index order.
-An integer buffer takes the first micro-batch's value.
+it. If any micro-batch changed a buffer, the step sets the buffer to the mean of its values after each micro-batch. The
+values are added in index order. An integer buffer is set to its value after the first micro-batch.
 
 Small frozen parameters are managed in the same way: Keras, for example, stores running statistics in them.
 """
@@ -31,7 +31,8 @@ def may_change(param: nn.Parameter) -> bool:
 class Buffers:
     """The buffers of a model, and its small frozen parameters.
 
-    frozen: the small frozen parameters by name. names: of the buffers in the model's order, then of `frozen`.
+    frozen: the small frozen parameters by name.
+    names: the names of the buffers in the model's order, then those of `frozen`.
     """
 
     def __init__(self, model: nn.Module, micro_batches: int) -> None:
@@ -40,7 +41,7 @@ class Buffers:
         self._owners = {name: _owner(model, name) for name, _ in model.named_buffers()}
         self.names = [*self._owners, *self.frozen]
         self._micro_batches = micro_batches
-        self._tensors: dict[str, Tensor] = {}  # the model's own objects, to which other objects may refer, too
+        self._tensors: dict[str, Tensor] = {}  # the model's own tensor objects; other objects may refer to them
         self._start: dict[str, Tensor] = {}  # copies of the values before the step
         self._after: dict[str, dict[int, Tensor]] = {}  # changed values, by name and micro-batch
 
@@ -55,11 +56,11 @@ class Buffers:
         return value
 
     def named(self) -> dict[str, Tensor]:
-        """Return all current tensors by name, to read from and write to."""
+        """Return all current tensors by name. The caller may read and write them."""
         return {name: self._current(name).detach() for name in self.names}
 
     def _refuse_changes(self) -> None:
-        """Raise ConfigError if buffers were added, or have another shape or dtype than at the step's start."""
+        """Raise ConfigError if buffers were added, or have a different shape or dtype than at the step's start."""
         for name, buffer in self._model.named_buffers():
             if name not in self._owners:
                 raise ConfigError(f"buffer {name!r} was registered after the engine was created", hint=_HINT)
@@ -83,12 +84,12 @@ class Buffers:
     def end_micro_batch(self, micro_batch: int) -> None:
         """Copy the values that this micro-batch changed, and restore those from before the step.
 
-        Raises ConfigError for buffers that peers don't know: added, removed or with another shape or dtype.
+        Raises ConfigError if a buffer was added or removed, or has a new shape or dtype: peers don't know of that.
         """
         self._refuse_changes()
         for name in self.names:
             current = self._current(name)
-            # Values are compared, since batch norm's updates of its statistics don't count in torch's `_version`.
+            # Compare values, because batch norm's updates of its statistics don't increase torch's `_version`.
             if not _same_bits(self._start[name], current):
                 if name in self.frozen and current.dtype == torch.bfloat16:
                     raise ConfigError(
@@ -117,9 +118,10 @@ class Buffers:
         return [name in self._after for name in self.names]
 
     def merge(self, changed: list[bool], mine: list[int], group: Group, tag: str) -> None:
-        """Set the step's result for the buffers that any worker changed. Collective.
+        """Set the buffers that any worker changed to the step's result. Collective.
 
-        changed: for each of `names`, the same on all workers. mine: the indices of this worker's micro-batches.
+        changed: for each of `names`, True if any worker changed it; the same on all workers.
+        mine: the indices of this worker's micro-batches.
         """
         names = [name for name, is_changed in zip(self.names, changed, strict=True) if is_changed]
         for name in names:
@@ -135,7 +137,7 @@ class Buffers:
                 next(rank for rank in range(group.size) if computed_by[rank][index])
                 for index in range(self._micro_batches)
             ]
-            # In index order, whichever workers computed the micro-batches: addition isn't associative.
+            # Add in index order, whichever workers computed the micro-batches: addition isn't associative.
             result = all_values[owner[0]][0]
             if start.is_floating_point() or start.is_complex():
                 for micro_batch in range(1, self._micro_batches):
@@ -145,7 +147,7 @@ class Buffers:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """True if both are equal to the bit: a NaN equals itself, 0 does not equal -0."""
+    """True if both are equal bit for bit: a NaN equals itself, and 0 does not equal -0."""
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
 
 

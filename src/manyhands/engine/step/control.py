@@ -12,7 +12,7 @@ from manyhands.comm.group import Group
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """Control values of a step: of one worker, or of all of them.
+    """The control values of a step, of one worker or combined over all workers.
 
     losses, weights: [micro_batches] fp64, by index.
     got_gradient: [params], True if any micro-batch gave the parameter a gradient.
@@ -32,8 +32,8 @@ class Control:
 
 def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     """Combine all workers' control values. `mine` has zeros for other workers' micro-batches. Collective."""
-    # Everything travels in one message, since the latency of small messages counts: fp64 values, then flags as bytes.
-    # 1 is added to the indices, so that (0, 0) means "no bad gradient".
+    # One message holds everything, because each small message adds latency: first fp64 values, then flags as bytes.
+    # Add 1 to the indices, so that (0, 0) means "no bad gradient".
     bad = (0, 0) if mine.bad is None else (mine.bad[0] + 1, mine.bad[1] + 1)
     floats = np.concatenate([mine.losses, mine.weights, [float(mine.stop), float(mine.save), *bad]])
     flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)

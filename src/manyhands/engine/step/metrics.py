@@ -1,4 +1,4 @@
-"""What a step reports, and where its time went.
+"""The metrics of a step, and a clock that measures its phases.
 
 All values of a step's metrics are the same on every worker, except seconds and bytes, which are per worker. A step's
 time is divided into phases, and the time spent waiting for other workers is counted separately.
@@ -24,10 +24,10 @@ class StepMetrics:
 
     loss: the weighted mean loss of the global batch.
     weight: the sum of the micro-batches' weights.
-    weighted: True if the loss function returned weights (tokens, say); else `weight` is the number of micro-batches.
+    weighted: True if the loss function returned weights (numbers of tokens, say); else `weight` counts micro-batches.
     gradient_norm: 2-norm before clipping.
     learning_rates: one per param group, as used in this step.
-    seconds: by phase (PHASES) on this worker; they add up to step_seconds.
+    seconds: seconds spent in each phase (PHASES) on this worker; they add up to about step_seconds.
     bytes_moved: bytes that this worker read from peers, by kind of message (grad, param, control).
     digest: SHA-256 of the master weights after the step, or None if it wasn't requested.
     """
@@ -51,7 +51,7 @@ class StepMetrics:
 
     @property
     def amount(self) -> float:
-        """The step's amount of `unit`."""
+        """The number of tokens or samples in the step; see `unit`."""
         return self.weight if self.weighted else float(self.samples)
 
 
@@ -68,12 +68,12 @@ class PhaseClock:
         """Start a step: reset all values."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.bytes_moved = {}
-        self._recorder.take()  # discard traffic from between the steps
+        self._recorder.take()  # discard the traffic between steps
         self._start = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block's time for phase `name`, except time spent waiting for peers, which is "waiting"."""
+        """Add the block's time to phase `name`. Time spent waiting for peers is added to "waiting" instead."""
         start = time.perf_counter()
         try:
             yield

@@ -1,14 +1,15 @@
-"""Reduces gradients: when workers exchange them, and in which order they are added.
+"""Reduces gradients: decides when workers exchange them, and in which order they are added.
 
 There are two ways, which compute the same sum:
 
 - *Every micro-batch*: in round j the W workers compute micro-batches j*W .. j*W+W-1, and each owner adds the pieces in
   index order.
-- *Every step*: workers that share memory (those of one host, or a single worker) compute a contiguous run of virtual
-  workers in that way, and send the complete subtrees that their run covers to the other hosts.
+- *Every step*: the workers that share memory (all workers of a host, or a single worker) compute a contiguous run of
+  virtual workers in the same way. Once a step they exchange the sums of the run's complete subtrees with other hosts.
 
-Units are sent in one fixed order on all workers: the last built first, which is the order in which backward usually
-completes them. Gradients may arrive in any order. So no worker ever waits for a message that another one doesn't send.
+All workers send units in one fixed order, although gradients may arrive in any order. So no worker ever waits for a
+message that another worker doesn't send. The unit that was built last is sent first, because backward usually completes
+units in that order.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Levels(NamedTuple):
 
 def levels_of(group: Group, sharding: Sharding, batch: Batch) -> Levels:
     """Choose between the two ways of reducing gradients."""
-    # Local sums cover complete units, in fp32. So they are used only where workers store complete gradients anyway, or
-    # share that memory, and if there is a virtual worker for every host.
+    # Local sums take memory for complete units in fp32. So they are used only if workers store complete gradients
+    # anyway or share the memory, and only if every host has a virtual worker.
     inter_host = group.inter_host
     if (
         inter_host is None
@@ -84,8 +85,8 @@ def levels_of(group: Group, sharding: Sharding, batch: Batch) -> Levels:
 class Round:
     """A round of a step.
 
-    micro_batch: the one that this worker computes, or None.
-    contributors: the ranks in `intra_host` that compute one.
+    micro_batch: the micro-batch that this worker computes, or None.
+    contributors: the ranks in `intra_host` that compute a micro-batch.
     """
 
     micro_batch: int | None
@@ -93,7 +94,7 @@ class Round:
 
 
 def plan_rounds(batch: Batch, run: range, rank: int, workers: int) -> list[Round]:
-    """Return the rounds of a step for worker `rank` of those that compute the virtual workers of `run`. Pure."""
+    """Return the rounds of a step for worker `rank`, if `workers` workers compute the virtual workers `run`. Pure."""
     first, count = run.start * batch.accumulate, len(run) * batch.accumulate
     rounds = []
     for index in range(num_rounds(workers, count)):
@@ -104,11 +105,11 @@ def plan_rounds(batch: Batch, run: range, rank: int, workers: int) -> list[Round
 
 
 class GradientReducer:
-    """Sends this worker's gradients, and adds those of its shards.
+    """Sends this worker's gradients, and adds all workers' gradients of its shards.
 
-    For each round call `begin`, `arrived` for each gradient, and `end`. After the last round call `close_rounds` and
-    `await_pieces`: then each unit's sum (`sums`) is complete. `release` permits the next step.
-    allocator: of the partial sums.
+    For each round, call `begin`, then `arrived` for each gradient, then `end`. After the last round, call
+    `close_rounds` and `await_pieces`: then each unit's sum (`sums`) is complete. Call `release` before the next step.
+    allocator: creates the buffers of the partial sums of shards.
     """
 
     def __init__(
@@ -116,16 +117,16 @@ class GradientReducer:
     ) -> None:
         self._batch = batch
         intra_host, self._inter_host = levels_of(group, sharding, batch)
-        # The one order in which all workers send units, whatever the order in which their gradients arrive.
+        # All workers send units in this order. Gradients may arrive in any order.
         self._order = list(reversed(units))
-        # Pieces are views of gradients that are stored persistently, so pieces in flight take no memory.
+        # True if pieces are views of persistent gradient buffers: then pieces in flight take no memory.
         self._views = intra_host.pieces_are_views and sharding.param is not SHARDED
         # Nothing overwrites the gradients of the last round before the next step. They stay in place, and the update
         # reads and adds them in one pass.
         self._defers_last_round = intra_host.pieces_are_views and self._inter_host is None
-        # In a backward that unshards parameters, peers may be waiting for this worker to take part in the unsharding of
-        # a unit that it doesn't expect. They send no gradients meanwhile, so an unlimited wait would be a deadlock.
-        # After the limit this worker continues, with more all-to-alls in flight.
+        # In a backward that unshards parameters, peers may be waiting for this worker to take part in an unexpected
+        # unshard. They send no gradients meanwhile, so an unlimited wait for gradients would be a deadlock. When the
+        # limit is reached, this worker continues with more all-to-alls in flight.
         self._bounded_wait = (
             BoundedWait(group.recorder) if sharding.param is SHARDED and not group.pieces_are_views else None
         )
@@ -161,7 +162,7 @@ class GradientReducer:
         self.without_gradient = set(self._unit_of)  # in all micro-batches of this worker so far
         self.not_finite: tuple[int, str] | None = None  # micro-batch and parameter of the first such gradient
         self._complete: set[str] = set()
-        self._next = 0  # index in the fixed order of the first unit that has not been sent in this round
+        self._next = 0  # index in `_order` of the first unit that has not been sent in this round
         self._in_flight: list[tuple[Unit, AllToAll]] = []
         self._last_round: list[tuple[Unit, AllToAll]] = []
         self._subtrees: list[AllToAll] = []
@@ -191,7 +192,7 @@ class GradientReducer:
             if self.rounds[self._round].micro_batch is not None:
                 unit.complete()
             self._complete.add(unit.name)
-            # One by one: a unit's zeros may need a slot of the ring that is free only when the units before are sent.
+            # Send the units one by one: a unit may need a slot of the ring that only the units before it can free.
             self._send_complete()
         if self._round == self._last and self._defers_last_round:
             self._last_round, self._in_flight = self._in_flight, []
@@ -214,14 +215,14 @@ class GradientReducer:
 
     def _should_drain(self) -> bool:
         """True if the oldest pieces in flight should be added now, during a backward."""
-        if self._views:  # They take no memory: add them only if that is part of the local sums and needs no waiting.
+        if self._views:  # Views take no memory: add them now only if they go into local sums and have arrived.
             return self._inter_host is not None and self._in_flight[0][1].is_complete
         return len(self._in_flight) > IN_FLIGHT and (
             self._bounded_wait is None or self._bounded_wait.completes(self._in_flight[0][1])
         )
 
     def _drain(self, unit: Unit, all_to_all: AllToAll) -> None:
-        """Add the pieces of the oldest all-to-all, and release it: releases are in the order of creation."""
+        """Add the pieces of the oldest all-to-all and release it. Releases must be in the order of creation."""
         into = self.sums[unit.name] if self._inter_host is None else self._local[unit.name]
         into.add(all_to_all.pieces())
         self.sums[unit.name].evict()
@@ -229,7 +230,7 @@ class GradientReducer:
         unit.sent()
 
     def close_rounds(self) -> None:
-        """Finish the rounds of a step: exchange the local sums, if there are any. Then collective."""
+        """Finish the rounds of a step: exchange the local sums, if there are any. Collective in that case."""
         if self._inter_host is None:
             return
         for unit in self._order:
@@ -237,7 +238,7 @@ class GradientReducer:
                 self.sums[unit.name].defer(piece, level)
 
     def _all_to_all_subtrees(self, unit: Unit, inter_host: Group) -> list[tuple[int, torch.Tensor]]:
-        """Exchange a unit's subtrees. Return level and piece of each, in order of the virtual workers. Collective."""
+        """Exchange the sums of a unit's subtrees. Return (level, piece) of each, by virtual worker. Collective."""
         size = inter_host.size
         subtrees = [maximal_subtrees(run.start, run.stop) for run in _runs(inter_host, self._batch)]
         mine = self._local[unit.name].values
@@ -262,7 +263,7 @@ class GradientReducer:
         return [(subtree.level, piece) for subtree, piece in sorted(found, key=lambda item: item[0].start)]
 
     def await_pieces(self) -> None:
-        """Wait for the last round's pieces, if these are views that stay in place until the update has read them."""
+        """Wait for the last round's pieces, if they stay in place until the update reads them."""
         for unit, all_to_all in self._last_round:
             for piece in all_to_all.pieces():
                 self.sums[unit.name].defer(piece)
@@ -273,7 +274,7 @@ class GradientReducer:
             shard_sum.clear()
         for local in self._local.values():
             local.clear()
-        # In the order of creation: groups count releases, see `AllToAll`.
+        # Release in the order of creation, because groups count releases; see `AllToAll`.
         for unit, all_to_all in self._last_round:
             all_to_all.release()
             unit.sent()

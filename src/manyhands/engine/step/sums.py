@@ -8,22 +8,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from manyhands.layout import Range
 from manyhands.numerics.order import OrderedSum, Subtree
 from manyhands.offload.allocator import Allocator
+from manyhands.shard_layout import Range
 
 RUN = 1 << 19
 """Elements that one pass of the update processes at a time: small enough to stay in a core's cache.
 
-A multiple of BLOCK, since norms are computed per run. It doesn't change the bits; neither does PASS.
+It must be a multiple of BLOCK, because block norms are computed per run. Neither RUN nor PASS changes the bits.
 """
 
 PASS = 1 << 16
-"""Elements that a CPU adds at a time in a backward. There are few operations on each, so fewer than RUN are faster."""
+"""Elements that a CPU adds at a time during backward. With few operations per element, fewer than RUN are faster."""
 
 
 class Scratch:
-    """fp32 buffers of `numel` elements from an allocator, which are reused: a new buffer costs page faults."""
+    """Reusable fp32 buffers of `numel` elements from an allocator. A new buffer would cost page faults."""
 
     def __init__(self, numel: int, allocator: Allocator) -> None:
         self.numel, self._allocator = numel, allocator
@@ -31,7 +31,7 @@ class Scratch:
         self._in_use: dict[int, Tensor] = {}  # by address
 
     def take(self, numel: int) -> Tensor:
-        """Return an uninitialized buffer of `numel` elements, at most `self.numel`; to be returned with `free`."""
+        """Return an uninitialized buffer of `numel` elements, at most `self.numel`. Return it with `free`."""
         buffer = self._free.pop() if self._free else self._allocator.empty(self.numel, torch.float32)
         self._in_use[buffer.data_ptr()] = buffer
         return buffer[:numel]
@@ -90,7 +90,7 @@ class Passes:
         return left
 
     def run(self) -> None:
-        """Run the recorded operations, in order, on one part of the elements after the other."""
+        """Run all recorded operations in order on each part of the elements, one part after another."""
         numel, on_cpu = max(((left.numel(), left.is_cpu) for _, left, _ in self._recorded), default=(0, True))
         size = PASS if on_cpu else RUN
         # All operations are elementwise, so the size of the parts doesn't change the bits.
@@ -103,8 +103,8 @@ class Passes:
 class ShardSum:
     """The sum of a step's gradients over one shard, [shard_numel].
 
-    Pieces are borrowed. Pieces of earlier rounds are added at once (`add`). Pieces of the last round (`defer`) are
-    added only when `total` passes over them, run by run, so on one host they are never copied.
+    Pieces are borrowed. Pieces of all rounds but the last are added at once (`add`). Those of the last round are
+    deferred (`defer`): `total` adds them run by run, so on one host they are never copied.
     shard_scratch: buffers of a shard's length for partial sums. run_scratch: buffers of RUN elements for `total`.
     """
 
@@ -125,18 +125,18 @@ class ShardSum:
         self._shard_scratch.evict()
 
     def defer(self, piece: Tensor, level: int | None = None) -> None:
-        """Add a piece in `total`: the next micro-batch's, or that of the next complete subtree of this level."""
+        """Let `total` add this piece: the next micro-batch's, or if `level` is given, the next complete subtree's."""
         self._deferred.append((level, piece))
 
     def total(self, run: Range, divisor: float, out: Tensor) -> None:
         """Write the total over the elements `run` of the shard, divided by `divisor`, into `out`.
 
-        Call it once for each element: partial sums are overwritten.
+        Call it only once for each element, because it overwrites the partial sums.
         """
         elements = slice(run.start, run.end)
         deferred = [(level, piece[elements]) for level, piece in self._deferred]
-        # fp32 pieces are read in place, since they are borrowed and must not be overwritten. Two of them are added in
-        # one pass, and the first such sum is computed in `out`. The order of addition is the same as in `self._sum`.
+        # fp32 pieces are read in place. They are borrowed and must not be overwritten, so the sum of two pieces goes to
+        # another buffer, at first to `out`. The order of addition is the same as in `self._sum`.
         in_place = {piece.data_ptr() for _, piece in deferred if piece.dtype == torch.float32}
         unused_out = [out]
 
@@ -160,13 +160,13 @@ class ShardSum:
         self._run_scratch.free(total)
 
     def clear(self) -> None:
-        """Discard everything, after all totals were computed or on abort."""
+        """Discard everything. Call it after all totals were computed, or on abort."""
         self._sum.clear()
         self._deferred.clear()
 
 
 class LocalSums:
-    """Sums that are computed before gradients are exchanged once a step: the maximal complete subtrees of a run.
+    """The sums of the maximal complete subtrees of a run of virtual workers, computed before a step's exchange.
 
     Only complete subtrees can be added locally without changing the order of addition.
     values: each subtree's sum over this worker's part of a unit; complete once all micro-batches have been added.
@@ -176,7 +176,7 @@ class LocalSums:
         self._subtrees, self._accumulate = subtrees, accumulate
         self._scratch, self._added = scratch, 0
         self._passes = Passes(adder, scratch)
-        self._sum = self._passes.sum(accumulate)  # of the subtree that is incomplete so far
+        self._sum = self._passes.sum(accumulate)  # of the subtree in progress
         self.values: list[Tensor] = []
 
     def add(self, pieces: Sequence[Tensor]) -> None:

@@ -1,9 +1,9 @@
 """The buffers in which a unit's gradients are collected and from which they are sent.
 
-- *Persistent*: one buffer as long as the engine exists. On shared memory, peers read it in place.
-- *Transient*: a separate buffer from the unit's first gradient until all have been sent. Peers get copies.
+- *Persistent*: one buffer that exists as long as the engine. In shared memory, peers read it in place.
+- *Transient*: a buffer that exists from the unit's first gradient until all are sent. Peers get copies.
 - *Ring*: a few shared buffers that all units use in turn. A buffer is reused once all workers have read it, so workers
-  on shared memory don't store a full model's gradients either.
+  that share memory don't store a full model's gradients.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.group import AllToAll, Contribution, Group
-from manyhands.layout import UnitLayout
+from manyhands.shard_layout import UnitLayout
 
 IN_FLIGHT = 2
-"""All-to-alls of gradients in flight at a time, where each needs a separate buffer."""
+"""The most all-to-alls of gradients in flight at a time, if each needs its own buffer."""
 
 RING_SLOTS = IN_FLIGHT + 1
-"""One more than are in flight: the next unit can collect its gradients meanwhile."""
+"""One slot more than all-to-alls in flight, so that the next unit can collect its gradients meanwhile."""
 
 
 class Gradients(ABC):
-    """A unit's gradients of a micro-batch: `begin`, `buffer` any number of times, `send`, `sent`.
+    """A unit's gradients of a micro-batch. Call `begin`, `buffer` any number of times, `send`, then `sent`.
 
     group: the workers whose gradients are added in each round.
     numel: the unit's padded_numel.
@@ -36,7 +36,7 @@ class Gradients(ABC):
         self.all_to_all: AllToAll | None = None  # the most recent one, if it may still read the buffer
 
     def begin(self) -> None:
-        """Prepare for a micro-batch: wait until peers have read the previous gradients, if these are overwritten."""
+        """Prepare for a micro-batch: if it will overwrite the previous gradients, wait until peers have read them."""
         if self.all_to_all is not None:
             self.all_to_all.wait_reusable()
             self.all_to_all = None
@@ -49,7 +49,7 @@ class Gradients(ABC):
     def send(self, contributors: range, tag: str) -> AllToAll:
         """Start the all-to-all of the gradients. Collective."""
 
-    def sent(self) -> None:  # noqa: B027  (optional: a persistent buffer stays)
+    def sent(self) -> None:  # noqa: B027  (optional: a persistent buffer isn't freed)
         """Called when this worker has read and released the all-to-all's pieces."""
 
 
@@ -69,7 +69,7 @@ class PersistentGradients(Gradients):
 
 
 class TransientGradients(Gradients):
-    """Gradients in a buffer that is created for the first one and freed when all have been sent."""
+    """Gradients in a buffer that is created for the first gradient and freed when all have been sent."""
 
     def __init__(self, group: Group, numel: int, dtype: torch.dtype) -> None:
         super().__init__(group, numel)
@@ -98,27 +98,27 @@ class Ring:
     """Buffers that the units of one dtype use in turn. The constructor is collective.
 
     Every unit is sent once a round, in a fixed order. Send n uses slot n modulo the number of slots, on all workers.
-    numel: of the largest unit; units: their number.
+    numel: the number of elements of the largest unit. units: the number of units.
     """
 
     def __init__(self, group: Group, numel: int, dtype: torch.dtype, units: int) -> None:
         self.slots = [group.empty_contribution(numel, dtype) for _ in range(min(RING_SLOTS, units))]
         self._units = units
-        self._sends = 0  # so far
+        self._sends = 0  # number of sends so far
         self._last_send: list[AllToAll | None] = [None for _ in self.slots]
-        # A unit of this worker is collecting its gradients in the slot, or this worker has yet to read the peers' ones.
+        # True if a unit of this worker collects gradients in the slot, or this worker has yet to read peers' gradients.
         self._occupied = [False for _ in self.slots]
 
     def next_send_of(self, position: int) -> int:
-        """Return the number of the next send of the unit that is sent `position`-th in each round."""
+        """Return the number of the next send of the unit at `position` in the round's order of sends."""
         first = self._sends - self._sends % self._units
         return first + position if first + position >= self._sends else first + self._units + position
 
     def take(self, number: int) -> Tensor | None:
-        """Return the slot for a send. For the next send, wait for it; for a later one, None unless it is free now.
+        """Return the slot for send `number`, or None if this is not the next send and the slot is not free.
 
-        Waiting for the next send's slot is deadlock-free: peers that still hold the slot are behind, and have received
-        everything they need from this worker.
+        For the next send, wait until the slot is free. This can't deadlock: peers that still hold the slot are behind
+        this worker, and have received everything that they need from it.
         """
         if number == self._sends:
             return self.wait_for(number)
@@ -151,7 +151,7 @@ class Ring:
 
 
 class RingGradients(Gradients):
-    """Gradients in a ring's slot.
+    """Gradients in a slot of a ring.
 
     If they arrive before the unit's turn and its slot isn't free, they are collected in a separate buffer, and copied
     to the slot when they are sent.
@@ -160,7 +160,7 @@ class RingGradients(Gradients):
     def __init__(self, group: Group, layout: UnitLayout, dtype: torch.dtype, ring: Ring, position: int) -> None:
         super().__init__(group, layout.padded_numel)
         self._gaps, self._dtype, self._ring, self._position = layout.gaps, dtype, ring, position
-        self._number = -1  # of the unit's current send
+        self._number = -1  # number of the unit's current send
         self._buffer: Tensor | None = None
         self._in_ring = False
 
@@ -174,7 +174,7 @@ class RingGradients(Gradients):
             self._in_ring = slot is not None
             if slot is None:
                 slot = torch.empty(self._numel, dtype=self._dtype, device=self._group.device)
-            # Padding must read as zero, since norms and sums cover it, and the slot held another unit's gradients.
+            # Zero the padding: norms and sums cover it, and the slot may hold another unit's gradients.
             for gap in self._gaps:
                 slot[gap.start : gap.end].zero_()
             self._buffer = slot

@@ -1,8 +1,8 @@
-"""Where a unit's parameters are: replicated, sharded or offloaded.
+"""A unit's parameters: replicated, sharded or offloaded.
 
 - `ReplicatedParams`: unsharded permanently, in one buffer.
 - `ShardedParams`: each worker stores its shard; unsharding is an all-gather.
-- `OffloadedParams`: workers on shared memory store one offloaded copy; unsharding is a copy to the device.
+- `OffloadedParams`: workers that share memory store one offloaded copy; unsharding copies it to the device.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.comm.group import Group
-from manyhands.layout import Range, UnitLayout
 from manyhands.offload.allocator import Allocator, BufferPool
+from manyhands.shard_layout import Range, UnitLayout
 
 
 class Params(ABC):
-    """Abstract base: a unit's parameters in flat buffers. Ranges count elements of the unit. dtype: of the buffers."""
+    """Abstract base: a unit's parameters in flat buffers. Ranges are ranges of the unit's elements."""
 
     def __init__(self, layout: UnitLayout, dtype: torch.dtype) -> None:
         self.layout, self.dtype = layout, dtype
         self._params: dict[str, nn.Parameter] = {}
         self._shapes: dict[str, torch.Size] = {}
-        # The address at which each parameter's data were put. A parameter at another address was assigned other data by
-        # the model or its user; it is remembered as lost even after `_put` has replaced these data.
+        # The address of the data that `_put` assigned to each parameter. If a parameter has data at another address,
+        # the model or its user has assigned them. Such a parameter stays in `_lost`, even if `_put` is called again.
         self._addresses: dict[str, int] = {}
         self._lost: set[str] = set()
 
     @property
     def replicated(self) -> Tensor | None:
-        """The buffer [padded_numel] that all workers use, each writing its shard; None if there is none."""
+        """The replicated buffer, [padded_numel], to which each worker writes its shard; None if there is none."""
         return None
 
     @abstractmethod
     def stored(self, within: Range) -> Tensor:
-        """Return the elements `within` of the buffer that outlives a step. Every worker has at least its shard."""
+        """Return the elements `within` of the buffer that outlives a step. Every worker stores at least its shard."""
 
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
         """Let the model's parameters refer to these buffers from now on."""
@@ -54,7 +54,7 @@ class Params(ABC):
 
     def _put(self, name: str, data: Tensor) -> None:
         if self._is_lost(name):
-            self._lost.add(name)  # the next line overwrites the address that shows it
+            self._lost.add(name)  # record it now: the next line overwrites the address that proves it
         self._params[name].data = data
         self._addresses[name] = data.data_ptr()
 
@@ -86,9 +86,9 @@ class ReplicatedParams(Params):
 class OnDemandParams(Params):
     """Abstract base: parameters that are unsharded only while they are needed.
 
-    While a unit is resharded its parameters have their shapes, take no memory, and read as NaN. A model that uses one
-    then has a loss of NaN, which is refused, and never a wrong result.
-    stored: the buffer that outlives a step. pool: of the buffers [padded_numel] for unsharded parameters.
+    While a unit is resharded, its parameters retain their shapes, take no memory, and read as NaN. If a model uses such
+    a parameter, the loss is NaN and the step is refused, so the result is never silently wrong.
+    stored: the buffer that outlives a step. pool: provides the buffers, [padded_numel], for unsharded parameters.
     """
 
     def __init__(self, layout: UnitLayout, stored: Tensor, allocator: Allocator, pool: BufferPool) -> None:
@@ -119,7 +119,7 @@ class OnDemandParams(Params):
         return arrive
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
-        """Take part in unsharding that only peers need. Return a function that waits for its end. Collective."""
+        """Take part in an unshard that only peers need. Return a function that waits for its end. Collective."""
         full = self._pool.take(self.layout.padded_numel, self.dtype)
         wait = self._fetch(full, group, tag)
 
@@ -142,7 +142,7 @@ class OnDemandParams(Params):
             self.full = None
 
     def trim_pool(self) -> None:
-        """Free the pool's buffers, after more units were unsharded at a time than in a step."""
+        """Free the pool's buffers, after more units were unsharded at once than a step requires."""
         self._pool.trim()
 
     def view_of(self, tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int] | None:
@@ -153,7 +153,7 @@ class OnDemandParams(Params):
 
 
 class ShardedParams(OnDemandParams):
-    """Parameters of which each worker stores its shard, [shard_numel]."""
+    """Sharded parameters: each worker stores only its shard, [shard_numel]."""
 
     def __init__(self, layout: UnitLayout, rank: int, shard: Tensor, allocator: Allocator, pool: BufferPool) -> None:
         super().__init__(layout, shard, allocator, pool)
@@ -169,7 +169,7 @@ class ShardedParams(OnDemandParams):
 
 
 class OffloadedParams(OnDemandParams):
-    """Offloaded parameters that this worker reads without its peers: one copy [padded_numel] for a host's workers."""
+    """Offloaded parameters: one copy, [padded_numel], for a host's workers. Each worker reads it without its peers."""
 
     def __init__(self, layout: UnitLayout, stored: Tensor, allocator: Allocator, pool: BufferPool) -> None:
         super().__init__(layout, stored, allocator, pool)
@@ -192,9 +192,9 @@ class OffloadedParams(OnDemandParams):
             full.copy_(self._stored)
             self._allocator.evict(self._stored)
             return lambda: None
-        # Before the copy: kernels of the buffer's previous use may still be queued on the compute stream.
+        # Wait before the copy: kernels that use the buffer may still be queued on the compute stream.
         stream.wait_stream(torch.cuda.current_stream(full.device))
         with torch.cuda.stream(stream):
             full.copy_(self._stored, non_blocking=True)
-        # After it: the compute stream must not read the buffer before the copy is complete.
+        # Wait after the copy: the compute stream must not read the buffer before the copy is complete.
         return lambda: torch.cuda.current_stream(full.device).wait_stream(stream)

@@ -4,13 +4,13 @@ A unit has four states, and a table of the allowed transitions. Any other transi
 unit's history.
 
     state       meaning                                  parameters          gradients
-    RESTING     between uses                             as sharded          none, or already summed
+    RESTING     between uses                             as stored           none, or already summed
     UNSHARDING  parameters are in transit                incomplete          none
     READY       a micro-batch computes with the unit     unsharded           arriving one by one
-    REDUCING    gradients are complete and in transit    as sharded          being sent to their owners
+    REDUCING    gradients are complete and in transit    as stored           being sent to their owners
 
-A unit has the parameters that travel together and their buffers. `params` and `master` exist as long as the engine.
-gradients.py decides where gradients are stored, params.py where parameters are.
+A unit consists of parameters that travel together, and of their buffers. `params` and `master` exist as long as the
+engine. gradients.py decides where gradients are stored, and params.py where parameters are stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from manyhands.comm.group import AllToAll, Group
 from manyhands.engine.units.gradients import Gradients
 from manyhands.engine.units.params import OnDemandParams, Params
 from manyhands.errors import ConfigError, InvariantError
-from manyhands.layout import ParamSlot, Range, UnitLayout
+from manyhands.shard_layout import ParamSlot, Range, UnitLayout
 
 
 class State(Enum):
@@ -44,7 +44,7 @@ class Event(Enum):
     UNSHARD = "unshard"  # its parameters are needed
     UNSHARDED = "unsharded"  # its parameters are complete
     RESHARD = "reshard"  # its parameters aren't needed for now
-    REDUCE = "reduce"  # its gradients of a micro-batch are complete, and are sent
+    REDUCE = "reduce"  # its gradients of a micro-batch are complete and will be sent
     REDUCED = "reduced"  # this worker has added the pieces that it owns
     ABORT = "abort"  # the step failed
 
@@ -55,8 +55,8 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.READY, Event.RESHARD): State.RESTING,
     (State.READY, Event.REDUCE): State.REDUCING,
     (State.REDUCING, Event.REDUCED): State.RESTING,
-    # A worker without a micro-batch in a round reduces without having computed. So does a worker that sends its local
-    # sums, and one whose model left the unit before all its gradients had arrived.
+    # A unit changes from RESTING to REDUCING if this worker has no micro-batch in the round or sends its local sums, or
+    # if the model left the unit before all of the unit's gradients had arrived.
     (State.RESTING, Event.REDUCE): State.REDUCING,
     **{(state, Event.ABORT): State.RESTING for state in State},
 }
@@ -74,7 +74,7 @@ class Lifecycle:
         following = TRANSITIONS.get((self.state, event))
         if following is None:
             raise InvariantError(
-                f"unit {self.name!r} can't {event.value} while it is {self.state.value}",
+                f"unit {self.name!r} can't process event '{event.value}' in state '{self.state.value}'",
                 detail="its history: " + (" ".join(self.history) or "none yet"),
             )
         self.history.append(f"{self.state.value}--{event.value}-->{following.value}")
@@ -94,7 +94,7 @@ class ParamUnit:
         self._arrive: Callable[[], None] | None = None
 
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
-        """Let the model's parameters refer to this unit's buffers."""
+        """Make the model's parameters refer to this unit's buffers."""
         self.params.bind(params)
 
     def not_bound(self) -> list[str]:
@@ -126,7 +126,7 @@ class ParamUnit:
             self.on_demand_params.reshard()
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
-        """Take part in unsharding that only peers need. Return a function that waits for its end. Collective."""
+        """Take part in an unshard that only peers need. Return a function that waits for its end. Collective."""
         return self.on_demand_params.serve(group, tag)
 
     @property
@@ -138,11 +138,11 @@ class ParamUnit:
 
 
 class Unit(ParamUnit):
-    """A unit of trainable parameters. Ranges count elements of the unit.
+    """A unit of trainable parameters. Ranges are ranges of the unit's elements.
 
-    held: the elements whose master weights and optimizer state this worker has.
+    held: the elements whose master weights and optimizer state this worker holds.
     shard: the elements whose gradients this worker adds.
-    master: [held.numel] fp32; an alias of the parameters where possible.
+    master: the master weights of `held`, [held.numel] fp32; an alias of the parameters where possible.
     """
 
     def __init__(
@@ -161,8 +161,8 @@ class Unit(ParamUnit):
         self.finite_sums: list[tuple[ParamSlot, Tensor]] = []
         self._missing: set[str] = set()
         self._slots = {slot.name: slot for slot in layout.slots}
-        # Allocated once: a small tensor allocated next to each gradient would fragment the C library's heap, so that it
-        # couldn't reuse the gradients' memory.
+        # Allocated once: small tensors allocated next to the gradients would fragment the C library's heap, and the
+        # memory of the gradients could not be reused.
         sums = torch.zeros(len(layout.slots), dtype=params.dtype, device=gradients.device)
         self._sums = dict(zip(self._slots, sums.unbind(), strict=True))
 
@@ -178,7 +178,7 @@ class Unit(ParamUnit):
     def take(self, name: str, grad: Tensor) -> bool:
         """Store a parameter's gradient of this micro-batch. Return True if the unit's gradients are now complete.
 
-        Raises ConfigError for a sparse gradient, InvariantError for a second one.
+        Raises ConfigError for a sparse gradient, and InvariantError for a parameter's second gradient.
         """
         if grad.layout != torch.strided:
             raise ConfigError(
@@ -191,13 +191,14 @@ class Unit(ParamUnit):
             raise InvariantError(
                 f"parameter {name!r} got two gradients in one micro-batch",
                 where=f"unit {self.name}",
-                hint="call no backward in the loss function or outside a step, and checkpoint with use_reentrant=False",
+                hint="do not call backward in the loss function or outside a step; checkpoint with use_reentrant=False",
             )
         slot = self._slots[name]
         stored = self._gradient(slot)
         stored.view(grad.shape).copy_(grad)
-        # The sum of finite numbers is finite, unless it overflows; `first_not_finite` inspects such a gradient closely.
-        # This costs one pass over data in cache, and names the parameter before anything of this step is updated.
+        # If the sum of a gradient's elements is finite, so are the elements. If it isn't, the sum may just have
+        # overflowed, so `first_not_finite` inspects the elements. The sum costs one pass over data in cache. It lets an
+        # error name the parameter before the step updates anything.
         self.finite_sums.append((slot, torch.sum(stored, 0, out=self._sums[name])))
         self._missing.discard(name)
         return not self._missing
@@ -225,7 +226,7 @@ class Unit(ParamUnit):
 
     def first_not_finite(self) -> str | None:
         """Return the first parameter, in order of arrival, whose gradient has an element that is not finite."""
-        # The sums are tested together: on a GPU each test waits for the device.
+        # Test the sums together, because on a GPU each test waits for the device.
         if not self.finite_sums or bool(torch.stack([total.float() for _, total in self.finite_sums]).isfinite().all()):
             return None
         for slot, total in self.finite_sums:

@@ -3,19 +3,19 @@
 Unsharding is collective, so all workers must unshard the same units in the same order, whatever their models do.
 
 In each round all workers go through one list, the round's *plan*: first the units that must be unsharded all the time,
-then the others in the order of forward, then in the order of backward. A worker advances in the plan when its model
-needs a unit (`need`), and unshards a few units ahead. It takes part in the unsharding of units that its own model
-doesn't need.
+then the others in the order of forward, then the same in the order of backward. A worker advances in the plan when its
+model needs a unit (`need`), and unshards a few units ahead. It also takes part in the unshards of units that its own
+model doesn't need.
 
-A model may need a unit that the rest of the plan doesn't have: one that is used again, or in another order. The worker
-then goes to the plan's end and requests the unit there. All workers stay at the plan's end until no worker has a
-request. After the step they agree on a better plan. So whatever a model decides by its data, no worker waits for a
-collective call that another one doesn't make.
+A model may need a unit that is not in the rest of the plan, because the model uses the unit again or in another order.
+The worker then goes to the plan's end and requests the unit there. All workers stay at the plan's end until no worker
+has a request. After the step they agree on a better plan. So even if models behave differently on different data, no
+worker waits for a collective call that another worker doesn't make.
 
-These calls have a separate sequence (`Group.sibling`), so waiting in it depends only on peers reaching the same point
-of the plan, and never on their gradients.
+Unshards have their own sequence of collective calls (`Group.sibling`). So a worker waits only for its peers to reach
+the same point of the plan, and never for their gradients.
 
-A unit is resharded when its model has left it and needs another one, and finally when its gradients are sent.
+A unit is resharded when the model has left it and needs another unit, or at the latest when its gradients are sent.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ NO_REQUEST = -1
 
 
 class _Saved(NamedTuple):
-    """What autograd stores for backward in place of a tensor.
+    """The record that autograd stores for backward in place of a tensor.
 
-    unit, view: for a view of a unit's parameters, which will be unsharded again: the unit; shape, strides and offset.
-    values: the tensor. For such a view, a tensor without data that only counts in-place changes.
-    version: the number of in-place changes so far. torch itself doesn't compare it if saved-tensor hooks are in use.
+    unit: if the tensor is a view of a unit's parameters, this unit, which backward unshards again; else None.
+    view: shape, strides and offset of such a view; else None.
+    values: the tensor; for such a view, a tensor without data that only counts in-place changes.
+    version: the number of in-place changes when the tensor was saved. torch itself doesn't check it if saved-tensor
+    hooks are in use.
     """
 
     unit: ParamUnit | None
@@ -54,9 +56,9 @@ class _Saved(NamedTuple):
 class Unsharder:
     """Unshards and reshards a model's units; see the module.
 
-    For each round call `begin`; `need`, `enter` and `leave` while the model computes; then `end`.
-    group: used for unsharding only.
-    units: those that are unsharded on demand. Without any, all methods do nothing.
+    For each round, call `begin`, then `need`, `enter` and `leave` while the model computes, then `end`.
+    group: a group that is used only for unsharding.
+    units: the units that are unsharded on demand. If there are none, all methods do nothing.
     ahead: the number of units that are unsharded before they are needed.
     """
 
@@ -71,11 +73,11 @@ class Unsharder:
         self._next = 0  # index in the plan
         self._ahead_units: deque[ParamUnit] = deque()  # unsharded ahead, not yet needed
         self._used: list[ParamUnit] = []  # unsharded, and perhaps not needed any more
-        self._skipped: set[str] = set()  # names of those of `_used` that have not been needed so far
+        self._skipped: set[str] = set()  # names of the units in `_used` that have not been needed so far
         self._by_address: dict[int, ParamUnit] = {}  # by the address of the unsharded parameters
         self._inside: dict[str, int] = {}  # number of forwards in progress, by unit
-        self._serving: deque[Callable[[], None]] = deque()  # waits for unsharding that only peers need
-        self._needed: list[ParamUnit] = []  # in this round's forward, in order
+        self._serving: deque[Callable[[], None]] = deque()  # functions that wait for unshards that only peers need
+        self._needed: list[ParamUnit] = []  # units needed in this round's forward, in order
         self._plan_failed = False  # a worker had to request a unit, so a better plan is needed
 
     # - Rounds
@@ -101,16 +103,16 @@ class Unsharder:
 
     @property
     def not_finite_hint(self) -> str:
-        """Another possible cause of a loss that is not finite, to be appended to an error's hint; may be ""."""
-        cause = ". With sharded parameters, using one outside of its unit's forward has the same effect"
-        return f"{cause}: try sharding zero2" if self._units else ""
+        """Another possible cause of a loss that is not finite, to be appended to an error's hint; may be empty."""
+        cause = ". The loss is also NaN if the model uses a sharded parameter outside of its unit's forward"
+        return f"{cause}: in that case, use sharding zero2" if self._units else ""
 
     def begin_backward(self) -> None:
-        """Mark the end of forward: from now on a unit that is needed stays until another one is needed."""
+        """Mark the end of forward. From now on, a unit stays unsharded until another one is needed."""
         self._backward = True
 
     def end(self) -> None:
-        """Finish a round, whose remaining units this worker's model doesn't need. Collective."""
+        """Finish a round. This worker's model doesn't need the rest of the plan. Collective."""
         if not self._units:
             return
         while self._next < len(self._plan):
@@ -123,17 +125,17 @@ class Unsharder:
         self._in_round = False
 
     def end_step(self) -> None:
-        """Finish a step: agree on a better plan if any worker requested a unit. Then collective."""
+        """Finish a step: agree on a better plan if any worker requested a unit. Collective in that case."""
         # All workers take part in every request, so `_plan_failed` is the same on all of them.
         if not self._plan_failed:
             return
         self._plan_failed = False
         mine = [self._units.index(unit) for unit in self._needed]
-        # Worker 0's order, since all workers must have one. Any order is correct; a good one avoids requests.
+        # All workers must use the same order: worker 0's. Any order is correct; a good one avoids requests.
         indices = all_gather_json(self._group, mine, f"{self._tag} / plan / control")[0]
         agreed = [self._units[index] for index in indices]  # type: ignore[attr-defined]
         for before, unit in pairwise([None, *(unit for unit in self._units if unit.modules)]):
-            # Worker 0 didn't need the unit, but peers may: insert it behind the one that was built before it.
+            # Worker 0 didn't need the unit, but peers may: insert it after the unit that was built before it.
             if unit is not None and unit not in agreed:
                 position = 0 if before not in agreed else len(agreed) - agreed[::-1].index(before)
                 agreed.insert(position, unit)
@@ -151,9 +153,9 @@ class Unsharder:
         self._inside[unit.name] = self._inside.get(unit.name, 0) + 1
 
     def leave(self, unit: ParamUnit, results: Sequence[Tensor]) -> None:
-        """Called after that forward. results: the tensors it returned.
+        """Called after the forward of a module that uses the unit. results: the tensors that it returned.
 
-        Raises ConfigError if one of them is a view of the parameters: it would read as NaN once these are resharded.
+        Raises ConfigError if a result is a view of the parameters: it would read as NaN once these are resharded.
         """
         self._inside[unit.name] = self._inside.get(unit.name, 1) - 1
         if self._inside[unit.name] == 0 and self._in_round and not self._backward:
@@ -164,13 +166,13 @@ class Unsharder:
                         "used",
                         where=self._tag,
                         expected="results that are computed from the parameter",
-                        hint="use sharding zero2, or list modules in strategy.units whose forwards contain all uses of "
+                        hint="use sharding zero2, or set strategy.units to modules whose forwards contain all uses of "
                         "their parameters",
                     )
 
     @contextmanager
     def using(self, module: str) -> Iterator[None]:
-        """Context in which a module's forward is recomputed, in backward."""
+        """Context in which backward recomputes a module's forward."""
         units = [unit for unit in self._units if module in unit.modules]
         for unit in units:
             self.enter(unit)
@@ -181,7 +183,10 @@ class Unsharder:
                 self.leave(unit, ())
 
     def need(self, unit: ParamUnit) -> None:
-        """Unshard the unit, which the model needs now. Raises ConfigError outside of a step, and WorkerError."""
+        """Unshard the unit, which the model needs now.
+
+        Raises ConfigError outside of a round, or after the unit's gradients were complete. Raises WorkerError.
+        """
         unsharded = unit.is_unsharded and unit not in self._ahead_units
         if unsharded and unit.name not in self._skipped:
             return
@@ -191,7 +196,7 @@ class Unsharder:
         if unsharded:
             return
         self._check_need(unit)
-        if unit in self._ahead_units and unit.life.state is State.RESTING:  # sending its gradients resharded it
+        if unit in self._ahead_units and unit.life.state is State.RESTING:  # resharded when its gradients were sent
             self._ahead_units.remove(unit)
         self._reshard_used(unit)
         while unit not in self._ahead_units and self._next < len(self._plan):
@@ -212,17 +217,17 @@ class Unsharder:
             self._plan[self._next].on_demand_params.prefetch()
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """Return what autograd stores in place of a tensor that backward will need."""
+        """Return the record that autograd stores in place of a tensor that backward will need."""
         unit = self._by_address.get(tensor.untyped_storage().data_ptr())
         view = None if unit is None else unit.on_demand_params.view_of(tensor)
-        # Not the tensor itself: it may refer to the graph node that stores it, and the cycle would never be freed.
+        # Don't store the tensor itself: it may refer to the graph node that stores it, a cycle that is never freed.
         values = tensor.detach()
         if view is not None:
             values.data = values.new_empty(0)  # still shares the version counter, but not the buffer
         return _Saved(unit, view, values, values._version)
 
     def unpack(self, saved: _Saved) -> Tensor:
-        """Return the tensor that `pack` was called with; unshards its unit if needed. Raises ConfigError."""
+        """Return the tensor that was passed to `pack`. Unshards its unit if needed. Raises ConfigError."""
         if saved.values._version != saved.version:
             raise ConfigError(
                 f"a tensor that backward needs was changed in place (shape {tuple(saved.values.shape)})",
@@ -255,7 +260,7 @@ class Unsharder:
 
     @contextmanager
     def unsharded(self, units: Sequence[ParamUnit] | None = None) -> Iterator[None]:
-        """Unshard these units (None: all) between steps; those that are unsharded already stay so. Collective."""
+        """Unshard these units (None: all) between steps. Units that are already unsharded stay so. Collective."""
         resting = [unit for unit in (self._units if units is None else units) if not unit.is_unsharded]
         for unit in resting:
             unit.unshard(self._group, f"{self._tag} / {unit.name} / param")
@@ -270,11 +275,11 @@ class Unsharder:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Context of a round with any number of forwards on each worker. Collective."""
+        """Context for a round in which each worker may run any number of forwards. Collective."""
         self.begin("evaluation", computes=True, backward=False)
         yield
         self.end()
-        # Requests of an evaluation must not change the plan of the steps, nor make the next step's end collective.
+        # Requests in an evaluation must not change the plan of the steps, nor make the next step's end collective.
         self._plan_failed = False
 
     def _arrive(self, unit: ParamUnit) -> None:
@@ -284,7 +289,7 @@ class Unsharder:
             self._by_address[full.untyped_storage().data_ptr()] = unit
 
     def _advance(self, needed: bool = True) -> None:
-        """Start the plan's next unsharding. needed: False if only peers need the unit."""
+        """Start the plan's next unshard. needed: False if only peers need the unit."""
         unit = self._plan[self._next]
         self._next += 1
         tag = f"{self._tag} / {unit.name} / param"
@@ -296,7 +301,7 @@ class Unsharder:
 
     def _serve(self, unit: ParamUnit, tag: str) -> None:
         self._serving.append(unit.serve(self._group, tag))
-        # Each takes a buffer until its end, so only as many are in flight as are unsharded ahead.
+        # Each unshard takes a buffer until it ends, so only a few may be in flight.
         while len(self._serving) > self._ahead + 1:
             self._serving.popleft()()
 
@@ -320,11 +325,11 @@ class Unsharder:
         self._used = staying
 
     def _request(self, unit: ParamUnit | None) -> None:
-        """At the plan's end: request `unit`, and serve the requests of peers. With None, serve until there are none."""
+        """Request `unit` at the plan's end and serve peers' requests. With None, serve until no worker requests one."""
         while True:
             number = NO_REQUEST if unit is None else self._units.index(unit)
             numbers = self._group.all_gather_small(torch.tensor([number]), f"{self._tag} / request / control")
-            requested = sorted({int(each) for each in numbers} - {NO_REQUEST})  # one order on all workers
+            requested = sorted({int(each) for each in numbers} - {NO_REQUEST})  # in the same order on all workers
             if not requested:
                 break
             self._plan_failed = True

@@ -1,11 +1,11 @@
-"""Clips and applies the optimizer run by run, and gathers the new parameters.
+"""Clips gradients, applies the optimizer run by run, and all-gathers the new parameters.
 
-The update makes one pass over runs of elements that stay in a core's cache. For each run of the shard it reads the
-pieces of the gradients, adds, divides, clips, applies the optimizer and writes the parameters. A parameter that its
-optimizer must see unsplit is a separate run, of any length.
+The update makes one pass over runs of elements that stay in a core's cache. For each run of the shard, it reads and
+adds the pieces of the gradients, divides and clips the sum, applies the optimizer, and writes the parameters. An
+unsplittable parameter is a run of its own, of any length.
 
-Two passes are made only where they are needed: for clipping, which needs the norm first, and for replicated optimizer
-state, where every worker needs the sums of all workers first.
+Two passes are made in two cases only. Clipping needs the norm first. With replicated optimizer state, every worker
+needs the sums of all workers first.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from manyhands.engine.step.sums import RUN
 from manyhands.engine.units.params import ReplicatedParams
 from manyhands.engine.units.unit import Unit
 from manyhands.errors import NumericsError
-from manyhands.layout import BLOCK, Layout, Range
 from manyhands.numerics.digest import block_hashes, block_norms, total_norm
 from manyhands.offload.allocator import Allocator
 from manyhands.offload.process_memory import return_freed_memory
 from manyhands.optim.sliced import Slice, SlicedOptimizer
+from manyhands.shard_layout import BLOCK, Layout, Range
 
 
 def runs_of(within: Range) -> Iterator[Range]:
@@ -40,7 +40,7 @@ def runs_of(within: Range) -> Iterator[Range]:
 
 
 def ranges_of(unit: Unit) -> list[Range]:
-    """Return the ranges that the update processes at a time: runs, or unsplittable parameters with their padding."""
+    """Return the ranges that the update processes one by one: runs, or unsplittable parameters with their padding."""
     if not unit.layout.unsplittable:
         return list(runs_of(unit.held))
     return [slot.padded for slot in unit.layout.slots if slot.padded.overlap(unit.held).numel]
@@ -48,9 +48,9 @@ def ranges_of(unit: Unit) -> list[Range]:
 
 @dataclass(frozen=True)
 class Run:
-    """A range of a unit that the update processes at a time; all its elements are held by this worker.
+    """A range of a unit that the update processes at once. This worker holds all its elements.
 
-    slices: the optimizer's views of the master weights in the range. groups: the optimizer's param groups over them.
+    slices: the optimizer's views of the master weights in the range. groups: the param groups over these slices.
     """
 
     unit: Unit
@@ -65,7 +65,7 @@ class Run:
 class Allocators(NamedTuple):
     """Allocators of the state that outlives an update, and of sums of gradients.
 
-    state: of master weights, optimizer state and parameters. sums: of gradients.
+    state: for master weights, optimizer state and parameters. sums: for sums of gradients.
     """
 
     state: Allocator
@@ -87,14 +87,14 @@ class Updater:
         self._group, self._units, self._layout, self._optimizer = group, units, layout, optimizer
         self._allocator, self._sums_allocator = allocators
         self._replicated = sharding.optim is REPLICATED
-        # The workers that share the work of writing parameters. With replicated optimizer state every host computes all
-        # of them, so only the workers of one host share it.
+        # The workers that share the work of writing parameters. With replicated optimizer state, every host computes
+        # all parameters, so only the workers of one host share the work.
         writers = self._writers = group.intra_host if self._replicated else group
         self._written = {unit.name: unit.layout.part(writers.rank, writers.size) for unit in units}
         ranges = {unit.name: ranges_of(unit) for unit in units}
         longest = max((each.numel for several in ranges.values() for each in several), default=0)
         # A run's gradient is summed on the group's device and used on the state's device. If these differ, two buffers
-        # are used in turn, so that one run's gradient is copied while another one's is used.
+        # are used in turn, so that one run's gradient is copied while another run's is used.
         self._summed = torch.zeros(longest, device=group.device)
         is_copied = self._allocator.device != group.device
         pinned = Allocator(self._allocator.device, pinned=is_copied)
@@ -136,9 +136,10 @@ class Updater:
 
     @property
     def slices(self) -> Iterator[tuple[Slice, Range]]:
-        """The slices of this worker's master weights and optimizer state, and the part of each that it owns.
+        """The slices of this worker's master weights and optimizer state, each with the part that this worker owns.
 
-        The part counts elements of the slice and lies in the shard. It is the full slice unless state is replicated.
+        The part is the range of the slice's elements that lies in this worker's shard. It is the full slice unless
+        optimizer state is replicated.
         """
         for runs in self._runs.values():
             for run in runs:
@@ -155,13 +156,13 @@ class Updater:
         weight: the divisor of the sums. unused: parameters without a gradient in this step; they are not updated.
         Raises NumericsError if the norm is not finite.
         """
-        # Each step, since schedules change the hyperparameters of the recipe's optimizers.
+        # Refresh in each step, because schedules change the hyperparameters of the recipe's optimizers.
         self._optimizer.refresh([run.groups for runs in self._runs.values() for run in runs])
         norm = scale = None
         if self._replicated or clip_norm is not None:
             self._sum_first(reducer, weight, tag)
             norm = self._all_gather_norm(tag)
-            scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+            scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))  # as in torch's clip_grad_norm_
         waits: list[Callable[[], None]] = []
         fetched: deque[Run] = deque()
         for unit in self._units:
@@ -180,16 +181,16 @@ class Updater:
             wait()
         if not self._updated:
             self._updated = True
-            return_freed_memory()  # torch has created the optimizer's state, which fragments the heap
+            return_freed_memory()  # creating the optimizer's state has fragmented the heap
         return norm
 
     def _all_gather(self, unit: Unit, tag: str) -> list[Callable[[], None]]:
-        """Start to all-gather replicated parameters. Return the functions that wait for it; none if sharded."""
+        """Start to all-gather the parameters if they are replicated. Return functions that wait for their arrival."""
         replicated = unit.params.replicated
         return [] if replicated is None else [self._writers.all_gather(replicated, f"{tag} / {unit.name} / param")]
 
     def _full_start(self, unit: Unit) -> int:
-        """Return the element of the unit with which its `_full` starts."""
+        """Return the index, in the unit, of the first element of the unit's `_full`."""
         return 0 if self._replicated else unit.shard.start
 
     def _total(self, reducer: GradientReducer, unit: Unit, within: Range, weight: float, out: Tensor) -> None:
@@ -201,7 +202,7 @@ class Updater:
             self._norms[unit.name][in_shard.start // BLOCK : in_shard.end // BLOCK] = block_norms(part)
 
     def _sum_first(self, reducer: GradientReducer, weight: float, tag: str) -> None:
-        """Compute the step's gradient in `_full`, the first of two passes. Collective if state is replicated."""
+        """Make the first of two passes: compute the step's gradient in `_full`. Collective if state is replicated."""
         for unit in self._units:
             if unit.name not in self._full:
                 self._full[unit.name] = (
@@ -251,7 +252,7 @@ class Updater:
         self._finish(run)
 
     def _finish(self, run: Run) -> None:
-        """Write the parameters from changed master weights, then evict what is stored on disk."""
+        """Write the parameters from changed master weights, then evict the buffers that are stored on disk."""
         if self._allocator.on_disk:  # torch may have created new state tensors in memory
             state = [tensor for piece in run.slices for tensor in self._optimizer.offload_state(piece, self._allocator)]
             run.evictable[:] = [*self._evictable_weights(run.unit, run.range), *state]
@@ -271,7 +272,7 @@ class Updater:
                 wait()
 
     def _writes(self, unit: Unit, within: Range) -> Range:
-        """Return the elements of `within` whose parameters this worker writes."""
+        """Return the part of `within` in which this worker writes the parameters."""
         return within.overlap(self._written[unit.name])
 
     def _write(self, run: Run) -> None:
@@ -286,11 +287,11 @@ class Updater:
         """Return the norm of the step's gradient. Collective. Raises NumericsError if it isn't finite."""
         norms = [self._norms[unit.name] for unit in self._units]
         norm = total_norm(self._in_block_order(norms, f"{tag} / norm / control"))
-        if not norm < float("inf"):  # also if it is NaN
+        if not norm < float("inf"):  # also true if it is NaN
             raise NumericsError(
                 f"the sum of the step's gradients is not finite, though each micro-batch's is (norm {norm})",
                 where=tag,
-                hint="lower the learning rate or scale the loss, and resume from the last checkpoint",
+                hint="lower the learning rate or scale the loss down, and resume from the last checkpoint",
             )
         return norm
 
@@ -306,12 +307,12 @@ class Updater:
         return self._in_block_order(mine, f"{tag} / digest / control")
 
     def _in_block_order(self, mine: Sequence[Tensor], tag: str) -> Tensor:
-        """Return the values of all blocks of the model by number, on the CPU. Collective.
+        """Return the values of all blocks of the model, ordered by block number, on the CPU. Collective.
 
-        mine: the values of this worker's shards' blocks, unit by unit.
+        mine: the values of the blocks in this worker's shards, unit by unit.
         """
         joined = torch.cat([*mine]).cpu()
-        # The same length on all workers, which may own different numbers of blocks.
+        # Pad to the same length on all workers, because they may own different numbers of blocks.
         padded = joined.new_zeros(max(len(numbers) for numbers in self._numbers))
         padded[: len(joined)] = joined
         ordered = joined.new_zeros(self._layout.num_blocks)
@@ -321,5 +322,5 @@ class Updater:
 
 
 def _is_alias(master: Tensor, stored: Tensor) -> bool:
-    """True if the parameters of a range are its master weights: fp32 parameters, see assembly.py."""
+    """True if parameters and master weights are the same memory, which is possible in fp32; see assembly.py."""
     return master.data_ptr() == stored.data_ptr()

@@ -22,9 +22,10 @@ _NO_WORKERS_SECONDS = 120.0
 class DaskEngine:
     """Runs tasks on a Dask cluster, one per thread of its workers.
 
-    A task whose worker dies is retried on another worker, as often as the scheduler allows (`allowed-failures`, 3). If
-    there are no workers for a while, tasks fail with a WorkerError. memory_bytes: for all workers together; None: what
-    Dask gives each worker. Raises ConfigError if no scheduler answers at the address, or if it has no workers.
+    A task whose worker dies is retried on another worker, as often as the scheduler allows (`allowed-failures`, by
+    default 3). If there are no workers for a while, tasks fail with a WorkerError. memory_bytes: the memory for all
+    workers together (None: the memory that Dask gives the workers). Raises ConfigError if no scheduler answers at the
+    address, or if the scheduler has no workers.
     """
 
     def __init__(self, address: str, memory_bytes: int | None, default_bytes: int) -> None:
@@ -48,7 +49,7 @@ class DaskEngine:
             raise ConfigError(
                 "the Dask scheduler has no workers",
                 where=address,
-                hint=f"start some: dask worker {address}",
+                hint=f"start a worker: dask worker {address}",
             )
         self.workers = sum(worker["nthreads"] for worker in workers)
         shares = [worker["memory_limit"] // worker["nthreads"] or default_bytes for worker in workers]
@@ -68,7 +69,7 @@ class DaskEngine:
         return future
 
     def close(self) -> None:
-        """Leave the cluster. Tasks that run there complete without effect."""
+        """Leave the cluster. Tasks that still run there complete, but nothing uses their results."""
         if self._no_workers_timer is not None:
             self._no_workers_timer.cancel()
         self._client.close()
@@ -97,13 +98,13 @@ class DaskEngine:
                     WorkerError(
                         f"Dask has had no workers for {_NO_WORKERS_SECONDS:g} s",
                         where=self._address,
-                        hint="start some, and run again: completed tasks are not repeated",
+                        hint="start some workers, and run again: completed tasks are not repeated",
                     )
                 )
 
     def _forward_result(self, task: Task, done: Any, future: Future[TaskResult]) -> None:
         self._mine.pop(done.key, None)
-        with suppress(InvalidStateError):  # it has failed already
+        with suppress(InvalidStateError):  # the future has failed already
             self._settle(task, done, future)
 
     def _settle(self, task: Task, done: Any, future: Future[TaskResult]) -> None:
@@ -124,8 +125,8 @@ class DaskEngine:
         if isinstance(error, distributed.KilledWorker):
             return WorkerError(
                 f"a task crashed {error.allowed_failures + 1} of Dask's workers",
-                where=f"{task.name}; the last one: {error.last_worker.address}",
-                hint="see their logs; the most frequent reason is too little memory for a worker",
+                where=f"{task.name}; the last worker: {error.last_worker.address}",
+                hint="see the logs of the workers; the most frequent reason is too little memory for a worker",
             )
         return WorkerError(f"Dask could not run a task: {type(error).__name__}: {error}", where=task.name)
 

@@ -11,7 +11,7 @@ from manyhands.prepare.task import Task, TaskResult, run_task
 class JobEngine(Protocol):
     """Runs tasks in any order, on any machine that sees the files.
 
-    A task may run twice, after its worker was lost for example: both runs have the same result.
+    A task may run twice, for example because its worker was lost. Both runs have the same result.
     """
 
     @property
@@ -30,7 +30,7 @@ class JobEngine(Protocol):
         ...
 
     def submit(self, task: Task) -> Future[TaskResult]:
-        """Start a task when a worker is free. The future holds its result, its error, or a WorkerError."""
+        """Start a task when a worker is free. The future holds the task's result, the task's error or a WorkerError."""
         ...
 
     def close(self) -> None:

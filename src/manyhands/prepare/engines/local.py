@@ -1,13 +1,13 @@
 """A supervised pool of worker processes on this machine, kept for the next job.
 
 A killed worker is replaced and its task retried; a task that crashes three workers fails. A worker that has exceeded
-its memory is replaced after its task. Workers end with this process, however it ends, and after some idle time.
+its memory limit is replaced after its task. Workers end after some idle time, or when this process ends for any reason.
 
 `PersistentPool` stays for the next job of this process, because starting workers takes most of the time of a small job.
 
-Dask and Ray workers call `run_on_host`, which passes the task to such a pool next to them and waits. So a task runs
-there as it does here: one at a time in a process, with the same hash seed and with its memory watched. A task that
-crashes does not take the Dask or Ray worker with it.
+Dask and Ray workers call `run_on_host`, which passes the task to such a pool on their host and waits. So tasks run
+there as they do on this machine: one at a time in a process, with the same hash seed and a memory limit. A task that
+crashes does not crash the Dask or Ray worker.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class _Worker:
     """A worker process and the connection to it.
 
     job: its current task; None while it is idle or starting. plan_path: the plan of its last task. installed: True
-    while all modules that it has imported are installed. Otherwise it may not serve another plan, because the script's
-    own modules may have changed since.
+    while all modules that the worker has imported are installed. Otherwise the worker may not serve another plan,
+    because the script's own modules may have changed.
     """
 
     def __init__(self, context: ProcessContext) -> None:
@@ -116,8 +116,8 @@ class _Worker:
 class Pool:
     """Up to `workers` processes that run tasks, started on demand. `memory_bytes` is the limit of each.
 
-    context: of the script, if it is another process. One thread owns the workers; `submit` and `close` may be called
-    from any thread.
+    context: the context of the script, if the script runs in another process. One thread owns the workers; `submit` and
+    `close` may be called from any thread.
     """
 
     def __init__(self, workers: int, memory_bytes: int, context: ProcessContext | None = None) -> None:
@@ -193,7 +193,7 @@ class Pool:
                 with self._lock:
                     worker.job = self._waiting.popleft()
                 worker.plan_path = worker.job.task.plan_path
-                with suppress(OSError):  # if it has just died, its connection reports that next
+                with suppress(OSError):  # if the worker has just died, `_receive` detects that
                     worker.connection.send_bytes(pickle.dumps(worker.job.task))
         starting = sum(not worker.ready for worker in self._members)
         while len(self._members) < self.workers and starting < len(self._waiting):
@@ -219,16 +219,12 @@ class Pool:
 
     def _lost(self, worker: _Worker) -> None:
         job, code = worker.job, self._remove(worker, at_once=False)
-        how = (
-            f"killed by {signal.Signals(-code).name}"
-            if code is not None and code < 0
-            else f"it exited with code {code}"
-        )
+        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with code {code}"
         if not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_CRASHES:
                 self._fail_waiting(
-                    WorkerError(f"no worker can be started: {how}", hint="its error is above, on stderr")
+                    WorkerError(f"no worker can be started: {how}", hint="the worker's error is above, on stderr")
                 )
         if job is None:
             return
@@ -242,7 +238,7 @@ class Pool:
                 f"a task crashed {_MAX_CRASHES} workers: {how}",
                 where=job.task.name,
                 hint="if the kernel killed them because memory ran out (see dmesg), use fewer workers or less memory; "
-                "if a function crashes, run with workers=0 to see it in this process",
+                "if a function crashes, run with workers=0 to see the crash in this process",
             )
         )
 
@@ -278,7 +274,7 @@ class _Basis(NamedTuple):
 
 
 class PersistentPool(Pool):
-    """A pool that `close` stores with its workers for the next job, if all its tasks are complete."""
+    """A pool that stays alive for the next job: `close` stores it and its workers if all tasks are complete."""
 
     def __init__(self, basis: _Basis) -> None:
         super().__init__(basis.workers, basis.memory_bytes)
@@ -328,11 +324,11 @@ def close_persistent_pools() -> None:
 
 
 _NO_LIMIT = 1024
-"""Workers of a pool for Dask or Ray, which limit how many tasks run at once."""
+"""The number of workers of a pool for Dask or Ray. These limit how many tasks run at the same time."""
 
 
 class Versions(NamedTuple):
-    """Versions that must be equal on all hosts: functions are sent as Python code, and Arrow writes the files."""
+    """Versions that must be equal on all hosts: functions are sent as Python bytecode, and Arrow writes the files."""
 
     python: str
     manyhands: str
@@ -340,15 +336,17 @@ class Versions(NamedTuple):
 
     @classmethod
     def here(cls) -> Versions:
-        """The versions of this process."""
+        """The versions that this process runs."""
         import pyarrow as pa
 
         return cls(".".join(map(str, sys.version_info[:2])), __version__, str(pa.__version__))
 
 
 def run_on_host(task: Task, context: ProcessContext, versions: Versions) -> TaskResult:
-    """Run a task in a worker process on this host. Raises what the task raises; ConfigError or DataError if this host
-    can't run it."""
+    """Run a task in a worker process on this host.
+
+    Raises the error that the task raises, and ConfigError or DataError if this host can't run the task.
+    """
     if versions != Versions.here():
         raise ConfigError(
             "a worker has other versions than the script",

@@ -1,9 +1,9 @@
 """Several processes of one script share a job through its folder.
 
-For Slurm arrays, indexed Kubernetes jobs, SkyPilot, or a loop in a shell. Each rank runs every N-th task of a stage and
-waits for the others. A rank that has no own task left, and has seen no other rank complete a task for a while, also
-runs the tasks of the ranks it waits for, until they complete tasks again. So it makes no difference whether these
-are late, dead or were never started.
+This engine is for Slurm arrays, indexed Kubernetes jobs, SkyPilot, or a loop in a shell. Each rank runs every N-th task
+of a stage and waits for the other ranks. If a rank has no task of its own left, and no other rank has completed a task
+for a while, it also runs the tasks of the ranks that it waits for, until those ranks complete tasks again. The job
+therefore completes even if those ranks are late, have died or were never started.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.1
 
 
 class Ranks:
-    """The engine of one rank. Its own tasks go to `pool`; tasks of other ranks complete with their done notes."""
+    """The engine of one rank. `pool` runs its own tasks; tasks of other ranks complete when their done notes exist."""
 
     def __init__(self, rank: Rank, pool: JobEngine, patience_seconds: float = RANK_PATIENCE_SECONDS) -> None:
         self.rank, self.patience_seconds, self._pool = rank, patience_seconds, pool
@@ -110,7 +110,7 @@ class Ranks:
         return active
 
     def _help_out(self, others: list[_ForeignTask]) -> None:
-        """Run some tasks of other ranks, the next rank's first, so that two helping ranks choose different ones."""
+        """Run some tasks of other ranks, first those of the next rank. So two helping ranks choose different tasks."""
         running = sum(foreign.helped and not foreign.future.done() for foreign in others)
         pending = [foreign for foreign in others if not (foreign.helped or foreign.future.done())]
         pending.sort(key=lambda foreign: (foreign.owner - self.rank.number) % self.rank.of)
@@ -128,7 +128,7 @@ class _ForeignTask:
 
 
 def _settle(future: Future[TaskResult], result: TaskResult) -> None:
-    with suppress(InvalidStateError):  # this rank and another one have both completed it
+    with suppress(InvalidStateError):  # this rank and another one have both completed the task
         future.set_result(result)
 
 

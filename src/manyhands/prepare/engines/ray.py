@@ -21,7 +21,7 @@ from manyhands.prepare.task import Task, TaskResult
 _REACH_SECONDS = 2.0
 
 _RETRIES = 2
-"""How often a task is retried after its worker or host died."""
+"""How many times a task is retried after its worker or host dies."""
 
 _LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
 
@@ -29,9 +29,10 @@ _LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.ex
 class RayEngine:
     """Runs tasks on Ray, one per CPU. A task whose worker or host dies is retried twice.
 
-    address: ray://head:10001, for Ray's client. None: the cluster that this process is connected to, or that Ray finds
-    on this host, or a new one that ends with the engine. memory_bytes: for all workers together; None: an equal part
-    per CPU of the memory that Ray gives tasks. Raises ConfigError if no cluster answers at the address.
+    address: an address for Ray's client, such as ray://head:10001. If it is None, the engine uses the cluster to which
+    this process is connected, or else one that Ray finds on this host, or else a new one, which ends with the engine.
+    memory_bytes: the memory for all workers together. If it is None, each CPU gets an equal part of the memory that Ray
+    gives tasks. Raises ConfigError if no cluster answers at the address.
     """
 
     def __init__(self, address: str | None, memory_bytes: int | None, default_bytes: int) -> None:
@@ -42,14 +43,14 @@ class RayEngine:
                 ray.init(
                     address or _local_address(), logging_level="warning", log_to_driver=False, include_dashboard=False
                 )
-            except (OSError, RuntimeError, ValueError) as error:  # OSError: ConnectionError is one
+            except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
                 raise ConfigError(f"no Ray cluster answers: {error}", where=self._address) from error
         resources = ray.cluster_resources()
         self.workers = max(1, int(resources.get("CPU", 1)))
         share = int(resources.get("memory", default_bytes * self.workers)) // self.workers
         self.memory_bytes = share if memory_bytes is None else memory_bytes // self.workers
         self.retries = 0
-        # No retries by Ray, because it does not report them: `_forward_result` retries and counts.
+        # Ray must not retry, because it does not report retries: `_forward_result` retries and counts.
         self._run: Any = ray.remote(num_cpus=1, max_retries=0)(run_on_host)
         self._arguments = ray.put(ProcessContext.here()), ray.put(Versions.here())
 
@@ -88,7 +89,7 @@ class RayEngine:
             future.set_exception(cause)
         elif isinstance(error, _LOST) and tries_left:
             self.retries += 1
-            # In a new thread: this one belongs to Ray, and must not wait for Ray.
+            # Use a new thread: the current thread belongs to Ray, and must not wait for Ray.
             threading.Thread(target=self._start, args=(task, future, tries_left - 1), daemon=True).start()
         elif isinstance(error, _LOST):
             future.set_exception(
@@ -104,9 +105,9 @@ class RayEngine:
 
 
 def _local_address() -> str | None:
-    """None, so that Ray looks for a cluster; "local", to start one, if the cluster that Ray remembers is gone.
+    """Return None to let Ray look for a cluster, or "local" to start one if the cluster that Ray remembers is gone.
 
-    Otherwise Ray would wait long for the remembered cluster, and fail.
+    Without "local", Ray would wait a long time for the remembered cluster, and then fail.
     """
     remembered = find_bootstrap_address(None)
     if os.environ.get("RAY_ADDRESS") or not remembered:

@@ -49,7 +49,7 @@ def rss_bytes() -> int:
 
 
 def _all_installed(initial_modules: frozenset[str]) -> bool:
-    """True if all modules that tasks have imported come with Python or are installed, so that they do not change."""
+    """True if all modules that tasks have imported are part of Python or installed packages, so they do not change."""
     for name in sys.modules.keys() - initial_modules:
         file = getattr(sys.modules.get(name), "__file__", None)
         if file and not (name.startswith("manyhands.") or is_installed(file)):
@@ -58,7 +58,7 @@ def _all_installed(initial_modules: frozenset[str]) -> bool:
 
 
 def _end_with_parent(fd: int, parent: int) -> None:
-    """End this process as soon as the parent has ended, however it ended, even in the middle of a task."""
+    """End this process as soon as the parent ends for any reason, even in the middle of a task."""
     poller = select.poll()
     poller.register(fd, 0)  # reports only that the other end was closed
     while os.getppid() == parent:
@@ -68,7 +68,7 @@ def _end_with_parent(fd: int, parent: int) -> None:
 
 
 def _portable(error: BaseException, name: str) -> BaseException:
-    """Make an error that can be pickled, with its traceback as text. Foreign errors become a DataError of this task."""
+    """Return an error that can be pickled, with its traceback as text. Any other error becomes a DataError."""
     if not isinstance(error, ManyhandsError):
         trace = "".join(traceback.format_exception(error))
         error = DataError(f"a task failed: {type(error).__name__}: {error}", where=name, detail=trace)

@@ -13,8 +13,8 @@ from typing import IO, Any, cast
 class Compression:
     """One way to compress files.
 
-    suffixes: of file names. The first one is used for output. reader, writer: return a stream that decompresses or
-    compresses an open file. Closing the stream does not close the file.
+    suffixes: the suffixes of file names; the first is used for output. reader, writer: functions that return a stream
+    which decompresses or compresses an open file. Closing the stream does not close the file.
     """
 
     suffixes: tuple[str, ...]
@@ -27,7 +27,7 @@ def _gzip_reader(file: IO[bytes]) -> IO[bytes]:
 
 
 def _gzip_writer(file: IO[bytes]) -> IO[bytes]:
-    # A fixed level (6), and neither a file name nor a time in the header: the bytes are the same in every run.
+    # The level is fixed (6), and the header has no file name and no time, so the bytes are the same in every run.
     return cast("IO[bytes]", gzip.GzipFile("", "wb", 6, file, mtime=0))
 
 

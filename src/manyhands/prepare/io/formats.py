@@ -46,7 +46,7 @@ Reader = Callable[[Split, "BadRecords", tuple[str, ...] | None, Mapping[str, str
 """(split, bad, columns, types) -> the records of a split. Records that can't be parsed are added to `bad`."""
 
 WriterFactory = Callable[[IO[bytes], "pa.Schema | None", str], Writer]
-"""(file, schema, name) -> a writer into an open file. name: the file and task, for error messages."""
+"""(file, schema, name) -> a writer to an open file. name: the file and task, for error messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Output:
 class FileFormat:
     """One file format.
 
-    suffixes: of file names. The first one is used for output.
+    suffixes: the suffixes of file names; the first is used for output.
     input, output: None if the format can't be read or written.
     is_internal: True if the format is not offered to users.
     needs: a package that must be installed to use the format. extra: the extra of Manyhands that installs it.
@@ -128,7 +128,7 @@ def output_formats() -> list[str]:
 
 
 def find_input(name: str) -> Input:
-    """How a format is read. Raises ConfigError if it is not an input format, or if its package is not installed."""
+    """The `Input` of a format. Raises ConfigError if it is not an input format, or its package is not installed."""
     entry = FORMATS.get(name)
     if entry is None or entry.input is None:
         raise ConfigError("unknown input format", expected=", ".join(input_formats()), got=repr(name))
@@ -198,8 +198,9 @@ def read_split(
 ) -> Iterator[SourcedChunk]:
     """Read the records of a split.
 
-    columns: of Parquet files (None: all). types: of CSV columns. Records that can't be parsed are added to `bad`.
-    Raises DataError if the file can't be read, is truncated or damaged, or has no column of a requested name.
+    columns: the columns to read from Parquet files (None: all). types: the types of CSV columns. Records that can't be
+    parsed are added to `bad`. Raises DataError if the file can't be read, is truncated or damaged, or lacks a requested
+    column.
     """
     return find_input(split.format).read(split, bad, columns, types)
 
@@ -211,9 +212,10 @@ def output_file_name(partition: int, form: str) -> str:
 
 
 def open_writer(form: str, file: IO[bytes], schema: pa.Schema | None, name: str) -> Writer:
-    """Return a writer of this format into an open file.
+    """Return a writer of this format to an open file.
 
-    schema: of Parquet and token files (None: inferred from the records). name: the file and task, for error messages.
+    schema: the schema of Parquet and token files (None: inferred from the records). name: the file and task, for error
+    messages.
     """
     plain, dot, suffix = form.partition(".")
     output = FORMATS[plain].output
@@ -227,7 +229,7 @@ def open_writer(form: str, file: IO[bytes], schema: pa.Schema | None, name: str)
 
 
 class _CompressedWriter:
-    """A writer into a stream that compresses, which is closed with the writer."""
+    """A writer to a stream that compresses. Closing the writer closes the stream."""
 
     def __init__(self, stream: IO[bytes], writer: Writer) -> None:
         self._stream, self._writer = stream, writer

@@ -1,6 +1,6 @@
 """Finds input files and divides them into splits.
 
-How files are divided depends on the data and `partition_bytes` only, never on the number of workers.
+The division depends only on the data and `partition_bytes`, never on the number of workers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class InputFile:
 
 
 def find_files(patterns: Sequence[str]) -> list[InputFile]:
-    """Find the files that paths, folders and globs match, in the order of the patterns, then of the names.
+    """Find the files that paths, folders and globs match, in the order of the patterns and then of the names.
 
     A folder stands for the files directly in it, except those whose names start with `.` or `_`. Raises DataError if a
     pattern matches no file.
@@ -93,14 +93,14 @@ def _remote_files(pattern: str) -> list[InputFile]:
     for path in sorted(paths):
         info = system.info(path)
         if info["type"] == "file":
-            keys = ("ETag", "etag", "mtime", "LastModified", "created")  # names that file systems of fsspec use
+            keys = ("ETag", "etag", "mtime", "LastModified", "created")  # the names that fsspec's file systems use
             version = next((info[key] for key in keys if key in info), "")
             files.append(InputFile(system.unstrip_protocol(path), int(info["size"]), str(version)))
     return files
 
 
 def undivided(file: InputFile, form: str, compression: str | None, partition_bytes: int) -> tuple[list[Split], None]:
-    """One split for the file; none if it is empty."""
+    """Return one split for the complete file, or no split if the file is empty."""
     if not file.size_bytes:
         return [], None
     split = Split(path=file.path, format=form, compression=compression, start=0, end=None, size_bytes=file.size_bytes)
@@ -126,7 +126,7 @@ def split_lines(file: InputFile, form: str, compression: str | None, partition_b
 def split_into_row_groups(
     file: InputFile, form: str, compression: str | None, partition_bytes: int
 ) -> tuple[list[Split], Any]:
-    """Divide a Parquet file into splits of consecutive row groups. Return them with its schema, for comparison."""
+    """Divide a Parquet file into splits of consecutive row groups. Return the splits and the file's schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

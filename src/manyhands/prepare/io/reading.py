@@ -1,6 +1,6 @@
 """Reads a split: lines, JSON, CSV, Parquet.
 
-A split is read as chunks that know where each record is from (file and line, or file and row), for error messages.
+A split is read as chunks with the location of each record (file and line, or file and row) for error messages.
 Lines and rows that can't be parsed are passed to `BadRecords`. CSV columns are text, exactly as in the file, unless
 `types` specifies another type.
 """
@@ -77,7 +77,7 @@ def _column_names(split: Split, types: Mapping[str, str]) -> list[str]:
     with opened(split) as file:
         text = TextIOWrapper(file, encoding="utf-8-sig", newline="")
         names = next(csv.reader(text), [])
-        text.detach()  # otherwise the wrapper would close the file, which `opened` does
+        text.detach()  # otherwise the wrapper would close the file, but `opened` closes it
     unknown = [name for name in types if name not in names]
     if unknown:
         raise DataError(f"there is no column {unknown[0]!r}", where=split.path, expected=f"one of {', '.join(names)}")
@@ -92,7 +92,7 @@ def _valid_row_numbers(invalid: list[Any]) -> Iterator[int]:
 
 
 def _typed(table: pa.Table, rows: list[int], types: Mapping[str, str], path: str, bad: BadRecords) -> SourcedChunk:
-    """Convert columns to their types, empty fields to null. Rows with a field that does not fit are bad records."""
+    """Convert columns to their types, and empty fields to null. Rows with a field that does not fit are bad records."""
     for name, type_name in types.items():
         kind = pa.type_for_alias(type_name)
         texts = table.column(name)
@@ -149,7 +149,7 @@ def opened(split: Split) -> Iterator[IO[bytes]]:
             raise DataError(
                 f"a {split.compression} file is truncated or damaged: {error}",
                 where=split.path,
-                hint="download or copy the file again: it can't be skipped, as the number of lost records is unknown",
+                hint="download or copy the file again: it can't be skipped: the number of lost records is unknown",
             ) from error
         raise DataError(f"a file can't be read: {error}", where=split.path) from error
 
@@ -189,9 +189,9 @@ def _lines(
 
 
 class _LineLocator:
-    """Returns file and line number of the i-th line of a block.
+    """Returns the file and the line number of the i-th line of a block.
 
-    The lines before the split are counted only when it is called: few records ever need their line number.
+    The lines before the split are counted only in a call, because few records ever need their line number.
     """
 
     def __init__(self, split: Split, before: int) -> None:
@@ -243,7 +243,7 @@ def _each(
     *,
     skip_empty: bool = False,
 ) -> tuple[list[Any], list[int]]:
-    """Parse line by line, after the fast path failed for the block: finds the invalid lines and adds them to `bad`."""
+    """Parse each line after the fast path has failed for the block. Add the invalid lines to `bad`."""
     records, valid = [], []
     for index, line in enumerate(lines):
         if skip_empty and not line.strip():

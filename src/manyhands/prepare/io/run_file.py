@@ -26,9 +26,9 @@ _MAGIC = b"mhruns01"
 class Block(NamedTuple):
     """The entry of a block in the index of a run file.
 
-    offset, length: its bytes in the file. checksum: CRC-32 of these bytes. size_bytes: the estimated size of its
-    records; it depends on the records only, which is not guaranteed for `length`. form: 0 for lists; for tables, a
-    number that identifies the schema. first, last: its first and last key.
+    offset, length: the position and number of its bytes in the file. checksum: CRC-32 of these bytes. size_bytes: the
+    estimated size of its records; unlike `length`, it is guaranteed to depend only on the records. form: 0 for lists;
+    for tables, a number that identifies the schema. first, last: its first and last key.
     """
 
     offset: int
@@ -102,7 +102,7 @@ class RunFileWriter:
 
 
 def _form_of(run: Keyed) -> int:
-    """Return `Block.form`. The lowest bit is set for tables, so that it is never 0 for them."""
+    """Return `Block.form`. For tables the lowest bit is set, so that their form is never 0."""
     return zlib.crc32(run.table.schema.to_string().encode()) | 1 if isinstance(run, KeyedTable) else 0
 
 
@@ -165,7 +165,7 @@ def trimmed(keyed: Keyed, start: Cut | None, stop: Cut | None) -> Keyed:
 def cuts_by_size(blocks: Sequence[Block], limit_bytes: int) -> list[Cut]:
     """Divide the keys of blocks into ranges of about `limit_bytes`; return the cuts between them.
 
-    A key with which more than `limit_bytes` of blocks start gets a range of its own, however large that range is.
+    If more than `limit_bytes` of blocks start with the same key, this key gets a range of its own, however large.
     """
     ordered = compare_keys(lambda: sorted(blocks, key=lambda block: block.first))
     cuts: list[Cut] = []

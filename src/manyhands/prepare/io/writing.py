@@ -41,15 +41,15 @@ _VOCABULARY = b"vocabulary"
 def token_schema(vocabulary: int) -> pa.Schema:
     """Return the schema of documents as lists of tokens.
 
-    vocabulary: the number of tokens. Each takes two bytes if there are up to 65,536, otherwise, or if the number is
-    unknown (0), four bytes.
+    vocabulary: the number of different tokens (0: unknown). A token takes two bytes if the number is known and at most
+    65,536, and four bytes otherwise.
     """
     kind = pa.list_(pa.from_numpy_dtype(token_type(vocabulary)))
     return pa.schema([(_COLUMN, kind)], metadata={_VOCABULARY: str(vocabulary)})
 
 
 class TokensWriter:
-    """Writes the column `tokens`, a list a document, as a token file. Without a schema, a token takes four bytes."""
+    """Writes the column `tokens`, one list per document, as a token file. Without a schema, tokens take four bytes."""
 
     def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:
         self._file, self._name, self._schema = file, name, schema or token_schema(0)
@@ -89,14 +89,14 @@ class TokensWriter:
             f"records can't be written as tokens: {reason}",
             where=self._name,
             expected="a column `tokens` of lists of integers",
-            hint="map the records to {'tokens': [...]}, one record a document",
+            hint="map the records to {'tokens': [...]}, one record per document",
         )
 
 
 # A Parquet row group ends when it has this many rows or bytes, whichever comes first.
 _ROW_GROUP_ROWS, _ROW_GROUP_BYTES = 131_072, 2**25
 
-_SAMPLE_ROWS = 4096  # the rows that decide whether a Parquet column is written with a dictionary
+_SAMPLE_ROWS = 4096  # the first rows, which decide whether a Parquet column is written with a dictionary
 
 _LINES = 512  # JSON lines encoded at a time: orjson allocates 1 KiB for each, and 512 KiB fit into the CPU's cache
 
@@ -131,7 +131,7 @@ class LinesWriter:
 
 
 def json_lines(chunk: Chunk, name: str) -> bytes:
-    """Encode records as JSON, one on each line. Raises DataError, with `name` as where."""
+    """Encode records as JSON, one on each line. Raises DataError with `name` as the location."""
     options = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
     records = records_of(chunk)
     parts = []
@@ -145,7 +145,7 @@ def json_lines(chunk: Chunk, name: str) -> bytes:
 
 
 def _json_line(record: Any, name: str) -> bytes:
-    """Encode a record that orjson rejects, such as integers beyond 64 bits.
+    """Encode a record that orjson rejects, for example because of an integer beyond 64 bits.
 
     Raises DataError that names the record if it can't be represented in JSON.
     """
@@ -156,7 +156,7 @@ def _json_line(record: Any, name: str) -> bytes:
 
 
 def text_lines(chunk: Chunk, name: str) -> bytes:
-    """Encode strings, one on each line. Raises DataError, with `name` as where."""
+    """Encode strings, one on each line. Raises DataError with `name` as the location."""
     records = records_of(chunk)
     try:
         text = "\n".join(records) + "\n"
@@ -210,7 +210,7 @@ class ParquetWriter:
         except DataError as error:
             error.where = self._name
             raise
-        # Otherwise Parquet pages would end where the arrays of the chunks end.
+        # Join the arrays of each column: otherwise Parquet pages would end at the ends of the chunks' arrays.
         table = table.combine_chunks()
         if self._writer is None:
             self._schema = table.schema

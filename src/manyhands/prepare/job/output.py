@@ -1,7 +1,7 @@
 """The output folder and its manifest; caches and previews; the summary of a job.
 
 Tasks write output files in the hidden job folder. When all are complete, the files are moved into place, and the
-manifest that lists them is written last. Caches are such outputs, too, in a format that is read back without parsing.
+manifest that lists them is written last. A cache is also an output, in a format that is read without parsing.
 `take` computes the first records without writing output.
 """
 
@@ -37,7 +37,7 @@ from manyhands.storage.location import is_local
 
 @dataclass(frozen=True, kw_only=True)
 class StageFigures:
-    """Figures of one stage: its tasks, the records and bytes that they wrote, and its seconds."""
+    """Figures of one stage: the number of its tasks, the records and bytes that they wrote, and its duration."""
 
     title: str
     tasks: int
@@ -50,9 +50,10 @@ class StageFigures:
 class PrepareSummary:
     """The result of `Dataset.write`.
 
-    path, files: the folder, and the names of its files in order. records, bytes: totals of all files. bad_records: how
-    many were set aside in `_bad_records.jsonl`. digest: SHA-256 over all files, the same for any workers, memory and
-    engine. seconds: of this call. stages: empty if the output existed already.
+    path, files: the output folder, and the names of its files in order. records, bytes: totals of all files.
+    bad_records: the number of records that were set aside in `_bad_records.jsonl`. digest: SHA-256 over all files; it
+    is the same for any workers, memory and engine. seconds: the duration of this call. stages: the figures of each
+    stage; empty if the output existed already.
     """
 
     path: str
@@ -65,7 +66,7 @@ class PrepareSummary:
     stages: tuple[StageFigures, ...]
 
     def __str__(self) -> str:
-        """A summary for people, in a few lines."""
+        """A readable summary of a few lines."""
         bad = f", {format_count(self.bad_records)} bad records set aside" if self.bad_records else ""
         files = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
         lines = [
@@ -112,8 +113,8 @@ class OutputFile:
 def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) -> PrepareSummary:
     """Run a plan and publish its files in `folder`. Reuses the complete or partial output of the same plan.
 
-    Raises ConfigError if the folder holds something else, and whatever the tasks raise. No file is published then, and
-    the same call resumes the job.
+    Raises ConfigError if the folder holds something else, and any error that a task raises. After an error, no file is
+    published, and the same call resumes the job.
     """
     started = time.monotonic()
     folder = folder if not is_local(folder) else os.path.abspath(folder)
@@ -207,7 +208,7 @@ def read_output_manifest(folder: str) -> dict[str, Any] | None:
 def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
     """Call `use(folder, progress)` with a job folder in the system's temporary folder, and remove it afterwards.
 
-    The folder is named after the plan, so the next run uses and removes what a killed run left.
+    The folder is named after the plan, so the next run reuses and then removes the files of a killed run.
     """
     root = join_path(tempfile.gettempdir(), f"manyhands-{os.getuid()}")
     for attempt in range(1000):
@@ -226,13 +227,13 @@ def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
 
 
 def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[str, Any] | None) -> dict[str, Any]:
-    """Move the files into place, and write the manifest last. After a kill in between, the next run completes this."""
+    """Move the files into place, and write the manifest last. If the process is killed, the next run continues."""
     last = stages[-1]
     files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
     if before is not None:
         remove(join_path(folder, MANIFEST))
         if is_local(folder):
-            sync(Path(folder))  # after a power loss the old manifest must not be there with new files
+            sync(Path(folder))  # after a power loss, the old manifest must not exist next to new files
     keep = {file.name for file in files}
     for name in names_in(folder):
         if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
@@ -323,7 +324,7 @@ _numbers = count()
 
 
 def with_caches(node: Node, options: Options) -> Node:
-    """Replace cached nodes by their files of records. Computes caches that do not exist yet."""
+    """Replace cached nodes by the files of their records. Computes caches that do not exist yet."""
     if isinstance(node, Step):
         return Step(with_caches(node.parent, options), node.operation)
     if isinstance(node, Arranged):
@@ -346,14 +347,15 @@ def _root() -> Path:
 
 
 def _is_temporary(folder: str) -> bool:
-    """True for a cache of this process alone."""
+    """True if the folder holds a cache that only this process uses."""
     return Path(folder).parent == _root()
 
 
 def temporary_job_folder() -> str:
     """Create a folder for a cache.
 
-    It is removed when this process ends; after a kill, by the next process that creates such a folder.
+    The folder is removed when this process ends. If this process is killed, the next process that creates such a folder
+    removes it.
     """
     root = _root()
     for path in root.glob("cache-*"):
@@ -367,7 +369,7 @@ def temporary_job_folder() -> str:
 
 
 def first_records(plan: Plan, count: int, options: Options) -> list[Any]:
-    """The first `count` records. Tasks of the last stage run in this process, in order, until there are enough."""
+    """The first `count` records. Tasks of the last stage run in order in this process until there are enough."""
 
     def read(job: JobFolder, progress: JobProgress) -> list[Any]:
         done = run_stages(plan, plan.stages[:-1], job, options, progress)

@@ -22,10 +22,10 @@ EVENTS = "_events"
 
 
 class JobEvents:
-    """Appends events to `_events.jsonl` in `folder`. Each rank of several has its own file.
+    """Appends events to `_events.jsonl` in `folder`. If there are several ranks, each has its own file.
 
-    On a local disk an event is written at once. A store can't append, so events are written when the job ends
-    (`close`). An event that can't be written does not end the job; the output itself reports a full disk.
+    On a local disk, an event is written immediately. A store can't append, so events are written when the job ends
+    (`close`). An event that can't be written does not end the job. If the disk is full, writing the output raises.
     """
 
     def __init__(self, folder: str, rank: int | None = None) -> None:
@@ -60,11 +60,12 @@ _REDRAW_SECONDS = 0.1
 
 
 class JobProgress:
-    """Progress of a job's stages, on standard error: a context manager.
+    """A context manager that shows the progress of a job's stages on standard error.
 
-    On a terminal, a bar for the current stage, and a line for each completed one. Otherwise a plain line every 10 s,
-    and one for each completed stage that took a second or more. There is no thread. events: records stages and lost
-    workers.
+    On a terminal, it shows a bar for the current stage and a line for each completed one. Otherwise, it prints a plain
+    line every 10 s, and one for each completed stage that took a second or more. It uses no thread.
+
+    events: receives the start and end of each stage, and lost workers.
     """
 
     def __init__(self, stages: int, *, show: bool, events: JobEvents | None = None) -> None:
@@ -92,7 +93,7 @@ class JobProgress:
             self._bar.start()
 
     def task_done(self, result: TaskResult, size_bytes: int) -> None:
-        """Count a completed task. size_bytes: what it read from files, or wrote."""
+        """Count a completed task. size_bytes: what it read from input files, or wrote if it read none."""
         self._done += 1
         self._records += result.records_in
         self._bytes += size_bytes
@@ -100,7 +101,7 @@ class JobProgress:
         self._refresh()
 
     def tick(self, retries: int) -> None:
-        """Refresh the display. retries: of the engine so far."""
+        """Refresh the display. retries: the number of tasks that the engine has restarted so far."""
         if retries > self._retries:
             self._record("tasks restarted", tasks=retries - self._retries, why="their workers were lost")
         self._retries = retries

@@ -1,11 +1,11 @@
 """Runs stages in order in a locked job folder; completed tasks are not repeated.
 
-The job folder holds what tasks leave for each other and for the next run:
+The job folder holds the files that tasks write for each other and for the next run:
 
     .manyhands/
       lock             held by one run, or shared by its ranks
       plan-IDENTITY    the plan, which workers load
-      IDENTITY/        a stage, named by what it computes: part-N.runs or output files, part-N.done, part-N.bad
+      IDENTITY/        the files of a stage: part-N.runs or output files, part-N.done, part-N.bad
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from manyhands.storage.location import is_local
 from manyhands.storage.run_lock import FileLock
 
 _CLEARING = "clearing"
-"""Content of the lock file while its holder is a rank that clears the folder, and will share the lock soon."""
+"""Content of the lock file while a rank clears the folder. The rank shares the lock afterwards."""
 
 _CLEARING_SECONDS = 20.0
 """How long a rank waits before it checks again whether the holder of the lock is a rank."""
@@ -44,8 +44,8 @@ _CLEARING_SECONDS = 20.0
 class JobFolder:
     """A job's folder, locked while it is open. Raises ConfigError if another run holds the lock.
 
-    together: several ranks open it at the same time. The first one clears it; later ones find files of the others.
-    output: the folder to which the job publishes its files, if there is one.
+    together: True if several ranks open the folder at the same time. The first rank clears it; later ranks find the
+    files of the others. output: the folder to which the job publishes its files, if there is one.
     """
 
     def __init__(self, path: str, *, together: bool = False, output: str | None = None) -> None:
@@ -68,14 +68,14 @@ class JobFolder:
 
     @staticmethod
     def _wait_for_first_rank(lock: FileLock) -> bool:
-        """Share the lock once the first rank has cleared the folder. False if another run holds the lock."""
+        """Share the lock once the first rank has cleared the folder. Return False if another run holds the lock."""
         while not lock.take(shared=True, patience_seconds=_CLEARING_SECONDS):
             if lock.read() != _CLEARING:
                 return False
         return True
 
     def prepare(self, plan: Plan) -> str:
-        """Remove what killed runs and other plans left, save the plan, and return its path.
+        """Remove the files of killed runs and other plans, save the plan, and return its path.
 
         Raises ConfigError if other ranks run another plan.
         """
@@ -112,12 +112,12 @@ class JobFolder:
                 where=self.path,
                 expected=mine,
                 got=", ".join(others),
-                hint="all must run the same script with the same Python and Manyhands, and see the same input files; "
-                "if an earlier version of the job was killed, start it with one rank first, or remove the folder",
+                hint="all ranks must run the same script with the same Python and Manyhands, and see the same input "
+                "files; if an earlier version of the job was killed, start one rank first, or remove the folder",
             )
 
     def plan_path(self, plan: Plan) -> str:
-        """The plan's file. Each plan has its own, because workers cache the plans that they have loaded."""
+        """The path of the plan's file. Each plan has a file of its own, because workers cache plans by path."""
         return join_path(self.path, f"plan-{plan.identity[:20]}")
 
     def sweep(self, plan: Plan) -> None:
@@ -164,7 +164,7 @@ def open_engine(options: Options) -> JobEngine:
 
 @dataclass(frozen=True)
 class StageResult:
-    """The result of a stage: its tasks' results by partition, and its figures."""
+    """The result of a stage: the results of its tasks, in the order of partitions, and its figures."""
 
     title: str
     folder: str
@@ -186,7 +186,7 @@ class StageResult:
 def run_stages(
     plan: Plan, stages: Sequence[Stage], folder: JobFolder, options: Options, progress: JobProgress
 ) -> list[StageResult]:
-    """Run the first `stages` of a plan. Raises what a task raises: the first error ends the other tasks."""
+    """Run the first `stages` of a plan. The first error of a task ends the other tasks, and is raised."""
     plan_path = folder.prepare(plan)
     given = options.engine
     engine = open_engine(options) if given is None or isinstance(given, str) else given
@@ -215,7 +215,7 @@ def tasks_of(
     memory_bytes: int,
     max_bad_records: int,
 ) -> list[Task]:
-    """The tasks of a stage. After a shuffle their number depends on the size of the arranged records alone."""
+    """The tasks of a stage. After a shuffle, their number depends only on the size of the shuffled records."""
     inputs = tuple(
         tuple(runs_path(folder.stage(plan.stages[number]), result.partition) for result in done[number].results)
         for number in stage.inputs

@@ -1,4 +1,4 @@
-"""Hashes of functions and values, which name stages.
+"""Hashes of functions and values. Stages are named by such hashes.
 
 The fingerprint of a function covers its code, its defaults, the values that it closes over, and the functions and
 values of its own package that it uses. Its position in the file does not matter. An installed function of another
@@ -38,7 +38,7 @@ class _Fingerprint:
 
     def __init__(self, package: str) -> None:
         self._package = package
-        self._ancestors: dict[int, int] = {}  # id and depth of each object being hashed; ends recursive functions
+        self._ancestors: dict[int, int] = {}  # id and depth of each object being hashed; stops endless recursion
 
     def of(self, value: Any) -> str:
         if id(value) in self._ancestors:
@@ -114,7 +114,7 @@ class _Fingerprint:
     def _of_class(self, kind: type) -> str:
         if kind.__module__ == "builtins" or _package_of(kind) not in (self._package, "__main__"):
             return _hash("class", _name(kind))
-        # Bookkeeping of Python and abc does not describe behaviour and may differ between processes.
+        # These internal attributes of Python and abc do not affect behaviour, and may differ between processes.
         ignored = {"__dict__", "__weakref__", "_abc_impl"}
         members = {
             name: _implementation_of(member)
@@ -156,7 +156,7 @@ def _implementation_of(member: Any) -> Any:
 
 
 def _names(code: types.CodeType) -> Iterable[str]:
-    """Return the global names that the code uses, including nested functions. Sorted."""
+    """Return the global names that the code and its nested functions use, sorted."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -185,5 +185,5 @@ def _hash(*parts: str) -> str:
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
-        digest.update(b"%d:" % len(data) + data)  # with the length, so that ("ab", "c") and ("a", "bc") differ
+        digest.update(b"%d:" % len(data) + data)  # includes the length, so that ("ab", "c") and ("a", "bc") differ
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Plans a Dataset as stages, cut at shuffles.
+"""Divides a Dataset into stages at its shuffles.
 
     node (built by the methods of Dataset) -> Stage: a source, steps, and an end (an arrangement or an output)
 
@@ -109,9 +109,9 @@ class Counting:
 class Stage:
     """Independent tasks, one per partition.
 
-    identity: hash of everything that the results depend on. partition_bytes: the size from which the others are
-    derived. A task before a shuffle sorts that many bytes at a time; a task after a shuffle reads twice as many, in
-    blocks of 1/128 of it. Sizes are estimated from the records.
+    identity: hash of everything that the results depend on. partition_bytes: the size from which other
+    sizes are derived. A task before a shuffle sorts `partition_bytes` at a time. A task after a shuffle reads twice as
+    many, in blocks of `partition_bytes` / 128. Sizes are estimated from the records.
     """
 
     number: int
@@ -164,7 +164,7 @@ class Plan:
 
 
 def make_plan(node: Node, end: Output | Counting) -> Plan:
-    """Plan the stages that take the records of `node` to `end`. `node` must not contain Cached nodes."""
+    """Plan the stages that compute `node`, the last of them with `end`. `node` must not contain Cached nodes."""
     stages: list[Stage] = []
     _add_stages(stages, node, end, min(_partition_bytes(node)))
     return Plan(tuple(stages))
@@ -180,7 +180,7 @@ def _partition_bytes(node: Node) -> list[int]:
 
 
 def _add_stages(stages: list[Stage], node: Node, end: Arrangement | Output | Counting, partition_bytes: int) -> int:
-    """Add the stage that takes `node` to `end` after all stages that it needs. Returns its number."""
+    """Add the stage that computes `node` and has this `end`, after all stages that it needs. Returns its number."""
     operations: list[Operation] = []
     while isinstance(node, Step):
         operations.append(node.operation)
@@ -195,7 +195,7 @@ def _add_stages(stages: list[Stage], node: Node, end: Arrangement | Output | Cou
         ]
         source = Shuffled(tuple(numbers), node.reducer)
         upstream = [stages[number].identity for number in numbers]
-    # Other versions of Manyhands or Python may compute other results, so they must not reuse these.
+    # Other versions of Manyhands or Python may compute different results, so they must not reuse these results.
     basis = (__version__, sys.version_info[:2], partition_bytes)
     identity = fingerprint_code([basis, upstream, _identifying(source), operations, _identifying(end)])
     for stage in stages:

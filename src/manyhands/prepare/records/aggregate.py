@@ -1,4 +1,4 @@
-"""Aggregates, by plain functions or Arrow kernels.
+"""Aggregates, computed by plain functions or Arrow kernels.
 
 `group_by(...).aggregate(...)` combines the records of each chunk into one state per group, and merges the states of
 equal keys later. Arrow's kernels are used only where their results equal those of the plain functions exactly.
@@ -31,15 +31,15 @@ _KEY_TYPES = {str: pa.string(), int: pa.int64(), bytes: pa.binary()}
 
 _MOST_BYTES = 2**31  # an Arrow array of text or bytes has 32-bit offsets
 
-_SMALL = 2**40  # states below this can be added across millions of tasks without overflow of 64 bits
+_SMALL = 2**40  # states below this can be added across millions of tasks without overflowing 64 bits
 
-_SAFE = 2**47  # up to 65,536 integers below this, the rows of a chunk, can be added without overflow of 64 bits
+_SAFE = 2**47  # a chunk has at most 65,536 rows: the sum of that many integers below this fits in 64 bits
 
 
 def combine_table(table: pa.Table, key: Key, aggregates: Sequence[Aggregate]) -> Keyed | None:
     """Return the states of a table's groups, or None if Arrow cannot compute them exactly.
 
-    The caller then combines the rows as Python objects.
+    If the result is None, the caller combines the rows as Python objects.
     """
     if not isinstance(key, tuple) or not set(key) <= set(table.column_names) or len(table) > 65_536:
         return None
@@ -88,7 +88,10 @@ def _rows(columns: Sequence[Any]) -> list[Any]:
 
 
 def count_keys(keys: list[Any], columns: int) -> KeyedTable | None:
-    """Count the records of each key, in `columns` equal columns. None if Arrow can't hold the keys exactly."""
+    """Count the records of each key, and return a table with `columns` equal columns of counts.
+
+    Returns None if Arrow can't hold the keys exactly.
+    """
     kinds = set(map(type, keys))  # exact types: True and 1 are one key in Python and two in Arrow
     if len(kinds) != 1 or not kinds <= _KEY_TYPES.keys():
         return None
@@ -112,7 +115,10 @@ def _adds_exactly(table: pa.Table, of: Any) -> bool:
 
 
 def states_table(combined: KeyedLists, aggregates: Sequence[Aggregate]) -> pa.Table | None:
-    """Return groups' states as a table of `key`, `0`, `1`, ..., or None if it can't hold or add them exactly."""
+    """Return the states of groups as a table with columns `key`, `0`, `1`, and so on.
+
+    Returns None if the table could not hold the keys and states exactly, or if sums of states might overflow.
+    """
     if not all(aggregate.kind in _MERGED_KINDS for aggregate in aggregates):
         return None
     if set(map(type, combined.keys)) not in ({str}, {int}, {bytes}):
@@ -128,7 +134,7 @@ def states_table(combined: KeyedLists, aggregates: Sequence[Aggregate]) -> pa.Ta
 
 
 def merge_states(tables: Sequence[pa.Table]) -> pa.Table | None:
-    """Add the states of equal keys, and return them in the order of the keys, or None if the schemas differ."""
+    """Add the states of equal keys. Return the sums in the order of the keys, or None if the schemas differ."""
     if any(table.schema != tables[0].schema for table in tables):
         return None
     names = tables[0].column_names[1:]
@@ -150,16 +156,18 @@ def states_are_small(table: pa.Table) -> bool:
     return all(-_SMALL < end["min"].as_py() <= end["max"].as_py() < _SMALL for end in ends)
 
 
-MANY = 4096  # groups or keys: below this number Arrow is slower than Python, and importing it costs more than the work
+MANY = 4096  # for fewer groups or keys than this, Arrow is slower than Python
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregate:
-    """Computes one value from all records of a group, with plain functions that run in the tasks that read the records.
+    """Computes one value from all records of a group, with plain functions.
 
-    start: returns a state for a group's first value. add: takes (state, value), returns the new state. merge: takes
-    (state, state) in the order of the records, returns the merged state. finish: converts the last state to the result.
-    of: the value of a record to aggregate (a function of the record, or the name of a column); default: the record.
+    start: takes a group's first value and returns a state. add: takes (state, value) and returns the new state. merge:
+    takes (state, state) in the order of the records and returns the merged state. finish: converts the final state to
+    the result. of: the function or the name of the column that gives a record's value (default: the record itself).
+
+    `start` and `add` run in the tasks that read the records, so only states are shuffled.
 
     The functions see the same states in the same order with any number of workers and any memory, so even sums of
     floats have the same bits. `count()`, `sum`, `mean`, `minimum`, `maximum`, `first` and `collect` are predefined.
@@ -253,7 +261,7 @@ def _append(values: list[Any], value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Grouping:
-    """A key and named aggregates. Tasks combine each chunk by it before the shuffle."""
+    """A key and named aggregates. Tasks combine the records of each chunk by key before the shuffle."""
 
     key: Key
     aggregates: Mapping[str, Aggregate]
@@ -266,7 +274,7 @@ class Grouping:
     def combine(self, chunk: Chunk) -> Keyed:
         """Return the states of the chunk's groups: distinct keys and a column of states per aggregate, or one table.
 
-        Raises what the functions raise, and BadKey for a key that is None, NaN or not hashable.
+        Raises any error of the functions, and BadKey for a key that is None, NaN or not hashable.
         """
         if not isinstance(chunk, list):
             combined = combine_table(chunk, self.key, list(self.aggregates.values()))
@@ -289,7 +297,7 @@ class Grouping:
         return KeyedLists(distinct, [list(column.values()) for column in states])
 
     def merge_into(self, states: list[dict[Any, Any]], combined: KeyedLists) -> None:
-        """Merge the states of a chunk or a run into `states`, which has one dict by key for each aggregate."""
+        """Merge the states of a chunk or a run into `states`: for each aggregate, a dict from keys to states."""
         for aggregate, into, column in zip(self.aggregates.values(), states, combined.columns, strict=True):
             # Shortcuts with the same result: the first states are copied, and counts are added without a call.
             if aggregate.kind in ("count", "sum") and not into:

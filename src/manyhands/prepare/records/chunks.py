@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 Chunk: TypeAlias = "list[Any] | pa.Table"
 
-# Of text. Large enough that the cost of a call per chunk is small; the records parsed from it fit in a CPU's cache.
+# The size of a chunk of text: so large that calls cost little per record, and so small that the parsed records fit in
+# a CPU's cache.
 CHUNK_BYTES = 2**19
 
-TABLE_CHUNK_BYTES = 2**22  # of a table's columns
+TABLE_CHUNK_BYTES = 2**22  # the size of a chunk that is a table
 
-# The first bytes of packed values. The one for tables is padded, because Arrow needs its buffers aligned to 8 bytes.
+# Packed values start with one of these. The one for tables is padded, because Arrow needs buffers aligned to 8 bytes.
 _TABLE, _PICKLE = b"A" + bytes(15), b"P"
 
 
@@ -85,14 +86,14 @@ def _columns(records: list[Any]) -> dict[str, list[Any]]:
 
 
 def _checked_names(names: Sequence[str], schema: pa.Schema) -> list[str]:
-    """Return the schema's names. Raises DataError if `names` has others, because their values would be lost."""
+    """Return the schema's names. Raises DataError if `names` has other names: their values would be lost."""
     extra = [name for name in names if name not in schema.names]
     if extra:
         raise DataError(
             f"column {extra[0]!r} of the records isn't in the schema",
             expected=", ".join(schema.names),
             got=", ".join(names),
-            hint="add it to the schema, or leave it out of the records; nothing is dropped silently",
+            hint="add the column to the schema, or remove it from the records; nothing is dropped silently",
         )
     return list(schema.names)
 
@@ -110,7 +111,7 @@ def concatenate(chunks: Sequence[Chunk]) -> Chunk:
 
 
 def with_contiguous_columns(chunk: Chunk) -> Chunk:
-    """Return the same records, with each column of a table in one array, so that the number of parts is not visible."""
+    """Return the same records, with each column of a table in one array, so that functions can't see its parts."""
     return chunk if isinstance(chunk, list) else chunk.combine_chunks()
 
 
@@ -118,13 +119,13 @@ def size_bytes(chunk: Chunk) -> int:
     """Return an estimate of the memory of the records. It depends on their values only, so plans may depend on it."""
     if not isinstance(chunk, list):
         return sum(sum(map(_array_bytes, column.chunks)) for column in chunk.columns)
-    # Every n-th record, so that the estimate costs little; the positions are fixed, so that it is reproducible.
+    # Measure only every n-th record: this is cheap. The positions are fixed, so that the estimate is reproducible.
     sampled = chunk[:: max(1, len(chunk) // 64)]
     return sum(map(_value_bytes, sampled)) * len(chunk) // len(sampled) if sampled else 0
 
 
 def _array_bytes(array: pa.Array) -> int:
-    """Return the size of the values, without bitmaps of nulls, which exist or not depending on how slices were made."""
+    """Return the size of the values without null bitmaps, because slicing may add or remove these."""
     import pyarrow as pa
 
     kind = array.type
@@ -153,7 +154,7 @@ def _value_bytes(value: Any) -> int:
 
 
 def share_equal_texts(records: list[Any]) -> list[Any]:
-    """Return the same records, with equal strings as one object if many repeat. Pickle then stores each once."""
+    """Return the same records, with equal strings as one object if many repeat. Pickle then stores each string once."""
     sampled = records[:: max(1, len(records) // 1024)]
     if set(map(type, sampled)) != {str} or 2 * len(set(sampled)) > len(sampled) or set(map(type, records)) != {str}:
         return records

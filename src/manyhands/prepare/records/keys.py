@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Key: TypeAlias = "Callable[[Any], Any] | tuple[str, ...] | None"
 
-KeyLike: TypeAlias = "Callable[[Any], Any] | str | Sequence[str] | None"  # as users pass it
+KeyLike: TypeAlias = "Callable[[Any], Any] | str | Sequence[str] | None"  # a key as users pass it
 
 
 def keys_of(chunk: Chunk, key: Key) -> list[Any]:
@@ -49,7 +49,7 @@ def keys_of(chunk: Chunk, key: Key) -> list[Any]:
 
 
 def values_of(records: list[Any], of: Callable[[Any], Any] | str | None) -> list[Any]:
-    """Return the value of each record to aggregate. Raises BadKey for a missing column."""
+    """Return the values to aggregate, one per record. Raises BadKey for a missing column."""
     if of is None:
         return records
     return keys_of(records, (of,) if isinstance(of, str) else of)
@@ -150,7 +150,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class KeyedLists:
-    """Keys, and columns of values of the same length. Records are one column, which may be the keys list itself."""
+    """Keys and columns of values, all of one length. Records are one column, which may be the list of keys itself."""
 
     keys: list[Any]
     columns: list[list[Any]]
@@ -170,7 +170,7 @@ class KeyedLists:
     def part(self, start: int, stop: int) -> KeyedLists:
         """Return records `start` to `stop`."""
         keys = self.keys[start:stop]
-        # A column that is the list of keys stays the same object as the keys.
+        # If a column and the keys are the same list, they must also be the same list in the result.
         columns = [keys if column is self.keys else column[start:stop] for column in self.columns]
         return KeyedLists(keys, columns)
 
@@ -261,7 +261,7 @@ Keyed: TypeAlias = KeyedLists | KeyedTable
 
 
 def concatenate_keyed(parts: Sequence[Keyed]) -> Keyed:
-    """Concatenate parts, of which there must be at least one. Stays a table if all are tables with one schema."""
+    """Concatenate one or more parts. The result is a table if all parts are tables with the same schema."""
     if len(parts) == 1:
         return parts[0]
     tables = [part for part in parts if isinstance(part, KeyedTable)]

@@ -1,4 +1,4 @@
-"""map, filter, sample and others, one chunk at a time.
+"""Operations such as map, filter and sample, applied to one chunk at a time.
 
 Each operation is a pure function of the chunk, the partition's number and the number of records before the chunk.
 """
@@ -19,7 +19,7 @@ class Operation(Protocol):
 
     @property
     def batched(self) -> bool:
-        """True if it processes records together, so that an error can't be assigned to one record."""
+        """True if it processes records together, so that an error can't be attributed to one record."""
         ...
 
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
@@ -47,7 +47,7 @@ class Map:
 
 @dataclass(frozen=True)
 class FlatMap:
-    """Replaces each record by all records that `function(record)` yields."""
+    """Replaces each record by all records that `function(record)` returns or yields."""
 
     function: Callable[[Any], Any]
     batched = False

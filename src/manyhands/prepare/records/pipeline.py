@@ -15,7 +15,7 @@ from manyhands.errors import DataError, InvariantError
 from manyhands.prepare.records.chunks import Chunk, concatenate, num_records, part_of, records_of
 from manyhands.prepare.records.operations import Operation, name_of
 
-_MAX_RECORD_CHARACTERS = 65_536  # of a bad record that are stored; the rest is dropped
+_MAX_RECORD_CHARACTERS = 65_536  # at most this many characters of a bad record are stored
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class BadRecords:
 
 
 def too_many_bad_records(last: BadRecord, count: int, limit: int) -> DataError:
-    """Return the error of a job with more bad records than its limit. With a limit of 0, it is that of the record."""
+    """Return the error of a job with more bad records than its limit. If the limit is 0, return the record's error."""
     return DataError(
         last.what if not limit else f"{count} bad records are more than max_bad_records allows; the last: {last.what}",
         where=last.where,
@@ -79,17 +79,17 @@ class BadKey(ValueError):
 class Pipeline(Generic[T]):
     """Applies `operations` to pieces, then `last`, which converts a chunk to the input of the stage's end.
 
-    A chunk is processed at once. If that raises, the same chunk is processed record by record, to find the records that
-    fail and their locations in the source. They are set aside, and the others continue. The first step that
-    processes records together (map_batches) and all steps after it receive the remaining records as one chunk. An error
-    in these steps ends the task.
+    All records of a chunk are processed together. If that raises, the same chunk is processed record by record, to find
+    the records that fail and their locations in the source. Records that fail are set aside, and the others continue.
+    The first step that processes records together (map_batches) and all steps after it receive the remaining records as
+    one chunk. An error in these steps ends the task.
     """
 
     def __init__(
         self, operations: Sequence[Operation], partition: int, bad: BadRecords, last: Callable[[Chunk], T]
     ) -> None:
         self._operations, self._partition, self._bad, self._last = operations, partition, bad, last
-        self._seen = [0] * len(operations)  # for each operation, the records of the partition that reached it
+        self._seen = [0] * len(operations)  # for each operation, the number of records that reached it
         batched = [index for index, operation in enumerate(operations) if operation.batched]
         self._first_batched = batched[0] if batched else len(operations)
         self.records_in = 0
@@ -131,8 +131,8 @@ class Pipeline(Generic[T]):
                 else:
                     remaining.append(chunk)
             except Exception as error:
-                # A bad record counts at every step that it reached. Later records then have the same positions at these
-                # steps (sample draws from the position) as if it had not failed.
+                # A bad record counts at every step that it reached. So later records have the same positions at these
+                # steps as if it had not failed; `sample` depends on the positions.
                 self._seen = [max(old, new) for old, new in zip(seen, self._seen, strict=True)]
                 self._bad.add(piece.where(index), _reason(error, self._operations), records_of(one)[0], error)
         if all_per_record:
@@ -155,7 +155,7 @@ class Pipeline(Generic[T]):
 
 
 def _reason(error: Exception, operations: Sequence[Operation]) -> str:
-    """Describe an error in one line: the function of the user that raised it, the error, file and line."""
+    """Describe an error in one line: the user's function that raised it, the error, file and line."""
     if isinstance(error, (BadKey, DataError)):
         return str(error.what if isinstance(error, DataError) else error)
     raised = f"{type(error).__name__}: {error}"
@@ -173,5 +173,5 @@ def _reason(error: Exception, operations: Sequence[Operation]) -> str:
 
 
 def unchanged(chunk: Chunk) -> Any:
-    """Return the chunk. For stages whose end takes chunks as they are."""
+    """Return the chunk unchanged, for stages whose end accepts chunks directly."""
     return chunk

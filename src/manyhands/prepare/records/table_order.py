@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_MIN_KEYS_PER_TIE = 8  # with more ties than one per this number of keys, the caller uses another method
+_MIN_KEYS_PER_TIE = 8  # if there is more than one tie per this many keys, another method is used
 
-_MAX_PREFIX_BYTES = 64  # of a key, compared as integers
+_MAX_PREFIX_BYTES = 64  # at most this many bytes of a key are compared as integers
 
 _LEFT_BITS = 5  # bits for the number of bytes left, biased by 8 (see _Words.left): at most 8 + 7 + 1 = 16
 
-_MIN_RUN_LENGTH = 64  # the average from which numbers count as mostly sorted
+_MIN_RUN_LENGTH = 64  # numbers count as mostly sorted if their sorted runs are at least this long on average
 
 
 def order_of(table: pa.Table, by: tuple[str, ...], *, descending: bool) -> Any:
@@ -59,7 +59,10 @@ def _order_and_changes(column: Any, *, descending: bool) -> tuple[Any, Any] | No
 
 
 def _by_words(keys: Any, *, descending: bool) -> tuple[Any, Any] | None:
-    """Do the same for `keys` (large_binary, no nulls). Returns None if too many keys share a long prefix."""
+    """Do the same as `_order_and_changes` for `keys` (large_binary, no nulls).
+
+    Returns None if too many keys share a long prefix.
+    """
     words = _Words(keys)
     prefixes = ~words.at(0) if descending else words.at(0)
     order = _stable_order(prefixes)
@@ -73,8 +76,8 @@ def _by_words(keys: Any, *, descending: bool) -> tuple[Any, Any] | None:
         positions = np.flatnonzero(tied[:-1] | tied[1:])  # every member of a group of ties, including its first
         if not len(positions):
             break
-        # Each key becomes one integer, from the most significant bits: the number of its group of ties, `count` further
-        # bytes (as many as fit), and the number of bytes left. Sorting these integers sorts all groups at once.
+        # Each key becomes one integer. From the most significant bits, it holds the number of the key's group of ties,
+        # `count` further bytes (as many as fit), and the number of bytes left. Sorting these integers sorts all groups.
         group, rows = np.cumsum(~tied[positions]), order[positions]
         count = (64 - _LEFT_BITS - int(group[-1]).bit_length()) // 8
         bits, left = 8 * count + _LEFT_BITS, words.left(depth, rows, count)
@@ -123,7 +126,7 @@ def _stable_order(keys: Any) -> Any:
 def _groups(tied: Any) -> list[tuple[int, int]]:
     """Return the [start, stop) of each group of equal neighbours.
 
-    tied: the positions, ascending, whose value equals that at the next position.
+    tied: the positions, in ascending order, at which the value equals the next value.
     """
     if not len(tied):
         return []
@@ -144,7 +147,7 @@ class _Words:
         self._starts, self._lengths = offsets[:-1], np.diff(offsets)
         self._windows = np.ndarray(
             len(data) - 7, np.dtype(">u8"), data, strides=(1,)
-        )  # a word that starts at each byte
+        )  # element i is the word that starts at byte i
 
     def at(self, depth: int, rows: Any = slice(None)) -> Any:
         """Return the word that starts at byte `depth` of each of these rows."""

@@ -1,1 +1,1 @@
-"""Shuffles: sorted runs out of one stage, ranges of keys into the next."""
+"""Shuffles: one stage writes sorted runs of records, the next reads ranges of keys."""

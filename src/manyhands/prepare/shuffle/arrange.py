@@ -21,18 +21,18 @@ from manyhands.prepare.records.keys import (
 )
 from manyhands.prepare.records.pipeline import BadKey
 
-_MAX_TABLES = 256  # tables of group states to hold before merging them: even one with few rows takes some KiB
+_MAX_TABLES = 256  # tables of group states are merged at this number, because even one with few rows takes some KiB
 
 GROUP_COLUMN = "key"  # the key column in tables of group states
 
-_POSITION_BITS = 40  # of an order key: the position in the partition; the bits above are the partition's number
+_POSITION_BITS = 40  # the low bits of an order key hold the position; the bits above hold the partition's number
 
 
 class Arrangement(Protocol):
     """The key by which a shuffle orders records, and the writer of the sorted runs."""
 
     def keyer(self, partition: int) -> Callable[[Chunk], Keyed]:
-        """Return a function that adds keys to the chunks of a partition; call it in their order. It raises BadKey."""
+        """Return a function that adds keys to the partition's chunks; call it in their order. It raises BadKey."""
         ...
 
     def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
@@ -48,11 +48,11 @@ class RunWriter(Protocol):
     """Collects keyed chunks and writes them as runs."""
 
     def add(self, keyed: Any) -> None:
-        """Add a chunk. Where a run ends depends on the chunks only, never on the available memory."""
+        """Add a chunk. The boundaries of runs depend only on the chunks, never on the available memory."""
         ...
 
     def flush(self) -> None:
-        """Write the records that are not written yet as the last run."""
+        """Write the remaining records as the last run."""
         ...
 
 
@@ -82,8 +82,8 @@ class CombiningWriter:
 
     def __init__(self, file: RunFileWriter, run_bytes: int, grouping: Grouping) -> None:
         self._file, self._run_bytes, self._grouping = file, run_bytes, grouping
-        # States that are merged by addition are held as tables as long as all of them can be tables. Lists with few
-        # groups are collected until there are MANY: Arrow is slow for small tables.
+        # States that are merged by addition are held as tables as long as tables can represent all of them. Lists with
+        # few groups are collected until they have MANY groups in total, because Arrow is slow for small tables.
         self._tables: list[Any] = []
         self._pending: list[KeyedLists] = []
         self._pending_groups = 0
@@ -228,7 +228,7 @@ class ByGroup:
 
 @dataclass(frozen=True)
 class ByPosition:
-    """Orders records by their positions: shuffled by counter-based random words, or unchanged if the seed is None."""
+    """Orders records by random words computed from their positions, or by position if the seed is None."""
 
     seed: int | None
     what: str
@@ -236,7 +236,7 @@ class ByPosition:
     def keyer(self, partition: int) -> Callable[[Chunk], Keyed]:
         """Return a function that counts the records it has seen, so each chunk must be passed to it exactly once.
 
-        That holds because it never raises: a chunk is passed again only after an exception.
+        The pipeline guarantees this: it passes a chunk again only after an exception, and this function never raises.
         """
         seen = 0
 

@@ -83,8 +83,8 @@ class RangeReader:
         """Yield the records of a part, run after run and block by block.
 
         Tables are yielded only if all blocks of the range, not just of the part, are tables with the same columns;
-        otherwise all records are yielded as lists. So the output does not depend on how the range is divided into
-        parts, which depends on the memory. as_written: yield each block in the form in which it was written.
+        otherwise all records are yielded as lists. So the output does not depend on the division into parts, which
+        depends on the memory. as_written: yield each block in the form in which it was written.
         """
         for path, run in self._runs:
             for block in (block for block in run if block.overlaps(*part)):
@@ -126,7 +126,7 @@ class Sorted:
         parts = reader.parts()
         for part in reversed(parts) if self.descending else parts:
             if part.is_one_key:
-                # It may not fit into memory. It needs no sorting: the keys are equal, and the runs are in input order.
+                # This part may not fit into memory. It needs no sorting: keys are equal, and runs are in input order.
                 for keyed in reader.stream(part):
                     yield self._records(keyed)
             elif found := list(reader.stream(part)):
@@ -140,7 +140,7 @@ class Sorted:
 
 @dataclass(frozen=True)
 class Grouped:
-    """Yields one record a group: a dict of key columns and aggregates, or the only aggregate itself if `bare`."""
+    """Yields one record per group: a dict of keys and aggregates, or only the value of its one aggregate if `bare`."""
 
     grouping: Grouping
     key_names: tuple[str, ...]
@@ -239,14 +239,14 @@ class Joined:
 
 
 def _record_lists(reader: RangeReader, part: KeyRange) -> Iterator[list[Any]]:
-    """Yield the records of a part as non-empty lists, one a block."""
+    """Yield the records of a part as non-empty lists, one per block."""
     for keyed in reader.stream(part):
         lists = keyed.as_lists() if isinstance(keyed, KeyedTable) else keyed
         yield lists.columns[0]
 
 
 def _groups(reader: RangeReader, part: KeyRange) -> dict[Any, list[Any]]:
-    """Load the records of a part by key."""
+    """Return a dict from each key of a part to its records."""
     groups: dict[Any, list[Any]] = {}
     for keyed in reader.stream(part):
         lists = keyed.as_lists() if isinstance(keyed, KeyedTable) else keyed

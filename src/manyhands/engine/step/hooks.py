@@ -1,4 +1,4 @@
-"""Forward and backward of one micro-batch: hooks, loss, transfer to the device.
+"""Registers autograd and module hooks, moves batches to the device, and reads the loss and its weight.
 
 This is the only module that registers autograd and module hooks. Each hook only calls a named method.
 """
@@ -63,7 +63,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
-    if callable(getattr(batch, "to", None)):  # a tensor; transformers' BatchEncoding, say
+    if callable(getattr(batch, "to", None)):  # a tensor, or for example transformers' BatchEncoding
         return batch.to(device)
     return batch
 

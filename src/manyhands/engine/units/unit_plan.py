@@ -1,9 +1,10 @@
 """Divides a model into units.
 
-A parameter that its optimizer must see unsplit is *unsplittable*: it has one owner, and a unit's shards are as long as
-the load of the unit's busiest owner. So units of unsplittable parameters are merged until these can be divided among
-the workers with little padding. For example, the four matrices of a GPT's block (3 + 1 + 4 + 4) fit three workers
-exactly, those of two blocks two workers, and those of four blocks four workers.
+A parameter that its optimizer must see in full is *unsplittable*: one worker owns it. All shards of a unit are as long
+as its fullest shard, so an uneven division causes padding. So units of unsplittable parameters are merged until the
+parameters can be divided among the workers with little padding. For example, the four matrices of a GPT block, with
+relative sizes 3, 1, 4 and 4, fit three workers exactly. Those of two blocks fit two workers, and those of four blocks
+fit four workers.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ import torch
 from torch import nn
 
 from manyhands.errors import ConfigError
-from manyhands.layout import blocks_of, divide_evenly
 from manyhands.options import nearest
+from manyhands.shard_layout import blocks_of, divide_evenly
 
 SMALL_NUMEL = 1 << 18
-"""Neighbours of one kind are merged up to this many elements, since every message has a fixed cost.
+"""Neighbouring units of one kind are merged up to this many elements, because every message has a fixed cost.
 
-Units decide only how bytes travel, never the bits: see layout.py for the numbering of blocks.
+Units decide only how bytes travel, never the bits: see shard_layout.py for the numbering of blocks.
 """
 
 MAX_PADDING_FRACTION = 1 / 16
-"""An unsplittable unit is not merged further if its padding is at most this fraction of it."""
+"""An unsplittable unit is not merged further if its padding is at most this fraction of its blocks."""
 
 MIN_UNSPLITTABLE_MERGED = 4
-"""Otherwise this many neighbours are tried, or as many as it takes until the largest parameter fits one share."""
+"""Otherwise merging this many neighbours is tried, and more until the largest parameter fits into one share."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class UnitPlan:
     """Plan of a unit: its name, its parameters' names in construction order, and their common properties.
 
     unsplittable: True if each parameter has one owner.
-    modules: for units that are unsharded on demand, the names of the modules whose forwards use the parameters: the
-    repeated or named modules that contain them, and the modules that own one of them. () for parameters outside of
-    such modules, which may be used anywhere.
+    modules: for units that are unsharded on demand, the names of the modules whose forwards use the parameters. These
+    are the repeated or named modules that contain the parameters, and the modules that own one of them. () if the
+    parameters are outside of repeated and named modules: then they may be used anywhere.
     """
 
     name: str
@@ -56,7 +57,7 @@ class UnitPlan:
 
 def storage_dtype(owner: nn.Module, param: nn.Parameter, precision: str) -> torch.dtype:
     """Return the dtype in which a module's own parameter is stored. Batch norm's kernels require fp32."""
-    if param.dtype != torch.float32:  # only frozen parameters may have another dtype, and were given it on purpose
+    if param.dtype != torch.float32:  # only a frozen parameter may have another dtype, chosen on purpose
         return param.dtype
     if precision == "bf16" and not isinstance(owner, nn.modules.batchnorm._BatchNorm):
         return torch.bfloat16
@@ -74,11 +75,11 @@ def plan_units(
 ) -> list[UnitPlan]:
     """Return the plans of the model's units, in the construction order of their first parameters.
 
-    named_units: modules whose parameters form one unit each. Without them, the children of every outermost ModuleList
-    and Sequential do, and small neighbours are merged. Other parameters form units by their top-level module.
-    unsplittable: parameters that must have one owner each, among `workers`.
-    on_demand: True if units are unsharded only while they are needed. Then parameters that belong to modules and
-    parameters that may be used anywhere are in separate units.
+    named_units: modules whose parameters form one unit each. If there are none, each child of an outermost ModuleList
+    or Sequential forms a unit, and small neighbours are merged. Other parameters form one unit per top-level module.
+    unsplittable: names of the parameters that must have one owner each. workers: the number of possible owners.
+    on_demand: True if units are unsharded only while they are needed. Then parameters of these modules and parameters
+    that may be used anywhere are in separate units.
     Raises ConfigError if `named_units` names a module that doesn't exist.
     """
     modules = dict(model.named_modules())
@@ -143,7 +144,7 @@ def _merge_small(plans: Sequence[UnitPlan], numels: Mapping[str, int]) -> list[U
 
 
 def _merge_evenly(plans: Sequence[UnitPlan], numels: Mapping[str, int], workers: int) -> list[UnitPlan]:
-    """Merge as few neighbours as can be divided among `workers` with little padding, or as many as have the least."""
+    """Merge the fewest neighbours that `workers` can share with little padding, else those with the least padding."""
     found, left = [], list(plans)
     while left:
         padding: list[float] = []

@@ -1,14 +1,16 @@
 """Shard arithmetic: blocks, parameter slots, unit layouts and ranges, in integers only.
 
-Every parameter starts at a block, so a block belongs to one parameter and has one number, the same in every layout:
+Every parameter starts at the start of a block, so each block belongs to one parameter and has the same number in every
+layout:
 
     unit "layers.0"      |w: 2,500 elements              |b: 30      |        BLOCK = 1,024
     blocks                [  0  ][  1  ][  2: 452 + pad  ][  3: 30 + pad  ]
     2 workers             [ worker 0: 2 blocks  ][ worker 1: 2 blocks     ]
     3 workers             [  worker 0: 2  ][  worker 1: 2  ][ worker 2: 2, only padding  ]
 
-A shard is a run of complete blocks, of the same length on every worker (the last shards may hold only padding). So an
-elementwise kernel sees the same vector lanes, and a block-wise reduction the same blocks, with any number of workers.
+A shard is a run of complete blocks, of the same length on every worker (the last shards may hold only padding). So
+with any number of workers an elementwise kernel sees the same vector lanes, and a block-wise reduction sees the same
+blocks.
 
 In an *unsplittable* unit every parameter lies completely in the shard of one worker, its owner. Padding makes the
 shards equally long:
@@ -27,7 +29,7 @@ from typing import NamedTuple
 from manyhands.errors import InvariantError
 
 BLOCK = 1024
-"""Elements in a block: the unit of sharding, of norms and of digests. Part of every digest: never change it."""
+"""Elements in a block. Sharding, norms and digests work on blocks. Digests depend on it: never change it."""
 
 
 class Range(NamedTuple):
@@ -62,7 +64,7 @@ class ParamSlot:
 
     @property
     def range(self) -> Range:
-        """The parameter's elements in the unit, without the padding behind them."""
+        """The parameter's elements in the unit, without the padding after them."""
         return Range(self.start, self.start + self.numel)
 
     @property
@@ -109,12 +111,12 @@ class UnitLayout:
 
     @property
     def extent(self) -> Range:
-        """The elements from the first block to the last, without the padding behind it that completes the shards."""
+        """The elements from the first block to the last, without the padding at the end of the unit."""
         return Range(0, max((slot.padded.end for slot in self.slots), default=0))
 
     @property
     def gaps(self) -> list[Range]:
-        """The padding between parameters, before the first one, and behind the last one up to padded_numel."""
+        """The padding between parameters, before the first one, and after the last one up to padded_numel."""
         ends = [0, *(slot.range.end for slot in self.slots)]
         starts = [*(slot.start for slot in self.slots), self.padded_numel]
         return [Range(end, start) for end, start in zip(ends, starts, strict=True)]
@@ -141,7 +143,7 @@ class UnitLayout:
                 yield ParamPiece(slot, common, Range(common.start - slot.start, common.end - slot.start))
 
     def block_numbers(self, within: Range) -> list[int]:
-        """Return the model-wide numbers of the blocks inside `within` (complete blocks), in order."""
+        """Return the model-wide numbers of the blocks inside `within`, in order. `within` has complete blocks only."""
         numbers: list[int] = []
         for slot in self.slots:
             blocks = Range(slot.start // BLOCK, slot.start // BLOCK + slot.num_blocks)
@@ -163,7 +165,7 @@ class Layout:
         for before, after in pairwise(slots):
             if before.first_block + before.num_blocks != after.first_block:
                 raise InvariantError(
-                    "blocks are not numbered without gaps",
+                    "the block numbers are not consecutive",
                     where=f"{before.name} -> {after.name}",
                     got=after.first_block,
                 )
@@ -193,7 +195,7 @@ class Layout:
 
 
 def divide_evenly(sizes: Sequence[int], shares: int) -> list[list[int]]:
-    """Divide the indices of `sizes` into `shares` shares. Return them, the heaviest share first.
+    """Divide the indices of `sizes` into `shares` shares. Return the shares, the heaviest first.
 
     Each size, the largest first, goes to the share that is lightest so far. So the heaviest share is at most 4/3 of the
     best possible one (Graham, "Bounds on multiprocessing timing anomalies", 1969).
@@ -247,9 +249,10 @@ def build_layout(
 
 
 def _unsplittable_starts(blocks: Sequence[int], loads: list[int]) -> tuple[list[int], int]:
-    """Return each parameter's first block in its unit, and the blocks of a shard.
+    """Return each parameter's first block in its unit, and the number of blocks in a shard.
 
-    blocks: of each parameter. loads: the blocks that each worker owns so far; the unit's blocks are added to it.
+    blocks: the number of blocks of each parameter. loads: the number of blocks that each worker owns so far; this
+    function adds the unit's blocks to it.
     """
     shares = divide_evenly(blocks, len(loads))
     shard_blocks = sum(blocks[index] for index in shares[0])

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhands.layout import BLOCK, Layout, Range, build_layout, divide_evenly
+from manyhands.shard_layout import BLOCK, Layout, Range, build_layout, divide_evenly
 
 numels = st.lists(st.integers(1, 5000), min_size=1, max_size=12)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from manyhands.engine.units.partition import SMALL_NUMEL, plan_units
+from manyhands.engine.units.unit_plan import SMALL_NUMEL, plan_units
 from manyhands.errors import ConfigError
-from manyhands.layout import build_layout, divide_evenly
+from manyhands.shard_layout import build_layout, divide_evenly
 
 
 class Body(nn.Module):
