@@ -451,8 +451,8 @@ def test_training_can_start_from_an_export(tmp_path: Path) -> None:
         ({"path": ""}, "weights.path is not a path"),
         ({"path": 3}, "weights.path is not a path"),
         ({"path": ".", "allow_missing": "head.*"}, "weights.allow_missing is a string"),
-        ({"path": ".", "rename": {"(": ""}}, r"weights.rename is not a regular expression .*: missing \)"),
-        ({"path": ".", "rename": {"x": r"\1"}}, "weights.rename is not a regular expression .*: invalid group"),
+        ({"path": ".", "rename": {"(": ""}}, r"weights.rename has an invalid pattern or replacement: missing \)"),
+        ({"path": ".", "rename": {"x": r"\1"}}, "weights.rename has an invalid pattern or replacement: invalid group"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -203,7 +203,10 @@ allow_missing = ["head.*"]
             '[weights]\npath = "a"\nignored = []',
             ["weights.ignored is not known", "mean 'ignore'?", "recipe.toml:7"],
         ),
-        ('[weights]\npath = "a"\nrename = {"(" = ""}', ["not a regular expression", "missing )", "recipe.toml:7"]),
+        (
+            '[weights]\npath = "a"\nrename = {"(" = ""}',
+            ["an invalid pattern or replacement", "missing )", "recipe.toml:7"],
+        ),
     ],
 )
 def test_wrong_weights_are_reported_with_their_line(recipe: Path, text: str, expected: list[str]) -> None:
