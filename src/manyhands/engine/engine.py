@@ -37,11 +37,12 @@ from manyhands.engine.units.unit import ParamUnit
 from manyhands.engine.units.unit_plan import repeated_children
 from manyhands.engine.units.unsharding import Unsharder
 from manyhands.engine.update.apply import Allocators, Updater
-from manyhands.errors import InvariantError, NumericsError
+from manyhands.errors import ConfigError, InvariantError, NumericsError
 from manyhands.models.admission import ParamGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32
 from manyhands.models.building import build_model
 from manyhands.models.compiling import CompiledModules, avoid_compiler_import, compiler_identity
+from manyhands.models.modes import evaluation_mode
 from manyhands.models.recompute import checkpoint_activations
 from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity
 from manyhands.numerics.counters import derive
@@ -154,6 +155,7 @@ class StepEngine:
         # A signal or a timer may set these on any one worker. The next step's control values set them on all workers.
         self.stop_requested = self.save_requested = False
         self._failed: BaseException | None = None
+        self._evaluating = False
 
     def _unshard_around_forwards(self, units: Sequence[ParamUnit]) -> list[RemovableHandle]:
         """Register hooks that unshard a unit before the forward of each module that uses it. Return their handles."""
@@ -195,6 +197,11 @@ class StepEngine:
     def changing(self) -> Iterator[None]:
         """Mark the engine as failed if the block raises, unless the error guarantees that no state changed."""
         self.check_usable()
+        if self._evaluating:
+            raise ConfigError(
+                "the engine's state can't change inside evaluating()",
+                hint="end the block before the next step, or before a checkpoint is loaded",
+            )
         try:
             yield
         except BaseException as error:
@@ -211,7 +218,7 @@ class StepEngine:
         step, tag = self.step_index, f"step {self.step_index}"
         self._clock.begin()
         self._param_guard.before_step()
-        # The mode must not depend on the caller's code between steps: an evaluation may leave the model in eval mode.
+        # The mode must not depend on the caller's code between steps, which may leave the model in evaluation mode.
         self.model.train()
         self.buffers.begin_step()
         self._reducer.begin_step(step)
@@ -338,7 +345,6 @@ class StepEngine:
         if error is not None:
             # All workers discard the step and leave no collective call unmatched, so the engine stays usable.
             self._reducer.discard()
-            self.buffers.abort()
             error.nothing_changed = True  # type: ignore[attr-defined]
             raise error
 
@@ -369,16 +375,30 @@ class StepEngine:
     def evaluating(self) -> Iterator[nn.Module]:
         """Yield the model for forward passes between two steps. Collective: the end of the block waits for all workers.
 
+        All modules are in evaluation mode, and torch records no gradients. At the end, the modes of the modules, the
+        buffers and the global generators are as before, so training goes on as if there had been no evaluation.
         Sharded parameters are unsharded unit by unit, as the model needs them. Workers may call the model different
-        numbers of times, or not at all.
+        numbers of times, or not at all. Raises ConfigError inside of another such block.
         """
+        if self._evaluating:
+            raise ConfigError("evaluating() was entered inside evaluating()", hint="use the model of the outer block")
+        self._evaluating = True
         try:
-            with self._unsharder.evaluating(), bf16_products_in_fp32(self._has_bf16):
+            with (
+                self._unsharder.evaluating(),  # outermost: its end waits for all workers
+                preserved_generators(),
+                self.buffers.preserved(),
+                evaluation_mode(self.model),
+                bf16_products_in_fp32(self._has_bf16),
+                torch.no_grad(),
+            ):
                 yield self.model
         except BaseException as error:
             self.group.fail(error)  # peers may be waiting for this worker at the end of the block
             self._unsharder.abort()
             raise
+        finally:
+            self._evaluating = False
 
     def digest(self) -> str:
         """Return the SHA-256 over the hashes of the master weights' blocks. Collective.

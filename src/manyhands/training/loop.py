@@ -13,7 +13,7 @@ from manyhands.engine.agreement import all_gather_json
 from manyhands.errors import ConfigError, Interrupted
 from manyhands.listeners.summary import Summary, failures_among, figures
 from manyhands.numerics.counters import derive
-from manyhands.numerics.seeds import preserved_generators, seed_generators
+from manyhands.numerics.seeds import seed_generators
 from manyhands.offload.process_memory import PeakMemory
 from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
@@ -115,7 +115,7 @@ def _summary(engine: Engine, record: RunRecord, peak_bytes: int, wall_seconds: f
     digest = engine.digest()
     sample = None
     if recipe.sample is not None:
-        with engine.evaluating() as model, preserved_generators():
+        with engine.evaluating() as model:
             if group.rank == 0:
                 seed_generators(derive(recipe.seed, "sample"))
                 sample = recipe.sample(model)

@@ -9,6 +9,9 @@ Small frozen parameters are managed in the same way: Keras, for example, stores 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -109,9 +112,19 @@ class Buffers:
             owner._buffers[attribute] = tensor
 
     def abort(self) -> None:
-        """Restore the values from before the step, after a failure in it."""
+        """Restore the values that `begin_step` has copied."""
         for name in self._start:
             self._put(name, self._start[name])
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Context between two steps that restores all values at its end. Raises ConfigError like a micro-batch."""
+        self.begin_step()
+        try:
+            yield
+            self._refuse_changes()
+        finally:
+            self.abort()
 
     def changed(self) -> list[bool]:
         """Return for each of `names` whether a micro-batch of this worker changed it."""

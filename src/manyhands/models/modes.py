@@ -1,0 +1,22 @@
+"""Training and evaluation modes of a model's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Context in which all modules are in evaluation mode. The mode of each module is restored at the end."""
+    before = [(module, module.training) for module in model.modules()]
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)  # also runs the `train` methods of the model, which may do more than set the mode
+        for module, mode in before:
+            module.training = mode
