@@ -86,8 +86,12 @@ def _stack_file() -> int:
     return fd
 
 
+_STACK_SECONDS = 5.0
+"""How long to wait for a stack. It takes milliseconds, but seconds on a machine with too few cores for its work."""
+
+
 def ask_for_stack(address: str, pidfd: int) -> str | None:
-    """Request the Python stack of a process's main thread; None if there is no answer within a second.
+    """Request the Python stack of a process's main thread; None if it is stopped or does not answer in time.
 
     address: the `stack_address` of that process.
     """
@@ -97,7 +101,8 @@ def ask_for_stack(address: str, pidfd: int) -> str | None:
         try:
             signal.pidfd_send_signal(pidfd, STACK_SIGNAL)
             before = b""
-            for _ in range(20):
+            deadline = time.monotonic() + _STACK_SECONDS
+            while time.monotonic() < deadline and process_state(int(pid)) not in ("T", "t", ""):
                 time.sleep(0.05)
                 dump = os.pread(file, 1 << 18, 0)
                 if dump and dump == before:  # unchanged since the last poll: complete
