@@ -177,6 +177,7 @@ class WorkerMonitor:
         self._folder = folder
         self._stopped: dict[int, float] = {}  # pid -> when it was first seen stopped (monotonic)
         self._progress: dict[int, tuple[bytes, float]] = {}  # rank -> (version of its status file, when first seen)
+        self._killed: set[int] = set()
         self._last_check = time.monotonic()
 
     def check(self) -> None:
@@ -215,6 +216,9 @@ class WorkerMonitor:
 
         stack: the worker's `stack_address`; None: do not report its stack.
         """
+        if pid in self._killed:  # it may still be there at the next check, and a second report would lack its stack
+            return
+        self._killed.add(pid)
         status = read_status(status_file(self._folder, rank))
         position = NO_POSITION if status is None else status.position
         with suppress(ProcessLookupError):
