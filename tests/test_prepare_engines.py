@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -13,7 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,51 @@ def events_in(folder: Path) -> list[dict[str, Any]]:
 def start(posts: Path, folder: Path, how: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(SCRIPT), str(posts), str(folder), how]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+# Objects of users
+
+
+class RunsHere:
+    """The smallest engine: one method."""
+
+    def submit(self, task: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(task())
+        return future
+
+
+def test_an_object_with_submit_only_is_an_engine() -> None:
+    numbers = mh.Dataset.from_records(list(range(5)))
+    assert numbers.sort_by(lambda number: -number).take(2, engine=RunsHere()) == [4, 3]
+    assert numbers.count(engine=RunsHere()) == 5
+
+
+def test_an_executor_of_the_standard_library_is_an_engine(posts: Path, tmp_path: Path) -> None:
+    read = mh.Dataset.read(f"{posts}/posts-*.jsonl").map(lambda post: post["id"]).sort_by()
+    here = read.write(str(tmp_path / "here"), engine=RunsHere(), progress=False)
+    assert nothing_is_left(tmp_path / "here")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        written = read.write(str(tmp_path / "out"), engine=executor, progress=False)
+    assert written.digest == here.digest == read.write(str(tmp_path / "one"), workers=0, progress=False).digest
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        read.count(engine=executor)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda task: task(), "the engine did not return a future"),
+        (lambda task: RunsHere().submit(lambda: None), "the engine did not return the result of a task"),
+    ],
+)
+def test_an_engine_that_returns_something_else_is_refused(made: Callable[[Any], Any], message: str) -> None:
+    class Wrong:
+        def submit(self, task: Any) -> Any:
+            return made(task)
+
+    with pytest.raises(mh.ConfigError, match=message):
+        mh.Dataset.from_records([1]).count(engine=Wrong())
 
 
 # Static ranks

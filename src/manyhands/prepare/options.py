@@ -22,7 +22,7 @@ EXPECTED = 'dask://scheduler:8786, ray, ray://head:10001, "rank 2 of 8", ranks'
 
 def check_engine(engine: object) -> None:
     """Check that `engine` is an engine or names one, and that its package is installed. Raises ConfigError."""
-    if hasattr(engine, "submit"):
+    if callable(getattr(engine, "submit", None)):
         return
     name = engine if isinstance(engine, str) else ""
     if parse_rank(name, os.environ) is not None:
@@ -73,7 +73,7 @@ class JobOptions(TypedDict, total=False):
 
 @options
 class Options:
-    """How a job runs. `engine` may also be an object with the methods of `JobEngine`. Raises ConfigError."""
+    """How a job runs. `engine` may also be an object with the method of `JobEngine`. Raises ConfigError."""
 
     workers: int | None = option(
         default=None,
@@ -125,6 +125,10 @@ class Options:
     def num_workers(self) -> int:
         """The number of processes on this machine; fewer than requested if there is too little memory for them."""
         return min(self.workers or _cpus(), max(1, self.total_bytes() // LEAST_BYTES))
+
+    def task_bytes(self) -> int:
+        """The memory of each worker on this machine."""
+        return self.total_bytes() // max(1, self.num_workers())
 
     def keywords(self) -> JobOptions:
         """The options as keyword arguments."""

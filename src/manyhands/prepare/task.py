@@ -58,6 +58,10 @@ class Task:
         """The task's name in messages."""
         return f"stage {self.stage}, partition {self.partition}"
 
+    def __call__(self) -> TaskResult:
+        """Run the task in this process: an executor of `concurrent.futures` accepts tasks as they are."""
+        return run_task(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:

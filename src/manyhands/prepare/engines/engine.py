@@ -5,14 +5,28 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Protocol
 
+from manyhands.errors import ConfigError, WorkerError
 from manyhands.prepare.task import Task, TaskResult, run_task
 
 
 class JobEngine(Protocol):
-    """Runs tasks in any order, on any machine that sees the files.
+    """Runs tasks in any order, on any machine that sees the files. An object with this one method is an engine.
 
-    A task may run twice, for example because its worker was lost. Both runs have the same result.
+    So is an executor of `concurrent.futures`: a task is a function without arguments. A process must run one task at a
+    time, because the random numbers of a task come from the state of its process. A task may run twice, for example
+    because its worker was lost. Both runs have the same result.
+
+    An engine may have two attributes. memory_bytes: the memory that a task may use (default: that of the job, divided
+    by `workers`). retries: the number of tasks that were restarted because their worker was lost (default: 0).
     """
+
+    def submit(self, task: Task) -> Future[TaskResult]:
+        """Start a task when a worker is free. The future holds the task's result, the task's error or a WorkerError."""
+        ...
+
+
+class OwnedEngine(JobEngine, Protocol):
+    """An engine that a job opens and closes."""
 
     @property
     def workers(self) -> int:
@@ -29,13 +43,61 @@ class JobEngine(Protocol):
         """The number of tasks that were restarted because their worker was lost."""
         ...
 
-    def submit(self, task: Task) -> Future[TaskResult]:
-        """Start a task when a worker is free. The future holds the task's result, the task's error or a WorkerError."""
-        ...
-
     def close(self) -> None:
         """End all workers and abandon unfinished tasks. May be called twice."""
         ...
+
+
+class GivenEngine:
+    """An engine that the caller of a job passed, with defaults for what it leaves out. It stays open.
+
+    Its tasks fail with a ConfigError if it returns anything but futures of results.
+    """
+
+    def __init__(self, engine: JobEngine, workers: int, memory_bytes: int) -> None:
+        self._engine = engine
+        self.workers: int = getattr(engine, "workers", workers)
+        self.memory_bytes: int = getattr(engine, "memory_bytes", memory_bytes)
+
+    @property
+    def retries(self) -> int:
+        """The number of tasks that the engine has restarted, if it counts them."""
+        return int(getattr(self._engine, "retries", 0))
+
+    def submit(self, task: Task) -> Future[TaskResult]:
+        """Start a task when a worker is free."""
+        future = self._engine.submit(task)
+        if not isinstance(future, Future):
+            raise self._wrong(task, "the engine did not return a future", future)
+        checked: Future[TaskResult] = Future()
+        future.add_done_callback(lambda done: self._forward(task, done, checked))
+        return checked
+
+    def close(self) -> None:
+        """Do nothing: the engine belongs to the caller."""
+
+    def _forward(self, task: Task, done: Future[TaskResult], checked: Future[TaskResult]) -> None:
+        if done.cancelled():
+            checked.set_exception(
+                WorkerError("the engine cancelled a task", where=task.name, hint="run again with an open engine")
+            )
+            return
+        error = done.exception()
+        result = None if error is not None else done.result()
+        if error is None and not isinstance(result, TaskResult):
+            error = self._wrong(task, "the engine did not return the result of a task", result)
+        if error is not None:
+            checked.set_exception(error)
+        else:
+            checked.set_result(done.result())
+
+    def _wrong(self, task: Task, what: str, got: object) -> ConfigError:
+        return ConfigError(
+            what,
+            where=f"{type(self._engine).__name__}.submit, {task.name}",
+            expected="a concurrent.futures.Future, whose result is that of task()",
+            got=type(got).__name__,
+        )
 
 
 class InProcess:

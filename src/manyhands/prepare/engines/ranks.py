@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 
 from manyhands.errors import DataError
-from manyhands.prepare.engines.engine import JobEngine
+from manyhands.prepare.engines.engine import OwnedEngine
 from manyhands.prepare.task import Task, TaskResult, done_path, finished
 from manyhands.storage.files import exists, names_in
 from manyhands.surroundings import Rank
@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.1
 class Ranks:
     """The engine of one rank. `pool` runs its own tasks; tasks of other ranks complete when their done notes exist."""
 
-    def __init__(self, rank: Rank, pool: JobEngine, patience_seconds: float = RANK_PATIENCE_SECONDS) -> None:
+    def __init__(self, rank: Rank, pool: OwnedEngine, patience_seconds: float = RANK_PATIENCE_SECONDS) -> None:
         self.rank, self.patience_seconds, self._pool = rank, patience_seconds, pool
         self.workers, self.memory_bytes = pool.workers, pool.memory_bytes
         self._lock = threading.Lock()

@@ -373,8 +373,8 @@ def first_records(plan: Plan, count: int, options: Options) -> list[Any]:
 
     def read(job: JobFolder, progress: JobProgress) -> list[Any]:
         done = run_stages(plan, plan.stages[:-1], job, options, progress)
-        given = options.engine
-        memory_bytes = options.total_bytes() if given is None or isinstance(given, str) else given.memory_bytes
+        # These tasks run here, alone, whatever engine ran the others.
+        memory_bytes = getattr(options.engine, "memory_bytes", options.total_bytes())
         tasks = tasks_of(plan, plan.stages[-1], job, job.plan_path(plan), done, memory_bytes, options.max_bad_records)
         found: list[Any] = []
         for task in tasks:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.errors import ConfigError, Interrupted, ManyhandsError
-from manyhands.prepare.engines.engine import JobEngine
+from manyhands.prepare.engines.engine import OwnedEngine
 from manyhands.prepare.io.run_file import cuts_by_size, read_index
 from manyhands.prepare.job.progress import JobProgress
 from manyhands.prepare.options import Options, rank_of
@@ -140,15 +140,17 @@ class JobFolder:
             self._lock.close()
 
 
-def open_engine(options: Options) -> JobEngine:
+def open_engine(options: Options) -> OwnedEngine:
     """The engine of `options`; by default processes on this machine. Raises ConfigError if it can't be reached."""
-    from manyhands.prepare.engines.engine import InProcess
+    from manyhands.prepare.engines.engine import GivenEngine, InProcess
     from manyhands.prepare.engines.local import persistent_pool
     from manyhands.prepare.engines.ranks import Ranks
 
     name = options.engine if isinstance(options.engine, str) else ""
     total, given = options.total_bytes(), None if options.memory is None else options.total_bytes()
-    default = total // max(1, options.num_workers())
+    default = options.task_bytes()
+    if options.engine is not None and not isinstance(options.engine, str):
+        return GivenEngine(options.engine, options.num_workers(), default)
     if name.startswith("dask://"):
         from manyhands.prepare.engines.dask import DaskEngine
 
@@ -157,7 +159,7 @@ def open_engine(options: Options) -> JobEngine:
         from manyhands.prepare.engines.ray import RayEngine
 
         return RayEngine(name if name.startswith("ray://") else None, given, default)
-    here: JobEngine = InProcess(total) if options.workers == 0 else persistent_pool(options.num_workers(), default)
+    here: OwnedEngine = InProcess(total) if options.workers == 0 else persistent_pool(options.num_workers(), default)
     rank = rank_of(options)
     return here if rank is None else Ranks(rank, here)
 
@@ -188,8 +190,7 @@ def run_stages(
 ) -> list[StageResult]:
     """Run the first `stages` of a plan. The first error of a task ends the other tasks, and is raised."""
     plan_path = folder.prepare(plan)
-    given = options.engine
-    engine = open_engine(options) if given is None or isinstance(given, str) else given
+    engine = open_engine(options)
     done: list[StageResult] = []
     try:
         for stage in stages:
@@ -200,8 +201,7 @@ def run_stages(
             "the job was stopped on request", where=folder.path, hint="run it again: completed tasks are not repeated"
         ) from None
     finally:
-        if engine is not given:
-            engine.close()
+        engine.close()
         folder.sweep(plan)
     return done
 
@@ -248,7 +248,7 @@ def _ranges(inputs: Sequence[Sequence[str]], reduce_bytes: int, *, descending: b
 
 
 def _run_stage(
-    stage: Stage, tasks: Sequence[Task], engine: JobEngine, options: Options, progress: JobProgress, bad_before: int
+    stage: Stage, tasks: Sequence[Task], engine: OwnedEngine, options: Options, progress: JobProgress, bad_before: int
 ) -> StageResult:
     started = time.monotonic()
     results: dict[int, TaskResult] = {}
