@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from manyhands.errors import DataError, ManyhandsError
-from manyhands.prepare.plan.fingerprint import is_installed
+from manyhands.prepare.plan.modules import is_installed
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from manyhands.prepare.engines.engine import OwnedEngine
 from manyhands.prepare.io.run_file import cuts_by_size, read_index
 from manyhands.prepare.job.progress import JobProgress
 from manyhands.prepare.options import Options, rank_of
-from manyhands.prepare.plan.fingerprint import pickled
 from manyhands.prepare.plan.plan import Plan, Read, Shuffled, Stage
+from manyhands.prepare.records.pickling import pickled
 from manyhands.prepare.records.pipeline import BadRecord, too_many_bad_records
 from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange
 from manyhands.prepare.task import Task, TaskResult, bad_path, finished, remove_torn, runs_path

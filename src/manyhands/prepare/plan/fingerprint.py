@@ -1,8 +1,9 @@
 """Hashes of functions and values. Stages are named by such hashes.
 
-The fingerprint of a function covers its code, its defaults, the values that it closes over, and the functions and
-values of its own package that it uses. Its position in the file does not matter. An installed function of another
-package is identified by its name.
+The fingerprint of a function covers its code, its defaults, the values that it closes over, the global values that it
+uses, and what these use in turn. Its position in the file does not matter. A class is identified by its members and
+bases, an object by its class and state, and a module by its code and the code of the modules that it imports. What is
+installed is identified by its name and version.
 """
 
 from __future__ import annotations
@@ -10,158 +11,406 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
+import sys
 import types
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import typing
+import weakref
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped]
-
 from manyhands.errors import ConfigError
+from manyhands.prepare.plan.code import ATOMS, globals_in, hash_atom, hash_code, hash_of, imports_in, names_in
+from manyhands.prepare.plan.modules import LocalModules, is_importable, is_installed
+from manyhands.prepare.records.pickling import NotPicklable, cant_be_pickled, reduced
+
+_LARGE = 4096
+"""Bytes from which a value is hashed without its `repr`, which takes up to four times the memory."""
+
+_IN_C = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+    types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+)
+
+_SEARCHING: tuple[Any, ...] = (eval, exec, globals, __import__, importlib.import_module)
+"""Functions that reach code that their caller's code does not name."""
+
+_DERIVED = {
+    "__dict__",
+    "__firstlineno__",
+    "__module__",
+    "__signature__",
+    "__slotnames__",
+    "__static_attributes__",
+    "__weakref__",
+    "_abc_impl",
+}
+"""Members that Python derives from others, or that differ between processes."""
+
+_KEPT_BY_PYDANTIC = "__pydantic_fields__"
+"""The other members whose names start like this are derived from it, and contain addresses."""
+
+_CACHED = type(functools.cache(len))
+
+_TYPE_VARIABLES = (typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple)
+
+_DEEPEST = 60
+"""Functions and objects at this depth are left for later."""
+
+_MOST_IN_SETS = 10_000
+
+_NO_DEPTH = sys.maxsize
 
 
 def fingerprint_code(value: Any) -> str:
     """Return a hash of a value as 64 hex digits.
 
-    Accepts plain data, functions, classes, dataclasses, and other objects that can be pickled. Raises ConfigError for
-    an object that can't be pickled.
+    Accepts plain data, functions, classes, modules, and other objects that can be pickled. Raises ConfigError for
+    an object that can't be pickled, and for a function whose code computes the names of what it uses, if the function
+    has no file.
     """
-    return _Fingerprint(_package_of(value)).of(value)
-
-
-def _package_of(value: Any) -> str:
-    return str(getattr(value, "__module__", None) or "").split(".")[0]
+    try:
+        return _Fingerprint(LocalModules()).of_all(value)
+    except RecursionError as error:
+        raise cant_be_pickled(value, error) from error
 
 
 class _Fingerprint:
-    """Recursive hash of one value."""
+    """Recursive hash of one value.
 
-    def __init__(self, package: str) -> None:
-        self._package = package
-        self._ancestors: dict[int, int] = {}  # id and depth of each object being hashed; stops endless recursion
+    The hash of a value is a hash of its parts. A value may be a part of itself: a recursive function, or a class whose
+    methods use it. Such a part is represented by its depth. If a value's hash refers to nothing above it, the value is
+    hashed once. Otherwise it belongs to a cycle: until all of the cycle is hashed, further occurrences are represented
+    by the number of the first. So the time is proportional to the number of values. What is reached through very many
+    others is hashed at the end, because Python limits the depth of calls.
+    """
+
+    def __init__(self, modules: LocalModules, open_sets: frozenset[int] = frozenset(), in_sets: Any = None) -> None:
+        self._modules, self._open_sets = modules, open_sets
+        self._in_sets: list[int] = in_sets or [0]  # the number of objects in sets in sets; all parts share it
+        self._open: dict[int, int] = {}  # id and depth of each object that is being hashed
+        self._hashes: dict[int, str] = {}
+        self._in_cycle: dict[int, tuple[int, int]] = {}  # id: number, and the lowest depth that its hash refers to
+        self._kept: list[Any] = []  # objects whose ids are in use
+        self._later: dict[int, Any] = {}
+        self._count = 0
+        self._lowest = _NO_DEPTH
+
+    def of_all(self, value: Any) -> str:
+        """Return the hash of a value, and of everything in it that was left for later."""
+        parts = [self.of(value)]
+        while len(parts) <= len(self._later):
+            parts.append(self.of(list(self._later.values())[len(parts) - 1]))
+        return parts[0] if len(parts) == 1 else hash_of("deep", *parts)
 
     def of(self, value: Any) -> str:
-        if id(value) in self._ancestors:
-            return f"seen {self._ancestors[id(value)]}"
-        if value is None or isinstance(value, (bool, int, float, str, bytes, complex)):
-            return _hash(type(value).__name__, repr(value))
-        self._ancestors[id(value)] = len(self._ancestors)
+        """Return the hash of a value."""
+        kind, key = type(value), id(value)
+        if kind in ATOMS:
+            if kind is bytes and len(value) > _LARGE:
+                return hash_of("large bytes", hashlib.sha256(value).hexdigest())
+            return hash_atom(value)
+        if key in self._open:
+            self._lowest = min(self._lowest, self._open[key])
+            return f"seen {self._open[key]}"
+        if kind in _PLAIN:  # not remembered: there may be millions of records, and they are rarely shared
+            self._open[key] = len(self._open)
+            try:
+                return _PLAIN[kind](self, value)
+            finally:
+                del self._open[key]
+        if key in self._hashes:
+            return self._hashes[key]
+        if key in self._in_cycle:
+            number, lowest = self._in_cycle[key]
+            self._lowest = min(self._lowest, lowest)
+            return f"again {number}"
+        if len(self._open) >= _DEEPEST:
+            self._later.setdefault(key, value)
+            return f"later {list(self._later).index(key)}"
+        return self._of_new(value)
+
+    def _of_new(self, value: Any) -> str:
+        if len(self._open_sets) > 2:
+            self._count_in_sets()
+        key, depth, before = id(value), len(self._open), len(self._in_cycle)
+        outer, self._lowest = self._lowest, _NO_DEPTH
+        self._open[key] = depth
+        self._count += 1
+        number = self._count
         try:
-            return self._of_object(value)
+            result = self._of_object(value)
+            lowest = self._lowest
+        except BaseException:
+            lowest = _NO_DEPTH
+            raise
         finally:
-            del self._ancestors[id(value)]
+            del self._open[key]
+            self._lowest = outer
+            while lowest >= depth and len(self._in_cycle) > before:  # a cycle is complete
+                self._in_cycle.popitem()
+        self._kept.append(value)
+        if lowest < depth:
+            self._in_cycle[key] = (number, lowest)
+            self._lowest = min(outer, lowest)
+        else:
+            self._hashes[key] = result
+        return result
+
+    def _count_in_sets(self) -> None:
+        """Raise ConfigError for a graph whose edges are sets: without an order, each path through it must be hashed."""
+        self._in_sets[0] += 1
+        if self._in_sets[0] > _MOST_IN_SETS:
+            raise ConfigError(
+                "a function of the job uses sets of objects that contain more sets",
+                got=f"more than {_MOST_IN_SETS} objects in such sets",
+                hint="sets have no order that is the same in each run: use lists or dicts in these objects",
+            )
 
     def _of_object(self, value: Any) -> str:
-        if isinstance(value, Mapping):
-            return _hash("dict", *(part for pair in value.items() for part in map(self.of, pair)))
-        if isinstance(value, (set, frozenset)):
-            return _hash("set", *sorted(map(self.of, value)))
-        if isinstance(value, (list, tuple)):
-            return _hash(type(value).__name__, *map(self.of, value))
-        if isinstance(value, types.CodeType):
-            return self._of_code(value)
-        if isinstance(value, types.FunctionType):
-            return self._of_function(value)
-        if isinstance(value, types.MethodType):
-            return _hash("method", self.of(value.__func__), self.of(value.__self__))
-        if isinstance(value, functools.partial):
-            return _hash("partial", self.of(value.func), self.of(value.args), self.of(value.keywords))
-        if isinstance(value, types.ModuleType):
-            return self._of_module(value)
-        if isinstance(value, type):
-            return self._of_class(value)
-        if dataclasses.is_dataclass(value):
+        for kinds, of_kind in _KINDS:
+            if isinstance(value, kinds):
+                return of_kind(self, value)
+        if dataclasses.is_dataclass(value) and _is_ours(type(value).__module__):
             fields = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-            return _hash("dataclass", self.of(type(value)), self.of(fields))
-        if hasattr(value, "__qualname__"):  # a function or method implemented in C
-            return _hash("named", _name(value))
-        return _hash("object", hashlib.sha256(pickled(value)).hexdigest())
+            return hash_of("dataclass", self.of(type(value)), self.of(fields))
+        return self._of_instance(value)
 
-    def _of_code(self, code: types.CodeType) -> str:
-        constants = self.of(code.co_consts)
-        names = (*code.co_names, "|", *code.co_varnames, "|", *code.co_freevars)
-        return _hash("code", code.co_code.hex(), constants, *names)
+    def _of_dict(self, value: dict[Any, Any]) -> str:
+        return hash_of("dict", *(part for pair in value.items() for part in map(self.of, pair)))
 
-    def _of_function(self, function: types.FunctionType) -> str:
-        package = _package_of(function)
-        hashed_by_code = package in (self._package, "__main__", "manyhands")
-        if not hashed_by_code and is_installed(function.__code__.co_filename):
-            return _hash("function", _name(function))
-        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-        used = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
-        return _hash(
-            "function",
-            self.of(function.__code__),
-            self.of(function.__defaults__),
-            self.of(function.__kwdefaults__),
-            self.of(cells),
-            *(part for name in sorted(used) for part in (name, self.of(used[name]))),
+    def _of_set(self, value: Collection[Any]) -> str:
+        """Hash a set by its elements. Their order differs between processes, so no hash may depend on another one."""
+        if all(type(each) in ATOMS for each in value):
+            return hash_of("set", *sorted(map(self.of, value)))
+        if id(value) in self._open_sets:
+            return "seen set"
+        open_sets = self._open_sets | {id(value)}
+        return hash_of(
+            "set", *sorted(_Fingerprint(self._modules, open_sets, self._in_sets).of_all(each) for each in value)
         )
 
-    def _of_module(self, module: types.ModuleType) -> str:
-        """Hash an installed module by its name, and any other by its name and source.
+    def _of_sequence(self, value: Iterable[Any]) -> str:
+        return hash_of(type(value).__name__, *map(self.of, value))
 
-        The complete source counts, because it isn't known which parts of the module are used.
+    def _of_method(self, value: types.MethodType) -> str:
+        return hash_of("method", self.of(value.__func__), self.of(value.__self__))
+
+    def _of_partial(self, value: functools.partial[Any]) -> str:
+        parts = [self.of(value.func), self.of(value.args), self.of(value.keywords)]
+        if type(value) is not functools.partial:
+            parts.append(self.of(type(value)))
+        return hash_of("partial", *parts)
+
+    def _of_cached(self, value: Any) -> str:
+        """Hash a function with a cache by what it caches."""
+        return hash_of("cached", self.of(value.__wrapped__))
+
+    def _of_descriptor(self, value: Any) -> str:
+        """Hash a property, class method or static method by its functions, and by its class if it has its own."""
+        if isinstance(value, property):
+            wrapped: Any = (value.fget, value.fset, value.fdel)
+        else:
+            wrapped = value.func if isinstance(value, functools.cached_property) else value.__func__
+        own = type(value)
+        return (
+            self.of(wrapped) if _is_installed_module(own.__module__) else hash_of("own", self.of(own), self.of(wrapped))
+        )
+
+    def _of_named(self, value: Any) -> str:
+        """Hash a function that is written in C by its name, and the object to which it is bound."""
+        owner = getattr(value, "__self__", None)
+        if owner is None or isinstance(owner, types.ModuleType) or _is_installed(owner):
+            return self._of_name("named", value)
+        return hash_of("bound", type(value).__name__, value.__qualname__, self.of(owner))
+
+    def _of_name(self, what: str, value: Any) -> str:
+        """Hash something importable by its name. Its module counts if it may change."""
+        name = getattr(value, "__module__", None)
+        changes = self._modules.hash([name]) if isinstance(name, str) else ""
+        return hash_of(what, f"{name}.{value.__qualname__}", *filter(None, [changes]))
+
+    def _of_function(self, function: types.FunctionType) -> str:
+        code, digest, module = function.__code__, hash_code(function.__code__), function.__module__ or ""
+        if _is_installed(function) and not _is_ours(module):
+            return self._of_name("function", function)
+        if _is_singledispatch(function):  # it also holds a cache, whose content depends on the process
+            return hash_of("singledispatch", self._of_set(function.registry.items()))  # type: ignore[attr-defined]
+        own = _is_ours(module) or not is_installed(code.co_filename)
+        names = names_in(code)
+        used = {name: function.__globals__[name] for name in names if own and name in function.__globals__}
+        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        parts = [
+            digest,
+            self.of(function.__defaults__),
+            self.of(function.__kwdefaults__),
+            self._or_module(module, lambda: self.of(cells)),
+        ]
+        for name, value in sorted(used.items()):
+            of = functools.partial(self._of_used, value, names)
+            parts += [name, self._or_module(module, of, lambda name=name: name in globals_in(code))]  # type: ignore[misc]
+        if vars(function):
+            parts.append(self._or_module(module, lambda: self._of_dict(vars(function))))
+        if own and not _is_ours(module):
+            parts += self._imported(function, digest, list(used.values()))
+        return hash_of("function", *parts)
+
+    def _imported(self, function: types.FunctionType, digest: str, used: list[Any]) -> list[str]:
+        """Return the hash of what a function imports, and of its file if the file has changed since it was imported."""
+        code, module = function.__code__, str(function.__globals__.get("__name__", ""))
+        imports = imports_in(code)
+        if any(value is searching for value in used for searching in _SEARCHING):
+            imports = imports._replace(computed=True)
+        names = self._modules.imported_by(imports, module, f"{module}.{function.__qualname__}")
+        changed = self._modules.changed_code(module, code.co_qualname, digest)
+        return list(filter(None, [self._modules.hash(names), changed]))
+
+    def _of_used(self, value: Any, names: list[str]) -> str:
+        """Hash a global value of a function that uses these names, which may be attributes of a module."""
+        return self._of_module(value, names) if isinstance(value, types.ModuleType) else self.of(value)
+
+    def _or_module(self, module: str, of: Callable[[], str], is_used: Callable[[], bool] = lambda: True) -> str:
+        """Return a hash, or that of the module if it holds something without a visible state, such as a lock.
+
+        Workers import the module, so its code decides what it holds. What the main module holds is pickled, if it
+        is used.
         """
-        file = getattr(module, "__file__", None)
-        if file is None or _package_of(module) == "manyhands" or is_installed(file):
-            return _hash("module", module.__name__)
         try:
-            return _hash("module", module.__name__, hashlib.sha256(Path(file).read_bytes()).hexdigest())
-        except OSError:
-            return _hash("module", module.__name__)
+            return of()
+        except NotPicklable:
+            if (module == "__main__" or not self._modules.is_local(module)) and is_used():
+                raise
+            return hash_of("opaque", self._modules.hash([module]))
+
+    def _of_module(self, module: types.ModuleType, names: Iterable[str] = ()) -> str:
+        """Hash an installed module by its name and version, and any other by its code and that of its imports.
+
+        names: the names that a function uses. Modules of the module that have such a name count, too, because another
+        module may have imported them. So do values that are not what the module's file says.
+        """
+        name = module.__name__
+        if sys.modules.get(name) is not module or _has_no_file(module):  # the script has made it
+            return hash_of(
+                "module", name, self.of({key: each for key, each in vars(module).items() if key[:2] != "__"})
+            )
+        if not self._modules.is_local(name):
+            return hash_of("module", name, *filter(None, [self._modules.hash([name])]))
+        reached, waiting = {name: module}, [module]
+        replaced: list[str] = []
+        while waiting:
+            each = waiting.pop()
+            for key in sorted({key for key in names if key[:2] != "__"} & vars(each).keys()):
+                value = vars(each)[key]
+                if isinstance(value, types.ModuleType):
+                    if value.__name__ not in reached and self._modules.is_local(value.__name__):
+                        reached[value.__name__] = value
+                        waiting.append(value)
+                elif self._is_replaced(value):
+                    replaced += [each.__name__, key, self._or_module(name, functools.partial(self.of, value))]
+        return hash_of("module", name, self._modules.hash(reached), *replaced)
+
+    def _is_replaced(self, value: Any) -> bool:
+        """True if a value of a module is certainly not decided by the module's file alone.
+
+        Other values, for example those of caches, may depend on what the process has done before.
+        """
+        if type(value) in ATOMS:
+            return True
+        if not isinstance(value, types.FunctionType):
+            return False
+        code, module = value.__code__, value.__module__ or ""
+        return not (self._modules.is_local(module) and is_importable(value)) or bool(
+            self._modules.changed_code(module, code.co_qualname, hash_code(code))
+        )
 
     def _of_class(self, kind: type) -> str:
-        if kind.__module__ == "builtins" or _package_of(kind) not in (self._package, "__main__"):
-            return _hash("class", _name(kind))
-        # These internal attributes of Python and abc do not affect behaviour, and may differ between processes.
-        ignored = {"__dict__", "__weakref__", "_abc_impl"}
+        if _is_ours(kind.__module__) or _is_installed(kind):
+            return self._of_name("class", kind)
         members = {
-            name: _implementation_of(member)
+            name: member
             for name, member in sorted(vars(kind).items())
-            if name not in ignored and (callable(member) or not name.startswith("__"))
+            if name not in _DERIVED and (name == _KEPT_BY_PYDANTIC or not name.startswith("__pydantic_"))
         }
-        parts = (part for name, member in members.items() for part in (name, self.of(member)))
-        return _hash("class", _name(kind), *map(self.of, kind.__bases__), *parts)
+        if " at 0x" in str(members.get("__doc__")):  # Python made it from defaults without a fixed representation
+            del members["__doc__"]
+        parts = [f"{kind.__module__}.{kind.__qualname__}", *map(self.of, kind.__bases__)]
+        for name, member in members.items():
+            parts += [name, self._or_module(kind.__module__, functools.partial(self.of, member))]
+        if type(kind) is not type:
+            parts.append(self.of(type(kind)))
+        return hash_of("class", *parts)
+
+    def _of_instance(self, value: Any) -> str:
+        """Hash an object by its class and what its pickle would hold."""
+        made = reduced(value)
+        if isinstance(made, str):  # the name of a global
+            name = str(getattr(value, "__module__", None) or "")
+            return hash_of("global", self.of(type(value)), name, made, self._modules.hash([name]))
+        function, arguments, *rest = made
+        state, items, pairs, setter = [*rest, None, None, None, None][:4]
+        contents = (state, None if items is None else list(items), None if pairs is None else list(pairs), setter)
+        return hash_of("object", *map(self.of, (type(value), function, arguments, *contents)))
 
 
-def pickled(value: Any) -> bytes:
-    """Pickle a value with cloudpickle, which also supports lambdas and definitions of a script or notebook.
+_PLAIN: dict[type, Callable[[_Fingerprint, Any], str]] = {
+    dict: _Fingerprint._of_dict,
+    list: _Fingerprint._of_sequence,
+    tuple: _Fingerprint._of_sequence,
+    set: _Fingerprint._of_set,
+    frozenset: _Fingerprint._of_set,
+}
 
-    Raises ConfigError if the value can't be pickled.
-    """
-    try:
-        return bytes(cloudpickle.dumps(value))
-    except Exception as error:
-        raise ConfigError(
-            f"a function of the job can't be sent to the workers: {type(error).__name__}: {error}",
-            got=repr(value)[:200],
-            hint="the function, or an object that it uses, holds something that can't leave this process (a lock, an "
-            "open file, a connection): create it inside the function",
-        ) from error
-
-
-def _implementation_of(member: Any) -> Any:
-    """Return the functions behind a property, class method or static method; any other member as it is.
-
-    Slots and C descriptors are represented by their names.
-    """
-    if isinstance(member, property):
-        return (member.fget, member.fset, member.fdel)
-    if isinstance(member, functools.cached_property):
-        return member.func
-    if isinstance(member, (classmethod, staticmethod)):
-        return member.__func__
-    return _name(member) if isinstance(member, (types.MemberDescriptorType, types.GetSetDescriptorType)) else member
+_KINDS: tuple[tuple[Any, Callable[[_Fingerprint, Any], str]], ...] = (
+    (types.FunctionType, _Fingerprint._of_function),
+    (types.MappingProxyType, _Fingerprint._of_dict),
+    (types.CodeType, lambda _, code: hash_code(code)),
+    (types.MethodType, _Fingerprint._of_method),
+    (functools.partial, _Fingerprint._of_partial),
+    (_CACHED, _Fingerprint._of_cached),
+    (_TYPE_VARIABLES, lambda _, value: hash_of("type variable", value.__name__)),
+    (weakref.WeakSet, _Fingerprint._of_set),
+    ((property, classmethod, staticmethod, functools.cached_property), _Fingerprint._of_descriptor),
+    (types.ModuleType, _Fingerprint._of_module),
+    (type, _Fingerprint._of_class),
+    (_IN_C, _Fingerprint._of_named),
+)
 
 
-def _names(code: types.CodeType) -> Iterable[str]:
-    """Return the global names that the code and its nested functions use, sorted."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= set(_names(constant))
-    return sorted(names)
+def _is_installed(value: Any) -> bool:
+    """True if a function or class is part of Python or an installed package under its name."""
+    if isinstance(value, type) and value.__module__ == "builtins":
+        return True
+    if not isinstance(value, (type, types.FunctionType)) or not is_importable(value):
+        return False
+    return _is_installed_module(value.__module__)
+
+
+def _is_installed_module(name: str) -> bool:
+    """True if an imported module belongs to Python or an installed package."""
+    module = sys.modules.get(name)
+    if module is None or name == "__main__":
+        return False
+    file = getattr(module, "__file__", None)
+    return name.partition(".")[0] in sys.stdlib_module_names if file is None else is_installed(file)
+
+
+def _is_ours(module: str) -> bool:
+    """True for the modules of Manyhands, whose version is a part of every identity."""
+    return module == "manyhands" or module.startswith("manyhands.")
+
+
+def _is_singledispatch(function: types.FunctionType) -> bool:
+    code = function.__code__
+    return code.co_filename == functools.__file__ and code.co_qualname.startswith("singledispatch.")
+
+
+def _has_no_file(module: types.ModuleType) -> bool:
+    return module.__name__ != "__main__" and module.__spec__ is None and getattr(module, "__file__", None) is None
 
 
 def _is_filled(cell: types.CellType) -> bool:
@@ -170,20 +419,3 @@ def _is_filled(cell: types.CellType) -> bool:
     except ValueError:  # the variable has no value yet
         return False
     return True
-
-
-def is_installed(file: str) -> bool:
-    """True if the file belongs to Python or an installed package, whose code changes only with its version."""
-    return "site-packages" in file or "/lib/python" in file
-
-
-def _name(value: Any) -> str:
-    return f"{getattr(value, '__module__', None)}.{value.__qualname__}"
-
-
-def _hash(*parts: str) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        digest.update(b"%d:" % len(data) + data)  # includes the length, so that ("ab", "c") and ("a", "bc") differ
-    return digest.hexdigest()

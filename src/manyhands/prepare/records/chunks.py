@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import cloudpickle  # type: ignore[import-untyped]
-
 from manyhands.errors import DataError, InvariantError
+from manyhands.prepare.records.pickling import pickle_any
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -179,7 +178,7 @@ def pack(value: Any) -> bytes | memoryview:
         return _PICKLE + pickle.dumps(value, protocol=5)
     except (pickle.PicklingError, AttributeError, TypeError):  # pickle can't import classes of the user's script
         try:
-            return _PICKLE + bytes(cloudpickle.dumps(value))
+            return _PICKLE + pickle_any(value)
         except Exception as error:
             raise DataError(
                 f"records can't be serialized: {type(error).__name__}: {error}",
