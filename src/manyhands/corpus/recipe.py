@@ -22,6 +22,7 @@ from manyhands.prepare.dataset import Dataset
 from manyhands.prepare.io.formats import input_formats
 from manyhands.prepare.io.listing import InputFile, find_files
 from manyhands.prepare.plan.plan import PARTITION_BYTES, InMemory
+from manyhands.prepare.records.copies import pack_records
 from manyhands.storage.files import read_bytes
 
 FILES = "files"  # the input format in which each file is one document
@@ -143,9 +144,8 @@ def source_of(document: Document[CorpusSchema]) -> Dataset:
     try:
         if table.format != FILES:
             return Dataset.read(paths, format=table.format, partition_bytes=table.partition_bytes)
-        return Dataset(InMemory(_parts(find_files(paths), table.partition_bytes), table.partition_bytes)).map(
-            _read_document_file
-        )
+        parts = tuple(map(pack_records, _parts(find_files(paths), table.partition_bytes)))
+        return Dataset(InMemory(parts, table.partition_bytes)).map(_read_document_file)
     except (ConfigError, DataError) as error:
         key = "paths" if table.path is None else "path"
         error.where = f"{error.where or ''} ({document.origin('input', key)})".lstrip()
@@ -179,18 +179,18 @@ def _call_function(document: Document[CorpusSchema], table: InputTable) -> Any:
     return [str(path) for path in found]
 
 
-def _parts(files: Sequence[InputFile], partition_bytes: int) -> tuple[tuple[InputFile, ...], ...]:
+def _parts(files: Sequence[InputFile], partition_bytes: int) -> list[list[InputFile]]:
     """Group files into runs of about `partition_bytes`."""
-    parts: list[tuple[InputFile, ...]] = []
+    parts: list[list[InputFile]] = []
     part: list[InputFile] = []
     size = 0
     for file in files:
         part.append(file)
         size += file.size_bytes
         if size >= partition_bytes:
-            parts.append(tuple(part))
+            parts.append(part)
             part, size = [], 0
-    return (*parts, tuple(part)) if part else tuple(parts)
+    return [*parts, part] if part else parts
 
 
 def _read_document_file(file: InputFile) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 from manyhands.errors import ConfigError
 from manyhands.prepare.io.formats import check_output_format, find_input, split_files
@@ -25,6 +25,8 @@ from manyhands.prepare.plan.plan import (
 )
 from manyhands.prepare.records.aggregate import Aggregate, Grouping
 from manyhands.prepare.records.chunks import size_bytes
+from manyhands.prepare.records.copies import pack_records
+from manyhands.prepare.records.functions import ENDS_EARLY, check_function, complete
 from manyhands.prepare.records.keys import (
     ORDER_COLUMN,
     Key,
@@ -114,21 +116,24 @@ class Dataset:
 
         The records are part of the plan that is sent to every worker, so pass few of them.
         """
-        in_memory = list(records)
+        in_memory = list(complete(records) if type(records) in ENDS_EARLY else records)
         step = max(1, len(in_memory) * partition_bytes // max(1, size_bytes(in_memory)))
-        parts = tuple(tuple(in_memory[start : start + step]) for start in range(0, len(in_memory), step))
+        parts = tuple(pack_records(in_memory[start : start + step]) for start in range(0, len(in_memory), step))
         return cls(InMemory(parts, partition_bytes))
 
     def map(self, function: Callable[[Any], Any]) -> Dataset:
         """Replace each record by `function(record)`."""
+        check_function(function, "the function of map")
         return self._with_step(Map(function))
 
     def flat_map(self, function: Callable[[Any], Iterable[Any]]) -> Dataset:
         """Replace each record by all the records that `function(record)` returns or yields."""
+        check_function(function, "the function of flat_map", may_generate=True)
         return self._with_step(FlatMap(function))
 
     def filter(self, function: Callable[[Any], object]) -> Dataset:
         """Select the records for which `function(record)` is true."""
+        check_function(function, "the function of filter")
         return self._with_step(Filter(function))
 
     def map_batches(self, function: Callable[[Any], Any], *, form: str = "arrow") -> Dataset:
@@ -141,10 +146,12 @@ class Dataset:
         """
         if form not in ("arrow", "numpy"):
             raise ConfigError("unknown form of batches", expected="arrow, numpy", got=repr(form))
+        check_function(function, "the function of map_batches")
         return self._with_step(MapBatches(function, form))
 
     def key_by(self, key: Callable[[Any], Any]) -> Dataset:
         """Replace each record by the pair `(key(record), record)`."""
+        check_function(key, "the key of key_by")
         return self._with_step(KeyBy(key))
 
     def sample(self, fraction: float, *, seed: int = 0) -> Dataset:
@@ -163,7 +170,7 @@ class Dataset:
         key: a function of the record, the name of a column, several such names, or None for the record itself. Keys are
         numbers, text, bytes or tuples of them. A record whose key is None or NaN is a bad record (`max_bad_records`).
         """
-        return GroupedDataset(self._node, key_from(key))
+        return GroupedDataset(self._node, _checked_key(key, "group_by"))
 
     def sort_by(self, key: KeyLike = None, *, descending: bool = False) -> Dataset:
         """Sort the records by key, across all output files.
@@ -171,7 +178,7 @@ class Dataset:
         The sort is stable: records with equal keys stay in the order of the input, even if `descending` is true. The
         key is specified as in `group_by`. All keys must be of one type.
         """
-        arrangement = ByKey(key_from(key), f"sort by {key_name(key)}")
+        arrangement = ByKey(_checked_key(key, "sort_by"), f"sort by {key_name(key)}")
         return self._with_shuffle(arrangement, Sorted(columns_of(key_from(key)), descending))
 
     def join(
@@ -196,7 +203,7 @@ class Dataset:
         """
         if how not in _JOINS:
             raise ConfigError("unknown join", expected=", ".join(_JOINS), got=repr(how))
-        keys = [key_from(on), key_from(on if other_on is None else other_on)]
+        keys = [_checked_key(each, "join") for each in (on, on if other_on is None else other_on)]
         titles = [f"join on {key_name(name)}" for name in (on, other_on or on)]
         by = columns_of(keys[0]) if columns_of(keys[0]) == columns_of(keys[1]) else ()
         if not by and any(map(columns_of, keys)):
@@ -211,7 +218,7 @@ class Dataset:
         Without a key, records with equal content are duplicates. The order of the result is then unspecified, but the
         same in every run.
         """
-        by = content_key if key is None else key_from(key)
+        by = content_key if key is None else _checked_key(key, "distinct")
         grouping = Grouping(by, {"record": Aggregate.first()})
         return self._with_shuffle(ByGroup(grouping, f"distinct {key_name(key)}"), Grouped(grouping, (), bare=True))
 
@@ -284,12 +291,19 @@ class Dataset:
         """Return the first `count` records.
 
         Only as much input is read as needed, unless the records must be sorted, grouped, joined or shuffled first.
+        Raises ConfigError if `count` is not an integer of at least 0.
         """
         from manyhands.prepare.job.output import first_records
 
+        if isinstance(count, bool) or not isinstance(count, SupportsIndex) or count.__index__() < 0:
+            raise ConfigError(
+                "take needs the number of records, an integer of at least 0",
+                got=repr(count)[:200],
+                hint="there is no end to count from: for the last records, sort them in the other order",
+            )
         options = options_of(job_options).alone()
         plan = self._plan(Counting(), job_options)
-        return first_records(plan, count, options)
+        return first_records(plan, count.__index__(), options)
 
     def explain(self, *, format: str = "jsonl") -> str:
         """Return a description of the plan that `write` would run for this format: stages, steps and partitions.
@@ -341,9 +355,20 @@ class GroupedDataset:
         for name, aggregate in aggregates.items():
             if not isinstance(aggregate, Aggregate):
                 raise ConfigError(f"{name} is not an Aggregate", got=type(aggregate).__name__)
+            for argument in ("start", "add", "merge", "finish", "of"):
+                function = getattr(aggregate, argument)
+                if not (function is None and argument in ("finish", "of")) and not isinstance(function, str):
+                    check_function(function, f"the function `{argument}` of aggregate {name}")
         grouping = Grouping(self._key, aggregates)
         what = f"group by {key_name(self._key)}: {', '.join(aggregates)}"
         return Dataset(Arranged((self._node,), (ByGroup(grouping, what),), Grouped(grouping, names)))
+
+
+def _checked_key(key: KeyLike, method: str) -> Key:
+    """Return the internal form of a key. Raises ConfigError for a function that doesn't return its result."""
+    if callable(key):
+        check_function(key, f"the key of {method}")
+    return key_from(key)
 
 
 def _without_caches(node: Node) -> Node:

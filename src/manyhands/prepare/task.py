@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import IO, Any, NamedTuple
 
 import cloudpickle  # type: ignore[import-untyped]
@@ -25,6 +25,7 @@ from manyhands.prepare.io.run_file import RunFileWriter, is_intact, read_blocks,
 from manyhands.prepare.io.writing import Writer
 from manyhands.prepare.plan.plan import CachedFiles, Counting, InMemory, Output, Plan, Read, Stage
 from manyhands.prepare.records.chunks import Chunk, num_records
+from manyhands.prepare.records.copies import unpack_records
 from manyhands.prepare.records.pipeline import BadRecords, Pipeline, SourcedChunk, unchanged
 from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, RangeReader, rebatched
 from manyhands.storage.atomic import open_atomic, write_atomic
@@ -189,8 +190,8 @@ def chunks_of(task: Task) -> Iterator[Chunk]:
     """Compute the records of a task of the plan's last stage without writing them."""
     stage = load_plan(task.plan_path).stages[task.stage]
     bad = BadRecords(task.max_bad_records)
-    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, unchanged)
-    return pipeline.run(_pieces(task, stage, bad))
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: unchanged)
+    return pipeline.run(partial(_pieces, task, stage))
 
 
 @lru_cache(maxsize=1)
@@ -227,13 +228,13 @@ class _Written(NamedTuple):
 
 def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Written:
     arrangement: Any = stage.end
-    keyer: Callable[[Chunk], Any] = arrangement.keyer(task.partition)
-    pipeline = Pipeline(stage.operations, task.partition, bad, keyer)
+    keyer: Callable[[], Callable[[Chunk], Any]] = partial(arrangement.keyer, task.partition)
+    pipeline = Pipeline(stage.operations, task.partition, bad, keyer, arrangement.describe())
     path = runs_path(task.folder, task.partition)
     with open_atomic(path, first_wins=True, durable=False) as file:
         runs = RunFileWriter(file, stage.block_bytes)
         writer = arrangement.writer(runs, stage.partition_bytes)
-        for chunk in pipeline.run(_pieces(task, stage, bad)):
+        for chunk in pipeline.run(partial(_pieces, task, stage)):
             writer.add(chunk)
         writer.flush()
         runs.close()
@@ -246,11 +247,11 @@ def _output(task: Task, stage: Stage, bad: BadRecords) -> _Written:
     name = output_file_name(task.partition, output.form)
     path = join_path(task.folder, name)
     records = 0
-    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, unchanged)
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: unchanged)
     with open_atomic(path, first_wins=True, durable=False) as opened:
         file: Any = HashedFile(opened)
         writer: Writer | None = None
-        for chunk in pipeline.run(_pieces(task, stage, bad)):
+        for chunk in pipeline.run(partial(_pieces, task, stage)):
             if num_records(chunk):
                 writer = writer or open_writer(output.form, file, output.schema, f"{name}, {task.name}")
                 writer.add(chunk)
@@ -265,8 +266,8 @@ def _output(task: Task, stage: Stage, bad: BadRecords) -> _Written:
 
 
 def _count(task: Task, stage: Stage, bad: BadRecords) -> _Written:
-    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, unchanged)
-    records = sum(num_records(chunk) for chunk in pipeline.run(_pieces(task, stage, bad)))
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: unchanged)
+    records = sum(num_records(chunk) for chunk in pipeline.run(partial(_pieces, task, stage)))
     return _Written(pipeline.records_in, records, 0)
 
 
@@ -281,7 +282,8 @@ def _pieces(task: Task, stage: Stage, bad: BadRecords) -> Iterator[SourcedChunk]
     if isinstance(source, Read):
         yield from read_split(source.splits[task.partition], bad, source.columns, source.types)
     elif isinstance(source, InMemory):
-        yield SourcedChunk(list(source.partitions[task.partition]), _placed("given records", task.partition, 0))
+        records = unpack_records(source.partitions[task.partition])
+        yield SourcedChunk(records, _placed("given records", task.partition, 0))
     elif isinstance(source, CachedFiles):
         seen = 0
         path = source.paths[task.partition]

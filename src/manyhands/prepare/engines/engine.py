@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Protocol
 
-from manyhands.errors import ConfigError, WorkerError
+from manyhands.errors import ConfigError, DataError, WorkerError
 from manyhands.prepare.task import Task, TaskResult, run_task
 
 
@@ -116,6 +116,8 @@ class InProcess:
             future.set_result(run_task(task))
         except Exception as error:
             future.set_exception(error)
+        except SystemExit as error:  # of a user's class, while its objects are compared or pickled
+            future.set_exception(DataError(f"a task failed: {type(error).__name__}: {error}", where=task.name))
         return future
 
     def close(self) -> None:

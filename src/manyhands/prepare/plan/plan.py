@@ -16,6 +16,7 @@ from manyhands import __version__
 from manyhands.formatting import format_bytes
 from manyhands.prepare.io.listing import InputFile, Split
 from manyhands.prepare.plan.fingerprint import fingerprint_code
+from manyhands.prepare.records.copies import unpack_records
 from manyhands.prepare.records.operations import Operation
 from manyhands.prepare.shuffle.arrange import Arrangement
 from manyhands.prepare.shuffle.reduce import Reduction
@@ -39,9 +40,13 @@ class Read:
 
 @dataclass(frozen=True)
 class InMemory:
-    """Records that the caller passed in memory, divided into partitions."""
+    """Records that the caller passed in memory, divided into partitions.
 
-    partitions: tuple[tuple[Any, ...], ...]
+    Each partition is packed by `pack_records` and unpacked for each reading. So a function that changes a record
+    changes neither the caller's objects nor the records of another task.
+    """
+
+    partitions: tuple[bytes, ...]
     partition_bytes: int
 
 
@@ -215,6 +220,9 @@ def _identifying(value: Any) -> Any:
         return ("shuffled", value.reducer)
     if isinstance(value, CachedFiles):
         return ("kept", value.identity)
+    if isinstance(value, InMemory):  # by its records: equal records may have different pickles
+        records: Any = tuple(tuple(unpack_records(packed)) for packed in value.partitions)
+        return InMemory(records, value.partition_bytes)
     if isinstance(value, Output):
         return ("output", value.form, None if value.schema is None else value.schema.to_string())
     return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from manyhands.errors import DataError
 from manyhands.prepare.records.chunks import Chunk, records_of
+from manyhands.prepare.records.copies import can_change, own_copies, own_copy
+from manyhands.prepare.records.functions import BadResult, check_results, describe_error, is_for_user
 from manyhands.prepare.records.keys import Key, Keyed, KeyedLists, KeyedTable, check_keys, keys_of, values_of
 from manyhands.prepare.records.pipeline import BadKey
 from manyhands.prepare.records.table_order import order_and_starts, order_of
@@ -287,7 +290,7 @@ class Grouping:
                 return counted
         records = records_of(chunk)
         try:
-            states = [_states(aggregate, keys, records) for aggregate in self.aggregates.values()]
+            states = [_states(self, name, keys, records) for name in self.aggregates]
         except TypeError as error:
             if "unhashable" in str(error):
                 raise BadKey(f"a key is not hashable ({error}): use numbers, text, bytes or tuples of them") from error
@@ -297,8 +300,11 @@ class Grouping:
         return KeyedLists(distinct, [list(column.values()) for column in states])
 
     def merge_into(self, states: list[dict[Any, Any]], combined: KeyedLists) -> None:
-        """Merge the states of a chunk or a run into `states`: for each aggregate, a dict from keys to states."""
-        for aggregate, into, column in zip(self.aggregates.values(), states, combined.columns, strict=True):
+        """Merge the states of a chunk or a run into `states`: for each aggregate, a dict from keys to states.
+
+        Raises DataError that names the aggregate and the group if a function raises.
+        """
+        for (name, aggregate), into, column in zip(self.aggregates.items(), states, combined.columns, strict=True):
             # Shortcuts with the same result: the first states are copied, and counts are added without a call.
             if aggregate.kind in ("count", "sum") and not into:
                 into.update(zip(combined.keys, column, strict=True))
@@ -308,11 +314,56 @@ class Grouping:
                     into[key] = get(key, 0) + count
             else:
                 merge = aggregate.merge
-                for key, state in zip(combined.keys, column, strict=True):
-                    into[key] = merge(into[key], state) if key in into else state
+                try:
+                    for key, state in zip(combined.keys, column, strict=True):
+                        into[key] = merge(into[key], state) if key in into else state
+                except BaseException as error:
+                    if not is_for_user(error):
+                        raise
+                    raise _failed(name, aggregate, "merge", key, error) from error
+
+    def finish(self, groups: KeyedLists) -> list[list[Any]]:
+        """Return the results of each aggregate, in the order of the groups.
+
+        Raises DataError that names the aggregate and the group if a function raises.
+        """
+        # Two aggregates, such as `first` and `collect`, may hold the same record.
+        may_share = sum(map(can_change, groups.columns)) > 1
+        columns = []
+        for (name, aggregate), column in zip(self.aggregates.items(), groups.columns, strict=True):
+            states = own_copies(column) if may_share else column
+            if aggregate.finish is not None:
+                states = list(self._finished(name, aggregate.finish, groups.keys, states))
+            columns.append(states)
+        return columns
+
+    def _finished(
+        self, name: str, finish: Callable[[Any], Any], keys: list[Any], states: list[Any]
+    ) -> Iterator[list[Any]]:
+        for key, state in zip(keys, states, strict=True):
+            try:
+                result = finish(state)
+                if finish is not _divide:
+                    check_results([result], finish, is_read=True)
+            except BaseException as error:
+                if not is_for_user(error):
+                    raise
+                raise _failed(name, self.aggregates[name], "finish", key, error) from error
+            yield result
 
 
-def _states(aggregate: Aggregate, keys: list[Any], records: list[Any]) -> dict[Any, Any]:
+def _failed(name: str, aggregate: Aggregate, argument: str, key: Any, error: BaseException) -> DataError:
+    """Return the error of a function of an aggregate that raises for the states of a group."""
+    said = str(error) if isinstance(error, BadResult) else describe_error(error, aggregate.kind)
+    return DataError(
+        f"{argument} of the aggregate {name!r} failed: {said}",
+        where=f"the group {repr(key)[:200]}",
+        hint="the states of a group can't be set aside: change the function so that it accepts all values of the group",
+    )
+
+
+def _states(grouping: Grouping, name: str, keys: list[Any], records: list[Any]) -> dict[Any, Any]:
+    aggregate = grouping.aggregates[name]
     if aggregate.kind == "count":
         return Counter(keys)
     values = values_of(records, aggregate.of)
@@ -320,6 +371,22 @@ def _states(aggregate: Aggregate, keys: list[Any], records: list[Any]) -> dict[A
         raise BadKey(f"the value to aggregate ({aggregate.kind}) is None")
     states: dict[Any, Any] = {}
     start, add = aggregate.start, aggregate.add
-    for key, value in zip(keys, values, strict=True):
-        states[key] = add(states[key], value) if key in states else start(value)
+    # A state that is the record itself may be changed by `add`, while other aggregates hold the record, too.
+    key = None
+    try:
+        if aggregate.kind == "custom" and len(grouping.aggregates) > 1:
+            for key, value in zip(keys, values, strict=True):
+                if key in states:
+                    state = add(states[key], value)
+                    states[key] = own_copy(state) if state is value else state
+                else:
+                    states[key] = start(own_copy(value))
+        else:
+            for key, value in zip(keys, values, strict=True):
+                states[key] = add(states[key], value) if key in states else start(value)
+    except Exception as error:
+        error.add_note(f"in the aggregate {name!r}, group {repr(key)[:200]}")
+        raise
+    if aggregate.kind == "custom":
+        check_results(list(states.values()), start)
     return states

@@ -22,7 +22,7 @@ import orjson
 
 from manyhands.errors import DataError
 from manyhands.prepare.records.chunks import Chunk, concatenate, records_of, size_bytes
-from manyhands.prepare.records.operations import name_of
+from manyhands.prepare.records.functions import check_results, name_of
 from manyhands.prepare.records.pipeline import BadKey
 
 if TYPE_CHECKING:
@@ -38,10 +38,14 @@ def keys_of(chunk: Chunk, key: Key) -> list[Any]:
     records = records_of(chunk)
     if key is None:
         return records
+    # Not `map`: it would take a StopIteration that a function raises for the end of the records.
     if not isinstance(key, tuple):
-        return list(map(key, records))
+        keys = [key(record) for record in records]
+        check_results(keys, key, is_read=True)
+        return keys
+    columns = itemgetter(*key)
     try:
-        return list(map(itemgetter(*key), records))
+        return [columns(record) for record in records]
     except KeyError as error:
         raise BadKey(f"the record has no column {error}") from error
     except TypeError as error:

@@ -1,17 +1,22 @@
 """Operations such as map, filter and sample, applied to one chunk at a time.
 
 Each operation is a pure function of the chunk, the partition's number and the number of records before the chunk.
+
+Functions of users are called in comprehensions and loops, never by `map` or `filter`: these would take a StopIteration
+that a function raises for the end of the records, and lose the rest of the chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from types import GeneratorType
 from typing import Any, Protocol
 
 from manyhands.errors import DataError
 from manyhands.prepare.records.chunks import Chunk, num_records, records_of, table_of
+from manyhands.prepare.records.copies import own_copy, separated
+from manyhands.prepare.records.functions import ENDS_EARLY, check_results, complete, name_of
 
 
 class Operation(Protocol):
@@ -39,7 +44,10 @@ class Map:
     batched = False
 
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
-        return list(map(self.function, records_of(chunk)))
+        function = self.function
+        results = [function(record) for record in records_of(chunk)]
+        check_results(results, function)
+        return results
 
     def describe(self) -> str:
         return f"map {name_of(self.function)}"
@@ -47,16 +55,41 @@ class Map:
 
 @dataclass(frozen=True)
 class FlatMap:
-    """Replaces each record by all records that `function(record)` returns or yields."""
+    """Replaces each record by all records that `function(record)` returns or yields.
+
+    An object that is returned or yielded several times becomes several records, which share nothing.
+    """
 
     function: Callable[[Any], Any]
     batched = False
 
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
-        return list(chain.from_iterable(map(self.function, records_of(chunk))))
+        function = self.function
+        items: list[Any] = []
+        for record in records_of(chunk):
+            result = function(record)
+            if type(result) in ENDS_EARLY:
+                result = complete(result)
+            items.extend(_yielded(result) if isinstance(result, GeneratorType) else result)
+        return separated(items)
 
     def describe(self) -> str:
         return f"flat_map {name_of(self.function)}"
+
+
+def _yielded(generator: Iterator[Any]) -> list[Any]:
+    """Return the items of a generator, with the values that they have when they are yielded.
+
+    A generator may yield one object again and again, and change it in between.
+    """
+    for first in generator:
+        kept = own_copy(first)
+        for second in generator:
+            if second is first:
+                return [kept, own_copy(second), *[own_copy(item) for item in generator]]
+            return [kept, second, *generator]
+        return [kept]
+    return []
 
 
 @dataclass(frozen=True)
@@ -67,9 +100,19 @@ class Filter:
     batched = False
 
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
+        function = self.function
+        trues: list[Any] = []  # results that count as true: a coroutine, which nobody would run, is one of them
+        keep = trues.append  # returns None
         if isinstance(chunk, list):
-            return list(filter(self.function, chunk))
-        selected = [index for index, record in enumerate(records_of(chunk)) if self.function(record)]
+            records = [record for record in chunk if (found := function(record)) is True or (found and not keep(found))]
+            check_results(trues, function, is_read=True)
+            return records
+        selected = [
+            index
+            for index, record in enumerate(records_of(chunk))
+            if (found := function(record)) is True or (found and not keep(found))
+        ]
+        check_results(trues, function, is_read=True)
         # Arrow can't infer the type of an empty list of indices.
         return chunk.take(selected) if selected else chunk.slice(0, 0)
 
@@ -127,7 +170,10 @@ class KeyBy:
     batched = False
 
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
-        return [(self.key(record), record) for record in records_of(chunk)]
+        key, records = self.key, records_of(chunk)
+        keys = [key(record) for record in records]
+        check_results(keys, key, is_read=True)
+        return list(zip(keys, records, strict=True))
 
     def describe(self) -> str:
         return f"key_by {name_of(self.key)}"
@@ -159,9 +205,3 @@ class Sample:
 
     def describe(self) -> str:
         return f"sample {self.fraction:g}"
-
-
-def name_of(function: Any) -> str:
-    """Return the name of a function for messages and plans: `lambda` for a lambda, the class for other callables."""
-    name = getattr(function, "__name__", None) or type(function).__name__
-    return "lambda" if name == "<lambda>" else str(name)

@@ -1,19 +1,33 @@
 """Applies the steps of a stage to each chunk, and isolates records that fail.
 
 A record that can't be read, or for which a function raises, is set aside with its position and the reason, up to a
-limit. If a step raises for a chunk, its records are processed one by one to find those that fail.
+limit. If a step raises for a chunk, its records are processed one by one to find those that fail. A function may have
+changed records before one of them failed, so each attempt has new copies of the records, which are read again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
-from manyhands.errors import DataError, InvariantError
-from manyhands.prepare.records.chunks import Chunk, concatenate, num_records, part_of, records_of
-from manyhands.prepare.records.operations import Operation, name_of
+from manyhands.errors import DataError
+from manyhands.prepare.records.chunks import (
+    Chunk,
+    concatenate,
+    is_table,
+    num_records,
+    pack,
+    part_of,
+    records_of,
+    unpack,
+    with_contiguous_columns,
+)
+from manyhands.prepare.records.functions import BadResult, describe_error, is_for_user
+from manyhands.prepare.records.operations import Operation
 
 _MAX_RECORD_CHARACTERS = 65_536  # at most this many characters of a bad record are stored
 
@@ -72,104 +86,212 @@ class SourcedChunk:
     where: Callable[[int], str]
 
 
+Read: TypeAlias = Callable[[BadRecords], Iterator[SourcedChunk]]
+"""Reads the pieces of a task, the same in each call. Records that can't be parsed are added to the bad records."""
+
+
 class BadKey(ValueError):
     """A record whose key can't be used."""
 
 
-class Pipeline(Generic[T]):
-    """Applies `operations` to pieces, then `last`, which converts a chunk to the input of the stage's end.
+class _Failed(NamedTuple):
+    """A record of a chunk that a function fails for. reached: for each operation, the records that reached it."""
 
-    All records of a chunk are processed together. If that raises, the same chunk is processed record by record, to find
-    the records that fail and their locations in the source. Records that fail are set aside, and the others continue.
-    The first step that processes records together (map_batches) and all steps after it receive the remaining records as
-    one chunk. An error in these steps ends the task.
+    position: int
+    reached: list[int]
+
+
+class Pipeline(Generic[T]):
+    """Applies `operations` to pieces, then a last function, which converts a chunk to the input of the stage's end.
+
+    make_last: returns the last function. It may count the records of the chunks that it converts, so it gets every
+    chunk once; the search for bad records uses another one. last_name: its name in errors.
+
+    All records of a chunk are processed together. If that raises, its records are processed one by one, to find those
+    that fail and their locations in the source. These are set aside, and the others are processed together again. So
+    the result is that of a chunk that never had the bad records. A step that processes records together (map_batches)
+    and all steps after it can't be attributed to a record: an error in them ends the task.
     """
 
     def __init__(
-        self, operations: Sequence[Operation], partition: int, bad: BadRecords, last: Callable[[Chunk], T]
+        self,
+        operations: Sequence[Operation],
+        partition: int,
+        bad: BadRecords,
+        make_last: Callable[[], Callable[[Chunk], T]],
+        last_name: str = "a function",
     ) -> None:
-        self._operations, self._partition, self._bad, self._last = operations, partition, bad, last
+        self._operations, self._partition, self._bad = operations, partition, bad
+        self._make_last, self._last, self._last_name = make_last, make_last(), last_name
         self._seen = [0] * len(operations)  # for each operation, the number of records that reached it
         batched = [index for index, operation in enumerate(operations) if operation.batched]
         self._first_batched = batched[0] if batched else len(operations)
+        self._step: Operation | None = None  # the operation that runs; None: the last function
         self.records_in = 0
 
-    def run(self, pieces: Iterable[SourcedChunk]) -> Iterator[T]:
-        """Yield the results of each piece. Raises DataError if there are too many bad records."""
-        for piece in pieces:
+    def run(self, read: Read) -> Iterator[T]:
+        """Yield the result of each piece. Raises DataError if there are too many bad records."""
+        again = _SecondReading(read)
+        for number, piece in enumerate(read(self._bad)):
             self.records_in += num_records(piece.chunk)
-            yield from self._process(piece)
+            yield self._process(piece, number, again)
 
-    def _process(self, piece: SourcedChunk) -> list[T]:
-        seen = list(self._seen)
+    def _process(self, piece: SourcedChunk, number: int, again: _SecondReading) -> T:
+        seen, drawn = list(self._seen), random.getstate()
         try:
-            return [self._last(self._apply(piece.chunk, 0, len(self._operations)))]
-        except InvariantError:  # a defect of Manyhands, not of a record
-            raise
-        except Exception:
-            self._seen = seen
-            return self._record_by_record(piece)
+            return self._to_end(self._apply(piece.chunk, 0, len(self._operations)), self._last)
+        except BaseException as error:
+            if not is_for_user(error):
+                raise
+        total = num_records(piece.chunk)
+        pristine, other = again.copies(number, total)
+        failed = self._find_failing(pristine, other, piece.where, seen, drawn)
+        self._restart(seen, drawn)
+        try:
+            return self._without(failed, other)
+        except BaseException as error:
+            if not is_for_user(error) or isinstance(error, DataError):
+                raise
+            raise self._failed_together(error, piece.where, total) from error
+
+    def _restart(self, seen: list[int], drawn: Any) -> None:
+        """Go back to the numbers of records, and the state of `random`, before the chunk."""
+        self._seen = list(seen)
+        random.setstate(drawn)
 
     def _apply(self, chunk: Chunk, start: int, stop: int) -> Chunk:
         for index in range(start, stop):
             before = self._seen[index]
             self._seen[index] += num_records(chunk)
-            chunk = self._operations[index].apply(chunk, self._partition, before)
+            operation = self._operations[index]
+            self._step = operation
+            chunk = operation.apply(chunk, self._partition, before)
         return chunk
 
-    def _record_by_record(self, piece: SourcedChunk) -> list[T]:
-        all_per_record = self._first_batched == len(self._operations)
-        results: list[T] = []
-        remaining: list[Chunk] = []
-        for index in range(num_records(piece.chunk)):
-            seen = list(self._seen)
-            one = part_of(piece.chunk, index, index + 1)
+    def _to_end(self, chunk: Chunk, last: Callable[[Chunk], T]) -> T:
+        self._step = None
+        return last(chunk)
+
+    def _find_failing(
+        self, chunk: Chunk, pristine: Chunk, where: Callable[[int], str], seen: list[int], drawn: Any
+    ) -> list[_Failed]:
+        """Process the records of a chunk one by one, set those aside that fail, and return them.
+
+        pristine: the same records, of which no function has changed one. Raises DataError if a function tries to end
+        the process.
+        """
+        self._restart(seen, drawn)
+        last = self._make_last()
+        failed = []
+        for index in range(num_records(chunk)):
+            before = list(self._seen)
             try:
-                chunk = self._apply(one, 0, self._first_batched)
-                if all_per_record:
-                    results.append(self._last(chunk))
-                else:
-                    remaining.append(chunk)
-            except Exception as error:
+                result = self._apply(part_of(chunk, index, index + 1), 0, self._first_batched)
+                if self._first_batched == len(self._operations):
+                    self._to_end(result, last)
+            except BaseException as error:
+                if not is_for_user(error):
+                    raise
                 # A bad record counts at every step that it reached. So later records have the same positions at these
                 # steps as if it had not failed; `sample` depends on the positions.
-                self._seen = [max(old, new) for old, new in zip(seen, self._seen, strict=True)]
-                self._bad.add(piece.where(index), _reason(error, self._operations), records_of(one)[0], error)
-        if all_per_record:
-            return results
-        return [self._finish_batched(piece, concatenate(remaining) if remaining else [])]
+                failed.append(_Failed(index, [new - old for old, new in zip(before, self._seen, strict=True)]))
+                record = records_of(part_of(pristine, index, index + 1))[0]
+                if not isinstance(error, Exception):
+                    raise _ended(self._describe(error), where(index), record) from error
+                self._bad.add(where(index), self._describe(error), record, error)
+        return failed
 
-    def _finish_batched(self, piece: SourcedChunk, chunk: Chunk) -> T:
-        try:
-            return self._last(self._apply(chunk, self._first_batched, len(self._operations)))
-        except DataError:
-            raise
-        except Exception as error:
+    def _without(self, failed: list[_Failed], chunk: Chunk) -> T:
+        """Process a chunk without these records."""
+        parts: list[Chunk] = []
+        start = 0
+        for position, reached in failed:
+            if start < position:
+                parts.append(self._apply(part_of(chunk, start, position), 0, self._first_batched))
+            self._seen = [old + new for old, new in zip(self._seen, reached, strict=True)]
+            start = position + 1
+        if start < num_records(chunk) or not parts:
+            parts.append(self._apply(part_of(chunk, start, num_records(chunk)), 0, self._first_batched))
+        remaining = with_contiguous_columns(concatenate(parts))
+        return self._to_end(self._apply(remaining, self._first_batched, len(self._operations)), self._last)
+
+    def _describe(self, error: BaseException) -> str:
+        """Describe an error of the current step in one line."""
+        if isinstance(error, (BadKey, BadResult, DataError)):
+            return str(error.what if isinstance(error, DataError) else error)
+        return describe_error(error, self._last_name if self._step is None else self._step.describe())
+
+    def _failed_together(self, error: BaseException, where: Callable[[int], str], total: int) -> DataError:
+        """Return the error of records that fail together, but not one by one."""
+        place = f"a batch of {total} records, from {where(0)} to {where(max(0, total - 1))}"
+        if self._first_batched < len(self._operations):
             operation = self._operations[self._first_batched]
-            last = max(0, num_records(piece.chunk) - 1)
-            raise DataError(
+            return DataError(
                 f"{operation.describe()} or a step after it raised {type(error).__name__}: {error}",
-                where=f"a batch of {num_records(chunk)} records, from {piece.where(0)} to {piece.where(last)}",
+                where=place,
                 hint="a batch can't be set aside: change the function so that it drops the rows that it can't process",
-            ) from error
+            )
+        return DataError(
+            f"records fail together, but not one by one: {self._describe(error)}",
+            where=place,
+            got="; ".join(getattr(error, "__notes__", ())) or None,
+            hint="the values of these records don't fit together, such as numbers and text in one sum: convert them "
+            "first; or the function depends on more than its arguments",
+        )
 
 
-def _reason(error: Exception, operations: Sequence[Operation]) -> str:
-    """Describe an error in one line: the user's function that raised it, the error, file and line."""
-    if isinstance(error, (BadKey, DataError)):
-        return str(error.what if isinstance(error, DataError) else error)
-    raised = f"{type(error).__name__}: {error}"
-    names = {name_of(function): function for operation in operations for function in vars(operation).values()}
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        for name, function in names.items():
-            if getattr(function, "__code__", None) is code:
-                # cloudpickle retains __file__, but not co_filename.
-                file = trace.tb_frame.f_globals.get("__file__", code.co_filename)
-                return f"{name} raised {raised} ({file}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return f"a function raised {raised}"
+class _SecondReading:
+    """Reads the pieces of a task a second time, for copies of the records that no function has changed.
+
+    It starts with the first request, and then follows at a distance: only a chunk with a bad record is read twice.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._pieces: Iterator[SourcedChunk] | None = None
+        self._next = 0
+
+    def copies(self, number: int, records: int) -> tuple[Chunk, Chunk]:
+        """Return two copies of the chunk of a piece. The numbers must increase from call to call.
+
+        records: how many records it has. Raises DataError if it has another number now.
+        """
+        if self._pieces is None:
+            self._pieces = self._open()
+        chunk = self._advance(self._pieces, number - self._next, records)
+        self._next = number + 1
+        if is_table(chunk):
+            return chunk, chunk  # a function gets new objects for each row, and can't change the table
+        try:
+            return unpack(pack(chunk)), chunk
+        except Exception:  # objects that only a function of this stage can make, such as locks
+            return self._advance(self._open(), number, records), chunk
+
+    def _open(self) -> Iterator[SourcedChunk]:
+        return self._read(BadRecords(sys.maxsize))  # the first reading has counted the records that can't be parsed
+
+    def _advance(self, pieces: Iterator[SourcedChunk], skipped: int, records: int) -> Chunk:
+        for _ in range(skipped):
+            next(pieces, None)
+        piece = next(pieces, None)
+        if piece is None or num_records(piece.chunk) != records:
+            raise DataError(
+                "the input has changed while it was read",
+                expected=f"{records} records",
+                got=0 if piece is None else num_records(piece.chunk),
+                where=None if piece is None else piece.where(0),
+                hint="run the job again when nothing writes to its input",
+            )
+        return piece.chunk
+
+
+def _ended(what: str, where: str, record: Any) -> DataError:
+    return DataError(
+        f"a function tried to end the process: {what}",
+        where=where,
+        got=repr(record)[:200],
+        hint="raise an exception such as ValueError instead: it makes the record a bad record (max_bad_records)",
+    )
 
 
 def unchanged(chunk: Chunk) -> Any:

@@ -6,7 +6,7 @@ into parts does not affect the output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +22,7 @@ from manyhands.prepare.records.chunks import (
     part_of,
     with_contiguous_columns,
 )
+from manyhands.prepare.records.copies import copier_of
 from manyhands.prepare.records.keys import ORDER_COLUMN, Cut, Keyed, KeyedLists, KeyedTable, concatenate_keyed
 from manyhands.prepare.shuffle.arrange import GROUP_COLUMN, in_key_order, states_of
 
@@ -173,9 +174,7 @@ class Grouped:
                 yield merged.rename_columns([*self.key_names, *self.grouping.aggregates])
 
     def _records(self, groups: KeyedLists) -> Chunk:
-        columns = []
-        for aggregate, states in zip(self.grouping.aggregates.values(), groups.columns, strict=True):
-            columns.append(states if aggregate.finish is None else list(map(aggregate.finish, states)))
+        columns = self.grouping.finish(groups)
         if self.bare:
             return columns[0]
         names = (*self.key_names, *self.grouping.aggregates)
@@ -186,7 +185,10 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Joined:
-    """Yields pairs (left, right) of records with the same key. `how` decides which side may be missing (None)."""
+    """Yields pairs (left, right) of records with the same key. `how` decides which side may be missing (None).
+
+    Each pair has copies of its own. Otherwise a function that changes a record would change it in other pairs, too.
+    """
 
     how: str
     by: tuple[str, ...] = ()
@@ -210,9 +212,10 @@ class Joined:
         pairs as it reads records, so it costs no more than writing the pairs.
         """
         right_bytes = sum(block.size_bytes for block in right.blocks if block.overlaps(*part))
-        in_memory = list(_record_lists(right, part)) if right_bytes <= right.limit_bytes // 2 else None
-        if in_memory is not None:
-            right_is_empty = not in_memory
+        copies: list[Callable[[], Any]] | None = None
+        if right_bytes <= right.limit_bytes // 2:
+            copies = [copier_of(record) for records in _record_lists(right, part) for record in records]
+            right_is_empty = not copies
         else:
             right_is_empty = next(_record_lists(right, part), None) is None
         if right_is_empty and self.how in ("inner", "right"):
@@ -223,8 +226,13 @@ class Joined:
             for left_record in left_records:
                 if right_is_empty:
                     yield [(left_record, None)]
-                for right_records in in_memory if in_memory is not None else _record_lists(right, part):
-                    yield [(left_record, right_record) for right_record in right_records]
+                    continue
+                copy_left = copier_of(left_record)
+                if copies is not None:
+                    yield [(copy_left(), copy_right()) for copy_right in copies]
+                    continue
+                for right_records in _record_lists(right, part):
+                    yield [(copy_left(), right_record) for right_record in right_records]
         if left_is_empty and self.how in ("right", "outer"):
             for right_records in _record_lists(right, part):
                 yield [(None, right_record) for right_record in right_records]
@@ -234,8 +242,18 @@ class Joined:
             lefts = [None] if self.how in ("right", "outer") else []
         if rights is None:
             rights = [None] if self.how in ("left", "outer") else []
+        if len(lefts) == 1:
+            copy_left = copier_of(lefts[0]) if len(rights) > 1 else None
+            yield [(copy_left() if copy_left else lefts[0], right) for right in rights]
+            return
+        copies = [copier_of(right) for right in rights]
+        if len(copies) == 1:
+            copy_right = copies[0]
+            yield [(left, copy_right()) for left in lefts]
+            return
         for left in lefts:
-            yield [(left, right) for right in rights]
+            copy_left = copier_of(left)
+            yield [(copy_left(), copy_right()) for copy_right in copies]
 
 
 def _record_lists(reader: RangeReader, part: KeyRange) -> Iterator[list[Any]]:
