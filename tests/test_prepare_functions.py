@@ -8,6 +8,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,30 @@ def test_records_beside_a_bad_one_are_changed_once(tmp_path: Path) -> None:
     bad = [json.loads(line) for line in (tmp_path / "out" / "_bad_records.jsonl").read_text().splitlines()]
     assert [entry["where"].rpartition(" ")[2] for entry in bad] == ["4", "40", "41", "99"]
     assert bad[1]["record"] == "{'i': 40, 'x': 0, 'bad': True}"
+
+
+def test_the_right_chunk_is_read_again(tmp_path: Path) -> None:
+    """A split of four chunks of 512 KiB, with bad rows in the second and the fourth, and a line that is no JSON."""
+    rows = [{"i": i, "x": 0, "bad": i in (1_700, 4_700), "text": "x" * 400} for i in range(5_000)]
+    lines = [json.dumps(row) for row in rows]
+    lines[1_699] = "{"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    checked = mh.Dataset.read(str(tmp_path / "a.jsonl")).map(increment).map(check)
+    found = checked.group_by("x").aggregate(n=Aggregate.count(), i=Aggregate.sum(of="i"))
+    expected = sum(range(5_000)) - 1_699 - 1_700 - 4_700
+    assert found.take(9, workers=0, max_bad_records=3) == [{"x": 11, "n": 4_997, "i": expected}]
+
+
+def test_records_that_cannot_be_pickled_are_made_again() -> None:
+    made = mh.Dataset.from_records([{"i": i} for i in range(5)]).group_by("i")
+    groups = made.aggregate(x=Aggregate(start=len, add=max, merge=max, finish=lambda n: [n, threading.Lock()]))
+
+    def enter(row: dict[str, Any]) -> int:
+        if not row["x"][1].acquire(blocking=False) or row["i"] == 3:  # False if the lock was taken before
+            raise ValueError("no")
+        return int(row["i"])
+
+    assert groups.map(enter).take(9, workers=0, max_bad_records=1) == [0, 1, 2, 4]
 
 
 def test_bad_records_leave_the_bytes_of_the_others(tmp_path: Path) -> None:
