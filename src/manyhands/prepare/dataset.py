@@ -56,7 +56,9 @@ class Dataset:
 
     A record may be any Python object. Lines of text are read as `str`; JSON objects and rows of tables are read as
     dicts. The functions that a Dataset applies are plain Python functions. They must be pure: the result may depend on
-    the arguments only, because a task can run more than once and on any worker.
+    the arguments only, because a task can run more than once and on any worker. They may change the record that they
+    receive: no other record, and no second run, sees the change. Methods raise ConfigError for an async function, and,
+    except `flat_map`, for a generator function.
 
     Example:
         counts = (
@@ -114,7 +116,8 @@ class Dataset:
     def from_records(cls, records: Iterable[Any], *, partition_bytes: int = PARTITION_BYTES) -> Dataset:
         """Create a Dataset from records in memory, such as a list.
 
-        The records are part of the plan that is sent to every worker, so pass few of them.
+        The records are copied into the plan that is sent to every worker, so pass few of them. Raises DataError for a
+        record that can't be pickled.
         """
         in_memory = list(complete(records) if type(records) in ENDS_EARLY else records)
         step = max(1, len(in_memory) * partition_bytes // max(1, size_bytes(in_memory)))
