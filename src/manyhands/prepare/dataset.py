@@ -38,7 +38,7 @@ from manyhands.prepare.records.keys import (
     key_name,
 )
 from manyhands.prepare.records.operations import Filter, FlatMap, KeyBy, Map, MapBatches, Operation, Sample
-from manyhands.prepare.shuffle.arrange import Arrangement, ByGroup, ByKey, ByPosition
+from manyhands.prepare.shuffle.arrange import Arrangement, ByGroup, ByJoinKey, ByKey, ByPosition
 from manyhands.prepare.shuffle.reduce import Grouped, Joined, Sorted
 
 if TYPE_CHECKING:
@@ -171,7 +171,8 @@ class Dataset:
         """Group the records that have the same key; call `aggregate` on the result.
 
         key: a function of the record, the name of a column, several such names, or None for the record itself. Keys are
-        numbers, text, bytes or tuples of them. A record whose key is None or NaN is a bad record (`max_bad_records`).
+        numbers, text, bytes, times or tuples of them. A record whose key has no total order, such as None or NaN, is a
+        bad record (`max_bad_records`).
         """
         return GroupedDataset(self._node, _checked_key(key, "group_by"))
 
@@ -212,7 +213,7 @@ class Dataset:
         if not by and any(map(columns_of, keys)):
             # The sides are not keyed by the same columns, so their tables can't be compared: join them as records.
             keys = [as_function(key) for key in keys]
-        arrangements = [ByKey(key, title) for key, title in zip(keys, titles, strict=True)]
+        arrangements = [ByJoinKey(key, title) for key, title in zip(keys, titles, strict=True)]
         return Dataset(Arranged((self._node, other._node), tuple(arrangements), Joined(how, by)))
 
     def distinct(self, key: KeyLike = None) -> Dataset:

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -27,7 +27,7 @@ from manyhands.prepare.plan.plan import CachedFiles, Counting, InMemory, Output,
 from manyhands.prepare.records.chunks import Chunk, num_records
 from manyhands.prepare.records.copies import unpack_records
 from manyhands.prepare.records.pipeline import BadRecords, Pipeline, SourcedChunk, unchanged
-from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, RangeReader, rebatched
+from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, RangeReader, Reading, lost_records
 from manyhands.storage.atomic import open_atomic, write_atomic
 from manyhands.storage.files import HashedFile, exists, join_path, names_in, open_to_read, read_bytes, remove
 
@@ -66,7 +66,10 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """A task's counts, and the name and hash of its output file. Records do not pass through the engine."""
+    """A task's counts, and the name and hash of its output file. Records do not pass through the engine.
+
+    records_read: the number of records that a task after a shuffle read from each stage before it; otherwise empty.
+    """
 
     stage: int
     partition: int
@@ -77,6 +80,7 @@ class TaskResult:
     file: str | None
     sha256: str | None
     seconds: float
+    records_read: tuple[int, ...]
 
 
 def run_task(task: Task) -> TaskResult:
@@ -90,8 +94,12 @@ def run_task(task: Task) -> TaskResult:
         derive(0, "task", stage.identity, task.partition)
     )  # functions that use `random` see the same numbers every time
     bad = BadRecords(task.max_bad_records)
+    counts = _ReadCounts()
     try:
-        made = _END_OF.get(type(stage.end), _arrange)(task, stage, bad)
+        made = _END_OF.get(type(stage.end), _arrange)(task, stage, bad, counts)
+    except DataError as error:
+        error.where = error.where or task.name
+        raise
     except OSError as error:
         raise DataError(
             f"a task could not read or write: {error}",
@@ -110,6 +118,7 @@ def run_task(task: Task) -> TaskResult:
         file=made.file,
         sha256=made.sha256,
         seconds=time.monotonic() - started,
+        records_read=counts.records,
     )
     note = json.dumps(asdict(result))
     # The note is not synced, nor is the run file of a task before a shuffle: remove_torn checks both after a crash.
@@ -121,8 +130,8 @@ def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
     """The result in the done note of a task; None if there is no valid note."""
     try:
         note = json.loads(read_bytes(done_path(folder, partition)))
-        return TaskResult(**{**note, "stage": stage})
-    except (OSError, ValueError, TypeError):
+        return TaskResult(**{**note, "stage": stage, "records_read": tuple(note["records_read"])})
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -186,12 +195,17 @@ def _name_in(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def chunks_of(task: Task) -> Iterator[Chunk]:
-    """Compute the records of a task of the plan's last stage without writing them."""
+def chunks_of(task: Task) -> Generator[Chunk, None, tuple[int, ...]]:
+    """Compute the records of a task of the plan's last stage without writing them.
+
+    The generator returns `TaskResult.records_read`.
+    """
     stage = load_plan(task.plan_path).stages[task.stage]
     bad = BadRecords(task.max_bad_records)
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: unchanged)
-    return pipeline.run(partial(_pieces, task, stage))
+    counts = _ReadCounts()
+    yield from pipeline.run(partial(_pieces, task, stage, counts))
+    return counts.records
 
 
 @lru_cache(maxsize=1)
@@ -216,6 +230,13 @@ def runs_path(folder: str, partition: int) -> str:
     return join_path(folder, f"part-{partition:05d}.runs")
 
 
+class _ReadCounts:
+    """What a task after a shuffle has read; see `TaskResult.records_read`."""
+
+    def __init__(self) -> None:
+        self.records: tuple[int, ...] = ()
+
+
 class _Written(NamedTuple):
     """Counts of the records and bytes that a task wrote, and the name and hash of its output file if it has one."""
 
@@ -226,7 +247,7 @@ class _Written(NamedTuple):
     sha256: str | None = None
 
 
-def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Written:
+def _arrange(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
     arrangement: Any = stage.end
     keyer: Callable[[], Callable[[Chunk], Any]] = partial(arrangement.keyer, task.partition)
     pipeline = Pipeline(stage.operations, task.partition, bad, keyer, arrangement.describe())
@@ -234,15 +255,17 @@ def _arrange(task: Task, stage: Stage, bad: BadRecords) -> _Written:
     with open_atomic(path, first_wins=True, durable=False) as file:
         runs = RunFileWriter(file, stage.block_bytes)
         writer = arrangement.writer(runs, stage.partition_bytes)
-        for chunk in pipeline.run(partial(_pieces, task, stage)):
+        for chunk in pipeline.run(partial(_pieces, task, stage, counts)):
             writer.add(chunk)
         writer.flush()
         runs.close()
-    records = sum(block.records for run in runs.runs for block in run)
+        records = sum(block.records for run in runs.runs for block in run)
+        if records != writer.records:  # before the file is published
+            raise lost_records(task.name, writer.records, records)
     return _Written(pipeline.records_in, records, runs.written_bytes)
 
 
-def _output(task: Task, stage: Stage, bad: BadRecords) -> _Written:
+def _output(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
     output: Any = stage.end
     name = output_file_name(task.partition, output.form)
     path = join_path(task.folder, name)
@@ -251,7 +274,7 @@ def _output(task: Task, stage: Stage, bad: BadRecords) -> _Written:
     with open_atomic(path, first_wins=True, durable=False) as opened:
         file: Any = HashedFile(opened)
         writer: Writer | None = None
-        for chunk in pipeline.run(partial(_pieces, task, stage)):
+        for chunk in pipeline.run(partial(_pieces, task, stage, counts)):
             if num_records(chunk):
                 writer = writer or open_writer(output.form, file, output.schema, f"{name}, {task.name}")
                 writer.add(chunk)
@@ -265,19 +288,19 @@ def _output(task: Task, stage: Stage, bad: BadRecords) -> _Written:
     return _Written(pipeline.records_in, records, file.tell(), name, file.hexdigest())
 
 
-def _count(task: Task, stage: Stage, bad: BadRecords) -> _Written:
+def _count(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: unchanged)
-    records = sum(num_records(chunk) for chunk in pipeline.run(partial(_pieces, task, stage)))
+    records = sum(num_records(chunk) for chunk in pipeline.run(partial(_pieces, task, stage, counts)))
     return _Written(pipeline.records_in, records, 0)
 
 
-_END_OF: dict[type, Callable[[Task, Stage, BadRecords], _Written]] = {
+_END_OF: dict[type, Callable[[Task, Stage, BadRecords, _ReadCounts], _Written]] = {
     Output: _output,
     Counting: _count,
 }
 
 
-def _pieces(task: Task, stage: Stage, bad: BadRecords) -> Iterator[SourcedChunk]:
+def _pieces(task: Task, stage: Stage, counts: _ReadCounts, bad: BadRecords) -> Iterator[SourcedChunk]:
     source = stage.source
     if isinstance(source, Read):
         yield from read_split(source.splits[task.partition], bad, source.columns, source.types)
@@ -294,10 +317,12 @@ def _pieces(task: Task, stage: Stage, bad: BadRecords) -> Iterator[SourcedChunk]
     else:
         limit = max(4 * stage.block_bytes, (task.memory_bytes - _BASE_BYTES) // _EXPANSION)
         readers = [RangeReader(paths, source.reducer.by, task.key_range, limit) for paths in task.inputs]
+        reading = Reading(source.reducer, readers, task.name)
         seen = 0
-        for chunk in rebatched(source.reducer.reduce(readers), readers):
+        for chunk in reading.chunks():
             yield SourcedChunk(chunk, _placed(f"stage {stage.number}", task.partition, seen))
             seen += num_records(chunk)
+        counts.records = reading.records
 
 
 def _placed(what: str, partition: int, before: int) -> Callable[[int], str]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
+from itertools import groupby
 from typing import IO, Any, NamedTuple
 
 from manyhands.errors import DataError
 from manyhands.prepare.records.chunks import pack, unpack
-from manyhands.prepare.records.keys import Cut, Keyed, KeyedLists, KeyedTable, compare_keys
+from manyhands.prepare.records.key_order import check_order, compare_keys
+from manyhands.prepare.records.keys import Cut, Keyed, KeyedLists, KeyedTable, is_before
 from manyhands.storage.files import open_to_read
 
 _TAIL = struct.Struct("<QI8s")
@@ -42,11 +44,11 @@ class Block(NamedTuple):
 
     def overlaps(self, start: Cut | None, stop: Cut | None) -> bool:
         """True if the block may hold records of this range."""
-        return (start is None or (self.last, 0) >= start) and (stop is None or (self.first, 0) < stop)
+        return (start is None or not is_before(self.last, start)) and (stop is None or is_before(self.first, stop))
 
     def is_within(self, start: Cut | None, stop: Cut | None) -> bool:
         """True if all records of the block are in this range."""
-        return (start is None or (self.first, 0) >= start) and (stop is None or (self.last, 0) < stop)
+        return (start is None or not is_before(self.first, start)) and (stop is None or is_before(self.last, stop))
 
 
 class RunFileWriter:
@@ -60,8 +62,11 @@ class RunFileWriter:
         self._file, self._block_bytes, self._offset = file, block_bytes, 0
         self.runs: list[list[Block]] = []
 
-    def add(self, run: Keyed) -> None:
-        """Write a sorted run. Raises DataError if records can't be pickled."""
+    def add(self, run: Keyed, *, in_order: bool = False) -> None:
+        """Write a run. Raises DataError if records can't be pickled.
+
+        in_order: the run is sorted by its keys, in the order in which they will be compared; this is checked.
+        """
         total, size = len(run), run.size_bytes()
         step = max(1, total * self._block_bytes // max(1, size))
         form = _form_of(run)
@@ -83,6 +88,8 @@ class RunFileWriter:
                 )
             )
             self._write(packed)
+        if in_order:
+            check_order([key for block in blocks for key in (block.first, block.last)], always=True)
         self.runs.append(blocks)
 
     def close(self) -> None:
@@ -152,14 +159,26 @@ def read_blocks(path: str, blocks: Sequence[Block], by: tuple[str, ...]) -> list
                 raise _damaged(path, f"the checksum of the block at byte {block.offset} does not match")
             value = unpack(packed)
             found.append(KeyedLists(*value) if isinstance(value, tuple) else KeyedTable(value, by))
+            if len(found[-1]) != block.records:
+                raise _damaged(
+                    path, f"the block at byte {block.offset} has {len(found[-1])} of {block.records} records"
+                )
     return found
 
 
 def trimmed(keyed: Keyed, start: Cut | None, stop: Cut | None) -> Keyed:
-    """Return the records of `keyed` that are in this range."""
+    """Return the records of `keyed` that are in this range. Raises DataError if others are found."""
     low = 0 if start is None else keyed.count_before(start)
     high = len(keyed) if stop is None else keyed.count_before(stop)
-    return keyed if (low, high) == (0, len(keyed)) else keyed.part(low, max(low, high))
+    found = keyed if (low, high) == (0, len(keyed)) else keyed.part(low, max(low, high))
+    if not compare_keys(lambda: found.are_within(start, stop)):
+        raise DataError(
+            "keys have no total order",
+            expected=f"keys in the range from {start} to {stop}",
+            got=f"keys from {found.key_at(0)!r:.100} to {found.key_at(len(found) - 1)!r:.100}",
+            hint="use keys of numbers, text, bytes or tuples of them",
+        )
+    return found
 
 
 def cuts_by_size(blocks: Sequence[Block], limit_bytes: int) -> list[Cut]:
@@ -182,7 +201,7 @@ def cuts_by_size(blocks: Sequence[Block], limit_bytes: int) -> list[Cut]:
         if weight > limit_bytes:
             cuts += [(first, 0), (first, 1)]
             filled = 0
-    return sorted(set(cuts))
+    return [cut for cut, _ in groupby(cuts)]
 
 
 def _opened(path: str) -> IO[bytes]:

@@ -25,10 +25,11 @@ from manyhands.errors import ConfigError, DataError, Interrupted, ManyhandsError
 from manyhands.formatting import format_bytes, format_count, format_seconds
 from manyhands.prepare.io.formats import CHUNKS
 from manyhands.prepare.job.progress import EVENTS, JobEvents, JobProgress
-from manyhands.prepare.job.stages import JobFolder, StageResult, run_stages, tasks_of
+from manyhands.prepare.job.stages import JobFolder, StageResult, check_counts, run_stages, tasks_of
 from manyhands.prepare.options import Options, patience_seconds, rank_of
 from manyhands.prepare.plan.plan import Arranged, Cached, CachedFiles, Node, Output, Plan, Step, make_plan
 from manyhands.prepare.records.chunks import records_of
+from manyhands.prepare.shuffle.reduce import lost_records
 from manyhands.prepare.task import chunks_of
 from manyhands.storage.atomic import is_temporary, sync, write_atomic
 from manyhands.storage.files import exists, join_path, move, names_in, read_bytes, remove
@@ -230,6 +231,8 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
     """Move the files into place, and write the manifest last. If the process is killed, the next run continues."""
     last = stages[-1]
     files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
+    bad = b"".join(line for stage in stages for line in stage.bad_records)
+    _check_totals(stages, sum(file.records for file in files), bad.count(b"\n"))
     if before is not None:
         remove(join_path(folder, MANIFEST))
         if is_local(folder):
@@ -251,7 +254,6 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
             )
     if is_local(folder):
         sync(Path(folder))  # the tasks have synced the files; the manifest must not become durable before their names
-    bad = b"".join(line for stage in stages for line in stage.bad_records)
     if bad:
         write_atomic(join_path(folder, BAD_RECORDS), bad)
     manifest = {
@@ -264,6 +266,15 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
     }
     write_atomic(join_path(folder, MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
     return manifest
+
+
+def _check_totals(stages: list[StageResult], records: int, bad_records: int) -> None:
+    """Check the counts of the manifest against those of the tasks. Raises DataError."""
+    if records != stages[-1].records:
+        raise lost_records("the files of the last stage", stages[-1].records, records)
+    found = sum(result.bad_records for stage in stages for result in stage.results)
+    if bad_records != found:
+        raise lost_records("the bad records of all stages", found, bad_records)
 
 
 def _digest(files: list[OutputFile], bad: bytes) -> str:
@@ -377,11 +388,18 @@ def first_records(plan: Plan, count: int, options: Options) -> list[Any]:
         memory_bytes = getattr(options.engine, "memory_bytes", options.total_bytes())
         tasks = tasks_of(plan, plan.stages[-1], job, job.plan_path(plan), done, memory_bytes, options.max_bad_records)
         found: list[Any] = []
+        records_read: list[tuple[int, ...]] = []
         for task in tasks:
-            for chunk in chunks_of(task):
-                found += records_of(chunk)
+            chunks = chunks_of(task)
+            while True:
+                try:
+                    found += records_of(next(chunks))
+                except StopIteration as end:
+                    records_read.append(end.value)
+                    break
                 if len(found) >= count:
                     return found[:count]
+        check_counts(plan.stages[-1], done, records_read)
         return found
 
     result: list[Any] = run_temporarily(plan, options, read)

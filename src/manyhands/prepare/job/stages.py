@@ -27,7 +27,7 @@ from manyhands.prepare.options import Options, rank_of
 from manyhands.prepare.plan.plan import Plan, Read, Shuffled, Stage
 from manyhands.prepare.records.pickling import pickled
 from manyhands.prepare.records.pipeline import BadRecord, too_many_bad_records
-from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange
+from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, lost_records
 from manyhands.prepare.task import Task, TaskResult, bad_path, finished, remove_torn, runs_path
 from manyhands.storage.atomic import TEMPORARY, remove_temporary_files, write_atomic
 from manyhands.storage.files import exists, join_path, make_folder, names_in, read_bytes, remove
@@ -195,7 +195,9 @@ def run_stages(
     try:
         for stage in stages:
             tasks = tasks_of(plan, stage, folder, plan_path, done, engine.memory_bytes, options.max_bad_records)
-            done.append(_run_stage(stage, tasks, engine, options, progress, sum(_bad(result) for result in done)))
+            result = _run_stage(stage, tasks, engine, options, progress, sum(_bad(result) for result in done))
+            check_counts(stage, done, [task.records_read for task in result.results])
+            done.append(result)
     except KeyboardInterrupt:
         raise Interrupted(
             "the job was stopped on request", where=folder.path, hint="run it again: completed tasks are not repeated"
@@ -204,6 +206,17 @@ def run_stages(
         engine.close()
         folder.sweep(plan)
     return done
+
+
+def check_counts(stage: Stage, done: Sequence[StageResult], records_read: Sequence[Sequence[int]]) -> None:
+    """Check that the tasks of a stage together read each record of the stages before it once.
+
+    records_read: of each task of the stage; see `TaskResult`. Raises DataError.
+    """
+    for position, number in enumerate(stage.inputs):
+        read = sum(records[position] for records in records_read)
+        if read != done[number].records:
+            raise lost_records(f"stage {stage.number}, which reads stage {number}", done[number].records, read)
 
 
 def tasks_of(

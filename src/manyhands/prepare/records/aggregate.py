@@ -16,11 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from manyhands.errors import DataError
+from manyhands.errors import DataError, InvariantError
 from manyhands.prepare.records.chunks import Chunk, records_of
 from manyhands.prepare.records.copies import can_change, own_copies, own_copy
 from manyhands.prepare.records.functions import BadResult, check_results, describe_error, is_for_user
-from manyhands.prepare.records.keys import Key, Keyed, KeyedLists, KeyedTable, check_keys, keys_of, values_of
+from manyhands.prepare.records.key_columns import checked_columns, group_keys_of_columns
+from manyhands.prepare.records.key_order import compared, group_keys
+from manyhands.prepare.records.keys import Key, Keyed, KeyedLists, KeyedTable, keys_of, values_of
 from manyhands.prepare.records.pipeline import BadKey
 from manyhands.prepare.records.table_order import order_and_starts, order_of
 
@@ -39,14 +41,15 @@ _SMALL = 2**40  # states below this can be added across millions of tasks withou
 _SAFE = 2**47  # a chunk has at most 65,536 rows: the sum of that many integers below this fits in 64 bits
 
 
-def combine_table(table: pa.Table, key: Key, aggregates: Sequence[Aggregate]) -> Keyed | None:
+def combine_table(
+    table: pa.Table, key: tuple[str, ...], key_columns: Sequence[Any], aggregates: Sequence[Aggregate]
+) -> Keyed | None:
     """Return the states of a table's groups, or None if Arrow cannot compute them exactly.
 
-    If the result is None, the caller combines the rows as Python objects.
+    key_columns: the columns of `key`, from `checked_columns`. If the result is None, the caller combines the rows as
+    Python objects.
     """
-    if not isinstance(key, tuple) or not set(key) <= set(table.column_names) or len(table) > 65_536:
-        return None
-    if any(table.column(name).null_count or pa.types.is_floating(table.schema.field(name).type) for name in key):
+    if len(table) > 65_536 or any(pa.types.is_floating(column.type) for column in key_columns):
         return None
     if any(aggregate.kind not in _FUNCTIONS for aggregate in aggregates):
         return None
@@ -54,18 +57,24 @@ def combine_table(table: pa.Table, key: Key, aggregates: Sequence[Aggregate]) ->
         return None
     if not len(table):
         return KeyedLists([], [[] for _ in aggregates])
-    keys, results = _grouped(table, key, aggregates)
+    kinds = [table.schema.field(name).type for name in key]
+    keys, results = _grouped(table, key_columns, aggregates)
     if len(key) == 1 and {aggregate.kind for aggregate in aggregates} <= _MERGED_KINDS:
         states = {str(number): columns[0].cast(pa.int64()) for number, columns in enumerate(results)}
         keyed = pa.table({_KEY: keys[0], **states})
-        if keyed.schema.field(_KEY).type in _KEY_TYPES.values() and states_are_small(keyed):
+        if kinds[0] in _KEY_TYPES.values() and states_are_small(keyed):
             return KeyedTable(keyed, (_KEY,))
-    return KeyedLists(_rows(keys), [_rows(columns) for columns in results])
+    distinct = group_keys_of_columns(keys, kinds)
+    if len(set(compared(distinct))) < len(
+        distinct
+    ):  # Arrow tells values apart that Python doesn't, such as parts of a day
+        return None
+    return KeyedLists(distinct, [_rows(columns) for columns in results])
 
 
-def _grouped(table: pa.Table, key: tuple[str, ...], aggregates: Sequence[Aggregate]) -> tuple[list[Any], list[Any]]:
+def _grouped(table: pa.Table, key_columns: Sequence[Any], aggregates: Sequence[Aggregate]) -> tuple[Any, Any]:
     """Return the columns of distinct keys, and for each aggregate the result columns that form its state."""
-    inputs = {f"key {number}": table.column(name) for number, name in enumerate(key)}
+    inputs = {f"key {number}": column for number, column in enumerate(key_columns)}
     keys = list(inputs)
     requested: list[list[Any]] = []
     for aggregate in aggregates:
@@ -277,13 +286,16 @@ class Grouping:
     def combine(self, chunk: Chunk) -> Keyed:
         """Return the states of the chunk's groups: distinct keys and a column of states per aggregate, or one table.
 
-        Raises any error of the functions, and BadKey for a key that is None, NaN or not hashable.
+        Raises any error of the functions, and BadKey for a key that is not hashable or has no total order.
         """
-        if not isinstance(chunk, list):
-            combined = combine_table(chunk, self.key, list(self.aggregates.values()))
+        if not isinstance(chunk, list) and isinstance(self.key, tuple):
+            columns = checked_columns(chunk, self.key)
+            combined = combine_table(chunk, self.key, columns, list(self.aggregates.values()))
             if combined is not None:
                 return combined
-        keys = keys_of(chunk, self.key)
+            keys = group_keys_of_columns(columns, [chunk.schema.field(name).type for name in self.key])
+        else:
+            keys = group_keys(keys_of(chunk, self.key))
         if len(keys) >= MANY and all(aggregate.kind == "count" for aggregate in self.aggregates.values()):
             counted = count_keys(keys, len(self.aggregates))
             if counted is not None:
@@ -295,9 +307,7 @@ class Grouping:
             if "unhashable" in str(error):
                 raise BadKey(f"a key is not hashable ({error}): use numbers, text, bytes or tuples of them") from error
             raise
-        distinct = list(states[0])
-        check_keys(distinct)
-        return KeyedLists(distinct, [list(column.values()) for column in states])
+        return KeyedLists(list(states[0]), [list(column.values()) for column in states])
 
     def merge_into(self, states: list[dict[Any, Any]], combined: KeyedLists) -> None:
         """Merge the states of a chunk or a run into `states`: for each aggregate, a dict from keys to states.
@@ -308,6 +318,8 @@ class Grouping:
             # Shortcuts with the same result: the first states are copied, and counts are added without a call.
             if aggregate.kind in ("count", "sum") and not into:
                 into.update(zip(combined.keys, column, strict=True))
+                if len(into) != len(combined.keys):
+                    raise InvariantError("a run has several states for one key", got=len(combined.keys) - len(into))
             elif aggregate.kind == "count":
                 get = into.get
                 for key, count in zip(combined.keys, column, strict=True):

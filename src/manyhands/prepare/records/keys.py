@@ -4,7 +4,7 @@ The key of a record is the record itself, one or more of its columns, or the res
 are sorted, written as runs, and divided into ranges.
 
 A *cut* is a boundary between keys: `(key, 0)` lies before all records with that key, `(key, 1)` after them. A range is
-`[start, stop)` of cuts; None means that this side is open.
+`[start, stop)` of cuts; None means that this side is open. Keys are compared by `<` only, in the order of `key_order`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import orjson
 
-from manyhands.errors import DataError
 from manyhands.prepare.records.chunks import Chunk, concatenate, records_of, size_bytes
 from manyhands.prepare.records.functions import check_results, name_of
+from manyhands.prepare.records.key_order import (
+    are_built_in,
+    check_order,
+    compare_keys,
+    compared,
+    compared_key,
+    shown_keys,
+)
 from manyhands.prepare.records.pipeline import BadKey
 
 if TYPE_CHECKING:
@@ -57,19 +64,6 @@ def values_of(records: list[Any], of: Callable[[Any], Any] | str | None) -> list
     if of is None:
         return records
     return keys_of(records, (of,) if isinstance(of, str) else of)
-
-
-def check_keys(keys: list[Any]) -> None:
-    """Raise BadKey if a key can't be ordered: None, NaN, or a tuple that contains one of them."""
-    kinds = set(map(type, keys))
-    if kinds <= {str, int, bytes, bool}:
-        return
-    for key in keys:
-        for part in key if isinstance(key, tuple) else (key,):
-            if part is None:
-                raise BadKey("the key is None: drop such records, or give them another key")
-            if part != part:  # only NaN differs from itself
-                raise BadKey("the key is NaN, which equals no other key: drop such records, or give them another key")
 
 
 def content_key(record: Any) -> bytes:
@@ -149,7 +143,18 @@ Cut: TypeAlias = tuple[Any, int]
 
 ORDER_COLUMN = "manyhands order"  # an extra column that holds the order, and is dropped after the shuffle
 
-T = TypeVar("T")
+
+def is_before(key: Any, cut: Cut) -> bool:
+    """True if records with this key lie before the cut."""
+    at, is_after = cut
+    return not at < key if is_after else bool(key < at)
+
+
+def cut_is_less(cut: Cut, other: Cut) -> bool:
+    """True if the first cut lies before the other one."""
+    if cut[0] < other[0]:
+        return True
+    return not other[0] < cut[0] and cut[1] < other[1]
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,8 @@ class KeyedLists:
         return self.columns[0]
 
     def key_at(self, index: int) -> Any:
-        """Return the key of a record."""
-        return self.keys[index]
+        """Return the key of a record, as it is compared."""
+        return compared_key(self.keys[index])
 
     def part(self, start: int, stop: int) -> KeyedLists:
         """Return records `start` to `stop`."""
@@ -181,23 +186,41 @@ class KeyedLists:
     def count_before(self, cut: Cut) -> int:
         """Return the number of records before the cut. The keys must be sorted."""
         key, is_after = cut
-        return compare_keys(lambda: (bisect_right if is_after else bisect_left)(self.keys, key))
+        return compare_keys(lambda: (bisect_right if is_after else bisect_left)(self.keys, key, key=compared_key))
+
+    def are_within(self, start: Cut | None, stop: Cut | None) -> bool:
+        """True if all keys are in the range. The keys must be sorted."""
+        keys = compared(self.keys)
+        if are_built_in(keys):
+            keys = [*keys[:1], *keys[-1:]]  # with a total order, the others lie between these
+        return all(
+            (start is None or not is_before(key, start)) and (stop is None or is_before(key, stop)) for key in keys
+        )
 
     def in_order(self, *, descending: bool = False) -> KeyedLists:
-        """Return the records sorted by key; the sort is stable. Raises DataError for keys that can't be compared."""
-        keys = self.keys
+        """Return the records sorted by key; the sort is stable.
+
+        Raises DataError for keys that can't be compared or have no total order.
+        """
+        keys = compared(self.keys)
         if all(column is keys for column in self.columns):
             keys = compare_keys(lambda: sorted(keys, reverse=descending))
+            check_order(keys, descending=descending)
             return KeyedLists(keys, [keys for _ in self.columns])
         order = compare_keys(lambda: sorted(range(len(keys)), key=keys.__getitem__, reverse=descending))
         if len(order) < 2:  # itemgetter of one index returns the item, not a tuple
             return self
         take = itemgetter(*order)
-        return KeyedLists(list(take(keys)), [list(take(column)) for column in self.columns])
+        check_order(list(take(keys)), descending=descending)
+        sorted_keys = list(take(self.keys))
+        return KeyedLists(
+            sorted_keys, [sorted_keys if column is self.keys else list(take(column)) for column in self.columns]
+        )
 
     def size_bytes(self) -> int:
         """Return an estimate of the memory of keys and columns."""
-        return sum(map(size_bytes, [column for column in self.columns if column is not self.keys] + [self.keys]))
+        keys = shown_keys(self.keys)  # the size must not depend on how keys are compared
+        return sum(map(size_bytes, [column for column in self.columns if column is not self.keys] + [keys]))
 
 
 @dataclass(frozen=True)
@@ -216,9 +239,10 @@ class KeyedTable:
         return self.table
 
     def key_at(self, index: int) -> Any:
-        """Return the key of a row: a value, or a tuple for several columns."""
-        values = tuple(self.table.column(name)[index].as_py() for name in self.by)
-        return values[0] if len(values) == 1 else values
+        """Return the key of a row, as it is compared: a value, or a tuple for several columns."""
+        from manyhands.prepare.records.key_columns import key_at
+
+        return key_at([self.table.column(name) for name in self.by], index)
 
     def part(self, start: int, stop: int) -> KeyedTable:
         """Return rows `start` to `stop`."""
@@ -230,11 +254,16 @@ class KeyedTable:
         view = _Keys(self)
         return compare_keys(lambda: (bisect_right if is_after else bisect_left)(view, key))
 
+    def are_within(self, start: Cut | None, stop: Cut | None) -> bool:
+        """True if all keys are in the range. The keys must be sorted."""
+        ends = {0, len(self) - 1} if len(self) else ()
+        return KeyedLists([self.key_at(index) for index in ends], []).are_within(start, stop)
+
     def in_order(self, *, descending: bool = False) -> KeyedTable:
         """Return the rows sorted by key; the sort is stable."""
-        from manyhands.prepare.records.table_order import order_of
+        from manyhands.prepare.records.table_order import in_order
 
-        return KeyedTable(self.table.take(order_of(self.table, self.by, descending=descending)), self.by)
+        return KeyedTable(in_order(self.table, self.by, descending=descending), self.by)
 
     def size_bytes(self) -> int:
         """Return an estimate of the memory of the columns."""
@@ -242,8 +271,9 @@ class KeyedTable:
 
     def as_lists(self) -> KeyedLists:
         """Return keys and rows as Python objects."""
-        columns = [self.table.column(name).to_pylist() for name in self.by]
-        keys = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+        from manyhands.prepare.records.key_columns import keys_of_columns
+
+        keys = keys_of_columns([self.table.column(name) for name in self.by])
         records = self.table.drop_columns([ORDER_COLUMN]) if self.by == (ORDER_COLUMN,) else self.table
         return KeyedLists(keys, [records.to_pylist()])
 
@@ -277,15 +307,3 @@ def concatenate_keyed(parts: Sequence[Keyed]) -> Keyed:
     records_are_keys = all(part.columns[0] is part.keys for part in lists)
     columns = zip(*(part.columns for part in lists), strict=True)
     return KeyedLists(keys, [keys] if records_are_keys else [list(chain.from_iterable(column)) for column in columns])
-
-
-def compare_keys(compare: Callable[[], T]) -> T:
-    """Return `compare()`. Raises DataError if Python can't compare the keys."""
-    try:
-        return compare()
-    except TypeError as error:
-        raise DataError(
-            f"keys of different types can't be sorted: {error}",
-            expected="keys of one type: numbers, text, bytes, or tuples of them",
-            hint="return one type from the key function, for example key=lambda record: str(...)",
-        ) from error

@@ -195,7 +195,7 @@ class Pipeline(Generic[T]):
                 # A bad record counts at every step that it reached. So later records have the same positions at these
                 # steps as if it had not failed; `sample` depends on the positions.
                 failed.append(_Failed(index, [new - old for old, new in zip(before, self._seen, strict=True)]))
-                record = records_of(part_of(pristine, index, index + 1))[0]
+                record = _record_of(part_of(pristine, index, index + 1))
                 if not isinstance(error, Exception):
                     raise _ended(self._describe(error), where(index), record) from error
                 self._bad.add(where(index), self._describe(error), record, error)
@@ -292,6 +292,14 @@ def _ended(what: str, where: str, record: Any) -> DataError:
         got=repr(record)[:200],
         hint="raise an exception such as ValueError instead: it makes the record a bad record (max_bad_records)",
     )
+
+
+def _record_of(chunk: Chunk) -> Any:
+    """Return the one record of a chunk for a message; as Arrow shows it if Python's types can't hold its values."""
+    try:
+        return records_of(chunk)[0]
+    except Exception:
+        return str(chunk)
 
 
 def unchanged(chunk: Chunk) -> Any:

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from manyhands.prepare.records.key_columns import sortable, takeable
+
 _MIN_KEYS_PER_TIE = 8  # if there is more than one tie per this many keys, another method is used
 
 _MAX_PREFIX_BYTES = 64  # at most this many bytes of a key are compared as integers
@@ -26,12 +28,26 @@ _MIN_RUN_LENGTH = 64  # numbers count as mostly sorted if their sorted runs are 
 
 def order_of(table: pa.Table, by: tuple[str, ...], *, descending: bool) -> Any:
     """Return the indices that sort the rows by the columns `by`. The sort is stable."""
+    keys = {str(number): sortable(table.column(name), name) for number, name in enumerate(by)}
     if len(by) == 1 and len(table):
-        found = _order_and_changes(table.column(by[0]), descending=descending)
+        found = _order_and_changes(keys["0"], descending=descending)
         if found is not None:
             return pa.array(found[0])
     direction = "descending" if descending else "ascending"
-    return pc.sort_indices(table, sort_keys=[(name, direction) for name in by])
+    return pc.sort_indices(pa.table(keys), sort_keys=[(name, direction) for name in keys])
+
+
+def in_order(table: pa.Table, by: tuple[str, ...], *, descending: bool) -> pa.Table:
+    """Return the rows sorted by the columns `by`. The sort is stable.
+
+    Columns of views and of run ends are decoded, because Arrow can't rearrange them.
+    """
+    order = order_of(table, by, descending=descending)
+    columns = [takeable(column) for column in table.columns]
+    if any(found is not column for found, column in zip(columns, table.columns, strict=True)):
+        fields = [field.with_type(column.type) for field, column in zip(table.schema, columns, strict=True)]
+        table = pa.table(columns, schema=pa.schema(fields, table.schema.metadata))
+    return table.take(order)
 
 
 def order_and_starts(column: Any) -> tuple[Any, Any] | None:

@@ -9,17 +9,16 @@ from typing import Any, Protocol
 from manyhands.prepare.io.run_file import RunFileWriter
 from manyhands.prepare.records.aggregate import MANY, Grouping
 from manyhands.prepare.records.chunks import Chunk, is_table, num_records, records_of
+from manyhands.prepare.records.key_order import check_hashable, ordered_keys
 from manyhands.prepare.records.keys import (
     ORDER_COLUMN,
     Key,
     Keyed,
     KeyedLists,
     KeyedTable,
-    check_keys,
     concatenate_keyed,
     keys_of,
 )
-from manyhands.prepare.records.pipeline import BadKey
 
 _MAX_TABLES = 256  # tables of group states are merged at this number, because even one with few rows takes some KiB
 
@@ -55,6 +54,11 @@ class RunWriter(Protocol):
         """Write the remaining records as the last run."""
         ...
 
+    @property
+    def records(self) -> int:
+        """The number of records, or of states of groups, that the runs must hold after `flush`."""
+        ...
+
 
 class SortingWriter:
     """Collects records and writes them as sorted runs."""
@@ -63,8 +67,10 @@ class SortingWriter:
         self._file, self._run_bytes = file, run_bytes
         self._parts: list[Keyed] = []
         self._bytes = 0
+        self.records = 0
 
     def add(self, keyed: Keyed) -> None:
+        self.records += len(keyed)
         if len(keyed):
             self._parts.append(keyed)
             self._bytes += keyed.size_bytes()
@@ -74,7 +80,7 @@ class SortingWriter:
     def flush(self) -> None:
         if self._parts:
             parts, self._parts, self._bytes = self._parts, [], 0
-            self._file.add(concatenate_keyed(parts).in_order())
+            self._file.add(concatenate_keyed(parts).in_order(), in_order=True)
 
 
 class CombiningWriter:
@@ -89,6 +95,7 @@ class CombiningWriter:
         self._pending_groups = 0
         self._states: list[dict[Any, Any]] = [{} for _ in grouping.aggregates]
         self._bytes = 0
+        self.records = 0
 
     def add(self, keyed: Keyed) -> None:
         if not len(keyed):
@@ -113,13 +120,17 @@ class CombiningWriter:
             self._pending_to_tables()
             self._merge_tables()
         if self._tables:
-            self._file.add(KeyedTable(self._tables[0], (GROUP_COLUMN,)))
+            self._write(KeyedTable(self._tables[0], (GROUP_COLUMN,)))
             self._tables, self._bytes = [], 0
             return
         self._all_to_states()
         states, self._states, self._bytes = self._states, [{} for _ in self._states], 0
         if states[0]:
-            self._file.add(in_key_order(states))
+            self._write(in_key_order(states))
+
+    def _write(self, states: Keyed) -> None:
+        self.records += len(states)
+        self._file.add(states, in_order=True)
 
     def _merge_tables(self) -> None:
         """Merge all tables into one, or into dicts of states if sums in 64 bits might overflow."""
@@ -168,7 +179,7 @@ def in_key_order(states: list[dict[Any, Any]]) -> KeyedLists:
 
 @dataclass(frozen=True)
 class ByKey:
-    """Sorts records by a key, for `sort_by` and `join`."""
+    """Sorts records by a key, for `sort_by`."""
 
     key: Key
     what: str
@@ -179,8 +190,7 @@ class ByKey:
     def _add_keys(self, chunk: Chunk) -> Keyed:
         if not isinstance(chunk, list) and isinstance(self.key, tuple):
             return _checked_table(chunk, self.key)
-        keys = keys_of(chunk, self.key)
-        check_keys(keys)
+        keys = ordered_keys(keys_of(chunk, self.key))
         return KeyedLists(keys, [records_of(chunk)])
 
     def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
@@ -193,20 +203,26 @@ class ByKey:
 def _checked_table(table: Any, by: tuple[str, ...]) -> KeyedTable:
     """Check the key columns of a table and decode dictionaries in them. Raises BadKey."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
+    from manyhands.prepare.records.key_columns import checked_columns
+
+    checked_columns(table, by)
     for name in by:
-        if name not in table.column_names:
-            raise BadKey(f"the record has no column {name!r}")
         column = table.column(name)
         if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-            table = table.set_column(table.column_names.index(name), name, column)
-        if column.null_count:
-            raise BadKey("the key is None: drop such records, or give them another key")
-        if pa.types.is_floating(column.type) and pc.any(pc.is_nan(column)).as_py():
-            raise BadKey("the key is NaN, which equals no other key: drop such records, or give them another key")
+            table = table.set_column(table.column_names.index(name), name, column.cast(column.type.value_type))
     return KeyedTable(table, by)
+
+
+@dataclass(frozen=True)
+class ByJoinKey(ByKey):
+    """Sorts records by a key for `join`, which also needs hashable keys."""
+
+    def _add_keys(self, chunk: Chunk) -> Keyed:
+        keyed = super()._add_keys(chunk)
+        if isinstance(keyed, KeyedLists):
+            check_hashable(keyed.keys)
+        return keyed
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
-from manyhands.errors import InvariantError
+from manyhands.errors import DataError, InvariantError
 from manyhands.prepare.io.run_file import Block, cuts_by_size, read_blocks, read_index, trimmed
 from manyhands.prepare.records.aggregate import Grouping
 from manyhands.prepare.records.chunks import (
@@ -23,7 +23,16 @@ from manyhands.prepare.records.chunks import (
     with_contiguous_columns,
 )
 from manyhands.prepare.records.copies import copier_of
-from manyhands.prepare.records.keys import ORDER_COLUMN, Cut, Keyed, KeyedLists, KeyedTable, concatenate_keyed
+from manyhands.prepare.records.key_order import compare_keys, shown_keys
+from manyhands.prepare.records.keys import (
+    ORDER_COLUMN,
+    Cut,
+    Keyed,
+    KeyedLists,
+    KeyedTable,
+    concatenate_keyed,
+    cut_is_less,
+)
 from manyhands.prepare.shuffle.arrange import GROUP_COLUMN, in_key_order, states_of
 
 
@@ -53,10 +62,13 @@ class RangeReader:
         self._runs: list[tuple[str, list[Block]]] = []
         for path in paths:
             for run in read_index(path):
-                overlapping = [block for block in run if block.overlaps(*key_range)]
+                overlapping = _overlapping(run, key_range)
                 if overlapping:
                     self._runs.append((path, overlapping))
         self._is_uniform = len({block.form for block in self.blocks}) <= 1
+        self._parts = [key_range]
+        # For each part (by its position) and block (by path and offset) that lies partly in it, the records in both.
+        self._trimmed: dict[tuple[int, str, int], int] = {}
 
     @property
     def blocks(self) -> list[Block]:
@@ -72,13 +84,18 @@ class RangeReader:
         """Divide the range into parts that fit into memory together with the same parts of `others`."""
         blocks = [block for reader in (self, *others) for block in reader.blocks]
         start, stop = self._key_range
-        cuts = [
-            cut
-            for cut in cuts_by_size(blocks, self.limit_bytes)
-            if (start is None or cut > start) and (stop is None or cut < stop)
-        ]
+        cuts = compare_keys(
+            lambda: [
+                cut
+                for cut in cuts_by_size(blocks, self.limit_bytes)
+                if (start is None or cut_is_less(start, cut)) and (stop is None or cut_is_less(cut, stop))
+            ]
+        )
         edges: list[Cut | None] = [start, *cuts, stop]
-        return [KeyRange(low, high) for low, high in pairwise(edges)]
+        parts = [KeyRange(low, high) for low, high in pairwise(edges)]
+        for reader in (self, *others):
+            reader._parts = parts
+        return parts
 
     def stream(self, part: KeyRange, *, as_written: bool = False) -> Iterator[Keyed]:
         """Yield the records of a part, run after run and block by block.
@@ -88,13 +105,63 @@ class RangeReader:
         depends on the memory. as_written: yield each block in the form in which it was written.
         """
         for path, run in self._runs:
-            for block in (block for block in run if block.overlaps(*part)):
-                for keyed in read_blocks(path, [block], self._by):
-                    found = keyed if block.is_within(*part) else trimmed(keyed, *part)
-                    if len(found):
-                        if isinstance(found, KeyedTable) and not (as_written or self._is_uniform):
-                            found = found.as_lists()
-                        yield found
+            for block in _overlapping(run, part):
+                found = self._read(path, block, part)
+                if len(found):
+                    if isinstance(found, KeyedTable) and not (as_written or self._is_uniform):
+                        found = found.as_lists()
+                    yield found
+
+    def _read(self, path: str, block: Block, part: KeyRange) -> Keyed:
+        """Read the records of a block that are in a part."""
+        (keyed,) = read_blocks(path, [block], self._by)
+        if block.is_within(*part):
+            return keyed
+        found = trimmed(keyed, *part)
+        self._trimmed[self._position(part), path, block.offset] = len(found)
+        return found
+
+    def _position(self, part: KeyRange) -> int:
+        """Return the position of a part. Parts are compared by identity, because their keys may not be hashable."""
+        return next((index for index, found in enumerate(self._parts) if found is part), -1)
+
+    def count_records(self) -> int:
+        """Return the number of records in all parts together. Call it when they have been read.
+
+        Blocks that lie in one part are counted by the index, and others are read if they have not been. Raises
+        DataError if a block of the range has more or fewer records than its parts.
+        """
+        total = 0
+        for path, run in self._runs:
+            counts = dict.fromkeys((block.offset for block in run), 0)
+            for position, part in enumerate(self._parts):
+                for block in _overlapping(run, part):
+                    if not block.is_within(*part) and (position, path, block.offset) not in self._trimmed:
+                        self._read(path, block, part)
+                    counts[block.offset] += self._trimmed.get((position, path, block.offset), block.records)
+            for block in run:
+                if block.is_within(*self._key_range) and counts[block.offset] != block.records:
+                    raise lost_records(
+                        f"the block at byte {block.offset} of {path}", block.records, counts[block.offset]
+                    )
+            total += sum(counts.values())
+        return total
+
+
+def _overlapping(run: Sequence[Block], part: KeyRange) -> list[Block]:
+    return compare_keys(lambda: [block for block in run if block.overlaps(*part)])
+
+
+def lost_records(where: str, expected: int, got: int) -> DataError:
+    """Return the error for records that a shuffle lost or duplicated."""
+    return DataError(
+        "records were lost or duplicated between two stages",
+        where=where,
+        expected=f"{expected} records",
+        got=f"{got} records",
+        hint="nothing was published. If the keys have a type of your own, its order may contradict itself: use keys of "
+        "numbers, text, bytes or tuples of them; otherwise, please report this as a defect",
+    )
 
 
 class Reduction(Protocol):
@@ -178,9 +245,10 @@ class Grouped:
         if self.bare:
             return columns[0]
         names = (*self.key_names, *self.grouping.aggregates)
+        keys = shown_keys(groups.keys)
         if len(self.key_names) == 1:
-            return [dict(zip(names, row, strict=True)) for row in zip(groups.keys, *columns, strict=True)]
-        return [dict(zip(names, (*key, *row), strict=True)) for key, *row in zip(groups.keys, *columns, strict=True)]
+            return [dict(zip(names, row, strict=True)) for row in zip(keys, *columns, strict=True)]
+        return [dict(zip(names, (*key, *row), strict=True)) for key, *row in zip(keys, *columns, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -271,6 +339,27 @@ def _groups(reader: RangeReader, part: KeyRange) -> dict[Any, list[Any]]:
         for key, record in zip(lists.keys, lists.columns[0], strict=True):
             groups.setdefault(key, []).append(record)
     return groups
+
+
+class Reading:
+    """Reads the records of one task after a shuffle, and counts them.
+
+    records: the number of records that were read from each input; complete when `chunks` is exhausted.
+    """
+
+    def __init__(self, reducer: Reduction, readers: Sequence[RangeReader], where: str) -> None:
+        self._reducer, self._readers, self._where = reducer, readers, where
+        self.records: tuple[int, ...] = ()
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the chunks. Raises DataError if sorting lost or duplicated records."""
+        emitted = 0
+        for chunk in rebatched(self._reducer.reduce(self._readers), self._readers):
+            emitted += num_records(chunk)
+            yield chunk
+        self.records = tuple(reader.count_records() for reader in self._readers)
+        if isinstance(self._reducer, Sorted) and self.records != (emitted,):
+            raise lost_records(self._where, self.records[0], emitted)
 
 
 def rebatched(chunks: Iterator[Chunk], readers: Sequence[RangeReader]) -> Iterator[Chunk]:
