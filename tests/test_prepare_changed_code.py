@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow as pa
 import pytest
 
 import manyhands as mh
@@ -176,3 +177,11 @@ def test_a_graph_of_sets_is_refused_and_does_not_take_forever() -> None:
         node.near |= set(nodes)
     with pytest.raises(mh.ConfigError, match="uses sets of objects that contain more sets"):
         fingerprint_code(nodes)
+
+
+def test_a_function_may_close_over_an_arrow_table() -> None:
+    def identity(value: int) -> str:
+        table = pa.table({"a": [value]})
+        return fingerprint_code(lambda row: table)
+
+    assert identity(1) == identity(1) != identity(2)

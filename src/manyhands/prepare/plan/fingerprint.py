@@ -329,7 +329,7 @@ class _Fingerprint:
         )
 
     def _of_class(self, kind: type) -> str:
-        if _is_ours(kind.__module__) or _is_installed(kind):
+        if _is_installed(kind) or _is_ours(kind.__module__):
             return self._of_name("class", kind)
         members = {
             name: member
@@ -383,7 +383,8 @@ _KINDS: tuple[tuple[Any, Callable[[_Fingerprint, Any], str]], ...] = (
 
 def _is_installed(value: Any) -> bool:
     """True if a function or class is part of Python or an installed package under its name."""
-    if isinstance(value, type) and value.__module__ == "builtins":
+    # The metaclass of Cython's types has a descriptor instead of the name of a module.
+    if isinstance(value, type) and (value.__module__ == "builtins" or not isinstance(value.__module__, str)):
         return True
     if not isinstance(value, (type, types.FunctionType)) or not is_importable(value):
         return False
