@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import itertools
+import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import NormalDist
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +102,8 @@ def test_risk_has_the_same_digits_with_any_workers(risk: ModuleType, tmp_path: P
 
 # Trends
 
+HOW = {"workers": 0, "progress": False}
+
 
 def rows(made: mh.Dataset) -> list[dict[str, object]]:
     return made.take(10**9, workers=0, progress=False)
@@ -139,3 +147,172 @@ def test_arriving_files_are_counted_once_however_often_it_is_killed(trends: Modu
     assert kills >= 8
     assert rows(trends.totals_of(out)) == rows(trends.windowed_words(mh.Dataset.read(inbox)))
     assert sum(len(os.listdir(Path(out) / "totals" / name)) > 0 for name in os.listdir(Path(out) / "totals")) <= 2
+
+
+def add_posts(inbox: Path, name: str, *words: str) -> Path:
+    """Add a file to the inbox with a post for each word, all in the first window."""
+    inbox.mkdir(exist_ok=True)
+    path = inbox / name
+    path.write_text("".join(f'{{"time": 60, "text": "{word}"}}\n' for word in words))
+    return path
+
+
+def words_in(made: mh.Dataset) -> dict[object, object]:
+    return {row["word"]: row["count"] for row in rows(made)}
+
+
+def test_totals_of_batch_100000_are_not_taken_for_older_than_those_of_batch_99999(
+    trends: ModuleType, tmp_path: Path
+) -> None:
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    mh.Dataset.from_records([]).write(str(out / "totals" / "99997"), **HOW)
+    for number, names in [(99998, ["99998"]), (99999, ["99998", "99999"]), (100000, ["99999", "100000"])]:
+        add_posts(inbox, f"{number}.jsonl", "one", "two")
+        trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+        assert words_in(trends.totals_of(str(out))) == {"one": number - 99997, "two": number - 99997}
+        assert {path.name for path in (out / "totals").iterdir()} - {"99997"} == set(names)
+    counted = [json.loads(path.read_text())[0]["name"] for path in sorted((out / "batches").iterdir())]
+    assert counted == ["100000.jsonl", "99998.jsonl", "99999.jsonl"]
+
+
+def test_a_file_that_is_replaced_before_it_is_counted_ends_follow(trends: ModuleType, tmp_path: Path) -> None:
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    path = add_posts(inbox, "a.jsonl", "one")
+    before = path.read_bytes()
+    (out / "batches").mkdir(parents=True)
+    trends.write_batch(inbox, out / "batches" / "00000.json", {})  # then it is killed
+    add_posts(inbox, "a.jsonl", "two")  # of the same size
+    with pytest.raises(mh.DataError, match="a file has changed before it was counted") as raised:
+        trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    assert raised.value.where == str(path)
+    assert (raised.value.expected, raised.value.got) == (
+        f"{len(before)} bytes, SHA-256 {hashlib.sha256(before).hexdigest()}",
+        f"{len(before)} bytes, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}",
+    )
+    assert [path.name for path in out.iterdir()] == ["batches"]
+    path.write_bytes(before)
+    trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    assert words_in(trends.totals_of(str(out))) == {"one": 1}
+
+
+@pytest.mark.parametrize("ends", ["at once", "killed, and the file restored"])
+def test_a_file_that_is_replaced_while_it_is_counted_is_not_published(
+    trends: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    path = add_posts(inbox, "a.jsonl", "one", "one")
+    times, write = os.stat(path), mh.Dataset.write
+
+    def replace_and_write(self: mh.Dataset, folder: str, **options: object) -> object:
+        path.rename(tmp_path / "kept")
+        add_posts(inbox, "a.jsonl", "two", "two")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        summary = write(self, folder, **options)
+        if ends != "at once":
+            (tmp_path / "kept").rename(path)
+            raise KeyboardInterrupt
+        return summary
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mh.Dataset, "write", replace_and_write)
+        with pytest.raises(mh.DataError if ends == "at once" else KeyboardInterrupt):
+            trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    assert not (out / "totals").exists()
+    if ends == "at once":
+        assert not list((out / "counts").iterdir())
+        (tmp_path / "kept").rename(path)
+    trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    assert words_in(trends.totals_of(str(out))) == {"one": 2}
+
+
+@pytest.mark.parametrize("change", ["appended", "same size", "removed, and its name used again"])
+def test_a_file_that_changes_after_it_was_counted_ends_follow(trends: ModuleType, tmp_path: Path, change: str) -> None:
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    path = add_posts(inbox, "a.jsonl", "one")
+    trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    path.touch()  # other times alone are no change
+    trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    if change.startswith("removed"):
+        path.unlink()
+        trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    add_posts(inbox, "a.jsonl", *(["two"] if change == "same size" else ["one", "two"]))
+    add_posts(inbox, "b.jsonl", "three")
+    with pytest.raises(mh.DataError, match="a file has changed after it was counted") as raised:
+        trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    assert raised.value.where == str(path)
+    assert words_in(trends.totals_of(str(out))) == {"one": 1}
+    path.unlink()
+    trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    assert words_in(trends.totals_of(str(out))) == {"one": 1, "three": 1}
+
+
+def test_follow_takes_complete_files_only_and_an_empty_one_does_not_end_it(trends: ModuleType, tmp_path: Path) -> None:
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    (inbox / "folder").mkdir(parents=True)
+    for name in ("empty.jsonl", ".hidden.jsonl", "_manifest.jsonl", "z.jsonl.tmp", "folder/x.jsonl"):
+        add_posts(inbox, name, *([] if name == "empty.jsonl" else ["no"]))
+    trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    assert words_in(trends.totals_of(str(out))) == {}
+    add_posts(inbox, "z.jsonl", "yes")
+    add_posts(inbox, "a.jsonl", "yes")  # sorts before those that were taken
+    trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    assert words_in(trends.totals_of(str(out))) == {"yes": 2}
+    taken = [[entry["name"] for entry in json.loads(path.read_text())] for path in sorted((out / "batches").iterdir())]
+    assert taken == [["empty.jsonl"], ["a.jsonl", "z.jsonl"]]
+
+
+def test_a_restart_does_not_count_earlier_batches_again(
+    trends: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    for number in range(3):
+        add_posts(inbox, f"{number}.jsonl", "one")
+        trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    numbers: list[int] = []
+    monkeypatch.setattr(trends, "count_batch", lambda inbox, folder, number, **how: numbers.append(number))
+    (inbox / "0.jsonl").unlink()  # counted files may be removed
+    add_posts(inbox, "3.jsonl", "one")
+    trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+    assert numbers == [3]
+
+
+def test_totals_are_right_after_a_kill_at_any_step(
+    trends: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends before or after its n-th write, of a list or an output, for all n."""
+    kinds = [(trends, "write_durable"), (mh.Dataset, "write")]
+    add_posts(tmp_path / "inbox", "a.jsonl", "one", "aaa")
+    trends.follow(str(tmp_path / "inbox"), str(tmp_path / "out"), rounds=1, pause_seconds=0, **HOW)
+    add_posts(tmp_path / "inbox", "b.jsonl", "one", "bbb")
+    for kill_at in itertools.count(1):
+        inbox, out = tmp_path / "inbox", tmp_path / f"out-{kill_at}"
+        shutil.copytree(tmp_path / "out", out)
+        steps = itertools.count(1)
+
+        def may_end(steps: Iterator[int] = steps, kill_at: int = kill_at) -> None:
+            if next(steps) == kill_at:
+                raise KeyboardInterrupt
+
+        killed = False
+        with monkeypatch.context() as patch:
+            for owner, name in kinds:
+                patch.setattr(owner, name, around(getattr(owner, name), may_end))
+            try:
+                trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+            except KeyboardInterrupt:
+                killed = True
+        if not killed:
+            assert kill_at == 9  # a batch writes two lists and two outputs
+            return
+        trends.follow(str(inbox), str(out), rounds=1, pause_seconds=0, **HOW)
+        assert words_in(trends.totals_of(str(out))) == {"one": 2, "aaa": 1, "bbb": 1}
+
+
+def around(write: Callable[..., Any], before_and_after: Callable[[], None]) -> Callable[..., Any]:
+    def wrapped(*given: Any, **options: Any) -> Any:
+        before_and_after()
+        result = write(*given, **options)
+        before_and_after()
+        return result
+
+    return wrapped

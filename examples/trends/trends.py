@@ -4,25 +4,32 @@
     python examples/trends/trends.py follow INBOX OUT    # also counts files that arrive, until it is stopped
     python examples/trends/trends.py sample INBOX        # writes sample posts
 
-A post is a line of JSON with `time` (seconds) and `text`. Move complete files into INBOX with a rename. Names that
-start with a dot are ignored. `follow` counts each file exactly once, however often it is killed (even with kill -9):
+A post is a line of JSON with `time` (seconds) and `text`. Move complete files into INBOX with a rename. Folders are
+ignored, and names that start with `.` or `_` or end with `.tmp`. `follow` counts each file exactly once, however often
+it is killed (even with kill -9):
 
-    OUT/batches/00007.json   the files of batch 7; written before they are counted, so that the batch never changes
+    OUT/batches/00007.json   the files of batch 7 with their sizes and digests; written before they are counted, so that
+                             the batch never changes
     OUT/counts/00007         the counts of batch 7; if the job is killed, it is repeated with the same bytes
     OUT/totals/00007         the totals of batches 0 to 7: totals of 6 + counts of 7
 
 After a kill, `follow` resumes at the first batch without totals. Late posts count in the window of their own time.
+
+A file is its name, its size and the digest of its bytes. If one is replaced before it is counted, or has other content
+later while it is still in INBOX, `follow` ends with an error that names it, and publishes nothing from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +67,28 @@ def rising(counts: mh.Dataset, window: int, *, most: int = 10, **how: Any) -> li
     return by_word.map(scored).sort_by("score", descending=True).take(most, **how)
 
 
+@dataclass(frozen=True)
+class TakenFile:
+    """A file of a batch, as it was when the batch was made. modified_ns: saves hashing a file that was not touched."""
+
+    name: str
+    size: int
+    sha256: str
+    modified_ns: int
+
+
 def follow(inbox: str, out: str, *, rounds: int | None = None, pause_seconds: float = 1.0, **how: Any) -> None:
-    """Count files as they arrive. rounds: stop after this many checks without new files (None: never stop)."""
+    """Count files as they arrive. rounds: stop after this many checks without new files (None: never stop).
+
+    Raises DataError if a file has changed since it was taken.
+    """
     folder = Path(out)
     (folder / "batches").mkdir(parents=True, exist_ok=True)
-    number = 0
+    taken = {file.name: file for batch in (folder / "batches").glob("*.json") for file in read_batch(batch)}
+    number = max(complete_totals(folder), default=-1) + 1
     while rounds is None or rounds > 0:
         batch = folder / "batches" / f"{number:05d}.json"
-        if not batch.exists() and not write_batch(Path(inbox), batch):
+        if not batch.exists() and not write_batch(Path(inbox), batch, taken):
             rounds = None if rounds is None else rounds - 1
             time.sleep(pause_seconds)
             continue
@@ -75,18 +96,67 @@ def follow(inbox: str, out: str, *, rounds: int | None = None, pause_seconds: fl
         number += 1
 
 
-def write_batch(inbox: Path, batch: Path) -> bool:
-    """Write the list of files of the next batch: all files not in an earlier batch. Return False if there are none."""
-    taken = {name for earlier in batch.parent.glob("*.json") for name in json.loads(earlier.read_text())}
-    new = sorted(path.name for path in inbox.iterdir() if not path.name.startswith(".") and path.name not in taken)
+def files_in(inbox: Path) -> list[Path]:
+    """The files to count: all that are directly in the folder, except those that are not complete or not data."""
+    paths = (path for path in inbox.iterdir() if path.name[0] not in "._" and path.suffix != ".tmp")
+    return sorted(path for path in paths if path.is_file())
+
+
+def digest_of(path: Path) -> tuple[int, str]:
+    """The size and the SHA-256 of the bytes of a file, read once."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
+
+
+def read_batch(batch: Path) -> list[TakenFile]:
+    """The files of a batch. Raises DataError if it names them only, as an earlier version of this example did."""
+    entries = json.loads(batch.read_text())
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise mh.DataError("a batch has no digests of its files", where=str(batch), hint="count into a new folder")
+    return [TakenFile(**entry) for entry in entries]
+
+
+def write_batch(inbox: Path, batch: Path, taken: dict[str, TakenFile]) -> bool:
+    """Write the list of files of the next batch: all files not in an earlier batch. Return False if there are none.
+
+    taken: the files of earlier batches; the new ones are added. Raises DataError if one of them has changed.
+    """
+    new: list[TakenFile] = []
+    for path in files_in(inbox):
+        known = taken.get(path.name)
+        try:
+            status = path.stat()
+            if known is not None and (known.size, known.modified_ns) == (status.st_size, status.st_mtime_ns):
+                continue
+            found = TakenFile(path.name, *digest_of(path), status.st_mtime_ns)
+        except FileNotFoundError:  # it was removed after it was listed
+            continue
+        if known is None:
+            new.append(found)
+        elif (known.size, known.sha256) != (found.size, found.sha256):
+            hint = "restore it, or remove it from the folder; give new posts a file with a name of its own"
+            raise changed("a file has changed after it was counted", path, known, found, hint)
+        taken[path.name] = found
     if new:
-        temporary = batch.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            json.dump(new, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(batch)
+        write_durable(batch, [asdict(file) for file in new])
     return bool(new)
+
+
+def changed(what: str, path: Path, before: TakenFile, now: TakenFile | None, hint: str) -> mh.DataError:
+    """The error for a file that isn't what it was when it was taken."""
+    expected, got = (f"{file.size} bytes, SHA-256 {file.sha256}" if file else "no file" for file in (before, now))
+    return mh.DataError(what, where=str(path), expected=expected, got=got, hint=hint)
+
+
+def write_durable(path: Path, content: Any) -> None:
+    """Write JSON to a file, all at once."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
 
 
 def count_batch(inbox: str, folder: Path, number: int, **how: Any) -> None:
@@ -94,16 +164,60 @@ def count_batch(inbox: str, folder: Path, number: int, **how: Any) -> None:
     counts, totals = folder / "counts" / f"{number:05d}", folder / "totals" / f"{number:05d}"
     before = folder / "totals" / f"{number - 1:05d}"
     if not is_complete(totals):
-        names = json.loads((folder / "batches" / f"{number:05d}.json").read_text())
-        posts = mh.Dataset.read([os.path.join(inbox, name) for name in names])
-        windowed_words(posts).write(str(counts), overwrite=True, **how)
-        parts = [str(counts), *([str(before)] if number else [])]
-        added = mh.Dataset.read(parts).group_by(["window", "word"]).aggregate(count=mh.Aggregate.sum(of="count"))
+        files = count_files(Path(inbox), folder / "batches" / f"{number:05d}.json", counts, **how)
+        both = records_in(counts, *([before] if number else []))
+        added = both.group_by(["window", "word"]).aggregate(count=mh.Aggregate.sum(of="count"))
         added.write(str(totals), overwrite=True, **how)
-        print(f"batch {number}: {len(names)} files", flush=True)
-    for older in (folder / "totals").glob("*"):
-        if older.name < before.name:  # the last two stay, so that a process that reads the older one can finish
+        (folder / "batches" / f"{number:05d}.stamps").unlink()
+        print(f"batch {number}: {files} files", flush=True)
+    for older in (folder / "totals").iterdir():
+        # The last two stay, so that a process that reads the older one can finish.
+        if older.name.isdecimal() and int(older.name) < number - 1:
             shutil.rmtree(older)
+
+
+def count_files(inbox: Path, batch: Path, counts: Path, **how: Any) -> int:
+    """Count the files of a batch, and return their number. The counted bytes are those whose digests are in the batch.
+
+    The digests are checked first. Then the job must have read the same bytes, even if it was killed and resumed: so
+    the stamps of the files must be the same before its first run and after its last.
+    """
+    files, stamps_before = read_batch(batch), batch.with_suffix(".stamps")
+    while True:
+        stamps = [checked(inbox / file.name, file, batch) for file in files]
+        if not stamps_before.exists() or json.loads(stamps_before.read_text()) != stamps:
+            shutil.rmtree(counts, ignore_errors=True)  # of a run that may have read other bytes
+            write_durable(stamps_before, stamps)
+        posts = mh.Dataset.read([str(inbox / file.name) for file in files])
+        windowed_words(posts).write(str(counts), overwrite=True, **how)
+        if [stamp(inbox / file.name) for file in files] == stamps:
+            return len(files)
+        shutil.rmtree(counts)
+
+
+def stamp(path: Path) -> list[int]:
+    """Numbers of which one differs whenever a file was replaced or written; an empty list if it is gone."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return []
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def checked(path: Path, file: TakenFile, batch: Path) -> list[int]:
+    """The stamp of a file that has the size and the digest of a batch. Raises DataError if it has others."""
+    before = stamp(path)
+    found = TakenFile(file.name, *digest_of(path), file.modified_ns) if before else None
+    if found != file:
+        hint = f"restore the file; or remove {batch}, and its files are taken again as they are"
+        raise changed("a file has changed before it was counted", path, file, found, hint)
+    return before
+
+
+def records_in(*folders: Path) -> mh.Dataset:
+    """The records of all these outputs. An output without records has no files."""
+    paths = [str(folder) for folder in folders if any(folder.glob("part-*"))]
+    return mh.Dataset.read(paths) if paths else mh.Dataset.from_records([])
 
 
 def is_complete(output: Path) -> bool:
@@ -111,9 +225,18 @@ def is_complete(output: Path) -> bool:
     return (output / "_manifest.json").exists() and not (output / ".manyhands").exists()
 
 
+def complete_totals(folder: Path) -> dict[int, Path]:
+    """The complete totals, by the number of their batch. Numbers, since "100000" is less than "99999" as text."""
+    paths = (folder / "totals").iterdir() if (folder / "totals").exists() else ()
+    return {int(path.name): path for path in paths if path.name.isdecimal() and is_complete(path)}
+
+
 def totals_of(out: str) -> mh.Dataset:
-    """Return the latest complete totals."""
-    return mh.Dataset.read(str(max(path for path in (Path(out) / "totals").iterdir() if is_complete(path))))
+    """Return the latest complete totals. Raises DataError if there are none yet."""
+    totals = complete_totals(Path(out))
+    if not totals:
+        raise mh.DataError("there are no totals yet", where=out, hint="run `follow` first")
+    return records_in(totals[max(totals)])
 
 
 def sample(inbox: str, *, files: int = 24, posts: int = 400, seed: int = 0) -> None:
@@ -181,6 +304,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=None, help="follow: stop after ROUNDS checks without new files")
     options = parser.parse_args()
+    try:
+        run(options)
+    except mh.ManyhandsError as error:
+        parser.exit(1, f"{error}\n")
+
+
+def run(options: argparse.Namespace) -> None:
     how = {"workers": options.workers}
     if options.command == "sample":
         sample(options.inbox)
@@ -190,8 +320,9 @@ def main() -> None:
         report(totals_of(options.out), os.path.join(options.out, "rising.png"), **how)
     else:
         counts = os.path.join(options.out, "all")
-        windowed_words(mh.Dataset.read(options.inbox)).write(counts, overwrite=True, **how)
-        report(mh.Dataset.read(counts), os.path.join(options.out, "rising.png"), **how)
+        posts = mh.Dataset.read([str(path) for path in files_in(Path(options.inbox))])
+        windowed_words(posts).write(counts, overwrite=True, **how)
+        report(records_in(Path(counts)), os.path.join(options.out, "rising.png"), **how)
 
 
 if __name__ == "__main__":
