@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import IO, Any, NamedTuple
 
@@ -42,14 +42,15 @@ _EXPANSION = 10  # reading and sorting records takes up to this many times their
 class Task:
     """A task, described completely for a worker.
 
-    inputs: the run files of each stage that the task reads. key_range: the keys that it reads from these files.
+    inputs: the folder of each stage that the task reads, and the number of its run files. key_range: the keys that it
+    reads from these files.
     """
 
     plan_path: str
     folder: str
     stage: int
     partition: int
-    inputs: tuple[tuple[str, ...], ...] = ()
+    inputs: tuple[tuple[str, int], ...] = ()
     key_range: KeyRange = ALL_KEYS
     memory_bytes: int
     max_bad_records: int
@@ -120,7 +121,7 @@ def run_task(task: Task) -> TaskResult:
         seconds=time.monotonic() - started,
         records_read=counts.records,
     )
-    note = json.dumps(asdict(result))
+    note = json.dumps(vars(result))
     # The note is not synced, nor is the run file of a task before a shuffle: remove_torn checks both after a crash.
     write_atomic(done_path(task.folder, task.partition), note, first_wins=True, durable=False)
     return result
@@ -133,6 +134,14 @@ def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
         return TaskResult(**{**note, "stage": stage, "records_read": tuple(note["records_read"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def finished_tasks(folder: str, stage: int, partitions: int) -> dict[int, TaskResult]:
+    """The results of all tasks of a stage that have valid done notes, by partition. Lists the folder once."""
+    names = set(names_in(folder))
+    noted = (partition for partition in range(partitions) if _name_in(done_path("", partition)) in names)
+    found = {partition: finished(folder, stage, partition) for partition in noted}
+    return {partition: result for partition, result in found.items() if result is not None}
 
 
 def remove_torn(folder: str, output_folder: str | None) -> int:
@@ -316,7 +325,8 @@ def _pieces(task: Task, stage: Stage, counts: _ReadCounts, bad: BadRecords) -> I
                 seen += len(keyed)
     else:
         limit = max(4 * stage.block_bytes, (task.memory_bytes - _BASE_BYTES) // _EXPANSION)
-        readers = [RangeReader(paths, source.reducer.by, task.key_range, limit) for paths in task.inputs]
+        inputs = [[runs_path(folder, number) for number in range(count)] for folder, count in task.inputs]
+        readers = [RangeReader(paths, source.reducer.by, task.key_range, limit) for paths in inputs]
         reading = Reading(source.reducer, readers, task.name)
         seen = 0
         for chunk in reading.chunks():

@@ -41,6 +41,9 @@ _EXIT_SECONDS = 5.0
 
 _IDLE_SECONDS = 30.0
 
+_SHORT_SECONDS = 0.02
+"""A worker whose last task was shorter is given the next one before it has completed the current one."""
+
 
 class ProcessContext(NamedTuple):
     """The working directory and the import path of a script."""
@@ -65,9 +68,10 @@ class _Job:
 class _Worker:
     """A worker process and the connection to it.
 
-    job: its current task; None while it is idle or starting. plan_path: the plan of its last task. installed: True
-    while all modules that the worker has imported are installed. Otherwise the worker may not serve another plan,
-    because the script's own modules may have changed.
+    jobs: its current task and the one after it, if it has been sent already; none while it is idle or starting. hasty:
+    True if its last task was short. plan_path: the plan of its last task. installed: True while all modules that the
+    worker has imported are installed. Otherwise the worker may not serve another plan, because the script's own modules
+    may have changed.
     """
 
     def __init__(self, context: ProcessContext) -> None:
@@ -88,18 +92,29 @@ class _Worker:
         finally:
             theirs.close()
         self.ready = False
-        self.job: _Job | None = None
+        self.jobs: deque[_Job] = deque()
+        self.hasty = False
         self.plan_path: str | None = None
         self.installed = True
 
     @property
     def idle(self) -> bool:
         """True if it waits for a task."""
-        return self.ready and self.job is None
+        return self.ready and not self.jobs
 
     def may_serve(self, task: Task) -> bool:
         """True if the modules that it has imported are those of the task's script."""
         return self.installed or self.plan_path == task.plan_path
+
+    def may_take_ahead(self, task: Task) -> bool:
+        """True if it need not wait for this process between its current task and this one."""
+        return self.hasty and len(self.jobs) == 1 and self.plan_path == task.plan_path
+
+    def send(self, task: Task) -> None:
+        """Send it a task. If it has just died, the pool detects that when it waits for the answer."""
+        self.plan_path = task.plan_path
+        with suppress(OSError):
+            self.connection.send_bytes(pickle.dumps(task))
 
     def end(self, *, at_once: bool) -> int | None:
         """Close the connection, wait for the process to exit, and return its exit code."""
@@ -142,7 +157,7 @@ class Pool:
     def idle(self) -> bool:
         """True if no task is waiting or running."""
         with self._lock:
-            return not self._waiting and all(worker.job is None for worker in self._members)
+            return not self._waiting and not any(worker.jobs for worker in self._members)
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Start a task when a worker is free."""
@@ -176,9 +191,9 @@ class Pool:
                         os.read(self._woken, 4096)
         finally:
             for worker in self._members:
-                if worker.job is not None:
-                    worker.job.future.cancel()
-                worker.end(at_once=worker.job is not None or not worker.ready)
+                for job in worker.jobs:
+                    job.future.cancel()
+                worker.end(at_once=bool(worker.jobs) or not worker.ready)
             self._members = []
             for job in self._waiting:
                 job.future.cancel()
@@ -190,16 +205,22 @@ class Pool:
             self._replace([worker for worker in self._members if worker.idle and not worker.may_serve(task)])
         for worker in self._members:
             if worker.idle and self._waiting:
-                with self._lock:
-                    worker.job = self._waiting.popleft()
-                worker.plan_path = worker.job.task.plan_path
-                with suppress(OSError):  # if the worker has just died, `_receive` detects that
-                    worker.connection.send_bytes(pickle.dumps(worker.job.task))
+                self._start_next(worker)
+        for worker in self._members:
+            # The last tasks are not given ahead, so that each goes to the first worker that is free.
+            if len(self._waiting) > self.workers and worker.may_take_ahead(self._waiting[0].task):
+                self._start_next(worker)
         starting = sum(not worker.ready for worker in self._members)
         while len(self._members) < self.workers and starting < len(self._waiting):
             with self._lock:
                 self._members.append(_Worker(self._context))
             starting += 1
+
+    def _start_next(self, worker: _Worker) -> None:
+        with self._lock:  # at no time is a task in neither place, or the pool would look idle
+            job = self._waiting.popleft()
+            worker.jobs.append(job)
+        worker.send(job.task)
 
     def _receive(self, worker: _Worker) -> None:
         try:
@@ -207,18 +228,24 @@ class Pool:
         except (EOFError, OSError):
             self._lost(worker)
             return
-        job, worker.job, worker.installed = worker.job, None, installed
-        if kind == "ready" or job is None:
+        worker.installed = installed
+        if kind == "ready":
             worker.ready, self._failed_starts = True, 0
-        elif kind == "done":
+            return
+        job = worker.jobs.popleft()
+        worker.hasty = kind == "done" and value.seconds < _SHORT_SECONDS
+        if kind == "done":
             job.future.set_result(value)
         else:
             job.future.set_exception(value)
-        if kind != "ready" and rss > self.memory_bytes:
+        if rss > self.memory_bytes:
+            self._waiting.extendleft(reversed(worker.jobs))
             self._remove(worker, at_once=False)
 
     def _lost(self, worker: _Worker) -> None:
-        job, code = worker.job, self._remove(worker, at_once=False)
+        job = worker.jobs.popleft() if worker.jobs else None
+        self._waiting.extendleft(reversed(worker.jobs))  # it had not started these
+        code = self._remove(worker, at_once=False)
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with code {code}"
         if not worker.ready:
             self._failed_starts += 1

@@ -6,6 +6,7 @@ The division depends only on the data and `partition_bytes`, never on the number
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -55,7 +56,7 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
                 expected="a file, a folder with files, or a glob that matches files",
                 hint="check the path; globs may contain *, ?, [...], and ** for nested folders",
             )
-        found += files
+        found += sorted(files, key=lambda file: _in_order(file.path))
     return found
 
 
@@ -97,6 +98,18 @@ def _remote_files(pattern: str) -> list[InputFile]:
             version = next((info[key] for key in keys if key in info), "")
             files.append(InputFile(system.unstrip_protocol(path), int(info["size"]), str(version)))
     return files
+
+
+_PART_BEYOND_99999 = re.compile(r"(.*/)?part-([1-9]\d{5,})\.[^/]*")
+
+
+def _in_order(path: str) -> tuple[str | int, ...]:
+    """The key that sorts paths: as text, but output files by their number.
+
+    Their numbers have five digits or more, and as text 100000 would come before 99999.
+    """
+    match = _PART_BEYOND_99999.fullmatch(path)
+    return (path,) if match is None else (f"{match[1] or ''}part-99999~", int(match[2]), path)
 
 
 def undivided(file: InputFile, form: str, compression: str | None, partition_bytes: int) -> tuple[list[Split], None]:

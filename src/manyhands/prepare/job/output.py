@@ -241,17 +241,18 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
     for name in names_in(folder):
         if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
             remove(join_path(folder, name))
-    for file in files:
-        source = join_path(last.folder, file.name)
-        if exists(source):
+    # Each folder is listed once: a look at every file would take as long as moving it.
+    for name in names_in(last.folder):
+        if name in keep:
             with suppress(FileNotFoundError):  # another rank moves it at the same time
-                move(source, join_path(folder, file.name))
-        if not exists(join_path(folder, file.name)):
-            raise DataError(
-                "a file that was written is gone",
-                where=source,
-                hint=f"remove {join_path(folder, JOB)}, and run again",
-            )
+                move(join_path(last.folder, name), join_path(folder, name))
+    gone = keep.difference(names_in(folder))
+    if gone:
+        raise DataError(
+            "a file that was written is gone",
+            where=join_path(last.folder, min(gone)),
+            hint=f"remove {join_path(folder, JOB)}, and run again",
+        )
     if is_local(folder):
         sync(Path(folder))  # the tasks have synced the files; the manifest must not become durable before their names
     if bad:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from manyhands.errors import ConfigError, Interrupted, ManyhandsError
@@ -28,7 +29,7 @@ from manyhands.prepare.plan.plan import Plan, Read, Shuffled, Stage
 from manyhands.prepare.records.pickling import pickled
 from manyhands.prepare.records.pipeline import BadRecord, too_many_bad_records
 from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, lost_records
-from manyhands.prepare.task import Task, TaskResult, bad_path, finished, remove_torn, runs_path
+from manyhands.prepare.task import Task, TaskResult, bad_path, finished_tasks, remove_torn, runs_path
 from manyhands.storage.atomic import TEMPORARY, remove_temporary_files, write_atomic
 from manyhands.storage.files import exists, join_path, make_folder, names_in, read_bytes, remove
 from manyhands.storage.location import is_local
@@ -39,6 +40,8 @@ _CLEARING = "clearing"
 
 _CLEARING_SECONDS = 20.0
 """How long a rank waits before it checks again whether the holder of the lock is a rank."""
+
+_TICK_SECONDS = 0.2
 
 
 class JobFolder:
@@ -229,10 +232,8 @@ def tasks_of(
     max_bad_records: int,
 ) -> list[Task]:
     """The tasks of a stage. After a shuffle, their number depends only on the size of the shuffled records."""
-    inputs = tuple(
-        tuple(runs_path(folder.stage(plan.stages[number]), result.partition) for result in done[number].results)
-        for number in stage.inputs
-    )
+    # Only the number of files, not their paths: a task is sent to a worker, and all tasks read all files.
+    inputs = tuple((folder.stage(plan.stages[number]), len(done[number].results)) for number in stage.inputs)
     ranges = [ALL_KEYS] * (stage.partitions or 0)
     if isinstance(stage.source, Shuffled):
         ranges = _ranges(inputs, stage.reduce_bytes, descending=stage.source.reducer.descending)
@@ -251,8 +252,9 @@ def tasks_of(
     ]
 
 
-def _ranges(inputs: Sequence[Sequence[str]], reduce_bytes: int, *, descending: bool) -> list[KeyRange]:
-    blocks = [block for paths in inputs for path in paths for run in read_index(path) for block in run]
+def _ranges(inputs: Iterable[tuple[str, int]], reduce_bytes: int, *, descending: bool) -> list[KeyRange]:
+    paths = (runs_path(folder, partition) for folder, count in inputs for partition in range(count))
+    blocks = [block for path in paths for run in read_index(path) for block in run]
     if not blocks:
         return []
     edges = [None, *cuts_by_size(blocks, reduce_bytes), None]
@@ -264,27 +266,42 @@ def _run_stage(
     stage: Stage, tasks: Sequence[Task], engine: OwnedEngine, options: Options, progress: JobProgress, bad_before: int
 ) -> StageResult:
     started = time.monotonic()
-    results: dict[int, TaskResult] = {}
-    for task in tasks:
-        found = finished(task.folder, task.stage, task.partition)
-        if found is not None:
-            results[task.partition] = found
+    results = finished_tasks(tasks[0].folder, stage.number, len(tasks)) if tasks else {}
     progress.start(stage.number, stage.title, len(tasks), len(results))
-    waiting: set[Future[TaskResult]] = {engine.submit(task) for task in tasks if task.partition not in results}
     bad = bad_before + sum(result.bad_records for result in results.values())
-    while waiting:
-        ready, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-        for future in ready:
-            result = future.result()
-            results[result.partition] = result
-            bad += result.bad_records
-            if bad > options.max_bad_records:
-                raise _too_many(tasks[result.partition].folder, result, bad, options.max_bad_records)
-            progress.task_done(result, _size_of(stage, result))
-        progress.tick(engine.retries)
+    left = [task for task in tasks if task.partition not in results]
+    for result in _completed(engine, left, lambda: progress.tick(engine.retries)):
+        results[result.partition] = result
+        bad += result.bad_records
+        if bad > options.max_bad_records:
+            raise _too_many(tasks[result.partition].folder, result, bad, options.max_bad_records)
+        progress.task_done(result, _size_of(stage, result))
     progress.end()
     ordered = tuple(results[partition] for partition in sorted(results))
     return StageResult(stage.title, tasks[0].folder if tasks else "", ordered, time.monotonic() - started)
+
+
+def _completed(engine: OwnedEngine, tasks: Iterable[Task], tick: Callable[[], None]) -> Iterator[TaskResult]:
+    """Run tasks and yield their results as they complete. Raises the error of the first task that fails.
+
+    Futures put themselves into a queue when they are done, so each takes the same time however many there are.
+    """
+    done: SimpleQueue[Future[TaskResult]] = SimpleQueue()
+    running = 0
+    for task in tasks:
+        engine.submit(task).add_done_callback(done.put)
+        running += 1
+        while not done.empty():  # an engine may run the task in `submit`
+            yield done.get().result()
+            running -= 1
+    while running:
+        tick()
+        try:
+            future = done.get(timeout=_TICK_SECONDS)
+        except Empty:
+            continue
+        yield future.result()
+        running -= 1
 
 
 def _bad(result: StageResult) -> int:
