@@ -129,7 +129,8 @@ def near_duplicates(documents: Dataset, minhash: MinHash, steps: Steps) -> tuple
 
     The groups are the connected components of the relation "shares a band". The document with the smallest id stays.
     """
-    bands = documents.flat_map(minhash).group_by("band").aggregate(ids=Aggregate.collect(of="id"))
+    signed = steps.divided(documents, documents).flat_map(minhash)  # takes most of the time
+    bands = signed.group_by("band").aggregate(ids=Aggregate.collect(of="id"))
     edges, count = steps.cache("near-duplicates: pairs", bands.flat_map(_edges).distinct())
     return _components(edges, count, steps)
 

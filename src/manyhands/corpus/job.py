@@ -188,7 +188,8 @@ class _Corpus:
         """The encoder, and its description. Writes the tokenizer next to the tokens."""
         table, kind = self._schema.tokenizer, f"of {self._schema.tokenizer.file}"
         if table.vocabulary is not None:
-            words = documents.sample(table.sample, seed=self._schema.seed).flat_map(words_of).group_by()
+            sampled = documents.sample(table.sample, seed=self._schema.seed)
+            words = self._steps.divided(documents, sampled).flat_map(words_of).group_by()
             counts, number = self._steps.cache(
                 "vocabulary: words", words.aggregate(documents=Aggregate.count()).filter(is_twice)
             )

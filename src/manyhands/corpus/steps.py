@@ -16,10 +16,13 @@ from manyhands.prepare.options import JobOptions
 class Steps:
     """Runs the jobs of a corpus, each in its own folder in `folder`. seconds: the duration of each step, by name."""
 
+    _MANY_PARTS, _PART_BYTES = 8, 2**20
+
     def __init__(self, folder: Path, options: JobOptions) -> None:
         self.options, self.seconds = options, dict[str, float]()
         self._folder = folder
         self._manifests: dict[str, dict[str, Any]] = {}
+        self._cached: dict[str, Dataset] = {}
         self._started = time.monotonic()
 
     def start(self, name: str) -> None:
@@ -39,8 +42,21 @@ class Steps:
         cached = records.cache(folder)
         cached.take(1, **self.options)
         self._manifests[name] = read_output_manifest(folder) or {}
+        self._cached[name] = cached
         self.end(name)
         return cached, int(self._manifests[name]["records"])
+
+    def divided(self, cached: Dataset, records: Dataset) -> Dataset:
+        """`records`, in smaller parts if the cached records that they are computed from have few parts.
+
+        A small corpus has one part, and one task would call a slow function for all of its documents. The parts depend
+        on the data only.
+        """
+        names = [name for name, found in self._cached.items() if found is cached]
+        files = self._manifests[names[0]]["files"] if names else []
+        if len(files) < self._MANY_PARTS and any(file["bytes"] > self._PART_BYTES for file in files):
+            return records.repartition(partition_bytes=self._PART_BYTES)
+        return records
 
     def digest(self, name: str) -> str:
         """The digest of the cached records of a step."""

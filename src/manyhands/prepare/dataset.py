@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 from manyhands.errors import ConfigError
@@ -230,12 +231,19 @@ class Dataset:
         """Shuffle the records into a pseudorandom order that depends only on the seed and their positions."""
         return self._with_shuffle(ByPosition(seed, f"shuffle with seed {seed}"), Sorted((ORDER_COLUMN,)))
 
-    def repartition(self) -> Dataset:
+    def repartition(self, *, partition_bytes: int | None = None) -> Dataset:
         """Divide the same records, in the same order, into partitions of even size.
 
-        This is useful after a filter that left few records in each partition.
+        This is useful after a filter that left few records in each partition, and before a slow function if there are
+        too few partitions for all workers.
+
+        partition_bytes: the approximate size of the new partitions (default: twice that of the input). Raises
+        ConfigError if it is less than 1.
         """
-        return self._with_shuffle(ByPosition(None, "repartition"), Sorted((ORDER_COLUMN,)))
+        if partition_bytes is not None and partition_bytes < 1:
+            raise ConfigError("partition_bytes is not an integer of at least 1", got=partition_bytes)
+        arrangement = ByPosition(None, "repartition")
+        return Dataset(Arranged((self._node,), (arrangement,), Sorted((ORDER_COLUMN,)), partition_bytes))
 
     def cache(self, folder: str | None = None) -> Dataset:
         """Store the records when they are first computed. Later jobs read the stored records and do not parse them.
@@ -380,5 +388,5 @@ def _without_caches(node: Node) -> Node:
     if isinstance(node, Step):
         return Step(_without_caches(node.parent), node.operation)
     if isinstance(node, Arranged):
-        return Arranged(tuple(map(_without_caches, node.parents)), node.arrangements, node.reducer)
+        return replace(node, parents=tuple(map(_without_caches, node.parents)))
     return _without_caches(node.parent) if isinstance(node, Cached) else node

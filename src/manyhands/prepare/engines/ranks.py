@@ -67,23 +67,30 @@ class Ranks:
             foreign.future.cancel()
 
     def _watch(self) -> None:
-        while not self._closing.wait(_POLL_SECONDS):
-            with self._lock:
-                self._others = [foreign for foreign in self._others if not foreign.future.done()]
-                self._mine = [future for future in self._mine if not future.done()]
-                others, busy = list(self._others), bool(self._mine)
-            try:
-                active = self._collect(others)
-            except OSError:
-                continue  # the storage is temporarily unavailable
-            now = time.monotonic()
-            self._absent -= active
-            if busy or active or not others:
-                self._progress_at = now
-            elif now - self._progress_at > self.patience_seconds:
-                self._absent |= {foreign.owner for foreign in others}
-            if not busy:
-                self._help_out([foreign for foreign in others if foreign.owner in self._absent])
+        pause_seconds = _POLL_SECONDS
+        while not self._closing.wait(pause_seconds):
+            started = time.monotonic()
+            self._poll()
+            # A look at 50,000 tasks takes long: without longer pauses, it would take most of the time.
+            pause_seconds = max(_POLL_SECONDS, 4 * (time.monotonic() - started))
+
+    def _poll(self) -> None:
+        with self._lock:
+            self._others = [foreign for foreign in self._others if not foreign.future.done()]
+            self._mine = [future for future in self._mine if not future.done()]
+            others, busy = list(self._others), bool(self._mine)
+        try:
+            active = self._collect(others)
+        except OSError:
+            return  # the storage is temporarily unavailable
+        now = time.monotonic()
+        self._absent -= active
+        if busy or active or not others:
+            self._progress_at = now
+        elif now - self._progress_at > self.patience_seconds:
+            self._absent |= {foreign.owner for foreign in others}
+        if not busy:
+            self._help_out([foreign for foreign in others if foreign.owner in self._absent])
 
     def _collect(self, others: list[_ForeignTask]) -> set[int]:
         """Collect the results that other ranks have published. Return the ranks that completed tasks."""

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -341,7 +341,7 @@ def with_caches(node: Node, options: Options) -> Node:
         return Step(with_caches(node.parent, options), node.operation)
     if isinstance(node, Arranged):
         parents = tuple(with_caches(parent, options) for parent in node.parents)
-        return Arranged(parents, node.arrangements, node.reducer)
+        return replace(node, parents=parents)
     if not isinstance(node, Cached):
         return node
     plan = make_plan(with_caches(node.parent, options), Output(CHUNKS, None))

@@ -60,11 +60,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Arranged:
-    """A shuffle: the records of the parents, arranged and then reduced."""
+    """A shuffle: the records of the parents, arranged and then reduced.
+
+    partition_bytes: the size of the partitions of the result (None: twice the plan's `partition_bytes`).
+    """
 
     parents: tuple[Node, ...]
     arrangements: tuple[Arrangement, ...]
     reducer: Reduction
+    partition_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,11 @@ class CachedFiles:
 
 @dataclass(frozen=True)
 class Shuffled:
-    """A range of the records that the stages with these numbers arranged."""
+    """A range of the records that the stages with these numbers arranged. partition_bytes: as in `Arranged`."""
 
     stages: tuple[int, ...]
     reducer: Reduction
+    partition_bytes: int | None = None
 
 
 Node: TypeAlias = Read | InMemory | Step | Arranged | Cached | CachedFiles
@@ -116,7 +121,8 @@ class Stage:
 
     identity: hash of everything that the results depend on. partition_bytes: the size from which other
     sizes are derived. A task before a shuffle sorts `partition_bytes` at a time. A task after a shuffle reads twice as
-    many, in blocks of `partition_bytes` / 128. Sizes are estimated from the records.
+    many, in blocks of `partition_bytes` / 128. Sizes are estimated from the records. next_bytes: the size of the
+    partitions of the next stage, if the shuffle to it sets one.
     """
 
     number: int
@@ -126,16 +132,19 @@ class Stage:
     operations: tuple[Operation, ...]
     end: Arrangement | Output | Counting
     partition_bytes: int
+    next_bytes: int | None = None
 
     @property
     def reduce_bytes(self) -> int:
         """Return the bytes that a task after a shuffle reads."""
-        return 2 * self.partition_bytes
+        given = self.source.partition_bytes if isinstance(self.source, Shuffled) else None
+        return given or 2 * self.partition_bytes
 
     @property
     def block_bytes(self) -> int:
-        """Return the bytes of a run that are read at once."""
-        return max(1, self.partition_bytes // 128)
+        """Return the bytes of a run that are read at once. A partition consists of several blocks."""
+        block_bytes = self.partition_bytes // 128
+        return max(1, block_bytes if self.next_bytes is None else min(block_bytes, self.next_bytes // 16))
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -184,7 +193,13 @@ def _partition_bytes(node: Node) -> list[int]:
     return [node.partition_bytes]
 
 
-def _add_stages(stages: list[Stage], node: Node, end: Arrangement | Output | Counting, partition_bytes: int) -> int:
+def _add_stages(
+    stages: list[Stage],
+    node: Node,
+    end: Arrangement | Output | Counting,
+    partition_bytes: int,
+    next_bytes: int | None = None,
+) -> int:
     """Add the stage that computes `node` and has this `end`, after all stages that it needs. Returns its number."""
     operations: list[Operation] = []
     while isinstance(node, Step):
@@ -195,19 +210,19 @@ def _add_stages(stages: list[Stage], node: Node, end: Arrangement | Output | Cou
     upstream: list[str] = []
     if isinstance(node, Arranged):
         numbers = [
-            _add_stages(stages, parent, arrangement, partition_bytes)
+            _add_stages(stages, parent, arrangement, partition_bytes, node.partition_bytes)
             for parent, arrangement in zip(node.parents, node.arrangements, strict=True)
         ]
-        source = Shuffled(tuple(numbers), node.reducer)
+        source = Shuffled(tuple(numbers), node.reducer, node.partition_bytes)
         upstream = [stages[number].identity for number in numbers]
     # Other versions of Manyhands or Python may compute different results, so they must not reuse these results.
-    basis = (__version__, sys.version_info[:2], partition_bytes)
+    basis = (__version__, sys.version_info[:2], partition_bytes, *([] if next_bytes is None else [next_bytes]))
     identity = fingerprint_code([basis, upstream, _identifying(source), operations, _identifying(end)])
     for stage in stages:
         if stage.identity == identity:  # for example both sides of a join of a dataset with itself
             return stage.number
     title = " → ".join([_source_title(source), *(op.describe() for op in operations), _end_title(end)])
-    stages.append(Stage(len(stages), title, identity, source, tuple(operations), end, partition_bytes))
+    stages.append(Stage(len(stages), title, identity, source, tuple(operations), end, partition_bytes, next_bytes))
     return len(stages) - 1
 
 
