@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from manyhands.errors import ConfigError
+from manyhands.storage.http_file import is_http, open_http
 
 
 def is_local(path: str) -> bool:
@@ -136,6 +137,8 @@ class Address:
     def open_to_read(self) -> IO[bytes]:
         """The object, open for reading and seeking."""
         with self._store_errors():
+            if is_http(self._system):
+                return open_http(self._system, self._inner)
             file: IO[bytes] = self._system.open(self._inner, "rb")
         return file
 
