@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import IO, Any, NamedTuple
 
@@ -91,9 +91,6 @@ def run_task(task: Task) -> TaskResult:
         return found
     started = time.monotonic()
     stage = load_plan(task.plan_path).stages[task.stage]
-    random.seed(
-        derive(0, "task", stage.identity, task.partition)
-    )  # functions that use `random` see the same numbers every time
     bad = BadRecords(task.max_bad_records)
     counts = _ReadCounts()
     try:
@@ -211,9 +208,10 @@ def chunks_of(task: Task) -> Generator[Chunk, None, tuple[int, ...]]:
     """
     stage = load_plan(task.plan_path).stages[task.stage]
     bad = BadRecords(task.max_bad_records)
-    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: unchanged)
     counts = _ReadCounts()
-    yield from pipeline.run(partial(_pieces, task, stage, counts))
+    for part in _parts(task, stage):
+        pipeline: Pipeline[Chunk] = Pipeline(stage.operations, part.partition, bad, lambda: unchanged)
+        yield from pipeline.run(partial(_pieces, part, stage, counts))
     return counts.records
 
 
@@ -258,20 +256,24 @@ class _Written(NamedTuple):
 
 def _arrange(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
     arrangement: Any = stage.end
-    keyer: Callable[[], Callable[[Chunk], Any]] = partial(arrangement.keyer, task.partition)
-    pipeline = Pipeline(stage.operations, task.partition, bad, keyer, arrangement.describe())
+    records_in = expected = 0
     path = runs_path(task.folder, task.partition)
     with open_atomic(path, first_wins=True, durable=False) as file:
         runs = RunFileWriter(file, stage.block_bytes)
-        writer = arrangement.writer(runs, stage.partition_bytes)
-        for chunk in pipeline.run(partial(_pieces, task, stage, counts)):
-            writer.add(chunk)
-        writer.flush()
+        for part in _parts(task, stage):
+            keyer: Callable[[], Callable[[Chunk], Any]] = partial(arrangement.keyer, part.partition)
+            pipeline = Pipeline(stage.operations, part.partition, bad, keyer, arrangement.describe())
+            writer = arrangement.writer(runs, stage.partition_bytes)
+            for chunk in pipeline.run(partial(_pieces, part, stage, counts)):
+                writer.add(chunk)
+            writer.flush()
+            records_in += pipeline.records_in
+            expected += writer.records
         runs.close()
         records = sum(block.records for run in runs.runs for block in run)
-        if records != writer.records:  # before the file is published
-            raise lost_records(task.name, writer.records, records)
-    return _Written(pipeline.records_in, records, runs.written_bytes)
+        if records != expected:  # before the file is published
+            raise lost_records(task.name, expected, records)
+    return _Written(records_in, records, runs.written_bytes)
 
 
 def _output(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
@@ -279,6 +281,7 @@ def _output(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _
     name = output_file_name(task.partition, output.form)
     path = join_path(task.folder, name)
     records = 0
+    (task,) = _parts(task, stage)  # seeds `random`
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: unchanged)
     with open_atomic(path, first_wins=True, durable=False) as opened:
         file: Any = HashedFile(opened)
@@ -298,15 +301,25 @@ def _output(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _
 
 
 def _count(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
-    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: unchanged)
-    records = sum(num_records(chunk) for chunk in pipeline.run(partial(_pieces, task, stage, counts)))
-    return _Written(pipeline.records_in, records, 0)
+    records_in = records = 0
+    for part in _parts(task, stage):
+        pipeline: Pipeline[Chunk] = Pipeline(stage.operations, part.partition, bad, lambda: unchanged)
+        records += sum(num_records(chunk) for chunk in pipeline.run(partial(_pieces, part, stage, counts)))
+        records_in += pipeline.records_in
+    return _Written(records_in, records, 0)
 
 
 _END_OF: dict[type, Callable[[Task, Stage, BadRecords, _ReadCounts], _Written]] = {
     Output: _output,
     Counting: _count,
 }
+
+
+def _parts(task: Task, stage: Stage) -> Iterator[Task]:
+    """Yield the task for each of its partitions. Functions that use `random` see the same numbers every time."""
+    for partition in stage.partitions_of(task.partition):
+        random.seed(derive(0, "task", stage.identity, partition))
+        yield replace(task, partition=partition)
 
 
 def _pieces(task: Task, stage: Stage, counts: _ReadCounts, bad: BadRecords) -> Iterator[SourcedChunk]:

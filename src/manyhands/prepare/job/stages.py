@@ -234,7 +234,7 @@ def tasks_of(
     """The tasks of a stage. After a shuffle, their number depends only on the size of the shuffled records."""
     # Only the number of files, not their paths: a task is sent to a worker, and all tasks read all files.
     inputs = tuple((folder.stage(plan.stages[number]), len(done[number].results)) for number in stage.inputs)
-    ranges = [ALL_KEYS] * (stage.partitions or 0)
+    ranges = [ALL_KEYS] * (stage.tasks or 0)
     if isinstance(stage.source, Shuffled):
         ranges = _ranges(inputs, stage.reduce_bytes, descending=stage.source.reducer.descending)
     return [
@@ -309,7 +309,9 @@ def _bad(result: StageResult) -> int:
 
 
 def _size_of(stage: Stage, result: TaskResult) -> int:
-    return stage.source.splits[result.partition].size_bytes if isinstance(stage.source, Read) else result.bytes_out
+    if not isinstance(stage.source, Read):
+        return result.bytes_out
+    return sum(stage.source.splits[index].size_bytes for index in stage.partitions_of(result.partition))
 
 
 def _too_many(folder: str, result: TaskResult, count: int, limit: int) -> ManyhandsError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from manyhands import __version__
@@ -23,6 +24,10 @@ from manyhands.prepare.shuffle.reduce import Reduction
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_PACKING = (256, 64)
+"""Small partitions of one stage are packed into one task, but at least so many tasks are left, and a task has at most
+so many partitions: a function may take long for each record."""
 
 PARTITION_BYTES = 2**25  # default input of one task, if the format can be split; see Stage.partition_bytes
 
@@ -152,8 +157,39 @@ class Stage:
         return self.source.stages if isinstance(self.source, Shuffled) else ()
 
     @property
-    def partitions(self) -> int | None:
+    def tasks(self) -> int | None:
         """Return the number of tasks, or None if it depends on the results of earlier stages."""
+        return self.partitions if self._packed is None else len(self._packed)
+
+    def partitions_of(self, task: int) -> range:
+        """Return the partitions that a task computes, one after the other."""
+        return range(task, task + 1) if self._packed is None else self._packed[task]
+
+    @cached_property
+    def _packed(self) -> tuple[range, ...] | None:
+        """The partitions of each task, if small files are packed; None if each task has one partition.
+
+        Each partition has its own positions, random numbers and runs, so packing changes no byte. A task that writes
+        an output file is never packed.
+        """
+        least_tasks, most_partitions = _PACKING
+        if not isinstance(self.source, Read) or isinstance(self.end, Output):
+            return None
+        splits = self.source.splits
+        most = min(most_partitions, len(splits) // least_tasks)
+        if most < 2:
+            return None
+        packed, start, size = [], 0, 0
+        for index, split in enumerate(splits):
+            if index > start and (index - start == most or size + split.size_bytes > self.partition_bytes):
+                packed.append(range(start, index))
+                start, size = index, 0
+            size += split.size_bytes
+        return (*packed, range(start, len(splits)))
+
+    @property
+    def partitions(self) -> int | None:
+        """Return the number of partitions, or None if it depends on the results of earlier stages."""
         if isinstance(self.source, Read):
             return len(self.source.splits)
         if isinstance(self.source, InMemory):
@@ -233,6 +269,8 @@ def _identifying(value: Any) -> Any:
     """
     if isinstance(value, Shuffled):
         return ("shuffled", value.reducer)
+    if isinstance(value, Read):  # as text, because hashing thousands of files and splits one by one takes seconds
+        return ("read", repr((value.files, value.splits)), value.columns, value.types, value.partition_bytes, _PACKING)
     if isinstance(value, CachedFiles):
         return ("kept", value.identity)
     if isinstance(value, InMemory):  # by its records: equal records may have different pickles
@@ -268,6 +306,13 @@ def _extent(stage: Stage) -> str:
         return f"number of partitions depends on the data, about {format_bytes(stage.reduce_bytes)} each"
     text = f"{stage.partitions} partition{'' if stage.partitions == 1 else 's'}"
     return f"{text}, {format_bytes(input_bytes(stage))}" if isinstance(stage.source, Read) else text
+
+
+def input_paths(stage: Stage) -> tuple[str, ...]:
+    """Return the paths of the files that a stage reads, except those of earlier stages."""
+    if isinstance(stage.source, Read):
+        return tuple(file.path for file in stage.source.files)
+    return stage.source.paths if isinstance(stage.source, CachedFiles) else ()
 
 
 def input_bytes(stage: Stage) -> int:
