@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 from manyhands.errors import ConfigError
-from manyhands.prepare.io.formats import check_output_format, find_input, split_files
-from manyhands.prepare.io.listing import find_files
+from manyhands.prepare.io.formats import check_output_format, check_selection, find_input, split_files
+from manyhands.prepare.io.listing import find_files, patterns_of
 from manyhands.prepare.job.output import PrepareSummary
 from manyhands.prepare.options import JobOptions, options_of
 from manyhands.prepare.plan.plan import (
@@ -27,6 +28,7 @@ from manyhands.prepare.plan.plan import (
 from manyhands.prepare.records.aggregate import Aggregate, Grouping
 from manyhands.prepare.records.chunks import size_bytes
 from manyhands.prepare.records.copies import pack_records
+from manyhands.prepare.records.data_frames import given_records
 from manyhands.prepare.records.functions import ENDS_EARLY, check_function, complete
 from manyhands.prepare.records.keys import (
     ORDER_COLUMN,
@@ -77,7 +79,7 @@ class Dataset:
     @classmethod
     def read(
         cls,
-        paths: str | Sequence[str],
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         format: str | None = None,
         columns: Sequence[str] | None = None,
@@ -90,24 +92,26 @@ class Dataset:
             when `read` is called.
         format: `text` (one record a line), `jsonl`, `parquet` or `csv`. By default, the suffix of each file decides.
             Files may be compressed by gzip or zstd (`.gz`, `.zst`), except Parquet.
-        columns: the columns to read from Parquet files (default: all).
+        columns: the columns to read from Parquet, CSV and JSON lines (default: all). A JSON object without one of them
+            has None instead.
         types: the types of CSV columns, such as {"age": "int64"}; all other columns are text.
         partition_bytes: the approximate size of a task's input. It determines how the output is divided into files.
 
-        Raises DataError if a path matches no file, or if Parquet files can't be read or have different columns.
-        Raises ConfigError if the format is unknown or `partition_bytes` is less than 1.
+        Raises DataError if a path matches no file, or if Parquet or CSV files can't be read or have different columns.
+        Raises ConfigError if there are no paths, or if an argument is invalid.
         """
         if partition_bytes < 1:
             raise ConfigError("partition_bytes is not an integer of at least 1", got=partition_bytes)
         if format is not None:
             find_input(format)  # raises ConfigError if it is unknown
-        files = find_files([paths] if isinstance(paths, str) else paths)
-        splits = split_files(files, format, partition_bytes)
+        files = find_files(patterns_of(paths))
+        splits, common_columns = split_files(files, format, partition_bytes)
+        columns = check_selection({split.format for split in splits}, columns, types) or common_columns
         return cls(
             Read(
                 tuple(files),
                 tuple(splits),
-                None if columns is None else tuple(columns),
+                columns,
                 dict(types or {}),
                 partition_bytes,
             )
@@ -115,12 +119,15 @@ class Dataset:
 
     @classmethod
     def from_records(cls, records: Iterable[Any], *, partition_bytes: int = PARTITION_BYTES) -> Dataset:
-        """Create a Dataset from records in memory, such as a list.
+        """Create a Dataset from records in memory: a list or another iterable, or the rows of a table.
 
-        The records are copied into the plan that is sent to every worker, so pass few of them. Raises DataError for a
+        records: tables may be those of Arrow, pandas and Polars. The records are copied into the plan that is sent to
+            every worker, so pass few of them.
+
+        Raises ConfigError for text, bytes, a dict, and a table with two columns of one name. Raises DataError for a
         record that can't be pickled.
         """
-        in_memory = list(complete(records) if type(records) in ENDS_EARLY else records)
+        in_memory = given_records(complete(records) if type(records) in ENDS_EARLY else records)
         step = max(1, len(in_memory) * partition_bytes // max(1, size_bytes(in_memory)))
         parts = tuple(pack_records(in_memory[start : start + step]) for start in range(0, len(in_memory), step))
         return cls(InMemory(parts, partition_bytes))

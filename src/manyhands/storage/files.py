@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from manyhands.storage.location import Address, Location, address_or_path
+from manyhands.storage.location import Address, Location, address_or_path, file_system, is_local
 
 _REMOVE_TRIES, _REMOVE_PAUSE_SECONDS = 20, 0.05
 
@@ -50,6 +53,55 @@ def names_in(folder: str | Location, *, missing_ok: bool = True) -> list[str]:
     if isinstance(target, Address):
         return target.names()
     return sorted(os.listdir(target)) if target.is_dir() or not missing_ok else []
+
+
+def path_below(folder: str, paths: Iterable[str]) -> str | None:
+    """The first of these files that is in the folder at any depth, also by links; None if none is.
+
+    Paths and addresses may be mixed.
+    """
+    place = _path_or_full_address(folder)
+    known = {place: True}
+
+    def is_below(inner: str) -> bool:
+        if inner not in known:
+            above = os.path.dirname(inner)
+            known[inner] = (above != inner and is_below(above)) or _is_same_folder(inner, place)
+        return known[inner]
+
+    @cache
+    def folders_of(inner: str) -> tuple[str, str]:
+        return inner, os.path.realpath(inner)
+
+    for path in paths:
+        given = _path_or_full_address(path)
+        if not is_local(given):
+            found = not is_local(place) and given.startswith(f"{place}/")
+        else:
+            links = [os.path.realpath(given)] if os.path.islink(given) else []
+            found = is_local(place) and any(
+                is_below(each) for one in (given, *links) for each in folders_of(os.path.dirname(one))
+            )
+        if found:
+            return path
+    return None
+
+
+def _path_or_full_address(path: str) -> str:
+    """An absolute path, or an address with its protocol's first name (s3:// for s3a://)."""
+    path = re.sub("^(file|local)://", "", path)
+    if is_local(path):
+        return os.path.abspath(path)
+    system, inner = file_system(path)
+    return str(system.unstrip_protocol(inner)).rstrip("/")
+
+
+def _is_same_folder(one: str, other: str) -> bool:
+    """True if both paths lead to one folder, for example by links or mounts."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 def make_folder(folder: str | Location) -> None:

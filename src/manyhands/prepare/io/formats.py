@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 from manyhands.errors import ConfigError, InvariantError
 from manyhands.prepare.io.compression import COMPRESSIONS
+from manyhands.prepare.io.csv_files import check_same_names, is_csv_type, read_csv, split_csv
 from manyhands.prepare.io.listing import (
     InputFile,
     Split,
     check_same_columns,
     split_into_row_groups,
     split_lines,
-    undivided,
 )
-from manyhands.prepare.io.reading import read_csv, read_json_lines, read_parquet, read_text
+from manyhands.prepare.io.reading import read_json_lines, read_parquet, read_text
 from manyhands.prepare.io.writing import (
     ChunksWriter,
     LinesWriter,
@@ -51,10 +51,16 @@ WriterFactory = Callable[[IO[bytes], "pa.Schema | None", str], Writer]
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """How files of a format are divided into splits, and how a split is read."""
+    """How files of a format are divided into splits, and how a split is read.
+
+    check_same: called with the path and schema of the first file, and those of another one; raises DataError unless
+    these files can be read together. has_columns: True if records are rows, so that columns can be selected.
+    """
 
     split: Splitter
     read: Reader
+    check_same: Callable[[tuple[str, Any], str, Any], None] | None = None
+    has_columns: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +94,7 @@ CHUNKS = "chunks"  # the internal format of cache(), which holds any records
 FORMATS = {
     "parquet": FileFormat(
         suffixes=(".parquet", ".pq"),
-        input=Input(split=split_into_row_groups, read=read_parquet),
+        input=Input(split=split_into_row_groups, read=read_parquet, check_same=check_same_columns),
         output=Output(write=ParquetWriter),
     ),
     "jsonl": FileFormat(
@@ -98,13 +104,12 @@ FORMATS = {
     ),
     "text": FileFormat(
         suffixes=(".txt", ".text"),
-        input=Input(split=split_lines, read=read_text),
+        input=Input(split=split_lines, read=read_text, has_columns=False),
         output=Output(write=partial(LinesWriter, text_lines), is_compressible=True),
     ),
     "csv": FileFormat(
         suffixes=(".csv",),
-        # A quoted field may contain line ends, so rows can't be found from the middle of a file.
-        input=Input(split=undivided, read=read_csv),
+        input=Input(split=split_csv, read=read_csv, check_same=check_same_names),
     ),
     "tokens": FileFormat(suffixes=(".tokens",), output=Output(write=TokensWriter)),
     CHUNKS: FileFormat(suffixes=(".chunks",), output=Output(write=ChunksWriter), is_internal=True),
@@ -175,22 +180,58 @@ def format_of(path: str, given: str | None) -> tuple[str, str | None]:
     return found, compression
 
 
-def split_files(files: Iterable[InputFile], given: str | None, partition_bytes: int) -> list[Split]:
+def split_files(
+    files: Iterable[InputFile], given: str | None, partition_bytes: int
+) -> tuple[list[Split], tuple[str, ...] | None]:
     """Divide files into splits of about `partition_bytes`. Empty files have no split.
 
-    given: the format, if the caller specified it. Raises DataError if Parquet files can't be read or have different
-    columns, ConfigError if a format is unknown.
+    Also returns the names of the columns to read if CSV files have the same columns in different orders (otherwise
+    None): the order of the first file.
+
+    given: the format, if the caller specified it. Raises DataError if Parquet or CSV files can't be read or have
+    different columns, ConfigError if a format is unknown.
     """
     splits: list[Split] = []
-    first_schema: tuple[str, Any] | None = None
+    first: dict[str, tuple[str, Any]] = {}  # for each format, the path and the schema of the first file
+    columns: tuple[str, ...] | None = None
     for file in files:
         name, compression = format_of(file.path, given)
-        found, schema = find_input(name).split(file, name, compression, partition_bytes)
+        form = find_input(name)
+        found, schema = form.split(file, name, compression, partition_bytes)
         splits += found
         if schema is not None:
-            first_schema = first_schema or (file.path, schema)
-            check_same_columns(first_schema, file.path, schema)
-    return splits
+            path, expected = first.setdefault(name, (file.path, schema))
+            if form.check_same is not None:
+                form.check_same((path, expected), file.path, schema)
+            if name == "csv" and schema != expected:
+                columns = expected
+    return splits, columns
+
+
+def check_selection(
+    formats: Iterable[str], columns: Sequence[str] | None, types: Mapping[str, str] | None
+) -> tuple[str, ...] | None:
+    """Return the columns to read. Raises ConfigError if `columns` or `types` is invalid for files of these formats."""
+    formats = set(formats)
+    if types and formats and "csv" not in formats:
+        raise ConfigError(
+            "types apply to CSV files only", got=", ".join(sorted(formats)), hint="convert values with map"
+        )
+    for name, kind in (types or {}).items():
+        if not is_csv_type(kind):
+            expected = "int64, float64, bool, date32, timestamp[us] or another alias of Arrow"
+            raise ConfigError(f"the type of column {name!r} is unknown", expected=expected, got=repr(kind))
+    if columns is None:
+        return None
+    without = sorted(form for form in formats if not find_input(form).has_columns)
+    names = [] if isinstance(columns, (str, bytes)) else list(columns)
+    if without or not names or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            "columns can't be selected",
+            expected="a list of different names of columns, of files that have columns",
+            got=f"{columns!r}"[:200] + "".join(f", for files of format {form}" for form in without),
+        )
+    return tuple(names)
 
 
 def read_split(
@@ -198,7 +239,7 @@ def read_split(
 ) -> Iterator[SourcedChunk]:
     """Read the records of a split.
 
-    columns: the columns to read from Parquet files (None: all). types: the types of CSV columns. Records that can't be
+    columns: the columns to read (None: all). types: the types of CSV columns. Records that can't be
     parsed are added to `bad`. Raises DataError if the file can't be read, is truncated or damaged, or lacks a requested
     column.
     """

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from glob import glob, has_magic
+from fnmatch import fnmatchcase
+from glob import escape, has_magic
 from itertools import pairwise
 from typing import Any
 
-from manyhands.errors import DataError
+from manyhands.errors import ConfigError, DataError, ManyhandsError
+from manyhands.prepare.records.data_frames import is_foreign_table
 from manyhands.storage.files import join_path, names_in, open_to_read
-from manyhands.storage.location import file_system, is_local
+from manyhands.storage.http_file import http_info, is_http
+from manyhands.storage.location import file_system, is_local, location_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +43,36 @@ class InputFile:
     version: str
 
 
+def patterns_of(paths: Any) -> list[str]:
+    """Return what a caller passed as paths, as a list of texts. A path is text, or an object such as pathlib.Path.
+
+    Raises ConfigError if it is not a path or a list of paths.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    hint = "pass a path, or a list of paths; for objects in memory use Dataset.from_records"
+    if not isinstance(paths, Iterable) or isinstance(paths, (bytes, Mapping, Set)) or is_foreign_table(paths):
+        raise ConfigError("read takes paths", expected="a path, or a list of paths", got=_kind(paths), hint=hint)
+    given = list(paths)
+    if not given:
+        raise ConfigError("there are no paths to read", got=repr(paths)[:100], hint=hint)
+    for path in given:
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError("read takes paths", expected="a path, or a list of paths", got=_kind(path), hint=hint)
+    # location_of refuses a Path of an address, which has lost one of its slashes.
+    return [(path if isinstance(path, str) else str(location_of(path))).removeprefix("file://") for path in given]
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def find_files(patterns: Sequence[str]) -> list[InputFile]:
     """Find the files that paths, folders and globs match, in the order of the patterns and then of the names.
 
-    A folder stands for the files directly in it, except those whose names start with `.` or `_`. Raises DataError if a
-    pattern matches no file.
+    A folder stands for the files directly in it. A name that exists is never a glob, even if it contains brackets.
+    Folders and wildcards do not match names that start with `.` or `_`, unless the pattern names this character. Raises
+    DataError if a pattern matches no file.
     """
     found: list[InputFile] = []
     for pattern in patterns:
@@ -54,7 +82,8 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
                 "no file matches",
                 where=pattern if not is_local(pattern) else os.path.abspath(pattern),
                 expected="a file, a folder with files, or a glob that matches files",
-                hint="check the path; globs may contain *, ?, [...], and ** for nested folders",
+                hint="check the path; globs may contain *, ?, [...], and ** for nested folders; they don't match names "
+                "that start with _ or . unless the pattern does, as in _*",
             )
         found += sorted(files, key=lambda file: _in_order(file.path))
     return found
@@ -63,40 +92,142 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
 def _local_files(pattern: str) -> list[InputFile]:
     if os.path.isdir(pattern):
         paths = [join_path(pattern, name) for name in names_in(pattern) if name[0] not in "._"]
-    elif has_magic(pattern) and not os.path.exists(pattern):
-        paths = sorted(path for path in glob(pattern, recursive=True) if _is_input(path, pattern))
+    elif has_magic(pattern) and not os.path.lexists(pattern):
+        paths = _matching_paths(pattern)
     else:
         paths = [pattern]
     files = []
     for path in paths:
+        if os.path.islink(path) and not os.path.exists(path):
+            raise DataError(
+                "a link leads to no file",
+                where=path,
+                got=os.readlink(path),
+                hint="remove the link, or restore its file",
+            )
         if os.path.isfile(path):
             info = os.stat(path)
             files.append(InputFile(path, info.st_size, str(info.st_mtime_ns)))
     return files
 
 
-def _is_input(path: str, pattern: str) -> bool:
-    """False for names that start with _ (manifests, events), unless the last part of the pattern starts with _."""
-    return path.rpartition("/")[2][:1] != "_" or pattern.rpartition("/")[2][:1] == "_"
+def _matching_paths(pattern: str) -> list[str]:
+    """Return the paths that a glob matches, sorted. Links are followed, but not to a folder that contains the link."""
+    folder = _literal_folder(pattern, os.path.isdir)
+    parts = [part for part in pattern[len(folder) :].split("/") if part]
+    try:
+        return sorted(set(_expand(folder or ("/" if pattern.startswith("/") else ""), parts)))
+    except OSError as error:
+        raise DataError(
+            f"a folder can't be listed: {error}", where=pattern, hint="allow it, or narrow the glob"
+        ) from error
+
+
+def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
+    """Yield the paths below a folder ("" is the working directory) that match the parts of a glob."""
+    first, rest = parts[0], parts[1:]
+    if not has_magic(first):
+        path = os.path.join(folder, first)
+        if not rest:
+            yield from [path] if os.path.lexists(path) else []
+        elif os.path.isdir(path):
+            yield from _expand(path, rest)
+        return
+    if first == "**" and rest:
+        yield from _expand(folder, rest)
+    with os.scandir(folder or ".") as entries:
+        found = [
+            (os.path.join(folder, entry.name), entry.is_dir()) for entry in entries if _may_match(first, entry.name)
+        ]
+    for path, is_folder in found:
+        if not rest:
+            yield path
+        if is_folder and (rest or first == "**") and not (first == "**" and _leads_up(path)):
+            yield from _expand(path, parts if first == "**" else rest)
+
+
+def _may_match(part: str, name: str) -> bool:
+    """True if a wildcard matches the name of a file or folder.
+
+    Names that start with `_` or `.` belong to tools (manifests, `_temporary`, `_delta_log`). They match only a part
+    that starts with the same character.
+    """
+    if name[0] in "._" and name[0] != part[0]:
+        return False
+    return part == "**" or fnmatchcase(name, part)
+
+
+def _leads_up(path: str) -> bool:
+    """True for a link to a folder that contains the link. To follow it would never end."""
+    if not os.path.islink(path):
+        return False
+    return f"{os.path.realpath(os.path.dirname(path) or '.')}/".startswith(f"{os.path.realpath(path).rstrip('/')}/")
+
+
+def _literal_folder(pattern: str, is_folder: Callable[[str], bool]) -> str:
+    """Return the longest start of a glob that names an existing folder, such as `run[1]` in `run[1]/*.csv`."""
+    position = pattern.rfind("/")
+    while position > 0:
+        if not has_magic(pattern[:position]) or is_folder(pattern[:position]):
+            return pattern[:position]
+        position = pattern.rfind("/", 0, position)
+    return ""
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    """Return a function that is false for a path in which a wildcard matches a name that `_may_match` excludes."""
+
+    def matches(parts: Sequence[str], names: Sequence[str]) -> bool:
+        if not parts or not names:
+            return not names and all(part == "**" for part in parts)
+        if parts[0] == "**":
+            return matches(parts[1:], names) or (_may_match("**", names[0]) and matches(parts, names[1:]))
+        fits = _may_match(parts[0], names[0]) if has_magic(parts[0]) else parts[0] == names[0]
+        return fits and matches(parts[1:], names[1:])
+
+    parts = [part for part in pattern.split("/") if part]
+    return lambda path: matches(parts, [name for name in path.split("/") if name])
 
 
 def _remote_files(pattern: str) -> list[InputFile]:
+    try:
+        return _listed(pattern)
+    except ManyhandsError:
+        raise
+    except Exception as error:  # the packages of stores raise exceptions of their own
+        raise DataError(
+            f"the address can't be listed: {error or type(error).__name__}",
+            where=pattern,
+            hint="check the address, the network, and the credentials for the store",
+        ) from error
+
+
+def _listed(pattern: str) -> list[InputFile]:
     system, inner = file_system(pattern)
+    if is_http(system) and not pattern.endswith("/"):
+        if (known := http_info(system, inner)) is not None:
+            return [InputFile(pattern, *known)]
+        if not has_magic(inner):
+            return []
+    system.invalidate_cache()  # this process may have listed the store before
     if system.isdir(inner):
-        paths = [path for path in system.find(inner, maxdepth=1) if path.rpartition("/")[2][0] not in "._"]
+        found = system.find(inner, maxdepth=1, detail=True)
+        paths = [path for path in found if path.rstrip("/").rpartition("/")[2][:1] not in ("", ".", "_")]
+    elif system.isfile(inner):
+        found = {inner: system.info(inner)}
+        paths = [inner]
+    elif has_magic(inner):
+        folder = _literal_folder(inner, system.isdir)
+        escaped = escape(folder) + inner[len(folder) :]
+        found = system.glob(escaped, detail=True)
+        paths = list(filter(_matcher(escaped), found))
     else:
-        if has_magic(inner):
-            found = system.glob(inner)
-        else:
-            found = [inner] if system.isfile(inner) else []
-        paths = [path for path in found if _is_input(path, inner)]
+        return []
     files = []
     for path in sorted(paths):
-        info = system.info(path)
-        if info["type"] == "file":
-            keys = ("ETag", "etag", "mtime", "LastModified", "created")  # the names that fsspec's file systems use
-            version = next((info[key] for key in keys if key in info), "")
-            files.append(InputFile(system.unstrip_protocol(path), int(info["size"]), str(version)))
+        info = found[path] if found[path].get("size") is not None else system.info(path)
+        if info["type"] == "file" and not _is_folder_marker(path, inner, info):
+            files.append(InputFile(system.unstrip_protocol(path), int(info["size"]), _version(info)))
     return files
 
 
@@ -110,6 +241,17 @@ def _in_order(path: str) -> tuple[str | int, ...]:
     """
     match = _PART_BEYOND_99999.fullmatch(path)
     return (path,) if match is None else (f"{match[1] or ''}part-99999~", int(match[2]), path)
+
+
+def _is_folder_marker(path: str, folder: str, info: Mapping[str, Any]) -> bool:
+    """True for an empty object that a tool has written so that a folder seems to exist."""
+    return not info["size"] and (path.endswith(("/", "_$folder$")) or path.strip("/") == folder.strip("/"))
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """Return what changes with the content of an object, under the names that fsspec's file systems use."""
+    keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "modified", "created")
+    return str(next((info[key] for key in keys if info.get(key) is not None), ""))
 
 
 def undivided(file: InputFile, form: str, compression: str | None, partition_bytes: int) -> tuple[list[Split], None]:
@@ -149,6 +291,13 @@ def split_into_row_groups(
             metadata, schema = reader.metadata, reader.schema_arrow.remove_metadata()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"a Parquet file can't be read: {error}", where=file.path) from error
+    twice = [name for index, name in enumerate(schema.names) if name in schema.names[:index]]
+    if twice:
+        raise DataError(
+            f"a Parquet file has two columns named {twice[0]!r}",
+            where=file.path,
+            hint="rename one: a record has one value of each name",
+        )
     splits: list[Split] = []
     groups: list[int] = []
     size = 0

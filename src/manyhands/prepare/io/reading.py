@@ -1,25 +1,19 @@
-"""Reads a split: lines, JSON, CSV, Parquet.
+"""Reads a split: lines, JSON, Parquet. For CSV see `csv_files`.
 
 A split is read as chunks with the location of each record (file and line, or file and row) for error messages.
-Lines and rows that can't be parsed are passed to `BadRecords`. CSV columns are text, exactly as in the file, unless
-`types` specifies another type.
+Lines that can't be parsed are passed to `BadRecords`.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from io import TextIOWrapper
-from itertools import count, islice
+from functools import partial
 from typing import IO, Any
 
 import orjson
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 
 from manyhands.errors import DataError
 from manyhands.prepare.io.compression import COMPRESSIONS
@@ -27,94 +21,6 @@ from manyhands.prepare.io.listing import Split
 from manyhands.prepare.records.chunks import CHUNK_BYTES, TABLE_CHUNK_BYTES, Chunk
 from manyhands.prepare.records.pipeline import BadRecords, SourcedChunk
 from manyhands.storage.files import open_to_read
-
-_BLOCK_BYTES = 2**24  # Arrow parses a CSV file in blocks of this size; a row may extend over at most two of them
-
-
-def read_csv(
-    split: Split, bad: BadRecords, columns: tuple[str, ...] | None, types: Mapping[str, str]
-) -> Iterator[SourcedChunk]:
-    """Read the rows of a CSV file as tables.
-
-    Rows with too many or too few fields, or with a field that does not fit its type, are bad records. Raises DataError
-    if the file can't be read or has no column that `types` names.
-    """
-    invalid: list[Any] = []  # rows that Arrow skipped in the block it parsed last
-
-    def skip(row: Any) -> str:
-        invalid.append(row)
-        return "skip"
-
-    try:
-        with opened(split) as file:
-            names = _column_names(split, types)
-            reader = pacsv.open_csv(
-                file,
-                read_options=pacsv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
-                parse_options=pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
-                convert_options=pacsv.ConvertOptions(
-                    column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-                ),
-            )
-            numbers = _valid_row_numbers(invalid)
-            for batch in reader:
-                for row in invalid:
-                    what = f"the row has {row.actual_columns} fields where {row.expected_columns} are expected"
-                    bad.add(f"{split.path}, row {row.number}", what, row.text)
-                rows = list(islice(numbers, batch.num_rows))
-                table = pa.Table.from_batches([batch])
-                step = max(1, len(rows) * CHUNK_BYTES // max(1, batch.nbytes))
-                for start in range(0, len(rows), step):
-                    part = table.slice(start, step)
-                    yield _typed(part, rows[start : start + step], types, split.path, bad)
-                invalid.clear()
-    except pa.ArrowException as error:
-        raise DataError(f"a CSV file can't be read: {error}", where=split.path) from error
-
-
-def _column_names(split: Split, types: Mapping[str, str]) -> list[str]:
-    """Read the header. Raises DataError if a column that `types` names does not exist."""
-    with opened(split) as file:
-        text = TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        names = next(csv.reader(text), [])
-        text.detach()  # otherwise the wrapper would close the file, but `opened` closes it
-    unknown = [name for name in types if name not in names]
-    if unknown:
-        raise DataError(f"there is no column {unknown[0]!r}", where=split.path, expected=f"one of {', '.join(names)}")
-    return names
-
-
-def _valid_row_numbers(invalid: list[Any]) -> Iterator[int]:
-    """Yield the numbers of the valid rows (the header is row 1). The caller updates `invalid` for each block."""
-    for number in count(2):
-        if not any(row.number == number for row in invalid):
-            yield number
-
-
-def _typed(table: pa.Table, rows: list[int], types: Mapping[str, str], path: str, bad: BadRecords) -> SourcedChunk:
-    """Convert columns to their types, and empty fields to null. Rows with a field that does not fit are bad records."""
-    for name, type_name in types.items():
-        kind = pa.type_for_alias(type_name)
-        texts = table.column(name)
-        texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
-        try:
-            values = pc.cast(texts, kind)
-        except pa.ArrowInvalid:
-            values, valid = [], []
-            for index, text in enumerate(texts):
-                try:
-                    values.append(text.cast(kind))
-                    valid.append(index)
-                except pa.ArrowInvalid as error:
-                    row = table.slice(index, 1).to_pylist()[0]
-                    bad.add(
-                        f"{path}, row {rows[index]}", f"a field of {name!r} doesn't fit its type: {error}", str(row)
-                    )
-            table, rows = table.take(valid), [rows[index] for index in valid]
-            values = pa.array([value.as_py() for value in values], kind)
-        table = table.set_column(table.column_names.index(name), name, values)
-    return SourcedChunk(table, lambda index: f"{path}, row {rows[index]}")
-
 
 # To find numbers that may exceed 64 bits: translate each digit to "0" and all other bytes to spaces, then search.
 _ZEROS_FOR_DIGITS = bytes(48 if 48 <= byte <= 57 else 32 for byte in range(256))
@@ -134,8 +40,11 @@ def read_text(
 def read_json_lines(
     split: Split, bad: BadRecords, columns: tuple[str, ...] | None, types: Mapping[str, str]
 ) -> Iterator[SourcedChunk]:
-    """Read one JSON value from each line. Empty lines are skipped."""
-    return _lines(split, bad, _json)
+    """Read one JSON value from each line. Empty lines are skipped.
+
+    columns: the keys to select; an object without one of them has None instead, and any other value is a bad record.
+    """
+    return _lines(split, bad, _json if columns is None else partial(_json_columns, columns))
 
 
 @contextmanager
@@ -223,6 +132,21 @@ def _json(lines: list[bytes], where: Callable[[int], str], bad: BadRecords) -> t
         return list(map(orjson.loads, lines)), None
     except ValueError:
         return _each(lines, _loads, where, bad, skip_empty=True)
+
+
+def _json_columns(
+    columns: tuple[str, ...], lines: list[bytes], where: Callable[[int], str], bad: BadRecords
+) -> tuple[list[Any], list[int]]:
+    """Parse lines as JSON objects with these keys only. Return the objects and the indices of their lines."""
+    values, valid = _json(lines, where, bad)
+    records, indices = [], []
+    for index, value in zip(range(len(lines)) if valid is None else valid, values, strict=True):
+        if isinstance(value, dict):
+            records.append({name: value.get(name) for name in columns})
+            indices.append(index)
+        else:
+            bad.add(where(index), "the line is not a JSON object, so it has no columns", value)
+    return records, indices
 
 
 def _loads(line: bytes) -> Any:

@@ -27,12 +27,22 @@ from manyhands.prepare.io.formats import CHUNKS
 from manyhands.prepare.job.progress import EVENTS, JobEvents, JobProgress
 from manyhands.prepare.job.stages import JobFolder, StageResult, check_counts, run_stages, tasks_of
 from manyhands.prepare.options import Options, patience_seconds, rank_of
-from manyhands.prepare.plan.plan import Arranged, Cached, CachedFiles, Node, Output, Plan, Step, make_plan
+from manyhands.prepare.plan.plan import (
+    Arranged,
+    Cached,
+    CachedFiles,
+    Node,
+    Output,
+    Plan,
+    Step,
+    input_paths,
+    make_plan,
+)
 from manyhands.prepare.records.chunks import records_of
 from manyhands.prepare.shuffle.reduce import lost_records
 from manyhands.prepare.task import chunks_of
 from manyhands.storage.atomic import is_temporary, sync, write_atomic
-from manyhands.storage.files import exists, join_path, move, names_in, read_bytes, remove
+from manyhands.storage.files import exists, join_path, move, names_in, path_below, read_bytes, remove
 from manyhands.storage.location import is_local
 
 
@@ -119,6 +129,7 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
     """
     started = time.monotonic()
     folder = folder if not is_local(folder) else os.path.abspath(folder)
+    _refuse_own_input(plan, folder)
     existing = read_output_manifest(folder)
     if existing is not None and existing.get("identity") == plan.identity and _is_complete(existing, folder):
         return _summary(existing, folder, [], time.monotonic() - started)
@@ -310,6 +321,23 @@ def _refuse_foreign(folder: str, existing: dict[str, Any] | None, plan: Plan, *,
         raise ConfigError("the output folder is a file", where=folder, hint="choose another path")
 
 
+def _refuse_own_input(plan: Plan, folder: str) -> None:
+    """Raise ConfigError if the folder holds an input of the job, which publishing would replace.
+
+    A job that was killed while it published would otherwise read its own output, and compute it twice.
+    """
+    for stage in plan.stages:
+        paths = input_paths(stage)
+        found = path_below(folder, paths) if paths else None
+        if found is not None:
+            raise ConfigError(
+                "the output folder holds an input of the job",
+                where=folder,
+                got=found,
+                hint="write to another folder; if a glob such as ** has matched earlier output, narrow it",
+            )
+
+
 def _summary(manifest: dict[str, Any], folder: str, stages: list[StageResult], seconds: float) -> PrepareSummary:
     return PrepareSummary(
         path=folder,
@@ -336,15 +364,30 @@ _numbers = count()
 
 
 def with_caches(node: Node, options: Options) -> Node:
-    """Replace cached nodes by the files of their records. Computes caches that do not exist yet."""
+    """Replace cached nodes by the files of their records. Computes caches that do not exist yet.
+
+    Raises ConfigError if two different caches have the same folder: the second would replace the records of the first.
+    """
+    return _with_caches(node, options, {})
+
+
+def _with_caches(node: Node, options: Options, used: dict[str, str]) -> Node:
+    """used: the folders of the caches so far, and what they hold."""
     if isinstance(node, Step):
-        return Step(with_caches(node.parent, options), node.operation)
+        return Step(_with_caches(node.parent, options, used), node.operation)
     if isinstance(node, Arranged):
-        parents = tuple(with_caches(parent, options) for parent in node.parents)
+        parents = tuple(_with_caches(parent, options, used) for parent in node.parents)
         return replace(node, parents=parents)
     if not isinstance(node, Cached):
         return node
-    plan = make_plan(with_caches(node.parent, options), Output(CHUNKS, None))
+    plan = make_plan(_with_caches(node.parent, options, used), Output(CHUNKS, None))
+    place = os.path.realpath(node.folder) if is_local(node.folder) else node.folder.rstrip("/")
+    if used.setdefault(place, plan.identity) != plan.identity:
+        raise ConfigError(
+            "two caches of one job have the same folder",
+            where=node.folder,
+            hint="each cache needs a folder of its own: cache(folder)",
+        )
     write_output(plan, node.folder, options.alone() if _is_temporary(node.folder) else options, overwrite=True)
     manifest = read_output_manifest(node.folder) or {}
     return CachedFiles(
