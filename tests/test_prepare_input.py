@@ -175,10 +175,10 @@ def test_rows_of_csv_with_a_wrong_number_of_fields_are_reported(tmp_path: Path) 
     path = tmp_path / "a.csv"
     path.write_text("a,b\n1,2\n3\n4,x\n5,6\n")
     made = mh.Dataset.read(str(path), types={"b": "int64"})
-    assert refused(made, "the row has 1 fields where 2 are expected", tmp_path).where == f"{path}, row 3"
+    assert refused(made, "the row has 1 fields where 2 are expected", tmp_path).where == f"{path}, line 3"
     written = made.write(str(tmp_path / "out"), workers=0, max_bad_records=2)
     assert written.records == 2
-    assert [bad["where"] for bad in set_aside(tmp_path)] == [f"{path}, row 3", f"{path}, row 4"]
+    assert [bad["where"] for bad in set_aside(tmp_path)] == [f"{path}, line 3", f"{path}, line 4"]
 
 
 def test_an_error_in_a_batch_function_ends_the_job_and_reports_the_position(tmp_path: Path) -> None:
