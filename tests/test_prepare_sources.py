@@ -139,6 +139,9 @@ def test_a_link_to_a_folder_above_does_not_repeat_files(tmp_path: Path) -> None:
     os.symlink("..", tmp_path / "in" / "x" / "up")
     os.symlink("x", tmp_path / "in" / "same")
     assert read(f"{tmp_path}/in/**/*.txt") == ["x", "x"]  # as x/a.txt and as same/a.txt
+    for missing in ("nowhere/*", "nowhere/**/*.txt", "in/x/a.txt/*", "*/nowhere/*"):
+        with pytest.raises(mh.DataError, match="no file matches"):
+            read(f"{tmp_path}/{missing}")
     os.symlink("missing.txt", tmp_path / "in" / "b.txt")
     with pytest.raises(mh.DataError, match="a link leads to no file"):
         read(tmp_path / "in")

@@ -135,6 +135,8 @@ def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
         return
     if first == "**" and rest:
         yield from _expand(folder, rest)
+    if not os.path.isdir(folder or "."):
+        return  # it is missing, or a file: nothing matches
     with os.scandir(folder or ".") as entries:
         found = [
             (os.path.join(folder, entry.name), entry.is_dir()) for entry in entries if _may_match(first, entry.name)
