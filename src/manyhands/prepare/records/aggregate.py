@@ -300,7 +300,7 @@ class Grouping:
             counted = count_keys(keys, len(self.aggregates))
             if counted is not None:
                 return counted
-        records = records_of(chunk)
+        records = records_of(_with_values(chunk, list(self.aggregates.values())))
         try:
             states = [_states(self, name, keys, records) for name in self.aggregates]
         except TypeError as error:
@@ -372,6 +372,14 @@ def _failed(name: str, aggregate: Aggregate, argument: str, key: Any, error: Bas
         where=f"the group {repr(key)[:200]}",
         hint="the states of a group can't be set aside: change the function so that it accepts all values of the group",
     )
+
+
+def _with_values(chunk: Chunk, aggregates: Sequence[Aggregate]) -> Chunk:
+    """Return a table with only the columns that the aggregates use; the chunk itself if they use complete records."""
+    names = {aggregate.of for aggregate in aggregates if aggregate.kind != "count"}
+    if isinstance(chunk, list) or not all(name in chunk.column_names for name in names):
+        return chunk
+    return chunk.select(sorted(map(str, names)))
 
 
 def _states(grouping: Grouping, name: str, keys: list[Any], records: list[Any]) -> dict[Any, Any]:

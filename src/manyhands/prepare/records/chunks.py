@@ -41,7 +41,11 @@ def num_records(chunk: Chunk) -> int:
 
 def records_of(chunk: Chunk) -> list[Any]:
     """Return the records as Python objects. Rows of a table become dicts."""
-    return chunk if isinstance(chunk, list) else list(chunk.to_pylist())
+    if isinstance(chunk, list):
+        return chunk
+    from manyhands.prepare.records.columns import rows_of
+
+    return rows_of(chunk)
 
 
 def part_of(chunk: Chunk, start: int, stop: int) -> Chunk:
@@ -49,30 +53,72 @@ def part_of(chunk: Chunk, start: int, stop: int) -> Chunk:
     return chunk[start:stop] if isinstance(chunk, list) else chunk.slice(start, stop - start)
 
 
+class BadColumn(DataError):
+    """Records whose values a column can't hold. index: the first such record in the chunk; None if not known."""
+
+    index: int | None = None
+
+
 def table_of(chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
     """Return the records as an Arrow table, with the columns of all records or of `schema`. Missing values are null.
 
-    Raises DataError if the values of a column have no common Arrow type, or if `schema` lacks a column of the records.
+    Every value stays the same: numbers of floats may be rounded to floats of fewer bits, and nothing else changes.
+    Raises BadColumn if the values of a column have no common Arrow type, or if `schema` lacks a column of the records.
     """
     import pyarrow as pa
 
+    from manyhands.prepare.records.schemas import Unfit, conformed
+
     try:
         if not isinstance(chunk, list):
-            return chunk if schema is None else chunk.select(_checked_names(chunk.column_names, schema)).cast(schema)
+            return chunk if schema is None else conformed(_checked(chunk, schema), schema)
         columns = _columns(chunk)
         if schema is None:
-            return pa.table(columns)
-        _checked_names(list(columns), schema)
+            return pa.table({name: _array_of(name, values, None) for name, values in columns.items()})
+        _check_names(list(columns), schema)
         missing = [None] * len(chunk)
-        return pa.table({field.name: columns.get(field.name, missing) for field in schema}, schema=schema)
-    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        arrays = [_array_of(field.name, columns.get(field.name, missing), field.type) for field in schema]
+        return pa.Table.from_arrays(arrays, schema=schema)
+    except (pa.ArrowException, ValueError, TypeError, ArithmeticError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
+        index = error.index if isinstance(error, Unfit) else None
+        record = (
+            f"the first of {num_records(chunk)}" if index is None else f"record {index + 1} of {num_records(chunk)}"
+        )
+        bad = BadColumn(
             f"the records can't be put into columns: {error}",
-            got=f"the first of {num_records(chunk)}: {str(part_of(chunk, 0, 1))[:200]}",
+            got=f"{record}: {_shown(chunk, index or 0)[:200]}",
             hint="use values of one type in a column, or set the types with write(schema=...)",
-        ) from error
+        )
+        bad.index = index
+        raise bad from error
+
+
+def _array_of(name: str, values: list[Any], kind: pa.DataType | None) -> pa.Array:
+    import pyarrow as pa
+
+    from manyhands.prepare.records.columns import array_of, first_failing
+    from manyhands.prepare.records.schemas import Unfit
+
+    try:
+        return array_of(values, kind)
+    except (pa.ArrowException, ValueError, TypeError, ArithmeticError) as error:
+        raise Unfit(name, error, first_failing(len(values), lambda count: array_of(values[:count], kind))) from error
+
+
+def _shown(chunk: Chunk, index: int) -> str:
+    from manyhands.prepare.records.columns import shown
+
+    return repr(chunk[index]) if isinstance(chunk, list) else shown(chunk, index)
+
+
+def shown_record(chunk: Chunk) -> Any:
+    """Return the only record of a chunk for messages: as text if a value of the table's row has no Python form."""
+    try:
+        return records_of(chunk)[0]
+    except DataError:
+        return _shown(chunk, 0)
 
 
 def _columns(records: list[Any]) -> dict[str, list[Any]]:
@@ -84,8 +130,15 @@ def _columns(records: list[Any]) -> dict[str, list[Any]]:
     return {str(name): [record.get(name) for record in records] for name in names}
 
 
-def _checked_names(names: Sequence[str], schema: pa.Schema) -> list[str]:
-    """Return the schema's names. Raises DataError if `names` has other names: their values would be lost."""
+def _checked(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    if len(set(table.column_names)) < table.num_columns:
+        raise ValueError("two columns have the same name")
+    _check_names(table.column_names, schema)
+    return table
+
+
+def _check_names(names: Sequence[str], schema: pa.Schema) -> None:
+    """Raise DataError if `names` has other names than the schema: their values would be lost."""
     extra = [name for name in names if name not in schema.names]
     if extra:
         raise DataError(
@@ -94,7 +147,6 @@ def _checked_names(names: Sequence[str], schema: pa.Schema) -> list[str]:
             got=", ".join(names),
             hint="add the column to the schema, or remove it from the records; nothing is dropped silently",
         )
-    return list(schema.names)
 
 
 def concatenate(chunks: Sequence[Chunk]) -> Chunk:

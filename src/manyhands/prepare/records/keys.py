@@ -42,6 +42,8 @@ KeyLike: TypeAlias = "Callable[[Any], Any] | str | Sequence[str] | None"  # a ke
 
 def keys_of(chunk: Chunk, key: Key) -> list[Any]:
     """Return the keys of a chunk's records; tuples for several columns. Raises BadKey for a missing column."""
+    if not isinstance(chunk, list) and isinstance(key, tuple) and set(key) <= set(chunk.column_names):
+        chunk = chunk.select(list(dict.fromkeys(key)))  # other columns need no Python values
     records = records_of(chunk)
     if key is None:
         return records
@@ -275,7 +277,7 @@ class KeyedTable:
 
         keys = keys_of_columns([self.table.column(name) for name in self.by])
         records = self.table.drop_columns([ORDER_COLUMN]) if self.by == (ORDER_COLUMN,) else self.table
-        return KeyedLists(keys, [records.to_pylist()])
+        return KeyedLists(keys, [records_of(records)])
 
 
 class _Keys(Sequence[Any]):

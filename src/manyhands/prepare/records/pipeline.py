@@ -22,7 +22,7 @@ from manyhands.prepare.records.chunks import (
     num_records,
     pack,
     part_of,
-    records_of,
+    shown_record,
     unpack,
     with_contiguous_columns,
 )
@@ -150,6 +150,8 @@ class Pipeline(Generic[T]):
         try:
             return self._without(failed, other)
         except BaseException as error:
+            if isinstance(error, DataError):
+                error.where = error.where or _batch(piece.where, total)
             if not is_for_user(error) or isinstance(error, DataError):
                 raise
             raise self._failed_together(error, piece.where, total) from error
@@ -195,7 +197,7 @@ class Pipeline(Generic[T]):
                 # A bad record counts at every step that it reached. So later records have the same positions at these
                 # steps as if it had not failed; `sample` depends on the positions.
                 failed.append(_Failed(index, [new - old for old, new in zip(before, self._seen, strict=True)]))
-                record = _record_of(part_of(pristine, index, index + 1))
+                record = shown_record(part_of(pristine, index, index + 1))
                 if not isinstance(error, Exception):
                     raise _ended(self._describe(error), where(index), record) from error
                 self._bad.add(where(index), self._describe(error), record, error)
@@ -223,7 +225,7 @@ class Pipeline(Generic[T]):
 
     def _failed_together(self, error: BaseException, where: Callable[[int], str], total: int) -> DataError:
         """Return the error of records that fail together, but not one by one."""
-        place = f"a batch of {total} records, from {where(0)} to {where(max(0, total - 1))}"
+        place = _batch(where, total)
         if self._first_batched < len(self._operations):
             operation = self._operations[self._first_batched]
             return DataError(
@@ -285,6 +287,11 @@ class _SecondReading:
         return piece.chunk
 
 
+def _batch(where: Callable[[int], str], total: int) -> str:
+    """Return the location of a batch for messages."""
+    return f"a batch of {total} records, from {where(0)} to {where(max(0, total - 1))}"
+
+
 def _ended(what: str, where: str, record: Any) -> DataError:
     return DataError(
         f"a function tried to end the process: {what}",
@@ -292,14 +299,6 @@ def _ended(what: str, where: str, record: Any) -> DataError:
         got=repr(record)[:200],
         hint="raise an exception such as ValueError instead: it makes the record a bad record (max_bad_records)",
     )
-
-
-def _record_of(chunk: Chunk) -> Any:
-    """Return the one record of a chunk for a message; as Arrow shows it if Python's types can't hold its values."""
-    try:
-        return records_of(chunk)[0]
-    except Exception:
-        return str(chunk)
 
 
 def unchanged(chunk: Chunk) -> Any:
