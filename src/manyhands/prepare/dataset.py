@@ -98,6 +98,7 @@ class Dataset:
         partition_bytes: the approximate size of a task's input. It determines how the output is divided into files.
 
         Raises DataError if a path matches no file, or if Parquet or CSV files can't be read or have different columns.
+        The folder of an output without records has no files, and is read as no records.
         Raises ConfigError if there are no paths, or if an argument is invalid.
         """
         if partition_bytes < 1:
@@ -277,7 +278,7 @@ class Dataset:
         folder: the output folder. `_manifest.json` is written last: if it exists, the output is complete.
         format: `jsonl` or `text` (also compressed: `jsonl.gz`, `jsonl.zst`, `text.gz`, `text.zst`), `parquet`, or
             `tokens`. Each record of a `tokens` output must have a list named `tokens`; `mh.TokenFile` reads the files.
-        schema: the columns of Parquet files (default: inferred from the records).
+        schema: the columns of Parquet files (default: inferred from all records). No value is changed to fit.
         overwrite: replace the output of another job. Other files are never replaced.
         job_options: workers, memory and so on; see `JobOptions`.
 

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -20,13 +20,14 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
-from manyhands.prepare.io.formats import open_writer, output_file_name, read_split
+from manyhands.prepare.io.formats import is_of_lines, open_writer, output_file_name, read_split
 from manyhands.prepare.io.run_file import RunFileWriter, is_intact, read_blocks, read_index
-from manyhands.prepare.io.writing import Writer
+from manyhands.prepare.io.writing import Writer, rewrite_parquet
 from manyhands.prepare.plan.plan import CachedFiles, Counting, InMemory, Output, Plan, Read, Stage
-from manyhands.prepare.records.chunks import Chunk, num_records
+from manyhands.prepare.records.chunks import Chunk, num_records, records_of
 from manyhands.prepare.records.copies import unpack_records
 from manyhands.prepare.records.pipeline import BadRecords, Pipeline, SourcedChunk, unchanged
+from manyhands.prepare.records.schemas import schema_from_text, schema_to_text
 from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, RangeReader, Reading, lost_records
 from manyhands.storage.atomic import open_atomic, write_atomic
 from manyhands.storage.files import HashedFile, exists, join_path, names_in, open_to_read, read_bytes, remove
@@ -43,7 +44,8 @@ class Task:
     """A task, described completely for a worker.
 
     inputs: the folder of each stage that the task reads, and the number of its run files. key_range: the keys that it
-    reads from these files.
+    reads from these files. rewrites, schema: set if the task only rewrites a finished output file, with this path, with
+    this schema (see `schema_to_text`).
     """
 
     plan_path: str
@@ -52,6 +54,8 @@ class Task:
     partition: int
     inputs: tuple[tuple[str, int], ...] = ()
     key_range: KeyRange = ALL_KEYS
+    rewrites: str | None = None
+    schema: str | None = None
     memory_bytes: int
     max_bad_records: int
 
@@ -67,8 +71,9 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """A task's counts, and the name and hash of its output file. Records do not pass through the engine.
+    """A task's counts, and the name, hash and schema of its output file. Records do not pass through the engine.
 
+    schema: the schema of a Parquet file (see `schema_to_text`) if the records determined it.
     records_read: the number of records that a task after a shuffle read from each stage before it; otherwise empty.
     """
 
@@ -80,6 +85,7 @@ class TaskResult:
     bad_records: int
     file: str | None
     sha256: str | None
+    schema: str | None
     seconds: float
     records_read: tuple[int, ...]
 
@@ -93,8 +99,9 @@ def run_task(task: Task) -> TaskResult:
     stage = load_plan(task.plan_path).stages[task.stage]
     bad = BadRecords(task.max_bad_records)
     counts = _ReadCounts()
+    end = _END_OF.get(type(stage.end), _arrange) if task.schema is None else _rewrite
     try:
-        made = _END_OF.get(type(stage.end), _arrange)(task, stage, bad, counts)
+        made = end(task, stage, bad, counts)
     except DataError as error:
         error.where = error.where or task.name
         raise
@@ -115,6 +122,7 @@ def run_task(task: Task) -> TaskResult:
         bad_records=len(bad.found),
         file=made.file,
         sha256=made.sha256,
+        schema=made.schema,
         seconds=time.monotonic() - started,
         records_read=counts.records,
     )
@@ -133,11 +141,11 @@ def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
         return None
 
 
-def finished_tasks(folder: str, stage: int, partitions: int) -> dict[int, TaskResult]:
-    """The results of all tasks of a stage that have valid done notes, by partition. Lists the folder once."""
-    names = set(names_in(folder))
-    noted = (partition for partition in range(partitions) if _name_in(done_path("", partition)) in names)
-    found = {partition: finished(folder, stage, partition) for partition in noted}
+def finished_tasks(tasks: Sequence[Task]) -> dict[int, TaskResult]:
+    """The results of those tasks of one folder that have valid done notes, by partition. Lists the folder once."""
+    names = set(names_in(tasks[0].folder)) if tasks else set()
+    noted = (task for task in tasks if _name_in(done_path("", task.partition)) in names)
+    found = {task.partition: finished(task.folder, task.stage, task.partition) for task in noted}
     return {partition: result for partition, result in found.items() if result is not None}
 
 
@@ -210,7 +218,7 @@ def chunks_of(task: Task) -> Generator[Chunk, None, tuple[int, ...]]:
     bad = BadRecords(task.max_bad_records)
     counts = _ReadCounts()
     for part in _parts(task, stage):
-        pipeline: Pipeline[Chunk] = Pipeline(stage.operations, part.partition, bad, lambda: unchanged)
+        pipeline: Pipeline[Chunk] = Pipeline(stage.operations, part.partition, bad, lambda: records_of)
         yield from pipeline.run(partial(_pieces, part, stage, counts))
     return counts.records
 
@@ -245,13 +253,18 @@ class _ReadCounts:
 
 
 class _Written(NamedTuple):
-    """Counts of the records and bytes that a task wrote, and the name and hash of its output file if it has one."""
+    """Counts of the records and bytes that a task wrote; the name, hash and schema of its output file if it has one."""
 
     records_in: int
     records: int
     bytes_out: int
     file: str | None = None
     sha256: str | None = None
+    schema: str | None = None
+
+
+class _Discarded(Exception):
+    """An output file must be written again with a wider schema."""
 
 
 def _arrange(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
@@ -278,26 +291,65 @@ def _arrange(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> 
 
 def _output(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
     output: Any = stage.end
+    found = _SchemaFound(output.schema)
+    try:
+        return _write_output(task, stage, bad, found, counts)
+    except _Discarded:
+        bad.found.clear()
+        return _write_output(task, stage, bad, found, counts)
+
+
+@dataclass
+class _SchemaFound:
+    """The schema of an output file: that of the job, or the one that a first attempt found."""
+
+    schema: Any
+
+
+def _write_output(task: Task, stage: Stage, bad: BadRecords, found: _SchemaFound, counts: _ReadCounts) -> _Written:
+    """Write the output file. Raises _Discarded, after setting `found.schema`, if it must be written again with it."""
+    output: Any = stage.end
     name = output_file_name(task.partition, output.form)
-    path = join_path(task.folder, name)
     records = 0
     (task,) = _parts(task, stage)  # seeds `random`
-    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: unchanged)
-    with open_atomic(path, first_wins=True, durable=False) as opened:
+    # Formats of lines get Python objects: a row that has no Python form is then a bad record with its location.
+    last = records_of if is_of_lines(output.form) else unchanged
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: last)
+    with open_atomic(join_path(task.folder, name), first_wins=True, durable=False) as opened:
         file: Any = HashedFile(opened)
         writer: Writer | None = None
-        for chunk in pipeline.run(partial(_pieces, task, stage, counts)):
-            if num_records(chunk):
-                writer = writer or open_writer(output.form, file, output.schema, f"{name}, {task.name}")
-                writer.add(chunk)
-                records += num_records(chunk)
-        if writer is not None:
-            writer.close()
+        try:
+            for chunk in pipeline.run(partial(_pieces, task, stage, counts)):
+                if num_records(chunk):
+                    writer = writer or open_writer(output.form, file, found.schema, f"{name}, {task.name}")
+                    writer.add(chunk)
+                    records += num_records(chunk)
+            if writer is not None:
+                writer.close()
+        except BaseException:
+            if writer is not None:
+                writer.abandon()
+            raise
+        if writer is not None and writer.is_discarded:
+            found.schema = writer.schema
+            raise _Discarded
         # Each task syncs its file, so that workers do this in parallel. The job syncs the folder when it publishes.
         file.sync()
     if writer is None:
         return _Written(pipeline.records_in, 0, 0)
-    return _Written(pipeline.records_in, records, file.tell(), name, file.hexdigest())
+    inferred = None if output.schema is not None or writer.schema is None else schema_to_text(writer.schema)
+    return _Written(pipeline.records_in, records, file.tell(), name, file.hexdigest(), inferred)
+
+
+def _rewrite(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
+    """Write the records of another task's output file with a schema that holds the records of all files."""
+    source = str(task.rewrites)
+    name = _name_in(source)
+    with open_atomic(join_path(task.folder, name), first_wins=True, durable=False) as opened:
+        file: Any = HashedFile(opened)
+        records = rewrite_parquet(source, file, schema_from_text(str(task.schema)), f"{name}, {task.name}")
+        file.sync()
+    return _Written(records, records, file.tell(), name, file.hexdigest(), task.schema)
 
 
 def _count(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:

@@ -18,9 +18,9 @@ from manyhands.prepare.io.csv_files import check_same_names, is_csv_type, read_c
 from manyhands.prepare.io.listing import (
     InputFile,
     Split,
-    check_same_columns,
     split_into_row_groups,
     split_lines,
+    with_common_schema,
 )
 from manyhands.prepare.io.reading import read_json_lines, read_parquet, read_text
 from manyhands.prepare.io.writing import (
@@ -54,7 +54,8 @@ class Input:
     """How files of a format are divided into splits, and how a split is read.
 
     check_same: called with the path and schema of the first file, and those of another one; raises DataError unless
-    these files can be read together. has_columns: True if records are rows, so that columns can be selected.
+    these files can be read together (None: `with_common_schema` does, or there is no schema). has_columns: True if
+    records are rows, so that columns can be selected.
     """
 
     split: Splitter
@@ -94,7 +95,7 @@ CHUNKS = "chunks"  # the internal format of cache(), which holds any records
 FORMATS = {
     "parquet": FileFormat(
         suffixes=(".parquet", ".pq"),
-        input=Input(split=split_into_row_groups, read=read_parquet, check_same=check_same_columns),
+        input=Input(split=split_into_row_groups, read=read_parquet),
         output=Output(write=ParquetWriter),
     ),
     "jsonl": FileFormat(
@@ -193,6 +194,7 @@ def split_files(
     """
     splits: list[Split] = []
     first: dict[str, tuple[str, Any]] = {}  # for each format, the path and the schema of the first file
+    schemas: dict[str, Any] = {}  # of Parquet files, by path
     columns: tuple[str, ...] | None = None
     for file in files:
         name, compression = format_of(file.path, given)
@@ -200,12 +202,14 @@ def split_files(
         found, schema = form.split(file, name, compression, partition_bytes)
         splits += found
         if schema is not None:
+            if form.check_same is None:
+                schemas[file.path] = schema
+                continue
             path, expected = first.setdefault(name, (file.path, schema))
-            if form.check_same is not None:
-                form.check_same((path, expected), file.path, schema)
-            if name == "csv" and schema != expected:
+            form.check_same((path, expected), file.path, schema)
+            if schema != expected:
                 columns = expected
-    return splits, columns
+    return with_common_schema(splits, schemas), columns
 
 
 def check_selection(
@@ -246,6 +250,11 @@ def read_split(
     return find_input(split.format).read(split, bad, columns, types)
 
 
+def is_of_lines(form: str) -> bool:
+    """True if an output format writes Python objects, one on each line."""
+    return "." in form or form in ("jsonl", "text")
+
+
 def output_file_name(partition: int, form: str) -> str:
     """Return the name of the output file of a partition."""
     name, dot, compression = form.partition(".")
@@ -269,7 +278,7 @@ def open_writer(form: str, file: IO[bytes], schema: pa.Schema | None, name: str)
     return _CompressedWriter(stream, output.write(stream, schema, name))
 
 
-class _CompressedWriter:
+class _CompressedWriter(Writer):
     """A writer to a stream that compresses. Closing the writer closes the stream."""
 
     def __init__(self, stream: IO[bytes], writer: Writer) -> None:

@@ -5,10 +5,11 @@ The division depends only on the data and `partition_bytes`, never on the number
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape, has_magic
 from itertools import pairwise
@@ -16,14 +17,18 @@ from typing import Any
 
 from manyhands.errors import ConfigError, DataError, ManyhandsError
 from manyhands.prepare.records.data_frames import is_foreign_table
-from manyhands.storage.files import join_path, names_in, open_to_read
+from manyhands.prepare.records.schemas import Unfit, common_schema, schema_to_text
+from manyhands.storage.files import join_path, names_in, open_to_read, read_bytes
 from manyhands.storage.http_file import http_info, is_http
 from manyhands.storage.location import file_system, is_local, location_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The input of one task: bytes `start` to `end` of a file (None: up to its end), or some of its row groups."""
+    """The input of one task: bytes `start` to `end` of a file (None: up to its end), or some of its row groups.
+
+    schema: the columns to read, if those of the file have other types (see `schema_to_text`).
+    """
 
     path: str
     format: str
@@ -32,6 +37,7 @@ class Split:
     end: int | None
     size_bytes: int
     row_groups: tuple[int, ...] = ()
+    schema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,12 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
 
     A folder stands for the files directly in it. A name that exists is never a glob, even if it contains brackets.
     Folders and wildcards do not match names that start with `.` or `_`, unless the pattern names this character. Raises
-    DataError if a pattern matches no file.
+    DataError if a pattern matches no file, unless it is the folder of an output without records.
     """
     found: list[InputFile] = []
     for pattern in patterns:
         files = _local_files(pattern) if is_local(pattern) else _remote_files(pattern)
-        if not files:
+        if not files and not _is_empty_output(pattern):
             raise DataError(
                 "no file matches",
                 where=pattern if not is_local(pattern) else os.path.abspath(pattern),
@@ -87,6 +93,15 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
             )
         found += sorted(files, key=lambda file: _in_order(file.path))
     return found
+
+
+def _is_empty_output(folder: str) -> bool:
+    """True if the folder holds the output of a job that wrote no records, and therefore no file."""
+    try:
+        manifest = json.loads(read_bytes(join_path(folder, "_manifest.json")))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("files") == [] and manifest.get("records") == 0
 
 
 def _local_files(pattern: str) -> list[InputFile]:
@@ -322,14 +337,38 @@ def split_into_row_groups(
     return splits, schema
 
 
-def check_same_columns(first: tuple[str, Any], path: str, schema: Any) -> None:
-    """Raise DataError if a Parquet file has other columns than the first one. first: its path and schema."""
-    if not first[1].equals(schema):
-        expected, got = (", ".join(f"{field.name}: {field.type}" for field in one) for one in (first[1], schema))
-        raise DataError(
-            "a Parquet file has other columns than the first one",
-            where=path,
-            expected=f"{expected} (as in {first[0]})",
-            got=got,
-            hint="files that are read together need the same columns: convert them, or read them separately",
-        )
+def with_common_schema(splits: Sequence[Split], schemas: Mapping[str, Any]) -> list[Split]:
+    """Return the splits, with the common schema where the schema of a split's Parquet file differs from it.
+
+    The order of columns, nullability and metadata may differ, and types if one of them holds all values of the others:
+    all values are null, or numbers and text have another width.
+
+    schemas: the schemas of all Parquet files by path, in the order of the files. Raises DataError if a file has other
+    columns than the first one.
+    """
+    first = next(iter(schemas.items()), ("", None))
+    common = first[1]
+    for path, schema in schemas.items():
+        if not schema.equals(common):
+            common = _common_schema(first, common, path, schema)
+    text = "" if common is None else schema_to_text(common)
+    return [
+        replace(split, schema=text) if split.path in schemas and not schemas[split.path].equals(common) else split
+        for split in splits
+    ]
+
+
+def _common_schema(first: tuple[str, Any], common: Any, path: str, schema: Any) -> Any:
+    try:
+        if sorted(common.names) == sorted(schema.names) and len(set(schema.names)) == len(schema.names):
+            return common_schema(common, schema, strict=True)
+    except Unfit:
+        pass
+    expected, got = (", ".join(f"{field.name}: {field.type}" for field in one) for one in (common, schema))
+    raise DataError(
+        "a Parquet file has other columns than the first one",
+        where=path,
+        expected=f"{expected} (as in {first[0]})",
+        got=got,
+        hint="files that are read together need the same columns: convert them, or read them separately",
+    )

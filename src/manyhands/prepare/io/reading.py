@@ -19,7 +19,9 @@ from manyhands.errors import DataError
 from manyhands.prepare.io.compression import COMPRESSIONS
 from manyhands.prepare.io.listing import Split
 from manyhands.prepare.records.chunks import CHUNK_BYTES, TABLE_CHUNK_BYTES, Chunk
+from manyhands.prepare.records.columns import without_views
 from manyhands.prepare.records.pipeline import BadRecords, SourcedChunk
+from manyhands.prepare.records.schemas import Unfit, conformed, schema_from_text
 from manyhands.storage.files import open_to_read
 
 # To find numbers that may exceed 64 bits: translate each digit to "0" and all other bytes to spaces, then search.
@@ -211,12 +213,25 @@ def read_parquet(
                     got=repr(unknown[0]),
                 )
             for batch in reader.iter_batches(batch_rows, list(split.row_groups), names, use_threads=False):
-                chunk: Chunk = pa.Table.from_batches([batch]).replace_schema_metadata()
                 first = before + seen + 1
-                yield SourcedChunk(chunk, _row_locator(split.path, first))
+                yield SourcedChunk(_table(batch, split, names), _row_locator(split.path, first))
                 seen += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, Unfit) as error:
         raise DataError(f"a Parquet file can't be read: {error}", where=split.path) from error
+    except DataError as error:
+        error.where = error.where or split.path
+        raise
+
+
+def _table(batch: Any, split: Split, names: list[str] | None) -> Chunk:
+    """Return a batch of a Parquet file as a table, with the types that all files of the input share."""
+    import pyarrow as pa
+
+    table = pa.Table.from_batches([batch]).replace_schema_metadata()
+    if split.schema is not None:
+        shared = schema_from_text(split.schema)
+        table = conformed(table, shared if names is None else pa.schema([shared.field(name) for name in names]))
+    return without_views(table)
 
 
 def _selected(where: Callable[[int], str], indices: list[int]) -> Callable[[int], str]:

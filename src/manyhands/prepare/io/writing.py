@@ -7,7 +7,9 @@ positions where documents end (see `manyhands.data.token_format`). The bytes of 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -20,6 +22,7 @@ from manyhands.errors import DataError
 from manyhands.prepare.io.run_file import RunFileWriter
 from manyhands.prepare.records.chunks import (
     CHUNK_BYTES,
+    BadColumn,
     Chunk,
     concatenate,
     num_records,
@@ -29,6 +32,8 @@ from manyhands.prepare.records.chunks import (
     table_of,
 )
 from manyhands.prepare.records.keys import KeyedLists, KeyedTable
+from manyhands.prepare.records.schemas import Unfit, combined, common_schema, conformed
+from manyhands.storage.files import open_to_read
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +53,30 @@ def token_schema(vocabulary: int) -> pa.Schema:
     return pa.schema([(_COLUMN, kind)], metadata={_VOCABULARY: str(vocabulary)})
 
 
-class TokensWriter:
+class Writer(Protocol):
+    """Writes chunks into one file.
+
+    schema: the schema of the file; None for formats without one. is_discarded: True if `schema` was found too late, so
+    that the file is not valid, and all records must be written again with it.
+    """
+
+    schema: pa.Schema | None = None
+    is_discarded: bool = False
+
+    def add(self, chunk: Chunk) -> None:
+        """Write a chunk. Raises DataError for records that can't be represented in the format."""
+        ...
+
+    def close(self) -> None:
+        """Write buffered records and the end of the format. The file itself stays open."""
+        ...
+
+    def abandon(self) -> None:
+        """Release the file after an error. Its content is then not valid."""
+        return
+
+
+class TokensWriter(Writer):
     """Writes the column `tokens`, one list per document, as a token file. Without a schema, tokens take four bytes."""
 
     def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:
@@ -65,7 +93,10 @@ class TokensWriter:
         try:
             column = table_of(chunk, self._schema).column(_COLUMN)
         except (DataError, KeyError) as error:
-            raise self._invalid(str(error.what if isinstance(error, DataError) else error)) from error
+            reason = self._invalid(str(error.what if isinstance(error, DataError) else error))
+            if isinstance(error, DataError):
+                reason.where, reason.got = _record(self._name, sum(map(len, self._lengths)), error), error.got
+            raise reason from error
         for part in column.chunks:
             tokens = part.flatten()
             if part.null_count or tokens.null_count:
@@ -98,61 +129,117 @@ _ROW_GROUP_ROWS, _ROW_GROUP_BYTES = 131_072, 2**25
 
 _SAMPLE_ROWS = 4096  # the first rows, which decide whether a Parquet column is written with a dictionary
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+_BOM = b"\xef\xbb\xbf"
+
 _LINES = 512  # JSON lines encoded at a time: orjson allocates 1 KiB for each, and 512 KiB fit into the CPU's cache
 
 
-class Writer(Protocol):
-    """Writes chunks into one file."""
-
-    def add(self, chunk: Chunk) -> None:
-        """Write a chunk. Raises DataError for records that can't be represented in the format."""
-        ...
-
-    def close(self) -> None:
-        """Write buffered records and the end of the format. The file itself stays open."""
-        ...
-
-
-class LinesWriter:
+class LinesWriter(Writer):
     """Writes lines. encode: returns the lines of a chunk. name: the file and task, for error messages."""
 
     def __init__(
         self, encode: Callable[[Chunk, str], bytes], file: IO[bytes], schema: pa.Schema | None, name: str
     ) -> None:
-        self._encode, self._file, self._name = encode, file, name
+        self._encode, self._file, self._name, self._before = encode, file, name, 0
 
     def add(self, chunk: Chunk) -> None:
         """Write a chunk. Raises DataError for records that can't be encoded."""
-        if num_records(chunk):
-            self._file.write(self._encode(chunk, self._name))
+        if not num_records(chunk):
+            return
+        lines = self._encode(chunk, f"{self._name}, records {self._before + 1} to {self._before + num_records(chunk)}")
+        if not self._before and lines.startswith(_BOM):
+            self._file.write(_BOM)  # readers drop a byte order mark at the start of a file, so the text's own follows
+        self._file.write(lines)
+        self._before += num_records(chunk)
 
     def close(self) -> None:
         """Do nothing: every chunk has been written."""
 
 
+_JSON = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY  # keys that are not text raise TypeError
+
+_JSON_KEYS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+
+
 def json_lines(chunk: Chunk, name: str) -> bytes:
     """Encode records as JSON, one on each line. Raises DataError with `name` as the location."""
-    options = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
     records = records_of(chunk)
     parts = []
     for start in range(0, len(records), _LINES):
         batch = records[start : start + _LINES]
         try:
-            parts.append(b"".join([orjson.dumps(record, None, options) for record in batch]))
+            parts.append(b"".join([orjson.dumps(record, None, _JSON) for record in batch]))
         except TypeError:
             parts.append(b"".join([_json_line(record, name) for record in batch]))
     return b"".join(parts)
 
 
 def _json_line(record: Any, name: str) -> bytes:
-    """Encode a record that orjson rejects, for example because of an integer beyond 64 bits.
+    """Encode one record, of which orjson may reject some values. Raises DataError if JSON can't represent it."""
+    try:
+        _check_keys(record)
+        return _json_value(record) + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _unrepresentable("JSON", error, record, name) from error
 
-    Raises DataError that names the record if it can't be represented in JSON.
+
+def _check_keys(value: Any) -> None:
+    """Raise ValueError if two keys of a dict are equal as text. Keys of one type of numbers differ as text, too."""
+    if isinstance(value, dict):
+        kinds = set(map(type, value))
+        if len(kinds) > 1 or not kinds <= {str, int, float, bool}:
+            names = [_json_key(key) for key in value]
+            if len(set(names)) < len(names):
+                raise ValueError("two keys of a dict are equal as text, so one of the values would be lost")
+        for item in value.values():
+            if isinstance(item, (dict, list, tuple)):
+                _check_keys(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            if isinstance(item, (dict, list, tuple)):
+                _check_keys(item)
+
+
+def _json_value(value: Any) -> bytes:
+    """Encode a value. Whatever orjson rejects is encoded here, and everything in it and beside it by orjson.
+
+    These are integers beyond 64 bits, lone surrogates, named tuples and very deep nesting.
     """
     try:
-        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-    except (TypeError, ValueError) as error:
-        raise _unrepresentable("JSON", error, record, name) from error
+        return orjson.dumps(value, None, _JSON_KEYS)
+    except TypeError:
+        if isinstance(value, dict):
+            items = zip(map(_json_key, value), map(_json_value, value.values()), strict=True)
+            return b"{" + b",".join([name + b":" + item for name, item in items]) + b"}"
+        if isinstance(value, (list, tuple)):
+            return b"[" + b",".join(map(_json_value, value)) + b"]"
+        if isinstance(value, str):
+            return _json_text(value)
+        if isinstance(value, int):
+            return str(int(value)).encode()
+        if isinstance(value, float):
+            return orjson.dumps(float(value))
+        raise
+
+
+def _json_key(key: Any) -> bytes:
+    """Encode a key of a dict. Numbers, True, False, None and dates become the text of their JSON form."""
+    if type(key) is str:
+        return _json_value(key)
+    if isinstance(key, int) and not -(2**63) <= key < 2**64:
+        return b'"%d"' % key
+    return orjson.dumps({key: 0}, None, _JSON_KEYS)[1:-3]
+
+
+def _json_text(text: str) -> bytes:
+    """Encode text with lone surrogates. Raises ValueError for two that JSON's readers would join to one character."""
+    if _SURROGATE_PAIR.search(text):
+        raise ValueError("it has text with two surrogates in a row, which JSON reads as one character")
+    return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace")  # a surrogate becomes \udXXX
 
 
 def text_lines(chunk: Chunk, name: str) -> bytes:
@@ -166,26 +253,49 @@ def text_lines(chunk: Chunk, name: str) -> bytes:
     if text.count("\n") != len(records):
         invalid = next(record for record in records if "\n" in record)
         raise _unrepresentable("a line of text", ValueError("it contains a line end"), invalid, name)
-    return text.encode()
+    if "\r\n" in text:
+        invalid = next(record for record in records if record.endswith("\r"))
+        raise _unrepresentable(
+            "a line of text", ValueError("it ends with a carriage return, which belongs to a line end"), invalid, name
+        )
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        invalid = next(record for record in records if _SURROGATE.search(record))
+        raise _unrepresentable("text", ValueError("it has a lone surrogate"), invalid, name) from None
 
 
 def _unrepresentable(kind: str, error: Exception, record: Any, name: str) -> DataError:
     return DataError(
         f"a record can't be written as {kind}: {error}",
         where=name,
-        got=repr(record)[:200],
+        got=_shown(record),
         hint="map the records to values that the format supports, or write another format",
     )
 
 
-class ParquetWriter:
-    """Writes Parquet files. Without a schema, the first row group determines the columns."""
+def _shown(record: Any) -> str:
+    try:
+        return repr(record)[:200]
+    except ValueError:  # Python refuses to convert integers of more than 4,300 digits to text
+        return f"a {type(record).__name__}"
+
+
+class ParquetWriter(Writer):
+    """Writes Parquet files. Without a schema, the records determine it.
+
+    The first row group determines the columns. If a later row group needs wider types or further columns, the writer
+    stops writing, and only finds the schema that holds all records: `schema` then differs from the file's. The caller
+    discards the file and writes all records again with this schema.
+    """
 
     def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:
-        self._file, self._schema, self._name = file, schema, name
+        self._file, self._given, self._name = file, schema, name
+        self.schema = schema
+        self.is_discarded = False
         self._writer: Any = None
         self._pending: list[Chunk] = []
-        self._count = self._bytes = 0
+        self._count = self._bytes = self._before = 0
 
     def add(self, chunk: Chunk) -> None:
         self._pending.append(chunk)
@@ -200,25 +310,92 @@ class ParquetWriter:
         if self._writer is not None:
             self._writer.close()
 
-    def _write(self) -> None:
-        import pyarrow.parquet as pq
+    def abandon(self) -> None:
+        if self._writer is not None:
+            self._writer.close()  # otherwise pyarrow would write into the file when it has been closed
 
-        chunk = concatenate(self._pending)
+    def _write(self) -> None:
+        pending, count = self._pending, self._count
         self._pending, self._count, self._bytes = [], 0, 0
         try:
-            table = table_of(chunk, self._schema)
-        except DataError as error:
-            error.where = self._name
-            raise
-        # Join the arrays of each column: otherwise Parquet pages would end at the ends of the chunks' arrays.
-        table = table.combine_chunks()
+            table = self._fitted(self._table(pending))
+            # Join the arrays of each column: otherwise Parquet pages would end at the ends of the chunks' arrays.
+            self._write_table(table.combine_chunks())
+        except (Unfit, pa.ArrowException) as error:
+            raise DataError(
+                f"the records can't be put into columns: {error}",
+                where=f"{self._name}, records {self._before + 1} to {self._before + count}",
+                expected=f"the types of the records before: {_described(self.schema)}" if self._before else None,
+                hint="use values of one type in a column, or set the types with write(schema=...)",
+            ) from error
+        self._before += count
+
+    def _table(self, chunks: list[Chunk]) -> pa.Table:
+        """Return the records as one table. Lists between tables become tables, so that these keep their types."""
+        tables: list[pa.Table] = []
+        before = self._before
+        for is_list, group in groupby(chunks, lambda chunk: isinstance(chunk, list)):
+            for chunk in [concatenate(list(group))] if is_list else group:
+                try:
+                    tables.append(_distinct_names(table_of(chunk, self._given)))
+                except DataError as error:
+                    error.where = _record(self._name, before, error)
+                    raise
+                before += num_records(chunk)
+        return combined(tables)
+
+    def _fitted(self, table: pa.Table) -> pa.Table:
+        """Return the table with the schema of the file; or widen the schema, so that the file must be discarded."""
+        if self.schema is None:
+            self.schema = table.schema
+        wider = common_schema(self.schema, table.schema)
+        self.is_discarded = self.is_discarded or wider is not self.schema
+        self.schema = wider
+        return table if self.is_discarded else conformed(table, wider)
+
+    def _write_table(self, table: pa.Table) -> None:
+        import pyarrow.parquet as pq
+
+        if self.is_discarded:
+            return
         if self._writer is None:
-            self._schema = table.schema
             repeating = [name for name in table.column_names if _repeats(table.column(name))]
             self._writer = pq.ParquetWriter(
                 self._file, table.schema, compression="zstd", compression_level=1, use_dictionary=repeating
             )
         self._writer.write_table(table, row_group_size=max(1, len(table)))
+
+
+def rewrite_parquet(path: str, file: IO[bytes], schema: pa.Schema, name: str) -> int:
+    """Write the records of a Parquet file into another one with this schema. Return how many there are.
+
+    Raises DataError if a value can't have its column's type.
+    """
+    import pyarrow.parquet as pq
+
+    writer = ParquetWriter(file, schema, name)
+    with open_to_read(path) as raw:
+        reader = pq.ParquetFile(raw)
+        for index in range(reader.num_row_groups):
+            writer.add(reader.read_row_group(index, use_threads=False))
+        writer.close()
+        return int(reader.metadata.num_rows)
+
+
+def _distinct_names(table: pa.Table) -> pa.Table:
+    if len(set(table.column_names)) < table.num_columns:
+        raise Unfit(next(name for name in table.column_names if table.column_names.count(name) > 1), "it occurs twice")
+    return table
+
+
+def _record(name: str, before: int, error: DataError) -> str:
+    """Return the location of the record that caused an error: `name`, and its number if the error has its index."""
+    index = error.index if isinstance(error, BadColumn) else None
+    return name if index is None else f"{name}, record {before + index + 1}"
+
+
+def _described(schema: pa.Schema | None) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema or [])[:300]
 
 
 def _repeats(column: Any) -> bool:
@@ -231,7 +408,7 @@ def _repeats(column: Any) -> bool:
     return len(first.unique()) * 2 <= len(first)
 
 
-class ChunksWriter:
+class ChunksWriter(Writer):
     """Writes records unchanged, as the blocks of a run file without keys."""
 
     def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:

@@ -252,16 +252,19 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
     for name in names_in(folder):
         if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
             remove(join_path(folder, name))
+    sources = {str(result.file): last.path_of(result) for result in last.results if result.file is not None}
     # Each folder is listed once: a look at every file would take as long as moving it.
-    for name in names_in(last.folder):
-        if name in keep:
+    folders = {last.folder, last.rewritten_folder} - {""}
+    written = {join_path(place, name) for place in folders for name in names_in(place)}
+    for name, source in sources.items():
+        if source in written:
             with suppress(FileNotFoundError):  # another rank moves it at the same time
-                move(join_path(last.folder, name), join_path(folder, name))
+                move(source, join_path(folder, name))
     gone = keep.difference(names_in(folder))
     if gone:
         raise DataError(
             "a file that was written is gone",
-            where=join_path(last.folder, min(gone)),
+            where=sources[min(gone)],
             hint=f"remove {join_path(folder, JOB)}, and run again",
         )
     if is_local(folder):

@@ -14,15 +14,16 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from manyhands.errors import ConfigError, Interrupted, ManyhandsError
+from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError
 from manyhands.prepare.engines.engine import OwnedEngine
 from manyhands.prepare.io.run_file import cuts_by_size, read_index
+from manyhands.prepare.job.one_schema import is_rewritten_folder, one_schema_tasks, renamed
 from manyhands.prepare.job.progress import JobProgress
 from manyhands.prepare.options import Options, rank_of
 from manyhands.prepare.plan.plan import Plan, Read, Shuffled, Stage
@@ -97,12 +98,12 @@ class JobFolder:
     def _clear(self, plan: Plan) -> None:
         current = {self.stage(stage).rpartition("/")[2] for stage in plan.stages}
         for name in names_in(self.path):
-            if name not in current and name != "lock":
+            if name not in current and name != "lock" and not is_rewritten_folder(name, current):
                 remove(join_path(self.path, name))
         self.sweep(plan)
         if is_local(self.path):
-            for stage in plan.stages:
-                remove_torn(self.stage(stage), self._output)
+            for folder in self._folders(plan):
+                remove_torn(folder, self._output)
             if self._output is not None:
                 remove_temporary_files(Path(self._output))
 
@@ -125,11 +126,16 @@ class JobFolder:
 
     def sweep(self, plan: Plan) -> None:
         """Remove the temporary files of killed tasks."""
-        for stage in plan.stages if not self.together or self._alone else ():
-            folder = self.stage(stage)
+        for folder in self._folders(plan) if not self.together or self._alone else ():
             for name in names_in(folder):
                 if name.endswith(TEMPORARY):
                     remove(join_path(folder, name))
+
+    def _folders(self, plan: Plan) -> list[str]:
+        """The folders of all stages, and those of files that were written again."""
+        stages = {self.stage(stage).rpartition("/")[2] for stage in plan.stages}
+        again = [name for name in names_in(self.path) if is_rewritten_folder(name, stages)]
+        return [self.stage(stage) for stage in plan.stages] + [join_path(self.path, name) for name in again]
 
     def stage(self, stage: Stage) -> str:
         """The folder of a stage's files."""
@@ -169,12 +175,21 @@ def open_engine(options: Options) -> OwnedEngine:
 
 @dataclass(frozen=True)
 class StageResult:
-    """The result of a stage: the results of its tasks, in the order of partitions, and its figures."""
+    """The result of a stage: the results of its tasks, in the order of partitions, and its figures.
+
+    rewritten: the partitions whose output files were written again, into the folder `rewritten_folder`.
+    """
 
     title: str
     folder: str
     results: tuple[TaskResult, ...]
     seconds: float
+    rewritten: frozenset[int] = frozenset()
+    rewritten_folder: str = ""
+
+    def path_of(self, result: TaskResult) -> str:
+        """The path of a task's output file."""
+        return join_path(self.rewritten_folder if result.partition in self.rewritten else self.folder, str(result.file))
 
     @property
     def records(self) -> int:
@@ -200,6 +215,11 @@ def run_stages(
             tasks = tasks_of(plan, stage, folder, plan_path, done, engine.memory_bytes, options.max_bad_records)
             result = _run_stage(stage, tasks, engine, options, progress, sum(_bad(result) for result in done))
             check_counts(stage, done, [task.records_read for task in result.results])
+            rewriting = one_schema_tasks(result.results, tasks)
+            if rewriting:
+                make_folder(rewriting[0].folder)
+                again = _run_stage(renamed(stage), rewriting, engine, options, progress, 0)
+                result = _with_rewritten(result, again)
             done.append(result)
     except KeyboardInterrupt:
         raise Interrupted(
@@ -220,6 +240,27 @@ def check_counts(stage: Stage, done: Sequence[StageResult], records_read: Sequen
         read = sum(records[position] for records in records_read)
         if read != done[number].records:
             raise lost_records(f"stage {stage.number}, which reads stage {number}", done[number].records, read)
+
+
+def _with_rewritten(result: StageResult, again: StageResult) -> StageResult:
+    """Replace the files that were written again. Bad records stay those of the first tasks."""
+    files = {each.partition: each for each in again.results}
+    results = tuple(
+        replace(old, bytes_out=files[old.partition].bytes_out, sha256=files[old.partition].sha256)
+        if old.partition in files
+        else old
+        for old in result.results
+    )
+    for old in result.results:
+        if old.partition in files and files[old.partition].records != old.records:
+            raise InvariantError(
+                "a file has other records than the one that it replaces",
+                where=again.folder,
+                expected=old.records,
+                got=files[old.partition].records,
+            )
+    seconds = result.seconds + again.seconds
+    return replace(result, results=results, seconds=seconds, rewritten=frozenset(files), rewritten_folder=again.folder)
 
 
 def tasks_of(
@@ -266,7 +307,7 @@ def _run_stage(
     stage: Stage, tasks: Sequence[Task], engine: OwnedEngine, options: Options, progress: JobProgress, bad_before: int
 ) -> StageResult:
     started = time.monotonic()
-    results = finished_tasks(tasks[0].folder, stage.number, len(tasks)) if tasks else {}
+    results = finished_tasks(tasks)
     progress.start(stage.number, stage.title, len(tasks), len(results))
     bad = bad_before + sum(result.bad_records for result in results.values())
     left = [task for task in tasks if task.partition not in results]
@@ -274,7 +315,7 @@ def _run_stage(
         results[result.partition] = result
         bad += result.bad_records
         if bad > options.max_bad_records:
-            raise _too_many(tasks[result.partition].folder, result, bad, options.max_bad_records)
+            raise _too_many(tasks[0].folder, result, bad, options.max_bad_records)
         progress.task_done(result, _size_of(stage, result))
     progress.end()
     ordered = tuple(results[partition] for partition in sorted(results))

@@ -104,7 +104,7 @@ def _kinds(values: Iterable[Any]) -> set[str]:
 
 
 def _checked_kind(found: set[str], kind: pa.DataType | None) -> Any:
-    """Raise ValueError if no type holds these kinds, or not this type. Return the type of the values (None: unknown)."""
+    """Return the values' type (None: unknown). Raise ValueError if no type holds these kinds, or not this type."""
     if len(found) > 1 and found not in _MIXED:
         raise ValueError(f"it has {' and '.join(sorted(found))}, which have no common type")
     if kind is not None and pat.is_dictionary(kind):

@@ -1,0 +1,84 @@
+"""Gives all files of a Parquet output one schema.
+
+Each task infers the schema of its file from its own records, so a column may have only nulls in one file, and whole
+numbers or floats in others. When all tasks are complete, their schemas are compared. Files that lack the common schema
+are written again by tasks, into a folder of their own, so the job can be killed at any point. If all schemas are equal,
+nothing is written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import Any
+
+from manyhands.errors import DataError
+from manyhands.prepare.plan.plan import Stage
+from manyhands.prepare.records.schemas import Unfit, common_schema, common_type, schema_from_text, schema_to_text
+from manyhands.prepare.task import Task, TaskResult
+from manyhands.storage.files import join_path
+
+_REWRITTEN = "-schema-"
+
+
+def is_rewritten_folder(name: str, stages: AbstractSet[str]) -> bool:
+    """True if it is the name of the folder of rewritten files of one of these stages, given by their folders' names."""
+    return name.partition(_REWRITTEN)[0] in stages and _REWRITTEN in name
+
+
+def renamed(stage: Stage) -> Stage:
+    """Return the stage with the title of its tasks that write files again."""
+    return replace(stage, title=f"{stage.title} → write again with one schema")
+
+
+def one_schema_tasks(results: Sequence[TaskResult], tasks: Sequence[Task]) -> list[Task]:
+    """Return the tasks that write files again so that all files have one schema. None are needed for equal schemas.
+
+    results: the results of all tasks of a stage. Raises DataError if two files have no common schema.
+    """
+    written = [result for result in results if result.schema is not None]
+    if len({result.schema for result in written}) < 2:
+        return []
+    schemas = {result.schema: schema_from_text(str(result.schema)) for result in written}
+    common: Any = None
+    for result in written:
+        try:
+            mine = schemas[result.schema]
+            common = mine if common is None else common_schema(common, mine)
+        except Unfit as error:
+            raise _incompatible(error, result, written, schemas) from error
+    text = schema_to_text(common)
+    name = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return [
+        replace(
+            task,
+            folder=f"{task.folder}{_REWRITTEN}{name}",
+            rewrites=join_path(task.folder, str(result.file)),
+            schema=text,
+        )
+        for task, result in zip(tasks, results, strict=True)
+        if result.schema is not None and not schemas[result.schema].equals(common)
+    ]
+
+
+def _incompatible(
+    error: Unfit, result: TaskResult, written: Sequence[TaskResult], schemas: dict[str | None, Any]
+) -> DataError:
+    """Return the error for a file whose column has no common type with that column of an earlier file."""
+    kind = schemas[result.schema].field(error.column).type
+    other = next(
+        earlier
+        for earlier in written
+        if error.column in schemas[earlier.schema].names
+        and common_type(schemas[earlier.schema].field(error.column).type, kind) is None
+    )
+    return DataError(
+        f"the files of the output have no common schema: {error}",
+        where=f"{other.file} and {result.file}",
+        expected=f"one type of column {error.column!r}: {schemas[other.schema].field(error.column).type} (as in "
+        f"{other.file})",
+        got=f"{kind} (in {result.file})",
+        hint="use values of one type in a column, or set the types with write(schema=...)",
+    )
