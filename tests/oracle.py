@@ -9,6 +9,7 @@ one's definition).
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,12 +74,22 @@ def oracle_run(recipe: mh.Recipe, steps: int) -> OracleRun:
         with torch.no_grad():
             for name, param in params.items():
                 param.copy_(masters[name])
-        run.digests.append(mh.digest_of_tensors(list(masters.items())))
+        run.digests.append(mh.digest_of_tensors(tensors_of_digest(model, masters)))
         run.losses.append(loss / weight)
         run.norms.append(norm)
     run.params = {name: master.detach() for name, master in masters.items()}
     run.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     return run
+
+
+def tensors_of_digest(model: nn.Module, masters: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """The master weights and persistent buffers in the order of the model's state_dict."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    for key, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in names:
+            yield key, value
+        elif names[id(value)] in masters:
+            yield names[id(value)], masters[names[id(value)]]
 
 
 def seed_everything(seed: int) -> None:

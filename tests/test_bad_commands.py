@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import manyhands as mh
@@ -167,10 +169,10 @@ def test_compare_reports_where_runs_differ(
     code, output = run_command(capsys, monkeypatch, "compare", one, other)
     assert code == 1
     assert "different: the digests first differ after step 3 (the same after step 2)" in output
-    assert "parameter '2.bias', block 0 (elements 0 to 7): the first of 1 differing blocks in 1 parameters" in output
+    assert "parameter '2.bias', block 0 (elements 0 to 7): the first of 1 differing blocks, in 1 parameters" in output
     code, output = run_command(capsys, monkeypatch, "compare", "--json", one, other)
     found = json.loads(output)
-    assert (code, found["equal"], found["step"], found["parameter"], found["block"]) == (1, False, 3, "2.bias", 0)
+    assert (code, found["equal"], found["step"], found["tensor"], found["block"]) == (1, False, 3, "2.bias", 0)
     code, output = run_command(capsys, monkeypatch, "compare", one, seed)
     assert code == 1
     assert "first differ after step 1" in output
@@ -181,6 +183,31 @@ def test_compare_reports_where_runs_differ(
     code, output = run_command(capsys, monkeypatch, "compare", one, tmp_path / "nowhere")
     assert code == 2
     assert "there is no run directory here" in output
+
+
+class Counts(nn.Module):
+    """Adds `by` to a buffer in every forward; the weights don't depend on it."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.by = by
+        self.register_buffer("seen", torch.zeros(600, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen[550] += self.by
+        out: Tensor = self.layer(x)
+        return out
+
+
+def test_compare_names_a_buffer_that_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (run_into(tmp_path / str(by), model=partial(Counts, by)) for by in (1, 2))
+    code, output = run_command(capsys, monkeypatch, "compare", one, other)
+    assert code == 1
+    assert "different: the digests first differ after step 1" in output
+    assert "buffer 'seen', block 1 (elements 512 to 599): the first of 1 differing blocks" in output
 
 
 def test_a_run_is_not_resumed_with_another_recipe(tmp_path: Path) -> None:

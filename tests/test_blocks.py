@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from manyhands.numerics.digest import block_hashes, block_norms, digest_of_tensors, total_norm
 from manyhands.shard_layout import BLOCK
@@ -80,10 +81,51 @@ def test_the_digest_covers_names_order_and_every_element() -> None:
     assert digest != digest_of_tensors([one[0], ("b", changed)])
 
 
+class Buffered(nn.Module):
+    """Parameters and buffers in turn: of several types, one that is not persistent, and a tied parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.tied = nn.Linear(3, 3)
+        self.tied.weight = self.norms[1].weight
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.register_buffer("wide", torch.arange(1500, dtype=torch.float64))
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+
+def test_the_digest_covers_buffers() -> None:
+    model = Buffered()
+    digest = digest_of_tensors(model.state_dict().items())
+    assert digest == digest_of_tensors(model.state_dict(keep_vars=True).items())
+    assert digest != digest_of_tensors(model.named_parameters())
+    found = {digest}
+    for buffer in model.buffers():
+        before = buffer.clone()
+        buffer.view(-1)[-1] = not buffer.view(-1)[-1] if buffer.dtype == torch.bool else buffer.view(-1)[-1] + 1
+        found.add(digest_of_tensors(model.state_dict().items()))
+        buffer.copy_(before)
+    assert len(found) == len(list(model.buffers()))  # all but the one that is not persistent
+    assert digest_of_tensors(model.state_dict().items()) == digest
+
+
+def test_a_digest_without_buffers_is_that_of_the_parameters() -> None:
+    model = nn.Sequential(nn.Linear(40, 50), nn.LayerNorm(50))
+    digest = digest_of_tensors(model.named_parameters())
+    assert digest_of_tensors(model.state_dict().items()) == digest
+    model[1].weight.requires_grad = False
+    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    assert digest_of_tensors(model.state_dict(keep_vars=True).items()) == digest_of_tensors(trained) != digest
+
+
 def test_the_digest_never_changes() -> None:
     """Recorded digests must stay comparable: a change of the hash is a change of the format."""
     ramp = torch.arange(3000, dtype=torch.float32) / 7
     assert digest_of_tensors([("ramp", ramp)]) == PINNED
+    counters = torch.arange(3000, dtype=torch.int64)
+    assert digest_of_tensors([("ramp", ramp), ("counters", counters)]) == PINNED_WITH_BUFFER
 
 
 PINNED = "4738ac562b17507d1cea925dbd50c06f51b19b5ec797c5ab435a0ea3337c9816"
+
+PINNED_WITH_BUFFER = "a3843820b3a33055f054aba64dc26ecc13a0cab4869e50bf1f5f0e7baecb3f9b"

@@ -76,7 +76,7 @@ def digests_of(outcome: Outcome) -> Digests:
     for name, buffer in outcome.buffers.items():
         sha.update(f"{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
         sha.update(buffer.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return {"weights": outcome.digest, "buffers": sha.hexdigest() if outcome.buffers else None}
+    return {"weights": outcome.weights, "buffers": sha.hexdigest() if outcome.buffers else None}
 
 
 def run_case(name: str) -> Iterator[tuple[str, Digests]]:

@@ -13,9 +13,14 @@ from manyhands.comm.group import Group
 
 @dataclass(frozen=True)
 class Outcome:
-    """Results of a run: the digest at its end, loss and norm of every step, and the model's buffers."""
+    """Results of a run.
+
+    digest, weights: at its end, the digest, and that of the master weights alone. losses, norms: of every step.
+    buffers: the model's, at its end.
+    """
 
     digest: str
+    weights: str
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     buffers: dict[str, Tensor]
@@ -46,4 +51,6 @@ def train_with_engine(
             if save is not None and engine.step_index == (save_at or steps):
                 engine.save(save)
         buffers = {name: buffer.detach().clone() for name, buffer in engine.model.named_buffers()}
-        return Outcome(engine.digest(), tuple(losses), tuple(norms), buffers)
+        full = engine.full_params()
+        weights = mh.digest_of_tensors((name, full[name]) for name, _ in engine.trained)
+        return Outcome(engine.digest(), weights, tuple(losses), tuple(norms), buffers)

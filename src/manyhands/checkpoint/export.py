@@ -35,12 +35,12 @@ from manyhands.checkpoint.format import (
     read_frozen_manifest,
     read_manifest,
 )
-from manyhands.checkpoint.pieces import PieceReader
+from manyhands.checkpoint.pieces import PieceReader, TensorPiece
 from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, dtype_name, in_file_order
 from manyhands.checkpoint.weight_files import CONFIG, INDEX, SINGLE, config_text
 from manyhands.config import PRECISIONS
 from manyhands.errors import CheckpointError, ConfigError
-from manyhands.numerics.digest import block_hashes, digest_of
+from manyhands.numerics.digest import block_hashes, digest_of, tensor_hashes, words_of
 from manyhands.options import nearest
 from manyhands.shard_layout import BLOCK, blocks_of
 from manyhands.storage.atomic import publish_folder, sync
@@ -65,9 +65,10 @@ class SavedWeights:
         self._pieces = PieceReader(folder, self.manifest.pieces)
         self._frozen = _frozen_reader(folder, self.manifest)
         self._records = {record.keys[0]: record for record in self.manifest.tensors if record.keys}
-        self._masters = [record for record in self.manifest.tensors if record.kind == "master"]
-        firsts = list(accumulate((blocks_of(record.numel) for record in self._masters), initial=0))
-        self._first_blocks = {record.name: first for record, first in zip(self._masters, firsts[:-1], strict=True)}
+        self._digested = [record for record in self.manifest.tensors if _is_in_digest(record)]
+        self._names = [(record.name, _words(record)) for record in self._digested]
+        firsts = list(accumulate((blocks_of(words) for _, words in self._names), initial=0))
+        self._first_blocks = {name: first for (name, _), first in zip(self._names, firsts[:-1], strict=True)}
         # Allocate one array at the start: small arrays between large temporary ones would fragment the heap.
         self._hashes = np.zeros(firsts[-1], dtype=np.int64)
         self.entries = [TensorEntry(key, _stored(record, cast), record.shape) for key, record in self._records.items()]
@@ -80,23 +81,27 @@ class SavedWeights:
         record = self._records[entry.name]
         reader = self._frozen if record.kind == "frozen" else self._pieces
         for piece in reader.parts(record.kind, record.name, record.numel):
-            if record.kind == "master":
-                self._hash(record.name, piece.start, piece.tensor)
+            if _is_in_digest(record):
+                self._hash(record, piece)
             yield piece.tensor.to(entry.dtype)
 
-    def _hash(self, name: str, start: int, part: Tensor) -> None:
-        missing = -part.numel() % BLOCK  # a piece starts at a block boundary, and ends at one or at the parameter's end
-        padded = torch.nn.functional.pad(part, (0, missing)) if missing else part
-        first = self._first_blocks[name] + start // BLOCK
-        self._hashes[first : first + padded.numel() // BLOCK] = block_hashes(padded).numpy()
+    def _hash(self, record: TensorRecord, piece: TensorPiece) -> None:
+        first, part = self._first_blocks[record.name] + piece.start // BLOCK, piece.tensor
+        if record.kind == "buffer":  # stored in one piece
+            hashes = tensor_hashes(part)
+        else:
+            # A piece starts at a block boundary, and ends at one or at the parameter's end.
+            missing = -part.numel() % BLOCK
+            hashes = block_hashes(torch.nn.functional.pad(part, (0, missing)) if missing else part).numpy()
+        self._hashes[first : first + len(hashes)] = hashes
 
     def check_digest(self) -> None:
         """Raise CheckpointError unless the weights are those that were saved. Call it after reading all entries."""
-        for record in self._masters:
+        for record in self._digested:
             if not record.keys:  # the model's state_dict leaves it out
                 for piece in self._pieces.parts(record.kind, record.name, record.numel):
-                    self._hash(record.name, piece.start, piece.tensor)
-        found = digest_of([(record.name, record.numel) for record in self._masters], self._hashes)
+                    self._hash(record, piece)
+        found = digest_of(self._names, self._hashes)
         if found != self.manifest.digest:
             raise CheckpointError(
                 "the loaded weights are not those that were saved",
@@ -105,6 +110,14 @@ class SavedWeights:
                 got=found,
                 hint="go back to an earlier checkpoint",
             )
+
+
+def _is_in_digest(record: TensorRecord) -> bool:
+    return record.kind == "master" or (record.kind == "buffer" and not record.is_parameter and bool(record.keys))
+
+
+def _words(record: TensorRecord) -> int:
+    return words_of(torch.empty(record.shape, dtype=getattr(torch, record.dtype), device="meta"))
 
 
 def _stored(record: TensorRecord, cast: torch.dtype | None) -> torch.dtype:

@@ -32,7 +32,7 @@ from manyhands.errors import CheckpointError
 from manyhands.storage.files import names_in
 from manyhands.storage.location import Address, Location, hint_of, location_of
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 
 MANIFEST = "manifest.json"
 

@@ -35,7 +35,7 @@ def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False)
     """
     engine.group.status("start / initial weights")
     resumes = all(all_gather_json(engine.group, resumes, "start / resumes / control"))
-    if resumes and all(name in dict(engine.digest_names) for name in engine.param_shapes):
+    if resumes and all(name in dict(engine.trained) for name in engine.param_shapes):
         return 0
     loader = _Loader(engine, weights)
     agree(engine.group, "initial weights", loader.files.facts(), hint="give all workers the same files")

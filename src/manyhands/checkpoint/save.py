@@ -52,6 +52,7 @@ from manyhands.checkpoint.weight_files import config_files
 from manyhands.comm.group import Group
 from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.engine import StepEngine
+from manyhands.engine.step.buffers import names_in_order
 from manyhands.errors import CheckpointError, ManyhandsError
 from manyhands.storage.atomic import write_atomic
 from manyhands.storage.files import names_in
@@ -303,14 +304,19 @@ def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
 
 
 def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
-    """All parameters and buffers of the model, and the names of all other tensors in its state_dict (computed)."""
+    """All parameters and buffers of the model in the order of its state_dict, and the names of all other tensors in it.
+
+    These are computed: hooks or an overridden `state_dict` add them.
+    """
     keys: dict[int, list[str]] = {}
     state = engine.model.state_dict(keep_vars=True)
     for key, value in state.items():
         if isinstance(value, Tensor):
             keys.setdefault(id(value), []).append(key)
-    records, trained = [], {name for name, _ in engine.digest_names}
-    for name, tensor in [*engine.model.named_parameters(), *engine.model.named_buffers()]:
+    records, trained = [], {name for name, _ in engine.trained}
+    tensors = dict([*engine.model.named_parameters(), *engine.model.named_buffers()])
+    for name in names_in_order(engine.model):
+        tensor = tensors[name]
         is_param = name in engine.param_shapes
         may_change = not is_param or name in engine.buffers.frozen
         check_type("parameter" if is_param else "buffer", name, tensor.dtype)

@@ -1,4 +1,4 @@
-"""Finds where two runs differ: step, parameter and block. Does not import torch."""
+"""Finds where two runs differ: step, parameter or buffer, and block. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ class Comparison:
 
     The steps that have a digest in both runs are compared. steps_compared: their number. equal: True if the digests are
     equal after all of them. step: the first step whose digests differ (counted from 1, as in "after step n").
-    last_equal_step: the compared step before `step`. parameter, block, elements: the first difference in `step`;
-    elements is [start, end). differences: other differences between the two runs (recipe, numerics).
+    last_equal_step: the compared step before `step`. tensor, block, elements: the first difference in `step`: the name
+    of the parameter or buffer, the number of the block in it, and [start, end). is_buffer: True if the tensor is a
+    buffer. tensors_differing, blocks_differing: numbers. differences: other differences between the two runs (recipe,
+    numerics).
     """
 
     equal: bool
     steps_compared: int
     step: int | None = None
     last_equal_step: int | None = None
-    parameter: str | None = None
+    tensor: str | None = None
+    is_buffer: bool = False
     block: int | None = None
     elements: tuple[int, int] | None = None
-    parameters_differing: int = 0
+    tensors_differing: int = 0
     blocks_differing: int = 0
     differences: tuple[str, ...] = ()
 
@@ -72,13 +75,14 @@ def explain_comparison(comparison: Comparison, one: str, other: str) -> str:
         equal_until = comparison.last_equal_step
         since = f"the same after step {equal_until}" if equal_until else "no earlier step to compare"
         lines.append(f"different: the digests first differ after step {comparison.step} ({since})")
-        if comparison.parameter is not None and comparison.elements is None:
-            lines.append(f"  {comparison.parameter}")
-        elif comparison.parameter is not None and comparison.elements is not None:
+        if comparison.tensor is not None and comparison.elements is None:
+            lines.append(f"  {comparison.tensor}")
+        elif comparison.tensor is not None and comparison.elements is not None:
             lines.append(
-                f"  parameter {comparison.parameter!r}, block {comparison.block}"
+                f"  {'buffer' if comparison.is_buffer else 'parameter'} {comparison.tensor!r}, block {comparison.block}"
                 f" (elements {comparison.elements[0]} to {comparison.elements[1] - 1}): the first of"
-                f" {comparison.blocks_differing} differing blocks in {comparison.parameters_differing} parameters"
+                f" {comparison.blocks_differing} differing blocks, in {comparison.tensors_differing} parameters and"
+                " buffers"
             )
     lines += [f"  {difference}" for difference in comparison.differences]
     return "\n".join(lines)
@@ -93,19 +97,22 @@ def _listed(digests: dict[int, str]) -> str:
     return ", ".join(str(step) for step in steps[:5]) + (", ..." if len(steps) > 5 else "") if steps else "none"
 
 
-def _parameters(run: RunDirectory) -> list[tuple[str, int]]:
-    path = run.digests / "parameters.json"
+def _tensors(run: RunDirectory) -> tuple[list[tuple[str, int]], dict[str, int]]:
+    """The name and 32-bit words of each tensor in a run's tables of hashes, and the elements of each buffer."""
+    path = run.digests / "tensors.json"
     try:
-        return [(str(name), int(numel)) for name, numel in json.loads(path.read_text())["parameters"]]
+        found = json.loads(path.read_text())
+        words = [(str(name), int(words)) for name, words in found["tensors"]]
+        return words, {str(name): int(numel) for name, numel in found["buffers"].items()}
     except (OSError, ValueError, KeyError) as error:
-        raise DataError("the run's list of parameters can't be read", where=str(path), got=error) from error
+        raise DataError("the run's list of parameters and buffers can't be read", where=str(path), got=error) from error
 
 
 def _first_block(one: RunDirectory, other: RunDirectory, step: int) -> dict[str, object]:
-    names, others = _parameters(one), _parameters(other)
-    if names != others:
-        name = next((a[0] for a, b in zip(names, others, strict=False) if a != b), "the number of parameters")
-        return {"parameter": f"{name} (the models differ)"}
+    (names, buffers), others = _tensors(one), _tensors(other)
+    if (names, buffers) != others:
+        name = next((a[0] for a, b in zip(names, others[0], strict=False) if a != b), "the number of tensors")
+        return {"tensor": f"{name} (the models differ)"}
     try:
         tables = [np.load(run.digests / f"step-{step:08d}.npy") for run in (one, other)]
     except (OSError, ValueError):
@@ -114,21 +121,19 @@ def _first_block(one: RunDirectory, other: RunDirectory, step: int) -> dict[str,
     if not len(unequal):
         return {}
     found: dict[str, object] = {"blocks_differing": len(unequal)}
-    first, parameters = 0, 0
-    for name, numel in names:
-        last = first + blocks_of(numel)
+    first, tensors = 0, 0
+    for name, words in names:
+        last = first + blocks_of(words)
         inside = unequal[(unequal >= first) & (unequal < last)]
         if len(inside):
-            parameters += 1
-            if "parameter" not in found:
+            tensors += 1
+            if "tensor" not in found:
                 block = int(inside[0]) - first
-                found |= {
-                    "parameter": name,
-                    "block": block,
-                    "elements": (block * BLOCK, min((block + 1) * BLOCK, numel)),
-                }
+                numel = buffers.get(name, words)  # an element of a buffer may have more or less than 32 bits
+                ends = (block * BLOCK * numel // words, min((block + 1) * BLOCK * numel // words, numel))
+                found |= {"tensor": name, "is_buffer": name in buffers, "block": block, "elements": ends}
         first = last
-    return found | {"parameters_differing": parameters}
+    return found | {"tensors_differing": tensors}
 
 
 def _without_strategy(run: RunDirectory) -> dict[str, object]:

@@ -28,7 +28,7 @@ from manyhands.engine.agreement import (
 )
 from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
 from manyhands.engine.sharding import SHARDED, sharding_named
-from manyhands.engine.step.buffers import Buffers
+from manyhands.engine.step.buffers import Buffers, names_in_order
 from manyhands.engine.step.control import Control, all_gather_control
 from manyhands.engine.step.hooks import around_forward, loss_and_weight, on_gradients, to_device
 from manyhands.engine.step.metrics import PhaseClock, StepMetrics
@@ -46,11 +46,12 @@ from manyhands.models.modes import evaluation_mode
 from manyhands.models.recompute import checkpoint_activations
 from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity
 from manyhands.numerics.counters import derive
-from manyhands.numerics.digest import digest_of, slots_in_order
+from manyhands.numerics.digest import digest_of, slots_in_order, tensor_hashes, words_of
 from manyhands.numerics.seeds import preserved_generators, seed_generators
 from manyhands.offload.allocator import Allocator, allocator_for
 from manyhands.offload.process_memory import keep_freed_memory, return_freed_memory
 from manyhands.optim.sliced import SlicedOptimizer
+from manyhands.shard_layout import blocks_of
 
 _HINT_SAME_MACHINES = "use the same version of torch and the same kind of CPU (and GPU) for all workers"
 
@@ -401,18 +402,31 @@ class StepEngine:
             self._evaluating = False
 
     def digest(self) -> str:
-        """Return the SHA-256 over the hashes of the master weights' blocks. Collective.
+        """Return the digest of master weights and persistent buffers, see `numerics.digest`. Collective.
 
-        Also stores the hashes in `last_hashes`, [num_blocks] int64.
+        Also stores the hashes of their blocks in `last_hashes`, [num_blocks] int64, in the order of `digest_names`.
         """
         self.check_usable()
-        self.last_hashes = self.updater.hashes(f"step {self.step_index}").numpy()
+        of_params = self.updater.hashes(f"step {self.step_index}").numpy()
+        ends = np.cumsum([blocks_of(numel) for _, numel in self.trained])
+        hashes = dict(zip(dict(self.trained), np.split(of_params, ends[:-1]), strict=True))
+        current = self.buffers.named()
+        hashes |= {name: tensor_hashes(current[name]) for name in self.buffers.persistent}
+        self.last_hashes = np.concatenate([hashes[name] for name, _ in self.digest_names])
         return digest_of(self.digest_names, self.last_hashes)
 
     @property
-    def digest_names(self) -> list[tuple[str, int]]:
-        """The (name, numel) of each parameter that the digest covers, in order."""
+    def trained(self) -> list[tuple[str, int]]:
+        """The (name, numel) of each trainable parameter, in the order of the block numbers."""
         return slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
+
+    @property
+    def digest_names(self) -> list[tuple[str, int]]:
+        """The name and 32-bit words (see `words_of`) of each tensor that the digest covers, in order."""
+        words = dict(self.trained)
+        current = self.buffers.named()
+        words |= {name: words_of(current[name]) for name in self.buffers.persistent}
+        return [(name, words[name]) for name in names_in_order(self.model) if name in words]
 
     def full_params(self) -> dict[str, Tensor]:
         """Return the complete master weights of every trainable parameter by name, fp32 on the CPU. Collective."""
@@ -443,7 +457,7 @@ class StepEngine:
 
     def facts(self) -> dict[str, str]:
         """Return the facts that a checkpoint must share with this engine. They describe the recipe as text."""
-        params = {f"parameter {name}": str(numel) for name, numel in self.digest_names}
+        params = {f"parameter {name}": str(numel) for name, numel in self.trained}
         buffers = {f"buffer {name}": str(list(buffer.shape)) for name, buffer in self.model.named_buffers()}
         return recipe_facts(self.recipe) | params | self.frozen_facts | buffers | self._optimizer_facts
 

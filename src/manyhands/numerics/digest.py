@@ -4,9 +4,9 @@ Norms and hashes are computed per block and combined in block order, never per s
 workers. The functions take a flat tensor of complete blocks, [num_blocks * BLOCK], and return one value per block. A
 block's value depends only on that block's elements, not on how many blocks are processed together.
 
-The *digest* is SHA-256 over the hashes of all blocks of the master weights, by parameter, in construction order. A
-*fingerprint* identifies the bits of one parameter. It is used for frozen parameters, which the digest doesn't cover,
-and before there is a digest.
+The *digest* is SHA-256 over the hashes of all blocks of the master weights and of the persistent buffers, tensor by
+tensor, in the order of the model's state_dict. A *fingerprint* identifies the bits of one parameter. It is used for
+frozen parameters, which the digest doesn't cover, and before there is a digest.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ HASH_CHUNK = 256 * BLOCK
 """Elements that are hashed at a time. They may be copied, and a copy of a full parameter may not fit into memory."""
 
 
-def digest_of(names_and_numels: Sequence[tuple[str, int]], hashes: npt.NDArray[np.int64]) -> str:
-    """Return the digest as 64 hex digits. hashes: [num_blocks] int64, in the order of the parameters."""
+def digest_of(names_and_words: Sequence[tuple[str, int]], hashes: npt.NDArray[np.int64]) -> str:
+    """Return the digest as 64 hex digits. hashes: [num_blocks] int64, tensor by tensor. words: see `words_of`."""
     sha, first = hashlib.sha256(), 0
-    for name, numel in names_and_numels:
-        last = first + blocks_of(numel)
-        sha.update(f"{name} {numel}\n".encode())
+    for name, words in names_and_words:
+        last = first + blocks_of(words)
+        sha.update(f"{name} {words}\n".encode())
         sha.update(hashes[first:last].astype("<i8").tobytes())
         first = last
     return sha.hexdigest()
@@ -96,13 +96,49 @@ def slots_in_order(slots: Sequence[ParamSlot]) -> list[tuple[str, int]]:
     return [(slot.name, slot.numel) for slot in sorted(slots, key=lambda slot: slot.first_block)]
 
 
-def digest_of_tensors(tensors: Sequence[tuple[str, Tensor]]) -> str:
-    """Return the digest of plain named tensors, in the given order. Other programs can use it to check a digest."""
-    hashes = []
-    for _, tensor in tensors:
-        for part in torch.split(tensor.detach().flatten(), HASH_CHUNK):
-            hashes.append(block_hashes(pad(part.float().cpu(), (0, -part.numel() % BLOCK))).numpy())
-    return digest_of([(name, tensor.numel()) for name, tensor in tensors], np.concatenate(hashes))
+def words_of(tensor: Tensor) -> int:
+    """Return the number of 32-bit words that are hashed of a tensor: its elements, unless it is hashed by its bytes."""
+    return tensor.numel() if _is_hashed_as_fp32(tensor.dtype) else -(-tensor.numel() * tensor.itemsize // 4)
+
+
+def _is_hashed_as_fp32(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize <= 4
+
+
+def tensor_hashes(tensor: Tensor) -> npt.NDArray[np.int64]:
+    """Return the hashes of a tensor's blocks, [blocks_of(words_of(tensor))] int64.
+
+    Floating-point types of up to 32 bits are hashed as fp32, which holds their values exactly. Other types are hashed
+    by their bytes, padded with zeros.
+    """
+    flat = tensor.detach().reshape(-1)
+    if not _is_hashed_as_fp32(tensor.dtype):
+        flat = torch.view_as_real(flat) if flat.is_complex() else flat
+        raw = flat.cpu().contiguous().reshape(-1).view(torch.uint8)
+        flat = pad(raw, (0, -raw.numel() % 4)).view(torch.float32)  # only the bits count
+    parts = [part.float().cpu() for part in torch.split(flat, HASH_CHUNK)] if flat.numel() else []
+    hashes = [block_hashes(pad(part, (0, -part.numel() % BLOCK))).numpy() for part in parts]
+    return np.concatenate(hashes) if hashes else np.empty(0, np.int64)
+
+
+def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the digest of a model's tensors: `digest_of_tensors(model.state_dict().items())`.
+
+    It equals the digest of a run that ends with these weights and persistent buffers. Other programs can use it to
+    check a digest. tensors: names and tensors, in the order of the state_dict. A tied tensor counts under its first
+    name. Leave out frozen parameters, which the digest doesn't cover; those that are still `nn.Parameter`s with
+    `requires_grad=False`, as in `state_dict(keep_vars=True)`, are skipped.
+    """
+    names, hashes, seen = [], [np.empty(0, np.int64)], set()
+    for name, tensor in tensors:
+        is_frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if is_frozen or (tensor.numel() and place in seen):
+            continue
+        seen.add(place)
+        names.append((name, words_of(tensor)))
+        hashes.append(tensor_hashes(tensor))
+    return digest_of(names, np.concatenate(hashes))
 
 
 def fingerprint(name: str, param: Tensor) -> str:

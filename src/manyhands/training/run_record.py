@@ -142,7 +142,9 @@ class RunRecord:
             **self._external_checkpoints(),
         )
         directory.write_recipe(self._recipe_as_used or engine.recipe)
-        write_json(directory.digests / "parameters.json", {"parameters": engine.digest_names})
+        buffers = engine.buffers.named()
+        numel = {name: buffers[name].numel() for name in engine.buffers.persistent}
+        write_json(directory.digests / "tensors.json", {"tensors": engine.digest_names, "buffers": numel})
         self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
 
     def _external_checkpoints(self) -> dict[str, str]:

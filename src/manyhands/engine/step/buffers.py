@@ -36,6 +36,7 @@ class Buffers:
 
     frozen: the small frozen parameters by name.
     names: the names of the buffers in the model's order, then those of `frozen`.
+    persistent: the names of the buffers that the model's state_dict has.
     """
 
     def __init__(self, model: nn.Module, micro_batches: int) -> None:
@@ -43,6 +44,9 @@ class Buffers:
         self.frozen = {name: param for name, param in model.named_parameters() if may_change(param)}
         self._owners = {name: _owner(model, name) for name, _ in model.named_buffers()}
         self.names = [*self._owners, *self.frozen]
+        self.persistent = [
+            name for name, (owner, key) in self._owners.items() if key not in owner._non_persistent_buffers_set
+        ]
         self._micro_batches = micro_batches
         self._tensors: dict[str, Tensor] = {}  # the model's own tensor objects; other objects may refer to them
         self._start: dict[str, Tensor] = {}  # copies of the values before the step
@@ -157,6 +161,16 @@ class Buffers:
                     result = result + all_values[owner[micro_batch]][micro_batch]
                 result = result / self._micro_batches
             self._put(name, result.to(start))
+
+
+def names_in_order(model: nn.Module) -> list[str]:
+    """Return the names of all parameters and buffers in the order of the model's state_dict, each tensor once."""
+    found: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        own = (*module.named_parameters(prefix, recurse=False), *module.named_buffers(prefix, recurse=False))
+        for name, tensor in own:
+            found.setdefault(id(tensor), name)
+    return list(found.values())
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
