@@ -1,7 +1,7 @@
 """Aggregates, computed by plain functions or Arrow kernels.
 
 `group_by(...).aggregate(...)` combines the records of each chunk into one state per group, and merges the states of
-equal keys later. Arrow's kernels are used only where their results equal those of the plain functions exactly.
+equal keys later. Kernels of Arrow and NumPy are used only where their results equal those of the plain functions.
 """
 
 from __future__ import annotations
@@ -19,6 +19,31 @@ import pyarrow.compute as pc
 from manyhands.errors import DataError, InvariantError
 from manyhands.prepare.records.chunks import Chunk, records_of
 from manyhands.prepare.records.copies import can_change, own_copies, own_copy
+from manyhands.prepare.records.exact_arrays import (
+    NUMBER_KINDS,
+    combined_floats,
+    faster_functions,
+    float_states,
+    floats_in,
+    merged_floats,
+    row_codes,
+)
+from manyhands.prepare.records.exact_sums import (
+    add_sums,
+    add_to_mean,
+    add_to_variance,
+    add_value,
+    mean_of_state,
+    merge_means,
+    merge_variances,
+    number_of,
+    population_variance,
+    sample_variance,
+    start_mean,
+    start_variance,
+    total_of,
+)
+from manyhands.prepare.records.extremes import add_greatest, add_least, comparable, greatest, least
 from manyhands.prepare.records.functions import BadResult, check_results, describe_error, is_for_user
 from manyhands.prepare.records.key_columns import checked_columns, group_keys_of_columns
 from manyhands.prepare.records.key_order import compared, group_keys
@@ -38,6 +63,8 @@ _MOST_BYTES = 2**31  # an Arrow array of text or bytes has 32-bit offsets
 
 _SMALL = 2**40  # states below this can be added across millions of tasks without overflowing 64 bits
 
+_ROWS = "rows"  # the column of row numbers in a table that Arrow groups
+
 _SAFE = 2**47  # a chunk has at most 65,536 rows: the sum of that many integers below this fits in 64 bits
 
 
@@ -51,29 +78,40 @@ def combine_table(
     """
     if len(table) > 65_536 or any(pa.types.is_floating(column.type) for column in key_columns):
         return None
-    if any(aggregate.kind not in _FUNCTIONS for aggregate in aggregates):
-        return None
-    if not all(aggregate.kind == "count" or _adds_exactly(table, aggregate.of) for aggregate in aggregates):
+    floats = [floats_in(table, aggregate.kind, aggregate.of) for aggregate in aggregates]
+    by_arrow = [aggregate for aggregate, values in zip(aggregates, floats, strict=True) if values is None]
+    if not all(_arrow_computes(table, aggregate) for aggregate in by_arrow):
         return None
     if not len(table):
         return KeyedLists([], [[] for _ in aggregates])
     kinds = [table.schema.field(name).type for name in key]
-    keys, results = _grouped(table, key_columns, aggregates)
-    if len(key) == 1 and {aggregate.kind for aggregate in aggregates} <= _MERGED_KINDS:
+    keys, results, rows = _grouped(table, key_columns, by_arrow, with_rows=len(by_arrow) < len(aggregates))
+    if rows is None and len(key) == 1 and {aggregate.kind for aggregate in aggregates} <= _MERGED_KINDS:
         states = {str(number): columns[0].cast(pa.int64()) for number, columns in enumerate(results)}
         keyed = pa.table({_KEY: keys[0], **states})
         if kinds[0] in _KEY_TYPES.values() and states_are_small(keyed):
             return KeyedTable(keyed, (_KEY,))
     distinct = group_keys_of_columns(keys, kinds)
-    if len(set(compared(distinct))) < len(
-        distinct
-    ):  # Arrow tells values apart that Python doesn't, such as parts of a day
+    # Arrow tells values apart that Python doesn't, such as parts of a day.
+    if len(set(compared(distinct))) < len(distinct):
         return None
-    return KeyedLists(distinct, [_rows(columns) for columns in results])
+    if rows is None:
+        return KeyedLists(distinct, [_rows(columns) for columns in results])
+    codes, remaining = row_codes(rows), iter(results)
+    columns = [
+        _rows(next(remaining)) if values is None else float_states(aggregate.kind, codes, len(rows), values)
+        for aggregate, values in zip(aggregates, floats, strict=True)
+    ]
+    return KeyedLists(distinct, columns)
 
 
-def _grouped(table: pa.Table, key_columns: Sequence[Any], aggregates: Sequence[Aggregate]) -> tuple[Any, Any]:
-    """Return the columns of distinct keys, and for each aggregate the result columns that form its state."""
+def _grouped(
+    table: pa.Table, key_columns: Sequence[Any], aggregates: Sequence[Aggregate], *, with_rows: bool
+) -> tuple[list[Any], list[Any], Any]:
+    """Return the columns of distinct keys, and for each aggregate the result columns that form its state.
+
+    The third result is a column with the list of each group's row numbers, or None unless `with_rows`.
+    """
     inputs = {f"key {number}": column for number, column in enumerate(key_columns)}
     keys = list(inputs)
     requested: list[list[Any]] = []
@@ -86,11 +124,15 @@ def _grouped(table: pa.Table, key_columns: Sequence[Any], aggregates: Sequence[A
         requested.append([(name, function) for function in _FUNCTIONS[aggregate.kind]])
     # Two aggregates may request the same function of the same column, which Arrow must compute only once.
     unique = {str(pair): pair for pairs in requested for pair in pairs}
+    if with_rows:
+        inputs[_ROWS] = pa.array(np.arange(len(table)))
+        unique[_ROWS] = (_ROWS, "list")
     grouped = pa.table(inputs).group_by(keys, use_threads=False).aggregate(list(unique.values()))
     result_names = [name for name in grouped.column_names if name not in keys]
     name_of_pair = dict(zip(unique, result_names, strict=True))
     results = [[grouped.column(name_of_pair[str(pair)]) for pair in pairs] for pairs in requested]
-    return [grouped.column(name) for name in keys], results
+    rows = grouped.column(name_of_pair[_ROWS]) if with_rows else None
+    return [grouped.column(name) for name in keys], results, rows
 
 
 def _rows(columns: Sequence[Any]) -> list[Any]:
@@ -115,13 +157,17 @@ def count_keys(keys: list[Any], columns: int) -> KeyedTable | None:
     return KeyedTable(pa.table({_KEY: counts.field(0), **states}), (_KEY,))
 
 
+def _arrow_computes(table: pa.Table, aggregate: Aggregate) -> bool:
+    return aggregate.kind == "count" or (aggregate.kind in _FUNCTIONS and _adds_exactly(table, aggregate.of))
+
+
 def _adds_exactly(table: pa.Table, of: Any) -> bool:
     """True if the column exists, has no nulls, and its integers can be added in 64 bits."""
     if not isinstance(of, str) or of not in table.column_names or table.column(of).null_count:
         return False
     column = table.column(of)
     if not pa.types.is_integer(column.type):
-        return False  # sums of floats depend on the order of addition, so Python adds them on every path
+        return False
     ends = pc.min_max(column)
     return ends["min"].as_py() is None or max(abs(ends["min"].as_py()), abs(ends["max"].as_py())) < _SAFE
 
@@ -181,8 +227,8 @@ class Aggregate:
 
     `start` and `add` run in the tasks that read the records, so only states are shuffled.
 
-    The functions see the same states in the same order with any number of workers and any memory, so even sums of
-    floats have the same bits. `count()`, `sum`, `mean`, `minimum`, `maximum`, `first` and `collect` are predefined.
+    The functions see the same states in the same order with any number of workers and any memory. `count()`, `sum`,
+    `mean`, `variance`, `minimum`, `maximum`, `first` and `collect` are predefined.
 
     Example: `.group_by("user").aggregate(posts=mh.Aggregate.count(), longest=mh.Aggregate.maximum(of="length"))`
     """
@@ -201,23 +247,48 @@ class Aggregate:
 
     @classmethod
     def sum(cls, of: Callable[[Any], Any] | str | None = None) -> Aggregate:
-        """Return an aggregate that adds the values."""
-        return cls(start=_unchanged, add=operator.add, merge=operator.add, of=of, kind="sum")
+        """Return an aggregate that adds the values.
+
+        Sums of floats are exact and rounded once, as by `math.fsum`. Sums of integers, decimals and fractions are
+        exact. Other values, such as text and lists, are added by `+`.
+        """
+        return cls(start=number_of, add=add_value, merge=add_sums, finish=total_of, of=of, kind="sum")
 
     @classmethod
     def mean(cls, of: Callable[[Any], Any] | str | None = None) -> Aggregate:
-        """Return an aggregate that computes the mean of the values."""
-        return cls(start=_start_mean, add=_add_to_mean, merge=_merge_means, finish=_divide, of=of, kind="mean")
+        """Return an aggregate that computes the mean of the values: the exact sum divided by the count, rounded once.
+
+        The mean of decimals is rounded to the digits of their sum, and at least to 28.
+        """
+        return cls(start=start_mean, add=add_to_mean, merge=merge_means, finish=mean_of_state, of=of, kind="mean")
+
+    @classmethod
+    def variance(cls, of: Callable[[Any], Any] | str | None = None, *, sample: bool = False) -> Aggregate:
+        """Return an aggregate that computes the variance: the mean of the squared distances from the mean.
+
+        It is exact and rounded once. sample: divide by the number of values less one instead of by their number. The
+        result for a single value is then None.
+        """
+        finish = sample_variance if sample else population_variance
+        return cls(
+            start=start_variance, add=add_to_variance, merge=merge_variances, finish=finish, of=of, kind="variance"
+        )
 
     @classmethod
     def minimum(cls, of: Callable[[Any], Any] | str | None = None) -> Aggregate:
-        """Return an aggregate that finds the least value."""
-        return cls(start=_unchanged, add=min, merge=min, of=of, kind="min")
+        """Return an aggregate that finds the least value. NaN is greater than every number.
+
+        Of equal values, such as 1 and 1.0, the first in the order of the input is chosen.
+        """
+        return cls(start=comparable, add=add_least, merge=least, of=of, kind="min")
 
     @classmethod
     def maximum(cls, of: Callable[[Any], Any] | str | None = None) -> Aggregate:
-        """Return an aggregate that finds the greatest value."""
-        return cls(start=_unchanged, add=max, merge=max, of=of, kind="max")
+        """Return an aggregate that finds the greatest value. NaN is greater than every number.
+
+        Of equal values, such as 1 and 1.0, the first in the order of the input is chosen.
+        """
+        return cls(start=comparable, add=add_greatest, merge=greatest, of=of, kind="max")
 
     @classmethod
     def first(cls, of: Callable[[Any], Any] | str | None = None) -> Aggregate:
@@ -244,22 +315,6 @@ def _unchanged(value: Any) -> Any:
 
 def _first_of(first: Any, _: Any) -> Any:
     return first
-
-
-def _start_mean(value: Any) -> tuple[Any, int]:
-    return value, 1
-
-
-def _add_to_mean(state: tuple[Any, int], value: Any) -> tuple[Any, int]:
-    return state[0] + value, state[1] + 1
-
-
-def _merge_means(state: tuple[Any, int], other: tuple[Any, int]) -> tuple[Any, int]:
-    return state[0] + other[0], state[1] + other[1]
-
-
-def _divide(state: tuple[Any, int]) -> Any:
-    return state[0] / state[1]
 
 
 def _start_list(value: Any) -> list[Any]:
@@ -315,7 +370,8 @@ class Grouping:
         Raises DataError that names the aggregate and the group if a function raises.
         """
         for (name, aggregate), into, column in zip(self.aggregates.items(), states, combined.columns, strict=True):
-            # Shortcuts with the same result: the first states are copied, and counts are added without a call.
+            # Shortcuts with the same result: the first states are copied, counts are added without a call, and sums of
+            # floats are added by NumPy.
             if aggregate.kind in ("count", "sum") and not into:
                 into.update(zip(combined.keys, column, strict=True))
                 if len(into) != len(combined.keys):
@@ -324,6 +380,8 @@ class Grouping:
                 get = into.get
                 for key, count in zip(combined.keys, column, strict=True):
                     into[key] = get(key, 0) + count
+            elif (merged := merged_floats(aggregate.kind, into, combined.keys, column)) is not None:
+                into.update(zip(combined.keys, merged, strict=True))
             else:
                 merge = aggregate.merge
                 try:
@@ -355,7 +413,7 @@ class Grouping:
         for key, state in zip(keys, states, strict=True):
             try:
                 result = finish(state)
-                if finish is not _divide:
+                if self.aggregates[name].kind == "custom":
                     check_results([result], finish, is_read=True)
             except BaseException as error:
                 if not is_for_user(error):
@@ -387,10 +445,15 @@ def _states(grouping: Grouping, name: str, keys: list[Any], records: list[Any]) 
     if aggregate.kind == "count":
         return Counter(keys)
     values = values_of(records, aggregate.of)
-    if aggregate.kind in ("sum", "mean", "min", "max") and None in values:
+    if aggregate.kind in NUMBER_KINDS and None in values:
         raise BadKey(f"the value to aggregate ({aggregate.kind}) is None")
     states: dict[Any, Any] = {}
     start, add = aggregate.start, aggregate.add
+    if aggregate.kind in NUMBER_KINDS:
+        floats = combined_floats(aggregate.kind, keys, values)
+        if floats is not None:
+            return floats
+        start, add = faster_functions(aggregate.kind, values) or (start, add)
     # A state that is the record itself may be changed by `add`, while other aggregates hold the record, too.
     key = None
     try:
