@@ -154,7 +154,8 @@ class Dataset:
         function: takes an Arrow table, or a dict of NumPy arrays if form="numpy". It returns a table, a dict of columns
         or a list of records. The boundaries of batches depend only on the data, not on the workers or the memory.
 
-        Raises ConfigError if `form` is unknown.
+        The job ends with a DataError if NumPy can't hold a value, such as an integer beyond 2**53 beside a null. Raises
+        ConfigError if `form` is unknown.
         """
         if form not in ("arrow", "numpy"):
             raise ConfigError("unknown form of batches", expected="arrow, numpy", got=repr(form))

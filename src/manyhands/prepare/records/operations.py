@@ -134,18 +134,18 @@ class MapBatches:
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
         if not num_records(chunk):
             return chunk
+        from manyhands.prepare.records.numpy_form import numpy_columns, table_of_columns
+
         table = table_of(chunk)
         if self.form == "numpy":
-            table = {name: table.column(name).to_numpy() for name in table.column_names}
+            table = numpy_columns(table)
         result = self.function(table)
         if isinstance(result, list):
             return result
         if type(result).__module__.startswith("pyarrow") and hasattr(result, "num_rows"):
             return _as_table(result)
         if isinstance(result, Mapping):
-            import pyarrow as pa
-
-            return pa.table(dict(result))
+            return table_of_columns(result)
         raise DataError(
             f"{name_of(self.function)} returned something that isn't a batch",
             expected="an Arrow table, a dict of columns, or a list of records",

@@ -1,0 +1,125 @@
+"""The columns of a table as NumPy arrays with the same values, and back.
+
+NumPy's arrays have no nulls. Arrow converts integers with nulls to floats, which changes integers beyond 2**53. A
+column whose values NumPy can't hold is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from manyhands.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_WHOLE = 2**53  # every integer up to this is exact as a float
+
+_CURE = "fill or drop the nulls before, or use form='arrow'"
+
+
+def numpy_columns(table: pa.Table) -> dict[str, Any]:
+    """Return the columns as NumPy arrays.
+
+    Numbers and truth values without nulls keep their types. Integers with nulls become floats, and nulls in columns of
+    floats become NaN. Time stamps become `datetime64`, in UTC if they have a zone, with NaT for nulls. All other
+    columns become arrays of objects, with None for nulls. Raises DataError if this would change a value.
+    """
+    return {name: _numpy_column(name, table.column(name)) for name in table.column_names}
+
+
+def _numpy_column(name: str, column: pa.ChunkedArray) -> Any:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        if pa.types.is_run_end_encoded(column.type):
+            column = pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks], column.type.value_type)
+        if pa.types.is_dictionary(column.type):  # Arrow would replace nulls by other values of the dictionary
+            column = column.cast(column.type.value_type)
+        if column.num_chunks > 1:  # a null in one chunk converts all
+            column = pa.chunked_array([column.combine_chunks()])
+        for leaf in (leaf for chunk in column.chunks for leaf in _leaves(chunk)):
+            _check_leaf(name, leaf)
+        return column.to_numpy()
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise _not_exact(name, column.type, str(error), "use form='arrow', or drop the column") from error
+
+
+def _leaves(array: pa.Array) -> Iterator[pa.Array]:
+    """Yield the array, or the arrays of values inside lists, structs and maps."""
+    import pyarrow as pa
+
+    kind = array.type
+    if isinstance(array, pa.ExtensionArray):
+        yield from _leaves(array.storage)
+    elif pa.types.is_struct(kind):
+        for number in range(kind.num_fields):
+            yield from _leaves(array.field(number))
+    elif pa.types.is_map(kind):
+        yield from _leaves(array.keys)
+        yield from _leaves(array.items)
+    elif pa.types.is_nested(kind) and hasattr(array, "flatten"):
+        yield from _leaves(array.flatten())
+    elif pa.types.is_dictionary(kind):
+        yield from _leaves(array.dictionary_decode())
+    else:
+        yield array
+
+
+def _check_leaf(name: str, array: pa.Array) -> None:
+    """Raise DataError if Arrow's conversion to NumPy would change a value of the array."""
+    import pyarrow as pa
+
+    kind = array.type
+    if pa.types.is_interval(kind):  # pyarrow 26 crashes
+        raise _not_exact(name, kind, "NumPy has no such type", "use form='arrow', or drop the column")
+    if not pa.types.is_integer(kind) or not array.null_count:
+        return
+    values = array.drop_null().to_numpy(zero_copy_only=False)
+    for value in values[(values > _WHOLE) | (values < -_WHOLE if values.dtype.kind == "i" else False)].tolist():
+        if int(float(value)) != value:
+            raise _not_exact(name, kind, f"{value} beside a null, which becomes a float", _CURE)
+
+
+def _not_exact(name: str, kind: Any, got: str, hint: str) -> DataError:
+    return DataError(
+        f"column {name!r} can't be passed as NumPy arrays without changing values",
+        expected=f"values of type {kind} that NumPy can hold",
+        got=got,
+        hint=hint,
+    )
+
+
+def table_of_columns(columns: Mapping[str, Any]) -> pa.Table:
+    """Return columns (NumPy arrays, masked arrays, lists, Arrow arrays) as a table.
+
+    Raises DataError for a column of objects that Arrow would convert to other values.
+    """
+    import pyarrow as pa
+
+    return pa.table({name: _arrow_column(name, column) for name, column in columns.items()})
+
+
+def _arrow_column(name: str, column: Any) -> Any:
+    import pyarrow as pa
+
+    from manyhands.prepare.records.columns import array_of
+
+    is_objects = type(column) is np.ndarray and column.dtype == object and column.ndim == 1
+    if not is_objects and not isinstance(column, (list, tuple)):
+        return column
+    try:
+        return array_of(list(column))
+    except (pa.ArrowException, ValueError, TypeError, ArithmeticError) as error:
+        reason = f"{error}, in column {name!r}"
+        raise DataError(
+            f"the records can't be put into columns: {reason}",
+            got=str(column[:3])[:200],
+            hint="return values of one type in a column",
+        ) from error
