@@ -265,12 +265,12 @@ def test_aggregates_of_any_floats_equal_those_of_fractions(
 
 def test_exact_aggregates_have_the_same_bytes_with_any_workers_and_memory(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
-    count = 20_000
+    count = 6000
     values = np.round(np.exp(draws.normal(3, 2, count)), 2) * draws.choice([1.0, -1.0, 1e12, 1e-12], count)
-    keys = draws.integers(0, 5000, count)
+    keys = draws.integers(0, 1500, count)
     for number, part in enumerate(np.array_split(np.arange(count), 3)):
         pq.write_table(
-            pa.table({"k": keys[part], "x": values[part]}), tmp_path / f"{number}.parquet", row_group_size=2000
+            pa.table({"k": keys[part], "x": values[part]}), tmp_path / f"{number}.parquet", row_group_size=600
         )
 
     def written(engine: Any, partition_bytes: int, *, as_table: bool = True) -> bytes:
@@ -288,5 +288,4 @@ def test_exact_aggregates_have_the_same_bytes_with_any_workers_and_memory(tmp_pa
     assert all(row["sum"] == math.fsum(values[keys == row["k"]].tolist()) for row in rows[::100])
     assert written(InProcess(0), 2**14) == expected
     assert written(InProcess(0), 2**15, as_table=False) == expected
-    for workers, memory in ((2, 2**27), (3, 2**30)):
-        assert written(Pool(workers, memory), 2**16) == expected
+    assert written(Pool(2, 2**27), 2**16) == expected
