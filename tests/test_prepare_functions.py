@@ -451,7 +451,7 @@ def test_flat_map_makes_a_record_of_an_object_each_time_it_is_returned() -> None
 
 
 def test_records_that_fail_only_together_are_reported_with_their_range() -> None:
-    made = mh.Dataset.from_records([1, "a", 2]).group_by(lambda row: 0).aggregate(total=Aggregate.sum())
+    made = mh.Dataset.from_records([1, [3], 2]).group_by(lambda row: 0).aggregate(total=Aggregate.sum())
     with pytest.raises(
         mh.DataError, match="records fail together, but not one by one: group by lambda: total"
     ) as caught:

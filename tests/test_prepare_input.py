@@ -130,6 +130,11 @@ def test_keys_and_values_of_a_wrong_type_are_reported(tmp_path: Path) -> None:
     refused(rows.group_by().aggregate(n=mh.Aggregate.count()), "the key is a dict", tmp_path)
     nothing = mh.Dataset.from_records([{"a": None}])
     refused(nothing.group_by(lambda row: 1).aggregate(n=mh.Aggregate.sum(of="a")), "the value to aggregate", tmp_path)
+    (tmp_path / "a.csv").write_text("shop,amount\nx,1.5\nx,2\n")
+    read = mh.Dataset.read(tmp_path / "a.csv").group_by("shop")
+    for way in (mh.Aggregate.sum, mh.Aggregate.mean, mh.Aggregate.variance):
+        error = refused(read.aggregate(n=way("amount")), r"the value to aggregate \(.*\) is text", tmp_path)
+        assert error.where == f"{tmp_path}/a.csv, line 2"
     refused(mh.Dataset.from_records([object()]).distinct(), "can't be compared by its content", tmp_path)
 
 

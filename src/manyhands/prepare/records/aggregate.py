@@ -447,6 +447,11 @@ def _states(grouping: Grouping, name: str, keys: list[Any], records: list[Any]) 
     values = values_of(records, aggregate.of)
     if aggregate.kind in NUMBER_KINDS and None in values:
         raise BadKey(f"the value to aggregate ({aggregate.kind}) is None")
+    if aggregate.kind in ("sum", "mean", "variance") and not {str, bytes}.isdisjoint(map(type, values)):
+        # Python would join texts. The columns of CSV files are text, so that is hardly ever what is meant.
+        raise BadKey(
+            f"the value to aggregate ({aggregate.kind}) is text: convert it, for CSV files with read(..., types=...)"
+        )
     states: dict[Any, Any] = {}
     start, add = aggregate.start, aggregate.add
     if aggregate.kind in NUMBER_KINDS:
