@@ -238,3 +238,9 @@ def test_a_thousand_typed_columns_take_no_longer_than_five_times_the_text(tmp_pa
     typed = dict.fromkeys(names, "int64")
     text, cast = min(seconds({}) for _ in range(3)), min(seconds(typed) for _ in range(3))
     assert cast < 5 * text
+
+
+def test_a_file_of_rows_that_all_misfit_has_bad_records_only(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n1,x\n2,y\n")
+    made = mh.Dataset.read(tmp_path / "a.csv", types={"b": "int64"})
+    assert made.write(tmp_path / "out", workers=0, max_bad_records=2).bad_records == 2

@@ -533,3 +533,17 @@ def test_take_needs_a_number_of_records() -> None:
         assert caught.value.got == repr(wrong)
     assert made.take(0, workers=0) == []
     assert made.take(np.int64(2), workers=0) == [1, 2]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("names", [["a", "a"], []])
+def test_batches_whose_rows_are_no_records_are_refused(names: list[str]) -> None:
+    import pyarrow as pa
+
+    table = pa.table([[2, 1]] * len(names), names=names)
+    with pytest.raises(mh.DataError, match="returned a batch whose rows are no records"):
+        mh.Dataset.from_records([{"x": 1}]).map_batches(lambda batch: table).count(workers=0)
+
+
+def test_a_bad_record_may_hold_an_integer_that_python_does_not_print() -> None:
+    made = mh.Dataset.from_records([10**5000]).map(lambda n: n / 0)
+    assert made.count(workers=0, max_bad_records=1) == 0

@@ -447,3 +447,25 @@ def test_few_files_or_large_ones_are_not_packed() -> None:
 
     assert [tasks(count, 1) for count in (0, 1, 511, 512, 10_000, 100_000)] == [0, 1, 511, 256, 257, 1563]
     assert [tasks(10_000, size) for size in (100, 501, 5000)] == [1000, 10_000, 10_000]
+
+
+@pytest.mark.parametrize("change", ["append", "replace"])
+def test_a_file_that_changes_after_it_was_listed_is_reported(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n":1}\n{"n":2}\n')
+    made = mh.Dataset.read(path).map(lambda row: row["n"])
+    if change == "append":
+        path.write_text('{"n":1}\n{"n":2}\n{"n":3}\n')
+    else:
+        path.write_text('{"n":3}\n{"n":4}\n')
+        os.utime(path, ns=(0, 0))
+    with pytest.raises(mh.DataError, match="a file has changed since it was listed") as caught:
+        made.write(tmp_path / "out", workers=0)
+    assert caught.value.where == str(path)
+    assert sorted(each.name for each in (tmp_path / "out").iterdir() if each.name[0] not in "._") == []
+
+
+def test_folders_may_be_paths(tmp_path: Path) -> None:
+    made = mh.Dataset.from_records([1, 2]).cache(tmp_path / "cache")
+    assert made.write(tmp_path / "out", workers=0).records == 2
+    assert mh.Dataset.read(tmp_path / "out").count(workers=0) == 2

@@ -187,22 +187,23 @@ class StepEngine:
             return self._step(load, digest)
 
     def check_usable(self) -> None:
-        """Raise InvariantError if an earlier failure left the state partly changed."""
+        """Raise InvariantError if an earlier failure left the state partly changed; ConfigError in `evaluating()`."""
         if self._failed is not None:
             raise InvariantError(
                 f"this engine failed at step {self.step_index} and can't be used any more: {self._failed}",
                 hint="create a new engine and load the last checkpoint",
+            )
+        if self._evaluating:
+            raise ConfigError(
+                "the engine's state can't be used inside evaluating()",
+                expected="forward passes only: they may have changed buffers, which the end of the block restores",
+                hint="end the block before a step, save, load, digest or another evaluation",
             )
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Mark the engine as failed if the block raises, unless the error guarantees that no state changed."""
         self.check_usable()
-        if self._evaluating:
-            raise ConfigError(
-                "the engine's state can't change inside evaluating()",
-                hint="end the block before the next step, or before a checkpoint is loaded",
-            )
         try:
             yield
         except BaseException as error:
@@ -381,8 +382,7 @@ class StepEngine:
         Sharded parameters are unsharded unit by unit, as the model needs them. Workers may call the model different
         numbers of times, or not at all. Raises ConfigError inside of another such block.
         """
-        if self._evaluating:
-            raise ConfigError("evaluating() was entered inside evaluating()", hint="use the model of the outer block")
+        self.check_usable()
         self._evaluating = True
         try:
             with (
@@ -430,6 +430,7 @@ class StepEngine:
 
     def full_params(self) -> dict[str, Tensor]:
         """Return the complete master weights of every trainable parameter by name, fp32 on the CPU. Collective."""
+        self.check_usable()
         full = {}
         for unit in self.units:
             mine = torch.zeros(unit.layout.shard_numel)

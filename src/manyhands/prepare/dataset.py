@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 from manyhands.errors import ConfigError
 from manyhands.prepare.io.formats import check_output_format, check_selection, find_input, split_files
-from manyhands.prepare.io.listing import find_files, patterns_of
+from manyhands.prepare.io.listing import find_files, folder_of, patterns_of
 from manyhands.prepare.job.output import PrepareSummary
 from manyhands.prepare.options import JobOptions, options_of
 from manyhands.prepare.plan.plan import (
@@ -254,7 +254,7 @@ class Dataset:
         arrangement = ByPosition(None, "repartition")
         return Dataset(Arranged((self._node,), (arrangement,), Sorted((ORDER_COLUMN,)), partition_bytes))
 
-    def cache(self, folder: str | None = None) -> Dataset:
+    def cache(self, folder: str | os.PathLike[str] | None = None) -> Dataset:
         """Store the records when they are first computed. Later jobs read the stored records and do not parse them.
 
         folder: the folder for the records. Later runs of the script can use it again. The default is a temporary folder
@@ -263,11 +263,11 @@ class Dataset:
         """
         from manyhands.prepare.job.output import temporary_job_folder
 
-        return Dataset(Cached(self._node, folder or temporary_job_folder()))
+        return Dataset(Cached(self._node, temporary_job_folder() if folder is None else folder_of(folder)))
 
     def write(
         self,
-        folder: str,
+        folder: str | os.PathLike[str],
         *,
         format: str = "jsonl",
         schema: pa.Schema | None = None,
@@ -293,7 +293,7 @@ class Dataset:
 
         options = options_of(job_options)
         plan = self._plan(Output(check_output_format(format), schema), job_options)
-        return write_output(plan, folder, options, overwrite=overwrite)
+        return write_output(plan, folder_of(folder), options, overwrite=overwrite)
 
     def count(self, **job_options: Unpack[JobOptions]) -> int:
         """Run the job and return the number of records."""

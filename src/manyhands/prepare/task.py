@@ -21,6 +21,7 @@ import cloudpickle  # type: ignore[import-untyped]
 from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
 from manyhands.prepare.io.formats import is_of_lines, open_writer, output_file_name, read_split
+from manyhands.prepare.io.listing import InputFile, check_unchanged
 from manyhands.prepare.io.run_file import RunFileWriter, is_intact, read_blocks, read_index
 from manyhands.prepare.io.writing import Writer, rewrite_parquet
 from manyhands.prepare.plan.plan import CachedFiles, Counting, InMemory, Output, Plan, Read, Stage
@@ -374,10 +375,21 @@ def _parts(task: Task, stage: Stage) -> Iterator[Task]:
         yield replace(task, partition=partition)
 
 
+@lru_cache(maxsize=2)
+def _input_files(plan_path: str, stage: int) -> dict[str, InputFile]:
+    """The files that a stage reads, by path."""
+    source: Any = load_plan(plan_path).stages[stage].source
+    return {file.path: file for file in source.files}
+
+
 def _pieces(task: Task, stage: Stage, counts: _ReadCounts, bad: BadRecords) -> Iterator[SourcedChunk]:
     source = stage.source
     if isinstance(source, Read):
-        yield from read_split(source.splits[task.partition], bad, source.columns, source.types)
+        split = source.splits[task.partition]
+        file = _input_files(task.plan_path, task.stage)[split.path]
+        check_unchanged(file)
+        yield from read_split(split, bad, source.columns, source.types)
+        check_unchanged(file)  # it may have changed meanwhile
     elif isinstance(source, InMemory):
         records = unpack_records(source.partitions[task.partition])
         yield SourcedChunk(records, _placed("given records", task.partition, 0))

@@ -297,7 +297,7 @@ def _chunks(rows: _Rows, kinds: Mapping[str, pa.DataType], path: str, bad: BadRe
         wrong = wrong[count:]
         if remaining:
             valid = [index for index in range(part.num_rows) if index not in found]
-            part, part_lines = _cast_columns(part.take(valid), remaining)[0], part_lines[valid]
+            part, part_lines = _cast_columns(part.take(pa.array(valid, pa.int64())), remaining)[0], part_lines[valid]
         yield SourcedChunk(part, _line_locator(path, part_lines))
     for row in wrong:
         bad.add(f"{path}, line {row.line}", row.what, row.text)

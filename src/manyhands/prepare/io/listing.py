@@ -49,6 +49,30 @@ class InputFile:
     version: str
 
 
+def check_unchanged(file: InputFile) -> None:
+    """Raise DataError if a local file has changed since it was listed: its splits and its identity no longer fit."""
+    if not is_local(file.path):
+        return
+    try:
+        info = os.stat(file.path)
+        found = InputFile(file.path, info.st_size, str(info.st_mtime_ns))
+    except OSError:
+        return  # reading it reports why
+    if found != file:
+        raise DataError(
+            "a file has changed since it was listed",
+            where=file.path,
+            expected=f"{file.size_bytes} bytes",
+            got=f"{found.size_bytes} bytes" + ("" if found.size_bytes != file.size_bytes else ", written later"),
+            hint="run the job again when nothing writes to its input",
+        )
+
+
+def folder_of(folder: str | os.PathLike[str]) -> str:
+    """Return a folder as a text: a path or an address."""
+    return folder if isinstance(folder, str) else str(location_of(folder))
+
+
 def patterns_of(paths: Any) -> list[str]:
     """Return what a caller passed as paths, as a list of texts. A path is text, or an object such as pathlib.Path.
 

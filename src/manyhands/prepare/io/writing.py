@@ -31,6 +31,7 @@ from manyhands.prepare.records.chunks import (
     size_bytes,
     table_of,
 )
+from manyhands.prepare.records.functions import shown
 from manyhands.prepare.records.keys import KeyedLists, KeyedTable
 from manyhands.prepare.records.schemas import Unfit, combined, common_schema, conformed
 from manyhands.storage.files import open_to_read
@@ -269,16 +270,9 @@ def _unrepresentable(kind: str, error: Exception, record: Any, name: str) -> Dat
     return DataError(
         f"a record can't be written as {kind}: {error}",
         where=name,
-        got=_shown(record),
+        got=shown(record),
         hint="map the records to values that the format supports, or write another format",
     )
-
-
-def _shown(record: Any) -> str:
-    try:
-        return repr(record)[:200]
-    except ValueError:  # Python refuses to convert integers of more than 4,300 digits to text
-        return f"a {type(record).__name__}"
 
 
 class ParquetWriter(Writer):

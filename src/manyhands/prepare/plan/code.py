@@ -64,7 +64,9 @@ def hash_of(*parts: str) -> str:
 
 def hash_atom(value: Any) -> str:
     """Return the hash of a value without parts."""
-    return hash_of(type(value).__name__, repr(value))
+    # Python refuses to print integers of more than 4,300 decimal digits.
+    is_huge = type(value) is int and value.bit_length() > 10_000
+    return hash_of(type(value).__name__, hex(value) if is_huge else repr(value))
 
 
 def hash_code(code: types.CodeType) -> str:

@@ -195,6 +195,10 @@ class _Fingerprint:
             "set", *sorted(_Fingerprint(self._modules, open_sets, self._in_sets).of_all(each) for each in value)
         )
 
+    def _of_own_set(self, value: Collection[Any]) -> str:
+        """Hash an object of a subclass of set or frozenset. Its `__reduce__` lists the elements in the set's order."""
+        return hash_of("own set", self.of(type(value)), self._of_set(value), self.of(getattr(value, "__dict__", None)))
+
     def _of_sequence(self, value: Iterable[Any]) -> str:
         return hash_of(type(value).__name__, *map(self.of, value))
 
@@ -377,6 +381,7 @@ _KINDS: tuple[tuple[Any, Callable[[_Fingerprint, Any], str]], ...] = (
     ((property, classmethod, staticmethod, functools.cached_property), _Fingerprint._of_descriptor),
     (types.ModuleType, _Fingerprint._of_module),
     (type, _Fingerprint._of_class),
+    ((set, frozenset), _Fingerprint._of_own_set),
     (_IN_C, _Fingerprint._of_named),
 )
 

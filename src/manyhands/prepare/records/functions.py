@@ -26,6 +26,14 @@ def name_of(function: Any) -> str:
     return "lambda" if name == "<lambda>" else str(name)
 
 
+def shown(value: Any, most_characters: int = 200) -> str:
+    """Return the start of a value's `repr` for messages."""
+    try:
+        return repr(value)[:most_characters]
+    except ValueError:  # Python refuses to convert integers of more than 4,300 digits to text
+        return f"a {type(value).__name__}"
+
+
 def check_function(function: Any, argument: str, *, may_generate: bool = False) -> None:
     """Raise ConfigError unless `function` is a plain function, which returns its result when it is called.
 

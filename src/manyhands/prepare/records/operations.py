@@ -143,9 +143,9 @@ class MapBatches:
         if isinstance(result, list):
             return result
         if type(result).__module__.startswith("pyarrow") and hasattr(result, "num_rows"):
-            return _as_table(result)
+            return self._checked(_as_table(result))
         if isinstance(result, Mapping):
-            return table_of_columns(result)
+            return self._checked(table_of_columns(result))
         raise DataError(
             f"{name_of(self.function)} returned something that isn't a batch",
             expected="an Arrow table, a dict of columns, or a list of records",
@@ -154,6 +154,17 @@ class MapBatches:
 
     def describe(self) -> str:
         return f"map_batches {name_of(self.function)}"
+
+    def _checked(self, table: Any) -> Any:
+        """Return the table. Raises DataError if its rows can't be records, which have one value of each name."""
+        names = table.column_names
+        if not names or len(set(names)) < len(names):
+            raise DataError(
+                f"{name_of(self.function)} returned a batch whose rows are no records",
+                expected="at least one column, and different names of columns",
+                got=f"columns {', '.join(names) or 'none'}"[:200],
+            )
+        return table
 
 
 def _as_table(batch: Any) -> Any:

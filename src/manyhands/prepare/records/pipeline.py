@@ -26,7 +26,7 @@ from manyhands.prepare.records.chunks import (
     unpack,
     with_contiguous_columns,
 )
-from manyhands.prepare.records.functions import BadResult, describe_error, is_for_user
+from manyhands.prepare.records.functions import BadResult, describe_error, is_for_user, shown
 from manyhands.prepare.records.operations import Operation
 
 _MAX_RECORD_CHARACTERS = 65_536  # at most this many characters of a bad record are stored
@@ -53,7 +53,7 @@ class BadRecords:
 
     def add(self, where: str, what: str, record: Any, cause: BaseException | None = None) -> None:
         """Set a record aside. Raises DataError if this exceeds the limit."""
-        text = record if isinstance(record, str) else repr(record)
+        text = record if isinstance(record, str) else shown(record, _MAX_RECORD_CHARACTERS)
         self.found.append(BadRecord(where, what, text[:_MAX_RECORD_CHARACTERS]))
         if len(self.found) > self._limit:
             raise too_many_bad_records(self.found[-1], len(self.found), self._limit) from cause
@@ -296,7 +296,7 @@ def _ended(what: str, where: str, record: Any) -> DataError:
     return DataError(
         f"a function tried to end the process: {what}",
         where=where,
-        got=repr(record)[:200],
+        got=shown(record),
         hint="raise an exception such as ValueError instead: it makes the record a bad record (max_bad_records)",
     )
 
