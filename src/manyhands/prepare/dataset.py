@@ -60,8 +60,8 @@ class Dataset:
     A record may be any Python object. Lines of text are read as `str`; JSON objects and rows of tables are read as
     dicts. The functions that a Dataset applies are plain Python functions. They must be pure: the result may depend on
     the arguments only, because a task can run more than once and on any worker. They may change the record that they
-    receive: no other record, and no second run, sees the change. Methods raise ConfigError for an async function, and,
-    except `flat_map`, for a generator function.
+    receive: no second run sees the change, nor do other records, unless functions put one object into several. Methods
+    raise ConfigError for an async function, and, except `flat_map`, for a generator function.
 
     Example:
         counts = (

@@ -250,7 +250,7 @@ class Aggregate:
         """Return an aggregate that adds the values.
 
         Sums of floats are exact and rounded once, as by `math.fsum`. Sums of integers, decimals and fractions are
-        exact. Other values, such as text and lists, are added by `+`.
+        exact. Other values, such as lists, are added by `+`. Text is refused: Python would join it.
         """
         return cls(start=number_of, add=add_value, merge=add_sums, finish=total_of, of=of, kind="sum")
 

@@ -8,7 +8,7 @@ pair is a Python `complex`: the real part is the float nearest to the sum, and t
 other object holds two floats in as little memory, and NumPy converts lists of them fast. Sums of complex numbers have
 states of type `ComplexSum`.
 
-Integers, fractions and decimals are their own states. Values of other types (text, lists, time differences) are added
+Integers, fractions and decimals are their own states. Values of other types (lists, time differences) are added
 by `+`.
 """
 
