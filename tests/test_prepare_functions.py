@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import json
 import random
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +450,59 @@ def test_flat_map_makes_a_record_of_an_object_each_time_it_is_returned() -> None
     made = mh.Dataset.from_records([{"x": 7}, {"x": 8}])
     assert made.flat_map(number).map(increment).take(9, workers=0) == [{"x": 1}, {"x": 2}, {"x": 3}] * 2
     assert made.flat_map(lambda row: [row, row]).map(increment).take(9, workers=0) == [{"x": 8}] * 2 + [{"x": 9}] * 2
+
+
+def header_and_one_dict(_: Any) -> Iterator[Any]:
+    row = {"x": 0}
+    yield {"header": True}
+    for row["x"] in (1, 2, 3):
+        yield row
+
+
+def alternating(_: Any) -> Iterator[Any]:
+    pair: tuple[dict[str, Any], dict[str, Any]] = ({"x": [0]}, {"x": [0]})
+    for n in range(5):
+        pair[n % 2]["x"][0] = n
+        yield pair[n % 2]
+
+
+def sets_and_tuples(_: Any) -> Iterator[Any]:
+    seen: set[int] = set()
+    for n in (1, 2):
+        yield n
+        seen.add(n)
+        yield seen
+        yield n, seen
+
+
+class Reusing:
+    """Iterates with one list; `__iter__` is a generator function."""
+
+    def __init__(self, _: Any) -> None:
+        self.row = [0, 0]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for self.row[0] in range(3):
+            yield self.row
+
+    def __len__(self) -> int:
+        return 3
+
+
+REUSED: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+    "after another": (header_and_one_dict, [{"header": True}, {"x": 1}, {"x": 2}, {"x": 3}]),
+    "alternating": (alternating, [{"x": [n]} for n in range(5)]),
+    "sets and tuples": (sets_and_tuples, [1, {1}, (1, {1}), 2, {1, 2}, (2, {1, 2})]),
+    "own iterable": (Reusing, [[0, 0], [1, 0], [2, 0]]),
+    "chain": (lambda _: itertools.chain(["a"], alternating(_)), ["a", *({"x": [n]} for n in range(5))]),
+    "map": (lambda _: map(itemgetter(0), zip(alternating(_), strict=True)), [{"x": [n]} for n in range(5)]),
+}
+
+
+@pytest.mark.parametrize("way", REUSED)
+def test_a_record_of_flat_map_has_the_values_that_it_had_when_it_was_yielded(way: str) -> None:
+    function, expected = REUSED[way]
+    assert mh.Dataset.from_records([0, 1]).flat_map(function).take(99, workers=0) == expected * 2
 
 
 def test_records_that_fail_only_together_are_reported_with_their_range() -> None:

@@ -11,7 +11,7 @@ import datetime
 import decimal
 import pickle
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,11 @@ def copier_of(value: Any) -> Callable[[], Any]:
         return partial(pickle.loads, pickle.dumps(value, protocol=5))
     except Exception:
         return partial(_deep_copy, value)
+
+
+def own_items(items: Iterable[Any]) -> list[Any]:
+    """Return an `own_copy` of each item, made before the next item is requested."""
+    return [item if type(item) in _UNCHANGEABLE else own_copy(item) for item in items]
 
 
 def own_copies(values: list[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from manyhands.errors import DataError
 from manyhands.prepare.records.chunks import Chunk, num_records, records_of, table_of
-from manyhands.prepare.records.copies import own_copy, separated
+from manyhands.prepare.records.copies import own_items, separated
 from manyhands.prepare.records.functions import ENDS_EARLY, check_results, complete, name_of
 
 
@@ -57,7 +57,8 @@ class Map:
 class FlatMap:
     """Replaces each record by all records that `function(record)` returns or yields.
 
-    An object that is returned or yielded several times becomes several records, which share nothing.
+    An object that is returned or yielded several times becomes several records, which share nothing. An object that is
+    yielded becomes a record with the values that it has at that moment: a generator may change it afterwards.
     """
 
     function: Callable[[Any], Any]
@@ -70,26 +71,22 @@ class FlatMap:
             result = function(record)
             if type(result) in ENDS_EARLY:
                 result = complete(result)
-            items.extend(_yielded(result) if isinstance(result, GeneratorType) else result)
+            items.extend(result if type(result) is list else _items_of(result))
         return separated(items)
 
     def describe(self) -> str:
         return f"flat_map {name_of(self.function)}"
 
 
-def _yielded(generator: Iterator[Any]) -> list[Any]:
-    """Return the items of a generator, with the values that they have when they are yielded.
+def _items_of(result: Any) -> Iterator[Any] | list[Any]:
+    """Return the items of a result of `flat_map`; copies of them if they are produced one after the other.
 
-    A generator may yield one object again and again, and change it in between.
+    A generator may change any object that it has yielded, and yield it again. A container, which has a length, has all
+    its items before the first one is read.
     """
-    for first in generator:
-        kept = own_copy(first)
-        for second in generator:
-            if second is first:
-                return [kept, own_copy(second), *[own_copy(item) for item in generator]]
-            return [kept, second, *generator]
-        return [kept]
-    return []
+    iterator: Iterator[Any] = iter(result)
+    is_container = hasattr(result, "__len__") and not isinstance(iterator, GeneratorType)
+    return iterator if is_container else own_items(iterator)
 
 
 @dataclass(frozen=True)
