@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 import manyhands as mh
-from manyhands.prepare.io import csv_files
+from manyhands.prepare.io import csv_files, csv_rows
 from manyhands.prepare.io.csv_rows import BlockReader, row_blocks
 from manyhands.prepare.io.formats import read_split, split_files
 from manyhands.prepare.io.listing import find_files
@@ -86,6 +86,50 @@ def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path, m
     monkeypatch.setattr(csv_files, "_BLOCK_BYTES", 1000)
     refused = error(tmp_path, b'a,b\n1,2\n3,"4\n' + b"5,6\n" * 2000)
     assert (refused.what, refused.where) == ("a row of a CSV file is too long", f"{tmp_path / 'a.csv'}, line 3")
+
+
+def test_lines_are_not_counted_from_the_start_for_each_row_with_a_wrong_quote(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = b'1,"say \\"hi\\" now",2\n'
+    counted: list[int] = []
+
+    def count_lines(data: bytes, start: int = 0, end: int | None = None) -> int:
+        counted.append((len(data) if end is None else end) - start)
+        return original(data, start, end)
+
+    original = csv_rows.count_lines
+    monkeypatch.setattr(csv_rows, "count_lines", count_lines)
+    data = row * 1000
+    (block,) = row_blocks(data, BlockReader(io.BytesIO(), 2**20), 2, "file", final=True)
+    assert block.wrong == tuple((start, start + len(row)) for start in range(0, len(data), len(row)))
+    assert (block.lines, block.starts()[1].tolist()) == (1000, list(range(2, 1002)))
+    assert sum(counted) <= 3 * len(data)
+
+
+def test_a_quote_of_a_header_that_is_never_closed_is_an_error_before_the_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[int] = []
+
+    def scan_row(data: bytes, start: int, *, final: bool) -> csv_rows.ScannedRow:
+        searched.append(len(data))
+        return csv_rows.scan_row(data, start, final=final)
+
+    monkeypatch.setattr(csv_files, "scan_row", scan_row)
+    monkeypatch.setattr(csv_files, "_HEADER_BYTES", 1000)
+    monkeypatch.setattr(csv_files, "_BLOCK_BYTES", 8000)
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'a,"b\n' + b"1,2\n" * 10_000)
+    with pytest.raises(mh.DataError) as caught:
+        split_files(find_files([str(path)]), None, 2**25)
+    assert (caught.value.what, caught.value.where) == ("the header of a CSV file is too long", str(path))
+    assert searched == [1000, 2000, 4000, 8000]
+    searched.clear()
+    for size in (2, 998, 999, 1000, 1001, 3000, 7990):  # of the names and the line end, around the pieces
+        name = "c" * (size - 1)
+        path.write_bytes(f"{name}\n1\n".encode())
+        (split,), _ = split_files(find_files([str(path)]), None, 2**25)
+        tables = [piece.chunk for piece in read_split(split, BadRecords(0), None, {})]
+        assert [row for table in tables for row in table.to_pylist()] == [{name: "1"}]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -79,14 +79,30 @@ def split_csv(
     """
     splits, _ = undivided(file, form, compression, partition_bytes)
     for split in splits:
-        data, header = b"", None
         with opened(split) as stream:
-            while header is None:
-                more = stream.read(_HEADER_BYTES)
-                data += more
-                header = _header(data, split.path, final=not more)
-        return splits, header.names or None
+            return splits, _read_header(stream, split.path).names or None
     return splits, None
+
+
+def _read_header(file: IO[bytes], path: str) -> Header:
+    """Read the header of a CSV file, and not much more. Raises DataError if it is wrong, or longer than a block."""
+    reader = BlockReader(file, _HEADER_BYTES)
+    parts: list[bytes] = []
+    tried = 0  # parts that have been searched; their number doubles, so that all searches together take linear time
+    while True:
+        part, final = reader.read()
+        parts.append(part)
+        if final or len(parts) >= 2 * tried:
+            header = _header(b"".join(parts), path, final=final)
+            if header is not None:
+                return header
+            tried = len(parts)
+            if tried * _HEADER_BYTES >= _BLOCK_BYTES:
+                raise _header_too_long(path)
+
+
+def _header_too_long(path: str) -> DataError:
+    return DataError("the header of a CSV file is too long", where=path, expected=f"at most {_BLOCK_BYTES} bytes")
 
 
 def check_same_names(first: tuple[str, tuple[str, ...]], path: str, names: tuple[str, ...]) -> None:
@@ -124,9 +140,7 @@ def read_csv(
         data, final = reader.read()
         header = _header(data, split.path, final=final)
         if header is None:
-            raise DataError(
-                "the header of a CSV file is too long", where=split.path, expected=f"at most {_BLOCK_BYTES} bytes"
-            )
+            raise _header_too_long(split.path)
         if not header.names:
             return
         for name in (*types, *(columns or ())):

@@ -253,17 +253,19 @@ def _scanned_rows(data: bytes, first_line: int, path: str, *, final: bool) -> tu
 def _check_quote(data: bytes, start: int, row: ScannedRow, first_line: int, path: str, *, final: bool) -> None:
     """Raise DataError if the wrong quote of a row swallows lines, whose number of records is unknown."""
     quote = start if row.quote is None else row.quote
-    where = f"{path}, line {first_line + count_lines(data, 0, quote)}"
+    # Every wrong row comes here. Lines are counted only for an error: counting them for each row takes quadratic time.
     hint = "correct the file: a quote inside a quoted field is doubled"
     closed = _QUOTED.match(data, quote)
     if closed is None:
         if final:
+            where = f"{path}, line {first_line + count_lines(data, 0, quote)}"
             raise DataError("a quote of a CSV file is not closed", where=where, got=_shown(data, start), hint=hint)
     elif row.end is not None and _LINE_END.search(data, quote, closed.end()):
-        line = first_line + count_lines(data, 0, closed.end())
+        line = first_line + count_lines(data, 0, quote)
+        last_line = line + count_lines(data, quote, closed.end())
         raise DataError(
             "text follows the closing quote of a CSV field that has several lines",
-            where=f"{where} to {line}",
+            where=f"{path}, line {line} to {last_line}",
             got=_shown(data, start),
             hint=f"{hint}; probably the field's first quote is not closed, and the lines after it are rows",
         )
