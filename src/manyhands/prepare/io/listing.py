@@ -332,10 +332,11 @@ def split_into_row_groups(
             metadata, schema = reader.metadata, reader.schema_arrow.remove_metadata()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"a Parquet file can't be read: {error}", where=file.path) from error
-    twice = [name for index, name in enumerate(schema.names) if name in schema.names[:index]]
-    if twice:
+    names = schema.names
+    if len(set(names)) < len(names):
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
         raise DataError(
-            f"a Parquet file has two columns named {twice[0]!r}",
+            f"a Parquet file has two columns named {twice!r}",
             where=file.path,
             hint="rename one: a record has one value of each name",
         )

@@ -205,13 +205,8 @@ def read_parquet(
             batch_rows = max(1, min(65_536, rows * TABLE_CHUNK_BYTES // max(1, size)))
             before = sum(reader.metadata.row_group(index).num_rows for index in range(split.row_groups[0]))
             names = None if columns is None else list(columns)
-            if names is not None and (unknown := [name for name in names if name not in reader.schema_arrow.names]):
-                raise DataError(
-                    f"there is no column {unknown[0]!r}",
-                    where=split.path,
-                    expected=f"one of {', '.join(reader.schema_arrow.names)}",
-                    got=repr(unknown[0]),
-                )
+            if names is not None:
+                _check_names(names, reader.schema_arrow.names, split.path)
             for batch in reader.iter_batches(batch_rows, list(split.row_groups), names, use_threads=False):
                 first = before + seen + 1
                 yield SourcedChunk(_table(batch, split, names), _row_locator(split.path, first))
@@ -221,6 +216,16 @@ def read_parquet(
     except DataError as error:
         error.where = error.where or split.path
         raise
+
+
+def _check_names(names: list[str], known: list[str], path: str) -> None:
+    """Raise DataError if a Parquet file lacks a column."""
+    unknown = set(names).difference(known)
+    if unknown:
+        first = next(name for name in names if name in unknown)
+        raise DataError(
+            f"there is no column {first!r}", where=path, expected=f"one of {', '.join(known)}", got=repr(first)
+        )
 
 
 def _table(batch: Any, split: Split, names: list[str] | None) -> Chunk:

@@ -377,8 +377,9 @@ def rewrite_parquet(path: str, file: IO[bytes], schema: pa.Schema, name: str) ->
 
 
 def _distinct_names(table: pa.Table) -> pa.Table:
-    if len(set(table.column_names)) < table.num_columns:
-        raise Unfit(next(name for name in table.column_names if table.column_names.count(name) > 1), "it occurs twice")
+    names = table.column_names
+    if len(set(names)) < len(names):
+        raise Unfit(next(name for name in names if names.count(name) > 1), "it occurs twice")
     return table
 
 

@@ -139,7 +139,8 @@ def _checked(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _check_names(names: Sequence[str], schema: pa.Schema) -> None:
     """Raise DataError if `names` has other names than the schema: their values would be lost."""
-    extra = [name for name in names if name not in schema.names]
+    known = set(schema.names)  # pyarrow makes a new list at each access
+    extra = [name for name in names if name not in known]
     if extra:
         raise DataError(
             f"column {extra[0]!r} of the records isn't in the schema",

@@ -350,8 +350,8 @@ def without_views(table: pa.Table) -> pa.Table:
 
     Raises DataError for a list view inside another type, which Arrow can't convert.
     """
-    for index, field in enumerate(table.schema):
-        column = table.column(index)
+    columns = []
+    for field, column in zip(table.schema, table.columns, strict=True):
         if pat.is_list_view(field.type) or pat.is_large_list_view(field.type):
             column = pa.chunked_array([_list_of(view) for view in column.chunks], pa.large_list(field.type.value_field))
         plain = _viewless(column.type)
@@ -363,9 +363,12 @@ def without_views(table: pa.Table) -> pa.Table:
             )
         if not plain.equals(column.type):
             column = column.cast(plain)
-        if not column.type.equals(field.type):
-            table = table.set_column(index, field.with_type(column.type), column)
-    return table
+        columns.append(column)
+    if all(column.type.equals(field.type) for field, column in zip(table.schema, columns, strict=True)):
+        return table
+    # One new table: each `set_column` would copy the list of all columns.
+    fields = [field.with_type(column.type) for field, column in zip(table.schema, columns, strict=True)]
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields, table.schema.metadata))
 
 
 def _list_of(view: Any) -> pa.Array:

@@ -171,8 +171,9 @@ def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
     if table.schema.equals(schema, check_metadata=True):
         return table
     columns = []
+    names = set(table.column_names)  # pyarrow makes a new list at each access
     for field in schema:
-        if field.name not in table.column_names:
+        if field.name not in names:
             columns.append(pa.chunked_array([pa.nulls(len(table), field.type)]))
             continue
         column = table.column(field.name)
