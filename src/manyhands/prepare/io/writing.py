@@ -368,12 +368,16 @@ def rewrite_parquet(path: str, file: IO[bytes], schema: pa.Schema, name: str) ->
     import pyarrow.parquet as pq
 
     writer = ParquetWriter(file, schema, name)
-    with open_to_read(path) as raw:
-        reader = pq.ParquetFile(raw)
-        for index in range(reader.num_row_groups):
-            writer.add(reader.read_row_group(index, use_threads=False))
-        writer.close()
-        return int(reader.metadata.num_rows)
+    try:
+        with open_to_read(path) as raw:
+            reader = pq.ParquetFile(raw)
+            for index in range(reader.num_row_groups):
+                writer.add(reader.read_row_group(index, use_threads=False))
+            writer.close()
+            return int(reader.metadata.num_rows)
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def _distinct_names(table: pa.Table) -> pa.Table:

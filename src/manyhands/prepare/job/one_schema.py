@@ -8,7 +8,6 @@ nothing is written again.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -16,7 +15,14 @@ from typing import Any
 
 from manyhands.errors import DataError
 from manyhands.prepare.plan.plan import Stage
-from manyhands.prepare.records.schemas import Unfit, common_schema, common_type, schema_from_text, schema_to_text
+from manyhands.prepare.records.schemas import (
+    Unfit,
+    common_schema,
+    common_type,
+    schema_digest,
+    schema_from_text,
+    schema_to_text,
+)
 from manyhands.prepare.task import Task, TaskResult
 from manyhands.storage.files import join_path
 
@@ -50,7 +56,7 @@ def one_schema_tasks(results: Sequence[TaskResult], tasks: Sequence[Task]) -> li
         except Unfit as error:
             raise _incompatible(error, result, written, schemas) from error
     text = schema_to_text(common)
-    name = hashlib.sha256(text.encode()).hexdigest()[:12]
+    name = schema_digest(common)[:12]
     return [
         replace(
             task,
@@ -68,12 +74,14 @@ def _incompatible(
 ) -> DataError:
     """Return the error for a file whose column has no common type with that column of an earlier file."""
     kind = schemas[result.schema].field(error.column).type
-    other = next(
+    conflicting = (
         earlier
         for earlier in written
         if error.column in schemas[earlier.schema].names
         and common_type(schemas[earlier.schema].field(error.column).type, kind) is None
     )
+    # The common type of several files may have none in common with this file's, although each of theirs has.
+    other = next(conflicting, written[0])
     return DataError(
         f"the files of the output have no common schema: {error}",
         where=f"{other.file} and {result.file}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,6 +19,7 @@ from manyhands.prepare.io.listing import InputFile, Split
 from manyhands.prepare.plan.fingerprint import fingerprint_code
 from manyhands.prepare.records.copies import unpack_records
 from manyhands.prepare.records.operations import Operation
+from manyhands.prepare.records.schemas import schema_digest, schema_from_text
 from manyhands.prepare.shuffle.arrange import Arrangement
 from manyhands.prepare.shuffle.reduce import Reduction
 
@@ -262,6 +263,13 @@ def _add_stages(
     return len(stages) - 1
 
 
+def _with_digests(splits: tuple[Split, ...]) -> tuple[Split, ...]:
+    """Return the splits with digests of their schemas, which are short and don't depend on the version of zlib."""
+    texts = {split.schema for split in splits if split.schema is not None}
+    digests = {text: schema_digest(schema_from_text(text)) for text in texts}
+    return tuple(split if split.schema is None else replace(split, schema=digests[split.schema]) for split in splits)
+
+
 def _identifying(value: Any) -> Any:
     """Return the parts of a source or an end that the results depend on.
 
@@ -270,7 +278,8 @@ def _identifying(value: Any) -> Any:
     if isinstance(value, Shuffled):
         return ("shuffled", value.reducer)
     if isinstance(value, Read):  # as text, because hashing thousands of files and splits one by one takes seconds
-        return ("read", repr((value.files, value.splits)), value.columns, value.types, value.partition_bytes, _PACKING)
+        files = repr((value.files, _with_digests(value.splits)))
+        return ("read", files, value.columns, value.types, value.partition_bytes, _PACKING)
     if isinstance(value, CachedFiles):
         return ("kept", value.identity)
     if isinstance(value, InMemory):  # by its records: equal records may have different pickles

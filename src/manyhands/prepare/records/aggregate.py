@@ -435,7 +435,7 @@ def _failed(name: str, aggregate: Aggregate, argument: str, key: Any, error: Bas
 def _with_values(chunk: Chunk, aggregates: Sequence[Aggregate]) -> Chunk:
     """Return a table with only the columns that the aggregates use; the chunk itself if they use complete records."""
     names = {aggregate.of for aggregate in aggregates if aggregate.kind != "count"}
-    if isinstance(chunk, list) or not all(name in chunk.column_names for name in names):
+    if isinstance(chunk, list) or not names.issubset(chunk.column_names):
         return chunk
     return chunk.select(sorted(map(str, names)))
 
@@ -445,7 +445,7 @@ def _states(grouping: Grouping, name: str, keys: list[Any], records: list[Any]) 
     if aggregate.kind == "count":
         return Counter(keys)
     values = values_of(records, aggregate.of)
-    if aggregate.kind in NUMBER_KINDS and None in values:
+    if aggregate.kind in NUMBER_KINDS and type(None) in set(map(type, values)):  # `in values` would compare arrays
         raise BadKey(f"the value to aggregate ({aggregate.kind}) is None")
     if aggregate.kind in ("sum", "mean", "variance") and not {str, bytes}.isdisjoint(map(type, values)):
         # Python would join texts. The columns of CSV files are text, so that is hardly ever what is meant.

@@ -38,7 +38,8 @@ _NAMES: tuple[tuple[type | tuple[type, ...], str], ...] = (  # the first entry t
     (dt.timedelta, "time differences"),
     (uuid.UUID, "UUIDs"),
     (Mapping, "dicts"),
-    ((list, tuple, set, frozenset, np.ndarray), "lists"),
+    ((set, frozenset), "sets"),
+    ((list, tuple, np.ndarray), "lists"),
 )
 
 _MIXED = ({"whole numbers", "floats"}, {"whole numbers", "decimals"})  # Arrow refuses those that it can't hold exactly
@@ -105,6 +106,8 @@ def _kinds(values: Iterable[Any]) -> set[str]:
 
 def _checked_kind(found: set[str], kind: pa.DataType | None) -> Any:
     """Return the values' type (None: unknown). Raise ValueError if no type holds these kinds, or not this type."""
+    if "sets" in found:  # pyarrow would write them in an order that differs between processes
+        raise ValueError("it has sets, whose items have no fixed order: use sorted lists")
     if len(found) > 1 and found not in _MIXED:
         raise ValueError(f"it has {' and '.join(sorted(found))}, which have no common type")
     if kind is not None and pat.is_dictionary(kind):

@@ -36,7 +36,9 @@ def given_records(records: Iterable[Any]) -> list[Any]:
     import pyarrow as pa
 
     if isinstance(records, (pa.Array, pa.ChunkedArray)):
-        return list(pa.table({"value": records}).column("value").to_pylist())
+        from manyhands.prepare.records.columns import values_of_column
+
+        return values_of_column(records, "value")
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(records, pandas.DataFrame):
         return _rows_of_pandas(records, pandas)

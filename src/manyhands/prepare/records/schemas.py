@@ -7,6 +7,7 @@ widened only as far as every value stays the same; casts check this for each val
 from __future__ import annotations
 
 import base64
+import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -118,7 +119,10 @@ def _common_decimal(one: Any, other: Any, strict: bool) -> Any:
 
 
 def _common_time(one: Any, other: Any, strict: bool) -> Any:
-    """Return the type with the finer unit. Datetimes of two zones are the same instants in the first zone."""
+    """Return the type with the finer unit. Datetimes of two zones are the same instants in the first zone.
+
+    Dates of 32 and 64 bits become dates of 64 bits, in either order.
+    """
     for is_kind in (pat.is_timestamp, pat.is_duration, pat.is_time):
         if is_kind(one) and is_kind(other):
             unit = max(one.unit, other.unit, key=_UNITS.index)
@@ -128,7 +132,7 @@ def _common_time(one: Any, other: Any, strict: bool) -> Any:
             if pat.is_duration(one):
                 return pa.duration(unit)
             return pa.time32(unit) if unit in ("s", "ms") else pa.time64(unit)
-    return one if pat.is_date64(one) and pat.is_date32(other) else None
+    return pa.date64() if pat.is_date(one) and pat.is_date(other) else None
 
 
 def _common_bytes(one: Any, other: Any, strict: bool) -> Any:
@@ -265,6 +269,11 @@ def combined(tables: Sequence[pa.Table]) -> pa.Table:
 def schema_to_text(schema: pa.Schema) -> str:
     """Return a schema as ASCII text."""
     return base64.b85encode(zlib.compress(schema.serialize().to_pybytes())).decode()
+
+
+def schema_digest(schema: pa.Schema) -> str:
+    """Return the SHA-256 of a schema. Its text differs between versions of zlib, so it must not identify anything."""
+    return hashlib.sha256(schema.serialize()).hexdigest()
 
 
 def schema_from_text(text: str) -> pa.Schema:
