@@ -44,7 +44,7 @@ def test_the_names_of_a_table_are_looked_up_once_not_per_column() -> None:
     found = conformed(table, schema)
     assert table.lookups == 1
     assert found.schema.equals(schema)
-    assert found.to_pydict() == {"c0": [None, None]} | dict.fromkeys(NAMES[1:], [1, 2])
+    assert found.to_pydict() == {"c0": [None, None]} | {name: [1, 2] for name in NAMES[1:]}
 
 
 def test_many_columns_of_views_become_text_and_keep_their_order() -> None:
@@ -122,11 +122,11 @@ def test_the_identity_of_a_job_does_not_depend_on_the_compression_of_schemas(
     assert again.records == 2  # not refused as the output of another job
 
 
-@pytest.mark.parametrize("kind", ["sum", "mean", "min", "max"])
-def test_arrays_to_aggregate_do_not_fail_in_the_check_for_none(kind: str) -> None:
-    make = getattr(mh.agg, kind) if hasattr(mh, "agg") else None
-    assert make is not None
+def test_arrays_can_be_summed() -> None:
     records = [{"k": 1, "x": np.array([1, 2])}, {"k": 1, "x": np.array([3, 4])}]
-    with pytest.raises(mh.DataError) as caught:
-        mh.Dataset.from_records(records).group_by("k").aggregate(x=make("x")).take(1, **ALONE)
-    assert "ambiguous" not in str(caught.value)
+    made = mh.Dataset.from_records(records).group_by("k").aggregate(x=mh.Aggregate.sum("x"))
+    (row,) = made.take(2, **ALONE)
+    assert row["x"].tolist() == [4, 6]
+    missing = mh.Dataset.from_records([*records, {"k": 1, "x": None}]).group_by("k")
+    with pytest.raises(mh.DataError, match=r"the value to aggregate \(sum\) is None"):
+        missing.aggregate(x=mh.Aggregate.sum("x")).take(2, **ALONE)
