@@ -285,3 +285,16 @@ def test_functions_are_identified_by_their_code() -> None:
     assert len({first, *others}) == 4
     bound = 3
     assert fingerprint_code(lambda x: x + bound) != fingerprint_code(lambda x: x + first)
+
+
+def test_bad_records_of_a_cache_count_in_every_job_that_reads_it(tmp_path: Path) -> None:
+    cached = mh.Dataset.from_records([1, 0, 2]).map(lambda x: 1 / x).cache(str(tmp_path / "cache"))
+    made = cached.join(cached, on=lambda x: x)
+    written = made.write(str(tmp_path / "out"), workers=0, max_bad_records=1)
+    assert (written.records, written.bad_records) == (2, 1)
+    assert "ZeroDivisionError" in set_aside(tmp_path)[0]["what"]
+    with pytest.raises(mh.DataError, match="ZeroDivisionError"):
+        cached.count(workers=0)
+    with pytest.raises(mh.DataError, match="2 bad records are more than max_bad_records allows"):
+        cached.map(lambda x: 1 / (x - 1)).count(workers=0, max_bad_records=1)
+    assert cached.cache(str(tmp_path / "again")).take(9, workers=0, max_bad_records=1) == [1.0, 0.5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
 import os
@@ -504,3 +505,18 @@ def test_the_manifest_names_the_files_that_were_written_again(tmp_path: Path) ->
     assert [file["bytes"] for file in manifest["files"]] == [
         (tmp_path / "out" / name).stat().st_size for name in written.files
     ]
+
+
+@dataclasses.dataclass
+class Hidden:
+    """A record with a field that JSON libraries like to drop."""
+
+    a: int
+    _b: int
+
+
+@pytest.mark.parametrize("value", [2, 2**70])
+def test_all_fields_of_a_dataclass_are_written(tmp_path: Path, value: int) -> None:
+    made = mh.Dataset.from_records([{"x": [Hidden(1, value)]}])
+    made.write(str(tmp_path / "out"), workers=0)
+    assert (tmp_path / "out" / "part-00000.jsonl").read_text() == f'{{"x":[{{"a":1,"_b":{value}}}]}}\n'

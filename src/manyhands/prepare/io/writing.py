@@ -6,6 +6,7 @@ positions where documents end (see `manyhands.data.token_format`). The bytes of 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -161,9 +162,19 @@ class LinesWriter(Writer):
         """Do nothing: every chunk has been written."""
 
 
-_JSON = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY  # keys that are not text raise TypeError
+# orjson itself drops fields of dataclasses whose names start with an underscore.
+_VALUES = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_PASSTHROUGH_DATACLASS
 
-_JSON_KEYS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+_JSON = orjson.OPT_APPEND_NEWLINE | _VALUES  # keys that are not text raise TypeError
+
+_JSON_KEYS = _VALUES | orjson.OPT_NON_STR_KEYS
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass. Raises TypeError for other types that orjson does not know."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def json_lines(chunk: Chunk, name: str) -> bytes:
@@ -173,7 +184,7 @@ def json_lines(chunk: Chunk, name: str) -> bytes:
     for start in range(0, len(records), _LINES):
         batch = records[start : start + _LINES]
         try:
-            parts.append(b"".join([orjson.dumps(record, None, _JSON) for record in batch]))
+            parts.append(b"".join([orjson.dumps(record, _fields, _JSON) for record in batch]))
         except TypeError:
             parts.append(b"".join([_json_line(record, name) for record in batch]))
     return b"".join(parts)
@@ -211,8 +222,10 @@ def _json_value(value: Any) -> bytes:
     These are integers beyond 64 bits, lone surrogates, named tuples and very deep nesting.
     """
     try:
-        return orjson.dumps(value, None, _JSON_KEYS)
+        return orjson.dumps(value, _fields, _JSON_KEYS)
     except TypeError:
+        if dataclasses.is_dataclass(value):
+            return _json_value(_fields(value))
         if isinstance(value, dict):
             items = zip(map(_json_key, value), map(_json_value, value.values()), strict=True)
             return b"{" + b",".join([name + b":" + item for name, item in items]) + b"}"

@@ -25,7 +25,7 @@ from manyhands.errors import ConfigError, DataError, Interrupted, ManyhandsError
 from manyhands.formatting import format_bytes, format_count, format_seconds
 from manyhands.prepare.io.formats import CHUNKS
 from manyhands.prepare.job.progress import EVENTS, JobEvents, JobProgress
-from manyhands.prepare.job.stages import JobFolder, StageResult, check_counts, run_stages, tasks_of
+from manyhands.prepare.job.stages import JobFolder, StageResult, cached_bad_records, check_counts, run_stages, tasks_of
 from manyhands.prepare.options import Options, patience_seconds, rank_of
 from manyhands.prepare.plan.plan import (
     Arranged,
@@ -244,6 +244,7 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
     files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
     bad = b"".join(line for stage in stages for line in stage.bad_records)
     _check_totals(stages, sum(file.records for file in files), bad.count(b"\n"))
+    bad = b"".join(cached_bad_records(plan)) + bad
     if before is not None:
         remove(join_path(folder, MANIFEST))
         if is_local(folder):
@@ -397,6 +398,7 @@ def _with_caches(node: Node, options: Options, used: dict[str, str]) -> Node:
         tuple(join_path(node.folder, file["name"]) for file in manifest["files"]),
         plan.identity,
         plan.stages[-1].partition_bytes,
+        join_path(node.folder, BAD_RECORDS) if manifest.get("bad_records") else None,
     )
 
 

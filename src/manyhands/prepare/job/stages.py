@@ -26,7 +26,7 @@ from manyhands.prepare.io.run_file import cuts_by_size, read_index
 from manyhands.prepare.job.one_schema import is_rewritten_folder, one_schema_tasks, renamed
 from manyhands.prepare.job.progress import JobProgress
 from manyhands.prepare.options import Options, rank_of
-from manyhands.prepare.plan.plan import Plan, Read, Shuffled, Stage
+from manyhands.prepare.plan.plan import CachedFiles, Plan, Read, Shuffled, Stage
 from manyhands.prepare.records.pickling import pickled
 from manyhands.prepare.records.pipeline import BadRecord, too_many_bad_records
 from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, lost_records
@@ -207,13 +207,17 @@ def run_stages(
     plan: Plan, stages: Sequence[Stage], folder: JobFolder, options: Options, progress: JobProgress
 ) -> list[StageResult]:
     """Run the first `stages` of a plan. The first error of a task ends the other tasks, and is raised."""
+    bad = cached_bad_records(plan)
+    cached = len(bad)
+    if cached > options.max_bad_records:
+        raise too_many_bad_records(BadRecord(**json.loads(bad[-1])), cached, options.max_bad_records)
     plan_path = folder.prepare(plan)
     engine = open_engine(options)
     done: list[StageResult] = []
     try:
         for stage in stages:
             tasks = tasks_of(plan, stage, folder, plan_path, done, engine.memory_bytes, options.max_bad_records)
-            result = _run_stage(stage, tasks, engine, options, progress, sum(_bad(result) for result in done))
+            result = _run_stage(stage, tasks, engine, options, progress, cached + sum(_bad(result) for result in done))
             check_counts(stage, done, [task.records_read for task in result.results])
             rewriting = one_schema_tasks(result.results, tasks)
             if rewriting:
@@ -229,6 +233,13 @@ def run_stages(
         engine.close()
         folder.sweep(plan)
     return done
+
+
+def cached_bad_records(plan: Plan) -> list[bytes]:
+    """The records that were set aside when the caches of a plan were computed, as JSON lines."""
+    sources = [stage.source for stage in plan.stages]
+    paths = dict.fromkeys(source.bad_path for source in sources if isinstance(source, CachedFiles) and source.bad_path)
+    return [line for path in paths for line in read_bytes(path).splitlines(keepends=True)]
 
 
 def check_counts(stage: Stage, done: Sequence[StageResult], records_read: Sequence[Sequence[int]]) -> None:

@@ -87,11 +87,14 @@ class Cached:
 
 @dataclass(frozen=True)
 class CachedFiles:
-    """Files of chunks. Replaces a Cached node once its records are stored."""
+    """Files of chunks. Replaces a Cached node once its records are stored.
+
+    bad_path: the file of the records that were set aside when the cache was computed; None if there are none."""
 
     paths: tuple[str, ...]
     identity: str
     partition_bytes: int
+    bad_path: str | None
 
 
 @dataclass(frozen=True)
