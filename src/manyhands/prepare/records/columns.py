@@ -270,6 +270,29 @@ def values_of_column(column: Any, name: str) -> list[Any]:
         ) from error
 
 
+def check_rows(table: pa.Table) -> None:
+    """Raise DataError for a value that Python can't hold, as `rows_of` does, but convert only values that show it."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if not _has_times(column.type):
+            continue
+        try:
+            plain = _plain(pa.table({name: column})).column(0)
+            if pat.is_temporal(plain.type):
+                pc.min_max(plain).as_py()  # the values between these have a form, too
+            else:
+                plain.to_pylist()
+        except (pa.ArrowException, ValueError, ArithmeticError, TypeError, NotImplementedError):
+            values_of_column(column, name)
+
+
+@lru_cache(maxsize=4096)
+def _has_times(kind: Any) -> bool:
+    if pat.is_dictionary(kind):
+        return _has_times(kind.value_type)
+    inner = [kind.field(index).type for index in range(kind.num_fields)] if pat.is_nested(kind) else []
+    return pat.is_temporal(kind) or any(map(_has_times, inner))
+
+
 def shown(table: pa.Table, index: int) -> str:
     """Return a row as text for messages, even if a value has no Python form."""
     fields = zip(table.column_names, table.columns, strict=True)

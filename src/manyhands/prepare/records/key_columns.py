@@ -13,7 +13,16 @@ from uuid import UUID
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from manyhands.prepare.records.key_order import DURATION, TIME, TIME_OF_DAY, ZONED_TIME, group_keys, time_of
+from manyhands.prepare.records.key_order import (
+    DATE,
+    DURATION,
+    NANOSECONDS_PER_DAY,
+    TIME,
+    TIME_OF_DAY,
+    ZONED_TIME,
+    group_keys,
+    time_of,
+)
 from manyhands.prepare.records.pipeline import BadKey
 
 _STORED = {"arrow.uuid": pa.binary(16), "arrow.json": pa.string()}  # extension types whose storage has the same order
@@ -115,9 +124,16 @@ def _compared(column: Any) -> list[Any]:
         column = column.cast(pa.timestamp(kind.unit, "+00:00"))  # the same instants
     found = _in_microseconds(column)
     if found is None:
-        factor = 10**9 // _PER_SECOND[kind.unit]
-        return [time_of(time_kind, value * factor) for value in column.cast(pa.int64()).to_pylist()]
+        factor, numbers = _as_numbers(column)
+        return [time_of(time_kind, value * factor) for value in numbers.to_pylist()]
     return found
+
+
+def _as_numbers(column: Any) -> tuple[int, Any]:
+    """Return times as integers, and the nanoseconds of one."""
+    if pa.types.is_date(column.type):
+        return NANOSECONDS_PER_DAY, column.cast(pa.date32()).cast(pa.int32())
+    return 10**9 // _PER_SECOND[column.type.unit], column.cast(pa.int64())
 
 
 def _storage(column: Any) -> Any:
@@ -140,7 +156,7 @@ def _in_microseconds(column: Any) -> list[Any] | None:
     """Return times as Python values; None if one of them can't be represented exactly."""
     kind = column.type
     try:
-        if kind.bit_width == 64 and kind.unit == "ns":
+        if getattr(kind, "unit", "") == "ns":
             column = column.cast(_in_unit(kind, "us"))
         return list(column.to_pylist())
     except (pa.ArrowException, ValueError, OverflowError):
@@ -158,4 +174,6 @@ def _time_kind(kind: Any) -> str | None:
         return TIME if kind.tz is None else ZONED_TIME
     if pa.types.is_duration(kind):
         return DURATION
+    if pa.types.is_date(kind):
+        return DATE
     return TIME_OF_DAY if pa.types.is_time(kind) else None

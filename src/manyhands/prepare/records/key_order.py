@@ -39,16 +39,18 @@ _NANOSECONDS = {"h": 3600 * 10**9, "m": 60 * 10**9, "s": 10**9, "ms": 10**6, "us
 _DAYS = ("D", "W", "M", "Y")
 
 
-TIME, ZONED_TIME, TIME_OF_DAY, DURATION = "time", "time with a zone", "time of day", "duration"
+TIME, ZONED_TIME, TIME_OF_DAY, DURATION, DATE = "time", "time with a zone", "time of day", "duration", "date"
+
+NANOSECONDS_PER_DAY = 24 * 3600 * 10**9
 
 _MICROSECOND = timedelta(microseconds=1)
 
 
 class FineTime:
-    """A time or duration that Python's types can't hold: finer than a microsecond, or beyond the year 9999.
+    """A time, date or duration that Python's types can't hold: finer than a microsecond, or beyond the year 9999.
 
-    It is compared with these types exactly. kind: TIME, ZONED_TIME, TIME_OF_DAY or DURATION. nanoseconds: since 1970
-    (in UTC if it has a zone), or since midnight.
+    It is compared with these types exactly. kind: TIME, ZONED_TIME, TIME_OF_DAY, DURATION or DATE. nanoseconds: since
+    1970 (in UTC if it has a zone), or since midnight.
     """
 
     __slots__ = ("kind", "nanoseconds")
@@ -69,6 +71,8 @@ class FineTime:
             return other // _MICROSECOND * 1000 if self.kind == DURATION else None
         if isinstance(other, time) and self.kind == TIME_OF_DAY and other.tzinfo is None:
             return (datetime.combine(date.min, other) - datetime.min) // _MICROSECOND * 1000
+        if isinstance(other, date):
+            return (other - date(1970, 1, 1)).days * NANOSECONDS_PER_DAY if self.kind == DATE else None
         return None
 
     def __eq__(self, other: object) -> bool:
@@ -93,7 +97,7 @@ class FineTime:
 
 
 def time_of(kind: str, nanoseconds: int) -> Any:
-    """Return a Python time or duration, or a FineTime if Python's type can't hold it."""
+    """Return a Python time, date or duration, or a FineTime if Python's type can't hold it."""
     microseconds, rest = divmod(nanoseconds, 1000)
     if rest:
         return FineTime(kind, nanoseconds)
@@ -102,6 +106,8 @@ def time_of(kind: str, nanoseconds: int) -> Any:
             return timedelta(microseconds=microseconds)
         if kind == TIME_OF_DAY:
             return (datetime.min + timedelta(microseconds=microseconds)).time()
+        if kind == DATE:
+            return date(1970, 1, 1) + timedelta(microseconds=microseconds)
         return datetime(1970, 1, 1, tzinfo=UTC if kind == ZONED_TIME else None) + timedelta(microseconds=microseconds)
     except OverflowError:
         return FineTime(kind, nanoseconds)

@@ -216,12 +216,19 @@ def _checked_table(table: Any, by: tuple[str, ...]) -> KeyedTable:
 
 @dataclass(frozen=True)
 class ByJoinKey(ByKey):
-    """Sorts records by a key for `join`, which also needs hashable keys."""
+    """Sorts records by a key for `join`, which also needs hashable keys, and rows that Python can hold.
+
+    Pairs are made of Python objects after the shuffle, when the location of a bad row is no longer known.
+    """
 
     def _add_keys(self, chunk: Chunk) -> Keyed:
         keyed = super()._add_keys(chunk)
         if isinstance(keyed, KeyedLists):
             check_hashable(keyed.keys)
+        else:
+            from manyhands.prepare.records.columns import check_rows
+
+            check_rows(keyed.table)
         return keyed
 
 
