@@ -62,7 +62,7 @@ def environment_rank_and_size() -> tuple[int, int]:
 
 
 class Rank(NamedTuple):
-    """Rank `number` of `of`, counted from 0."""
+    """This process has rank `number`, counted from 0, among `of` ranks."""
 
     number: int
     of: int

@@ -90,7 +90,7 @@ def _versions() -> Finding:
 
 
 def _cpus() -> Finding:
-    from manyhands.numerics.arithmetic import bf16_instructions  # here, because it loads torch
+    from manyhands.numerics.arithmetic import bf16_instructions  # imported here because this module loads torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]

@@ -126,7 +126,7 @@ _GATHER_SECONDS = 10.0  # how long a host waits for the other hosts of its round
 
 _NOTICE_SECONDS = 8.0  # time that workers have to notice a lost host themselves and exit
 
-_CONNECT_SECONDS = 10.0  # time limit to connect to the first host
+_CONNECT_SECONDS = 10.0  # time limit for connecting to the first host
 
 _RUN_KEY = "manyhands/run"
 """The key in the store under which the first host publishes the fields of a Rendezvous that a joining host needs."""

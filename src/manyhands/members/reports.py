@@ -68,7 +68,7 @@ class StatusFile:
         os.pwrite(self._file, text[:_BYTES].ljust(_BYTES), 0)
 
     def close(self) -> None:
-        """End the launcher's watch: an empty position has no time limit."""
+        """Write an empty position, so that the launcher applies no time limit."""
         self.record_position(Position())
         os.close(self._file)
 

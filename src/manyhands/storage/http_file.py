@@ -200,7 +200,7 @@ async def _get(system: Any, url: str, start: int, end: int, sink: IO[bytes] | No
 
 
 def _raise_for(response: Any, url: str) -> None:
-    """Raise an error for an answer that is not a success. A ConnectionError is worth another attempt."""
+    """Raise an error for an answer that is not a success. After a ConnectionError the request may be repeated."""
     status = f"{url}: the server answers {response.status} {response.reason}"
     if response.status in (404, 410):
         raise FileNotFoundError(status)
