@@ -168,6 +168,23 @@ def test_years_beyond_9999_are_sorted(tmp_path: Path) -> None:
         made.group_by("k").aggregate(n=COUNT).count(**ALONE)
 
 
+@pytest.mark.parametrize("kind", [pa.date32(), pa.date64()], ids=str)
+def test_dates_beyond_9999_are_sorted(kind: Any, tmp_path: Path) -> None:
+    days = [2**30 - n * 7 % 50 if n % 2 else n * 7 % 50 for n in range(100)]
+    table = pa.table({"k": pa.array(days, pa.int32()).cast(pa.date32()).cast(kind), "i": range(100)})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=20)
+    made = mh.Dataset.read(str(tmp_path / "in.parquet"), partition_bytes=512)
+    written = made.sort_by("k").write(f"{tmp_path}/out", format="parquet", **ALONE)
+    found = pa.concat_tables(pq.read_table(f"{tmp_path}/out/{name}") for name in written.files)
+    assert found.column("k").cast(pa.date32()).cast(pa.int32()).to_pylist() == sorted(days)
+    for job in (made.group_by("k").aggregate(n=COUNT), made.distinct("k")):
+        with pytest.raises(mh.DataError, match="Python can't show exactly"):
+            job.count(**ALONE)
+        assert job.count(max_bad_records=50, **ALONE) == len({day for day in days if day < 2**29})
+    joined = made.join(made, on="k")
+    assert joined.count(max_bad_records=100, **ALONE) == 50 * 50 // len({day for day in days if day < 2**29})
+
+
 def odd_columns() -> dict[str, tuple[Any, list[Any]]]:
     """Columns of 40 values, each of them twice, with types that Arrow can't sort or rearrange, and the sorted keys."""
     numbers = [index * 7 % 20 for index in range(40)]

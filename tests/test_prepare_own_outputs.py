@@ -133,7 +133,7 @@ def test_a_value_that_python_cannot_hold_is_named_with_file_column_and_row(tmp_p
     table = pa.table({"k": [2, 1], "x": ODD[name]})
     read = mh.Dataset.read(files(tmp_path / "in", table))
     made = [read, read.map(lambda row: row["k"]), read.filter(lambda row: True), read.sort_by(lambda row: row["k"])]
-    for each in made:
+    for each in (*made, read.join(read, on="k")):
         with pytest.raises(mh.DataError, match="a value of column 'x' has no Python form") as caught:
             rows(each)
         assert caught.value.where == f"{tmp_path}/in/0.parquet, row 2"
@@ -142,6 +142,8 @@ def test_a_value_that_python_cannot_hold_is_named_with_file_column_and_row(tmp_p
     assert caught.value.where == f"{tmp_path}/in/0.parquet, row 2"
     kept = read.map(lambda row: row["k"]).write(f"{tmp_path}/kept", max_bad_records=1, **ALONE)
     assert (kept.records, kept.bad_records) == (1, 1)
+    pairs = read.join(read, on="k").map(lambda pair: 1).write(f"{tmp_path}/pairs", max_bad_records=1, **ALONE)
+    assert (pairs.records, pairs.bad_records) == (1, 1)  # the file is read once
 
 
 @pytest.mark.parametrize("name", ODD)
