@@ -368,6 +368,7 @@ def processes() -> Iterator[list[JobEngine]]:
 
 
 FEW = [3, pytest.param(30, marks=pytest.mark.slow)]
+FEWER = [2, pytest.param(30, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("examples", FEW)
@@ -384,7 +385,7 @@ def test_groups_of_random_tables_are_those_of_duckdb(family: str, examples: int,
     hold(check_groups, st.tuples(kinds, st.booleans()), examples, tmp_path)
 
 
-@pytest.mark.parametrize("examples", FEW)
+@pytest.mark.parametrize("examples", FEWER)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_row_of_each_key_is_that_of_duckdb(family: str, examples: int, tmp_path: Path) -> None:
     hold(check_distinct, tables({"k": family, "payload": "any"}), examples, tmp_path)
@@ -396,7 +397,7 @@ def test_pairs_of_random_tables_are_those_of_duckdb(family: str, examples: int, 
     hold(check_joins, st.tuples(pairs_of_tables(family), st.sampled_from(list(JOINS))), examples, tmp_path)
 
 
-@pytest.mark.parametrize("examples", FEW)
+@pytest.mark.parametrize("examples", FEWER)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_tables_keep_all_values_in_files(family: str, examples: int, tmp_path: Path) -> None:
     hold(check_files, tables({"a": family, "b": "any", "c": "any"}), examples, tmp_path)
