@@ -19,7 +19,6 @@ from manyhands.errors import DataError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SUFFIX = ".tokens"
 
 FOLDER = "tokens"  # inside the folder of a corpus, which also has the tokenizer and the data card
 

@@ -65,6 +65,8 @@ class StepEngine:
     model as it was built.
     step_index: the number of steps completed so far.
     identity: the run's numerics identity.
+    trained: the (name, numel) of each trainable parameter, in the order of the block numbers.
+    digest_names: the name and 32-bit words (see `words_of`) of each tensor that the digest covers, in order.
     pending: names of the parameters whose values have yet to be loaded from the recipe's files. After loading, the
     fingerprints of the frozen ones are added to `frozen_facts`.
     Raises the same ConfigError on all workers.
@@ -125,6 +127,8 @@ class StepEngine:
         self._optimizer_facts |= schedule_facts(self.schedules)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
+        self.trained = slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
+        self.digest_names = self._tensors_in_digest()
         self._param_guard = ParamGuard(self.model, self.buffers.frozen, (*self.units, *self.frozen_units))
         # If the model doesn't fit into memory, the sums of its gradients don't fit either.
         sums_allocator = (
@@ -415,14 +419,7 @@ class StepEngine:
         self.last_hashes = np.concatenate([hashes[name] for name, _ in self.digest_names])
         return digest_of(self.digest_names, self.last_hashes)
 
-    @property
-    def trained(self) -> list[tuple[str, int]]:
-        """The (name, numel) of each trainable parameter, in the order of the block numbers."""
-        return slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
-
-    @property
-    def digest_names(self) -> list[tuple[str, int]]:
-        """The name and 32-bit words (see `words_of`) of each tensor that the digest covers, in order."""
+    def _tensors_in_digest(self) -> list[tuple[str, int]]:
         words = dict(self.trained)
         current = self.buffers.named()
         words |= {name: words_of(current[name]) for name in self.buffers.persistent}

@@ -204,7 +204,7 @@ def _check_times(found: set[str], values: Sequence[Any], kind: Any) -> None:
     if "times" in found and any(value is not None and value.tzinfo is not None for value in values):
         raise ValueError("it has times with a zone, which Arrow can't hold")
     if found & {"datetimes", "times", "time differences"} and getattr(kind, "unit", "us") in ("s", "ms"):
-        pa.array(values, _with_unit(kind, "us")).cast(kind)  # raises if it would lose microseconds
+        pa.array(values, with_unit(kind, "us")).cast(kind)  # raises if it would lose microseconds
 
 
 def _check_datetimes(values: list[dt.datetime], kind: Any) -> None:
@@ -223,7 +223,8 @@ def _check_datetimes(values: list[dt.datetime], kind: Any) -> None:
         raise ValueError(f"it has datetimes {has} a zone, and its type is {kind}")
 
 
-def _with_unit(kind: Any, unit: str) -> pa.DataType:
+def with_unit(kind: Any, unit: str) -> pa.DataType:
+    """Return the type of times or durations in another unit, "us" or "ns"."""
     if pat.is_timestamp(kind):
         return pa.timestamp(unit, kind.tz)
     return pa.duration(unit) if pat.is_duration(kind) else pa.time64(unit)
@@ -346,7 +347,7 @@ def _undictionaried(column: Any) -> Any:
 def _plain_kind(kind: Any) -> Any:
     """Return the type with microseconds instead of nanoseconds; an equal type if there are none."""
     if pat.is_temporal(kind) and getattr(kind, "unit", "") == "ns" and not pat.is_interval(kind):
-        return _with_unit(kind, "us")
+        return with_unit(kind, "us")
     return with_inner(kind, _plain_kind)
 
 

@@ -13,6 +13,7 @@ from uuid import UUID
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from manyhands.prepare.records.columns import with_unit
 from manyhands.prepare.records.key_order import (
     DATE,
     DURATION,
@@ -157,16 +158,10 @@ def _in_microseconds(column: Any) -> list[Any] | None:
     kind = column.type
     try:
         if getattr(kind, "unit", "") == "ns":
-            column = column.cast(_in_unit(kind, "us"))
+            column = column.cast(with_unit(kind, "us"))
         return list(column.to_pylist())
     except (pa.ArrowException, ValueError, OverflowError):
         return None
-
-
-def _in_unit(kind: Any, unit: str) -> pa.DataType:
-    if pa.types.is_timestamp(kind):
-        return pa.timestamp(unit, kind.tz)
-    return pa.duration(unit) if pa.types.is_duration(kind) else pa.time64(unit)
 
 
 def _time_kind(kind: Any) -> str | None:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from manyhands.errors import DataError
+from manyhands.prepare.records.exact_sums import WHOLE
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_WHOLE = 2**53  # every integer up to this is exact as a float
 
 _CURE = "fill or drop the nulls before, or use form='arrow'"
 
@@ -82,7 +81,7 @@ def _check_leaf(name: str, array: pa.Array) -> None:
     if not pa.types.is_integer(kind) or not array.null_count:
         return
     values = array.drop_null().to_numpy(zero_copy_only=False)
-    for value in values[(values > _WHOLE) | (values < -_WHOLE if values.dtype.kind == "i" else False)].tolist():
+    for value in values[(values > WHOLE) | (values < -WHOLE if values.dtype.kind == "i" else False)].tolist():
         if int(float(value)) != value:
             raise _not_exact(name, kind, f"{value} beside a null, which becomes a float", _CURE)
 
