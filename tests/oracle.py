@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,9 +127,10 @@ def step_gradient(
             param.grad = None
         batch = load(recipe, step, micro_batch)
         seed_everything(derive(recipe.seed, "compute", step, micro_batch))
-        result = recipe.loss(model.train(), batch)
-        loss, weight = result if isinstance(result, tuple) else (result, 1.0)
-        loss.backward()
+        with seeds_behind_calls(model):
+            result = recipe.loss(model.train(), batch)
+            loss, weight = result if isinstance(result, tuple) else (result, 1.0)
+            loss.backward()
         loss_sum, weight_sum = loss_sum + float(loss.detach()), weight_sum + float(weight)
         for name, param in params.items():
             gradients[name].append(None if param.grad is None else param.grad.float())
@@ -140,6 +143,58 @@ def step_gradient(
         virtual_workers = [add_in_order(whole[i : i + accumulate]) for i in range(0, count, accumulate)]
         sums[name] = None if all(value is None for value in values) else add_as_tree(virtual_workers)
     return sums, loss_sum, weight_sum
+
+
+@contextmanager
+def seeds_behind_calls(model: nn.Module) -> Iterator[None]:
+    """Behind each call of a unit, seed torch's generator, and Python's or numpy's if the call drew from them.
+
+    Each seed is derived from the one that torch's generator had before the call, also if backward recomputes the call.
+    """
+    outer: list[str] = []
+
+    def call(name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        if outer:
+            return forward(*args, **kwargs)
+        seed = derive(torch.initial_seed(), "unit call", name)
+        python, numpy = random.getstate(), repr(np.random.get_state(legacy=False))
+        outer.append(name)
+        try:
+            result = forward(*args, **kwargs)
+        finally:  # also if torch's checkpoint ends a recomputation early
+            outer.pop()
+        torch.manual_seed(seed)
+        if random.getstate() != python:
+            random.seed(seed)
+        if repr(np.random.get_state(legacy=False)) != numpy:
+            np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+        return result
+
+    called = {name: model.get_submodule(name) for name in units(model)}
+    own = [(module, module.__dict__.get("forward")) for module in called.values()]
+    for name, module in called.items():
+        module.__dict__["forward"] = partial(call, name, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in own:
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
+
+
+def units(model: nn.Module, prefix: str = "", inside: bool = False) -> Iterator[str]:
+    """The children of outermost lists and sequences, and the outermost other modules with parameters."""
+    in_container = isinstance(model, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+    for name, child in model.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from units(child, f"{prefix}{name}.", inside or isinstance(child, nn.ModuleList))
+        elif inside or isinstance(model, nn.Sequential):
+            yield f"{prefix}{name}"
+        elif any(isinstance(module, (nn.ModuleList, nn.Sequential)) for module in child.modules()):
+            yield from units(child, f"{prefix}{name}.")
+        elif in_container or any(True for _ in child.parameters()):
+            yield f"{prefix}{name}"
 
 
 def load(recipe: mh.Recipe, step: int, micro_batch: int) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from manyhands.comm.group import Group
 from manyhands.comm.local import LocalGroup
@@ -29,12 +28,13 @@ from manyhands.engine.agreement import (
 from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
 from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.buffers import Buffers, names_in_order
+from manyhands.engine.step.call_seeds import CallSeeds
 from manyhands.engine.step.control import Control, all_gather_control
-from manyhands.engine.step.hooks import around_forward, loss_and_weight, on_gradients, to_device
+from manyhands.engine.step.hooks import Removable, around_forward, loss_and_weight, on_gradients, to_device
 from manyhands.engine.step.metrics import PhaseClock, StepMetrics
 from manyhands.engine.step.reduce import GradientReducer
 from manyhands.engine.units.unit import ParamUnit
-from manyhands.engine.units.unit_plan import repeated_children
+from manyhands.engine.units.unit_plan import called_units, repeated_children
 from manyhands.engine.units.unsharding import Unsharder
 from manyhands.engine.update.apply import Allocators, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
@@ -47,7 +47,7 @@ from manyhands.models.recompute import checkpoint_activations
 from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity
 from manyhands.numerics.counters import derive
 from manyhands.numerics.digest import digest_of, slots_in_order, tensor_hashes, words_of
-from manyhands.numerics.seeds import preserved_generators, seed_generators
+from manyhands.numerics.seeds import preserved_generators
 from manyhands.offload.allocator import Allocator, allocator_for
 from manyhands.offload.process_memory import keep_freed_memory, return_freed_memory
 from manyhands.optim.sliced import SlicedOptimizer
@@ -152,7 +152,8 @@ class StepEngine:
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
         self._compiled.refuse_inside(strategy.activation_checkpointing, "strategy.activation_checkpointing")
         self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._unsharder.using)
-        self._module_hooks = self._unshard_around_forwards(on_demand)
+        self._call_seeds = CallSeeds()
+        self._module_hooks = [*self._unshard_around_forwards(on_demand), *self._seed_behind_calls()]
         self._clock = PhaseClock(group.recorder)
         self.step_index = 0
         self._weighted = False  # True if the loss function returns (sum, weight)
@@ -162,14 +163,22 @@ class StepEngine:
         self._failed: BaseException | None = None
         self._evaluating = False
 
-    def _unshard_around_forwards(self, units: Sequence[ParamUnit]) -> list[RemovableHandle]:
+    def _unshard_around_forwards(self, units: Sequence[ParamUnit]) -> list[Removable]:
         """Register hooks that unshard a unit before the forward of each module that uses it. Return their handles."""
-        handles = []
+        handles: list[Removable] = []
         for unit in units:
             for name in unit.modules:
                 enter = self._compiled.outside(partial(self._unsharder.enter, unit))
                 leave = partial(self._unsharder.leave, unit)
                 handles += around_forward(self.model.get_submodule(name), enter, leave)
+        return handles
+
+    def _seed_behind_calls(self) -> list[Removable]:
+        """Register hooks that seed the generators behind each call of a unit. Return their handles."""
+        handles: list[Removable] = []
+        for name in self._compiled.around(called_units(self.model)):
+            leave = partial(self._call_seeds.leave, name)
+            handles += around_forward(self.model.get_submodule(name), self._call_seeds.enter, leave)
         return handles
 
     @property
@@ -283,10 +292,16 @@ class StepEngine:
         """Run forward and backward of one micro-batch. Return its loss and weight."""
         self._publish_status("forward and backward", micro_batch)
         bf16 = self._has_bf16 and not self.recipe.compile  # torch compiles nothing under a dispatch mode
-        # Generators are seeded for each micro-batch, so it doesn't matter which worker computes it. They are restored
+        # Generators are seeded for each micro-batch, so it doesn't matter which worker computes it, and again behind
+        # each call of a unit, so it doesn't matter which units this worker computes. They are restored
         # afterwards, so the caller's random numbers don't depend on how many micro-batches this worker computed.
-        with preserved_generators(), self._compiled.computing(), bf16_products_in_fp32(bf16):
-            seed_generators(derive(self.recipe.seed, "compute", step, micro_batch))
+        seed = derive(self.recipe.seed, "compute", step, micro_batch)
+        with (
+            preserved_generators(),
+            self._call_seeds.micro_batch(seed),
+            self._compiled.computing(),
+            bf16_products_in_fp32(bf16),
+        ):
             with self._unsharder.watching_autograd():
                 result = self.recipe.loss(self.model, batch)
             self._weighted = isinstance(result, tuple) and len(result) == 2
@@ -461,7 +476,7 @@ class StepEngine:
 
     def close(self) -> None:
         """Leave the group. Collective, unless a worker failed."""
-        for hook in (*self._hooks, *self._module_hooks):
+        for hook in (*self._hooks, *reversed(self._module_hooks)):
             hook.remove()
         self._undo()
         self._compiled.undo()

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,7 +45,8 @@ def checkpoint_activations(
     own = {name: modules[name].__dict__.get("forward") for name in chosen}
     for name in chosen:
         module = modules[name]
-        module.forward = partial(_forward, module, module.forward, partial(using, name))
+        # ScriptModule.__setattr__ would refuse a Python function.
+        module.__dict__["forward"] = partial(_forward, module, module.forward, partial(using, name))
 
     def undo() -> None:
         for name in chosen:
@@ -67,6 +69,8 @@ def _forward(
         *args,
         use_reentrant=False,
         preserve_rng_state=False,
+        # torch ends a recomputation with an exception, which the interpreter of TorchScript turns into an error.
+        early_stop=not any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()),
         context_fn=lambda: _twice(module, using),
         **kwargs,
     )

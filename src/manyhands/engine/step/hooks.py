@@ -5,13 +5,12 @@ This is the only module that registers autograd and module hooks. Each hook only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from manyhands.errors import ConfigError
@@ -32,24 +31,59 @@ def on_gradients(
     return [register(name, param) for name, param in named_params]
 
 
-def around_forward(
-    module: nn.Module, before: Callable[[], None], after: Callable[[list[Tensor]], None]
-) -> list[RemovableHandle]:
-    """Call `before()` before the module's forward, and `after(tensors)` after it with the tensors of its result.
+class Removable(Protocol):
+    """The handle of a hook."""
 
-    `after` is also called if the forward raises, then with an empty list. Return the hooks' handles.
+    def remove(self) -> None:
+        """Remove the hook."""
+
+
+def around_forward(
+    module: nn.Module, before: Callable[[], None], after: Callable[[object], None]
+) -> Sequence[Removable]:
+    """Call `before()` before the module's forward, and `after(result)` after it.
+
+    `after` is also called if the forward raises, then with None. Return the hooks' handles. Remove the handles of one
+    module in reverse order.
     """
+    if isinstance(module, torch.jit.ScriptModule):  # accepts no hooks
+        return [_WrappedForward(module, before, after)]
 
     def begin(*_: object) -> None:
         before()
 
     def end(_: nn.Module, args: object, result: object) -> None:
-        after([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
+        after(result)
 
     return [
-        module.register_forward_pre_hook(begin),
         module.register_forward_hook(end, always_call=True),
+        module.register_forward_pre_hook(begin),
     ]
+
+
+class _WrappedForward:
+    """A forward that calls `before` and `after`, stored on the module itself."""
+
+    def __init__(self, module: nn.Module, before: Callable[[], None], after: Callable[[object], None]) -> None:
+        self._module, self._own = module, module.__dict__.get("forward")
+        forward = module.forward
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = None
+            try:
+                before()
+                result = forward(*args, **kwargs)
+                return result
+            finally:
+                after(result)
+
+        module.__dict__["forward"] = wrapped  # ScriptModule.__setattr__ refuses a Python function
+
+    def remove(self) -> None:
+        """Restore the forward that the module had."""
+        self._module.__dict__.pop("forward")
+        if self._own is not None:
+            self._module.__dict__["forward"] = self._own
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

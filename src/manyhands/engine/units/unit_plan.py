@@ -179,7 +179,29 @@ def repeated_children(model: nn.Module) -> list[str]:
     found: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(
-            name.startswith(outer + ".") for outer in found
+            name == outer or name.startswith(f"{outer}.") for outer in found
         ):
             found.extend(f"{name}.{child}" if name else child for child, _ in module.named_children())
+    return found
+
+
+def called_units(model: nn.Module) -> list[str]:
+    """Return the names of the modules behind whose calls random generators are seeded.
+
+    These are the children of every outermost ModuleList and Sequential, and the outermost other modules that have
+    parameters. The names depend on the model alone, since they decide random numbers.
+    """
+    modules = dict(model.named_modules())
+    blocks = repeated_children(model)
+    around_blocks = {name[:end] for name in blocks for end in range(len(name)) if name[end] == "."}
+    found: list[str] = []
+    for name, module in modules.items():
+        inside = not name or (found and name.startswith(f"{found[-1]}."))
+        # A model calls what a ModuleList or ModuleDict contains, never the container.
+        if inside or name in around_blocks or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        parent = modules.get(name.rpartition(".")[0])
+        in_container = isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        if in_container or any(True for _ in module.parameters()):
+            found.append(name)
     return found

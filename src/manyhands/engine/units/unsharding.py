@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from manyhands.comm.group import Group
 from manyhands.engine.agreement import all_gather_json
@@ -152,15 +153,16 @@ class Unsharder:
         self.need(unit)
         self._inside[unit.name] = self._inside.get(unit.name, 0) + 1
 
-    def leave(self, unit: ParamUnit, results: Sequence[Tensor]) -> None:
-        """Called after the forward of a module that uses the unit. results: the tensors that it returned.
+    def leave(self, unit: ParamUnit, result: object) -> None:
+        """Called after the forward of a module that uses the unit. result: what the forward returned.
 
-        Raises ConfigError if a result is a view of the parameters: it would read as NaN once these are resharded.
+        Raises ConfigError if a tensor in it is a view of the parameters: the tensor would read as NaN once these are
+        resharded.
         """
         self._inside[unit.name] = self._inside.get(unit.name, 1) - 1
         if self._inside[unit.name] == 0 and self._in_round and not self._backward:
-            for tensor in results:
-                if unit.on_demand_params.view_of(tensor) is not None:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor) and unit.on_demand_params.view_of(leaf) is not None:
                     raise ConfigError(
                         f"a module of unit {unit.name!r} returns its own parameter, which is resharded before it is "
                         "used",
@@ -180,7 +182,7 @@ class Unsharder:
             yield
         finally:
             for unit in units:
-                self.leave(unit, ())
+                self.leave(unit, None)
 
     def need(self, unit: ParamUnit) -> None:
         """Unshard the unit, which the model needs now.
