@@ -1,6 +1,6 @@
 """Facts that must match between workers, and between a run and its checkpoints.
 
-A fact is a name and a value, both of them text.
+A fact is a name and a value. Both are strings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from manyhands.optim.sliced import SlicedOptimizer
 
 
 def all_gather_json(group: Group, value: object, tag: str) -> list[object]:
-    """Return all workers' values, by rank. Collective. Makes two calls, so it is too slow for every step."""
+    """Return all workers' values, by rank. Collective. Makes two collective calls, which is too slow for every step."""
     text = json.dumps(value).encode()
     lengths = [int(length) for length in group.all_gather_small(torch.tensor([len(text)]), tag)]
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
@@ -47,12 +47,12 @@ def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> No
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe's settings that decide the bits. Of functions and data, only len(data) can be compared."""
+    """Return the recipe's settings that decide the bits. Functions and data can't be compared, except for len(data)."""
     facts = {
         f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")
     }
     names = ["precision", "clip_norm", "seed", "threads_per_worker", "device"]
-    if recipe.compile:  # only if it is set: checkpoints written before this option existed lack the fact
+    if recipe.compile:  # only if it is set, because checkpoints from before this option existed lack the fact
         names.append("compile")
     for name in names:
         facts[name] = str(getattr(recipe, name))

@@ -49,7 +49,7 @@ class Storage:
 
     @property
     def on_demand_units(self) -> list[ParamUnit]:
-        """The units that are unsharded only while they are needed."""
+        """Return the units that are unsharded only while they are needed."""
         return [unit for unit in (*self.units, *self.frozen) if isinstance(unit.params, OnDemandParams)]
 
 
@@ -85,7 +85,7 @@ def lay_out(
     layout = builder.layout_of(trainable_plans)
     trainable = list(zip(trainable_plans, layout.units, strict=True))
     units: dict[str, Unit] = {}
-    # One buffer per dtype. The dtypes come in construction order, so all workers create the buffers in the same order.
+    # Create one buffer per dtype. The dtypes are in construction order, so all workers create the buffers in one order.
     for dtype in dict.fromkeys(plan.dtype for plan, _ in trainable):
         units |= builder.units([pair for pair in trainable if pair[0].dtype == dtype])
     frozen: list[ParamUnit] = []
@@ -141,7 +141,7 @@ class _UnitBuilder:
         """Build the trainable units of one dtype, by name. Collective."""
         group, dtype = self._group, plans[0][0].dtype
         starts = [0, *accumulate(layout.padded_numel for _, layout in plans)]
-        # One buffer for all units of the dtype: creating a shared buffer is a collective call.
+        # Create one buffer for all units of the dtype, because creating a shared buffer is a collective call.
         replicated = None if self.on_demand else group.empty_replicated(starts[-1], dtype)
         gradients = self._gradients([layout for _, layout in plans], starts, dtype)
         units = {}
@@ -218,8 +218,8 @@ class _UnitBuilder:
 def _shardable_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Parameter]) -> list[UnitPlan]:
     """Return the plans of the frozen parameters that can be sharded.
 
-    Parameters that may change in forward are left out. So are integer parameters: they could not read as NaN while they
-    are resharded.
+    Parameters that may change in forward are left out. Integer parameters are left out too, because a resharded
+    parameter must read as NaN.
     """
     found = []
     for plan in plans:
@@ -232,14 +232,15 @@ def _shardable_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Paramet
 def check_scratch_space(
     allocator: Allocator, group: Group, units: Sequence[Unit], optimizer: SlicedOptimizer, batch: Batch
 ) -> None:
-    """Check that the disk has space for what the first step adds on all workers. Collective. Raises ConfigError.
+    """Check that the disk has space for what all workers add in the first step. Collective. Raises ConfigError.
 
     The first step adds the optimizer's state and sums of gradients. Master weights and parameters already have files.
     """
     if allocator.scratch is None:
         return
     state_bytes, needed = optimizer.state_bytes(), 0.0
-    # One partial sum per level of the tree, one that is being added, and the total gradient, which the norm needs.
+    # Count one partial sum per level of the tree, one that is being added, and the total gradient, which the norm
+    # needs.
     sums = batch.virtual_workers.bit_length() + 2
     for unit in units:
         needed += sum(piece.in_unit.numel * state_bytes[piece.slot.name] for piece in unit.layout.pieces(unit.held))

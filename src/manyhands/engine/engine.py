@@ -121,7 +121,8 @@ class StepEngine:
         self.layout, self.units, self.frozen_units = storage.layout, storage.units, storage.frozen
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
-        # This must come before schedules are created: they change the hyperparameters that the recipe has set.
+        # Record these facts before schedules are created, because schedules change the hyperparameters that the recipe
+        # has set.
         self._optimizer_facts = optimizer_facts(self.optimizer)
         self.schedules = tuple(map(recipe.schedule, self.optimizer.fronts)) if recipe.schedule is not None else ()
         self._optimizer_facts |= schedule_facts(self.schedules)
@@ -183,7 +184,7 @@ class StepEngine:
 
     @property
     def my_micro_batches(self) -> list[int]:
-        """The indices of the micro-batches that this worker computes in a step, in order."""
+        """Return the indices of the micro-batches that this worker computes in a step, in order."""
         return [this.micro_batch for this in self._reducer.rounds if this.micro_batch is not None]
 
     def run_step(self, load: Callable[[int], Any], *, digest: bool = False) -> StepMetrics:
@@ -193,24 +194,27 @@ class StepEngine:
         digest: also compute the digest of the weights after the step.
         Raises NumericsError if a loss or gradient of a micro-batch is not finite. In that case no state has changed:
         the engine can be saved, and the step can be repeated with other data.
-        After any other error the engine is unusable: for example, WorkerError, NumericsError if only the sum of the
-        gradients is not finite, or an exception of the model or the loss function.
+        After any other error the engine is unusable. Examples are a WorkerError, an exception that the model or the
+        loss function raised, and a NumericsError because only the sum of the gradients is not finite.
         """
         with self.changing():
             return self._step(load, digest)
 
     def check_usable(self) -> None:
-        """Raise InvariantError if an earlier failure left the state partly changed; ConfigError in `evaluating()`."""
+        """Raise InvariantError if an earlier failure left the state partly changed, and ConfigError inside
+        `evaluating()`.
+        """
         if self._failed is not None:
             raise InvariantError(
-                f"this engine failed at step {self.step_index} and can't be used any more: {self._failed}",
+                f"this engine can't be used any more, because it failed at step {self.step_index}: {self._failed}",
                 hint="create a new engine and load the last checkpoint",
             )
         if self._evaluating:
             raise ConfigError(
                 "the engine's state can't be used inside evaluating()",
-                expected="forward passes only: they may have changed buffers, which the end of the block restores",
-                hint="end the block before a step, save, load, digest or another evaluation",
+                expected="only forward passes, because they may change buffers, which are restored at the end of the "
+                "block",
+                hint="leave the block before a step, save, load, digest or another evaluation",
             )
 
     @contextmanager
@@ -309,15 +313,16 @@ class StepEngine:
             self._param_guard.before_backward(loss)
             self._unsharder.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
-            # Take the gradients that no hook has reported: all of them if `overlap` is off, otherwise those that the
-            # loss function assigned itself. The last parameter comes first, because units are sent in that order.
+            # Take the gradients that no hook has reported. These are all gradients if `overlap` is off, and otherwise
+            # those that the loss function assigned itself. The last parameter comes first, because units are sent in
+            # that order.
             for name, param in reversed(self._params.items()):
                 self._reducer.arrived(name, param)
             self.buffers.end_micro_batch(micro_batch)
         return loss.detach(), weight.detach() if isinstance(weight, Tensor) else weight
 
     def _my_control(self, losses: dict[int, tuple[Tensor, Tensor | float]]) -> Control:
-        """Return this worker's control values of the step. losses: (loss, weight) by micro-batch."""
+        """Return this worker's control values for the step. losses: (loss, weight) by micro-batch."""
         count = self.recipe.batch.micro_batches
         values, weights = np.zeros(count), np.zeros(count)
         for micro_batch, (loss, weight) in losses.items():
@@ -399,7 +404,7 @@ class StepEngine:
         All modules are in evaluation mode, and torch records no gradients. At the end, the modes of the modules, the
         buffers and the global generators are as before, so training goes on as if there had been no evaluation.
         Sharded parameters are unsharded unit by unit, as the model needs them. Workers may call the model different
-        numbers of times, or not at all. Raises ConfigError inside of another such block.
+        numbers of times, or not at all. Raises ConfigError inside another `evaluating` block.
         """
         self.check_usable()
         self._evaluating = True
@@ -485,7 +490,7 @@ class StepEngine:
 
 
 def _added_in_order(values: np.ndarray) -> float:
-    """Return the sum from left to right. numpy's sum adds pairwise, in an order that depends on the length."""
+    """Return the sum, added from left to right. numpy adds pairwise, in an order that depends on the length."""
     total = 0.0
     for value in values:
         total += float(value)

@@ -30,7 +30,7 @@ class StepBatch(NamedTuple):
 
 
 class Engine(StepEngine):
-    """Trains a recipe's model, one step at a time, together with the other workers of this program's launcher.
+    """Trains a recipe's model, one step at a time, together with the other workers that the launcher started.
 
         engine = Engine(recipe, Strategy(sharding="zero2"))
         for batch in engine.batches(steps=100):
@@ -38,9 +38,9 @@ class Engine(StepEngine):
         engine.close()
 
     The constructor, `step`, `evaluating`, `save`, `load`, `digest`, `full_state_dict` and `close` are collective.
-    group: only for tests that run workers as threads; by default the launcher's environment determines it.
-    resumes: a checkpoint will be loaded before the first step. Then only the frozen parameters of the recipe's initial
-    weights are read, because the checkpoint lacks them.
+    group: only for tests that run workers as threads. By default, the launcher's environment determines the group.
+    resumes: True if a checkpoint will be loaded before the first step. In that case, only the frozen parameters are
+    read from the recipe's initial weights, because the checkpoint lacks them.
     weights_read_bytes: bytes of the recipe's initial weights that this worker has read.
     Raises ConfigError, DataError.
     """
@@ -94,7 +94,7 @@ class Engine(StepEngine):
 
     def _stream(self, first: int, steps: int | None) -> Iterator[LoadedBatch]:
         if self._loader is None:
-            raise InvariantError("the engine was closed")
+            raise InvariantError("the engine was closed", hint="create a new engine, and load a checkpoint to continue")
         numbers = count(first) if steps is None else range(first, steps)
         return self._loader.stream((step, micro_batch) for step in numbers for micro_batch in self.my_micro_batches)
 
@@ -109,7 +109,7 @@ class Engine(StepEngine):
                     "the engine was given another step's batch",
                     expected=f"step {self.step_index}, micro-batch {micro_batch}",
                     got="none left" if loaded is None else f"step {loaded.step}, micro-batch {loaded.micro_batch}",
-                    hint="give each batch of batches() to step() once, in order",
+                    hint="pass each batch of batches() to step() once, in order",
                 )
             return loaded.batch
 
@@ -127,7 +127,8 @@ class Engine(StepEngine):
         Collective.
 
         keep, keep_every: keep the last `keep` checkpoints and those of every `keep_every`-th step (default: all).
-        published: called on worker 0, in the writer thread, once the checkpoint is complete; not if it existed before.
+        published: called on worker 0, in the writer thread, once the checkpoint is complete. It is not called if the
+        checkpoint existed before.
         Raises CheckpointError on all workers; training may continue after that.
         """
         self.begin_save(folder, keep=keep, keep_every=keep_every, published=published)
@@ -170,11 +171,11 @@ class Engine(StepEngine):
 
     @property
     def is_saving(self) -> bool:
-        """True while this worker writes the checkpoint of `begin_save`, or waits for its publication."""
+        """Return True while this worker writes the checkpoint of `begin_save`, or waits for its publication."""
         return self._saving is not None and not self._saving.is_done
 
     def load(self, checkpoint: str | Location, *, accept_new_numerics: bool = False) -> Manifest:
-        """Load a checkpoint; any number of workers with any sharding may have saved it. Collective.
+        """Load a checkpoint that any number of workers saved with any sharding. Collective.
 
         Raises CheckpointError, NumericsError.
         """
@@ -196,7 +197,10 @@ class Engine(StepEngine):
 
     def _refuse_without_checkpoint(self) -> None:
         if self._awaits_checkpoint:
-            raise InvariantError("the engine was created with resumes=True, but no checkpoint was loaded")
+            raise InvariantError(
+                "the engine was created with resumes=True, but no checkpoint was loaded",
+                hint="call load() first, or create the engine with resumes=False",
+            )
 
     def close(self) -> None:
         """Finish a pending checkpoint, leave the group and end loader processes. Collective, unless a worker failed.

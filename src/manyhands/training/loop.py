@@ -21,8 +21,10 @@ from manyhands.training.engine import Engine
 from manyhands.training.run_record import RunRecord, Saver, will_resume
 
 MEASURED_STEPS = 3
-"""Memory is measured in the first steps only, so that later steps do not pay for it. The first step allocates the
-optimizer's state, so the peak is in these steps."""
+"""Memory is measured in this many first steps only, so that it does not slow down later steps.
+
+The first step allocates the optimizer's state, so the peak is in these steps.
+"""
 
 
 def train(  # noqa: PLR0913  (one argument for each option of a run)
@@ -43,11 +45,13 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
 ) -> Summary:
     """Train until `steps` steps are complete. Collective: every worker calls it with the same arguments.
 
-    run_dir: output directory. A directory with checkpoints of this recipe is resumed. None: nothing is written.
+    run_dir: the output directory. If it has checkpoints of this recipe, the run is resumed. If it is None, nothing is
+    written.
     checkpoint_dir: where to write checkpoints instead of in run_dir: a folder, or an address (s3://bucket/folder). The
         run directory records it.
-    checkpoint_every: steps (500) or time ("10m") between checkpoints. Training continues while they are written. If
-        a checkpoint can't be written, this is reported and training continues. The last step always has a checkpoint.
+    checkpoint_every: steps (500) or time ("10m") between checkpoints. Training continues while they are written. If a
+        checkpoint can't be written, the failure is reported and training continues. The last step always has a
+        checkpoint.
     keep_checkpoints, keep_every: keep this many recent checkpoints, and those of every `keep_every`-th step.
     digest_every: steps between digests. The last step always has one.
     accept_new_numerics: resume under another numerics identity (torch version, CPU kind, threads).
@@ -91,7 +95,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
 
 
 def _with_scratch(strategy: Strategy, run_dir: str | Path | None) -> Strategy:
-    """With offload = "disk", put the scratch folder into the run directory, unless the strategy names one."""
+    """Put the scratch folder into the run directory if offload is "disk" and the strategy names no folder."""
     if strategy.offload != "disk" or strategy.scratch or run_dir is None:
         return strategy
     return replace(strategy, scratch=str(Path(run_dir) / "scratch"))
@@ -103,7 +107,7 @@ def _interrupted(engine: Engine, record: RunRecord, saver: Saver) -> Interrupted
     return Interrupted(
         f"stopped after step {engine.step_index}, as requested",
         where=f"checkpoint {checkpoint}" if checkpoint else "no checkpoint was written: the run has no directory",
-        hint="to continue, start it again with the same run directory; the number of workers may change"
+        hint="to continue, start the run again with the same run directory; the number of workers may change"
         if checkpoint
         else None,
     )

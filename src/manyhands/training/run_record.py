@@ -29,11 +29,14 @@ from manyhands.training.engine import Engine
 from manyhands.training.saving import Snapshots
 
 RETRY_SECONDS = 5
-"""Wait before the second try of a run's last checkpoint."""
+"""The wait before the second attempt to write a run's last checkpoint."""
 
 
 def will_resume(run_dir: str | Path | None, checkpoint_dir: str | Location | None) -> bool:
-    """True if this worker sees a checkpoint to resume from. `RunRecord.resume` compares all workers' checkpoints."""
+    """Return True if this worker sees a checkpoint to resume from.
+
+    `RunRecord.resume` compares all workers' checkpoints.
+    """
     location = _checkpoint_location(run_dir, checkpoint_dir)
     try:
         return location is not None and bool(list_checkpoints(location))
@@ -50,7 +53,8 @@ def _checkpoint_location(run_dir: str | Path | None, checkpoint_dir: str | Locat
 class RunRecord:
     """Records a run: metrics, events, digests, progress. Worker 0 writes; all workers save checkpoints.
 
-    path: the run directory; None: nothing is recorded. checkpoints: where checkpoints are written; None: nowhere.
+    path: the run directory, or None if nothing is recorded. checkpoints: the folder or address to which checkpoints are
+    written, or None.
     """
 
     def __init__(
@@ -148,7 +152,7 @@ class RunRecord:
         self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
 
     def _external_checkpoints(self) -> dict[str, str]:
-        """The manifest's entry for checkpoints outside of the run directory.
+        """Return the manifest's entry for checkpoints outside of the run directory.
 
         Checkpoints inside the run directory have no entry, so that the directory can be moved.
         """
@@ -157,12 +161,12 @@ class RunRecord:
         return {} if location is None or is_own else {"checkpoints": str(location.absolute())}
 
     def _load(self, found: list[str], accept_new_numerics: bool) -> None:
-        """Load the last checkpoint. If it is damaged, the error says how to resume from the one before."""
+        """Load the last checkpoint. If it is damaged, the error says how to resume from the previous one."""
         try:
             self.engine.load(found[-1], accept_new_numerics=accept_new_numerics)
         except CheckpointError as error:
             if len(found) > 1:
-                remedy = f"to resume from the one before, {found[-2]}, remove {found[-1]}"
+                remedy = f"to resume from the previous checkpoint, {found[-2]}, remove {found[-1]}"
                 error.hint = f"{error.hint}; {remedy}" if error.hint else remedy
             raise
 
@@ -187,7 +191,7 @@ class RunRecord:
             self._directory.append_event(event, **facts)
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events of the run so far on worker 0; an empty list on other workers."""
+        """Return all events of the run so far on worker 0, and an empty list on other workers."""
         return [] if self._directory is None else self._directory.read_events()
 
     def add(self, metrics: StepMetrics) -> None:
@@ -217,7 +221,10 @@ class Saver:
 
     @property
     def is_due(self) -> bool:
-        """True if this worker requests a checkpoint after the next step. Clocks differ, so worker 0's clock decides."""
+        """Return True if this worker requests a checkpoint after the next step.
+
+        Clocks differ, so worker 0's clock decides.
+        """
         if self._interval.seconds is not None:
             return self._engine.group.rank == 0 and time.monotonic() - self._last >= self._interval.seconds
         return self._interval.steps is not None and (self._engine.step_index + 1) % self._interval.steps == 0

@@ -24,15 +24,15 @@ from manyhands.offload.process_memory import free_memory_bytes
 from manyhands.training.engine import Engine
 
 SNAPSHOT_EVERY_VARIABLE = "MANYHANDS_SNAPSHOT_EVERY"
-"""Environment variable: steps between snapshots, if the launcher sets them."""
+"""The environment variable with which the launcher may set the number of steps between snapshots."""
 
 MAX_TIME_SHARE = 0.02
-"""Share of the run time that snapshots may cost, unless their interval is set."""
+"""The share of the run time that snapshots may cost, unless their interval is set."""
 
 MAX_MEMORY_SHARE = 0.5
-"""Share of free memory that the two snapshots may take. Memory that their slots hold already counts as free."""
+"""The share of free memory that the two snapshots may take. Memory that their slots already hold counts as free."""
 
-# Numbers the trainings of this process. A restarted script runs the same trainings in the same order, so the number
+# Counts the trainings of this process. A restarted script runs the same trainings in the same order, so the number
 # identifies a training across restarts.
 _trainings = itertools.count()
 
@@ -54,8 +54,8 @@ class Snapshots:
         self._memory: SnapshotMemory | None = None
         mine = Training(next(_trainings), "" if run_dir is None else str(run_dir.absolute()))
         if address and one_host and not engine.allocator.on_disk:
-            # Worker 0's value counts: all workers must find the same snapshots, even if their paths to the run
-            # directory differ.
+            # Use worker 0's value: all workers must find the same snapshots, even if their paths to the run directory
+            # differ.
             all_ranks: list[Any] = all_gather_json(engine.group, mine, "start / snapshots / control")
             self._memory = SnapshotMemory.at(address, Training(*all_ranks[0]))
         fixed = os.environ.get(SNAPSHOT_EVERY_VARIABLE)
@@ -65,7 +65,7 @@ class Snapshots:
         self._last_step, self._last_seconds = engine.step_index, time.monotonic()
 
     def newest_step(self) -> int | None:
-        """The step of the newest snapshot; None if there is none."""
+        """Return the step of the newest snapshot, or None if there is none."""
         newest = None if self._memory is None else self._memory.newest()
         return None if newest is None else newest.manifest.step
 
@@ -74,7 +74,7 @@ class Snapshots:
         return None if self._memory is None else self._engine.load_snapshot(self._memory)
 
     def after_step(self, digest: str | None, *, last: bool) -> None:
-        """Take a snapshot if one is due; not after the last step. digest: that of the weights, if known."""
+        """Take a snapshot if one is due, except after the last step. digest: the digest of the weights, if known."""
         step = self._engine.step_index
         of = None if self._memory is None else self._memory.of
         if self._memory is not None and of is not None and last and not of.directory:

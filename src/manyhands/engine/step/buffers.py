@@ -27,7 +27,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def may_change(param: nn.Parameter) -> bool:
-    """True if this is a frozen parameter that is managed like a buffer."""
+    """Return True if this is a frozen parameter that is managed like a buffer."""
     return not param.requires_grad and param.numel() <= SMALL_BUFFER_NUMEL
 
 
@@ -91,7 +91,8 @@ class Buffers:
     def end_micro_batch(self, micro_batch: int) -> None:
         """Copy the values that this micro-batch changed, and restore those from before the step.
 
-        Raises ConfigError if a buffer was added or removed, or has a new shape or dtype: peers don't know of that.
+        Raises ConfigError if a buffer was added or removed, or has a new shape or dtype, because peers don't know about
+        it.
         """
         self._refuse_changes()
         for name in self.names:
@@ -122,7 +123,10 @@ class Buffers:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Context between two steps that restores all values at its end. Raises ConfigError like a micro-batch."""
+        """Return a context, for use between two steps, that restores all values at its end.
+
+        Raises ConfigError in the same cases as `end_micro_batch`.
+        """
         self.begin_step()
         try:
             yield
@@ -174,12 +178,12 @@ def names_in_order(model: nn.Module) -> list[str]:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """True if both are equal bit for bit: a NaN equals itself, and 0 does not equal -0."""
+    """Return True if the tensors are equal bit for bit: a NaN equals itself, and 0 does not equal -0."""
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
 
 
 def _bits(value: Tensor) -> Tensor:
-    """Return a view of floating-point values as integers of the same size; other values as they are."""
+    """Return a view of floating-point values as integers of the same size. Return other values unchanged."""
     value = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
     return value.view(_INTEGERS[value.itemsize]) if value.is_floating_point() else value
 

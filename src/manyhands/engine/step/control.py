@@ -46,7 +46,8 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     found = sorted((int(micro_batch) - 1, int(index) - 1) for micro_batch, index in bads if micro_batch > 0)
     stop, save = (bool(request.any()) for request in requests.T)
     return Control(
-        # Exactly one worker computed each micro-batch. The others' zeros change nothing, in any order of addition.
+        # Exactly one worker computed each micro-batch. The other workers contribute zeros, so the order of addition
+        # doesn't matter.
         losses=losses.sum(axis=0),
         weights=weights.sum(axis=0),
         got_gradient=flags_of_any[:params],

@@ -41,10 +41,10 @@ class Removable(Protocol):
 def around_forward(
     module: nn.Module, before: Callable[[], None], after: Callable[[object], None]
 ) -> Sequence[Removable]:
-    """Call `before()` before the module's forward, and `after(result)` after it.
+    """Call `before()` before each forward of the module, and then `after(result)` with the forward's result.
 
-    `after` is also called if the forward raises, then with None. Return the hooks' handles. Remove the handles of one
-    module in reverse order.
+    If the forward raises, `after` is called with None. Return the hooks' handles. Remove the handles of one module in
+    reverse order.
     """
     if isinstance(module, torch.jit.ScriptModule):  # accepts no hooks
         return [_WrappedForward(module, before, after)]

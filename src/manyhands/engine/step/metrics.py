@@ -24,12 +24,13 @@ class StepMetrics:
 
     loss: the weighted mean loss of the global batch.
     weight: the sum of the micro-batches' weights.
-    weighted: True if the loss function returned weights (numbers of tokens, say); else `weight` counts micro-batches.
-    gradient_norm: 2-norm before clipping.
-    learning_rates: one per param group, as used in this step.
+    weighted: True if the loss function returned weights, such as numbers of tokens. If not, `weight` counts
+    micro-batches.
+    gradient_norm: the 2-norm of the gradient before clipping.
+    learning_rates: the learning rate of each param group in this step.
     seconds: seconds spent in each phase (PHASES) on this worker; they add up to about step_seconds.
     bytes_moved: bytes that this worker read from peers, by kind of message (grad, param, control).
-    digest: SHA-256 of the master weights after the step, or None if it wasn't requested.
+    digest: the digest of the weights after the step, or None if it wasn't requested.
     """
 
     step: int
@@ -46,12 +47,12 @@ class StepMetrics:
 
     @property
     def unit(self) -> str:
-        """The unit of a step's throughput."""
+        """Return the unit of a step's throughput."""
         return "tokens" if self.weighted else "samples"
 
     @property
     def amount(self) -> float:
-        """The number of tokens or samples in the step; see `unit`."""
+        """Return the number of tokens or samples in the step; see `unit`."""
         return self.weight if self.weighted else float(self.samples)
 
 
@@ -86,5 +87,5 @@ class PhaseClock:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds since `begin`."""
+        """Return the seconds since `begin`."""
         return time.perf_counter() - self._start

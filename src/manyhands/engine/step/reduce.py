@@ -5,7 +5,8 @@ There are two ways, which compute the same sum:
 - *Every micro-batch*: in round j the W workers compute micro-batches j*W .. j*W+W-1, and each owner adds the pieces in
   index order.
 - *Every step*: the workers that share memory (all workers of a host, or a single worker) compute a contiguous run of
-  virtual workers in the same way. Once a step they exchange the sums of the run's complete subtrees with other hosts.
+  virtual workers in the same way. Once per step, they exchange the sums of the run's complete subtrees with other
+  hosts.
 
 All workers send units in one fixed order, although gradients may arrive in any order. So no worker ever waits for a
 message that another worker doesn't send. The unit that was built last is sent first, because backward usually completes
@@ -37,9 +38,9 @@ POLL_SECONDS = 0.0002
 
 
 class BoundedWait:
-    """Waits for an all-to-all that may be unable to complete while this worker waits.
+    """Waits for an all-to-all up to a time limit, because it may be unable to complete while this worker waits.
 
-    seconds: the current limit of a wait. Each wait that times out reduces it to a tenth.
+    seconds: the current limit. Each wait that reaches the limit reduces it to a tenth.
     """
 
     def __init__(self, recorder: Recorder, seconds: float = MAX_WAIT_SECONDS) -> None:
@@ -57,7 +58,7 @@ class BoundedWait:
 
 
 class Levels(NamedTuple):
-    """Groups of the two levels of a reduction.
+    """The groups of workers at the two levels of a reduction.
 
     intra_host: the workers whose gradients are added in each round.
     inter_host: the workers that exchange sums once a step; None if gradients are exchanged every micro-batch.
@@ -70,7 +71,7 @@ class Levels(NamedTuple):
 def levels_of(group: Group, sharding: Sharding, batch: Batch) -> Levels:
     """Choose between the two ways of reducing gradients."""
     # Local sums take memory for complete units in fp32. So they are used only if workers store complete gradients
-    # anyway or share the memory, and only if every host has a virtual worker.
+    # anyway or share memory, and only if every host has a virtual worker.
     inter_host = group.inter_host
     if (
         inter_host is None
@@ -105,10 +106,10 @@ def plan_rounds(batch: Batch, run: range, rank: int, workers: int) -> list[Round
 
 
 class GradientReducer:
-    """Sends this worker's gradients, and adds all workers' gradients of its shards.
+    """Sends this worker's gradients, and adds all workers' gradients for the shards that this worker owns.
 
     For each round, call `begin`, then `arrived` for each gradient, then `end`. After the last round, call
-    `close_rounds` and `await_pieces`: then each unit's sum (`sums`) is complete. Call `release` before the next step.
+    `close_rounds` and `await_pieces`. This completes each unit's sum in `sums`. Call `release` before the next step.
     allocator: creates the buffers of the partial sums of shards.
     """
 
@@ -119,14 +120,14 @@ class GradientReducer:
         intra_host, self._inter_host = levels_of(group, sharding, batch)
         # All workers send units in this order. Gradients may arrive in any order.
         self._order = list(reversed(units))
-        # True if pieces are views of persistent gradient buffers: then pieces in flight take no memory.
+        # True if pieces are views of persistent gradient buffers, so that pieces in flight take no memory.
         self._views = intra_host.pieces_are_views and sharding.param is not SHARDED
         # Nothing overwrites the gradients of the last round before the next step. They stay in place, and the update
         # reads and adds them in one pass.
         self._defers_last_round = intra_host.pieces_are_views and self._inter_host is None
         # In a backward that unshards parameters, peers may be waiting for this worker to take part in an unexpected
-        # unshard. They send no gradients meanwhile, so an unlimited wait for gradients would be a deadlock. When the
-        # limit is reached, this worker continues with more all-to-alls in flight.
+        # unshard. They send no gradients meanwhile, so an unlimited wait for gradients could deadlock. When the limit
+        # is reached, this worker continues with more all-to-alls in flight.
         self._bounded_wait = (
             BoundedWait(group.recorder) if sharding.param is SHARDED and not group.pieces_are_views else None
         )
@@ -214,7 +215,7 @@ class GradientReducer:
                 self._drain(*self._in_flight.pop(0))
 
     def _should_drain(self) -> bool:
-        """True if the oldest pieces in flight should be added now, during a backward."""
+        """Return True if the oldest pieces in flight should be added now, during a backward."""
         if self._views:  # Views take no memory: add them now only if they go into local sums and have arrived.
             return self._inter_host is not None and self._in_flight[0][1].is_complete
         return len(self._in_flight) > IN_FLIGHT and (
@@ -222,7 +223,10 @@ class GradientReducer:
         )
 
     def _drain(self, unit: Unit, all_to_all: AllToAll) -> None:
-        """Add the pieces of the oldest all-to-all and release it. Releases must be in the order of creation."""
+        """Add the pieces of the oldest all-to-all and release it.
+
+        All-to-alls must be released in the order of their creation.
+        """
         into = self.sums[unit.name] if self._inter_host is None else self._local[unit.name]
         into.add(all_to_all.pieces())
         self.sums[unit.name].evict()
@@ -238,7 +242,10 @@ class GradientReducer:
                 self.sums[unit.name].defer(piece, level)
 
     def _all_to_all_subtrees(self, unit: Unit, inter_host: Group) -> list[tuple[int, torch.Tensor]]:
-        """Exchange the sums of a unit's subtrees. Return (level, piece) of each, by virtual worker. Collective."""
+        """Exchange the sums of a unit's subtrees.
+
+        Return (level, piece) for each, in the order of virtual workers. Collective.
+        """
         size = inter_host.size
         subtrees = [maximal_subtrees(run.start, run.stop) for run in _runs(inter_host, self._batch)]
         mine = self._local[unit.name].values
@@ -289,7 +296,7 @@ class GradientReducer:
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes of the partial sums' buffers."""
+        """Return the size of the partial sums' buffers in bytes."""
         return sum(scratch.num_bytes for scratch in self._scratches)
 
 

@@ -13,13 +13,16 @@ from manyhands.offload.allocator import Allocator
 from manyhands.shard_layout import Range
 
 RUN = 1 << 19
-"""Elements that one pass of the update processes at a time: small enough to stay in a core's cache.
+"""The number of elements that the update processes at a time: few enough to stay in a core's cache.
 
 It must be a multiple of BLOCK, because block norms are computed per run. Neither RUN nor PASS changes the bits.
 """
 
 PASS = 1 << 16
-"""Elements that a CPU adds at a time during backward. With few operations per element, fewer than RUN are faster."""
+"""The number of elements that a CPU adds at a time during backward.
+
+Smaller parts than RUN are faster for these sums, which have few operations per element.
+"""
 
 
 class Scratch:
@@ -31,7 +34,7 @@ class Scratch:
         self._in_use: dict[int, Tensor] = {}  # by address
 
     def take(self, numel: int) -> Tensor:
-        """Return an uninitialized buffer of `numel` elements, at most `self.numel`. Return it with `free`."""
+        """Return an uninitialized buffer of `numel` elements, at most `self.numel`. Give it back with `free`."""
         buffer = self._free.pop() if self._free else self._allocator.empty(self.numel, torch.float32)
         self._in_use[buffer.data_ptr()] = buffer
         return buffer[:numel]
@@ -43,13 +46,15 @@ class Scratch:
             self._free.append(buffer)
 
     def evict(self) -> None:
-        """Evict the buffers in use from memory to disk, if they are offloaded: they aren't needed for a while."""
+        """Evict the buffers in use from memory to disk, if they are offloaded, because they aren't needed for a
+        while.
+        """
         for buffer in self._in_use.values():
             self._allocator.evict(buffer)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all buffers, free or in use."""
+        """Return the size of all buffers in bytes, free or in use."""
         return (len(self._free) + len(self._in_use)) * self.numel * 4
 
 
@@ -103,8 +108,9 @@ class Passes:
 class ShardSum:
     """The sum of a step's gradients over one shard, [shard_numel].
 
-    Pieces are borrowed. Pieces of all rounds but the last are added at once (`add`). Those of the last round are
-    deferred (`defer`): `total` adds them run by run, so on one host they are never copied.
+    The pieces belong to the caller and are never overwritten. Pieces of all rounds but the last are added immediately
+    (`add`). Pieces of the last round are deferred (`defer`): `total` adds them run by run, so they are never copied on
+    one host.
     shard_scratch: buffers of a shard's length for partial sums. run_scratch: buffers of RUN elements for `total`.
     """
 
@@ -121,11 +127,13 @@ class ShardSum:
         self._passes.run()
 
     def evict(self) -> None:
-        """Evict the partial sums to disk, if they are offloaded: nothing will be added for a while."""
+        """Evict the partial sums to disk, if they are offloaded, because nothing will be added for a while."""
         self._shard_scratch.evict()
 
     def defer(self, piece: Tensor, level: int | None = None) -> None:
-        """Let `total` add this piece: the next micro-batch's, or if `level` is given, the next complete subtree's."""
+        """Keep a piece for `total` to add: that of the next micro-batch or, if `level` is given, of the next complete
+        subtree.
+        """
         self._deferred.append((level, piece))
 
     def total(self, run: Range, divisor: float, out: Tensor) -> None:
@@ -135,8 +143,8 @@ class ShardSum:
         """
         elements = slice(run.start, run.end)
         deferred = [(level, piece[elements]) for level, piece in self._deferred]
-        # fp32 pieces are read in place. They are borrowed and must not be overwritten, so the sum of two pieces goes to
-        # another buffer, at first to `out`. The order of addition is the same as in `self._sum`.
+        # fp32 pieces are read in place. They must not be overwritten, so the sum of two pieces goes to another buffer,
+        # at first to `out`. The order of addition is the same as in `self._sum`.
         in_place = {piece.data_ptr() for _, piece in deferred if piece.dtype == torch.float32}
         unused_out = [out]
 
@@ -176,11 +184,11 @@ class LocalSums:
         self._subtrees, self._accumulate = subtrees, accumulate
         self._scratch, self._added = scratch, 0
         self._passes = Passes(adder, scratch)
-        self._sum = self._passes.sum(accumulate)  # of the subtree in progress
+        self._sum = self._passes.sum(accumulate)  # the sum of the subtree in progress
         self.values: list[Tensor] = []
 
     def add(self, pieces: Sequence[Tensor]) -> None:
-        """Add the pieces of the run's next micro-batches (borrowed)."""
+        """Add the pieces of the run's next micro-batches. They are not overwritten."""
         for piece in pieces:
             self._sum.add_micro_batch(piece)
             self._added += 1

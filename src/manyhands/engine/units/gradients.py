@@ -1,7 +1,8 @@
 """The buffers in which a unit's gradients are collected and from which they are sent.
 
 - *Persistent*: one buffer that exists as long as the engine. In shared memory, peers read it in place.
-- *Transient*: a buffer that exists from the unit's first gradient until all are sent. Peers get copies.
+- *Transient*: a buffer that exists from the unit's first gradient until all of its gradients have been sent. Peers get
+  copies.
 - *Ring*: a few shared buffers that all units use in turn. A buffer is reused once all workers have read it, so workers
   that share memory don't store a full model's gradients.
 """
@@ -17,14 +18,16 @@ from manyhands.comm.group import AllToAll, Contribution, Group
 from manyhands.shard_layout import UnitLayout
 
 IN_FLIGHT = 2
-"""The most all-to-alls of gradients in flight at a time, if each needs its own buffer."""
+"""The maximum number of all-to-alls of gradients in flight at a time, if each needs its own buffer."""
 
 RING_SLOTS = IN_FLIGHT + 1
-"""One slot more than all-to-alls in flight, so that the next unit can collect its gradients meanwhile."""
+"""The number of slots: one more than all-to-alls in flight, so that the next unit can collect its gradients
+meanwhile.
+"""
 
 
 class Gradients(ABC):
-    """A unit's gradients of a micro-batch. Call `begin`, `buffer` any number of times, `send`, then `sent`.
+    """A unit's gradients of a micro-batch. Call `begin`, then `buffer` any number of times, then `send`, then `sent`.
 
     group: the workers whose gradients are added in each round.
     numel: the unit's padded_numel.
@@ -50,7 +53,7 @@ class Gradients(ABC):
         """Start the all-to-all of the gradients. Collective."""
 
     def sent(self) -> None:  # noqa: B027  (optional: a persistent buffer isn't freed)
-        """Called when this worker has read and released the all-to-all's pieces."""
+        """Note that this worker has read and released the all-to-all's pieces."""
 
 
 class PersistentGradients(Gradients):
@@ -97,7 +100,7 @@ class TransientGradients(Gradients):
 class Ring:
     """Buffers that the units of one dtype use in turn. The constructor is collective.
 
-    Every unit is sent once a round, in a fixed order. Send n uses slot n modulo the number of slots, on all workers.
+    Every unit is sent once per round, in a fixed order. Send n uses slot n modulo the number of slots, on all workers.
     numel: the number of elements of the largest unit. units: the number of units.
     """
 
@@ -106,7 +109,8 @@ class Ring:
         self._units = units
         self._sends = 0  # number of sends so far
         self._last_send: list[AllToAll | None] = [None for _ in self.slots]
-        # True if a unit of this worker collects gradients in the slot, or this worker has yet to read peers' gradients.
+        # True if a unit of this worker collects gradients in the slot, or if this worker has yet to read peers'
+        # gradients from it.
         self._occupied = [False for _ in self.slots]
 
     def next_send_of(self, position: int) -> int:
@@ -118,7 +122,7 @@ class Ring:
         """Return the slot for send `number`, or None if this is not the next send and the slot is not free.
 
         For the next send, wait until the slot is free. This can't deadlock: peers that still hold the slot are behind
-        this worker, and have received everything that they need from it.
+        this worker, and have received everything that they need from this worker.
         """
         if number == self._sends:
             return self.wait_for(number)

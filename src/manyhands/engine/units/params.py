@@ -19,25 +19,29 @@ from manyhands.shard_layout import Range, UnitLayout
 
 
 class Params(ABC):
-    """Abstract base: a unit's parameters in flat buffers. Ranges are ranges of the unit's elements."""
+    """The abstract base class for a unit's parameters in flat buffers. All ranges are ranges of the unit's elements."""
 
     def __init__(self, layout: UnitLayout, dtype: torch.dtype) -> None:
         self.layout, self.dtype = layout, dtype
         self._params: dict[str, nn.Parameter] = {}
         self._shapes: dict[str, torch.Size] = {}
-        # The address of the data that `_put` assigned to each parameter. If a parameter has data at another address,
-        # the model or its user has assigned them. Such a parameter stays in `_lost`, even if `_put` is called again.
+        # The address of the data that `_put` assigned to each parameter. If a parameter's data is at another address,
+        # the model or its user has replaced the data. The parameter then stays in `_lost`, even if `_put` is called
+        # again.
         self._addresses: dict[str, int] = {}
         self._lost: set[str] = set()
 
     @property
     def replicated(self) -> Tensor | None:
-        """The replicated buffer, [padded_numel], to which each worker writes its shard; None if there is none."""
+        """Return the replicated buffer, [padded_numel], or None. Each worker writes its shard to this buffer."""
         return None
 
     @abstractmethod
     def stored(self, within: Range) -> Tensor:
-        """Return the elements `within` of the buffer that outlives a step. Every worker stores at least its shard."""
+        """Return the range `within` of the buffer that persists between steps.
+
+        Every worker stores at least its own shard.
+        """
 
     def bind(self, params: Mapping[str, nn.Parameter]) -> None:
         """Let the model's parameters refer to these buffers from now on."""
@@ -45,7 +49,7 @@ class Params(ABC):
         self._shapes = {name: param.shape for name, param in self._params.items()}
 
     def not_bound(self) -> list[str]:
-        """Return the parameters whose data are, or once were, at an address that this object did not assign."""
+        """Return the names of the parameters whose data the model or its user has ever replaced."""
         return [slot.name for slot in self.layout.slots if slot.name in self._lost or self._is_lost(slot.name)]
 
     def _is_lost(self, name: str) -> bool:
@@ -54,7 +58,7 @@ class Params(ABC):
 
     def _put(self, name: str, data: Tensor) -> None:
         if self._is_lost(name):
-            self._lost.add(name)  # record it now: the next line overwrites the address that proves it
+            self._lost.add(name)  # record this before the address that shows it is overwritten below
         self._params[name].data = data
         self._addresses[name] = data.data_ptr()
 
@@ -84,10 +88,10 @@ class ReplicatedParams(Params):
 
 
 class OnDemandParams(Params):
-    """Abstract base: parameters that are unsharded only while they are needed.
+    """The abstract base class for parameters that are unsharded only while they are needed.
 
-    While a unit is resharded, its parameters retain their shapes, take no memory, and read as NaN. If a model uses such
-    a parameter, the loss is NaN and the step is refused, so the result is never silently wrong.
+    While a unit is resharded, its parameters retain their shapes, take no memory, and read as NaN. If a model uses a
+    resharded parameter, the loss is NaN and the step is refused, so the result is never silently wrong.
     stored: the buffer that outlives a step. pool: provides the buffers, [padded_numel], for unsharded parameters.
     """
 
@@ -119,7 +123,10 @@ class OnDemandParams(Params):
         return arrive
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
-        """Take part in an unshard that only peers need. Return a function that waits for its end. Collective."""
+        """Take part in an unshard that only peers need.
+
+        Return a function that waits until it is complete. Collective.
+        """
         full = self._pool.take(self.layout.padded_numel, self.dtype)
         wait = self._fetch(full, group, tag)
 
@@ -169,7 +176,7 @@ class ShardedParams(OnDemandParams):
 
 
 class OffloadedParams(OnDemandParams):
-    """Offloaded parameters: one copy, [padded_numel], for a host's workers. Each worker reads it without its peers."""
+    """Offloaded parameters: the workers of a host share one copy, [padded_numel]. Each worker reads it on its own."""
 
     def __init__(self, layout: UnitLayout, stored: Tensor, allocator: Allocator, pool: BufferPool) -> None:
         super().__init__(layout, stored, allocator, pool)

@@ -1,6 +1,6 @@
 """A unit: its parameters, its states and their transitions.
 
-A unit has four states, and a table of the allowed transitions. Any other transition raises InvariantError with the
+A unit has four states. A table lists the allowed transitions, and any other transition raises InvariantError with the
 unit's history.
 
     state       meaning                                  parameters          gradients
@@ -30,7 +30,7 @@ from manyhands.shard_layout import ParamSlot, Range, UnitLayout
 
 
 class State(Enum):
-    """States of a unit; see the module."""
+    """The states of a unit, described in the module's docstring."""
 
     RESTING = "resting"
     UNSHARDING = "unsharding"
@@ -39,7 +39,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """Events that change a unit's state."""
+    """The events that change a unit's state."""
 
     UNSHARD = "unshard"  # its parameters are needed
     UNSHARDED = "unsharded"  # its parameters are complete
@@ -84,8 +84,8 @@ class Lifecycle:
 class ParamUnit:
     """The parameters of a unit, trainable or frozen, and the unit's state.
 
-    modules: the names of the modules whose forwards use the parameters. () if these are unknown: then the parameters
-    must be unsharded throughout each micro-batch.
+    modules: the names of the modules whose forwards use the parameters. The tuple is empty if these are unknown. In
+    that case the parameters must be unsharded throughout each micro-batch.
     """
 
     def __init__(self, layout: UnitLayout, params: Params, modules: tuple[str, ...] = ()) -> None:
@@ -98,12 +98,12 @@ class ParamUnit:
         self.params.bind(params)
 
     def not_bound(self) -> list[str]:
-        """Return the parameters whose data were replaced by the model or its user."""
+        """Return the names of the parameters whose data the model or its user has ever replaced."""
         return self.params.not_bound()
 
     @property
     def is_unsharded(self) -> bool:
-        """True if the model can compute with the unit."""
+        """Return True if the model can compute with the unit."""
         return self.life.state is State.READY
 
     def unshard(self, group: Group, tag: str) -> None:
@@ -120,18 +120,21 @@ class ParamUnit:
 
     def reshard(self) -> None:
         """Release the unsharded parameters, since they aren't needed for now."""
-        self.wait_unsharded()  # data may still be on their way into the buffer
+        self.wait_unsharded()  # data may still be arriving in the buffer
         if self.is_unsharded:
             self.life.on(Event.RESHARD)
             self.on_demand_params.reshard()
 
     def serve(self, group: Group, tag: str) -> Callable[[], None]:
-        """Take part in an unshard that only peers need. Return a function that waits for its end. Collective."""
+        """Take part in an unshard that only peers need.
+
+        Return a function that waits until it is complete. Collective.
+        """
         return self.on_demand_params.serve(group, tag)
 
     @property
     def on_demand_params(self) -> OnDemandParams:
-        """The unit's parameters. Raises InvariantError if they are permanently unsharded."""
+        """Return the unit's parameters. Raises InvariantError if they are permanently unsharded."""
         if not isinstance(self.params, OnDemandParams):
             raise InvariantError(f"unit {self.name!r} is permanently unsharded")
         return self.params
@@ -161,8 +164,8 @@ class Unit(ParamUnit):
         self.finite_sums: list[tuple[ParamSlot, Tensor]] = []
         self._missing: set[str] = set()
         self._slots = {slot.name: slot for slot in layout.slots}
-        # Allocated once: small tensors allocated next to the gradients would fragment the C library's heap, and the
-        # memory of the gradients could not be reused.
+        # Allocate these tensors only once: small tensors allocated next to the gradients would fragment the C library's
+        # heap, and the memory of the gradients could not be reused.
         sums = torch.zeros(len(layout.slots), dtype=params.dtype, device=gradients.device)
         self._sums = dict(zip(self._slots, sums.unbind(), strict=True))
 
@@ -196,15 +199,15 @@ class Unit(ParamUnit):
         slot = self._slots[name]
         stored = self._gradient(slot)
         stored.view(grad.shape).copy_(grad)
-        # If the sum of a gradient's elements is finite, so are the elements. If it isn't, the sum may just have
-        # overflowed, so `first_not_finite` inspects the elements. The sum costs one pass over data in cache. It lets an
-        # error name the parameter before the step updates anything.
+        # If the sum of a gradient's elements is finite, so are the elements. If the sum is not finite, it may just have
+        # overflowed, so `first_not_finite` inspects the elements. The sum costs one pass over data in cache. With these
+        # sums, an error can name the parameter before the step updates anything.
         self.finite_sums.append((slot, torch.sum(stored, 0, out=self._sums[name])))
         self._missing.discard(name)
         return not self._missing
 
     def complete(self) -> list[str]:
-        """Set the gradients of parameters that got none to zero. Return these parameters' names."""
+        """Set missing gradients to zero. Return the names of their parameters."""
         missing = [name for name in self._slots if name in self._missing]
         for name in missing:
             self._gradient(self._slots[name]).zero_()
@@ -213,14 +216,14 @@ class Unit(ParamUnit):
 
     def send(self, contributors: range, tag: str) -> AllToAll:
         """Start the all-to-all of this micro-batch's gradients. Collective."""
-        self.wait_unsharded()  # the unit may have been unsharded ahead, for a use that didn't follow
+        self.wait_unsharded()  # the unit may have been unsharded ahead, but not used
         self.life.on(Event.REDUCE)
         if isinstance(self.params, OnDemandParams):
             self.params.reshard()
         return self.gradients.send(contributors, tag)
 
     def sent(self) -> None:
-        """Called when this worker has added and released the all-to-all's pieces."""
+        """Note that this worker has added and released the all-to-all's pieces."""
         self.life.on(Event.REDUCED)
         self.gradients.sent()
 

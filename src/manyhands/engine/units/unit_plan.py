@@ -3,8 +3,8 @@
 A parameter that its optimizer must see in full is *unsplittable*: one worker owns it. All shards of a unit are as long
 as its fullest shard, so an uneven division causes padding. So units of unsplittable parameters are merged until the
 parameters can be divided among the workers with little padding. For example, the four matrices of a GPT block, with
-relative sizes 3, 1, 4 and 4, fit three workers exactly. Those of two blocks fit two workers, and those of four blocks
-fit four workers.
+relative sizes 3, 1, 4 and 4, fit three workers exactly. The matrices of two blocks fit two workers, and the matrices of
+four blocks fit four workers.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ from manyhands.shard_layout import blocks_of, divide_evenly
 SMALL_NUMEL = 1 << 18
 """Neighbouring units of one kind are merged up to this many elements, because every message has a fixed cost.
 
-Units decide only how bytes travel, never the bits: see shard_layout.py for the numbering of blocks.
+Units decide only how bytes are sent, never the bits of the result: see shard_layout.py for the numbering of blocks.
 """
 
 MAX_PADDING_FRACTION = 1 / 16
 """An unsplittable unit is not merged further if its padding is at most this fraction of its blocks."""
 
 MIN_UNSPLITTABLE_MERGED = 4
-"""Otherwise merging this many neighbours is tried, and more until the largest parameter fits into one share."""
+"""With more padding than that, merges of up to this many neighbours are tried, and of more until the largest parameter
+fits into one worker's share. The merge with the least padding is used.
+"""
 
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """Plan of a unit: its name, its parameters' names in construction order, and their common properties.
+    """The plan of a unit: its name, the names of its parameters in construction order, and their common properties.
 
     unsplittable: True if each parameter has one owner.
     modules: for units that are unsharded on demand, the names of the modules whose forwards use the parameters. These
-    are the repeated or named modules that contain the parameters, and the modules that own one of them. () if the
-    parameters are outside of repeated and named modules: then they may be used anywhere.
+    are the repeated or named modules that contain the parameters, and the modules that own one of them. The tuple is
+    empty if the parameters are outside of repeated and named modules, because they may then be used anywhere.
     """
 
     name: str
@@ -51,13 +53,13 @@ class UnitPlan:
 
     @property
     def kind(self) -> tuple[torch.dtype, bool, bool, bool]:
-        """The properties that all parameters of a unit share."""
+        """Return the properties that all parameters of a unit share."""
         return self.dtype, self.trainable, self.unsplittable, bool(self.modules)
 
 
 def storage_dtype(owner: nn.Module, param: nn.Parameter, precision: str) -> torch.dtype:
     """Return the dtype in which a module's own parameter is stored. Batch norm's kernels require fp32."""
-    if param.dtype != torch.float32:  # only a frozen parameter may have another dtype, chosen on purpose
+    if param.dtype != torch.float32:  # only a frozen parameter may have another dtype, which the user chose
         return param.dtype
     if precision == "bf16" and not isinstance(owner, nn.modules.batchnorm._BatchNorm):
         return torch.bfloat16
@@ -78,8 +80,8 @@ def plan_units(
     named_units: modules whose parameters form one unit each. If there are none, each child of an outermost ModuleList
     or Sequential forms a unit, and small neighbours are merged. Other parameters form one unit per top-level module.
     unsplittable: names of the parameters that must have one owner each. workers: the number of possible owners.
-    on_demand: True if units are unsharded only while they are needed. Then parameters of these modules and parameters
-    that may be used anywhere are in separate units.
+    on_demand: True if units are unsharded only while they are needed. In that case, parameters of these modules and
+    parameters that may be used anywhere are in separate units.
     Raises ConfigError if `named_units` names a module that doesn't exist.
     """
     modules = dict(model.named_modules())
@@ -88,7 +90,8 @@ def plan_units(
             raise ConfigError(
                 "strategy.units names a module that the model doesn't have", got=repr(name), hint=nearest(name, modules)
             )
-    roots = sorted(named_units, key=len, reverse=True) or repeated_children(model)  # the innermost named module wins
+    # If named modules contain each other, a parameter belongs to the unit of the innermost one.
+    roots = sorted(named_units, key=len, reverse=True) or repeated_children(model)
     kinds: dict[tuple[str, torch.dtype, bool, bool], list[str]] = {}
     numels = {}
     for name, param in model.named_parameters():
@@ -144,7 +147,9 @@ def _merge_small(plans: Sequence[UnitPlan], numels: Mapping[str, int]) -> list[U
 
 
 def _merge_evenly(plans: Sequence[UnitPlan], numels: Mapping[str, int], workers: int) -> list[UnitPlan]:
-    """Merge the fewest neighbours that `workers` can share with little padding, else those with the least padding."""
+    """Merge as few neighbours as `workers` workers can share with little padding, or else those with the least
+    padding.
+    """
     found, left = [], list(plans)
     while left:
         padding: list[float] = []

@@ -2,10 +2,10 @@
 
 Unsharding is collective, so all workers must unshard the same units in the same order, whatever their models do.
 
-In each round all workers go through one list, the round's *plan*: first the units that must be unsharded all the time,
-then the others in the order of forward, then the same in the order of backward. A worker advances in the plan when its
-model needs a unit (`need`), and unshards a few units ahead. It also takes part in the unshards of units that its own
-model doesn't need.
+In each round all workers go through one list, the round's *plan*: first the units that must stay unsharded, then the
+other units in the order of forward, then these units again in the order of backward. A worker advances in the plan when
+its model needs a unit (`need`), and unshards a few units in advance. It also takes part in the unshards of units that
+its own model doesn't need.
 
 A model may need a unit that is not in the rest of the plan, because the model uses the unit again or in another order.
 The worker then goes to the plan's end and requests the unit there. All workers stay at the plan's end until no worker
@@ -41,10 +41,10 @@ NO_REQUEST = -1
 class _Saved(NamedTuple):
     """The record that autograd stores for backward in place of a tensor.
 
-    unit: if the tensor is a view of a unit's parameters, this unit, which backward unshards again; else None.
-    view: shape, strides and offset of such a view; else None.
-    values: the tensor; for such a view, a tensor without data that only counts in-place changes.
-    version: the number of in-place changes when the tensor was saved. torch itself doesn't check it if saved-tensor
+    unit: the unit that backward must unshard again, if the tensor is a view of its parameters; otherwise None.
+    view: shape, strides and offset of the view in the unit's buffer; None for other tensors.
+    values: the tensor itself or, in place of a view of a unit, a tensor without data that only counts in-place changes.
+    version: the number of in-place changes when the tensor was saved. torch doesn't check this number if saved-tensor
     hooks are in use.
     """
 
@@ -55,7 +55,7 @@ class _Saved(NamedTuple):
 
 
 class Unsharder:
-    """Unshards and reshards a model's units; see the module.
+    """Unshards and reshards a model's units, as the module's docstring describes.
 
     For each round, call `begin`, then `need`, `enter` and `leave` while the model computes, then `end`.
     group: a group that is used only for unsharding.
@@ -99,12 +99,14 @@ class Unsharder:
                 self._arrive(self._ahead_units.popleft())
 
     def watching_autograd(self) -> AbstractContextManager[object]:
-        """Context for a forward whose backward unshards the parameters that it needs."""
+        """Return a context for a forward whose backward unshards the parameters that it needs."""
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack) if self._units else nullcontext()
 
     @property
     def not_finite_hint(self) -> str:
-        """Another possible cause of a loss that is not finite, to be appended to an error's hint; may be empty."""
+        """Return a sentence about another possible cause of a non-finite loss, for an error's hint, or an empty
+        string.
+        """
         cause = ". The loss is also NaN if the model uses a sharded parameter outside of its unit's forward"
         return f"{cause}: in that case, use sharding zero2" if self._units else ""
 
@@ -149,15 +151,15 @@ class Unsharder:
     # - Called while the model computes
 
     def enter(self, unit: ParamUnit) -> None:
-        """Called before the forward of a module that uses the unit."""
+        """Note the start of the forward of a module that uses the unit, and unshard the unit."""
         self.need(unit)
         self._inside[unit.name] = self._inside.get(unit.name, 0) + 1
 
     def leave(self, unit: ParamUnit, result: object) -> None:
-        """Called after the forward of a module that uses the unit. result: what the forward returned.
+        """Note the end of the forward of a module that uses the unit. result: what the forward returned.
 
-        Raises ConfigError if a tensor in it is a view of the parameters: the tensor would read as NaN once these are
-        resharded.
+        Raises ConfigError if a tensor in it is a view of the parameters, because the view would read as NaN once these
+        are resharded.
         """
         self._inside[unit.name] = self._inside.get(unit.name, 1) - 1
         if self._inside[unit.name] == 0 and self._in_round and not self._backward:
@@ -174,7 +176,7 @@ class Unsharder:
 
     @contextmanager
     def using(self, module: str) -> Iterator[None]:
-        """Context in which backward recomputes a module's forward."""
+        """Return a context in which backward recomputes a module's forward."""
         units = [unit for unit in self._units if module in unit.modules]
         for unit in units:
             self.enter(unit)
@@ -187,7 +189,7 @@ class Unsharder:
     def need(self, unit: ParamUnit) -> None:
         """Unshard the unit, which the model needs now.
 
-        Raises ConfigError outside of a round, or after the unit's gradients were complete. Raises WorkerError.
+        Raises ConfigError outside of a round or after the unit's gradients were complete, and WorkerError.
         """
         unsharded = unit.is_unsharded and unit not in self._ahead_units
         if unsharded and unit.name not in self._skipped:
@@ -222,7 +224,8 @@ class Unsharder:
         """Return the record that autograd stores in place of a tensor that backward will need."""
         unit = self._by_address.get(tensor.untyped_storage().data_ptr())
         view = None if unit is None else unit.on_demand_params.view_of(tensor)
-        # Don't store the tensor itself: it may refer to the graph node that stores it, a cycle that is never freed.
+        # Don't store the tensor itself: it may refer to the graph node that stores it, and this cycle would never be
+        # freed.
         values = tensor.detach()
         if view is not None:
             values.data = values.new_empty(0)  # still shares the version counter, but not the buffer
@@ -247,7 +250,7 @@ class Unsharder:
     def _check_need(self, unit: ParamUnit) -> None:
         if not self._in_round:
             raise ConfigError(
-                f"the parameters of {unit.name!r} are sharded, and unsharded only during a step",
+                f"the parameters of {unit.name!r} are sharded, and can be used only during a step",
                 hint="use the model inside `with engine.evaluating():` or, if every worker has memory for the full "
                 "model, `with engine.unsharded_model():`",
             )
@@ -277,11 +280,12 @@ class Unsharder:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Context for a round in which each worker may run any number of forwards. Collective."""
+        """Return a context for a round in which each worker may run any number of forwards. Collective."""
         self.begin("evaluation", computes=True, backward=False)
         yield
         self.end()
-        # Requests in an evaluation must not change the plan of the steps, nor make the next step's end collective.
+        # Requests in an evaluation must not change the plan of the steps, or force the end of the next step to be a
+        # collective call.
         self._plan_failed = False
 
     def _arrive(self, unit: ParamUnit) -> None:
@@ -315,7 +319,7 @@ class Unsharder:
     def _reshard_used(self, needed: ParamUnit) -> None:
         """Reshard units that were used before `needed`, unless their forward is still in progress.
 
-        Units of one module (a block's matrices and the rest of the block, for example) stay together, since backward
+        Units of one module (for example, a block's matrices and its other parameters) stay together, because backward
         needs them alternately.
         """
         staying = []
@@ -327,7 +331,10 @@ class Unsharder:
         self._used = staying
 
     def _request(self, unit: ParamUnit | None) -> None:
-        """Request `unit` at the plan's end and serve peers' requests. With None, serve until no worker requests one."""
+        """Request `unit` at the plan's end and serve peers' requests.
+
+        If `unit` is None, serve requests until no worker makes one.
+        """
         while True:
             number = NO_REQUEST if unit is None else self._units.index(unit)
             numbers = self._group.all_gather_small(torch.tensor([number]), f"{self._tag} / request / control")

@@ -4,8 +4,8 @@ The update makes one pass over runs of elements that stay in a core's cache. For
 adds the pieces of the gradients, divides and clips the sum, applies the optimizer, and writes the parameters. An
 unsplittable parameter is a run of its own, of any length.
 
-Two passes are made in two cases only. Clipping needs the norm first. With replicated optimizer state, every worker
-needs the sums of all workers first.
+The update makes two passes in two cases only: clipping needs the norm first, and with replicated optimizer state every
+worker first needs the sums of all workers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def ranges_of(unit: Unit) -> list[Range]:
 
 @dataclass(frozen=True)
 class Run:
-    """A range of a unit that the update processes at once. This worker holds all its elements.
+    """A range of a unit that the update processes at a time. This worker holds all its elements.
 
     slices: the optimizer's views of the master weights in the range. groups: the param groups over these slices.
     """
@@ -73,7 +73,7 @@ class Allocators(NamedTuple):
 
 
 class Updater:
-    """Updates this worker's weights from the sums of a step's gradients; see the module."""
+    """Updates this worker's weights from the sums of a step's gradients, as the module's docstring describes."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Updater:
 
     @property
     def slices(self) -> Iterator[tuple[Slice, Range]]:
-        """The slices of this worker's master weights and optimizer state, each with the part that this worker owns.
+        """Yield each slice of this worker's master weights and optimizer state, with the part that this worker owns.
 
         The part is the range of the slice's elements that lies in this worker's shard. It is the full slice unless
         optimizer state is replicated.
@@ -194,7 +194,7 @@ class Updater:
         return 0 if self._replicated else unit.shard.start
 
     def _total(self, reducer: GradientReducer, unit: Unit, within: Range, weight: float, out: Tensor) -> None:
-        """Write the step's gradient over `within`, a part of the shard, to `out`; store its blocks' norms."""
+        """Write the step's gradient over `within`, a part of the shard, to `out`, and store the norms of its blocks."""
         for run in runs_of(within):
             in_shard = Range(run.start - unit.shard.start, run.end - unit.shard.start)
             part = out[run.start - within.start : run.end - within.start]
@@ -276,7 +276,7 @@ class Updater:
         return within.overlap(self._written[unit.name])
 
     def _write(self, run: Run) -> None:
-        """Copy master weights to the parameters, unless they are the same memory."""
+        """Copy master weights to the parameters, unless both are in the same memory."""
         unit, writes = run.unit, self._writes(run.unit, run.range)
         stored = unit.params.stored(writes)
         master = unit.master[writes.start - unit.held.start : writes.end - unit.held.start]
@@ -289,7 +289,8 @@ class Updater:
         norm = total_norm(self._in_block_order(norms, f"{tag} / norm / control"))
         if not norm < float("inf"):  # also true if it is NaN
             raise NumericsError(
-                f"the sum of the step's gradients is not finite, though each micro-batch's is (norm {norm})",
+                f"the sum of the step's gradients is not finite (norm {norm}), although every micro-batch's gradients "
+                "are finite",
                 where=tag,
                 hint="lower the learning rate or scale the loss down, and resume from the last checkpoint",
             )
@@ -322,5 +323,7 @@ class Updater:
 
 
 def _is_alias(master: Tensor, stored: Tensor) -> bool:
-    """True if parameters and master weights are the same memory, which is possible in fp32; see assembly.py."""
+    """Return True if parameters and master weights are in the same memory, which is possible in fp32; see
+    assembly.py.
+    """
     return master.data_ptr() == stored.data_ptr()
