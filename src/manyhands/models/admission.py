@@ -22,7 +22,7 @@ def admit(model: nn.Module) -> None:
     """Check that the model's parameters can be moved into flat buffers. Raises ConfigError.
 
     Trainable parameters must be fp32, on the CPU, and must not share memory: after a parameter has moved, another view
-    of its old memory would keep the initial weights forever. Frozen parameters and buffers may have any dtype.
+    of its old memory would retain the initial weights forever. Frozen parameters and buffers may have any dtype.
     """
     for name, param in model.named_parameters():
         _admit_param(name, param)
@@ -71,7 +71,7 @@ def _refuse_shared_memory(model: nn.Module) -> None:
         for name, tensor in _tensors_of(model).items()
         if tensor.numel()
     )
-    # Sorted by start, so a tensor overlaps an earlier one if it starts before the furthest end so far.
+    # The spans are sorted by start, so a tensor overlaps an earlier one if it starts before the greatest end so far.
     furthest = spans[:1]
     for before, span in pairwise(spans):
         furthest = [max(furthest[0], before, key=lambda other: other[1])]
@@ -85,7 +85,9 @@ def _refuse_shared_memory(model: nn.Module) -> None:
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, buffers, and tensors in plain attributes, lists, tuples and dicts, each under its first name."""
+    """Return the parameters, buffers, and tensors in plain attributes, lists, tuples and dicts, each under its first
+    name.
+    """
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         found.setdefault(id(tensor), (name, tensor))
@@ -106,7 +108,10 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _span(tensor: Tensor) -> int:
-    """The number of elements of storage from the first to the last element. Less than numel if elements overlap."""
+    """Return the number of elements of storage from the first to the last element.
+
+    The number is less than numel if elements overlap.
+    """
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
@@ -118,17 +123,17 @@ _HINT = "create all parameters in recipe.model, before it returns; if forward cr
 
 
 class ParamHolder(Protocol):
-    """Holds the data of some parameters: a unit."""
+    """An object that holds the data of some parameters, such as a unit."""
 
     def not_bound(self) -> list[str]:
-        """The names of its parameters whose data was replaced by other code."""
+        """Return the names of its parameters whose data other code has replaced."""
 
 
 class ParamGuard:
     """Checks that only updates change a model's parameters, after they have been laid out.
 
-    changeable: names of frozen parameters that may change, because they are managed like buffers. holders: hold all
-    trainable parameters, and some frozen ones.
+    changeable: names of frozen parameters that may change, because they are managed like buffers. holders: the units,
+    which hold all trainable parameters and some frozen ones.
     """
 
     def __init__(self, model: nn.Module, changeable: Container[str], holders: Sequence[ParamHolder]) -> None:
@@ -136,7 +141,8 @@ class ParamGuard:
         self._known = dict(model.named_parameters())
         self._trainable = {name for name, param in self._known.items() if param.requires_grad}
         self._versions = {name: param._version for name, param in self._known.items() if name not in changeable}
-        # Addresses of frozen parameters. Between two rounds they are valid even for units that are unsharded on demand.
+        # The addresses of frozen parameters. Between two rounds they are valid even for units that are unsharded on
+        # demand.
         self._frozen_addresses = {
             name: param.data_ptr()
             for name, param in self._known.items()
@@ -145,7 +151,7 @@ class ParamGuard:
         self._graph_is_known = False
 
     def before_step(self) -> None:
-        """Check that no parameter has a gradient: it would be added to the step's gradient. Raises ConfigError."""
+        """Check that no parameter has a gradient, which would be added to the step's gradient. Raises ConfigError."""
         for name, param in self._known.items():
             if param.grad is not None:
                 raise ConfigError(
@@ -163,9 +169,11 @@ class ParamGuard:
             if isinstance(leaf, nn.Parameter) and id(leaf) not in mine:
                 self.after_backward()  # if the model has the parameter by now, this error names it
                 raise ConfigError(
-                    "the loss depends on a trainable parameter that the model doesn't have: it would never be updated",
+                    "the loss depends on a trainable parameter that the model doesn't have, so it would never be "
+                    "updated",
                     got=f"a parameter of shape {tuple(leaf.shape)}",
-                    hint="make its module a part of the model (use nn.ModuleList instead of a list), or freeze it",
+                    hint="make its module a part of the model (use nn.ModuleList instead of a list), or freeze the "
+                    "parameter",
                 )
 
     def after_backward(self) -> None:
@@ -176,7 +184,7 @@ class ParamGuard:
                 raise ConfigError(f"parameter {name!r} was added after the engine was created", hint=_HINT)
             if param.requires_grad and name not in self._trainable:
                 raise ConfigError(
-                    f"parameter {name!r} was frozen when the engine was created, and is trainable now",
+                    f"parameter {name!r} was frozen when the engine was created, but is trainable now",
                     hint="make it trainable in recipe.model; freezing it for some steps is allowed",
                 )
         for name, param in self._known.items():
@@ -200,7 +208,7 @@ class ParamGuard:
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
-    """The leaf tensors that a backward from `loss` would reach."""
+    """Return the leaf tensors that a backward from `loss` would reach."""
     found, seen, todo = [], set(), [loss.grad_fn]
     while todo:
         node = todo.pop()

@@ -1,9 +1,10 @@
 """bf16 matrix products computed in fp32 on CPUs that would emulate them.
 
 On such CPUs torch emulates the instructions. On a Xeon with AVX-512 this takes four times as long as the same product
-in fp32. Where oneDNN has no bf16, torch uses plain loops, which take a hundred times as long. A product of two bf16
-numbers is exact in fp32, and sums are fp32 either way, so no precision is lost. The bits differ from those of a CPU
-with bf16 instructions. The bits of emulated products also differ. The numerics identity records the instructions.
+in fp32. If oneDNN does not support bf16, torch uses plain loops, which take a hundred times as long. A product of two
+bf16 numbers is exact in fp32, and sums are fp32 either way, so no precision is lost. The results have other bits than
+on a CPU with bf16 instructions, and other bits than with emulation. The numerics identity therefore records the
+instructions.
 
 This is a torch dispatch mode below autograd, so models, losses, backward and optimizers are unchanged.
 """
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_map
 from manyhands.numerics.arithmetic import bf16_instructions
 
 MAX_ELEMENTS = 1 << 21
-"""Elements of the larger factor, and of the product, that are in fp32 at a time: 8 MiB each."""
+"""The number of elements of the larger factor, and of the product, that are in fp32 at a time: 8 MiB each."""
 
 MAX_RETAINED = 1 << 22
 """The largest buffer, in elements of fp32, that is retained between products: 16 MiB."""
@@ -35,10 +36,10 @@ _Compute = Callable[..., Any]
 
 
 def bf16_products_in_fp32(enabled: bool = True) -> AbstractContextManager[object]:
-    """Inside this context, compute this thread's products of bf16 CPU tensors in fp32, and round the results.
+    """Return a context that computes this thread's products of bf16 CPU tensors in fp32, and rounds the results.
 
-    Does nothing if not `enabled`, or if the CPU has bf16 instructions. Not for compiled code: torch compiles nothing
-    under a dispatch mode.
+    The context does nothing if not `enabled`, or if the CPU has bf16 instructions. Don't use it for compiled code,
+    because torch compiles nothing under a dispatch mode.
     """
     if enabled and not bf16_instructions():
         return _ProductsInFp32()  # type: ignore[no-untyped-call]
@@ -52,7 +53,7 @@ class _ProductsInFp32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         compute, kwargs = _products().get(func), kwargs or {}
         if compute is not None and _are_plain_bf16(args):
             return compute(func, *args, **kwargs)
-        if _is_composite(func):  # may contain such products; without autograd it arrives here undivided
+        if _is_composite(func):  # it may contain such products; without autograd it arrives here as a whole
             with self:
                 return func.decompose(*args, **kwargs)
         return func(*args, **kwargs)
@@ -60,7 +61,7 @@ class _ProductsInFp32(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @cache
 def _products() -> dict[OpOverload, _Compute]:
-    """The function that computes each kind of product."""
+    """Return the functions that compute each kind of product."""
     aten = torch.ops.aten
     computes: dict[OpOverload, _Compute] = {
         aten.mm.default: lambda func, left, right: _matrix_product(aten.mm.out, None, left, right),
@@ -81,7 +82,7 @@ def _products() -> dict[OpOverload, _Compute]:
 
 
 def _are_plain_bf16(args: Sequence[Any]) -> bool:
-    """True if the tensors of a product are dense bf16 tensors on a CPU."""
+    """Return True if the tensors of a product are dense bf16 tensors on a CPU."""
     first = next((arg for arg in args if isinstance(arg, Tensor)), None)
     if first is None or first.dtype is not torch.bfloat16 or not first.is_cpu:
         return False
@@ -107,15 +108,15 @@ def _product(func: OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 
 def _attention(func: OpOverload, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Compute attention: its output, and the log-sum-exps, which are always fp32."""
+    """Compute attention. Return its output, and the log-sum-exps, which are always fp32."""
     output, log_sums = func(*tree_map(_widened, args), **kwargs)
     return _rounded(output), log_sums
 
 
 def _matrix_product(func: OpOverload, added: Tensor | None, left: Tensor, right: Tensor, **factors: float) -> Tensor:
-    """left [m, k] times right [k, n], plus `added`, which is expanded to [m, n].
+    """Return left [m, k] times right [k, n], plus `added`, which is expanded to [m, n].
 
-    Widens the larger factor in parts, so that it is never completely in fp32.
+    The larger factor is converted in parts, so that it is never completely in fp32.
     """
     (rows, inner), columns = left.shape, right.shape[1]
     product = left.new_empty(rows, columns)
@@ -134,13 +135,13 @@ def _matrix_product(func: OpOverload, added: Tensor | None, left: Tensor, right:
 
 
 class _Buffer:
-    """Reused fp32 memory. New memory would cost page faults, and would fragment the heap."""
+    """fp32 memory that is reused. New memory would cost page faults, and would fragment the heap."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def of(self, shape: Sequence[int]) -> Tensor:
-        """An uninitialised tensor of this shape, valid until the next call."""
+        """Return an uninitialised tensor of this shape, valid until the next call."""
         numel = prod(shape)
         if numel > MAX_RETAINED:
             return torch.empty(shape)
@@ -150,7 +151,7 @@ class _Buffer:
         return self._memory[:numel].view(shape)
 
     def widened(self, matrix: Tensor) -> Tensor:
-        """A copy of the matrix in fp32 with the same memory layout."""
+        """Return a copy of the matrix in fp32 with the same memory layout."""
         if matrix.stride(0) == 1:
             return self.of(matrix.T.shape).copy_(matrix.T).T
         return self.of(matrix.shape).copy_(matrix)
@@ -160,7 +161,9 @@ _local = threading.local()
 
 
 def _buffers() -> tuple[_Buffer, _Buffer, _Buffer]:
-    """This thread's buffers: for one factor, for a part of the other, and for a part of the product."""
+    """Return this thread's buffers: one for the smaller factor, one for a part of the larger factor, and one for a part
+    of the product.
+    """
     if not hasattr(_local, "buffers"):
         _local.buffers = _Buffer(), _Buffer(), _Buffer()
     found: tuple[_Buffer, _Buffer, _Buffer] = _local.buffers

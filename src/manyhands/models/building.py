@@ -1,7 +1,7 @@
 """Builds the model with its initial weights, in files if it does not fit in memory.
 
-With offload = "disk", the large tensors that the constructor creates lie in files from the start. The constructor runs
-unchanged, so the initial weights have the same bits as in memory. The kernel caches as much of them as fits.
+With offload = "disk", the large tensors that the constructor creates are in files from the start. The constructor runs
+unchanged, so the initial weights have the same bits as in memory. The kernel caches as much of these files as fits.
 
 If weight files supply the values, large parameters are not initialised: memory that is never written takes no space.
 """
@@ -26,19 +26,19 @@ from manyhands.numerics.seeds import preserved_generators, seed_generators
 from manyhands.offload.allocator import Allocator
 
 LARGE_BYTES = 1 << 18
-"""Smaller tensors stay in memory: a mapped tensor takes at least a page."""
+"""Smaller tensors stay in memory, because a mapped tensor takes at least a page."""
 
 UNWRITTEN_BYTES = 1 << 22
-"""Smaller parameters are always initialised, because weight files may lack them (adapters)."""
+"""Smaller parameters are always initialised, because weight files may lack them, as for adapters."""
 
 RECENT = 2
-"""The number of recent tensors that stay in memory: modules fill a tensor soon after they create it."""
+"""The number of recent tensors that stay in memory, because modules fill a tensor soon after they create it."""
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
 class BuiltAt(TorchFunctionMode):
-    """`with BuiltAt(allocator):` torch's factories create large CPU tensors as buffers of `allocator`."""
+    """A context in which torch's factories create large CPU tensors as buffers of `allocator`."""
 
     def __init__(self, allocator: Allocator) -> None:
         super().__init__()
@@ -82,15 +82,18 @@ class BuiltAt(TorchFunctionMode):
 _WRITES = frozenset(name for name in dir(nn.init) if name.endswith("_") and name[0] != "_") | frozenset(
     ("add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "mul_", "normal_", "sub_", "uniform_", "zero_")
 )
-"""Names of functions that initialise tensors, and of the tensor methods that these functions call. They are names,
-because libraries replace the functions with others of the same names. Other functions may write."""
+"""The names of functions that initialise tensors, and of the tensor methods that these functions call.
+
+Names are used, because libraries replace the functions with others that have the same names. Functions not listed may
+write to a tensor.
+"""
 
 
 class Unwritten(TorchFunctionMode):
-    """`with Unwritten():` large parameters are not initialised, because weight files supply their values.
+    """A context in which large parameters are not initialised, because weight files supply their values.
 
-    Shapes, types, and values in other tensors are the same as without it, except random values: those differ, because
-    no random numbers are drawn for large parameters.
+    Shapes, types, and values of other tensors are the same as without this context, except random values. Random values
+    differ, because no random numbers are drawn for large parameters.
     """
 
     def __init__(self) -> None:
@@ -112,7 +115,7 @@ class Unwritten(TorchFunctionMode):
 
 
 def is_unwritten(target: object) -> bool:
-    """True for a parameter that `Unwritten` does not initialise."""
+    """Return True if `target` is a parameter that `Unwritten` does not initialise."""
     return isinstance(target, nn.Parameter) and target.nbytes >= UNWRITTEN_BYTES
 
 
@@ -120,7 +123,7 @@ _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def evict_model(tensors: Iterable[Tensor], allocator: Allocator) -> None:
-    """Let `allocator` evict those of `tensors` that are its buffers."""
+    """Let `allocator` evict those tensors that are its buffers."""
     for tensor in tensors:
         if allocator.owns(tensor):
             allocator.evict(tensor)
@@ -144,7 +147,7 @@ def build_model(recipe: Recipe, allocator: Allocator) -> tuple[nn.Module, frozen
     initialised = {param for param in names if weights.may_lack(names[param])}
     pending = frozenset(names[param][0] for param in names.keys() - initialised)
     if any(map(is_unwritten, initialised)):
-        # A large parameter keeps its initial value. That depends on all random numbers drawn before it, so all
+        # A large parameter keeps its initial value, which depends on all random numbers drawn before it. So all
         # parameters are initialised.
         model = _build(recipe, allocator)
     return model, pending

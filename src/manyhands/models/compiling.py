@@ -2,16 +2,16 @@
 
 Compiled code must be the same in every worker. By default it depends on the shapes that the process has seen before
 (the second shape of an input makes the code generic), on measured times of candidates, and on limits beyond which
-modules silently run uncompiled. A worker that sees other micro-batches would compute other bits. So here every shape
-and number gets its own code, nothing is measured, and too many compilations are an error.
+modules silently run uncompiled. A worker that sees other micro-batches would then compute other bits. So this module
+compiles separate code for every shape and number, measures nothing, and raises an error after too many compilations.
 
 Only forwards are compiled, and only inside a step. Hooks stay outside of compiled code. Evaluation and samples, whose
 shapes change with every call, run uncompiled.
 
 Without `compile`, torch's compiler (torch._dynamo) is not imported. torch's optimizers import it only to mark
 themselves as not compiled, which costs every worker 150 MiB and one to two seconds. A stand-in module accepts these
-marks. Any other use (torch.compile, or activation checkpointing, which reads its settings) imports the compiler,
-which replaces the stand-in.
+marks. Any other use, such as torch.compile or activation checkpointing (which reads the compiler's settings), imports
+the compiler, which replaces the stand-in.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from torch import nn
 from manyhands.errors import ConfigError
 
 MAX_COMPILATIONS = 1024
-"""The most compilations of one forward, counted over all modules that share it."""
+"""The maximum number of compilations of one forward, counted over all modules that share it."""
 
 _TRACING = {  # torch._dynamo.config
     "automatic_dynamic_shapes": False,
-    "automatic_dynamic_local_pgo": False,  # would use the shapes of earlier runs
+    "automatic_dynamic_local_pgo": False,  # True would use the shapes of earlier runs
     "automatic_dynamic_remote_pgo": False,
     "assume_static_by_default": True,
     "specialize_int": True,
@@ -72,7 +72,7 @@ _CODE = {  # torch._inductor.config
 class CompiledModules:
     """The modules of a model whose forwards are compiled, and run compiled inside a step.
 
-    candidates: names of modules, such as the children of containers; None: compile nothing. A container without a
+    candidates: names of modules, such as the children of containers, or None to compile nothing. A container without a
     forward is replaced by its children. Single torch layers are not compiled, because each is one kernel already.
     Raises ConfigError, for example if there is nothing to compile.
     """
@@ -103,7 +103,7 @@ class CompiledModules:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the compiled modules."""
+        """Return the names of the compiled modules."""
         return tuple(self._modules)
 
     def undo(self) -> None:
@@ -115,7 +115,7 @@ class CompiledModules:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Run compiled forwards in this block: forward and backward of a micro-batch."""
+        """Run compiled forwards in this block, which contains forward and backward of a micro-batch."""
         if not self._modules:  # do not import the compiler
             yield
             return
@@ -127,11 +127,15 @@ class CompiledModules:
                 self._computing = False
 
     def around(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Replace names of modules inside a compiled module with its name: hooks must stay outside of compiled code."""
+        """Replace names of modules inside a compiled module with its name, because hooks must stay outside of compiled
+        code.
+        """
         return tuple(dict.fromkeys(self._outer(name) or name for name in names))
 
     def refuse_inside(self, patterns: Sequence[str], what: str) -> None:
-        """Raise ConfigError if a pattern matches a part of a compiled module, and none matches the full module."""
+        """Raise ConfigError if a pattern matches a part of a compiled module, and no pattern matches the full
+        module.
+        """
 
         def matches(name: str) -> bool:
             return any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -179,9 +183,9 @@ class CompiledModules:
 
 
 def compiler_identity(compiles: bool) -> dict[str, str]:
-    """The facts that decide the bits of compiled code: the compiler, its vector instructions and its settings.
+    """Return the facts that decide the bits of compiled code: the compiler, its vector instructions and its settings.
 
-    Empty if not `compiles`. Raises ConfigError if there is no working compiler.
+    The dict is empty if not `compiles`. Raises ConfigError if there is no working compiler.
     """
     if not compiles:
         return {}
@@ -224,7 +228,7 @@ def _settings() -> Iterator[None]:
 
 
 def _hash_of_settings() -> str:
-    """A hash of all compiler settings inside a step, including those from the environment."""
+    """Return a hash of all compiler settings inside a step, including those from the environment."""
     import torch._functorch.config
 
     with _settings():
@@ -240,7 +244,7 @@ _DISABLED = "__dynamo_disable"
 
 
 def avoid_compiler_import() -> None:
-    """Install the stand-in for the compiler. Does nothing if the compiler is loaded already."""
+    """Install the stand-in for the compiler. Does nothing if the compiler is already imported."""
     if COMPILER not in sys.modules:
         stand_in = _StandIn()
         sys.modules[COMPILER] = stand_in
@@ -251,7 +255,7 @@ class _StandIn(ModuleType):
     """The functions of the compiler that torch calls without compiling. Any other name imports the compiler."""
 
     def __init__(self) -> None:
-        super().__init__(COMPILER, "Stands in for the compiler.")
+        super().__init__(COMPILER, "A stand-in for the compiler.")
         self.__spec__ = importlib.util.find_spec(COMPILER)
         self.__file__ = None if self.__spec__ is None else self.__spec__.origin
         self._functions: list[Any] = []
@@ -278,7 +282,7 @@ class _StandIn(ModuleType):
         with self._lock:
             if sys.modules.get(COMPILER) is self:
                 del sys.modules[COMPILER], torch._dynamo
-                for function in self._functions:  # the compiler has not seen these
+                for function in self._functions:  # they are not yet marked for the compiler
                     if getattr(function, _DISABLED, None) is function:
                         delattr(function, _DISABLED)
                 importlib.import_module(COMPILER)
@@ -286,7 +290,7 @@ class _StandIn(ModuleType):
 
 
 class _TraceRules:
-    """Stands in for torch._dynamo.trace_rules, whose caches torch.distributed clears whenever it starts."""
+    """A stand-in for torch._dynamo.trace_rules, whose caches torch.distributed clears whenever it starts."""
 
     def __init__(self, compiler: _StandIn) -> None:
         self._compiler = compiler

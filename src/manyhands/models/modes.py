@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context in which all modules are in evaluation mode. The mode of each module is restored at the end."""
+    """Set all modules to evaluation mode in a context. At its end, the mode of each module is restored."""
     before = [(module, module.training) for module in model.modules()]
     was_training = model.training
     model.eval()

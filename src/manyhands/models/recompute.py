@@ -2,7 +2,7 @@
 
 Uses torch.utils.checkpoint without reentrant autograd (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
 arXiv 1604.06174). The recomputation must give the same bits, so it starts from the same generator states and the same
-buffers as the forward. Afterwards the buffers get back the values that the forward left.
+buffers as the forward. Afterwards the buffers are set back to their values after the forward.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def checkpoint_activations(
 ) -> Callable[[], None]:
     """Recompute the activations of the modules whose names match a pattern. Return a function that undoes this.
 
-    If one matching module contains another, only the outer one is used. using: called with a module's name; returns a
-    context for its recomputation. Raises ConfigError for a pattern without a match.
+    If one matching module contains another, only the outer one is used. using: a function that takes a module's name
+    and returns a context for the module's recomputation. Raises ConfigError for a pattern without a match.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     for pattern in patterns:
@@ -41,7 +41,7 @@ def checkpoint_activations(
         inside = any(name.startswith(f"{outer}.") for outer in chosen)
         if not inside and any(fnmatchcase(name, pattern) for pattern in patterns):
             chosen.append(name)
-    # A forward that was set on the object itself, not on its class.
+    # These are forwards that were set on the objects themselves, not on their classes.
     own = {name: modules[name].__dict__.get("forward") for name in chosen}
     for name in chosen:
         module = modules[name]
@@ -79,7 +79,7 @@ def _forward(
 def _twice(
     module: nn.Module, using: Callable[[], AbstractContextManager[object]]
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of the forward and of the recomputation."""
+    """Return the contexts of the forward and of the recomputation."""
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     generators = generators_state()
 

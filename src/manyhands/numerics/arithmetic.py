@@ -1,7 +1,7 @@
 """The numerics identity (torch version, device, CPU kind, threads), and settings that make arithmetic deterministic.
 
-The *numerics identity* is everything outside the recipe that may change the bits of the result. `fix_arithmetic` makes
-the settings that this process can control: the number of threads, and deterministic kernels.
+The *numerics identity* is everything outside the recipe that may change the bits of the result. `fix_arithmetic` sets
+the parts that a process can control: the number of threads, and deterministic kernels.
 """
 
 from __future__ import annotations

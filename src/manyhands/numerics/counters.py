@@ -22,8 +22,8 @@ _DOMAIN = b"manyhands seed 1;"  # part of every seed: a change would change all 
 def derive(seed: int, *counters: int | str) -> int:
     """Return the seed for one purpose: 63 bits of SHA-256 over the canonical encoding of `(seed, *counters)`.
 
-    Integers and strings are distinguished (`1` isn't `"1"`), and no two different tuples have the same encoding.
-    Deterministic: the same number on every machine and in every version of Python, numpy and torch.
+    Integers and strings are distinguished (`1` isn't `"1"`), and no two different tuples have the same encoding. The
+    number is the same on every machine and in every version of Python, numpy and torch.
     Raises TypeError for a counter that is neither an integer nor a string.
     """
     encoded = bytearray(_DOMAIN)
@@ -39,8 +39,8 @@ def derive(seed: int, *counters: int | str) -> int:
 def words_at(seed: int, purpose: str, partition: int, start: int, count: int) -> NDArray[np.uint64]:
     """Return 64 random bits for each of `count` records starting at position `start` of a partition.
 
-    Computed by SplitMix64 (Steele, Lea and Flood, 2014) from a derived key.
-    Deterministic: the same words on every machine, however the partition is divided into chunks.
+    SplitMix64 (Steele, Lea and Flood, 2014) computes the words from a derived key. The words are the same on every
+    machine, and do not depend on how the partition is divided into chunks.
     """
     positions = np.arange(start, start + count, dtype=np.uint64)
     words = np.uint64(derive(seed, purpose, partition)) + positions * np.uint64(0x9E3779B97F4A7C15)

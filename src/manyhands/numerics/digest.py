@@ -1,8 +1,9 @@
 """Norms and hashes of blocks; digests and fingerprints of parameters.
 
-Norms and hashes are computed per block and combined in block order, never per shard: shards depend on the number of
-workers. The functions take a flat tensor of complete blocks, [num_blocks * BLOCK], and return one value per block. A
-block's value depends only on that block's elements, not on how many blocks are processed together.
+Norms and hashes are computed per block and combined in block order. They are never computed per shard, because shards
+depend on the number of workers. The functions take a flat tensor of complete blocks, [num_blocks * BLOCK], and return
+one value per block. A block's value depends only on that block's elements, not on how many blocks are processed
+together.
 
 The *digest* is SHA-256 over the hashes of all blocks of the master weights and of the persistent buffers, tensor by
 tensor, in the order of the model's state_dict. A *fingerprint* identifies the bits of one parameter. It is used for
@@ -77,11 +78,18 @@ def _hashes(bits: Tensor, *keys: Tensor) -> Tensor:
 
 
 HASH_CHUNK = 256 * BLOCK
-"""Elements that are hashed at a time. They may be copied, and a copy of a full parameter may not fit into memory."""
+"""The number of elements that are hashed at a time.
+
+Hashing may copy them, and a copy of a full parameter may not fit into memory.
+"""
 
 
 def digest_of(names_and_words: Sequence[tuple[str, int]], hashes: npt.NDArray[np.int64]) -> str:
-    """Return the digest as 64 hex digits. hashes: [num_blocks] int64, tensor by tensor. words: see `words_of`."""
+    """Return the digest as 64 hex digits.
+
+    names_and_words: the name and the number of words (see `words_of`) of each tensor. hashes: [num_blocks] int64,
+    tensor by tensor.
+    """
     sha, first = hashlib.sha256(), 0
     for name, words in names_and_words:
         last = first + blocks_of(words)
@@ -97,7 +105,7 @@ def slots_in_order(slots: Sequence[ParamSlot]) -> list[tuple[str, int]]:
 
 
 def words_of(tensor: Tensor) -> int:
-    """Return the number of 32-bit words that are hashed of a tensor: its elements, unless it is hashed by its bytes."""
+    """Return the number of 32-bit words of a tensor that are hashed: one per element, unless its bytes are hashed."""
     return tensor.numel() if _is_hashed_as_fp32(tensor.dtype) else -(-tensor.numel() * tensor.itemsize // 4)
 
 
@@ -115,7 +123,7 @@ def tensor_hashes(tensor: Tensor) -> npt.NDArray[np.int64]:
     if not _is_hashed_as_fp32(tensor.dtype):
         flat = torch.view_as_real(flat) if flat.is_complex() else flat
         raw = flat.cpu().contiguous().reshape(-1).view(torch.uint8)
-        flat = pad(raw, (0, -raw.numel() % 4)).view(torch.float32)  # only the bits count
+        flat = pad(raw, (0, -raw.numel() % 4)).view(torch.float32)  # only the bits are used
     parts = [part.float().cpu() for part in torch.split(flat, HASH_CHUNK)] if flat.numel() else []
     hashes = [block_hashes(pad(part, (0, -part.numel() % BLOCK))).numpy() for part in parts]
     return np.concatenate(hashes) if hashes else np.empty(0, np.int64)
@@ -125,8 +133,8 @@ def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return the digest of a model's tensors: `digest_of_tensors(model.state_dict().items())`.
 
     It equals the digest of a run that ends with these weights and persistent buffers. Other programs can use it to
-    check a digest. tensors: names and tensors, in the order of the state_dict. A tied tensor counts under its first
-    name. Leave out frozen parameters, which the digest doesn't cover; those that are still `nn.Parameter`s with
+    check a digest. tensors: names and tensors, in the order of the state_dict. A tied tensor is hashed under its first
+    name only. Leave out frozen parameters, because the digest doesn't cover them. Values of type `nn.Parameter` with
     `requires_grad=False`, as in `state_dict(keep_vars=True)`, are skipped.
     """
     names, hashes, seen = [], [np.empty(0, np.int64)], set()
@@ -148,7 +156,10 @@ def fingerprint(name: str, param: Tensor) -> str:
 
 
 def fingerprint_of_parts(name: str, dtype: torch.dtype, parts: Iterable[Tensor]) -> str:
-    """Return the fingerprint of a parameter from consecutive parts. All but the last must be complete blocks."""
+    """Return the fingerprint of a parameter from consecutive parts.
+
+    All parts but the last must consist of complete blocks.
+    """
     if dtype == torch.float32:
         numel, hashes = 0, []
         for part in parts:

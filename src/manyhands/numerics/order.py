@@ -1,7 +1,8 @@
 """The one order in which the gradients of a step are added.
 
-A step has `V` virtual workers with `accumulate` micro-batches each; micro-batch `i = v * accumulate + a` is the `a`-th
-of virtual worker `v`. The sum is *defined* as follows. In each virtual worker, micro-batches are added in order of
+A step has `V` virtual workers with `accumulate` micro-batches each. Micro-batch `i = v * accumulate + a` is the `a`-th
+micro-batch of virtual worker `v`. The sum is *defined* as follows. In each virtual worker, micro-batches are added in
+order of
 `a`. Then the sums of the virtual workers are added by a binary-counter tree: equal-sized neighbours are added as left +
 right, and the remaining subtrees are added from the right.
 
@@ -33,8 +34,8 @@ class Subtree(NamedTuple):
 def maximal_subtrees(start: int, end: int) -> tuple[Subtree, ...]:
     """Return the fewest complete subtrees that cover virtual workers [start, end), in order.
 
-    There is one subtree if the length of the run is a power of two that divides `start`. There are never more than
-    2 * log2(end - start) + 1.
+    There is one subtree if the length of the run is a power of two that divides `start`. There are at most 2 * log2(end
+    - start) + 1 subtrees.
     """
     subtrees = []
     while start < end:
@@ -48,12 +49,12 @@ def maximal_subtrees(start: int, end: int) -> tuple[Subtree, ...]:
 
 
 def run_of_virtual_workers(rank: int, workers: int, virtual_workers: int) -> range:
-    """Return the contiguous virtual workers that `rank` computes if gradients are exchanged once a step."""
+    """Return the contiguous virtual workers that `rank` computes if gradients are exchanged once per step."""
     return range(rank * virtual_workers // workers, (rank + 1) * virtual_workers // workers)
 
 
 def micro_batch_of_round(round_index: int, rank: int, workers: int, micro_batches: int) -> int | None:
-    """Return the micro-batch of `rank` in a round, or None, if gradients are exchanged every micro-batch."""
+    """Return the micro-batch of `rank` in a round, or None, for exchanges of gradients after every micro-batch."""
     index = round_index * workers + rank
     return index if index < micro_batches else None
 
@@ -66,8 +67,9 @@ def num_rounds(workers: int, micro_batches: int) -> int:
 class OrderedSum(Generic[T]):
     """The sum of a step's gradients, added in index order. It holds at most log2(V) + 2 partial sums.
 
-    own(value): takes a borrowed value, and returns an equal value that the sum may store and overwrite.
-    add(left, right): returns left + right, stored in `left`; `right` may be borrowed.
+    own(value): takes a value of the caller, and returns an equal value that the sum may store and overwrite.
+    add(left, right): returns left + right, stored in `left`. It must not overwrite `right`, which may be a value of the
+    caller.
     free(value): called with each owned value that the sum no longer needs.
     """
 
@@ -86,7 +88,7 @@ class OrderedSum(Generic[T]):
         self._in_current = 0
 
     def add_micro_batch(self, value: T) -> None:
-        """Add the next micro-batch's gradient (borrowed)."""
+        """Add the next micro-batch's gradient. It is not overwritten."""
         if self.accumulate == 1:
             self.push(value, 0)
             return
@@ -98,14 +100,14 @@ class OrderedSum(Generic[T]):
             self._push_owned(complete, 0)
 
     def push(self, value: T, level: int) -> None:
-        """Add the next complete subtree of 2**level virtual workers (borrowed)."""
+        """Add the next complete subtree, of 2**level virtual workers. It is not overwritten."""
         if self._stack and self._stack[-1][0] == level:
             self._push_owned(self._add(self._stack.pop()[1], value), level + 1)
         else:
             self._stack.append((level, self._own(value)))
 
     def _push_owned(self, value: T, level: int) -> None:
-        """Add an owned subtree, and merge it with equal-sized neighbours to its left."""
+        """Add a subtree that the sum may overwrite, and merge it with equal-sized neighbours to its left."""
         while self._stack and self._stack[-1][0] == level:
             left = self._add(self._stack.pop()[1], value)
             self._free(value)
@@ -135,7 +137,7 @@ class OrderedSum(Generic[T]):
         return part
 
     def clear(self) -> None:
-        """Discard all values and free the owned ones. Call it after the parts were folded, or on abort."""
+        """Discard all values, and free those that `own` returned. Call it after the parts were folded, or on abort."""
         for _, value in self._stack:
             self._free(value)
         if self._current is not None:
