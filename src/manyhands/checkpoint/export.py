@@ -2,12 +2,13 @@
 
     OUT/
         config.json                          the model's config, if it is a transformers model
-        generation_config.json               likewise
-        model-00001-of-00002.safetensors     or only model.safetensors, if one file is enough
+        generation_config.json               the model's generation config, under the same condition
+        model-00001-of-00002.safetensors     the weights; only model.safetensors if one file is enough
         model.safetensors.index.json         the file of each tensor
 
 Each piece is read from the checkpoint, checked, cast and written before the next one is read. The folder is written
-under a hidden name. It appears when it is complete and the digest of its weights equals the checkpoint's.
+under a hidden name. It gets its final name when it is complete and the digest of its weights equals the checkpoint's
+digest.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from manyhands.storage.location import Location, location_of
 class SavedWeights:
     """The tensors of a checkpoint under their names in the model's state_dict, in the dtypes to write.
 
-    A tied tensor is stored under the first of its names only, the one in `named_parameters()`: loaders tie it again.
+    A tied tensor is stored only under its first name, the one in `named_parameters()`. Loaders tie it again.
     """
 
     def __init__(self, folder: Location, cast: torch.dtype | None) -> None:
@@ -77,7 +78,7 @@ class SavedWeights:
         self.num_parameters = sum(record.numel for record in self._records.values() if record.is_parameter)
 
     def parts(self, entry: TensorEntry) -> Iterator[Tensor]:
-        """The elements of the tensor, in order, in parts."""
+        """Yield the elements of the tensor in parts, in order."""
         record = self._records[entry.name]
         reader = self._frozen if record.kind == "frozen" else self._pieces
         for piece in reader.parts(record.kind, record.name, record.numel):
@@ -131,9 +132,9 @@ def _frozen_reader(folder: Location, manifest: Manifest) -> PieceReader:
     frozen = folder.absolute().parent / manifest.frozen
     if not frozen.is_dir():
         raise CheckpointError(
-            "the checkpoint's frozen parameters are missing: their folder should be next to it",
+            "the checkpoint's frozen parameters are missing: their folder should be next to the checkpoint",
             where=str(frozen),
-            hint="move that folder together with the checkpoint; or train the run to one more checkpoint, "
+            hint="move that folder together with the checkpoint; or continue the run until its next checkpoint, "
             "which writes the folder again",
         )
     return PieceReader(frozen, read_frozen_manifest(frozen).pieces)
@@ -146,7 +147,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with the bytes of weights written so far, and the bytes of all weights."""
+"""A function that is called with the bytes of weights written so far, and the bytes of all weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +155,9 @@ class ExportSummary:
     """The result of an export.
 
     out: the folder. files: the names of its files, sorted. weights_bytes: the size of all tensors. dtype: the dtype of
-    the weights; if they differ, that of the first floating-point tensor. tensors, parameters: the number of tensors and
-    the number of parameter elements that were written. checkpoint: the folder of the checkpoint. step: its step.
-    digest: the digest of its weights, before any cast.
+    the weights; if there are several dtypes, the dtype of the first floating-point tensor. tensors, parameters: the
+    number of tensors and the number of parameter elements that were written. checkpoint: the folder of the checkpoint.
+    step: the checkpoint's step. digest: the digest of the checkpoint's weights, before any cast.
     """
 
     out: str
@@ -172,7 +173,7 @@ class ExportSummary:
 
     @property
     def has_config(self) -> bool:
-        """True if `AutoModel.from_pretrained(out)` finds the files that it needs."""
+        """Return True if `AutoModel.from_pretrained(out)` finds all the files it needs."""
         return CONFIG in self.files
 
 
@@ -193,9 +194,9 @@ def export(
     tensor gets its own file. progress: called with the bytes of weights written so far, and the bytes of all weights.
     out: a new path, or an empty folder.
 
-    Runs in one process. Its memory holds one piece of a parameter (some MiB) or one complete buffer, the checkpoint's
-    list of pieces, and 8 bytes per 1,024 elements for the digest. Optimizer state is not read. Raises ConfigError, and
-    CheckpointError for missing or damaged files; then nothing is left at `out`.
+    `export` runs in one process. It needs memory for one piece of a parameter (some MiB) or one complete buffer, for
+    the checkpoint's list of pieces, and 8 bytes per 1,024 elements for the digest. Optimizer state is not read. Raises
+    ConfigError, and CheckpointError for missing or damaged files. After an error, nothing is left at `out`.
     """
     started = time.monotonic()
     target, max_bytes = Path(out), parse_size(max_shard_size)
@@ -231,7 +232,10 @@ def export(
 
 
 def find_checkpoint(run: Location, step: int | None) -> Location:
-    """The run's checkpoint of that step; if step is None, its last one. Raises ConfigError and CheckpointError."""
+    """Return the run's checkpoint of that step or, if `step` is None, its last checkpoint.
+
+    Raises ConfigError and CheckpointError.
+    """
     is_run = isinstance(run, Path) and (run / "checkpoints").is_dir()
     found = list_checkpoints(checkpoints_of(run) if isinstance(run, Path) and is_run else run)
     if not found and not is_run and (run / MANIFEST).is_file():
@@ -318,7 +322,9 @@ def _refuse_taken(out: Path) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread: the operations on a piece are so short that several threads would only wait for each other."""
+    """Use one thread, because the operations on a piece are so short that several threads would only wait for each
+    other.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -329,11 +335,14 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _published(out: Path) -> Iterator[Path]:
-    """A hidden folder next to `out` that becomes `out` if the block ends without an error, and is deleted otherwise."""
+    """Yield a hidden folder next to `out`.
+
+    If the block ends without an error, it is renamed to `out`, otherwise deleted.
+    """
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # an export that was killed may have left it
         partial.mkdir(parents=True)
         yield partial
         publish_folder(partial, out, None, replace=False)

@@ -4,13 +4,13 @@
         manifest.json           step, facts of the recipe, numerics identity, scalars, the model's tensors, and which
                                 file holds which range
         worker-0.safetensors    1-D pieces named "<kind>|<parameter>|<first element>": "exp_avg|head.weight|0"
-    checkpoints/frozen-5f0c.../ parameters that no step changes, stored once for all checkpoints; files as above
+    checkpoints/frozen-5f0c.../ parameters that no step changes, stored once for all checkpoints, in such files
 
 The kinds are "master" (fp32 weights), "buffer", "frozen", and the optimizer's own names for the tensors of its state.
 Optimizer state whose shape differs from its parameter's (Adafactor's row factors, for example) is saved unsplit. A
 folder appears under its name only when it is complete: all files are written and synced in `.step-….partial`, which is
-then renamed. A store cannot rename: there the files are in `step-00000100/5f0c11d2.../`, named after the attempt to
-write them, and the manifest is written last. A folder without a manifest is not a checkpoint.
+then renamed. A store cannot rename, so the files are in `step-00000100/5f0c11d2.../`, named after the attempt to write
+them, and the manifest is written last. A folder without a manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FrozenName = Annotated[str, Field(pattern=r"^frozen-[0-9a-f]{16}$")]
 
 
 class PieceRecord(BaseModel):
-    """Elements [start, start + numel) of a tensor, under `key` in `file`."""
+    """The location of elements [start, start + numel) of a tensor: under `key` in `file`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -77,8 +77,9 @@ class TensorRecord(BaseModel):
     """A tensor of the model.
 
     kind: the kind of the pieces that store it. Small frozen parameters have "buffer", because they are managed like
-    buffers. dtype: the dtype that the model computes with. keys: the tensor's names in the model's state_dict: several
-    if it is tied; none if the state_dict leaves it out (a buffer that is not persistent, for example).
+    buffers. dtype: the dtype that the model computes with. keys: the tensor's names in the model's state_dict. A tied
+    tensor has several names. A tensor that the state_dict leaves out, such as a buffer that is not persistent, has
+    none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,14 +93,14 @@ class TensorRecord(BaseModel):
 
     @property
     def numel(self) -> int:
-        """The number of elements."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
 
 class Scalar(BaseModel):
     """A number in the optimizer's state.
 
-    dtype, device: those of the 0-d tensor that holds the number; dtype is None for a plain number.
+    dtype, device: the dtype and device of the 0-d tensor that holds the number. dtype is None for a plain number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -171,19 +172,19 @@ def _refuse_twice(names: list[str]) -> None:
 
 
 def folder_name(step: int) -> str:
-    """The name of the folder of the checkpoint after `step` steps."""
+    """Return the name of the folder of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
 def piece_file_name(rank: int) -> str:
-    """The name of the file of the pieces that one worker wrote."""
+    """Return the name of the file of the pieces that one worker wrote."""
     return f"worker-{rank}.safetensors"
 
 
 def list_checkpoints(root: Location) -> list[tuple[int, Location]]:
-    """(step, folder) of the complete checkpoints below `root`, oldest first; none if `root` does not exist.
+    """Return (step, folder) of the complete checkpoints below `root`, oldest first; none if `root` does not exist.
 
-    Raises CheckpointError if `root` can't be read: an unreachable store must not be taken for an empty one.
+    Raises CheckpointError if `root` can't be read, because an unreachable store must not be mistaken for an empty one.
     """
     try:
         if isinstance(root, Address):
@@ -201,9 +202,9 @@ def list_checkpoints(root: Location) -> list[tuple[int, Location]]:
 
 
 def checkpoints_of(run_dir: Path, checkpoint_dir: str | Location | None = None) -> Location:
-    """The location of a run's checkpoints: `checkpoint_dir` if it is given.
+    """Return the location of a run's checkpoints: `checkpoint_dir` if it is given.
 
-    Otherwise it is the location in the run's manifest; if there is none, a folder in the run directory.
+    Otherwise return the location in the run's manifest or, if there is none, a folder in the run directory.
 
     Raises ConfigError for an address that can't be used.
     """
@@ -217,7 +218,7 @@ _PAIRS = "pairs of a dict"
 
 
 def encode_state(value: Any) -> Any:
-    """A scheduler's state as JSON values: dicts with keys that are not strings become lists of pairs."""
+    """Convert a scheduler's state to JSON values. Dicts with keys that are not strings become lists of pairs."""
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: encode_state(item) for key, item in value.items()}
     if isinstance(value, dict):
@@ -226,7 +227,7 @@ def encode_state(value: Any) -> Any:
 
 
 def decode_state(value: Any) -> Any:
-    """The inverse of `encode_state`."""
+    """Convert JSON values back to a scheduler's state. This is the inverse of `encode_state`."""
     if isinstance(value, dict) and _PAIRS in value:
         kind = Counter if value["type"] == "Counter" else dict
         return kind({key: decode_state(item) for key, item in value[_PAIRS]})
@@ -236,7 +237,7 @@ def decode_state(value: Any) -> Any:
 
 
 def read_manifest(folder: Location) -> Manifest:
-    """The manifest of the checkpoint in `folder`. Raises CheckpointError if it is missing or broken."""
+    """Return the manifest of the checkpoint in `folder`. Raises CheckpointError if it is missing or broken."""
     manifest = _read(folder, Manifest, Manifest.check_complete)
     named = _NAME.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:
@@ -251,12 +252,12 @@ def read_manifest(folder: Location) -> Manifest:
 
 
 def read_frozen_manifest(folder: Location) -> FrozenManifest:
-    """The manifest of a folder of frozen parameters. Raises CheckpointError if it is missing or broken."""
+    """Return the manifest of a folder of frozen parameters. Raises CheckpointError if it is missing or broken."""
     return _read(folder, FrozenManifest)
 
 
 def seal(fields: dict[str, Any]) -> str:
-    """The text of a manifest with a checksum over all its fields."""
+    """Return the text of a manifest with a checksum over all its fields."""
     return json.dumps({**fields, "checksum": _checksum(fields)})
 
 

@@ -25,13 +25,14 @@ from manyhands.optim.sliced import Slice
 
 
 def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False) -> int:
-    """Load the files into the engine's weights; return how many bytes of tensors this worker read. Collective.
+    """Load the files into the engine's weights. Return the number of bytes of tensors that this worker read.
+    Collective.
 
     Parameters, frozen parameters and persistent buffers end up as if the model had been built with these values.
     resumes: True if this worker sees a checkpoint to resume from. If all workers see one, trained parameters are not
-    read, because the checkpoint has them; frozen parameters are read, because loading a checkpoint does not restore
-    them. Raises ConfigError if there are no weights or they do not fit the model, and CheckpointError for missing or
-    broken files.
+    read, because the checkpoint has them. Frozen parameters are always read, because loading a checkpoint does not
+    restore them. Raises ConfigError if there are no weights or they do not fit the model, and CheckpointError for
+    missing or broken files.
     """
     engine.group.status("start / initial weights")
     resumes = all(all_gather_json(engine.group, resumes, "start / resumes / control"))
@@ -55,7 +56,8 @@ class _Loader:
         self.files = WeightFiles(Path(weights.path))
         self._records = {record.name: record for record in tensor_records(engine)[0]}
         self._sources = fit(list(self._records.values()), self.files, weights)
-        for name in engine.pending - set(self._sources):  # possible if the state_dict has another name for it
+        # This is possible if the state_dict has another name for the parameter.
+        for name in engine.pending - set(self._sources):
             raise ConfigError(
                 f"parameter {name!r} may be missing from the initial weights, but the model has no value for it",
                 where=str(self.files.path),
@@ -89,9 +91,9 @@ class _Loader:
                 tensors[record.name].data.copy_(values.view(record.shape))  # .data: autograd must not see the change
 
     def frozen_facts(self) -> dict[str, str]:
-        """Fingerprints of this worker's share of the frozen parameters, which are read a second time, in parts.
+        """Return fingerprints of this worker's share of the frozen parameters, which are read a second time, in parts.
 
-        A checkpoint and the run that loads it must have equal fingerprints, whatever the number of workers.
+        A checkpoint and the run that loads it must have equal fingerprints for any numbers of workers.
         """
         names = [record.name for record in self._found("buffer", "frozen") if record.is_parameter]
         mine = names[self._engine.group.rank :: self._engine.group.size]
@@ -109,7 +111,7 @@ class _Loader:
             yield self._read(name, start, min(FROZEN_PIECE_NUMEL, numel - start))
 
     def _read(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a tensor, 1-D, in the dtype that the model was built with."""
+        """Return the elements [start, start + numel) of a tensor, 1-D, in the dtype that the model was built with."""
         dtype = self._engine.param_dtypes.get(name)  # None for a buffer: keep the file's dtype
         values = [self.files.read(source, start, numel) for source in self._sources[name]]
         for source, other in zip(self._sources[name][1:], values[1:], strict=True):
@@ -118,7 +120,7 @@ class _Loader:
                     f"the initial weights have two values for {name!r}, which is a single parameter of the model",
                     where=str(self.files.path),
                     got=f"{self._sources[name][0]} and {source} differ in elements [{start}, {start + numel})",
-                    hint="don't tie the two in the model; or leave one of them out: "
+                    hint="don't tie the two parameters in the model; or ignore one of the values: "
                     "rename it to a name that `ignore` matches",
                 )
         return values[0] if dtype is None else values[0].to(dtype)

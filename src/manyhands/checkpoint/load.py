@@ -24,7 +24,7 @@ class CheckpointReader(PieceReader):
         super().__init__(folder, self.manifest.pieces)
 
     def buffers(self) -> dict[str, Tensor]:
-        """The model's buffers."""
+        """Return the model's buffers."""
         return {
             record.name: self.read("buffer", record.name, 0, record.numel).view(record.shape)
             for record in self.manifest.tensors
@@ -36,14 +36,14 @@ def load_checkpoint(engine: StepEngine, folder: Location, *, accept_new_numerics
     """Load the checkpoint in `folder` into the engine. Collective.
 
     Raises CheckpointError if the checkpoint is missing, damaged or of another recipe, and NumericsError if it was saved
-    under another numerics identity. accept_new_numerics: load it all the same; then the bits of later steps may differ
-    from those of the run that saved it.
+    under another numerics identity. accept_new_numerics: if True, load the checkpoint nevertheless. The bits of later
+    steps may then differ from those of the run that saved it.
     """
     return restore(engine, CheckpointReader(folder), accept_new_numerics=accept_new_numerics)
 
 
 def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics: bool = False) -> Manifest:
-    """Load the state that `reader` provides into the engine; see `load_checkpoint`. Collective."""
+    """Load the state that `reader` provides into the engine, as `load_checkpoint` does. Collective."""
     manifest, folder = reader.manifest, reader.folder
     _check_facts(manifest, engine, folder)
     _check_hyperparameters(manifest, engine, folder)
@@ -100,10 +100,10 @@ def _value_of(number: Scalar, device: torch.device) -> Tensor | float | int | bo
 
 
 def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:
-    """A tensor for the slice.
+    """Return a tensor of the slice's optimizer state.
 
-    It is complete and in its own shape if it was saved unsplit; otherwise it is the slice's range, in the shape of the
-    master weights.
+    A tensor that was saved unsplit is returned complete, in its own shape. Other tensors are returned over the slice's
+    range, in the shape of the master weights.
     """
     unsplit = reader.read_full(kind, piece.name)
     if unsplit is not None:
@@ -121,7 +121,7 @@ def _check_facts(manifest: Manifest, engine: StepEngine, folder: Location) -> No
                 where=str(folder),
                 expected=f"{saved} (saved)",
                 got=f"{now} (this recipe)",
-                hint="use the recipe it was saved with, or start a new run directory",
+                hint="use the recipe that it was saved with, or start a new run directory",
             )
 
 
@@ -140,7 +140,7 @@ def _check_hyperparameters(manifest: Manifest, engine: StepEngine, folder: Locat
 
 
 def _kinds(group: dict[str, Any]) -> dict[str, str]:
-    """The kind of each value. The values themselves may differ, because schedules change them."""
+    """Return the type of each value. The values themselves may differ, because schedules change them."""
     kinds = {float: "number", int: "number", tuple: "list", list: "list", bool: "flag", str: "text"}
     return {key: kinds.get(type(value), "flag") for key, value in sorted(group.items())}
 
@@ -159,7 +159,7 @@ def _load_schedules(manifest: Manifest, engine: StepEngine, folder: Location) ->
 
 
 def check_identity(saved: dict[str, str], now: dict[str, str], where: str) -> None:
-    """Raise NumericsError if the two numerics identities differ. where: the location of the saved one."""
+    """Raise NumericsError if the two numerics identities differ. where: the location of the saved identity."""
     for name in [*saved, *now]:
         if saved.get(name) != now.get(name):
             raise NumericsError(

@@ -29,9 +29,10 @@ CACHED_BYTES = 4 << 20
 
 
 class TensorPiece(NamedTuple):
-    """Elements of a tensor from `start` on, 1-D.
+    """The elements of a tensor from `start` on, 1-D.
 
-    shape: the tensor's shape if it differs from its parameter's; such a tensor is never split. Otherwise None.
+    shape: the tensor's shape if it differs from its parameter's shape; otherwise None. A tensor with a shape is never
+    split.
     """
 
     kind: str
@@ -42,7 +43,7 @@ class TensorPiece(NamedTuple):
 
 
 def write_pieces(path: Location, pieces: Sequence[TensorPiece]) -> list[PieceRecord]:
-    """Write a file of pieces; return their records for the manifest.
+    """Write a file of pieces. Return their records for the manifest.
 
     Raises OSError, and CheckpointError for a type that a checkpoint can't hold.
     """
@@ -100,7 +101,7 @@ class PieceReader:
         ] = {}  # the last piece of each kind: the next range is probably in it
 
     def kinds_of(self, name: str) -> list[str]:
-        """The kinds of tensors that are stored for a parameter."""
+        """Return the kinds of tensors that are stored for a parameter."""
         return [kind for kind, other in self._pieces if other == name]
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
@@ -116,7 +117,7 @@ class PieceReader:
         return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
 
     def read_full(self, kind: str, name: str) -> Tensor | None:
-        """A tensor that was saved unsplit, in its own shape; None if it was saved in ranges."""
+        """Return a tensor that was saved unsplit, in its own shape, or None if it was saved in ranges."""
         pieces = self._pieces.get((kind, name))
         if not pieces or pieces[0].shape is None:
             return None
@@ -143,7 +144,10 @@ class PieceReader:
         )
 
     def _read_piece(self, piece: PieceRecord, start: int, end: int) -> Tensor:
-        """Elements [start, end) of the piece; do not modify them. The first call reads and checks the full piece."""
+        """Return elements [start, end) of the piece. The caller must not modify them.
+
+        The first call reads and checks the full piece.
+        """
         recent, tensor = self._recent.get(piece.kind, (None, None))
         if tensor is not None and recent is piece:
             return tensor[start:end]

@@ -1,8 +1,8 @@
 """Checkpoint folders that appear complete or not at all.
 
 On a disk, a folder is written under a hidden name and published by one rename (see `storage.atomic`). A store cannot
-rename: there each attempt writes its files to its own subfolder of the final folder. The manifest, which is written
-last, publishes them.
+rename, so each attempt writes its files to its own subfolder of the final folder. The manifest, which is written last,
+publishes them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from manyhands.storage.location import Address, Location, hint_of
 _ATTEMPT_FILE = re.compile(
     r"(step-\d{8,}|frozen-[0-9a-f]{16})/([0-9a-f]{16})/(worker-\d+\.safetensors|part-\d+\.json|failed-\d+)"
 )
-"""The files that an attempt writes to a store. No other file is ever deleted as a leftover."""
+"""The names of the files that an attempt writes to a store. No other files are ever deleted as leftovers."""
 
 
 def partial_folder(final: Location, attempt: str) -> Location:
-    """The folder in which the files of `final` are written. attempt: 16 hexadecimal digits, different each time."""
+    """Return the folder to which the files of `final` are written. attempt: 16 hexadecimal digits, different each
+    time.
+    """
     return final / attempt if isinstance(final, Address) else final.with_name(f".{final.name}.{attempt}.partial")
 
 
@@ -59,7 +61,7 @@ def publish_folder(partial: Location, final: Location, manifest: BaseModel) -> N
 
 
 def remove_checkpoint(folder: Location) -> None:
-    """Delete a folder. It is hidden first, so that a kill during the deletion leaves no incomplete folder visible."""
+    """Delete a folder. Hide it first, so that a kill during the deletion leaves no incomplete folder visible."""
     if isinstance(folder, Address):
         files = folder.files()
         for name in sorted(files, key=lambda name: name != MANIFEST):
@@ -81,7 +83,9 @@ def remove_partial(root: Location) -> None:
 
 
 def _remove_attempts(root: Address) -> None:
-    """In folders without a manifest, delete all attempts; in other folders, those that the manifest does not name."""
+    """Delete attempts: in folders without a manifest all of them, in other folders those that the manifest does not
+    name.
+    """
     files = root.files()
     attempts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for match in filter(None, map(_ATTEMPT_FILE.fullmatch, files)):
@@ -98,7 +102,7 @@ def _remove_attempts(root: Address) -> None:
 
 
 def _attempts_of(manifest: Address) -> set[str] | None:
-    """The attempts whose files a manifest names; None if the manifest is broken."""
+    """Return the attempts whose files a manifest names, or None if the manifest is broken."""
     try:
         return {str(piece["file"]).partition("/")[0] for piece in json.loads(manifest.read_bytes())["pieces"]}
     except (ValueError, KeyError, TypeError):
@@ -106,7 +110,7 @@ def _attempts_of(manifest: Address) -> set[str] | None:
 
 
 class as_checkpoint_error:
-    """Turn an OSError in the block (a full disk, a missing permission) into a CheckpointError that names `path`."""
+    """A context that turns an OSError (a full disk, a missing permission) into a CheckpointError that names `path`."""
 
     def __init__(self, path: Location) -> None:
         self._path = path

@@ -1,9 +1,9 @@
 """Collects the contents of a checkpoint and writes them in the background.
 
-All workers write at the same time, each the ranges that it owns. They write to a hidden folder, which appears complete
-or not at all (see `publish`). After its tensors, each worker writes its part of the manifest to a file. When all of
-these files exist, worker 0 writes the manifest and publishes the folder. This takes no collective call, so training
-continues meanwhile.
+All workers write at the same time; each worker writes the ranges that it owns. They write to a hidden folder, which is
+published complete or not at all (see `publish`). After its tensors, each worker writes its part of the manifest to a
+file. When all of these files exist, worker 0 writes the manifest and publishes the folder. This takes no collective
+call, so training continues meanwhile.
 """
 
 from __future__ import annotations
@@ -59,13 +59,16 @@ from manyhands.storage.files import names_in
 from manyhands.storage.location import Location
 
 MAX_POLL_SECONDS = 1.0
-"""The longest pause between two checks for the other workers' parts. A pause is a tenth of the time waited so far, so
-polling delays publishing by at most about a tenth, and the file system is not polled often."""
+"""The longest pause between two checks for the other workers' parts.
+
+A pause is a tenth of the time waited so far. So polling delays publishing by at most about a tenth, and does not load
+the file system.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """The contents of a folder.
+    """The contents of a folder that is to be written.
 
     write: writes this worker's files to the given folder, and returns the worker's part of the manifest as JSON values.
     manifest_of: builds the manifest from the parts of all workers. published: called on worker 0 after the folder is
@@ -89,7 +92,8 @@ class Saving:
         self._error: BaseException | None = None
         self._is_written = threading.Event()
         self._is_abandoned = threading.Event()
-        attempt = secrets.token_hex(8)  # all workers use worker 0's, which keeps the files of different attempts apart
+        # All workers use worker 0's value, which separates the files of different attempts.
+        attempt = secrets.token_hex(8)
         self._partial = partial_folder(final, attempt)
         if group.rank == 0:
             try:
@@ -104,15 +108,18 @@ class Saving:
 
     @property
     def is_done(self) -> bool:
-        """True if this worker has nothing left to write or publish."""
+        """Return True if this worker has nothing left to write or publish."""
         return not self._thread.is_alive()
 
     def wait_written(self) -> None:
-        """Wait until this worker has written its files, or failed to. Then the saved state may change again."""
+        """Wait until this worker has written its files or failed to write them.
+
+        The saved state may then change again.
+        """
         self._is_written.wait()
 
     def wait(self) -> Location:
-        """Wait until the folder is published. If a worker fails, its CheckpointError is raised on all. Collective."""
+        """Wait until the folder is published. If a worker fails, all workers raise its CheckpointError. Collective."""
         self._is_written.wait()
         self._raise_any(f"{self._tag} written / control")
         self._thread.join()  # all parts exist; worker 0 only has to publish them
@@ -163,7 +170,10 @@ class Saving:
                 self._contents.published()
 
     def _have_all_written(self) -> bool:
-        """Wait until all workers have written their parts. False if a worker failed, or this save was abandoned."""
+        """Wait until all workers have written their parts.
+
+        Return False if a worker failed, or if this save was abandoned.
+        """
         expected = {f"part-{rank}.json" for rank in range(self._group.size)}
         failed = {f"failed-{rank}" for rank in range(self._group.size)}
         started = time.monotonic()
@@ -175,7 +185,7 @@ class Saving:
 
 
 def _report_of(error: BaseException | None) -> tuple[str, ...]:
-    """An error as (what, where, hint), to be raised by other workers; empty for None."""
+    """Return an error as (what, where, hint), so that other workers can raise it, or () for None."""
     if error is None:
         return ()
     if isinstance(error, ManyhandsError):
@@ -187,7 +197,7 @@ Scalars = dict[str, dict[str, dict[str, Any]]]
 """The numbers in the optimizer's state: parameter -> kind -> the fields of a `Scalar`."""
 
 FROZEN_PIECE_NUMEL = 1 << 20
-"""Elements in a piece of a frozen parameter. A reader holds one piece in memory."""
+"""The number of elements in a piece of a frozen parameter. A reader holds one piece in memory."""
 
 
 def start_checkpoint(
@@ -198,15 +208,15 @@ def start_checkpoint(
     keep_every: int | None = None,
     published: Callable[[Location], None] | None = None,
 ) -> Saving | None:
-    """Start writing the engine's current state to a new folder in `root`. Collective.
+    """Start to write the engine's current state to a new folder in `root`. Collective.
 
-    Returns None if `root` already has a checkpoint of this step with the same weights; one with other weights is
-    replaced. keep, keep_every: `root` keeps the last `keep` checkpoints (None: all), and those of every `keep_every`-th
-    step. published: called on worker 0 with the folder as soon as it exists, in the thread that writes.
+    Returns None if `root` already has a checkpoint of this step with the same weights. A checkpoint with other weights
+    is replaced. keep, keep_every: `root` keeps the last `keep` checkpoints (None: all), and those of every
+    `keep_every`-th step. published: called on worker 0 with the folder as soon as it exists, in the thread that writes.
 
-    Two things are written before this returns: frozen parameters, once, next to the first checkpoint; and state that is
-    offloaded to disk, because it is not copied to memory. A failure leaves published checkpoints as they are. Raises
-    CheckpointError.
+    This function returns only after two parts are written: frozen parameters, which are written once, next to the first
+    checkpoint, and state that is offloaded to disk, because it is not copied to memory. A failure leaves published
+    checkpoints unchanged. Raises CheckpointError.
     """
     group, step = engine.group, engine.step_index
     final = root / folder_name(step)
@@ -239,7 +249,7 @@ def start_checkpoint(
 
 
 def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest:
-    """The manifest of the engine's current state, without pieces and scalars. frozen: see Manifest."""
+    """Return the manifest of the engine's current state, without pieces and scalars. `Manifest` describes `frozen`."""
     tensors, computed = tensor_records(engine)
     return Manifest(
         format=CHECKPOINT_FORMAT,
@@ -261,7 +271,7 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
 
 
 def with_pieces(manifest: Manifest, parts: list[dict[str, Any]]) -> Manifest:
-    """The manifest with the pieces and scalars of all workers."""
+    """Return the manifest with the pieces and scalars of all workers."""
     scalars = {
         name: {kind: Scalar(**number) for kind, number in numbers.items()}
         for part in parts
@@ -285,7 +295,7 @@ def _pieces_in(parts: list[dict[str, Any]]) -> list[PieceRecord]:
 
 
 def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
-    """The tensors that this worker owns, as views of its state. Adds the numbers that it owns to `scalars`."""
+    """Yield the tensors that this worker owns, as views of its state. Add the numbers that it owns to `scalars`."""
     for piece, owned in engine.updater.slices:
         if not owned.numel:
             continue
@@ -304,9 +314,10 @@ def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
 
 
 def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
-    """All parameters and buffers of the model in the order of its state_dict, and the names of all other tensors in it.
+    """Return the model's parameters and buffers in the order of its state_dict, and the names of the other tensors in
+    it.
 
-    These are computed: hooks or an overridden `state_dict` add them.
+    Hooks or an overridden `state_dict` add these other tensors.
     """
     keys: dict[int, list[str]] = {}
     state = engine.model.state_dict(keep_vars=True)
@@ -333,7 +344,8 @@ def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
 
 
 def _save_frozen(engine: StepEngine, root: Location) -> str | None:
-    """Write the parameters that no step changes, unless they exist; return the folder's name. Collective.
+    """Write the parameters that no step changes, unless they have been written before. Return the folder's name.
+    Collective.
 
     The name contains a hash of the parameters, so runs of several recipes can share a root folder.
     """
@@ -362,7 +374,9 @@ def _save_frozen(engine: StepEngine, root: Location) -> str | None:
 
 
 def _frozen_pieces(params: dict[str, torch.nn.Parameter], engine: StepEngine) -> Iterator[TensorPiece]:
-    """This worker's shard of sharded parameters, and its share of the parameters that every worker holds in full."""
+    """Yield this worker's shard of sharded parameters, and its share of the parameters that every worker holds in
+    full.
+    """
     sharded = set()
     for unit in engine.frozen_units:
         sharded |= {slot.name for slot in unit.layout.slots}
@@ -401,7 +415,7 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
 
 
 def _holds(folder: Location, digest: str) -> bool:
-    """True if `folder` has a checkpoint with these weights."""
+    """Return True if `folder` has a checkpoint with these weights."""
     try:
         return read_manifest(folder).digest == digest
     except CheckpointError:

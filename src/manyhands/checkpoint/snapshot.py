@@ -1,12 +1,13 @@
 """Snapshots: state in shared memory that outlives the workers.
 
-The workers' parent creates files without a name (memfd) and holds them open. They form two slots. In each slot, every
-worker has a file for its pieces, and one more file holds the record, which lists the positions of the pieces. Workers
-open the files through /proc. They write their pieces to the older slot; when all have done so, worker 0 writes the
-record. So one slot is always complete, whichever worker is killed. When the parent ends, the kernel frees the memory.
-(As in Gemini, Wang et al., SOSP 2023, section 3, but on one host.)
+The workers' parent creates files without a name (memfd) and holds them open. The files form two slots. In each slot,
+every worker has a file for its pieces, and one more file holds the record, which lists the positions of the pieces.
+Workers open the files through /proc. They write their pieces to the older slot; when all have done so, worker 0 writes
+the record. So one slot is always complete, whichever worker is killed. When the parent ends, the kernel frees the
+memory. The method is that of Gemini (Wang et al., SOSP 2023, section 3), but on one host.
 
-The record also names its training: a script may train more than once, and must not load another training's snapshot.
+The record also names its training, because a script may train more than once, and must not load another training's
+snapshot.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from manyhands.engine.engine import StepEngine
 from manyhands.errors import InvariantError
 
 SNAPSHOT_MEMORY_VARIABLE = "MANYHANDS_SNAPSHOT_MEMORY"
-"""The environment variable that gives workers the address of their parent's snapshot memory; "" if it has none."""
+"""The environment variable with the address of the parent's snapshot memory; "" if the parent has none."""
 
 _HEAD_BYTES = 16  # the head of a record: its length and its checksum
 
@@ -66,7 +67,9 @@ class Snapshot(NamedTuple):
 
 
 class SnapshotMemory:
-    """The two slots, as the parent and the workers see them. of: the training whose snapshots are read; None: any."""
+    """The two slots, as the parent and the workers see them. of: the training whose snapshots are read, or None for
+    any.
+    """
 
     def __init__(
         self, slots: tuple[SnapshotSlot, ...], descriptors: tuple[int, ...] = (), of: Training | None = None
@@ -87,7 +90,7 @@ class SnapshotMemory:
         return cls(slots, tuple(descriptors))
 
     def address(self) -> str:
-        """A text from which a worker can open this memory; see `at`."""
+        """Return a text from which a worker can open this memory with `at`."""
         return json.dumps(self._slots)
 
     @classmethod
@@ -96,18 +99,18 @@ class SnapshotMemory:
         return cls(tuple(SnapshotSlot(record, tuple(pieces)) for record, pieces in json.loads(address)), of=of)
 
     def close(self) -> None:
-        """Free the memory. Call it when no worker is left."""
+        """Free the memory. Call this when no worker is left."""
         for fd in self._descriptors:
             os.close(fd)
         self._descriptors = ()
 
     def newest(self) -> Snapshot | None:
-        """The last complete snapshot; None if there is none."""
+        """Return the last complete snapshot, or None if there is none."""
         complete = [snapshot for snapshot in map(self._in, self._slots) if snapshot is not None]
         return max(complete, key=lambda snapshot: (snapshot.of.number, snapshot.manifest.step), default=None)
 
     def next_slot(self) -> SnapshotSlot:
-        """The slot to write now: one that is empty or of another training, if there is one; otherwise the older one."""
+        """Return the slot to write next: a slot that is empty or of another training, or else the older slot."""
         if self._next is None:
             steps = [-1 if snapshot is None else snapshot.manifest.step for snapshot in map(self._in, self._slots)]
             self._next = steps.index(min(steps))
@@ -115,11 +118,14 @@ class SnapshotMemory:
         return slot
 
     def held_bytes(self) -> int:
-        """The memory that the slots take now, in bytes."""
+        """Return the memory in bytes that the slots currently take."""
         return sum(os.stat(path).st_blocks * 512 for slot in self._slots for path in (slot.record, *slot.pieces))
 
     def free(self) -> None:
-        """Empty the slots, which frees their memory. Called by one worker, when no worker reads them any more."""
+        """Empty the slots, which frees their memory.
+
+        Only one worker calls this, when no worker reads the slots any more.
+        """
         for slot in self._slots:
             # Truncate the record first: a kill in between must not leave a record without all of its pieces.
             for path in (slot.record, *slot.pieces):
@@ -139,7 +145,7 @@ def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None
     group.status(f"snapshot of step {engine.step_index}", engine.step_index)
     slot, scalars = memory.next_slot(), Scalars()
     # Every worker clears the record's head before it writes its pieces. The slot may hold another training's newest
-    # snapshot, which must not look complete if a worker is killed now.
+    # snapshot, which must not look complete if a worker is killed during the write.
     _write_head(slot, bytes(_HEAD_BYTES))
     records = _write(slot.pieces[group.rank], piece_file_name(group.rank), list(owned_pieces(engine, scalars)))
     part = {"pieces": [record.model_dump() for record in records], "scalars": scalars}
@@ -157,7 +163,7 @@ def load_snapshot(engine: StepEngine, memory: SnapshotMemory) -> Manifest:
 
 
 def snapshot_bytes(engine: StepEngine) -> int:
-    """The number of bytes that this worker's pieces take in a slot."""
+    """Return the number of bytes that this worker's pieces take in a slot."""
     return sum(piece.tensor.nbytes for piece in owned_pieces(engine, Scalars()))
 
 
@@ -180,7 +186,10 @@ class SnapshotReader(CheckpointReader):
 
 
 def _write(path: str, name: str, pieces: list[TensorPiece]) -> list[PieceRecord]:
-    """Write the pieces one after the other. Return their records: file is `name`, and key is the position in bytes."""
+    """Write the pieces one after the other.
+
+    Return their records, whose file is `name` and whose keys are positions in bytes.
+    """
     records, start = [], 0
     with open(path, "r+b", buffering=0) as file:
         for piece in pieces:
@@ -209,7 +218,10 @@ def _write_all(fd: int, data: memoryview, start: int) -> None:
 
 
 def _write_record(slot: SnapshotSlot, of: Training | None, manifest: Manifest) -> None:
-    """Write the head last, so that a partial record is not valid: `take_snapshot` has cleared the old head."""
+    """Write the record, with its head last.
+
+    A partial record is not valid, because `take_snapshot` has cleared the old head.
+    """
     text = json.dumps({"of": of or FIRST, "manifest": manifest.model_dump(mode="json")}).encode()
     with open(slot.record, "r+b", buffering=0) as file:
         _write_all(file.fileno(), memoryview(text), _HEAD_BYTES)

@@ -1,8 +1,8 @@
 """safetensors files, written and read in parts.
 
 The safetensors library needs all tensors of a file in memory to write it, and maps files into memory to read them. This
-module streams files in both directions. The format: 8 bytes with the header's length; the header, in JSON, with dtype,
-shape and offsets of each tensor; the tensors' bytes, without gaps.
+module streams files in both directions. A file consists of 8 bytes with the header's length, the header in JSON with
+dtype, shape and offsets of each tensor, and the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _METADATA = "__metadata__"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype as an attribute of torch, such as `bfloat16`."""
+    """Return the name of a dtype as an attribute of torch, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype of that name. Raises ValueError if a file can't hold it."""
+    """Return the dtype of that name. Raises ValueError if a file can't hold that dtype."""
     found = next((dtype for dtype in CODES if dtype_name(dtype) == name), None)
     if found is None:
         raise ValueError(f"unknown type {name!r}")
@@ -61,7 +61,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 class TensorEntry(NamedTuple):
-    """Name, dtype and shape of a tensor in a file."""
+    """The name, dtype and shape of a tensor in a file."""
 
     name: str
     dtype: torch.dtype
@@ -69,7 +69,7 @@ class TensorEntry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The size of the tensor in the file."""
+        """Return the size of the tensor in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -79,7 +79,7 @@ def in_file_order(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
 
 
 def once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict. Raises ValueError if a name occurs twice."""
+    """Return the dict of a JSON object. Raises ValueError if a name occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -88,7 +88,7 @@ def once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def bytes_of(part: Tensor) -> memoryview:
-    """The bytes of a CPU tensor."""
+    """Return the bytes of a CPU tensor."""
     flat = part.detach().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
@@ -119,7 +119,7 @@ class TensorFileWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, part: Tensor) -> int:
-        """Write the next elements, which are a CPU tensor of the entry's dtype. Return the number of bytes written."""
+        """Write the next elements. Return the number of bytes written. part: a CPU tensor of the entry's dtype."""
         data = bytes_of(part)
         self._file.write(data)
         self._left -= data.nbytes
@@ -167,7 +167,7 @@ class TensorFile:
             raise ValueError("its size is not the sum of its tensors' sizes: it was truncated, or something was added")
 
     def read(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor, 1-D."""
+        """Return the elements [start, start + numel) of the flattened tensor, 1-D."""
         if name not in self.entries:
             raise ValueError(f"it lacks {name!r}")
         entry = self.entries[name]
@@ -180,7 +180,7 @@ class TensorFile:
         return part
 
     def rest(self) -> None:
-        """Free the data that was read ahead. Call it for a file that will not be read for some time."""
+        """Free the data that was read ahead. Call this if the file will not be read for some time."""
         self._ranges.rest()
 
 

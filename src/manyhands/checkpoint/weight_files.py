@@ -37,10 +37,10 @@ _DTYPE_FIELDS = ("dtype", "torch_dtype")  # in new and in old versions of transf
 
 
 def config_files(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The config files that `save_pretrained` would write: file name -> content, in which the dtype is still None.
+    """Return the config files that `save_pretrained` would write, as {file name: content}. Their dtype is still None.
 
-    Empty for models of other libraries. A module that wraps a transformers model counts as a model of another library,
-    even if it has the transformers model's config, because its weights have other names.
+    The dict is empty for models of other libraries. A module that wraps a transformers model counts as a model of
+    another library, even if it has the transformers model's config, because its weights have other names.
     """
     config: Any = getattr(model, "config", None)
     if not (hasattr(type(model), "config_class") and hasattr(config, "to_json_string") and hasattr(config, "to_dict")):
@@ -56,13 +56,13 @@ def config_files(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def config_text(content: dict[str, Any], dtype: str) -> str:
-    """The text of a config file for weights of a dtype such as `bfloat16`."""
+    """Return the text of a config file for weights of a dtype such as `bfloat16`."""
     filled = {key: dtype if key in _DTYPE_FIELDS else value for key, value in content.items()}
     return json.dumps(filled, indent=2, sort_keys=True) + "\n"
 
 
 class WeightFiles:
-    """The tensors in the files at `path`. entries: the tensors by name. read_bytes: bytes of tensors read so far.
+    """The tensors in the files at `path`. entries: the tensors by name. read_bytes: the bytes of tensors read so far.
 
     Raises ConfigError if there are no weights, and CheckpointError for a file that is missing or broken.
     """
@@ -82,7 +82,7 @@ class WeightFiles:
                 self.entries[name], self._files[name] = entry, (file, opened)
 
     def read(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a tensor, 1-D, in the file's type."""
+        """Return the elements [start, start + numel) of a tensor, 1-D, in the file's type."""
         path, file = self._files[name]
         try:
             part = file.read(name, start, numel)
@@ -92,11 +92,11 @@ class WeightFiles:
         return part
 
     def where(self, name: str) -> str:
-        """The file that holds a tensor."""
+        """Return the file that holds a tensor."""
         return str(self._files[name][0])
 
     def facts(self) -> dict[str, str]:
-        """Dtype, shape and a hash of the first elements of each tensor.
+        """Return the dtype, the shape and a hash of the first elements of each tensor.
 
         If these differ, the weights differ; if they are equal, the weights may still differ.
         """
@@ -108,7 +108,10 @@ class WeightFiles:
 
 
 def _files_at(path: Path) -> dict[Path, Collection[str]]:
-    """The files, each with the names of the tensors that the index lists for it; without an index, with no names."""
+    """Return the files, each with the names of the tensors that the index lists for it.
+
+    Without an index, there are no names.
+    """
     if path.is_file():
         return _files_of_index(path) if path.suffix == ".json" else {path: ()}
     if (path / SINGLE).is_file():
@@ -168,7 +171,7 @@ LISTED = 8
 
 
 def fit(records: Sequence[TensorRecord], files: WeightFiles, weights: Weights) -> dict[str, list[str]]:
-    """Match the model's tensors to those in the files. Returns the names in the files for each name in the model.
+    """Match the model's tensors to those in the files. Return the names in the files for each name in the model.
 
     A tied tensor may have several names in the files. The result leaves out tensors that are missing and are allowed to
     be missing. Raises one ConfigError that lists everything that does not fit.
@@ -243,9 +246,10 @@ def _by_key(renamed: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _fits(entry: TensorEntry, record: TensorRecord) -> bool:
-    """True if the shapes are equal and the dtypes match.
+    """Return True if the shapes are equal and the dtypes match.
 
-    Different floating-point dtypes match, because the values are converted. Those of 8 bits don't: they need scales.
+    Different floating-point dtypes match, because the values are converted. Dtypes of 8 bits don't match, because they
+    need scales.
     """
     dtype: torch.dtype = getattr(torch, record.dtype)
     convertible = all(each.is_floating_point and each.itemsize > 1 for each in (entry.dtype, dtype))
@@ -271,7 +275,7 @@ def _near(name: str, others: Iterable[str]) -> str:
 
 
 def _hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """The hint: rename a prefix, if that would make most names match; otherwise the options in general."""
+    """Return a hint to rename a prefix if that would make most names match, or else a hint about the options."""
     for shorter, longer, rename in (
         (unexpected, missing, '"^" = "{}"'.format),
         (missing, unexpected, lambda prefix: '"^{}" = ""'.format(prefix.replace(".", "[.]"))),
@@ -286,7 +290,7 @@ def _hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
 
 
 def _prefix(shorter: Sequence[str], longer: Sequence[str]) -> str | None:
-    """The prefix that turns a shorter name into a longer one, for at least half of the longer names; otherwise None."""
+    """Return the prefix that turns shorter names into longer ones, for at least half of the longer names, or None."""
     ends = set(shorter)
     counts: dict[str, int] = {}
     for name in longer:
