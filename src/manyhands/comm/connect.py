@@ -33,9 +33,9 @@ def connect(
 
     kind: "auto", "shared-memory", "distributed" or "hierarchical" (see Strategy.transport).
     stall_seconds: how long a worker may keep its peers waiting before they report that it has stalled.
-    max_hosts: with more hosts than this, workers do not add gradients inside each host first.
+    max_hosts: the maximum number of hosts with which workers first add gradients inside each host.
 
-    A worker that does not raise a peer's failure within the grace period (because it hangs, for example) is killed.
+    A worker that does not raise a peer's failure within the grace period, for example because it hangs, is killed.
     Raises ConfigError, WorkerError.
     """
     forget_failure()
@@ -73,7 +73,7 @@ def connect(
             )
         return SharedMemoryGroup(membership, arena)
     except BaseException as error:
-        membership.fail(error)  # before leaving: otherwise peers would report that this worker has left
+        membership.fail(error)  # do this before leaving, because peers would otherwise report that this worker has left
         membership.close()
         raise
 
@@ -99,7 +99,7 @@ def _hierarchical(
 
 
 def _gpu() -> torch.device:
-    """Return this worker's GPU; with more workers than GPUs, several workers share one. Raises ConfigError."""
+    """Return this worker's GPU. If there are more workers than GPUs, several workers share one. Raises ConfigError."""
     if not torch.cuda.is_available():
         raise ConfigError(
             "the recipe requires a GPU, but torch finds none on this host",
@@ -110,15 +110,15 @@ def _gpu() -> torch.device:
 
 
 def _gpus_are_shared() -> bool:
-    """True if workers of this host share a GPU. NCCL requires one GPU per worker; Gloo does not."""
+    """Return True if workers of this host share a GPU. NCCL requires one GPU per worker; Gloo does not."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
 
 
 def _numbered_store(rank: int, size: int) -> Store:
     """Connect to the launcher's store, with a key prefix for this connection. Raises ConfigError.
 
-    A process may connect several times (one engine after another), and workers may be restarted with the same store:
-    this connection must not see the keys of an earlier one.
+    A process may connect several times (one engine after another), and workers may be restarted with the same store.
+    The prefix keeps a connection from seeing the keys of an earlier one.
     """
     if "MASTER_ADDR" not in os.environ:
         if size == 1:

@@ -27,15 +27,19 @@ from manyhands.members.membership import Membership
 from manyhands.offload.allocator import Allocator, BufferPool
 
 BROKEN_SECONDS = 6.0
-"""Time that the watching thread has to identify the peer whose connection broke. It is longer than the shortened limit
-for lost hosts (SHORT_LOST_SECONDS) plus one interval between heartbeats."""
+"""The time in which the watching thread must identify the peer whose connection broke.
+
+It is longer than the shortened limit for lost hosts (SHORT_LOST_SECONDS) plus one interval between heartbeats.
+"""
 
 TAKE_DOWN_SECONDS = 1.0
-"""Time that a broken group has to shut down before it is abandoned."""
+"""The time in which a broken group must shut down before it is abandoned."""
 
 
 class _DistributedAllToAll(AllToAll):
-    """received: a buffer of `pool` that receives the contributors' pieces, one after another. num: how many pieces."""
+    """An all-to-all over torch.distributed. received: a buffer of `pool` for the pieces, one after another. num: their
+    number.
+    """
 
     def __init__(self, received: Tensor, num: int, work: dist.Work, wait: Callable[[], None], pool: BufferPool) -> None:
         self._received, self._num_pieces, self._work, self._wait, self._pool = received, num, work, wait, pool
@@ -59,7 +63,7 @@ class _DistributedAllToAll(AllToAll):
 class DistributedGroup(WatchedGroup):
     """Workers with separate memory, connected by a process group of torch.distributed.
 
-    dist_group: the process group; None: torch's default group. Buffers come from a pool and are reused.
+    dist_group: the process group, or None for torch's default group. Buffers come from a pool and are reused.
     """
 
     kind = "distributed"
@@ -155,8 +159,8 @@ class DistributedGroup(WatchedGroup):
         if full.is_cuda:
             works = [self._call(partial(dist.all_gather_single, as_bytes, parts[self.rank], group, async_op=True))]
         else:
-            # One broadcast per worker's range: Gloo's all-gather would need twice the memory and, with two workers,
-            # three times as long.
+            # Send each worker's range by a broadcast. Gloo's all-gather would need twice the memory and, with two
+            # workers, would take three times as long.
             works = [
                 self._call(partial(dist.broadcast, part, None, group, True, source))
                 for source, part in enumerate(parts)
@@ -186,8 +190,9 @@ class DistributedGroup(WatchedGroup):
     ) -> Callable[[], None]:
         """Return a function that waits for `works` and records the call. Further calls of the function do nothing.
 
-        size: bytes that this worker receives. on_host: True if the tensors are on the CPU; None: they are on the
-        group's device. On the CPU the work is complete when the wait returns. On a GPU the wait only orders streams.
+        size: the number of bytes that this worker receives. on_host: True if the tensors are on the CPU, or None if
+        they are on the group's device. On the CPU the work is complete when the wait returns. On a GPU the wait only
+        orders streams.
         """
         done = False
         on_host = self.device.type == "cpu" if on_host is None else on_host
@@ -211,10 +216,10 @@ class DistributedGroup(WatchedGroup):
         return wait
 
     def _failure_behind(self, error: RuntimeError) -> WorkerError:
-        """Return the failure that broke a connection, with the worker that caused it.
+        """Return the failure that broke a connection. It names the worker that caused the failure.
 
-        A connection breaks when a peer dies. Wait until the watching thread identifies the peer. If that takes
-        longer than BROKEN_SECONDS, return an error without a rank.
+        A connection breaks when a peer dies. This function waits until the watching thread identifies the peer. If that
+        takes longer than BROKEN_SECONDS, the error has no rank.
         """
         self.membership.shorten_lost_limit()
         deadline = time.monotonic() + BROKEN_SECONDS
@@ -235,10 +240,13 @@ class DistributedGroup(WatchedGroup):
 
 
 def _destroy() -> None:
-    with contextlib.suppress(RuntimeError):  # destroying a broken group may raise, which is harmless
+    with contextlib.suppress(RuntimeError):  # destroying a broken group may raise, and this error is harmless
         dist.destroy_process_group()
 
 
 def _last_resort(membership: Membership) -> timedelta:
-    """Return torch's own time limit. Waits end earlier, after stall_seconds, with an error that names the worker."""
+    """Return the time limit for torch.
+
+    Waits end before it, after stall_seconds, with an error that names the worker.
+    """
     return timedelta(seconds=max(60.0, 2 * membership.stall_seconds))

@@ -12,10 +12,10 @@ A group has two levels. `intra_host` has the workers that share memory with this
 `inter_host` has the workers at the same position on every host. It has all workers if none share memory, and is None if
 all do.
 
-Buffers are created by the group, which can place them where transfers are cheapest. All operations are collective:
+The group creates the buffers, so that it can place them where transfers are cheapest. All operations are collective:
 every worker makes the same calls with the same tags in the same order. Calls are counted, and each has a tag such as
-`step 12 / layers.3 / grad`, whose last part is its kind. If a peer raised, died or stalled, a call raises WorkerError,
-which names that worker.
+`step 12 / layers.3 / grad`, whose last part is its kind. If a peer raised an error, died or stalled, a call raises
+WorkerError, which names that worker.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from manyhands.offload.allocator import Allocator
 
 
 class Recorder:
-    """Traffic of a group on this worker: bytes received by kind, and seconds spent waiting.
+    """The traffic of a group on this worker: bytes received by kind, and seconds spent waiting.
 
     The kind of a message is the last part of its tag: grad, param or control.
     """
@@ -58,10 +58,10 @@ class Recorder:
 
 
 class Contribution:
-    """One buffer per worker. Every worker reads its own range from the buffers of all others.
+    """A set of buffers, one per worker. Every worker reads its own range from the buffers of all workers.
 
-    local: this worker's buffer, [numel]. peers: the buffers of all workers by rank if the group can map them, else
-    empty. free: releases the buffer; call it after the data have been sent.
+    local: this worker's buffer, [numel]. peers: the buffers of all workers by rank if the group can map them; otherwise
+    empty. free: a function that releases the buffer. Call it after the data has been sent.
     """
 
     def __init__(self, local: Tensor, peers: Sequence[Tensor] = (), free: Callable[[], None] = lambda: None) -> None:
@@ -69,7 +69,8 @@ class Contribution:
 
 
 class AllToAll(ABC):
-    """An all-to-all in progress. Call `pieces` once, then `release` once. Release all-to-alls in order of creation.
+    """An all-to-all in progress. Call `pieces` once, then `release` once. Release all-to-alls in the order of their
+    creation.
 
     Some groups only count releases: a release out of order would tell peers that an earlier all-to-all has been read.
     """
@@ -77,13 +78,13 @@ class AllToAll(ABC):
     @property
     @abstractmethod
     def is_complete(self) -> bool:
-        """True if `pieces` would return at once."""
+        """Return True if `pieces` would return immediately."""
 
     @abstractmethod
     def pieces(self) -> list[Tensor]:
-        """Wait for the contributors' pieces of this worker's range; return them in rank order, each [shard_numel].
+        """Wait for the contributors' pieces of this worker's range. Return them in rank order, each [shard_numel].
 
-        The pieces are borrowed: do not overwrite them, and do not use them after `release`.
+        Do not overwrite the pieces, and do not use them after `release`.
         """
 
     @abstractmethod
@@ -92,21 +93,21 @@ class AllToAll(ABC):
 
     @property
     def is_reusable(self) -> bool:
-        """True if `wait_reusable` would return at once."""
+        """Return True if `wait_reusable` would return immediately."""
         return self.is_complete
 
     @abstractmethod
     def wait_reusable(self) -> None:
-        """Wait until all workers have read this worker's contribution; only then may it be overwritten."""
+        """Wait until all workers have read this worker's contribution. Only then may it be overwritten."""
 
 
 class Group(ABC):
-    """Abstract base of all groups; see the module's docstring.
+    """The abstract base class of all groups, which the module's docstring describes.
 
     kind: "local", "shared-memory", "distributed" or "hierarchical".
-    rank, device, recorder: those of this worker. size: the number of workers.
-    workers: the launcher's numbers of the workers, by rank.
-    shares_memory: True if a replicated buffer is one physical copy for the workers of `intra_host`.
+    rank, device, recorder: the rank, device and recorder of this worker. size: the number of workers.
+    workers: the numbers that the launcher gave the workers, by rank.
+    shares_memory: True if the workers of `intra_host` share one physical copy of a replicated buffer.
     pieces_are_views: True if pieces exchanged in `intra_host` are views of the contributors' buffers, so that holding
     them takes no memory.
     """
@@ -122,19 +123,21 @@ class Group(ABC):
 
     @property
     def intra_host(self) -> Group:
-        """The group of the workers on this host. rank = intra_host.rank * inter_host.size + inter_host.rank."""
+        """Return the group of the workers on this host. rank = intra_host.rank * inter_host.size + inter_host.rank."""
         return self
 
     @property
     def inter_host(self) -> Group | None:
-        """The workers with this worker's intra-host rank, one from every host; None if all workers share memory."""
+        """Return the group of the workers with this worker's intra-host rank, one per host; None if all workers share
+        memory.
+        """
         return None
 
     @abstractmethod
     def empty_replicated(self, numel: int, dtype: torch.dtype, allocator: Allocator | None = None) -> Tensor:
         """Create a zeroed buffer [numel] that holds the same values on all workers, one copy per `intra_host` group.
 
-        allocator: decides where the buffer is kept, if given. Collective if memory is shared.
+        allocator: if given, it decides where the buffer is stored. Collective if memory is shared.
         """
 
     @abstractmethod
@@ -160,7 +163,7 @@ class Group(ABC):
 
     @abstractmethod
     def all_gather_small(self, small: Tensor, tag: str) -> list[Tensor]:
-        """Return copies of all workers' `small` (same shape and dtype, on the CPU), by rank. Collective; blocks."""
+        """Return copies of all workers' `small` (same shape and dtype, on the CPU), by rank. Collective. Blocks."""
 
     def sibling(self) -> Group:
         """Create a group of the same workers with an independent sequence of collective calls. Collective.
@@ -171,7 +174,7 @@ class Group(ABC):
         raise InvariantError(f"a {self.kind} group can have only one sequence of calls")
 
     def barrier(self, tag: str) -> None:
-        """Wait until all workers have called this. Collective; blocks."""
+        """Wait until all workers have called `barrier`. Collective. Blocks."""
         self.all_gather_small(torch.zeros(1, dtype=torch.uint8), tag)
 
     @abstractmethod
@@ -180,7 +183,10 @@ class Group(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the group: wait for all workers to finish, then free everything. Collective unless a worker failed."""
+        """Leave the group: wait until all workers have finished, then free all resources.
+
+        Collective unless a worker failed.
+        """
 
     def status(self, activity: str, step: int | None = None, micro_batch: int | None = None) -> None:  # noqa: B027
         """Publish this worker's activity, step and micro-batch for error messages. By default, do nothing."""

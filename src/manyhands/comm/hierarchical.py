@@ -1,11 +1,11 @@
 """Groups over several hosts: shared memory inside a host, torch.distributed between hosts.
 
 A host receives one copy of the data that all its workers need, and its workers share the transfer: worker l of every
-host transfers the l-th part of a buffer. Gradients are added inside a host first, so that only sums travel
-between hosts.
+host transfers the l-th part of a buffer. Gradients are added inside a host first, so that only sums are sent between
+hosts.
 
 Ranks are ordered so that the part of a buffer that worker l transfers is contiguous: the shards of the l-th workers of
-all hosts lie next to each other.
+all hosts are adjacent.
 
     rank of worker l on host h = l * hosts + h         2 hosts with 2 workers each, a buffer of 4 shards:
 
@@ -29,9 +29,9 @@ from manyhands.offload.allocator import Allocator
 
 
 def workers_by_host(hosts: Sequence[str]) -> list[list[int]] | None:
-    """Return the workers of each host, by the launcher's numbers. hosts: the host of each worker. Pure.
+    """Return the workers of each host, by the launcher's numbers, or None. hosts: the host of each worker. Pure.
 
-    None if there is one host, if hosts have different numbers of workers, or if each host has only one.
+    Returns None if there is one host, if hosts have different numbers of workers, or if each host has only one worker.
     """
     found: dict[str, list[int]] = {}
     for worker, host in enumerate(hosts):
@@ -41,9 +41,9 @@ def workers_by_host(hosts: Sequence[str]) -> list[list[int]] | None:
 
 
 class HierarchicalGroup(WatchedGroup):
-    """Workers of several hosts; see the module's docstring.
+    """A group of workers on several hosts, as the module's docstring describes.
 
-    Gradients go through `intra_host`, and their sums through `inter_host`, so this group itself has no `all_to_all`.
+    Gradients are exchanged in `intra_host`, and their sums in `inter_host`, so this group itself has no `all_to_all`.
     by_host: the workers of each host, by the launcher's numbers.
     """
 
@@ -54,7 +54,7 @@ class HierarchicalGroup(WatchedGroup):
     def __init__(
         self, intra_host: SharedMemoryGroup, inter_host: DistributedGroup, by_host: Sequence[Sequence[int]]
     ) -> None:
-        # Rank order: the first worker of each host, then the second of each, and so on (see the module's docstring).
+        # In rank order, the first worker of each host comes first, then the second worker of each host, and so on.
         workers = [worker for position in zip(*by_host, strict=True) for worker in position]
         super().__init__(intra_host.membership, intra_host.device, workers=workers)
         self._intra_host, self._inter_host = intra_host, inter_host

@@ -34,7 +34,7 @@ class _OwnPiece(AllToAll):
 
 
 class LocalGroup(Group):
-    """A group of one worker. status_file: the file that shows the worker's status to its launcher; None: no file."""
+    """A group of one worker. status_file: the file that shows the worker's status to its launcher, or None."""
 
     kind = "local"
     shares_memory = False

@@ -1,9 +1,9 @@
 """Groups of CPU workers on one host, which read each other's buffers in shared memory.
 
-Memory order: a worker writes data, then announces them by writing a count on its board. A reader sees the count first,
-then reads the data. Between the two operations there is always a system call (sched_yield, nanosleep) or an acquisition
-of the interpreter's lock, which keeps the order; Python has no other memory barrier. Do not remove these calls, and
-never write the count first.
+Memory order: a worker writes data, then announces the data by writing a count on its board. A reader sees the count
+first, then reads the data. Between the two operations there is always a system call (sched_yield, nanosleep) or an
+acquisition of the interpreter's lock, which keeps the operations in order. Python has no other memory barrier. Do not
+remove these calls, and never write the count first.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from manyhands.members.membership import Membership
 from manyhands.offload.allocator import Allocator
 
 MAILBOX_BYTES = 1 << 20
-"""Size of one mailbox; larger values of `all_gather_small` are sent in several parts."""
+"""The size of one mailbox. Larger values of `all_gather_small` are sent in several parts."""
 
 
 class _SharedAllToAll(AllToAll):
-    """Views of the peers' contributions; nothing is copied.
+    """An all-to-all whose pieces are views of the peers' contributions, so that nothing is copied.
 
-    call: number of the collective call. number: number of this all-to-all among those of the group, from 1. The
-    boards count the all-to-alls that have been read.
+    call: the number of the collective call. number: the number of this all-to-all in the group, from 1. The boards
+    count the all-to-alls that have been read.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class _SharedAllToAll(AllToAll):
         return [piece for _, piece in self._pieces]
 
     def release(self) -> None:
-        # The board has only the number of the last all-to-all that was read, so releases must come in order.
+        # The board has only the number of the last all-to-all that was read, so all-to-alls must be released in order.
         self._group.membership.board.drain(self._number)
 
     def wait_reusable(self) -> None:
@@ -60,7 +60,7 @@ class _SharedAllToAll(AllToAll):
 
 
 class SharedMemoryGroup(WatchedGroup):
-    """CPU workers that share memory: processes of one host."""
+    """A group of CPU workers that share memory, because they are processes of one host."""
 
     kind = "shared-memory"
     shares_memory = True
@@ -75,11 +75,11 @@ class SharedMemoryGroup(WatchedGroup):
         self._num_letters = 0
 
     def _create(self, num_bytes: int) -> list[Tensor]:
-        """Create a buffer of `num_bytes` on every worker; return all these buffers by rank. Collective."""
+        """Create a buffer of `num_bytes` on every worker. Return all these buffers by rank. Collective."""
         mine, address = self._arena.create(num_bytes)
         addresses = self._all_gather_text(address)
         buffers = [mine if rank == self.rank else self._arena.open(other) for rank, other in enumerate(addresses)]
-        # The address may only be dropped after all workers have opened it.
+        # This worker may drop the address only after all workers have opened it.
         self.membership.all_gather_text("opened")
         self._arena.seal()
         return buffers
@@ -127,7 +127,8 @@ class SharedMemoryGroup(WatchedGroup):
         for chunk in range(max(1, math.ceil(flat.numel() / MAILBOX_BYTES))):
             part = slice(chunk * MAILBOX_BYTES, min((chunk + 1) * MAILBOX_BYTES, flat.numel()))
             # Each worker alternates between two boxes. It overwrites a box only after all peers have posted the next
-            # letter, and they post that after reading this one. With a single box, a slow reader would lose a letter.
+            # letter, and a peer posts the next letter only after it has read this one. With a single box, a slow reader
+            # could lose a letter.
             self._num_letters += 1
             offset = self._num_letters % 2 * MAILBOX_BYTES
             box = slice(offset, offset + part.stop - part.start)
@@ -140,7 +141,7 @@ class SharedMemoryGroup(WatchedGroup):
         return [copy.view(small.dtype).view(small.shape) for copy in copies]
 
     def wait_posted(self, call: int, tag: str) -> float:
-        """Wait until all workers have started collective call `call`; return the seconds that the wait took."""
+        """Wait until all workers have started collective call `call`. Return the seconds that the wait took."""
         seconds = self._wait(lambda: self.all_posted(call), lambda peer: peer.posted(self.channel) < call, tag)
         self._check_tags(call, tag)
         return seconds
@@ -150,9 +151,9 @@ class SharedMemoryGroup(WatchedGroup):
         self.recorder.add_wait(self._wait(lambda: self.all_drained(number), lambda peer: peer.drained < number, tag))
 
     def all_posted(self, call: int) -> bool:
-        """True if all peers have started collective call `call`."""
+        """Return True if all peers have started collective call `call`."""
         return all(board.posted(self.channel) >= call for board in self._boards)
 
     def all_drained(self, number: int) -> bool:
-        """True if all peers have read all-to-all `number`."""
+        """Return True if all peers have read all-to-all `number`."""
         return all(board.drained >= number for board in self._boards)

@@ -1,4 +1,4 @@
-"""Groups of several workers: calls are numbered, tagged and watched."""
+"""Groups of several workers, whose calls are numbered, tagged and watched."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from manyhands.errors import InvariantError, Position
 from manyhands.members.membership import Membership, Peer
 
 YIELDS = 200
-"""Number of polls with a sched_yield before a wait starts to sleep. Most waits are short; a yield costs about 1 us."""
+"""The number of polls with a sched_yield before a wait starts to sleep.
+
+Most waits are short, and a yield costs about 1 us.
+"""
 
 NAP_SECONDS = 0.0002
-"""Time to sleep between two polls of a longer wait."""
+"""The time to sleep between two polls of a longer wait."""
 
 
 class WatchedGroup(Group):
     """A group whose workers watch each other through a Membership.
 
-    workers: the launcher's numbers of this group's workers, including this one; None: all members.
-    channel: number of the group's sequence of calls on the board.
+    workers: the launcher's numbers of this group's workers, including this one, or None for all members.
+    channel: the number of the group's sequence of calls on the board.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class WatchedGroup(Group):
         self._closed = False
 
     def _post(self, tag: str) -> int:
-        """Announce the start of collective call `tag` on this worker's board; return the call's number."""
+        """Announce the start of collective call `tag` on this worker's board. Return the call's number."""
         self.membership.check()
         self._calls += 1
         self.membership.board.post(self._calls, tag, self.channel)
@@ -45,9 +48,10 @@ class WatchedGroup(Group):
         return self._calls
 
     def _wait(self, ready: Callable[[], bool], is_behind: Callable[[Peer], bool], tag: str) -> float:
-        """Wait until `ready()` and return the seconds it took.
+        """Wait until `ready()` is true. Return the seconds that the wait took.
 
-        is_behind: True for the peers that this call waits for. Raises WorkerError if one of them fails or stalls.
+        is_behind: a function that returns True for the peers that this call waits for. Raises WorkerError if one of
+        them fails or stalls.
         """
         started = time.monotonic()
         for _ in range(YIELDS):
@@ -75,7 +79,7 @@ class WatchedGroup(Group):
         me = self.membership.rank
         for peer in self._peers:
             # With GPU streams a wait may end before a peer has posted the call. In that case, the last worker to post
-            # it compares the tags. The tag may only be read after the count, which the peer writes last.
+            # the call compares the tags. Read the tag only after the count, because the peer writes the count last.
             if (
                 peer.board is not None
                 and peer.posted(self.channel) >= call
@@ -108,4 +112,4 @@ class WatchedGroup(Group):
             self.take_down()
 
     def take_down(self) -> None:
-        """Free the resources of the transport. By default, there are none."""
+        """Free the resources of the transport. The default implementation frees nothing."""

@@ -24,7 +24,7 @@ from manyhands.formatting import MIB
 from manyhands.offload.scratch import cannot_use, check_scratch, map_file
 
 SLAB_BYTES = 64 * MIB
-"""Size of a file. A file holds many buffers, because each mapping takes kernel resources."""
+"""The size of a file. A file holds many buffers, because each mapping takes kernel resources."""
 
 BEHIND_BYTES = 128 * MIB
 """The amount of data that may wait to be written. `evict` blocks while more is waiting."""
@@ -35,15 +35,15 @@ _MS_SYNC = 4
 
 
 class Allocator:
-    """Buffers in the memory of `device`; pinned if they are in host memory and used by a GPU."""
+    """Creates buffers in the memory of `device`. Buffers in host memory that a GPU uses are pinned."""
 
     def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
         self.device = device
         self._pinned = pinned
-        self.scratch: Path | None = None  # the folder of the files that hold the buffers; None: in memory
+        self.scratch: Path | None = None  # the folder of the files that hold the buffers; None if they are in memory
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A zeroed buffer [numel]."""
+        """Return a zeroed buffer [numel]."""
         return torch.zeros(numel, dtype=dtype, device=self.device, pin_memory=self._pinned)
 
     def prefetch(self, buffer: Tensor) -> None:
@@ -53,26 +53,27 @@ class Allocator:
         """Announce that the buffer, or this part of a buffer, will not be used for a while."""
 
     def owns(self, buffer: Tensor) -> bool:
-        """True if the buffer can be evicted."""
+        """Return True if the buffer can be evicted."""
         return False
 
     def adopt(self, mapped: Tensor) -> None:
         """Manage a buffer of complete pages that the group mapped from a file."""
 
     def close(self) -> None:
-        """Free everything but the buffers."""
+        """Free all resources except the buffers."""
 
     @property
     def on_disk(self) -> bool:
-        """True if evicted buffers leave memory."""
+        """Return True if evicted buffers take no memory."""
         return self.scratch is not None
 
 
 class DiskAllocator(Allocator):
-    """Buffers in unnamed files of `folder`, which disappear however the process ends.
+    """Creates buffers in unnamed files of `folder`. The files disappear however the process ends.
 
-    The kernel reads pages when they are accessed, and may drop pages that have been written. `prefetch` makes it read
-    ahead. `evict` makes a thread write the pages to the file and unmap them from this process. Raises ConfigError.
+    The kernel reads pages when they are accessed, and may drop pages that have been written. `prefetch` makes the
+    kernel read ahead. `evict` makes a thread write the pages to the file and unmap them from this process. Raises
+    ConfigError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,7 +81,7 @@ class DiskAllocator(Allocator):
         self.scratch = folder
         check_scratch(folder)
         self._maps: list[tuple[int, int]] = []  # addresses [start, end), in ascending order
-        # References to the mappings, so that their addresses are not reused while the allocator lives.
+        # Keep references to the mappings, so that their addresses are not reused while the allocator exists.
         self._held: list[Tensor] = []
         self._free = 0  # bytes left in the last slab
         self._slab: Tensor | None = None
@@ -140,9 +141,9 @@ class DiskAllocator(Allocator):
         return index >= 0 and end <= self._maps[index][1]
 
     def _pages_of(self, buffer: Tensor) -> tuple[int, int]:
-        """Address and length of the pages that hold the buffer.
+        """Return the address and length of the pages that hold the buffer.
 
-        Raises InvariantError for memory without a file: dropping its pages would zero it.
+        Raises InvariantError for memory without a file, because dropping its pages would zero it.
         """
         first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
         if not self.owns(buffer):
@@ -172,7 +173,10 @@ class DiskAllocator(Allocator):
 
 
 def allocator_for(kind: str, device: torch.device, scratch: Path) -> Allocator:
-    """The allocator for `Strategy.offload` = `kind`, for state that `device` computes with. Raises ConfigError."""
+    """Return the allocator for `Strategy.offload` = `kind`, for state that `device` computes with.
+
+    Raises ConfigError.
+    """
     if kind == "disk":
         return DiskAllocator(scratch)
     if kind == "cpu":
@@ -189,31 +193,34 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _call(name: str, address: int, num_bytes: int, what: int) -> None:
-    """Call msync or madvise. Python's mmap has these only for complete mappings, and holds the GIL during the call."""
+    """Call msync or madvise.
+
+    Python's mmap supports these calls only for complete mappings, and holds the GIL during them.
+    """
     if getattr(_libc, name)(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), what) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
 
 UNSHARED_USE_COUNT = 2
-"""The use count of a storage to which only its buffer and the caller refer."""
+"""The use count of a storage that only its buffer and the caller refer to."""
 
 
 class BufferPool:
     """A pool of flat buffers on a device, by dtype.
 
     Requests whose sizes differ by less than a factor of two share buffers. A buffer that is too small is replaced by a
-    larger one. So the pool has about as many buffers as were in use at the same time.
+    larger one. So the pool has about as many buffers as were in use at a time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._free: dict[torch.dtype, list[Tensor]] = {}  # by ascending size
-        self.num_bytes = 0  # of all buffers, in use or free
+        self.num_bytes = 0  # the size of all buffers, in use or free
 
-    @torch.inference_mode(False)  # a buffer that is taken in inference mode is used outside of it later
+    @torch.inference_mode(False)  # a buffer that is taken in inference mode may later be used outside of it
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised buffer [numel]."""
+        """Return an uninitialised buffer [numel]."""
         free = self._free.setdefault(dtype, [])
         similar = [
             index for index, buffer in enumerate(free) if numel < 2 * buffer.numel() and buffer.numel() < 2 * numel
@@ -221,7 +228,7 @@ class BufferPool:
         for index in similar:
             if free[index].numel() >= numel:
                 buffer = free.pop(index)
-                # Not a view, because a view would raise the use count.
+                # Don't return a view, because a view would raise the use count.
                 return buffer.set_(buffer.untyped_storage(), 0, (numel,), (1,))
         if similar:
             self.num_bytes -= free.pop(similar[0]).nbytes
@@ -231,8 +238,8 @@ class BufferPool:
     def give_back(self, buffer: Tensor) -> None:
         """Return a buffer to the pool. Its next user overwrites it, in the order of the device's stream.
 
-        If something else still refers to its storage (an autograd node, activation checkpointing, a view in the
-        model), the buffer leaves the pool instead, and is freed with its last user.
+        If another object still refers to its storage (an autograd node, activation checkpointing, a view in the model),
+        the buffer is removed from the pool instead, and is freed when the last reference to it is dropped.
         """
         storage = buffer.untyped_storage()
         users = torch._C._storage_Use_Count(storage._cdata)
@@ -243,7 +250,7 @@ class BufferPool:
 
     @torch.inference_mode(False)
     def put_back(self, buffer: Tensor) -> None:
-        """Like `give_back`, but for a buffer that nothing reads any more, even if something still refers to it."""
+        """Return a buffer to the pool even if other objects still refer to it. Nothing may read it any more."""
         free = self._free[buffer.dtype]
         free.append(buffer.new_empty(0).set_(buffer.untyped_storage()))
         free.sort(key=Tensor.numel)

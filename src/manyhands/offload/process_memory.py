@@ -18,9 +18,9 @@ _MMAP_THRESHOLD_MAX = 1 << 25  # glibc's own maximum for the dynamic threshold
 
 
 def return_freed_memory() -> None:
-    """Return the heap's free pages to the system; glibc would retain them. Does nothing with other C libraries.
+    """Return the heap's free pages to the system, because glibc would retain them. Does nothing with other C libraries.
 
-    Called after one-time operations that free much memory: laying out the model, the optimizer's first step.
+    Call it after one-time operations that free much memory, such as laying out the model or the optimizer's first step.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -30,9 +30,9 @@ def keep_freed_memory(large: bool) -> None:
     """Control what glibc does with freed memory from now on. Does nothing with other C libraries.
 
     large: if True, glibc retains the memory that a step frees, for the next step. By default glibc sometimes returns
-    the pages of activations, and the next step then pays for tens of thousands of page faults, about 4 % of its time.
-    If False, glibc maps every large buffer separately, and returns it when it is freed. This is for models that barely
-    fit: otherwise the heap retains holes as large as weights and gradients. It costs page faults.
+    the pages of activations, and the page faults of the next step then take about 4 % of its time. If False, glibc maps
+    every large buffer separately, and returns it when it is freed. This costs page faults, and is for models that
+    barely fit, because the heap would otherwise retain holes as large as weights and gradients.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
@@ -41,11 +41,13 @@ def keep_freed_memory(large: bool) -> None:
 
 
 _LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-"""Limit and usage in the file systems of control groups, versions 2 and 1."""
+"""The files with limit and usage in the file systems of control groups, versions 2 and 1."""
 
 
 def free_memory_bytes() -> int:
-    """Free memory of the machine, or of this process's control group if that is less; 0 if both are unknown."""
+    """Return the free memory of the machine, or of this process's control group if that is less; 0 if both are
+    unknown.
+    """
     free = []
     with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
         free.append(next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")))
@@ -65,7 +67,9 @@ _SAMPLE_SECONDS = 0.02
 
 
 def memory_bytes() -> int:
-    """The current PSS of this process, or its largest resident size so far if the system does not report the PSS."""
+    """Return the current PSS of this process, or its largest resident size so far if the system does not report the
+    PSS.
+    """
     try:
         with _SMAPS.open() as lines:
             return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
@@ -74,7 +78,7 @@ def memory_bytes() -> int:
 
 
 class PeakMemory:
-    """The largest `memory_bytes` while active. A context manager that may be entered repeatedly."""
+    """A context manager that measures the largest `memory_bytes` while it is active. It may be entered repeatedly."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0

@@ -1,8 +1,8 @@
 """The scratch folder, and anonymous memory that processes share.
 
 Shared memory is an anonymous file: a process creates a memfd and passes its address, `pid:fd:bytes`, to the others,
-which open it through /proc. It has no name in any file system, so a killed process leaves nothing behind, and the limit
-of /dev/shm does not apply. The kernel frees the memory when no process maps it any more.
+which open it through /proc. The file has no name in any file system, so a killed process leaves nothing behind, and the
+limit of /dev/shm does not apply. The kernel frees the memory when no process maps it any more.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PAGE = mmap.PAGESIZE
 
 
 def map_file(folder: Path, num_bytes: int) -> Tensor:
-    """A zeroed buffer, uint8 [num_bytes], in a new unnamed file of `folder`. Raises ConfigError."""
+    """Return a zeroed buffer, uint8 [num_bytes], in a new unnamed file of `folder`. Raises ConfigError."""
     fd = open_unnamed(folder, num_bytes)
     try:
         return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
@@ -39,9 +39,9 @@ def map_file(folder: Path, num_bytes: int) -> Tensor:
 
 
 def open_unnamed(folder: Path, num_bytes: int) -> int:
-    """The descriptor of a new unnamed file.
+    """Return the descriptor of a new unnamed file.
 
-    All its space is allocated here, so that a full disk raises ConfigError now instead of SIGBUS later.
+    This function allocates all its space, so that a full disk raises ConfigError here instead of SIGBUS later.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def open_unnamed(folder: Path, num_bytes: int) -> int:
 
 
 def check_scratch(folder: Path) -> None:
-    """Check that the folder is on a disk and can be written. Raises ConfigError."""
+    """Check that the folder is on a disk and that files can be written to it. Raises ConfigError."""
     os.close(open_unnamed(folder, _PAGE))
     kind = file_system_of(folder)
     if kind in MEMORY_FILE_SYSTEMS:
@@ -88,7 +88,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
 
 
 def measure_speed(folder: Path) -> tuple[float, float]:
-    """The speed of sequential writes and reads in the folder, in GB/s, without the page cache."""
+    """Return the speed of sequential writes and reads in the folder, in GB/s, without the page cache."""
     fd = open_unnamed(folder, PROBE_BYTES)
     try:
         data = os.urandom(MIB) * (PROBE_BYTES // MIB)
@@ -106,7 +106,7 @@ def measure_speed(folder: Path) -> tuple[float, float]:
 
 
 def file_system_of(folder: Path) -> str:
-    """The kernel's name for the file system that holds the folder; "?" if it is unknown."""
+    """Return the kernel's name for the file system that holds the folder; "?" if it is unknown."""
     found = "?"
     with suppress(OSError):
         longest, real = -1, os.path.realpath(folder)
@@ -119,7 +119,7 @@ def file_system_of(folder: Path) -> str:
 
 
 def cannot_use(folder: Path, error: BaseException) -> ConfigError:
-    """The error for a scratch folder whose files can't be created or written."""
+    """Return the error for a scratch folder whose files can't be created or written."""
     return ConfigError(
         f"the scratch folder can't be used: {getattr(error, 'strerror', None) or error}",
         where=str(folder),
@@ -128,7 +128,7 @@ def cannot_use(folder: Path, error: BaseException) -> ConfigError:
 
 
 def scratch_line(folder: Path) -> str:
-    """The folder, its file system, free space and speed, in one line."""
+    """Return a line of text with the folder, its file system, free space and speed."""
     stat = os.statvfs(folder)
     written, read = measure_speed(folder)
     return (
@@ -138,7 +138,7 @@ def scratch_line(folder: Path) -> str:
 
 
 class ProcessArena:
-    """Memory that processes of one user on one host share."""
+    """An arena of memory that processes of one user on one host share."""
 
     def __init__(self) -> None:
         self._created: list[int] = []

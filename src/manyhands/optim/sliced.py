@@ -1,10 +1,10 @@
 """Applies torch optimizers to slices of the master weights.
 
 The recipe's factory is called once, with the model's named parameters. It returns the *fronts*: one optimizer, or
-several that divide the parameters among themselves. The fronts hold the param groups with their hyperparameters, which
-LR schedulers change. The fronts' own `step` never updates anything. A working copy of each front does the updates: for
-each run, the copy's param groups are replaced by groups of the run's slices. This gives the same bits as one call over
-full parameters if the optimizer is
+several optimizers that divide the parameters among themselves. The fronts hold the param groups with their
+hyperparameters, which LR schedulers change. The fronts' own `step` never updates anything. A working copy of each front
+does the updates: for each run, the copy's param groups are replaced by groups of the run's slices. This gives the same
+bits as one call over full parameters if the optimizer is
 
 - *elementwise*: an element's update depends only on that element. A slice may be any part of a parameter.
 - *per-parameter*: an update depends on one complete parameter and its shape. A slice is a complete parameter.
@@ -29,13 +29,13 @@ ELEMENTWISE, PER_PARAMETER = "elementwise", "per-parameter"
 KINDS = dict.fromkeys(
     ("AdamW", "Adam", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD"), ELEMENTWISE
 ) | dict.fromkeys(("Muon", "Adafactor"), PER_PARAMETER)
-"""Supported classes of torch.optim, and their kinds."""
+"""The supported classes of torch.optim, and their kinds."""
 
 REFUSED = {
     "LBFGS": "it uses all parameters together, and evaluates the loss itself",
     "SparseAdam": "it requires sparse gradients, and workers exchange dense ones",
 }
-"""Classes of torch.optim that can't be used, and why."""
+"""The classes of torch.optim that can't be used, and the reasons."""
 
 Factory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 
@@ -53,11 +53,11 @@ class Slice:
 
 
 class SlicedOptimizer:
-    """The recipe's optimizers, applied slice by slice; see the module.
+    """The recipe's optimizers, applied slice by slice, as the module's docstring describes.
 
     fronts: the optimizers that the recipe's factory returned. kinds: the kind of each front.
     unsplittable: the names of the parameters of per-parameter optimizers.
-    declared_kind: the kind of optimizers whose classes aren't torch's. Raises ConfigError.
+    declared_kind: the kind of optimizers whose classes are not part of torch. Raises ConfigError.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class SlicedOptimizer:
         )
         self._shapes = {name: tuple(param.shape) for name, param in named_params}
         self._copies = [_working_copy(front) for front in self.fronts]
-        # State tensors in the allocator's buffers, by parameter, first element and key. Only with offload "disk".
+        # The state tensors in the allocator's buffers, by parameter, first element and key. Used only with offload
+        # "disk".
         self._offloaded: dict[tuple[str, int, str], Tensor] = {}
 
     def _front_groups(self) -> Iterator[dict[str, Any]]:
@@ -100,7 +101,7 @@ class SlicedOptimizer:
         return run
 
     def step(self, run: ParamGroups) -> None:
-        """Update the slices of a run of elements from their .grad. Slices whose .grad is None are not changed."""
+        """Update the slices of a run of elements from their `grad`. Slices whose `grad` is None are not changed."""
         for copy, groups, kind in zip(self._copies, run, self.kinds, strict=True):
             if groups:
                 copy.param_groups = groups
@@ -121,11 +122,11 @@ class SlicedOptimizer:
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
-        """The current learning rate of each param group."""
+        """Return the current learning rate of each param group."""
         return tuple(float(group["lr"]) for group in self._front_groups())
 
     def state_of(self, piece: Slice) -> dict[str, Any]:
-        """Return the optimizer's state of a slice: tensors and numbers; empty before its first step."""
+        """Return the optimizer's state of a slice: tensors and numbers. It is empty before the slice's first step."""
         state: dict[str, Any] = self._copies[self._front_of(piece.name)].state[piece.master]
         return state
 
@@ -146,7 +147,7 @@ class SlicedOptimizer:
     def state_bytes(self) -> dict[str, float]:
         """Return the bytes of optimizer state per element of each parameter, not counting single numbers.
 
-        They are measured: a copy of the optimizer updates a small parameter.
+        The bytes are measured: a copy of the optimizer updates a small parameter.
         """
         by_group = []
         for index, group in enumerate(self.hyperparameters()):
@@ -214,7 +215,10 @@ def _working_copy(front: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def _kind(optimizer: object, declared: str | None) -> str:
-    """Return the optimizer's kind. declared: the kind if its class isn't torch's. Raises ConfigError if unknown."""
+    """Return the optimizer's kind.
+
+    declared: the kind if the class is not part of torch. Raises ConfigError if the kind is unknown.
+    """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             "recipe.optimizer did not return an optimizer",

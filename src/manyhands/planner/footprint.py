@@ -27,7 +27,7 @@ BUILT_ITEMSIZE = FP32
 """Models are built in fp32."""
 
 ADAMW_STATE_BYTES = 8.0
-"""State per element: two moments in fp32."""
+"""The state per element: two moments in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class UnitSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of the worker that takes most, including its part of shared memory.
+    """The bytes of the worker that takes the most memory, including its part of shared memory.
 
     `peak` is the sum of all values except files and start.
     params: the model's parameters. masters: master weights, unless they are an alias of the parameters.
@@ -70,23 +70,26 @@ class Footprint:
 
     @property
     def peak(self) -> float:
-        """The peak in a step, without activations. Most of it lasts as long as the engine."""
+        """Return the peak in a step, without activations. Most of it lasts as long as the engine."""
         total: float = sum(value for name, value in asdict(self).items() if name not in ("files", "start"))
         return total
 
     @property
     def mapped(self) -> float:
-        """The largest part of `files` that this process maps at a time. The kernel may cache more in free memory."""
+        """Return the largest part of `files` that this process maps at a time.
+
+        The kernel may cache more in free memory.
+        """
         return min(self.files, BEHIND_BYTES)
 
 
 class Ways:
-    """Properties of a strategy on a number of CPU workers: those that depend on sharding, offload and transport.
+    """The properties of a strategy on a number of CPU workers that depend on sharding, offload and transport.
 
-    views: True if pieces of gradients are read where they were computed.
+    views: True if pieces of gradients are read in place, without a copy.
     shares: True if workers share one copy of replicated buffers.
     unshards: True if parameters are unsharded on demand.
-    reduces_every_step: True if gradients are exchanged once a step, not once a micro-batch.
+    reduces_every_step: True if gradients are exchanged once per step, not once per micro-batch.
     """
 
     def __init__(self, strategy: Strategy, workers: int, virtual_workers: int) -> None:
@@ -130,10 +133,10 @@ def footprint(
     clips: bool = False,
     state_bytes: float = ADAMW_STATE_BYTES,
 ) -> Footprint:
-    """Predict the memory of a worker; see Footprint. Pure.
+    """Predict the memory of a worker. Pure.
 
     clips: True if the recipe has a clip_norm. state_bytes: optimizer state per element.
-    Treats the transports "auto" and "hierarchical" as shared memory on one host. On a GPU, host memory and device
+    The transports "auto" and "hierarchical" are treated as shared memory on one host. On a GPU, host memory and device
     memory are added up.
     """
     ways = Ways(strategy, workers, batch.virtual_workers)
@@ -149,7 +152,7 @@ def footprint(
     step_gradient = 0.0
     if ways.replicates_state or clips:
         step_gradient = FP32 * shard * (1 if ways.shares else held_shards)
-    # Factors: 1 if the part of the state is in memory, 0 if it is in files.
+    # These factors are 1 if the part of the state is in memory, and 0 if it is in files.
     state_here = 0 if ways.on_disk else 1
     params_here = state_here if ways.unshards else 1
     sums_here = state_here if ways.sharded_params else 1
@@ -157,7 +160,8 @@ def footprint(
     files += (1 - sums_here) * (shard_sums + step_gradient)
     start = params * params_here + masters * state_here
     start += state_here * BUILT_ITEMSIZE * workers * sum(unit.shard_numel for unit in units)
-    if (ways.views or ways.retains_gradients) and not ways.shares:  # shared memory takes no space before it is written
+    # Shared memory takes no space before something is written to it.
+    if (ways.views or ways.retains_gradients) and not ways.shares:
         start += gradients
     longest = held_shards * max((unit.shard_numel for unit in trained), default=0)
     return Footprint(
@@ -215,7 +219,9 @@ def _gradients(trained: Sequence[UnitSize], ways: Ways, workers: int) -> float:
 
 
 def _unsharded(units: Sequence[UnitSize], unshard_ahead: int, workers: int) -> float:
-    """Return the bytes of units in use, units unsharded ahead, and units that stay. Units of one size share buffers."""
+    """Return the bytes of the units that are unsharded at a time: those in use, those unsharded ahead, and those that
+    stay. Units of one size share buffers.
+    """
     total, of_size = 0, dict[tuple[int, int], int]()
     for unit in units:
         if unit.stays:
@@ -252,7 +258,7 @@ def _shard_sums(trained: Sequence[UnitSize], batch: Batch, ways: Ways, workers: 
     num_bytes, run_buffers = 0.0, 0
     in_place = (
         (len(trained) if ways.retains_gradients else IN_FLIGHT) if ways.views else 0
-    )  # units whose pieces of the last round stay in place
+    )  # these are the units whose pieces of the last round stay in place
     for keeps_last, units in ((True, trained[:in_place]), (False, trained[in_place:])):
         if units:
             buffers, over_a_run = _partial_sums(batch, ways, workers, keeps_last=keeps_last)
@@ -262,7 +268,8 @@ def _shard_sums(trained: Sequence[UnitSize], batch: Batch, ways: Ways, workers: 
 
 
 def _partial_sums(batch: Batch, ways: Ways, workers: int, *, keeps_last: bool) -> tuple[int, int]:
-    """Return how many buffers an owner's sum needs: of a shard's length, and of the length of a run of the update.
+    """Return the number of buffers that an owner's sum needs: those of a shard's length, and those of a run of the
+    update.
 
     keeps_last: True if the pieces of the last round stay in place until the update.
     """
@@ -283,12 +290,12 @@ def _partial_sums(batch: Batch, ways: Ways, workers: int, *, keeps_last: bool) -
         for tree in sorted(tree for trees in _subtrees(batch, workers) for tree in trees):
             part.push(None, tree.level)
     part.fold()
-    # One of a run's buffers is the run's gradient, which _workspace counts. In fp32, fewer buffers may be enough.
+    # One of a run's buffers is the run's gradient, which `_workspace` counts. In fp32, fewer buffers may be enough.
     return full.peak, max(0, run.peak - 1)
 
 
 def _subtrees(batch: Batch, workers: int) -> list[tuple[Subtree, ...]]:
-    """Return the subtrees of each worker, if gradients are exchanged once a step."""
+    """Return the subtrees of each worker, if gradients are exchanged once per step."""
     runs = [run_of_virtual_workers(rank, workers, batch.virtual_workers) for rank in range(workers)]
     return [maximal_subtrees(run.start, run.stop) for run in runs]
 
