@@ -1,8 +1,8 @@
-"""The first code in a worker process (standard library only).
+"""The first code that runs in a worker process. Imports only the standard library.
 
 The launcher runs this file by its path, as `python -I -S child.py FOLDER`. This takes about 15 ms, because the file
-imports only the standard library. Then the process replaces itself with the worker's command (exec: the same process
-with the same kernel settings), so a user's script runs exactly as with `python script.py`.
+imports only the standard library. The process then replaces itself with the worker's command by exec, which retains the
+process and its kernel settings. So a user's script runs exactly as with `python script.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(parent: int | None = None) -> None:
     """Make the kernel kill this process (SIGKILL) when its parent ends for any reason.
 
-    parent: the expected pid of the parent, if known; if that process has ended already, this one exits at once. The
-    setting survives exec but not fork. Linux only; it does nothing on other systems.
+    parent: the expected pid of the parent, if known. If that process has already ended, this process exits immediately.
+    The setting survives exec but not fork. On systems other than Linux, this function does nothing.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -35,7 +35,7 @@ def die_with_parent(parent: int | None = None) -> None:
 def started_marker(rank: int) -> str:
     """Return the name of the empty file that reports this worker's pid and start time (clock ticks) to the launcher.
 
-    The start time distinguishes this process from a later one with the same pid. The name holds everything, because
+    The start time distinguishes this process from a later one with the same pid. All values are in the name, because
     creating an empty file is atomic.
     """
     try:
@@ -47,15 +47,18 @@ def started_marker(rank: int) -> str:
 
 
 def become_worker(folder: str) -> None:
-    """Set up this process as the plan in `folder` says and replace it with the worker's command. Does not return."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C this early ends the process without a traceback
+    """Set up this process as the plan in `folder` specifies, and replace it with the worker's command.
+
+    Does not return.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C before the exec ends the process without a traceback
     try:
         with open(os.path.join(folder, PLAN_FILE), encoding="utf-8") as file:
             plan = json.load(file)
         die_with_parent(plan["parent"])
         if plan["holds_signals"]:
-            # The worker handles these once it has started (StopSignals). Until then they stay pending, so that none is
-            # lost, and none kills a worker that is still importing torch.
+            # The worker handles these signals once it has started (StopSignals). Until then they stay pending, so that
+            # no signal is lost or kills a worker that is still importing torch.
             signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         rank = int(os.environ["RANK"])
         os.close(os.open(os.path.join(folder, started_marker(rank)), os.O_CREAT | os.O_WRONLY, 0o600))

@@ -1,7 +1,7 @@
 """Finds the root cause among several failed workers, and decides whether to restart.
 
-After a failure all workers are restarted from the last snapshot or checkpoint, as long as that can succeed. A step
-depends only on the state before it, so lost steps give the same bits when they are computed again. For the same reason
+After a failure all workers are restarted from the last snapshot or checkpoint, as long as a restart can succeed. A step
+depends only on the state before it, so lost steps give the same bits when they are computed again. For the same reason,
 an exception that occurs twice in the same micro-batch would occur every time.
 """
 
@@ -15,21 +15,25 @@ from manyhands.errors import Interrupted, ManyhandsError, Position, WorkerError
 from manyhands.members.reports import Failure, WorkerEnd
 
 STOPPED_CODES = (130, 143)
-"""Exit codes of a worker that stopped on request: 128 + SIGINT, 128 + SIGTERM."""
+"""The exit codes of a worker that stopped on request: 128 + SIGINT, 128 + SIGTERM."""
 
 LAUNCHER_KILL_SECONDS = 20.0
-"""If a worker dies of SIGKILL this long after the first failure, the launcher has killed it (it waits 30 s first)."""
+"""If SIGKILL ends a worker this long after the first failure, the launcher sent it.
+
+The launcher waits for 30 s first.
+"""
 
 
 def explain_failure(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
-    """Return the error to raise. ends: how all workers ended; at least one of them failed. This is a pure function.
+    """Return the error to raise. ends: how each worker ended; at least one of them failed. Pure.
 
     The error is Interrupted if the workers stopped on request. Otherwise it is a WorkerError that names the root cause,
     which is the first of:
-    1. a worker killed with SIGKILL from outside, such as by the out-of-memory killer (its peers see broken connections,
-       which they may report as their own errors, but these are consequences);
+    1. a worker killed with SIGKILL from outside, such as by the out-of-memory killer (its peers see broken connections
+       and may report these as their own errors, but they are consequences);
     2. the first worker that reported its own error;
-    3. a worker killed by another signal (it may also abort while it exits, so an error of its own comes first);
+    3. a worker killed by another signal (a worker that reported an error may also abort while it exits, so 2 comes
+    first);
     4. the worker that its peers named;
     5. a worker with a non-zero exit code;
     6. a worker that was sent SIGTERM, or that only saw a broken connection.
@@ -52,28 +56,28 @@ def explain_failure(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
 
 
 def _stopped_code(end: WorkerEnd) -> int:
-    """Return the exit code.
+    """Return a worker's exit code.
 
-    If the worker failed with Interrupted or KeyboardInterrupt, return the exit code of a stopped worker.
+    For a worker that failed with Interrupted or KeyboardInterrupt, it is the exit code of a stopped worker.
     """
     was_interrupted = end.failure is not None and end.failure.kind in ("Interrupted", "KeyboardInterrupt")
     return STOPPED_CODES[0] if was_interrupted and end.exit_code > 0 else end.exit_code
 
 
 def _error_about(root_cause: WorkerEnd, notices: Sequence[Failure], ends: Sequence[WorkerEnd]) -> WorkerError:
-    """Return the error about the root cause. notices: reports of its peers about it, earliest first."""
+    """Return the error about the root cause. notices: the peers' reports about the root cause, earliest first."""
     failure = root_cause.failure if root_cause.failure is not None and not root_cause.failure.notice else None
     notice = notices[0] if notices else None
     reported, raised = None if failure is None else failure.error(), ""
     if failure is not None and isinstance(reported, WorkerError):
-        # Its peers or the launcher declared it lost, and it repeats their report.
+        # The peers or the launcher declared this worker lost, and the worker repeats their report.
         what = reported.what
     elif failure is not None:
         raised = f"{failure.kind}: {failure.first_line}"
         what = f"worker {root_cause.rank} failed: {failure.kind}: {failure.first_line}"
     elif notice is not None and (notice.alive or root_cause.exit_code in (0, -signal.SIGTERM)):
-        # It was alive (in a stall, for example) and ended only because it was stopped or killed afterwards: the peer's
-        # report is more specific than the exit code.
+        # The worker was alive (stalled, for example) and ended only because it was stopped or killed afterwards. So the
+        # peer's report is more specific than the exit code.
         what = notice.what or notice.first_line
     else:
         what = f"worker {root_cause.rank} {_describe_exit(root_cause.exit_code)}"
@@ -91,7 +95,7 @@ def _error_about(root_cause: WorkerEnd, notices: Sequence[Failure], ends: Sequen
 
 
 def _root_cause_order(end: WorkerEnd, named: int | None, first_seconds: float) -> tuple[int, float]:
-    """Return a sort key that puts the root cause first; the numbers are those of `explain_failure`."""
+    """Return a sort key that puts the root cause first. Its numbers are those in the docstring of `explain_failure`."""
     if end.failure is not None and end.failure.is_secondhand:
         return 6, end.failure.seconds
     own = end.failure is not None and not end.failure.notice
@@ -126,7 +130,7 @@ def _detail(
         parts.append(f"the last lines of worker {root_cause.rank}:\n{root_cause.log_tail}")
     for end in ends:
         other = end.failure
-        # Omit workers that only report the root cause, repeat its message, or were only asked to end.
+        # Omit workers that only report the root cause, repeat its message, or were only requested to end.
         repeats = other is not None and (
             other.root_cause == root_cause.rank or (failure and other.message == failure.message)
         )
@@ -166,7 +170,9 @@ def _describe_exit(exit_code: int) -> str:
 
 @dataclass(frozen=True)
 class Restart:
-    """A restart that is about to happen. number: counts restarts without progress, from 1. limit: its maximum."""
+    """A restart that is about to happen. number: the number of restarts without progress, from 1. limit: its
+    maximum.
+    """
 
     cause: WorkerError
     number: int
@@ -185,11 +191,11 @@ def run_with_restarts(
 
     run: called with the number of failures since the last progress. saved_step: returns the point from which `run`
     would continue: the number of the training within the script, from 0, and the step of its last snapshot or
-    checkpoint. limit: how many restarts without progress are allowed; a later `saved_step` is progress. on_restart:
-    called before each restart. samples_of: describes the samples of (step, micro-batch).
+    checkpoint. limit: the number of restarts that are allowed without progress, which is a later `saved_step`.
+    on_restart: called before each restart. samples_of: describes the samples of (step, micro-batch).
 
     Raises the last WorkerError if the limit is exceeded or an exception has occurred twice at the same position. Errors
-    that a restart cannot fix, and Interrupted, are raised at once.
+    that a restart cannot fix, and Interrupted, are raised immediately.
     """
     since, number = saved_step(), 0
     last_fault: tuple[Position, str] | None = None
@@ -214,19 +220,21 @@ def run_with_restarts(
 
 
 def _is_accident(error: WorkerError) -> bool:
-    """False if a restart can't succeed: a person must fix the error, or a worker raised it before its first step."""
+    """Return False if a restart can't succeed, because the error must be fixed by a person or was raised before the
+    worker's first step.
+    """
     if error.raised and error.position.step is None:
         return False
     return not isinstance(error.__cause__, ManyhandsError) or isinstance(error.__cause__, WorkerError)
 
 
 def _fault_of(error: WorkerError) -> tuple[Position, str] | None:
-    """Return a worker's exception and its position; None if it was killed or stalled, which may not recur."""
+    """Return a worker's exception and its position, or None if it was killed or stalled, which may not recur."""
     return (error.position._replace(activity=""), error.raised) if error.raised else None
 
 
 def _not_restarted(error: WorkerError, why: str, samples_of: Callable[[int, int], str]) -> WorkerError:
-    """Return a copy of the error with the reason why the run is not restarted, and the samples of its micro-batch."""
+    """Return a copy of the error that adds why the run is not restarted, and the samples of the micro-batch."""
     _, step, micro_batch = error.position
     samples = "" if step is None or micro_batch is None else samples_of(step, micro_batch)
     final = WorkerError(

@@ -17,7 +17,8 @@ from manyhands.members.reports import record_failure
 
 _PATH_FILE, _CALL_FILE = "path.json", "call.pkl"
 
-# The worker must find all modules where its parent did, including this package: set the path before any import.
+# The worker must find all modules where its parent found them, including this package, so set the path before any
+# import.
 _BOOT = (
     f"import json, sys; sys.path[:] = json.load(open(sys.argv[1] + '/{_PATH_FILE}'));"
     "from manyhands.launching.function import answer_call; answer_call(sys.argv[1])"
@@ -28,12 +29,12 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
     """Call `fn(*args, **kwargs)` in `workers` processes on this host and return their results in rank order.
 
     `fn` may be defined anywhere, including a notebook cell. The function, its arguments and its results are sent with
-    cloudpickle. All workers print to this process's terminal. Blocks until all have ended.
+    cloudpickle. All workers print to this process's terminal. Blocks until all workers have ended.
 
-    Raises WorkerError naming the worker, with its traceback in `detail`; Interrupted (Ctrl-C: see `run_workers`);
-    ConfigError if the call cannot be pickled. No processes or files are left behind.
+    Raises WorkerError, which names the worker and has its traceback in `detail`; Interrupted after Ctrl-C, as
+    `run_workers` does; ConfigError if the call cannot be pickled. No processes or files are left behind.
     """
-    # Imported here, because the workers also import this module, and do not need the launcher.
+    # Import the launcher here, because the workers also import this module and do not need the launcher.
     from manyhands.launching.launcher import run_workers
     from manyhands.launching.worker_files import shared_folder
 
@@ -43,7 +44,7 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
         raise ConfigError(
             f"{getattr(fn, '__qualname__', fn)} cannot be sent to the workers",
             got=f"{type(error).__name__}: {error}",
-            hint="create such objects (locks, open files, connections) inside the function",
+            hint="create objects such as locks, open files and connections inside the function",
         ) from error
     with shared_folder() as folder:
         (folder / _PATH_FILE).write_text(json.dumps(sys.path), encoding="utf-8")
@@ -53,7 +54,7 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
 
 
 def answer_call(name: str) -> None:
-    """In a worker: make the call that is stored in folder `name`; store the result, or report the error."""
+    """Make the call that is stored in folder `name`, in a worker. Store the result, or report the error."""
     folder, rank = Path(name), int(os.environ["RANK"])
     try:
         fn, args, kwargs = pickle.loads((folder / _CALL_FILE).read_bytes())

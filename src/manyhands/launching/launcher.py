@@ -1,12 +1,13 @@
 """Starts N workers on this host.
 
 torch's elastic launcher starts the processes, sets their variables (RANK, WORLD_SIZE, MASTER_ADDR and others), watches
-them, and ends all of them when one fails. Three of its parts are replaced, each through an interface of torch:
+them, and ends all of them when one fails. This module replaces three parts of the launcher, each through an interface
+of torch:
 
-- the rendezvous (`_LocalRendezvous`): one host needs no agreement. The store listens only on 127.0.0.1, on a port
-  that the system chooses and that stays open from then on, so that no other process can take it;
+- the rendezvous (`_LocalRendezvous`): one host needs no agreement. The store listens only on 127.0.0.1, on a port that
+  the system chooses and that stays open, so that no other process can take it;
 - the signal handlers (`StopRequest`): torch's handlers may raise while only some workers have started, and leave these
-  orphaned. Ours only record the signal; the launcher acts on it when it next checks the workers;
+  orphaned. The handlers here only record the signal, and the launcher reacts when it next checks the workers;
 - the log folders (`Logs`): plain files that the workers write themselves (see launching/child.py).
 """
 
@@ -64,21 +65,22 @@ def run_workers(
     holds_signals: bool = False,
     rendezvous: Rendezvous | None = None,
 ) -> None:
-    """Run `command` in `workers` processes on this host; return when all have exited with code 0.
+    """Run `command` in `workers` processes on this host. Return when all of them have exited with code 0.
 
     environment: variables added to those that the workers inherit. log_dir: the output of worker R > 0 is appended to
     log_dir/worker-R.log. Worker 0, and without a log_dir all workers, write to this process's terminal.
-    grace_seconds: time that workers have to stop after a signal. quiet: suppress the log of torch's elastic launcher.
+    grace_seconds: the time that workers have to stop after a signal. quiet: suppress the log of torch's elastic
+    launcher.
     holds_signals: workers start with SIGINT and SIGTERM blocked, and unblock them once their handlers are installed
-    (StopSignals). rendezvous: if given, run together with workers on other hosts, which may join and leave; it also
+    (StopSignals). rendezvous: if given, run together with workers on other hosts, which may join and leave. It also
     specifies how often workers are restarted.
 
     SIGINT, SIGTERM and SIGHUP are passed on once to the workers, which have `grace_seconds` to finish their step and
-    save; a second Ctrl-C kills them at once. Every worker leads its own session, so that a Ctrl-C on the terminal
+    save. A second Ctrl-C kills them immediately. Every worker leads its own session, so that a Ctrl-C on the terminal
     reaches only the parent. Signals are handled only if this is the main thread. If the parent is killed, the kernel
     kills the workers (Linux).
 
-    Raises WorkerError naming the root cause; Interrupted when stopped by a signal; ConfigError if the command does not
+    Raises WorkerError, which names the root cause; Interrupted after a stop signal; ConfigError if the command does not
     exist. After a failure, and before a restart, no worker and no process in its session is left. Temporary files are
     always deleted at the end. After success, processes that the workers left running in their sessions continue.
     """
@@ -103,7 +105,7 @@ def run_workers(
         config = _config(folder, workers, logs, stop, rendezvous)
         try:
             exit_codes = _launch(folder, config, stop, quiet)
-        except WorkerError as error:  # the rendezvous failed; a worker of this host may have reported why
+        except WorkerError as error:  # the rendezvous failed, and a worker of this host may have reported the reason
             raise explain_rendezvous_failure(error, logs.ends({})) from None
         ends = logs.ends(exit_codes)
     if stop.signal is not None:
@@ -115,8 +117,9 @@ def run_workers(
 def explain_rendezvous_failure(error: WorkerError, ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
     """Return the error that explains why the rendezvous failed with `error`.
 
-    ends: how the workers of this host ended; their exit codes are not known. The result is the root cause that they
-    reported, if any (a worker may have failed too often); Interrupted if the run was stopped; otherwise `error`.
+    ends: how the workers of this host ended; their exit codes are not known. The result is the root cause if the
+    workers reported one (a worker may have failed too often), Interrupted if the run was stopped, and otherwise
+    `error`.
     """
     reported = [replace(end, exit_code=1) for end in ends if end.failure is not None and not end.failure.is_secondhand]
     cause = explain_failure(reported) if reported else error
@@ -156,20 +159,20 @@ def _launch(folder: Path, config: LaunchConfig, stop: StopRequest, quiet: bool) 
         if quiet:
             stack.enter_context(_silenced(*_NOISY_LOGGERS))
         try:
-            # The command is not among the arguments, because torch substitutes "$" in them: the child reads it from
-            # the folder.
+            # The command is not passed as an argument, because torch substitutes "$" in arguments. The child reads the
+            # command from the folder.
             elastic_launch(config, sys.executable)("-I", "-S", str(_CHILD), str(folder))
             succeeded = True
         except ChildFailedError as error:
             return {rank: (failure.exitcode, float(failure.timestamp)) for rank, failure in error.failures.items()}
         except SignalException:
-            # Raised by StopRequest. torch has passed the signal on, and waited for the workers or killed them.
+            # StopRequest raised this. torch has passed the signal on, and has waited for the workers or killed them.
             return {}
         except (RendezvousError, DistError) as error:  # DistError: the store failed after the rendezvous
             raise WorkerError(
                 "rendezvous failed: the hosts can no longer reach each other",
                 where=config.rdzv_endpoint,
-                hint="if the first host is lost, start the run on another one, with the same run directory",
+                hint="if the first host is lost, start the run on another host, with the same run directory",
                 detail="\n".join(str(reason) for reason in (error, error.__cause__) if reason is not None),
             ) from error
         finally:
@@ -179,7 +182,7 @@ def _launch(folder: Path, config: LaunchConfig, stop: StopRequest, quiet: bool) 
 
 
 class _LocalRendezvous(RendezvousHandler):
-    """Rendezvous of a single host: one round, with a store that listens only on 127.0.0.1."""
+    """The rendezvous of a single host: one round, with a store that listens only on 127.0.0.1."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
@@ -195,7 +198,7 @@ class _LocalRendezvous(RendezvousHandler):
         return True  # the workers are clients of this store, so that MASTER_PORT is in use before they start
 
     def next_rendezvous(self) -> RendezvousInfo:
-        # Pass the open socket to the store: a port that is closed first could be taken by another process.
+        # Pass the open socket to the store. If the socket were closed first, another process could take its port.
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         port = listener.getsockname()[1]
         self._store = TCPStore(
@@ -204,7 +207,7 @@ class _LocalRendezvous(RendezvousHandler):
         return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, RendezvousStoreInfo("127.0.0.1", port))
 
     def num_nodes_waiting(self) -> int:
-        # torch's launcher calls this after each check of its healthy workers. It can be stopped safely here.
+        # torch's launcher calls this after each check of its healthy workers, so it can be stopped safely here.
         self._stop.raise_if_requested()
         self._monitor.check()
         return 0
@@ -225,7 +228,7 @@ class _LocalRendezvous(RendezvousHandler):
 
 @contextmanager
 def _restored_variable(name: str) -> Iterator[None]:
-    """Restore an environment variable on exit; the launcher sets it in this process."""
+    """Restore an environment variable on exit, because the launcher changes it in this process."""
     before = os.environ.get(name)
     try:
         yield
@@ -237,7 +240,9 @@ def _restored_variable(name: str) -> Iterator[None]:
 
 @contextmanager
 def _silenced(*names: str) -> Iterator[None]:
-    """Discard the messages of these loggers and their children; failures are reported as our own errors."""
+    """Discard the messages of these loggers and their children, because failures are reported as errors of
+    Manyhands.
+    """
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.propagate for logger in loggers]
     nowhere = logging.NullHandler()

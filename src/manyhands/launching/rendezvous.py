@@ -1,11 +1,11 @@
-"""Rendezvous of several hosts: which hosts take part in a run.
+"""The rendezvous of several hosts, which decides which hosts take part in a run.
 
-The launchers of several hosts meet through torch's c10d rendezvous and agree on the hosts of a run. The first host
-has the store through which they meet; the store also holds the facts about the run that a joining host needs. When a
-host joins or is lost, torch's elastic agents stop their workers and restart them with the new number of workers.
+The launchers of several hosts meet through torch's c10d rendezvous and agree on the hosts of a run. The first host runs
+the store that they all connect to. The store also holds the facts about the run that a joining host needs. When a host
+joins or is lost, torch's elastic agents stop their workers and restart them with the new number of workers.
 
-The store's host may be stopped or cut off. torch's client would wait for its answer without limit and without
-reacting to signals, so here every request has a time limit (`ask_store`, `RemoteStore`).
+The store's host may be stopped or cut off. torch's client would wait for the store's answer without limit and without
+reacting to signals. So every request in this module has a time limit (`ask_store`, `RemoteStore`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from manyhands.launching.supervision import StopRequest, WorkerMonitor
 from manyhands.members.processes import Answer, call_with_limit
 
 ANSWER_SECONDS = 20.0
-"""Time limit of a request to the first host's store."""
+"""The time limit of a request to the first host's store."""
 
 _WAIT_SECONDS = 30.0  # default time limit for a key that is not set yet
 
@@ -47,7 +47,7 @@ _POLL_SECONDS = 0.05
 
 
 def ask_store(call: Callable[[], Answer], meanwhile: Callable[[], None] = lambda: None) -> Answer:
-    """Make a request to the first host's store with the time limit ANSWER_SECONDS; see `call_with_limit`.
+    """Make a request to the first host's store, as `call_with_limit` does, with the time limit ANSWER_SECONDS.
 
     Raises DistNetworkError if there is no answer in time.
     """
@@ -58,13 +58,13 @@ def ask_store(call: Callable[[], Answer], meanwhile: Callable[[], None] = lambda
 
 
 class RemoteStore(Store):
-    """Client of a store on another host, with a time limit for each request.
+    """A client of a store on another host, with a time limit for each request.
 
-    client: torch's client, which makes the requests. meanwhile: called repeatedly while a request is pending. After one
-    request without an answer all later ones fail at once.
+    client: torch's client, which makes the requests. meanwhile: called repeatedly while a request is pending. After a
+    request without an answer, all later requests fail immediately.
 
-    torch's C++ code also calls these methods, for stores with a prefix. It holds no reference to this Python object, so
-    the caller must keep one.
+    torch's C++ code also calls these methods, for stores with a prefix. That code holds no reference to this Python
+    object, so the caller must keep a reference.
     """
 
     def __init__(self, client: Store, meanwhile: Callable[[], None]) -> None:
@@ -114,7 +114,7 @@ class RemoteStore(Store):
 
 
 PORT = 29400
-"""Default port of the first host's store. torchrun has the same default."""
+"""The default port of the first host's store. torchrun has the same default."""
 
 _HOSTS_BACKEND = "manyhands-hosts"
 
@@ -122,9 +122,9 @@ _LAST_CALL_SECONDS = 1  # how long a rendezvous stays open for more hosts once t
 
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 1, 6  # a launcher that misses 6 heartbeats, one a second, is lost
 
-_GATHER_SECONDS = 10.0  # how long a host waits for the other hosts of its round to arrive
+_GATHER_SECONDS = 10.0  # how long a host waits for the other hosts of its round
 
-_NOTICE_SECONDS = 8.0  # time that workers have to notice a lost host themselves and exit
+_NOTICE_SECONDS = 8.0  # the time that workers have to detect a lost host themselves and exit
 
 _CONNECT_SECONDS = 10.0  # time limit for connecting to the first host
 
@@ -138,12 +138,13 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """Where and how the hosts of a run meet.
+    """The address and the rules of a rendezvous.
 
-    host, port: address of the first host's store. run_id: unique name of this run. min_hosts, max_hosts: how many may
-    take part. max_restarts: how often workers are restarted after a failure. is_first: True on the host that has the
-    store. run_info: facts about the run that joining hosts need; the first host publishes them. on_restart: called
-    before workers are restarted, with the reason if a worker on this host reported one, otherwise with None.
+    host, port: the address of the first host's store. run_id: the unique name of this run. min_hosts, max_hosts: the
+    numbers of hosts that may take part. max_restarts: how often workers are restarted after a failure. is_first: True
+    on the host that has the store. run_info: facts about the run that joining hosts need; the first host publishes
+    them. on_restart: called before workers are restarted, with the reason if a worker on this host reported one, and
+    otherwise with None.
     """
 
     host: str
@@ -158,7 +159,7 @@ class Rendezvous:
 
     @property
     def endpoint(self) -> str:
-        """The address as the user writes it: HOST:PORT."""
+        """Return the address as the user writes it: HOST:PORT."""
         return f"{self.host}:{self.port}"
 
     def launch_options(self) -> dict[str, Any]:
@@ -191,7 +192,7 @@ class Rendezvous:
 def _try_port(endpoint: str, port: int) -> None:
     """Raise ConfigError if the port cannot be used.
 
-    torch itself would only report, after a minute, that it cannot connect.
+    Without this check, torch would only report after a minute that it cannot connect.
     """
     try:
         socket.create_server(("", port)).close()
@@ -200,7 +201,7 @@ def _try_port(endpoint: str, port: int) -> None:
             "the rendezvous port cannot be used",
             where=endpoint,
             got=error.strerror,
-            hint="another run or program may use it: end that, or choose another port with --rendezvous HOST:PORT",
+            hint="another run or program may use the port: end it, or choose another port with --rendezvous HOST:PORT",
         ) from error
 
 
@@ -228,7 +229,7 @@ def _read_run(host: str, port: int) -> bytes:
 def _wait_until_listening(host: str, port: int) -> None:
     """Wait until a process listens on that port. Raises OSError.
 
-    torch's client would also wait, but it would print a long message for each attempt.
+    torch's client would also wait, but would print a long message for each attempt.
     """
     deadline = time.monotonic() + _CONNECT_SECONDS
     while True:
@@ -261,9 +262,9 @@ def own_address(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the network interface that has an address; None if there is none.
+    """Return the network interface that has an address, or None if there is none.
 
-    It is passed to Gloo, which would otherwise use the interface that the host's own name resolves to.
+    The interface is passed to Gloo, which would otherwise use the interface that the host's own name resolves to.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -275,10 +276,10 @@ def interface_of(address: str) -> str | None:
 
 
 class HostsRendezvousHandler(RendezvousHandler):
-    """torch's rendezvous handler. It also checks this host's workers, and whether a stop was requested.
+    """torch's rendezvous handler, which also checks this host's workers and whether a stop was requested.
 
     The checks run whenever the agent asks how many hosts are waiting, and while a request to the store is pending. A
-    lost host triggers a new rendezvous, as a joining host does in torch.
+    lost host triggers a new rendezvous, in the same way as a joining host does in torch.
     """
 
     def __init__(self, parameters: RendezvousParameters) -> None:
@@ -288,7 +289,7 @@ class HostsRendezvousHandler(RendezvousHandler):
         self._is_first = rendezvous.is_first
         self._agent_thread = threading.get_ident()  # the thread that starts and ends workers
         self._may_stop = self._has_no_workers = True
-        self._num_hosts = 0  # in the current round
+        self._num_hosts = 0  # the number of hosts in the current round
         _, client = ask_store(lambda: create_backend(parameters), self._check)
         self._store = RemoteStore(client, self._check)
         backend = C10dRendezvousBackend(self._store, parameters.run_id)
@@ -305,12 +306,12 @@ class HostsRendezvousHandler(RendezvousHandler):
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        # Kill the processes that the previous round's workers left: torch ends only sessions of workers that are alive.
+        # Kill the processes that the previous round's workers left, because torch ends only sessions of live workers.
         self._stop.kill_rest()
         with self._stoppable(has_no_workers=True):
             while True:
-                # A host may be lost right after it joined. The agent would wait for it and give up, so check that all
-                # hosts have arrived. If not, meet again.
+                # A host may be lost immediately after it joined. The agent would wait for it and give up, so check that
+                # all hosts are present. If a host is missing, repeat the rendezvous.
                 with suppress(DistStoreError):
                     info = self._handler.next_rendezvous()
                     info.store.set(f"here/{info.rank}", "")
@@ -321,10 +322,10 @@ class HostsRendezvousHandler(RendezvousHandler):
 
     @contextmanager
     def _stoppable(self, *, has_no_workers: bool) -> Iterator[None]:
-        """Inside the block, a request to stop raises SignalException, even while a request to the store is pending.
+        """Let a request to stop raise SignalException inside the block, even while a request to the store is pending.
 
-        has_no_workers: no workers run on this host now. If the first host is asked to stop, the rendezvous is closed on
-        all hosts, because they cannot meet without its store.
+        has_no_workers: True if no workers currently run on this host. If the first host is requested to stop, the
+        rendezvous is closed on all hosts, because they cannot meet without its store.
         """
         self._may_stop, self._has_no_workers = True, has_no_workers
         try:
@@ -339,7 +340,7 @@ class HostsRendezvousHandler(RendezvousHandler):
 
     def _check(self) -> None:
         """Raise SignalException if a stop was requested, and check this host's workers."""
-        # Only in the agent's thread: torch sends heartbeats of this host from another thread.
+        # Raise only in the agent's thread, because torch sends the heartbeats of this host from another thread.
         if self._may_stop and threading.get_ident() == self._agent_thread:
             self._stop.raise_if_requested(all_started=self._has_no_workers)  # without workers, none can miss the signal
             if not self._has_no_workers:
@@ -360,7 +361,7 @@ class HostsRendezvousHandler(RendezvousHandler):
         return waiting + lost
 
     def _kill_workers_later(self) -> None:
-        """Kill workers that do not exit soon: the agent itself sends SIGTERM first and waits half a minute."""
+        """Kill workers that do not exit soon. The agent itself would send SIGTERM and wait for half a minute."""
         self._stop.kill_later(_NOTICE_SECONDS)
 
     def is_closed(self) -> bool:

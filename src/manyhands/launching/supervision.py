@@ -1,8 +1,9 @@
-"""Stop signals, hung or stopped workers, and the end of leftover processes.
+"""Handles stop signals and hung or stopped workers, and ends leftover processes.
 
-`StopRequest` records stop signals to the launcher, passes them on to the workers, and kills processes that they leave
-running. `WorkerMonitor` needs no peers: it detects stopped processes, even before the workers have met, and a worker
-without peers that hangs in a step. It kills these workers and writes the reason to their error files.
+`StopRequest` records stop signals to the launcher, passes them on to the workers, and kills processes that the workers
+leave running. `WorkerMonitor` works without reports from peers: it detects stopped processes, even before the workers
+have joined their group, and a worker without peers that hangs in a step. It kills these workers and writes the reason
+to their error files.
 """
 
 from __future__ import annotations
@@ -24,24 +25,26 @@ from manyhands.members.processes import ask_for_stack, process_start, process_st
 from manyhands.members.reports import Failure, WorkerEnd, read_status, write_failure
 
 _REPEATED_SECONDS = 0.3
-"""A second SIGINT within this time belongs to the same Ctrl-C: wrappers (uv, npm) repeat the terminal's signal."""
+"""A second SIGINT within this time belongs to the same Ctrl-C, because wrappers (uv, npm) repeat the terminal's
+signal.
+"""
 
 _START_SECONDS = 10.0
 """A stop signal is passed on after this time at the latest, even if some workers have not started."""
 
 
 class StopRequest:
-    """A request to stop the launcher: records the signal, and stops the workers.
+    """A request to stop the launcher. Records the signal, and stops the workers.
 
-    signal: the first stop signal; None if none has arrived. grace_seconds: time that workers have to exit. folder:
-    shared with the workers. workers: how many will start.
+    signal: the first stop signal, or None if there was none. grace_seconds: the time that workers have to exit. folder:
+    the folder shared with the workers. workers: the number of workers that will start.
     """
 
     def __init__(self, folder: Path, workers: int, grace_seconds: float) -> None:
         self.signal: signal.Signals | None = None
         self.grace_seconds = grace_seconds
         self._folder, self._workers = folder, workers
-        self._requested = self._passed_on = 0.0  # when (monotonic)
+        self._requested = self._passed_on = 0.0  # the monotonic times of these events
         self._killed = False
         self._started = time.monotonic()
 
@@ -70,22 +73,23 @@ class StopRequest:
         """Raise SignalException if there is a request to stop.
 
         torch's launcher then passes the signal on to the workers and waits for them to exit. all_started: True if no
-        worker is about to start; otherwise the request waits until all have started, or for _START_SECONDS.
+        worker is about to start. Otherwise the request waits until all workers have started, or for _START_SECONDS.
         """
         if self.signal is None:
             return
         started = (
             len(started_workers(self._folder)) == self._workers or time.monotonic() - self._started > _START_SECONDS
         )
-        if all_started or started:  # earlier, a second Ctrl-C would miss workers
+        if all_started or started:  # if passed on earlier, a second Ctrl-C would not reach all workers
             self._passed_on = time.monotonic()
             sent = signal.SIGINT if self.signal is signal.SIGINT else signal.SIGTERM
             raise SignalException(f"asked to stop by {self.signal.name}", sent)
 
     def kill_later(self, seconds: float) -> None:
-        """After `seconds`, kill those of the current workers that are still alive.
+        """Kill those of the current workers that are still alive after `seconds`.
 
-        They may hang in a call that never returns and does not react to signals. Workers that start later are spared.
+        They may hang in a call that never returns and does not react to signals. Workers that start later are not
+        killed.
         """
         present = started_workers(self._folder)
 
@@ -101,7 +105,7 @@ class StopRequest:
         _kill_sessions(self._folder)
 
     def interrupted(self, ends: Sequence[WorkerEnd]) -> Interrupted:
-        """Return the error that describes how the stop went. ends: how the workers ended."""
+        """Return the error that describes how the run was stopped. ends: how the workers ended."""
         name = self.signal.name if self.signal is not None else "a signal"
         late = self._passed_on > 0 and time.monotonic() - self._passed_on >= self.grace_seconds
         if self._killed:
@@ -126,8 +130,9 @@ class StopRequest:
 def started_workers(folder: Path) -> dict[int, int]:
     """Return the pids of the workers that have started, by rank.
 
-    Each worker leads a session and a process group, both numbered by its pid. A worker that has exited is included
-    as long as no other process has its pid: its session may have processes left. launching/child.py names the files.
+    Each worker leads a session and a process group, both numbered by its pid. A worker that has exited is included as
+    long as no other process has its pid, because processes of its session may be left. The names of the files come from
+    launching/child.py.
     """
     workers = {}
     for path in folder.glob("started-*"):
@@ -148,12 +153,12 @@ def _kill_sessions(folder: Path, pids: Set[int] | None = None) -> None:
 def kill_all(folder: Path) -> None:
     """Kill all workers and all processes in their sessions, and reap the workers.
 
-    Needed when the launcher itself has failed, and for processes that outlive their workers.
+    This is needed when the launcher itself has failed, and for processes that outlive their workers.
     """
     _kill_sessions(folder)
     deadline = time.monotonic() + 5.0
     for pid in started_workers(folder).values():
-        # Usually the launcher has reaped them all, and there is no such child.
+        # Usually the launcher has already reaped all workers, and there is no child with this pid.
         with suppress(ChildProcessError):
             while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
                 time.sleep(0.02)
@@ -164,19 +169,20 @@ STOPPED_SECONDS = 5.0
 
 _STEP = "step "  # prefix of the activity of a worker in a step; between two steps there is no time limit
 
-_ASLEEP_SECONDS = 1.0  # after a longer gap between two checks, this process must have been stopped
+_ASLEEP_SECONDS = 1.0  # after a longer gap between two checks, this process is assumed to have been stopped
 
 
 class WorkerMonitor:
-    """Launcher-side monitor: detects stopped processes and single workers that hang.
+    """A monitor in the launcher that detects stopped processes and single workers that hang.
 
-    folder: shared with the workers. Call `check` repeatedly.
+    folder: the folder shared with the workers. Call `check` repeatedly.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._stopped: dict[int, float] = {}  # pid -> when it was first seen stopped (monotonic)
-        self._progress: dict[int, tuple[bytes, float]] = {}  # rank -> (version of its status file, when first seen)
+        self._stopped: dict[int, float] = {}  # pid -> the monotonic time when it was first found stopped
+        # Rank -> (version of its status file, time when first read).
+        self._progress: dict[int, tuple[bytes, float]] = {}
         self._killed: set[int] = set()
         self._last_check = time.monotonic()
 
@@ -196,13 +202,13 @@ class WorkerMonitor:
             self._check_progress(rank, pid, now)
 
     def _check_progress(self, rank: int, pid: int, now: float) -> None:
-        """Kill the worker if it is in a step and has not rewritten its status file for its stall_seconds."""
+        """Kill the worker if it is in a step and has not written its status file for `stall_seconds`."""
         path = status_file(self._folder, rank)
         status = read_status(path)
         if status is None or not status.position.activity.startswith(_STEP):
             self._progress.pop(rank, None)
             return
-        # Compare the time of the last write: the same text may be written again.
+        # Compare the time of the last write, because the same text may be written again.
         version = path.stat().st_mtime_ns.to_bytes(8, "little")
         if self._progress.get(rank, (b"", 0.0))[0] != version:
             self._progress[rank] = version, now
@@ -214,9 +220,9 @@ class WorkerMonitor:
     def _kill(self, rank: int, pid: int, what: str, stack: str | None = None) -> None:
         """Write `what` to the worker's error file and kill the worker.
 
-        stack: the worker's `stack_address`; None: do not report its stack.
+        stack: the worker's `stack_address`, or None to leave out its stack.
         """
-        if pid in self._killed:  # it may still be there at the next check, and a second report would lack its stack
+        if pid in self._killed:  # it may still exist at the next check, and a second report would lack its stack
             return
         self._killed.add(pid)
         status = read_status(status_file(self._folder, rank))

@@ -34,23 +34,23 @@ from manyhands.members.reports import (
     read_status,
 )
 
-_YOUNG_SECONDS = 60.0  # a folder younger than this may not have been locked by its owner yet
+_YOUNG_SECONDS = 60.0  # the owner of a younger folder may not have locked it yet
 
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
     """Yield a temporary folder and delete it on exit, even if this process is killed with SIGKILL.
 
-    In that case a shell deletes the folder. The shell waits for the end of a pipe that only this process holds open. If
-    the shell was also killed (a scheduler may kill all processes of a job), the next launcher on this host deletes the
-    folder.
+    If this process is killed, a shell deletes the folder. The shell waits for the end of a pipe that only this process
+    holds open. If the shell is also killed (a scheduler may kill all processes of a job), the next launcher on this
+    host deletes the folder.
     """
     prefix = f"manyhands-run-{socket.gethostname()}-"
     _delete_abandoned(prefix)
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name:
         lock = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with suppress(OSError):  # on a file system without locks, no other launcher can lock it either
+            with suppress(OSError):  # on a file system without locks, other launchers can't lock it either
                 fcntl.flock(lock, fcntl.LOCK_EX)
             command = ["/bin/sh", "-c", 'cat; rm -rf "$1"', "sh", name]
             null = subprocess.DEVNULL
@@ -66,7 +66,7 @@ def _delete_abandoned(prefix: str) -> None:
     """Delete folders that no running process has locked."""
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         if "-" in path.name.removeprefix(prefix):
-            continue  # it belongs to a host whose name starts with this host's name
+            continue  # it belongs to another host, whose name starts with this host's name
         with suppress(OSError):  # it belongs to another user, or is in use
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -81,10 +81,11 @@ _LOG_TAIL_LINES = 20
 
 
 class Logs(LogsSpecs):
-    """Tells torch's launcher the workers' environment and files; reads the files that the workers leave.
+    """Gives torch's launcher the workers' environment and files, and reads the files that the workers leave.
 
-    folder: shared with the workers. log_dir: folder of log files, or None. environment: variables for the workers.
-    on_restart: called before workers are restarted, with the root cause, or with None if no worker here failed.
+    folder: the folder shared with the workers. log_dir: the folder of log files, or None. environment: variables for
+    the workers. on_restart: called before workers are restarted, with the root cause, or with None if no worker on this
+    host failed.
     """
 
     def __init__(
@@ -97,8 +98,8 @@ class Logs(LogsSpecs):
         super().__init__()
         self._folder, self._log_dir, self._environment = folder, log_dir, environment
         self._on_restart = on_restart
-        self._ranks: list[int] = []  # of the workers on this host
-        # Logs are appended to. Lines of earlier runs must not be reported as the last ones of this run.
+        self._ranks: list[int] = []  # the ranks of the workers on this host
+        # Workers append to the logs. Lines of earlier runs must not be reported as the last lines of this run.
         self._earlier_bytes = {path: path.stat().st_size for path in log_dir.glob("worker-*.log")} if log_dir else {}
 
     @property
@@ -114,10 +115,12 @@ class Logs(LogsSpecs):
             for name, value in self._environment.items():
                 variables.setdefault(name, value)
             variables.setdefault("OMP_NUM_THREADS", "1")
-            # If this launcher runs in a worker of another one, do not inherit the snapshots of that run.
+            # If this launcher runs in a worker of another launcher, don't let its workers inherit the snapshots of that
+            # run.
             variables.setdefault(SNAPSHOT_MEMORY_VARIABLE, "")
             if self._log_dir is not None and "PYTHONUNBUFFERED" not in os.environ:
-                # Otherwise the output of a killed worker is lost. Not on a shared terminal, where lines would mix.
+                # With buffering, the output of a killed worker would be lost. Keep it for a shared terminal, where
+                # lines would mix.
                 variables.setdefault("PYTHONUNBUFFERED", "1")
             variables[PARENT_REPORTS_VARIABLE] = "1"
             variables[STATUS_FILE_VARIABLE] = str(status_file(self._folder, rank))
@@ -137,7 +140,7 @@ class Logs(LogsSpecs):
             path.unlink()
 
     def ends(self, exit_codes: Mapping[int, tuple[int, float]]) -> list[WorkerEnd]:
-        """Return how the workers of this host ended. exit_codes: (exit code, time) of those that failed, by rank."""
+        """Return how the workers of this host ended. exit_codes: (exit code, time) of the failed workers, by rank."""
         return [self.end_of(rank, *exit_codes.get(rank, (0, time.time()))) for rank in self._ranks]
 
     def end_of(self, rank: int, exit_code: int, seconds: float) -> WorkerEnd:
