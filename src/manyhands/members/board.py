@@ -3,17 +3,17 @@
 Each worker maps the boards of its peers on the same host, and reads their progress and activity there. Layout of a
 board, which only its owner writes:
 
-    int64 [0], [1]   posted: number of collective calls that the owner has started, by channel
-    int64 [8]        drained: number of all-to-alls whose pieces the owner has read
+    int64 [0], [1]   posted: the number of collective calls that the owner has started, by channel
+    int64 [8]        drained: the number of all-to-alls whose pieces the owner has read
     int64 [16]       closed: 1 if the owner left on purpose
     int64 [24]       waiting: 1 while the owner waits for peers
     int64 [32], [33] position: step and micro-batch, plus 1 (0: none)
-    int64 [64:64+RING], [64+RING:64+2*RING]  CRC-32 of each call's tag, at call number modulo RING; one ring a channel
+    int64 [64:64+RING], [64+RING:64+2*RING]  CRC-32 of each call's tag, at call number modulo RING; one ring per channel
     bytes [TEXT:]    the owner's current activity or collective call as text, zero-terminated
 
-A channel is a sequence of collective calls that all workers make in the same order; calls of different channels may
-interleave differently on different workers. Counters that change often lie 64 bytes apart, so that writing one does not
-invalidate the cache line of another.
+A channel is a sequence of collective calls that all workers make in the same order. Calls of different channels may
+interleave differently on different workers. Counters that change often are 64 bytes apart, so that writing one counter
+does not invalidate the cache line of another.
 
 The module also defines two protocols: the shared memory, which offload/scratch.py implements, and the key-value store
 that a membership uses.
@@ -31,12 +31,12 @@ from manyhands.errors import Position
 
 
 class Arena(Protocol):
-    """Source of buffers that several workers can map."""
+    """A source of buffers that several workers can map."""
 
     def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
-        """Create a zeroed uint8 buffer; return it and the address by which peers open it.
+        """Create a zeroed uint8 buffer. Return it and the address with which peers open it.
 
-        scratch: folder for a file that holds the buffer (None: the buffer is in memory). Raises ConfigError.
+        scratch: the folder for a file that holds the buffer, or None for a buffer in memory. Raises ConfigError.
         """
 
     def open(self, address: str) -> Tensor:
@@ -47,7 +47,7 @@ class Arena(Protocol):
 
 
 class Store(Protocol):
-    """Key-value store that all workers see: the stores of torch.distributed."""
+    """A key-value store that all workers see, such as the stores of torch.distributed."""
 
     def set(self, key: str, value: str, /) -> None:
         """Set the value of a key."""
@@ -56,7 +56,7 @@ class Store(Protocol):
         """Return the value of a key. Waits until it is set."""
 
     def check(self, keys: list[str], /) -> bool:
-        """True if all the keys are set."""
+        """Return True if all the keys are set."""
 
     def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
         """Set the key to `desired` if its value is `expected`, or if it has no value and `expected` is "".
@@ -66,13 +66,13 @@ class Store(Protocol):
 
 
 RING = 4096
-"""A board holds the tags of this many recent calls.
+"""The number of recent calls whose tags a board holds.
 
-A peer can't be this far ahead, because all workers wait for each other every few calls.
+A peer can't be this many calls ahead, because all workers wait for each other every few calls.
 """
 
 CHANNELS = 2
-"""Number of channels: one for the group, and one for its sibling or for its links between hosts."""
+"""The number of channels: one for the group, and one for its sibling or for its links between hosts."""
 
 TEXT = (64 + CHANNELS * RING) * 8
 
@@ -84,7 +84,7 @@ _POSTED, _DRAINED, _CLOSED, _WAITING, _POSITION, _TAGS = 0, 8, 16, 24, 32, 64
 
 
 class Board:
-    """One worker's board in `memory`, uint8 [BOARD_BYTES]. Methods that write are for the owner only."""
+    """One worker's board in `memory`, uint8 [BOARD_BYTES]. Only the owner may call methods that write."""
 
     def __init__(self, memory: Tensor) -> None:
         array = memory.numpy()
@@ -97,17 +97,17 @@ class Board:
 
     @property
     def drained(self) -> int:
-        """Number of all-to-alls whose pieces the owner has read."""
+        """Return the number of all-to-alls whose pieces the owner has read."""
         return int(self._counts[_DRAINED])
 
     @property
     def closed(self) -> bool:
-        """True if the owner has left on purpose."""
+        """Return True if the owner has left on purpose."""
         return bool(self._counts[_CLOSED])
 
     @property
     def waiting(self) -> bool:
-        """True while the owner waits for peers."""
+        """Return True while the owner waits for peers."""
         return bool(self._counts[_WAITING])
 
     def record_waiting(self, waiting: bool) -> None:
@@ -116,12 +116,12 @@ class Board:
 
     def post(self, number: int, tag: str, channel: int) -> None:
         """Announce the start of collective call `number` on a channel."""
-        # Write the tag first: a peer that sees the new count may read the tag at once.
+        # Write the tag first, because a peer that sees the new count may read the tag immediately.
         self._counts[_TAGS + channel * RING + number % RING] = zlib.crc32(tag.encode())
         self._counts[_POSTED + channel] = number
 
     def has_tag(self, number: int, tag: str, channel: int) -> bool:
-        """True if call `number` of this channel has this tag. Call it only after `posted` has shown the call."""
+        """Return True if call `number` of this channel has this tag. Call it only after `posted` has shown the call."""
         return bool(self._counts[_TAGS + channel * RING + number % RING] == zlib.crc32(tag.encode()))
 
     def drain(self, number: int) -> None:
@@ -134,13 +134,16 @@ class Board:
 
     @property
     def position(self) -> Position:
-        """Where the owner is. Text and numbers are read one after the other, so they may be from different moments."""
+        """Return the owner's position.
+
+        Text and numbers are read one after the other, so they may be from different moments.
+        """
         activity = bytes(self._text).split(b"\0", 1)[0].decode(errors="replace")
         step, micro_batch = (int(number) - 1 if number else None for number in self._counts[_POSITION : _POSITION + 2])
         return Position(activity, step, micro_batch)
 
     def record_position(self, position: Position) -> None:
-        """Record where the owner is from now on."""
+        """Record the owner's new position."""
         self._counts[_POSITION : _POSITION + 2] = [0 if number is None else number + 1 for number in position[1:]]
         self.record_activity(position.activity)
 

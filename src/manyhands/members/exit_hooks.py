@@ -1,10 +1,10 @@
-"""Exit hooks: a worker reports its error to peers and launcher before it ends.
+"""Exit hooks, with which a worker reports its error to peers and launcher before it ends.
 
 The hooks are active while this process is in a group:
 
 - An uncaught exception is reported to peers and launcher.
-- Launchers send SIGTERM as soon as one worker has failed. It is delayed until this worker knows the root cause, unless
-  the program has its own handler for SIGTERM.
+- Launchers send SIGTERM as soon as one worker has failed. The hook delays the signal until this worker knows the root
+  cause, unless the program has its own handler for SIGTERM.
 - A program that exits without closing its engine leaves the group.
 """
 
@@ -24,18 +24,18 @@ from manyhands.members.membership import Membership
 from manyhands.members.reports import PARENT_REPORTS_VARIABLE, record_failure
 
 _REPORT_SECONDS = 1.0
-"""How long a worker that received SIGTERM waits for the report of the failed worker."""
+"""The time for which a worker that received SIGTERM waits for the report of the failed worker."""
 
 
 class ExitHooks:
-    """Exit hooks of a worker; see the module.
+    """The exit hooks of a worker, which the module's docstring describes.
 
-    They are installed by the constructor and removed when `membership` is closed. The hook for uncaught exceptions
-    stays if a worker has failed or the launcher reports errors.
+    The constructor installs the hooks, and they are removed when `membership` is closed. The hook for uncaught
+    exceptions remains if a worker has failed or the launcher reports errors.
     """
 
     def __init__(self, membership: Membership) -> None:
-        self._membership: Membership | None = membership  # None: closed
+        self._membership: Membership | None = membership  # None if it is closed
         self._pid = os.getpid()
         # Replace a hook that an earlier, closed group has left for the launcher. Chaining to it would keep all earlier
         # groups of this process in memory.
@@ -53,14 +53,14 @@ class ExitHooks:
         membership.at_close.append(self._remove)
 
     def _remove(self) -> None:
-        membership, self._membership = self._membership, None  # hooks that stay must not keep it in memory
+        membership, self._membership = self._membership, None  # a hook that remains must not keep it in memory
         atexit.unregister(self._on_exit)
         failed = membership is not None and membership.failure is not None
         needed = failed or os.environ.get(PARENT_REPORTS_VARIABLE)  # to report later errors to the launcher
         if not needed and sys.excepthook == self._on_uncaught:
             sys.excepthook = self._previous_hook
         if self._handles_signal and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-            with suppress(ValueError):  # allowed only in the main thread; otherwise the handler stays
+            with suppress(ValueError):  # this is allowed only in the main thread; elsewhere the handler remains
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -88,7 +88,7 @@ class ExitHooks:
 
 
 def report_error(error: WorkerError) -> None:
-    """Report another worker's failure to the launcher, and on the terminal if no launcher prints it."""
+    """Report another worker's failure to the launcher. Print it on the terminal if no launcher does."""
     record_failure(error)
     if not os.environ.get(PARENT_REPORTS_VARIABLE):
         with suppress(OSError):
@@ -96,6 +96,6 @@ def report_error(error: WorkerError) -> None:
 
 
 def end_process(error: WorkerError) -> None:
-    """Report a peer's failure and end this process at once, because it did not raise the error in time."""
+    """Report a peer's failure and end this process immediately, because it did not raise the error in time."""
     report_error(error)
     os._exit(1)

@@ -1,16 +1,16 @@
 """The workers of a group, their heartbeats and their failures.
 
 Every worker announces itself in the store (host, pid, board), opens the boards of the workers on its host and starts a
-watching thread. Failures are noticed in four ways:
+watching thread. Failures are detected in four ways:
 
-- A worker that raises writes its error to the store.
-- A worker on this host that dies is noticed through its pidfd.
-- A worker on another host that dies or is cut off misses its heartbeats in the store.
+- A worker that raises an error writes it to the store.
+- The end of a worker on this host is detected through its pidfd.
+- A worker on another host that ends or is cut off sends no more heartbeats to the store.
 - A worker that keeps its peers waiting for too long is declared stalled. The waiting peers report it, with its Python
   stack.
 
-The first report in the store is *the* failure: all workers raise the same WorkerError. A worker that does not raise it
-(because it hangs in a kernel, for example) is killed after GRACE_SECONDS.
+The first report in the store is *the* failure: all workers raise the same WorkerError. A worker that does not raise
+this error, for example because it hangs in a kernel, is killed after GRACE_SECONDS.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from manyhands.members.processes import ask_for_stack, call_with_limit, process_
 from manyhands.members.reports import StatusFile, record_failure, traceback_of
 
 PEER_POLL_SECONDS = 0.1
-"""Interval at which the watching thread inspects peers and store."""
+"""The interval at which the watching thread inspects peers and store."""
 
 BEAT_SECONDS = 1.0
-"""Interval of heartbeats, which are sent only if there are several hosts."""
+"""The interval of heartbeats, which are sent only if there are several hosts."""
 
 LOST_SECONDS = 10.0
-"""Time without a heartbeat, or without an answer from the store, after which a host counts as lost."""
+"""The time without a heartbeat, or without an answer from the store, after which a host is considered lost."""
 
 SHORT_LOST_SECONDS = 3.0
-"""The same limit after a connection has broken, which makes a lost host likely."""
+"""The value of LOST_SECONDS after a connection has broken, which makes a lost host likely."""
 
 GRACE_SECONDS = 1.5
-"""Time that a worker has to raise a peer's failure before it is killed: longer than a few polls of a wait."""
+"""The time that a worker has to raise a peer's failure before it is killed. It is longer than a few polls of a wait."""
 
 JOIN_SECONDS = 300.0
-"""Time that all workers have to join: starting Python, importing torch and building a data set may take minutes."""
+"""The time that all workers have to join. Starting Python, importing torch and building a data set may take minutes."""
 
 CLOSED = b"closed"
 """The last heartbeat of a worker that left on purpose."""
@@ -58,11 +58,11 @@ CLOSED = b"closed"
 
 @dataclass
 class Peer:
-    """Another worker, as seen by this one.
+    """Another worker, as this worker sees it.
 
-    stack: its `stack_address`. board: None if it is on another host. beat: its last heartbeat, if it is on another
-    host: the posted calls of each channel (followed by ",w" while it waits), the heartbeat's number and the position.
-    beat_seen: when that heartbeat was read (monotonic).
+    stack: the peer's `stack_address`. board: the peer's board, or None if the peer is on another host. beat: the last
+    heartbeat of a peer on another host: the posted calls of each channel (followed by ",w" while the peer waits), the
+    heartbeat's number and the position. beat_seen: the monotonic time when that heartbeat was read.
     """
 
     rank: int
@@ -77,48 +77,48 @@ class Peer:
 
     @property
     def position(self) -> Position:
-        """Its last known position."""
+        """Return the peer's last known position."""
         if self.board is not None:
             return self.board.position
         return NO_POSITION if self.beat in (b"", CLOSED) else Position(*json.loads(self.beat.split(b" ", 2)[2]))
 
     def posted(self, channel: int) -> int:
-        """Return the number of collective calls that it is known to have started on this channel."""
+        """Return the number of collective calls that the peer is known to have started on this channel."""
         if self.board is not None:
             return self.board.posted(channel)
         return 0 if self.beat in (b"", CLOSED) else int(self.beat.split(b" ")[0].split(b",")[channel])
 
     @property
     def is_waiting(self) -> bool:
-        """True if it is known to wait for peers itself."""
+        """Return True if the peer is known to wait for its own peers."""
         if self.board is not None:
             return self.board.waiting
         return self.beat not in (b"", CLOSED) and self.beat.split(b" ")[0].endswith(b"w")
 
     @property
     def drained(self) -> int:
-        """Number of all-to-alls whose pieces it has read; known only on its own host."""
+        """Return the number of all-to-alls whose pieces the peer has read. It is known only on the peer's own host."""
         return 0 if self.board is None else self.board.drained
 
     @property
     def has_left(self) -> bool:
-        """True if it has left on purpose."""
+        """Return True if the peer has left on purpose."""
         return self.beat == CLOSED if self.board is None else self.board.closed
 
     @property
     def where(self) -> str:
-        """Worker, process, host and activity, for an error's `where`."""
+        """Return worker, process, host and activity as text, for an error's `where`."""
         return f"worker {self.rank} (pid {self.pid} on {self.host}), {self.position.activity or 'starting'}"
 
 
 class Membership:
-    """This worker's membership in a group of `size` workers that share `store`. Collective.
+    """This worker's membership in a group of `size` workers that share `store`. The constructor is collective.
 
     The constructor returns once all workers have joined. Raises ConfigError, WorkerError.
 
     stall_seconds: how long a worker may keep its peers waiting. abandon: called in the watching thread with the failure
-    if this worker does not raise it in time; ends the process. requested: transport and device; must be equal on all
-    workers.
+    if this worker does not raise it in time. It ends the process. requested: transport and device, which must be equal
+    on all workers.
 
     Attributes: `board` (this worker's), `peers` (the others, by rank), `failure` (set once a worker has failed),
     `hosts` (the host of each worker), `one_host` (True if all workers are on this host), `at_close` (functions that
@@ -138,7 +138,7 @@ class Membership:
     ) -> None:
         self.rank, self.size, self.stall_seconds = rank, size, stall_seconds
         self.failure: WorkerError | None = None
-        self._raised = False  # the main thread has raised the failure or its own error: it is about to exit
+        self._raised = False  # True if the main thread has raised the failure or its own error and is about to exit
         self._store, self._abandon = store, abandon
         self._text_rounds = self._beats = 0
         self.one_host = False  # known only once all workers have announced their hosts
@@ -178,16 +178,16 @@ class Membership:
             )
         self._status_file = None if self.peers else StatusFile.for_parent(stall_seconds)
         self.all_gather_text("opened")
-        arena.seal()  # only now: a peer could not open a board whose address is invalid
-        # The watching thread has its own client: a client is locked while another thread waits for its answer.
+        arena.seal()  # only after all peers have opened this board
+        # The watching thread has its own client, because a client is locked while another thread waits for an answer.
         self._watch_store = store.clone() if hasattr(store, "clone") else store
         self._watcher = threading.Thread(target=self._watch, name="manyhands-watch", daemon=True)
         self._watcher.start()
 
     def all_gather_text(self, text: str) -> list[str]:
-        """Return the texts of all workers, by rank. Collective, blocks.
+        """Return the texts of all workers, by rank. Collective. Blocks.
 
-        It is slow, because it goes through the store: use it for set-up only. Raises WorkerError.
+        The call is slow, because it uses the store, so use it for set-up only. Raises WorkerError.
         """
         self._text_rounds += 1
         prefix = f"text/{self._text_rounds}"
@@ -208,20 +208,21 @@ class Membership:
         return texts
 
     def shorten_lost_limit(self) -> None:
-        """From now on, declare a host lost after SHORT_LOST_SECONDS; called when a connection has broken."""
+        """Declare hosts lost after SHORT_LOST_SECONDS from now on. Called when a connection has broken."""
         self._lost_seconds = SHORT_LOST_SECONDS
 
     @property
     def _is_cut_off(self) -> bool:
-        """True if the watching thread has waited for the store's answer for LOST_SECONDS."""
-        # A launcher on this host that does not answer has been stopped (Ctrl-Z). That is no failure: the workers can
-        # continue with their boards alone. If the launcher has died, its connection breaks, which is noticed elsewhere.
+        """Return True if the watching thread has waited for the store's answer for LOST_SECONDS."""
+        # A launcher on this host that does not answer has been stopped (Ctrl-Z). This is not a failure, because the
+        # workers can continue with their boards alone. If the launcher has ended, its connection breaks, and `_watch`
+        # reports that.
         if self._launcher_has_store and self.one_host:
             return False
         return time.monotonic() - self._store_answered > LOST_SECONDS
 
     def record_position(self, position: Position) -> None:
-        """Record where this worker is from now on, for its peers and its launcher."""
+        """Record this worker's new position for its peers and its launcher."""
         self.board.record_position(position)
         if self._status_file is not None:
             self._status_file.record_position(position)
@@ -242,8 +243,8 @@ class Membership:
     def check_wait(self, started: float, tag: str, behind: list[Peer], left: set[int]) -> None:
         """Raise the failure, or declare a peer stalled, while this worker waits in `tag` for the peers `behind`.
 
-        started: when the wait started (monotonic). left: ranks that had left before the caller last found the wait
-        incomplete. A peer that left after that may have completed the call first, so it is not reported.
+        started: the monotonic time when the wait started. left: the ranks that had left before the caller last found
+        the wait incomplete. A peer that left later may have completed the call first, so it is not reported.
         """
         self.check()
         self._report_left([peer for peer in behind if peer.rank in left], tag)
@@ -251,13 +252,13 @@ class Membership:
         if seconds < self.stall_seconds:
             return
         if not behind:
-            # All workers have started the call. One of them was stopped before it sent its bytes, or is busy with
+            # All workers have started the call. Find a worker that was stopped before it sent its bytes, or that does
             # something else instead of sending them.
             behind = [peer for peer in self.peers.values() if _is_stopped(peer) or not peer.is_waiting]
         if not behind:
             raise InvariantError("a wait timed out, although every worker has made the call", where=tag)
-        # A peer that is waiting itself will report the worker it waits for. If all of them wait (a deadlock), report
-        # one after twice the time.
+        # A peer that is itself waiting will report the worker that it waits for. If all these peers wait (a deadlock),
+        # report one of them after twice the time.
         stalled = [peer for peer in behind if _is_stopped(peer)] or [peer for peer in behind if not peer.is_waiting]
         if stalled or seconds > 2 * self.stall_seconds:
             self._report_stalled((stalled or behind)[0], tag)
@@ -266,8 +267,8 @@ class Membership:
     def fail(self, error: BaseException) -> None:
         """Report `error`, which this worker raised, to the peers and the launcher.
 
-        Call it before leaving the group: otherwise the peers report that this worker has left. The first failure of the
-        group wins, and a WorkerError about a peer is never reported as a failure of this worker.
+        Call this before leaving the group, because otherwise the peers report that this worker has left. Only the first
+        failure of the group is stored, and a WorkerError about a peer is never reported as a failure of this worker.
         """
         where, position = self._where, self.board.position
         record_failure(error, where=where, position=position)
@@ -292,15 +293,15 @@ class Membership:
 
     @property
     def is_healthy(self) -> bool:
-        """True if no worker is known to have failed."""
+        """Return True if no worker is known to have failed."""
         return self.failure is None and not self._raised
 
     def close(self) -> None:
-        """Leave the group on purpose, so that the peers do not report a failure, and free everything."""
+        """Leave the group on purpose, so that the peers do not report a failure. Free all resources."""
         if self.is_healthy:
             self.leave()
         self._stop.set()
-        # With a time limit, because the watching thread may wait for the store of a host that is lost.
+        # Join with a time limit, because the watching thread may be waiting for the store of a lost host.
         self._watcher.join(LOST_SECONDS if self.is_healthy else BEAT_SECONDS)
         if self._status_file is not None:
             self._status_file.close()
@@ -328,13 +329,13 @@ class Membership:
         report = json.dumps({name: getattr(error, name) for name in names})
         try:
             call_with_limit(lambda: self._store.compare_set("failure", "", report), LOST_SECONDS)
-        except TimeoutError:  # the report reaches no peer; raise the error at least here
+        except TimeoutError:  # the report does not reach the peers, but this worker can raise the error
             self.failure = self.failure or error
         except RuntimeError:
             pass
 
     def _report_left(self, missed: list[Peer], tag: str) -> None:
-        """If `missed` is not empty, report that its first peer has left, and raise the failure.
+        """Report that the first peer of `missed` has left, and raise the failure. Do nothing if `missed` is empty.
 
         That peer left without making the call `tag`, in which this worker waits.
         """
@@ -360,11 +361,13 @@ class Membership:
         error.alive = True
         self._report(error)
         if stopped and peer.pidfd is not None:
-            # A stopped process cannot end by itself, and its peers no longer wait for it.
+            # A stopped process cannot end on its own, and its peers no longer wait for it.
             signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)
 
     def _await_failure(self) -> WorkerError:
-        """Return the group's failure once the watching thread has read it: a peer's report may have been first."""
+        """Return the group's failure once the watching thread has read it, because a peer's report may have been
+        first.
+        """
         deadline = time.monotonic() + 2.0
         while self.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -393,8 +396,8 @@ class Membership:
     def _store_lost(self, error: Exception) -> WorkerError:
         """Return the failure to raise when the store's connection breaks.
 
-        The process that has the store must have ended. Another worker that was seen to end in the meantime may have
-        ended because of that, so it is not reported.
+        The process that has the store must have ended. If another worker has also ended, the loss of the store may be
+        the reason, so that worker is not reported.
         """
         owner = None if self._launcher_has_store else self.peers.get(0)
         if owner is None:
@@ -411,7 +414,7 @@ class Membership:
                 os.close(peer.pidfd)
                 peer.pidfd = None
                 if not closed:
-                    time.sleep(0.05)  # its own report names the cause, but may not be in the store yet
+                    time.sleep(0.05)  # the worker's own report names the cause, but may not be in the store yet
                     self._take_report()
                     what = f"worker {peer.rank} exited without an error report (killed?)"
                     self._report(WorkerError(what, rank=peer.rank, where=peer.where, position=peer.position))
@@ -426,8 +429,10 @@ class Membership:
             self.failure.alive = alive
 
     def _beat(self, now: float) -> None:
-        """Send a heartbeat, read those of peers on other hosts, and report peers whose heartbeats are missing."""
-        self._beats += 1  # makes every heartbeat different, so that a peer that makes no progress still counts as alive
+        """Send a heartbeat, read the heartbeats of peers on other hosts, and report peers whose heartbeats are
+        missing.
+        """
+        self._beats += 1  # makes every heartbeat different, so that a worker without progress is still considered alive
         posted = ",".join(str(self.board.posted(channel)) for channel in range(CHANNELS)) + ",w" * self.board.waiting
         self._watch_store.set(f"beat/{self.rank}", f"{posted} {self._beats} {json.dumps(self.board.position)}")
         for peer in self.peers.values():
@@ -464,19 +469,19 @@ def _host() -> str:
 
 
 def _has_ended(pidfd: int) -> bool:
-    """True if the process has ended."""
-    poll = select.poll()  # not select, which cannot handle descriptors from 1,024 on
+    """Return True if the process has ended."""
+    poll = select.poll()  # select() cannot handle descriptors from 1,024 on
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def _is_stopped(peer: Peer) -> bool:
-    """True if the peer is on this host and its process is stopped (by a signal or a debugger)."""
+    """Return True if the peer is on this host and its process is stopped (by a signal or a debugger)."""
     return peer.pidfd is not None and process_state(peer.pid) in ("T", "t")
 
 
 def _stack_of(peer: Peer) -> str | None:
-    """Return the Python stack of the peer's main thread; None if it is on another host or does not answer.
+    """Return the Python stack of the peer's main thread, or None if the peer is on another host or does not answer.
 
     In tests a peer may be a thread of this process.
     """

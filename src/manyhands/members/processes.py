@@ -1,4 +1,4 @@
-"""Calls with a time limit, and the state of other processes.
+"""Makes calls with a time limit, and reads the state of other processes.
 
 `call_with_limit` is for calls that may never return, such as a request to a store whose process is stopped or whose
 host is cut off. The other functions find out whether a process of this host is stopped, when it started, and which
@@ -26,8 +26,8 @@ Answer = TypeVar("Answer")
 def call_with_limit(call: Callable[[], Answer], seconds: float, meanwhile: Callable[[], None] = lambda: None) -> Answer:
     """Run `call` in a thread and return its result, or raise its exception.
 
-    meanwhile: called repeatedly while the call runs; may raise. Raises TimeoutError if the call takes longer than
-    `seconds`. After a timeout or an exception of `meanwhile` the thread continues, and its result is ignored.
+    meanwhile: called repeatedly while the call runs. It may raise. Raises TimeoutError if the call takes longer than
+    `seconds`. After a timeout or an exception in `meanwhile` the thread continues, and its result is ignored.
     """
     answer: concurrent.futures.Future[Answer] = concurrent.futures.Future()
 
@@ -39,10 +39,10 @@ def call_with_limit(call: Callable[[], Answer], seconds: float, meanwhile: Calla
 
     try:
         threading.Thread(target=run, name="manyhands-call", daemon=True).start()
-    except RuntimeError:  # no thread can be started: there are too many, or the interpreter is shutting down
+    except RuntimeError:  # no thread can be started, because there are too many or the interpreter is shutting down
         return call()
-    # Count the polls instead of comparing clocks: if this process is stopped (Ctrl-Z) for longer than the limit, the
-    # call must still get its time after that.
+    # Count the polls instead of comparing clocks. If this process is stopped (Ctrl-Z) for longer than the limit, the
+    # call must still have its time after that.
     for _ in range(round(seconds / _POLL_SECONDS)):
         if concurrent.futures.wait([answer], _POLL_SECONDS).done:
             return answer.result()
@@ -51,16 +51,18 @@ def call_with_limit(call: Callable[[], Answer], seconds: float, meanwhile: Calla
 
 
 STACK_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 10
-"""Signal on which a worker dumps its Python stacks; a real-time signal that neither Python nor torch uses."""
+"""The signal on which a worker dumps its Python stacks. It is a real-time signal that neither Python nor torch uses."""
 
 
 def process_state(pid: int) -> str:
-    """Return the kernel's state letter of a process (proc(5)): "T" means stopped; "" if there is no such process."""
+    """Return the kernel's state letter of a process (proc(5)), such as "T" for stopped, or "" if there is no such
+    process.
+    """
     return _stat(pid)[0]
 
 
 def process_start(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot; "" if there is no such process."""
+    """Return the time when a process started, in clock ticks since boot, or "" if there is no such process."""
     return _stat(pid)[19]
 
 
@@ -72,7 +74,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def stack_address() -> str:
-    """Return where this process dumps its Python stacks on STACK_SIGNAL: "pid:fd" of a memfd.
+    """Return the address, "pid:fd", of the memfd to which this process dumps its Python stacks on STACK_SIGNAL.
 
     The dump is written by faulthandler's signal handler, so it also works while the process is inside a kernel.
     """
@@ -87,11 +89,11 @@ def _stack_file() -> int:
 
 
 _STACK_SECONDS = 5.0
-"""How long to wait for a stack. It takes milliseconds, but seconds on a machine with too few cores for its work."""
+"""The time to wait for a stack. It usually takes milliseconds, but takes seconds on an overloaded machine."""
 
 
 def ask_for_stack(address: str, pidfd: int) -> str | None:
-    """Request the Python stack of a process's main thread; None if it is stopped or does not answer in time.
+    """Request the Python stack of a process's main thread. Return None if it is stopped or does not answer in time.
 
     address: the `stack_address` of that process.
     """
@@ -105,7 +107,7 @@ def ask_for_stack(address: str, pidfd: int) -> str | None:
             while time.monotonic() < deadline and process_state(int(pid)) not in ("T", "t", ""):
                 time.sleep(0.05)
                 dump = os.pread(file, 1 << 18, 0)
-                if dump and dump == before:  # unchanged since the last poll: complete
+                if dump and dump == before:  # it is complete, because it has not changed since the last poll
                     return _current_thread(dump.decode(errors="replace"))
                 before = dump
         finally:

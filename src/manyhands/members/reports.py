@@ -1,6 +1,7 @@
-"""The files that a worker leaves for its launcher: failure report and status file (no torch).
+"""The files that a worker leaves for its launcher: failure report and status file. Does not import torch.
 
-A worker without peers writes its position to a status file, which its launcher watches as peers would.
+A worker without peers writes its position to a status file. Its launcher watches this file, as peers would watch the
+worker.
 
 A failed worker writes its error to the file that TORCHELASTIC_ERROR_FILE names. This is a variable of
 torch's elastic launcher, so the report also works under plain torchrun. The launcher reads the files of all workers
@@ -36,13 +37,15 @@ from manyhands.errors import (
 from manyhands.members.processes import stack_address
 
 STATUS_FILE_VARIABLE = "MANYHANDS_STATUS_FILE"
-"""Environment variable: the path of the worker's status file, if its launcher watches it."""
+"""The environment variable with the path of the worker's status file, if its launcher watches the file."""
 
-_BYTES = 512  # the size of a status file: it is written at once, so that a reader never sees half of it
+_BYTES = 512  # the size of a status file, which is written in one call, so that a reader never sees a part of it
 
 
 class Status(NamedTuple):
-    """Content of a status file. stack: the worker's `stack_address`; stall_seconds: how long one position may last."""
+    """The content of a status file. stack: the worker's `stack_address`. stall_seconds: the time that one position may
+    last.
+    """
 
     position: Position
     stack: str
@@ -50,7 +53,7 @@ class Status(NamedTuple):
 
 
 class StatusFile:
-    """Status file of this worker. `record_position` takes one or two microseconds."""
+    """The status file of this worker. `record_position` takes one or two microseconds."""
 
     def __init__(self, path: str, stall_seconds: float) -> None:
         self._facts = [stack_address(), stall_seconds]
@@ -58,12 +61,12 @@ class StatusFile:
 
     @classmethod
     def for_parent(cls, stall_seconds: float) -> StatusFile | None:
-        """Open the status file that this process's launcher watches; None if it does not watch one."""
+        """Open the status file that this process's launcher watches. Return None if it does not watch one."""
         path = os.environ.get(STATUS_FILE_VARIABLE)
         return None if path is None else cls(path, stall_seconds)
 
     def record_position(self, position: Position) -> None:
-        """Record where the worker is from now on."""
+        """Record the worker's new position."""
         text = json.dumps([position._replace(activity=position.activity[: _BYTES // 4]), *self._facts]).encode()
         os.pwrite(self._file, text[:_BYTES].ljust(_BYTES), 0)
 
@@ -74,7 +77,7 @@ class StatusFile:
 
 
 def read_status(path: str | os.PathLike[str]) -> Status | None:
-    """Return the last status that a worker wrote; None if there is none that can be read."""
+    """Return the last status that a worker wrote, or None if there is none that can be read."""
     try:
         with open(path, "rb") as file:
             position, stack, stall_seconds = json.loads(file.read(_BYTES))
@@ -86,10 +89,13 @@ def read_status(path: str | os.PathLike[str]) -> Status | None:
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 PARENT_REPORTS_VARIABLE = "MANYHANDS_PARENT_REPORTS"
-"""Set for workers whose launcher prints the root cause: they do not print their own errors."""
+"""The environment variable that is set for workers whose launcher prints the root cause.
+
+They don't print their errors.
+"""
 
 _SELF_EXPLANATORY = (ConfigError, DataError, NumericsError, CheckpointError)
-"""Errors that all workers raise, or that state their own position. The worker's activity would add nothing."""
+"""Errors that all workers raise, or that state their own position, so that the worker's activity would add nothing."""
 
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 
@@ -98,9 +104,9 @@ _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 class Failure:
     """One worker's report of its failure.
 
-    notice: True if the worker itself did not fail: it noticed that a peer (`root_cause`, a rank) raised, died or
-    stalled, or it was asked to stop. alive: True if that peer was alive at that time. position: where the root cause
-    was. `what` to `detail` are the fields of a ManyhandsError. seconds: time of the report, since the epoch.
+    notice: True if the worker itself did not fail, but detected that a peer (`root_cause`, a rank) raised, died or
+    stalled, or was requested to stop. alive: True if that peer was alive at that time. position: the position of the
+    root cause. `what` to `detail` are the fields of a ManyhandsError. seconds: the time of the report, since the epoch.
     """
 
     rank: int
@@ -124,7 +130,9 @@ class Failure:
     def from_error(
         cls, error: BaseException, *, rank: int, pid: int, where: str | None = None, position: Position = NO_POSITION
     ) -> Failure:
-        """Return a worker's report of `error`. where, position: those of the worker, used if the error has none."""
+        """Return a worker's report of `error`. where, position: used if the error has no `where` or position of its
+        own.
+        """
         root_cause = error.rank if isinstance(error, WorkerError) and error.rank >= 0 else None
         return cls(
             rank=rank,
@@ -147,16 +155,16 @@ class Failure:
 
     @property
     def is_secondhand(self) -> bool:
-        """True if the worker only saw a broken connection and cannot name the root cause."""
+        """Return True if the worker only saw a broken connection and cannot name the root cause."""
         return self.kind == WorkerError.__name__ and self.root_cause is None
 
     @property
     def first_line(self) -> str:
-        """First line of the message."""
+        """Return the first line of the message."""
         return self.message.partition("\n")[0]
 
     def error(self) -> ManyhandsError | None:
-        """Rebuild the ManyhandsError that was reported; None for errors of other kinds."""
+        """Return the ManyhandsError that was reported, or None for an error of another kind."""
         kind = getattr(errors, self.kind, None)
         if self.what is None or not (isinstance(kind, type) and issubclass(kind, ManyhandsError)):
             return None
@@ -170,9 +178,9 @@ class Failure:
 class WorkerEnd:
     """How one worker ended.
 
-    exit_code: 0 is success; negative: minus the number of the signal that killed it. seconds: when the launcher saw the
-    end (since the epoch). log_tail: its last lines, if they went to a file. position: its last position, if it had no
-    peers that could report it.
+    exit_code: 0 for success; a negative code is minus the number of the signal that killed the worker. seconds: the
+    time when the launcher found that the worker had ended, since the epoch. log_tail: the last lines of the worker's
+    log, if it has one. position: the worker's last position, if it had no peers that could report it.
     """
 
     rank: int
@@ -184,13 +192,13 @@ class WorkerEnd:
 
 
 def record_failure(error: BaseException, *, where: str | None = None, position: Position = NO_POSITION) -> None:
-    """Write `error` to the file that the launcher reads. Without a launcher it does nothing. Never raises.
+    """Write `error` to the file that the launcher reads. Does nothing without a launcher. Never raises.
 
-    where, position: those of this worker, used if the error has none. If the error names another rank or is a request
-    to stop, it is recorded as a notice: this worker is not the root cause.
+    where, position: used if the error has no `where` or position of its own. An error that names another rank or is a
+    request to stop is recorded as a notice, because this worker is not the root cause.
     """
-    # The first record stays, because later errors of this worker are consequences of the first. An error here (a full
-    # disk, for example) must not hide the original error.
+    # An earlier record is not overwritten, because later errors of this worker are consequences of the first error. An
+    # error here (a full disk, for example) must not hide the original error.
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path or os.path.exists(path):
         return
@@ -200,10 +208,11 @@ def record_failure(error: BaseException, *, where: str | None = None, position: 
 
 def write_failure(path: Path, failure: Failure) -> None:
     """Write a report to a file, atomically. Never raises."""
-    # torch's launcher takes the report with the earliest whole second as the root cause: give notices a later one.
+    # torch's launcher takes the report with the earliest whole second as the root cause, so give notices a later
+    # second.
     rounded_seconds = int(failure.seconds) + failure.notice
     report = {
-        # The format that torch's launcher reads and prints.
+        # This is the format that torch's launcher reads and prints.
         "message": {
             "message": f"{failure.kind}: {failure.message}",
             "extraInfo": {"py_callstack": failure.traceback, "timestamp": str(rounded_seconds)},
@@ -226,8 +235,8 @@ def forget_failure() -> None:
 def traceback_of(error: BaseException) -> str:
     """Return the traceback of an error as text, starting at the user's code.
 
-    Manyhands's frames above the user's are removed, except for an InvariantError (a bug of ours). For a WorkerError
-    only the message is returned: its cause is in another process.
+    Frames of Manyhands above the user's code are removed, except for an InvariantError, which is a bug in Manyhands.
+    For a WorkerError only the message is returned, because its cause is in another process.
     """
     if isinstance(error, WorkerError):
         return "".join(traceback.format_exception_only(error)).rstrip()
@@ -238,15 +247,15 @@ def traceback_of(error: BaseException) -> str:
 
 
 def _cause_traceback(error: BaseException) -> str | None:
-    """Return the traceback of the user's exception that caused `error`; None if there is none.
+    """Return the traceback of the user's exception that caused `error`, or None if there is none.
 
-    Also None for a WorkerError: its cause is in another worker.
+    The result is None for a WorkerError, too, because its cause is in another worker.
     """
     return None if error.__cause__ is None or isinstance(error, WorkerError) else traceback_of(error.__cause__)
 
 
 def _remove_frames_above_user(parsed: traceback.TracebackException) -> None:
-    """Drop all frames up to the last one of Manyhands, in place, unless no frame would be left."""
+    """Remove all frames up to the last frame of Manyhands, in place, unless no frame would be left."""
     ours = [index for index, frame in enumerate(parsed.stack) if frame.filename.startswith((_PACKAGE, "<frozen"))]
     if ours and ours[-1] + 1 < len(parsed.stack):
         parsed.stack = traceback.StackSummary.from_list(list(parsed.stack)[ours[-1] + 1 :])
@@ -256,7 +265,10 @@ def _remove_frames_above_user(parsed: traceback.TracebackException) -> None:
 
 
 def read_failure(path: Path, rank: int) -> Failure | None:
-    """Read the report that worker `rank` wrote with record_failure or torch's `record`; None if it can't be read."""
+    """Read the report that worker `rank` wrote with `record_failure` or torch's `record`.
+
+    Return None if it can't be read.
+    """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         if "manyhands" in report:
