@@ -1,15 +1,16 @@
-"""Atomic and durable writes: the one rule for files and folders.
+"""Atomic and durable writes of files and folders, which all follow one rule.
 
-The rule, on a disk: write under a temporary name in the same folder, sync the data (fsync), rename or link to the final
-name, sync the folder. If the process is killed at any point, or the host loses power, the old content or the new
-content is left. The next run deletes temporary files and folders that a killed process has left
+The rule on a disk is: write under a temporary name in the same folder, sync the data (fsync), rename or link the file
+to its final name, sync the folder. If the process is killed at any point, or the host loses power, either the old
+content or the new content is left. The next run deletes temporary files and folders that a killed process has left
 (`remove_temporary_files`, `checkpoint.publish.remove_partial`). An object store shows an object only when its last byte
-has arrived, so objects are written directly; the manifest of a folder is written last.
+has arrived. So objects are written directly, and the manifest of a folder is written last.
 
-One exception: files that tasks of a data job leave for each other, and done notes, are not synced. Writing 10,000 files
-of 16 KiB one after the other (ext4 on a virtual disk, 2 CPUs, quiet) takes 0.55 s unsynced, 3 s if each file is synced,
-and 4.4 s if its folder is also synced: 8 times as long. Instead, a resumed job verifies the files of finished tasks and
-repeats tasks whose files are torn (`prepare.task.remove_torn`). Verifying a file of 16 KiB in the page cache takes
+There is one exception: files that tasks of a data job leave for each other, and done notes, are not synced. Writing
+10,000 files of 16 KiB one after the other (ext4 on a virtual disk, 2 CPUs, quiet) takes 0.55 s unsynced, 3 s if each
+file is synced, and 4.4 s, which is 8 times as long, if its folder is also synced. Instead, a resumed job verifies the
+files of finished tasks and repeats tasks whose files are torn (`prepare.task.remove_torn`). Verifying a file of 16 KiB
+in the page cache takes
 18 us; a thread verifies 1.6 GB/s with SHA-256 and 5 GB/s with CRC-32. A job that is not interrupted verifies nothing.
 Output files are synced by their tasks, and their folder by the job, before their manifest is published.
 """
@@ -40,9 +41,9 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux's renameat2
 def write_atomic(
     location: str | Location, content: bytes | str, *, first_wins: bool = False, durable: bool = True
 ) -> None:
-    """Make `content` the content of a file: readers see the old content or the new one, never a part.
+    """Write `content` to a file. Readers see either the old content or the new content, never a part.
 
-    first_wins, durable: see `open_atomic`. Raises OSError.
+    first_wins, durable: as in `open_atomic`. Raises OSError.
     """
     data = content.encode() if isinstance(content, str) else content
     target = address_or_path(location)
@@ -55,10 +56,11 @@ def write_atomic(
 
 @contextmanager
 def open_atomic(location: str | Location, *, first_wins: bool = False, durable: bool = True) -> Iterator[IO[bytes]]:
-    """Yield a file to write. It appears at `location` when the block ends, unless the block raises or writes nothing.
+    """Yield a file for writing. It appears at `location` when the block ends, unless the block raises or writes
+    nothing.
 
-    first_wins: on a disk, keep a file that already exists; for writers that all write the same content. durable: sync
-    the file and its folder. Raises OSError.
+    first_wins: if True, and if the file already exists on a disk, keep it. This is for writers that all write the same
+    content. durable: if True, sync the file and its folder. Raises OSError.
     """
     target = address_or_path(location)
     if not isinstance(target, Address):
@@ -74,9 +76,9 @@ def open_atomic(location: str | Location, *, first_wins: bool = False, durable: 
 
 @contextmanager
 def open_durable(location: Location, size: int) -> Iterator[IO[bytes]]:
-    """Yield a file of `size` bytes to write, and sync it when the block ends.
+    """Yield a file of `size` bytes for writing, and sync it when the block ends.
 
-    For folders that are published as a unit: the file has its final name from the start, and only its folder is
+    This is for folders that are published as a unit: the file has its final name from the start, and only its folder is
     temporary. Raises OSError.
     """
     if isinstance(location, Address):
@@ -105,7 +107,7 @@ def _replacing(path: Path, *, first_wins: bool, durable: bool, skip_empty: bool 
                 os.link(temporary, path)
             except FileExistsError:
                 pass  # the first writer has won; its content is the same
-            except OSError:  # a file system without hard links
+            except OSError:  # the file system has no hard links
                 os.replace(temporary, path)
         else:
             os.replace(temporary, path)
@@ -117,17 +119,17 @@ def _replacing(path: Path, *, first_wins: bool, durable: bool, skip_empty: bool 
 
 
 def _temporary_name(name: str) -> str:
-    """A name that no other process uses, on any host that sees the folder."""
+    """Return a name that no other process uses, on any host that sees the folder."""
     return f".{name}.{os.getpid()}-{os.urandom(6).hex()}{TEMPORARY}"
 
 
 def is_temporary(name: str) -> bool:
-    """True if it is the name of a temporary file."""
+    """Return True if `name` is the name of a temporary file."""
     return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Delete temporary files of killed processes. Only for the process that has the folder's lock."""
+    """Delete temporary files of killed processes. Only the process that holds the folder's lock may call this."""
     with suppress(FileNotFoundError):
         for path in folder.iterdir():
             if is_temporary(path.name):
@@ -137,8 +139,8 @@ def remove_temporary_files(folder: Path) -> None:
 def publish_folder(partial: Location, final: Location, manifest: tuple[str, str] | None, *, replace: bool) -> None:
     """Publish the folder `partial` as `final`, atomically. The files in `partial` must be synced already.
 
-    manifest: name and text of a file that is added first. It is required in a store, where this file publishes the
-    folder. replace: if True, replace an existing folder; if False, replace only an empty one. Raises OSError.
+    manifest: the name and text of a file that is added first. It is required in a store, where this file publishes the
+    folder. replace: if True, replace an existing folder. If False, replace only an empty folder. Raises OSError.
     """
     if isinstance(final, Address) or isinstance(partial, Address):
         if manifest is None:
@@ -160,12 +162,12 @@ def publish_folder(partial: Location, final: Location, manifest: tuple[str, str]
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap the names of two folders, in one step where the file system can."""
+    """Swap the names of two folders, in one step if the file system can do this."""
     libc = ctypes.CDLL(None, use_errno=True)
-    with suppress(AttributeError):  # a C library without that call
+    with suppress(AttributeError):  # the C library lacks this call
         if not libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
             return
-    # Not atomic: between the first two renames there is no folder with the name of `other`.
+    # This is not atomic: between the first two renames there is no folder with the name of `other`.
     between = other.with_name(f".{other.name}.old.partial")
     shutil.rmtree(between, ignore_errors=True)
     os.rename(other, between)

@@ -1,6 +1,6 @@
 """Operations on files by path or address, and a file that is hashed while it is written.
 
-Every function takes a path (text or Path) or an address (text or Address) and raises OSError. To write, see `atomic`.
+Every function takes a path (text or Path) or an address (text or Address) and raises OSError. `atomic` writes files.
 """
 
 from __future__ import annotations
@@ -21,33 +21,36 @@ _REMOVE_TRIES, _REMOVE_PAUSE_SECONDS = 20, 0.05
 
 
 def join_path(folder: str, name: str) -> str:
-    """The path of `name` in `folder`."""
+    """Return the path of `name` in `folder`."""
     return f"{folder.rstrip('/')}/{name}"
 
 
 def open_to_read(location: str | Location) -> IO[bytes]:
-    """The file, open for reading and seeking."""
+    """Return the file, open for reading and seeking."""
     target = address_or_path(location)
     return target.open_to_read() if isinstance(target, Address) else target.open("rb")
 
 
 def read_bytes(location: str | Location) -> bytes:
-    """The complete content of a file."""
+    """Return the complete content of a file."""
     with open_to_read(location) as file:
         return file.read()
 
 
 def exists(location: str | Location) -> bool:
-    """True if there is a file or a folder at `location`. In a store, a folder exists if something is below it."""
+    """Return True if there is a file or a folder at `location`.
+
+    In a store, a folder exists if something is below it.
+    """
     target = address_or_path(location)
     return target.exists() if isinstance(target, Address) else os.path.lexists(target)
 
 
 def names_in(folder: str | Location, *, missing_ok: bool = True) -> list[str]:
-    """The names of all files and folders in a folder, sorted.
+    """Return the names of all files and folders in a folder, sorted.
 
-    If the folder is missing, return an empty list, or raise FileNotFoundError unless `missing_ok`. A store never raises
-    it.
+    If the folder is missing, return an empty list if `missing_ok`, and otherwise raise FileNotFoundError. A store never
+    raises this error.
     """
     target = address_or_path(folder)
     if isinstance(target, Address):
@@ -56,7 +59,7 @@ def names_in(folder: str | Location, *, missing_ok: bool = True) -> list[str]:
 
 
 def path_below(folder: str, paths: Iterable[str]) -> str | None:
-    """The first of these files that is in the folder at any depth, also by links; None if none is.
+    """Return the first of these files that is in the folder at any depth, also through links, or None.
 
     Paths and addresses may be mixed.
     """
@@ -88,7 +91,7 @@ def path_below(folder: str, paths: Iterable[str]) -> str | None:
 
 
 def _path_or_full_address(path: str) -> str:
-    """An absolute path, or an address with its protocol's first name (s3:// for s3a://)."""
+    """Return an absolute path, or an address with its protocol's first name (s3:// for s3a://)."""
     path = re.sub("^(file|local)://", "", path)
     if is_local(path):
         return os.path.abspath(path)
@@ -97,7 +100,7 @@ def _path_or_full_address(path: str) -> str:
 
 
 def _is_same_folder(one: str, other: str) -> bool:
-    """True if both paths lead to one folder, for example by links or mounts."""
+    """Return True if both paths lead to the same folder, for example through links or mounts."""
     try:
         return os.path.samefile(one, other)
     except OSError:
@@ -114,7 +117,7 @@ def make_folder(folder: str | Location) -> None:
 
 
 def move(location: str | Location, to: str | Location) -> None:
-    """Rename a file; it replaces a file that has the new name. Both are on one file system, or in one store."""
+    """Rename a file. Replaces a file that has the new name. Both names must be on one file system, or in one store."""
     source, target = address_or_path(location), address_or_path(to)
     if isinstance(source, Address) and isinstance(target, Address):
         source.move(target)
@@ -134,7 +137,10 @@ def remove(location: str | Location) -> None:
 
 
 def _remove_folder(path: Path) -> None:
-    """Try several times: a task that was abandoned may write one more file into the folder meanwhile."""
+    """Delete a folder.
+
+    Try several times, because an abandoned task may write one more file into the folder meanwhile.
+    """
     for _ in range(_REMOVE_TRIES):
         shutil.rmtree(path, ignore_errors=True)
         if not os.path.lexists(path):
@@ -144,7 +150,7 @@ def _remove_folder(path: Path) -> None:
 
 
 class HashedFile:
-    """Passes bytes on to `file` sequentially, and hashes them. Its `close` leaves `file` open."""
+    """Writes bytes to `file` sequentially, and hashes them. Its `close` leaves `file` open."""
 
     closed = False
 
@@ -152,14 +158,14 @@ class HashedFile:
         self._file, self._hash, self._written = file, hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:
-        """Write bytes; return how many were written."""
+        """Write bytes. Return the number of bytes written."""
         count = self._file.write(data)
         self._hash.update(data)
         self._written += count
         return count
 
     def tell(self) -> int:
-        """The number of bytes written."""
+        """Return the number of bytes written."""
         return self._written
 
     def flush(self) -> None:
@@ -172,19 +178,19 @@ class HashedFile:
         os.fsync(self._file.fileno())
 
     def hexdigest(self) -> str:
-        """SHA-256 of all bytes written."""
+        """Return the SHA-256 of all bytes written."""
         return self._hash.hexdigest()
 
     def writable(self) -> bool:
-        """True."""
+        """Return True, because the file is open for writing."""
         return True
 
     def readable(self) -> bool:
-        """False."""
+        """Return False, because bytes can't be read back."""
         return False
 
     def seekable(self) -> bool:
-        """False."""
+        """Return False, because bytes are hashed in the order of writing."""
         return False
 
     def close(self) -> None:

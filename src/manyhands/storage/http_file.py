@@ -1,7 +1,7 @@
-"""A file of an HTTP server: complete and correct, or an error.
+"""A file of an HTTP server, read completely and correctly, or with an error.
 
 Requests that fail are repeated. A server that does not support ranges sends the complete file, which is stored in a
-temporary file. A connection that is cut, and a file that changes while it is read, are noticed.
+temporary file. A connection that is cut, or a file that changes while it is read, raises an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import IO, Any
 _ATTEMPTS = 5
 
 _FIRST_PAUSE_SECONDS = 0.2
-"""The pause after the first failed attempt. It doubles after each further one."""
+"""The pause after the first failed attempt. It doubles after each further failure."""
 
 _AHEAD_BYTES = 4 << 20  # one request reads this many bytes
 
@@ -24,13 +24,13 @@ _NOT_SATISFIABLE, _PARTIAL, _TOO_MANY, _SERVER_ERRORS = 416, 206, 429, 500
 
 
 def is_http(system: Any) -> bool:
-    """True for the fsspec file system of http:// and https:// addresses."""
+    """Return True if `system` is the fsspec file system of http:// and https:// addresses."""
     protocols = system.protocol
     return "http" in ((protocols,) if isinstance(protocols, str) else protocols)
 
 
 def open_http(system: Any, url: str) -> IO[bytes]:
-    """Return the file, open for reading and seeking. Raises OSError, also for every later read.
+    """Return the file, open for reading and seeking. This call and later reads raise OSError.
 
     system: the fsspec file system of the address, whose session and options are used.
     """
@@ -38,7 +38,7 @@ def open_http(system: Any, url: str) -> IO[bytes]:
 
 
 def http_info(system: Any, url: str) -> tuple[int, str] | None:
-    """Return the size of a file, and what changes with its content ("" if the server has no such header).
+    """Return the size of a file, and a header that changes with its content ("" if the server sends no such header).
 
     Returns None if there is no such file. Raises OSError.
     """
@@ -51,12 +51,14 @@ def http_info(system: Any, url: str) -> tuple[int, str] | None:
 
 
 class _FinalError(OSError):
-    """An error that another attempt would not mend."""
+    """An error that another attempt would not fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
-    """An answer of the server. total_bytes: the size of the complete file, if known. body: the range, if it is one."""
+    """An answer of the server. total_bytes: the size of the complete file, if known. body: the range, for a partial
+    answer.
+    """
 
     is_range: bool
     total_bytes: int | None
@@ -74,7 +76,7 @@ class _HttpFile(RawIOBase):
         self._is_range, self._total_bytes, self.version = first.is_range, first.total_bytes, first.version
 
     def size_bytes(self) -> int:
-        """The size of the file. It is downloaded if the server does not say it."""
+        """Return the size of the file. The file is downloaded if the server does not report its size."""
         if self._total_bytes is not None:
             return self._total_bytes
         return self._download().seek(0, SEEK_END)
@@ -118,7 +120,7 @@ class _HttpFile(RawIOBase):
         super().close()
 
     def _request(self, start: int, end: int) -> _Answer:
-        """Request bytes `start` to `end`. If the file is known, check that it has not changed."""
+        """Request bytes `start` to `end`. If the file was read before, check that it has not changed."""
         answer = self._repeated(lambda: self._sync(_get, start, end, None))
         known = self._answer
         if known is not None and (answer.is_range, answer.total_bytes, answer.version) != (
@@ -130,7 +132,7 @@ class _HttpFile(RawIOBase):
         return answer
 
     def _download(self) -> IO[bytes]:
-        """Return the complete file as a temporary file."""
+        """Download the complete file to a temporary file, and return it."""
         if self._complete is not None:
             return self._complete
         self._complete = file = tempfile.TemporaryFile()  # noqa: SIM115  (`close` closes it)
@@ -163,16 +165,19 @@ class _HttpFile(RawIOBase):
                 return attempt()
             except (FileNotFoundError, PermissionError, _FinalError):
                 raise
-            except Exception as error:  # aiohttp's errors are not OSErrors
+            except Exception as error:  # errors of aiohttp are not OSErrors
                 failed += 1
                 if failed == _ATTEMPTS:
                     text = str(error) or type(error).__name__
-                    raise _FinalError(f"{self._url}: {failed} attempts failed; the last: {text}") from error
+                    raise _FinalError(f"{self._url}: {failed} attempts failed; the last error: {text}") from error
             time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (failed - 1))
 
 
 async def _get(system: Any, url: str, start: int, end: int, sink: IO[bytes] | None) -> _Answer:
-    """Request a range. If the server answers with the complete file, write it to `sink`, or ignore it without one."""
+    """Request a range.
+
+    If the server answers with the complete file, write the file to `sink`, or ignore it if there is no sink.
+    """
     session = await system.set_session()
     headers = {**system.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
     if sink is None:
@@ -187,21 +192,25 @@ async def _get(system: Any, url: str, start: int, end: int, sink: IO[bytes] | No
             body = await response.read()
             expected = f"bytes {start}-{min(end, int(total)) - 1}/{total}"
             if response.headers["Content-Range"] != expected or len(body) != min(end, int(total)) - start:
-                raise ConnectionError(f"{len(body)} bytes of {response.headers['Content-Range']} instead of {expected}")
+                raise ConnectionError(
+                    f"expected {expected}, got {len(body)} bytes of {response.headers['Content-Range']}"
+                )
             return _Answer(is_range=True, total_bytes=int(total), version=version, body=body)
         length = response.headers.get("Content-Length")
         is_plain = response.headers.get("Content-Encoding", "identity") == "identity"
         if length is None and "chunked" not in response.headers.get("Transfer-Encoding", ""):
-            raise _FinalError(f"{url}: the server does not send the file's length, so a cut connection isn't noticed")
+            raise _FinalError(
+                f"{url}: the server does not send the file's length, so a cut connection can't be detected"
+            )
         if sink is not None:
-            async for part in response.content.iter_chunked(1 << 20):  # raises if the connection is cut
+            async for part in response.content.iter_chunked(1 << 20):  # this raises if the connection is cut
                 sink.write(part)
         return _Answer(is_range=False, total_bytes=int(length) if length and is_plain else None, version=version)
 
 
 def _raise_for(response: Any, url: str) -> None:
     """Raise an error for an answer that is not a success. After a ConnectionError the request may be repeated."""
-    status = f"{url}: the server answers {response.status} {response.reason}"
+    status = f"{url}: the server answered {response.status} {response.reason}"
     if response.status in (404, 410):
         raise FileNotFoundError(status)
     if response.status in (401, 403):

@@ -11,16 +11,17 @@ from typing import Any
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append a value as one line of JSON. On return the operating system has the line, so it survives this process.
+    """Append a value as one line of JSON. On return, the operating system has the line, so the line survives this
+    process.
 
-    A partial line at the end of the file stays a line of its own. Raises OSError if the full line can't be written.
+    A partial line at the end of the file becomes a line of its own. Raises OSError if the full line can't be written.
     """
     data = (json.dumps(numbers(value), allow_nan=False) + "\n").encode()
     with path.open("a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             data = data if file.read(1) == b"\n" else b"\n" + data
-        while data:  # if the disk has room for a part only, writing the rest raises the error
+        while data:  # if the disk has space for only a part, writing the remaining part raises the error
             data = data[file.write(data) :]
 
 
@@ -39,7 +40,9 @@ def complete_lines(path: Path) -> list[tuple[int, Any]]:
 
 
 def numbers(value: Any) -> Any:
-    """The value with infinities and NaN, which JSON lacks, as text ("inf", "nan") that `float` reads back."""
+    """Return the value with infinities and NaN, which JSON lacks, as strings ("inf", "nan") that `float` converts
+    back.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -19,12 +19,12 @@ from manyhands.storage.http_file import is_http, open_http
 
 
 def is_local(path: str) -> bool:
-    """True for a path of this machine's file system; False for an address such as s3://bucket/key."""
+    """Return True for a path of this machine's file system, and False for an address such as s3://bucket/key."""
     return "://" not in path
 
 
 def file_system(path: str) -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path in it. Raises ConfigError if fsspec cannot open it."""
+    """Return the fsspec file system of an address, and the path in it. Raises ConfigError if fsspec cannot open it."""
     try:
         import fsspec
 
@@ -39,13 +39,16 @@ def file_system(path: str) -> tuple[Any, str]:
 
 
 AHEAD_BYTES = 8 << 20
-"""Bytes of an object that one call reads or writes. No more of the object is in memory at a time."""
+"""The number of bytes of an object that one call reads or writes. No more of the object is in memory at a time."""
 
 _PART_BYTES, _MOST_PARTS = 32 << 20, 9_000  # stores allow 10,000 parts of an upload
 
 
 class StoreError(OSError):
-    """An error of a store: an OSError, although fsspec's packages raise other exceptions. hint: what to do."""
+    """An error of a store.
+
+    It is an OSError, although fsspec's packages raise other exceptions. hint: what to do about it.
+    """
 
     def __init__(self, text: str, hint: str) -> None:
         super().__init__(text)
@@ -56,7 +59,7 @@ class Address:
     """A folder or an object in a store.
 
     The constructor raises ConfigError if fsspec does not know the address. Methods raise FileNotFoundError for an
-    object that does not exist, and StoreError for everything else.
+    object that does not exist, and StoreError for all other errors.
     """
 
     def __init__(self, text: str) -> None:
@@ -80,28 +83,28 @@ class Address:
 
     @property
     def name(self) -> str:
-        """The last part of the address."""
+        """Return the last part of the address."""
         return self._text.rpartition("/")[2]
 
     @property
     def parent(self) -> Address:
-        """The folder that it is in."""
+        """Return the address of the folder that contains this address."""
         return Address(self._text.rpartition("/")[0])
 
     def absolute(self) -> Address:
-        """Return self: addresses are absolute."""
+        """Return this address, because addresses are always absolute."""
         return self
 
     def is_dir(self) -> bool:
-        """True if there is anything below it."""
+        """Return True if there is anything below the address."""
         return bool(self.files())
 
     def exists(self) -> bool:
-        """True if there is an object of that name, or anything below it."""
+        """Return True if there is an object at the address, or anything below the address."""
         return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
-        """True if there is an object of that name."""
+        """Return True if there is an object at the address."""
         try:
             self.size()
         except FileNotFoundError:
@@ -109,7 +112,7 @@ class Address:
         return True
 
     def size(self) -> int:
-        """The size of the object in bytes."""
+        """Return the size of the object in bytes."""
         with self._store_errors():
             self._system.invalidate_cache()
             info = self._system.info(self._inner)
@@ -118,7 +121,7 @@ class Address:
         return int(info["size"])
 
     def files(self) -> list[str]:
-        """The names of all objects below it, as `folder/name`, sorted; none if there is nothing."""
+        """Return the names of all objects below the address, as `folder/name`, sorted. The list may be empty."""
         with self._store_errors():
             self._system.invalidate_cache()  # other processes also write there
             found = self._system.find(self._inner)
@@ -126,7 +129,7 @@ class Address:
         return sorted(path[first:] for path in found if path[first:])
 
     def names(self) -> list[str]:
-        """The names of the objects and folders directly in it, sorted; none if there is nothing."""
+        """Return the names of the objects and folders directly in the folder, sorted. The list may be empty."""
         with self._store_errors():
             self._system.invalidate_cache()
             if not self._system.isdir(self._inner):
@@ -135,7 +138,7 @@ class Address:
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
 
     def open_to_read(self) -> IO[bytes]:
-        """The object, open for reading and seeking."""
+        """Return the object, open for reading and seeking."""
         with self._store_errors():
             if is_http(self._system):
                 return open_http(self._system, self._inner)
@@ -143,36 +146,36 @@ class Address:
         return file
 
     def read_bytes(self) -> bytes:
-        """The complete object."""
+        """Return the content of the object."""
         with self._store_errors():
             return bytes(self._system.cat_file(self._inner))
 
     def read_text(self) -> str:
-        """The complete object, as text."""
+        """Return the content of the object as text."""
         return self.read_bytes().decode()
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Bytes [start, end) of an object."""
+        """Return bytes [start, end) of the object."""
         with self._store_errors():
             return bytes(self._system.cat_file(self._inner, start=start, end=end))
 
     def write_bytes(self, data: bytes) -> None:
-        """Create or replace the object: readers see the old one or the new one."""
+        """Create or replace the object. Readers see either the old object or the new object."""
         with self._store_errors():
             self._system.pipe_file(self._inner, data)
 
     def write_text(self, text: str) -> None:
-        """Create or replace the object; its content is `text`."""
+        """Create or replace the object. Its content is `text`."""
         self.write_bytes(text.encode())
 
     def upload(self, path: str) -> None:
-        """Create or replace the object; its content is a file on this machine."""
+        """Create or replace the object. Its content is that of a file on this machine."""
         with self._store_errors():
             self._system.put_file(path, self._inner)
 
     @contextmanager
     def written(self, size: int) -> Iterator[IO[bytes]]:
-        """Yield a file of `size` bytes to write, which is sent in parts.
+        """Yield a file of `size` bytes for writing. It is sent in parts.
 
         The object appears when the block ends, unless the block raises.
         """
@@ -185,10 +188,10 @@ class Address:
                 file.close()
                 file.commit()
         except BaseException:
-            with suppress(Exception):  # the store may be out of reach; an unfinished upload is not an object
+            with suppress(Exception):  # the store may be unreachable; an unfinished upload creates no object
                 file.discard()
             with suppress(AttributeError):
-                file.closed = True  # otherwise its finalizer would send the rest
+                file.closed = True  # otherwise its finalizer would send the remaining data
             raise
 
     def make_folder(self) -> None:
@@ -197,17 +200,17 @@ class Address:
             self._system.makedirs(self._inner, exist_ok=True)
 
     def move(self, to: Address) -> None:
-        """Rename the object: it is copied and deleted, so this is not atomic."""
+        """Rename the object by copying and deleting it. This is not atomic."""
         with self._store_errors():
             self._system.mv(self._inner, to._inner)
 
     def unlink(self) -> None:
-        """Delete the object; no error if it does not exist."""
+        """Delete the object. Does nothing if it does not exist."""
         with suppress(FileNotFoundError), self._store_errors():
             self._system.rm_file(self._inner)
 
     def remove_tree(self) -> None:
-        """Delete the object, and everything below it; no error if there is nothing."""
+        """Delete the object, and all objects below it. Does nothing if there are none."""
         with self._store_errors():
             self._system.invalidate_cache()
             if self._system.exists(self._inner):
@@ -215,17 +218,17 @@ class Address:
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
-        """Convert exceptions that a store's package raises in the block to StoreError. FileNotFoundError passes."""
+        """Convert exceptions that a store's package raises in the block to StoreError, except for FileNotFoundError."""
         try:
             yield
         except Exception as error:
             if isinstance(error, FileNotFoundError) and error.__cause__ is None:
-                raise  # the object does not exist; with a cause, it is the bucket that does not exist
+                raise  # the object does not exist; if the error has a cause, the bucket does not exist
             raise StoreError(f"{self._text}: {_text_of(error)}", _hint_for(error)) from error
 
 
 class _InParts:
-    """Passes written bytes on, at most AHEAD_BYTES at a time, because the underlying file copies them."""
+    """A file that passes at most AHEAD_BYTES at a time to the underlying file, because that file copies them."""
 
     def __init__(self, address: Address, file: Any) -> None:
         self._address, self._file = address, file
@@ -242,7 +245,7 @@ Location = Path | Address
 
 
 def location_of(text: str | os.PathLike[str] | Location) -> Location:
-    """The location of a path or an address from a user. Raises ConfigError."""
+    """Return the location of a path or an address from a user. Raises ConfigError."""
     if isinstance(text, Address):
         return text
     path = os.fspath(text)
@@ -254,14 +257,17 @@ def location_of(text: str | os.PathLike[str] | Location) -> Location:
 
 
 def address_or_path(location: str | Location) -> Location:
-    """`location` itself, or the Path or Address of a text. Raises ConfigError for an address that can't be used."""
+    """Return `location` itself, or the Path or Address for a string.
+
+    Raises ConfigError for an address that can't be used.
+    """
     if isinstance(location, str):
         return Path(location) if is_local(location) else Address(location)
     return location
 
 
 def hint_of(error: OSError, default: str) -> str:
-    """What to do about an error: the hint of a StoreError, or else `default`."""
+    """Return a hint about an error: the hint of a StoreError, or else `default`."""
     return error.hint if isinstance(error, StoreError) else default
 
 
@@ -271,7 +277,7 @@ def _text_of(error: Exception) -> str:
 
 
 def _hint_for(error: Exception) -> str:
-    kind = type(error).__name__  # a name, because the class's package may not be installed
+    kind = type(error).__name__  # compare names, because the class's package may not be installed
     if "Credential" in kind or "Token" in kind:
         return "give this machine credentials for the store, in the environment or where its package looks for them"
     if isinstance(error, PermissionError):
@@ -284,7 +290,8 @@ def _hint_for(error: Exception) -> str:
 class Ranges:
     """Reads ranges of a file. size: its size in bytes. Raises OSError.
 
-    An object in a store is read some MiB ahead: a request takes a long time, and the next range is usually read soon.
+    An object in a store is read some MiB ahead, because a request takes a long time, and the next range is usually read
+    soon.
     """
 
     def __init__(self, location: Location) -> None:
@@ -293,12 +300,15 @@ class Ranges:
         self.size = location.size() if isinstance(location, Address) else location.stat().st_size
 
     def read(self, start: int, length: int) -> bytes:
-        """Bytes [start, start + length); fewer if the file ends earlier."""
+        """Return bytes [start, start + length), or fewer bytes if the file ends earlier."""
         found = bytearray(max(0, min(length, self.size - start)))
         return bytes(found[: self.read_into(start, memoryview(found))])
 
     def read_into(self, start: int, buffer: memoryview) -> int:
-        """Fill `buffer` with the bytes from `start` on; return how many there were."""
+        """Fill `buffer` with the bytes from `start` on.
+
+        Return the number of bytes, which is smaller at the end of the file.
+        """
         if not isinstance(self._location, Address):
             with self._location.open("rb") as file:
                 file.seek(start)
@@ -317,5 +327,5 @@ class Ranges:
         return position - start
 
     def rest(self) -> None:
-        """Free the bytes that were read ahead. Call it if the reader will not be used for some time."""
+        """Free the bytes that were read ahead. Call this if the reader will not be used for some time."""
         self._ahead = b""

@@ -1,7 +1,8 @@
 """Locks on files, and the exclusive lock of a run directory.
 
-The locks are the kernel's (flock), on a file that is never deleted. A lock ends with the process that holds it, however
-that process ends. Two runs in one directory would publish checkpoints that neither of them has computed.
+The kernel provides the locks (flock), on a file that is never deleted. A lock ends with the process that holds it,
+however that process ends. Without locks, two runs in one directory would publish checkpoints that neither run has
+computed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from manyhands.storage.atomic import remove_temporary_files
 
 LOCK = ".lock"
 
-# A process that checks whether the directory is locked holds the lock for a moment; children of a killed worker hold it
+# A process that checks whether the directory is locked holds the lock for a moment. Children of a killed worker hold it
 # until they end.
 _PATIENCE_SECONDS = 1.0
 
@@ -57,12 +58,12 @@ class FileLock:
                 return True
 
     def write(self, text: str) -> None:
-        """Replace the file's content: a message from the holder to waiting processes."""
+        """Replace the file's content, which is a message from the holder to waiting processes."""
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, text.encode(), 0)
 
     def read(self) -> str:
-        """The file's content."""
+        """Return the file's content."""
         return os.pread(self._fd, 1000, 0).decode(errors="replace")
 
     def close(self) -> None:
@@ -99,9 +100,10 @@ def run_lock(path: Path) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool | None:
-    """True if a process holds the run directory's lock now; False if none does; None if that is unknown.
+    """Return whether a process holds the run directory's lock now, or None if this is unknown.
 
-    Unknown: the directory was never locked, or its last owner was on another host, whose locks may not be visible here.
+    It is unknown if the directory was never locked, or if its last owner was on another host, because the locks of that
+    host may not be visible here.
     """
     try:
         fd = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
@@ -122,6 +124,6 @@ def is_locked(path: Path) -> bool | None:
 def _owner(text: str) -> str:
     try:
         host, pid = json.loads(text)
-    except (ValueError, TypeError):  # the owner has not written it yet
+    except (ValueError, TypeError):  # the owner has not written its host and pid yet
         return "another process"
     return f"process {pid} on {host}"
