@@ -1,6 +1,6 @@
 """Manyhands: train one PyTorch model on many workers, with the same bits for any number of them.
 
-Names are looked up when they are first used, so that importing the package costs nothing and starts nothing.
+Names are imported when they are first used, so that importing the package itself is fast and starts nothing.
 """
 
 from __future__ import annotations

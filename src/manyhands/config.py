@@ -1,8 +1,8 @@
 """Recipe, Batch, Weights and Strategy, checked when they are created.
 
-`Recipe`, `Batch` and `Weights` define the computation; `Strategy` defines the resources. A recipe decides every bit of
-the result; a strategy decides only time and memory. All are frozen and keyword-only. `every` parses an interval, such
-as the one between checkpoints.
+`Recipe`, `Batch` and `Weights` define the computation, and `Strategy` defines the resources. A recipe decides every bit
+of the result. A strategy decides only time and memory. All these classes are frozen and keyword-only. `every` parses an
+interval, such as the one between checkpoints.
 
 Recipe files and the command line take the options from these classes: to add an option, add a field (see `options.py`).
 """
@@ -39,9 +39,9 @@ TRANSPORTS = ("auto", "shared-memory", "distributed", "hierarchical")
 
 @options
 class Batch:
-    """The division of one step's samples into micro-batches. It decides the bits; the number of workers doesn't.
+    """The division of one step's samples into micro-batches. It decides the bits, and the number of workers doesn't.
 
-    Each virtual worker adds the gradients of `accumulate` micro-batches in order; then a binary tree adds the sums of
+    Each virtual worker adds the gradients of `accumulate` micro-batches in order. Then a binary tree adds the sums of
     the virtual workers. Raises ConfigError.
     """
 
@@ -74,12 +74,12 @@ class Batch:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches in one step."""
+        """Return the number of micro-batches in one step."""
         return self.global_size // self.micro_size
 
     @property
     def accumulate(self) -> int:
-        """Micro-batches that a virtual worker adds in order, before the tree of sums."""
+        """Return the number of micro-batches that a virtual worker adds in order, before the tree adds the sums."""
         return self.micro_batches // self.virtual_workers
 
     def samples_of(self, step: int, micro_batch: int) -> str:
@@ -88,11 +88,11 @@ class Batch:
         return f"samples {first} to {first + self.micro_size - 1} in the run's order"
 
     def check_workers(self, workers: int) -> None:
-        """Check that each of `workers` has a micro-batch. Raises ConfigError."""
+        """Check that there is a micro-batch for each of the `workers` workers. Raises ConfigError."""
         if workers > self.micro_batches:
             raise ConfigError(
                 f"{workers} workers are too many for a step of {self.micro_batches} micro-batches: "
-                "some would never compute",
+                "some workers would never compute",
                 expected=f"at most {self.micro_batches} workers"
                 f" (= global_size / micro_size = {self.global_size} / {self.micro_size})",
                 got=f"{workers} workers",
@@ -141,7 +141,7 @@ class Weights:
                 ) from None
 
     def may_lack(self, names: Iterable[str]) -> bool:
-        """True if the files may lack the tensor that the model's state_dict has under these names."""
+        """Return True if the files may lack the tensor that the model's state_dict has under these names."""
         return any(fnmatchcase(name, pattern) for name in names for pattern in self.allow_missing)
 
 
@@ -175,7 +175,7 @@ class Recipe:
     schedule: Callable[[Optimizer], LRScheduler] | None = option(
         default=None,
         in_toml=False,
-        help="Builds a torch LR scheduler for an optimizer; called for each optimizer if there are several. The "
+        help="Builds a torch LR scheduler for an optimizer. It is called for each optimizer if there are several. The "
         "scheduler advances after every optimizer step.",
     )
     collate: Callable[[list[Any]], Any] | None = option(
@@ -184,7 +184,7 @@ class Recipe:
     sample: Callable[[nn.Module], str] | None = option(
         default=None,
         in_toml=False,
-        help="(model) -> str. Returns a text to show at the end of a run: text that the model generates, for example. "
+        help="(model) -> str. Returns a text to show at the end of a run, for example text that the model generates. "
         "Only one worker calls it.",
     )
     precision: str = option(
@@ -199,30 +199,32 @@ class Recipe:
     )
     compile: bool = option(
         default=False,
-        help="Compile the model's repeated blocks with torch.compile. Part of the recipe because it changes bits.",
+        help="Compile the model's repeated blocks with torch.compile. Part of the recipe, because it changes bits.",
     )
     seed: int = option(default=0, at_least=0, help="The run's seed.")
     threads_per_worker: int = option(
         default=1,
         at_least=1,
-        help="Number of torch threads in a worker. Part of the recipe because it changes the bits of matrix products.",
+        help="The number of torch threads in a worker. Part of the recipe, because it changes the bits of matrix "
+        "products.",
     )
     device: str = option(
         default="cpu",
         choices=DEVICES,
-        help="cpu or cuda. Part of the recipe because their kernels give different bits.",
+        help="cpu or cuda. Part of the recipe, because their kernels give different bits.",
     )
     optimizer_kind: str | None = option(
         default=None,
         choices=OPTIMIZER_KINDS,
-        help="For an optimizer that is not torch's: elementwise (the update of an element depends on that element "
+        help="For an optimizer that is not part of torch: elementwise (the update of an element depends on that "
+        "element "
         "only) or per-parameter (the update of a parameter depends on that parameter only).",
     )
     name: str = option(default="run", in_toml=False, help="The recipe's name.")
     source: str | None = option(
         default=None,
         in_toml=False,
-        help="Where the recipe was read from, for messages and the run directory.",
+        help="The file that the recipe was read from, for messages and the run directory.",
     )
 
     def __post_init__(self) -> None:
@@ -259,7 +261,7 @@ class Recipe:
 
     @property
     def initial_weights(self) -> Weights | None:
-        """`weights` as Weights: the constructor has converted it if it was a path."""
+        """Return `weights` as Weights. The constructor has converted it if it was a path."""
         return self.weights if isinstance(self.weights, Weights) else None
 
 
@@ -286,7 +288,7 @@ class Strategy:
         default="",
         flags=("--scratch",),
         metavar="DIR",
-        help="Folder on a disk for the files of offload = disk. Empty: a folder in the run directory, or in the "
+        help="A folder on a disk for the files of offload = disk. Empty: a folder in the run directory, or in the "
         "system's folder for temporary files if there is no run directory.",
     )
     transport: str = option(
@@ -299,7 +301,7 @@ class Strategy:
         "hierarchical if it is possible, otherwise distributed.",
     )
     overlap: bool = option(
-        default=True, help="Exchange a unit's gradients while backward continues. False: after backward."
+        default=True, help="Exchange a unit's gradients while backward continues. False: exchange them after backward."
     )
     units: tuple[str, ...] = option(
         default=(),
@@ -330,7 +332,7 @@ class Strategy:
         flags=("--stall-seconds",),
         flag_type=float,
         metavar="SECONDS",
-        help="How long other workers wait for a worker before it is declared stalled.",
+        help="The time for which other workers wait for a worker before it is declared stalled.",
     )
 
     def __post_init__(self) -> None:
@@ -344,7 +346,7 @@ _INTERVAL = re.compile(r"(\d+)\s*(steps?|[smh])?")
 
 @dataclass(frozen=True)
 class Every:
-    """An interval: `steps` or `seconds`; the other one is None."""
+    """An interval, either in `steps` or in `seconds`. The other value is None."""
 
     steps: int | None = None
     seconds: float | None = None

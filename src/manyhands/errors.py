@@ -2,12 +2,12 @@
 
 All are subclasses of ManyhandsError:
 
-- ConfigError (a ValueError): the recipe, the strategy or the command line is wrong; the user must change it.
-- DataError (a ValueError): the data are missing, damaged, or not as the recipe specifies.
+- ConfigError (a ValueError): the recipe, the strategy or the command line is wrong, and the user must change it.
+- DataError (a ValueError): the data is missing, damaged, or not as the recipe specifies.
 - NumericsError: a gradient or loss is not finite, or this machine's numerics differ from those of the run.
 - CheckpointError: a checkpoint cannot be written, or is missing or invalid.
-- WorkerError: a worker raised an exception, died or stalled; the error names the worker, its step and its position.
-- Interrupted: the user or the system asked the run to stop.
+- WorkerError: a worker raised an exception, died or stalled. The error names the worker, its step and its position.
+- Interrupted: the user or the system requested the run to stop.
 - InvariantError: a bug in Manyhands, or in an object that was passed to it.
 
 Every error states what failed, what was expected and found, where, and what to do next.
@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 
 class Position(NamedTuple):
-    """Where a worker is.
+    """A worker's position in its work.
 
-    activity: text for people. step: current or last finished step; None outside of steps, such as during start-up.
-    micro_batch: the one being loaded or computed.
+    activity: text for people. step: the current or last finished step; None outside of steps, for example during
+    start-up. micro_batch: the micro-batch that is being loaded or computed.
     """
 
     activity: str = ""
@@ -34,10 +34,11 @@ NO_POSITION = Position()
 
 
 class ManyhandsError(Exception):
-    """Base of all errors that Manyhands raises on purpose.
+    """The base class of all errors that Manyhands raises on purpose.
 
-    what: one sentence. The rest is optional, and each part starts on its own line: `where` (worker, step, unit,
-    parameter, file and line), `expected` and `got`, `hint` (what to do next), `detail` (a traceback or other text).
+    what: what failed, in one sentence. The other parts are optional, and each starts on its own line: `where` (worker,
+    step, unit, parameter, file and line), `expected` and `got`, `hint` (what to do next), `detail` (a traceback or
+    other text).
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class ConfigError(ManyhandsError, ValueError):
 
 
 class DataError(ManyhandsError, ValueError):
-    """The data are missing, damaged, or not as the recipe specifies."""
+    """The data is missing, damaged, or not as the recipe specifies."""
 
 
 class NumericsError(ManyhandsError):
@@ -95,10 +96,10 @@ class CheckpointError(ManyhandsError):
 class WorkerError(ManyhandsError):
     """A worker raised an exception, died or stalled.
 
-    rank: the worker that is the root cause, not the one that reports it (-1: unknown). alive: True if that worker was
-    alive when its failure was noticed. position: where that worker was. raised: the exception that it raised there, as
-    "kind: message"; "" if it was killed or stalled. If the worker raised an error of Manyhands, the launcher sets that
-    error as the `__cause__`.
+    rank: the worker that is the root cause, which may differ from the worker that reports it; -1 if unknown. alive:
+    True if that worker was alive when its failure was detected. position: the position of that worker. raised: the
+    exception that it raised there, as "kind: message", or "" if it was killed or stalled. If the worker raised an error
+    of Manyhands, the launcher sets that error as the `__cause__`.
     """
 
     alive = False
@@ -110,8 +111,8 @@ class WorkerError(ManyhandsError):
 
 
 class Interrupted(ManyhandsError):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and stopped between two steps."""
+    """The run stopped between two steps, as requested by Ctrl-C or SIGTERM."""
 
 
 class InvariantError(ManyhandsError):
-    """An internal rule was violated: a bug in Manyhands, or in an object that was passed to it."""
+    """An internal rule was violated, because of a bug in Manyhands or in an object that was passed to it."""

@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def format_count(count: float) -> str:
-    """A count: `950`, `12.3 k`, `69.4 M`, `1.50 B`, `2.00 T`."""
+    """Format a count: `950`, `12.3 k`, `69.4 M`, `1.50 B`, `2.00 T`."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= 0.9995 * unit:
             return f"{_three_digits(count / unit)} {name}"
@@ -18,7 +18,7 @@ def format_count(count: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """An amount of memory or disk space: `950 B`, `12.3 KiB`, `1.95 MiB`, `4.66 GiB`."""
+    """Format an amount of memory or disk space: `950 B`, `12.3 KiB`, `1.95 MiB`, `4.66 GiB`."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB")):
         if abs(count) >= 0.9995 * unit:
             return f"{_three_digits(count / unit)} {name}"
@@ -26,7 +26,9 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration: `85 µs`, `12.3 ms`, `1.74 s`, `2 min 05 s`, `3 h 07 min`, `2 d 04 h`; `?` if it is unknown."""
+    """Format a duration: `85 µs`, `12.3 ms`, `1.74 s`, `2 min 05 s`, `3 h 07 min`, `2 d 04 h`, or `?` if it is
+    unknown.
+    """
     if not math.isfinite(seconds):
         return "?"
     if abs(seconds) < 59.95:
@@ -43,6 +45,6 @@ def format_seconds(seconds: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    """At least three significant digits, with as few decimals as possible: 1.74, 12.3, 812, 1,191."""
+    """Format a value with at least three significant digits and as few decimals as possible: 1.74, 12.3, 812, 1,191."""
     size = abs(value)
     return f"{value:,.{2 if size < 9.995 else 1 if size < 99.95 else 0}f}"

@@ -29,11 +29,11 @@ class Option:
     """The declaration of one option.
 
     help: what the option does, in full sentences. It is shown in docstrings and in the help of commands.
-    choices: the values that are allowed; () allows any.
+    choices: the values that are allowed; () allows any value.
     at_least: the least value of a number. An int here means that the option takes integers only.
     at_most: the greatest value of a number that has an `at_least`; None allows any finite value.
     in_toml: False if the value, such as a function, can't be written in a TOML file.
-    flags: names on the command line, such as ("--workers", "-n"); (): the option is not on the command line.
+    flags: names on the command line, such as ("--workers", "-n"), or () if the option is not on the command line.
     flag_type: the type of the value on the command line.
     metavar: the placeholder for the value in the help of commands. It does not list the choices, because `help` does.
     """
@@ -96,12 +96,12 @@ def options(cls: type[T]) -> type[T]:
 
 
 def declared(cls: type) -> dict[str, Option]:
-    """The declarations of a class's options by name, in order."""
+    """Return the declarations of a class's options by name, in order."""
     return {each.name: each.metadata[_OPTION] for each in fields(cls) if _OPTION in each.metadata}
 
 
 def types_of(cls: type, names: Iterable[str]) -> dict[str, Any]:
-    """The types of some options of a class.
+    """Return the types of some options of a class.
 
     Types of other options are not resolved: they may use modules that are imported only for type checkers (torch).
     """
@@ -110,9 +110,9 @@ def types_of(cls: type, names: Iterable[str]) -> dict[str, Any]:
 
 
 def check_option(cls: type, name: str, value: object, prefix: str | None = None) -> None:
-    """Check one value. Raises ConfigError. None passes if it is the default.
+    """Check one value. Raises ConfigError. None is valid if it is the default.
 
-    prefix: put before the name in the error. The default is the name of the class: `strategy.` for Strategy.
+    prefix: the text before the name in the error. The default is the name of the class: `strategy.` for Strategy.
     """
     default = next(each.default for each in fields(cls) if each.name == name)
     if value is not None or default is not None:
@@ -121,19 +121,19 @@ def check_option(cls: type, name: str, value: object, prefix: str | None = None)
 
 
 def check_options(values: object, prefix: str | None = None) -> None:
-    """Check all options of an object, like `check_option`. Raises ConfigError for the first one that is wrong."""
+    """Check all options of an object with `check_option`. Raises ConfigError for the first invalid option."""
     for name in declared(type(values)):
         check_option(type(values), name, getattr(values, name), prefix)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known word closest to `name`, or lists all known words if none is close."""
+    """Return a hint that names the known word closest to `name`, or lists all known words if none is close."""
     words = list(known)
     close = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(words))}"
 
 
 def hint_nearest(name: str, known: Iterable[str]) -> str | None:
-    """`nearest`, or None if the hint would be empty or too long to read (all names of a module, for example)."""
+    """Return the hint of `nearest`, or None if it would be empty or too long, such as all names of a module."""
     hint = nearest(name, known)
     return hint if len(hint) <= 300 and hint != "known: " else None

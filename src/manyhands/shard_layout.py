@@ -8,9 +8,9 @@ layout:
     2 workers             [ worker 0: 2 blocks  ][ worker 1: 2 blocks     ]
     3 workers             [  worker 0: 2  ][  worker 1: 2  ][ worker 2: 2, only padding  ]
 
-A shard is a run of complete blocks, of the same length on every worker (the last shards may hold only padding). So
-with any number of workers an elementwise kernel sees the same vector lanes, and a block-wise reduction sees the same
-blocks.
+A shard is a run of complete blocks, of the same length on every worker (the last shards may hold only padding). So with
+any number of workers, an elementwise kernel processes an element in the same vector lane, and a block-wise reduction
+processes the same blocks.
 
 In an *unsplittable* unit every parameter lies completely in the shard of one worker, its owner. Padding makes the
 shards equally long:
@@ -29,7 +29,10 @@ from typing import NamedTuple
 from manyhands.errors import InvariantError
 
 BLOCK = 1024
-"""Elements in a block. Sharding, norms and digests work on blocks. Digests depend on it: never change it."""
+"""The number of elements in a block.
+
+Sharding, norms and digests work on blocks. Never change this number, because digests depend on it.
+"""
 
 
 class Range(NamedTuple):
@@ -43,28 +46,28 @@ class Range(NamedTuple):
         return self.end - self.start
 
     def overlap(self, other: Range) -> Range:
-        """Return the elements that both ranges have. An empty range has end == start."""
+        """Return the elements that are in both ranges. An empty range has end == start."""
         start = max(self.start, other.start)
         return Range(start, max(start, min(self.end, other.end)))
 
 
 def blocks_of(numel: int) -> int:
-    """Return the number of blocks that hold `numel` elements; the last one may be partly filled."""
+    """Return the number of blocks that hold `numel` elements. The last block may be partly filled."""
     return -(-numel // BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamSlot:
-    """Position of a parameter in its unit."""
+    """The position of a parameter in its unit."""
 
     name: str
     numel: int
-    start: int  # in the unit, a multiple of BLOCK
-    first_block: int  # number of its first block in the model
+    start: int  # the first element in the unit, a multiple of BLOCK
+    first_block: int  # the number of its first block in the model
 
     @property
     def range(self) -> Range:
-        """The parameter's elements in the unit, without the padding after them."""
+        """Return the range of the parameter's elements in the unit, without the padding after them."""
         return Range(self.start, self.start + self.numel)
 
     @property
@@ -73,7 +76,7 @@ class ParamSlot:
 
     @property
     def padded(self) -> Range:
-        """The elements of the parameter's blocks in the unit, padding included."""
+        """Return the range of the parameter's blocks in the unit, padding included."""
         return Range(self.start, self.start + self.num_blocks * BLOCK)
 
 
@@ -89,9 +92,9 @@ class ParamPiece(NamedTuple):
 class UnitLayout:
     """Parameters that travel together, and their shards on `workers` workers.
 
-    slots: in the order in which they lie in the unit.
-    shard_numel: elements of each worker's shard, padding included.
-    unsplittable: True if every parameter lies in one shard; then each shard's last parameter is followed by padding.
+    slots: the parameters' positions, in their order in the unit.
+    shard_numel: the number of elements of each worker's shard, padding included.
+    unsplittable: True if every parameter lies in one shard. In that case, padding follows each shard's last parameter.
     """
 
     name: str
@@ -106,29 +109,31 @@ class UnitLayout:
 
     @property
     def padded_numel(self) -> int:
-        """Elements of the unsharded unit in a buffer, padding included."""
+        """Return the number of elements of the unsharded unit in a buffer, padding included."""
         return self.shard_numel * self.workers
 
     @property
     def extent(self) -> Range:
-        """The elements from the first block to the last, without the padding at the end of the unit."""
+        """Return the range from the first block to the last, without the padding at the end of the unit."""
         return Range(0, max((slot.padded.end for slot in self.slots), default=0))
 
     @property
     def gaps(self) -> list[Range]:
-        """The padding between parameters, before the first one, and after the last one up to padded_numel."""
+        """Return the ranges of padding between parameters, before the first one, and after the last one up to
+        padded_numel.
+        """
         ends = [0, *(slot.range.end for slot in self.slots)]
         starts = [*(slot.start for slot in self.slots), self.padded_numel]
         return [Range(end, start) for end, start in zip(ends, starts, strict=True)]
 
     def shard(self, rank: int) -> Range:
-        """Return the elements of the blocks that `rank` owns, without the padding that completes the shard."""
+        """Return the range of the blocks that `rank` owns, without the padding that completes the shard."""
         return self.part(rank, self.workers)
 
     def part(self, index: int, parts: int) -> Range:
-        """Return the elements of the blocks in part `index` of `parts`, without the padding that completes the part.
+        """Return the range of the blocks in part `index` of `parts`, without the padding that completes the part.
 
-        All parts are equally long and consist of complete shards: `parts` is a divisor of `workers`.
+        All parts are equally long and consist of complete shards, because `parts` is a divisor of `workers`.
         """
         numel = self.padded_numel // parts
         mine = Range(index * numel, (index + 1) * numel)
@@ -186,7 +191,7 @@ class Layout:
 
     @property
     def numel(self) -> int:
-        """Elements of all parameters, without padding."""
+        """Return the number of elements of all parameters, without padding."""
         return sum(slot.numel for unit in self.units for slot in unit.slots)
 
     def block_numbers(self, rank: int) -> list[int]:
@@ -197,8 +202,8 @@ class Layout:
 def divide_evenly(sizes: Sequence[int], shares: int) -> list[list[int]]:
     """Divide the indices of `sizes` into `shares` shares. Return the shares, the heaviest first.
 
-    Each size, the largest first, goes to the share that is lightest so far. So the heaviest share is at most 4/3 of the
-    best possible one (Graham, "Bounds on multiprocessing timing anomalies", 1969).
+    Each size, the largest first, is assigned to the share that is lightest so far. So the heaviest share is at most 4/3
+    of the best possible value (Graham, "Bounds on multiprocessing timing anomalies", 1969).
     """
     found: list[list[int]] = [[] for _ in range(shares)]
     loads = [0] * shares
@@ -257,7 +262,7 @@ def _unsplittable_starts(blocks: Sequence[int], loads: list[int]) -> tuple[list[
     shares = divide_evenly(blocks, len(loads))
     shard_blocks = sum(blocks[index] for index in shares[0])
     starts = [0] * len(blocks)
-    # The heaviest share goes to the worker with the lightest load from earlier units: this balances the model.
+    # The heaviest share is assigned to the worker with the lightest load from earlier units, to balance the model.
     for share, owner in zip(shares, sorted(range(len(loads)), key=lambda rank: loads[rank]), strict=True):
         start = owner * shard_blocks
         for index in sorted(share):

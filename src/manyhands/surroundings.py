@@ -1,6 +1,6 @@
-"""This process's rank, read from the environment, and the signals that ask it to stop.
+"""This process's rank, read from the environment, and the signals that request it to stop.
 
-Stop signals: the first SIGINT or SIGTERM ends the run after the current step; a second SIGINT ends it at once.
+The first SIGINT or SIGTERM ends the run after the current step, and a second SIGINT ends it immediately.
 
 This module does not import torch, because a worker must handle stop signals before it imports torch, which takes
 seconds.
@@ -20,10 +20,10 @@ from manyhands.errors import ConfigError
 
 
 class StopSignals:
-    """Context manager that handles SIGINT and SIGTERM in the main thread; in other threads it does nothing.
+    """A context manager that handles SIGINT and SIGTERM in the main thread. In other threads it does nothing.
 
-    requested: True once a signal has arrived after `training_started`. Before that there is no step to finish, so a
-    signal raises KeyboardInterrupt at once.
+    requested: True once a signal has arrived after `training_started`. Before that call there is no step to finish, so
+    a signal raises KeyboardInterrupt immediately.
     """
 
     def __init__(self) -> None:
@@ -35,8 +35,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._on_signal)
-            # Unblock only after the handlers are installed: the launcher starts workers with these signals blocked, and
-            # a signal that has arrived in the meantime is delivered now.
+            # Unblock the signals only after the handlers are installed. The launcher starts workers with these signals
+            # blocked, and a signal that has arrived since then is delivered now.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)
         return self
 
@@ -46,23 +46,25 @@ class StopSignals:
         self._previous.clear()
 
     def training_started(self) -> None:
-        """From now on, record the first signal instead of raising KeyboardInterrupt."""
+        """Record the first signal from now on, instead of raising KeyboardInterrupt."""
         self._training = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Only a second Ctrl-C means "at once": service managers routinely send SIGTERM several times.
+        # Only a second Ctrl-C ends the run immediately, because service managers routinely send SIGTERM several times.
         if not self._training or (self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.requested = True
 
 
 def environment_rank_and_size() -> tuple[int, int]:
-    """Return this process's rank and the number of workers from the launcher's variables; (0, 1) without a launcher."""
+    """Return this process's rank and the number of workers from the launcher's variables, or (0, 1) without a
+    launcher.
+    """
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Rank(NamedTuple):
-    """This process has rank `number`, counted from 0, among `of` ranks."""
+    """The rank of this process: `number`, counted from 0, among `of` ranks."""
 
     number: int
     of: int
@@ -91,7 +93,7 @@ def _rank_from(environment: Mapping[str, str]) -> Rank:
 
     index, count = number("MANYHANDS_RANK"), number("MANYHANDS_RANKS")
     if index is None and number("SLURM_ARRAY_TASK_ID") is not None:
-        # Each job of a job array may have several tasks. Number the tasks job by job.
+        # Each job of a job array may have several tasks, so number the tasks job by job.
         first, step = number("SLURM_ARRAY_TASK_MIN", default=0) or 0, number("SLURM_ARRAY_TASK_STEP", default=1) or 1
         tasks = number("SLURM_NTASKS", default=1) or 1
         job = ((number("SLURM_ARRAY_TASK_ID") or 0) - first) // step

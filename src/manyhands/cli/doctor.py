@@ -35,10 +35,10 @@ def doctor_command(
 ) -> None:
     """Check this machine before a run. With a run directory, explain what happened to the run, and what to do.
 
-    If a launcher starts it on several machines, it also compares what must be the same on all of them, and measures
-    how fast they reach each other: `torchrun --nnodes 2 … -m manyhands.cli.main doctor`.
+    If a launcher starts the command on several machines, it also compares the properties that must be the same on all
+    of them, and measures the speed of the network: `torchrun --nnodes 2 … -m manyhands.cli.main doctor`.
 
-    Exit code 1: a check failed, or the run failed.
+    The exit code is 1 if a check failed, or if the run failed.
 
     Example: `manyhands doctor runs/first`
     """

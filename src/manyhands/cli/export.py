@@ -63,7 +63,7 @@ def export_command(
 
 
 def explain_export(summary: ExportSummary) -> str:
-    """The summary as text for people."""
+    """Return the summary as text for people."""
     speed = summary.weights_bytes / summary.seconds if summary.seconds > 0 else 0.0
     shown = summary.files if len(summary.files) <= 8 else [*summary.files[:3], "...", *summary.files[-2:]]
     lines = [

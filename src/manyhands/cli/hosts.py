@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from manyhands.launching.rendezvous import Rendezvous
 
 OnRestart = Callable[[WorkerError | None], None]
-"""Called before workers restart, with their failure; None if a host joined or left."""
+"""A function that is called before workers restart, with their failure, or with None if a host joined or left."""
 
 
 def first_host(
@@ -72,7 +72,8 @@ def join_command(
     ],
     workers: Workers = None,
 ) -> None:
-    """Join a run that another host has started, from the next step on. SIGTERM or Ctrl-C leaves the run.
+    """Join a run that another host has started. This host takes part from the next step on. SIGTERM or Ctrl-C leaves
+    the run.
 
     The recipe, its data and the run directory must have the same paths as on the first host.
 
@@ -84,17 +85,17 @@ def join_command(
     recipe, run_dir = rendezvous.run_info["request"]["recipe"], Path(rendezvous.run_info["request"]["run_dir"])
     if not Path(recipe).is_file() or _sha256(recipe) != rendezvous.run_info["recipe_sha256"]:
         raise ConfigError(
-            "the run's recipe is not the same here",
+            "the run's recipe is not the same on this host",
             where=recipe,
             expected="the file of the first host",
             got="another file" if Path(recipe).is_file() else "no such file",
-            hint="copy it, with the modules it imports, to the same path on all hosts, or use a shared file system",
+            hint="copy it, and the modules that it imports, to the same path on all hosts, or use a shared file system",
         )
     if not run_dir.is_dir():
         raise ConfigError(
-            "the run's directory is not here",
+            "the run's directory is not on this host",
             where=str(run_dir),
-            hint="it must be on a file system that all hosts share",
+            hint="use a run directory on a file system that all hosts share",
         )
     mine = workers.most if workers else int(rendezvous.run_info["workers"])
     train_together(replace(rendezvous, on_restart=_print_and(lambda error: None)), mine)

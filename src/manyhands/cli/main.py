@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Exit codes. An interruption has the code of a process that SIGINT ended: 128 + 2.
+# The exit codes. An interrupted command has the code of a process that SIGINT ended: 128 + 2.
 FAILED = 1
 
 WRONG = 2
@@ -38,7 +38,7 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line. Errors go to stderr, with a traceback only if they are bugs."""
-    # torch warns about every connection that it retries, but users of the command can do nothing about that.
+    # torch warns about every connection that it retries, but users of the command can do nothing about these warnings.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # SIGTERM acts like Ctrl-C until a command installs its own handler.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -56,9 +56,9 @@ def main() -> None:
 
 
 def _error_to_show(error: ManyhandsError) -> ManyhandsError:
-    """The error that a worker raised on purpose, instead of the WorkerError that reports it.
+    """Return the error that a worker raised on purpose, instead of the WorkerError that reports it.
 
-    A cause that is a bug, or a report about another worker, is not shown alone, because then it matters which worker
+    If the cause is a bug or a report about another worker, the WorkerError is returned, because it states which worker
     failed and how.
     """
     cause = error.__cause__ if isinstance(error, WorkerError) else None
@@ -92,7 +92,9 @@ def run_command(
     context: typer.Context,
     script: Annotated[
         Path,
-        typer.Argument(metavar="SCRIPT", help="Your script. Everything after it is passed to it.", show_default=False),
+        typer.Argument(
+            metavar="SCRIPT", help="Your script. All arguments after it are passed to the script.", show_default=False
+        ),
     ],
     workers: Workers = None,
     max_restarts: Annotated[
@@ -104,10 +106,11 @@ def run_command(
         ),
     ] = 0,
 ) -> None:
-    """Run your own script in N workers, like `torchrun`, but with less output and with errors that name the root cause.
+    """Run your own script in N workers, as `torchrun` does, but with less output and with errors that name the root
+    cause.
 
-    In the script, `manyhands.train` or `manyhands.Engine` connects to the other workers. After a restart `train`
-    resumes; the rest of the script runs again.
+    In the script, `manyhands.train` or `manyhands.Engine` connects to the other workers. After a restart, the script
+    runs again from its start, and `train` resumes.
 
     Example: `manyhands run --workers 4 script.py --its-own-option`
     """
@@ -133,9 +136,9 @@ def compare_command(
     other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another run directory.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Compare two runs: report that they are equal, or the first step, parameter and block at which they differ.
+    """Compare two runs. Report that they are equal, or the first step, parameter and block at which they differ.
 
-    Exit code 0: equal; 1: different; 2: they can't be compared.
+    The exit code is 0 if they are equal, 1 if they differ, and 2 if they can't be compared.
 
     Example: `manyhands compare runs/first runs/second`
     """

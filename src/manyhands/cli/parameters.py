@@ -17,14 +17,13 @@ A = TypeVar("A")
 def with_parameters(
     arguments: type[A], options: type, *, after: str, as_overrides: bool = False
 ) -> Callable[[Callable[[A, dict[str, Any]], None]], Callable[..., None]]:
-    """Make `function(arguments, options)` a command for typer.
+    """Return a decorator that makes `function(arguments, options)` a command for typer.
 
-    arguments: a dataclass with the command's own parameters, described by typer's Annotated. The function gets an
-        instance of it.
+    arguments: a dataclass with the command's own parameters, annotated for typer. The function gets an instance of it.
     options: a class that declares options. Options with flags become parameters after the parameter `after`. The
         function gets a dict of their values by name.
-    as_overrides: the options have no defaults here, because their defaults come from a recipe. The function gets only
-        the values that were given.
+    as_overrides: True if the options have no defaults, because their defaults come from a recipe. The function then
+        gets only the values that were given.
     """
     own = _own_parameters(arguments)
     position = [parameter.name for parameter in own].index(after) + 1
@@ -38,7 +37,7 @@ def with_parameters(
             function(arguments(**values), given)
 
         command.__doc__ = function.__doc__
-        # typer reads the signature, not the code.
+        # typer reads this signature instead of the code.
         command.__signature__ = inspect.Signature([*own[:position], *derived, *own[position:]])  # type: ignore[attr-defined]
         return command
 

@@ -15,7 +15,7 @@ from manyhands.prepare.options import Options
 
 @dataclass(frozen=True)
 class PrepareArguments:
-    """Parameters of the prepare command, in addition to the options of every data job."""
+    """The parameters of the prepare command, in addition to the options of every data job."""
 
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE", help="The recipe of the corpus: a TOML file.", show_default=False)
@@ -23,7 +23,9 @@ class PrepareArguments:
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder for the tokens and the data card (default: prepared/NAME).", show_default=False
+            metavar="DIR",
+            help="The folder for the tokens and the data card (default: prepared/NAME).",
+            show_default=False,
         ),
     ] = None
     set_: Annotated[
@@ -42,7 +44,7 @@ class PrepareArguments:
 def prepare_command(arguments: PrepareArguments, options: dict[str, Any]) -> None:
     """Prepare documents for training: clean them, remove duplicates, and write shuffled tokens and a data card.
 
-    The output has the same bytes with any number of workers and any memory. After a kill or Ctrl-C the same command
+    The output has the same bytes with any number of workers and any memory. After a kill or Ctrl-C, the same command
     resumes.
 
     Example: `manyhands prepare corpus.toml --workers 4 --set tokenizer.vocabulary=8192`

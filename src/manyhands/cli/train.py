@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Parameters of the train command. `config.Strategy` declares the others, such as `--loader-workers`."""
+    """The parameters of the train command.
+
+    `config.Strategy` declares further parameters, such as `--loader-workers`.
+    """
 
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a TOML file.", show_default=False)]
     workers: Workers = None
@@ -66,7 +69,7 @@ class TrainArguments:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder for metrics and checkpoints (default: runs/NAME-TIME). An existing run in it is resumed.",
+            help="The folder for metrics and checkpoints (default: runs/NAME-TIME). An existing run in it is resumed.",
             show_default=False,
         ),
     ] = None
@@ -87,7 +90,7 @@ class TrainArguments:
         ),
     ] = None
     keep_checkpoints: Annotated[
-        int, typer.Option(metavar="N", callback=check_from_one, help="Number of newest checkpoints to keep.")
+        int, typer.Option(metavar="N", callback=check_from_one, help="The number of newest checkpoints to keep.")
     ] = 3
     keep_every: Annotated[
         int | None,
@@ -112,7 +115,8 @@ class TrainArguments:
         typer.Option(
             metavar="N",
             min=0,
-            help="Maximum number of restarts after failures. A newly saved step resets the count, except with --hosts.",
+            help="The maximum number of restarts after failures. A newly saved step resets the count, except with "
+            "--hosts.",
         ),
     ] = 3
     hosts: Annotated[
@@ -120,7 +124,7 @@ class TrainArguments:
         typer.Option(
             metavar="N",
             parser=bounds,
-            help="Number of hosts, including this one: 2, or a range such as 1:4, in which hosts may join "
+            help="The number of hosts, including this one: 2, or a range such as 1:4, in which hosts may join "
             "(`manyhands join`) and leave.",
             show_default=False,
         ),
@@ -129,7 +133,7 @@ class TrainArguments:
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="With --hosts: the address at which others reach this host (default: its name, port 29400).",
+            help="With --hosts: the address at which other hosts reach this host (default: its name, port 29400).",
             show_default=False,
         ),
     ] = None
@@ -147,7 +151,10 @@ class TrainArguments:
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False
 
     def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
-        """Describe the training for the workers, as JSON values. They pass `training` on to `manyhands.train`."""
+        """Describe the training for the workers, as JSON values.
+
+        The workers pass `training` on to `manyhands.train`.
+        """
         return {
             "recipe": str(self.recipe),
             "overrides": overrides,
@@ -169,10 +176,11 @@ class TrainArguments:
 def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
     """Train a recipe. The same recipe gives the same bits with any number of workers and any sharding.
 
-    Ctrl-C stops after the current step, with a checkpoint. The same command with the same `--run-dir` resumes.
+    Ctrl-C stops the run after the current step, with a checkpoint. The same command with the same `--run-dir` resumes
+    it.
 
-    On several hosts: use --hosts on the first one and `manyhands join` on the others; or let torchrun
-    start this command on all of them. See docs/hosts.md.
+    On several hosts, use --hosts on the first host and `manyhands join` on the others, or let torchrun start this
+    command on all of them. See docs/hosts.md.
 
     Example: `manyhands train recipe.toml --workers 4 --sharding zero2 --set seed=1`
     """
@@ -200,7 +208,7 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
     from manyhands.listeners.run_directory import RunDirectory
     from manyhands.storage.run_lock import run_lock
 
-    RunDirectory(directory)  # refuses a path that can't be a run directory, before workers start
+    RunDirectory(directory)  # this refuses a path that can't be a run directory before workers start
     checkpoints = checkpoints_of(directory, arguments.checkpoint_dir)
     request = arguments.request(overrides, steps, directory)
     if launched:
@@ -249,7 +257,7 @@ def _train_on_this_host(
 
 
 def _launched_workers(arguments: TrainArguments) -> int:
-    """The number of workers if another launcher (torchrun) started this process as one of them; otherwise 0."""
+    """Return the number of workers if another launcher (torchrun) started this process as a worker; otherwise 0."""
     launched = int(os.environ.get("WORLD_SIZE", "0"))
     if launched and (arguments.workers is not None or arguments.run_dir is None):
         raise ConfigError(
@@ -263,7 +271,7 @@ def _launched_workers(arguments: TrainArguments) -> int:
 
 
 def _last_checkpoint(checkpoints: Location) -> int:
-    """The step of the last checkpoint; 0 if there is none, or if its storage is temporarily unreachable."""
+    """Return the step of the last checkpoint, or 0 if there is none or if its storage is temporarily unreachable."""
     from manyhands.checkpoint.format import list_checkpoints
 
     try:

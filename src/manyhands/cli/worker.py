@@ -16,8 +16,8 @@ from manyhands.surroundings import StopSignals
 def work(request: Mapping[str, Any]) -> int:
     """Train as one worker of the launcher, and return the exit code.
 
-    Records an error for the parent, and prints the traceback. Worker 0 does not print it under Manyhands's launcher,
-    which prints the root cause on the same terminal.
+    Records an error for the parent, and prints the traceback. Under Manyhands's launcher, worker 0 prints no traceback,
+    because the launcher prints the root cause on the same terminal.
     """
     try:
         with StopSignals() as stop:

@@ -1,6 +1,6 @@
 """Options, checks and records shared by the commands that start workers.
 
-They concern the number of workers, memory for snapshots, and failures and restarts.
+They are about the number of workers, memory for snapshots, failures and restarts.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Bounds(NamedTuple):
     most: int
 
     def after(self, failures: int) -> int:
-        """The number of workers to start after this many failures without progress.
+        """Return the number of workers to start after this many failures without progress.
 
-        The first failure may be chance, so the number stays. After each further failure, one worker fewer starts: the
-        memory may be too small for all of them, or a part of the machine may be broken.
+        The first failure may be accidental, so the number stays the same. After each further failure, one worker fewer
+        is started, because the memory may be too small for all workers, or a part of the machine may be broken.
         """
         return max(self.least, self.most - max(0, failures - 1))
 
@@ -68,7 +68,8 @@ Workers = Annotated[
         "-n",
         metavar="N",
         parser=bounds,
-        help="Worker processes on this machine (default: as many as its CPUs allow). A range such as 2:8: as many as "
+        help="Worker processes on this machine (default: as many as its CPUs allow). With a range such as 2:8: as "
+        "many as "
         "the CPUs allow, within the range, and fewer after repeated failures.",
         show_default=False,
     ),
@@ -76,9 +77,9 @@ Workers = Annotated[
 
 
 def workers_for(requested: Bounds | None, threads_per_worker: int, micro_batches: int | None) -> Bounds:
-    """The number of workers that the CPUs of this process allow, at most one per micro-batch, within `requested`.
+    """Return the range of workers: as many as this process's CPUs allow, at most one per micro-batch.
 
-    A single requested number is used as it is.
+    The range lies within `requested`. A single requested number is used as it is.
     """
     import os
 
@@ -91,7 +92,7 @@ def workers_for(requested: Bounds | None, threads_per_worker: int, micro_batches
 
 
 class SnapshotStore:
-    """Memory that keeps the workers' snapshots across restarts. variables: environment variables for the workers."""
+    """Memory that holds the workers' snapshots across restarts. variables: environment variables for the workers."""
 
     def __init__(self, memory: SnapshotMemory | None, every: int | None) -> None:
         from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE
@@ -103,7 +104,7 @@ class SnapshotStore:
             self.variables[SNAPSHOT_EVERY_VARIABLE] = str(every)
 
     def newest_step(self) -> tuple[int, int]:
-        """The newest snapshot: the number of its training in the script, from 0, and its step."""
+        """Return the newest snapshot: the number of its training in the script, from 0, and its step."""
         newest = None if self._memory is None else self._memory.newest()
         return (0, 0) if newest is None else (newest.of.number, newest.manifest.step)
 
@@ -145,7 +146,7 @@ def start_workers(
             holds_signals=holds_signals,
             rendezvous=rendezvous,
         )
-    except KeyboardInterrupt:  # the launcher did not handle signals yet
+    except KeyboardInterrupt:  # the launcher does not yet handle signals
         raise Interrupted("stopped on request (SIGINT) before any worker started") from None
 
 
@@ -162,7 +163,7 @@ def print_restart(restart: Restart, workers: int) -> None:
 def ending_reported(
     record: Callable[..., None], directory: Path, checkpoints: Location, *, given: bool
 ) -> Iterator[None]:
-    """If the run fails in this block, record the failure. If it is interrupted, add to the error how to continue."""
+    """Record a failure of the run in this block. If the run is interrupted, add to the error how to continue."""
     try:
         yield
     except WorkerError as error:

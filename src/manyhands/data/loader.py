@@ -2,8 +2,8 @@
 
     task (step, micro-batch) -> positions -> sample indices -> items -> collated batch
 
-A batch has the same bits whether the worker or a loader process makes it: the random generators are seeded for each
-task, and only one CPU thread is used.
+A batch has the same bits whether the worker or a loader process makes it, because the random generators are seeded for
+each task, and only one CPU thread is used.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import preserved_generators, seed_generators
 
 _PER_PROCESS = 2
-"""Number of results that each process prefetches."""
+"""The number of results that each process prefetches."""
 
 _END = object()
 
 
 class PrefetchProcesses:
-    """`num_processes` processes that evaluate `dataset[task]` ahead of the reader, in the order of the tasks.
+    """A set of `num_processes` processes that evaluate `dataset[task]` ahead of the reader, in the order of the tasks.
 
-    Wraps torch's DataLoader and adds two guarantees. If a process dies, the reader gets a DataError that names the
-    process within seconds. Changes to global state (signal handlers, generators) are undone. The first `stream` starts
-    the processes. They live until `close` or an error.
+    Wraps torch's DataLoader and adds two guarantees. If a process dies, the reader gets within seconds a DataError that
+    names the process. Changes to global state (signal handlers, generators) are undone. The first `stream` starts the
+    processes. They run until `close` or an error.
     """
 
     def __init__(self, dataset: Dataset[Any], num_processes: int) -> None:
@@ -56,8 +56,8 @@ class PrefetchProcesses:
     def stream(self, tasks: Iterable[Any]) -> Iterator[Any]:
         """Iterate over `dataset[task]` for every task, in order. A new stream ends the previous one.
 
-        Takes each task from `tasks` some time before its result is read. Raises DataError if a process dies. All
-        processes end then, and the next stream starts new ones. Raises InvariantError if a stream is read after it has
+        Takes each task from `tasks` some time before its result is read. If a process dies, raises DataError and ends
+        all processes. The next stream then starts new processes. Raises InvariantError if a stream is read after it has
         ended.
         """
         self._stream += 1
@@ -66,7 +66,7 @@ class PrefetchProcesses:
         return self._read(self._stream)
 
     def close(self) -> None:
-        """End the processes. May be called twice."""
+        """End the processes. `close` may be called twice."""
         self._results = self._loader = None  # torch's DataLoader ends its processes once nothing refers to it
         for process in self._processes:
             process.join(timeout=5)
@@ -89,14 +89,14 @@ class PrefetchProcesses:
             yield result
 
     def _start(self, tasks: Iterable[Any]) -> None:
-        """Give `tasks` to the processes; start them the first time."""
+        """Give `tasks` to the processes. Start the processes in the first call."""
         self._source.tasks = tasks
         if self._loader is not None:
             self._results = iter(self._loader)
             return
         others = set(multiprocessing.active_children())
-        # Create the folder for temporary files here, so that the processes share it: a killed process would leave its
-        # own folder in /tmp.
+        # Create the folder for temporary files here, so that the processes share it. A killed process would otherwise
+        # leave its own folder in /tmp.
         get_temp_dir()
         with _child_signal(None), warnings.catch_warnings():
             # Python 3.12 and later warn about fork in a process with threads, but without fork the data set must be
@@ -121,11 +121,11 @@ class PrefetchProcesses:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """In this block the death of a process raises DataError at once, and any error ends all processes.
+        """Raise DataError immediately if a process dies in this block. End all processes after any error.
 
         [Note: the child signal] torch's DataLoader installs a permanent SIGCHLD handler, which raises wherever the main
-        thread is, even in the middle of a step. This class handles SIGCHLD only while it waits; otherwise a death is
-        noticed at the next wait. Outside of the main thread, torch's check every 5 s ends the wait.
+        thread is, even in the middle of a step. This class handles SIGCHLD only while it waits. At other times, the
+        next wait detects that a process has died. Outside of the main thread, torch's check every 5 s ends the wait.
         """
 
         def on_child(*_: object) -> None:
@@ -138,7 +138,7 @@ class PrefetchProcesses:
                 yield
         except BaseException as error:
             died = self._died() if isinstance(error, RuntimeError) else None
-            # torch would end the processes only with its iterator, which the traceback keeps alive.
+            # torch would end the processes only with its iterator, to which the traceback holds a reference.
             for process in self._processes:
                 process.kill()
             self.close()
@@ -169,18 +169,21 @@ class _Source:
 
 
 def _unchanged(batch: Any) -> Any:
-    """Replaces torch's default, which would convert numpy arrays to tensors, but only in loader processes."""
+    """Return the batch.
+
+    This replaces torch's default, which would convert numpy arrays to tensors in loader processes only.
+    """
     return batch
 
 
 def _prepare_process(_: int) -> None:
-    """In a new loader process, ignore Ctrl-C: a terminal sends it to all processes, and the worker handles it."""
+    """Ignore Ctrl-C in a new loader process. A terminal sends it to all processes, and the worker handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def _child_signal(handler: Callable[..., None] | None) -> Iterator[None]:
-    """In this block `handler` handles SIGCHLD (None: unchanged). Afterwards the previous handler is restored."""
+    """Install `handler` for SIGCHLD in this block, and then restore the previous handler. None changes nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -208,7 +211,7 @@ def _hint_for_exit(code: int | None) -> str:
 
 
 class LoadedBatch(NamedTuple):
-    """A loaded micro-batch, with its step and number."""
+    """A loaded micro-batch, with its step and index."""
 
     step: int
     micro_batch: int
@@ -216,7 +219,7 @@ class LoadedBatch(NamedTuple):
 
 
 class _Failure(NamedTuple):
-    """Sent by a loader process instead of a batch that it failed to load."""
+    """The value that a loader process sends instead of a batch that it failed to load."""
 
     error: DataError
     cause: Exception
@@ -225,9 +228,9 @@ class _Failure(NamedTuple):
 class MicroBatchLoader:
     """Loads micro-batches of `recipe.data`. With `loader_workers` > 0, `stream` prefetches in that many processes.
 
-    Deterministic: a batch is a pure function of (recipe, step, micro-batch), even if the data set draws random numbers
-    from the global generators of Python, numpy or torch. Their states are restored afterwards. If the data set has
-    `__getitems__`, it is called once per micro-batch. Owns its processes until `close()`.
+    A batch is a pure function of (recipe, step, micro-batch), even if the data set draws random numbers from the global
+    generators of Python, numpy or torch. The generators' states are restored afterwards. If the data set has
+    `__getitems__`, it is called once per micro-batch. The loader owns its processes until `close()`.
     Raises DataError for empty data, and if the data set or the collate function raises.
     """
 
@@ -250,14 +253,15 @@ class MicroBatchLoader:
         """Iterate over the micro-batches of `tasks`, in order. Each task is a pair (step, micro-batch).
 
         Loader processes consume tasks some batches in advance. A new stream ends the previous one.
-        Raises DataError as `load` does. If a loader process dies, raises DataError within seconds and ends all of them.
+        Raises DataError as `load` does. If a loader process dies, raises DataError within seconds and ends all loader
+        processes.
         """
         if self._ahead is None:
             return (LoadedBatch(step, micro_batch, self.load(step, micro_batch)) for step, micro_batch in tasks)
         return self._unpacked(self._ahead.stream(tasks), self._ahead)
 
     def close(self) -> None:
-        """End the loader processes. May be called twice."""
+        """End the loader processes. `close` may be called twice."""
         if self._ahead is not None:
             self._ahead.close()
 
@@ -285,7 +289,7 @@ class _Tasks(Dataset[Any]):
         self._size = len(recipe.data)
 
     def load(self, step: int, micro_batch: int) -> Any:
-        """The batch of this task. Raises DataError."""
+        """Return the batch of this task. Raises DataError."""
         positions = micro_batch_positions(step, micro_batch, self._batch)
         indices: list[int] = sample_indices(self._seed, self._size, positions).tolist()
         doing = "seeding"
@@ -306,14 +310,15 @@ class _Tasks(Dataset[Any]):
                 raise DataError(
                     f"{doing} raised {type(error).__name__}: {error}",
                     where=f"step {step}, micro-batch {micro_batch}, samples {_listed(indices)}",
-                    hint=f"call {doing} yourself to reproduce the error; its traceback is above or below",
+                    hint=f"to reproduce the error, call {doing} yourself; the traceback is above or below this message",
                 ) from error
 
     def __getitem__(self, task: tuple[int, int]) -> bytes:
         """Load a micro-batch in a loader process and return the pickled LoadedBatch or _Failure.
 
-        Raises nothing, because torch would pass on only the text of an error. Pickles the result itself, because
-        torch's queue would print an error of pickling and drop the batch, and the reader would wait forever.
+        This method never raises, because torch would pass on only the text of an error. It pickles the result itself,
+        because torch's queue would only print an error of pickling and drop the batch, and the reader would wait
+        forever.
         """
         step, micro_batch = task
         try:
@@ -345,7 +350,7 @@ def _failure(error: DataError) -> _Failure:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one CPU thread in this block: the thread count changes some bits, and loader processes use only one."""
+    """Use one CPU thread in this block, as loader processes do, because the number of threads changes some bits."""
     threads = torch.get_num_threads()
     if threads == 1:
         yield

@@ -1,7 +1,7 @@
-"""Chooses the samples of each micro-batch; mixes data sets.
+"""Chooses the samples of each micro-batch, and mixes data sets.
 
 The samples are a pure function of (seed, size of the data, position in the run). Position p of a run (0 is the first
-sample of step 0) lies in epoch p // size, and is sample p % size of that epoch's permutation. The permutation is
+sample of step 0) is in epoch p // size, and is sample p % size of that epoch's permutation. The permutation is
 evaluated per index, so nothing is shuffled or stored. The only state of a loader is its position, and the number
 of workers has no influence on the order.
 """
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 MAX_SIZE = 2**62
 
 _ROUNDS = 16
-"""With 12 rounds the 720 permutations of 6 samples are not uniform yet (chi-squared test); with 16 they are."""
+"""The number of rounds.
+
+In a chi-squared test, the 720 permutations of 6 samples are not uniform with 12 rounds, but with 16.
+"""
 
 _WORD = 2**64 - 1
 
@@ -37,13 +40,14 @@ _WORD = 2**64 - 1
 class Permutation:
     """A bijection on range(size), chosen by `key`, in O(1) memory and O(1) time per index; 1 <= size <= 2**62.
 
-    A Feistel network over two halves of (almost) equal size: index = left * right_size + right, with
-    left_size * right_size >= size. Each round adds a keyed hash of one half to the other, modulo that half's size. This
-    is invertible, so the result is a bijection. A result >= size is permuted again until it is < size (cycle walking).
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002; the additive form wastes less than
-    1/sqrt(size) of the domain and reaches every permutation of small sizes.) All arithmetic uses integers.
+    It is a Feistel network over two halves of (almost) equal size: index = left * right_size + right, with left_size *
+    right_size >= size. Each round adds a keyed hash of one half to the other half, modulo the size of that other half.
+    A round is invertible, so the result is a bijection. A result >= size is permuted again until it is < size (cycle
+    walking). The method is from Black and Rogaway, "Ciphers with arbitrary finite domains", 2002. Its additive form
+    wastes less than 1/sqrt(size) of the domain and reaches every permutation of small sizes. All arithmetic uses
+    integers.
 
-    Deterministic: the same indices on every machine. Raises DataError for a size out of range.
+    The indices are the same on every machine. Raises DataError for a size out of range.
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -58,7 +62,7 @@ class Permutation:
         return self.size
 
     def __getitem__(self, position: int) -> int:
-        """The index at `position`. Raises IndexError outside of 0 <= position < size."""
+        """Return the index at `position`. Raises IndexError outside of 0 <= position < size."""
         index = operator.index(position)
         if not 0 <= index < self.size:
             raise IndexError(f"position {position} is outside of a permutation of {self.size} indices")
@@ -68,7 +72,7 @@ class Permutation:
         return index
 
     def take(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
-        """`self[p]` for every p in `positions` (any shape), as int64 of the same shape. Raises IndexError."""
+        """Return `self[p]` for every p in `positions` (any shape), as int64 of the same shape. Raises IndexError."""
         positions = np.asarray(positions)
         if positions.size and not (positions.min() >= 0 and positions.max() < self.size):
             raise IndexError(
@@ -82,7 +86,7 @@ class Permutation:
         return indices.astype(np.int64).reshape(positions.shape)
 
     def _once(self, index: int) -> int:
-        """One pass through the network, with Python's integers."""
+        """Return the result of one pass through the network, with Python's integers."""
         left, right = divmod(index, self._right_size)
         for i in range(0, _ROUNDS, 2):
             left = (left + _mix(right ^ self._keys[i])) % self._left_size
@@ -90,7 +94,10 @@ class Permutation:
         return left * self._right_size + right
 
     def _once_each(self, indices: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """One pass through the network for an array: the same arithmetic, modulo 2**64 because numpy wraps around."""
+        """Return the results of one pass for an array.
+
+        The arithmetic is the same, modulo 2**64 because numpy wraps around.
+        """
         left_size, right_size = np.uint64(self._left_size), np.uint64(self._right_size)
         keys = [np.uint64(key) for key in self._keys]
         left, right = np.divmod(indices, right_size)
@@ -103,11 +110,11 @@ class Permutation:
 def sample_indices(seed: int, size: int, positions: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
     """Return the samples at these positions of the run, for data of `size` samples. Every epoch has a new permutation.
 
-    Deterministic: a pure function of its arguments. Raises DataError for empty data.
+    This is a pure function of its arguments. Raises DataError for empty data.
     """
     where = np.asarray(positions, dtype=np.int64)
     if size < 1:
-        raise DataError("the data are empty", expected="at least one sample", got=size)
+        raise DataError("the data set is empty", expected="at least one sample", got=size)
     epochs, offsets = np.divmod(where, np.int64(size))
     indices = np.empty_like(where)
     for epoch in np.unique(epochs):
@@ -122,7 +129,7 @@ def micro_batch_positions(step: int, micro_batch: int, batch: Batch) -> range:
     return range(start, start + batch.micro_size)
 
 
-# [Note: the hash of a round] This is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014). Its result is shifted
+# [Note: the hash of a round] `_mix` is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014). Its result is shifted
 # right by one bit, so that adding one half of an index (< 2**31) does not overflow 64 bits.
 def _mix(word: int) -> int:
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
@@ -137,12 +144,12 @@ def _mix_each(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Mixture(Dataset[Any]):
-    """`samples` items from several data sets, in proportion to the data sets' weights (to within one item).
+    """A data set of `samples` items from several data sets, in proportion to their weights (to within one item).
 
-    The items of data set k have consecutive indices; the recipe's order mixes the data sets. The j-th of these is item
-    `j % size` of a permutation of data set k; each pass over the data set has a new permutation. So the j-th item is a
-    pure function of (seed, k, j). samples: by default the number of samples in all data sets together. Raises
-    ConfigError.
+    The items of data set k have consecutive indices, and the recipe's order mixes the data sets. The j-th item of data
+    set k is item `j % size` of a permutation of data set k, and each pass over the data set has a new permutation. So
+    the j-th item is a pure function of (seed, k, j). samples: by default the number of samples in all data sets
+    together. Raises ConfigError.
     """
 
     def __init__(

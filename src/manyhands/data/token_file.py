@@ -36,7 +36,7 @@ class TokenFile(Dataset[Any]):
 
     The files are mapped into memory: the workers of a host share one copy, and opening reads only the ends of the
     files. The recipe decides the order of samples, so a TokenFile has no state.
-    tokens, documents: the number of each. vocabulary: the size of the vocabulary; 0: unknown.
+    tokens, documents: the numbers of tokens and documents. vocabulary: the size of the vocabulary, or 0 if unknown.
 
     Raises DataError if there are no prepared tokens, too few for one item, or incomplete files.
     Raises ConfigError for an invalid length.
@@ -72,9 +72,9 @@ class TokenFile(Dataset[Any]):
         """Combine several corpora into one data set, with samples in proportion to the corpora's weights.
 
         weights: the weight of each corpus, by path. samples: the number of samples in an epoch; by default the number
-        in all corpora. Use the number that the run will take (steps x global_size), so that no sample is repeated
-        unnecessarily. A corpus with fewer samples than its share is repeated in another order. If a corpus has more
-        samples than its share, `seed` decides which are used.
+        of samples in all corpora. Use the number that the run will take (steps x global_size), so that no sample is
+        repeated unnecessarily. A corpus with fewer samples than its share is repeated in another order. If a corpus has
+        more samples than its share, `seed` decides which are used.
         Raises ConfigError for weights that are not positive, and DataError for corpora with different tokens.
         """
         parts = {str(path): cls(path, length, boundaries) for path in weights}
@@ -117,7 +117,7 @@ class TokenFile(Dataset[Any]):
                 )
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Pickling a memory map would copy all tokens. A loader process opens the files itself instead.
+        # Pickling a memory map would copy all tokens, so a loader process opens the files itself.
         return type(self), (self.path, self.length, self.boundaries)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[MappedTokens, int, int]]:
@@ -168,7 +168,7 @@ def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def _kind_of_tokens(path: str, vocabulary: int) -> str:
-    """Describe the tokenizer: the size of its vocabulary, and a hash of its file if that lies next to the tokens."""
+    """Describe the tokenizer: the size of its vocabulary, and a hash of its file if the file is next to the tokens."""
     try:
         tokenizer = hashlib.sha256((Path(path) / TOKENIZER).read_bytes()).hexdigest()[:8]
     except OSError:

@@ -2,9 +2,9 @@
 
     tokens, uint16 or uint32 | padding to a multiple of 8 | end of each document, uint64 | tail
 
-All little-endian. The end of a document is counted in tokens from the start of the file. No document spans two files.
-The tail holds the number of tokens, the number of documents, the size of the vocabulary (0: unknown), the number of
-bytes per token, and a fixed text that identifies the format.
+All numbers are little-endian. The end of a document is counted in tokens from the start of the file. No document spans
+two files. The tail holds the number of tokens, the number of documents, the size of the vocabulary (0 if unknown), the
+number of bytes per token, and a fixed text that identifies the format.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class MappedTokens(NamedTuple):
 
 
 def token_type(vocabulary: int) -> np.dtype[np.integer]:
-    """Return the smallest type that holds every token of a vocabulary of this size; 4 bytes if it is 0 (unknown)."""
+    """Return the smallest type that holds every token of a vocabulary of this size, or uint32 if the size is 0
+    (unknown).
+    """
     return np.dtype("<u2") if 0 < vocabulary <= 2**16 else np.dtype("<u4")
 
 
@@ -57,7 +59,7 @@ def tail(num_tokens: int, num_documents: int, vocabulary: int, token_bytes: int)
 
 
 def map_tokens(path: str) -> MappedTokens:
-    """Map a token file into memory; read only its tail. Raises DataError if the file is incomplete, and OSError."""
+    """Map a token file into memory, and read only its tail. Raises DataError if the file is incomplete, and OSError."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL.size))

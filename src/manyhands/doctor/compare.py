@@ -18,12 +18,13 @@ from manyhands.shard_layout import BLOCK, blocks_of
 class Comparison:
     """The result of `compare_runs`.
 
-    The steps that have a digest in both runs are compared. steps_compared: their number. equal: True if the digests are
-    equal after all of them. step: the first step whose digests differ (counted from 1, as in "after step n").
+    The steps that have a digest in both runs are compared. steps_compared: the number of these steps. equal: True if
+    the digests are equal after each of them. step: the first step whose digests differ (counted from 1, as in "after
+    step n").
     last_equal_step: the compared step before `step`. tensor, block, elements: the first difference in `step`: the name
-    of the parameter or buffer, the number of the block in it, and [start, end). is_buffer: True if the tensor is a
-    buffer. tensors_differing, blocks_differing: numbers. differences: other differences between the two runs (recipe,
-    numerics).
+    of the parameter or buffer, the number of the block in this tensor, and the range [start, end) of elements.
+    is_buffer: True if the tensor is a buffer. tensors_differing, blocks_differing: the numbers of tensors and blocks
+    that differ. differences: other differences between the two runs (recipe, numerics).
     """
 
     equal: bool
@@ -49,7 +50,7 @@ def compare_runs(one: str | Path, other: str | Path) -> Comparison:
         raise ConfigError(
             "no step has a digest in both runs",
             got=f"digests after steps {_listed(first)} and {_listed(second)}",
-            hint="train both with the same --digest-every",
+            hint="train both runs with the same --digest-every",
         )
     differing = next((step for step in common if first[step] != second[step]), None)
     if differing is None:
@@ -98,7 +99,9 @@ def _listed(digests: dict[int, str]) -> str:
 
 
 def _tensors(run: RunDirectory) -> tuple[list[tuple[str, int]], dict[str, int]]:
-    """The name and 32-bit words of each tensor in a run's tables of hashes, and the elements of each buffer."""
+    """Return the names and numbers of 32-bit words of the tensors in a run's tables of hashes, and each buffer's
+    numel.
+    """
     path = run.digests / "tensors.json"
     try:
         found = json.loads(path.read_text())
@@ -129,7 +132,7 @@ def _first_block(one: RunDirectory, other: RunDirectory, step: int) -> dict[str,
             tensors += 1
             if "tensor" not in found:
                 block = int(inside[0]) - first
-                numel = buffers.get(name, words)  # an element of a buffer may have more or less than 32 bits
+                numel = buffers.get(name, words)  # an element of a buffer may have more or fewer than 32 bits
                 ends = (block * BLOCK * numel // words, min((block + 1) * BLOCK * numel // words, numel))
                 found |= {"tensor": name, "is_buffer": name in buffers, "block": block, "elements": ends}
         first = last

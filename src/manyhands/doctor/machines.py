@@ -1,4 +1,4 @@
-"""Checks one machine, or several together, before a run.
+"""Checks one machine, or several machines together, before a run.
 
 On one machine, it checks the resources that a run needs. On several machines, under a launcher, it also looks for
 differences that would stop a run, and measures the speed of the network.
@@ -59,7 +59,7 @@ class Finding:
 
 
 def check_machine(folder: Path) -> Iterator[Finding]:
-    """Run all checks and yield their findings; the last check takes a second. folder: where runs will be written."""
+    """Run all checks and yield their findings. The last check takes a second. folder: the folder of future runs."""
     checks: tuple[Callable[[], Finding], ...] = (
         _versions,
         _cpus,
@@ -90,7 +90,7 @@ def _versions() -> Finding:
 
 
 def _cpus() -> Finding:
-    from manyhands.numerics.arithmetic import bf16_instructions  # imported here because this module loads torch
+    from manyhands.numerics.arithmetic import bf16_instructions  # imported here, because it loads torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]
@@ -103,12 +103,14 @@ def _cpus() -> Finding:
             "CPUs", "warning", message, f"use at most {max(1, int(quota))} threads in total (workers x threads each)"
         )
     if load > usable / 2:
-        return Finding("CPUs", "warning", message, "other programs use these CPUs: steps wait for the slowest worker")
+        return Finding(
+            "CPUs", "warning", message, "end other programs that use these CPUs: steps wait for the slowest worker"
+        )
     return Finding("CPUs", "good", message)
 
 
 def _cpu_quota() -> float | None:
-    """The number of CPUs that the control group may use; None: no limit."""
+    """Return the number of CPUs that the control group may use, or None if there is no limit."""
     with suppress(OSError, ValueError):
         most, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return int(most) / int(period)
@@ -157,7 +159,7 @@ def _shared_memory() -> Finding:
 
 
 def _watching() -> Finding:
-    """Check that workers can notice the death of another worker."""
+    """Check that workers can detect the end of another worker."""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except (OSError, AttributeError) as error:
@@ -167,21 +169,24 @@ def _watching() -> Finding:
             f"pidfd_open fails: {error}",
             "use Linux 5.3 or newer, and allow pidfd_open in the seccomp profile",
         )
-    return Finding("watching", "good", "a process can notice the end of another")
+    return Finding("watching", "good", "a process can detect the end of another process")
 
 
 def _ports() -> Finding:
     try:
         with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
-            return Finding("ports", "good", "a socket on 127.0.0.1 can listen and be reached")
+            return Finding("ports", "good", "a process can listen on a port of 127.0.0.1 and be reached there")
     except OSError as error:
         return Finding(
-            "ports", "bad", f"a socket on 127.0.0.1 can't listen or be reached: {error}", "check the firewall"
+            "ports",
+            "bad",
+            f"a process can't listen on a port of 127.0.0.1 or can't be reached there: {error}",
+            "check the firewall",
         )
 
 
 def _host_name() -> Finding:
-    """Check the host's name: Gloo, which torch.distributed uses, listens at the address of that name."""
+    """Check the host's name. Gloo, which torch.distributed uses, binds to the address that the name resolves to."""
     name = socket.gethostname()
     hint = "for workers on several hosts, set GLOO_SOCKET_IFNAME to the network's interface, or correct /etc/hosts"
     try:
@@ -204,13 +209,13 @@ def _gpus() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("GPUs", "good", "torch sees none: recipes train on the CPU")
+        return Finding("GPUs", "good", "torch finds no GPU: recipes train on the CPU")
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return Finding("GPUs", "good", ", ".join(f"{gpu.name} ({format_bytes(gpu.total_memory)})" for gpu in found))
 
 
 def _disk(folder: Path) -> Finding:
-    """Check the free space, and the speed without the page cache."""
+    """Check the folder's free space, and its speed without the page cache."""
     where = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     stat = os.statvfs(where)
     free, kind = stat.f_bavail * stat.f_frsize, file_system_of(where)
@@ -239,8 +244,8 @@ _LARGE_BYTES = 8 * MIB
 def check_hosts(mine: Sequence[Finding]) -> Iterator[Finding]:
     """Compare the machines of all workers that the launcher started. Collective: all workers yield the same findings.
 
-    mine: this worker's findings about its own machine. Yields the bad findings and warnings of the other machines
-    first, then the results of the comparison. Raises WorkerError.
+    mine: this worker's findings about its own machine. First yields the bad findings and warnings of the other
+    machines, then the results of the comparison. Raises WorkerError.
     """
     cpu, host = torch.device("cpu"), socket.gethostname()
     group = connect("distributed")
@@ -260,7 +265,7 @@ def check_hosts(mine: Sequence[Finding]) -> Iterator[Finding]:
 
 
 def _numerics(identities: list[tuple[str, dict[str, str]]]) -> Finding:
-    """Check that all workers have the same numerics identity: otherwise their bits would differ."""
+    """Check that all workers have the same numerics identity, without which their bits would differ."""
     hosts = sorted({host for host, _ in identities})
     (first_host, first), differing = identities[0], []
     for host, identity in identities:
@@ -271,14 +276,14 @@ def _numerics(identities: list[tuple[str, dict[str, str]]]) -> Finding:
     if differing:
         hint = "use the same version of torch and the same kind of CPU for all workers: otherwise a run is refused"
         return Finding("numerics", "bad", f"{message}; {'; '.join(dict.fromkeys(differing))}", hint)
-    return Finding("numerics", "good", f"{message}: all have the same")
+    return Finding("numerics", "good", f"{message}: all have the same numerics")
 
 
 def _clocks(group: Group, hosts: list[str]) -> Finding:
     group.barrier("hosts / clock / control")
     times: list[Any] = all_gather_json(group, time.time(), "hosts / clocks / control")
     spread = max(times) - min(times)
-    message = f"they differ by {format_seconds(spread)} or less"
+    message = f"the clocks differ by at most {format_seconds(spread)}"
     if spread > MOST_CLOCK_SECONDS:
         late = f"{hosts[times.index(max(times))]} is ahead of {hosts[times.index(min(times))]}"
         return Finding(

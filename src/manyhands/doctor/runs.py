@@ -1,6 +1,6 @@
 """Reports what happened to a run, from its directory.
 
-The cause of a failure is what the launcher recorded when it happened: see `launching/failures.py`.
+It reports the cause of a failure as the launcher recorded it when the failure happened (see `launching/failures.py`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _QUIET_STEPS = 20
 _QUIET_SECONDS = 30.0
 
 _FIRST_STEP_SECONDS = 1800.0
-"""Limit before the first step: models are built, data are read and code is compiled before anything is recorded."""
+"""The same limit before the first step, because models are built, data is read and code is compiled before that."""
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """What happened to a run.
+    """The history of a run.
 
-    outcome: "ended", "stopped", "failed", "killed", "running", or "perhaps running" (the lock of
-    the run directory can't be checked: another host may hold it). summary: the outcome in a sentence. lines: (seconds
-    since the epoch, text) of each event, in order. advice: what to do. tails: the last lines of the logs of failed
-    workers, by file name.
+    outcome: "ended", "stopped", "failed", "killed", "running", or "perhaps running" (if the lock of the run directory
+    can't be checked, because another host may hold it). summary: the outcome as a sentence. lines: (seconds since the
+    epoch, text) of each event, in order. advice: what to do. tails: the last lines of the logs of failed workers, by
+    file name.
     """
 
     outcome: str
@@ -136,5 +136,5 @@ def when(seconds: float) -> str:
 
 
 def took(lines: tuple[tuple[float, str], ...], index: int) -> str:
-    """Return the time since the previous line as text; "" for the first line."""
+    """Return the time since the previous line as text, or "" for the first line."""
     return "" if index == 0 else f"+{format_seconds(max(0.0, lines[index][0] - lines[index - 1][0]))}"

@@ -19,15 +19,18 @@ T = TypeVar("T")
 
 
 class OptionTable(Table, Generic[T]):
-    """`OptionTable[Recipe]` is a table of those options of Recipe that TOML can have. It checks each as Recipe does."""
+    """`OptionTable[Recipe]` is a table of the options of Recipe that TOML can have.
+
+    It checks each option as Recipe does.
+    """
 
     options_of: ClassVar[type]
-    prefix: ClassVar[str | None] = None  # stands before an option's name in errors; None: the class's name
+    prefix: ClassVar[str | None] = None  # the text before an option's name in errors; None for the class's name
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """The fields that are derived from the options."""
+            """Return the fields that are derived from the options."""
 
     def __class_getitem__(cls, owner: Any) -> Any:
         return cls if isinstance(owner, TypeVar) else _derived(cls, owner)
@@ -40,13 +43,13 @@ class OptionTable(Table, Generic[T]):
         return value
 
     def option_values(self) -> dict[str, Any]:
-        """The values of the options, as keyword arguments of their class."""
+        """Return the values of the options, as keyword arguments of their class."""
         values = {name: getattr(self, name) for name in option_names(self.options_of)}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 class BuildableTable(OptionTable[T], Generic[T]):
-    """An `OptionTable` that has all required values of its class, and checks that they form a valid object."""
+    """An `OptionTable` that requires all required values of its class, and checks that they form a valid object."""
 
     @model_validator(mode="after")
     def _as_the_class_checks(self) -> BuildableTable[T]:
@@ -60,7 +63,7 @@ class BuildableTable(OptionTable[T], Generic[T]):
 
 
 def option_names(owner: type) -> list[str]:
-    """The names of the options that a TOML table can have."""
+    """Return the names of the options that a TOML table can have."""
     return [name for name, option in declared(owner).items() if option.in_toml]
 
 
@@ -81,7 +84,7 @@ def _derived(base: type[Table], owner: type) -> type[Table]:
 
 
 def _toml_type(annotation: Any) -> Any:
-    """The type that a value has in TOML: sequences are arrays, mappings are tables, and paths are strings."""
+    """Return the type that a value has in TOML: sequences are arrays, mappings are tables, and paths are strings."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return Union[tuple(_toml_type(each) for each in arguments if get_origin(each) is not PathLike)]  # noqa: UP007

@@ -90,7 +90,7 @@ class RecipeSchema(OptionTable[Recipe]):
     strategy: BuildableTable[Strategy] = BuildableTable[Strategy]()
 
 
-CALLED_WITH = {  # the positional arguments that each function gets before those of its table
+CALLED_WITH = {  # the positional arguments that each function gets before the arguments of its table
     "model": (),
     "loss": ("model", "batch"),
     "data": (),
@@ -130,7 +130,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     """Read a recipe file, import the objects that it names, and create its data set. The model is built later.
 
     Inserts the file's folder at the front of sys.path, where it stays, because data sets and models may import later.
-    Raises one ConfigError that lists all problems, each with file and line. Errors from the data set pass through.
+    Raises one ConfigError that lists all problems, each with file and line. Errors from the data set are not converted.
     """
     document = read_document(path, overrides, RecipeSchema)
     functions = _import_all(document)
@@ -161,7 +161,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
 def _weights(document: Document[RecipeSchema]) -> Weights | None:
     """Return the initial weights.
 
-    Their path is relative to the recipe's folder; in an override, it is relative to the working directory.
+    The path is relative to the recipe's folder, or to the working directory if an override set it.
     """
     table = document.schema.weights
     overridden = document.origin("weights", "path").startswith("--set")
@@ -206,7 +206,7 @@ def _import_all(document: Document[RecipeSchema]) -> dict[str, Callable[..., Any
 
 
 def find_function(path: str, folder: Path) -> Callable[..., Any]:
-    """Import the object that `module:attribute` names. Raises a ConfigError without an origin."""
+    """Import the object that `module:attribute` names. Raises ConfigError without an origin."""
     module_name, _, attribute = path.partition(":")
     found: Any = _import(module_name, folder)
     for name in attribute.split("."):
@@ -232,7 +232,7 @@ def _import(name: str, folder: Path) -> Any:
             *parents, last = missing.split(".")
             paths = getattr(sys.modules.get(".".join(parents)), "__path__", ()) if parents else [str(folder)]
             hint = hint_nearest(last, [found.name for found in pkgutil.iter_modules(paths)])
-            expected = f"a module in {folder}, or an installed one"
+            expected = f"a module in {folder}, or an installed module"
             raise ConfigError(f"there is no module {missing}", expected=expected, got=repr(name), hint=hint) from None
         raise _import_failed(name, error) from error
     except Exception as error:  # the user's module may raise anything
@@ -245,12 +245,14 @@ def _import_failed(name: str, error: Exception) -> ConfigError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
     at = (
         f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    )  # without frames (after a syntax error, for example), the message names the place
+    )  # without frames, for example after a syntax error, the message names the file and line
     return ConfigError(f"module {name} can't be imported", got=f"{type(error).__name__}: {error}{at}")
 
 
 def _check_not_another(name: str, folder: Path) -> None:
-    """Refuse a module of the same name that was imported from elsewhere: Python imports a name once per process."""
+    """Refuse a module of the same name that was imported from elsewhere, because Python imports a name once per
+    process.
+    """
     top = name.partition(".")[0]
     used = getattr(sys.modules[top], "__file__", None) or "built into Python"
     own = [file for file in (folder / f"{top}.py", folder / top / "__init__.py") if file.is_file()]
@@ -306,7 +308,7 @@ def _argument_problems(
 
 
 def _with_note(function: Callable[..., Any], where: str, table: str) -> Callable[..., Any]:
-    """Wrap `function` so that its errors get a note that names the table."""
+    """Wrap `function` so that a note on its errors names the table."""
 
     def call(*given: Any) -> Any:
         try:
@@ -323,7 +325,7 @@ def _with_note(function: Callable[..., Any], where: str, table: str) -> Callable
 def _grouped(
     rest: Callable[..., Any], own: dict[int, Callable[..., Any] | None], document: Document[RecipeSchema]
 ) -> Callable[..., Any]:
-    """Return a factory of the optimizers: one for each group with a path, and one for all other parameters.
+    """Return a factory of the optimizers: one optimizer for each group with a path, and one for all other parameters.
 
     The factory raises ConfigError if a pattern matches no parameter.
     """

@@ -1,4 +1,4 @@
-"""TOML with overrides and line numbers; reports all problems in one error.
+"""TOML with overrides and line numbers. Reports all problems in one error.
 
 A file is parsed, changed by `--set key=value`, and validated by tables, which are pydantic models. Every value has an
 origin (`recipe.toml:12`, or the `--set` that set it).
@@ -27,8 +27,8 @@ KeyPath = tuple[str | int, ...]  # the path of a value: ("optimizer", "groups", 
 def line_numbers(text: str) -> dict[KeyPath, int]:
     """Return the line at which each table and value of a valid TOML text starts.
 
-    tomllib does not report line numbers. So the text is divided into statements: each is the shortest sequence of lines
-    that is valid TOML by itself.
+    tomllib does not report line numbers. So the text is divided into statements. A statement is the shortest sequence
+    of lines that is valid TOML on its own.
     """
     lines: dict[KeyPath, int] = {}
     table: KeyPath = ()
@@ -77,7 +77,7 @@ def _keys(value: Any, base: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def apply_override(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> ConfigError | None:
-    """Apply `key=value` to the values. Return the error if that is not possible."""
+    """Apply `key=value` to the values. Return an error if this is not possible."""
     name, equals, written = override.partition("=")
     parts = [part.strip() for part in name.split(".")]
     origin = f"--set {override}"
@@ -104,7 +104,7 @@ def apply_override(override: str, values: dict[str, Any], origins: dict[KeyPath,
 
 
 def _override_value(written: str) -> Any:
-    """Parse a TOML value, or a Python number or boolean such as `.5` or `True`; anything else is a string."""
+    """Parse a TOML value, or a Python number or boolean such as `.5` or `True`. Any other text is a string."""
     try:
         parsed = tomllib.loads(f"value = {written}")
         if parsed.keys() == {"value"}:
@@ -119,7 +119,7 @@ def _override_value(written: str) -> Any:
 
 
 def override_of(key: str, value: str | float) -> str:
-    """The override that sets `key` to `value`. Strings that would be parsed as something else are quoted."""
+    """Return the override that sets `key` to `value`. Strings that would be parsed as other values are quoted."""
     written = str(value)
     parsed = _override_value(written.strip())
     return f"{key}={written if parsed == value and type(parsed) is type(value) else json.dumps(value)}"
@@ -138,7 +138,7 @@ EXPECTED = {
     "string_pattern_mismatch": 'an import path, "module:attribute"',
 }
 
-FOREIGN_FILES = ("pyproject.toml", "Cargo.toml")  # often next to recipes, but never recipes
+FOREIGN_FILES = ("pyproject.toml", "Cargo.toml")  # these are often in the folder of a recipe, but are never recipes
 
 
 class Table(BaseModel):
@@ -152,7 +152,7 @@ S = TypeVar("S", bound=Table)
 
 @dataclass(frozen=True)
 class Document(Generic[S]):
-    """A validated file. origins: where each value comes from."""
+    """A validated file. origins: the origin of each value."""
 
     path: Path
     schema: S
@@ -175,7 +175,7 @@ def read_document(path: str | Path, overrides: Sequence[str], schema: type[S]) -
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"line (\d+)", str(error))
-        line = found[1] if found else str(text.rstrip().count("\n") + 1)  # the error is "at end of document"
+        line = found[1] if found else str(text.rstrip().count("\n") + 1)  # the error is at the end of the document
         raise ConfigError(
             f"{path} is not TOML: {error}", where=f"{path}:{line}", expected="valid TOML (toml.io)"
         ) from None
@@ -194,7 +194,7 @@ def read_document(path: str | Path, overrides: Sequence[str], schema: type[S]) -
 
 
 def raise_all(problems: Sequence[ConfigError], path: Path) -> None:
-    """Raise the problem if there is one, and one error that lists all problems if there are several."""
+    """Raise the problem if there is one. If there are several, raise one error that lists them."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -261,7 +261,7 @@ def _table_at(loc: KeyPath, schema: type[Table]) -> type[Table] | None:
 
 
 def _table_named(name: str, outer: type[Table]) -> type[Table] | None:
-    """Return the table class of a field or of its items; None if they are not tables."""
+    """Return the table class of a field or of its items, or None if they are not tables."""
     field = outer.model_fields.get(name)
     annotation = field.annotation if field else None
     kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
@@ -269,7 +269,9 @@ def _table_named(name: str, outer: type[Table]) -> type[Table] | None:
 
 
 def _real_key(loc: KeyPath, values: Any) -> KeyPath:
-    """Return the part of pydantic's location that exists in `values`: pydantic also names types and missing keys."""
+    """Return the part of pydantic's location that exists in `values`, because pydantic also names types and missing
+    keys.
+    """
     key: KeyPath = ()
     name: Any
     for name in loc:

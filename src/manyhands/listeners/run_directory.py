@@ -33,13 +33,13 @@ RUN_FORMAT = "manyhands run 2"
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 
 _BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl", "events.jsonl", LOCK)
-"""Names of the files and folders that a run may have written before its manifest."""
+"""The names of the files and folders that a run may write before its manifest."""
 
 
 class RunDirectory:
     """The directory of one run. The constructor creates it, or opens the directory of an earlier run.
 
-    Raises ConfigError if `path` is something other than a run directory, has another format, or can't be written to.
+    Raises ConfigError if `path` is not a run directory, has another format, or can't be written to.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -56,7 +56,7 @@ class RunDirectory:
 
     @classmethod
     def open_existing(cls, path: str | os.PathLike[str]) -> RunDirectory:
-        """Open the run directory at `path` for reading: nothing is created or changed. Raises ConfigError."""
+        """Open the run directory at `path` for reading, without creating or changing anything. Raises ConfigError."""
         where = Path(path)
         if not where.exists():
             raise ConfigError("there is no run directory here", where=str(where.absolute()), hint="check the path")
@@ -76,26 +76,26 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are written."""
+        """Return the folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def digests(self) -> Path:
-        """Where the digests of all blocks are written, for comparing runs."""
+        """Return the folder of the digests of all blocks, for comparing runs."""
         return self.path / "digests"
 
     @property
     def tensorboard(self) -> Path:
-        """Where TensorBoard event files are written."""
+        """Return the folder of the TensorBoard event files."""
         return self.path / "tensorboard"
 
     @property
     def metrics(self) -> Path:
-        """The file with the metrics of all steps."""
+        """Return the file with the metrics of all steps."""
         return self.path / "metrics.jsonl"
 
     def log(self, rank: int) -> Path:
-        """The log file of one worker."""
+        """Return the log file of one worker."""
         return self.path / "logs" / f"worker-{rank}.log"
 
     def write_recipe(self, recipe: Recipe | Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ class RunDirectory:
         return _read_json(self.path / "recipe.json")
 
     def write_manifest(self, numerics: Mapping[str, Any], strategy: Strategy | Mapping[str, Any], **more: Any) -> None:
-        """Write manifest.json: numerics identity, strategy, versions, `more`, and when the run was created.
+        """Write manifest.json: numerics identity, strategy, versions, `more`, and the time when the run was created.
 
         A resumed run keeps its time of creation; `updated_at` is the current time.
         """
@@ -131,7 +131,10 @@ class RunDirectory:
         return _read_json(self.path / "manifest.json")
 
     def append_metrics(self, metrics: StepMetrics) -> None:
-        """Append the metrics of one step to metrics.jsonl. The line outlives this process. Raises ConfigError."""
+        """Append the metrics of one step to metrics.jsonl.
+
+        The line survives the end of this process. Raises ConfigError.
+        """
         _append(self.metrics, dataclasses.asdict(metrics))
 
     def append_event(self, event: str, **facts: Any) -> None:
@@ -154,7 +157,7 @@ class RunDirectory:
         return [_parse(value, number, self.metrics) for number, value in complete_lines(self.metrics)]
 
     def truncate_metrics(self, step: int) -> None:
-        """Remove the metrics from step `step` on, for a run that resumes there. Atomic. Raises DataError."""
+        """Remove the metrics from step `step` on, atomically, for a run that resumes at this step. Raises DataError."""
         if self.metrics.exists():
             earlier = [metrics for metrics in self.read_metrics() if metrics.step < step]
             lines = [json.dumps(numbers(dataclasses.asdict(m)), allow_nan=False) + "\n" for m in earlier]
@@ -169,15 +172,15 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` to `path` atomically and durably: readers see the old file or the new one, even after a crash.
+    """Write `value` to `path` atomically and durably. Readers see the old file or the new file, even after a crash.
 
-    Numbers that JSON lacks (infinity, NaN) become text. Raises ConfigError if the file can't be written.
+    Numbers that JSON lacks (infinity, NaN) are written as strings. Raises ConfigError if the file can't be written.
     """
     _write(path, json.dumps(numbers(dict(value)), indent=2, allow_nan=False, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python, torch, numpy, Manyhands and the operating system."""
+    """Return the versions of Python, torch, numpy, Manyhands and the operating system."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("manyhands", "torch", "numpy"):
         try:
@@ -188,7 +191,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """Describe a recipe in JSON values: a function by its name and source line, the data by type and length."""
+    """Describe a recipe in JSON values: functions by name and source line, the data by type and length."""
     described: dict[str, Any] = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
@@ -202,7 +205,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str:
-    """Return `module:name`, with file and line if the object has code."""
+    """Return `module:name`, with file and line if the object has Python code."""
     named = value if hasattr(value, "__qualname__") else type(value)
     name = f"{named.__module__}:{named.__qualname__}"
     code = getattr(value, "__code__", None)
@@ -222,7 +225,7 @@ def _parse(entry: Any, number: int, path: Path) -> StepMetrics:
             "a line of metrics.jsonl does not hold the metrics of a step",
             where=f"{path.absolute()}, line {number}",
             got=f"{got} ({type(error).__name__}: {error})",
-            hint="remove the line, or the file: it is only a record, and resuming does not need it",
+            hint="remove the line or the file: it is only a record, and resuming does not need it",
         ) from error
 
 
@@ -251,7 +254,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raise ConfigError if `path` is a file, or holds files that no run wrote. A killed run may have no manifest."""
+    """Raise ConfigError if `path` is a file, or holds files that no run wrote. A killed run may lack a manifest."""
     try:
         if not path.exists() or (path.is_dir() and _is_run(path)):
             return

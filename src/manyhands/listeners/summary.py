@@ -1,4 +1,4 @@
-"""The result of a run, on one screen and as JSON."""
+"""The result of a run, for one screen and as JSON."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from manyhands.formatting import GIB, MIB, format_count, format_seconds
 
 _BAR_CELLS = 46
 
-# The cell and the colour of each phase in the stacked bar. Neighbouring phases have different cells, so the bar is
-# readable without colours.
+# The character and the colour of each phase in the stacked bar. Neighbouring phases have different characters, so the
+# bar is readable without colours.
 _STYLES = {
     "data": ("▒", "magenta"),
     "compute": ("█", "green"),
@@ -51,12 +51,12 @@ class Summary:
     """The result of a run.
 
     steps, first_loss, last_loss, tokens_per_second, step_seconds_median, seconds_by_phase: computed by `figures`.
-    peak_memory_bytes_per_worker: by rank.
+    peak_memory_bytes_per_worker: the peak of each worker, by rank.
     sharding, precision: as in the strategy and the recipe. transport: the transport in use (never "auto").
-    parameters: number of elements in the model. sample: the text that recipe.sample returned, if any.
+    parameters: the number of elements in the model. sample: the text that recipe.sample returned, if any.
     digest: the digest of the final master weights.
-    wall_seconds: from the last start of the workers to the end of the run.
-    failures, lost_seconds, repeated_steps: see `Failures`.
+    wall_seconds: the time from the last start of the workers to the end of the run.
+    failures, lost_seconds, repeated_steps: as in `Failures`.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Summary:
 
 
 class Failures(NamedTuple):
-    """The cost of a run's failures: their number, the time until the run resumed, and the steps it repeated."""
+    """The cost of a run's failures: their number, the time until the run resumed, and the number of repeated steps."""
 
     failures: int
     lost_seconds: float
@@ -103,10 +103,10 @@ def failures_among(events: Sequence[dict[str, Any]]) -> Failures:
 
 
 def figures(metrics: Sequence[StepMetrics]) -> Figures:
-    """Compute the figures of these steps; NaN if there are none.
+    """Compute the figures of these steps. They are NaN if there are no steps.
 
     first_loss, last_loss: the losses of the first and the last step. tokens_per_second counts samples if the loss
-    function returns no weights; `throughput_unit` states which it counts. tokens_per_second, step_seconds_median and
+    function returns no weights; `throughput_unit` states the unit. tokens_per_second, step_seconds_median and
     seconds_by_phase are medians over the steps, so that a slow first step or a checkpoint does not distort them.
     """
     if not metrics:
@@ -123,7 +123,10 @@ def figures(metrics: Sequence[StepMetrics]) -> Figures:
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
-    """Return the summary as plain numbers and text. `loss` is the last step's loss. Non-finite numbers become null."""
+    """Return the summary as plain numbers and strings.
+
+    `loss` is the last step's loss. Non-finite numbers become null.
+    """
     named = {
         "name": summary.name,
         "digest": summary.digest,
@@ -209,7 +212,7 @@ def _loss(summary: Summary) -> Text:
 
 
 def _time_split(seconds_by_phase: dict[str, float]) -> RenderableType:
-    """Return a stacked bar of all phases; below the bar, the time, the share and a bar of each phase."""
+    """Return a stacked bar of all phases and, below it, the time, the share and a bar of each phase."""
     total = sum(seconds_by_phase.values())
     if total <= 0:
         return Text("not measured", style="dim")

@@ -12,8 +12,8 @@ class TensorBoardLog:
     """Writes a run's curves into `directory`. Does nothing if tensorboard isn't installed.
 
     Curves: loss, gradient_norm, learning_rate (one per param group), throughput (tokens or samples per second),
-    seconds by phase. When a run resumes, TensorBoard no longer shows what an earlier process wrote for `start_step`
-    and later steps.
+    seconds by phase. When a run resumes, TensorBoard no longer shows the points that an earlier process wrote for
+    `start_step` and later steps.
     """
 
     def __init__(self, directory: str | os.PathLike[str], start_step: int = 0) -> None:
@@ -38,7 +38,7 @@ class TensorBoardLog:
             self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:
-        """Write pending points. May be called twice."""
+        """Write pending points. `close` may be called twice."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -1,4 +1,4 @@
-"""Progress in a terminal, or as plain lines."""
+"""Shows progress in a terminal, or as plain lines."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _REDRAW_SECONDS = 0.1
 
 
 class TrainingProgress:
-    """Progress from `start_step` to `total_steps`, on standard error: a context manager.
+    """A context manager that shows progress from `start_step` to `total_steps` on standard error.
 
     On a terminal, it shows a bar with step, loss, throughput, time per step and time left. Throughput and times are
-    measured over the last 20 steps. Otherwise it prints a plain line at the first step, at the last step, and every
+    measured over the last 20 steps. Elsewhere, it prints a plain line at the first step, at the last step, and every
     `line_seconds` in between. There is no thread: the display changes only in `update` and `note`.
     """
 
@@ -72,7 +72,7 @@ class TrainingProgress:
             self._show(now)
 
     def note(self, text: str) -> None:
-        """Print `text` (about a checkpoint or a failed worker, for example) on its own line, above the bar."""
+        """Print `text` on its own line above the bar, for example about a checkpoint or a failed worker."""
         self._console.print(text, markup=False, highlight=False)
 
     def _show(self, now: float) -> None:
@@ -103,9 +103,9 @@ class TrainingProgress:
 
 
 class BytesProgress:
-    """Progress in bytes, with rate and time left, on standard error if it is a terminal. A context manager.
+    """A context manager that shows progress in bytes, with rate and time left, if standard error is a terminal.
 
-    The bar appears with the first bytes, so a call that is refused earlier shows no bar.
+    The bar appears with the first bytes, so a call that is refused before them shows no bar.
     """
 
     def __init__(self, verb: str, console: Console | None = None) -> None:
