@@ -13,13 +13,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import HashStore, PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
 from manyhands.comm.distributed import DistributedGroup
 from manyhands.comm.group import Group
@@ -138,13 +137,6 @@ def thread_groups(size: int, *, stall_seconds: float = 60.0) -> list[Callable[[]
     return [maker(rank) for rank in range(size)]
 
 
-class _ThreadLinks(DistributedGroup):
-    """Links of threads. They don't use torch's default group, of which a process has only one."""
-
-    def take_down(self) -> None:
-        pass
-
-
 def host_groups(hosts: int, workers: int) -> list[Callable[[], Group]]:
     """Return functions that create the groups of simulated hosts with `workers` threads each."""
     store, arena = HashStore(), ThreadArena()
@@ -158,9 +150,8 @@ def host_groups(hosts: int, workers: int) -> list[Callable[[], Group]]:
                 store, mine[position], hosts * workers, arena, stall_seconds=60, abandon=lambda error: None
             )
             intra_host = ThreadGroup(membership, arena, mine)
-            gloo = ProcessGroupGloo(PrefixStore(f"position/{position}", store), host, hosts, timedelta(seconds=60))
-            peers = [each[position] for each in by_host]
-            inter_host = _ThreadLinks(membership, torch.device("cpu"), gloo, 1, peers)
+            links, peers = PrefixStore(f"position/{position}", store), [each[position] for each in by_host]
+            inter_host = DistributedGroup(membership, links, torch.device("cpu"), channel=1, workers=peers)
             return HierarchicalGroup(intra_host, inter_host, by_host)
 
         return make

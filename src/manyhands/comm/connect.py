@@ -62,8 +62,8 @@ def connect(
         if kind == "hierarchical":
             return _hierarchical(membership, store, arena, by_host, max_hosts)
         if kind == "distributed":
-            gloo = device != "cuda" or _gpus_are_shared()
-            return DistributedGroup.create(membership, store, torch_device, "gloo" if gloo else "cpu:gloo,cuda:nccl")
+            nccl = device == "cuda" and not _gpus_are_shared()
+            return DistributedGroup(membership, PrefixStore("group", store), torch_device, nccl=nccl)
         if not membership.one_host or device != "cpu":
             raise ConfigError(
                 "these workers cannot share memory",
@@ -92,8 +92,8 @@ def _hierarchical(
     position = mine.index(membership.rank)
     intra_host = SharedMemoryGroup(membership, arena, workers=mine)
     peers = [workers[position] for workers in by_host]
-    inter_host = DistributedGroup.create(
-        membership, PrefixStore(f"place/{position}", store), intra_host.device, "gloo", 1, peers
+    inter_host = DistributedGroup(
+        membership, PrefixStore(f"position/{position}", store), intra_host.device, channel=1, workers=peers
     )
     return HierarchicalGroup(intra_host, inter_host, by_host)
 

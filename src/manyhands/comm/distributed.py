@@ -7,7 +7,6 @@ addition depends on the number of workers.
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,12 +16,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
 from manyhands.comm.group import AllToAll, Contribution, Group
 from manyhands.comm.local import LocalGroup
 from manyhands.comm.watched_group import WatchedGroup
-from manyhands.errors import ConfigError, InvariantError, WorkerError
+from manyhands.errors import WorkerError
 from manyhands.members.membership import Membership
 from manyhands.offload.allocator import Allocator, BufferPool
 
@@ -61,9 +60,14 @@ class _DistributedAllToAll(AllToAll):
 
 
 class DistributedGroup(WatchedGroup):
-    """Workers with separate memory, connected by a process group of torch.distributed.
+    """Workers with separate memory, connected by a process group of torch.distributed. The constructor is collective.
 
-    dist_group: the process group, or None for torch's default group. Buffers come from a pool and are reused.
+    store: through which the workers find each other; no other group may use its keys. nccl: use NCCL for tensors on a
+    GPU, instead of Gloo. Buffers come from a pool and are reused.
+
+    The process group isn't torch's default group. Libraries would find that one and exchange data of their own over it:
+    codebooks of vector quantizers, the statistics of SyncBatchNorm, the centres of self-supervised losses. The result
+    would then depend on the number of workers. A script may have a default group for its own purposes.
     """
 
     kind = "distributed"
@@ -73,41 +77,18 @@ class DistributedGroup(WatchedGroup):
     def __init__(
         self,
         membership: Membership,
+        store: Store,
         device: torch.device,
-        dist_group: dist.ProcessGroup | None = None,
+        *,
+        nccl: bool = False,
         channel: int = 0,
         workers: Sequence[int] | None = None,
     ) -> None:
         super().__init__(membership, device, channel, workers)
-        self._dist_group = dist_group
+        self._store, self._nccl = store, nccl
+        self._dist_group = _process_group(store, self.rank, self.size, device, nccl, _last_resort(membership))
+        self._siblings: list[DistributedGroup] = []
         self._alone, self._pool = LocalGroup(device), BufferPool(device)
-
-    @classmethod
-    def create(
-        cls,
-        membership: Membership,
-        store: Store,
-        device: torch.device,
-        backend: str,
-        channel: int = 0,
-        workers: Sequence[int] | None = None,
-    ) -> DistributedGroup:
-        """Create a group of these workers, with torch's default process group. Collective among these workers.
-
-        Raises ConfigError if the default group exists already.
-        """
-        new = cls(membership, device, None, channel, workers)
-        if dist.is_initialized():
-            raise ConfigError(
-                "torch.distributed's default process group is already in use",
-                hint="close the other engine first; a script must not call init_process_group itself",
-            )
-        hook, limit = sys.excepthook, _last_resort(membership)
-        dist.init_process_group(backend, store=store, rank=new.rank, world_size=new.size, timeout=limit)
-        if workers is not None:
-            # torch's hook prefixes each line of an error with the rank in this subgroup, not with the launcher's rank.
-            sys.excepthook = hook
-        return new
 
     @property
     def intra_host(self) -> Group:
@@ -118,11 +99,12 @@ class DistributedGroup(WatchedGroup):
         return self
 
     def sibling(self) -> DistributedGroup:
-        new = dist.new_group(timeout=_last_resort(self.membership))
-        if not isinstance(new, dist.ProcessGroup):
-            raise InvariantError("this process is not a member of its own group")
-        other = DistributedGroup(self.membership, self.device, new, self.channel + 1)
+        store, channel = PrefixStore(f"sibling/{len(self._siblings)}", self._store), self.channel + 1
+        other = DistributedGroup(
+            self.membership, store, self.device, nccl=self._nccl, channel=channel, workers=self.workers
+        )
         other.recorder = self.recorder
+        self._siblings.append(other)
         return other
 
     def empty_replicated(self, numel: int, dtype: torch.dtype, allocator: Allocator | None = None) -> Tensor:
@@ -229,19 +211,39 @@ class DistributedGroup(WatchedGroup):
         return self.membership.failure or broken
 
     def take_down(self) -> None:
-        """Destroy the process group.
+        """Shut down the process group and those of siblings.
 
         In a broken group, Gloo waits for pending operations until its own time limit, perhaps for a host that no longer
         answers. So a broken group is abandoned after TAKE_DOWN_SECONDS and ends with the process.
         """
-        ending = threading.Thread(target=_destroy, name="manyhands-take-down", daemon=True)
+        ending = threading.Thread(target=self._shut_down, name="manyhands-take-down", daemon=True)
         ending.start()
         ending.join(None if self.membership.is_healthy else TAKE_DOWN_SECONDS)
 
+    def _shut_down(self) -> None:
+        for group in (*self._siblings, self):
+            with contextlib.suppress(RuntimeError):  # shutting down a broken group may raise, which is harmless
+                group._dist_group.shutdown()
+            del group._dist_group  # Gloo closes its connections when nothing refers to the group
 
-def _destroy() -> None:
-    with contextlib.suppress(RuntimeError):  # destroying a broken group may raise, and this error is harmless
-        dist.destroy_process_group()
+
+def _process_group(
+    store: Store, rank: int, size: int, device: torch.device, nccl: bool, time_limit: timedelta
+) -> dist.ProcessGroup:
+    """Return a process group that torch doesn't register, so only the caller can use it. Collective."""
+    group, kinds = dist.ProcessGroup(store, rank, size), dist.ProcessGroup.BackendType
+    gloo = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, time_limit)
+    group._register_backend(torch.device("cpu"), kinds.GLOO, gloo)
+    group._set_default_backend(kinds.NCCL if nccl else kinds.GLOO)
+    if nccl:
+        from torch.distributed import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = time_limit
+        group._register_backend(device, kinds.NCCL, ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options))
+    elif device.type != "cpu":
+        group._register_backend(device, kinds.GLOO, gloo)
+    return group
 
 
 def _last_resort(membership: Membership) -> timedelta:
