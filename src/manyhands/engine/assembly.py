@@ -27,6 +27,7 @@ from manyhands.engine.units.params import OffloadedParams, OnDemandParams, Param
 from manyhands.engine.units.unit import ParamUnit, Unit
 from manyhands.engine.units.unit_plan import UnitPlan, plan_units, storage_dtype
 from manyhands.models.building import evict_model
+from manyhands.numerics.alignment import is_aligned, with_aligned_storage
 from manyhands.offload.allocator import Allocator, BufferPool
 from manyhands.offload.scratch import check_space
 from manyhands.optim.sliced import SlicedOptimizer
@@ -252,7 +253,8 @@ def check_scratch_space(
 
 
 def _cast_frozen(model: nn.Module, precision: str, device: torch.device, pending: Collection[str]) -> None:
-    """Cast frozen parameters to their storage dtype, and move them and all buffers to the device."""
+    """Cast frozen parameters to their storage dtype, and move them and all buffers to aligned memory of the device."""
+    copies: dict[int, torch.UntypedStorage] = {}
     without_values = {id(param) for name, param in model.named_parameters() if name in pending}
     for module in model.modules():
         for param in module.parameters(recurse=False):
@@ -260,5 +262,7 @@ def _cast_frozen(model: nn.Module, precision: str, device: torch.device, pending
                 # Reading a parameter without values would allocate memory for its untouched pages.
                 cast = partial(torch.empty_like, param.data) if id(param) in without_values else param.data.to
                 param.data = cast(device=device, dtype=storage_dtype(module, param, precision))
+                if not is_aligned(param.data):
+                    param.data = param.data.clone()
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+            module._buffers[name] = with_aligned_storage(buffer.to(device), copies)

@@ -5,6 +5,7 @@ This is the only module that registers autograd and module hooks. Each hook only
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from manyhands.errors import ConfigError
+from manyhands.numerics.alignment import with_aligned_storage
 
 
 def on_gradients(
@@ -87,18 +89,22 @@ class _WrappedForward:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return `batch` with its tensors on `device`.
+    """Return `batch` with its tensors on `device`, in aligned memory.
 
     batch: a tensor, an object with a method `to`, or nested tuples, lists and dicts of these.
     """
+    if isinstance(batch, Tensor):
+        return with_aligned_storage(batch.to(device))
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
-    if callable(getattr(batch, "to", None)):  # a tensor, or for example transformers' BatchEncoding
-        return batch.to(device)
+    if callable(getattr(batch, "to", None)):  # for example transformers' BatchEncoding
+        batch = batch.to(device)
+        if isinstance(batch, UserDict):
+            batch.data = to_device(batch.data, device)
     return batch
 
 

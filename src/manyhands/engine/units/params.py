@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.comm.group import Group
+from manyhands.errors import InvariantError
+from manyhands.numerics.alignment import is_aligned
 from manyhands.offload.allocator import Allocator, BufferPool
 from manyhands.shard_layout import Range, UnitLayout
 
@@ -64,6 +66,8 @@ class Params(ABC):
 
     def _point(self, full: Tensor) -> None:
         """Make the model's parameters views of `full`, [padded_numel]."""
+        if not is_aligned(full):
+            raise InvariantError(f"the buffer of unit {self.layout.name!r} is not aligned")
         for slot in self.layout.slots:
             self._put(slot.name, full[slot.range.start : slot.range.end].view(self._shapes[slot.name]))
 
