@@ -153,11 +153,12 @@ class Recipe:
         in_toml=False,
         help="Builds the model on the CPU in fp32. It is called once in each worker, with the run's seed set.",
     )
-    loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | float | int]] = option(
+    loss: Callable[[nn.Module, Any], Tensor | tuple[Any, Any]] = option(
         in_toml=False,
         help="(model, batch) -> mean, or (model, batch) -> (sum, weight). The mean or sum is a scalar tensor; the "
         "weight is the number of tokens, for example. The sum over the step is divided by the step's total weight, so "
-        "the mean is exact even if the micro-batches have unequal weights.",
+        "the mean is exact even if the micro-batches have unequal weights. To report more figures, return "
+        "(mean, metrics) or ((sum, weight), metrics), where metrics is {name: (sum, weight)}.",
     )
     optimizer: Callable[[list[tuple[str, nn.Parameter]]], Optimizer | Sequence[Optimizer]] = option(
         in_toml=False,
@@ -191,6 +192,11 @@ class Recipe:
         default="fp32",
         choices=PRECISIONS,
         help="fp32, or bf16: parameters and gradients in bfloat16; master weights, moments and sums in fp32.",
+    )
+    fractional_weights: bool = option(
+        default=False,
+        help="Allow weights of the loss function that are not whole numbers. By default they are refused, because "
+        "`return loss, accuracy` would be taken for (sum, weight).",
     )
     clip_norm: float | None = option(
         default=None,
@@ -250,8 +256,11 @@ class Recipe:
                 got=repr(self.weights),
             )
         check_options(self)
-        if not isinstance(self.compile, bool):
-            raise ConfigError("recipe.compile has the wrong type", expected="True or False", got=repr(self.compile))
+        for field in ("compile", "fractional_weights"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(
+                    f"recipe.{field} has the wrong type", expected="True or False", got=repr(getattr(self, field))
+                )
         if self.compile and self.device != "cpu":
             raise ConfigError(
                 "recipe.compile is supported on the CPU only: on a GPU no test shows that the bits stay the same",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -29,8 +28,9 @@ from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
 from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.buffers import Buffers, names_in_order
 from manyhands.engine.step.call_seeds import CallSeeds
-from manyhands.engine.step.control import Control, all_gather_control
-from manyhands.engine.step.hooks import Removable, around_forward, loss_and_weight, on_gradients, to_device
+from manyhands.engine.step.control import Control, added_in_order, all_gather_control
+from manyhands.engine.step.hooks import Removable, around_forward, on_gradients, to_device
+from manyhands.engine.step.loss import LossReader, LossResult, refuse_weights, weight_error
 from manyhands.engine.step.metrics import PhaseClock, StepMetrics
 from manyhands.engine.step.reduce import GradientReducer
 from manyhands.engine.units.unit import ParamUnit
@@ -157,7 +157,7 @@ class StepEngine:
         self._module_hooks = [*self._unshard_around_forwards(on_demand), *self._seed_behind_calls()]
         self._clock = PhaseClock(group.recorder)
         self.step_index = 0
-        self._weighted = False  # True if the loss function returns (sum, weight)
+        self._loss_reader = LossReader()
         self.last_hashes: np.ndarray | None = None
         # A signal or a timer may set these on any one worker. The next step's control values set them on all workers.
         self.stop_requested = self.save_requested = False
@@ -241,7 +241,7 @@ class StepEngine:
         self.model.train()
         self.buffers.begin_step()
         self._reducer.begin_step(step)
-        losses = {}
+        results = {}
         for index, this in enumerate(self._reducer.rounds):
             with self._clock.phase("data"):
                 if this.micro_batch is not None:
@@ -252,7 +252,7 @@ class StepEngine:
                 self._unsharder.begin(f"{tag}, round {index}", computes=this.micro_batch is not None)
             with self._clock.phase("compute"):
                 if this.micro_batch is not None:
-                    losses[this.micro_batch] = self._compute(step, this.micro_batch, batch)
+                    results[this.micro_batch] = self._compute(step, this.micro_batch, batch)
                     batch = None  # free its memory before this worker communicates
             with self._clock.phase("communication"):
                 self._publish_status("communication")
@@ -262,11 +262,14 @@ class StepEngine:
         with self._clock.phase("communication"):
             self._unsharder.end_step()
             self._reducer.close_rounds()
-            control = all_gather_control(self._my_control(losses), self.group, f"{tag} / control")
+            self._loss_reader.agree(self.group)
+            control = all_gather_control(self._my_control(results), self.group, f"{tag} / control")
             self._reducer.await_pieces()
         # State changes from here on, so this is the last point at which a step can be refused.
+        form = self._loss_reader.form
+        refuse_weights(control, form, fractional=self.recipe.fractional_weights, where=tag)
         self._refuse_not_finite(control, tag)
-        weight = _added_in_order(control.weights)
+        weight = added_in_order(control.weights)
         with self._clock.phase("update"):
             learning_rates = self.optimizer.learning_rates  # before schedules change them for the next step
             norm = self._update(control, weight, tag)
@@ -275,10 +278,11 @@ class StepEngine:
         self.group.status(f"after {tag}", step)
         return StepMetrics(
             step=step,
-            loss=_added_in_order(control.losses) / weight,
+            loss=added_in_order(control.losses) / weight,
             weight=weight,
             samples=self.recipe.batch.global_size,
-            weighted=self._weighted,
+            weighted=self._loss_reader.form.weighted,
+            metrics=self._loss_reader.metrics(control),
             gradient_norm=norm,
             learning_rates=learning_rates,
             step_seconds=self._clock.step_seconds,
@@ -292,8 +296,8 @@ class StepEngine:
         part = "" if micro_batch is None else f", micro-batch {micro_batch}"
         self.group.status(f"step {self.step_index}{part} / {activity}", self.step_index, micro_batch)
 
-    def _compute(self, step: int, micro_batch: int, batch: Any) -> tuple[Tensor, Tensor | float]:
-        """Run forward and backward of one micro-batch. Return its loss and weight."""
+    def _compute(self, step: int, micro_batch: int, batch: Any) -> LossResult:
+        """Run forward and backward of one micro-batch. Return its loss, weight and metrics."""
         self._publish_status("forward and backward", micro_batch)
         bf16 = self._has_bf16 and not self.recipe.compile  # torch compiles nothing under a dispatch mode
         # Generators are seeded for each micro-batch, so it doesn't matter which worker computes it, and again behind
@@ -307,30 +311,26 @@ class StepEngine:
             bf16_products_in_fp32(bf16),
         ):
             with self._unsharder.watching_autograd():
-                result = self.recipe.loss(self.model, batch)
-            self._weighted = isinstance(result, tuple) and len(result) == 2
-            loss, weight = loss_and_weight(result)
-            self._param_guard.before_backward(loss)
+                result = self._loss_reader.read(self.recipe.loss(self.model, batch))
+            self._param_guard.before_backward(result.loss)
             self._unsharder.begin_backward()
-            loss.backward()  # type: ignore[no-untyped-call]
+            result.loss.backward()  # type: ignore[no-untyped-call]
             # Take the gradients that no hook has reported. These are all gradients if `overlap` is off, and otherwise
             # those that the loss function assigned itself. The last parameter comes first, because units are sent in
             # that order.
             for name, param in reversed(self._params.items()):
                 self._reducer.arrived(name, param)
             self.buffers.end_micro_batch(micro_batch)
-        return loss.detach(), weight.detach() if isinstance(weight, Tensor) else weight
+        return result.detached()
 
-    def _my_control(self, losses: dict[int, tuple[Tensor, Tensor | float]]) -> Control:
-        """Return this worker's control values for the step. losses: (loss, weight) by micro-batch."""
-        count = self.recipe.batch.micro_batches
-        values, weights = np.zeros(count), np.zeros(count)
-        for micro_batch, (loss, weight) in losses.items():
-            values[micro_batch], weights[micro_batch] = float(loss), float(weight)
+    def _my_control(self, results: dict[int, LossResult]) -> Control:
+        """Return this worker's control values for the step. results: those of the loss function, by micro-batch."""
+        losses, weights, *metrics = self._loss_reader.values(results, self.recipe.batch.micro_batches)
         bad = self._reducer.not_finite
         return Control(
-            losses=values,
+            losses=losses,
             weights=weights,
+            metrics=np.array(metrics).reshape(len(metrics), len(losses)),
             got_gradient=np.array([name not in self._reducer.without_gradient for name in self._param_names]),
             changed_buffers=np.array(self.buffers.changed(), dtype=bool),
             bad=None if bad is None else (bad[0], self._param_names.index(bad[1])),
@@ -344,7 +344,6 @@ class StepEngine:
         `control` is the same on all workers, so all of them raise. They raise before any state has changed.
         """
         bad_losses = np.flatnonzero(~np.isfinite(control.losses))
-        weight = _added_in_order(control.weights)
         error: NumericsError | None = None
         # A bad loss causes bad gradients, so the loss is reported unless an earlier micro-batch has a bad gradient.
         if control.bad is not None and not (len(bad_losses) and bad_losses[0] <= control.bad[0]):
@@ -361,13 +360,8 @@ class StepEngine:
                 hint="inspect those samples, or lower the learning rate; no weight has been changed"
                 + self._unsharder.not_finite_hint,
             )
-        elif not (math.isfinite(weight) and weight > 0):
-            error = NumericsError(
-                "the global batch has no weight",
-                where=tag,
-                expected="a positive sum of the loss function's weights",
-                got=weight,
-            )
+        else:
+            error = weight_error(control, tag)
         if error is not None:
             # All workers discard the step and leave no collective call unmatched, so the engine stays usable.
             self._reducer.discard()
@@ -487,11 +481,3 @@ class StepEngine:
         self._compiled.undo()
         self.allocator.close()
         self.group.close()
-
-
-def _added_in_order(values: np.ndarray) -> float:
-    """Return the sum, added from left to right. numpy adds pairwise, in an order that depends on the length."""
-    total = 0.0
-    for value in values:
-        total += float(value)
-    return total

@@ -218,6 +218,7 @@ def _parse(entry: Any, number: int, path: Path) -> StepMetrics:
         for name in ("loss", "weight", "gradient_norm", "step_seconds"):
             entry[name] = float(entry[name])
         entry["learning_rates"] = tuple(float(rate) for rate in entry["learning_rates"])
+        entry["metrics"] = {name: float(value) for name, value in entry.get("metrics", {}).items()}
         entry["seconds"] = {phase: float(seconds) for phase, seconds in entry["seconds"].items()}
         return StepMetrics(**entry)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

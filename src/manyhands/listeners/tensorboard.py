@@ -12,8 +12,8 @@ class TensorBoardLog:
     """Writes a run's curves into `directory`. Does nothing if tensorboard isn't installed.
 
     Curves: loss, gradient_norm, learning_rate (one per param group), throughput (tokens or samples per second),
-    seconds by phase. When a run resumes, TensorBoard no longer shows the points that an earlier process wrote for
-    `start_step` and later steps.
+    seconds by phase, the loss function's metrics. When a run resumes, TensorBoard no longer shows the points that an
+    earlier process wrote for `start_step` and later steps.
     """
 
     def __init__(self, directory: str | os.PathLike[str], start_step: int = 0) -> None:
@@ -29,6 +29,7 @@ class TensorBoardLog:
         if self._writer is None:
             return
         points = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "seconds/step": metrics.step_seconds}
+        points |= {f"metrics/{name}": value for name, value in metrics.metrics.items()}
         for index, rate in enumerate(metrics.learning_rates):
             points["learning_rate" if index == 0 else f"learning_rate/group_{index}"] = rate
         if metrics.step_seconds > 0:

@@ -95,6 +95,7 @@ class TrainingProgress:
         return "  ".join(
             (
                 f"loss {self._recent[-1].loss:.4f}",
+                *(f"{name} {value:.4f}" for name, value in self._recent[-1].metrics.items()),
                 f"{format_count(per_second)} {self._recent[-1].unit}/s",
                 f"{format_seconds(step_seconds)}/step",
                 f"{format_seconds(left)} left" if left > 0 else "done",

@@ -15,6 +15,7 @@ class Control:
     """The control values of a step, of one worker or combined over all workers.
 
     losses, weights: [micro_batches] fp64, by index.
+    metrics: [2 * metrics, micro_batches] fp64: the sums and weights of each metric; see `LossReader.values`.
     got_gradient: [params], True if any micro-batch gave the parameter a gradient.
     changed_buffers: [buffers], True if any micro-batch changed the buffer.
     bad: (micro-batch, index of the parameter) of the first gradient that is not finite.
@@ -23,6 +24,7 @@ class Control:
 
     losses: np.ndarray
     weights: np.ndarray
+    metrics: np.ndarray
     got_gradient: np.ndarray
     changed_buffers: np.ndarray
     bad: tuple[int, int] | None
@@ -35,24 +37,34 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     # One message holds everything, because each small message adds latency: first fp64 values, then flags as bytes.
     # Add 1 to the indices, so that (0, 0) means "no bad gradient".
     bad = (0, 0) if mine.bad is None else (mine.bad[0] + 1, mine.bad[1] + 1)
-    floats = np.concatenate([mine.losses, mine.weights, [float(mine.stop), float(mine.save), *bad]])
+    values = np.concatenate([mine.losses[None], mine.weights[None], mine.metrics])
+    floats = np.concatenate([values.ravel(), [float(mine.stop), float(mine.save), *bad]])
     flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
     packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), flags]))
     arrays = [other.numpy() for other in group.all_gather_small(packed, tag)]
     all_floats = np.stack([array[: floats.nbytes].view(np.float64) for array in arrays])
     flags_of_any = np.max([array[floats.nbytes :] for array in arrays], axis=0).astype(bool)
-    count, params = len(mine.losses), len(mine.got_gradient)
-    losses, weights, requests, bads = np.split(all_floats, [count, 2 * count, 2 * count + 2], axis=1)
+    params = len(mine.got_gradient)
+    all_values, requests, bads = np.split(all_floats, [values.size, values.size + 2], axis=1)
+    # Exactly one worker computed each micro-batch. The others' zeros change nothing, in any order of addition.
+    losses, weights, *metrics = all_values.sum(axis=0).reshape(values.shape)
     found = sorted((int(micro_batch) - 1, int(index) - 1) for micro_batch, index in bads if micro_batch > 0)
     stop, save = (bool(request.any()) for request in requests.T)
     return Control(
-        # Exactly one worker computed each micro-batch. The other workers contribute zeros, so the order of addition
-        # doesn't matter.
-        losses=losses.sum(axis=0),
-        weights=weights.sum(axis=0),
+        losses=losses,
+        weights=weights,
+        metrics=np.array(metrics).reshape(mine.metrics.shape),
         got_gradient=flags_of_any[:params],
         changed_buffers=flags_of_any[params:],
         bad=found[0] if found else None,
         stop=stop,
         save=save,
     )
+
+
+def added_in_order(values: np.ndarray) -> float:
+    """Return the sum from left to right. numpy's sum adds pairwise, in an order that depends on the length."""
+    total = 0.0
+    for value in values:
+        total += float(value)
+    return total

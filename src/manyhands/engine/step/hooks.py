@@ -1,4 +1,4 @@
-"""Registers autograd and module hooks, moves batches to the device, and reads the loss and its weight.
+"""Registers autograd and module hooks, and moves batches to the device.
 
 This is the only module that registers autograd and module hooks. Each hook only calls a named method.
 """
@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from manyhands.errors import ConfigError
 from manyhands.numerics.alignment import with_aligned_storage
 
 
@@ -106,20 +104,3 @@ def to_device(batch: Any, device: torch.device) -> Any:
         if isinstance(batch, UserDict):
             batch.data = to_device(batch.data, device)
     return batch
-
-
-def loss_and_weight(result: object) -> tuple[Tensor, Tensor | float]:
-    """Return loss and weight from the result of recipe.loss; the default weight is 1. Raises ConfigError."""
-    loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, 1.0)
-    is_loss = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
-    is_weight = isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.numel() == 1)
-    if not is_loss or not is_weight:
-        wrong = weight if is_loss else loss
-        got = f"a tensor of shape {tuple(wrong.shape)}" if isinstance(wrong, Tensor) else type(wrong).__name__
-        raise ConfigError(
-            "recipe.loss did not return a loss",
-            expected="a scalar tensor with a gradient, or (sum, weight)",
-            got=f"{got} as the weight" if is_loss else got,
-            hint="if the model returns an object, return only its loss, for example model(**batch).loss",
-        )
-    return loss, weight  # type: ignore[return-value]

@@ -26,6 +26,7 @@ class StepMetrics:
     weight: the sum of the micro-batches' weights.
     weighted: True if the loss function returned weights, such as numbers of tokens. If not, `weight` counts
     micro-batches.
+    metrics: the means of the loss function's named metrics; NaN for a metric whose weight is zero in this step.
     gradient_norm: the 2-norm of the gradient before clipping.
     learning_rates: the learning rate of each param group in this step.
     seconds: seconds spent in each phase (PHASES) on this worker; they add up to about step_seconds.
@@ -38,6 +39,7 @@ class StepMetrics:
     weight: float
     samples: int
     weighted: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
     gradient_norm: float
     learning_rates: tuple[float, ...]
     step_seconds: float
