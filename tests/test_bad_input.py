@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from manyhands.comm.group import Group
+from manyhands.data.order import sample_indices
 from oracle import oracle_run
 from support.threads import host_groups, run_threads, thread_groups
 
@@ -133,15 +134,28 @@ class Unknown(torch.optim.Optimizer):
     """An optimizer that Manyhands does not know."""
 
 
-class NaNLoss:
-    """A loss that is NaN in micro-batch 2 of step 1, the second one that worker 0 computes in that step."""
+class Hidden:
+    """Functions whose option is in an object, where workers don't compare it."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
 
-    def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
-        self.calls += 1
-        return loss(model, batch) * (float("nan") if self.calls == 4 else 1.0)
+    def weights(self) -> nn.Module:
+        return other_weights() if self.rank else model()
+
+    def shapes(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8 + self.rank))
+
+    def sgd(self, params: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return sgd(params, 0.1 + self.rank)
+
+
+def nan_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """NaN in micro-batch 2 of step 1."""
+    return loss(model, batch) * (float("nan") if torch.equal(batch[0], SAMPLES[FIRST_OF_MICRO_BATCH]) else 1.0)
+
+
+FIRST_OF_MICRO_BATCH = int(sample_indices(0, len(SAMPLES), range(12, 13))[0])
 
 
 ON_ALL: dict[str, tuple[Callable[[int], mh.Recipe], type[Exception], list[str]]] = {
@@ -208,12 +222,12 @@ ON_ALL: dict[str, tuple[Callable[[int], mh.Recipe], type[Exception], list[str]]]
     ),
     "model: not a model": (lambda rank: recipe(model=lambda: len), mh.ConfigError, ["did not return a model"]),
     "model: other weights": (
-        lambda rank: recipe(model=other_weights if rank else model),
+        lambda rank: recipe(model=Hidden(rank).weights),
         mh.ConfigError,
         ["workers 0 and 1 don't have the same model: they differ in 2.weight", "(worker 0)", "(worker 1)"],
     ),
     "model: other shapes": (
-        lambda rank: recipe(model=lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8 + rank))),
+        lambda rank: recipe(model=Hidden(rank).shapes),
         mh.ConfigError,
         ["don't have the same model: they differ in 1.weight", "[8, 8]", "[9, 8]"],
     ),
@@ -228,7 +242,7 @@ ON_ALL: dict[str, tuple[Callable[[int], mh.Recipe], type[Exception], list[str]]]
         ["they differ in batch.global_size", "8 (worker 0)", "16 (worker 1)"],
     ),
     "recipes: lr": (
-        lambda rank: recipe(optimizer=lambda named: sgd(named, 0.1 + rank)),
+        lambda rank: recipe(optimizer=Hidden(rank).sgd),
         mh.ConfigError,
         ["don't have the same optimizer: they differ in", "lr", "0.1 (worker 0)", "1.1 (worker 1)"],
     ),
@@ -249,7 +263,7 @@ ON_ALL: dict[str, tuple[Callable[[int], mh.Recipe], type[Exception], list[str]]]
         ["the global batch has no weight", "step 0", "a positive sum"],
     ),
     "loss: NaN": (
-        lambda rank: recipe(loss=NaNLoss() if rank == 0 else loss),
+        lambda rank: recipe(loss=nan_loss),
         mh.NumericsError,
         ["the loss of micro-batch 2 is nan", "step 1, samples 12 to 13", "no weight has been changed"],
     ),

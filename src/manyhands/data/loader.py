@@ -30,6 +30,7 @@ from manyhands.data.order import micro_batch_positions, sample_indices
 from manyhands.errors import DataError, InvariantError
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import preserved_generators, seed_generators
+from manyhands.numerics.values import plain_values
 
 _PER_PROCESS = 2
 """The number of results that each process prefetches."""
@@ -249,6 +250,19 @@ class MicroBatchLoader:
         """Load a micro-batch in this process. Raises DataError, which names the micro-batch and its samples."""
         return self._tasks.load(step, micro_batch)
 
+    def facts(self, step: int, micro_batch: int) -> dict[str, str]:
+        """Load a micro-batch twice. Return names and hashes of its samples, and of the batch that collate made of them.
+
+        It is loaded where `stream` loads, because some data sets open files when they are first used, and those files
+        must not be shared between processes. Ends a stream in progress. Raises DataError if the second time gave other
+        samples or another batch. If the data set raises, the error is among the facts.
+        """
+        if self._ahead is None:
+            return self._tasks.facts(step, micro_batch)
+        (loaded,) = self._unpacked(self._ahead.stream([(step, micro_batch, "facts")]), self._ahead)
+        facts: dict[str, str] = loaded.batch
+        return facts
+
     def stream(self, tasks: Iterable[tuple[int, int]]) -> Iterator[LoadedBatch]:
         """Iterate over the micro-batches of `tasks`, in order. Each task is a pair (step, micro-batch).
 
@@ -290,6 +304,40 @@ class _Tasks(Dataset[Any]):
 
     def load(self, step: int, micro_batch: int) -> Any:
         """Return the batch of this task. Raises DataError."""
+        return self._load(step, micro_batch, lambda indices, items: None)
+
+    def facts(self, step: int, micro_batch: int) -> dict[str, str]:
+        """See `MicroBatchLoader.facts`."""
+        first, second = self._facts(step, micro_batch), self._facts(step, micro_batch)
+        for name in [*first, *second]:
+            once, again = first.get(name, "nothing"), second.get(name, "nothing")
+            if once != again:
+                raise DataError(
+                    "a micro-batch was not the same when it was loaded again",
+                    where=f"{name}; step {step}, micro-batch {micro_batch}",
+                    expected=once,
+                    got=again,
+                    hint="let a sample depend on its index alone, and on random numbers of the global generators of"
+                    " torch, numpy and Python, which are seeded for every micro-batch; don't use a generator that the"
+                    " data set owns, a counter, the time, or memory without a value (torch.empty)",
+                )
+        return first
+
+    def _facts(self, step: int, micro_batch: int) -> dict[str, str]:
+        facts: dict[str, str] = {}
+
+        def add_samples(indices: list[int], items: list[Any]) -> None:
+            for index, item in zip(indices, items, strict=False):
+                facts.update(plain_values(f"recipe.data[{index}]", item))
+
+        try:
+            batch = self._load(step, micro_batch, add_samples)
+        except DataError as error:  # the worker that needs this micro-batch reports the error
+            return {"recipe.data": str(error.what)}
+        return facts | plain_values("the batch that collate returned", batch)
+
+    def _load(self, step: int, micro_batch: int, look_at: Callable[[list[int], list[Any]], None]) -> Any:
+        """Load a micro-batch, and call `look_at(indices, samples)` before the samples are collated."""
         positions = micro_batch_positions(step, micro_batch, self._batch)
         indices: list[int] = sample_indices(self._seed, self._size, positions).tolist()
         doing = "seeding"
@@ -304,6 +352,7 @@ class _Tasks(Dataset[Any]):
                     for index in indices:
                         doing = f"recipe.data[{index}]"
                         items.append(self._data[index])
+                look_at(indices, items)
                 doing = "recipe.collate" if self._collate is not default_collate else "torch's default_collate"
                 return self._collate(items)
             except Exception as error:
@@ -313,16 +362,18 @@ class _Tasks(Dataset[Any]):
                     hint=f"to reproduce the error, call {doing} yourself; the traceback is above or below this message",
                 ) from error
 
-    def __getitem__(self, task: tuple[int, int]) -> bytes:
+    def __getitem__(self, task: tuple[Any, ...]) -> bytes:
         """Load a micro-batch in a loader process and return the pickled LoadedBatch or _Failure.
 
+        task: (step, micro-batch), or (step, micro-batch, "facts") for its facts instead of the batch.
         This method never raises, because torch would pass on only the text of an error. It pickles the result itself,
         because torch's queue would only print an error of pickling and drop the batch, and the reader would wait
         forever.
         """
-        step, micro_batch = task
+        step, micro_batch, *asks_facts = task
         try:
-            return _packed(LoadedBatch(step, micro_batch, self.load(step, micro_batch)))
+            load = self.facts if asks_facts else self.load
+            return _packed(LoadedBatch(step, micro_batch, load(step, micro_batch)))
         except DataError as error:
             return _packed(_failure(error))
         except Exception as error:

@@ -5,18 +5,23 @@ A fact is a name and a value. Both are strings.
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import types
 from collections.abc import Collection, Container, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manyhands.comm.group import Group
 from manyhands.config import Recipe
 from manyhands.errors import ConfigError
 from manyhands.models.building import evict_model
-from manyhands.numerics.digest import fingerprint
+from manyhands.numerics.digest import digest_of, fingerprint, tensor_hashes, words_of
+from manyhands.numerics.values import no_attributes, plain_values
 from manyhands.offload.allocator import Allocator
 from manyhands.optim.sliced import SlicedOptimizer
 
@@ -47,7 +52,7 @@ def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> No
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe's settings that decide the bits. Functions and data can't be compared, except for len(data)."""
+    """Return the recipe's settings that decide the bits. The only fact about functions and data is len(data)."""
     facts = {
         f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")
     }
@@ -57,6 +62,82 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
     for name in names:
         facts[name] = str(getattr(recipe, name))
     return facts | {"len(data)": str(len(recipe.data))}
+
+
+def function_facts(recipe: Recipe) -> dict[str, str]:
+    """Return the names of the recipe's functions, and the options that the functions hold.
+
+    Options are numbers, text, tensors and containers of them: in arguments of functools.partial, in defaults, in
+    variables that a nested function uses, and in the attributes of a callable object. Global variables are left out. So
+    is text with a slash, because paths may differ between hosts.
+    """
+    facts: dict[str, str] = {}
+    for name in ("model", "loss", "optimizer", "schedule", "collate", "sample"):
+        if getattr(recipe, name) is not None:
+            _add_function(facts, name, getattr(recipe, name), set())
+    return facts
+
+
+def _add_function(facts: dict[str, str], name: str, function: Any, seen: set[int]) -> None:
+    """Add the facts of a function, and of the functions that it holds. seen: the ids of the functions already added."""
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    if hasattr(function, "__qualname__"):
+        facts[name] = f"{function.__module__}.{function.__qualname__}"
+    elif not isinstance(function, functools.partial):
+        facts[name] = f"an object of type {type(function).__module__}.{type(function).__qualname__}"
+    for option, value in _held_by(function).items():
+        inner = f"{name}, {option}"
+        if isinstance(value, (types.FunctionType, types.MethodType, functools.partial, type)):
+            _add_function(facts, inner, value, seen)
+        else:
+            found = plain_values(inner, value, no_attributes)
+            facts |= {key: text for key, text in found.items() if not (text[:1] in "'\"" and os.sep in text)}
+
+
+def _held_by(function: Any) -> dict[str, Any]:
+    """Return what a function holds by name: arguments, defaults, variables of the function around it, attributes."""
+    if isinstance(function, functools.partial):
+        arguments = {f"argument {index}": value for index, value in enumerate(function.args)}
+        return {"the function": function.func} | arguments | function.keywords
+    if isinstance(function, types.FunctionType):
+        code, defaults = function.__code__, function.__defaults__ or ()
+        names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+        cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+        held = {variable: cell.cell_contents for variable, cell in cells if _has_value(cell)}
+        return dict(zip(names, defaults, strict=True)) | (function.__kwdefaults__ or {}) | held
+    if isinstance(function, (type, types.MethodType)):  # a method's object may hold anything: loggers, a whole program
+        return {}
+    return dict(getattr(function, "__dict__", {}))
+
+
+def _has_value(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def agree_on_functions(recipe: Recipe, group: Group) -> None:
+    """Check that the recipe's functions have the same options on all workers. Collective. Raises ConfigError."""
+    agree(
+        group,
+        "recipe",
+        function_facts(recipe),
+        hint="compute the options of the recipe's functions from the recipe alone, not from the rank, the time or an"
+        " unseeded random generator; if a function acts on one worker only, let it read the rank when it is called",
+    )
+
+
+def buffer_facts(buffers: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return fingerprints of a model's buffers, and of small frozen parameters that are managed like buffers."""
+    return {
+        f"buffer {name}": f"{value.dtype}, shape {tuple(value.shape)}, "
+        + digest_of([(name, words_of(value))], tensor_hashes(value))[:16]
+        for name, value in buffers.items()
+    }
 
 
 def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:

@@ -18,7 +18,9 @@ from manyhands.comm.local import LocalGroup
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.agreement import (
     agree,
+    agree_on_functions,
     agree_on_model,
+    buffer_facts,
     frozen_facts,
     optimizer_facts,
     recipe_facts,
@@ -30,9 +32,11 @@ from manyhands.engine.step.buffers import Buffers, names_in_order
 from manyhands.engine.step.call_seeds import CallSeeds
 from manyhands.engine.step.control import Control, added_in_order, all_gather_control
 from manyhands.engine.step.hooks import Removable, around_forward, on_gradients, to_device
-from manyhands.engine.step.loss import LossReader, LossResult, refuse_weights, weight_error
+from manyhands.engine.step.loss import LossReader, LossResult
 from manyhands.engine.step.metrics import PhaseClock, StepMetrics
 from manyhands.engine.step.reduce import GradientReducer
+from manyhands.engine.step.refusals import not_finite, refuse_weights
+from manyhands.engine.step.settings import Settings
 from manyhands.engine.units.unit import ParamUnit
 from manyhands.engine.units.unit_plan import called_units, repeated_children
 from manyhands.engine.units.unsharding import Unsharder
@@ -57,6 +61,16 @@ _HINT_SAME_MACHINES = "use the same version of torch and the same kind of CPU (a
 
 _HINT_SAME_RECIPE = "start all workers with the same program, the same recipe and the same data"
 
+_HINT_SAME_BUFFERS = (
+    "build the same model on every worker: don't use the rank, the time, an unseeded random generator, or memory"
+    " without a value (torch.empty)"
+)
+
+_HINT_SAME_DATA = (
+    "give every worker all of the data, which Manyhands divides itself. Don't divide the data by rank, and don't use"
+    " the time, a generator without a seed, or files that differ between hosts"
+)
+
 
 class StepEngine:
     """A recipe's model on this worker, and the training steps on it. The constructor is collective.
@@ -67,6 +81,7 @@ class StepEngine:
     identity: the run's numerics identity.
     trained: the (name, numel) of each trainable parameter, in the order of the block numbers.
     digest_names: the name and 32-bit words (see `words_of`) of each tensor that the digest covers, in order.
+    data_facts: names and hashes of some of the data, which are compared before the first step.
     pending: names of the parameters whose values have yet to be loaded from the recipe's files. After loading, the
     fingerprints of the frozen ones are added to `frozen_facts`.
     Raises the same ConfigError on all workers.
@@ -79,6 +94,7 @@ class StepEngine:
         fix_arithmetic(recipe)
         recipe.batch.check_workers(group.size)
         agree(group, "recipe", recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
+        agree_on_functions(recipe, group)
         settings = {"sharding": strategy.sharding, "offload": strategy.offload, "units": str(strategy.units)}
         agree(group, "strategy", settings, hint=_HINT_SAME_RECIPE)
         scratch = Path(strategy.scratch or tempfile.gettempdir())
@@ -128,6 +144,7 @@ class StepEngine:
         self._optimizer_facts |= schedule_facts(self.schedules)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches)
+        self._settings = Settings(self._params, self.optimizer, self.buffers)
         self.trained = slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
         self.digest_names = self._tensors_in_digest()
         self._param_guard = ParamGuard(self.model, self.buffers.frozen, (*self.units, *self.frozen_units))
@@ -161,6 +178,8 @@ class StepEngine:
         self.last_hashes: np.ndarray | None = None
         # A signal or a timer may set these on any one worker. The next step's control values set them on all workers.
         self.stop_requested = self.save_requested = False
+        self.data_facts: dict[str, str] = {}
+        self._has_begun = False
         self._failed: BaseException | None = None
         self._evaluating = False
 
@@ -240,6 +259,9 @@ class StepEngine:
         # The mode must not depend on the caller's code between steps, which may leave the model in evaluation mode.
         self.model.train()
         self.buffers.begin_step()
+        self._settings.begin_step()
+        if not self._has_begun:
+            self._agree_on_start()
         self._reducer.begin_step(step)
         results = {}
         for index, this in enumerate(self._reducer.rounds):
@@ -265,10 +287,7 @@ class StepEngine:
             self._loss_reader.agree(self.group)
             control = all_gather_control(self._my_control(results), self.group, f"{tag} / control")
             self._reducer.await_pieces()
-        # State changes from here on, so this is the last point at which a step can be refused.
-        form = self._loss_reader.form
-        refuse_weights(control, form, fractional=self.recipe.fractional_weights, where=tag)
-        self._refuse_not_finite(control, tag)
+        self._refuse(control, step)
         weight = added_in_order(control.weights)
         with self._clock.phase("update"):
             learning_rates = self.optimizer.learning_rates  # before schedules change them for the next step
@@ -290,6 +309,12 @@ class StepEngine:
             bytes_moved=self._clock.bytes_moved,
             digest=digest_text,
         )
+
+    def _agree_on_start(self) -> None:
+        """Check, before the first step, that all workers have the same buffers and data. Collective."""
+        agree(self.group, "model", buffer_facts(self.buffers.named()), hint=_HINT_SAME_BUFFERS)
+        agree(self.group, "data", self.data_facts, hint=_HINT_SAME_DATA)
+        self._has_begun = True
 
     def _publish_status(self, activity: str, micro_batch: int | None = None) -> None:
         """Publish the current activity for peers and for the launcher."""
@@ -334,34 +359,17 @@ class StepEngine:
             got_gradient=np.array([name not in self._reducer.without_gradient for name in self._param_names]),
             changed_buffers=np.array(self.buffers.changed(), dtype=bool),
             bad=None if bad is None else (bad[0], self._param_names.index(bad[1])),
+            settings=(self._settings.hash,),
             stop=self.stop_requested,
             save=self.save_requested,
         )
 
-    def _refuse_not_finite(self, control: Control, tag: str) -> None:
-        """Raise NumericsError if a loss or gradient is not finite, or the total weight is not finite and positive.
-
-        `control` is the same on all workers, so all of them raise. They raise before any state has changed.
-        """
-        bad_losses = np.flatnonzero(~np.isfinite(control.losses))
-        error: NumericsError | None = None
-        # A bad loss causes bad gradients, so the loss is reported unless an earlier micro-batch has a bad gradient.
-        if control.bad is not None and not (len(bad_losses) and bad_losses[0] <= control.bad[0]):
-            loss = control.losses[control.bad[0]]
-            error = NumericsError(
-                f"the gradient of {self._param_names[control.bad[1]]!r} is not finite in micro-batch {control.bad[0]}",
-                where=f"{tag}, {self.recipe.batch.samples_of(self.step_index, control.bad[0])}; the loss is {loss:g}",
-                hint="lower the learning rate, set clip_norm, or inspect those samples; no weight has been changed",
-            )
-        elif len(bad_losses):
-            error = NumericsError(
-                f"the loss of micro-batch {bad_losses[0]} is {control.losses[bad_losses[0]]:g}",
-                where=f"{tag}, {self.recipe.batch.samples_of(self.step_index, int(bad_losses[0]))}",
-                hint="inspect those samples, or lower the learning rate; no weight has been changed"
-                + self._unsharder.not_finite_hint,
-            )
-        else:
-            error = weight_error(control, tag)
+    def _refuse(self, control: Control, step: int) -> None:
+        """Refuse a step with wrong control values: all workers raise the same error. State changes only after this."""
+        self._settings.compare(control.settings, self.group)
+        form = self._loss_reader.form
+        refuse_weights(control, form, fractional=self.recipe.fractional_weights, tag=f"step {step}")
+        error = not_finite(control, self._param_names, self.recipe.batch, step, self._unsharder.not_finite_hint)
         if error is not None:
             # All workers discard the step and leave no collective call unmatched, so the engine stays usable.
             self._reducer.discard()

@@ -95,6 +95,12 @@ class Engine(StepEngine):
     def _stream(self, first: int, steps: int | None) -> Iterator[LoadedBatch]:
         if self._loader is None:
             raise InvariantError("the engine was closed", hint="create a new engine, and load a checkpoint to continue")
+        if not self.data_facts:
+            try:
+                self.data_facts = self._loader.facts(first, 0)
+            except BaseException as error:
+                self.group.fail(error)
+                raise
         numbers = count(first) if steps is None else range(first, steps)
         return self._loader.stream((step, micro_batch) for step in numbers for micro_batch in self.my_micro_batches)
 

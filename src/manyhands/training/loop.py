@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from manyhands.comm.group import Group
 from manyhands.config import Every, Recipe, Strategy, every
-from manyhands.engine.agreement import all_gather_json
+from manyhands.engine.agreement import agree, all_gather_json
 from manyhands.errors import ConfigError, Interrupted
 from manyhands.listeners.summary import Summary, failures_among, figures
 from manyhands.numerics.counters import derive
@@ -72,6 +73,17 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         signals = stop or stack.enter_context(StopSignals())
         strategy = _with_scratch(strategy or Strategy(), run_dir)
         engine = stack.enter_context(Engine(recipe, strategy, resumes=will_resume(run_dir, checkpoint_dir)))
+        _agree_on_arguments(
+            engine.group,
+            run_dir=run_dir,
+            checkpoint_dir=checkpoint_dir,
+            steps=steps,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+            keep_every=keep_every,
+            digest_every=digest_every,
+            accept_new_numerics=accept_new_numerics,
+        )
         record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, stack)
         record.resume(accept_new_numerics)
         record.show(steps, show)
@@ -92,6 +104,17 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             saver.after_step(metrics.digest, last=step + 1 == steps)
         saver.finish()
         return _summary(engine, record, memory.peak_bytes, time.monotonic() - started)
+
+
+def _agree_on_arguments(group: Group, **arguments: Any) -> None:
+    """Check that all workers passed the same arguments to `train`. Collective. Raises ConfigError."""
+    agree(
+        group,
+        "arguments of train()",
+        {name: "None" if value is None else repr(str(value)) for name, value in arguments.items()},
+        hint="pass the same arguments on all workers. A run_dir with the time in its name, for example, would differ"
+        " between workers: make the name once, before the workers start",
+    )
 
 
 def _with_scratch(strategy: Strategy, run_dir: str | Path | None) -> Strategy:

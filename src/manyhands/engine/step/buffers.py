@@ -50,6 +50,7 @@ class Buffers:
         self._micro_batches = micro_batches
         self._tensors: dict[str, Tensor] = {}  # the model's own tensor objects; other objects may refer to them
         self._start: dict[str, Tensor] = {}  # copies of the values before the step
+        self._changed_between_steps: set[str] = set()
         self._after: dict[str, dict[int, Tensor]] = {}  # changed values, by name and micro-batch
 
     def _current(self, name: str) -> Tensor:
@@ -85,8 +86,14 @@ class Buffers:
         for name in self.names:
             current = self._tensors[name] = self._current(name)
             if name not in self._start or not _same_bits(self._start[name], current):
+                if name in self._start:
+                    self._changed_between_steps.add(name)
                 self._start[name] = current.detach().clone()
         self._after = {}
+
+    def changed_between_steps(self) -> dict[str, Tensor]:
+        """Return the buffers that other code has changed since the end of the last step, by name."""
+        return {name: self._tensors[name].detach() for name in sorted(self._changed_between_steps)}
 
     def end_micro_batch(self, micro_batch: int) -> None:
         """Copy the values that this micro-batch changed, and restore those from before the step.
@@ -144,6 +151,7 @@ class Buffers:
         changed: for each of `names`, True if any worker changed it; the same on all workers.
         mine: the indices of this worker's micro-batches.
         """
+        self._changed_between_steps.clear()
         names = [name for name, is_changed in zip(self.names, changed, strict=True) if is_changed]
         for name in names:
             start = self._start[name]
@@ -164,7 +172,8 @@ class Buffers:
                 for micro_batch in range(1, self._micro_batches):
                     result = result + all_values[owner[micro_batch]][micro_batch]
                 result = result / self._micro_batches
-            self._put(name, result.to(start))
+            self._start[name] = result.to(start)
+            self._put(name, self._start[name])
 
 
 def names_in_order(model: nn.Module) -> list[str]:

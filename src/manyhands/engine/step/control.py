@@ -19,6 +19,7 @@ class Control:
     got_gradient: [params], True if any micro-batch gave the parameter a gradient.
     changed_buffers: [buffers], True if any micro-batch changed the buffer.
     bad: (micro-batch, index of the parameter) of the first gradient that is not finite.
+    settings: the hashes of the settings (see `Settings`) of the workers, by rank; of one worker, only its own.
     stop, save: True if any worker requests to stop or to save after the step.
     """
 
@@ -28,6 +29,7 @@ class Control:
     got_gradient: np.ndarray
     changed_buffers: np.ndarray
     bad: tuple[int, int] | None
+    settings: tuple[int, ...]
     stop: bool
     save: bool
 
@@ -40,10 +42,13 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     values = np.concatenate([mine.losses[None], mine.weights[None], mine.metrics])
     floats = np.concatenate([values.ravel(), [float(mine.stop), float(mine.save), *bad]])
     flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
-    packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), flags]))
+    settings = np.array(mine.settings, dtype=np.int64)
+    packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), settings.view(np.uint8), flags]))
     arrays = [other.numpy() for other in group.all_gather_small(packed, tag)]
     all_floats = np.stack([array[: floats.nbytes].view(np.float64) for array in arrays])
-    flags_of_any = np.max([array[floats.nbytes :] for array in arrays], axis=0).astype(bool)
+    end = floats.nbytes + settings.nbytes
+    hashes = [int(array[floats.nbytes : end].view(np.int64)[0]) for array in arrays]
+    flags_of_any = np.max([array[end:] for array in arrays], axis=0).astype(bool)
     params = len(mine.got_gradient)
     all_values, requests, bads = np.split(all_floats, [values.size, values.size + 2], axis=1)
     # Exactly one worker computed each micro-batch. The others' zeros change nothing, in any order of addition.
@@ -57,6 +62,7 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
         got_gradient=flags_of_any[:params],
         changed_buffers=flags_of_any[params:],
         bad=found[0] if found else None,
+        settings=tuple(hashes),
         stop=stop,
         save=save,
     )

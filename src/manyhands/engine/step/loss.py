@@ -18,13 +18,11 @@ from torch import Tensor
 from manyhands.comm.group import Group
 from manyhands.engine.agreement import agree
 from manyhands.engine.step.control import Control, added_in_order
-from manyhands.errors import ConfigError, NumericsError
+from manyhands.errors import ConfigError
 
 Number = Tensor | float
 
 _EXPECTED = "a scalar tensor with a gradient, or (sum, weight), or (either of these, {name: (sum, weight)})"
-
-_A_COUNT = "the number of samples or tokens that the sum was taken over"
 
 _ROUNDED_ABOVE = {"torch.bfloat16": 256, "torch.float16": 2048}
 """Types that can't hold every whole number above this one."""
@@ -187,59 +185,4 @@ def _hint(result: object) -> str:
     return (
         "return only its loss if the model returns more than that, for example model(**batch).loss;"
         ' return other figures as metrics: (loss, {"accuracy": (correct, count)})'
-    )
-
-
-def refuse_weights(control: Control, form: LossForm, *, fractional: bool, where: str) -> None:
-    """Raise ConfigError if a weight is negative, or is fractional and `fractional` is False.
-
-    `control` is the same on all workers, so all of them raise.
-    """
-    for micro_batch, (loss, weight) in enumerate(zip(control.losses, control.weights, strict=True)):
-        if weight < 0:
-            raise ConfigError(
-                f"the weight of micro-batch {micro_batch} is negative: {weight:g}",
-                where=where,
-                expected=_A_COUNT,
-                hint=_readings(loss, weight),
-            )
-        if form.weighted and math.isfinite(weight) and not weight.is_integer() and not fractional:
-            raise ConfigError(
-                f"the weight of micro-batch {micro_batch} is not a whole number: {weight:g}",
-                where=where,
-                expected=f"(sum, weight), where the weight is {_A_COUNT}",
-                got=f"({loss:g}, {weight:g})",
-                hint=_readings(loss, weight),
-            )
-
-
-def _readings(loss: float, weight: float) -> str:
-    mean = f" (a mean of {loss / weight:g})" if weight else ""
-    return (
-        f"the pair is read as a sum of {loss:g} over {weight:g} samples or tokens{mean}, and the step divides its"
-        " gradient by the total weight. To report another figure, return it as a metric:"
-        ' (loss, {"accuracy": (correct, count)}). If the weights are meant to be fractions, set'
-        " fractional_weights = true in the recipe"
-    )
-
-
-def weight_error(control: Control, tag: str) -> NumericsError | None:
-    """Return the error for weights that aren't finite, or that are all zero; None if there is none."""
-    bad = np.flatnonzero(~np.isfinite(control.weights))
-    if len(bad):
-        return NumericsError(
-            f"the weight of micro-batch {bad[0]} is {control.weights[bad[0]]:g}",
-            where=tag,
-            expected=_A_COUNT,
-            hint=_readings(control.losses[bad[0]], control.weights[bad[0]]),
-        )
-    weight = added_in_order(control.weights)
-    if weight > 0:
-        return None
-    return NumericsError(
-        "the global batch has no weight",
-        where=tag,
-        expected="a positive sum of the loss function's weights",
-        got=weight,
-        hint=_readings(added_in_order(control.losses), weight),
     )

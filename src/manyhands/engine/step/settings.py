@@ -1,0 +1,74 @@
+"""Settings that code outside of the engine may change between steps. All workers must have the same.
+
+Their hash travels with a step's control values, so comparing them costs no message. Only if the hashes differ do the
+workers exchange the settings, to name the one that differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from manyhands.comm.group import Group
+from manyhands.engine.agreement import agree, buffer_facts
+from manyhands.engine.step.buffers import Buffers
+from manyhands.errors import InvariantError
+from manyhands.optim.sliced import SlicedOptimizer
+
+_HINT = (
+    "make the same changes between steps on all workers, never under `if rank == 0`. A time, or a loss that one worker"
+    " measured, differs between workers: decide by the figures of the step, which are the same on all of them"
+)
+
+
+class Settings:
+    """The settings at the start of a step.
+
+    They are the optimizers' param groups, which parameters are frozen, buffers that were changed since the last step,
+    and torch's global modes.
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter], optimizer: SlicedOptimizer, buffers: Buffers) -> None:
+        self._params, self._optimizer, self._buffers = params, optimizer, buffers
+        self._groups: list[dict[str, Any]] = []
+        self._trained: list[bool] = []
+        self._changed: dict[str, str] = {}
+        self._modes: dict[str, str] = {}
+
+    def begin_step(self) -> None:
+        """Read the settings, after `Buffers.begin_step`."""
+        self._groups = self._optimizer.hyperparameters()
+        self._trained = [param.requires_grad for param in self._params.values()]
+        self._changed = buffer_facts(self._buffers.changed_between_steps())
+        self._modes = {
+            "torch.get_default_dtype()": str(torch.get_default_dtype()),
+            "torch.is_autocast_enabled()": str(torch.is_autocast_enabled()),
+            "torch.is_grad_enabled()": str(torch.is_grad_enabled()),
+        }
+
+    @property
+    def hash(self) -> int:
+        """64 bits, which are the same on all workers that have the same settings."""
+        text = repr((self._groups, bytes(self._trained), self._changed, self._modes))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+    def compare(self, hashes: Sequence[int], group: Group) -> None:
+        """Check that all workers have the same settings. hashes: by rank. Collective if they differ.
+
+        Raises the same ConfigError on all workers, which names the setting.
+        """
+        if len(set(hashes)) == 1:
+            return
+        facts = {
+            f"optimizer group {index}.{key}": repr(value)
+            for index, hyper in enumerate(self._groups)
+            for key, value in hyper.items()
+        }
+        trained = zip(self._params, self._trained, strict=True)
+        facts |= {f"{name}.requires_grad": str(is_trained) for name, is_trained in trained}
+        agree(group, "settings", facts | self._changed | self._modes, hint=_HINT)
+        raise InvariantError("workers have the same settings, but not the same hash of them")
