@@ -224,8 +224,8 @@ def add_as_tree(values: list[Tensor]) -> Tensor:
 
 
 def mean_in_order(values: list[Tensor], before: Tensor) -> Tensor:
-    """Set changed buffers to the mean over the micro-batches; integers to the first value."""
-    if not before.is_floating_point() or all(torch.equal(value, before) for value in values):
+    """Set changed buffers to the mean over the micro-batches; integers, and equal values, to the first value."""
+    if not before.is_floating_point() or all(torch.equal(value, values[0]) for value in values):
         return values[0]
     return add_in_order(values) / len(values)
 

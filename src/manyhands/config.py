@@ -34,6 +34,8 @@ OFFLOADS = ("none", "cpu", "disk")
 
 OPTIMIZER_KINDS = ("elementwise", "per-parameter")
 
+BUFFER_RULES = ("mean", "last", "refuse")
+
 TRANSPORTS = ("auto", "shared-memory", "distributed", "hierarchical")
 
 
@@ -198,6 +200,12 @@ class Recipe:
         help="Allow weights of the loss function that are not whole numbers. By default they are refused, because "
         "`return loss, accuracy` would be taken for (sum, weight).",
     )
+    buffers: Mapping[str, str] = option(
+        default_factory=dict,
+        help="Patterns of buffers' names, and what becomes of a buffer that forward changes: mean (over the step's "
+        "micro-batches), last (its value after the last micro-batch) or refuse. The first pattern that matches "
+        "decides. By default it is the mean, with a warning if it may not be meaningful.",
+    )
     clip_norm: float | None = option(
         default=None,
         at_least=0.0,
@@ -256,6 +264,13 @@ class Recipe:
                 got=repr(self.weights),
             )
         check_options(self)
+        for pattern, rule in self.buffers.items():
+            if rule not in BUFFER_RULES:
+                raise ConfigError(
+                    f"recipe.buffers has an unknown rule for {pattern!r}",
+                    expected=f"one of {', '.join(BUFFER_RULES)}",
+                    got=repr(rule),
+                )
         for field in ("compile", "fractional_weights"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(

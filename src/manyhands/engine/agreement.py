@@ -59,6 +59,8 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
     names = ["precision", "clip_norm", "seed", "threads_per_worker", "device"]
     if recipe.compile:  # only if it is set, because checkpoints from before this option existed lack the fact
         names.append("compile")
+    if recipe.buffers:
+        names.append("buffers")
     for name in names:
         facts[name] = str(getattr(recipe, name))
     return facts | {"len(data)": str(len(recipe.data))}

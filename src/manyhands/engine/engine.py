@@ -143,7 +143,7 @@ class StepEngine:
         self.schedules = tuple(map(recipe.schedule, self.optimizer.fronts)) if recipe.schedule is not None else ()
         self._optimizer_facts |= schedule_facts(self.schedules)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
-        self.buffers = Buffers(self.model, recipe.batch.micro_batches)
+        self.buffers = Buffers(self.model, recipe.batch.micro_batches, recipe.buffers, reports=group.rank == 0)
         self._settings = Settings(self._params, self.optimizer, self.buffers)
         self.trained = slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
         self.digest_names = self._tensors_in_digest()
@@ -367,6 +367,7 @@ class StepEngine:
     def _refuse(self, control: Control, step: int) -> None:
         """Refuse a step with wrong control values: all workers raise the same error. State changes only after this."""
         self._settings.compare(control.settings, self.group)
+        self.buffers.refuse_changes(list(control.changed_buffers))
         form = self._loss_reader.form
         refuse_weights(control, form, fractional=self.recipe.fractional_weights, tag=f"step {step}")
         error = not_finite(control, self._param_names, self.recipe.batch, step, self._unsharder.not_finite_hint)

@@ -98,6 +98,8 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
                     watched.enter_context(memory)
                 engine.stop_requested, engine.save_requested = signals.requested, saver.is_due
                 metrics = engine.step(batch, digest=digest_due)
+            if step == first and (changed := engine.buffers.report()) is not None:
+                record.report(changed)
             record.add(metrics)
             if engine.stop_requested:
                 raise _interrupted(engine, record, saver)

@@ -1,27 +1,46 @@
 """The model's buffers (such as running statistics) during a step.
 
 Each micro-batch starts from the values that the buffers had before the step, so it doesn't matter which worker computes
-it. If any micro-batch changed a buffer, the step sets the buffer to the mean of its values after each micro-batch. The
-values are added in index order. An integer buffer is set to its value after the first micro-batch.
+it. What a buffer becomes if any micro-batch changed it is decided by `Recipe.buffers`:
+
+- mean: the mean of its values after each micro-batch, added in index order. Integers have no mean, so an integer buffer
+  must have the same value after each micro-batch.
+- last: its value after the step's last micro-batch.
+- refuse: an error.
+
+The default is the mean. It is meaningful for batch norm's statistics, and exact for values that are equal after all
+micro-batches. For other buffers it may not be, so each of them is reported once.
 
 Small frozen parameters are managed in the same way: Keras, for example, stores running statistics in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from manyhands.comm.group import Group
 from manyhands.errors import ConfigError
+from manyhands.options import hint_nearest
 
 SMALL_BUFFER_NUMEL = 1 << 16
 """A frozen parameter with up to this many elements may change, and is compared after every micro-batch."""
 
 _HINT = "register all buffers in recipe.model, with their final shapes; a mere cache can be a plain attribute"
+
+_ADVICE = "Decide what it becomes after a step"
+
+_SHOWN = 4
+"""A report names this many buffers of a kind."""
+
+_RUNNING = re.compile(r"(running|moving)_(mean|var|variance)|num_batches_tracked")
+"""The names of batch norm's buffers in torch, timm and Keras. Their mean over micro-batches is meaningful."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -37,9 +56,12 @@ class Buffers:
     frozen: the small frozen parameters by name.
     names: the names of the buffers in the model's order, then those of `frozen`.
     persistent: the names of the buffers that the model's state_dict has.
+    rules: see `Recipe.buffers`. Raises ConfigError if a pattern matches no buffer.
+    reports: this worker warns of buffers for which a mean may not be meaningful.
+    results: how each buffer that forward has changed so far got its value, in words, by name.
     """
 
-    def __init__(self, model: nn.Module, micro_batches: int) -> None:
+    def __init__(self, model: nn.Module, micro_batches: int, rules: Mapping[str, str], *, reports: bool) -> None:
         self._model = model
         self.frozen = {name: param for name, param in model.named_parameters() if may_change(param)}
         self._owners = {name: _owner(model, name) for name, _ in model.named_buffers()}
@@ -48,6 +70,16 @@ class Buffers:
             name for name, (owner, key) in self._owners.items() if key not in owner._non_persistent_buffers_set
         ]
         self._micro_batches = micro_batches
+        self._rules = {name: _rule_of(name, rules) for name in self.names}
+        for pattern in rules:
+            if not any(fnmatchcase(name, pattern) for name in self.names):
+                raise ConfigError(
+                    f"recipe.buffers: {pattern!r} matches no buffer of the model",
+                    expected=f"a pattern for names like {', '.join(self.names[:3])}" if self.names else None,
+                    hint=hint_nearest(pattern.strip("*."), self.names),
+                )
+        self.results: dict[str, str] = {}
+        self._reports = reports
         self._tensors: dict[str, Tensor] = {}  # the model's own tensor objects; other objects may refer to them
         self._start: dict[str, Tensor] = {}  # copies of the values before the step
         self._changed_between_steps: set[str] = set()
@@ -67,7 +99,7 @@ class Buffers:
         """Return all current tensors by name. The caller may read and write them."""
         return {name: self._current(name).detach() for name in self.names}
 
-    def _refuse_changes(self) -> None:
+    def _refuse_other_buffers(self) -> None:
         """Raise ConfigError if buffers were added, or have a different shape or dtype than at the step's start."""
         for name, buffer in self._model.named_buffers():
             if name not in self._owners:
@@ -101,7 +133,7 @@ class Buffers:
         Raises ConfigError if a buffer was added or removed, or has a new shape or dtype, because peers don't know about
         it.
         """
-        self._refuse_changes()
+        self._refuse_other_buffers()
         for name in self.names:
             current = self._current(name)
             # Compare values, because batch norm's updates of its statistics don't increase torch's `_version`.
@@ -137,7 +169,7 @@ class Buffers:
         self.begin_step()
         try:
             yield
-            self._refuse_changes()
+            self._refuse_other_buffers()
         finally:
             self.abort()
 
@@ -154,26 +186,78 @@ class Buffers:
         self._changed_between_steps.clear()
         names = [name for name, is_changed in zip(self.names, changed, strict=True) if is_changed]
         for name in names:
-            start = self._start[name]
-            values = start.new_zeros((self._micro_batches, *start.shape))
-            for micro_batch in mine:
-                values[micro_batch] = self._after.get(name, {}).get(micro_batch, start)
-            computed = torch.zeros(self._micro_batches, dtype=torch.uint8)
-            computed[mine] = 1
-            computed_by = group.all_gather_small(computed, tag)
+            start, is_last = self._start[name], self._rules[name] == "last"
+            wanted = [self._micro_batches - 1] if is_last else list(range(self._micro_batches))
+            values = start.new_zeros((len(wanted), *start.shape))
+            computed = torch.zeros(len(wanted), dtype=torch.uint8)
+            for index, micro_batch in enumerate(wanted):
+                if micro_batch in mine:
+                    values[index] = self._after.get(name, {}).get(micro_batch, start)
+                    computed[index] = 1
+            computed_by = torch.stack(group.all_gather_small(computed, tag))
             all_values = group.all_gather_small(values.cpu(), tag)
-            owner = [
-                next(rank for rank in range(group.size) if computed_by[rank][index])
-                for index in range(self._micro_batches)
-            ]
-            # Add in index order, whichever workers computed the micro-batches: addition isn't associative.
-            result = all_values[owner[0]][0]
-            if start.is_floating_point() or start.is_complex():
-                for micro_batch in range(1, self._micro_batches):
-                    result = result + all_values[owner[micro_batch]][micro_batch]
-                result = result / self._micro_batches
-            self._start[name] = result.to(start)
+            owners = computed_by.argmax(0).tolist()
+            self._start[name] = self._result(name, [all_values[rank][i] for i, rank in enumerate(owners)]).to(start)
             self._put(name, self._start[name])
+
+    def _result(self, name: str, values: list[Tensor]) -> Tensor:
+        """Return the step's result from the buffer's values after the micro-batches that count, in index order."""
+        agree = all(_same_bits(value, values[0]) for value in values)
+        has_mean = values[0].is_floating_point() or values[0].is_complex()
+        if self._rules[name] == "last":
+            self.results[name] = "last micro-batch"
+        elif agree:
+            self.results.setdefault(name, "equal after all micro-batches")
+        elif not has_mean:
+            raise ConfigError(
+                f"buffer {name!r} has integers that differ between the micro-batches of a step",
+                expected="the same value after each micro-batch, or a rule",
+                hint=f"{_ADVICE}: set buffers={{{name!r}: 'last'}} in the recipe, or make it a buffer of floating-point"
+                " numbers, which have a mean",
+            )
+        elif self._rules[name] is None and not _RUNNING.fullmatch(re.split("[./]", name)[-1]):
+            self._warn(name)
+        if agree:
+            return values[0]
+        self.results[name] = "mean over the micro-batches"
+        # Add in index order, whichever workers computed the micro-batches: addition isn't associative.
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        return total / len(values)
+
+    def _warn(self, name: str) -> None:
+        """Report once that the mean may not be meaningful for a buffer."""
+        if self._reports and not self.results.get(name, "").startswith("mean"):
+            warnings.warn(
+                f"buffer {name!r} differs between the micro-batches of a step, and becomes their mean. {_ADVICE}: "
+                f"set buffers={{{name!r}: 'mean'}} in the recipe, or 'last' or 'refuse'",
+                stacklevel=2,
+            )
+
+    def refuse_changes(self, changed: list[bool]) -> None:
+        """Raise ConfigError for a changed buffer whose rule is to refuse changes. changed: see `merge`."""
+        for name, is_changed in zip(self.names, changed, strict=True):
+            if is_changed and self._rules[name] == "refuse":
+                raise ConfigError(
+                    f"buffer {name!r} was changed in forward, which recipe.buffers refuses",
+                    hint="keep it constant, or choose 'mean' or 'last' for it in recipe.buffers",
+                )
+
+    def report(self) -> str | None:
+        """Return one line about the buffers that forward changes; None if there are none so far."""
+        names: dict[str, list[str]] = {}
+        for name, result in self.results.items():
+            names.setdefault(result, []).append(name)
+        parts = [
+            f"{', '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''} ({result})"
+            for result, found in names.items()
+        ]
+        return f"buffers that forward changes: {'; '.join(parts)}" if parts else None
+
+
+def _rule_of(name: str, rules: Mapping[str, str]) -> str | None:
+    return next((rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)), None)
 
 
 def names_in_order(model: nn.Module) -> list[str]:
