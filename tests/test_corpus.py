@@ -225,7 +225,7 @@ def test_every_form_of_input_is_read_and_bad_records_are_set_aside(tmp_path: Pat
         (["input.paths=[]"], "input.paths is missing", "module:function"),
         (["input.path=a:b"], "can't be used together with paths", "module:function"),
         (["duplicates.exact=false"], "duplicates.near requires exact", "near = false"),
-        (["tokenizer.file=x"], "can't be used together with vocabulary", "to train one"),
+        (["tokenizer.file=x"], "can't be used together with vocabulary", "to train a tokenizer"),
         (["tokenizer.vocabulary=many"], "tokenizer.vocabulary has a wrong value", "valid integer"),
         (["input.paths=['nowhere/*']"], "no file matches", "--set input.paths"),
         (["input={path='nowhere:f'}"], "there is no module nowhere", "--set input"),

@@ -1,13 +1,14 @@
 """Finds near-duplicates by MinHash, and joins them into groups.
 
 MinHash finds documents that share most of their shingles without comparing all pairs. A document is the set of its
-shingles: runs of a few characters. Hash all shingles of two documents with the same random function: the probability
-that the smallest hashes are equal is the Jaccard similarity s of the documents (Broder, "On the resemblance and
-containment of documents", 1997). With `bands` groups of `rows` such minima each, two documents share a complete band
-with probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3.4).
+shingles: runs of a few characters. If all shingles of two documents are hashed with the same random function, the
+probability that the smallest hashes are equal is the Jaccard similarity s of the documents (Broder, "On the resemblance
+and containment of documents", 1997). With `bands` groups of `rows` such minima each, two documents share a complete
+band with probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter
+3.4).
 
-Documents that share a band are joined into groups, and one document of each group stays. All of this consists of
-operations of Dataset, so any number of workers, with bounded memory, gives the same result.
+Documents that share a band are joined into groups, and one document of each group is kept. All steps are operations of
+Dataset, so any number of workers, with bounded memory, gives the same result.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 @options
 class MinHash:
-    """Parameters of MinHash. Finds documents with a similarity of about (1 / bands)^(1 / rows) or more.
+    """The parameters of MinHash. It finds documents with a similarity of about (1 / bands)^(1 / rows) or more.
 
     Letter case and the amount of white space are ignored.
     """
@@ -49,25 +50,25 @@ class MinHash:
         default=9,
         at_least=1,
         at_most=100,
-        help="Characters of a shingle; 9 suits longer texts in any language (Leskovec et al., 3.2.2).",
+        help="The number of characters of a shingle. 9 suits longer texts in any language (Leskovec et al., 3.2.2).",
     )
 
     def __post_init__(self) -> None:
         check_options(self, "duplicates.")
 
     def probability(self, similarity: float) -> float:
-        """The probability that two documents of this Jaccard similarity share a band."""
+        """Return the probability that two documents of this Jaccard similarity share a band."""
         return 1 - float((1 - similarity**self.rows) ** self.bands)
 
     def signature(self, text: str) -> NDArray[np.uint64]:
-        """The smallest hash of all shingles for each of bands x rows hash functions, as an array [bands, rows].
+        """Return the smallest hash of all shingles for each of bands x rows hash functions, as an array [bands, rows].
 
-        Deterministic: the same on every machine.
+        The array is the same on every machine.
         """
         shingles = _mixed(_shingles(text, self.shingle))
         factors, offsets = _hash_functions(self.bands * self.rows)
         smallest = np.empty(len(factors), np.uint64)
-        hashed = np.empty_like(shingles)  # reused for each function, so it stays in the CPU cache
+        hashed = np.empty_like(shingles)  # this buffer is reused for each function, so it stays in the CPU cache
         for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
             np.multiply(shingles, factor, out=hashed)  # multiply-shift (Dietzfelbinger et al., 1997), modulo 2**64
             np.add(hashed, offset, out=hashed)
@@ -75,7 +76,7 @@ class MinHash:
         return smallest.reshape(self.bands, self.rows)
 
     def band_keys(self, text: str) -> list[int]:
-        """A number for each band, equal for two documents if the complete band is equal."""
+        """Return a number for each band. Two documents with equal bands have equal numbers."""
         return [
             int.from_bytes(hashlib.blake2b(band.tobytes(), digest_size=8, key=b"%d" % number).digest(), "big") >> 1
             for number, band in enumerate(self.signature(text))
@@ -88,13 +89,17 @@ class MinHash:
 
 
 def jaccard(text: str, other: str, shingle: int = MinHash.shingle) -> float:
-    """The exact Jaccard similarity of two texts: the number of shared shingles, divided by that of all shingles."""
+    """Return the exact Jaccard similarity of two texts: the number of shared shingles divided by the number of all
+    shingles.
+    """
     ours, theirs = (set(_shingles(one, shingle).tolist()) for one in (text, other))
     return len(ours & theirs) / len(ours | theirs)
 
 
 def _shingles(text: str, size: int) -> NDArray[np.uint64]:
-    """A number for each run of `size` characters: their polynomial modulo 2**64."""
+    """Return a number for each run of `size` characters: a polynomial modulo 2**64 whose coefficients are the
+    characters.
+    """
     plain = _SPACE.sub(" ", text.lower()).strip()
     characters = np.frombuffer(plain.encode("utf-32-le"), np.uint32).astype(np.uint64)
     count = max(1, len(characters) - size + 1)
@@ -106,7 +111,9 @@ def _shingles(text: str, size: int) -> NDArray[np.uint64]:
 
 
 def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood, 2014): every bit depends on every bit."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea, Flood, 2014), in which every output bit depends on every input
+    bit.
+    """
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
@@ -114,35 +121,41 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=4)
 def _hash_functions(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Odd factors and offsets: h(x) = factor * x + offset. Its upper bits are random."""
+    """Return odd factors and offsets of hash functions h(x) = factor * x + offset.
+
+    The upper bits of h(x) are random.
+    """
     factors = [derive(0, "minhash factor", number) * 2 + 1 for number in range(count)]
     offsets = [derive(0, "minhash offset", number) for number in range(count)]
     return np.array(factors, np.uint64), np.array(offsets, np.uint64)
 
 
 _MAX_ROUNDS = 50
-"""The number of rounds grows with the logarithm of the largest group, so this limit is never reached."""
+"""The maximum number of rounds.
+
+It is never reached, because the rounds grow with the logarithm of the largest group.
+"""
 
 
 def near_duplicates(documents: Dataset, minhash: MinHash, steps: Steps) -> tuple[Dataset, int]:
-    """Find near-duplicates. Returns pairs (id of a duplicate, id of the document that stays), and their number.
+    """Find near-duplicates. Return pairs (id of a duplicate, id of the document that is kept), and their number.
 
-    The groups are the connected components of the relation "shares a band". The document with the smallest id stays.
+    The groups are the connected components of the relation "shares a band". The document with the smallest id is kept.
     """
-    signed = steps.divided(documents, documents).flat_map(minhash)  # takes most of the time
+    signed = steps.divided(documents, documents).flat_map(minhash)  # this takes most of the time
     bands = signed.group_by("band").aggregate(ids=Aggregate.collect(of="id"))
     edges, count = steps.cache("near-duplicates: pairs", bands.flat_map(_edges).distinct())
     return _components(edges, count, steps)
 
 
 def without(documents: Dataset, dropped: Dataset) -> Dataset:
-    """The documents whose id is not the first of a pair in `dropped`, ordered by id."""
+    """Return the documents whose id is not the first of a pair in `dropped`, ordered by id."""
     pairs = documents.join(dropped, "id", other_on=itemgetter(0), how="left")
     return pairs.filter(_is_alone).map(itemgetter(0))
 
 
 def _edges(group: dict[str, Any]) -> list[tuple[bytes, bytes]]:
-    """Edges from all documents of a band to the one with the smallest id."""
+    """Return edges from all documents of a band to the document with the smallest id."""
     ids = sorted(set(group["ids"]))
     return [(other, ids[0]) for other in ids[1:]]
 
@@ -150,8 +163,8 @@ def _edges(group: dict[str, Any]) -> list[tuple[bytes, bytes]]:
 def _components(edges: Dataset, count: int, steps: Steps) -> tuple[Dataset, int]:
     """Replace edges until each leads to the smallest id of its component.
 
-    Alternates large-star and small-star (Kiveris et al., "Connected Components in MapReduce and Beyond", 2014). The
-    neighbours of a node must fit in memory.
+    The function alternates large-star and small-star operations (Kiveris et al., "Connected Components in MapReduce and
+    Beyond", 2014). The neighbours of a node must fit in memory.
     """
     previous = steps.digest("near-duplicates: pairs")
     for number in range(_MAX_ROUNDS):
@@ -174,13 +187,13 @@ def _both_ways(edge: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def _large_star(node: dict[str, Any]) -> Iterator[tuple[bytes, bytes]]:
-    """Edges from greater neighbours to the smallest one; the greater id comes first."""
+    """Return edges from the greater neighbours to the smallest neighbour. The greater id comes first."""
     least = min(node["key"], *node["others"])
     return ((other, least) for other in node["others"] if other > node["key"])
 
 
 def _small_star(node: dict[str, Any]) -> Iterator[tuple[bytes, bytes]]:
-    """Edges from the node and its smaller neighbours to the smallest one."""
+    """Return edges from the node and its smaller neighbours to the smallest of them."""
     least = min(node["others"])
     return ((other, least) for other in {node["key"], *node["others"]} if other != least)
 

@@ -1,4 +1,4 @@
-"""Summary, data card and picture of a corpus."""
+"""The summary, data card and picture of a corpus."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Dropped:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFigures:
-    """Figures of a corpus. They do not depend on workers, memory or engine, so there are no times among them.
+    """The figures of a corpus. They do not depend on workers, memory or engine, so they include no times.
 
-    lengths: how many documents have 1 token, 2 to 3, 4 to 7, and so on, including the end token.
+    lengths: the numbers of documents with 1 token, 2 to 3 tokens, 4 to 7 tokens, and so on, including the end token.
     """
 
     name: str
@@ -48,7 +48,9 @@ class CorpusFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSummary:
-    """Figures and times. seconds: the total. steps: the seconds of each step; empty if the corpus existed already."""
+    """Figures and times. seconds: the total time. steps: the seconds of each step; empty if the corpus existed
+    already.
+    """
 
     path: str
     figures: CorpusFigures
@@ -56,19 +58,19 @@ class CorpusSummary:
     steps: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        """The summary as JSON values."""
+        """Return the summary as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> CorpusSummary:
-        """The inverse of `to_json`."""
+        """Create a summary from the values that `to_json` returned."""
         figures = value["figures"]
         dropped = tuple(Dropped(**{**drop, "examples": tuple(drop["examples"])}) for drop in figures["dropped"])
         lists = {name: tuple(figures[name]) for name in ("lengths", "examples")}
         return cls(**{**value, "figures": CorpusFigures(**{**figures, **lists, "dropped": dropped})})
 
     def __str__(self) -> str:
-        """A summary for people, in a few lines."""
+        """Return a summary for people, in a few lines."""
         got = self.figures
         lines = [
             f"{got.name}: {format_count(got.tokens)} tokens in {format_count(got.documents)} documents, "
@@ -92,13 +94,13 @@ class CorpusSummary:
 
 
 def duplicates_of(kind: str, documents: int, examples: Sequence[str]) -> Dropped:
-    """The dropped duplicates, whose characters are not counted. kind: "exact" or "near"."""
+    """Return the dropped duplicates, whose characters are not counted. kind: "exact" or "near"."""
     reason = _EXACT if kind == "exact" else _NEAR
     return Dropped(reason=reason, documents=documents, characters=0, examples=tuple(examples))
 
 
 def card(figures: CorpusFigures, settings: Mapping[str, Any]) -> str:
-    """The data card, as Markdown."""
+    """Return the text of the data card in Markdown."""
     rows = "".join(
         f"| {_describe_reason(drop.reason)} | {drop.documents:,} | {_share(drop.documents, figures.documents_read)} |\n"
         for drop in figures.dropped
@@ -139,7 +141,7 @@ Seed {settings["seed"]}.
 
 
 def picture(lengths: Sequence[int]) -> str:
-    """A histogram of document lengths in tokens, as SVG. Its bytes depend on the numbers alone."""
+    """Return a histogram of document lengths in tokens, as SVG. Its bytes depend only on the numbers."""
     most, width, height, left, bottom = max((*lengths, 1)), 640, 240, 50, 200
     step = (width - left - 10) / max(1, len(lengths))
     bars = []
@@ -178,6 +180,6 @@ def _dropped_examples(drop: Dropped) -> str:
 
 
 def _quoted(examples: Sequence[str]) -> str:
-    """Texts as indented Markdown blocks, so that nothing in them is interpreted."""
+    """Return texts as indented Markdown blocks, so that Markdown in the texts is not interpreted."""
     blocks = ["".join(f"    {line}\n" for line in example[:400].split("\n")[:12]) for example in examples]
     return "\n---\n\n".join(blocks)

@@ -59,7 +59,7 @@ _RECIPE, _SUMMARY, _CARD, _WORK = "recipe.json", "summary.json", "card.md", "wor
 _OURS = {_RECIPE, _SUMMARY, TOKENIZER, _CARD, _WORK, FOLDER, PICTURE, BAD_RECORDS}
 
 _SAMPLE = 200
-"""Documents on which a faster tokenizer is compared with the reference."""
+"""The number of documents on which a faster tokenizer is compared with the reference."""
 
 
 def prepare_corpus(
@@ -67,8 +67,8 @@ def prepare_corpus(
 ) -> CorpusSummary:
     """Prepare the corpus of a recipe in the folder `out`. Reuses its complete or partial output.
 
-    The bytes of tokens, tokenizer, card and picture depend on the recipe and its documents alone. Raises ConfigError if
-    the folder holds something else, and the errors of the jobs. After an error, the same call resumes.
+    The bytes of tokens, tokenizer, card and picture depend only on the recipe and its documents. Raises ConfigError if
+    the folder holds other files, and the errors of the jobs. After an error, the same call resumes.
     """
     started = time.monotonic()
     folder = Path(out).absolute()
@@ -143,7 +143,10 @@ class _Corpus:
         )
 
     def _by_rule(self, judged: Dataset) -> dict[str, Dropped]:
-        """The documents that each rule dropped, by rule. The entry `NO_RULE` is for those that no rule dropped."""
+        """Return the documents that each rule dropped, by rule.
+
+        The entry `NO_RULE` is for the documents that no rule dropped.
+        """
         groups = judged.group_by("rule").aggregate(
             documents=Aggregate.count(), characters=Aggregate.sum(of="characters"), examples=some_examples()
         )
@@ -158,7 +161,7 @@ class _Corpus:
         }
 
     def _unique(self, documents: Dataset, count: int) -> tuple[Dataset, list[Dropped]]:
-        """The documents without the duplicates that the recipe removes, and the dropped ones."""
+        """Return the documents without the duplicates that the recipe removes, and figures of the dropped documents."""
         table, dropped = self._schema.duplicates, []
         if table.exact:
             unique, left = self._steps.cache("exact duplicates", documents.distinct(key="id"))
@@ -176,7 +179,7 @@ class _Corpus:
         return documents, dropped
 
     def _describe_pairs(self, documents: Dataset, pairs: list[tuple[bytes, bytes]]) -> list[str]:
-        """Examples of near-duplicates, each with the document that is kept."""
+        """Return examples of near-duplicates, each with the document that is kept."""
         ids = frozenset(one for pair in pairs for one in pair)
         found = documents.filter(IsAmong(ids)).map(beginning).take(len(ids), **self._options)
         texts = {document["id"]: "\n".join(document["text"].split("\n")[:5]) for document in found}
@@ -185,7 +188,7 @@ class _Corpus:
     def _encoder(
         self, documents: Dataset, tokenizer: TokenizerEncoder | None
     ) -> tuple[ByteEncoder | TokenizerEncoder, str]:
-        """The encoder, and its description. Writes the tokenizer next to the tokens."""
+        """Return the encoder and its description, and write the tokenizer next to the tokens."""
         table, kind = self._schema.tokenizer, f"of {self._schema.tokenizer.file}"
         if table.vocabulary is not None:
             sampled = documents.sample(table.sample, seed=self._schema.seed)
@@ -221,17 +224,17 @@ class _Corpus:
 
 
 def _lengths(written: PrepareSummary) -> NDArray[np.integer]:
-    """The number of tokens of each document, including its end token."""
+    """Return the number of tokens of each document, including its end token."""
     files = [map_tokens(f"{written.path}/{name}") for name in written.files]
     return np.concatenate([np.diff(file.ends, prepend=np.uint64(0)) for file in files])
 
 
 def _given_tokenizer(document: Document[CorpusSchema]) -> TokenizerEncoder | None:
-    """The encoder of the recipe's tokenizer file; None if it names none. Raises ConfigError and DataError."""
+    """Return the encoder of the recipe's tokenizer file, or None if it names none. Raises ConfigError and DataError."""
     table = document.schema.tokenizer
     if table.file is None:
         if table.vocabulary is not None:
-            # If the package is missing, this raises now instead of after hours of work.
+            # If the package is missing, this call raises immediately instead of after hours of work.
             load_tokenizer(tokenizer_json(train_bpe({}, 0)))
         return None
     path, where = located(document, table.file, "tokenizer", "file"), document.origin("tokenizer", "file")
@@ -243,7 +246,7 @@ def _given_tokenizer(document: Document[CorpusSchema]) -> TokenizerEncoder | Non
 
 
 def _found(folder: Path, identity: str, *, overwrite: bool) -> CorpusSummary | None:
-    """The summary of this corpus if it is complete. Raises ConfigError if the folder holds something else."""
+    """Return the summary of this corpus if it is complete. Raises ConfigError if the folder holds other files."""
     names = [name for name in names_in(folder) if not is_temporary(name)]
     if folder.exists() and not folder.is_dir():
         raise ConfigError("the output folder is a file", where=str(folder), hint="choose another path")
@@ -252,7 +255,7 @@ def _found(folder: Path, identity: str, *, overwrite: bool) -> CorpusSummary | N
         raise ConfigError(
             "the output folder holds something that is not an output",
             where=str(folder),
-            expected="a new folder, an empty one, or one of an earlier run",
+            expected="a new folder, an empty folder, or the folder of an earlier run",
             got=f"a folder with {', '.join(foreign[:5])}",
             hint="choose another folder; nothing was written",
         )
@@ -262,7 +265,7 @@ def _found(folder: Path, identity: str, *, overwrite: bool) -> CorpusSummary | N
             raise ConfigError(
                 "the output folder holds another corpus",
                 where=str(folder),
-                hint="the recipe or its documents have changed: use --out for a new folder, or delete this one",
+                hint="the recipe or its documents have changed: name a new folder with --out, or delete this folder",
             )
         for name in names:
             remove(str(folder / name))

@@ -1,4 +1,4 @@
-"""Tables and sources of a corpus recipe."""
+"""The tables and sources of a corpus recipe."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class CleanTable(BuildableTable[Rules]):
 
 
 class DuplicatesTable(BuildableTable[MinHash]):
-    """Which duplicates are removed, and the options of `MinHash`."""
+    """The kinds of duplicates that are removed, and the options of `MinHash`."""
 
     prefix = "duplicates."
 
@@ -84,7 +84,10 @@ class DuplicatesTable(BuildableTable[MinHash]):
 
 
 class TokenizerTable(Table):
-    """A tokenizer.json, or the size of a vocabulary to train on a sample of the documents. Default: bytes as tokens."""
+    """A tokenizer.json, or the size of a vocabulary to train on a sample of the documents.
+
+    By default, bytes are tokens.
+    """
 
     file: str | None = None
     vocabulary: int | None = Field(default=None, ge=258, le=2**31)
@@ -97,7 +100,7 @@ class TokenizerTable(Table):
         if self.file is not None and self.vocabulary is not None:
             raise ConfigError(
                 "tokenizer.file can't be used together with vocabulary",
-                expected="file = ..., or vocabulary = ... to train one",
+                expected="file = ..., or vocabulary = ... to train a tokenizer",
             )
         return self
 
@@ -127,14 +130,19 @@ def read_corpus_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Docum
 
 
 def located(document: Document[CorpusSchema], path: str, *key: str) -> str:
-    """Resolve a path of the recipe: relative to its folder, or to the working directory if `--set` set it."""
+    """Resolve a path of the recipe, relative to the recipe's folder, or to the working directory if `--set` set the
+    path.
+    """
     if "://" in path or document.origin(*key).startswith("--set"):
         return path
     return os.path.normpath(document.path.parent / path)
 
 
 def source_of(document: Document[CorpusSchema]) -> Dataset:
-    """The records of the input. Raises ConfigError for an invalid function, DataError for missing or invalid files."""
+    """Return the records of the input.
+
+    Raises ConfigError for an invalid function, DataError for missing or invalid files.
+    """
     table = document.schema.input
     paths: Any = [located(document, path, "input", "paths") for path in table.paths]
     if table.path is not None:
@@ -194,5 +202,5 @@ def _parts(files: Sequence[InputFile], partition_bytes: int) -> list[list[InputF
 
 
 def _read_document_file(file: InputFile) -> str:
-    """The text of a file. Invalid UTF-8 becomes U+FFFD; the rule max_replaced limits its share."""
+    """Return the text of a file. Invalid UTF-8 becomes U+FFFD, whose share the rule max_replaced limits."""
     return read_bytes(file.path).decode("utf-8-sig", "replace")

@@ -32,7 +32,7 @@ class Steps:
             sys.stderr.write(f"{name}\n")
 
     def end(self, name: str) -> None:
-        """Record how long the step took."""
+        """Record the duration of the step."""
         self.seconds[name] = time.monotonic() - self._started
 
     def cache(self, name: str, records: Dataset) -> tuple[Dataset, int]:
@@ -47,10 +47,10 @@ class Steps:
         return cached, int(self._manifests[name]["records"])
 
     def divided(self, cached: Dataset, records: Dataset) -> Dataset:
-        """`records`, in smaller parts if the cached records that they are computed from have few parts.
+        """Return `records`, in smaller parts if the cached records that they are computed from have few parts.
 
-        A small corpus has one part, and one task would call a slow function for all of its documents. The parts depend
-        on the data only.
+        A small corpus has one part, so one task would call a slow function for all documents. The parts depend only on
+        the data.
         """
         names = [name for name, found in self._cached.items() if found is cached]
         files = self._manifests[names[0]]["files"] if names else []
@@ -59,9 +59,9 @@ class Steps:
         return records
 
     def digest(self, name: str) -> str:
-        """The digest of the cached records of a step."""
+        """Return the digest of the cached records of a step."""
         return str(self._manifests[name]["digest"])
 
     def bad_records(self) -> bytes:
-        """The records that all steps set aside, as JSON lines."""
+        """Return the records that all steps set aside, as JSON lines."""
         return b"".join(path.read_bytes() for path in sorted(self._folder.glob(f"*/{BAD_RECORDS}")))

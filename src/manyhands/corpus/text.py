@@ -26,14 +26,14 @@ NO_RULE = ""
 """The `rule` of documents that no rule drops."""
 
 EXAMPLE_CHARACTERS = 400
-"""The data card shows at most this many characters of a document."""
+"""The maximum number of characters of a document that the data card shows."""
 
 # Control characters except tab and line feed, byte order marks, lone surrogates, and noncharacters of Unicode.
 _REMOVED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def normalized(text: str, form: str) -> str:
-    """The text in a Unicode normal form, with line feeds as line ends and without control characters."""
+    """Return the text in a Unicode normal form, with line feeds as line ends and without control characters."""
     text = _REMOVED.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return text if form == "none" else unicodedata.normalize(form, text)  # type: ignore[arg-type]
 
@@ -69,7 +69,7 @@ class Rules:
         check_options(self, "clean.")
 
     def broken_by(self, text: str) -> str:
-        """The name of the first rule that drops the text; NO_RULE if none does."""
+        """Return the name of the first rule that drops the text, or NO_RULE if there is none."""
         length = len(text)
         if length < self.min_characters:
             return "min_characters"
@@ -97,14 +97,14 @@ def _share_of_letters(text: str) -> float:
 
 
 def _repeated(lines: list[str]) -> int:
-    """The characters in repeated lines. Lines of up to 3 characters (brackets, for example) are not counted."""
+    """Return the number of characters in repeated lines, except for lines of up to 3 characters, such as brackets."""
     counts = Counter(stripped for line in lines if len(stripped := line.strip()) > 3)
     return sum((count - 1) * len(line) for line, count in counts.items())
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Makes a document from a record: `id`, `text`, `characters`, and the `rule` that drops it.
+    """Makes a document from a record, with `id`, `text`, `characters`, and the `rule` that drops it.
 
     id: a hash of the text (BLAKE2b, 16 bytes), so that equal documents have equal ids.
     """
@@ -114,7 +114,7 @@ class Judge:
     rules: Rules
 
     def __call__(self, record: Any) -> dict[str, Any]:
-        """Raises DataError for a record without text."""
+        """Return the document of a record. Raises DataError for a record without text."""
         text = record if isinstance(record, str) else record.get(self.column) if isinstance(record, dict) else None
         if not isinstance(text, str):
             known = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
@@ -130,7 +130,7 @@ class Judge:
 
 
 def passes_rules(document: dict[str, Any]) -> bool:
-    """True if no rule drops the document."""
+    """Return True if no rule drops the document."""
     return bool(document["rule"] == NO_RULE)
 
 
@@ -138,7 +138,7 @@ EXAMPLES = 3
 
 
 def words_of(document: dict[str, Any]) -> list[str]:
-    """The words of a document, as byte-level BPE splits text before merging.
+    """Return the words of a document, as byte-level BPE splits text before merging.
 
     Raises ConfigError if the regex package isn't installed.
     """
@@ -153,28 +153,30 @@ def _pattern() -> Any:
     except ImportError:
         raise ConfigError(
             "the regex package isn't installed",
-            hint="pip install 'manyhands[text]'; or leave [tokenizer] vocabulary out: every byte is a token then",
+            hint="pip install 'manyhands[text]', or remove vocabulary from [tokenizer], so that every byte is a token",
         ) from None
 
 
 def some_examples() -> Aggregate:
-    """The beginnings of the documents with the smallest ids: a random-looking but reproducible choice."""
+    """Return an aggregate of the beginnings of the documents with the smallest ids, a pseudorandom, reproducible
+    choice.
+    """
     return Aggregate(start=_example, add=_one_more, merge=_both, finish=_texts)
 
 
 def beginning(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with only the part of its text that an example shows."""
+    """Return the document with only the part of its text that an example shows."""
     return {**document, "text": document["text"][:EXAMPLE_CHARACTERS]}
 
 
 def is_twice(group: dict[str, Any]) -> bool:
-    """True if more than one document has the key."""
+    """Return True if more than one document has the key."""
     return bool(group["documents"] > 1)
 
 
 @dataclass(frozen=True)
 class IsAmong:
-    """True for documents whose id is one of `ids`."""
+    """A function that returns True for documents whose id is one of `ids`."""
 
     ids: frozenset[bytes]
 
@@ -183,7 +185,7 @@ class IsAmong:
 
 
 def nothing(_: Any) -> int:
-    """One key for all records."""
+    """Return the same key for all records."""
     return 0
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-# GPT-2's words: the end of a contraction; letters, digits or other characters with a leading space; white space.
+# GPT-2 defines words as the end of a contraction; letters, digits or other characters with a leading space; white
+# space.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 END_OF_TEXT = "<|endoftext|>"
@@ -38,7 +39,7 @@ Pair = tuple[int, int]
 
 
 class Vocabulary:
-    """The names of the tokens, by number, and the merged pairs. The names are those of tokenizer files."""
+    """The names of the tokens, by number, and the merged pairs. The names are the same as in tokenizer files."""
 
     def __init__(self) -> None:
         self.names = [*_names_of_bytes(), END_OF_TEXT]
@@ -46,7 +47,7 @@ class Vocabulary:
         self._ids = {name: number for number, name in enumerate(self.names)}
 
     def merge(self, pair: Pair) -> int:
-        """Merge a pair, and return its token: a new one, or one that another pair has produced already."""
+        """Merge a pair, and return its token, which is new unless another pair has already produced it."""
         name = self.names[pair[0]] + self.names[pair[1]]
         if name not in self._ids:
             self._ids[name] = len(self.names)
@@ -58,8 +59,9 @@ class Vocabulary:
 def train_bpe(counts: Mapping[str, int], size: int) -> Vocabulary:
     """Train a vocabulary of `size` tokens: the bytes, the end of a document, and merged pairs.
 
-    Merges the most frequent adjacent pair, again and again; among equally frequent pairs, the one with the smallest
-    tokens. Stops early if no pair occurs twice. counts: the number of occurrences of each word, in any order.
+    The most frequent adjacent pair is merged repeatedly. Among equally frequent pairs, the pair with the smallest
+    tokens is merged first. Training ends early if no pair occurs twice. counts: the number of occurrences of each word,
+    in any order.
     """
     words = [(list(word.encode()), count) for word, count in sorted(counts.items())]
     found: dict[Pair, int] = defaultdict(int)
@@ -73,7 +75,7 @@ def train_bpe(counts: Mapping[str, int], size: int) -> Vocabulary:
     vocabulary = Vocabulary()
     while heap and len(vocabulary.names) < size:
         count, pair = heapq.heappop(heap)
-        if -count != found[pair]:  # an outdated entry: the pair's count has changed since
+        if -count != found[pair]:  # the entry is outdated, because the pair's count has changed
             continue
         if -count < 2:
             break
@@ -117,7 +119,7 @@ def _merged(word: list[int], pair: Pair, token: int) -> list[int]:
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> str:
-    """The vocabulary as a tokenizer.json of Hugging Face's tokenizers: byte-level BPE."""
+    """Return the vocabulary as a tokenizer.json of Hugging Face's tokenizers, with byte-level BPE."""
     names = vocabulary.names
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -147,7 +149,10 @@ def tokenizer_json(vocabulary: Vocabulary) -> str:
 
 
 def _names_of_bytes() -> list[str]:
-    """The characters that represent the 256 bytes in tokenizer files. Visible characters represent themselves."""
+    """Return the characters that represent the 256 bytes in tokenizer files.
+
+    Visible characters represent themselves.
+    """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     names, hidden = [], 0
     for byte in range(END):
@@ -161,7 +166,7 @@ REFERENCE, FAST = "tokenizers", "gigatoken"
 
 @dataclass(frozen=True)
 class ByteEncoder:
-    """One token per byte of UTF-8, and one for the end of each document. Needs no library."""
+    """Encodes each byte of UTF-8 as a token, and the end of each document as another token. Needs no library."""
 
     vocabulary = END + 1
 
@@ -173,7 +178,7 @@ class ByteEncoder:
 
 @dataclass(frozen=True)
 class TokenizerEncoder:
-    """Encodes with a tokenizer.json, and adds `end` after each document.
+    """Encodes documents with a tokenizer.json, and adds the token `end` after each document.
 
     text: the contents of the tokenizer.json. A special token in a document is encoded as plain text. library: the
     library that encodes.
@@ -189,9 +194,9 @@ class TokenizerEncoder:
         return _table(self.encode(documents.column("text").to_pylist()), self.end, self.vocabulary)
 
     def encode(self, texts: list[str]) -> list[NDArray[Any]]:
-        """The tokens of each text, without `end`."""
+        """Return the tokens of each text, without `end`."""
         tokenizer = load_tokenizer(self.text)
-        if self.library == FAST:  # FAST can't encode a special token as plain text; the reference can
+        if self.library == FAST:  # FAST can't encode a special token as plain text, but the reference can
             library, special = _fast(self.text), _special_tokens(self.text)
             plain = [text for text in texts if not any(token in text for token in special)]
             if len(plain) == len(texts):
@@ -200,7 +205,10 @@ class TokenizerEncoder:
 
 
 def encoder_of(text: str, end_of_text: str, where: str) -> TokenizerEncoder:
-    """The encoder of a tokenizer.json. Raises DataError if it is invalid, ConfigError if it lacks `end_of_text`."""
+    """Return the encoder of a tokenizer.json.
+
+    Raises DataError if the file is invalid, and ConfigError if it lacks `end_of_text`.
+    """
     tokenizer = load_tokenizer(text, where)
     end = tokenizer.token_to_id(end_of_text)
     if end is None:
@@ -209,16 +217,16 @@ def encoder_of(text: str, end_of_text: str, where: str) -> TokenizerEncoder:
             f"the tokenizer has no token {end_of_text}",
             where=where,
             expected=f"a token for the end of a document; the special tokens are {', '.join(added[:9]) or 'none'}",
-            hint='set it: [tokenizer] end_of_text = "..."',
+            hint='name the token: [tokenizer] end_of_text = "..."',
         )
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     return TokenizerEncoder(text, end, largest + 1)
 
 
 def faster(encoder: TokenizerEncoder, sample: Sequence[str]) -> tuple[TokenizerEncoder, str]:
-    """The encoder with the faster library, if that is installed and gives the same tokens for `sample`.
+    """Return an encoder with the faster library, if it is installed and gives the same tokens for `sample`.
 
-    Otherwise `encoder`. Also returns the reason why the faster library is not used, or "".
+    Otherwise return `encoder`. Also return the reason why the faster library is not used, or "".
     """
     quick = TokenizerEncoder(encoder.text, encoder.end, encoder.vocabulary, FAST)
     try:
@@ -245,7 +253,7 @@ def load_tokenizer(text: str, where: str | None = None) -> Any:
     except ImportError:
         raise ConfigError(
             "the tokenizers package isn't installed",
-            hint="pip install 'manyhands[text]'; or leave [tokenizer] out: every byte is a token then",
+            hint="pip install 'manyhands[text]', or remove [tokenizer], so that every byte is a token",
         ) from None
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
@@ -270,7 +278,7 @@ def _fast(text: str) -> Any:
 
 
 def _table(documents: Sequence[NDArray[Any]], end: int, vocabulary: int) -> pa.Table:
-    """A table with a column of lists of tokens: one list for each document, with its end token."""
+    """Return a table with a column of lists of tokens, one list for each document, with the document's end token."""
     import pyarrow as pa
 
     lengths = np.array([len(document) + 1 for document in documents], np.int64)
