@@ -189,7 +189,7 @@ def test_equal_and_odd_values_have_one_minimum_and_maximum(values: list[Any], le
 
 def test_values_without_an_order_have_no_minimum() -> None:
     for cut in (1, 9):
-        with pytest.raises(mh.DataError, match="values have no least or greatest"):
+        with pytest.raises(mh.DataError, match="values have no order, because neither is less"):
             results([frozenset({1}), frozenset({2})], cut, ["least"])
 
 

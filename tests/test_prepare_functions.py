@@ -595,7 +595,7 @@ def test_batches_whose_rows_are_no_records_are_refused(names: list[str]) -> None
     import pyarrow as pa
 
     table = pa.table([[2, 1]] * len(names), names=names)
-    with pytest.raises(mh.DataError, match="returned a batch whose rows are no records"):
+    with pytest.raises(mh.DataError, match="returned a batch whose rows are not records"):
         mh.Dataset.from_records([{"x": 1}]).map_batches(lambda batch: table).count(workers=0)
 
 

@@ -1,4 +1,4 @@
-"""The lazy Dataset; `write`, `take` and `count` run its job."""
+"""The lazy Dataset, whose job `write`, `take` and `count` run."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Dataset:
     A record may be any Python object. Lines of text are read as `str`; JSON objects and rows of tables are read as
     dicts. The functions that a Dataset applies are plain Python functions. They must be pure: the result may depend on
     the arguments only, because a task can run more than once and on any worker. They may change the record that they
-    receive: no second run sees the change, nor do other records, unless functions put one object into several. Methods
-    raise ConfigError for an async function, and, except `flat_map`, for a generator function.
+    receive. Neither a second run nor other records see the change, unless a function has put one object into several
+    records. Methods raise ConfigError for an async function, and, except `flat_map`, for a generator function.
 
     Example:
         counts = (
@@ -88,12 +88,12 @@ class Dataset:
     ) -> Dataset:
         """Read the records of files.
 
-        paths: files, folders and globs; local paths or any address that fsspec supports (`s3://...`). They are resolved
-            when `read` is called.
-        format: `text` (one record a line), `jsonl`, `parquet` or `csv`. By default, the suffix of each file decides.
-            Files may be compressed by gzip or zstd (`.gz`, `.zst`), except Parquet.
-        columns: the columns to read from Parquet, CSV and JSON lines (default: all). A JSON object without one of them
-            has None instead.
+        paths: files, folders and globs, as local paths or as addresses that fsspec supports (`s3://...`). They are
+            resolved when `read` is called.
+        format: `text` (one record per line), `jsonl`, `parquet` or `csv`. By default, the suffix of each file
+            determines it. Files may be compressed by gzip or zstd (`.gz`, `.zst`), except Parquet.
+        columns: the columns to read from Parquet, CSV and JSON lines (default: all). A column that a JSON object lacks
+            is None.
         types: the types of CSV columns, such as {"age": "int64"}; all other columns are text.
         partition_bytes: the approximate size of a task's input. It determines how the output is divided into files.
 
@@ -122,10 +122,10 @@ class Dataset:
     def from_records(cls, records: Iterable[Any], *, partition_bytes: int = PARTITION_BYTES) -> Dataset:
         """Create a Dataset from records in memory: a list or another iterable, or the rows of a table.
 
-        records: tables may be those of Arrow, pandas and Polars. The records are copied into the plan that is sent to
-            every worker, so pass few of them.
+        records: an iterable, or a table of Arrow, pandas or Polars. The records are copied into the plan that is sent
+            to every worker, so pass only a few records.
 
-        Raises ConfigError for text, bytes, a dict, and a table with two columns of one name. Raises DataError for a
+        Raises ConfigError for text, bytes, a dict, or a table with two columns of the same name. Raises DataError for a
         record that can't be pickled.
         """
         in_memory = given_records(complete(records) if type(records) in ENDS_EARLY else records)
@@ -178,7 +178,7 @@ class Dataset:
         return self._with_step(Sample(fraction, seed))
 
     def group_by(self, key: KeyLike = None) -> GroupedDataset:
-        """Group the records that have the same key; call `aggregate` on the result.
+        """Group the records that have the same key. Call `aggregate` on the result.
 
         key: a function of the record, the name of a column, several such names, or None for the record itself. Keys are
         numbers, text, bytes, times or tuples of them. A record whose key has no total order, such as None or NaN, is a
@@ -189,8 +189,8 @@ class Dataset:
     def sort_by(self, key: KeyLike = None, *, descending: bool = False) -> Dataset:
         """Sort the records by key, across all output files.
 
-        The sort is stable: records with equal keys stay in the order of the input, even if `descending` is true. The
-        key is specified as in `group_by`. All keys must be of one type.
+        The sort is stable: records with equal keys retain the order of the input, even if `descending` is true. The key
+        is specified as in `group_by`. All keys must be of one type.
         """
         arrangement = ByKey(_checked_key(key, "sort_by"), f"sort by {key_name(key)}")
         return self._with_shuffle(arrangement, Sorted(columns_of(key_from(key)), descending))
@@ -205,12 +205,12 @@ class Dataset:
     ) -> Dataset:
         """Pair each record with the records of `other` that have the same key.
 
-        The result holds tuples `(record, other_record)` in the order of the keys. On both sides, one key may have more
+        The result holds tuples `(record, other_record)` in the order of the keys. On either side, a key may have more
         records than fit into memory.
 
         on: the key, specified as in `group_by`.
-        how: "inner" drops records without a partner. "left" keeps those of this Dataset and pairs them with None.
-            "right" keeps those of `other`. "outer" keeps both.
+        how: "inner" drops records without a partner. "left" keeps such records of this Dataset and pairs them with
+            None. "right" does this for records of `other`. "outer" does it for the records of both.
         other_on: the key of the records of `other`, if it differs from `on`.
 
         Raises ConfigError if `how` is unknown.
@@ -221,7 +221,7 @@ class Dataset:
         titles = [f"join on {key_name(name)}" for name in (on, other_on or on)]
         by = columns_of(keys[0]) if columns_of(keys[0]) == columns_of(keys[1]) else ()
         if not by and any(map(columns_of, keys)):
-            # The sides are not keyed by the same columns, so their tables can't be compared: join them as records.
+            # The sides are not keyed by the same columns, so their tables can't be compared. Join them as records.
             keys = [as_function(key) for key in keys]
         arrangements = [ByJoinKey(key, title) for key, title in zip(keys, titles, strict=True)]
         return Dataset(Arranged((self._node, other._node), tuple(arrangements), Joined(how, by)))
@@ -241,13 +241,13 @@ class Dataset:
         return self._with_shuffle(ByPosition(seed, f"shuffle with seed {seed}"), Sorted((ORDER_COLUMN,)))
 
     def repartition(self, *, partition_bytes: int | None = None) -> Dataset:
-        """Divide the same records, in the same order, into partitions of even size.
+        """Divide the same records, in the same order, into partitions of equal size.
 
         This is useful after a filter that left few records in each partition, and before a slow function if there are
         too few partitions for all workers.
 
-        partition_bytes: the approximate size of the new partitions (default: twice that of the input). Raises
-        ConfigError if it is less than 1.
+        partition_bytes: the approximate size of the new partitions (default: twice the size of the input's partitions).
+        Raises ConfigError if it is less than 1.
         """
         if partition_bytes is not None and partition_bytes < 1:
             raise ConfigError("partition_bytes is not an integer of at least 1", got=partition_bytes)
@@ -255,11 +255,11 @@ class Dataset:
         return Dataset(Arranged((self._node,), (arrangement,), Sorted((ORDER_COLUMN,)), partition_bytes))
 
     def cache(self, folder: str | os.PathLike[str] | None = None) -> Dataset:
-        """Store the records when they are first computed. Later jobs read the stored records and do not parse them.
+        """Store the records when they are first computed. Later jobs read the stored records without parsing them.
 
         folder: the folder for the records. Later runs of the script can use it again. The default is a temporary folder
         that is removed when this process exits. Cached records are read through the operating system's page cache, so
-        they come from memory if there is enough of it.
+        they are read from memory if there is enough memory.
         """
         from manyhands.prepare.job.output import temporary_job_folder
 
@@ -279,15 +279,15 @@ class Dataset:
         folder: the output folder. `_manifest.json` is written last: if it exists, the output is complete.
         format: `jsonl` or `text` (also compressed: `jsonl.gz`, `jsonl.zst`, `text.gz`, `text.zst`), `parquet`, or
             `tokens`. Each record of a `tokens` output must have a list named `tokens`; `mh.TokenFile` reads the files.
-        schema: the columns of Parquet files (default: inferred from all records). No value is changed to fit.
-        overwrite: replace the output of another job. Other files are never replaced.
-        job_options: workers, memory and so on; see `JobOptions`.
+        schema: the columns of Parquet files (default: inferred from all records). Values are never changed to fit it.
+        overwrite: if True, replace the output of another job. Other files are never replaced.
+        job_options: workers, memory and the other `JobOptions`.
 
         If an earlier run of the same job was killed, the call resumes it. If the output is already complete, the call
-        returns at once.
+        returns immediately.
 
         Raises DataError if the data can't be read, processed or written. Raises ConfigError if an option is invalid or
-        the folder holds something else. Raises WorkerError if a task crashes its worker at every attempt.
+        the folder holds other files. Raises WorkerError if a task crashes its worker at every attempt.
         """
         from manyhands.prepare.job.output import write_output
 
@@ -320,7 +320,7 @@ class Dataset:
             raise ConfigError(
                 "take needs the number of records, an integer of at least 0",
                 got=repr(count)[:200],
-                hint="there is no end to count from: for the last records, sort them in the other order",
+                hint="use a positive number; for the last records, sort them in the other order",
             )
         options = options_of(job_options).alone()
         plan = self._plan(Counting(), job_options)
@@ -335,7 +335,7 @@ class Dataset:
 
     @property
     def identity(self) -> str:
-        """A hash (64 hex digits) that changes if the input files, the functions or their options change."""
+        """Return a hash (64 hex digits) that changes if the input files, the functions or their options change."""
         return make_plan(_without_caches(self._node), Counting()).identity
 
     def _plan(self, end: Output | Counting, job_options: JobOptions) -> Plan:
@@ -351,7 +351,7 @@ class Dataset:
 
 
 class GroupedDataset:
-    """Records grouped by key. Returned by `Dataset.group_by`."""
+    """Records grouped by key, as `Dataset.group_by` returns them."""
 
     def __init__(self, node: Node, key: Key) -> None:
         self._node, self._key = node, key
@@ -359,8 +359,8 @@ class GroupedDataset:
     def aggregate(self, **aggregates: Aggregate) -> Dataset:
         """Return one record for each group, in the order of the keys.
 
-        Each record is a dict that holds the key, and the value of each aggregate under the aggregate's name. If the key
-        consists of columns, they keep their names; otherwise the key is called `key`. Each task that reads records
+        Each record is a dict that holds the key, and the value of each aggregate under the aggregate's name. A key that
+        consists of columns has the names of these columns. Any other key is called `key`. Each task that reads records
         aggregates them before the shuffle, so only one state per group and task is shuffled.
 
         Raises ConfigError if there is no aggregate, if an aggregate has the name of a key, or if an argument is not an
@@ -369,9 +369,9 @@ class GroupedDataset:
         names = self._key if isinstance(self._key, tuple) else ("key",)
         if not aggregates or set(names) & set(aggregates):
             raise ConfigError(
-                "aggregate needs at least one aggregate, and none may have the name of a key",
+                "aggregate needs at least one aggregate, and no aggregate may have the name of a key",
                 got=", ".join(aggregates) or "none",
-                hint="group_by(...).aggregate(count=mh.Aggregate.count())",
+                hint="write, for example, group_by(...).aggregate(count=mh.Aggregate.count())",
             )
         for name, aggregate in aggregates.items():
             if not isinstance(aggregate, Aggregate):
@@ -386,7 +386,7 @@ class GroupedDataset:
 
 
 def _checked_key(key: KeyLike, method: str) -> Key:
-    """Return the internal form of a key. Raises ConfigError for a function that doesn't return its result."""
+    """Return the internal form of a key. Raises ConfigError for an async function or a generator function."""
     if callable(key):
         check_function(key, f"the key of {method}")
     return key_from(key)

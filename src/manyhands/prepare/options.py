@@ -40,7 +40,7 @@ def check_engine(engine: object) -> None:
 
 
 def rank_of(options: Options) -> Rank | None:
-    """The rank of this process; None if it is not one of several ranks."""
+    """Return the rank of this process, or None if it is not one of several ranks."""
     from manyhands.prepare.engines.ranks import Ranks
 
     if isinstance(options.engine, Ranks):
@@ -49,7 +49,7 @@ def rank_of(options: Options) -> Rank | None:
 
 
 def patience_seconds(options: Options) -> float:
-    """How long a rank waits for other ranks before it runs their tasks."""
+    """Return the time for which a rank waits for other ranks before it runs their tasks."""
     from manyhands.prepare.engines.ranks import RANK_PATIENCE_SECONDS, Ranks
 
     return options.engine.patience_seconds if isinstance(options.engine, Ranks) else RANK_PATIENCE_SECONDS
@@ -62,7 +62,10 @@ _UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB":
 
 
 class JobOptions(TypedDict, total=False):
-    """Keyword arguments of every method that runs a job, for type checkers; `Options` declares and describes them."""
+    """The keyword arguments of every method that runs a job, for type checkers.
+
+    `Options` declares and describes them.
+    """
 
     workers: int | None
     engine: JobEngine | str | None
@@ -73,7 +76,10 @@ class JobOptions(TypedDict, total=False):
 
 @options
 class Options:
-    """How a job runs. `engine` may also be an object with the method of `JobEngine`. Raises ConfigError."""
+    """The way in which a job runs.
+
+    `engine` may also be an object with the method of `JobEngine`. Raises ConfigError.
+    """
 
     workers: int | None = option(
         default=None,
@@ -81,7 +87,7 @@ class Options:
         flags=("--workers", "-n"),
         flag_type=int,
         metavar="N",
-        help="Worker processes on this machine (default: one per CPU). 0: tasks run in the main process.",
+        help="The number of worker processes on this machine (default: one per CPU). 0: tasks run in the main process.",
     )
     engine: JobEngine | str | None = option(
         default=None,
@@ -94,7 +100,8 @@ class Options:
         default=None,
         flags=("--memory",),
         metavar="SIZE",
-        help="Memory for all workers together: 2GiB, 512MiB, or a number of bytes (default: 70 % of the machine's). If "
+        help="The memory for all workers together: 2GiB, 512MiB, or a number of bytes (default: 70 % of the "
+        "machine's). If "
         "that is too little for all workers, fewer workers start.",
     )
     max_bad_records: int = option(
@@ -103,7 +110,7 @@ class Options:
         flags=("--max-bad-records",),
         flag_type=int,
         metavar="N",
-        help="Number of unreadable or failing records that may be set aside.",
+        help="The number of unreadable or failing records that may be set aside.",
     )
     progress: bool = option(default=True, help="Show progress on standard error.")
 
@@ -119,29 +126,31 @@ class Options:
             check_engine(self.engine)
 
     def total_bytes(self) -> int:
-        """The memory for all workers together."""
+        """Return the memory for all workers together."""
         return _machine_bytes() * 7 // 10 if self.memory is None else parse_bytes(self.memory)
 
     def num_workers(self) -> int:
-        """The number of processes on this machine; fewer than requested if there is too little memory for them."""
+        """Return the number of processes on this machine, which is reduced if there is too little memory for all of
+        them.
+        """
         return min(self.workers or _cpus(), max(1, self.total_bytes() // LEAST_BYTES))
 
     def task_bytes(self) -> int:
-        """The memory of each worker on this machine."""
+        """Return the memory of each worker on this machine."""
         return self.total_bytes() // max(1, self.num_workers())
 
     def keywords(self) -> JobOptions:
-        """The options as keyword arguments."""
+        """Return the options as keyword arguments."""
         return cast("JobOptions", {name: getattr(self, name) for name in declared(Options)})
 
     def described(self) -> dict[str, Any]:
-        """The options as a job's events record them."""
+        """Return the options as a job's events record them."""
         where = self.engine if isinstance(self.engine, str) else type(self.engine).__name__
         of_engine = {"engine": where} if self.engine is not None else {"workers": self.num_workers()}
         return {**of_engine, "memory_bytes": self.total_bytes(), "max_bad_records": self.max_bad_records}
 
     def alone(self) -> Options:
-        """The same options without other ranks, for work that is not shared."""
+        """Return the same options without other ranks, for work that is not shared."""
 
         return self if rank_of(self) is None else replace(self, engine=None)
 
@@ -179,10 +188,10 @@ def _cpus() -> int:
 
 
 def _machine_bytes() -> int:
-    """The memory of the machine, or the limit of this process's control group if that is less."""
+    """Return the memory of the machine, or the limit of this process's control group if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/sys/fs/cgroup/memory.max") as file:
             return min(total, int(file.read()))
-    except (OSError, ValueError):  # no control group, or "max"
+    except (OSError, ValueError):  # there is no control group, or the limit is "max"
         return total

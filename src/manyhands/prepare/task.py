@@ -1,6 +1,6 @@
 """A task: a pure function of (plan, stage, partition) that writes one file.
 
-The file has the same records however often and wherever the task runs. The first file that is published is kept.
+The file has the same records however often and wherever the task runs. Only the first published file is kept.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _EXPANSION = 10  # reading and sorting records takes up to this many times their
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task, described completely for a worker.
+    """A task, with everything that a worker needs to run it.
 
-    inputs: the folder of each stage that the task reads, and the number of its run files. key_range: the keys that it
-    reads from these files. rewrites, schema: set if the task only rewrites a finished output file, with this path, with
-    this schema (see `schema_to_text`).
+    inputs: the folder of each stage that the task reads, and the number of its run files. key_range: the keys that the
+    task reads from these files. rewrites, schema: the path of a finished output file that the task only rewrites, and
+    the new schema (see `schema_to_text`).
     """
 
     plan_path: str
@@ -62,19 +62,19 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The task's name in messages."""
+        """Return the task's name for messages."""
         return f"stage {self.stage}, partition {self.partition}"
 
     def __call__(self) -> TaskResult:
-        """Run the task in this process: an executor of `concurrent.futures` accepts tasks as they are."""
+        """Run the task in this process. This makes a task a function for an executor of `concurrent.futures`."""
         return run_task(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """A task's counts, and the name, hash and schema of its output file. Records do not pass through the engine.
+    """A task's counts, and the name, hash and schema of its output file. Records are not sent through the engine.
 
-    schema: the schema of a Parquet file (see `schema_to_text`) if the records determined it.
+    schema: the schema of a Parquet file (see `schema_to_text`), if the records determined the schema.
     records_read: the number of records that a task after a shuffle read from each stage before it; otherwise empty.
     """
 
@@ -128,13 +128,14 @@ def run_task(task: Task) -> TaskResult:
         records_read=counts.records,
     )
     note = json.dumps(vars(result))
-    # The note is not synced, nor is the run file of a task before a shuffle: remove_torn checks both after a crash.
+    # Neither the note nor the run file of a task before a shuffle is synced. `remove_torn` checks both files after a
+    # crash.
     write_atomic(done_path(task.folder, task.partition), note, first_wins=True, durable=False)
     return result
 
 
 def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
-    """The result in the done note of a task; None if there is no valid note."""
+    """Return the result in the done note of a task, or None if there is no valid note."""
     try:
         note = json.loads(read_bytes(done_path(folder, partition)))
         return TaskResult(**{**note, "stage": stage, "records_read": tuple(note["records_read"])})
@@ -143,7 +144,10 @@ def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
 
 
 def finished_tasks(tasks: Sequence[Task]) -> dict[int, TaskResult]:
-    """The results of those tasks of one folder that have valid done notes, by partition. Lists the folder once."""
+    """Return the results of those tasks of one folder that have valid done notes, by partition.
+
+    The folder is listed only once.
+    """
     names = set(names_in(tasks[0].folder)) if tasks else set()
     noted = (task for task in tasks if _name_in(done_path("", task.partition)) in names)
     found = {task.partition: finished(task.folder, task.stage, task.partition) for task in noted}
@@ -153,8 +157,8 @@ def finished_tasks(tasks: Sequence[Task]) -> dict[int, TaskResult]:
 def remove_torn(folder: str, output_folder: str | None) -> int:
     """Delete damaged task files with their notes, so that these tasks run again. Return the number of these tasks.
 
-    After a power loss a file may be missing, short, or full of zeros although its note exists. Call this only in a
-    process that has the job folder to itself.
+    After a power loss, a file may be missing, short, or full of zeros although its note exists. Call this only in a
+    process that has exclusive use of the job folder.
 
     folder: the folder of a stage. output_folder: the folder into which a killed job may have moved output files.
     """
@@ -170,7 +174,7 @@ def remove_torn(folder: str, output_folder: str | None) -> int:
 
 
 def _intact_files(folder: str, output_folder: str | None, note: str) -> list[str]:
-    """The names of a task's note and files if all of them are intact; otherwise an empty list."""
+    """Return the names of a task's note and files if all of them are intact, and otherwise an empty list."""
     partition = int(note.removeprefix("part-").removesuffix(_DONE))
     result = finished(folder, 0, partition)
     if result is None:
@@ -226,35 +230,37 @@ def chunks_of(task: Task) -> Generator[Chunk, None, tuple[int, ...]]:
 
 @lru_cache(maxsize=1)
 def load_plan(path: str) -> Plan:
-    """Load the plan of a job. The plan that was loaded last is cached."""
+    """Load the plan of a job. The most recently loaded plan is cached."""
     plan: Plan = cloudpickle.loads(read_bytes(path))
     return plan
 
 
 def done_path(folder: str, partition: int) -> str:
-    """The path of a task's done note, which holds its result as JSON."""
+    """Return the path of a task's done note, which holds its result as JSON."""
     return join_path(folder, f"part-{partition:05d}{_DONE}")
 
 
 def bad_path(folder: str, partition: int) -> str:
-    """The path of the file that holds a task's bad records as JSON lines."""
+    """Return the path of the file that holds a task's bad records as JSON lines."""
     return join_path(folder, f"part-{partition:05d}.bad")
 
 
 def runs_path(folder: str, partition: int) -> str:
-    """The path of the file that a task before a shuffle writes."""
+    """Return the path of the file that a task before a shuffle writes."""
     return join_path(folder, f"part-{partition:05d}.runs")
 
 
 class _ReadCounts:
-    """What a task after a shuffle has read; see `TaskResult.records_read`."""
+    """The counts of the records that a task after a shuffle has read, as `TaskResult.records_read` describes."""
 
     def __init__(self) -> None:
         self.records: tuple[int, ...] = ()
 
 
 class _Written(NamedTuple):
-    """Counts of the records and bytes that a task wrote; the name, hash and schema of its output file if it has one."""
+    """The counts of the records and bytes that a task wrote, and the name, hash and schema of its output file, if
+    any.
+    """
 
     records_in: int
     records: int
@@ -265,7 +271,7 @@ class _Written(NamedTuple):
 
 
 class _Discarded(Exception):
-    """An output file must be written again with a wider schema."""
+    """Raised when an output file must be written again with a wider schema."""
 
 
 def _arrange(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
@@ -302,18 +308,19 @@ def _output(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _
 
 @dataclass
 class _SchemaFound:
-    """The schema of an output file: that of the job, or the one that a first attempt found."""
+    """The schema of an output file: the job's schema, or the schema that a first attempt found."""
 
     schema: Any
 
 
 def _write_output(task: Task, stage: Stage, bad: BadRecords, found: _SchemaFound, counts: _ReadCounts) -> _Written:
-    """Write the output file. Raises _Discarded, after setting `found.schema`, if it must be written again with it."""
+    """Write the output file. If it must be written again, set `found.schema` to the new schema and raise _Discarded."""
     output: Any = stage.end
     name = output_file_name(task.partition, output.form)
     records = 0
     (task,) = _parts(task, stage)  # seeds `random`
-    # Formats of lines get Python objects: a row that has no Python form is then a bad record with its location.
+    # Formats of lines get Python objects, so that a row without a Python form is reported as a bad record with its
+    # location.
     last = records_of if is_of_lines(output.form) else unchanged
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: last)
     with open_atomic(join_path(task.folder, name), first_wins=True, durable=False) as opened:
@@ -334,7 +341,8 @@ def _write_output(task: Task, stage: Stage, bad: BadRecords, found: _SchemaFound
         if writer is not None and writer.is_discarded:
             found.schema = writer.schema
             raise _Discarded
-        # Each task syncs its file, so that workers do this in parallel. The job syncs the folder when it publishes.
+        # Each task syncs its file, so that workers do this in parallel. The job syncs the folder when it publishes the
+        # files.
         file.sync()
     if writer is None:
         return _Written(pipeline.records_in, 0, 0)
@@ -369,7 +377,7 @@ _END_OF: dict[type, Callable[[Task, Stage, BadRecords, _ReadCounts], _Written]] 
 
 
 def _parts(task: Task, stage: Stage) -> Iterator[Task]:
-    """Yield the task for each of its partitions. Functions that use `random` see the same numbers every time."""
+    """Yield the task for each of its partitions. Functions that use `random` get the same numbers in every run."""
     for partition in stage.partitions_of(task.partition):
         random.seed(derive(0, "task", stage.identity, partition))
         yield replace(task, partition=partition)
@@ -377,7 +385,7 @@ def _parts(task: Task, stage: Stage) -> Iterator[Task]:
 
 @lru_cache(maxsize=2)
 def _input_files(plan_path: str, stage: int) -> dict[str, InputFile]:
-    """The files that a stage reads, by path."""
+    """Return the files that a stage reads, by path."""
     source: Any = load_plan(plan_path).stages[stage].source
     return {file.path: file for file in source.files}
 
@@ -389,7 +397,7 @@ def _pieces(task: Task, stage: Stage, counts: _ReadCounts, bad: BadRecords) -> I
         file = _input_files(task.plan_path, task.stage)[split.path]
         check_unchanged(file)
         yield from read_split(split, bad, source.columns, source.types)
-        check_unchanged(file)  # it may have changed meanwhile
+        check_unchanged(file)  # it may have changed while it was read
     elif isinstance(source, InMemory):
         records = unpack_records(source.partitions[task.partition])
         yield SourcedChunk(records, _placed("given records", task.partition, 0))

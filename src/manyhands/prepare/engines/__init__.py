@@ -1,1 +1,1 @@
-"""Engines: what runs the tasks of a job."""
+"""Engines, which run the tasks of a job."""

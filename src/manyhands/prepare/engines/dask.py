@@ -16,7 +16,7 @@ from manyhands.prepare.task import Task, TaskResult
 _WAIT_SECONDS = 30
 
 _NO_WORKERS_SECONDS = 120.0
-"""Tasks fail if the cluster has no workers for this long."""
+"""The time without workers in the cluster after which tasks fail."""
 
 
 class DaskEngine:
@@ -24,8 +24,8 @@ class DaskEngine:
 
     A task whose worker dies is retried on another worker, as often as the scheduler allows (`allowed-failures`, by
     default 3). If there are no workers for a while, tasks fail with a WorkerError. memory_bytes: the memory for all
-    workers together (None: the memory that Dask gives the workers). Raises ConfigError if no scheduler answers at the
-    address, or if the scheduler has no workers.
+    workers together, or None for the memory that Dask gives the workers. Raises ConfigError if no scheduler answers at
+    the address, or if the scheduler has no workers.
     """
 
     def __init__(self, address: str, memory_bytes: int | None, default_bytes: int) -> None:
@@ -35,7 +35,7 @@ class DaskEngine:
             raise ConfigError(f"no Dask scheduler answers: {error}", where=address) from error
         self._address = address
         self.retries = 0
-        self._mine: dict[str, Future[TaskResult]] = {}  # unfinished tasks, by Dask's key
+        self._mine: dict[str, Future[TaskResult]] = {}  # the futures of unfinished tasks, by Dask's key
         with suppress(TimeoutError):
             self._client.wait_for_workers(1, timeout=_WAIT_SECONDS)
         self._no_workers_timer: threading.Timer | None = None
@@ -61,7 +61,7 @@ class DaskEngine:
         future: Future[TaskResult] = Future()
         try:
             theirs = self._client.submit(run_on_host, task, self._context, self._versions, pure=False)
-        except Exception as error:  # the client is closed, because the scheduler is gone
+        except Exception as error:  # the client is closed, because the scheduler has ended
             future.set_exception(self._gone(error))
             return future
         self._mine[theirs.key] = future
@@ -69,7 +69,7 @@ class DaskEngine:
         return future
 
     def close(self) -> None:
-        """Leave the cluster. Tasks that still run there complete, but nothing uses their results."""
+        """Leave the cluster. Tasks that still run there will complete, but their results are not used."""
         if self._no_workers_timer is not None:
             self._no_workers_timer.cancel()
         self._client.close()
@@ -104,7 +104,7 @@ class DaskEngine:
 
     def _forward_result(self, task: Task, done: Any, future: Future[TaskResult]) -> None:
         self._mine.pop(done.key, None)
-        with suppress(InvalidStateError):  # the future has failed already
+        with suppress(InvalidStateError):  # the future has already failed
             self._settle(task, done, future)
 
     def _settle(self, task: Task, done: Any, future: Future[TaskResult]) -> None:
@@ -126,7 +126,7 @@ class DaskEngine:
             return WorkerError(
                 f"a task crashed {error.allowed_failures + 1} of Dask's workers",
                 where=f"{task.name}; the last worker: {error.last_worker.address}",
-                hint="see the logs of the workers; the most frequent reason is too little memory for a worker",
+                hint="see the logs of the workers; the most frequent cause is too little memory for a worker",
             )
         return WorkerError(f"Dask could not run a task: {type(error).__name__}: {error}", where=task.name)
 

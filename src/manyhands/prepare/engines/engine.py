@@ -10,13 +10,13 @@ from manyhands.prepare.task import Task, TaskResult, run_task
 
 
 class JobEngine(Protocol):
-    """Runs tasks in any order, on any machine that sees the files. An object with this one method is an engine.
+    """Runs tasks in any order, on any machine that can access the files. Any object with this one method is an engine.
 
-    So is an executor of `concurrent.futures`: a task is a function without arguments. A process must run one task at a
-    time, because the random numbers of a task come from the state of its process. A task may run twice, for example
-    because its worker was lost. Both runs have the same result.
+    An executor of `concurrent.futures` is an engine, because a task is a function without arguments. A process must run
+    one task at a time, because the random numbers of a task come from the state of its process. A task may run twice,
+    for example because its worker was lost. Both runs have the same result.
 
-    An engine may have two attributes. memory_bytes: the memory that a task may use (default: that of the job, divided
+    An engine may have two attributes. memory_bytes: the memory that a task may use (default: the job's memory, divided
     by `workers`). retries: the number of tasks that were restarted because their worker was lost (default: 0).
     """
 
@@ -30,26 +30,26 @@ class OwnedEngine(JobEngine, Protocol):
 
     @property
     def workers(self) -> int:
-        """The number of tasks that run at the same time."""
+        """Return the number of tasks that run at the same time."""
         ...
 
     @property
     def memory_bytes(self) -> int:
-        """The memory that a task may use."""
+        """Return the memory that a task may use."""
         ...
 
     @property
     def retries(self) -> int:
-        """The number of tasks that were restarted because their worker was lost."""
+        """Return the number of tasks that were restarted because their worker was lost."""
         ...
 
     def close(self) -> None:
-        """End all workers and abandon unfinished tasks. May be called twice."""
+        """End all workers and abandon unfinished tasks. `close` may be called twice."""
         ...
 
 
 class GivenEngine:
-    """An engine that the caller of a job passed, with defaults for what it leaves out. It stays open.
+    """An engine that the caller of a job passed, with defaults for missing attributes. It stays open.
 
     Its tasks fail with a ConfigError if it returns anything but futures of results.
     """
@@ -61,7 +61,7 @@ class GivenEngine:
 
     @property
     def retries(self) -> int:
-        """The number of tasks that the engine has restarted, if it counts them."""
+        """Return the number of tasks that the engine has restarted, if it counts them."""
         return int(getattr(self._engine, "retries", 0))
 
     def submit(self, task: Task) -> Future[TaskResult]:
@@ -74,7 +74,7 @@ class GivenEngine:
         return checked
 
     def close(self) -> None:
-        """Do nothing: the engine belongs to the caller."""
+        """Do nothing, because the engine belongs to the caller."""
 
     def _forward(self, task: Task, done: Future[TaskResult], checked: Future[TaskResult]) -> None:
         if done.cancelled():
@@ -101,7 +101,7 @@ class GivenEngine:
 
 
 class InProcess:
-    """Runs tasks in this process, when they are submitted. For debugging: breakpoints work."""
+    """Runs tasks in this process when they are submitted. This is for debugging, because breakpoints work."""
 
     workers = 1
     retries = 0
@@ -116,9 +116,9 @@ class InProcess:
             future.set_result(run_task(task))
         except Exception as error:
             future.set_exception(error)
-        except SystemExit as error:  # of a user's class, while its objects are compared or pickled
+        except SystemExit as error:  # a user's class raised it while its objects were compared or pickled
             future.set_exception(DataError(f"a task failed: {type(error).__name__}: {error}", where=task.name))
         return future
 
     def close(self) -> None:
-        """Do nothing."""
+        """Do nothing, because there are no workers."""

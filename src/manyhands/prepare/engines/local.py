@@ -1,13 +1,14 @@
-"""A supervised pool of worker processes on this machine, kept for the next job.
+"""A supervised pool of worker processes on this machine, which the next job reuses.
 
-A killed worker is replaced and its task retried; a task that crashes three workers fails. A worker that has exceeded
+A killed worker is replaced and its task is retried. A task that crashes three workers fails. A worker that has exceeded
 its memory limit is replaced after its task. Workers end after some idle time, or when this process ends for any reason.
 
-`PersistentPool` stays for the next job of this process, because starting workers takes most of the time of a small job.
+A `PersistentPool` remains for the next job of this process, because starting workers takes most of the time of a small
+job.
 
-Dask and Ray workers call `run_on_host`, which passes the task to such a pool on their host and waits. So tasks run
-there as they do on this machine: one at a time in a process, with the same hash seed and a memory limit. A task that
-crashes does not crash the Dask or Ray worker.
+Dask and Ray workers call `run_on_host`, which passes the task to such a pool on their host and waits. So tasks run on
+that host as they do on this machine: one at a time in a process, with the same hash seed and a memory limit. A task
+that crashes does not crash the Dask or Ray worker.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from manyhands.prepare.task import Task, TaskResult
 from manyhands.storage.files import exists
 
 _MAX_CRASHES = 3
-"""A task fails after it has crashed this many workers."""
+"""The number of crashed workers after which a task fails."""
 
 _EXIT_SECONDS = 5.0
-"""How long a worker may take to exit before it is killed."""
+"""The time that a worker has to exit before it is killed."""
 
 _IDLE_SECONDS = 30.0
 
 _SHORT_SECONDS = 0.02
-"""A worker whose last task was shorter is given the next one before it has completed the current one."""
+"""A worker whose last task was shorter than this gets the next task before it has completed the current task."""
 
 
 class ProcessContext(NamedTuple):
@@ -53,7 +54,7 @@ class ProcessContext(NamedTuple):
 
     @classmethod
     def here(cls) -> ProcessContext:
-        """The context of this process."""
+        """Return the context of this process."""
         return cls(os.getcwd(), tuple(p or os.getcwd() for p in sys.path))
 
 
@@ -68,16 +69,16 @@ class _Job:
 class _Worker:
     """A worker process and the connection to it.
 
-    jobs: its current task and the one after it, if it has been sent already; none while it is idle or starting. hasty:
-    True if its last task was short. plan_path: the plan of its last task. installed: True while all modules that the
-    worker has imported are installed. Otherwise the worker may not serve another plan, because the script's own modules
-    may have changed.
+    jobs: its current task, and the next task if it has already been sent. The list is empty while the worker is idle or
+    starting. hasty: True if its last task was short. plan_path: the plan of its last task. installed: True while all
+    modules that the worker has imported belong to installed packages. Otherwise the worker may not run tasks of another
+    plan, because the script's own modules may have changed.
     """
 
     def __init__(self, context: ProcessContext) -> None:
         self.connection, theirs = Pipe()
-        # The order of sets in users' functions depends on the hash seed, so all workers have the same one.
-        # The import path of this process comes first, then the script's. They differ only on another host.
+        # The order of sets in users' functions depends on the hash seed, so all workers have the same seed.
+        # The import path of this process comes first, then the script's path. The paths differ only on another host.
         own = ProcessContext.here().path
         paths = [*own, *(path for path in context.path if path not in own)]
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(paths)}
@@ -99,19 +100,24 @@ class _Worker:
 
     @property
     def idle(self) -> bool:
-        """True if it waits for a task."""
+        """Return True if the worker waits for a task."""
         return self.ready and not self.jobs
 
     def may_serve(self, task: Task) -> bool:
-        """True if the modules that it has imported are those of the task's script."""
+        """Return True if the worker may run the task: its imported modules are installed, or its last task had the same
+        plan.
+        """
         return self.installed or self.plan_path == task.plan_path
 
     def may_take_ahead(self, task: Task) -> bool:
-        """True if it need not wait for this process between its current task and this one."""
+        """Return True if the task may be sent to the worker before it has completed its current task."""
         return self.hasty and len(self.jobs) == 1 and self.plan_path == task.plan_path
 
     def send(self, task: Task) -> None:
-        """Send it a task. If it has just died, the pool detects that when it waits for the answer."""
+        """Send a task to the worker.
+
+        If the worker has just died, the pool detects this when it waits for the answer.
+        """
         self.plan_path = task.plan_path
         with suppress(OSError):
             self.connection.send_bytes(pickle.dumps(task))
@@ -129,9 +135,9 @@ class _Worker:
 
 
 class Pool:
-    """Up to `workers` processes that run tasks, started on demand. `memory_bytes` is the limit of each.
+    """Up to `workers` processes that run tasks and are started on demand. `memory_bytes` is the limit of each process.
 
-    context: the context of the script, if the script runs in another process. One thread owns the workers; `submit` and
+    context: the context of the script, if the script runs in another process. One thread owns the workers. `submit` and
     `close` may be called from any thread.
     """
 
@@ -143,19 +149,19 @@ class Pool:
         self._members: list[_Worker] = []
         self._closing = False
         self._failed_starts = 0
-        self._wake_up, self._woken = os.pipe()[::-1]  # wakes the supervising thread
+        self._wake_up, self._woken = os.pipe()[::-1]  # this pipe wakes the supervising thread
         self._thread = threading.Thread(target=self._supervise, name="manyhands-pool", daemon=True)
         self._thread.start()
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of the workers that have started."""
+        """Return the process ids of the workers that have started."""
         with self._lock:
             return [worker.process.pid for worker in self._members if worker.ready]
 
     @property
     def idle(self) -> bool:
-        """True if no task is waiting or running."""
+        """Return True if no task is waiting or running."""
         with self._lock:
             return not self._waiting and not any(worker.jobs for worker in self._members)
 
@@ -199,7 +205,7 @@ class Pool:
                 job.future.cancel()
 
     def _assign_tasks(self) -> None:
-        """Give waiting tasks to idle workers, and start workers for the rest."""
+        """Give waiting tasks to idle workers, and start workers for the remaining tasks."""
         if self._waiting:
             task = self._waiting[0].task
             self._replace([worker for worker in self._members if worker.idle and not worker.may_serve(task)])
@@ -207,7 +213,8 @@ class Pool:
             if worker.idle and self._waiting:
                 self._start_next(worker)
         for worker in self._members:
-            # The last tasks are not given ahead, so that each goes to the first worker that is free.
+            # The last tasks are not sent in advance, so that each of them is sent to the first worker that becomes
+            # idle.
             if len(self._waiting) > self.workers and worker.may_take_ahead(self._waiting[0].task):
                 self._start_next(worker)
         starting = sum(not worker.ready for worker in self._members)
@@ -217,7 +224,8 @@ class Pool:
             starting += 1
 
     def _start_next(self, worker: _Worker) -> None:
-        with self._lock:  # at no time is a task in neither place, or the pool would look idle
+        # Move the task under the lock, because the pool would seem idle if the task were in neither place.
+        with self._lock:
             job = self._waiting.popleft()
             worker.jobs.append(job)
         worker.send(job.task)
@@ -244,7 +252,7 @@ class Pool:
 
     def _lost(self, worker: _Worker) -> None:
         job = worker.jobs.popleft() if worker.jobs else None
-        self._waiting.extendleft(reversed(worker.jobs))  # it had not started these
+        self._waiting.extendleft(reversed(worker.jobs))  # the worker had not started these tasks
         code = self._remove(worker, at_once=False)
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with code {code}"
         if not worker.ready:
@@ -275,7 +283,7 @@ class Pool:
         self._failed_starts = 0
 
     def _replace(self, workers: Sequence[_Worker]) -> None:
-        """End idle workers. New ones start on demand."""
+        """End idle workers. New workers are started on demand."""
         for worker in workers:
             self._remove(worker, at_once=False)
 
@@ -291,7 +299,7 @@ _idle_pools: list[tuple[_Basis, PersistentPool]] = []  # at most one in each pro
 
 
 class _Basis(NamedTuple):
-    """What workers inherit from this process when they start. A pool with another basis can't be reused."""
+    """The state that workers inherit from this process when they start. A pool with another basis can't be reused."""
 
     process: int
     workers: int
@@ -301,14 +309,14 @@ class _Basis(NamedTuple):
 
 
 class PersistentPool(Pool):
-    """A pool that stays alive for the next job: `close` stores it and its workers if all tasks are complete."""
+    """A pool that remains for the next job. `close` stores it with its workers if all tasks are complete."""
 
     def __init__(self, basis: _Basis) -> None:
         super().__init__(basis.workers, basis.memory_bytes)
         self._basis = basis
 
     def close(self) -> None:
-        """Store the pool for the next job; end it if tasks are still running."""
+        """Store the pool for the next job, or end it if tasks are still running."""
         if not self.idle:
             self.end()
             return
@@ -325,7 +333,7 @@ class PersistentPool(Pool):
 
 
 def persistent_pool(workers: int, memory_bytes: int) -> Pool:
-    """The stored pool if it has the same basis, otherwise a new one."""
+    """Return the stored pool if it has the same basis, and otherwise a new pool."""
     basis = _Basis(os.getpid(), workers, memory_bytes, ProcessContext.here(), dict(os.environ))
     with _lock:
         found = [pool for its, pool in _idle_pools if its == basis]
@@ -351,11 +359,13 @@ def close_persistent_pools() -> None:
 
 
 _NO_LIMIT = 1024
-"""The number of workers of a pool for Dask or Ray. These limit how many tasks run at the same time."""
+"""The number of workers of a pool for Dask or Ray, which themselves limit the number of tasks at a time."""
 
 
 class Versions(NamedTuple):
-    """Versions that must be equal on all hosts: functions are sent as Python bytecode, and Arrow writes the files."""
+    """Versions that must be equal on all hosts, because functions are sent as Python bytecode, and Arrow writes the
+    files.
+    """
 
     python: str
     manyhands: str
@@ -363,7 +373,7 @@ class Versions(NamedTuple):
 
     @classmethod
     def here(cls) -> Versions:
-        """The versions that this process runs."""
+        """Return the versions that this process runs."""
         import pyarrow as pa
 
         return cls(".".join(map(str, sys.version_info[:2])), __version__, str(pa.__version__))
@@ -379,13 +389,13 @@ def run_on_host(task: Task, context: ProcessContext, versions: Versions) -> Task
             "a worker has other versions than the script",
             expected=_describe(versions),
             got=_describe(Versions.here()),
-            hint="install the same versions everywhere: the bytes of the output depend on them",
+            hint="install the same versions on all hosts, because the bytes of the output depend on them",
         )
     if not exists(task.plan_path):
         raise DataError(
             "a worker doesn't see the job's folder",
             where=task.plan_path,
-            hint="all hosts need the output folder under the same path, on a shared disk or in a store; take() and "
+            hint="use an output folder with the same path on all hosts, on a shared disk or in a store; take() and "
             "count() use the system's temporary folder: set TMPDIR to a shared folder, or use write()",
         )
     try:
@@ -396,7 +406,7 @@ def run_on_host(task: Task, context: ProcessContext, versions: Versions) -> Task
 
 @cache
 def _pool(context: ProcessContext, memory_bytes: int) -> Pool:
-    """The pool for all tasks of a script in this Dask or Ray worker. Its processes end when they are idle."""
+    """Return the pool for all tasks of a script in this Dask or Ray worker. Its processes end when they are idle."""
     return Pool(_NO_LIMIT, memory_bytes, context)
 
 

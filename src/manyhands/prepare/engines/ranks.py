@@ -1,9 +1,9 @@
-"""Several processes of one script share a job through its folder.
+"""Lets several processes of one script share a job through its folder.
 
 This engine is for Slurm arrays, indexed Kubernetes jobs, SkyPilot, or a loop in a shell. Each rank runs every N-th task
-of a stage and waits for the other ranks. If a rank has no task of its own left, and no other rank has completed a task
-for a while, it also runs the tasks of the ranks that it waits for, until those ranks complete tasks again. The job
-therefore completes even if those ranks are late, have died or were never started.
+of a stage and waits for the other ranks. If a rank has completed its own tasks, and no other rank has completed a task
+for a while, it also runs the tasks of the ranks that it waits for, until those ranks complete tasks again. So the job
+completes even if some ranks are late, have died or were never started.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.1
 
 
 class Ranks:
-    """The engine of one rank. `pool` runs its own tasks; tasks of other ranks complete when their done notes exist."""
+    """The engine of one rank. `pool` runs its own tasks. Tasks of other ranks complete when their done notes exist."""
 
     def __init__(self, rank: Rank, pool: OwnedEngine, patience_seconds: float = RANK_PATIENCE_SECONDS) -> None:
         self.rank, self.patience_seconds, self._pool = rank, patience_seconds, pool
@@ -34,7 +34,7 @@ class Ranks:
         self._lock = threading.Lock()
         self._mine: list[Future[TaskResult]] = []
         self._others: list[_ForeignTask] = []
-        self._absent: set[int] = set()  # ranks that were late, and have completed no task since
+        self._absent: set[int] = set()  # the ranks that were late and have not completed a task since then
         self._progress_at = time.monotonic()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="manyhands-ranks", daemon=True)
@@ -42,7 +42,7 @@ class Ranks:
 
     @property
     def retries(self) -> int:
-        """Retries of this rank's own workers."""
+        """Return the number of retried tasks of this rank's own workers."""
         return self._pool.retries
 
     def submit(self, task: Task) -> Future[TaskResult]:
@@ -71,7 +71,8 @@ class Ranks:
         while not self._closing.wait(pause_seconds):
             started = time.monotonic()
             self._poll()
-            # A look at 50,000 tasks takes long: without longer pauses, it would take most of the time.
+            # Checking 50,000 tasks takes long. Without longer pauses, this process would spend most of its time on
+            # checks.
             pause_seconds = max(_POLL_SECONDS, 4 * (time.monotonic() - started))
 
     def _poll(self) -> None:
@@ -117,7 +118,9 @@ class Ranks:
         return active
 
     def _help_out(self, others: list[_ForeignTask]) -> None:
-        """Run some tasks of other ranks, first those of the next rank. So two helping ranks choose different tasks."""
+        """Run some tasks of other ranks, beginning with the next rank, so that two helping ranks choose different
+        tasks.
+        """
         running = sum(foreign.helped and not foreign.future.done() for foreign in others)
         pending = [foreign for foreign in others if not (foreign.helped or foreign.future.done())]
         pending.sort(key=lambda foreign: (foreign.owner - self.rank.number) % self.rank.of)
@@ -127,7 +130,7 @@ class Ranks:
 
 
 class _ForeignTask:
-    """A task of another rank, with its future. helped: True if it was started here."""
+    """A task of another rank, with its future. helped: True if this rank has started it."""
 
     def __init__(self, task: Task, owner: int) -> None:
         self.task, self.owner, self.helped = task, owner, False
@@ -135,7 +138,7 @@ class _ForeignTask:
 
 
 def _settle(future: Future[TaskResult], result: TaskResult) -> None:
-    with suppress(InvalidStateError):  # this rank and another one have both completed the task
+    with suppress(InvalidStateError):  # this rank and another rank have both completed the task
         future.set_result(result)
 
 

@@ -21,7 +21,7 @@ from manyhands.prepare.task import Task, TaskResult
 _REACH_SECONDS = 2.0
 
 _RETRIES = 2
-"""How many times a task is retried after its worker or host dies."""
+"""The number of times that a task is retried after its worker or host has died."""
 
 _LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
 
@@ -30,7 +30,8 @@ class RayEngine:
     """Runs tasks on Ray, one per CPU. A task whose worker or host dies is retried twice.
 
     address: an address for Ray's client, such as ray://head:10001. If it is None, the engine uses the cluster to which
-    this process is connected, or else one that Ray finds on this host, or else a new one, which ends with the engine.
+    this process is connected, or else a cluster that Ray finds on this host, or else a new cluster, which ends with the
+    engine.
     memory_bytes: the memory for all workers together. If it is None, each CPU gets an equal part of the memory that Ray
     gives tasks. Raises ConfigError if no cluster answers at the address.
     """
@@ -50,7 +51,7 @@ class RayEngine:
         share = int(resources.get("memory", default_bytes * self.workers)) // self.workers
         self.memory_bytes = share if memory_bytes is None else memory_bytes // self.workers
         self.retries = 0
-        # Ray must not retry, because it does not report retries: `_forward_result` retries and counts.
+        # Ray must not retry, because it does not report retries. `_forward_result` retries and counts.
         self._run: Any = ray.remote(num_cpus=1, max_retries=0)(run_on_host)
         self._arguments = ray.put(ProcessContext.here()), ray.put(Versions.here())
 
@@ -61,14 +62,14 @@ class RayEngine:
         return future
 
     def close(self) -> None:
-        """Leave the cluster. End it if it was started here."""
+        """Leave the cluster. End it if this engine has started it."""
         if self._owns_connection and ray.is_initialized():
             ray.shutdown()
 
     def _start(self, task: Task, future: Future[TaskResult], tries_left: int) -> None:
         try:
             theirs = self._run.remote(task, *self._arguments).future()
-        except Exception as error:  # the cluster is gone
+        except Exception as error:  # the cluster has ended
             what = f"Ray could not run a task: {type(error).__name__}: {error}"
             future.set_exception(WorkerError(what, where=task.name))
             return
@@ -96,7 +97,7 @@ class RayEngine:
                 WorkerError(
                     f"a task crashed {_RETRIES + 1} of Ray's workers: {str(error).splitlines()[0]}",
                     where=task.name,
-                    hint="see Ray's logs; the most frequent reason is too little memory for a worker",
+                    hint="see Ray's logs; the most frequent cause is too little memory for a worker",
                 )
             )
         else:

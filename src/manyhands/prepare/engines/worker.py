@@ -1,4 +1,4 @@
-"""One worker process of the local pool."""
+"""The program of a worker process of the local pool."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def rss_bytes() -> int:
-    """The resident memory of this process; 0 without /proc."""
+    """Return the resident memory of this process, or 0 without /proc."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -49,7 +49,9 @@ def rss_bytes() -> int:
 
 
 def _all_installed(initial_modules: frozenset[str]) -> bool:
-    """True if all modules that tasks have imported are part of Python or installed packages, so they do not change."""
+    """Return True if all modules that tasks have imported belong to Python or installed packages, which do not
+    change.
+    """
     for name in sys.modules.keys() - initial_modules:
         file = getattr(sys.modules.get(name), "__file__", None)
         if file and not (name.startswith("manyhands.") or is_installed(file)):
@@ -60,7 +62,7 @@ def _all_installed(initial_modules: frozenset[str]) -> bool:
 def _end_with_parent(fd: int, parent: int) -> None:
     """End this process as soon as the parent ends for any reason, even in the middle of a task."""
     poller = select.poll()
-    poller.register(fd, 0)  # reports only that the other end was closed
+    poller.register(fd, 0)  # 0: report only that the other end was closed
     while os.getppid() == parent:
         if poller.poll(1000):
             break

@@ -1,4 +1,4 @@
-"""Compressed files: gzip and zstd."""
+"""Opens compressed files: gzip and zstd."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import IO, Any, cast
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """One way to compress files.
+    """A method of compression.
 
-    suffixes: the suffixes of file names; the first is used for output. reader, writer: functions that return a stream
-    which decompresses or compresses an open file. Closing the stream does not close the file.
+    suffixes: the suffixes of file names; the first suffix is used for output. reader, writer: functions that return a
+    stream which decompresses or compresses an open file. Closing the stream does not close the file.
     """
 
     suffixes: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""Reads CSV files as tables. Each row that is wrong is a bad record with its line.
+"""Reads CSV files as tables. Each invalid row is a bad record with its line.
 
 Columns are text, exactly as in the file, unless `types` specifies another type. The header is the first line that isn't
-empty, and files that are read together have the same columns.
+empty. Files that are read together must have the same columns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BLOCK_BYTES = 2**24  # rows are parsed in blocks of this size; a row may extend
 
 _SMALL_BYTES = 2**13
 
-_HEADER_BYTES = 2**16  # read to find the header when a job is planned
+_HEADER_BYTES = 2**16  # the bytes that are read to find the header when a job is planned
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -73,7 +73,7 @@ class _Rows(NamedTuple):
 def split_csv(
     file: InputFile, form: str, compression: str | None, partition_bytes: int
 ) -> tuple[list[Split], tuple[str, ...] | None]:
-    """Return one split for the complete file, and the names of its columns (None if the file is empty).
+    """Return one split for the complete file, and the names of its columns, or None if the file is empty.
 
     A quoted field may contain line ends, so rows can't be found from the middle of a file.
     """
@@ -85,10 +85,11 @@ def split_csv(
 
 
 def _read_header(file: IO[bytes], path: str) -> Header:
-    """Read the header of a CSV file, and not much more. Raises DataError if it is wrong, or longer than a block."""
+    """Read the header of a CSV file, and little more. Raises DataError if it is invalid, or longer than a block."""
     reader = BlockReader(file, _HEADER_BYTES)
     parts: list[bytes] = []
-    tried = 0  # parts that have been searched; their number doubles, so that all searches together take linear time
+    # The number of parts that have been searched, which doubles, so that all searches together take linear time.
+    tried = 0
     while True:
         part, final = reader.read()
         parts.append(part)
@@ -106,19 +107,22 @@ def _header_too_long(path: str) -> DataError:
 
 
 def check_same_names(first: tuple[str, tuple[str, ...]], path: str, names: tuple[str, ...]) -> None:
-    """Raise DataError if a CSV file has other columns than the first one. first: its path and names."""
+    """Raise DataError if a CSV file has other columns than the first file. first: the path and names of the first
+    file.
+    """
     if set(names) != set(first[1]):
         raise DataError(
             "a CSV file has other columns than the first one",
             where=path,
             expected=f"{', '.join(first[1])} (as in {first[0]})",
             got=", ".join(names),
-            hint="files that are read together need the same columns: correct the header, or read them separately",
+            hint="correct the header, or read the files separately, because files that are read together need the "
+            "same columns",
         )
 
 
 def is_csv_type(name: str) -> bool:
-    """True if CSV fields can have the type with this name."""
+    """Return True if CSV fields can have the type with this name."""
     try:
         _cast(pa.chunked_array([[""]]), pa.type_for_alias(name))
     except (pa.ArrowException, ValueError, TypeError):
@@ -153,9 +157,9 @@ def read_csv(
 
 
 def _header(data: bytes, path: str, *, final: bool) -> Header | None:
-    """Parse the header; None if more data is needed. final: True if `data` is the complete file.
+    """Parse the header, or return None if more data is needed. final: True if `data` is the complete file.
 
-    Raises DataError if the header is wrong.
+    Raises DataError if the header is invalid.
     """
     start = len(_BOM) if data.startswith(_BOM) else 0
     empty = _EMPTY_LINES.match(data, start)
@@ -168,7 +172,7 @@ def _header(data: bytes, path: str, *, final: bool) -> Header | None:
     raw = [data[begin:end] for begin, end in row.fields]
     wrong, hint = _wrong_names(raw)
     if row.quote is not None:
-        wrong, hint = "a quote is not closed, or text follows it", "a quote inside a quoted field is doubled"
+        wrong, hint = "a quote is not closed, or text follows it", "double each quote inside a quoted field"
     if wrong is not None or row.end is None:
         raise DataError(
             f"the header of a CSV file can't be used: {wrong}",
@@ -181,7 +185,7 @@ def _header(data: bytes, path: str, *, final: bool) -> Header | None:
 
 
 def _wrong_names(raw: list[bytes]) -> tuple[str | None, str | None]:
-    """Return what is wrong with the fields of a header, and what to do; (None, None) if nothing is."""
+    """Return what is wrong with the fields of a header, and what to do, or (None, None) if the header is valid."""
     try:
         names = [field_text(field, (0, len(field))).decode() for field in raw]
     except UnicodeDecodeError as error:
@@ -190,11 +194,11 @@ def _wrong_names(raw: list[bytes]) -> tuple[str | None, str | None]:
         return "it contains NUL bytes", "convert the file: iconv -f UTF-16 -t UTF-8, for example"
     twice = [name for index, name in enumerate(names) if name in names[:index]] if len(set(names)) < len(names) else []
     if twice:
-        return f"it has two columns named {twice[0]!r}", "rename one: a record has one value of each name"
+        return f"it has two columns named {twice[0]!r}", "rename one of them: a record has one value of each name"
     if len(raw) == 1 and not raw[0].startswith(b'"') and _OTHER_DELIMITERS.search(raw[0]):
         return (
             "the columns are not divided by commas",
-            "write the file with commas; or quote the name, if this is one column",
+            "write the file with commas; or quote the name, if it is the name of a single column",
         )
     return None, None
 
@@ -202,8 +206,8 @@ def _wrong_names(raw: list[bytes]) -> tuple[str | None, str | None]:
 def _small_table(data: bytes, names: tuple[str, ...], columns: tuple[str, ...] | None) -> pa.Table | None:
     """Parse a small block, for which Arrow's parser takes longer to start than to parse. data: UTF-8 text.
 
-    Returns None if the block is not small, or not simple: it has a quote, a carriage return, an empty line, or a row
-    with a wrong number of fields.
+    Returns None if the block is not small, or if it has a quote, a carriage return, an empty line, or a row with a
+    wrong number of fields.
     """
     if not 0 < len(data) <= _SMALL_BYTES or b'"' in data or b"\r" in data:
         return None
@@ -247,7 +251,7 @@ def _parsed(block: RowBlock, names: tuple[str, ...], columns: tuple[str, ...] | 
             raise DataError(f"a CSV file can't be read: {error}", where=f"{path}, line {block.first_line}") from error
     rows = table.num_rows + len(invalid)
     if lines is None:
-        # If there are as many lines as rows, no line is empty and no row has several.
+        # If there are as many lines as rows, no line is empty and no row spans several lines.
         is_simple = rows == block.lines
         lines = np.arange(block.first_line, block.first_line + rows) if is_simple else block.starts()[1]
     if len(lines) != rows:
@@ -272,7 +276,9 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def _without_unreadable(block: RowBlock) -> tuple[bytes, Any, list[_Wrong]]:
-    """Return the data without rows that have a wrong quote or are not UTF-8, the lines of its rows, and these rows."""
+    """Return the data without rows that have a wrong quote or are not UTF-8, the lines of the remaining rows, and the
+    rows that were removed.
+    """
     starts, lines = block.starts()
     ends = np.append(starts[1:], len(block.data))
     quotes = {start for start, _ in block.wrong}
@@ -295,11 +301,14 @@ def _without_unreadable(block: RowBlock) -> tuple[bytes, Any, list[_Wrong]]:
 
 
 def _chunks(rows: _Rows, kinds: Mapping[str, pa.DataType], path: str, bad: BadRecords) -> Iterator[SourcedChunk]:
-    """Yield the rows in chunks of about CHUNK_BYTES with typed columns. Add the wrong rows to `bad` in their order."""
+    """Yield the rows in chunks of about CHUNK_BYTES with typed columns.
+
+    Add the invalid rows to `bad` in their order.
+    """
     num_rows, lines, wrong = rows.table.num_rows, rows.lines, rows.wrong
     step = max(1, num_rows * CHUNK_BYTES // max(1, rows.table.nbytes))
-    # Columns are cast for the complete block, and put into one table: with many columns, this is much faster than
-    # doing it for each chunk or column. Columns with a field that does not fit are cast chunk by chunk.
+    # Cast the columns of the complete block, and put them into one table. With many columns, this is much faster than
+    # casting each chunk or column. Columns with a field that does not fit are cast chunk by chunk.
     table, remaining = _cast_columns(rows.table, kinds)
     for start in range(0, num_rows, step):
         part, part_lines = table.slice(start, step), lines[start : start + step]
@@ -329,7 +338,7 @@ def _cast_columns(table: pa.Table, kinds: Mapping[str, pa.DataType]) -> tuple[pa
 
 
 def _cast(texts: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """Convert texts, and empty ones to null. Raises pa.ArrowInvalid if a text does not fit."""
+    """Convert texts to a type, and empty texts to null. Raises pa.ArrowInvalid if a text does not fit."""
     texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
     values = pc.cast(texts, kind)
     if kind in (pa.float32(), pa.float64()):
@@ -355,7 +364,7 @@ def _misfits(table: pa.Table, lines: Any, kinds: Mapping[str, pa.DataType]) -> d
 
 
 def _misfits_of(texts: pa.ChunkedArray, kind: pa.DataType, before: int) -> Iterator[tuple[int, str]]:
-    """Yield the index and the error of each text that does not fit, by bisection."""
+    """Yield the index and the error of each text that does not fit. The texts are found by bisection."""
     try:
         _cast(texts, kind)
     except pa.ArrowInvalid as error:

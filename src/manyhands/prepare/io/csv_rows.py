@@ -1,8 +1,8 @@
 """Finds the rows of a CSV file, their lines, and wrong quotes.
 
-The rules are those of RFC 4180: a field that starts with a quote ends at the next quote that isn't doubled, and may
-contain line ends; a delimiter or a line end must follow it. Any other quote is an ordinary character. A line ends with
-LF, CRLF or CR. Empty lines are no rows.
+The rules are those of RFC 4180. A field that starts with a quote ends at the next quote that isn't doubled, and may
+contain line ends. A delimiter or a line end must follow the field. Any other quote is an ordinary character. A line
+ends with LF, CRLF or CR. Empty lines are not rows.
 
 numpy checks all quotes of a block at once. Only blocks in which this finds an unusual quote are scanned row by row.
 """
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from manyhands.errors import DataError
 from manyhands.formatting import format_bytes
 
-_WINDOW_BYTES = 2**20  # positions of quotes and lines are computed for this many bytes at once, to limit memory
+_WINDOW_BYTES = 2**20  # positions of quotes and lines are computed for this many bytes at a time, to limit memory
 
 _QUOTE, _COMMA, _LF, _CR = b'",\n\r'
 
-# The bytes that may stand before an opening quote or after a closing one. A doubled quote closes and opens at once.
+# The bytes that may precede an opening quote or follow a closing quote. A doubled quote both closes and opens a field.
 _NEXT_TO_QUOTE = np.zeros(256, bool)
 _NEXT_TO_QUOTE[[_QUOTE, _COMMA, _LF, _CR]] = True
 
@@ -38,8 +38,8 @@ Positions = NDArray[np.int64]
 class ScannedRow(NamedTuple):
     """A row that starts at a known position.
 
-    end: the position behind its line end; None if the row is not complete. fields: the start and end of each field.
-    quote: the position of a quote that is wrong: it is not closed, or text follows the closing quote.
+    end: the position after its line end, or None if the row is not complete. fields: the start and end of each field.
+    quote: the position of a wrong quote, which is not closed, or which closes a field but is followed by text.
     """
 
     end: int | None
@@ -69,7 +69,7 @@ def scan_row(data: bytes, start: int, *, final: bool) -> ScannedRow:
             break
         position += 1
     if data[position] == _CR and position + 1 == len(data) and not final:
-        return ScannedRow(None, fields, wrong)  # LF may follow
+        return ScannedRow(None, fields, wrong)  # LF may follow the CR
     return ScannedRow(position + (2 if data.startswith(b"\r\n", position) else 1), fields, wrong)
 
 
@@ -80,7 +80,7 @@ def field_text(data: bytes, field: tuple[int, int]) -> bytes:
 
 
 def count_lines(data: bytes, start: int = 0, end: int | None = None) -> int:
-    """Return the number of line ends in this part of the data. CRLF is one of them."""
+    """Return the number of line ends in this part of the data. CRLF is a single line end."""
     stop = len(data) if end is None else end
     returns = data.count(b"\r", start, stop)
     return data.count(b"\n", start, stop) + (returns - data.count(b"\r\n", start, stop) if returns else 0)
@@ -90,9 +90,10 @@ def count_lines(data: bytes, start: int = 0, end: int | None = None) -> int:
 class RowBlock:
     """Complete rows of a CSV file.
 
-    data: the bytes of the rows. first_line: the number of the line on which they start. wrong: start and end of each
-    row with a wrong quote. spanning: start and end of each row that extends over several lines; None if all quotes of
-    the block are regular, so that the number of quotes before a line end tells whether it ends a row.
+    data: the bytes of the rows. first_line: the number of the line on which they start. wrong: the start and end of
+    each row with a wrong quote. spanning: the start and end of each row that extends over several lines. It is None if
+    all quotes of the block are regular, because the number of quotes before a line end then shows whether it ends a
+    row.
     """
 
     data: bytes
@@ -102,7 +103,7 @@ class RowBlock:
 
     @property
     def lines(self) -> int:
-        """Return the number of lines; the last one of a file may have no line end."""
+        """Return the number of lines. The last line of a file may have no line end."""
         return count_lines(self.data) + (self.data[-1:] not in (b"\n", b"\r", b""))
 
     def starts(self) -> tuple[Positions, Positions]:
@@ -131,14 +132,14 @@ class RowBlock:
 
 
 class BlockReader:
-    """Reads a stream in blocks of `block_bytes`; only the last one is smaller."""
+    """Reads a stream in blocks of `block_bytes`. Only the last block is smaller."""
 
     def __init__(self, file: IO[bytes], block_bytes: int) -> None:
         self._file, self._block_bytes, self._next = file, block_bytes, b""
         self.max_row_bytes = 2 * block_bytes
 
     def read(self) -> tuple[bytes, bool]:
-        """Return the next block, and True if it is the last one."""
+        """Return the next block, and True if it is the last block."""
         parts, missing = [self._next], self._block_bytes + 1 - len(self._next)
         while missing and (part := self._file.read(missing)):
             parts.append(part)
@@ -149,11 +150,11 @@ class BlockReader:
 
 
 def row_blocks(data: bytes, reader: BlockReader, first_line: int, path: str, *, final: bool) -> Iterator[RowBlock]:
-    """Yield all rows of a CSV file: the complete rows of `data`, then those that each block completes.
+    """Yield all rows of a CSV file: first the complete rows of `data`, then the rows that each block completes.
 
     first_line: the number of the line on which `data` starts. final: True if `data` is the end of the file. Raises
     DataError if a quote is not closed, if text follows the closing quote of a field with several lines, or if a row is
-    longer than two blocks: the number of rows that such a quote swallowed is unknown.
+    longer than two blocks. In these cases it is unknown how many rows the field contains.
     """
     while True:
         end, block = _complete_rows(data, first_line, path, final=final)
@@ -169,7 +170,7 @@ def row_blocks(data: bytes, reader: BlockReader, first_line: int, path: str, *, 
                 where=f"{path}, line {first_line}",
                 expected=f"less than {format_bytes(reader.max_row_bytes)}",
                 got=_shown(data, 0),
-                hint="probably a quote is not closed: a quote inside a quoted field is doubled",
+                hint="close the quote that is probably open, or double quotes inside a quoted field",
             )
         more, final = reader.read()
         data += more
@@ -198,7 +199,7 @@ def _windows(array: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint8],
 
 
 def _end_of_regular_rows(data: bytes, *, final: bool) -> int | None:
-    """Return the end of the last complete row if each quote opens, closes or is doubled; otherwise None."""
+    """Return the end of the last complete row if each quote opens, closes or is doubled, and otherwise None."""
     array = np.frombuffer(data, np.uint8)
     last, end, inside = len(array) - 1, 0, False
     stop = len(array) - (not final and data.endswith(b"\r"))  # LF may follow the CR
@@ -222,7 +223,7 @@ def _end_of_regular_rows(data: bytes, *, final: bool) -> int | None:
 
 
 def _scanned_rows(data: bytes, first_line: int, path: str, *, final: bool) -> tuple[int, RowBlock]:
-    """Return what `_complete_rows` returns, by scanning each row that has a quote."""
+    """Return the results of `_complete_rows`, by scanning each row that has a quote."""
     position = 0
     wrong: list[tuple[int, int]] = []
     spanning: list[tuple[int, int]] = []
@@ -251,10 +252,13 @@ def _scanned_rows(data: bytes, first_line: int, path: str, *, final: bool) -> tu
 
 
 def _check_quote(data: bytes, start: int, row: ScannedRow, first_line: int, path: str, *, final: bool) -> None:
-    """Raise DataError if the wrong quote of a row swallows lines, whose number of records is unknown."""
+    """Raise DataError if the wrong quote of a row spans lines, because it is unknown how many records these lines
+    hold.
+    """
     quote = start if row.quote is None else row.quote
-    # Every wrong row comes here. Lines are counted only for an error: counting them for each row takes quadratic time.
-    hint = "correct the file: a quote inside a quoted field is doubled"
+    # This runs for every row with a wrong quote. Count lines only for an error, because counting for each row takes
+    # quadratic time.
+    hint = "correct the file: double each quote inside a quoted field"
     closed = _QUOTED.match(data, quote)
     if closed is None:
         if final:

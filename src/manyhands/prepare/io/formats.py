@@ -40,22 +40,25 @@ if TYPE_CHECKING:
     from manyhands.prepare.records.pipeline import BadRecords, SourcedChunk
 
 Splitter = Callable[[InputFile, str, str | None, int], tuple[list[Split], Any]]
-"""(file, format, compression, partition_bytes) -> the splits of a file, and its schema if it has one."""
+"""The type of (file, format, compression, partition_bytes) -> the splits of a file, and its schema if it has one."""
 
 Reader = Callable[[Split, "BadRecords", tuple[str, ...] | None, Mapping[str, str]], Iterator["SourcedChunk"]]
-"""(split, bad, columns, types) -> the records of a split. Records that can't be parsed are added to `bad`."""
+"""The type of (split, bad, columns, types) -> the records of a split.
+
+Records that can't be parsed are added to `bad`.
+"""
 
 WriterFactory = Callable[[IO[bytes], "pa.Schema | None", str], Writer]
-"""(file, schema, name) -> a writer to an open file. name: the file and task, for error messages."""
+"""The type of (file, schema, name) -> a writer to an open file. name: the file and task, for error messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """How files of a format are divided into splits, and how a split is read.
+    """The functions that divide files of a format into splits, and read a split.
 
-    check_same: called with the path and schema of the first file, and those of another one; raises DataError unless
-    these files can be read together (None: `with_common_schema` does, or there is no schema). has_columns: True if
-    records are rows, so that columns can be selected.
+    check_same: called with the path and schema of the first file, and with those of another file. It raises DataError
+    unless these files can be read together. It is None if `with_common_schema` checks this, or if there is no schema.
+    has_columns: True if records are rows, so that columns can be selected.
     """
 
     split: Splitter
@@ -66,7 +69,7 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """How files of a format are written. is_compressible: True if they may be compressed, as in `jsonl.gz`."""
+    """The function that writes files of a format. is_compressible: True if they may be compressed, as in `jsonl.gz`."""
 
     write: WriterFactory
     is_compressible: bool = False
@@ -74,9 +77,9 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class FileFormat:
-    """One file format.
+    """A file format.
 
-    suffixes: the suffixes of file names; the first is used for output.
+    suffixes: the suffixes of file names; the first suffix is used for output.
     input, output: None if the format can't be read or written.
     is_internal: True if the format is not offered to users.
     needs: a package that must be installed to use the format. extra: the extra of Manyhands that installs it.
@@ -118,12 +121,12 @@ FORMATS = {
 
 
 def input_formats() -> list[str]:
-    """The names of the formats that can be read."""
+    """Return the names of the formats that can be read."""
     return [name for name, each in FORMATS.items() if each.input is not None and not each.is_internal]
 
 
 def output_formats() -> list[str]:
-    """The names of the formats that can be written, including compressed ones such as `jsonl.gz`."""
+    """Return the names of the formats that can be written, including compressed ones such as `jsonl.gz`."""
     found = []
     for name, each in FORMATS.items():
         if each.output is not None and not each.is_internal:
@@ -134,7 +137,10 @@ def output_formats() -> list[str]:
 
 
 def find_input(name: str) -> Input:
-    """The `Input` of a format. Raises ConfigError if it is not an input format, or its package is not installed."""
+    """Return the `Input` of a format.
+
+    Raises ConfigError if it is not an input format, or if its package is not installed.
+    """
     entry = FORMATS.get(name)
     if entry is None or entry.input is None:
         raise ConfigError("unknown input format", expected=", ".join(input_formats()), got=repr(name))
@@ -163,7 +169,7 @@ def _check_installed(name: str, entry: FileFormat) -> None:
 def format_of(path: str, given: str | None) -> tuple[str, str | None]:
     """Return (format, compression) of a file, from its suffixes.
 
-    given: the format, if the caller specified it; it overrides the suffix. Raises ConfigError if the format is unknown.
+    given: the format, if the caller specified it. It overrides the suffix. Raises ConfigError if the format is unknown.
     """
     stem, suffix = os.path.splitext(path)
     compression = next((name for name, each in COMPRESSIONS.items() if suffix.lower() in each.suffixes), None)
@@ -184,17 +190,17 @@ def format_of(path: str, given: str | None) -> tuple[str, str | None]:
 def split_files(
     files: Iterable[InputFile], given: str | None, partition_bytes: int
 ) -> tuple[list[Split], tuple[str, ...] | None]:
-    """Divide files into splits of about `partition_bytes`. Empty files have no split.
+    """Divide files into splits of about `partition_bytes`. Empty files have no splits.
 
-    Also returns the names of the columns to read if CSV files have the same columns in different orders (otherwise
-    None): the order of the first file.
+    If CSV files have the same columns in different orders, also return the names of the columns in the order of the
+    first file, and otherwise None.
 
     given: the format, if the caller specified it. Raises DataError if Parquet or CSV files can't be read or have
-    different columns, ConfigError if a format is unknown.
+    different columns, and ConfigError if a format is unknown.
     """
     splits: list[Split] = []
     first: dict[str, tuple[str, Any]] = {}  # for each format, the path and the schema of the first file
-    schemas: dict[str, Any] = {}  # of Parquet files, by path
+    schemas: dict[str, Any] = {}  # the schemas of Parquet files, by path
     columns: tuple[str, ...] | None = None
     for file in files:
         name, compression = format_of(file.path, given)
@@ -251,7 +257,7 @@ def read_split(
 
 
 def is_of_lines(form: str) -> bool:
-    """True if an output format writes Python objects, one on each line."""
+    """Return True if an output format writes Python objects, one per line."""
     return "." in form or form in ("jsonl", "text")
 
 
@@ -264,8 +270,8 @@ def output_file_name(partition: int, form: str) -> str:
 def open_writer(form: str, file: IO[bytes], schema: pa.Schema | None, name: str) -> Writer:
     """Return a writer of this format to an open file.
 
-    schema: the schema of Parquet and token files (None: inferred from the records). name: the file and task, for error
-    messages.
+    schema: the schema of Parquet and token files, or None to infer it from the records. name: the file and task, for
+    error messages.
     """
     plain, dot, suffix = form.partition(".")
     output = FORMATS[plain].output

@@ -1,6 +1,6 @@
 """Finds input files and divides them into splits.
 
-The division depends only on the data and `partition_bytes`, never on the number of workers.
+The division depends only on the data and `partition_bytes`, not on the number of workers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from manyhands.storage.location import file_system, is_local, location_of
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The input of one task: bytes `start` to `end` of a file (None: up to its end), or some of its row groups.
+    """The input of one task: bytes `start` to `end` of a file, or some of its row groups. If `end` is None, the split
+    extends to the end of the file.
 
-    schema: the columns to read, if those of the file have other types (see `schema_to_text`).
+    schema: the columns to read, if the columns of the file have other types (see `schema_to_text`).
     """
 
     path: str
@@ -42,7 +43,10 @@ class Split:
 
 @dataclass(frozen=True)
 class InputFile:
-    """An input file. `version` (modification time or ETag) changes with its content; it is "" if the store has none."""
+    """An input file.
+
+    `version` (modification time or ETag) changes with its content, and is "" if the store has no version.
+    """
 
     path: str
     size_bytes: int
@@ -50,14 +54,16 @@ class InputFile:
 
 
 def check_unchanged(file: InputFile) -> None:
-    """Raise DataError if a local file has changed since it was listed: its splits and its identity no longer fit."""
+    """Raise DataError if a local file has changed since it was listed, because its splits and identity are then
+    invalid.
+    """
     if not is_local(file.path):
         return
     try:
         info = os.stat(file.path)
         found = InputFile(file.path, info.st_size, str(info.st_mtime_ns))
     except OSError:
-        return  # reading it reports why
+        return  # reading the file will report the reason
     if found != file:
         raise DataError(
             "a file has changed since it was listed",
@@ -69,14 +75,14 @@ def check_unchanged(file: InputFile) -> None:
 
 
 def folder_of(folder: str | os.PathLike[str]) -> str:
-    """Return a folder as a text: a path or an address."""
+    """Return a folder as text: a path or an address."""
     return folder if isinstance(folder, str) else str(location_of(folder))
 
 
 def patterns_of(paths: Any) -> list[str]:
-    """Return what a caller passed as paths, as a list of texts. A path is text, or an object such as pathlib.Path.
+    """Return the paths that a caller passed, as a list of texts. A path is text, or an object such as pathlib.Path.
 
-    Raises ConfigError if it is not a path or a list of paths.
+    Raises ConfigError if `paths` is neither a path nor a list of paths.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -98,10 +104,10 @@ def _kind(value: Any) -> str:
 
 
 def find_files(patterns: Sequence[str]) -> list[InputFile]:
-    """Find the files that paths, folders and globs match, in the order of the patterns and then of the names.
+    """Find the files that paths, folders and globs match, ordered by pattern and then by name.
 
-    A folder stands for the files directly in it. A name that exists is never a glob, even if it contains brackets.
-    Folders and wildcards do not match names that start with `.` or `_`, unless the pattern names this character. Raises
+    A folder matches the files directly in it. A name that exists is never a glob, even if it contains brackets. Folders
+    and wildcards do not match names that start with `.` or `_`, unless the pattern contains this character. Raises
     DataError if a pattern matches no file, unless it is the folder of an output without records.
     """
     found: list[InputFile] = []
@@ -120,7 +126,7 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
 
 
 def _is_empty_output(folder: str) -> bool:
-    """True if the folder holds the output of a job that wrote no records, and therefore no file."""
+    """Return True if the folder holds the output of a job that wrote no records, and therefore no files."""
     try:
         manifest = json.loads(read_bytes(join_path(folder, "_manifest.json")))
     except (OSError, ValueError):
@@ -151,14 +157,17 @@ def _local_files(pattern: str) -> list[InputFile]:
 
 
 def _matching_paths(pattern: str) -> list[str]:
-    """Return the paths that a glob matches, sorted. Links are followed, but not to a folder that contains the link."""
+    """Return the paths that a glob matches, sorted.
+
+    Links are followed, unless they lead to a folder that contains the link.
+    """
     folder = _literal_folder(pattern, os.path.isdir)
     parts = [part for part in pattern[len(folder) :].split("/") if part]
     try:
         return sorted(set(_expand(folder or ("/" if pattern.startswith("/") else ""), parts)))
     except OSError as error:
         raise DataError(
-            f"a folder can't be listed: {error}", where=pattern, hint="allow it, or narrow the glob"
+            f"a folder can't be listed: {error}", where=pattern, hint="allow reading the folder, or narrow the glob"
         ) from error
 
 
@@ -175,7 +184,7 @@ def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
     if first == "**" and rest:
         yield from _expand(folder, rest)
     if not os.path.isdir(folder or "."):
-        return  # it is missing, or a file: nothing matches
+        return  # the folder is missing or is a file, so nothing matches
     with os.scandir(folder or ".") as entries:
         found = [
             (os.path.join(folder, entry.name), entry.is_dir()) for entry in entries if _may_match(first, entry.name)
@@ -188,10 +197,10 @@ def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
 
 
 def _may_match(part: str, name: str) -> bool:
-    """True if a wildcard matches the name of a file or folder.
+    """Return True if a wildcard matches the name of a file or folder.
 
-    Names that start with `_` or `.` belong to tools (manifests, `_temporary`, `_delta_log`). They match only a part
-    that starts with the same character.
+    Names that start with `_` or `.` belong to tools (manifests, `_temporary`, `_delta_log`). Only a part that starts
+    with the same character matches them.
     """
     if name[0] in "._" and name[0] != part[0]:
         return False
@@ -199,7 +208,7 @@ def _may_match(part: str, name: str) -> bool:
 
 
 def _leads_up(path: str) -> bool:
-    """True for a link to a folder that contains the link. To follow it would never end."""
+    """Return True if the path is a link to a folder that contains the link. Following the link would never end."""
     if not os.path.islink(path):
         return False
     return f"{os.path.realpath(os.path.dirname(path) or '.')}/".startswith(f"{os.path.realpath(path).rstrip('/')}/")
@@ -216,7 +225,7 @@ def _literal_folder(pattern: str, is_folder: Callable[[str], bool]) -> str:
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
-    """Return a function that is false for a path in which a wildcard matches a name that `_may_match` excludes."""
+    """Return a function that returns False for a path in which a wildcard matches a name that `_may_match` excludes."""
 
     def matches(parts: Sequence[str], names: Sequence[str]) -> bool:
         if not parts or not names:
@@ -235,7 +244,7 @@ def _remote_files(pattern: str) -> list[InputFile]:
         return _listed(pattern)
     except ManyhandsError:
         raise
-    except Exception as error:  # the packages of stores raise exceptions of their own
+    except Exception as error:  # the packages of stores raise their own exceptions
         raise DataError(
             f"the address can't be listed: {error or type(error).__name__}",
             where=pattern,
@@ -276,21 +285,21 @@ _PART_BEYOND_99999 = re.compile(r"(.*/)?part-([1-9]\d{5,})\.[^/]*")
 
 
 def _in_order(path: str) -> tuple[str | int, ...]:
-    """The key that sorts paths: as text, but output files by their number.
+    """Return the key that sorts paths. It sorts paths as text, but output files by their number.
 
-    Their numbers have five digits or more, and as text 100000 would come before 99999.
+    The numbers have five digits or more, and as text 100000 would precede 99999.
     """
     match = _PART_BEYOND_99999.fullmatch(path)
     return (path,) if match is None else (f"{match[1] or ''}part-99999~", int(match[2]), path)
 
 
 def _is_folder_marker(path: str, folder: str, info: Mapping[str, Any]) -> bool:
-    """True for an empty object that a tool has written so that a folder seems to exist."""
+    """Return True if a path is an empty object that a tool has written so that a folder seems to exist."""
     return not info["size"] and (path.endswith(("/", "_$folder$")) or path.strip("/") == folder.strip("/"))
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    """Return what changes with the content of an object, under the names that fsspec's file systems use."""
+    """Return a value that changes with the content of an object. fsspec's file systems have different names for it."""
     keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "modified", "created")
     return str(next((info[key] for key in keys if info.get(key) is not None), ""))
 
@@ -363,13 +372,13 @@ def split_into_row_groups(
 
 
 def with_common_schema(splits: Sequence[Split], schemas: Mapping[str, Any]) -> list[Split]:
-    """Return the splits, with the common schema where the schema of a split's Parquet file differs from it.
+    """Return the splits, with the common schema for each split whose Parquet file has another schema.
 
-    The order of columns, nullability and metadata may differ, and types if one of them holds all values of the others:
-    all values are null, or numbers and text have another width.
+    The order of columns, nullability and metadata may differ. Types may differ if one of them holds all values of the
+    others, because all values are null, or because numbers or text have other widths.
 
     schemas: the schemas of all Parquet files by path, in the order of the files. Raises DataError if a file has other
-    columns than the first one.
+    columns than the first file.
     """
     first = next(iter(schemas.items()), ("", None))
     common = first[1]
@@ -395,5 +404,5 @@ def _common_schema(first: tuple[str, Any], common: Any, path: str, schema: Any) 
         where=path,
         expected=f"{expected} (as in {first[0]})",
         got=got,
-        hint="files that are read together need the same columns: convert them, or read them separately",
+        hint="convert the files, or read them separately, because files that are read together need the same columns",
     )

@@ -1,4 +1,4 @@
-"""Reads a split: lines, JSON, Parquet. For CSV see `csv_files`.
+"""Reads a split of lines, JSON or Parquet. `csv_files` reads CSV.
 
 A split is read as chunks with the location of each record (file and line, or file and row) for error messages.
 Lines that can't be parsed are passed to `BadRecords`.
@@ -24,7 +24,7 @@ from manyhands.prepare.records.pipeline import BadRecords, SourcedChunk
 from manyhands.prepare.records.schemas import Unfit, conformed, schema_from_text
 from manyhands.storage.files import open_to_read
 
-# To find numbers that may exceed 64 bits: translate each digit to "0" and all other bytes to spaces, then search.
+# Numbers that may exceed 64 bits are found by translating each digit to "0" and all other bytes to spaces.
 _ZEROS_FOR_DIGITS = bytes(48 if 48 <= byte <= 57 else 32 for byte in range(256))
 
 _LONG_NUMBER = b"0" * 19
@@ -44,14 +44,14 @@ def read_json_lines(
 ) -> Iterator[SourcedChunk]:
     """Read one JSON value from each line. Empty lines are skipped.
 
-    columns: the keys to select; an object without one of them has None instead, and any other value is a bad record.
+    columns: the keys to select. A key that an object lacks is None. A value that is not an object is a bad record.
     """
     return _lines(split, bad, _json if columns is None else partial(_json_columns, columns))
 
 
 @contextmanager
 def opened(split: Split) -> Iterator[IO[bytes]]:
-    """Open the file of a split and decompress it. Errors while reading it are raised as DataError."""
+    """Open the file of a split and decompress it. Errors of reading the file are raised as DataError."""
     try:
         with open_to_read(split.path) as raw:
             yield COMPRESSIONS[split.compression].reader(raw) if split.compression else raw
@@ -60,13 +60,14 @@ def opened(split: Split) -> Iterator[IO[bytes]]:
             raise DataError(
                 f"a {split.compression} file is truncated or damaged: {error}",
                 where=split.path,
-                hint="download or copy the file again: it can't be skipped: the number of lost records is unknown",
+                hint="download or copy the file again; it can't be skipped, because the number of lost records is "
+                "unknown",
             ) from error
         raise DataError(f"a file can't be read: {error}", where=split.path) from error
 
 
 def line_blocks(file: IO[bytes], start: int, end: int | None) -> Iterator[bytes]:
-    """Yield complete lines, about CHUNK_BYTES at a time: the lines that start in bytes `start` to `end` of the file."""
+    """Yield the complete lines that start in bytes `start` to `end` of the file, about CHUNK_BYTES at a time."""
     position = start
     if start:
         # The line that contains the byte before `start` belongs to the previous split, even if it ends after `start`.
@@ -100,9 +101,9 @@ def _lines(
 
 
 class _LineLocator:
-    """Returns the file and the line number of the i-th line of a block.
+    """A function that returns the file and the line number of the i-th line of a block.
 
-    The lines before the split are counted only in a call, because few records ever need their line number.
+    It counts the lines before the split in each call, because few records ever need their line number.
     """
 
     def __init__(self, split: Split, before: int) -> None:
@@ -118,7 +119,10 @@ class _LineLocator:
 
 
 def _text(lines: list[bytes], where: Callable[[int], str], bad: BadRecords) -> tuple[list[Any], list[int] | None]:
-    """Decode lines as text, without line ends. Return the texts and the indices of the valid lines (None: all)."""
+    """Decode lines as text, without line ends.
+
+    Return the texts and the indices of the valid lines, or None for all lines.
+    """
     try:
         texts = b"\n".join(lines).decode().split("\n") if lines else []
         return ([text.removesuffix("\r") for text in texts] if "\r" in "".join(texts) else texts), None
@@ -127,7 +131,10 @@ def _text(lines: list[bytes], where: Callable[[int], str], bad: BadRecords) -> t
 
 
 def _json(lines: list[bytes], where: Callable[[int], str], bad: BadRecords) -> tuple[list[Any], list[int] | None]:
-    """Parse lines as JSON, skipping empty ones. Return the values and the indices of their lines (None: all)."""
+    """Parse lines as JSON, skipping empty lines.
+
+    Return the values and the indices of their lines, or None for all lines.
+    """
     try:
         if _LONG_NUMBER in b"\n".join(lines).translate(_ZEROS_FOR_DIGITS):  # orjson would round them to floats
             return list(map(_loads, lines)), None
@@ -139,7 +146,7 @@ def _json(lines: list[bytes], where: Callable[[int], str], bad: BadRecords) -> t
 def _json_columns(
     columns: tuple[str, ...], lines: list[bytes], where: Callable[[int], str], bad: BadRecords
 ) -> tuple[list[Any], list[int]]:
-    """Parse lines as JSON objects with these keys only. Return the objects and the indices of their lines."""
+    """Parse lines as JSON objects, retaining only these keys. Return the objects and the indices of their lines."""
     values, valid = _json(lines, where, bad)
     records, indices = [], []
     for index, value in zip(range(len(lines)) if valid is None else valid, values, strict=True):
@@ -158,7 +165,8 @@ def _loads(line: bytes) -> Any:
             return orjson.loads(line)
     except orjson.JSONDecodeError:
         pass
-    return json.loads(line.decode())  # accepts integers beyond 64 bits and NaN; its errors contain the position
+    # Json accepts integers beyond 64 bits and NaN, and its errors contain the position.
+    return json.loads(line.decode())
 
 
 def _each(
@@ -169,7 +177,7 @@ def _each(
     *,
     skip_empty: bool = False,
 ) -> tuple[list[Any], list[int]]:
-    """Parse each line after the fast path has failed for the block. Add the invalid lines to `bad`."""
+    """Parse each line. This is used after the fast path has failed for the block. Add the invalid lines to `bad`."""
     records, valid = [], []
     for index, line in enumerate(lines):
         if skip_empty and not line.strip():
@@ -188,9 +196,9 @@ def _each(
 def read_parquet(
     split: Split, bad: BadRecords, columns: tuple[str, ...] | None, types: Mapping[str, str]
 ) -> Iterator[SourcedChunk]:
-    """Read the row groups of a split as tables. columns: the columns to read (None: all).
+    """Read the row groups of a split as tables. columns: the columns to read, or None for all columns.
 
-    Raises DataError if the file can't be read or has no column that `columns` names.
+    Raises DataError if the file can't be read or lacks a column that `columns` names.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""A task's file of sorted runs: blocks, index, checksums.
+"""A task's file of sorted runs, with blocks, index and checksums.
 
     block ... block | index | length of the index, checksum of the index, magic
 
@@ -29,8 +29,8 @@ class Block(NamedTuple):
     """The entry of a block in the index of a run file.
 
     offset, length: the position and number of its bytes in the file. checksum: CRC-32 of these bytes. size_bytes: the
-    estimated size of its records; unlike `length`, it is guaranteed to depend only on the records. form: 0 for lists;
-    for tables, a number that identifies the schema. first, last: its first and last key.
+    estimated size of its records, which depends only on the records, unlike `length`. form: 0 for lists, and for tables
+    a number that identifies the schema. first, last: its first and last key.
     """
 
     offset: int
@@ -43,16 +43,16 @@ class Block(NamedTuple):
     last: Any
 
     def overlaps(self, start: Cut | None, stop: Cut | None) -> bool:
-        """True if the block may hold records of this range."""
+        """Return True if the block may hold records of this range."""
         return (start is None or not is_before(self.last, start)) and (stop is None or is_before(self.first, stop))
 
     def is_within(self, start: Cut | None, stop: Cut | None) -> bool:
-        """True if all records of the block are in this range."""
+        """Return True if all records of the block are in this range."""
         return (start is None or not is_before(self.first, start)) and (stop is None or is_before(self.last, stop))
 
 
 class RunFileWriter:
-    """Writes runs into an open file; `close` appends the index.
+    """Writes runs into an open file. `close` appends the index.
 
     block_bytes: the size of a block, estimated from its records. A reader discards half a block on average at each end
     of its range.
@@ -65,7 +65,7 @@ class RunFileWriter:
     def add(self, run: Keyed, *, in_order: bool = False) -> None:
         """Write a run. Raises DataError if records can't be pickled.
 
-        in_order: the run is sorted by its keys, in the order in which they will be compared; this is checked.
+        in_order: True if the run is sorted by its keys, in the order in which they will be compared. This is checked.
         """
         total, size = len(run), run.size_bytes()
         step = max(1, total * self._block_bytes // max(1, size))
@@ -100,7 +100,7 @@ class RunFileWriter:
 
     @property
     def written_bytes(self) -> int:
-        """The bytes written so far."""
+        """Return the number of bytes written so far."""
         return self._offset
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -130,7 +130,7 @@ def read_index(path: str) -> list[list[Block]]:
 
 
 def is_intact(path: str, size: int) -> bool:
-    """True if the file has `size` bytes and the checksums of the index and of all blocks match."""
+    """Return True if the file has `size` bytes and the checksums of the index and of all blocks match."""
     try:
         index = read_index(path)
         with open_to_read(path) as file:
@@ -167,7 +167,10 @@ def read_blocks(path: str, blocks: Sequence[Block], by: tuple[str, ...]) -> list
 
 
 def trimmed(keyed: Keyed, start: Cut | None, stop: Cut | None) -> Keyed:
-    """Return the records of `keyed` that are in this range. Raises DataError if others are found."""
+    """Return the records of `keyed` that are in this range.
+
+    Raises DataError if the result has records outside of it.
+    """
     low = 0 if start is None else keyed.count_before(start)
     high = len(keyed) if stop is None else keyed.count_before(stop)
     found = keyed if (low, high) == (0, len(keyed)) else keyed.part(low, max(low, high))
@@ -182,9 +185,9 @@ def trimmed(keyed: Keyed, start: Cut | None, stop: Cut | None) -> Keyed:
 
 
 def cuts_by_size(blocks: Sequence[Block], limit_bytes: int) -> list[Cut]:
-    """Divide the keys of blocks into ranges of about `limit_bytes`; return the cuts between them.
+    """Divide the keys of blocks into ranges of about `limit_bytes`. Return the cuts between the ranges.
 
-    If more than `limit_bytes` of blocks start with the same key, this key gets a range of its own, however large.
+    If more than `limit_bytes` of blocks start with the same key, this key gets its own range, however large it is.
     """
     ordered = compare_keys(lambda: sorted(blocks, key=lambda block: block.first))
     cuts: list[Cut] = []

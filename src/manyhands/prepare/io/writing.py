@@ -1,7 +1,7 @@
-"""Output files: Parquet, JSON lines, text, tokens.
+"""Writes output files: Parquet, JSON lines, text, tokens.
 
 JSON lines and text may be compressed by gzip or zstd. Token files hold the tokens of all documents in sequence and the
-positions where documents end (see `manyhands.data.token_format`). The bytes of a file depend on its records only.
+positions where documents end (see `manyhands.data.token_format`). The bytes of a file depend only on its records.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _VOCABULARY = b"vocabulary"
 def token_schema(vocabulary: int) -> pa.Schema:
     """Return the schema of documents as lists of tokens.
 
-    vocabulary: the number of different tokens (0: unknown). A token takes two bytes if the number is known and at most
-    65,536, and four bytes otherwise.
+    vocabulary: the number of different tokens, or 0 if unknown. A token takes two bytes if the number is known and at
+    most 65,536, and four bytes otherwise.
     """
     kind = pa.list_(pa.from_numpy_dtype(token_type(vocabulary)))
     return pa.schema([(_COLUMN, kind)], metadata={_VOCABULARY: str(vocabulary)})
@@ -58,8 +58,8 @@ def token_schema(vocabulary: int) -> pa.Schema:
 class Writer(Protocol):
     """Writes chunks into one file.
 
-    schema: the schema of the file; None for formats without one. is_discarded: True if `schema` was found too late, so
-    that the file is not valid, and all records must be written again with it.
+    schema: the schema of the file, or None for formats without a schema. is_discarded: True if `schema` was found too
+    late, so that the file is not valid and all records must be written again with this schema.
     """
 
     schema: pa.Schema | None = None
@@ -74,7 +74,7 @@ class Writer(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Release the file after an error. Its content is then not valid."""
+        """Release the file after an error. The content of the file is then not valid."""
         return
 
 
@@ -129,7 +129,7 @@ class TokensWriter(Writer):
 # A Parquet row group ends when it has this many rows or bytes, whichever comes first.
 _ROW_GROUP_ROWS, _ROW_GROUP_BYTES = 131_072, 2**25
 
-_SAMPLE_ROWS = 4096  # the first rows, which decide whether a Parquet column is written with a dictionary
+_SAMPLE_ROWS = 4096  # the number of first rows that decide whether a Parquet column is written with a dictionary
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -137,11 +137,14 @@ _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 _BOM = b"\xef\xbb\xbf"
 
-_LINES = 512  # JSON lines encoded at a time: orjson allocates 1 KiB for each, and 512 KiB fit into the CPU's cache
+# The number of JSON lines encoded at a time: orjson allocates 1 KiB for each, and 512 KiB fit into the CPU's cache.
+_LINES = 512
 
 
 class LinesWriter(Writer):
-    """Writes lines. encode: returns the lines of a chunk. name: the file and task, for error messages."""
+    """Writes lines. encode: a function that returns the lines of a chunk. name: the file and task, for error
+    messages.
+    """
 
     def __init__(
         self, encode: Callable[[Chunk, str], bytes], file: IO[bytes], schema: pa.Schema | None, name: str
@@ -154,15 +157,16 @@ class LinesWriter(Writer):
             return
         lines = self._encode(chunk, f"{self._name}, records {self._before + 1} to {self._before + num_records(chunk)}")
         if not self._before and lines.startswith(_BOM):
-            self._file.write(_BOM)  # readers drop a byte order mark at the start of a file, so the text's own follows
+            # Readers drop a byte order mark at the start of a file, so write one before the text's own mark.
+            self._file.write(_BOM)
         self._file.write(lines)
         self._before += num_records(chunk)
 
     def close(self) -> None:
-        """Do nothing: every chunk has been written."""
+        """Do nothing, because every chunk has been written."""
 
 
-# orjson itself drops fields of dataclasses whose names start with an underscore.
+# orjson would drop fields of dataclasses whose names start with an underscore.
 _VALUES = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_PASSTHROUGH_DATACLASS
 
 _JSON = orjson.OPT_APPEND_NEWLINE | _VALUES  # keys that are not text raise TypeError
@@ -178,7 +182,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def json_lines(chunk: Chunk, name: str) -> bytes:
-    """Encode records as JSON, one on each line. Raises DataError with `name` as the location."""
+    """Encode records as JSON, one record per line. Raises DataError with `name` as the location."""
     records = records_of(chunk)
     parts = []
     for start in range(0, len(records), _LINES):
@@ -191,7 +195,7 @@ def json_lines(chunk: Chunk, name: str) -> bytes:
 
 
 def _json_line(record: Any, name: str) -> bytes:
-    """Encode one record, of which orjson may reject some values. Raises DataError if JSON can't represent it."""
+    """Encode one record that may have values that orjson rejects. Raises DataError if JSON can't represent it."""
     try:
         _check_keys(record)
         return _json_value(record) + b"\n"
@@ -200,7 +204,10 @@ def _json_line(record: Any, name: str) -> bytes:
 
 
 def _check_keys(value: Any) -> None:
-    """Raise ValueError if two keys of a dict are equal as text. Keys of one type of numbers differ as text, too."""
+    """Raise ValueError if two keys of a dict are equal as text.
+
+    Different numbers of one type are never equal as text.
+    """
     if isinstance(value, dict):
         kinds = set(map(type, value))
         if len(kinds) > 1 or not kinds <= {str, int, float, bool}:
@@ -217,9 +224,9 @@ def _check_keys(value: Any) -> None:
 
 
 def _json_value(value: Any) -> bytes:
-    """Encode a value. Whatever orjson rejects is encoded here, and everything in it and beside it by orjson.
+    """Encode a value. Values that orjson rejects are encoded here, and the values in them and beside them by orjson.
 
-    These are integers beyond 64 bits, lone surrogates, named tuples and very deep nesting.
+    The rejected values are integers beyond 64 bits, lone surrogates, named tuples and very deep nesting.
     """
     try:
         return orjson.dumps(value, _fields, _JSON_KEYS)
@@ -241,7 +248,7 @@ def _json_value(value: Any) -> bytes:
 
 
 def _json_key(key: Any) -> bytes:
-    """Encode a key of a dict. Numbers, True, False, None and dates become the text of their JSON form."""
+    """Encode a key of a dict. Numbers, True, False, None and dates are encoded as the text of their JSON form."""
     if type(key) is str:
         return _json_value(key)
     if isinstance(key, int) and not -(2**63) <= key < 2**64:
@@ -250,14 +257,14 @@ def _json_key(key: Any) -> bytes:
 
 
 def _json_text(text: str) -> bytes:
-    """Encode text with lone surrogates. Raises ValueError for two that JSON's readers would join to one character."""
+    """Encode text with lone surrogates. Raises ValueError for two surrogates that readers of JSON would join."""
     if _SURROGATE_PAIR.search(text):
         raise ValueError("it has text with two surrogates in a row, which JSON reads as one character")
-    return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace")  # a surrogate becomes \udXXX
+    return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace")  # a surrogate is written as \udXXX
 
 
 def text_lines(chunk: Chunk, name: str) -> bytes:
-    """Encode strings, one on each line. Raises DataError with `name` as the location."""
+    """Encode strings, one string per line. Raises DataError with `name` as the location."""
     records = records_of(chunk)
     try:
         text = "\n".join(records) + "\n"
@@ -292,8 +299,8 @@ class ParquetWriter(Writer):
     """Writes Parquet files. Without a schema, the records determine it.
 
     The first row group determines the columns. If a later row group needs wider types or further columns, the writer
-    stops writing, and only finds the schema that holds all records: `schema` then differs from the file's. The caller
-    discards the file and writes all records again with this schema.
+    stops writing, and only finds the schema that holds all records. Then `schema` differs from the file's schema, and
+    the caller must discard the file and write all records again with `schema`.
     """
 
     def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:
@@ -319,14 +326,15 @@ class ParquetWriter(Writer):
 
     def abandon(self) -> None:
         if self._writer is not None:
-            self._writer.close()  # otherwise pyarrow would write into the file when it has been closed
+            self._writer.close()  # otherwise pyarrow would write into the file after it has been closed
 
     def _write(self) -> None:
         pending, count = self._pending, self._count
         self._pending, self._count, self._bytes = [], 0, 0
         try:
             table = self._fitted(self._table(pending))
-            # Join the arrays of each column: otherwise Parquet pages would end at the ends of the chunks' arrays.
+            # Join the arrays of each column, because Parquet pages would otherwise end at the ends of the chunks'
+            # arrays.
             self._write_table(table.combine_chunks())
         except (Unfit, pa.ArrowException) as error:
             raise DataError(
@@ -338,7 +346,10 @@ class ParquetWriter(Writer):
         self._before += count
 
     def _table(self, chunks: list[Chunk]) -> pa.Table:
-        """Return the records as one table. Lists between tables become tables, so that these keep their types."""
+        """Return the records as one table.
+
+        Lists between tables are converted to tables, so that the tables keep their types.
+        """
         tables: list[pa.Table] = []
         before = self._before
         for is_list, group in groupby(chunks, lambda chunk: isinstance(chunk, list)):
@@ -352,7 +363,7 @@ class ParquetWriter(Writer):
         return combined(tables)
 
     def _fitted(self, table: pa.Table) -> pa.Table:
-        """Return the table with the schema of the file; or widen the schema, so that the file must be discarded."""
+        """Return the table with the schema of the file, or widen the schema, so that the file must be discarded."""
         if self.schema is None:
             self.schema = table.schema
         wider = common_schema(self.schema, table.schema)
@@ -374,7 +385,7 @@ class ParquetWriter(Writer):
 
 
 def rewrite_parquet(path: str, file: IO[bytes], schema: pa.Schema, name: str) -> int:
-    """Write the records of a Parquet file into another one with this schema. Return how many there are.
+    """Write the records of a Parquet file into another file with this schema. Return the number of records.
 
     Raises DataError if a value can't have its column's type.
     """
@@ -401,7 +412,9 @@ def _distinct_names(table: pa.Table) -> pa.Table:
 
 
 def _record(name: str, before: int, error: DataError) -> str:
-    """Return the location of the record that caused an error: `name`, and its number if the error has its index."""
+    """Return the location of the record that caused an error: `name`, and the record's number if the error has its
+    index.
+    """
     index = error.index if isinstance(error, BadColumn) else None
     return name if index is None else f"{name}, record {before + index + 1}"
 
@@ -411,7 +424,7 @@ def _described(schema: pa.Schema | None) -> str:
 
 
 def _repeats(column: Any) -> bool:
-    """True if values repeat often enough in the first rows to write a dictionary, which takes time to build."""
+    """Return True if values repeat often enough in the first rows to write a dictionary, which takes time to build."""
     import pyarrow as pa
 
     if not (pa.types.is_primitive(column.type) or pa.types.is_string(column.type) or pa.types.is_binary(column.type)):

@@ -1,9 +1,9 @@
 """Gives all files of a Parquet output one schema.
 
 Each task infers the schema of its file from its own records, so a column may have only nulls in one file, and whole
-numbers or floats in others. When all tasks are complete, their schemas are compared. Files that lack the common schema
-are written again by tasks, into a folder of their own, so the job can be killed at any point. If all schemas are equal,
-nothing is written again.
+numbers or floats in other files. When all tasks are complete, their schemas are compared. Tasks write the files that
+lack the common schema again, into a separate folder, so the job can be killed at any point. If all schemas are equal,
+no file is written again.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _REWRITTEN = "-schema-"
 
 
 def is_rewritten_folder(name: str, stages: AbstractSet[str]) -> bool:
-    """True if it is the name of the folder of rewritten files of one of these stages, given by their folders' names."""
+    """Return True if `name` is the folder of rewritten files of a stage. stages: the names of the stages' folders."""
     return name.partition(_REWRITTEN)[0] in stages and _REWRITTEN in name
 
 
 def renamed(stage: Stage) -> Stage:
-    """Return the stage with the title of its tasks that write files again."""
+    """Return the stage, with the title for the tasks that write files again."""
     return replace(stage, title=f"{stage.title} → write again with one schema")
 
 
 def one_schema_tasks(results: Sequence[TaskResult], tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks that write files again so that all files have one schema. None are needed for equal schemas.
+    """Return the tasks that write files again so that all files have one schema. The list is empty for equal schemas.
 
     results: the results of all tasks of a stage. Raises DataError if two files have no common schema.
     """
@@ -72,7 +72,7 @@ def one_schema_tasks(results: Sequence[TaskResult], tasks: Sequence[Task]) -> li
 def _incompatible(
     error: Unfit, result: TaskResult, written: Sequence[TaskResult], schemas: dict[str | None, Any]
 ) -> DataError:
-    """Return the error for a file whose column has no common type with that column of an earlier file."""
+    """Return the error for a file with a column that has no common type with the same column of an earlier file."""
     kind = schemas[result.schema].field(error.column).type
     conflicting = (
         earlier
@@ -80,7 +80,8 @@ def _incompatible(
         if error.column in schemas[earlier.schema].names
         and common_type(schemas[earlier.schema].field(error.column).type, kind) is None
     )
-    # The common type of several files may have none in common with this file's, although each of theirs has.
+    # The common type of the earlier files may be incompatible with this file's type, although each of their types is
+    # compatible.
     other = next(conflicting, written[0])
     return DataError(
         f"the files of the output have no common schema: {error}",

@@ -1,8 +1,8 @@
-"""The output folder and its manifest; caches and previews; the summary of a job.
+"""The output folder and its manifest, caches and previews, and the summary of a job.
 
-Tasks write output files in the hidden job folder. When all are complete, the files are moved into place, and the
-manifest that lists them is written last. A cache is also an output, in a format that is read without parsing.
-`take` computes the first records without writing output.
+Tasks write output files in the hidden job folder. When all tasks are complete, the files are moved to the output
+folder, and the manifest that lists them is written last. A cache is also an output, in a format that is read without
+parsing. `take` computes the first records without writing output.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from manyhands.storage.location import is_local
 
 @dataclass(frozen=True, kw_only=True)
 class StageFigures:
-    """Figures of one stage: the number of its tasks, the records and bytes that they wrote, and its duration."""
+    """The figures of one stage: the number of its tasks, the records and bytes that they wrote, and its duration."""
 
     title: str
     tasks: int
@@ -62,9 +62,9 @@ class PrepareSummary:
     """The result of `Dataset.write`.
 
     path, files: the output folder, and the names of its files in order. records, bytes: totals of all files.
-    bad_records: the number of records that were set aside in `_bad_records.jsonl`. digest: SHA-256 over all files; it
-    is the same for any workers, memory and engine. seconds: the duration of this call. stages: the figures of each
-    stage; empty if the output existed already.
+    bad_records: the number of records that were set aside in `_bad_records.jsonl`. digest: the SHA-256 over all files,
+    which is the same for any workers, memory and engine. seconds: the duration of this call. stages: the figures of
+    each stage; empty if the output existed already.
     """
 
     path: str
@@ -77,7 +77,7 @@ class PrepareSummary:
     stages: tuple[StageFigures, ...]
 
     def __str__(self) -> str:
-        """A readable summary of a few lines."""
+        """Return a summary for people, in a few lines."""
         bad = f", {format_count(self.bad_records)} bad records set aside" if self.bad_records else ""
         files = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
         lines = [
@@ -95,7 +95,7 @@ class PrepareSummary:
 
 
 def show(summary: PrepareSummary, *, progress: bool) -> None:
-    """Print the summary on standard error if that is a terminal and `progress` is true."""
+    """Print the summary on standard error if it is a terminal and `progress` is true."""
     if progress and sys.stderr.isatty():
         sys.stderr.write(f"{summary}\n")
 
@@ -124,7 +124,7 @@ class OutputFile:
 def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) -> PrepareSummary:
     """Run a plan and publish its files in `folder`. Reuses the complete or partial output of the same plan.
 
-    Raises ConfigError if the folder holds something else, and any error that a task raises. After an error, no file is
+    Raises ConfigError if the folder holds other files, and any error that a task raises. After an error, no file is
     published, and the same call resumes the job.
     """
     started = time.monotonic()
@@ -169,7 +169,7 @@ def _run(
 ) -> tuple[list[StageResult], dict[str, Any]]:
     """Run the stages and publish their output, unless another rank has published it.
 
-    Returns the stages that ran here, and the manifest.
+    Return the stages that ran in this process, and the manifest.
     """
     try:
         with JobProgress(len(plan.stages), show=options.progress, events=events) as progress:
@@ -180,7 +180,8 @@ def _run(
             raise
         return [], manifest  # another rank completed the job and removed its folder
     rank = rank_of(options)
-    if rank is not None and rank.number > 0:  # rank 0 publishes; if it does not in time, any other rank does
+    # Rank 0 publishes the output; if it does not do so in time, any other rank does.
+    if rank is not None and rank.number > 0:
         deadline = time.monotonic() + patience_seconds(options)
         while time.monotonic() < deadline:
             manifest = _of_other_ranks(plan, folder, options)
@@ -191,7 +192,7 @@ def _run(
 
 
 def _of_other_ranks(plan: Plan, folder: str, options: Options) -> dict[str, Any] | None:
-    """The manifest of this job's output if this process is a rank, and another rank has published it."""
+    """Return the manifest of this job's output if this process is a rank, and another rank has published it."""
     if rank_of(options) is None:
         return None
     found = read_output_manifest(folder)
@@ -204,12 +205,12 @@ def _has_its_files(manifest: dict[str, Any], folder: str) -> bool:
 
 
 def _is_complete(manifest: dict[str, Any], folder: str) -> bool:
-    """True if all files exist, and no job is still moving them."""
+    """Return True if all files exist, and no job is still moving them."""
     return _has_its_files(manifest, folder) and not exists(join_path(folder, JOB))
 
 
 def read_output_manifest(folder: str) -> dict[str, Any] | None:
-    """The manifest of a complete output; None if there is none."""
+    """Return the manifest of a complete output, or None if there is none."""
     try:
         manifest: dict[str, Any] = json.loads(read_bytes(join_path(folder, MANIFEST)))
     except (OSError, ValueError):
@@ -228,9 +229,9 @@ def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
             job = JobFolder(join_path(root, f"{plan.identity[:20]}-{attempt}"))
             break
         except ConfigError:
-            continue  # another process runs the same plan there
+            continue  # another process runs the same plan in this folder
     else:
-        raise ConfigError("another run uses this folder", where=root)
+        raise ConfigError("another run uses this folder", where=root, hint="wait for it to end")
     try:
         with JobProgress(len(plan.stages), show=options.progress) as progress:
             return use(job, progress)
@@ -239,7 +240,10 @@ def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
 
 
 def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[str, Any] | None) -> dict[str, Any]:
-    """Move the files into place, and write the manifest last. If the process is killed, the next run continues."""
+    """Move the files to the output folder, and write the manifest last.
+
+    If the process is killed, the next run continues.
+    """
     last = stages[-1]
     files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
     bad = b"".join(line for stage in stages for line in stage.bad_records)
@@ -254,7 +258,7 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
         if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
             remove(join_path(folder, name))
     sources = {str(result.file): last.path_of(result) for result in last.results if result.file is not None}
-    # Each folder is listed once: a look at every file would take as long as moving it.
+    # List each folder once, because checking every file would take as long as moving it.
     folders = {last.folder, last.rewritten_folder} - {""}
     written = {join_path(place, name) for place in folders for name in names_in(place)}
     for name, source in sources.items():
@@ -269,7 +273,7 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
             hint=f"remove {join_path(folder, JOB)}, and run again",
         )
     if is_local(folder):
-        sync(Path(folder))  # the tasks have synced the files; the manifest must not become durable before their names
+        sync(Path(folder))  # the tasks have synced the files, but their names must become durable before the manifest
     if bad:
         write_atomic(join_path(folder, BAD_RECORDS), bad)
     manifest = {
@@ -285,7 +289,7 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
 
 
 def _check_totals(stages: list[StageResult], records: int, bad_records: int) -> None:
-    """Check the counts of the manifest against those of the tasks. Raises DataError."""
+    """Compare the counts of the manifest with the counts of the tasks. Raises DataError if they differ."""
     if records != stages[-1].records:
         raise lost_records("the files of the last stage", stages[-1].records, records)
     found = sum(result.bad_records for stage in stages for result in stage.results)
@@ -294,7 +298,7 @@ def _check_totals(stages: list[StageResult], records: int, bad_records: int) -> 
 
 
 def _digest(files: list[OutputFile], bad: bytes) -> str:
-    """SHA-256 over the names and hashes of all output files."""
+    """Return the SHA-256 over the names and hashes of all output files."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.bytes} {file.sha256}\n".encode())
@@ -303,7 +307,9 @@ def _digest(files: list[OutputFile], bad: bytes) -> str:
 
 
 def _refuse_foreign(folder: str, existing: dict[str, Any] | None, plan: Plan, *, overwrite: bool) -> None:
-    """Raise ConfigError unless the folder is free, may be overwritten, or holds this plan's output or a partial job."""
+    """Raise ConfigError unless the folder is empty, may be overwritten, or holds this plan's output or a partial
+    job.
+    """
     names = [name for name in names_in(folder) if not name.startswith(EVENTS) and not is_temporary(name)]
     if existing is not None and not overwrite and existing.get("identity") != plan.identity:
         raise ConfigError(
@@ -317,7 +323,7 @@ def _refuse_foreign(folder: str, existing: dict[str, Any] | None, plan: Plan, *,
         raise ConfigError(
             "the output folder holds something that is not an output",
             where=folder,
-            expected="a new folder, an empty one, or one of an earlier run",
+            expected="a new folder, an empty folder, or the folder of an earlier run",
             got=f"a folder with {', '.join((foreign or names)[:5])}",
             hint="choose another folder; nothing was written",
         )
@@ -370,13 +376,14 @@ _numbers = count()
 def with_caches(node: Node, options: Options) -> Node:
     """Replace cached nodes by the files of their records. Computes caches that do not exist yet.
 
-    Raises ConfigError if two different caches have the same folder: the second would replace the records of the first.
+    Raises ConfigError if two different caches have the same folder, because the second would replace the first one's
+    records.
     """
     return _with_caches(node, options, {})
 
 
 def _with_caches(node: Node, options: Options, used: dict[str, str]) -> Node:
-    """used: the folders of the caches so far, and what they hold."""
+    """Do the same as `with_caches`. used: the folders of the caches so far, and the identities of their contents."""
     if isinstance(node, Step):
         return Step(_with_caches(node.parent, options, used), node.operation)
     if isinstance(node, Arranged):
@@ -407,7 +414,7 @@ def _root() -> Path:
 
 
 def _is_temporary(folder: str) -> bool:
-    """True if the folder holds a cache that only this process uses."""
+    """Return True if the folder holds a cache that only this process uses."""
     return Path(folder).parent == _root()
 
 
@@ -429,11 +436,14 @@ def temporary_job_folder() -> str:
 
 
 def first_records(plan: Plan, count: int, options: Options) -> list[Any]:
-    """The first `count` records. Tasks of the last stage run in order in this process until there are enough."""
+    """Return the first `count` records.
+
+    Run the tasks of the last stage in order in this process until there are enough.
+    """
 
     def read(job: JobFolder, progress: JobProgress) -> list[Any]:
         done = run_stages(plan, plan.stages[:-1], job, options, progress)
-        # These tasks run here, alone, whatever engine ran the others.
+        # These tasks run in this process, one at a time, whatever engine ran the other tasks.
         memory_bytes = getattr(options.engine, "memory_bytes", options.total_bytes())
         tasks = tasks_of(plan, plan.stages[-1], job, job.plan_path(plan), done, memory_bytes, options.max_bad_records)
         found: list[Any] = []

@@ -1,7 +1,7 @@
-"""Progress and events of a job.
+"""Shows the progress of a job, and records its events.
 
 `JobEvents` writes JSON lines to the output folder. `JobProgress` shows a bar per stage on a terminal, and plain lines
-otherwise.
+elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class JobEvents:
     """Appends events to `_events.jsonl` in `folder`. If there are several ranks, each has its own file.
 
     On a local disk, an event is written immediately. A store can't append, so events are written when the job ends
-    (`close`). An event that can't be written does not end the job. If the disk is full, writing the output raises.
+    (`close`). An event that can't be written does not end the job. If the disk is full, writing the output raises an
+    error.
     """
 
     def __init__(self, folder: str, rank: int | None = None) -> None:
@@ -62,10 +63,10 @@ _REDRAW_SECONDS = 0.1
 class JobProgress:
     """A context manager that shows the progress of a job's stages on standard error.
 
-    On a terminal, it shows a bar for the current stage and a line for each completed one. Otherwise, it prints a plain
-    line every 10 s, and one for each completed stage that took a second or more. It uses no thread.
+    On a terminal, it shows a bar for the current stage and a line for each completed stage. Elsewhere, it prints a
+    plain line every 10 s, and a line for each completed stage that took a second or more. It uses no thread.
 
-    events: receives the start and end of each stage, and lost workers.
+    events: the record of the start and end of each stage, and of lost workers.
     """
 
     def __init__(self, stages: int, *, show: bool, events: JobEvents | None = None) -> None:
@@ -93,7 +94,7 @@ class JobProgress:
             self._bar.start()
 
     def task_done(self, result: TaskResult, size_bytes: int) -> None:
-        """Count a completed task. size_bytes: what it read from input files, or wrote if it read none."""
+        """Count a completed task. size_bytes: the bytes that it read from input files, or wrote if it read none."""
         self._done += 1
         self._records += result.records_in
         self._bytes += size_bytes

@@ -1,9 +1,9 @@
-"""Runs stages in order in a locked job folder; completed tasks are not repeated.
+"""Runs stages in order in a locked job folder, without repeating completed tasks.
 
 The job folder holds the files that tasks write for each other and for the next run:
 
     .manyhands/
-      lock             held by one run, or shared by its ranks
+      lock             the lock, which one run holds, or its ranks share
       plan-IDENTITY    the plan, which workers load
       IDENTITY/        the files of a stage: part-N.runs or output files, part-N.done, part-N.bad
 """
@@ -37,10 +37,10 @@ from manyhands.storage.location import is_local
 from manyhands.storage.run_lock import FileLock
 
 _CLEARING = "clearing"
-"""Content of the lock file while a rank clears the folder. The rank shares the lock afterwards."""
+"""The content of the lock file while a rank clears the folder. The rank shares the lock afterwards."""
 
 _CLEARING_SECONDS = 20.0
-"""How long a rank waits before it checks again whether the holder of the lock is a rank."""
+"""The time that a rank waits before it checks again whether the holder of the lock is a rank."""
 
 _TICK_SECONDS = 0.2
 
@@ -48,8 +48,8 @@ _TICK_SECONDS = 0.2
 class JobFolder:
     """A job's folder, locked while it is open. Raises ConfigError if another run holds the lock.
 
-    together: True if several ranks open the folder at the same time. The first rank clears it; later ranks find the
-    files of the others. output: the folder to which the job publishes its files, if there is one.
+    together: True if several ranks open the folder at the same time. The first rank clears the folder, and later ranks
+    find the files of earlier ranks. output: the folder to which the job publishes its files, if there is one.
     """
 
     def __init__(self, path: str, *, together: bool = False, output: str | None = None) -> None:
@@ -121,7 +121,7 @@ class JobFolder:
             )
 
     def plan_path(self, plan: Plan) -> str:
-        """The path of the plan's file. Each plan has a file of its own, because workers cache plans by path."""
+        """Return the path of the plan's file. Each plan has its own file, because workers cache plans by path."""
         return join_path(self.path, f"plan-{plan.identity[:20]}")
 
     def sweep(self, plan: Plan) -> None:
@@ -132,17 +132,17 @@ class JobFolder:
                     remove(join_path(folder, name))
 
     def _folders(self, plan: Plan) -> list[str]:
-        """The folders of all stages, and those of files that were written again."""
+        """Return the folders of all stages, and the folders of files that were written again."""
         stages = {self.stage(stage).rpartition("/")[2] for stage in plan.stages}
         again = [name for name in names_in(self.path) if is_rewritten_folder(name, stages)]
         return [self.stage(stage) for stage in plan.stages] + [join_path(self.path, name) for name in again]
 
     def stage(self, stage: Stage) -> str:
-        """The folder of a stage's files."""
+        """Return the folder of a stage's files."""
         return join_path(self.path, stage.identity[:20])
 
     def close(self, *, delete: bool) -> None:
-        """Release the lock. delete: remove the folder and its contents."""
+        """Release the lock. delete: if True, remove the folder and its contents."""
         if delete and exists(self.path):
             remove(self.path)
         if self._lock is not None:
@@ -150,7 +150,10 @@ class JobFolder:
 
 
 def open_engine(options: Options) -> OwnedEngine:
-    """The engine of `options`; by default processes on this machine. Raises ConfigError if it can't be reached."""
+    """Return the engine of `options`, which by default runs processes on this machine.
+
+    Raises ConfigError if it can't be reached.
+    """
     from manyhands.prepare.engines.engine import GivenEngine, InProcess
     from manyhands.prepare.engines.local import persistent_pool
     from manyhands.prepare.engines.ranks import Ranks
@@ -188,17 +191,17 @@ class StageResult:
     rewritten_folder: str = ""
 
     def path_of(self, result: TaskResult) -> str:
-        """The path of a task's output file."""
+        """Return the path of a task's output file."""
         return join_path(self.rewritten_folder if result.partition in self.rewritten else self.folder, str(result.file))
 
     @property
     def records(self) -> int:
-        """The number of records that the stage wrote."""
+        """Return the number of records that the stage wrote."""
         return sum(result.records for result in self.results)
 
     @property
     def bad_records(self) -> list[bytes]:
-        """The records that were set aside, as JSON lines, in the order of partitions."""
+        """Return the records that were set aside, as JSON lines, in the order of partitions."""
         paths = [bad_path(self.folder, r.partition) for r in self.results if r.bad_records]
         return [read_bytes(path) for path in paths]
 
@@ -236,16 +239,16 @@ def run_stages(
 
 
 def cached_bad_records(plan: Plan) -> list[bytes]:
-    """The records that were set aside when the caches of a plan were computed, as JSON lines."""
+    """Return the records that were set aside when the caches of a plan were computed, as JSON lines."""
     sources = [stage.source for stage in plan.stages]
     paths = dict.fromkeys(source.bad_path for source in sources if isinstance(source, CachedFiles) and source.bad_path)
     return [line for path in paths for line in read_bytes(path).splitlines(keepends=True)]
 
 
 def check_counts(stage: Stage, done: Sequence[StageResult], records_read: Sequence[Sequence[int]]) -> None:
-    """Check that the tasks of a stage together read each record of the stages before it once.
+    """Check that the tasks of a stage together read each record of the stages before it exactly once.
 
-    records_read: of each task of the stage; see `TaskResult`. Raises DataError.
+    records_read: the `records_read` of each task of the stage (see `TaskResult`). Raises DataError.
     """
     for position, number in enumerate(stage.inputs):
         read = sum(records[position] for records in records_read)
@@ -254,7 +257,7 @@ def check_counts(stage: Stage, done: Sequence[StageResult], records_read: Sequen
 
 
 def _with_rewritten(result: StageResult, again: StageResult) -> StageResult:
-    """Replace the files that were written again. Bad records stay those of the first tasks."""
+    """Replace the files that were written again. The bad records are still those of the first tasks."""
     files = {each.partition: each for each in again.results}
     results = tuple(
         replace(old, bytes_out=files[old.partition].bytes_out, sha256=files[old.partition].sha256)
@@ -283,8 +286,9 @@ def tasks_of(
     memory_bytes: int,
     max_bad_records: int,
 ) -> list[Task]:
-    """The tasks of a stage. After a shuffle, their number depends only on the size of the shuffled records."""
-    # Only the number of files, not their paths: a task is sent to a worker, and all tasks read all files.
+    """Return the tasks of a stage. After a shuffle, their number depends only on the size of the shuffled records."""
+    # Pass the number of files instead of their paths, because each task is sent to a worker, and all tasks read all
+    # files.
     inputs = tuple((folder.stage(plan.stages[number]), len(done[number].results)) for number in stage.inputs)
     ranges = [ALL_KEYS] * (stage.tasks or 0)
     if isinstance(stage.source, Shuffled):
@@ -336,14 +340,14 @@ def _run_stage(
 def _completed(engine: OwnedEngine, tasks: Iterable[Task], tick: Callable[[], None]) -> Iterator[TaskResult]:
     """Run tasks and yield their results as they complete. Raises the error of the first task that fails.
 
-    Futures put themselves into a queue when they are done, so each takes the same time however many there are.
+    Futures add themselves to a queue when they are done, so the time per future does not depend on their number.
     """
     done: SimpleQueue[Future[TaskResult]] = SimpleQueue()
     running = 0
     for task in tasks:
         engine.submit(task).add_done_callback(done.put)
         running += 1
-        while not done.empty():  # an engine may run the task in `submit`
+        while not done.empty():  # an engine may complete the task in `submit`
             yield done.get().result()
             running -= 1
     while running:

@@ -1,6 +1,6 @@
-"""Hashes of compiled code, and what code imports: neither runs it.
+"""Hashes compiled code, and finds what it imports, without running it.
 
-The hash of code covers its instructions, constants and names. It does not depend on its position in the file, on
+The hash of code covers its instructions, constants and names. It does not depend on the code's position in the file, on
 comments or on blank lines.
 """
 
@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 ATOMS = (type(None), bool, int, float, complex, str, bytes)
-"""Types of values without parts. A subclass has parts: its class may change."""
+"""The types of values without parts. A value of a subclass has parts, because its class may change."""
 
 _SEARCHES_GLOBALS = {"eval", "exec", "globals", "__import__"}
-"""Builtin functions whose argument, a text, may name anything. As attributes these names mean something else."""
+"""Builtin functions whose argument, a text, may name any code. As attributes, these names have other meanings."""
 
 _SEARCHES = {
     "__subclasses__",
@@ -29,7 +29,7 @@ _SEARCHES = {
     "spec_from_file_location",
     "walk_packages",
 }
-"""Functions and methods that reach code that the caller's code does not name."""
+"""Functions and methods that use code that the caller's code does not name."""
 
 _IMPORTS = {"__import__", "import_module"}
 
@@ -41,7 +41,9 @@ _VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
 class Import(NamedTuple):
-    """A module that code imports: `level` counts the dots before the name, `names` are imported from the module."""
+    """A module that code imports. level: the number of dots before the name. names: the names imported from the
+    module.
+    """
 
     level: int
     name: str
@@ -49,7 +51,9 @@ class Import(NamedTuple):
 
 
 class Imports(NamedTuple):
-    """What code imports. computed: it may also reach code by names that are computed while it runs."""
+    """The imports of code. computed: True if the code may also use other code by names that are computed at run
+    time.
+    """
 
     found: tuple[Import, ...]
     computed: bool
@@ -64,7 +68,7 @@ def hash_of(*parts: str) -> str:
 
 def hash_atom(value: Any) -> str:
     """Return the hash of a value without parts."""
-    # Python refuses to print integers of more than 4,300 decimal digits.
+    # By default, Python raises an error when it prints integers of more than 4,300 decimal digits.
     is_huge = type(value) is int and value.bit_length() > 10_000
     return hash_of(type(value).__name__, hex(value) if is_huge else repr(value))
 
@@ -72,7 +76,7 @@ def hash_atom(value: Any) -> str:
 def hash_code(code: types.CodeType) -> str:
     """Return the hash of code and of all code nested in it."""
     names = [*code.co_names, "|", *code.co_varnames, "|", *code.co_freevars]
-    # Code that handles exceptions or takes arguments in a special way may have the same instructions as other code.
+    # Code with other exception handlers or other kinds of arguments may have the same instructions, so hash these, too.
     if code.co_exceptiontable:
         names += ["|", code.co_exceptiontable.hex()]
     if code.co_kwonlyargcount or code.co_posonlyargcount or code.co_flags & _VARIADIC:
@@ -123,7 +127,7 @@ def imports_in(code: types.CodeType) -> Imports:
 
 
 def _scan(code: types.CodeType, found: list[Import]) -> bool:
-    """Append the imports of one code object. Return True if it imports or evaluates what its constants don't show."""
+    """Append the imports of one code object. Return True if it imports or evaluates names that are not constants."""
     instructions = [each for each in dis.get_instructions(code) if each.opname not in _IGNORED]
     computed = False
     for index, instruction in enumerate(instructions):
@@ -143,7 +147,9 @@ def _scan(code: types.CodeType, found: list[Import]) -> bool:
 
 
 def _only_argument(instructions: Iterable[dis.Instruction]) -> str | None:
-    """Return the text if these instructions call a function with it and no other argument."""
+    """Return the text if these instructions call a function with a constant text as the only argument, and otherwise
+    None.
+    """
     load, call = [*instructions, None, None][:2]
     if load is None or call is None or load.opname != "LOAD_CONST" or not call.opname.startswith("CALL"):
         return None

@@ -1,9 +1,9 @@
-"""Hashes of functions and values. Stages are named by such hashes.
+"""Hashes functions and values. The hashes are the names of stages.
 
 The fingerprint of a function covers its code, its defaults, the values that it closes over, the global values that it
-uses, and what these use in turn. Its position in the file does not matter. A class is identified by its members and
-bases, an object by its class and state, and a module by its code and the code of the modules that it imports. What is
-installed is identified by its name and version.
+uses, and the code and values that these use in turn. The position of the function in the file does not matter. A class
+is identified by its members and bases, an object by its class and state, and a module by its code and the code of the
+modules that it imports. An installed package is identified by its name and version.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from manyhands.prepare.plan.modules import LocalModules, is_importable, is_insta
 from manyhands.prepare.records.pickling import NotPicklable, cant_be_pickled, reduced
 
 _LARGE = 4096
-"""Bytes from which a value is hashed without its `repr`, which takes up to four times the memory."""
+"""The size in bytes from which a value is hashed without its `repr`, which takes up to four times the memory."""
 
 _IN_C = (
     types.BuiltinFunctionType,
@@ -38,7 +38,7 @@ _IN_C = (
 )
 
 _SEARCHING: tuple[Any, ...] = (eval, exec, globals, __import__, importlib.import_module)
-"""Functions that reach code that their caller's code does not name."""
+"""Functions that use code that their caller's code does not name."""
 
 _DERIVED = {
     "__dict__",
@@ -53,14 +53,14 @@ _DERIVED = {
 """Members that Python derives from others, or that differ between processes."""
 
 _KEPT_BY_PYDANTIC = "__pydantic_fields__"
-"""The other members whose names start like this are derived from it, and contain addresses."""
+"""The other members whose names start with `__pydantic_` are derived from this member, and contain addresses."""
 
 _CACHED = type(functools.cache(len))
 
 _TYPE_VARIABLES = (typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple)
 
 _DEEPEST = 60
-"""Functions and objects at this depth are left for later."""
+"""Functions and objects at this depth are hashed later."""
 
 _MOST_IN_SETS = 10_000
 
@@ -81,28 +81,29 @@ def fingerprint_code(value: Any) -> str:
 
 
 class _Fingerprint:
-    """Recursive hash of one value.
+    """A recursive hash of one value.
 
-    The hash of a value is a hash of its parts. A value may be a part of itself: a recursive function, or a class whose
-    methods use it. Such a part is represented by its depth. If a value's hash refers to nothing above it, the value is
-    hashed once. Otherwise it belongs to a cycle: until all of the cycle is hashed, further occurrences are represented
-    by the number of the first. So the time is proportional to the number of values. What is reached through very many
-    others is hashed at the end, because Python limits the depth of calls.
+    The hash of a value is a hash of its parts. A value may be a part of itself, as a recursive function is, or a class
+    whose methods use it. A part that contains itself is represented by its depth. If a value's hash does not refer to a
+    value above it, the value is hashed once. Otherwise the value belongs to a cycle. Until the complete cycle is
+    hashed, further occurrences of the value are represented by the number of the first occurrence. So the time is
+    proportional to the number of values. Values that are reached through very many other values are hashed at the end,
+    because Python limits the depth of calls.
     """
 
     def __init__(self, modules: LocalModules, open_sets: frozenset[int] = frozenset(), in_sets: Any = None) -> None:
         self._modules, self._open_sets = modules, open_sets
-        self._in_sets: list[int] = in_sets or [0]  # the number of objects in sets in sets; all parts share it
+        self._in_sets: list[int] = in_sets or [0]  # the number of objects in sets in sets, which all parts share
         self._open: dict[int, int] = {}  # id and depth of each object that is being hashed
         self._hashes: dict[int, str] = {}
         self._in_cycle: dict[int, tuple[int, int]] = {}  # id: number, and the lowest depth that its hash refers to
-        self._kept: list[Any] = []  # objects whose ids are in use
+        self._kept: list[Any] = []  # the objects whose ids are in use, which must not be freed
         self._later: dict[int, Any] = {}
         self._count = 0
         self._lowest = _NO_DEPTH
 
     def of_all(self, value: Any) -> str:
-        """Return the hash of a value, and of everything in it that was left for later."""
+        """Return the hash of a value, including the parts of it that were left for later."""
         parts = [self.of(value)]
         while len(parts) <= len(self._later):
             parts.append(self.of(list(self._later.values())[len(parts) - 1]))
@@ -118,7 +119,8 @@ class _Fingerprint:
         if key in self._open:
             self._lowest = min(self._lowest, self._open[key])
             return f"seen {self._open[key]}"
-        if kind in _PLAIN:  # not remembered: there may be millions of records, and they are rarely shared
+        # These hashes are not stored, because there may be millions of records, which are rarely shared.
+        if kind in _PLAIN:
             self._open[key] = len(self._open)
             try:
                 return _PLAIN[kind](self, value)
@@ -163,13 +165,16 @@ class _Fingerprint:
         return result
 
     def _count_in_sets(self) -> None:
-        """Raise ConfigError for a graph whose edges are sets: without an order, each path through it must be hashed."""
+        """Raise ConfigError for a large graph whose edges are sets.
+
+        Sets have no order, so each path would have to be hashed.
+        """
         self._in_sets[0] += 1
         if self._in_sets[0] > _MOST_IN_SETS:
             raise ConfigError(
                 "a function of the job uses sets of objects that contain more sets",
                 got=f"more than {_MOST_IN_SETS} objects in such sets",
-                hint="sets have no order that is the same in each run: use lists or dicts in these objects",
+                hint="use lists or dicts in these objects, because the order of sets differs between runs",
             )
 
     def _of_object(self, value: Any) -> str:
@@ -185,7 +190,10 @@ class _Fingerprint:
         return hash_of("dict", *(part for pair in value.items() for part in map(self.of, pair)))
 
     def _of_set(self, value: Collection[Any]) -> str:
-        """Hash a set by its elements. Their order differs between processes, so no hash may depend on another one."""
+        """Hash a set by its elements.
+
+        Their order differs between processes, so no element's hash may depend on another element.
+        """
         if all(type(each) in ATOMS for each in value):
             return hash_of("set", *sorted(map(self.of, value)))
         if id(value) in self._open_sets:
@@ -212,11 +220,13 @@ class _Fingerprint:
         return hash_of("partial", *parts)
 
     def _of_cached(self, value: Any) -> str:
-        """Hash a function with a cache by what it caches."""
+        """Hash a function with a cache by the function that it wraps."""
         return hash_of("cached", self.of(value.__wrapped__))
 
     def _of_descriptor(self, value: Any) -> str:
-        """Hash a property, class method or static method by its functions, and by its class if it has its own."""
+        """Hash a property, class method or static method by its functions, and by its class if that is not a built-in
+        class.
+        """
         if isinstance(value, property):
             wrapped: Any = (value.fget, value.fset, value.fdel)
         else:
@@ -234,7 +244,7 @@ class _Fingerprint:
         return hash_of("bound", type(value).__name__, value.__qualname__, self.of(owner))
 
     def _of_name(self, what: str, value: Any) -> str:
-        """Hash something importable by its name. Its module counts if it may change."""
+        """Hash an importable value by its name, and by its module if the module may change."""
         name = getattr(value, "__module__", None)
         changes = self._modules.hash([name]) if isinstance(name, str) else ""
         return hash_of(what, f"{name}.{value.__qualname__}", *filter(None, [changes]))
@@ -243,7 +253,7 @@ class _Fingerprint:
         code, digest, module = function.__code__, hash_code(function.__code__), function.__module__ or ""
         if _is_installed(function) and not _is_ours(module):
             return self._of_name("function", function)
-        if _is_singledispatch(function):  # it also holds a cache, whose content depends on the process
+        if _is_singledispatch(function):  # it also has a cache, whose content depends on the process
             return hash_of("singledispatch", self._of_set(function.registry.items()))  # type: ignore[attr-defined]
         own = _is_ours(module) or not is_installed(code.co_filename)
         names = names_in(code)
@@ -265,7 +275,7 @@ class _Fingerprint:
         return hash_of("function", *parts)
 
     def _imported(self, function: types.FunctionType, digest: str, used: list[Any]) -> list[str]:
-        """Return the hash of what a function imports, and of its file if the file has changed since it was imported."""
+        """Return the hash of a function's imports, and of its file if the file has changed since it was imported."""
         code, module = function.__code__, str(function.__globals__.get("__name__", ""))
         imports = imports_in(code)
         if any(value is searching for value in used for searching in _SEARCHING):
@@ -279,10 +289,11 @@ class _Fingerprint:
         return self._of_module(value, names) if isinstance(value, types.ModuleType) else self.of(value)
 
     def _or_module(self, module: str, of: Callable[[], str], is_used: Callable[[], bool] = lambda: True) -> str:
-        """Return a hash, or that of the module if it holds something without a visible state, such as a lock.
+        """Return the hash of a value, or the module's hash if the value holds an object without visible state, such as
+        a lock.
 
-        Workers import the module, so its code decides what it holds. What the main module holds is pickled, if it
-        is used.
+        Workers import the module, so its code determines its values. Values of the main module are pickled if they are
+        used.
         """
         try:
             return of()
@@ -292,13 +303,15 @@ class _Fingerprint:
             return hash_of("opaque", self._modules.hash([module]))
 
     def _of_module(self, module: types.ModuleType, names: Iterable[str] = ()) -> str:
-        """Hash an installed module by its name and version, and any other by its code and that of its imports.
+        """Hash an installed module by its name and version, and any other module by its code and the code of its
+        imports.
 
-        names: the names that a function uses. Modules of the module that have such a name count, too, because another
-        module may have imported them. So do values that are not what the module's file says.
+        names: the names that a function uses. Modules that the module holds under these names are included, because
+        another module may have imported them. Values under these names that do not come from the module's file are
+        included, too.
         """
         name = module.__name__
-        if sys.modules.get(name) is not module or _has_no_file(module):  # the script has made it
+        if sys.modules.get(name) is not module or _has_no_file(module):  # the script has created it
             return hash_of(
                 "module", name, self.of({key: each for key, each in vars(module).items() if key[:2] != "__"})
             )
@@ -319,9 +332,9 @@ class _Fingerprint:
         return hash_of("module", name, self._modules.hash(reached), *replaced)
 
     def _is_replaced(self, value: Any) -> bool:
-        """True if a value of a module is certainly not decided by the module's file alone.
+        """Return True if a value of a module certainly does not come from the module's file alone.
 
-        Other values, for example those of caches, may depend on what the process has done before.
+        Other values, for example those of caches, may depend on earlier work of the process.
         """
         if type(value) in ATOMS:
             return True
@@ -340,7 +353,7 @@ class _Fingerprint:
             for name, member in sorted(vars(kind).items())
             if name not in _DERIVED and (name == _KEPT_BY_PYDANTIC or not name.startswith("__pydantic_"))
         }
-        if " at 0x" in str(members.get("__doc__")):  # Python made it from defaults without a fixed representation
+        if " at 0x" in str(members.get("__doc__")):  # Python derived it from defaults without a fixed representation
             del members["__doc__"]
         parts = [f"{kind.__module__}.{kind.__qualname__}", *map(self.of, kind.__bases__)]
         for name, member in members.items():
@@ -350,9 +363,9 @@ class _Fingerprint:
         return hash_of("class", *parts)
 
     def _of_instance(self, value: Any) -> str:
-        """Hash an object by its class and what its pickle would hold."""
+        """Hash an object by its class and the contents of its pickle."""
         made = reduced(value)
-        if isinstance(made, str):  # the name of a global
+        if isinstance(made, str):  # it is the name of a global
             name = str(getattr(value, "__module__", None) or "")
             return hash_of("global", self.of(type(value)), name, made, self._modules.hash([name]))
         function, arguments, *rest = made
@@ -387,7 +400,7 @@ _KINDS: tuple[tuple[Any, Callable[[_Fingerprint, Any], str]], ...] = (
 
 
 def _is_installed(value: Any) -> bool:
-    """True if a function or class is part of Python or an installed package under its name."""
+    """Return True if a function or class belongs, under its name, to Python or an installed package."""
     # The metaclass of Cython's types has a descriptor instead of the name of a module.
     if isinstance(value, type) and (value.__module__ == "builtins" or not isinstance(value.__module__, str)):
         return True
@@ -397,7 +410,7 @@ def _is_installed(value: Any) -> bool:
 
 
 def _is_installed_module(name: str) -> bool:
-    """True if an imported module belongs to Python or an installed package."""
+    """Return True if an imported module belongs to Python or an installed package."""
     module = sys.modules.get(name)
     if module is None or name == "__main__":
         return False
@@ -406,7 +419,7 @@ def _is_installed_module(name: str) -> bool:
 
 
 def _is_ours(module: str) -> bool:
-    """True for the modules of Manyhands, whose version is a part of every identity."""
+    """Return True if a module belongs to Manyhands, whose version is a part of every identity."""
     return module == "manyhands" or module.startswith("manyhands.")
 
 

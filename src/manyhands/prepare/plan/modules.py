@@ -1,8 +1,8 @@
-"""Modules that are not installed: their files, their code, and the modules that they import.
+"""Hashes modules that are not installed, by their code and the code of the modules that they import.
 
 The code of an installed package changes only with its version. Any other module may change between two runs. It is
-identified by its code and, because it isn't known which of its imports it uses, by the code of all modules that it
-imports. Nothing is imported to find this out.
+identified by its code and by the code of all modules that it imports, because it is unknown which of them it uses. No
+module is imported to determine this.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PACKAGES = ("site-packages", "dist-packages")
 _SKIPPED = {*_PACKAGES, "__pycache__", "node_modules"}
 
 _MOST_FILES = 2000
-"""The most Python files that a function with computed imports may have beside it. Home folders have more."""
+"""The maximum number of Python files in the folder of a function with computed imports. Home folders have more."""
 
 _INTERNAL = "manyhands"
 
@@ -42,7 +42,9 @@ class _Source(NamedTuple):
 
 
 class _Module(NamedTuple):
-    """A module that is not installed. file: None for a package without `__init__.py`. folders: those of a package."""
+    """A module that is not installed. file: None for a package without `__init__.py`. folders: the folders of a
+    package.
+    """
 
     name: str
     file: str | None
@@ -51,7 +53,7 @@ class _Module(NamedTuple):
 
     @property
     def package(self) -> str:
-        """The package to which its relative imports refer."""
+        """Return the package to which the module's relative imports refer."""
         return self.name if self.folders is not None else self.name.rpartition(".")[0]
 
 
@@ -64,13 +66,13 @@ class LocalModules:
         self._hashes: dict[tuple[str, ...], str] = {}
 
     def is_local(self, name: str) -> bool:
-        """True if the module is neither installed, nor a part of Python or Manyhands."""
+        """Return True if the module is neither installed, nor a part of Python or Manyhands."""
         return self._find(name) is not None
 
     def hash(self, names: Iterable[str]) -> str:
-        """Hash these modules and all modules that they import; of installed packages, their versions.
+        """Hash these modules and all modules that they import. For installed packages, hash their versions.
 
-        Returns an empty text if there are none: Python's version is not included.
+        Return an empty text if there are no such modules. Python's version is not included.
         """
         key = tuple(sorted(set(names)))
         if key not in self._hashes:
@@ -79,24 +81,26 @@ class LocalModules:
         return self._hashes[key]
 
     def imported_by(self, imports: Imports, name: str, what: str) -> list[str]:
-        """The names of the modules that code in the module `name` imports. If it computes names, those beside it, too.
+        """Return the names of the modules that code in the module `name` imports.
 
-        Raises ConfigError if it computes names, and there is no file beside which other modules could be.
+        If the code computes names, also return the modules in the same folder. Raises ConfigError if the code computes
+        names and has no file, so that there is no such folder.
         """
         module = self._find(name)
         if imports.computed and (module is None or module.file is None):
             raise ConfigError(
                 "a function of the job uses code that its own code does not name",
                 where=what,
-                hint="it computes the name of what it imports or evaluates, so changes of that code can't be "
-                "noticed: name the modules and functions, or move the function into a file",
+                hint="the function computes the name of code that it imports or evaluates, so changes of that code "
+                "can't be "
+                "detected: name the modules and functions, or move the function into a file",
             )
         return list(self._imported_by(imports, module or _Module(name, None, None, None)))
 
     def changed_code(self, name: str, qualname: str, digest: str) -> str | None:
-        """Hash the code that a module's file has under a name now; None if it is this code, or there is none.
+        """Return the hash of the code that a module's file now has under a name, or None if it is unchanged or missing.
 
-        The file may have changed since this process imported it. Workers import it again.
+        The file may have changed since this process imported it, and workers import it again.
         """
         module = self._find(name)
         if module is None or name == "__main__" or module.file is None:
@@ -105,7 +109,7 @@ class LocalModules:
         return None if codes is None or digest in codes else hash_of("file", *sorted(codes))
 
     def _reached(self, names: Iterable[str]) -> list[str]:
-        """Return name and hash of each module that is reached through imports, in the order of names."""
+        """Return the name and hash of each module that is reached through imports, in the order of names."""
         waiting, seen = deque(names), set[str]()
         reached: dict[str, str] = {}
         while waiting:
@@ -127,7 +131,7 @@ class LocalModules:
         yield from self._names(imports, module)
         if imports.computed:
             for each in self._beside(module):
-                key = f"beside {each.name}"  # its name may be that of another module
+                key = f"beside {each.name}"  # another module may have the same name
                 self._found[key] = each
                 yield key
 
@@ -137,7 +141,7 @@ class LocalModules:
             yield from (absolute, *_parents(absolute))
             found = self._find(absolute)
             if found is None or found.folders is None:
-                continue  # names that are imported from a module are not modules
+                continue  # a name that is imported from a module may not be a module
             if "*" in names:
                 yield from (each.name for each in self._below(found))
             yield from (f"{absolute}.{each}" for each in names if each != "*")
@@ -145,7 +149,7 @@ class LocalModules:
     def _find(self, name: str) -> _Module | None:
         """Return the module, or None if it doesn't exist, is installed, or belongs to Python or Manyhands."""
         if name not in self._found:
-            self._found[name] = None  # ends the recursion of a package that is its own parent
+            self._found[name] = None  # this ends the recursion for a package that is its own parent
             self._found[name] = self._find_anew(name)
         return self._found[name]
 
@@ -214,7 +218,7 @@ class LocalModules:
         for place, folders, files in os.walk(folder):
             folders[:] = sorted(each for each in folders if deep and each not in _SKIPPED and each[:1] != ".")
             found = sorted(each for each in files if each.endswith(".py"))
-            if "pyvenv.cfg" in files or not found:  # another installation, or data
+            if "pyvenv.cfg" in files or not found:  # the folder is another installation, or holds data
                 folders.clear()
                 continue
             within = ".".join(Path(place).relative_to(folder).parts)
@@ -234,7 +238,7 @@ class LocalModules:
 
 
 def is_installed(file: str) -> bool:
-    """True if the file belongs to Python or an installed package, whose code changes only with its version."""
+    """Return True if the file belongs to Python or an installed package, whose code changes only with its version."""
     if any(f"{os.sep}{name}{os.sep}" in file for name in _PACKAGES):
         return True
     return file in ("built-in", "frozen") or file.startswith("<frozen ") or _is_in_python(os.path.dirname(file))
@@ -248,7 +252,7 @@ def _is_in_python(folder: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _python_folders() -> tuple[str, ...]:
-    """The folders of the standard library, also in the form that does not depend on links."""
+    """Return the folders of the standard library, as they are and with links resolved."""
     paths = sysconfig.get_paths()
     places = {os.path.realpath(paths[key]) for key in ("stdlib", "platstdlib")}
     places |= {os.path.realpath(os.path.dirname(os.__file__))}
@@ -258,7 +262,7 @@ def _python_folders() -> tuple[str, ...]:
 
 
 def is_importable(value: Any) -> bool:
-    """True if a function or class is what its module has under its name, so a worker can import it."""
+    """Return True if a function or class is found in its module under its name, so that a worker can import it."""
     module, (first, *rest) = getattr(value, "__module__", None), value.__qualname__.split(".")
     found: Any = getattr(sys.modules.get(module or ""), "__dict__", {}).get(first)
     for name in rest:
@@ -267,14 +271,14 @@ def is_importable(value: Any) -> bool:
 
 
 def version_of(name: str) -> str:
-    """The version of the installed package to which a module belongs; empty for Python's own modules."""
+    """Return the version of the installed package to which a module belongs, or "" for modules of Python."""
     top = name.partition(".")[0]
     return "" if top == _INTERNAL or top in sys.stdlib_module_names else _installed_version(top)
 
 
 @lru_cache(maxsize=1024)
 def _installed_version(distribution: str) -> str:
-    from importlib import metadata  # takes long to import
+    from importlib import metadata  # imported here, because it takes long
 
     try:
         return metadata.version(distribution)
@@ -283,7 +287,7 @@ def _installed_version(distribution: str) -> str:
 
 
 def _read(file: str, loader: Any) -> _Source:
-    """Read a module's file, which may be in a zip archive. Anything but Python source is hashed as bytes."""
+    """Read a module's file, which may be in a zip archive. A file that is not Python source is hashed as bytes."""
     try:
         data = Path(file).read_bytes()
     except OSError:
@@ -298,7 +302,7 @@ def _read(file: str, loader: Any) -> _Source:
 def _parse(data: bytes, is_source: bool) -> _Source:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python has shown them when it compiled the module
+            warnings.simplefilter("ignore")  # Python has already shown these warnings when it compiled the module
             code = compile(data, "<source>", "exec", dont_inherit=True) if is_source else None
     except (SyntaxError, ValueError, RecursionError):
         code = None
@@ -319,7 +323,7 @@ def _absolute(imported: Import, package: str) -> str:
 
 
 def _parents(name: str) -> Iterator[str]:
-    """Yield the packages that contain a module: importing it imports them."""
+    """Yield the packages that contain a module, because importing the module imports them."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _PACKING = (256, 64)
-"""Small partitions of one stage are packed into one task, but at least so many tasks are left, and a task has at most
-so many partitions: a function may take long for each record."""
+"""The minimum number of tasks, and the maximum number of partitions in a task, if small partitions are packed.
 
-PARTITION_BYTES = 2**25  # default input of one task, if the format can be split; see Stage.partition_bytes
+The limits exist because a function may take long for each record.
+"""
+
+PARTITION_BYTES = 2**25  # the default input of one task, if the format can be split; see Stage.partition_bytes
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Read:
 class InMemory:
     """Records that the caller passed in memory, divided into partitions.
 
-    Each partition is packed by `pack_records` and unpacked for each reading. So a function that changes a record
-    changes neither the caller's objects nor the records of another task.
+    `pack_records` packs each partition, and each reading unpacks it. So a function that changes a record changes
+    neither the caller's objects nor the records of another task.
     """
 
     partitions: tuple[bytes, ...]
@@ -87,9 +89,10 @@ class Cached:
 
 @dataclass(frozen=True)
 class CachedFiles:
-    """Files of chunks. Replaces a Cached node once its records are stored.
+    """Files of chunks, which replace a Cached node once its records are stored.
 
-    bad_path: the file of the records that were set aside when the cache was computed; None if there are none."""
+    bad_path: the file of the records that were set aside when the cache was computed, or None if there are none.
+    """
 
     paths: tuple[str, ...]
     identity: str
@@ -128,9 +131,9 @@ class Counting:
 class Stage:
     """Independent tasks, one per partition.
 
-    identity: hash of everything that the results depend on. partition_bytes: the size from which other
-    sizes are derived. A task before a shuffle sorts `partition_bytes` at a time. A task after a shuffle reads twice as
-    many, in blocks of `partition_bytes` / 128. Sizes are estimated from the records. next_bytes: the size of the
+    identity: the hash of everything that the results depend on. partition_bytes: the size from which other sizes are
+    derived. A task before a shuffle sorts `partition_bytes` at a time. A task after a shuffle reads twice as many
+    bytes, in blocks of `partition_bytes` / 128. Sizes are estimated from the records. next_bytes: the size of the
     partitions of the next stage, if the shuffle to it sets one.
     """
 
@@ -145,13 +148,13 @@ class Stage:
 
     @property
     def reduce_bytes(self) -> int:
-        """Return the bytes that a task after a shuffle reads."""
+        """Return the number of bytes that a task after a shuffle reads."""
         given = self.source.partition_bytes if isinstance(self.source, Shuffled) else None
         return given or 2 * self.partition_bytes
 
     @property
     def block_bytes(self) -> int:
-        """Return the bytes of a run that are read at once. A partition consists of several blocks."""
+        """Return the number of bytes of a run that are read at a time. A partition consists of several blocks."""
         block_bytes = self.partition_bytes // 128
         return max(1, block_bytes if self.next_bytes is None else min(block_bytes, self.next_bytes // 16))
 
@@ -162,7 +165,7 @@ class Stage:
 
     @property
     def tasks(self) -> int | None:
-        """Return the number of tasks, or None if it depends on the results of earlier stages."""
+        """Return the number of tasks, or None if the number depends on the results of earlier stages."""
         return self.partitions if self._packed is None else len(self._packed)
 
     def partitions_of(self, task: int) -> range:
@@ -171,9 +174,10 @@ class Stage:
 
     @cached_property
     def _packed(self) -> tuple[range, ...] | None:
-        """The partitions of each task, if small files are packed; None if each task has one partition.
+        """Return the partitions of each task if small files are packed, or None if each task has one partition.
 
-        Each partition has its own positions, random numbers and runs, so packing changes no byte. A task that writes
+        Each partition has its own positions, random numbers and runs, so packing does not change the output. A task
+        that writes
         an output file is never packed.
         """
         least_tasks, most_partitions = _PACKING
@@ -193,7 +197,7 @@ class Stage:
 
     @property
     def partitions(self) -> int | None:
-        """Return the number of partitions, or None if it depends on the results of earlier stages."""
+        """Return the number of partitions, or None if the number depends on the results of earlier stages."""
         if isinstance(self.source, Read):
             return len(self.source.splits)
         if isinstance(self.source, InMemory):
@@ -203,13 +207,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in an order in which they can run. The last one computes the result."""
+    """Stages in an order in which they can run. The last stage computes the result."""
 
     stages: tuple[Stage, ...]
 
     @property
     def identity(self) -> str:
-        """Return the identity of the complete job, which is that of its last stage."""
+        """Return the identity of the complete job, which is the identity of its last stage."""
         return self.stages[-1].identity
 
     def explain(self) -> str:
@@ -218,7 +222,7 @@ class Plan:
 
 
 def make_plan(node: Node, end: Output | Counting) -> Plan:
-    """Plan the stages that compute `node`, the last of them with `end`. `node` must not contain Cached nodes."""
+    """Plan the stages that compute `node`. The last stage has the given `end`. `node` must not contain Cached nodes."""
     stages: list[Stage] = []
     _add_stages(stages, node, end, min(_partition_bytes(node)))
     return Plan(tuple(stages))
@@ -240,7 +244,7 @@ def _add_stages(
     partition_bytes: int,
     next_bytes: int | None = None,
 ) -> int:
-    """Add the stage that computes `node` and has this `end`, after all stages that it needs. Returns its number."""
+    """Add the stage that computes `node` and has this `end`, after all stages that it needs. Return its number."""
     operations: list[Operation] = []
     while isinstance(node, Step):
         operations.append(node.operation)
@@ -259,7 +263,7 @@ def _add_stages(
     basis = (__version__, sys.version_info[:2], partition_bytes, *([] if next_bytes is None else [next_bytes]))
     identity = fingerprint_code([basis, upstream, _identifying(source), operations, _identifying(end)])
     for stage in stages:
-        if stage.identity == identity:  # for example both sides of a join of a dataset with itself
+        if stage.identity == identity:  # this happens, for example, if a dataset is joined with itself
             return stage.number
     title = " → ".join([_source_title(source), *(op.describe() for op in operations), _end_title(end)])
     stages.append(Stage(len(stages), title, identity, source, tuple(operations), end, partition_bytes, next_bytes))
@@ -280,12 +284,12 @@ def _identifying(value: Any) -> Any:
     """
     if isinstance(value, Shuffled):
         return ("shuffled", value.reducer)
-    if isinstance(value, Read):  # as text, because hashing thousands of files and splits one by one takes seconds
+    if isinstance(value, Read):  # return text, because hashing thousands of files and splits one by one takes seconds
         files = repr((value.files, _with_digests(value.splits)))
         return ("read", files, value.columns, value.types, value.partition_bytes, _PACKING)
     if isinstance(value, CachedFiles):
         return ("kept", value.identity)
-    if isinstance(value, InMemory):  # by its records: equal records may have different pickles
+    if isinstance(value, InMemory):  # use the records, because equal records may have different pickles
         records: Any = tuple(tuple(unpack_records(packed)) for packed in value.partitions)
         return InMemory(records, value.partition_bytes)
     if isinstance(value, Output):
@@ -297,7 +301,7 @@ def _source_title(source: Source) -> str:
     if isinstance(source, Read):
         forms = sorted({split.format for split in source.splits})
         noun = "file" if len(source.files) == 1 else "files"
-        # Without splits there is no format to name, which would leave two spaces.
+        # Without splits, there is no format to name, so two spaces would be left.
         return f"read {len(source.files)} {'/'.join(forms)} {noun}".replace("  ", " ")
     if isinstance(source, InMemory):
         return "given records"
@@ -313,7 +317,7 @@ def _end_title(end: Arrangement | Output | Counting) -> str:
 
 
 def _extent(stage: Stage) -> str:
-    """Return the number of partitions and the bytes of a stage, as text."""
+    """Return a text with the number of partitions and the bytes of a stage."""
     if stage.partitions is None:
         return f"number of partitions depends on the data, about {format_bytes(stage.reduce_bytes)} each"
     text = f"{stage.partitions} partition{'' if stage.partitions == 1 else 's'}"
@@ -328,5 +332,5 @@ def input_paths(stage: Stage) -> tuple[str, ...]:
 
 
 def input_bytes(stage: Stage) -> int:
-    """Return the bytes of files that a stage reads; 0 if it reads no files."""
+    """Return the number of bytes of the files that a stage reads; 0 if it reads no files."""
     return sum(split.size_bytes for split in stage.source.splits) if isinstance(stage.source, Read) else 0

@@ -61,11 +61,11 @@ _KEY_TYPES = {str: pa.string(), int: pa.int64(), bytes: pa.binary()}
 
 _MOST_BYTES = 2**31  # an Arrow array of text or bytes has 32-bit offsets
 
-_SMALL = 2**40  # states below this can be added across millions of tasks without overflowing 64 bits
+_SMALL = 2**40  # states below this limit can be added across millions of tasks without overflowing 64 bits
 
 _ROWS = "rows"  # the column of row numbers in a table that Arrow groups
 
-_SAFE = 2**47  # a chunk has at most 65,536 rows: the sum of that many integers below this fits in 64 bits
+_SAFE = 2**47  # a chunk has at most 65,536 rows, and the sum of that many integers below this limit fits in 64 bits
 
 
 def combine_table(
@@ -73,8 +73,8 @@ def combine_table(
 ) -> Keyed | None:
     """Return the states of a table's groups, or None if Arrow cannot compute them exactly.
 
-    key_columns: the columns of `key`, from `checked_columns`. If the result is None, the caller combines the rows as
-    Python objects.
+    key_columns: the columns of `key`, from `checked_columns`. If the result is None, the caller must combine the rows
+    as Python objects.
     """
     if len(table) > 65_536 or any(pa.types.is_floating(column.type) for column in key_columns):
         return None
@@ -92,7 +92,7 @@ def combine_table(
         if kinds[0] in _KEY_TYPES.values() and states_are_small(keyed):
             return KeyedTable(keyed, (_KEY,))
     distinct = group_keys_of_columns(keys, kinds)
-    # Arrow tells values apart that Python doesn't, such as parts of a day.
+    # Arrow distinguishes values that Python doesn't distinguish, such as parts of a day.
     if len(set(compared(distinct))) < len(distinct):
         return None
     if rows is None:
@@ -119,7 +119,8 @@ def _grouped(
         if aggregate.kind == "count":
             requested.append([([], "count_all")])
             continue
-        name = f"of {aggregate.of}"  # prefixed: a user's column may have the name of an Arrow result, such as x_sum
+        # The prefix is needed because a user's column may have the name of an Arrow result, such as x_sum.
+        name = f"of {aggregate.of}"
         inputs[name] = table.column(aggregate.of)
         requested.append([(name, function) for function in _FUNCTIONS[aggregate.kind]])
     # Two aggregates may request the same function of the same column, which Arrow must compute only once.
@@ -146,7 +147,7 @@ def count_keys(keys: list[Any], columns: int) -> KeyedTable | None:
 
     Returns None if Arrow can't hold the keys exactly.
     """
-    kinds = set(map(type, keys))  # exact types: True and 1 are one key in Python and two in Arrow
+    kinds = set(map(type, keys))  # compare exact types, because True and 1 are one key in Python and two keys in Arrow
     if len(kinds) != 1 or not kinds <= _KEY_TYPES.keys():
         return None
     try:
@@ -162,7 +163,7 @@ def _arrow_computes(table: pa.Table, aggregate: Aggregate) -> bool:
 
 
 def _adds_exactly(table: pa.Table, of: Any) -> bool:
-    """True if the column exists, has no nulls, and its integers can be added in 64 bits."""
+    """Return True if the column exists, has no nulls, and its integers can be added in 64 bits."""
     if not isinstance(of, str) or of not in table.column_names or table.column(of).null_count:
         return False
     column = table.column(of)
@@ -209,7 +210,7 @@ def merge_states(tables: Sequence[pa.Table]) -> pa.Table | None:
 
 
 def states_are_small(table: pa.Table) -> bool:
-    """True if the states of a run are so small that the states of all runs can be added in 64 bits."""
+    """Return True if the states of a run are so small that the states of all runs can be added in 64 bits."""
     ends = [pc.min_max(table.column(name)) for name in table.column_names[1:]]
     return all(-_SMALL < end["min"].as_py() <= end["max"].as_py() < _SMALL for end in ends)
 
@@ -223,12 +224,12 @@ class Aggregate:
 
     start: takes a group's first value and returns a state. add: takes (state, value) and returns the new state. merge:
     takes (state, state) in the order of the records and returns the merged state. finish: converts the final state to
-    the result. of: the function or the name of the column that gives a record's value (default: the record itself).
+    the result. of: a function that returns a record's value, or the name of its column (default: the record itself).
 
     `start` and `add` run in the tasks that read the records, so only states are shuffled.
 
-    The functions see the same states in the same order with any number of workers and any memory. `count()`, `sum`,
-    `mean`, `variance`, `minimum`, `maximum`, `first` and `collect` are predefined.
+    The functions are called with the same states in the same order for any number of workers and any memory. `count()`,
+    `sum`, `mean`, `variance`, `minimum`, `maximum`, `first` and `collect` are predefined.
 
     Example: `.group_by("user").aggregate(posts=mh.Aggregate.count(), longest=mh.Aggregate.maximum(of="length"))`
     """
@@ -238,7 +239,7 @@ class Aggregate:
     merge: Callable[[Any, Any], Any]
     finish: Callable[[Any], Any] | None = None
     of: Callable[[Any], Any] | str | None = None
-    kind: str = "custom"  # names a predefined aggregate, for which there is a faster path in Arrow or C
+    kind: str = "custom"  # the name of a predefined aggregate, for which there is a faster path in Arrow or C
 
     @classmethod
     def count(cls) -> Aggregate:
@@ -250,7 +251,7 @@ class Aggregate:
         """Return an aggregate that adds the values.
 
         Sums of floats are exact and rounded once, as by `math.fsum`. Sums of integers, decimals and fractions are
-        exact. Other values, such as lists, are added by `+`. Text is refused: Python would join it.
+        exact. Other values, such as lists, are added by `+`. Text is refused, because Python would join it.
         """
         return cls(start=number_of, add=add_value, merge=add_sums, finish=total_of, of=of, kind="sum")
 
@@ -258,7 +259,7 @@ class Aggregate:
     def mean(cls, of: Callable[[Any], Any] | str | None = None) -> Aggregate:
         """Return an aggregate that computes the mean of the values: the exact sum divided by the count, rounded once.
 
-        The mean of decimals is rounded to the digits of their sum, and at least to 28.
+        The mean of decimals is rounded to the digits of their sum, but to at least 28 digits.
         """
         return cls(start=start_mean, add=add_to_mean, merge=merge_means, finish=mean_of_state, of=of, kind="mean")
 
@@ -266,8 +267,8 @@ class Aggregate:
     def variance(cls, of: Callable[[Any], Any] | str | None = None, *, sample: bool = False) -> Aggregate:
         """Return an aggregate that computes the variance: the mean of the squared distances from the mean.
 
-        It is exact and rounded once. sample: divide by the number of values less one instead of by their number. The
-        result for a single value is then None.
+        It is exact and rounded once. sample: if True, divide by the number of values minus one instead of by their
+        number. The result for a single value is then None.
         """
         finish = sample_variance if sample else population_variance
         return cls(
@@ -276,7 +277,7 @@ class Aggregate:
 
     @classmethod
     def minimum(cls, of: Callable[[Any], Any] | str | None = None) -> Aggregate:
-        """Return an aggregate that finds the least value. NaN is greater than every number.
+        """Return an aggregate that finds the least value. NaN is treated as greater than every number.
 
         Of equal values, such as 1 and 1.0, the first in the order of the input is chosen.
         """
@@ -284,7 +285,7 @@ class Aggregate:
 
     @classmethod
     def maximum(cls, of: Callable[[Any], Any] | str | None = None) -> Aggregate:
-        """Return an aggregate that finds the greatest value. NaN is greater than every number.
+        """Return an aggregate that finds the greatest value. NaN is treated as greater than every number.
 
         Of equal values, such as 1 and 1.0, the first in the order of the input is chosen.
         """
@@ -335,11 +336,11 @@ class Grouping:
 
     @property
     def merges_by_addition(self) -> bool:
-        """True if all states are merged by addition."""
+        """Return True if all states are merged by addition."""
         return all(aggregate.kind in ("count", "sum") for aggregate in self.aggregates.values())
 
     def combine(self, chunk: Chunk) -> Keyed:
-        """Return the states of the chunk's groups: distinct keys and a column of states per aggregate, or one table.
+        """Return the states of the chunk's groups: distinct keys with a column of states per aggregate, or one table.
 
         Raises any error of the functions, and BadKey for a key that is not hashable or has no total order.
         """
@@ -365,13 +366,13 @@ class Grouping:
         return KeyedLists(list(states[0]), [list(column.values()) for column in states])
 
     def merge_into(self, states: list[dict[Any, Any]], combined: KeyedLists) -> None:
-        """Merge the states of a chunk or a run into `states`: for each aggregate, a dict from keys to states.
+        """Merge the states of a chunk or a run into `states`, which has a dict from keys to states for each aggregate.
 
-        Raises DataError that names the aggregate and the group if a function raises.
+        If a function raises, raises a DataError that names the aggregate and the group.
         """
         for (name, aggregate), into, column in zip(self.aggregates.items(), states, combined.columns, strict=True):
-            # Shortcuts with the same result: the first states are copied, counts are added without a call, and sums of
-            # floats are added by NumPy.
+            # There are shortcuts with the same result: the first states are copied, counts are added without a call,
+            # and NumPy adds sums of floats.
             if aggregate.kind in ("count", "sum") and not into:
                 into.update(zip(combined.keys, column, strict=True))
                 if len(into) != len(combined.keys):
@@ -395,7 +396,7 @@ class Grouping:
     def finish(self, groups: KeyedLists) -> list[list[Any]]:
         """Return the results of each aggregate, in the order of the groups.
 
-        Raises DataError that names the aggregate and the group if a function raises.
+        If a function raises, raises a DataError that names the aggregate and the group.
         """
         # Two aggregates, such as `first` and `collect`, may hold the same record.
         may_share = sum(map(can_change, groups.columns)) > 1
@@ -423,7 +424,7 @@ class Grouping:
 
 
 def _failed(name: str, aggregate: Aggregate, argument: str, key: Any, error: BaseException) -> DataError:
-    """Return the error of a function of an aggregate that raises for the states of a group."""
+    """Return the error of an aggregate's function that raised for the states of a group."""
     said = str(error) if isinstance(error, BadResult) else describe_error(error, aggregate.kind)
     return DataError(
         f"{argument} of the aggregate {name!r} failed: {said}",
@@ -433,7 +434,9 @@ def _failed(name: str, aggregate: Aggregate, argument: str, key: Any, error: Bas
 
 
 def _with_values(chunk: Chunk, aggregates: Sequence[Aggregate]) -> Chunk:
-    """Return a table with only the columns that the aggregates use; the chunk itself if they use complete records."""
+    """Return a table with only the columns that the aggregates use, or the chunk itself if they use complete
+    records.
+    """
     names = {aggregate.of for aggregate in aggregates if aggregate.kind != "count"}
     if isinstance(chunk, list) or not names.issubset(chunk.column_names):
         return chunk
@@ -448,7 +451,7 @@ def _states(grouping: Grouping, name: str, keys: list[Any], records: list[Any]) 
     if aggregate.kind in NUMBER_KINDS and type(None) in set(map(type, values)):  # `in values` would compare arrays
         raise BadKey(f"the value to aggregate ({aggregate.kind}) is None")
     if aggregate.kind in ("sum", "mean", "variance") and not {str, bytes}.isdisjoint(map(type, values)):
-        # Python would join texts. The columns of CSV files are text, so that is hardly ever what is meant.
+        # Python would join texts. Columns of CSV files are text by default, so a sum of texts is usually a mistake.
         raise BadKey(
             f"the value to aggregate ({aggregate.kind}) is text: convert it, for CSV files with read(..., types=...)"
         )

@@ -1,7 +1,7 @@
-"""Chunks: the lists of records or Arrow tables that flow through a task.
+"""Chunks, which are the lists of records or Arrow tables that a task processes.
 
 A record is any Python object that the user's functions return. Rows of tables are dicts. A list of dicts becomes a
-table with a column per key; a list of other objects becomes a table with one column, `value`.
+table with a column per key. A list of other objects becomes a table with one column, `value`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 
 Chunk: TypeAlias = "list[Any] | pa.Table"
 
-# The size of a chunk of text: so large that calls cost little per record, and so small that the parsed records fit in
-# a CPU's cache.
+# The size of a chunk of text. It is so large that calls cost little per record, and so small that the parsed records
+# fit in a CPU's cache.
 CHUNK_BYTES = 2**19
 
 TABLE_CHUNK_BYTES = 2**22  # the size of a chunk that is a table
 
-# Packed values start with one of these. The one for tables is padded, because Arrow needs buffers aligned to 8 bytes.
+# Packed values start with one of these prefixes. The prefix for tables is padded, because Arrow needs buffers aligned
+# to 8 bytes.
 _TABLE, _PICKLE = b"A" + bytes(15), b"P"
 
 
 def is_table(chunk: Chunk) -> bool:
-    """True if the chunk is an Arrow table, not a list."""
+    """Return True if the chunk is an Arrow table, not a list."""
     return not isinstance(chunk, list)
 
 
@@ -54,7 +55,9 @@ def part_of(chunk: Chunk, start: int, stop: int) -> Chunk:
 
 
 class BadColumn(DataError):
-    """Records whose values a column can't hold. index: the first such record in the chunk; None if not known."""
+    """The error for records whose values a column can't hold. index: the first such record in the chunk, or None if
+    unknown.
+    """
 
     index: int | None = None
 
@@ -62,7 +65,7 @@ class BadColumn(DataError):
 def table_of(chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
     """Return the records as an Arrow table, with the columns of all records or of `schema`. Missing values are null.
 
-    Every value stays the same: numbers of floats may be rounded to floats of fewer bits, and nothing else changes.
+    Values do not change, except that floats may be rounded to floats of fewer bits.
     Raises BadColumn if the values of a column have no common Arrow type, or if `schema` lacks a column of the records.
     """
     import pyarrow as pa
@@ -114,7 +117,7 @@ def _shown(chunk: Chunk, index: int) -> str:
 
 
 def shown_record(chunk: Chunk) -> Any:
-    """Return the only record of a chunk for messages: as text if a value of the table's row has no Python form."""
+    """Return the only record of a chunk for messages, as text if a value of the table's row has no Python form."""
     try:
         return records_of(chunk)[0]
     except DataError:
@@ -138,8 +141,8 @@ def _checked(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _check_names(names: Sequence[str], schema: pa.Schema) -> None:
-    """Raise DataError if `names` has other names than the schema: their values would be lost."""
-    known = set(schema.names)  # pyarrow makes a new list at each access
+    """Raise DataError if `names` has names that the schema lacks, because their values would be lost."""
+    known = set(schema.names)  # pyarrow creates a new list at each access
     extra = [name for name in names if name not in known]
     if extra:
         raise DataError(
@@ -151,7 +154,9 @@ def _check_names(names: Sequence[str], schema: pa.Schema) -> None:
 
 
 def concatenate(chunks: Sequence[Chunk]) -> Chunk:
-    """Return all records in order: as a table if all chunks are tables with the same schema, else as a list."""
+    """Return all records in order, as a table if all chunks are tables with the same schema, and otherwise as a
+    list.
+    """
     if len(chunks) == 1:
         return chunks[0]
     tables = [chunk for chunk in chunks if not isinstance(chunk, list)]
@@ -163,15 +168,17 @@ def concatenate(chunks: Sequence[Chunk]) -> Chunk:
 
 
 def with_contiguous_columns(chunk: Chunk) -> Chunk:
-    """Return the same records, with each column of a table in one array, so that functions can't see its parts."""
+    """Return the same records, with each column of a table in one array, so that functions can't observe the column's
+    parts.
+    """
     return chunk if isinstance(chunk, list) else chunk.combine_chunks()
 
 
 def size_bytes(chunk: Chunk) -> int:
-    """Return an estimate of the memory of the records. It depends on their values only, so plans may depend on it."""
+    """Return an estimate of the memory of the records. It depends only on their values, so plans may depend on it."""
     if not isinstance(chunk, list):
         return sum(sum(map(_array_bytes, column.chunks)) for column in chunk.columns)
-    # Measure only every n-th record: this is cheap. The positions are fixed, so that the estimate is reproducible.
+    # Measure only every n-th record to save time. The positions are fixed, so that the estimate is reproducible.
     sampled = chunk[:: max(1, len(chunk) // 64)]
     return sum(map(_value_bytes, sampled)) * len(chunk) // len(sampled) if sampled else 0
 
@@ -206,7 +213,10 @@ def _value_bytes(value: Any) -> int:
 
 
 def share_equal_texts(records: list[Any]) -> list[Any]:
-    """Return the same records, with equal strings as one object if many repeat. Pickle then stores each string once."""
+    """Return the same records.
+
+    If many strings are equal, replace equal strings by one object, which pickle stores once.
+    """
     sampled = records[:: max(1, len(records) // 1024)]
     if set(map(type, sampled)) != {str} or 2 * len(set(sampled)) > len(sampled) or set(map(type, records)) != {str}:
         return records
@@ -215,7 +225,7 @@ def share_equal_texts(records: list[Any]) -> list[Any]:
 
 
 def pack(value: Any) -> bytes | memoryview:
-    """Return a value as bytes: an Arrow table in Arrow's stream format, any other value pickled.
+    """Return a value as bytes: an Arrow table in Arrow's stream format, and any other value as a pickle.
 
     Raises DataError for a value that can't be pickled.
     """

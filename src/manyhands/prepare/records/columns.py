@@ -1,8 +1,8 @@
-"""Columns: from Python values to Arrow arrays and back, without changing a value.
+"""Converts columns from Python values to Arrow arrays and back, without changing a value.
 
-pyarrow converts many values silently: 1.7 to the integer 1, a datetime after a date to a date, text after bytes to
-bytes. So the kinds of the values are checked before pyarrow converts them. The way back must not depend on pandas:
-pyarrow returns objects of pandas for nanoseconds if it is installed.
+pyarrow silently converts many values: 1.7 to the integer 1, a datetime after a date to a date, text after bytes to
+bytes. So the kinds of the values are checked before pyarrow converts them. The conversion back must not depend on
+pandas, but pyarrow returns objects of pandas for nanoseconds if pandas is installed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow.types as pat
 
 from manyhands.errors import DataError
 
-_NAMES: tuple[tuple[type | tuple[type, ...], str], ...] = (  # the first entry that matches counts
+_NAMES: tuple[tuple[type | tuple[type, ...], str], ...] = (  # the first matching entry is used
     (type(None), "null"),
     ((bool, np.bool_), "true or false"),
     (np.datetime64, "NumPy datetimes"),
@@ -42,7 +42,7 @@ _NAMES: tuple[tuple[type | tuple[type, ...], str], ...] = (  # the first entry t
     ((list, tuple, np.ndarray), "lists"),
 )
 
-_MIXED = ({"whole numbers", "floats"}, {"whole numbers", "decimals"})  # Arrow refuses those that it can't hold exactly
+_MIXED = ({"whole numbers", "floats"}, {"whole numbers", "decimals"})  # Arrow refuses values that it can't hold exactly
 
 _HOLDS_DATES = (pat.is_date32, pat.is_date64)
 
@@ -50,7 +50,8 @@ _HOLDS_TEXT = (pat.is_string, pat.is_large_string, pat.is_string_view)
 
 _HOLDS_BYTES = (pat.is_binary, pat.is_large_binary, pat.is_fixed_size_binary, pat.is_binary_view)
 
-# The kinds of Arrow types that hold each kind of value. Whole numbers in columns of times count the column's unit.
+# The kinds of Arrow types that hold each kind of value. Whole numbers in columns of times are numbers of the column's
+# unit.
 _HOLD: dict[str, tuple[Callable[[Any], bool], ...]] = {
     "true or false": (pat.is_boolean,),
     "NumPy datetimes": (pat.is_timestamp,),
@@ -105,7 +106,10 @@ def _kinds(values: Iterable[Any]) -> set[str]:
 
 
 def _checked_kind(found: set[str], kind: pa.DataType | None) -> Any:
-    """Return the values' type (None: unknown). Raise ValueError if no type holds these kinds, or not this type."""
+    """Return the type of the values, or None if unknown.
+
+    Raise ValueError if no type, or not this type, holds these kinds.
+    """
     if "sets" in found:  # pyarrow would write them in an order that differs between processes
         raise ValueError("it has sets, whose items have no fixed order: use sorted lists")
     if len(found) > 1 and found not in _MIXED:
@@ -122,7 +126,7 @@ def _checked_kind(found: set[str], kind: pa.DataType | None) -> Any:
 
 
 def _must_look(found: set[str], kind: Any) -> bool:
-    """True if pyarrow may change one of the values, although their kinds fit."""
+    """Return True if pyarrow may change one of the values, although their kinds fit."""
     if found <= {"text", "bytes", "true or false", "UUIDs"}:
         return False
     if found <= {"whole numbers", "floats"}:
@@ -139,7 +143,8 @@ def _check_values(found: set[str], values: Sequence[Any], kind: Any) -> None:
         _check_dicts([value for value in values if value is not None], kind)
     elif kind is not None and pat.is_integer(kind):
         for value in values:
-            if value is not None and value != value // 1:  # also true for NaN and infinities, whose quotient is NaN
+            # This is also true for NaN and infinities, whose quotient is NaN.
+            if value is not None and value != value // 1:
                 raise ValueError(f"it has {value!r}, which is not a whole number, and its type is {kind}")
     elif kind is not None and pat.is_floating(kind):
         _check_narrow_floats(found, values, kind)
@@ -163,7 +168,10 @@ def _check_lists(lists: list[Any], kind: Any) -> None:
 
 
 def _listed(array: Any, is_integer: bool) -> list[Any]:
-    """Return a NumPy array as a list. Of whole numbers for integers one suffices: only their kind is checked."""
+    """Return a NumPy array as a list.
+
+    For whole numbers in a column of integers, one item suffices to check their kind.
+    """
     return list(array[:1].tolist() if is_integer and array.dtype.kind in "iu" else array.tolist())
 
 
@@ -187,7 +195,7 @@ def _check_dicts(dicts: list[Any], kind: Any) -> None:
 
 
 def _check_narrow_floats(found: set[str], values: Sequence[Any], kind: Any) -> None:
-    """Raise ValueError for numbers that are too large for short floats. Other floats are rounded to them."""
+    """Raise ValueError for numbers that are too large for short floats. Other floats are rounded to short floats."""
     wide = pa.array(values, pa.float64())
     narrow = pa.array(values, kind).cast(pa.float64())
     is_same = pc.equal(pc.is_finite(wide), pc.is_finite(narrow))
@@ -204,7 +212,7 @@ def _check_times(found: set[str], values: Sequence[Any], kind: Any) -> None:
     if "times" in found and any(value is not None and value.tzinfo is not None for value in values):
         raise ValueError("it has times with a zone, which Arrow can't hold")
     if found & {"datetimes", "times", "time differences"} and getattr(kind, "unit", "us") in ("s", "ms"):
-        pa.array(values, with_unit(kind, "us")).cast(kind)  # raises if it would lose microseconds
+        pa.array(values, with_unit(kind, "us")).cast(kind)  # this raises if it would lose microseconds
 
 
 def _check_datetimes(values: list[dt.datetime], kind: Any) -> None:
@@ -231,7 +239,7 @@ def with_unit(kind: Any, unit: str) -> pa.DataType:
 
 
 def first_failing(count: int, check: Callable[[int], object]) -> int:
-    """Return the least n for which `check(n + 1)` raises, given that `check(count)` does: the index of a value."""
+    """Return the least n for which `check(n + 1)` raises, which is the index of a value. `check(count)` must raise."""
     low, high = 0, count  # check(low) passes, check(high) raises
     while high - low > 1:
         middle = (low + high) // 2
@@ -246,7 +254,7 @@ def first_failing(count: int, check: Callable[[int], object]) -> int:
 def rows_of(table: pa.Table) -> list[Any]:
     """Return the rows as dicts of Python values, which are the same whether pandas is installed or not.
 
-    Raises DataError for a value that Python can't hold: a time with odd nanoseconds, a year beyond 9999.
+    Raises DataError for a value that Python can't hold, such as a time with odd nanoseconds or a year beyond 9999.
     """
     try:
         return list(_plain(table).to_pylist())
@@ -257,7 +265,7 @@ def rows_of(table: pa.Table) -> list[Any]:
 
 
 def values_of_column(column: Any, name: str) -> list[Any]:
-    """Return the values of one column as Python values; see `rows_of`. name: the column's name, for errors."""
+    """Return the values of one column as Python values, as `rows_of` does. name: the column's name, for errors."""
     try:
         return list(_plain(pa.table({name: column})).column(0).to_pylist())
     except (pa.ArrowException, ValueError, ArithmeticError, TypeError, NotImplementedError) as error:
@@ -267,19 +275,20 @@ def values_of_column(column: Any, name: str) -> list[Any]:
             expected="times in whole microseconds, in the years 1 to 9999",
             got=f"{_shown(column, row)} ({column.type})",
             where=f"row {row + 1} of the batch",
-            hint="leave the column out with read(columns=...); or convert it with map_batches, which gets Arrow tables",
+            hint="leave the column out with read(columns=...), or convert it with map_batches, whose function gets "
+            "Arrow tables",
         ) from error
 
 
 def check_rows(table: pa.Table) -> None:
-    """Raise DataError for a value that Python can't hold, as `rows_of` does, but convert only values that show it."""
+    """Raise DataError for a value that Python can't hold, as `rows_of` does, but convert as few values as possible."""
     for name, column in zip(table.column_names, table.columns, strict=True):
         if not _has_times(column.type):
             continue
         try:
             plain = _plain(pa.table({name: column})).column(0)
             if pat.is_temporal(plain.type):
-                pc.min_max(plain).as_py()  # the values between these have a form, too
+                pc.min_max(plain).as_py()  # the values between these two have a Python form, too
             else:
                 plain.to_pylist()
         except (pa.ArrowException, ValueError, ArithmeticError, TypeError, NotImplementedError):
@@ -317,7 +326,10 @@ def _value_or_text(column: Any, index: int) -> Any:
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    """Return the table with times in microseconds instead of nanoseconds. Raises ArrowInvalid if they would be lost."""
+    """Return the table with times in microseconds instead of nanoseconds.
+
+    Raises ArrowInvalid if this would lose nanoseconds.
+    """
     kinds = [_plain_kind(field.type) for field in table.schema]
     if all(plain.equals(field.type) for plain, field in zip(kinds, table.schema, strict=True)):
         return table
@@ -335,7 +347,7 @@ def cast_safely(column: Any, kind: pa.DataType) -> Any:
     except pa.ArrowInvalid:
         if not pat.is_nested(column.type):
             raise
-        # Arrow casts all values inside of lists, including those of rows that a slice has left out.
+        # Arrow casts all values inside lists, including the values of rows that a slice has left out.
         return column.take(pa.array(range(len(column)), pa.int64())).cast(kind)
 
 
@@ -345,14 +357,14 @@ def _undictionaried(column: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def _plain_kind(kind: Any) -> Any:
-    """Return the type with microseconds instead of nanoseconds; an equal type if there are none."""
+    """Return the type with microseconds instead of nanoseconds, or an equal type if there are no nanoseconds."""
     if pat.is_temporal(kind) and getattr(kind, "unit", "") == "ns" and not pat.is_interval(kind):
         return with_unit(kind, "us")
     return with_inner(kind, _plain_kind)
 
 
 def with_inner(kind: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a nested type with `change` applied to the types in it; an equal type if nothing changes."""
+    """Return a nested type with `change` applied to the types in it, or an equal type if nothing changes."""
     inner = [kind.field(index) for index in range(kind.num_fields)] if pat.is_nested(kind) else []
     changed = [field.with_type(change(field.type)) for field in inner]
     if pat.is_dictionary(kind):
@@ -393,7 +405,7 @@ def without_views(table: pa.Table) -> pa.Table:
         columns.append(column)
     if all(column.type.equals(field.type) for field, column in zip(table.schema, columns, strict=True)):
         return table
-    # One new table: each `set_column` would copy the list of all columns.
+    # Create one new table, because each `set_column` would copy the list of all columns.
     fields = [field.with_type(column.type) for field, column in zip(table.schema, columns, strict=True)]
     return pa.Table.from_arrays(columns, schema=pa.schema(fields, table.schema.metadata))
 

@@ -1,6 +1,6 @@
-"""Copies of records, so that a function which changes one record can't change another.
+"""Copies records, so that a function which changes one record can't change another record.
 
-Two records must never share an object that can be changed: otherwise the result would depend on which of them is
+Two records must never share an object that can be changed. Otherwise the result would depend on the record that is
 processed first.
 """
 
@@ -29,7 +29,7 @@ _UNCHANGEABLE = frozenset(
 
 
 def own_copy(value: Any) -> Any:
-    """Return a copy that shares no changeable object with `value`; or `value` itself if nobody can change it.
+    """Return a copy that shares no changeable object with `value`, or `value` itself if it can't be changed.
 
     A value that can be neither pickled nor copied is returned unchanged.
     """
@@ -45,7 +45,10 @@ def own_copy(value: Any) -> Any:
 
 
 def copier_of(value: Any) -> Callable[[], Any]:
-    """Return a function that returns an `own_copy` of the value, faster in each call. Nobody may change the value."""
+    """Return a function that returns an `own_copy` of the value, but is faster.
+
+    The value must not be changed afterwards.
+    """
     kind = type(value)
     if kind in _UNCHANGEABLE:
         return lambda: value
@@ -58,22 +61,22 @@ def copier_of(value: Any) -> Callable[[], Any]:
 
 
 def own_items(items: Iterable[Any]) -> list[Any]:
-    """Return an `own_copy` of each item, made before the next item is requested."""
+    """Return an `own_copy` of each item. Each copy is made before the next item is requested."""
     return [item if type(item) in _UNCHANGEABLE else own_copy(item) for item in items]
 
 
 def own_copies(values: list[Any]) -> list[Any]:
-    """Return `own_copy` of each value; or the same list if nobody can change the values."""
+    """Return an `own_copy` of each value, or the same list if the values can't be changed."""
     return [own_copy(value) for value in values] if can_change(values) else values
 
 
 def can_change(values: list[Any]) -> bool:
-    """True if one of the values is an object that can be changed."""
+    """Return True if one of the values is an object that can be changed."""
     return not _UNCHANGEABLE.issuperset(map(type, values))
 
 
 def separated(values: list[Any]) -> list[Any]:
-    """Return the values, with a copy in place of an object that has occurred before."""
+    """Return the values, with a copy in place of each object that has occurred before."""
     if not can_change(values) or len(set(map(id, values))) == len(values):
         return values
     seen: set[int] = set()
@@ -85,7 +88,7 @@ def separated(values: list[Any]) -> list[Any]:
 
 
 def _deep_copy(value: Any) -> Any:
-    # A pickle is several times faster than deepcopy, and it is what happens to a record that is written to a file.
+    # A pickle is several times faster than deepcopy, and records that are written to files are pickled, too.
     try:
         return pickle.loads(pickle.dumps(value, protocol=5))
     except Exception:
@@ -96,7 +99,7 @@ def _deep_copy(value: Any) -> Any:
 
 
 def pack_records(records: list[Any]) -> bytes:
-    """Return records of the caller as bytes, which later changes to these records don't affect.
+    """Return the caller's records as bytes, so that later changes to these records have no effect.
 
     Records that share an object are separated. Raises DataError for a record that can't be pickled.
     """

@@ -1,4 +1,4 @@
-"""Turns tables of Arrow, pandas and Polars into records. Does not import pandas or Polars."""
+"""Converts tables of Arrow, pandas and Polars to records. Does not import pandas or Polars."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _PACKAGES = ("pyarrow", "pandas", "polars")
 
 
 def is_foreign_table(value: Any) -> bool:
-    """True for an object of Arrow, pandas or Polars."""
+    """Return True if `value` is an object of Arrow, pandas or Polars."""
     return type(value).__module__.partition(".")[0] in _PACKAGES
 
 
 def given_records(records: Iterable[Any]) -> list[Any]:
-    """Return what a caller passed as records as a list: the items of an iterable, or the rows of a table.
+    """Return the records that a caller passed, as a list: the items of an iterable, or the rows of a table.
 
     Raises ConfigError for an object whose items are not its records: text, bytes, a dict.
     """
@@ -44,7 +44,7 @@ def given_records(records: Iterable[Any]) -> list[Any]:
         return _rows_of_pandas(records, pandas)
     table = _as_table(records)
     if table is None:
-        return list(records)  # a Series, whose items are values
+        return list(records)  # it is a Series, whose items are values
     _check_names(table.column_names)
     return records_of(table)
 
@@ -56,7 +56,7 @@ def _check_names(names: list[str]) -> None:
 
 
 def _as_table(value: Any) -> Any:
-    """Return the Arrow table of an object; None if it is a column. Raises ConfigError if it can't be a table."""
+    """Return the Arrow table of an object, or None if it is a column. Raises ConfigError if it can't be a table."""
     import pyarrow as pa
 
     if isinstance(value, pa.Table):
@@ -79,7 +79,7 @@ def _as_table(value: Any) -> Any:
 
 
 def _rows_of_pandas(frame: Any, pandas: Any) -> list[Any]:
-    """Return the rows of a DataFrame. An index with a name becomes a column; NaN in a column of floats stays NaN."""
+    """Return the rows of a DataFrame. An index with a name becomes a column. NaN in a column of floats stays NaN."""
     import pyarrow as pa
 
     if any(name is not None for name in frame.index.names):
@@ -90,7 +90,8 @@ def _rows_of_pandas(frame: Any, pandas: Any) -> list[Any]:
     for position in range(len(names)):
         series = frame.iloc[:, position]
         is_numpy = not pandas.api.types.is_extension_array_dtype(series.dtype)
-        if is_numpy and series.dtype.kind in "fO":  # Arrow would make NaN null, and refuse objects of several types
+        # Arrow would convert NaN to null, and refuse objects of several types.
+        if is_numpy and series.dtype.kind in "fO":
             columns.append(series.tolist())
         else:
             values = records_of(pa.table({"value": pa.array(series, from_pandas=True)}))

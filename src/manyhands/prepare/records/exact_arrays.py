@@ -1,7 +1,7 @@
-"""Exact sums, means, variances, and extremes of many floats at once, by NumPy.
+"""Exact sums, means, variances, and extremes of many floats at a time, computed by NumPy.
 
-The states are those of `exact_sums` and `extremes`. `codes` has the number of each value's group, from 0 to
-`groups` - 1; each group has a value.
+The states are those of `exact_sums` and `extremes`. `codes` has the number of each value's group, from 0 to `groups` -
+1. Each group has at least one value.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _FEW = 32  # for fewer values than this, Python is faster
 _PAIRS = {float, complex}
 _FLOATS = {*_PAIRS, ExactSum}
 
-# Adding these to a state of floats changes nothing, whereas 0.0 would change the sign of negative zero.
+# Adding these values to a state of floats changes nothing, whereas 0.0 would change the sign of negative zero.
 _NOTHING: dict[str, Any] = {"sum": -0.0, "mean": (-0.0, 0), "variance": (-0.0, -0.0, 0)}
 
 
 def floats_in(table: pa.Table, kind: str, of: Any) -> Floats | None:
-    """Return the column to aggregate as an array; None if its values are not floats, or if some are missing."""
+    """Return the column to aggregate as an array, or None if its values are not floats or if some are missing."""
     import pyarrow as pa
 
     if kind not in NUMBER_KINDS or not isinstance(of, str) or of not in table.column_names:
@@ -81,7 +81,9 @@ def float_states(kind: str, codes: Codes, groups: int, values: Floats) -> list[A
 
 
 def combined_floats(kind: str, keys: list[Any], values: list[Any]) -> dict[Any, Any] | None:
-    """Return the state of each key's sum, mean or variance; None if NumPy can't compute them, or not faster."""
+    """Return the state of each key's sum, mean or variance, or None if NumPy can't compute them or would not be
+    faster.
+    """
     if kind not in _NOTHING or len(values) < _FEW:
         return None
     floats = floats_of(values)
@@ -97,7 +99,9 @@ def combined_floats(kind: str, keys: list[Any], values: list[Any]) -> dict[Any, 
 
 
 def faster_functions(kind: str, values: list[Any]) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:
-    """Return functions that start and add to states of these values as the aggregate's own functions do, but faster."""
+    """Return faster functions that start states of these values, and add to them, as the aggregate's own functions
+    do.
+    """
     if len(values) < _FEW:
         return None
     if kind in ("min", "max"):
@@ -111,7 +115,7 @@ def _unchanged(value: Any) -> Any:
 
 
 def merged_floats(kind: str, states: Mapping[Any, Any], keys: list[Any], others: list[Any]) -> list[Any] | None:
-    """Return the sums of the states of `keys` and of `others`, with the results of `add_sums` and `merge_means`.
+    """Return the sums of the states of `keys` and of `others`, with the same results as `add_sums` and `merge_means`.
 
     Returns None if `others` are not sums, means or variances of floats, if they are few, or if some can't be added.
     """
@@ -124,7 +128,7 @@ def merged_floats(kind: str, states: Mapping[Any, Any], keys: list[Any], others:
     try:
         if kind == "sum":
             return _added(known, others)
-        # `zip(*known)` would make an iterator of each state, which is slow.
+        # `zip(*known)` would create an iterator for each state, which is slow.
         *sums, count = map(itemgetter, range(len(nothing)))
         columns = [_added(list(map(part, known)), list(map(part, others))) for part in sums]
     except TypeError:
@@ -134,7 +138,7 @@ def merged_floats(kind: str, states: Mapping[Any, Any], keys: list[Any], others:
 
 def float_sums(codes: Codes, groups: int, values: Floats) -> list[Any]:
     """Return the state of the sum of each group."""
-    usual = np.abs(values) < LARGE  # false for NaN
+    usual = np.abs(values) < LARGE  # this is false for NaN
     if usual.all():
         return _usual_sums(codes, groups, values)
     states = _usual_sums(codes, groups, np.where(usual, values, 0.0))
@@ -208,8 +212,8 @@ def _added(states: list[Any], others: list[Any]) -> list[Any]:
 
 
 def _added_pairs(one: NDArray[np.complex128], other: NDArray[np.complex128]) -> tuple[list[Any], NDArray[np.bool_]]:
-    """Return the sums of pairs, and which of them are exact. A float is a pair whose second part is zero."""
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities and NaN: these sums are not exact
+    """Return the sums of pairs, and a mask of the exact sums. A float is a pair whose second part is zero."""
+    with np.errstate(invalid="ignore", over="ignore"):  # sums with infinities and NaN are not exact
         total, middle = two_sum(one.real, other.real)
         low, lowest = two_sum(one.imag, other.imag)
         middle, lower = two_sum(middle, low)
@@ -221,8 +225,9 @@ def _added_pairs(one: NDArray[np.complex128], other: NDArray[np.complex128]) -> 
 def _partial_sums(codes: Codes, groups: int, values: Floats) -> list[Floats]:
     """Return columns of floats, the largest first, whose exact sum is the exact sum of each group.
 
-    In each round, `values + anchor` rounds all values to multiples of one power of two. It is chosen so that every sum
-    of these multiples has at most 53 bits, so the sums are exact in any order. The next round adds what remains.
+    In each round, `values + anchor` rounds all values to multiples of one power of two. The power is chosen so that
+    every sum of these multiples has at most 53 bits, so the sums are exact in any order. The next round adds the
+    remainders.
     """
     columns: list[Floats] = []
     most = int(np.bincount(codes, minlength=groups).max()) if len(values) else 0
@@ -262,7 +267,7 @@ def codes_of(keys: list[Any]) -> tuple[Codes, list[Any]]:
 
 
 def floats_of(values: list[Any]) -> Floats | None:
-    """Return floats and integers as an array of floats; None if that isn't exact, or if there is no float."""
+    """Return floats and integers as an array of floats, or None if this isn't exact or if there is no float."""
     kinds = set(map(type, values))
     if float not in kinds or not kinds <= {float, int}:
         return None

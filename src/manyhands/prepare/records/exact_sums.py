@@ -1,12 +1,13 @@
 """Sums that are exact until they are rounded once, so that they don't depend on how the records are divided.
 
 A float is a whole number times a power of two, so a sum of floats has an exact value. The state of a sum holds this
-value, whatever the order and the division of the records. The result is the nearest float, as `math.fsum` gives it.
+value, whatever the order and the division of the records. The result is the nearest float, which `math.fsum` also
+returns.
 
-The state of a sum of floats is a float if that is exact; else a pair, if two floats are exact; else an `ExactSum`. A
-pair is a Python `complex`: the real part is the float nearest to the sum, and the imaginary part is the remainder. No
-other object holds two floats in as little memory, and NumPy converts lists of them fast. Sums of complex numbers have
-states of type `ComplexSum`.
+The state of a sum of floats is a float if a float is exact, or else a pair if two floats are exact, or else an
+`ExactSum`. A pair is a Python `complex`: the real part is the float nearest to the sum, and the imaginary part is the
+remainder. No other object holds two floats in as little memory, and NumPy converts lists of them fast. Sums of complex
+numbers have states of type `ComplexSum`.
 
 Integers, fractions and decimals are their own states. Values of other types (lists, time differences) are added
 by `+`.
@@ -25,15 +26,16 @@ import numpy as np
 
 from manyhands.errors import DataError
 
-WHOLE = 2**53  # every integer up to this is exact as a float
+WHOLE = 2**53  # every integer up to this value is exact as a float
 
-# Squares and sums of values between these are far from the ends of a float's range, so that no step of `exact_sums` or
+# Squares and sums of values between these limits are well inside a float's range, so that no step of `exact_sums` or
 # `square_of` overflows or underflows.
 LARGE, LARGE_ROOT, SMALL_ROOT = 2.0**960, 2.0**480, 2.0**-480
 
 _DECIMAL_DIGITS = 100_000  # numbers of IEEE 754's decimal128 differ by at most 12,322 places
 
-# Adds and multiplies decimals exactly, or raises Inexact. NaN and opposite infinities give NaN, as for floats.
+# This context adds and multiplies decimals exactly, or raises Inexact. NaN and opposite infinities give NaN, as for
+# floats.
 _EXACTLY = decimal.Context(
     prec=_DECIMAL_DIGITS,
     rounding=decimal.ROUND_HALF_EVEN,
@@ -44,10 +46,10 @@ _EXACTLY = decimal.Context(
 
 
 class ExactSum:
-    """The exact sum of floats, integers and fractions, of which one is a float: `sum(parts) + rest`.
+    """The exact sum of floats, integers and fractions, at least one of them a float: `sum(parts) + rest`.
 
-    parts: finite floats, the largest first; each is the float nearest to the sum of itself and all that follow. rest: a
-    number that floats can't hold, usually 0.
+    parts: finite floats, the largest first. Each is the float nearest to the sum of itself and all following parts.
+    rest: a number that floats can't hold, usually 0.
     """
 
     __slots__ = ("parts", "rest")
@@ -80,19 +82,23 @@ _DECIMAL = {Decimal, int}
 
 
 def number_of(value: Any) -> Any:
-    """Return a value as the state of a sum: numbers of NumPy as Python's, which don't overflow, True as 1."""
+    """Return a value as the state of a sum.
+
+    Numbers of NumPy become Python numbers, which don't overflow, and True becomes 1.
+    """
     kind = type(value)
     if kind is float or kind is int:
         return value
     if isinstance(value, Decimal):
         return Decimal("NaN") if value.is_nan() else value
-    if isinstance(value, complex):  # also NumPy's complex128
+    if isinstance(value, complex):  # this includes NumPy's complex128
         return ComplexSum(value.real, value.imag)
     if isinstance(value, (np.complexfloating, np.floating, np.integer)):
         return _python_number(value)
     if isinstance(value, np.bool_):
         return int(value)
-    for base in (int, float):  # truth values, members of an IntEnum, and other kinds that add as their base does
+    # These are truth values, members of an IntEnum, and other types that add as their base does.
+    for base in (int, float):
         if isinstance(value, base) and kind.__add__ is base.__add__:
             return base(value)
     return value
@@ -112,7 +118,7 @@ def add_sums(one: Any, other: Any) -> Any:
     """Return the exact sum of two states."""
     kind, other_kind = type(one), type(other)
     if kind is float and other_kind is float:
-        total = one + other  # as in `two_sum`, without a call, because most sums of floats pass here
+        total = one + other  # this is `two_sum` without a call, because most sums of floats are computed here
         virtual = total - one
         error = (one - (total - virtual)) + (other - virtual)
         if error == 0.0:
@@ -245,14 +251,14 @@ def decimally(operation: Callable[[Any, Any], Decimal], one: Any, other: Any) ->
 
 
 def _divided(value: Decimal, divisor: int) -> Decimal:
-    """Return the quotient, rounded to the digits of `value`, and at least to 28, which is Python's default."""
+    """Return the quotient, rounded to the digits of `value`, but to at least 28 digits, which is Python's default."""
     digits = max(28, len(value.as_tuple().digits))
     wide = decimal.Context(prec=digits, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
     return wide.divide(value, divisor)
 
 
 def _sum_of_floats(one: Any, other: Any) -> Any:
-    """Return the exact sum of two states of which at least one is a sum of floats."""
+    """Return the exact sum of two states. At least one of them must be a sum of floats."""
     parts: list[float] = []
     rest: int | Fraction = 0
     for state in (one, other):
@@ -293,7 +299,7 @@ def exact_state(parts: list[float], rest: int | Fraction = 0) -> Any:
                 return math.nan if math.isnan(total) else total
             found.append(total)
             remaining.append(-total)
-    except ValueError:  # infinities with both signs
+    except ValueError:  # there are infinities with both signs
         return math.nan
     except OverflowError:
         infinite = sum(part for part in parts if not math.isfinite(part))
@@ -305,13 +311,13 @@ def exact_state(parts: list[float], rest: int | Fraction = 0) -> Any:
         return ExactSum(tuple(found), rest)
     if found:
         return complex(*found) if len(found) == 2 else found[0]
-    # As in IEEE 754: the sum is negative zero only if all values are.
+    # As in IEEE 754, the sum is negative zero only if all values are negative zero.
     only_negative_zeros = bool(parts) and all(part == 0.0 and math.copysign(1.0, part) < 0 for part in parts)
     return -0.0 if only_negative_zeros else 0.0
 
 
 def _ratio(state: Any) -> tuple[int, int]:
-    """Return numerator and denominator of a finite sum of integers, floats and fractions."""
+    """Return the numerator and denominator of a finite sum of integers, floats and fractions."""
     if type(state) is complex:
         over, under = state.real.as_integer_ratio()
         more, common = state.imag.as_integer_ratio()  # the second part of a pair has the larger denominator
@@ -329,7 +335,7 @@ def _ratio(state: Any) -> tuple[int, int]:
 
 
 def _quotient(numerator: int, denominator: int) -> float:
-    """Return the nearest float to the quotient, which may be an infinity."""
+    """Return the float nearest to the quotient, which may be an infinity."""
     try:
         return numerator / denominator  # Python rounds quotients of integers correctly
     except OverflowError:

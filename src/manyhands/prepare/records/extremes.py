@@ -1,7 +1,7 @@
 """Least and greatest values, where NaN is greater than every number, as in DuckDB, Spark and PostgreSQL.
 
-Of equal values, the first in the order of the records is chosen: 1 or 1.0 or True, 0.0 or -0.0. So the result does not
-depend on how the records are divided.
+Of equal values, such as 1, 1.0 and True, or 0.0 and -0.0, the first in the order of the records is chosen. So the
+result does not depend on how the records are divided.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _ORDERED = {int, float, bool, str, bytes}
 
 
 def comparable(value: Any) -> Any:
-    """Return numbers of NumPy as Python's numbers, which compare exactly, and all NaN as one."""
+    """Return a value for comparisons.
+
+    Numbers of NumPy become Python numbers, which compare exactly, and all NaN become one.
+    """
     if isinstance(value, (np.bool_, np.integer, np.floating)):
         value = value.item()
     if isinstance(value, float):
@@ -37,7 +40,7 @@ def least(one: Any, other: Any) -> Any:
             return other
         if one <= other:
             return one
-    except decimal.InvalidOperation:  # a decimal NaN
+    except decimal.InvalidOperation:  # a value is a decimal NaN
         pass
     return other if _compare(other, one) < 0 else one
 
@@ -65,7 +68,7 @@ def add_greatest(state: Any, value: Any) -> Any:
 
 
 def plain_choice(kind: str, values: list[Any]) -> Callable[[Any, Any], Any] | None:
-    """Return Python's `min` or `max` if it is right for these values, because it is faster; otherwise None."""
+    """Return Python's `min` or `max` if it is correct for these values, because it is faster, and otherwise None."""
     if not set(map(type, values)) <= _ORDERED or any(map(ne, values, values)):  # only NaN differs from itself
         return None
     return min if kind == "min" else max
@@ -88,7 +91,7 @@ def _compare(one: Any, other: Any) -> int:
         return 1
     if one == other:
         return 0
-    raise BadKey(f"values have no least or greatest, because neither is less: {str(one)[:100]}, {str(other)[:100]}")
+    raise BadKey(f"values have no order, because neither is less: {str(one)[:100]}, {str(other)[:100]}")
 
 
 def _is_nan(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Functions that users pass: checks of the functions and of their results, and their names in errors."""
+"""Checks functions that users pass, and their results, and names the functions in errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from manyhands.errors import ConfigError, InvariantError
 
 _UNFINISHED = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
-ENDS_EARLY = frozenset((map, filter))  # they take a StopIteration that their function raises for their end
+ENDS_EARLY = frozenset((map, filter))  # they mistake a StopIteration that their function raises for their end
 
 
 class BadResult(ValueError):
@@ -21,7 +21,9 @@ class BadResult(ValueError):
 
 
 def name_of(function: Any) -> str:
-    """Return the name of a function for messages and plans: `lambda` for a lambda, the class for other callables."""
+    """Return the name of a function for messages and plans: `lambda` for a lambda, and the class for other
+    callables.
+    """
     name = getattr(function, "__name__", None) or type(function).__name__
     return "lambda" if name == "<lambda>" else str(name)
 
@@ -37,7 +39,7 @@ def shown(value: Any, most_characters: int = 200) -> str:
 def check_function(function: Any, argument: str, *, may_generate: bool = False) -> None:
     """Raise ConfigError unless `function` is a plain function, which returns its result when it is called.
 
-    argument: where the caller passed it, for the message. may_generate: True if generator functions are allowed, too.
+    argument: the argument that the caller passed, for messages. may_generate: True if generator functions are allowed.
     """
     if not callable(function):
         raise ConfigError(f"{argument} is not a function", got=repr(function)[:200])
@@ -61,10 +63,10 @@ def check_function(function: Any, argument: str, *, may_generate: bool = False) 
 def _called(function: Any) -> Any:
     """Return the function whose code runs when `function` is called.
 
-    A wrapper of functools.wraps is not opened, because it may run a coroutine to its end. `check_results` finds the
-    results of those that don't.
+    A wrapper of functools.wraps is not unwrapped, because it may run a coroutine to its end. `check_results` detects
+    the results of wrappers that don't.
     """
-    for _ in range(100):  # a limit, because an object may name itself
+    for _ in range(100):  # the number is limited, because an object may refer to itself
         if isinstance(function, functools.partial):
             function = function.func
         elif isinstance(function, (functools._lru_cache_wrapper, staticmethod)):
@@ -82,9 +84,9 @@ def _called(function: Any) -> Any:
 
 
 def check_results(results: list[Any], function: Any, *, is_read: bool = False) -> set[type]:
-    """Return the types of the results. Raises BadResult for a result that is no value, but must still be run.
+    """Return the types of the results. Raises BadResult for a coroutine or a generator, which is not yet a value.
 
-    is_read: True if only the result itself is used, as a key or a condition, so that an iterator is useless, too.
+    is_read: True if only the result itself is used, as a key or a condition. Then an iterator is refused, too.
     """
     kinds = set(map(type, results))
     for kind in kinds:
@@ -92,7 +94,7 @@ def check_results(results: list[Any], function: Any, *, is_read: bool = False) -
             continue
         for result in results:
             if isinstance(result, types.CoroutineType):
-                result.close()  # otherwise Python warns that nobody awaited it
+                result.close()  # otherwise Python warns that it was never awaited
         raise BadResult(
             f"{name_of(function)} returned a {kind.__name__}, not a value: use a function without async and yield, "
             "which returns its result"
@@ -101,7 +103,7 @@ def check_results(results: list[Any], function: Any, *, is_read: bool = False) -
 
 
 def complete(items: Any) -> Iterator[Any]:
-    """Yield the items of a `map` or `filter`, to the end. Raises RuntimeError if its function raises StopIteration."""
+    """Yield all items of a `map` or `filter`. Raises RuntimeError if its function raises StopIteration."""
     kind, (function, *sources) = items.__reduce__()[:2]
     opened = [complete(source) if type(source) in ENDS_EARLY else source for source in sources]
     for arguments in zip(*opened, strict=False):
@@ -112,9 +114,9 @@ def complete(items: Any) -> Iterator[Any]:
 
 
 def is_for_user(error: BaseException) -> bool:
-    """True if a user's function raised the error; False for a defect of Manyhands, or if Python asks to stop."""
+    """Return True if a user's function raised the error, and False for a defect of Manyhands or a request to stop."""
     if isinstance(error, KeyboardInterrupt):
-        # Workers ignore the signal of Ctrl-C, so there only a function can have raised it.
+        # Workers ignore the signal of Ctrl-C, so in workers only a function can have raised this error.
         return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     return not isinstance(error, (InvariantError, GeneratorExit))
 
@@ -125,7 +127,7 @@ def describe_error(error: BaseException, otherwise: str = "a function") -> str:
     otherwise: the name of the step, for functions without Python code.
     """
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
-        error = error.__cause__  # raised in a generator
+        error = error.__cause__  # a generator raised it
     said = f"{type(error).__name__}: {error}".removesuffix(": ")
     if isinstance(error, StopIteration) and not error.args:
         said += ": next() found no item"
@@ -140,12 +142,12 @@ def describe_error(error: BaseException, otherwise: str = "a function") -> str:
 
 
 def _users_frame(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """Return the first frame of a function outside of data jobs: of the user's own code, otherwise of a library."""
+    """Return the first frame of a function outside of data jobs, in the user's own code or else in a library."""
     library: types.TracebackType | None = None
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
         module = str(trace.tb_frame.f_globals.get("__name__"))
-        # Frames of compiled libraries name their source, such as table.pxi, which users don't have.
+        # Frames of compiled libraries name source files, such as table.pxi, that users don't have.
         if not module.startswith("manyhands.prepare.") and file.endswith((".py", ">")):
             if not ("site-packages" in file or "/lib/python" in file):
                 return trace

@@ -1,7 +1,7 @@
-"""Key columns of Arrow tables: checked, in a form that Arrow can sort and group, and as Python keys.
+"""Checks the key columns of Arrow tables, and converts them to a form that Arrow can sort, and to Python keys.
 
-The Python keys are those of `key_order`, so rows of tables and Python records are compared in one order. They never
-depend on whether pandas is installed, which changes what Arrow's own conversions return.
+The Python keys are those of `key_order`, so rows of tables and Python records are compared in one order. The keys never
+depend on whether pandas is installed, although Arrow's own conversions do.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def sortable(column: Any, name: str) -> Any:
 
 
 def takeable(column: Any) -> Any:
-    """Return the values of a column with a type that Arrow's `take` accepts; the same column if it has one."""
+    """Return the values of a column with a type that Arrow's `take` accepts, or the same column if its type is
+    accepted.
+    """
     kind = column.type
     if kind == pa.string_view():
         return column.cast(pa.string())
@@ -82,22 +84,22 @@ def takeable(column: Any) -> Any:
 
 
 def keys_of_columns(columns: Sequence[Any]) -> list[Any]:
-    """Return the keys as `ordered_keys` does: values of one column, or a tuple per row for several."""
+    """Return the keys as `ordered_keys` does: the values of one column, or a tuple per row for several columns."""
     return _rows([_compared(column) for column in columns])
 
 
 def group_keys_of_columns(columns: Sequence[Any], kinds: Sequence[pa.DataType]) -> list[Any]:
     """Return the keys as `group_keys` does.
 
-    columns: from `checked_columns`. kinds: their types before. Raises BadKey for a time that Python's types can't hold,
-    because the result could not show it.
+    columns: the result of `checked_columns`. kinds: the types of the original columns. Raises BadKey for a time that
+    Python's types can't hold, because the result could not show it.
     """
     originals = [_restored(column, kind) for column, kind in zip(columns, kinds, strict=True)]
     return group_keys(_rows([_shown(column) for column in originals]))
 
 
 def _restored(column: Any, kind: pa.DataType) -> Any:
-    """Return a column from `checked_columns` as Python sees it: UUIDs are not bytes."""
+    """Return a column from `checked_columns` with the type that it has for Python, where a UUID is not bytes."""
     if getattr(kind, "extension_name", None) != "arrow.uuid":
         return column
     return pa.chunked_array([pa.ExtensionArray.from_storage(kind, chunk) for chunk in column.chunks], kind)
@@ -131,7 +133,7 @@ def _compared(column: Any) -> list[Any]:
 
 
 def _as_numbers(column: Any) -> tuple[int, Any]:
-    """Return times as integers, and the nanoseconds of one."""
+    """Return times as integers, and the number of nanoseconds in one unit."""
     if pa.types.is_date(column.type):
         return NANOSECONDS_PER_DAY, column.cast(pa.date32()).cast(pa.int32())
     return 10**9 // _PER_SECOND[column.type.unit], column.cast(pa.int64())
@@ -154,7 +156,7 @@ def _shown(column: Any) -> list[Any]:
 
 
 def _in_microseconds(column: Any) -> list[Any] | None:
-    """Return times as Python values; None if one of them can't be represented exactly."""
+    """Return times as Python values, or None if one of them can't be represented exactly."""
     kind = column.type
     try:
         if getattr(kind, "unit", "") == "ns":

@@ -1,10 +1,11 @@
-"""One total order of keys: which Python values may be keys, and how they are compared.
+"""The one total order of keys, which decides what may be a key, and how keys are compared.
 
-Sorting, grouping and joining agree only if `<`, `==` and `hash` do, and if Arrow orders a column in the same way. For
-some values Python's own comparisons don't do this. They are replaced by a value for which they do:
+Sorting, grouping and joining are consistent only if `<`, `==` and `hash` are consistent, and if Arrow orders a column
+in the same way. Some values have inconsistent comparisons in Python. They are replaced by values with consistent
+comparisons:
 
-- A datetime whose zone changes its offset: two of them are equal in Python although they are an hour apart, because
-  Python compares the times on the clock. It is replaced by the same instant in UTC, which is also what Arrow compares.
+- A datetime whose zone changes its offset: two of them may be equal in Python although they are an hour apart, because
+  Python compares the times on the clock. It is replaced by the same instant in UTC, which Arrow compares, too.
 - A NumPy scalar: NumPy converts an integer to a float before it compares the two. It is replaced by the Python value.
 - A list is replaced by a tuple, and a dataclass with `order=True` by its fields.
 
@@ -30,9 +31,9 @@ from manyhands.prepare.records.pipeline import BadKey
 
 T = TypeVar("T")
 
-_PLAIN = frozenset({str, int, bytes, bool, date, time, timedelta, Fraction})  # compared as they are
+_PLAIN = frozenset({str, int, bytes, bool, date, time, timedelta, Fraction})  # types that are compared unchanged
 
-_SAME_IN_FILES = (np.bool_, np.int64, np.float64, np.str_, np.bytes_)  # written like the equal Python value
+_SAME_IN_FILES = (np.bool_, np.int64, np.float64, np.str_, np.bytes_)  # written as the equal Python value is
 
 _NANOSECONDS = {"h": 3600 * 10**9, "m": 60 * 10**9, "s": 10**9, "ms": 10**6, "us": 1000, "ns": 1}
 
@@ -49,8 +50,8 @@ _MICROSECOND = timedelta(microseconds=1)
 class FineTime:
     """A time, date or duration that Python's types can't hold: finer than a microsecond, or beyond the year 9999.
 
-    It is compared with these types exactly. kind: TIME, ZONED_TIME, TIME_OF_DAY, DURATION or DATE. nanoseconds: since
-    1970 (in UTC if it has a zone), or since midnight.
+    It is compared with values of these types exactly. kind: TIME, ZONED_TIME, TIME_OF_DAY, DURATION or DATE.
+    nanoseconds: the time since 1970 (in UTC if it has a zone), or since midnight.
     """
 
     __slots__ = ("kind", "nanoseconds")
@@ -59,7 +60,7 @@ class FineTime:
         self.kind, self.nanoseconds = kind, nanoseconds
 
     def _same(self, other: object) -> int | None:
-        """Return the nanoseconds of a value of the same kind; None for any other value."""
+        """Return the nanoseconds of a value of the same kind, or None for any other value."""
         if isinstance(other, FineTime):
             return other.nanoseconds if other.kind == self.kind else None
         if isinstance(other, datetime):
@@ -113,7 +114,7 @@ def time_of(kind: str, nanoseconds: int) -> Any:
         return FineTime(kind, nanoseconds)
 
 
-_BUILT_IN = _PLAIN | {float, Decimal, datetime, FineTime}  # have a total order, or are refused
+_BUILT_IN = _PLAIN | {float, Decimal, datetime, FineTime}  # these have a total order, or are refused
 
 
 class Shown:
@@ -138,7 +139,7 @@ class Shown:
 
 
 class _Fields:
-    """What a dataclass with `order=True` is compared by. Instances of different classes are never equal."""
+    """The values by which a dataclass with `order=True` is compared. Instances of different classes are never equal."""
 
     __slots__ = ("kind", "values")
 
@@ -164,7 +165,7 @@ class _Fields:
 
 
 def ordered_keys(keys: list[Any]) -> list[Any]:
-    """Return the keys in a form that has one total order; the same list if they have one as they are.
+    """Return the keys in a form that has a total order, or the same list if the keys already have a total order.
 
     Raises BadKey for a key that has no total order.
     """
@@ -174,7 +175,7 @@ def ordered_keys(keys: list[Any]) -> list[Any]:
 
 
 def group_keys(keys: list[Any]) -> list[Any]:
-    """Do the same for keys of groups, which remember what they show in the result."""
+    """Do the same as `ordered_keys` for keys of groups, which remember their form in the result."""
     if _are_ordered(keys):
         return keys
     return [_group_key(key, _ordered(key)) for key in keys]
@@ -185,12 +186,12 @@ def _group_key(key: Any, ordered: Any) -> Any:
 
 
 def compared(keys: list[Any]) -> list[Any]:
-    """Return what keys of groups are compared by."""
+    """Return the values by which keys of groups are compared."""
     return [compared_key(key) for key in keys] if Shown in set(map(type, keys)) else keys
 
 
 def compared_key(key: Any) -> Any:
-    """Return what one key is compared by."""
+    """Return the value by which a key is compared."""
     return key.compared if type(key) is Shown else key
 
 
@@ -202,7 +203,10 @@ def shown_keys(keys: list[Any]) -> list[Any]:
 
 
 def _are_ordered(keys: list[Any]) -> bool:
-    """True if the keys, or the items of tuples, have built-in types that need no change. Raises BadKey for NaN."""
+    """Return True if the keys, or the items of tuples, have built-in types that need no change.
+
+    Raises BadKey for NaN.
+    """
     kinds = set(map(type, keys))
     values: Iterable[Any] = keys
     if kinds == {tuple}:
@@ -224,7 +228,7 @@ def _ordered(key: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def _converter(kind: type) -> Callable[[Any], Any] | None:
-    """Return a function that checks and converts keys of a type; None if they are compared as they are.
+    """Return a function that checks and converts keys of a type, or None if they are compared unchanged.
 
     Raises BadKey if the type has no total order.
     """
@@ -302,7 +306,9 @@ def _in_utc(key: datetime) -> datetime:
 
 
 def _ordered_subclass_of_datetime(key: Any) -> Any:
-    """Convert a pandas.Timestamp, which has nanoseconds, or another subclass, which is compared as a datetime."""
+    """Convert a pandas.Timestamp, which has nanoseconds, or another subclass of datetime, which is compared as a
+    datetime.
+    """
     nanosecond = getattr(key, "nanosecond", 0)
     plain = datetime(
         key.year, key.month, key.day, key.hour, key.minute, key.second, key.microsecond, key.tzinfo, fold=key.fold
@@ -322,20 +328,20 @@ def _ordered_sequence(key: Any) -> Any:
 
 
 def _ordered_dataclass(key: Any) -> Any:
-    """Check the fields of a dataclass; with `order=True`, return those that the dataclass compares."""
+    """Check the fields of a dataclass. With `order=True`, return the fields that the dataclass compares."""
     values = [getattr(key, field.name) for field in dataclasses.fields(key) if field.compare]
     for value in values:
         if value is None or isinstance(value, (float, Decimal, tuple, list)):
             _ordered(value)
     kind = type(key)
-    # Unlike methods that the user wrote, those that the dataclass generated have no file.
+    # Unlike methods that the user wrote, methods that the dataclass generated have no file.
     generated = [getattr(vars(kind).get(name), "__code__", None) for name in ("__lt__", "__eq__")]
     if not all(code is not None and code.co_filename == "<string>" for code in generated):
         return key
     return _Fields(f"{kind.__module__}.{kind.__qualname__}", tuple(map(_ordered, values)))
 
 
-# In this order: a np.float64 is a float, and a datetime is a date.
+# The order of the entries matters, because a np.float64 is a float, and a datetime is a date.
 _CONVERTERS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (np.generic, _ordered_numpy),
     (float, _ordered_float),
@@ -380,8 +386,7 @@ def compare_keys(compare: Callable[[], T]) -> T:
 def check_order(keys: list[Any], *, descending: bool = False, always: bool = False) -> None:
     """Check that sorted keys are in order, unless their types are known to have a total order.
 
-    always: check keys of any type. Raises DataError if of two neighbours the first is neither less than the second nor
-    equal to it.
+    always: if True, check keys of any type. Raises DataError if a key is neither less than nor equal to the next key.
     """
     if not always and are_built_in(keys):
         return
@@ -404,7 +409,9 @@ def _is_less_or_equal(low: Any, high: Any) -> bool:
 
 
 def are_built_in(keys: list[Any]) -> bool:
-    """True if all keys, and all items of tuples at any depth, have types that are known to have a total order."""
+    """Return True if all keys, and all items of tuples at any depth, have types that are known to have a total
+    order.
+    """
     kinds = set(map(type, keys))
     items: list[Any] = keys
     while tuple in kinds:

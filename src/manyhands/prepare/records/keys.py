@@ -1,10 +1,11 @@
-"""Keys of records, and records with keys.
+"""Keys of records, and records with their keys.
 
 The key of a record is the record itself, one or more of its columns, or the result of a function. Records with keys
 are sorted, written as runs, and divided into ranges.
 
-A *cut* is a boundary between keys: `(key, 0)` lies before all records with that key, `(key, 1)` after them. A range is
-`[start, stop)` of cuts; None means that this side is open. Keys are compared by `<` only, in the order of `key_order`.
+A *cut* is a boundary between keys: `(key, 0)` lies before all records with that key, and `(key, 1)` lies after them. A
+range is `[start, stop)` of cuts, where None means that this side is unbounded. Keys are compared only by `<`, in the
+order of `key_order`.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ KeyLike: TypeAlias = "Callable[[Any], Any] | str | Sequence[str] | None"  # a ke
 
 
 def keys_of(chunk: Chunk, key: Key) -> list[Any]:
-    """Return the keys of a chunk's records; tuples for several columns. Raises BadKey for a missing column."""
+    """Return the keys of a chunk's records, as tuples for several columns. Raises BadKey for a missing column."""
     if not isinstance(chunk, list) and isinstance(key, tuple) and set(key) <= set(chunk.column_names):
-        chunk = chunk.select(list(dict.fromkeys(key)))  # other columns need no Python values
+        chunk = chunk.select(list(dict.fromkeys(key)))  # Python values are needed only for these columns
     records = records_of(chunk)
     if key is None:
         return records
-    # Not `map`: it would take a StopIteration that a function raises for the end of the records.
+    # Don't use `map`, which would mistake a StopIteration that a function raises for the end of the records.
     if not isinstance(key, tuple):
         keys = [key(record) for record in records]
         check_results(keys, key, is_read=True)
@@ -93,7 +94,7 @@ def _canonical_json(record: Any) -> bytes:
 
 
 def _tag_non_finite(value: Any) -> Any:
-    """Return the value with NaN and infinities replaced by objects that equal no other value."""
+    """Return the value with NaN and infinities replaced by objects that are not equal to any other value."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"\0float": repr(value)}
     if isinstance(value, dict):
@@ -102,7 +103,7 @@ def _tag_non_finite(value: Any) -> Any:
 
 
 def _tagged(value: Any) -> Any:
-    """Return a JSON form of a value that JSON lacks, tagged with its type so that it equals no other value.
+    """Return a JSON form of a value that JSON lacks, tagged with its type so that it is not equal to any other value.
 
     Raises TypeError for types without a canonical form.
     """
@@ -123,12 +124,12 @@ def key_from(key: KeyLike) -> Key:
 
 
 def columns_of(key: Key) -> tuple[str, ...]:
-    """Return the columns of a key; empty if the key is a function or the record itself."""
+    """Return the columns of a key, or an empty tuple if the key is a function or the record itself."""
     return key if isinstance(key, tuple) else ()
 
 
 def as_function(key: Key) -> Key:
-    """Return a key of columns as a function. `operator.itemgetter` returns the same keys as the columns."""
+    """Return a key of columns as a function. `operator.itemgetter` returns the same keys as the columns have."""
     return itemgetter(*key) if isinstance(key, tuple) else key
 
 
@@ -147,13 +148,13 @@ ORDER_COLUMN = "manyhands order"  # an extra column that holds the order, and is
 
 
 def is_before(key: Any, cut: Cut) -> bool:
-    """True if records with this key lie before the cut."""
+    """Return True if records with this key lie before the cut."""
     at, is_after = cut
     return not at < key if is_after else bool(key < at)
 
 
 def cut_is_less(cut: Cut, other: Cut) -> bool:
-    """True if the first cut lies before the other one."""
+    """Return True if the first cut lies before the second cut."""
     if cut[0] < other[0]:
         return True
     return not other[0] < cut[0] and cut[1] < other[1]
@@ -161,7 +162,10 @@ def cut_is_less(cut: Cut, other: Cut) -> bool:
 
 @dataclass(frozen=True)
 class KeyedLists:
-    """Keys and columns of values, all of one length. Records are one column, which may be the list of keys itself."""
+    """Keys and columns of values, all of the same length.
+
+    Records are one column, which may be the list of keys itself.
+    """
 
     keys: list[Any]
     columns: list[list[Any]]
@@ -191,16 +195,16 @@ class KeyedLists:
         return compare_keys(lambda: (bisect_right if is_after else bisect_left)(self.keys, key, key=compared_key))
 
     def are_within(self, start: Cut | None, stop: Cut | None) -> bool:
-        """True if all keys are in the range. The keys must be sorted."""
+        """Return True if all keys are in the range. The keys must be sorted."""
         keys = compared(self.keys)
         if are_built_in(keys):
-            keys = [*keys[:1], *keys[-1:]]  # with a total order, the others lie between these
+            keys = [*keys[:1], *keys[-1:]]  # with a total order, all other keys lie between these two
         return all(
             (start is None or not is_before(key, start)) and (stop is None or is_before(key, stop)) for key in keys
         )
 
     def in_order(self, *, descending: bool = False) -> KeyedLists:
-        """Return the records sorted by key; the sort is stable.
+        """Return the records sorted by key. The sort is stable.
 
         Raises DataError for keys that can't be compared or have no total order.
         """
@@ -221,7 +225,7 @@ class KeyedLists:
 
     def size_bytes(self) -> int:
         """Return an estimate of the memory of keys and columns."""
-        keys = shown_keys(self.keys)  # the size must not depend on how keys are compared
+        keys = shown_keys(self.keys)  # the size must not depend on the form in which keys are compared
         return sum(map(size_bytes, [column for column in self.columns if column is not self.keys] + [keys]))
 
 
@@ -257,12 +261,12 @@ class KeyedTable:
         return compare_keys(lambda: (bisect_right if is_after else bisect_left)(view, key))
 
     def are_within(self, start: Cut | None, stop: Cut | None) -> bool:
-        """True if all keys are in the range. The keys must be sorted."""
+        """Return True if all keys are in the range. The keys must be sorted."""
         ends = {0, len(self) - 1} if len(self) else ()
         return KeyedLists([self.key_at(index) for index in ends], []).are_within(start, stop)
 
     def in_order(self, *, descending: bool = False) -> KeyedTable:
-        """Return the rows sorted by key; the sort is stable."""
+        """Return the rows sorted by key. The sort is stable."""
         from manyhands.prepare.records.table_order import in_order
 
         return KeyedTable(in_order(self.table, self.by, descending=descending), self.by)
@@ -281,7 +285,7 @@ class KeyedTable:
 
 
 class _Keys(Sequence[Any]):
-    """Sequence view of a table's keys. Converts only the keys that a binary search inspects."""
+    """A sequence view of a table's keys. It converts only the keys that a binary search inspects."""
 
     def __init__(self, keyed: KeyedTable) -> None:
         self._keyed = keyed

@@ -1,4 +1,4 @@
-"""The columns of a table as NumPy arrays with the same values, and back.
+"""Converts the columns of a table to NumPy arrays with the same values, and back.
 
 NumPy's arrays have no nulls. Arrow converts integers with nulls to floats, which changes integers beyond 2**53. A
 column whose values NumPy can't hold is refused.
@@ -17,7 +17,7 @@ from manyhands.prepare.records.exact_sums import WHOLE
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_CURE = "fill or drop the nulls before, or use form='arrow'"
+_CURE = "fill or drop the nulls first, or use form='arrow'"
 
 
 def numpy_columns(table: pa.Table) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def _numpy_column(name: str, column: pa.ChunkedArray) -> Any:
             column = pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks], column.type.value_type)
         if pa.types.is_dictionary(column.type):  # Arrow would replace nulls by other values of the dictionary
             column = column.cast(column.type.value_type)
-        if column.num_chunks > 1:  # a null in one chunk converts all
+        if column.num_chunks > 1:  # a null in one chunk would convert the values of all chunks
             column = pa.chunked_array([column.combine_chunks()])
         for leaf in (leaf for chunk in column.chunks for leaf in _leaves(chunk)):
             _check_leaf(name, leaf)
@@ -76,7 +76,7 @@ def _check_leaf(name: str, array: pa.Array) -> None:
     import pyarrow as pa
 
     kind = array.type
-    if pa.types.is_interval(kind):  # pyarrow 26 crashes
+    if pa.types.is_interval(kind):  # pyarrow 26 crashes for this type
         raise _not_exact(name, kind, "NumPy has no such type", "use form='arrow', or drop the column")
     if not pa.types.is_integer(kind) or not array.null_count:
         return
@@ -96,7 +96,7 @@ def _not_exact(name: str, kind: Any, got: str, hint: str) -> DataError:
 
 
 def table_of_columns(columns: Mapping[str, Any]) -> pa.Table:
-    """Return columns (NumPy arrays, masked arrays, lists, Arrow arrays) as a table.
+    """Convert columns (NumPy arrays, masked arrays, lists, Arrow arrays) to a table.
 
     Raises DataError for a column of objects that Arrow would convert to other values.
     """

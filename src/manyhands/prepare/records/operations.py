@@ -2,8 +2,8 @@
 
 Each operation is a pure function of the chunk, the partition's number and the number of records before the chunk.
 
-Functions of users are called in comprehensions and loops, never by `map` or `filter`: these would take a StopIteration
-that a function raises for the end of the records, and lose the rest of the chunk.
+Functions of users are called in comprehensions and loops, never by `map` or `filter`. These would mistake a
+StopIteration that a function raises for the end of the records, and lose the remaining records of the chunk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Operation(Protocol):
 
     @property
     def batched(self) -> bool:
-        """True if it processes records together, so that an error can't be attributed to one record."""
+        """Return True if the step processes records together, so that an error can't be attributed to one record."""
         ...
 
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
@@ -58,7 +58,7 @@ class FlatMap:
     """Replaces each record by all records that `function(record)` returns or yields.
 
     An object that is returned or yielded several times becomes several records, which share nothing. An object that is
-    yielded becomes a record with the values that it has at that moment: a generator may change it afterwards.
+    yielded becomes a record with the values that it has at that moment, because a generator may change it afterwards.
     """
 
     function: Callable[[Any], Any]
@@ -79,10 +79,10 @@ class FlatMap:
 
 
 def _items_of(result: Any) -> Iterator[Any] | list[Any]:
-    """Return the items of a result of `flat_map`; copies of them if they are produced one after the other.
+    """Return the items of a result of `flat_map`, or copies of the items if they are produced one after the other.
 
     A generator may change any object that it has yielded, and yield it again. A container, which has a length, has all
-    its items before the first one is read.
+    its items before the first item is read.
     """
     iterator: Iterator[Any] = iter(result)
     is_container = hasattr(result, "__len__") and not isinstance(iterator, GeneratorType)
@@ -98,8 +98,8 @@ class Filter:
 
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
         function = self.function
-        trues: list[Any] = []  # results that count as true: a coroutine, which nobody would run, is one of them
-        keep = trues.append  # returns None
+        trues: list[Any] = []  # results that are true; they include coroutines, which would never be run
+        keep = trues.append  # this returns None
         if isinstance(chunk, list):
             records = [record for record in chunk if (found := function(record)) is True or (found and not keep(found))]
             check_results(trues, function, is_read=True)
@@ -121,7 +121,7 @@ class Filter:
 class MapBatches:
     """Replaces a chunk by `function(table)`, which returns a table, a dict of columns, or a list of records.
 
-    Raises DataError if it returns anything else.
+    Raises DataError if the function returns anything else.
     """
 
     function: Callable[[Any], Any]
@@ -153,11 +153,14 @@ class MapBatches:
         return f"map_batches {name_of(self.function)}"
 
     def _checked(self, table: Any) -> Any:
-        """Return the table. Raises DataError if its rows can't be records, which have one value of each name."""
+        """Return the table.
+
+        Raises DataError if its rows can't be records, which have exactly one value of each name.
+        """
         names = table.column_names
         if not names or len(set(names)) < len(names):
             raise DataError(
-                f"{name_of(self.function)} returned a batch whose rows are no records",
+                f"{name_of(self.function)} returned a batch whose rows are not records",
                 expected="at least one column, and different names of columns",
                 got=f"columns {', '.join(names) or 'none'}"[:200],
             )
@@ -204,7 +207,7 @@ class Sample:
         from manyhands.numerics.counters import words_at
 
         words = words_at(self.seed, "sample", partition, before, num_records(chunk))
-        # Words are uniform in 0 … 2**64 - 1. A fraction of 1 gives a threshold that exceeds 64 bits, hence the minimum.
+        # Words are uniform in 0 … 2**64 - 1. Limit the threshold, because it exceeds 64 bits for a fraction of 1.
         threshold = np.uint64(min(int(self.fraction * 2**64), 2**64 - 1))
         selected = np.flatnonzero(words < threshold)
         if isinstance(chunk, list):

@@ -1,7 +1,7 @@
 """Pickles of functions and objects, which workers load.
 
-cloudpickle also pickles what the script itself defines. A few objects of the standard library that scripts use in their
-functions and classes are added here.
+cloudpickle also pickles functions and classes that the script itself defines. This module adds a few objects of the
+standard library that scripts use in their functions and classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CACHED = type(functools.cache(len))
 
 
 class NotPicklable(ConfigError):
-    """A value can't leave this process."""
+    """The error for a value that can't leave this process."""
 
 
 def pickled(value: Any) -> bytes:
@@ -43,7 +43,7 @@ def pickle_any(value: Any) -> bytes:
 
 
 def reduced(value: Any) -> Any:
-    """Return what the pickle of an object holds, as its method `__reduce_ex__` returns it.
+    """Return the contents of the pickle of an object, as its method `__reduce_ex__` returns them.
 
     Raises NotPicklable if the object can't be pickled.
     """
@@ -55,7 +55,7 @@ def reduced(value: Any) -> Any:
 
 
 def cant_be_pickled(value: Any, error: Exception) -> NotPicklable:
-    """The error for a value that can't be pickled because of `error`."""
+    """Return the error for a value that can't be pickled because of `error`."""
     return NotPicklable(
         f"a function of the job can't be sent to the workers: {type(error).__name__}: {error}",
         got=repr(value)[:200],
@@ -65,9 +65,9 @@ def cant_be_pickled(value: Any, error: Exception) -> NotPicklable:
 
 
 def _reduce_cached(function: Any) -> Any:
-    """Pickle a cached function by the name under which workers can import it, otherwise by the function in the cache.
+    """Pickle a cached function by the name under which workers can import it, or else by the function in the cache.
 
-    Only its wrapper is new in the worker, so the cache is empty there.
+    In the second case, the worker creates a new wrapper, whose cache is empty.
     """
     if function.__module__ != "__main__" and "<" not in function.__qualname__:
         return function.__reduce__()
@@ -91,7 +91,7 @@ def _reduce_weak_mapping(value: Any) -> Any:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Adds reducers for objects that neither pickle nor cloudpickle supports."""
+    """A pickler with reducers for objects that neither pickle nor cloudpickle supports."""
 
     dispatch_table: ClassVar[Any] = ChainMap(
         {

@@ -1,8 +1,8 @@
 """Applies the steps of a stage to each chunk, and isolates records that fail.
 
 A record that can't be read, or for which a function raises, is set aside with its position and the reason, up to a
-limit. If a step raises for a chunk, its records are processed one by one to find those that fail. A function may have
-changed records before one of them failed, so each attempt has new copies of the records, which are read again.
+limit. If a step raises for a chunk, the chunk's records are processed one by one to find those that fail. A function
+may have changed records before a record failed, so each attempt uses new copies of the records, which are read again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from manyhands.prepare.records.chunks import (
 from manyhands.prepare.records.functions import BadResult, describe_error, is_for_user, shown
 from manyhands.prepare.records.operations import Operation
 
-_MAX_RECORD_CHARACTERS = 65_536  # at most this many characters of a bad record are stored
+_MAX_RECORD_CHARACTERS = 65_536  # the maximum number of characters of a bad record that are stored
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def too_many_bad_records(last: BadRecord, count: int, limit: int) -> DataError:
         where=last.where,
         expected=None if not limit else f"at most {limit}",
         got=last.record[:200],
-        hint="fix the data or the function; or set max_bad_records, so that bad records are written to "
+        hint="correct the data or the function, or set max_bad_records, so that bad records are written to "
         "_bad_records.jsonl next to the output instead",
     )
 
@@ -80,22 +80,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SourcedChunk:
-    """A chunk as read from a source. `where` returns the location of a record, given its index in the chunk."""
+    """A chunk that was read from a source. `where` returns the location of a record, given its index in the chunk."""
 
     chunk: Chunk
     where: Callable[[int], str]
 
 
 Read: TypeAlias = Callable[[BadRecords], Iterator[SourcedChunk]]
-"""Reads the pieces of a task, the same in each call. Records that can't be parsed are added to the bad records."""
+"""A function that reads the same pieces of a task in each call.
+
+Records that can't be parsed are added to the bad records.
+"""
 
 
 class BadKey(ValueError):
-    """A record whose key can't be used."""
+    """The error for a record whose key can't be used."""
 
 
 class _Failed(NamedTuple):
-    """A record of a chunk that a function fails for. reached: for each operation, the records that reached it."""
+    """A record of a chunk for which a function fails. reached: for each operation, the number of records that reached
+    it.
+    """
 
     position: int
     reached: list[int]
@@ -104,13 +109,13 @@ class _Failed(NamedTuple):
 class Pipeline(Generic[T]):
     """Applies `operations` to pieces, then a last function, which converts a chunk to the input of the stage's end.
 
-    make_last: returns the last function. It may count the records of the chunks that it converts, so it gets every
-    chunk once; the search for bad records uses another one. last_name: its name in errors.
+    make_last: returns the last function. This function may count the records of the chunks that it converts, so it gets
+    every chunk once, and the search for bad records uses another instance. last_name: the function's name in errors.
 
-    All records of a chunk are processed together. If that raises, its records are processed one by one, to find those
-    that fail and their locations in the source. These are set aside, and the others are processed together again. So
-    the result is that of a chunk that never had the bad records. A step that processes records together (map_batches)
-    and all steps after it can't be attributed to a record: an error in them ends the task.
+    All records of a chunk are processed together. If this raises, the records are processed one by one, to find those
+    that fail and their locations in the source. The failing records are set aside, and the other records are processed
+    together again. So the result is the same as for a chunk without the bad records. An error in a step that processes
+    records together (map_batches), or in any step after it, can't be attributed to a record, so it ends the task.
     """
 
     def __init__(
@@ -126,7 +131,7 @@ class Pipeline(Generic[T]):
         self._seen = [0] * len(operations)  # for each operation, the number of records that reached it
         batched = [index for index, operation in enumerate(operations) if operation.batched]
         self._first_batched = batched[0] if batched else len(operations)
-        self._step: Operation | None = None  # the operation that runs; None: the last function
+        self._step: Operation | None = None  # the operation that runs, or None for the last function
         self.records_in = 0
 
     def run(self, read: Read) -> Iterator[T]:
@@ -157,7 +162,7 @@ class Pipeline(Generic[T]):
             raise self._failed_together(error, piece.where, total) from error
 
     def _restart(self, seen: list[int], drawn: Any) -> None:
-        """Go back to the numbers of records, and the state of `random`, before the chunk."""
+        """Restore the numbers of records, and the state of `random`, from before the chunk."""
         self._seen = list(seen)
         random.setstate(drawn)
 
@@ -177,9 +182,9 @@ class Pipeline(Generic[T]):
     def _find_failing(
         self, chunk: Chunk, pristine: Chunk, where: Callable[[int], str], seen: list[int], drawn: Any
     ) -> list[_Failed]:
-        """Process the records of a chunk one by one, set those aside that fail, and return them.
+        """Process the records of a chunk one by one. Set aside those that fail, and return them.
 
-        pristine: the same records, of which no function has changed one. Raises DataError if a function tries to end
+        pristine: copies of the same records that no function has changed. Raises DataError if a function tries to end
         the process.
         """
         self._restart(seen, drawn)
@@ -194,8 +199,8 @@ class Pipeline(Generic[T]):
             except BaseException as error:
                 if not is_for_user(error):
                     raise
-                # A bad record counts at every step that it reached. So later records have the same positions at these
-                # steps as if it had not failed; `sample` depends on the positions.
+                # Count a bad record at every step that it reached. So later records have the same positions at these
+                # steps as if the record had not failed. `sample` depends on the positions.
                 failed.append(_Failed(index, [new - old for old, new in zip(before, self._seen, strict=True)]))
                 record = shown_record(part_of(pristine, index, index + 1))
                 if not isinstance(error, Exception):
@@ -243,9 +248,9 @@ class Pipeline(Generic[T]):
 
 
 class _SecondReading:
-    """Reads the pieces of a task a second time, for copies of the records that no function has changed.
+    """Reads the pieces of a task a second time, to get copies of the records that no function has changed.
 
-    It starts with the first request, and then follows at a distance: only a chunk with a bad record is read twice.
+    It starts with the first request, and reads only as far as the requested piece.
     """
 
     def __init__(self, read: Read) -> None:
@@ -256,21 +261,22 @@ class _SecondReading:
     def copies(self, number: int, records: int) -> tuple[Chunk, Chunk]:
         """Return two copies of the chunk of a piece. The numbers must increase from call to call.
 
-        records: how many records it has. Raises DataError if it has another number now.
+        records: the number of records in the chunk. Raises DataError if the chunk now has another number.
         """
         if self._pieces is None:
             self._pieces = self._open()
         chunk = self._advance(self._pieces, number - self._next, records)
         self._next = number + 1
         if is_table(chunk):
-            return chunk, chunk  # a function gets new objects for each row, and can't change the table
+            return chunk, chunk  # functions get new objects for each row, and can't change the table
         try:
             return unpack(pack(chunk)), chunk
-        except Exception:  # objects that only a function of this stage can make, such as locks
+        except Exception:  # the chunk has objects that only a function of this stage can create, such as locks
             return self._advance(self._open(), number, records), chunk
 
     def _open(self) -> Iterator[SourcedChunk]:
-        return self._read(BadRecords(sys.maxsize))  # the first reading has counted the records that can't be parsed
+        # The first reading has already counted the records that can't be parsed.
+        return self._read(BadRecords(sys.maxsize))
 
     def _advance(self, pieces: Iterator[SourcedChunk], skipped: int, records: int) -> Chunk:
         for _ in range(skipped):
@@ -297,7 +303,7 @@ def _ended(what: str, where: str, record: Any) -> DataError:
         f"a function tried to end the process: {what}",
         where=where,
         got=shown(record),
-        hint="raise an exception such as ValueError instead: it makes the record a bad record (max_bad_records)",
+        hint="raise an exception such as ValueError instead, so that the record becomes a bad record (max_bad_records)",
     )
 
 

@@ -1,7 +1,7 @@
-"""Schemas: the common schema of several tables, and safe casts to a schema.
+"""Finds the common schema of several tables, and casts tables safely to a schema.
 
-A column that has only nulls, whole numbers or short texts in one table may need another type in the next. Types are
-widened only as far as every value stays the same; casts check this for each value.
+A column that has only nulls, whole numbers or short texts in one table may need another type in the next table. Types
+are widened only as far as every value stays the same. Casts check this for each value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNITS = ("s", "ms", "us", "ns")
 
 
 class Unfit(ValueError):
-    """Values of a column that can't have the type of the column. index: the first record with such a value."""
+    """The error for values that can't have the type of their column. index: the first record with such a value."""
 
     def __init__(self, column: str, why: object, index: int | None = None) -> None:
         super().__init__(f"column {column!r}: {why}")
@@ -36,9 +36,9 @@ class Unfit(ValueError):
 
 
 def common_schema(first: pa.Schema, other: pa.Schema, *, strict: bool = False) -> pa.Schema:
-    """Return the schema with all columns of both whose types hold the values of both; `first` itself if it does.
+    """Return a schema with all columns of both schemas, whose types hold the values of both, or `first` if it suffices.
 
-    strict: accept only types that hold all values of both types, so that no cast can fail because of a value.
+    strict: if True, accept only types that hold all values of both types, so that no cast can fail because of a value.
     Raises Unfit if two columns of one name have no common type.
     """
     if first.equals(other):
@@ -60,7 +60,7 @@ def common_schema(first: pa.Schema, other: pa.Schema, *, strict: bool = False) -
 
 
 def common_type(one: Any, other: Any, *, strict: bool = False) -> Any:
-    """Return the narrowest type that holds the values of both; None if there is none. strict: see `common_schema`."""
+    """Return the narrowest type that holds the values of both types, or None. strict: as in `common_schema`."""
     if one.equals(other) or pat.is_null(other):
         return one
     if pat.is_null(one):
@@ -93,7 +93,7 @@ def _common_number(one: Any, other: Any, strict: bool) -> Any:
         if pat.is_signed_integer(one) == pat.is_signed_integer(other):
             return max(one, other, key=lambda kind: int(kind.bit_width))
         unsigned = other if pat.is_signed_integer(one) else one
-        if unsigned.bit_width < 64:  # the next signed type holds all values of an unsigned one
+        if unsigned.bit_width < 64:  # the next signed type holds all values of an unsigned type
             return {8: pa.int8(), 16: pa.int16(), 32: pa.int32(), 64: pa.int64()}[max(bits, 2 * unsigned.bit_width)]
         return None if strict else pa.uint64()  # the cast refuses negative values
     is_mixed = (pat.is_integer(one) and pat.is_floating(other)) or (pat.is_floating(one) and pat.is_integer(other))
@@ -108,7 +108,7 @@ def _common_decimal(one: Any, other: Any, strict: bool) -> Any:
         if pat.is_decimal(kind):
             digits.append((kind.precision - kind.scale, kind.scale))
         elif pat.is_integer(kind) and not strict:
-            digits.append((20, 0))  # 64 bits
+            digits.append((20, 0))  # integers of 64 bits have up to 20 digits
         else:
             return None
     whole, scale = (max(column) for column in zip(*digits, strict=True))
@@ -121,7 +121,7 @@ def _common_decimal(one: Any, other: Any, strict: bool) -> Any:
 def _common_time(one: Any, other: Any, strict: bool) -> Any:
     """Return the type with the finer unit. Datetimes of two zones are the same instants in the first zone.
 
-    Dates of 32 and 64 bits become dates of 64 bits, in either order.
+    A date of 32 bits and a date of 64 bits, in either order, become a date of 64 bits.
     """
     for is_kind in (pat.is_timestamp, pat.is_duration, pat.is_time):
         if is_kind(one) and is_kind(other):
@@ -168,14 +168,14 @@ def _is_any(kind: Any, kinds: Iterable[Callable[[Any], bool]]) -> bool:
 
 
 def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return the table with the columns of `schema`; columns that it lacks are null.
+    """Return the table with the columns of `schema`. Columns that the table lacks are null.
 
     Raises Unfit if a value can't have its column's type.
     """
     if table.schema.equals(schema, check_metadata=True):
         return table
     columns = []
-    names = set(table.column_names)  # pyarrow makes a new list at each access
+    names = set(table.column_names)  # pyarrow creates a new list at each access
     for field in schema:
         if field.name not in names:
             columns.append(pa.chunked_array([pa.nulls(len(table), field.type)]))
@@ -200,13 +200,13 @@ def _cast(column: Any, kind: Any) -> Any:
     _check_types(column.type, kind)
     cast = cast_safely(column, kind)
     if not _are_safe(column.type, kind):
-        # One array each: their parts may differ after a cast.
+        # Join the parts of each column, because the division into parts may differ after a cast.
         _check_same(column.combine_chunks(), cast.combine_chunks())
     return cast
 
 
 def _check_types(before: Any, after: Any) -> None:
-    """Raise ValueError for casts by which Arrow drops fields, or shifts datetimes."""
+    """Raise ValueError for casts in which Arrow drops fields or shifts datetimes."""
     if pat.is_timestamp(before) and pat.is_timestamp(after) and (before.tz is None) != (after.tz is None):
         raise ValueError(f"datetimes of type {before} can't be cast to {after}: one has a zone, the other has none")
     if pat.is_struct(before) and pat.is_struct(after):
@@ -223,7 +223,7 @@ def _check_types(before: Any, after: Any) -> None:
 
 
 def _are_safe(before: Any, after: Any) -> bool:
-    """True if Arrow's cast itself refuses to change a value."""
+    """Return True if Arrow's cast itself refuses to change a value."""
     if before.equals(after) or pat.is_null(before):
         return True
     if pat.is_struct(before) and pat.is_struct(after):
@@ -272,7 +272,10 @@ def schema_to_text(schema: pa.Schema) -> str:
 
 
 def schema_digest(schema: pa.Schema) -> str:
-    """Return the SHA-256 of a schema. Its text differs between versions of zlib, so it must not identify anything."""
+    """Return the SHA-256 of a schema.
+
+    A schema's text must not be its identity, because it differs between versions of zlib.
+    """
     return hashlib.sha256(schema.serialize()).hexdigest()
 
 

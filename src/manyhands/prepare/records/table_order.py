@@ -1,8 +1,8 @@
 """Sorts the rows of a table by key.
 
 Comparing 64-bit integers is many times faster than comparing text. Text and bytes are therefore sorted by their first
-eight bytes as an integer. Keys with equal prefixes are sorted by the next bytes, up to `_MAX_PREFIX_BYTES`; the few
-that are still equal are compared as complete values. Keys of other types, several key columns, and keys with long
+eight bytes as an integer. Keys with equal prefixes are sorted by the next bytes, up to `_MAX_PREFIX_BYTES`. The few
+keys that are still equal are compared as complete values. Keys of other types, several key columns, and keys with long
 common prefixes are sorted by Arrow's kernel.
 """
 
@@ -23,7 +23,7 @@ _MAX_PREFIX_BYTES = 64  # at most this many bytes of a key are compared as integ
 
 _LEFT_BITS = 5  # bits for the number of bytes left, biased by 8 (see _Words.left): at most 8 + 7 + 1 = 16
 
-_MIN_RUN_LENGTH = 64  # numbers count as mostly sorted if their sorted runs are at least this long on average
+_MIN_RUN_LENGTH = 64  # numbers are considered mostly sorted if their sorted runs are at least this long on average
 
 
 def order_of(table: pa.Table, by: tuple[str, ...], *, descending: bool) -> Any:
@@ -40,7 +40,7 @@ def order_of(table: pa.Table, by: tuple[str, ...], *, descending: bool) -> Any:
 def in_order(table: pa.Table, by: tuple[str, ...], *, descending: bool) -> pa.Table:
     """Return the rows sorted by the columns `by`. The sort is stable.
 
-    Columns of views and of run ends are decoded, because Arrow can't rearrange them.
+    View columns and run-end encoded columns are decoded, because Arrow can't rearrange them.
     """
     order = order_of(table, by, descending=descending)
     columns = [takeable(column) for column in table.columns]
@@ -60,7 +60,7 @@ def order_and_starts(column: Any) -> tuple[Any, Any] | None:
 
 
 def _order_and_changes(column: Any, *, descending: bool) -> tuple[Any, Any] | None:
-    """Return the order, and for each position in it whether the value differs from the one before.
+    """Return the order, and for each position in it whether the value differs from the previous value.
 
     Returns None if the values can't be sorted by integer prefixes.
     """
@@ -82,9 +82,9 @@ def _by_words(keys: Any, *, descending: bool) -> tuple[Any, Any] | None:
     words = _Words(keys)
     prefixes = ~words.at(0) if descending else words.at(0)
     order = _stable_order(prefixes)
-    # changes[i]: the key at position i of the order differs from the one before. tied[i]: the two are equal in the
-    # first `depth` bytes (padded with zeros) and may differ later or in length. The extra entry at the end closes the
-    # last group.
+    # changes[i]: the key at position i of the order differs from the previous key. tied[i]: these two keys are equal in
+    # the first `depth` bytes (padded with zeros) and may differ later or in length. The extra entry at the end closes
+    # the last group.
     changes = np.append(_changes(prefixes[order]), True)
     tied = ~changes
     depth = 8
@@ -117,15 +117,15 @@ def _by_words(keys: Any, *, descending: bool) -> tuple[Any, Any] | None:
 
 
 def _changes(ordered: Any) -> Any:
-    """Return for each position whether its value differs from the one before; true for the first."""
+    """Return for each position whether its value differs from the previous value. The first entry is true."""
     return np.concatenate(([True], ordered[1:] != ordered[:-1]))
 
 
 def _stable_order(keys: Any) -> Any:
     """Return the indices that sort integers. The sort is stable.
 
-    NumPy's stable sort is fast for numbers that consist of long sorted runs. For others its unstable sort is several
-    times faster, even if the indices of equal numbers must be sorted afterwards.
+    NumPy's stable sort is fast for numbers that consist of long sorted runs. For other numbers, its unstable sort is
+    several times faster, even if the indices of equal numbers must be sorted afterwards.
     """
     if np.count_nonzero(keys[1:] < keys[:-1]) * _MIN_RUN_LENGTH < len(keys):
         return np.argsort(keys, kind="stable")
@@ -174,6 +174,7 @@ class _Words:
     def left(self, depth: int, rows: Any, count: int) -> Any:
         """Return the number of bytes from `depth` on, at most `count` + 1, plus 8 so that it is not negative.
 
-        It is below 8 for keys that ended before `depth`: zero padding alone does not show where a key ends.
+        The number is below 8 for keys that ended before `depth`. It is needed because zero padding alone does not show
+        where a key ends.
         """
         return (np.clip(self._lengths[rows] - depth, -8, count + 1) + 8).astype(np.uint64)

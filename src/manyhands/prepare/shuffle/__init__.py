@@ -1,1 +1,1 @@
-"""Shuffles: one stage writes sorted runs of records, the next reads ranges of keys."""
+"""Shuffles: one stage writes sorted runs of records, and the next stage reads ranges of keys."""

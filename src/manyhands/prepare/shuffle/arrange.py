@@ -20,18 +20,18 @@ from manyhands.prepare.records.keys import (
     keys_of,
 )
 
-_MAX_TABLES = 256  # tables of group states are merged at this number, because even one with few rows takes some KiB
+_MAX_TABLES = 256  # tables of group states are merged at this number, because even a table with few rows takes some KiB
 
 GROUP_COLUMN = "key"  # the key column in tables of group states
 
-_POSITION_BITS = 40  # the low bits of an order key hold the position; the bits above hold the partition's number
+_POSITION_BITS = 40  # the low bits of an order key hold the position, and the high bits hold the partition's number
 
 
 class Arrangement(Protocol):
     """The key by which a shuffle orders records, and the writer of the sorted runs."""
 
     def keyer(self, partition: int) -> Callable[[Chunk], Keyed]:
-        """Return a function that adds keys to the partition's chunks; call it in their order. It raises BadKey."""
+        """Return a function that adds keys to the partition's chunks. Call it in their order. It raises BadKey."""
         ...
 
     def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
@@ -47,7 +47,7 @@ class RunWriter(Protocol):
     """Collects keyed chunks and writes them as runs."""
 
     def add(self, keyed: Any) -> None:
-        """Add a chunk. The boundaries of runs depend only on the chunks, never on the available memory."""
+        """Add a chunk. The boundaries of runs depend only on the chunks, not on the available memory."""
         ...
 
     def flush(self) -> None:
@@ -56,7 +56,7 @@ class RunWriter(Protocol):
 
     @property
     def records(self) -> int:
-        """The number of records, or of states of groups, that the runs must hold after `flush`."""
+        """Return the number of records, or of states of groups, that the runs must hold after `flush`."""
         ...
 
 
@@ -171,7 +171,7 @@ def states_of(table: Any) -> KeyedLists:
 
 
 def in_key_order(states: list[dict[Any, Any]]) -> KeyedLists:
-    """Convert dicts of states by key, one for each aggregate, to columns in the order of the keys."""
+    """Convert dicts of states by key, one dict for each aggregate, to columns in the order of the keys."""
     keys = list(states[0])
     ordered = KeyedLists(keys, [keys]).in_order().keys
     return KeyedLists(ordered, [list(map(column.__getitem__, ordered)) for column in states])
@@ -218,7 +218,7 @@ def _checked_table(table: Any, by: tuple[str, ...]) -> KeyedTable:
 class ByJoinKey(ByKey):
     """Sorts records by a key for `join`, which also needs hashable keys, and rows that Python can hold.
 
-    Pairs are made of Python objects after the shuffle, when the location of a bad row is no longer known.
+    After the shuffle, pairs of Python objects are created. The location of a bad row is no longer known then.
     """
 
     def _add_keys(self, chunk: Chunk) -> Keyed:
@@ -257,9 +257,9 @@ class ByPosition:
     what: str
 
     def keyer(self, partition: int) -> Callable[[Chunk], Keyed]:
-        """Return a function that counts the records it has seen, so each chunk must be passed to it exactly once.
+        """Return a function that counts its records, so each chunk must be passed to it exactly once.
 
-        The pipeline guarantees this: it passes a chunk again only after an exception, and this function never raises.
+        The pipeline passes a chunk a second time only after an exception, and this function never raises.
         """
         seen = 0
 

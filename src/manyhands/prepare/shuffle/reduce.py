@@ -1,7 +1,7 @@
-"""The start of a stage after a shuffle: merges the runs of a range of keys.
+"""The start of a stage after a shuffle, which merges the runs of a range of keys.
 
-A range is processed in parts that fit into memory: each part is loaded, sorted and released. How the range is divided
-into parts does not affect the output.
+A range is processed in parts that fit into memory. Each part is loaded, sorted and released. The division into parts
+does not affect the output.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from manyhands.prepare.shuffle.arrange import GROUP_COLUMN, in_key_order, states
 
 
 class KeyRange(NamedTuple):
-    """The keys from `start` (inclusive) to `stop` (exclusive); None: unbounded."""
+    """The keys from `start` (inclusive) to `stop` (exclusive). None means unbounded."""
 
     start: Cut | None
     stop: Cut | None
 
     @property
     def is_one_key(self) -> bool:
-        """True if the range consists of a single key."""
+        """Return True if the range consists of a single key."""
         return self.start is not None and self.stop == (self.start[0], 1) and self.start[1] == 0
 
 
@@ -67,17 +67,18 @@ class RangeReader:
                     self._runs.append((path, overlapping))
         self._is_uniform = len({block.form for block in self.blocks}) <= 1
         self._parts = [key_range]
-        # For each part (by its position) and block (by path and offset) that lies partly in it, the records in both.
+        # The number of common records of each part (by position) and each block (by path and offset) that lies partly
+        # in it.
         self._trimmed: dict[tuple[int, str, int], int] = {}
 
     @property
     def blocks(self) -> list[Block]:
-        """All blocks that overlap the range."""
+        """Return all blocks that overlap the range."""
         return [block for _, run in self._runs for block in run]
 
     @property
     def all_tables(self) -> bool:
-        """True if all blocks are tables with the same columns."""
+        """Return True if all blocks are tables with the same columns."""
         return self._is_uniform and all(block.form for block in self.blocks)
 
     def parts(self, others: Sequence[RangeReader] = ()) -> list[KeyRange]:
@@ -100,9 +101,9 @@ class RangeReader:
     def stream(self, part: KeyRange, *, as_written: bool = False) -> Iterator[Keyed]:
         """Yield the records of a part, run after run and block by block.
 
-        Tables are yielded only if all blocks of the range, not just of the part, are tables with the same columns;
-        otherwise all records are yielded as lists. So the output does not depend on the division into parts, which
-        depends on the memory. as_written: yield each block in the form in which it was written.
+        Tables are yielded only if all blocks of the range, not just of the part, are tables with the same columns.
+        Otherwise all records are yielded as lists. So the output does not depend on the division into parts, which
+        depends on the memory. as_written: if True, yield each block in the form in which it was written.
         """
         for path, run in self._runs:
             for block in _overlapping(run, part):
@@ -126,10 +127,10 @@ class RangeReader:
         return next((index for index, found in enumerate(self._parts) if found is part), -1)
 
     def count_records(self) -> int:
-        """Return the number of records in all parts together. Call it when they have been read.
+        """Return the number of records in all parts together. Call this after the parts have been read.
 
-        Blocks that lie in one part are counted by the index, and others are read if they have not been. Raises
-        DataError if a block of the range has more or fewer records than its parts.
+        Blocks that lie in one part are counted with the index. Other blocks are read unless they have been read before.
+        Raises DataError if a block of the range has more or fewer records than its parts.
         """
         total = 0
         for path, run in self._runs:
@@ -169,12 +170,12 @@ class Reduction(Protocol):
 
     @property
     def by(self) -> tuple[str, ...]:
-        """The key columns of tables."""
+        """Return the key columns of tables."""
         ...
 
     @property
     def descending(self) -> bool:
-        """True if the first partition has the greatest keys."""
+        """Return True if the first partition has the greatest keys."""
         ...
 
     def reduce(self, readers: Sequence[RangeReader]) -> Iterator[Chunk]:
@@ -184,7 +185,7 @@ class Reduction(Protocol):
 
 @dataclass(frozen=True)
 class Sorted:
-    """Yields the records sorted by key; records with equal keys stay in the order of the input."""
+    """Yields the records sorted by key. Records with equal keys retain the order of the input."""
 
     by: tuple[str, ...]
     descending: bool = False
@@ -194,7 +195,8 @@ class Sorted:
         parts = reader.parts()
         for part in reversed(parts) if self.descending else parts:
             if part.is_one_key:
-                # This part may not fit into memory. It needs no sorting: keys are equal, and runs are in input order.
+                # This part may not fit into memory. It needs no sorting, because keys are equal and runs are in input
+                # order.
                 for keyed in reader.stream(part):
                     yield self._records(keyed)
             elif found := list(reader.stream(part)):
@@ -208,7 +210,9 @@ class Sorted:
 
 @dataclass(frozen=True)
 class Grouped:
-    """Yields one record per group: a dict of keys and aggregates, or only the value of its one aggregate if `bare`."""
+    """Yields one record per group: a dict of keys and aggregates, or only the value of its single aggregate if
+    `bare`.
+    """
 
     grouping: Grouping
     key_names: tuple[str, ...]
@@ -255,7 +259,8 @@ class Grouped:
 class Joined:
     """Yields pairs (left, right) of records with the same key. `how` decides which side may be missing (None).
 
-    Each pair has copies of its own. Otherwise a function that changes a record would change it in other pairs, too.
+    Each pair has its own copies, because a function that changes a record would otherwise change it in other pairs,
+    too.
     """
 
     how: str
@@ -276,8 +281,8 @@ class Joined:
     def _join_one_key(self, left: RangeReader, right: RangeReader, part: KeyRange) -> Iterator[Chunk]:
         """Join the records of one key, which may not fit into memory on either side.
 
-        If the right side does not fit, it is read again for each record of the left side. Each such read yields as many
-        pairs as it reads records, so it costs no more than writing the pairs.
+        If the right side does not fit, it is read again for each record of the left side. Each of these reads yields as
+        many pairs as it reads records, so it costs no more than writing the pairs.
         """
         right_bytes = sum(block.size_bytes for block in right.blocks if block.overlaps(*part))
         copies: list[Callable[[], Any]] | None = None
@@ -344,7 +349,7 @@ def _groups(reader: RangeReader, part: KeyRange) -> dict[Any, list[Any]]:
 class Reading:
     """Reads the records of one task after a shuffle, and counts them.
 
-    records: the number of records that were read from each input; complete when `chunks` is exhausted.
+    records: the number of records that were read from each input. The numbers are complete when `chunks` is exhausted.
     """
 
     def __init__(self, reducer: Reduction, readers: Sequence[RangeReader], where: str) -> None:
