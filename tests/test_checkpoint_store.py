@@ -228,7 +228,7 @@ def test_missing_credentials_are_reported(folder: str, monkeypatch: pytest.Monke
     with pytest.raises(CheckpointError, match="credentials") as caught:
         mh.train(small_recipe(), steps=2, checkpoint_dir=folder, show=False)
     assert caught.value.hint is not None
-    assert "give this machine credentials" in caught.value.hint
+    assert "provide credentials" in caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["gs://bucket/run", "nothing://bucket/run", Path("s3://bucket/run")])

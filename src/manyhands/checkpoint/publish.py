@@ -83,7 +83,7 @@ def remove_partial(root: Location) -> None:
 
 
 def _remove_attempts(root: Address) -> None:
-    """Delete attempts: in folders without a manifest all of them, in other folders those that the manifest does not
+    """Delete all attempts in folders without a manifest, and in other folders the attempts that the manifest does not
     name.
     """
     files = root.files()

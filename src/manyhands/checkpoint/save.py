@@ -185,7 +185,7 @@ class Saving:
 
 
 def _report_of(error: BaseException | None) -> tuple[str, ...]:
-    """Return an error as (what, where, hint), so that other workers can raise it, or () for None."""
+    """Return (what, where, hint) of an error, with which other workers can raise it, or () if there is no error."""
     if error is None:
         return ()
     if isinstance(error, ManyhandsError):

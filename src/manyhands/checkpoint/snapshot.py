@@ -4,7 +4,7 @@ The workers' parent creates files without a name (memfd) and holds them open. Th
 every worker has a file for its pieces, and one more file holds the record, which lists the positions of the pieces.
 Workers open the files through /proc. They write their pieces to the older slot; when all have done so, worker 0 writes
 the record. So one slot is always complete, whichever worker is killed. When the parent ends, the kernel frees the
-memory. The method is that of Gemini (Wang et al., SOSP 2023, section 3), but on one host.
+memory. The method follows Gemini (Wang et al., SOSP 2023, section 3), but works on one host.
 
 The record also names its training, because a script may train more than once, and must not load another training's
 snapshot.
@@ -110,7 +110,9 @@ class SnapshotMemory:
         return max(complete, key=lambda snapshot: (snapshot.of.number, snapshot.manifest.step), default=None)
 
     def next_slot(self) -> SnapshotSlot:
-        """Return the slot to write next: a slot that is empty or of another training, or else the older slot."""
+        """Return the slot to write next: an empty slot or a slot of another training if there is one, and otherwise the
+        older slot.
+        """
         if self._next is None:
             steps = [-1 if snapshot is None else snapshot.manifest.step for snapshot in map(self._in, self._slots)]
             self._next = steps.index(min(steps))

@@ -290,7 +290,7 @@ def _hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
 
 
 def _prefix(shorter: Sequence[str], longer: Sequence[str]) -> str | None:
-    """Return the prefix that turns shorter names into longer ones, for at least half of the longer names, or None."""
+    """Return the prefix that turns shorter names into at least half of the longer names, or None."""
     ends = set(shorter)
     counts: dict[str, int] = {}
     for name in longer:

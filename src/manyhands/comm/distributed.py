@@ -249,6 +249,6 @@ def _process_group(
 def _last_resort(membership: Membership) -> timedelta:
     """Return the time limit for torch.
 
-    Waits end before it, after stall_seconds, with an error that names the worker.
+    Waits end earlier, after stall_seconds, with an error that names the worker.
     """
     return timedelta(seconds=max(60.0, 2 * membership.stall_seconds))

@@ -9,8 +9,8 @@ A group is a set of workers with ranks 0 to size - 1 and a few collective operat
 None of them adds anything: the engine adds the pieces itself, in a fixed order.
 
 A group has two levels. `intra_host` has the workers that share memory with this one (only this one if no other does).
-`inter_host` has the workers at the same position on every host. It has all workers if none share memory, and is None if
-all do.
+`inter_host` has the workers at the same position on every host. It has all workers if no workers share memory, and is
+None if all workers share memory.
 
 The group creates the buffers, so that it can place them where transfers are cheapest. All operations are collective:
 every worker makes the same calls with the same tags in the same order. Calls are counted, and each has a tag such as

@@ -54,7 +54,7 @@ class HierarchicalGroup(WatchedGroup):
     def __init__(
         self, intra_host: SharedMemoryGroup, inter_host: DistributedGroup, by_host: Sequence[Sequence[int]]
     ) -> None:
-        # In rank order, the first worker of each host comes first, then the second worker of each host, and so on.
+        # The ranks begin with the first worker of each host, continue with the second worker of each host, and so on.
         workers = [worker for position in zip(*by_host, strict=True) for worker in position]
         super().__init__(intra_host.membership, intra_host.device, workers=workers)
         self._intra_host, self._inter_host = intra_host, inter_host

@@ -41,9 +41,9 @@ _END = object()
 class PrefetchProcesses:
     """A set of `num_processes` processes that evaluate `dataset[task]` ahead of the reader, in the order of the tasks.
 
-    Wraps torch's DataLoader and adds two guarantees. If a process dies, the reader gets within seconds a DataError that
-    names the process. Changes to global state (signal handlers, generators) are undone. The first `stream` starts the
-    processes. They run until `close` or an error.
+    Wraps torch's DataLoader and adds two guarantees. If a process dies, the reader gets a DataError within seconds. The
+    error names the process. Changes to global state (signal handlers, generators) are undone. The first `stream` starts
+    the processes. They run until `close` or an error.
     """
 
     def __init__(self, dataset: Dataset[Any], num_processes: int) -> None:

@@ -24,7 +24,9 @@ _QUIET_STEPS = 20
 _QUIET_SECONDS = 30.0
 
 _FIRST_STEP_SECONDS = 1800.0
-"""The same limit before the first step, because models are built, data is read and code is compiled before that."""
+"""The limit before the first step, which is longer, because models are built, data is read and code is compiled
+first.
+"""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class OptionTable(Table, Generic[T]):
 
 
 class BuildableTable(OptionTable[T], Generic[T]):
-    """An `OptionTable` that requires all required values of its class, and checks that they form a valid object."""
+    """An `OptionTable` that must have all required values of its class. It checks that they form a valid object."""
 
     @model_validator(mode="after")
     def _as_the_class_checks(self) -> BuildableTable[T]:

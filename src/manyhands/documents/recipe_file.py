@@ -206,7 +206,7 @@ def _import_all(document: Document[RecipeSchema]) -> dict[str, Callable[..., Any
 
 
 def find_function(path: str, folder: Path) -> Callable[..., Any]:
-    """Import the object that `module:attribute` names. Raises ConfigError without an origin."""
+    """Import the object that `module:attribute` names. Raises a ConfigError that does not name the file and line."""
     module_name, _, attribute = path.partition(":")
     found: Any = _import(module_name, folder)
     for name in attribute.split("."):

@@ -194,7 +194,7 @@ class StepEngine:
         return handles
 
     def _seed_behind_calls(self) -> list[Removable]:
-        """Register hooks that seed the generators behind each call of a unit. Return their handles."""
+        """Register hooks that seed the generators after each call of a unit. Return their handles."""
         handles: list[Removable] = []
         for name in self._compiled.around(called_units(self.model)):
             leave = partial(self._call_seeds.leave, name)
@@ -325,8 +325,8 @@ class StepEngine:
         """Run forward and backward of one micro-batch. Return its loss, weight and metrics."""
         self._publish_status("forward and backward", micro_batch)
         bf16 = self._has_bf16 and not self.recipe.compile  # torch compiles nothing under a dispatch mode
-        # Generators are seeded for each micro-batch, so it doesn't matter which worker computes it, and again behind
-        # each call of a unit, so it doesn't matter which units this worker computes. They are restored
+        # Generators are seeded for each micro-batch, so it doesn't matter which worker computes it. They are seeded
+        # again after each call of a unit, so it doesn't matter which units this worker computes. They are restored
         # afterwards, so the caller's random numbers don't depend on how many micro-batches this worker computed.
         seed = derive(self.recipe.seed, "compute", step, micro_batch)
         with (

@@ -32,8 +32,8 @@ def explain_failure(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
     1. a worker killed with SIGKILL from outside, such as by the out-of-memory killer (its peers see broken connections
        and may report these as their own errors, but they are consequences);
     2. the first worker that reported its own error;
-    3. a worker killed by another signal (a worker that reported an error may also abort while it exits, so 2 comes
-    first);
+    3. a worker killed by another signal (2 comes first, because a worker that reported an error may also abort while it
+    exits);
     4. the worker that its peers named;
     5. a worker with a non-zero exit code;
     6. a worker that was sent SIGTERM, or that only saw a broken connection.
@@ -191,7 +191,7 @@ def run_with_restarts(
 
     run: called with the number of failures since the last progress. saved_step: returns the point from which `run`
     would continue: the number of the training within the script, from 0, and the step of its last snapshot or
-    checkpoint. limit: the number of restarts that are allowed without progress, which is a later `saved_step`.
+    checkpoint. limit: the maximum number of restarts without progress. A later `saved_step` is progress.
     on_restart: called before each restart. samples_of: describes the samples of (step, micro-batch).
 
     Raises the last WorkerError if the limit is exceeded or an exception has occurred twice at the same position. Errors
@@ -234,7 +234,7 @@ def _fault_of(error: WorkerError) -> tuple[Position, str] | None:
 
 
 def _not_restarted(error: WorkerError, why: str, samples_of: Callable[[int, int], str]) -> WorkerError:
-    """Return a copy of the error that adds why the run is not restarted, and the samples of the micro-batch."""
+    """Return a copy of the error that also states why the run is not restarted, and the samples of the micro-batch."""
     _, step, micro_batch = error.position
     samples = "" if step is None or micro_batch is None else samples_of(step, micro_batch)
     final = WorkerError(

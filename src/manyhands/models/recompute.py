@@ -2,7 +2,7 @@
 
 Uses torch.utils.checkpoint without reentrant autograd (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
 arXiv 1604.06174). The recomputation must give the same bits, so it starts from the same generator states and the same
-buffers as the forward. Afterwards the buffers are set back to their values after the forward.
+buffers as the forward. After the recomputation, the buffers have the values again that the forward left in them.
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ def run_of_virtual_workers(rank: int, workers: int, virtual_workers: int) -> ran
 
 
 def micro_batch_of_round(round_index: int, rank: int, workers: int, micro_batches: int) -> int | None:
-    """Return the micro-batch of `rank` in a round, or None, for exchanges of gradients after every micro-batch."""
+    """Return the micro-batch of `rank` in a round if gradients are exchanged every micro-batch, or None if it has
+    none.
+    """
     index = round_index * workers + rank
     return index if index < micro_batches else None
 

@@ -21,7 +21,8 @@ from manyhands.numerics.counters import derive as derive  # re-exported
 
 
 def seed_generators(value: int) -> None:
-    """Seed Python's `random`, numpy's global generator and torch's (all devices) with `value`, 0 <= value < 2**63.
+    """Seed Python's `random`, and the global generators of numpy and torch (all devices), with `value`, 0 <= value <
+    2**63.
 
     Called with `derive(run_seed, "compute", step, micro_batch)` before a micro-batch is computed, and with
     `derive(run_seed, "data", step, micro_batch)` before it is loaded.
@@ -39,7 +40,8 @@ def seed_numpy(value: int) -> None:
 def seed_torch(value: int) -> None:
     """Seed torch's generators on the CPU and on every device in use.
 
-    Takes a few microseconds. `torch.manual_seed`, which also looks for devices that are not in use, takes over 100.
+    This takes a few microseconds. `torch.manual_seed` takes over 100 microseconds, because it also searches for unused
+    devices.
     """
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -50,7 +52,8 @@ def seed_torch(value: int) -> None:
 class DrawDetector:
     """Detects draws from Python's `random` and from numpy's global generator.
 
-    Reading a generator's complete state takes 10 (Python) to 30 (numpy) microseconds, so numpy's is read where it lies.
+    Reading a generator's complete state takes 10 (Python) to 30 (numpy) microseconds, so numpy's state is read directly
+    from its memory.
     """
 
     def __init__(self) -> None:
@@ -60,7 +63,7 @@ class DrawDetector:
     def marks(self) -> tuple[object, object]:
         """Return a mark of Python's generator and one of numpy's. A draw changes the generator's mark."""
         _, words, gauss = random.getstate()
-        # words[-1] counts the draws since all words were last replaced. words[0] has few values, so look at words[1].
+        # words[-1] counts the draws since all words were last replaced. words[0] has few values, so use words[1].
         return (words[1], words[-1], gauss), self._numpy_state()
 
     def _numpy_state(self) -> bytes:

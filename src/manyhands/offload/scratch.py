@@ -1,8 +1,8 @@
 """The scratch folder, and anonymous memory that processes share.
 
-Shared memory is an anonymous file: a process creates a memfd and passes its address, `pid:fd:bytes`, to the others,
-which open it through /proc. The file has no name in any file system, so a killed process leaves nothing behind, and the
-limit of /dev/shm does not apply. The kernel frees the memory when no process maps it any more.
+Shared memory is an anonymous file: a process creates a memfd and passes its address, `pid:fd:bytes`, to other
+processes, which open the file through /proc. The file has no name in any file system, so a killed process leaves
+nothing behind, and the limit of /dev/shm does not apply. The kernel frees the memory when no process maps it any more.
 """
 
 from __future__ import annotations

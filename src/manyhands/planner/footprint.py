@@ -84,7 +84,7 @@ class Footprint:
 
 
 class Ways:
-    """The properties of a strategy on a number of CPU workers that depend on sharding, offload and transport.
+    """The properties of a strategy, on a number of CPU workers, that depend on sharding, offload and transport.
 
     views: True if pieces of gradients are read in place, without a copy.
     shares: True if workers share one copy of replicated buffers.
@@ -219,8 +219,8 @@ def _gradients(trained: Sequence[UnitSize], ways: Ways, workers: int) -> float:
 
 
 def _unsharded(units: Sequence[UnitSize], unshard_ahead: int, workers: int) -> float:
-    """Return the bytes of the units that are unsharded at a time: those in use, those unsharded ahead, and those that
-    stay. Units of one size share buffers.
+    """Return the bytes of the units that are unsharded at a time: units in use, units unsharded ahead, and units that
+    stay unsharded. Units of one size share buffers.
     """
     total, of_size = 0, dict[tuple[int, int], int]()
     for unit in units:
@@ -268,8 +268,8 @@ def _shard_sums(trained: Sequence[UnitSize], batch: Batch, ways: Ways, workers: 
 
 
 def _partial_sums(batch: Batch, ways: Ways, workers: int, *, keeps_last: bool) -> tuple[int, int]:
-    """Return the number of buffers that an owner's sum needs: those of a shard's length, and those of a run of the
-    update.
+    """Return two numbers of buffers that an owner's sum needs: buffers of a shard's length, and buffers for a run of
+    the update.
 
     keeps_last: True if the pieces of the last round stay in place until the update.
     """

@@ -1,4 +1,4 @@
-"""A file of an HTTP server, read completely and correctly, or with an error.
+"""A file of an HTTP server. A read returns correct data or raises an error.
 
 Requests that fail are repeated. A server that does not support ranges sends the complete file, which is stored in a
 temporary file. A connection that is cut, or a file that changes while it is read, raises an error.

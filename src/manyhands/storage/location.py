@@ -279,7 +279,7 @@ def _text_of(error: Exception) -> str:
 def _hint_for(error: Exception) -> str:
     kind = type(error).__name__  # compare names, because the class's package may not be installed
     if "Credential" in kind or "Token" in kind:
-        return "give this machine credentials for the store, in the environment or where its package looks for them"
+        return "provide credentials for the store, in the environment or where the store's package expects them"
     if isinstance(error, PermissionError):
         return "allow these credentials to read, write, list and delete there"
     if isinstance(error, FileNotFoundError):

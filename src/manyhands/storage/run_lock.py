@@ -76,7 +76,7 @@ def run_lock(path: Path) -> Iterator[None]:
     """Hold the lock of the run directory `path` until the block ends. Raises ConfigError if another process holds it.
 
     Deletes temporary files that killed runs left there.
-    Continues without a lock if the file system has none, or if the lock file can't be created.
+    Continues without a lock if the file system has no locks, or if the lock file can't be created.
     """
     try:
         lock = FileLock(path / LOCK)

@@ -57,8 +57,8 @@ class Engine(StepEngine):
         self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None
         self._saving: Saving | None = None
-        # zero3 shards parameters over all hosts, but a hierarchical group holds all of them once per host. So "auto"
-        # does not choose hierarchical groups for zero3.
+        # zero3 shards parameters over all hosts, but a hierarchical group holds every parameter once per host. So
+        # "auto" does not choose hierarchical groups for zero3.
         may_be_hierarchical = strategy.transport != "auto" or sharding_named(strategy.sharding).param is not SHARDED
         own = group or connect(
             strategy.transport,

@@ -22,7 +22,7 @@ from manyhands.training.engine import Engine
 from manyhands.training.run_record import RunRecord, Saver, will_resume
 
 MEASURED_STEPS = 3
-"""Memory is measured in this many first steps only, so that it does not slow down later steps.
+"""The number of first steps in which memory is measured. Measuring more steps would slow them down.
 
 The first step allocates the optimizer's state, so the peak is in these steps.
 """

@@ -1,7 +1,7 @@
-"""Seeds random generators behind every call of a unit.
+"""Seeds random generators after every call of a unit.
 
-So the numbers that a part of the model draws don't depend on how many numbers the parts before it drew. A worker that
-computes only some of the units draws the same numbers as one that computes all of them.
+So the numbers that a part of the model draws don't depend on how many numbers earlier parts drew. A worker that
+computes only some of the units draws the same numbers as a worker that computes all units.
 
 The seed is derived from the seed that was in effect when the call began, and from the unit's name. All calls of a
 micro-batch thus form a chain, which starts with a seed derived from (run seed, step, micro-batch). torch's generator
@@ -22,10 +22,10 @@ from manyhands.numerics.seeds import DrawDetector, seed_generators, seed_numpy, 
 
 
 class CallSeeds:
-    """Seeds generators behind the calls of units, as long as a micro-batch is computed.
+    """Seeds generators after the calls of units while a micro-batch is computed.
 
-    torch's generators are seeded behind each call. Python's and numpy's are seeded only behind a call that drew from
-    them, since looking after them costs more.
+    torch's generators are seeded after each call. Python's and numpy's generators are seeded only after a call that
+    drew from them, because seeding them costs more.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class CallSeeds:
 
     @contextmanager
     def micro_batch(self, seed: int) -> Iterator[None]:
-        """Seed all generators with `seed`, and seed them behind each call in this block."""
+        """Seed all generators with `seed`, and seed them after each call in this block."""
         seed_generators(seed)
         self._active, self._depth = True, 0
         try:
@@ -46,15 +46,15 @@ class CallSeeds:
             self._active = False
 
     def enter(self) -> None:
-        """Called before the forward of a unit."""
+        """Note the start of the forward of a unit."""
         if not self._active or torch.compiler.is_compiling():
             return
         self._depth += 1
-        if self._depth == 1:  # a unit that another one calls is a part of it
+        if self._depth == 1:  # a unit that another unit calls is a part of that unit
             self._seed, self._marks = torch.default_generator.initial_seed(), self._detector.marks()
 
     def leave(self, name: str, _: object) -> None:
-        """Called after the forward of the unit of this name."""
+        """Note the end of the forward of the unit of this name, and seed the generators."""
         if not self._active or torch.compiler.is_compiling():
             return
         self._depth -= 1

@@ -46,7 +46,7 @@ def around_forward(
     If the forward raises, `after` is called with None. Return the hooks' handles. Remove the handles of one module in
     reverse order.
     """
-    if isinstance(module, torch.jit.ScriptModule):  # accepts no hooks
+    if isinstance(module, torch.jit.ScriptModule):  # a ScriptModule accepts no hooks
         return [_WrappedForward(module, before, after)]
 
     def begin(*_: object) -> None:

@@ -131,8 +131,8 @@ class ShardSum:
         self._shard_scratch.evict()
 
     def defer(self, piece: Tensor, level: int | None = None) -> None:
-        """Keep a piece for `total` to add: that of the next micro-batch or, if `level` is given, of the next complete
-        subtree.
+        """Keep a piece that `total` will add: the next micro-batch's piece or, if `level` is given, the next complete
+        subtree's.
         """
         self._deferred.append((level, piece))
 

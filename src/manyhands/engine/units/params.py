@@ -153,7 +153,7 @@ class OnDemandParams(Params):
             self.full = None
 
     def trim_pool(self) -> None:
-        """Free the pool's buffers, after more units were unsharded at once than a step requires."""
+        """Free the pool's buffers, after more units were unsharded at a time than a step requires."""
         self._pool.trim()
 
     def view_of(self, tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int] | None:

@@ -29,8 +29,8 @@ MAX_PADDING_FRACTION = 1 / 16
 """An unsplittable unit is not merged further if its padding is at most this fraction of its blocks."""
 
 MIN_UNSPLITTABLE_MERGED = 4
-"""With more padding than that, merges of up to this many neighbours are tried, and of more until the largest parameter
-fits into one worker's share. The merge with the least padding is used.
+"""If the padding is larger, merges of up to this many neighbours are considered, or of more neighbours if the largest
+parameter does not fit into one worker's share. The merge with the least padding is used.
 """
 
 
@@ -191,10 +191,10 @@ def repeated_children(model: nn.Module) -> list[str]:
 
 
 def called_units(model: nn.Module) -> list[str]:
-    """Return the names of the modules behind whose calls random generators are seeded.
+    """Return the names of the modules after whose calls random generators are seeded.
 
     These are the children of every outermost ModuleList and Sequential, and the outermost other modules that have
-    parameters. The names depend on the model alone, since they decide random numbers.
+    parameters. The names depend only on the model, because they determine the random numbers.
     """
     modules = dict(model.named_modules())
     blocks = repeated_children(model)

@@ -7,10 +7,10 @@ other units in the order of forward, then these units again in the order of back
 its model needs a unit (`need`), and unshards a few units in advance. It also takes part in the unshards of units that
 its own model doesn't need.
 
-A model may need a unit that is not in the rest of the plan, because the model uses the unit again or in another order.
-The worker then goes to the plan's end and requests the unit there. All workers stay at the plan's end until no worker
-has a request. After the step they agree on a better plan. So even if models behave differently on different data, no
-worker waits for a collective call that another worker doesn't make.
+A model may need a unit that is no longer in the plan, because the model uses the unit again or in another order. The
+worker then goes to the plan's end and requests the unit there. All workers stay at the plan's end until no worker has a
+request. After the step they agree on a better plan. So even if models behave differently on different data, no worker
+waits for a collective call that another worker doesn't make.
 
 Unshards have their own sequence of collective calls (`Group.sibling`). So a worker waits only for its peers to reach
 the same point of the plan, and never for their gradients.
@@ -115,7 +115,7 @@ class Unsharder:
         self._backward = True
 
     def end(self) -> None:
-        """Finish a round. This worker's model doesn't need the rest of the plan. Collective."""
+        """Finish a round. This worker's model doesn't need the remaining units of the plan. Collective."""
         if not self._units:
             return
         while self._next < len(self._plan):
@@ -156,7 +156,7 @@ class Unsharder:
         self._inside[unit.name] = self._inside.get(unit.name, 0) + 1
 
     def leave(self, unit: ParamUnit, result: object) -> None:
-        """Note the end of the forward of a module that uses the unit. result: what the forward returned.
+        """Note the end of the forward of a module that uses the unit. result: the value that the forward returned.
 
         Raises ConfigError if a tensor in it is a view of the parameters, because the view would read as NaN once these
         are resharded.
@@ -265,7 +265,10 @@ class Unsharder:
 
     @contextmanager
     def unsharded(self, units: Sequence[ParamUnit] | None = None) -> Iterator[None]:
-        """Unshard these units (None: all) between steps. Units that are already unsharded stay so. Collective."""
+        """Unshard these units (None: all) between steps.
+
+        Units that are already unsharded stay unsharded. Collective.
+        """
         resting = [unit for unit in (self._units if units is None else units) if not unit.is_unsharded]
         for unit in resting:
             unit.unshard(self._group, f"{self._tag} / {unit.name} / param")

@@ -94,7 +94,7 @@ class Updater:
         ranges = {unit.name: ranges_of(unit) for unit in units}
         longest = max((each.numel for several in ranges.values() for each in several), default=0)
         # A run's gradient is summed on the group's device and used on the state's device. If these differ, two buffers
-        # are used in turn, so that one run's gradient is copied while another run's is used.
+        # are used in turn, so that one run's gradient is copied while another run's gradient is used.
         self._summed = torch.zeros(longest, device=group.device)
         is_copied = self._allocator.device != group.device
         pinned = Allocator(self._allocator.device, pinned=is_copied)

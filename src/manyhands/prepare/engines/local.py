@@ -359,7 +359,10 @@ def close_persistent_pools() -> None:
 
 
 _NO_LIMIT = 1024
-"""The number of workers of a pool for Dask or Ray, which themselves limit the number of tasks at a time."""
+"""The maximum number of workers of a pool for Dask or Ray.
+
+Dask and Ray limit the number of tasks that run at a time.
+"""
 
 
 class Versions(NamedTuple):

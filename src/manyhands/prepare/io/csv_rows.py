@@ -4,7 +4,7 @@ The rules are those of RFC 4180. A field that starts with a quote ends at the ne
 contain line ends. A delimiter or a line end must follow the field. Any other quote is an ordinary character. A line
 ends with LF, CRLF or CR. Empty lines are not rows.
 
-numpy checks all quotes of a block at once. Only blocks in which this finds an unusual quote are scanned row by row.
+numpy checks all quotes of a block in one pass. Only blocks in which this finds an unusual quote are scanned row by row.
 """
 
 from __future__ import annotations

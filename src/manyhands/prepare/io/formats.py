@@ -40,16 +40,16 @@ if TYPE_CHECKING:
     from manyhands.prepare.records.pipeline import BadRecords, SourcedChunk
 
 Splitter = Callable[[InputFile, str, str | None, int], tuple[list[Split], Any]]
-"""The type of (file, format, compression, partition_bytes) -> the splits of a file, and its schema if it has one."""
+"""A function (file, format, compression, partition_bytes) -> the splits of a file, and its schema if it has one."""
 
 Reader = Callable[[Split, "BadRecords", tuple[str, ...] | None, Mapping[str, str]], Iterator["SourcedChunk"]]
-"""The type of (split, bad, columns, types) -> the records of a split.
+"""A function (split, bad, columns, types) -> the records of a split.
 
 Records that can't be parsed are added to `bad`.
 """
 
 WriterFactory = Callable[[IO[bytes], "pa.Schema | None", str], Writer]
-"""The type of (file, schema, name) -> a writer to an open file. name: the file and task, for error messages."""
+"""A function (file, schema, name) -> a writer to an open file. name: the file and task, for error messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,7 @@ def check_selection(
     if without or not names or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
         raise ConfigError(
             "columns can't be selected",
-            expected="a list of different names of columns, of files that have columns",
+            expected="a list of different column names, for files that have columns",
             got=f"{columns!r}"[:200] + "".join(f", for files of format {form}" for form in without),
         )
     return tuple(names)

@@ -165,7 +165,7 @@ def _loads(line: bytes) -> Any:
             return orjson.loads(line)
     except orjson.JSONDecodeError:
         pass
-    # Json accepts integers beyond 64 bits and NaN, and its errors contain the position.
+    # json accepts integers beyond 64 bits and NaN, and its errors contain the position.
     return json.loads(line.decode())
 
 

@@ -237,7 +237,7 @@ class _Fingerprint:
         )
 
     def _of_named(self, value: Any) -> str:
-        """Hash a function that is written in C by its name, and the object to which it is bound."""
+        """Hash a function that is written in C by its name, and by the object to which it is bound."""
         owner = getattr(value, "__self__", None)
         if owner is None or isinstance(owner, types.ModuleType) or _is_installed(owner):
             return self._of_name("named", value)

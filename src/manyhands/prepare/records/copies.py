@@ -45,7 +45,7 @@ def own_copy(value: Any) -> Any:
 
 
 def copier_of(value: Any) -> Callable[[], Any]:
-    """Return a function that returns an `own_copy` of the value, but is faster.
+    """Return a function that makes an `own_copy` of the value, but faster.
 
     The value must not be changed afterwards.
     """

@@ -99,9 +99,7 @@ def combined_floats(kind: str, keys: list[Any], values: list[Any]) -> dict[Any, 
 
 
 def faster_functions(kind: str, values: list[Any]) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:
-    """Return faster functions that start states of these values, and add to them, as the aggregate's own functions
-    do.
-    """
+    """Return faster equivalents, for these values, of the aggregate's functions `start` and `add`."""
     if len(values) < _FEW:
         return None
     if kind in ("min", "max"):
