@@ -202,7 +202,7 @@ class Recipe:
     )
     buffers: Mapping[str, str] = option(
         default_factory=dict,
-        help="Patterns of buffers' names, and what becomes of a buffer that forward changes: mean (over the step's "
+        help="Patterns of names, and the rule for a buffer that forward changes: mean (over the step's "
         "micro-batches), last (its value after the last micro-batch) or refuse. The first pattern that matches "
         "decides. By default it is the mean, with a warning if it may not be meaningful.",
     )

@@ -62,12 +62,12 @@ class _DistributedAllToAll(AllToAll):
 class DistributedGroup(WatchedGroup):
     """Workers with separate memory, connected by a process group of torch.distributed. The constructor is collective.
 
-    store: through which the workers find each other; no other group may use its keys. nccl: use NCCL for tensors on a
-    GPU, instead of Gloo. Buffers come from a pool and are reused.
+    store: the store with which the workers find each other. No other group may use its keys. nccl: True to use NCCL
+    instead of Gloo for tensors on a GPU. Buffers come from a pool and are reused.
 
-    The process group isn't torch's default group. Libraries would find that one and exchange data of their own over it:
-    codebooks of vector quantizers, the statistics of SyncBatchNorm, the centres of self-supervised losses. The result
-    would then depend on the number of workers. A script may have a default group for its own purposes.
+    The process group isn't torch's default group. Libraries would find a default group and use it to exchange their own
+    data: codebooks of vector quantizers, the statistics of SyncBatchNorm, the centres of self-supervised losses. The
+    result would then depend on the number of workers. A script may have a default group for its own purposes.
     """
 
     kind = "distributed"
@@ -211,7 +211,7 @@ class DistributedGroup(WatchedGroup):
         return self.membership.failure or broken
 
     def take_down(self) -> None:
-        """Shut down the process group and those of siblings.
+        """Shut down the process group, and the process groups of siblings.
 
         In a broken group, Gloo waits for pending operations until its own time limit, perhaps for a host that no longer
         answers. So a broken group is abandoned after TAKE_DOWN_SECONDS and ends with the process.
@@ -222,15 +222,16 @@ class DistributedGroup(WatchedGroup):
 
     def _shut_down(self) -> None:
         for group in (*self._siblings, self):
-            with contextlib.suppress(RuntimeError):  # shutting down a broken group may raise, which is harmless
+            # Shutting down a broken group may raise, and this error is harmless.
+            with contextlib.suppress(RuntimeError):
                 group._dist_group.shutdown()
-            del group._dist_group  # Gloo closes its connections when nothing refers to the group
+            del group._dist_group  # Gloo closes its connections when no reference to the group is left
 
 
 def _process_group(
     store: Store, rank: int, size: int, device: torch.device, nccl: bool, time_limit: timedelta
 ) -> dist.ProcessGroup:
-    """Return a process group that torch doesn't register, so only the caller can use it. Collective."""
+    """Return a process group that torch doesn't register, so that only the caller can use it. Collective."""
     group, kinds = dist.ProcessGroup(store, rank, size), dist.ProcessGroup.BackendType
     gloo = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, time_limit)
     group._register_backend(torch.device("cpu"), kinds.GLOO, gloo)

@@ -251,11 +251,12 @@ class MicroBatchLoader:
         return self._tasks.load(step, micro_batch)
 
     def facts(self, step: int, micro_batch: int) -> dict[str, str]:
-        """Load a micro-batch twice. Return names and hashes of its samples, and of the batch that collate made of them.
+        """Load a micro-batch twice. Return names and hashes of its samples, and of the batch that collate made from
+        them.
 
-        It is loaded where `stream` loads, because some data sets open files when they are first used, and those files
-        must not be shared between processes. Ends a stream in progress. Raises DataError if the second time gave other
-        samples or another batch. If the data set raises, the error is among the facts.
+        The process that loads for `stream` loads it, because some data sets open files when they are first used, and
+        these files must not be shared between processes. A stream in progress ends. Raises DataError if the second load
+        gave other samples or another batch. If the data set raises, the facts include the error.
         """
         if self._ahead is None:
             return self._tasks.facts(step, micro_batch)
@@ -307,7 +308,7 @@ class _Tasks(Dataset[Any]):
         return self._load(step, micro_batch, lambda indices, items: None)
 
     def facts(self, step: int, micro_batch: int) -> dict[str, str]:
-        """See `MicroBatchLoader.facts`."""
+        """Do the work of `MicroBatchLoader.facts` in this process."""
         first, second = self._facts(step, micro_batch), self._facts(step, micro_batch)
         for name in [*first, *second]:
             once, again = first.get(name, "nothing"), second.get(name, "nothing")

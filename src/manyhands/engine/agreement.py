@@ -67,11 +67,11 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
 
 
 def function_facts(recipe: Recipe) -> dict[str, str]:
-    """Return the names of the recipe's functions, and the options that the functions hold.
+    """Return the names of the recipe's functions, and the options that these functions hold.
 
-    Options are numbers, text, tensors and containers of them: in arguments of functools.partial, in defaults, in
-    variables that a nested function uses, and in the attributes of a callable object. Global variables are left out. So
-    is text with a slash, because paths may differ between hosts.
+    Options are numbers, text, tensors and containers of them. They are found in arguments of functools.partial, in
+    defaults, in variables that a nested function uses, and in the attributes of a callable object. Global variables are
+    left out. Text with a slash is left out, too, because paths may differ between hosts.
     """
     facts: dict[str, str] = {}
     for name in ("model", "loss", "optimizer", "schedule", "collate", "sample"):
@@ -99,7 +99,9 @@ def _add_function(facts: dict[str, str], name: str, function: Any, seen: set[int
 
 
 def _held_by(function: Any) -> dict[str, Any]:
-    """Return what a function holds by name: arguments, defaults, variables of the function around it, attributes."""
+    """Return the values that a function holds, by name: arguments, defaults, variables of the enclosing function,
+    attributes.
+    """
     if isinstance(function, functools.partial):
         arguments = {f"argument {index}": value for index, value in enumerate(function.args)}
         return {"the function": function.func} | arguments | function.keywords
@@ -109,7 +111,7 @@ def _held_by(function: Any) -> dict[str, Any]:
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
         held = {variable: cell.cell_contents for variable, cell in cells if _has_value(cell)}
         return dict(zip(names, defaults, strict=True)) | (function.__kwdefaults__ or {}) | held
-    if isinstance(function, (type, types.MethodType)):  # a method's object may hold anything: loggers, a whole program
+    if isinstance(function, (type, types.MethodType)):  # a method's object may hold any values, such as loggers
         return {}
     return dict(getattr(function, "__dict__", {}))
 

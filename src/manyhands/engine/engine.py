@@ -81,7 +81,7 @@ class StepEngine:
     identity: the run's numerics identity.
     trained: the (name, numel) of each trainable parameter, in the order of the block numbers.
     digest_names: the name and 32-bit words (see `words_of`) of each tensor that the digest covers, in order.
-    data_facts: names and hashes of some of the data, which are compared before the first step.
+    data_facts: names and hashes of a part of the data, which are compared before the first step.
     pending: names of the parameters whose values have yet to be loaded from the recipe's files. After loading, the
     fingerprints of the frozen ones are added to `frozen_facts`.
     Raises the same ConfigError on all workers.
@@ -349,7 +349,9 @@ class StepEngine:
         return result.detached()
 
     def _my_control(self, results: dict[int, LossResult]) -> Control:
-        """Return this worker's control values for the step. results: those of the loss function, by micro-batch."""
+        """Return this worker's control values for the step. results: the results of the loss function, by
+        micro-batch.
+        """
         losses, weights, *metrics = self._loss_reader.values(results, self.recipe.batch.micro_batches)
         bad = self._reducer.not_finite
         return Control(
@@ -365,7 +367,7 @@ class StepEngine:
         )
 
     def _refuse(self, control: Control, step: int) -> None:
-        """Refuse a step with wrong control values: all workers raise the same error. State changes only after this."""
+        """Refuse a step with invalid control values. All workers raise the same error, before any state has changed."""
         self._settings.compare(control.settings, self.group)
         self.buffers.refuse_changes(list(control.changed_buffers))
         form = self._loss_reader.form

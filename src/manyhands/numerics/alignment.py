@@ -1,8 +1,9 @@
 """Memory alignment, on which the bits of CPU kernels depend.
 
 Kernels read data at addresses that are multiples of 64 in complete vectors. At other addresses they may choose another
-algorithm, for example for convolutions, or treat the first elements separately. torch allocates aligned memory, but
-tensors that view a mapped file, a numpy array or received bytes start anywhere, and at another address in each process.
+algorithm, for example for convolutions, or treat the first elements separately. torch allocates aligned memory. But a
+tensor that views a mapped file, a numpy array or received bytes may start at any address, which differs between
+processes.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
-"""Bytes. The alignment of memory that torch allocates on a CPU, and the length of the longest vectors."""
+"""The alignment, in bytes, of memory that torch allocates on a CPU. It is the length of the longest vectors."""
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Return True if the tensor's first element is at a multiple of ALIGNMENT."""
+    """Return True if the address of the tensor's first element is a multiple of ALIGNMENT."""
     return tensor.data_ptr() % ALIGNMENT == 0
 
 
 def with_aligned_storage(tensor: Tensor, copies: dict[int, torch.UntypedStorage] | None = None) -> Tensor:
     """Return `tensor`, or a copy of it in aligned memory if its storage starts at an unaligned address.
 
-    The copy has the same offset and strides, so its address depends only on how it was created. copies: the storages
-    that were copied before, by their addresses. Tensors that share a storage still share one if `copies` is the same.
+    The copy has the same offset and strides in its storage as the original. copies: the storages that were copied
+    before, by their addresses. Tensors that share a storage also share the copy if `copies` is the same.
     """
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type != "cpu" or not tensor.is_leaf:
         return tensor

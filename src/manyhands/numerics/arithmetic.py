@@ -51,8 +51,9 @@ def bf16_instructions() -> str:
 def fix_arithmetic(recipe: Recipe) -> None:
     """Set the number of threads, and make kernels and TorchScript deterministic. These settings outlast the engine."""
     torch.set_num_threads(recipe.threads_per_worker)
-    # TorchScript would replace a function's code after its first runs in this process, so bits would depend on how many
-    # micro-batches this worker has computed. Without profiling, it runs the operations one by one, as written.
+    # With profiling, TorchScript would replace a function's code after its first runs in this process, so bits would
+    # depend on how many micro-batches this worker has computed. Without profiling, it runs the operations one by one,
+    # as written.
     torch._C._jit_set_profiling_mode(False)
     # A single CPU thread always adds in the same order, so it needs no other kernels.
     if recipe.threads_per_worker > 1 or recipe.device == "cuda":

@@ -1,7 +1,7 @@
-"""Names and hashes of the plain values inside objects, to compare the objects between times and between workers.
+"""Names and hashes of the plain values inside objects, for comparing objects over time and between workers.
 
-Plain values are numbers, text, tensors, arrays and the states of random generators; they may be in lists, tuples, sets,
-deques, dicts and the attributes of objects. Functions, modules of Python and objects without attributes are left out.
+Plain values are numbers, text, tensors, arrays and the states of random generators. They may be in lists, tuples, sets,
+deques, dicts and the attributes of objects. Functions, Python modules and objects without attributes are left out.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 SHOWN = 60
-"""A plain value is shown as text of up to this many characters, and beyond that by its hash."""
+"""The maximum length of a text that is shown in full. A longer text is shown by its start and its hash."""
 
 MAX_LEAVES = 1000
-"""A container with more plain values than this has one hash."""
+"""The maximum number of plain values in a container. A container with more values is represented by one hash."""
 
 _NUMBERS = (type(None), bool, int, float, complex, torch.dtype, torch.device, np.generic)
 
@@ -31,7 +31,7 @@ Attributes = Callable[[object], Mapping[str, Any] | None]
 
 
 def attributes_of(value: object) -> Mapping[str, Any] | None:
-    """Return the attributes of an object; None if they don't count as its value."""
+    """Return the attributes of an object, or None if they are not a part of its value."""
     return None if isinstance(value, _OPAQUE) else getattr(value, "__dict__", None)
 
 
@@ -42,8 +42,8 @@ def no_attributes(_: object) -> None:
 def plain_values(name: str, value: object, attributes: Attributes = attributes_of) -> dict[str, str]:
     """Return a text for each plain value inside `value`, by a name such as `name.layers[3].scale`.
 
-    Two texts are equal if and only if the values are, bit for bit. attributes: returns those attributes of an object
-    that count as its value.
+    Two texts are equal if and only if the values are equal bit for bit. attributes: a function that returns the
+    attributes of an object that are a part of its value.
     """
     return dict(_leaves(name, value, attributes, set()))
 
@@ -53,7 +53,7 @@ def _leaves(name: str, value: object, attributes: Attributes, above: set[int]) -
     if text is not None:
         yield name, text
         return
-    if id(value) in above:  # an object that contains itself
+    if id(value) in above:  # the object contains itself
         return
     above = above | {id(value)}
     found: list[tuple[str, str]] = []
@@ -67,7 +67,7 @@ def _leaves(name: str, value: object, attributes: Attributes, above: set[int]) -
 
 
 def _items(value: object, attributes: Attributes) -> Iterable[tuple[str, object]]:
-    """Return the parts of a container or object, with what follows the container's name in their names."""
+    """Return the parts of a container or object. Each has the suffix that its name adds to the container's name."""
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", item) for key, item in value.items()]
     if isinstance(value, (list, tuple, deque)):
@@ -80,7 +80,7 @@ def _items(value: object, attributes: Attributes) -> Iterable[tuple[str, object]
 
 
 def _text(value: object) -> str | None:
-    """Return the text of a plain value; None if it's another object."""
+    """Return the text of a plain value, or None for any other object."""
     if isinstance(value, Tensor):
         return _tensor_text(value)
     if isinstance(value, np.ndarray):
@@ -106,7 +106,7 @@ def _tensor_text(tensor: Tensor) -> str:
 
 
 def generator_state(value: object) -> bytes | None:
-    """Return the state of a random generator of Python, numpy or torch as bytes; None for another object."""
+    """Return the state of a random generator of Python, numpy or torch as bytes, or None for any other object."""
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
     if isinstance(value, random.Random):

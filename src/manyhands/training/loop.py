@@ -115,7 +115,7 @@ def _agree_on_arguments(group: Group, **arguments: Any) -> None:
         "arguments of train()",
         {name: "None" if value is None else repr(str(value)) for name, value in arguments.items()},
         hint="pass the same arguments on all workers. A run_dir with the time in its name, for example, would differ"
-        " between workers: make the name once, before the workers start",
+        " between workers: choose the name once, before the workers start",
     )
 
 

@@ -1,12 +1,12 @@
 """The model's buffers (such as running statistics) during a step.
 
 Each micro-batch starts from the values that the buffers had before the step, so it doesn't matter which worker computes
-it. What a buffer becomes if any micro-batch changed it is decided by `Recipe.buffers`:
+it. If any micro-batch changed a buffer, `Recipe.buffers` decides the buffer's value after the step:
 
 - mean: the mean of its values after each micro-batch, added in index order. Integers have no mean, so an integer buffer
   must have the same value after each micro-batch.
 - last: its value after the step's last micro-batch.
-- refuse: an error.
+- refuse: the change is an error.
 
 The default is the mean. It is meaningful for batch norm's statistics, and exact for values that are equal after all
 micro-batches. For other buffers it may not be, so each of them is reported once.
@@ -37,7 +37,7 @@ _HINT = "register all buffers in recipe.model, with their final shapes; a mere c
 _ADVICE = "Decide what it becomes after a step"
 
 _SHOWN = 4
-"""A report names this many buffers of a kind."""
+"""The maximum number of buffers of a kind that a report names."""
 
 _RUNNING = re.compile(r"(running|moving)_(mean|var|variance)|num_batches_tracked")
 """The names of batch norm's buffers in torch, timm and Keras. Their mean over micro-batches is meaningful."""
@@ -56,9 +56,9 @@ class Buffers:
     frozen: the small frozen parameters by name.
     names: the names of the buffers in the model's order, then those of `frozen`.
     persistent: the names of the buffers that the model's state_dict has.
-    rules: see `Recipe.buffers`. Raises ConfigError if a pattern matches no buffer.
-    reports: this worker warns of buffers for which a mean may not be meaningful.
-    results: how each buffer that forward has changed so far got its value, in words, by name.
+    rules: as in `Recipe.buffers`. Raises ConfigError if a pattern matches no buffer.
+    reports: True if this worker warns about buffers for which a mean may not be meaningful.
+    results: for each buffer that forward has changed, a text that says how the buffer got its value, by name.
     """
 
     def __init__(self, model: nn.Module, micro_batches: int, rules: Mapping[str, str], *, reports: bool) -> None:
@@ -201,7 +201,9 @@ class Buffers:
             self._put(name, self._start[name])
 
     def _result(self, name: str, values: list[Tensor]) -> Tensor:
-        """Return the step's result from the buffer's values after the micro-batches that count, in index order."""
+        """Return the step's result from the buffer's values after the micro-batches that its rule uses, in index
+        order.
+        """
         agree = all(_same_bits(value, values[0]) for value in values)
         has_mean = values[0].is_floating_point() or values[0].is_complex()
         if self._rules[name] == "last":
@@ -236,7 +238,7 @@ class Buffers:
             )
 
     def refuse_changes(self, changed: list[bool]) -> None:
-        """Raise ConfigError for a changed buffer whose rule is to refuse changes. changed: see `merge`."""
+        """Raise ConfigError for a changed buffer whose rule is to refuse changes. changed: as in `merge`."""
         for name, is_changed in zip(self.names, changed, strict=True):
             if is_changed and self._rules[name] == "refuse":
                 raise ConfigError(
@@ -245,7 +247,7 @@ class Buffers:
                 )
 
     def report(self) -> str | None:
-        """Return one line about the buffers that forward changes; None if there are none so far."""
+        """Return one line about the buffers that forward has changed, or None if there are none."""
         names: dict[str, list[str]] = {}
         for name, result in self.results.items():
             names.setdefault(result, []).append(name)

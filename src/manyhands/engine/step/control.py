@@ -19,7 +19,8 @@ class Control:
     got_gradient: [params], True if any micro-batch gave the parameter a gradient.
     changed_buffers: [buffers], True if any micro-batch changed the buffer.
     bad: (micro-batch, index of the parameter) of the first gradient that is not finite.
-    settings: the hashes of the settings (see `Settings`) of the workers, by rank; of one worker, only its own.
+    settings: the hashes of the workers' settings (see `Settings`), by rank. The values of one worker have only its
+    hash.
     stop, save: True if any worker requests to stop or to save after the step.
     """
 
@@ -51,7 +52,8 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     flags_of_any = np.max([array[end:] for array in arrays], axis=0).astype(bool)
     params = len(mine.got_gradient)
     all_values, requests, bads = np.split(all_floats, [values.size, values.size + 2], axis=1)
-    # Exactly one worker computed each micro-batch. The others' zeros change nothing, in any order of addition.
+    # Exactly one worker computed each micro-batch. The other workers contribute zeros, so the order of addition doesn't
+    # matter.
     losses, weights, *metrics = all_values.sum(axis=0).reshape(values.shape)
     found = sorted((int(micro_batch) - 1, int(index) - 1) for micro_batch, index in bads if micro_batch > 0)
     stop, save = (bool(request.any()) for request in requests.T)
@@ -69,7 +71,7 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
 
 
 def added_in_order(values: np.ndarray) -> float:
-    """Return the sum from left to right. numpy's sum adds pairwise, in an order that depends on the length."""
+    """Return the sum, added from left to right. numpy adds pairwise, in an order that depends on the length."""
     total = 0.0
     for value in values:
         total += float(value)

@@ -25,7 +25,7 @@ Number = Tensor | float
 _EXPECTED = "a scalar tensor with a gradient, or (sum, weight), or (either of these, {name: (sum, weight)})"
 
 _ROUNDED_ABOVE = {"torch.bfloat16": 256, "torch.float16": 2048}
-"""Types that can't hold every whole number above this one."""
+"""The types that can't hold every whole number above the given number."""
 
 
 class LossForm(NamedTuple):
@@ -40,9 +40,9 @@ class LossForm(NamedTuple):
 
 @dataclass(frozen=True)
 class LossResult:
-    """The result of one micro-batch.
+    """The result of the loss function for one micro-batch.
 
-    loss: a scalar tensor with a gradient. weight: 1.0 if the loss function returned none.
+    loss: a scalar tensor with a gradient. weight: the returned weight, or 1.0 if the loss function returned no weight.
     metrics: the (sum, weight) of each metric, in the order of `LossForm.metrics`.
     """
 
@@ -58,7 +58,7 @@ class LossResult:
 class LossReader:
     """Reads the results of `recipe.loss`, which must have one form in all micro-batches and on all workers.
 
-    form: the form of the first result; before the first result, that of a scalar.
+    form: the form of the first result. Before the first result, it is the form of a scalar.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,10 @@ class LossReader:
         return read
 
     def agree(self, group: Group) -> None:
-        """Check once, after the first micro-batches, that all workers have one form. Collective. Raises ConfigError."""
+        """Check once, after the first micro-batches, that all workers have the same form.
+
+        Collective. Raises ConfigError.
+        """
         if not self._is_agreed:
             facts = {"the returned form": _described(self.form)}
             agree(group, "loss function", facts, hint="return the same from recipe.loss for all micro-batches")
@@ -89,8 +92,8 @@ class LossReader:
     def values(self, results: Mapping[int, LossResult], micro_batches: int) -> np.ndarray:
         """Return the results of this worker's micro-batches as fp64, with zeros for the other micro-batches.
 
-        The shape is [2 + 2 * metrics, micro_batches]. The rows are losses, weights, and the sums and weights of each
-        metric.
+        The shape is [2 + 2 * metrics, micro_batches]. The rows are the losses, the weights, and the sums and weights of
+        each metric.
         """
         values = np.zeros((2 + 2 * len(self.form.metrics), micro_batches))
         for micro_batch, result in results.items():
@@ -99,7 +102,7 @@ class LossReader:
         return values
 
     def metrics(self, control: Control) -> dict[str, float]:
-        """Return the step's metrics by name. A metric without weight in all micro-batches is NaN."""
+        """Return the step's metrics by name. A metric whose weight is zero in every micro-batch is NaN."""
         found = {}
         for index, name in enumerate(self.form.metrics):
             total, weight = (added_in_order(row) for row in control.metrics[2 * index : 2 * index + 2])
@@ -130,7 +133,7 @@ def _read(result: object) -> tuple[LossForm, LossResult]:
 
 
 def _wrong_loss(loss: object) -> str | None:
-    """Describe what is wrong with a loss; None if nothing is."""
+    """Describe what is wrong with a loss, or return None if it is valid."""
     if not isinstance(loss, Tensor):
         return type(loss).__name__
     if loss.numel() != 1:
@@ -143,7 +146,7 @@ def _wrong_loss(loss: object) -> str | None:
 
 
 def _wrong_number(number: object) -> str | None:
-    """Describe what is wrong with a weight, or with a number of a metric; None if nothing is."""
+    """Describe what is wrong with a weight or with a number of a metric, or return None if it is valid."""
     if not isinstance(number, Tensor):
         is_number = isinstance(number, Real) and not isinstance(number, bool)
         return None if is_number else f"{number!r}" if isinstance(number, bool) else type(number).__name__

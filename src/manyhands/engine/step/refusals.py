@@ -18,7 +18,7 @@ _A_COUNT = "the number of samples or tokens that the sum was taken over"
 def not_finite(
     control: Control, param_names: Sequence[str], batch: Batch, step: int, hint: str
 ) -> NumericsError | None:
-    """Return the error if a loss, gradient or weight is not finite, or if there is no weight; None if all are right.
+    """Return the error if a loss, gradient or weight is not finite, or if there is no weight, and otherwise None.
 
     `control` is the same on all workers, so all of them get the same error.
     """
@@ -74,7 +74,7 @@ def _readings(loss: float, weight: float) -> str:
 
 
 def _weight_error(control: Control, tag: str) -> NumericsError | None:
-    """Return the error for weights that aren't finite, or whose sum isn't positive; None if there is none."""
+    """Return the error for weights that aren't finite, or whose sum isn't positive, and otherwise None."""
     bad = np.flatnonzero(~np.isfinite(control.weights))
     if len(bad):
         return NumericsError(

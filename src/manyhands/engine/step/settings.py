@@ -1,7 +1,7 @@
-"""Settings that code outside of the engine may change between steps. All workers must have the same.
+"""Settings that code outside of the engine may change between steps. All workers must have the same settings.
 
-Their hash travels with a step's control values, so comparing them costs no message. Only if the hashes differ do the
-workers exchange the settings, to name the one that differs.
+A hash of the settings is sent with a step's control values, so the comparison needs no additional message. If the
+hashes differ, the workers exchange the settings, so that the error can name the setting that differs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from manyhands.optim.sliced import SlicedOptimizer
 
 _HINT = (
     "make the same changes between steps on all workers, never under `if rank == 0`. A time, or a loss that one worker"
-    " measured, differs between workers: decide by the figures of the step, which are the same on all of them"
+    " measured, differs between workers: decide by the figures of the step, which are the same on all workers"
 )
 
 
 class Settings:
     """The settings at the start of a step.
 
-    They are the optimizers' param groups, which parameters are frozen, buffers that were changed since the last step,
-    and torch's global modes.
+    They are the optimizers' param groups, the `requires_grad` of parameters, buffers that were changed since the last
+    step, and torch's global modes.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], optimizer: SlicedOptimizer, buffers: Buffers) -> None:
@@ -52,14 +52,15 @@ class Settings:
 
     @property
     def hash(self) -> int:
-        """64 bits, which are the same on all workers that have the same settings."""
+        """Return 64 bits that are the same on all workers with the same settings."""
         text = repr((self._groups, bytes(self._trained), self._changed, self._modes))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
     def compare(self, hashes: Sequence[int], group: Group) -> None:
-        """Check that all workers have the same settings. hashes: by rank. Collective if they differ.
+        """Check that all workers have the same settings. hashes: the workers' hashes, by rank. Collective if they
+        differ.
 
-        Raises the same ConfigError on all workers, which names the setting.
+        Raises the same ConfigError on all workers. The error names the setting that differs.
         """
         if len(set(hashes)) == 1:
             return
