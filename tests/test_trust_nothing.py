@@ -386,13 +386,13 @@ NOT_BUILT: dict[str, tuple[Callable[[Net], None], str]] = {
     "a parameter of windows": (windows, "elements of parameter 'last.weight' share memory"),
     "a lazy module": (lazy, "parameter 'last.weight' has no shape yet"),
     "a sparse parameter": (sparse, "parameter 'table' is not a plain tensor"),
-    "a parameter on meta": (meta, "parameter 'last.weight' is not built in fp32 on the CPU"),
+    "a parameter on meta": (meta, "parameter 'last.weight' was not built in fp32 on the CPU"),
     "a buffer on meta": (meta_buffer, "buffer 'there' is not supported"),
     "a sparse buffer": (sparse_buffer, "buffer 'table' is not supported"),
-    "fp64": (in_dtype(torch.float64), "parameter 'last.weight' is not built in fp32"),
-    "fp16": (in_dtype(torch.float16), "parameter 'last.weight' is not built in fp32"),
-    "bf16": (in_dtype(torch.bfloat16), "parameter 'last.weight' is not built in fp32"),
-    "complex": (in_dtype(torch.complex64), "parameter 'last.weight' is not built in fp32"),
+    "fp64": (in_dtype(torch.float64), "parameter 'last.weight' was not built in fp32"),
+    "fp16": (in_dtype(torch.float16), "parameter 'last.weight' was not built in fp32"),
+    "bf16": (in_dtype(torch.bfloat16), "parameter 'last.weight' was not built in fp32"),
+    "complex": (in_dtype(torch.complex64), "parameter 'last.weight' was not built in fp32"),
     "nothing to train": (all_frozen, "the model has no trainable parameter"),
 }
 

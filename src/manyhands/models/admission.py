@@ -51,10 +51,10 @@ def _admit_param(name: str, param: nn.Parameter) -> None:
         )
     if param.device.type != "cpu" or (param.requires_grad and param.dtype != torch.float32):
         raise ConfigError(
-            f"parameter {name!r} is not built in fp32 on the CPU",
+            f"parameter {name!r} was not built in fp32 on the CPU",
             expected="torch.float32 on cpu (frozen parameters: any dtype)",
             got=_described(param),
-            hint="the recipe's precision and device decide both: call model.float() before returning it",
+            hint="call model.float() before returning it; the recipe's precision and device apply later",
         )
     if _span(param) < param.numel():
         raise ConfigError(
@@ -195,13 +195,13 @@ class ParamGuard:
         moved = (name for name, address in addresses if self._known[name].data_ptr() != address)
         for name in chain(*(holder.not_bound() for holder in self._holders), moved):
             raise ConfigError(
-                f"parameter {name!r} was assigned other data after the engine was created",
+                f"the data of parameter {name!r} was replaced after the engine was created",
                 hint="the recipe decides dtype and device: do not call .to() or .half(), and do not assign param.data",
             )
         for name, version in self._versions.items():
             if self._known[name]._version != version:
                 raise ConfigError(
-                    f"parameter {name!r} was changed in place, and not by the optimizer",
+                    f"parameter {name!r} was changed in place by code other than the optimizer",
                     hint="load weights in recipe.model; register a tensor that forward changes as a buffer;"
                     " Embedding(max_norm=...) and clamping weights after a step are not supported",
                 )
