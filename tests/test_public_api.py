@@ -53,6 +53,7 @@ NAMES = [
 OPTIONS = {
     "train": {
         "--accept-new-numerics",
+        "--adopt",
         "--checkpoint-dir",
         "--checkpoint-every",
         "--digest-every",

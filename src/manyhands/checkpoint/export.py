@@ -36,6 +36,7 @@ from manyhands.checkpoint.format import (
     read_frozen_manifest,
     read_manifest,
 )
+from manyhands.checkpoint.owner import refusal, run_in
 from manyhands.checkpoint.pieces import PieceReader, TensorPiece
 from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, dtype_name, in_file_order
 from manyhands.checkpoint.weight_files import CONFIG, INDEX, SINGLE, config_text
@@ -237,7 +238,11 @@ def find_checkpoint(run: Location, step: int | None) -> Location:
     Raises ConfigError and CheckpointError.
     """
     is_run = isinstance(run, Path) and (run / "checkpoints").is_dir()
-    found = list_checkpoints(checkpoints_of(run) if isinstance(run, Path) and is_run else run)
+    place = checkpoints_of(run) if isinstance(run, Path) and is_run else run
+    error = refusal(place, run_in(run)) if isinstance(run, Path) and is_run else None
+    if error is not None:
+        raise error
+    found = list_checkpoints(place)
     if not found and not is_run and (run / MANIFEST).is_file():
         found = [(read_manifest(run).step, run)]
     if not found:

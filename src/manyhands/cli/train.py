@@ -10,6 +10,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -148,6 +149,13 @@ class TrainArguments:
             "number of threads).",
         ),
     ] = False
+    adopt: Annotated[
+        bool,
+        typer.Option(
+            "--adopt",
+            help="Continue from checkpoints that belong to another run. Then only this run may write to their folder.",
+        ),
+    ] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False
 
     def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
@@ -168,6 +176,7 @@ class TrainArguments:
                 "keep_every": self.keep_every,
                 "digest_every": self.digest_every,
                 "accept_new_numerics": self.accept_new_numerics,
+                "adopt": self.adopt,
             },
         }
 
@@ -203,7 +212,7 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
             where=str(arguments.recipe),
             hint="use --steps N, or steps = N in the recipe",
         )
-    directory = arguments.run_dir or Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    directory = arguments.run_dir or _new_directory(Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}")
     from manyhands.checkpoint.format import checkpoints_of
     from manyhands.listeners.run_directory import RunDirectory
     from manyhands.storage.run_lock import run_lock
@@ -233,6 +242,20 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
             partial(record, restart=0),
         )
         train_together(rendezvous, allowed.most)
+
+
+def _new_directory(path: Path) -> Path:
+    """Create the folder `path`, or `path-2` and so on if it exists: another run may start in the same second."""
+    for number in count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:  # RunDirectory reports it
+            pass
+        return candidate
+    return path
 
 
 def _train_on_this_host(

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from manyhands.checkpoint.format import checkpoints_of, list_checkpoints, read_manifest
+from manyhands.checkpoint.owner import refusal, run_in
 from manyhands.errors import CheckpointError, ManyhandsError
 from manyhands.formatting import format_seconds
 from manyhands.listeners.run_directory import RunDirectory
@@ -118,7 +119,11 @@ def _advice(run: RunDirectory, outcome: str, failed: list[dict[str, Any]]) -> st
     if outcome in ("running", "perhaps running"):
         return "wait for the run to end, or stop it (Ctrl-C, or SIGTERM to its launcher)"
     try:
-        checkpoints = list_checkpoints(checkpoints_of(run.path))
+        place = checkpoints_of(run.path)
+        refused = refusal(place, run_in(run.path))
+        if refused is not None:
+            return f"{refused.what} ({refused.where}): {refused.got}; {refused.hint}"
+        checkpoints = list_checkpoints(place)
     except ManyhandsError as error:
         return f"its checkpoints can't be listed from here: {error}"
     while checkpoints:

@@ -40,6 +40,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     keep_every: int | None = None,
     digest_every: int = 10,
     accept_new_numerics: bool = False,
+    adopt: bool = False,
     show: bool = True,
     recipe_as_used: dict[str, Any] | None = None,
     stop: StopSignals | None = None,
@@ -56,6 +57,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     keep_checkpoints, keep_every: keep this many recent checkpoints, and those of every `keep_every`-th step.
     digest_every: steps between digests. The last step always has one.
     accept_new_numerics: resume under another numerics identity (torch version, CPU kind, threads).
+    adopt: continue from checkpoints that belong to another run. Then only this run may write to their folder.
     show: show a progress bar on worker 0.
     recipe_as_used, stop: for the command line.
 
@@ -83,8 +85,9 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             keep_every=keep_every,
             digest_every=digest_every,
             accept_new_numerics=accept_new_numerics,
+            adopt=adopt,
         )
-        record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, stack)
+        record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, stack, adopt=adopt)
         record.resume(accept_new_numerics)
         record.show(steps, show)
         saver = Saver(record, interval, keep_checkpoints, keep_every)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +15,16 @@ import numpy as np
 from rich.console import Console
 
 from manyhands.checkpoint.format import checkpoints_of, list_checkpoints
-from manyhands.checkpoint.publish import check_writable
+from manyhands.checkpoint.owner import (
+    NO_DIRECTORY,
+    Owner,
+    check_owner,
+    claim,
+    refuse_active,
+    refuse_other_owner,
+    run_in,
+)
+from manyhands.checkpoint.publish import as_checkpoint_error, check_writable
 from manyhands.config import Every
 from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.step.metrics import StepMetrics
@@ -64,8 +74,11 @@ class RunRecord:
         checkpoint_dir: str | Location | None,
         recipe_as_used: dict[str, Any] | None,
         stack: ExitStack,
+        *,
+        adopt: bool = False,
     ) -> None:
         self.engine, self.path = engine, None if run_dir is None else Path(run_dir)
+        self._run = NO_DIRECTORY  # worker 0's value counts
         self.checkpoints = _checkpoint_location(run_dir, checkpoint_dir)
         self._checkpoints_before = None if self.path is None else checkpoints_of(self.path)
         self.metrics: list[StepMetrics] = []
@@ -82,8 +95,12 @@ class RunRecord:
             if recipe_as_used is None:  # otherwise the command line holds the lock already
                 stack.enter_context(run_lock(self.path))
             self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
+            self._run = run_in(self.path) or Owner(secrets.token_hex(8), str(self.path.absolute()))
         if self.checkpoints is not None and engine.group.rank == 0:
             check_writable(self.checkpoints)
+            if self.path is None and isinstance(self.checkpoints, Path):
+                stack.enter_context(run_lock(self.checkpoints))
+            (refuse_active if adopt else check_owner)(self.checkpoints, self._run)
         if engine.allocator.scratch is not None:
             self.notes.append(scratch_line(engine.allocator.scratch))
         # The run directory may exist on worker 0's host only. If it names a store for checkpoints, all hosts use that.
@@ -124,6 +141,13 @@ class RunRecord:
             )
         elif self.engine.recipe.initial_weights is not None:
             self.notes.append(f"starting with the weights of {self.engine.recipe.initial_weights.path}")
+        self._record_start(source)
+        if self.checkpoints is not None and self.engine.group.rank == 0:
+            with as_checkpoint_error(self.checkpoints):
+                claim(self.checkpoints, self._run)
+
+    def _record_start(self, source: str | None) -> None:
+        """On worker 0, record that the run starts or continues here. source: "snapshot", "checkpoint" or None."""
         if self._directory is None:
             return
         engine, directory = self.engine, self._directory
@@ -143,6 +167,7 @@ class RunRecord:
             engine.strategy,
             workers=engine.group.size,
             transport=engine.group.kind,
+            id=self._run.id,
             **self._external_checkpoints(),
         )
         directory.write_recipe(self._recipe_as_used or engine.recipe)
@@ -150,6 +175,20 @@ class RunRecord:
         numel = {name: buffers[name].numel() for name in engine.buffers.persistent}
         write_json(directory.digests / "tensors.json", {"tensors": engine.digest_names, "buffers": numel})
         self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
+
+    def refuse_other_owner(self) -> None:
+        """Raise CheckpointError on all workers if another run has adopted the folder of checkpoints. Collective."""
+        found: CheckpointError | None = None
+        if self.checkpoints is not None and self.engine.group.rank == 0:
+            try:
+                refuse_other_owner(self.checkpoints, self._run)
+            except CheckpointError as error:
+                found = error
+        mine = None if found is None else [found.what, found.where, found.expected, found.got, found.hint]
+        all_ranks: list[Any] = all_gather_json(self.engine.group, mine, "checkpoint / owner / control")
+        if all_ranks[0] is not None:
+            what, where, expected, got, hint = all_ranks[0]
+            raise CheckpointError(what, where=where, expected=expected, got=got, hint=hint)
 
     def _external_checkpoints(self) -> dict[str, str]:
         """Return the manifest's entry for checkpoints outside of the run directory.
@@ -250,6 +289,7 @@ class Saver:
 
     def _write(self, save: Callable[..., Location | None]) -> Location | None:
         step = self._engine.step_index
+        self._record.refuse_other_owner()
         return save(
             self._record.checkpoints,
             keep=self._keep,
