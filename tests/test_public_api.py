@@ -72,6 +72,7 @@ OPTIONS = {
         "--snapshot-every",
         "--sharding",
         "--stall-seconds",
+        "--start-over",
         "--steps",
         "--workers",
         "-n",

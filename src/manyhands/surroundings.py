@@ -56,6 +56,15 @@ class StopSignals:
         self.requested = True
 
 
+RESTARTS_VARIABLE = "MANYHANDS_RESTARTS"
+"""Environment variable of workers: how often their launcher has started the program again without progress."""
+
+
+def is_restart() -> bool:
+    """Return True if a launcher (this package's, or torchrun) has started this program again after a failure."""
+    return any(int(os.environ.get(name, "0")) for name in (RESTARTS_VARIABLE, "TORCHELASTIC_RESTART_COUNT"))
+
+
 def environment_rank_and_size() -> tuple[int, int]:
     """Return this process's rank and the number of workers from the launcher's variables, or (0, 1) without a
     launcher.

@@ -19,6 +19,7 @@ from manyhands.cli.prepare import prepare_command
 from manyhands.cli.train import train_command
 from manyhands.cli.workers import Workers, print_restart, snapshot_memory, start_workers, workers_for
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
+from manyhands.surroundings import RESTARTS_VARIABLE
 
 app = typer.Typer(
     add_completion=False,
@@ -122,7 +123,11 @@ def run_command(
     with snapshot_memory("auto" if max_restarts else "never", allowed.most) as snapshots:
         run_with_restarts(
             lambda failures: start_workers(
-                command, allowed.after(failures), None, snapshots.variables, holds_signals=False
+                command,
+                allowed.after(failures),
+                None,
+                snapshots.variables | {RESTARTS_VARIABLE: str(failures)},
+                holds_signals=False,
             ),
             saved_step=snapshots.newest_step,
             limit=max_restarts,

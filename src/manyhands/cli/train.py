@@ -156,6 +156,13 @@ class TrainArguments:
             help="Continue from checkpoints that belong to another run. Then only this run may write to their folder.",
         ),
     ] = False
+    start_over: Annotated[
+        bool,
+        typer.Option(
+            "--start-over",
+            help="Begin the run in --run-dir anew. Its metrics, events, digests and checkpoints move to a subfolder.",
+        ),
+    ] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False
 
     def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
@@ -216,6 +223,7 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
     from manyhands.checkpoint.format import checkpoints_of
     from manyhands.listeners.run_directory import RunDirectory
     from manyhands.storage.run_lock import run_lock
+    from manyhands.training.run_record import start_over
 
     RunDirectory(directory)  # this refuses a path that can't be a run directory before workers start
     checkpoints = checkpoints_of(directory, arguments.checkpoint_dir)
@@ -223,11 +231,14 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
     if launched:
         from manyhands.cli.worker import work
 
+        request["training"]["start_over"] = arguments.start_over
         with run_lock(directory) if os.environ.get("RANK") == "0" else nullcontext():
             raise typer.Exit(work(request))
     record = partial(record_run_failure, RunDirectory(directory))
     with ExitStack() as stack:
         stack.enter_context(run_lock(directory))
+        if arguments.start_over:  # here, because the workers must not start over when they are restarted
+            start_over(directory, checkpoints)
         stack.enter_context(ending_reported(record, directory, checkpoints, given=arguments.run_dir is not None))
         if arguments.hosts is None:
             _train_on_this_host(arguments, request, allowed, batch, checkpoints)

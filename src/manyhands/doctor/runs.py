@@ -98,6 +98,8 @@ def _line(event: dict[str, Any]) -> str:
         )
         again = f", {event['repeats']} steps repeated" if event.get("repeats") else ""
         return f"started at step {event['step']}{source}: {event['workers']} workers, {event['sharding']}{again}"
+    if kind == "started over":
+        return f"started over: the record before is in {event.get('earlier')}"
     if kind == "failed":
         where = f" ({event['where']})" if event.get("where") else ""
         then = "" if event.get("restart") is None else f"; restarted ({event['restart']})"

@@ -3,6 +3,7 @@
     recipe.json      the recipe as used                  metrics.jsonl   one JSON object per step
     manifest.json    numerics, strategy, versions        events.jsonl    one JSON object per event, with its time
     checkpoints/     digests/     tensorboard/           logs/           worker-0.log, ...
+    earlier-1/       the record before the run started over
 
 Only worker 0 writes here, with three exceptions: every worker has its own log, all workers write checkpoints, and the
 launcher records events.
@@ -130,6 +131,37 @@ class RunDirectory:
         """Return manifest.json as it was written. Raises DataError."""
         return _read_json(self.path / "manifest.json")
 
+    def move_aside(self) -> Path | None:
+        """Move the record of the run so far to a new folder `earlier-N`, and return it; None if there is no record.
+
+        The manifest is copied, because the run keeps its id and the location of its checkpoints. A link to a folder of
+        checkpoints stays. The caller holds the run's lock. Raises ConfigError.
+        """
+        names = list(filter(self._is_recorded, (*_FOLDERS, "recipe.json", "metrics.jsonl", "events.jsonl")))
+        if not names:
+            return None
+        numbers = [int(path.name.partition("-")[2]) for path in self.path.glob("earlier-*") if path.name[8:].isdigit()]
+        aside = self.path / f"earlier-{max(numbers, default=0) + 1}"
+        manifest = self.read_manifest() if (self.path / "manifest.json").exists() else None
+        try:
+            aside.mkdir()
+            for name in names:  # events last: as long as they are here, a run without its checkpoints is refused
+                (self.path / name).rename(aside / name)
+            for folder in _FOLDERS:
+                (self.path / folder).mkdir(exist_ok=True)
+        except OSError as error:
+            raise _not_writable(self.path, error) from error
+        if manifest is not None:
+            write_json(aside / "manifest.json", manifest)
+            write_json(self.path / "manifest.json", {k: v for k, v in manifest.items() if k != "created_at"})
+        return aside
+
+    def _is_recorded(self, name: str) -> bool:
+        path = self.path / name
+        if name == "checkpoints" and path.is_symlink():
+            return False
+        return any(path.iterdir()) if path.is_dir() else path.exists()
+
     def append_metrics(self, metrics: StepMetrics) -> None:
         """Append the metrics of one step to metrics.jsonl.
 
@@ -140,7 +172,7 @@ class RunDirectory:
     def append_event(self, event: str, **facts: Any) -> None:
         """Append an event to events.jsonl, with the time in seconds since the epoch and `facts`. Raises ConfigError.
 
-        event: "started", "saved", "not saved", "failed", "hosts changed", "ended" or "stopped".
+        event: "started over", "started", "saved", "not saved", "failed", "hosts changed", "ended" or "stopped".
         """
         _append(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
 

@@ -17,7 +17,7 @@ from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import seed_generators
 from manyhands.offload.process_memory import PeakMemory
 from manyhands.storage.location import Location
-from manyhands.surroundings import StopSignals
+from manyhands.surroundings import StopSignals, is_restart
 from manyhands.training.engine import Engine
 from manyhands.training.run_record import RunRecord, Saver, will_resume
 
@@ -41,6 +41,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     digest_every: int = 10,
     accept_new_numerics: bool = False,
     adopt: bool = False,
+    start_over: bool = False,
     show: bool = True,
     recipe_as_used: dict[str, Any] | None = None,
     stop: StopSignals | None = None,
@@ -58,6 +59,8 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     digest_every: steps between digests. The last step always has one.
     accept_new_numerics: resume under another numerics identity (torch version, CPU kind, threads).
     adopt: continue from checkpoints that belong to another run. Then only this run may write to their folder.
+    start_over: begin the run in run_dir anew. Its metrics, events, digests and checkpoints are moved to a subfolder. A
+        restart after a failure continues instead.
     show: show a progress bar on worker 0.
     recipe_as_used, stop: for the command line.
 
@@ -74,7 +77,9 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     with ExitStack() as stack:
         signals = stop or stack.enter_context(StopSignals())
         strategy = _with_scratch(strategy or Strategy(), run_dir)
-        engine = stack.enter_context(Engine(recipe, strategy, resumes=will_resume(run_dir, checkpoint_dir)))
+        anew = start_over and not is_restart()
+        resumes = not anew and will_resume(run_dir, checkpoint_dir)
+        engine = stack.enter_context(Engine(recipe, strategy, resumes=resumes))
         _agree_on_arguments(
             engine.group,
             run_dir=run_dir,
@@ -86,8 +91,9 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             digest_every=digest_every,
             accept_new_numerics=accept_new_numerics,
             adopt=adopt,
+            start_over=start_over,
         )
-        record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, stack, adopt=adopt)
+        record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, stack, adopt=adopt, anew=anew)
         record.resume(accept_new_numerics)
         record.show(steps, show)
         saver = Saver(record, interval, keep_checkpoints, keep_every)

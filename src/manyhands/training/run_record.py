@@ -64,7 +64,8 @@ class RunRecord:
     """Records a run: metrics, events, digests, progress. Worker 0 writes; all workers save checkpoints.
 
     path: the run directory, or None if nothing is recorded. checkpoints: the folder or address to which checkpoints are
-    written, or None.
+    written, or None. adopt: continue from another run's checkpoints. anew: move the record so far aside, see
+    `start_over`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class RunRecord:
         stack: ExitStack,
         *,
         adopt: bool = False,
+        anew: bool = False,
     ) -> None:
         self.engine, self.path = engine, None if run_dir is None else Path(run_dir)
         self._run = NO_DIRECTORY  # worker 0's value counts
@@ -94,6 +96,8 @@ class RunRecord:
             self._directory = RunDirectory(self.path)
             if recipe_as_used is None:  # otherwise the command line holds the lock already
                 stack.enter_context(run_lock(self.path))
+            if anew and self.checkpoints is not None:
+                start_over(self.path, self.checkpoints)
             self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
             self._run = run_in(self.path) or Owner(secrets.token_hex(8), str(self.path.absolute()))
         if self.checkpoints is not None and engine.group.rank == 0:
@@ -141,10 +145,30 @@ class RunRecord:
             )
         elif self.engine.recipe.initial_weights is not None:
             self.notes.append(f"starting with the weights of {self.engine.recipe.initial_weights.path}")
+        self._check_saved(source)
         self._record_start(source)
         if self.checkpoints is not None and self.engine.group.rank == 0:
             with as_checkpoint_error(self.checkpoints):
                 claim(self.checkpoints, self._run)
+
+    def _check_saved(self, source: str | None) -> None:
+        """On worker 0, compare the state that the run starts from with the last checkpoint that it has recorded.
+
+        Raises ConfigError if the run has saved a checkpoint, but starts from the beginning.
+        """
+        saved = [event.get("step") for event in self.read_events() if event["event"] == "saved"]
+        if not saved or source == "snapshot" or saved[-1] == self.engine.step_index:
+            return
+        if source is None:
+            raise ConfigError(
+                "the run's checkpoints are gone",
+                where=str(self.checkpoints),
+                expected=f"the checkpoint of step {saved[-1]}, which the run has saved",
+                got="no checkpoint",
+                hint="move them back, or give their new place as checkpoint_dir; to begin the run anew, use "
+                "--start-over (start_over=True), which moves its metrics and events to a subfolder",
+            )
+        self.notes.append(f"the run has saved a checkpoint of step {saved[-1]}, which is not there: steps are repeated")
 
     def _record_start(self, source: str | None) -> None:
         """On worker 0, record that the run starts or continues here. source: "snapshot", "checkpoint" or None."""
@@ -248,6 +272,25 @@ class RunRecord:
             self._tensorboard.write(metrics)
         for bar in self._bars:
             bar.update(metrics)
+
+
+def start_over(run_dir: Path, checkpoints: Location) -> None:
+    """Move the record of the run in `run_dir`, with its checkpoints, to a subfolder. The caller holds the run's lock.
+
+    Raises ConfigError if there are checkpoints outside of the run directory: they can't be moved there.
+    """
+    directory = RunDirectory(run_dir)
+    is_own = isinstance(checkpoints, Path) and checkpoints.resolve() == run_dir.resolve() / "checkpoints"
+    if not is_own and (found := list_checkpoints(checkpoints)):
+        raise ConfigError(
+            "the run can't start over: there are checkpoints outside of its directory",
+            where=str(checkpoints),
+            got=", ".join(folder.name for _, folder in found),
+            hint="move or remove them, or choose another checkpoint_dir",
+        )
+    earlier = directory.move_aside()
+    if earlier is not None:
+        directory.append_event("started over", earlier=earlier.name)
 
 
 class Saver:

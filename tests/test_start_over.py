@@ -1,0 +1,136 @@
+"""A run whose checkpoints are gone is refused, and starts over only on request, with the old record moved aside."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import manyhands as mh
+from manyhands.checkpoint.format import list_checkpoints
+from manyhands.doctor.runs import run_history
+from manyhands.errors import ConfigError
+from manyhands.listeners.run_directory import RunDirectory
+from manyhands.surroundings import RESTARTS_VARIABLE
+from support.models import gpt_recipe
+from test_faults import MANYHANDS, SUPPORT
+
+
+def train(run_dir: Path, checkpoint_dir: Path | None = None, *, steps: int = 2, **more: Any) -> mh.Summary:
+    recipe = gpt_recipe(batch=mh.Batch(global_size=2, micro_size=2))
+    return mh.train(recipe, steps=steps, run_dir=run_dir, checkpoint_dir=checkpoint_dir, show=False, **more)
+
+
+def record_of(run_dir: Path) -> dict[str, bytes]:
+    """The files of a run's record by name. An error may append to the log, and resuming rewrites nothing else."""
+    names = ("metrics.jsonl", "events.jsonl", "recipe.json", "manifest.json", "digests/tensors.json")
+    return {name: (run_dir / name).read_bytes() for name in names}
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [step for step, _ in list_checkpoints(folder)]
+
+
+def refused(run_dir: Path, checkpoint_dir: Path | None = None) -> None:
+    before = record_of(run_dir)
+    with pytest.raises(ConfigError, match="the run's checkpoints are gone") as caught:
+        train(run_dir, checkpoint_dir, steps=4)
+    assert "step 2" in str(caught.value.expected)
+    assert record_of(run_dir) == before
+
+
+def test_a_run_whose_checkpoints_were_moved_away_is_refused_and_starts_over_on_request(tmp_path: Path) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    first = train(run)
+    (run / "checkpoints").rename(moved)
+    refused(run)
+    refused(run, tmp_path / "empty")
+    before = record_of(run)
+    again = train(run, start_over=True)
+    assert again.digest == first.digest
+    assert record_of(run / "earlier-1") == before
+    assert (run / "earlier-1" / "logs" / "worker-0.log").exists()
+    assert list((run / "earlier-1" / "digests").glob("step-*.npy"))
+    assert [metrics.step for metrics in RunDirectory(run).read_metrics()] == [0, 1]
+    lines = [text for _, text in run_history(RunDirectory(run)).lines]
+    assert "started over: the record before is in earlier-1" in lines
+    ids = [json.loads((folder / "manifest.json").read_bytes())["id"] for folder in (run, run / "earlier-1")]
+    assert ids[0] == ids[1]
+
+    train(run, start_over=True, steps=1)  # the checkpoints are there now: they move, too
+    assert steps_in(run / "checkpoints") == [1]
+    assert steps_in(run / "earlier-2" / "checkpoints") == [2]
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(moved, run / "checkpoints")
+    assert train(run, steps=3).digest == train(tmp_path / "plain", steps=3).digest
+
+
+def test_external_and_linked_checkpoints_that_are_gone_are_noticed(tmp_path: Path) -> None:
+    run, folder, linked = tmp_path / "run", tmp_path / "checkpoints", tmp_path / "linked"
+    train(run, folder)
+    with pytest.raises(ConfigError, match="there are checkpoints outside of its directory") as caught:
+        train(run, start_over=True)
+    assert caught.value.got == "step-00000002"
+    shutil.rmtree(folder)  # as if it was not mounted
+    refused(run)
+    train(run, start_over=True)
+    assert steps_in(folder) == [2]
+
+    (tmp_path / "disk").mkdir()
+    linked.mkdir()
+    (linked / "checkpoints").symlink_to(tmp_path / "disk")
+    train(linked)
+    shutil.rmtree(tmp_path / "disk" / "step-00000002")
+    refused(linked)
+    train(linked, start_over=True)
+    assert steps_in(tmp_path / "disk") == [2]
+
+
+def test_a_missing_newest_checkpoint_is_reported_and_a_run_without_any_begins_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(run, steps=3, checkpoint_every=1)
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    train(run, steps=3)
+    assert "saved a checkpoint of step 3, which is not there" in (run / "logs" / "worker-0.log").read_text()
+    killed = tmp_path / "killed"  # before its first checkpoint
+    train(killed)
+    shutil.rmtree(killed / "checkpoints" / "step-00000002")
+    events = [event for event in RunDirectory(killed).read_events() if event["event"] == "started"]
+    (killed / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    train(killed)
+    assert not (killed / "earlier-1").exists()
+
+
+def test_a_restarted_script_does_not_start_over_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "run", start_over=True)  # nothing to move
+    monkeypatch.setenv(RESTARTS_VARIABLE, "1")
+    train(tmp_path / "run", start_over=True, steps=3)
+    assert not (tmp_path / "run" / "earlier-1").exists()
+    assert len(RunDirectory(tmp_path / "run").read_metrics()) == 3
+
+
+def test_the_command_starts_over_once_although_its_workers_are_restarted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(run)
+    shutil.rmtree(run / "checkpoints")
+    command = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), "--workers", "1", "--run-dir", str(run)]
+    fault = {"FAULT": "kill-once forward 9 0", "FAULT_TIME": str(tmp_path / "fault")}
+    environment = os.environ | fault | {"PYTHONPATH": f"{SUPPORT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [*command, "--start-over", "--snapshot-every", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fault").exists()
+    assert [path.name for path in run.glob("earlier-*")] == ["earlier-1"]
+    assert [metrics.step for metrics in RunDirectory(run).read_metrics()] == [0, 1, 2, 3, 4]
+    assert len(RunDirectory(run / "earlier-1").read_metrics()) == 2
