@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM: the run ends after its step with a checkpoint, and resumes from it to the same bits."""
+"""Stop signals (Ctrl-C, SIGTERM, SIGUSR1, ...): the run ends after its step, and resumes to the same bits."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -10,13 +12,31 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import manyhands as mh
+from manyhands.errors import Interrupted
+from manyhands.surroundings import STOP_SIGNALS
+from support.models import gpt_recipe
 
 RECIPE = str(Path(__file__).resolve().parent / "support" / "faulty.toml")
 STEPS = 40
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the Python processes that `pid` has started, and those that they have started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, fields = status.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # it has ended
+            continue
+        if int(fields.split()[1]) == pid:
+            child = int(status.parent.name)
+            found += [*([child] if "python" in name else []), *descendants(child)]
+    return found
 
 
 def command(run_dir: Path, *options: str) -> list[str]:
@@ -24,10 +44,15 @@ def command(run_dir: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "manyhands.cli.main", *arguments]
 
 
-def stopped(run_dir: Path, number: signal.Signals, *, when: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command in its own process group; once the file `when` exists, send a signal, as a terminal does."""
+def stopped(
+    run_dir: Path, number: signal.Signals, *, when: Path, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run the command; once the file `when` exists, send a signal as a terminal or a scheduler does.
+
+    SIGINT goes to the process group, SIGTERM to the command, and other signals to all processes of the job.
+    """
     process = subprocess.Popen(
-        command(run_dir, "--workers", "2"),
+        command(run_dir, "--workers", "2", *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -40,17 +65,27 @@ def stopped(run_dir: Path, number: signal.Signals, *, when: Path) -> subprocess.
     started = time.monotonic()
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
-    else:
+    elif number == signal.SIGTERM:
         process.send_signal(number)
+    else:
+        for pid in [*descendants(process.pid), process.pid]:
+            os.kill(pid, number)
     out, err = process.communicate(timeout=60)
     assert time.monotonic() - started < 10
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+SIGNALS = [
+    signal.SIGINT,
+    signal.SIGUSR1,
+    *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)),
+]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_stopped_run_prints_how_to_resume_and_resumes(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / number.name
-    ended = stopped(folder, number, when=folder / "metrics.jsonl")
+    ended = stopped(folder, number, when=folder / "metrics.jsonl", options=("--loader-workers", "1"))
     assert ended.returncode == 130
     assert ended.stdout == ""
     found = re.search(rf"^stopped after step (\d+), as requested \({number.name}\)$", ended.stderr, re.MULTILINE)
@@ -77,7 +112,7 @@ def test_a_stopped_run_prints_how_to_resume_and_resumes(tmp_path: Path, number: 
     assert (summary["digest"], summary["steps"]) == (undisturbed, STEPS)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_run_stopped_during_start_up_reports_that_there_is_no_checkpoint(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -92,3 +127,46 @@ def test_a_run_stopped_during_start_up_reports_that_there_is_no_checkpoint(
         ended.stderr,
     ), ended.stderr
     assert list((run_dir / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_script_is_stopped_by_any_stop_signal_to_it_and_its_loader_processes(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    recipe, before = gpt_recipe(batch=mh.Batch(global_size=2, micro_size=2)), signal.getsignal(number)
+    calls = itertools.count()
+
+    def loss(model: Any, batch: Any) -> Any:
+        if next(calls):
+            return recipe.loss(model, batch)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, number)
+        os.kill(os.getpid(), number)
+        return recipe.loss(model, batch)
+
+    with pytest.raises(Interrupted, match="stopped after step 2") as caught:
+        mh.train(
+            gpt_recipe(batch=recipe.batch, loss=loss),
+            steps=9,
+            run_dir=tmp_path,
+            strategy=mh.Strategy(loader_workers=1),
+            show=False,
+        )
+    assert "step-00000002" in str(caught.value.where)
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_script_keeps_its_own_handler(number: signal.Signals) -> None:
+    recipe, received = gpt_recipe(batch=mh.Batch(global_size=2, micro_size=2)), []
+
+    def loss(model: Any, batch: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return recipe.loss(model, batch)
+
+    before = signal.signal(number, lambda *_: received.append(number))
+    try:
+        mh.train(gpt_recipe(batch=recipe.batch, loss=loss), steps=2, show=False)
+    finally:
+        signal.signal(number, before)
+    assert received == [number] * 2

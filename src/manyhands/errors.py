@@ -111,7 +111,7 @@ class WorkerError(ManyhandsError):
 
 
 class Interrupted(ManyhandsError):
-    """The run stopped between two steps, as requested by Ctrl-C or SIGTERM."""
+    """The run stopped between two steps, as requested by Ctrl-C, SIGTERM or another stop signal."""
 
 
 class InvariantError(ManyhandsError):

@@ -1,6 +1,7 @@
 """This process's rank, read from the environment, and the signals that request it to stop.
 
-The first SIGINT or SIGTERM ends the run after the current step, and a second SIGINT ends it immediately.
+The first stop signal ends the run after the current step, and a second SIGINT ends it immediately. Schedulers send
+SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU before a job's time is over, and SIGHUP reports that the terminal was closed.
 
 This module does not import torch, because a worker must handle stop signals before it imports torch, which takes
 seconds.
@@ -18,12 +19,25 @@ from typing import NamedTuple
 
 from manyhands.errors import ConfigError
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+
+def to_handle() -> list[signal.Signals]:
+    """Return the stop signals to handle in this process.
+
+    SIGINT and SIGTERM are always handled. The program's own handlers for the others stay, and so do signals that are
+    ignored (by nohup, for example): programs use SIGUSR1 and SIGUSR2 for their own purposes.
+    """
+    unused = (signal.SIG_DFL, signal.default_int_handler)
+    always = (signal.SIGINT, signal.SIGTERM)
+    return [number for number in STOP_SIGNALS if number in always or signal.getsignal(number) in unused]
+
 
 class StopSignals:
-    """A context manager that handles SIGINT and SIGTERM in the main thread. In other threads it does nothing.
+    """A context manager that handles the stop signals of `to_handle` in the main thread. In other threads it does nothing.
 
-    requested: True once a signal has arrived after `training_started`. Before that call there is no step to finish, so
-    a signal raises KeyboardInterrupt immediately.
+    requested: True once a signal has arrived. Before `training_started` is called there is no step to finish, so the
+    first signal also raises KeyboardInterrupt immediately.
     """
 
     def __init__(self) -> None:
@@ -33,11 +47,11 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in to_handle():
                 self._previous[number] = signal.signal(number, self._on_signal)
             # Unblock the signals only after the handlers are installed. The launcher starts workers with these signals
             # blocked, and a signal that has arrived since then is delivered now.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,10 +64,14 @@ class StopSignals:
         self._training = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Only a second Ctrl-C ends the run immediately, because service managers routinely send SIGTERM several times.
-        if not self._training or (self.requested and number == signal.SIGINT):
-            raise KeyboardInterrupt
+        # Only a second Ctrl-C means "at once": service managers routinely send SIGTERM several times, and a scheduler's
+        # signal reaches a worker directly and through its launcher.
+        if self.requested and number != signal.SIGINT:
+            return
+        at_once = self.requested or not self._training
         self.requested = True
+        if at_once:
+            raise KeyboardInterrupt
 
 
 RESTARTS_VARIABLE = "MANYHANDS_RESTARTS"

@@ -19,7 +19,7 @@ from manyhands.cli.prepare import prepare_command
 from manyhands.cli.train import train_command
 from manyhands.cli.workers import Workers, print_restart, snapshot_memory, start_workers, workers_for
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
-from manyhands.surroundings import RESTARTS_VARIABLE
+from manyhands.surroundings import RESTARTS_VARIABLE, to_handle
 
 app = typer.Typer(
     add_completion=False,
@@ -41,8 +41,10 @@ def main() -> None:
     """Run the command line. Errors go to stderr, with a traceback only if they are bugs."""
     # torch warns about every connection that it retries, but users of the command can do nothing about these warnings.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # SIGTERM acts like Ctrl-C until a command installs its own handler.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # All stop signals act like Ctrl-C until a command installs its own handler.
+    for number in to_handle():
+        if number != signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
     try:
         app(standalone_mode=True)
     except ManyhandsError as error:

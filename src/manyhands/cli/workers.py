@@ -146,8 +146,8 @@ def start_workers(
             holds_signals=holds_signals,
             rendezvous=rendezvous,
         )
-    except KeyboardInterrupt:  # the launcher does not yet handle signals
-        raise Interrupted("stopped on request (SIGINT) before any worker started") from None
+    except KeyboardInterrupt:  # the launcher did not handle signals yet
+        raise Interrupted("stopped on request before any worker started") from None
 
 
 def print_restart(restart: Restart, workers: int) -> None:

@@ -31,6 +31,7 @@ from manyhands.errors import DataError, InvariantError
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import preserved_generators, seed_generators
 from manyhands.numerics.values import plain_values
+from manyhands.surroundings import STOP_SIGNALS
 
 _PER_PROCESS = 2
 """The number of results that each process prefetches."""
@@ -178,8 +179,12 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _prepare_process(_: int) -> None:
-    """Ignore Ctrl-C in a new loader process. A terminal sends it to all processes, and the worker handles it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a new loader process, ignore stop signals, which the worker handles.
+
+    A terminal sends Ctrl-C, and a scheduler its signals, to all processes. `PrefetchProcesses.close` kills the process.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

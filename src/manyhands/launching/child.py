@@ -17,6 +17,9 @@ PLAN_FILE = "plan.json"
 
 _PR_SET_PDEATHSIG = 1
 
+# The same as in surroundings.py, which this file can't import.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
 
 def die_with_parent(parent: int | None = None) -> None:
     """Make the kernel kill this process (SIGKILL) when its parent ends for any reason.
@@ -59,7 +62,7 @@ def become_worker(folder: str) -> None:
         if plan["holds_signals"]:
             # The worker handles these signals once it has started (StopSignals). Until then they stay pending, so that
             # no signal is lost or kills a worker that is still importing torch.
-            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         rank = int(os.environ["RANK"])
         os.close(os.open(os.path.join(folder, started_marker(rank)), os.O_CREAT | os.O_WRONLY, 0o600))
     except FileNotFoundError:  # the launcher gave up while this process was starting, and deleted the folder

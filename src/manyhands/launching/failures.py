@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from manyhands.errors import Interrupted, ManyhandsError, Position, WorkerError
 from manyhands.members.reports import Failure, WorkerEnd
+from manyhands.surroundings import STOP_SIGNALS
 
 STOPPED_CODES = (130, 143)
 """The exit codes of a worker that stopped on request: 128 + SIGINT, 128 + SIGTERM."""
@@ -61,7 +62,9 @@ def _stopped_code(end: WorkerEnd) -> int:
     For a worker that failed with Interrupted or KeyboardInterrupt, it is the exit code of a stopped worker.
     """
     was_interrupted = end.failure is not None and end.failure.kind in ("Interrupted", "KeyboardInterrupt")
-    return STOPPED_CODES[0] if was_interrupted and end.exit_code > 0 else end.exit_code
+    # A signal that is sent again and again (SIGXCPU) may end the process after its handlers are gone.
+    stopped = was_interrupted and (end.exit_code > 0 or -end.exit_code in STOP_SIGNALS)
+    return STOPPED_CODES[0] if stopped else end.exit_code
 
 
 def _error_about(root_cause: WorkerEnd, notices: Sequence[Failure], ends: Sequence[WorkerEnd]) -> WorkerError:

@@ -71,14 +71,14 @@ def run_workers(
     log_dir/worker-R.log. Worker 0, and without a log_dir all workers, write to this process's terminal.
     grace_seconds: the time that workers have to stop after a signal. quiet: suppress the log of torch's elastic
     launcher.
-    holds_signals: workers start with SIGINT and SIGTERM blocked, and unblock them once their handlers are installed
-    (StopSignals). rendezvous: if given, run together with workers on other hosts, which may join and leave. It also
+    holds_signals: workers start with stop signals blocked, and unblock them once their handlers are installed
+    (StopSignals). rendezvous: if given, run together with workers on other hosts, which may join and leave; it also
     specifies how often workers are restarted.
 
-    SIGINT, SIGTERM and SIGHUP are passed on once to the workers, which have `grace_seconds` to finish their step and
-    save. A second Ctrl-C kills them immediately. Every worker leads its own session, so that a Ctrl-C on the terminal
-    reaches only the parent. Signals are handled only if this is the main thread. If the parent is killed, the kernel
-    kills the workers (Linux).
+    A stop signal (see `surroundings`) is passed on once to the workers, as SIGINT if it is SIGINT and as SIGTERM
+    otherwise. The workers then have `grace_seconds` to finish their step and save. A second Ctrl-C kills them immediately.
+    Every worker leads its own session, so that a Ctrl-C on the terminal reaches only the parent. Signals are handled
+    only if this is the main thread. If the parent is killed, the kernel kills the workers (Linux).
 
     Raises WorkerError, which names the root cause; Interrupted after a stop signal; ConfigError if the command does not
     exist. After a failure, and before a restart, no worker and no process in its session is left. Temporary files are

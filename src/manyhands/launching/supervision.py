@@ -23,6 +23,7 @@ from manyhands.errors import NO_POSITION, Interrupted, WorkerError
 from manyhands.launching.failures import explain_failure
 from manyhands.members.processes import ask_for_stack, process_start, process_state
 from manyhands.members.reports import Failure, WorkerEnd, read_status, write_failure
+from manyhands.surroundings import to_handle
 
 _REPEATED_SECONDS = 0.3
 """A second SIGINT within this time belongs to the same Ctrl-C, because wrappers (uv, npm) repeat the terminal's
@@ -53,7 +54,7 @@ class StopRequest:
         """Handle stop signals inside the block. A signal that is ignored (by nohup, for example) stays ignored."""
         previous = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in to_handle():
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     previous[number] = signal.signal(number, self._on_signal)
         try:
