@@ -32,6 +32,7 @@ WHERE = {  # the error's `where` for worker 1
 WHAT = {
     "raise": r"worker 1 failed: RuntimeError: out of cheese",
     "kill": r"worker 1 was killed by SIGKILL",
+    "exit": r"worker 1 exited with",
     "stall": r"worker 1 has stalled: its peers have waited for more than 2 s$",
     "stop": r"worker 1 has stalled: its peers have waited for more than 2 s \(its process is stopped",
 }
@@ -120,6 +121,7 @@ class Run:
         ("distributed", "kill", ("backward",)),
         pytest.param("shared-memory", "raise", ("forward", "backward"), marks=pytest.mark.slow),  # update: see below
         pytest.param("shared-memory", "kill", ("forward", "backward"), marks=pytest.mark.slow),
+        pytest.param("shared-memory", "exit", ("forward", "update"), marks=pytest.mark.slow),
         pytest.param("shared-memory", "stall", ("backward", "update"), marks=pytest.mark.slow),
         pytest.param("shared-memory", "stop", ("forward", "backward"), marks=pytest.mark.slow),
         pytest.param("distributed", "raise", ("backward",), marks=pytest.mark.slow),
@@ -174,6 +176,7 @@ def check(run: Run, kind: str, place: str = "backward") -> None:
     ("fault", "expected"),
     [
         ("stall forward 5 0", "worker 0 has made no progress for more than 2 s"),
+        ("exit forward 5 0", "worker 0 exited with code 0 before it had finished"),
         pytest.param(
             "stop forward 5 0",
             r"worker 0 has made no progress .* 2 s \(its process is stopped.*",

@@ -160,6 +160,36 @@ time.sleep(60)
     assert capfd.readouterr() == ("my last line\n", "")
 
 
+@pytest.mark.parametrize(
+    ("workers", "body"),
+    [
+        (1, "begin_work(); os._exit(0)"),
+        (2, "begin_work(); os._exit(0)"),
+        (2, "begin_work(); os._exit(0) if rank == 0 else time.sleep(60)"),
+        (1, "begin_work(); os.fork() or sys.exit(); os.wait(); os._exit(0)"),  # the child's end is not the worker's
+    ],
+)
+def test_a_worker_that_exits_with_code_0_in_the_middle_of_its_work_has_failed(
+    script: Script, workers: int, body: str
+) -> None:
+    command = script(f"from manyhands.members.reports import begin_work, end_work\n{body}")
+    with pytest.raises(WorkerError, match="worker 0 exited with code 0 before it had finished") as caught:
+        run_workers(command, workers=workers)
+    assert caught.value.rank == 0
+    assert "os._exit(0)" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("body", ["begin_work()", "begin_work(); sys.exit()", "begin_work(); end_work(); os._exit(0)"])
+def test_a_worker_that_ends_its_work_may_exit_as_it_likes(script: Script, body: str) -> None:
+    run_workers(script(f"from manyhands.members.reports import begin_work, end_work\n{body}"), workers=2)
+
+
+def test_a_worker_of_the_train_command_must_report_its_end(script: Script) -> None:
+    """Even if it exits while it imports the recipe, before it has joined a group."""
+    with pytest.raises(WorkerError, match="worker 1 exited with code 0 before it had finished"):
+        run_workers(script("os._exit(0) if rank == 1 else time.sleep(60)"), workers=2, cooperates=True)
+
+
 def test_killed_worker_is_named_with_its_peers_report(
     script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -276,3 +276,18 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+class Leaving(Numbers):
+    """Its loader process exits with code 0."""
+
+    def __getitem__(self, index: int) -> int:
+        os._exit(0)
+
+
+def test_a_loader_process_that_exits_with_code_0_has_failed() -> None:
+    with (
+        MicroBatchLoader(recipe(Leaving()), 1) as loader,
+        pytest.raises(DataError, match=r"loader process \d+ died: it exited with code 0"),
+    ):
+        list(loader.stream(TASKS))

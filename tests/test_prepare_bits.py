@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -173,9 +175,17 @@ def test_a_resumed_job_repeats_no_finished_task(posts: Path, digest: str, tmp_pa
     assert min(Counts.stages) > 1
 
 
-def test_a_task_that_always_kills_its_worker_is_named(tmp_path: Path) -> None:
-    made = mh.Dataset.from_records([1]).map(lambda x: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(mh.WorkerError, match="a task crashed 3 workers: killed by SIGKILL") as caught:
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (lambda x: os.kill(os.getpid(), signal.SIGKILL), "killed by SIGKILL"),
+        (lambda x: os._exit(0), "exited with code 0"),
+    ],
+    ids=["killed", "exited"],
+)
+def test_a_task_that_always_ends_its_worker_is_named(tmp_path: Path, end: Callable[[Any], None], how: str) -> None:
+    made = mh.Dataset.from_records([1]).map(end)
+    with pytest.raises(mh.WorkerError, match=f"a task crashed 3 workers: {how}") as caught:
         made.write(str(tmp_path / "out"), workers=1, progress=False)
     assert caught.value.where == "stage 0, partition 0"
 

@@ -4,7 +4,8 @@ The variable FAULT is "KIND PLACE COUNT RANK", such as "kill backward 5 1": the 
 has computed COUNT losses. COUNT and RANK are 5 and 1 by default. Several faults are separated by ";"; empty: none.
 "kill-once backward": only the first time that a process gets there.
 
-KIND: raise, kill, terminate, stop, stall. PLACE: start, forward, backward, update, checkpoint, snapshot.
+KIND: raise, kill, exit (with code 0), terminate, stop, stall. PLACE: start, forward, backward, update, checkpoint,
+snapshot.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def fail(kind: str) -> None:
         raise RuntimeError("out of cheese")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "exit":
+        os._exit(0)
     if kind == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
         return  # a request to stop, which the worker follows after its step

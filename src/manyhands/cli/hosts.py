@@ -62,7 +62,7 @@ def train_together(rendezvous: Rendezvous, workers: int) -> None:
     logs = Path(request["run_dir"]) / "logs"
     if rendezvous.is_first and rendezvous.max_hosts > 1:
         sys.stderr.write(f"other hosts join this run with: manyhands join {rendezvous.endpoint}\n")
-    start_workers(command, workers, logs, variables, holds_signals=True, rendezvous=rendezvous)
+    start_workers(command, workers, logs, variables, cooperates=True, rendezvous=rendezvous)
 
 
 def join_command(

@@ -129,7 +129,7 @@ def run_command(
                 allowed.after(failures),
                 None,
                 snapshots.variables | {RESTARTS_VARIABLE: str(failures)},
-                holds_signals=False,
+                cooperates=False,
             ),
             saved_step=snapshots.newest_step,
             limit=max_restarts,

@@ -281,7 +281,7 @@ def _train_on_this_host(
     with snapshot_memory(arguments.snapshot_every if arguments.max_restarts else "never", allowed.most) as snapshots:
         run_with_restarts(
             lambda failures: start_workers(
-                command, allowed.after(failures), directory / "logs", snapshots.variables, holds_signals=True
+                command, allowed.after(failures), directory / "logs", snapshots.variables, cooperates=True
             ),
             saved_step=lambda: max(snapshots.newest_step(), (0, _last_checkpoint(checkpoints))),
             limit=arguments.max_restarts,

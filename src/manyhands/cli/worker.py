@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from manyhands.errors import Interrupted
-from manyhands.members.reports import PARENT_REPORTS_VARIABLE, record_failure, traceback_of
+from manyhands.members.reports import PARENT_REPORTS_VARIABLE, end_work, record_failure, traceback_of
 from manyhands.surroundings import StopSignals
 
 
@@ -22,6 +22,7 @@ def work(request: Mapping[str, Any]) -> int:
     try:
         with StopSignals() as stop:
             _train(request, stop)
+        end_work()
     except (Interrupted, KeyboardInterrupt) as error:
         record_failure(error)
         return 130

@@ -128,7 +128,7 @@ def start_workers(
     log_dir: Path | None,
     variables: Mapping[str, str],
     *,
-    holds_signals: bool,
+    cooperates: bool,
     rendezvous: Rendezvous | None = None,
 ) -> None:
     """Start workers with `variables` in their environment, and wait until they end. Raises WorkerError and Interrupted.
@@ -143,7 +143,7 @@ def start_workers(
             workers=workers,
             environment=variables,
             log_dir=log_dir,
-            holds_signals=holds_signals,
+            cooperates=cooperates,
             rendezvous=rendezvous,
         )
     except KeyboardInterrupt:  # the launcher did not handle signals yet

@@ -17,7 +17,7 @@ from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.errors import ConfigError
 from manyhands.members.exit_hooks import ExitHooks, end_process
 from manyhands.members.membership import JOIN_SECONDS, Membership
-from manyhands.members.reports import StatusFile, forget_failure
+from manyhands.members.reports import StatusFile, begin_work, end_work, forget_failure
 from manyhands.offload.scratch import ProcessArena
 from manyhands.surroundings import environment_rank_and_size
 
@@ -39,6 +39,7 @@ def connect(
     Raises ConfigError, WorkerError.
     """
     forget_failure()
+    begin_work()
     rank, size = environment_rank_and_size()
     torch_device = _gpu() if device == "cuda" else torch.device(device)
     if size <= 1 and kind != "distributed":
@@ -54,6 +55,7 @@ def connect(
         store, rank, size, arena, stall_seconds=stall_seconds, abandon=end_process, requested=requested
     )
     ExitHooks(membership)
+    membership.at_close.append(end_work)
     try:
         by_host = workers_by_host(membership.hosts) if device == "cpu" else None
         if kind == "auto":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manyhands.comm.group import AllToAll, Contribution, Group
 from manyhands.errors import Position
-from manyhands.members.reports import StatusFile, record_failure
+from manyhands.members.reports import StatusFile, end_work, record_failure
 from manyhands.offload.allocator import Allocator
 
 
@@ -75,3 +75,4 @@ class LocalGroup(Group):
         if self._status_file is not None:
             self._status_file.close()
             self._status_file = None
+            end_work()

@@ -51,7 +51,7 @@ def explain_failure(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
     named = notices[0].root_cause if notices else None
     if named is not None and named not in {end.rank for end in ends}:  # the worker is on another host
         ends = [*ends, WorkerEnd(rank=named, exit_code=0, seconds=notices[0].seconds)]
-    first_seconds = min(end.seconds for end in ends if end.exit_code != 0)
+    first_seconds = min((end.seconds for end in ends if end.exit_code != 0), default=0.0)
     root_cause = min(ends, key=lambda end: _root_cause_order(end, named, first_seconds))
     return _error_about(root_cause, [notice for notice in notices if notice.root_cause == root_cause.rank], ends)
 

@@ -20,6 +20,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -62,7 +63,7 @@ def run_workers(
     log_dir: Path | None = None,
     grace_seconds: float = 30.0,
     quiet: bool = True,
-    holds_signals: bool = False,
+    cooperates: bool = False,
     rendezvous: Rendezvous | None = None,
 ) -> None:
     """Run `command` in `workers` processes on this host. Return when all of them have exited with code 0.
@@ -71,18 +72,19 @@ def run_workers(
     log_dir/worker-R.log. Worker 0, and without a log_dir all workers, write to this process's terminal.
     grace_seconds: the time that workers have to stop after a signal. quiet: suppress the log of torch's elastic
     launcher.
-    holds_signals: workers start with stop signals blocked, and unblock them once their handlers are installed
-    (StopSignals). rendezvous: if given, run together with workers on other hosts, which may join and leave; it also
-    specifies how often workers are restarted.
+    cooperates: workers start with stop signals blocked, unblock them once their handlers are installed (StopSignals),
+    and call `end_work` before they exit. rendezvous: if given, run together with workers on other hosts, which may join
+    and leave. It also specifies how often workers are restarted.
 
     A stop signal (see `surroundings`) is passed on once to the workers, as SIGINT if it is SIGINT and as SIGTERM
-    otherwise. The workers then have `grace_seconds` to finish their step and save. A second Ctrl-C kills them immediately.
-    Every worker leads its own session, so that a Ctrl-C on the terminal reaches only the parent. Signals are handled
-    only if this is the main thread. If the parent is killed, the kernel kills the workers (Linux).
+    otherwise. The workers then have `grace_seconds` to finish their step and save. A second Ctrl-C kills them
+    immediately. Every worker leads its own session, so that a Ctrl-C on the terminal reaches only the parent. Signals
+    are handled only if this is the main thread. If the parent is killed, the kernel kills the workers (Linux).
 
     Raises WorkerError, which names the root cause; Interrupted after a stop signal; ConfigError if the command does not
-    exist. After a failure, and before a restart, no worker and no process in its session is left. Temporary files are
-    always deleted at the end. After success, processes that the workers left running in their sessions continue.
+    exist. A worker that exits with code 0 in the middle of its work has failed, too. After a failure, and before a
+    restart, no worker and no process in its session is left. Temporary files are always deleted at the end. After
+    success, processes that the workers left running in their sessions continue.
     """
     if workers < 1:
         raise ConfigError("the number of workers is out of range", expected="at least 1", got=workers)
@@ -97,16 +99,19 @@ def run_workers(
             "command": [program, *command[1:]],
             "log_dir": None if log_dir is None else str(log_dir),
             "parent": os.getpid(),
-            "holds_signals": holds_signals,
+            "holds_signals": cooperates,
         }
         (folder / _PLAN_FILE).write_text(json.dumps(plan), encoding="utf-8")
-        logs = Logs(folder, log_dir, dict(environment or {}), None if rendezvous is None else rendezvous.on_restart)
+        on_restart = None if rendezvous is None else rendezvous.on_restart
+        logs = Logs(folder, log_dir, dict(environment or {}), on_restart, cooperates=cooperates)
         stop = StopRequest(folder, workers, grace_seconds)
         config = _config(folder, workers, logs, stop, rendezvous)
         try:
             exit_codes = _launch(folder, config, stop, quiet)
         except WorkerError as error:  # the rendezvous failed, and a worker of this host may have reported the reason
             raise explain_rendezvous_failure(error, logs.ends({})) from None
+        if not exit_codes and stop.signal is None:
+            exit_codes = dict.fromkeys(logs.unfinished(), (0, time.time()))
         ends = logs.ends(exit_codes)
     if stop.signal is not None:
         raise stop.interrupted(ends)

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from manyhands.errors import NO_POSITION, Interrupted, WorkerError
 from manyhands.launching.failures import explain_failure
-from manyhands.members.processes import ask_for_stack, process_start, process_state
+from manyhands.members.processes import ask_for_stack, has_ended, process_start, process_state
 from manyhands.members.reports import Failure, WorkerEnd, read_status, write_failure
 from manyhands.surroundings import to_handle
 
@@ -185,6 +185,7 @@ class WorkerMonitor:
         # Rank -> (version of its status file, time when first read).
         self._progress: dict[int, tuple[bytes, float]] = {}
         self._killed: set[int] = set()
+        self._ended: set[int] = set()  # ranks of workers that had ended at the last check, but had not finished
         self._last_check = time.monotonic()
 
     def check(self) -> None:
@@ -201,6 +202,23 @@ class WorkerMonitor:
             elif now - self._stopped.setdefault(pid, now) > STOPPED_SECONDS:
                 self._kill(rank, pid, f"worker {rank}'s process has been stopped for {STOPPED_SECONDS:g} s (SIGSTOP?)")
             self._check_progress(rank, pid, now)
+        self._check_unfinished()
+
+    def _check_unfinished(self) -> None:
+        """Stop all workers if one has ended with exit code 0 before it had finished: its peers may not have met it yet.
+
+        torch's launcher looks for other exit codes between two calls, so a worker that ended before the last call and
+        did not stop the launcher has exit code 0.
+        """
+        workers = started_workers(self._folder)
+        ended = {rank for rank in unfinished_ranks(self._folder) & workers.keys() if has_ended(workers[rank])}
+        if certain := ended & self._ended:
+            report_unfinished(self._folder, certain)
+            for rank, pid in workers.items():
+                if rank not in ended:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+        self._ended = ended
 
     def _check_progress(self, rank: int, pid: int, now: float) -> None:
         """Kill the worker if it is in a step and has not written its status file for `stall_seconds`."""
@@ -246,6 +264,37 @@ class WorkerMonitor:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             finally:
                 os.close(pidfd)
+
+
+def unfinished_file(folder: Path, rank: int) -> Path:
+    """Return the path of the file that exists while a worker is in the middle of its work."""
+    return folder / f"unfinished-{rank}"
+
+
+def unfinished_ranks(folder: Path) -> set[int]:
+    """Return the ranks of the workers that are, or were when they ended, in the middle of their work."""
+    return {int(path.name.rpartition("-")[2]) for path in folder.glob("unfinished-*")}
+
+
+def report_unfinished(folder: Path, ranks: Set[int]) -> None:
+    """Write a failure report for workers that ended with exit code 0 in the middle of their work.
+
+    A report that the worker or the monitor has written before stays.
+    """
+    for rank in ranks:
+        path, status = folder / f"error-{rank}.json", read_status(status_file(folder, rank))
+        if path.exists():
+            continue
+        position = NO_POSITION if status is None else status.position
+        error = WorkerError(
+            f"worker {rank} exited with code 0 before it had finished",
+            rank=rank,
+            # Only a worker without peers has a status file; otherwise its peers report where it was.
+            where=f"worker {rank}, {position.activity}" if position.activity else None,
+            position=position,
+            hint="something in it called os._exit(0), or a library did: its work is not complete",
+        )
+        write_failure(path, Failure.from_error(error, rank=rank, pid=-1))
 
 
 def status_file(folder: Path, rank: int) -> Path:

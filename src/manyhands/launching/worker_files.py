@@ -24,11 +24,12 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest
 from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE
 from manyhands.errors import NO_POSITION, Interrupted, WorkerError
 from manyhands.launching.failures import explain_failure
-from manyhands.launching.supervision import status_file
+from manyhands.launching.supervision import report_unfinished, status_file, unfinished_file, unfinished_ranks
 from manyhands.members.reports import (
     ERROR_FILE_VARIABLE,
     PARENT_REPORTS_VARIABLE,
     STATUS_FILE_VARIABLE,
+    UNFINISHED_FILE_VARIABLE,
     WorkerEnd,
     read_failure,
     read_status,
@@ -85,7 +86,8 @@ class Logs(LogsSpecs):
 
     folder: the folder shared with the workers. log_dir: the folder of log files, or None. environment: variables for
     the workers. on_restart: called before workers are restarted, with the root cause, or with None if no worker on this
-    host failed.
+    host failed. cooperates: every worker deletes its unfinished file before it exits. Otherwise only workers in a group
+    have such a file.
     """
 
     def __init__(
@@ -94,8 +96,11 @@ class Logs(LogsSpecs):
         log_dir: Path | None,
         environment: Mapping[str, str],
         on_restart: Callable[[WorkerError | Interrupted | None], None] | None,
+        *,
+        cooperates: bool,
     ) -> None:
         super().__init__()
+        self._cooperates = cooperates
         self._folder, self._log_dir, self._environment = folder, log_dir, environment
         self._on_restart = on_restart
         self._ranks: list[int] = []  # the ranks of the workers on this host
@@ -124,6 +129,9 @@ class Logs(LogsSpecs):
                 variables.setdefault("PYTHONUNBUFFERED", "1")
             variables[PARENT_REPORTS_VARIABLE] = "1"
             variables[STATUS_FILE_VARIABLE] = str(status_file(self._folder, rank))
+            variables[UNFINISHED_FILE_VARIABLE] = str(unfinished_file(self._folder, rank))
+            if self._cooperates:
+                unfinished_file(self._folder, rank).touch()
             variables[ERROR_FILE_VARIABLE] = str(self._folder / f"error-{rank}.json")
         no_redirect = dict.fromkeys(envs, "")
         # Hide the error files from torch, which raises an internal error if it cannot parse one.
@@ -136,8 +144,15 @@ class Logs(LogsSpecs):
         reported = [replace(end, exit_code=1) if end.failure is not None else end for end in ends]
         if self._on_restart is not None:
             self._on_restart(explain_failure(reported) if any(end.exit_code for end in reported) else None)
-        for path in [path for kind in ("error", "started", "status") for path in self._folder.glob(f"{kind}-*")]:
-            path.unlink()
+        for kind in ("error", "started", "status", "unfinished"):
+            for path in list(self._folder.glob(f"{kind}-*")):
+                path.unlink()
+
+    def unfinished(self) -> set[int]:
+        """Return the ranks of workers of this host that ended in the middle of their work; write their reports."""
+        ranks = unfinished_ranks(self._folder)
+        report_unfinished(self._folder, ranks)
+        return ranks
 
     def ends(self, exit_codes: Mapping[int, tuple[int, float]]) -> list[WorkerEnd]:
         """Return how the workers of this host ended. exit_codes: (exit code, time) of the failed workers, by rank."""

@@ -61,6 +61,11 @@ def process_state(pid: int) -> str:
     return _stat(pid)[0]
 
 
+def has_ended(pid: int) -> bool:
+    """Return True if the process has ended, whether or not its parent has noticed."""
+    return process_state(pid) in ("", "Z")
+
+
 def process_start(pid: int) -> str:
     """Return the time when a process started, in clock ticks since boot, or "" if there is no such process."""
     return _stat(pid)[19]

@@ -3,6 +3,9 @@
 A worker without peers writes its position to a status file. Its launcher watches this file, as peers would watch the
 worker.
 
+A worker that is in a group has an unfinished file. If the file is left when the worker has ended with exit code 0, the
+worker has ended in the middle of its work (os._exit), which is a failure.
+
 A failed worker writes its error to the file that TORCHELASTIC_ERROR_FILE names. This is a variable of
 torch's elastic launcher, so the report also works under plain torchrun. The launcher reads the files of all workers
 (launching/failures.py).
@@ -12,6 +15,7 @@ This module does not import torch, because every worker loads it before it knows
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import time
@@ -84,6 +88,28 @@ def read_status(path: str | os.PathLike[str]) -> Status | None:
         return Status(Position(*position), stack, stall_seconds)
     except (OSError, ValueError, TypeError):
         return None
+
+
+UNFINISHED_FILE_VARIABLE = "MANYHANDS_UNFINISHED_FILE"
+"""Environment variable: the path of the worker's unfinished file, if its launcher looks for one."""
+
+
+def begin_work() -> None:
+    """Report to the launcher that this worker is in the middle of its work, until `end_work` or the end of the program.
+
+    A program that ends without closing its group is not a failure, but os._exit calls no exit functions.
+    """
+    path, owner = os.environ.get(UNFINISHED_FILE_VARIABLE), os.getpid()
+    if path is not None:
+        Path(path).touch()
+        atexit.register(lambda: end_work() if os.getpid() == owner else None)  # not in a forked child
+
+
+def end_work() -> None:
+    """Report to the launcher that this worker has finished its work."""
+    path = os.environ.get(UNFINISHED_FILE_VARIABLE)
+    if path is not None:
+        Path(path).unlink(missing_ok=True)
 
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
