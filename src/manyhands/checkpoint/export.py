@@ -5,6 +5,7 @@
         generation_config.json               the model's generation config, under the same condition
         model-00001-of-00002.safetensors     the weights; only model.safetensors if one file is enough
         model.safetensors.index.json         the file of each tensor
+        extra_state.json                     the extra states of modules that are not tensors
 
 Each piece is read from the checkpoint, checked, cast and written before the next one is read. The folder is written
 under a hidden name. It gets its final name when it is complete and the digest of its weights equals the checkpoint's
@@ -14,6 +15,7 @@ digest.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -27,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manyhands.checkpoint.extra_state import KIND as EXTRA
+from manyhands.checkpoint.extra_state import exported
 from manyhands.checkpoint.format import (
     MANIFEST,
     Manifest,
@@ -38,7 +42,7 @@ from manyhands.checkpoint.format import (
 )
 from manyhands.checkpoint.owner import refusal, run_in
 from manyhands.checkpoint.pieces import PieceReader, TensorPiece
-from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, dtype_name, in_file_order
+from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, dtype_name, dtype_named, in_file_order
 from manyhands.checkpoint.weight_files import CONFIG, INDEX, SINGLE, config_text
 from manyhands.config import PRECISIONS
 from manyhands.errors import CheckpointError, ConfigError
@@ -74,12 +78,19 @@ class SavedWeights:
         # Allocate one array at the start: small arrays between large temporary ones would fragment the heap.
         self._hashes = np.zeros(firsts[-1], dtype=np.int64)
         self.entries = [TensorEntry(key, _stored(record, cast), record.shape) for key, record in self._records.items()]
+        self._extra, self.extra_states = exported(self.manifest.extra_states, self._pieces)
+        pieces = {piece.name: piece for piece in self.manifest.pieces if piece.kind == EXTRA}
+        for key, name in self._extra.items():
+            self.entries.append(TensorEntry(key, dtype_named(pieces[name].dtype), pieces[name].shape or ()))
         self.dtype = next((entry.dtype for entry in self.entries if entry.dtype.is_floating_point), torch.float32)
         self.nbytes = sum(entry.nbytes for entry in self.entries)
         self.num_parameters = sum(record.numel for record in self._records.values() if record.is_parameter)
 
     def parts(self, entry: TensorEntry) -> Iterator[Tensor]:
         """Yield the elements of the tensor in parts, in order."""
+        if entry.name in self._extra:
+            yield self._pieces.read(EXTRA, self._extra[entry.name], 0, math.prod(entry.shape))
+            return
         record = self._records[entry.name]
         reader = self._frozen if record.kind == "frozen" else self._pieces
         for piece in reader.parts(record.kind, record.name, record.numel):
@@ -146,6 +157,8 @@ _PRECISION_DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16), strict
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+EXTRA_STATES = "extra_state.json"
 
 ProgressCallback = Callable[[int, int], None]
 """A function that is called with the bytes of weights written so far, and the bytes of all weights."""
@@ -217,6 +230,8 @@ def export(
         weights.check_digest()
         for name, content in weights.manifest.config_files.items():
             _write_text(partial / name, config_text(content, dtype_name(weights.dtype)))
+        if weights.extra_states:
+            _write_text(partial / EXTRA_STATES, json.dumps(weights.extra_states, indent=2) + "\n")
         files = sorted(path.name for path in partial.iterdir())
     return ExportSummary(
         out=str(out),

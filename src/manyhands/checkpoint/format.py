@@ -25,7 +25,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.errors import CheckpointError
@@ -117,7 +125,7 @@ class Manifest(BaseModel):
     tensors: parameters in construction order, then buffers. frozen: the name of the folder with the frozen parameters,
     which is next to this one. computed: names of tensors in the model's state_dict that are neither parameters nor
     buffers; they are not saved. config_files: the files that Hugging Face's loaders need next to the weights: file
-    name -> content.
+    name -> content. extra_states: what `get_extra_state` of modules returned, see `checkpoint.extra_state`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -137,6 +145,13 @@ class Manifest(BaseModel):
     computed: list[str]
     config_files: dict[ConfigName, dict[str, Any]]
     pieces: list[PieceRecord]
+    extra_states: dict[str, Any] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `extra_states` if there are none: versions that do not know them can then read the checkpoint."""
+        fields: dict[str, Any] = serialize(self)
+        return fields if self.extra_states else {key: value for key, value in fields.items() if key != "extra_states"}
 
     def check_complete(self) -> None:
         """Raise ValueError unless each tensor is listed once, and each of its elements is in exactly one piece.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhands.checkpoint.extra_state import load_extra_states
 from manyhands.checkpoint.format import Manifest, Scalar, decode_state, read_manifest
 from manyhands.checkpoint.pieces import PieceReader
 from manyhands.checkpoint.tensor_file import dtype_named
@@ -58,6 +59,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
             if name in buffers:
                 buffers[name].copy_(value)
         _load_schedules(manifest, engine, folder)
+        load_extra_states(engine.model, manifest.extra_states, reader)
         engine.step_index = manifest.step
         found = engine.digest() if manifest.digest else ""
         if found != manifest.digest:

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from manyhands.checkpoint.extra_state import check_extra_states, extra_states, modules_with_state
 from manyhands.checkpoint.format import (
     CHECKPOINT_FORMAT,
     FrozenManifest,
@@ -223,6 +224,7 @@ def start_checkpoint(
     tag = f"step {step} / checkpoint"
     group.status(f"checkpoint of step {step}", step)
     digest = engine.digest()
+    check_extra_states(engine.model, group)
     if all(all_gather_json(group, _holds(final, digest), f"{tag} / control")):
         return None
     manifest = manifest_of(engine, digest, _save_frozen(engine, root))
@@ -267,6 +269,7 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
         computed=computed,
         config_files=config_files(engine.model),
         pieces=[],
+        extra_states=extra_states(engine.model).values,
     )
 
 
@@ -311,18 +314,19 @@ def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
     if engine.group.rank == 0:
         for name, buffer in engine.buffers.named().items():
             yield TensorPiece("buffer", name, 0, buffer.reshape(-1))
+        yield from extra_states(engine.model).tensors
 
 
 def tensor_records(engine: StepEngine) -> tuple[list[TensorRecord], list[str]]:
     """Return the model's parameters and buffers in the order of its state_dict, and the names of the other tensors in
     it.
 
-    Hooks or an overridden `state_dict` add these other tensors.
+    Hooks or an overridden `state_dict` add these other tensors. Extra states of modules are not among them.
     """
     keys: dict[int, list[str]] = {}
-    state = engine.model.state_dict(keep_vars=True)
+    state, extra = engine.model.state_dict(keep_vars=True), dict(modules_with_state(engine.model))
     for key, value in state.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and key not in extra:
             keys.setdefault(id(value), []).append(key)
     records, trained = [], {name for name, _ in engine.trained}
     tensors = dict([*engine.model.named_parameters(), *engine.model.named_buffers()])

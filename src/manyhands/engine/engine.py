@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -468,14 +469,17 @@ class StepEngine:
         """Return the complete state_dict on every worker, on the CPU. Collective.
 
         The values of trainable parameters are the master weights, in fp32. Frozen parameters and buffers have their own
-        dtypes. Tied parameters appear under all of their names.
+        dtypes. Tied parameters appear under all of their names. Extra states are as `get_extra_state` returns them.
         """
         full = self.full_params()
         names = {id(param): name for name, param in self._params.items()}
         state = {}
         with self._unsharder.unsharded(self.frozen_units):
             for key, value in self.model.state_dict(keep_vars=True).items():
-                state[key] = full[names[id(value)]] if id(value) in names else value.detach().cpu().clone()
+                if id(value) in names:
+                    state[key] = full[names[id(value)]]
+                else:
+                    state[key] = value.detach().cpu().clone() if isinstance(value, Tensor) else deepcopy(value)
         return state
 
     def facts(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
 
+from manyhands.checkpoint.extra_state import check_extra_states
 from manyhands.checkpoint.format import Manifest, folder_name
 from manyhands.checkpoint.initial import load_initial
 from manyhands.checkpoint.load import load_checkpoint
@@ -70,6 +71,7 @@ class Engine(StepEngine):
             self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
             super().__init__(recipe, strategy, own)
             self.weights_read_bytes = self._load_initial(recipe.initial_weights, resumes)
+            self._first_step = True
         except BaseException as error:
             own.fail(error)
             own.close()
@@ -77,6 +79,7 @@ class Engine(StepEngine):
 
     def _load_initial(self, weights: Weights | None, resumes: bool) -> int:
         try:
+            check_extra_states(self.model, self.group)
             return 0 if weights is None else load_initial(self, weights, resumes=resumes)
         except BaseException:
             self.allocator.close()
@@ -119,7 +122,11 @@ class Engine(StepEngine):
                 )
             return loaded.batch
 
-        return self.run_step(load, digest=digest)
+        metrics = self.run_step(load, digest=digest)
+        if self._first_step:  # a state that counts micro-batches, for example, differs between workers from now on
+            self._first_step = False
+            check_extra_states(self.model, self.group)
+        return metrics
 
     def save(
         self,
