@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
+import torch
 import typer
 from pydantic import ValidationError
 from typer.testing import CliRunner
@@ -17,8 +19,10 @@ from manyhands.cli.parameters import with_parameters
 from manyhands.documents.option_table import BuildableTable, OptionTable, option_names
 from manyhands.documents.recipe_file import check_recipe
 from manyhands.documents.toml import apply_override, override_of
+from manyhands.errors import ConfigError
 from manyhands.options import check_options, declared, option, options
 from manyhands.prepare.options import JobOptions, Options
+from support.models import gpt_recipe
 
 WIDE = {"COLUMNS": "1000", "TERM": "dumb"}
 
@@ -137,3 +141,35 @@ def test_flags_of_a_strategy_override_the_recipe(tmp_path: Path) -> None:
     overrides = ["strategy.loader_workers=1", override_of("strategy.scratch", str(tmp_path / "1"))]
     built = check_recipe(recipe, overrides).strategy.build()
     assert built == mh.Strategy(loader_workers=1, scratch=str(tmp_path / "1"))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32, torch.tensor])
+def test_options_accept_integers_of_numpy_and_torch(kind: Any, tmp_path: Path) -> None:
+    batch = mh.Batch(global_size=kind(4), micro_size=kind(2))
+    assert (type(batch.global_size), batch.global_size, batch.micro_batches) == (int, 4, 2)
+    recipe = gpt_recipe(batch=batch, seed=kind(3), clip_norm=np.float32(0.5), threads_per_worker=kind(1))
+    assert (type(recipe.seed), type(recipe.clip_norm)) == (int, float)
+    strategy = mh.Strategy(unshard_ahead=kind(2), stall_seconds=kind(60))
+    summary = mh.train(
+        recipe,
+        steps=kind(2),
+        strategy=strategy,
+        run_dir=tmp_path,
+        checkpoint_every=kind(1) if kind is not torch.tensor else 1,
+        keep_checkpoints=kind(1),
+        keep_every=kind(2),
+        digest_every=kind(1),
+        show=False,
+    )
+    plain = gpt_recipe(batch=mh.Batch(global_size=4, micro_size=2), seed=3, clip_norm=0.5)
+    assert summary.digest == mh.train(plain, steps=2, show=False).digest
+    assert Options(workers=kind(2)).workers == 2
+    assert len(mh.Dataset.from_records([1, 2], partition_bytes=kind(9)).take(kind(1), workers=0, progress=False)) == 1
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 2.0, np.float64(2), "2", torch.tensor(True), torch.ones(2), None])
+def test_integer_options_refuse_what_is_no_integer(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"batch\.micro_size is out of range"):
+        mh.Batch(global_size=4, micro_size=value)
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        mh.train(gpt_recipe(), steps=value, show=False)

@@ -12,6 +12,7 @@ derived from the declarations: the checks when an object is created (`check_opti
 from __future__ import annotations
 
 import difflib
+import operator
 import textwrap
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -47,8 +48,11 @@ class Option:
     flag_type: type = str
     metavar: str = "NAME"
 
-    def check(self, name: str, value: object) -> None:
-        """Raise ConfigError if `value` is not a choice or is out of range. name: the option's name."""
+    def check(self, name: str, value: object) -> Any:
+        """Return `value` in Python's own type. Raise ConfigError if it is not a choice or is out of range.
+
+        Numbers may have the types of NumPy or torch. name: the option's name.
+        """
         if self.choices and value not in self.choices:
             raise ConfigError(
                 f"{name} has an unknown value",
@@ -58,18 +62,42 @@ class Option:
             )
         if self.at_least is not None:
             is_whole = isinstance(self.at_least, int)
-            # bool is a subclass of int, but True is not meant as a number.
-            is_number = isinstance(value, int if is_whole else (int, float)) and not isinstance(value, bool)
+            number = whole_number(value) if is_whole else real_number(value)
             if (
-                not is_number
-                or not self.at_least <= value < float("inf")  # type: ignore[operator]
-                or (self.at_most is not None and value > self.at_most)  # type: ignore[operator]
+                number is None
+                or not self.at_least <= number < float("inf")
+                or (self.at_most is not None and number > self.at_most)
             ):
                 noun = "an integer" if is_whole else "a number"
                 limits = f"of at least {self.at_least}"
                 if self.at_most is not None:
                     limits = f"from {self.at_least} to {self.at_most}"
                 raise ConfigError(f"{name} is out of range", expected=f"{noun} {limits}", got=repr(value))
+            return number
+        return value
+
+
+def whole_number(value: object) -> int | None:
+    """Return an integer of Python, NumPy or torch as an int; None for anything else, such as True or 2.0."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None  # True is not meant as a number
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+def real_number(value: object) -> float | int | None:
+    """Return a number of Python, NumPy or torch as an int or a float; None for anything else, such as True or "2"."""
+    if isinstance(value, float):
+        return float(value)
+    whole = whole_number(value)
+    if whole is not None:
+        return whole
+    kind = str(getattr(value, "dtype", ""))
+    if getattr(value, "ndim", None) != 0 or "float" not in kind:
+        return None
+    return float(value)  # type: ignore[arg-type]
 
 
 def option(
@@ -109,21 +137,27 @@ def types_of(cls: type, names: Iterable[str]) -> dict[str, Any]:
     return get_type_hints(type(cls.__name__, (), {"__annotations__": annotations, "__module__": cls.__module__}))
 
 
-def check_option(cls: type, name: str, value: object, prefix: str | None = None) -> None:
-    """Check one value. Raises ConfigError. None is valid if it is the default.
+def check_option(cls: type, name: str, value: object, prefix: str | None = None) -> Any:
+    """Check one value, and return it in Python's own type. Raises ConfigError. None is valid if it is the default.
 
     prefix: the text before the name in the error. The default is the name of the class: `strategy.` for Strategy.
     """
     default = next(each.default for each in fields(cls) if each.name == name)
     if value is not None or default is not None:
         prefix = f"{cls.__name__.lower()}." if prefix is None else prefix
-        declared(cls)[name].check(f"{prefix}{name}", value)
+        return declared(cls)[name].check(f"{prefix}{name}", value)
+    return value
 
 
 def check_options(values: object, prefix: str | None = None) -> None:
-    """Check all options of an object with `check_option`. Raises ConfigError for the first invalid option."""
+    """Check all options of an object that is being created, and give numbers Python's own types.
+
+    Raises ConfigError for the first invalid option.
+    """
     for name in declared(type(values)):
-        check_option(type(values), name, getattr(values, name), prefix)
+        checked = check_option(type(values), name, getattr(values, name), prefix)
+        if checked is not getattr(values, name):
+            object.__setattr__(values, name, checked)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

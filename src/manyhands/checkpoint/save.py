@@ -406,10 +406,20 @@ def _scalar(value: Tensor | float | int | bool) -> Scalar:
     return Scalar(value=value)
 
 
+def check_schedules(engine: StepEngine) -> None:
+    """Raise CheckpointError if a checkpoint can't hold the state of a schedule."""
+    for schedule in engine.schedules:
+        _schedule_state(schedule)
+
+
 def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
     state: dict[str, Any] = schedule.state_dict()
     encoded: dict[str, Any] = encode_state(state)
-    if decode_state(json.loads(json.dumps(encoded))) != state:
+    try:
+        exact = bool(decode_state(json.loads(json.dumps(encoded))) == state)
+    except (TypeError, ValueError):  # JSON lacks such values; or an array has no single truth value
+        exact = False
+    if not exact:
         raise CheckpointError(
             f"the state of the schedule {type(schedule).__qualname__} can't be saved exactly",
             got=", ".join(state),

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from manyhands.errors import ConfigError, DataError
 from manyhands.numerics.counters import derive
+from manyhands.options import real_number, whole_number
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -160,13 +161,15 @@ class Mixture(Dataset[Any]):
                 "a mixture needs data sets, and a weight for each",
                 got=f"{len(datasets)} data sets, {len(weights)} weights",
             )
-        if not all(isinstance(weight, (int, float)) and 0 < weight < math.inf for weight in weights):
+        plain = [real_number(weight) or 0 for weight in weights]
+        if not all(0 < weight < math.inf for weight in plain):
             raise ConfigError("the weights of a mixture must be positive numbers", got=list(weights))
-        self.datasets, self.seed = list(datasets), seed
-        total = sum(map(len, self.datasets)) if samples is None else samples
+        whole = whole_number(seed)
+        self.datasets, self.seed = list(datasets), seed if whole is None else whole
+        total = sum(map(len, self.datasets)) if samples is None else whole_number(samples) or 0
         if total < 1:
-            raise ConfigError("a mixture must have at least one sample", got=total)
-        self.shares = _shares(weights, total)
+            raise ConfigError("a mixture must have at least one sample", got=total if samples is None else samples)
+        self.shares = _shares(plain, total)
         self._starts = list(accumulate(self.shares, initial=0))
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from manyhands.data.order import Mixture
 from manyhands.data.token_format import FOLDER, MANIFEST, TOKENIZER, MappedTokens, map_tokens
 from manyhands.errors import ConfigError, DataError
+from manyhands.options import whole_number
 from manyhands.storage.location import is_local
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ class TokenFile(Dataset[Any]):
     """
 
     def __init__(self, path: str | Path, length: int, boundaries: bool = False) -> None:
-        if not isinstance(length, int) or length < 1:
+        whole = whole_number(length)
+        if whole is None or whole < 1:
             raise ConfigError("length is not an integer of at least 1", got=repr(length))
-        self.path, self.length, self.boundaries = str(path), length, boundaries
+        self.path, self.length, self.boundaries = str(path), whole, boundaries
         self._folder, self._listed = _manifest(self.path)
         self._files = [_opened(self._folder / file["name"], file["bytes"]) for file in self._listed]
         self._starts = list(accumulate((len(file.tokens) for file in self._files), initial=0))

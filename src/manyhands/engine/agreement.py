@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manyhands.comm.group import Group
 from manyhands.config import Recipe
@@ -165,21 +164,6 @@ def frozen_facts(model: nn.Module, pending: Container[str], allocator: Allocator
         if not (param.requires_grad or name in pending):
             facts[f"frozen parameter {name}"] = fingerprint(name, param)
             evict_model([param], allocator)
-    return facts
-
-
-def schedule_facts(schedules: Sequence[LRScheduler]) -> dict[str, str]:
-    """Return the schedules' classes and their numeric state before the first step. Raises ConfigError."""
-    facts = {"schedule": ", ".join(type(schedule).__qualname__ for schedule in schedules) or "none"}
-    for index, schedule in enumerate(schedules):
-        if isinstance(schedule, ReduceLROnPlateau):
-            raise ConfigError(
-                "recipe.schedule requires a measurement after each step",
-                got="ReduceLROnPlateau",
-                hint="use a schedule that depends on the step alone",
-            )
-        numbers = {key: value for key, value in schedule.state_dict().items() if isinstance(value, (int, float, list))}
-        facts |= {f"schedule {index}.{key}": str(value) for key, value in numbers.items() if not key.startswith("_")}
     return facts
 
 

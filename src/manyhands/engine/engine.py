@@ -25,7 +25,6 @@ from manyhands.engine.agreement import (
     frozen_facts,
     optimizer_facts,
     recipe_facts,
-    schedule_facts,
 )
 from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
 from manyhands.engine.sharding import SHARDED, sharding_named
@@ -55,6 +54,7 @@ from manyhands.numerics.digest import digest_of, slots_in_order, tensor_hashes, 
 from manyhands.numerics.seeds import preserved_generators
 from manyhands.offload.allocator import Allocator, allocator_for
 from manyhands.offload.process_memory import keep_freed_memory, return_freed_memory
+from manyhands.optim.schedules import build_schedules, schedule_facts
 from manyhands.optim.sliced import SlicedOptimizer
 from manyhands.shard_layout import blocks_of
 
@@ -141,8 +141,9 @@ class StepEngine:
         # Record these facts before schedules are created, because schedules change the hyperparameters that the recipe
         # has set.
         self._optimizer_facts = optimizer_facts(self.optimizer)
-        self.schedules = tuple(map(recipe.schedule, self.optimizer.fronts)) if recipe.schedule is not None else ()
-        self._optimizer_facts |= schedule_facts(self.schedules)
+        self.schedules = build_schedules(recipe.schedule, self.optimizer.fronts)
+        groups = self.optimizer.hyperparameters()
+        self._optimizer_facts |= schedule_facts(self.schedules, groups, self._optimizer_facts)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches, recipe.buffers, reports=group.rank == 0)
         self._settings = Settings(self._params, self.optimizer, self.buffers)

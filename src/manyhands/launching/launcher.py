@@ -45,6 +45,7 @@ from manyhands.launching.rendezvous import Rendezvous
 from manyhands.launching.supervision import StopRequest, WorkerMonitor, kill_all
 from manyhands.launching.worker_files import Logs, shared_folder
 from manyhands.members.reports import WorkerEnd
+from manyhands.options import whole_number
 
 _BACKEND = "manyhands-local"
 
@@ -86,8 +87,9 @@ def run_workers(
     restart, no worker and no process in its session is left. Temporary files are always deleted at the end. After
     success, processes that the workers left running in their sessions continue.
     """
+    requested, workers = workers, whole_number(workers) or 0
     if workers < 1:
-        raise ConfigError("the number of workers is out of range", expected="at least 1", got=workers)
+        raise ConfigError("the number of workers is out of range", expected="an integer of at least 1", got=requested)
     program = shutil.which(command[0])
     if program is None:
         raise ConfigError("the workers' command was not found", got=command[0], expected="a program on the PATH")

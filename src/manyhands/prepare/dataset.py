@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 from manyhands.errors import ConfigError
+from manyhands.options import whole_number
 from manyhands.prepare.io.formats import check_output_format, check_selection, find_input, split_files
 from manyhands.prepare.io.listing import find_files, folder_of, patterns_of
 from manyhands.prepare.job.output import PrepareSummary
@@ -101,8 +102,7 @@ class Dataset:
         The folder of an output without records has no files, and is read as no records.
         Raises ConfigError if there are no paths, or if an argument is invalid.
         """
-        if partition_bytes < 1:
-            raise ConfigError("partition_bytes is not an integer of at least 1", got=partition_bytes)
+        partition_bytes = _checked_bytes(partition_bytes)
         if format is not None:
             find_input(format)  # raises ConfigError if it is unknown
         files = find_files(patterns_of(paths))
@@ -128,6 +128,7 @@ class Dataset:
         Raises ConfigError for text, bytes, a dict, or a table with two columns of the same name. Raises DataError for a
         record that can't be pickled.
         """
+        partition_bytes = _checked_bytes(partition_bytes)
         in_memory = given_records(complete(records) if type(records) in ENDS_EARLY else records)
         step = max(1, len(in_memory) * partition_bytes // max(1, size_bytes(in_memory)))
         parts = tuple(pack_records(in_memory[start : start + step]) for start in range(0, len(in_memory), step))
@@ -249,8 +250,8 @@ class Dataset:
         partition_bytes: the approximate size of the new partitions (default: twice the size of the input's partitions).
         Raises ConfigError if it is less than 1.
         """
-        if partition_bytes is not None and partition_bytes < 1:
-            raise ConfigError("partition_bytes is not an integer of at least 1", got=partition_bytes)
+        if partition_bytes is not None:
+            partition_bytes = _checked_bytes(partition_bytes)
         arrangement = ByPosition(None, "repartition")
         return Dataset(Arranged((self._node,), (arrangement,), Sorted((ORDER_COLUMN,)), partition_bytes))
 
@@ -383,6 +384,13 @@ class GroupedDataset:
         grouping = Grouping(self._key, aggregates)
         what = f"group by {key_name(self._key)}: {', '.join(aggregates)}"
         return Dataset(Arranged((self._node,), (ByGroup(grouping, what),), Grouped(grouping, names)))
+
+
+def _checked_bytes(partition_bytes: int) -> int:
+    checked = whole_number(partition_bytes)
+    if checked is None or checked < 1:
+        raise ConfigError("partition_bytes is not an integer of at least 1", got=partition_bytes)
+    return checked
 
 
 def _checked_key(key: KeyLike, method: str) -> Key:

@@ -16,6 +16,7 @@ from manyhands.listeners.summary import Summary, failures_among, figures
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import seed_generators
 from manyhands.offload.process_memory import PeakMemory
+from manyhands.options import whole_number
 from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals, is_restart
 from manyhands.training.engine import Engine
@@ -67,10 +68,14 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     Returns the run's summary: `summary.digest`, `summary.last_loss`, ... Raises ConfigError, DataError, NumericsError,
     CheckpointError, WorkerError, and Interrupted after Ctrl-C.
     """
-    if min(steps, digest_every, keep_checkpoints, keep_every or 1) < 1:
+    given = (steps, digest_every, keep_checkpoints, 1 if keep_every is None else keep_every)
+    steps, digest_every, keep_checkpoints, kept = (whole_number(number) or 0 for number in given)
+    keep_every = None if keep_every is None else kept
+    if min(steps, digest_every, keep_checkpoints, kept) < 1:
         raise ConfigError(
             "steps, digest_every, keep_checkpoints and keep_every must be at least 1",
-            got=f"{steps}, {digest_every}, {keep_checkpoints}, {keep_every}",
+            expected="integers",
+            got=", ".join(map(repr, given)),
         )
     interval = Every() if checkpoint_every is None else every(checkpoint_every)
     started = time.monotonic()
@@ -157,6 +162,8 @@ def _summary(engine: Engine, record: RunRecord, peak_bytes: int, wall_seconds: f
             if group.rank == 0:
                 seed_generators(derive(recipe.seed, "sample"))
                 sample = recipe.sample(model)
+                if not (sample is None or isinstance(sample, str)):
+                    raise ConfigError("recipe.sample did not return text", got=repr(sample)[:80])
     # Only worker 0 has the metrics and the sample. All workers return the same summary.
     mine = {**figures(record.metrics)._asdict(), **failures_among(record.read_events())._asdict(), "sample": sample}
     all_ranks: list[Any] = all_gather_json(group, (mine, peak_bytes), "end / figures / control")

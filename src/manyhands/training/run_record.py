@@ -25,6 +25,7 @@ from manyhands.checkpoint.owner import (
     run_in,
 )
 from manyhands.checkpoint.publish import as_checkpoint_error, check_writable
+from manyhands.checkpoint.save import check_schedules
 from manyhands.config import Every
 from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.step.metrics import StepMetrics
@@ -105,6 +106,7 @@ class RunRecord:
             if self.path is None and isinstance(self.checkpoints, Path):
                 stack.enter_context(run_lock(self.checkpoints))
             (refuse_active if adopt else check_owner)(self.checkpoints, self._run)
+            check_schedules(engine)
         if engine.allocator.scratch is not None:
             self.notes.append(scratch_line(engine.allocator.scratch))
         # The run directory may exist on worker 0's host only. If it names a store for checkpoints, all hosts use that.

@@ -1,0 +1,82 @@
+"""Builds the recipe's LR schedules, and describes them so that a change of the recipe is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from manyhands.errors import ConfigError
+
+_PROGRESS = ("_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial")
+"""Entries of a schedule's state that only say how far it is."""
+
+
+def build_schedules(
+    schedule: Callable[[Optimizer], LRScheduler] | None, optimizers: Sequence[Optimizer]
+) -> tuple[LRScheduler, ...]:
+    """Call the recipe's `schedule` for each optimizer. Raises ConfigError if it does not return a usable schedule."""
+    built = () if schedule is None else tuple(map(schedule, optimizers))
+    for found, optimizer in zip(built, optimizers, strict=False):
+        if not all(callable(getattr(found, name, None)) for name in ("step", "state_dict", "load_state_dict")):
+            raise ConfigError(
+                "recipe.schedule did not return a schedule",
+                expected="a torch LR scheduler, such as CosineAnnealingLR(optimizer, T_max=1000)",
+                got=repr(found),
+                hint="return the scheduler" if found is None else None,
+            )
+        if isinstance(found, type) or getattr(found, "optimizer", optimizer) is not optimizer:
+            raise ConfigError(
+                "recipe.schedule returned a schedule of another optimizer",
+                expected="a schedule of the optimizer that it was called with",
+                got=repr(found),
+                hint="build the schedule with the argument of recipe.schedule",
+            )
+    return built
+
+
+def schedule_facts(
+    schedules: Sequence[LRScheduler], groups: Sequence[Mapping[str, Any]], facts: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the schedules' classes and their state before the first step, as text. Raises ConfigError.
+
+    Schedules inside of others (SequentialLR, ChainedScheduler) are described in the same way. groups: the param groups
+    of all optimizers; values that schedules have added to them (OneCycleLR does so) are included. facts: the facts of
+    the optimizers from before.
+    """
+    found = {"schedule": ", ".join(type(schedule).__qualname__ for schedule in schedules) or "none"}
+    for index, schedule in enumerate(schedules):
+        found |= _facts_of(schedule, f"schedule {index}.")
+    for index, group in enumerate(groups):
+        added = {f"optimizer group {index}.{key}": str(value) for key, value in group.items() if key != "initial_lr"}
+        found |= {name: value for name, value in added.items() if schedules and name not in facts}
+    return found
+
+
+def _facts_of(schedule: LRScheduler, prefix: str) -> dict[str, str]:
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise ConfigError(
+            "recipe.schedule requires a measurement after each step",
+            got="ReduceLROnPlateau",
+            hint="use a schedule that depends on the step alone",
+        )
+    inner = getattr(schedule, "_schedulers", ())
+    state = {key: value for key, value in schedule.state_dict().items() if key not in (*_PROGRESS, "_schedulers")}
+    found = {f"{prefix}{key}": str(_comparable(value)) for key, value in state.items()}
+    for number, each in enumerate(inner):
+        name = f"{prefix}schedule {number}"
+        found |= {name: type(each).__qualname__, **_facts_of(each, f"{name}.")}
+    return {name: value for name, value in found.items() if value != "None"}
+
+
+def _comparable(value: Any) -> Any:
+    """Return plain values as they are, and of other objects the type: their text may contain an address."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_comparable(item) for item in value]
+    if isinstance(value, dict):
+        return {_comparable(key): _comparable(item) for key, item in value.items()}
+    return type(value).__qualname__
