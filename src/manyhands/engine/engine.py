@@ -43,7 +43,7 @@ from manyhands.engine.units.unsharding import Unsharder
 from manyhands.engine.update.apply import Allocators, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
 from manyhands.models.admission import ParamGuard
-from manyhands.models.bf16_products import bf16_products_in_fp32
+from manyhands.models.bf16_products import bf16_products_in_fp32, mixed_types_explained
 from manyhands.models.building import build_model
 from manyhands.models.compiling import CompiledModules, avoid_compiler_import, compiler_identity
 from manyhands.models.modes import evaluation_mode
@@ -337,7 +337,7 @@ class StepEngine:
             self._compiled.computing(),
             bf16_products_in_fp32(bf16),
         ):
-            with self._unsharder.watching_autograd():
+            with self._unsharder.watching_autograd(), mixed_types_explained(self.model):
                 result = self._loss_reader.read(self.recipe.loss(self.model, batch))
             self._param_guard.before_backward(result.loss)
             self._unsharder.begin_backward()

@@ -12,18 +12,19 @@ This is a torch dispatch mode below autograd, so models, losses, backward and op
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from manyhands.errors import ConfigError
 from manyhands.numerics.arithmetic import bf16_instructions
 
 MAX_ELEMENTS = 1 << 21
@@ -168,3 +169,28 @@ def _buffers() -> tuple[_Buffer, _Buffer, _Buffer]:
         _local.buffers = _Buffer(), _Buffer(), _Buffer()
     found: tuple[_Buffer, _Buffer, _Buffer] = _local.buffers
     return found
+
+
+@contextmanager
+def mixed_types_explained(model: nn.Module) -> Iterator[None]:
+    """In this block, turn torch's error about a mixture of bf16 and fp32 into a ConfigError that names fp32 buffers.
+
+    Only parameters are stored in bf16. Buffers stay in fp32, since many need the precision (rotary frequencies).
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).partition("\n")[0]
+        if "bfloat16" not in text.lower() or "type" not in text:
+            raise
+        names = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.float32]
+        listed = ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+        hint = "cast floating-point inputs, for example batch.to(model.dtype)"
+        if names:
+            hint += f"; where the model uses a buffer ({listed}), cast it: buffer.to(x.dtype)"
+        raise ConfigError(
+            "the model computes with bf16 and fp32 tensors together",
+            expected="with precision bf16, parameters are in bf16; buffers and inputs keep their types",
+            got=text,
+            hint=hint,
+        ) from error

@@ -55,7 +55,8 @@ class BuiltAt(TorchFunctionMode):
         if func not in _FACTORIES or not plain:
             return func(*args, **kwargs)
         size = kwargs.get("size", args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args)
-        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        # A dtype may be given as Python's bool, int or float.
+        dtype = torch.empty(0, dtype=kwargs.get("dtype"), device="meta").dtype
         device = torch.device(kwargs.get("device") or torch.get_default_device())
         if device.type != "cpu" or math.prod(size) * dtype.itemsize < LARGE_BYTES:
             return func(*args, **kwargs)

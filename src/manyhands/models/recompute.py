@@ -7,6 +7,7 @@ buffers as the forward. After the recomputation, the buffers have the values aga
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from manyhands.errors import ConfigError
@@ -65,7 +67,7 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     return checkpoint(
-        forward,
+        _with_caches_as_before(forward, (args, kwargs)),
         *args,
         use_reentrant=False,
         preserve_rng_state=False,
@@ -74,6 +76,44 @@ def _forward(
         context_fn=lambda: _twice(module, using),
         **kwargs,
     )
+
+
+def _with_caches_as_before(forward: Callable[..., Any], arguments: object) -> Callable[..., Any]:
+    """Return a forward whose recomputations find the key-value caches as the first call found them.
+
+    Models of transformers fill such a cache by default, also in training. A recomputed block would add its keys to the
+    cache once more.
+    """
+    if not any(map(_is_cache, tree_leaves(arguments))):
+        return forward
+    before = tree_map(_copy_of_cache, arguments)
+    recomputes = False
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal recomputes
+        if recomputes:
+            args, kwargs = tree_map(
+                lambda arg, then: _copy_of_cache(then) if _is_cache(arg) else arg, (args, kwargs), before
+            )
+        recomputes = True
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def _is_cache(value: object) -> bool:
+    return any(kind.__module__ == "transformers.cache_utils" for kind in type(value).__mro__)
+
+
+def _copy_of_cache(value: Any) -> Any:
+    """Return a copy of a cache that refers to the same tensors. Return other values unchanged."""
+    if isinstance(value, (list, dict)):
+        return tree_map(_copy_of_cache, value)
+    if not _is_cache(value):
+        return value
+    copied = copy.copy(value)
+    copied.__dict__ = {name: _copy_of_cache(attribute) for name, attribute in value.__dict__.items()}
+    return copied
 
 
 def _twice(
@@ -99,7 +139,23 @@ def _twice(
             finally:
                 _put(after, values)
 
-    return first(), second()
+    return first(), _Repeatable(second)
+
+
+class _Repeatable(AbstractContextManager[None]):
+    """A context that may be entered again, because a second backward through a graph recomputes it again."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self._make()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._entered.pop().__exit__(*raised)
 
 
 def _put(buffers: dict[str, Tensor], values: dict[str, Tensor]) -> None:

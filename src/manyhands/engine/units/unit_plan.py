@@ -90,14 +90,16 @@ def plan_units(
             raise ConfigError(
                 "strategy.units names a module that the model doesn't have", got=repr(name), hint=nearest(name, modules)
             )
+    # A parameter's own name may contain dots, so its owner can't be found by the name. The first owner counts.
+    backwards = reversed(list(model.modules()))
+    owners = {id(param): module for module in backwards for param in module.parameters(recurse=False)}
     # If named modules contain each other, a parameter belongs to the unit of the innermost one.
     roots = sorted(named_units, key=len, reverse=True) or repeated_children(model)
     kinds: dict[tuple[str, torch.dtype, bool, bool], list[str]] = {}
     numels = {}
     for name, param in model.named_parameters():
-        owner = modules[name.rpartition(".")[0]]
         root = next((root for root in roots if name.startswith(root + ".")), name.partition(".")[0])
-        kind = (root, storage_dtype(owner, param, precision), param.requires_grad, name in unsplittable)
+        kind = (root, storage_dtype(owners[id(param)], param, precision), param.requires_grad, name in unsplittable)
         kinds.setdefault(kind, []).append(name)
         numels[name] = param.numel()
     roots_of_several = {root for root, *_ in kinds if sum(other == root for other, *_ in kinds) > 1}

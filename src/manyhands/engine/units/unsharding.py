@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ from manyhands.engine.units.unit import ParamUnit, State
 from manyhands.errors import ConfigError, InvariantError
 
 NO_REQUEST = -1
+
+
+def _has_storage(leaf: object) -> TypeGuard[Tensor]:
+    """Return True for tensors in memory. torch.vmap passes others."""
+    return isinstance(leaf, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
 
 
 class _Saved(NamedTuple):
@@ -98,9 +103,27 @@ class Unsharder:
             while self._ahead_units:
                 self._arrive(self._ahead_units.popleft())
 
-    def watching_autograd(self) -> AbstractContextManager[object]:
-        """Return a context for a forward whose backward unshards the parameters that it needs."""
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack) if self._units else nullcontext()
+    @contextmanager
+    def watching_autograd(self) -> Iterator[None]:
+        """Context for a forward whose backward unshards the parameters that it needs. Raises ConfigError."""
+        if not self._units:
+            yield
+            return
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+                yield
+        except RuntimeError as error:
+            if "don't yet support saved tensor hooks" in str(error):
+                raise self._refused_transform() from error
+            raise
+
+    def _refused_transform(self) -> ConfigError:
+        return ConfigError(
+            "a transform of torch.func uses a model whose parameters are sharded",
+            where=self._tag,
+            expected="forwards outside of transforms, or inside of torch.vmap",
+            hint="use sharding zero2 for this model",
+        )
 
     @property
     def not_finite_hint(self) -> str:
@@ -164,7 +187,7 @@ class Unsharder:
         self._inside[unit.name] = self._inside.get(unit.name, 1) - 1
         if self._inside[unit.name] == 0 and self._in_round and not self._backward:
             for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor) and unit.on_demand_params.view_of(leaf) is not None:
+                if _has_storage(leaf) and unit.on_demand_params.view_of(leaf) is not None:
                     raise ConfigError(
                         f"a module of unit {unit.name!r} returns its own parameter, which is resharded before it is "
                         "used",
@@ -248,6 +271,9 @@ class Unsharder:
         return full.as_strided(*saved.view)
 
     def _check_need(self, unit: ParamUnit) -> None:
+        transforms = torch._C._functorch.get_interpreter_stack() or []
+        if any(transform.key() != torch._C._functorch.TransformType.Vmap for transform in transforms):
+            raise self._refused_transform()
         if not self._in_round:
             raise ConfigError(
                 f"the parameters of {unit.name!r} are sharded, and can be used only during a step",
