@@ -217,7 +217,7 @@ def test_a_damaged_file_between_two_stages_is_named_and_written_again(tmp_path: 
     data[10] ^= 1
     path.write_bytes(data)
     with pytest.raises(mh.DataError, match=r"the checksum of the block at byte .* does not match") as caught:
-        read_blocks(str(path), read_index(str(path))[0], ())
+        list(read_blocks(str(path), read_index(str(path))[0], ()))
     assert caught.value.where == str(path)
     path.write_bytes(data[:100])
     with pytest.raises(mh.DataError, match="it has no index"):

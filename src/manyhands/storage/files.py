@@ -26,7 +26,9 @@ def join_path(folder: str, name: str) -> str:
 
 
 def open_to_read(location: str | Location) -> IO[bytes]:
-    """Return the file, open for reading and seeking."""
+    """The file, open for reading and seeking."""
+    if isinstance(location, str) and is_local(location):
+        return open(location, "rb")  # for a small file, making a Path takes as long as opening the file
     target = address_or_path(location)
     return target.open_to_read() if isinstance(target, Address) else target.open("rb")
 

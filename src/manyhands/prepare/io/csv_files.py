@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -162,6 +163,9 @@ def _header(data: bytes, path: str, *, final: bool) -> Header | None:
     Raises DataError if the header is invalid.
     """
     start = len(_BOM) if data.startswith(_BOM) else 0
+    plain = _plain_header(data[: data.find(b"\n", 0, _SMALL_BYTES) + 1])
+    if plain is not None:
+        return plain
     empty = _EMPTY_LINES.match(data, start)
     first = start if empty is None else empty.end()
     if first == len(data):
@@ -182,6 +186,18 @@ def _header(data: bytes, path: str, *, final: bool) -> Header | None:
         )
     names = tuple(field_text(data, field).decode() for field in row.fields)
     return Header(names, row.end, count_lines(data, 0, row.end))
+
+
+@lru_cache(maxsize=16)
+def _plain_header(line: bytes) -> Header | None:
+    """Parse a header line that needs no other line and has nothing unusual; None for any other line.
+
+    Files that are read together mostly have the same header, so that all but the first take no time.
+    """
+    if not line.isascii() or line[:1] in (b"\r", b"\n", b"") or b'"' in line or b"\r" in line.removesuffix(b"\r\n"):
+        return None
+    fields = line.rstrip(b"\r\n").split(b",")
+    return None if _wrong_names(fields)[0] else Header(tuple(field.decode() for field in fields), len(line), 1)
 
 
 def _wrong_names(raw: list[bytes]) -> tuple[str | None, str | None]:
@@ -216,7 +232,8 @@ def _small_table(data: bytes, names: tuple[str, ...], columns: tuple[str, ...] |
     if not all(lines) or set(map(len, rows)) != {len(names)}:
         return None
     values = dict(zip(names, zip(*rows, strict=True), strict=True))
-    return pa.table({name: pa.array(values[name], pa.string()) for name in columns or names})
+    read = columns or names
+    return pa.Table.from_arrays([pa.array(values[name], pa.string()) for name in read], list(read))
 
 
 def _parsed(block: RowBlock, names: tuple[str, ...], columns: tuple[str, ...] | None, path: str) -> _Rows:
@@ -311,7 +328,8 @@ def _chunks(rows: _Rows, kinds: Mapping[str, pa.DataType], path: str, bad: BadRe
     # casting each chunk or column. Columns with a field that does not fit are cast chunk by chunk.
     table, remaining = _cast_columns(rows.table, kinds)
     for start in range(0, num_rows, step):
-        part, part_lines = table.slice(start, step), lines[start : start + step]
+        part = table if step >= num_rows else table.slice(start, step)
+        part_lines = lines[start : start + step]
         found = _misfits(part, part_lines, remaining) if remaining else {}
         next_line = lines[start + step] if start + step < num_rows else np.inf
         count = sum(row.line < next_line for row in wrong) if wrong else 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import IO, Any, NamedTuple
 
@@ -145,12 +145,11 @@ def is_intact(path: str, size: int) -> bool:
     return True
 
 
-def read_blocks(path: str, blocks: Sequence[Block], by: tuple[str, ...]) -> list[Keyed]:
-    """Read blocks of a file in this order. Raises DataError if the file is damaged.
+def read_blocks(path: str, blocks: Iterable[Block], by: tuple[str, ...]) -> Iterator[Keyed]:
+    """Yield blocks of a file in this order. The file is opened once. Raises DataError if it is damaged.
 
     by: the key columns of tables.
     """
-    found: list[Keyed] = []
     with _opened(path) as file:
         for block in blocks:
             file.seek(block.offset)
@@ -158,12 +157,10 @@ def read_blocks(path: str, blocks: Sequence[Block], by: tuple[str, ...]) -> list
             if len(packed) != block.length or zlib.crc32(packed) != block.checksum:
                 raise _damaged(path, f"the checksum of the block at byte {block.offset} does not match")
             value = unpack(packed)
-            found.append(KeyedLists(*value) if isinstance(value, tuple) else KeyedTable(value, by))
-            if len(found[-1]) != block.records:
-                raise _damaged(
-                    path, f"the block at byte {block.offset} has {len(found[-1])} of {block.records} records"
-                )
-    return found
+            found = KeyedLists(*value) if isinstance(value, tuple) else KeyedTable(value, by)
+            if len(found) != block.records:
+                raise _damaged(path, f"the block at byte {block.offset} has {len(found)} of {block.records} records")
+            yield found
 
 
 def trimmed(keyed: Keyed, start: Cut | None, stop: Cut | None) -> Keyed:

@@ -49,34 +49,43 @@ from manyhands.prepare.records.key_columns import checked_columns, group_keys_of
 from manyhands.prepare.records.key_order import compared, group_keys
 from manyhands.prepare.records.keys import Key, Keyed, KeyedLists, KeyedTable, keys_of, values_of
 from manyhands.prepare.records.pipeline import BadKey
-from manyhands.prepare.records.table_order import order_and_starts, order_of
+from manyhands.prepare.records.state_tables import (
+    ADDED_KINDS,
+    FEW_ROWS,
+    KEY,
+    KEY_TYPES,
+    SAFE,
+    combine_few,
+    states_are_small,
+)
 
 _FUNCTIONS = {"count": ("count_all",), "sum": ("sum",), "min": ("min",), "max": ("max",), "mean": ("sum", "count")}
 
-_MERGED_KINDS = {"count", "sum"}
+FEW_GROUPS = 128
+"""Tables with fewer rows than this are combined by Python, which takes less time than Arrow takes to start.
 
-_KEY = "key"
-
-_KEY_TYPES = {str: pa.string(), int: pa.int64(), bytes: pa.binary()}
-
-_MOST_BYTES = 2**31  # an Arrow array of text or bytes has 32-bit offsets
-
-_SMALL = 2**40  # states below this limit can be added across millions of tasks without overflowing 64 bits
+The order of the groups may differ then. The estimated size of more groups depends on their order; see `size_bytes`.
+"""
 
 _ROWS = "rows"  # the column of row numbers in a table that Arrow groups
-
-_SAFE = 2**47  # a chunk has at most 65,536 rows, and the sum of that many integers below this limit fits in 64 bits
 
 
 def combine_table(
     table: pa.Table, key: tuple[str, ...], key_columns: Sequence[Any], aggregates: Sequence[Aggregate]
 ) -> Keyed | None:
-    """Return the states of a table's groups, or None if Arrow cannot compute them exactly.
+    """Return the states of a table's groups; None if Arrow can't compute them exactly, or not faster than Python.
 
     key_columns: the columns of `key`, from `checked_columns`. If the result is None, the caller must combine the rows
     as Python objects.
     """
     if len(table) > 65_536 or any(pa.types.is_floating(column.type) for column in key_columns):
+        return None
+    if 0 < len(table) < FEW_ROWS and _makes_state_table(table, key, aggregates):
+        added = [None if aggregate.kind == "count" else table.column(aggregate.of) for aggregate in aggregates]
+        combined = combine_few(key_columns[0], added)
+        if combined is not None:
+            return combined
+    elif 0 < len(table) < FEW_GROUPS:
         return None
     floats = [floats_in(table, aggregate.kind, aggregate.of) for aggregate in aggregates]
     by_arrow = [aggregate for aggregate, values in zip(aggregates, floats, strict=True) if values is None]
@@ -86,11 +95,11 @@ def combine_table(
         return KeyedLists([], [[] for _ in aggregates])
     kinds = [table.schema.field(name).type for name in key]
     keys, results, rows = _grouped(table, key_columns, by_arrow, with_rows=len(by_arrow) < len(aggregates))
-    if rows is None and len(key) == 1 and {aggregate.kind for aggregate in aggregates} <= _MERGED_KINDS:
+    if rows is None and len(key) == 1 and {aggregate.kind for aggregate in aggregates} <= ADDED_KINDS:
         states = {str(number): columns[0].cast(pa.int64()) for number, columns in enumerate(results)}
-        keyed = pa.table({_KEY: keys[0], **states})
-        if kinds[0] in _KEY_TYPES.values() and states_are_small(keyed):
-            return KeyedTable(keyed, (_KEY,))
+        keyed = pa.table({KEY: keys[0], **states})
+        if kinds[0] in KEY_TYPES.values() and states_are_small(keyed):
+            return KeyedTable(keyed, (KEY,))
     distinct = group_keys_of_columns(keys, kinds)
     # Arrow distinguishes values that Python doesn't distinguish, such as parts of a day.
     if len(set(compared(distinct))) < len(distinct):
@@ -103,6 +112,17 @@ def combine_table(
         for aggregate, values in zip(aggregates, floats, strict=True)
     ]
     return KeyedLists(distinct, columns)
+
+
+def _makes_state_table(table: pa.Table, key: tuple[str, ...], aggregates: Sequence[Aggregate]) -> bool:
+    """True if the states of the table's groups are a table, unless they are large: counts, and sums of integers."""
+    if len(key) > 1 or table.schema.field(key[0]).type not in KEY_TYPES.values():
+        return False
+    added = [aggregate.of for aggregate in aggregates if aggregate.kind == "sum"]
+    return all(aggregate.kind in ADDED_KINDS for aggregate in aggregates) and all(
+        isinstance(name, str) and name in table.column_names and pa.types.is_integer(table.schema.field(name).type)
+        for name in added
+    )
 
 
 def _grouped(
@@ -147,15 +167,15 @@ def count_keys(keys: list[Any], columns: int) -> KeyedTable | None:
 
     Returns None if Arrow can't hold the keys exactly.
     """
-    kinds = set(map(type, keys))  # compare exact types, because True and 1 are one key in Python and two keys in Arrow
-    if len(kinds) != 1 or not kinds <= _KEY_TYPES.keys():
+    kinds = set(map(type, keys))  # exact types: True and 1 are one key in Python and two in Arrow
+    if len(kinds) != 1 or not kinds <= KEY_TYPES.keys():
         return None
     try:
-        counts = pa.array(keys, _KEY_TYPES[kinds.pop()]).value_counts()
+        counts = pa.array(keys, KEY_TYPES[kinds.pop()]).value_counts()
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         return None
     states = {str(number): counts.field(1) for number in range(columns)}
-    return KeyedTable(pa.table({_KEY: counts.field(0), **states}), (_KEY,))
+    return KeyedTable(pa.table({KEY: counts.field(0), **states}), (KEY,))
 
 
 def _arrow_computes(table: pa.Table, aggregate: Aggregate) -> bool:
@@ -170,49 +190,7 @@ def _adds_exactly(table: pa.Table, of: Any) -> bool:
     if not pa.types.is_integer(column.type):
         return False
     ends = pc.min_max(column)
-    return ends["min"].as_py() is None or max(abs(ends["min"].as_py()), abs(ends["max"].as_py())) < _SAFE
-
-
-def states_table(combined: KeyedLists, aggregates: Sequence[Aggregate]) -> pa.Table | None:
-    """Return the states of groups as a table with columns `key`, `0`, `1`, and so on.
-
-    Returns None if the table could not hold the keys and states exactly, or if sums of states might overflow.
-    """
-    if not all(aggregate.kind in _MERGED_KINDS for aggregate in aggregates):
-        return None
-    if set(map(type, combined.keys)) not in ({str}, {int}, {bytes}):
-        return None
-    for column in combined.columns:
-        if set(map(type, column)) != {int} or not -_SMALL < min(column) <= max(column) < _SMALL:
-            return None
-    try:
-        columns = {str(number): pa.array(column, pa.int64()) for number, column in enumerate(combined.columns)}
-        return pa.table({_KEY: pa.array(combined.keys), **columns})
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-        return None
-
-
-def merge_states(tables: Sequence[pa.Table]) -> pa.Table | None:
-    """Add the states of equal keys. Return the sums in the order of the keys, or None if the schemas differ."""
-    if any(table.schema != tables[0].schema for table in tables):
-        return None
-    names = tables[0].column_names[1:]
-    table = pa.concat_tables(tables)
-    keys = table.column(_KEY)
-    sorted_keys = order_and_starts(keys) if keys.nbytes < _MOST_BYTES else None
-    if sorted_keys is None:
-        grouped = table.group_by(_KEY, use_threads=False).aggregate([(name, "sum") for name in names])
-        merged = grouped.select([_KEY, *(f"{name}_sum" for name in names)]).rename_columns([_KEY, *names])
-        return merged.take(order_of(merged, (_KEY,), descending=False))
-    order, starts = sorted_keys
-    sums = {name: np.add.reduceat(table.column(name).to_numpy()[order], starts) for name in names}
-    return pa.table({_KEY: keys.take(pa.array(order[starts])), **sums})
-
-
-def states_are_small(table: pa.Table) -> bool:
-    """Return True if the states of a run are so small that the states of all runs can be added in 64 bits."""
-    ends = [pc.min_max(table.column(name)) for name in table.column_names[1:]]
-    return all(-_SMALL < end["min"].as_py() <= end["max"].as_py() < _SMALL for end in ends)
+    return ends["min"].as_py() is None or max(abs(ends["min"].as_py()), abs(ends["max"].as_py())) < SAFE
 
 
 MANY = 4096  # for fewer groups or keys than this, Arrow is slower than Python
@@ -336,8 +314,8 @@ class Grouping:
 
     @property
     def merges_by_addition(self) -> bool:
-        """Return True if all states are merged by addition."""
-        return all(aggregate.kind in ("count", "sum") for aggregate in self.aggregates.values())
+        """True if all states are merged by addition."""
+        return all(aggregate.kind in ADDED_KINDS for aggregate in self.aggregates.values())
 
     def combine(self, chunk: Chunk) -> Keyed:
         """Return the states of the chunk's groups: distinct keys with a column of states per aggregate, or one table.
@@ -371,9 +349,9 @@ class Grouping:
         If a function raises, raises a DataError that names the aggregate and the group.
         """
         for (name, aggregate), into, column in zip(self.aggregates.items(), states, combined.columns, strict=True):
-            # There are shortcuts with the same result: the first states are copied, counts are added without a call,
-            # and NumPy adds sums of floats.
-            if aggregate.kind in ("count", "sum") and not into:
+            # Shortcuts with the same result: the first states are copied, counts are added without a call, and sums of
+            # floats are added by NumPy.
+            if aggregate.kind in ADDED_KINDS and not into:
                 into.update(zip(combined.keys, column, strict=True))
                 if len(into) != len(combined.keys):
                     raise InvariantError("a run has several states for one key", got=len(combined.keys) - len(into))

@@ -231,10 +231,11 @@ class KeyedLists:
 
 @dataclass(frozen=True)
 class KeyedTable:
-    """A table, and the names of its key columns."""
+    """A table, and the names of its key columns. is_sorted: True if its rows are known to be sorted by key."""
 
     table: pa.Table
     by: tuple[str, ...]
+    is_sorted: bool = False
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

@@ -19,6 +19,7 @@ from manyhands.prepare.records.keys import (
     concatenate_keyed,
     keys_of,
 )
+from manyhands.prepare.records.state_tables import merge_states, states_are_small, states_table
 
 _MAX_TABLES = 256  # tables of group states are merged at this number, because even a table with few rows takes some KiB
 
@@ -90,7 +91,7 @@ class CombiningWriter:
         self._file, self._run_bytes, self._grouping = file, run_bytes, grouping
         # States that are merged by addition are held as tables as long as tables can represent all of them. Lists with
         # few groups are collected until they have MANY groups in total, because Arrow is slow for small tables.
-        self._tables: list[Any] = []
+        self._tables: list[KeyedTable] = []
         self._pending: list[KeyedLists] = []
         self._pending_groups = 0
         self._states: list[dict[Any, Any]] = [{} for _ in grouping.aggregates]
@@ -103,7 +104,7 @@ class CombiningWriter:
         if self._states[0] or not self._grouping.merges_by_addition:
             self._merge(keyed)
         elif isinstance(keyed, KeyedTable):
-            self._tables.append(keyed.table)
+            self._tables.append(keyed)
             if len(self._tables) >= _MAX_TABLES:
                 self._merge_tables()
         else:
@@ -120,7 +121,7 @@ class CombiningWriter:
             self._pending_to_tables()
             self._merge_tables()
         if self._tables:
-            self._write(KeyedTable(self._tables[0], (GROUP_COLUMN,)))
+            self._write(self._tables[0])
             self._tables, self._bytes = [], 0
             return
         self._all_to_states()
@@ -134,30 +135,26 @@ class CombiningWriter:
 
     def _merge_tables(self) -> None:
         """Merge all tables into one, or into dicts of states if sums in 64 bits might overflow."""
-        from manyhands.prepare.records.aggregate import merge_states, states_are_small
-
-        merged = merge_states(self._tables) if self._tables else None
+        if len(self._tables) == 1 and self._tables[0].is_sorted:
+            return
+        merged = merge_states([keyed.table for keyed in self._tables]) if self._tables else None
         if merged is not None and states_are_small(merged):
-            self._tables = [merged]
+            self._tables = [KeyedTable(merged, (GROUP_COLUMN,), is_sorted=True)]
         else:
             self._all_to_states()
 
     def _pending_to_tables(self) -> None:
-        from manyhands.prepare.records.aggregate import states_table
-
-        aggregates = list(self._grouping.aggregates.values())
-        tables = [states_table(lists, aggregates) for lists in self._pending]
+        tables = list(map(states_table, self._pending))
         if all(table is not None for table in tables):
-            self._tables += tables
+            self._tables += [KeyedTable(table, (GROUP_COLUMN,)) for table in tables]
             self._pending, self._pending_groups = [], 0
         else:
             self._all_to_states()
 
     def _all_to_states(self) -> None:
-        for table in self._tables:
-            self._merge(KeyedTable(table, (GROUP_COLUMN,)))
-        for lists in self._pending:
-            self._merge(lists)
+        held: list[Keyed] = [*self._tables, *self._pending]
+        for keyed in held:
+            self._merge(keyed)
         self._tables, self._pending, self._pending_groups = [], [], 0
 
     def _merge(self, keyed: Keyed) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 from manyhands.errors import DataError, InvariantError
@@ -33,6 +34,7 @@ from manyhands.prepare.records.keys import (
     concatenate_keyed,
     cut_is_less,
 )
+from manyhands.prepare.records.state_tables import merge_states
 from manyhands.prepare.shuffle.arrange import GROUP_COLUMN, in_key_order, states_of
 
 
@@ -105,22 +107,22 @@ class RangeReader:
         Otherwise all records are yielded as lists. So the output does not depend on the division into parts, which
         depends on the memory. as_written: if True, yield each block in the form in which it was written.
         """
-        for path, run in self._runs:
-            for block in _overlapping(run, part):
-                found = self._read(path, block, part)
+        for path, runs in groupby(self._runs, itemgetter(0)):
+            for found in self._read(path, _overlapping([block for _, run in runs for block in run], part), part):
                 if len(found):
                     if isinstance(found, KeyedTable) and not (as_written or self._is_uniform):
                         found = found.as_lists()
                     yield found
 
-    def _read(self, path: str, block: Block, part: KeyRange) -> Keyed:
-        """Read the records of a block that are in a part."""
-        (keyed,) = read_blocks(path, [block], self._by)
-        if block.is_within(*part):
-            return keyed
-        found = trimmed(keyed, *part)
-        self._trimmed[self._position(part), path, block.offset] = len(found)
-        return found
+    def _read(self, path: str, blocks: Sequence[Block], part: KeyRange) -> Iterator[Keyed]:
+        """Yield for each block its records that are in a part."""
+        for block, keyed in zip(blocks, read_blocks(path, blocks, self._by), strict=True):
+            if block.is_within(*part):
+                yield keyed
+            else:
+                found = trimmed(keyed, *part)
+                self._trimmed[self._position(part), path, block.offset] = len(found)
+                yield found
 
     def _position(self, part: KeyRange) -> int:
         """Return the position of a part. Parts are compared by identity, because their keys may not be hashable."""
@@ -138,7 +140,7 @@ class RangeReader:
             for position, part in enumerate(self._parts):
                 for block in _overlapping(run, part):
                     if not block.is_within(*part) and (position, path, block.offset) not in self._trimmed:
-                        self._read(path, block, part)
+                        list(self._read(path, [block], part))
                     counts[block.offset] += self._trimmed.get((position, path, block.offset), block.records)
             for block in run:
                 if block.is_within(*self._key_range) and counts[block.offset] != block.records:
@@ -234,8 +236,6 @@ class Grouped:
                 yield self._records(in_key_order(states))
 
     def _merge_tables(self, reader: RangeReader) -> Iterator[Chunk]:
-        from manyhands.prepare.records.aggregate import merge_states
-
         for part in reader.parts():
             tables = [keyed.chunk for keyed in reader.stream(part)]
             merged = merge_states(tables) if tables else None
