@@ -34,7 +34,7 @@ def to_handle() -> list[signal.Signals]:
 
 
 class StopSignals:
-    """A context manager that handles the stop signals of `to_handle` in the main thread. In other threads it does nothing.
+    """A context manager that handles the stop signals of `to_handle` in the main thread, and does nothing in others.
 
     requested: True once a signal has arrived. Before `training_started` is called there is no step to finish, so the
     first signal also raises KeyboardInterrupt immediately.

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.prepare.dataset import Dataset
-from manyhands.prepare.job.output import BAD_RECORDS, read_output_manifest
+from manyhands.prepare.io.manifest import read_output_manifest
+from manyhands.prepare.job.output import BAD_RECORDS
 from manyhands.prepare.options import JobOptions
 
 

@@ -8,7 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 from manyhands.errors import ConfigError
-from manyhands.options import whole_number
+from manyhands.prepare.arguments import (
+    check_fraction,
+    check_schema,
+    check_types,
+    checked_key,
+    checked_partition_bytes,
+    checked_seed,
+)
 from manyhands.prepare.io.formats import check_output_format, check_selection, find_input, split_files
 from manyhands.prepare.io.listing import find_files, folder_of, patterns_of
 from manyhands.prepare.job.output import PrepareSummary
@@ -102,7 +109,8 @@ class Dataset:
         The folder of an output without records has no files, and is read as no records.
         Raises ConfigError if there are no paths, or if an argument is invalid.
         """
-        partition_bytes = _checked_bytes(partition_bytes)
+        partition_bytes = checked_partition_bytes(partition_bytes)
+        check_types(types)
         if format is not None:
             find_input(format)  # raises ConfigError if it is unknown
         files = find_files(patterns_of(paths))
@@ -128,7 +136,7 @@ class Dataset:
         Raises ConfigError for text, bytes, a dict, or a table with two columns of the same name. Raises DataError for a
         record that can't be pickled.
         """
-        partition_bytes = _checked_bytes(partition_bytes)
+        partition_bytes = checked_partition_bytes(partition_bytes)
         in_memory = given_records(complete(records) if type(records) in ENDS_EARLY else records)
         step = max(1, len(in_memory) * partition_bytes // max(1, size_bytes(in_memory)))
         parts = tuple(pack_records(in_memory[start : start + step]) for start in range(0, len(in_memory), step))
@@ -172,10 +180,10 @@ class Dataset:
         """Select about this fraction of the records at random.
 
         The choice depends only on the seed and the positions of the records, so it is the same in every run. Raises
-        ConfigError if `fraction` is not between 0 and 1.
+        ConfigError if `fraction` is not between 0 and 1, or `seed` is not an integer.
         """
-        if not 0 <= fraction <= 1:
-            raise ConfigError("fraction is not between 0 and 1", got=fraction)
+        check_fraction(fraction)
+        seed = checked_seed(seed)
         return self._with_step(Sample(fraction, seed))
 
     def group_by(self, key: KeyLike = None) -> GroupedDataset:
@@ -185,7 +193,7 @@ class Dataset:
         numbers, text, bytes, times or tuples of them. A record whose key has no total order, such as None or NaN, is a
         bad record (`max_bad_records`).
         """
-        return GroupedDataset(self._node, _checked_key(key, "group_by"))
+        return GroupedDataset(self._node, checked_key(key, "group_by"))
 
     def sort_by(self, key: KeyLike = None, *, descending: bool = False) -> Dataset:
         """Sort the records by key, across all output files.
@@ -193,7 +201,7 @@ class Dataset:
         The sort is stable: records with equal keys retain the order of the input, even if `descending` is true. The key
         is specified as in `group_by`. All keys must be of one type.
         """
-        arrangement = ByKey(_checked_key(key, "sort_by"), f"sort by {key_name(key)}")
+        arrangement = ByKey(checked_key(key, "sort_by"), f"sort by {key_name(key)}")
         return self._with_shuffle(arrangement, Sorted(columns_of(key_from(key)), descending))
 
     def join(
@@ -216,9 +224,11 @@ class Dataset:
 
         Raises ConfigError if `how` is unknown.
         """
+        if not isinstance(other, Dataset):
+            raise ConfigError("join needs another Dataset", got=repr(other)[:200], hint="use Dataset.from_records(...)")
         if how not in _JOINS:
             raise ConfigError("unknown join", expected=", ".join(_JOINS), got=repr(how))
-        keys = [_checked_key(each, "join") for each in (on, on if other_on is None else other_on)]
+        keys = [checked_key(each, "join") for each in (on, on if other_on is None else other_on)]
         titles = [f"join on {key_name(name)}" for name in (on, other_on or on)]
         by = columns_of(keys[0]) if columns_of(keys[0]) == columns_of(keys[1]) else ()
         if not by and any(map(columns_of, keys)):
@@ -233,12 +243,13 @@ class Dataset:
         Without a key, records with equal content are duplicates. The order of the result is then unspecified, but the
         same in every run.
         """
-        by = content_key if key is None else _checked_key(key, "distinct")
+        by = content_key if key is None else checked_key(key, "distinct")
         grouping = Grouping(by, {"record": Aggregate.first()})
         return self._with_shuffle(ByGroup(grouping, f"distinct {key_name(key)}"), Grouped(grouping, (), bare=True))
 
     def shuffle(self, seed: int) -> Dataset:
         """Shuffle the records into a pseudorandom order that depends only on the seed and their positions."""
+        seed = checked_seed(seed)
         return self._with_shuffle(ByPosition(seed, f"shuffle with seed {seed}"), Sorted((ORDER_COLUMN,)))
 
     def repartition(self, *, partition_bytes: int | None = None) -> Dataset:
@@ -251,7 +262,7 @@ class Dataset:
         Raises ConfigError if it is less than 1.
         """
         if partition_bytes is not None:
-            partition_bytes = _checked_bytes(partition_bytes)
+            partition_bytes = checked_partition_bytes(partition_bytes)
         arrangement = ByPosition(None, "repartition")
         return Dataset(Arranged((self._node,), (arrangement,), Sorted((ORDER_COLUMN,)), partition_bytes))
 
@@ -293,6 +304,7 @@ class Dataset:
         from manyhands.prepare.job.output import write_output
 
         options = options_of(job_options)
+        check_schema(schema)
         plan = self._plan(Output(check_output_format(format), schema), job_options)
         return write_output(plan, folder_of(folder), options, overwrite=overwrite)
 
@@ -384,20 +396,6 @@ class GroupedDataset:
         grouping = Grouping(self._key, aggregates)
         what = f"group by {key_name(self._key)}: {', '.join(aggregates)}"
         return Dataset(Arranged((self._node,), (ByGroup(grouping, what),), Grouped(grouping, names)))
-
-
-def _checked_bytes(partition_bytes: int) -> int:
-    checked = whole_number(partition_bytes)
-    if checked is None or checked < 1:
-        raise ConfigError("partition_bytes is not an integer of at least 1", got=partition_bytes)
-    return checked
-
-
-def _checked_key(key: KeyLike, method: str) -> Key:
-    """Return the internal form of a key. Raises ConfigError for an async function or a generator function."""
-    if callable(key):
-        check_function(key, f"the key of {method}")
-    return key_from(key)
 
 
 def _without_caches(node: Node) -> Node:

@@ -234,7 +234,7 @@ def check_selection(
     if columns is None:
         return None
     without = sorted(form for form in formats if not find_input(form).has_columns)
-    names = [] if isinstance(columns, (str, bytes)) else list(columns)
+    names = list(columns) if isinstance(columns, Iterable) and not isinstance(columns, (str, bytes)) else []
     if without or not names or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
         raise ConfigError(
             "columns can't be selected",

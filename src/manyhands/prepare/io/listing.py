@@ -5,7 +5,6 @@ The division depends only on the data and `partition_bytes`, not on the number o
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -16,9 +15,10 @@ from itertools import pairwise
 from typing import Any
 
 from manyhands.errors import ConfigError, DataError, ManyhandsError
+from manyhands.prepare.io.manifest import read_output_manifest
 from manyhands.prepare.records.data_frames import is_foreign_table
 from manyhands.prepare.records.schemas import Unfit, common_schema, schema_to_text
-from manyhands.storage.files import join_path, names_in, open_to_read, read_bytes
+from manyhands.storage.files import join_path, names_in, open_to_read
 from manyhands.storage.http_file import http_info, is_http
 from manyhands.storage.location import file_system, is_local, location_of
 
@@ -75,7 +75,9 @@ def check_unchanged(file: InputFile) -> None:
 
 
 def folder_of(folder: str | os.PathLike[str]) -> str:
-    """Return a folder as text: a path or an address."""
+    """Return a folder as a text: a path or an address. Raises ConfigError for other values."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ConfigError("a folder is not a path", expected="text or pathlib.Path", got=repr(folder)[:200])
     return folder if isinstance(folder, str) else str(location_of(folder))
 
 
@@ -126,12 +128,9 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
 
 
 def _is_empty_output(folder: str) -> bool:
-    """Return True if the folder holds the output of a job that wrote no records, and therefore no files."""
-    try:
-        manifest = json.loads(read_bytes(join_path(folder, "_manifest.json")))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("files") == [] and manifest.get("records") == 0
+    """True if the folder holds the output of a job that wrote no records, and therefore no file."""
+    manifest = read_output_manifest(folder) or {}
+    return manifest.get("files") == [] and manifest.get("records") == 0
 
 
 def _local_files(pattern: str) -> list[InputFile]:

@@ -166,12 +166,30 @@ class LinesWriter(Writer):
         """Do nothing, because every chunk has been written."""
 
 
-# orjson would drop fields of dataclasses whose names start with an underscore.
-_VALUES = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_PASSTHROUGH_DATACLASS
+# orjson itself drops fields of dataclasses whose names start with an underscore. It cuts NumPy's times to microseconds,
+# so all values of NumPy are passed to `_known`.
+_VALUES = orjson.OPT_PASSTHROUGH_DATACLASS
 
 _JSON = orjson.OPT_APPEND_NEWLINE | _VALUES  # keys that are not text raise TypeError
 
 _JSON_KEYS = _VALUES | orjson.OPT_NON_STR_KEYS
+
+
+def _known(value: Any) -> Any:
+    """Return the JSON of NumPy's values, and the fields of a dataclass.
+
+    Raises TypeError for other types that orjson does not know, and for times that it would change.
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        if value.dtype.kind == "M" and not _has_microseconds(value):
+            raise TypeError("a NumPy time is missing or finer than a microsecond: convert it to text first")
+        return orjson.Fragment(orjson.dumps(value, None, orjson.OPT_SERIALIZE_NUMPY))
+    return _fields(value)
+
+
+def _has_microseconds(times: Any) -> bool:
+    """True if all times are whole microseconds. NaT differs from itself."""
+    return bool(np.all(times.astype("datetime64[us]") == times))
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -188,7 +206,7 @@ def json_lines(chunk: Chunk, name: str) -> bytes:
     for start in range(0, len(records), _LINES):
         batch = records[start : start + _LINES]
         try:
-            parts.append(b"".join([orjson.dumps(record, _fields, _JSON) for record in batch]))
+            parts.append(b"".join([orjson.dumps(record, _known, _JSON) for record in batch]))
         except TypeError:
             parts.append(b"".join([_json_line(record, name) for record in batch]))
     return b"".join(parts)
@@ -200,7 +218,8 @@ def _json_line(record: Any, name: str) -> bytes:
         _check_keys(record)
         return _json_value(record) + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
-        raise _unrepresentable("JSON", error, record, name) from error
+        # orjson's own error does not say why `_known` refused a value.
+        raise _unrepresentable("JSON", error.__cause__ or error, record, name) from error
 
 
 def _check_keys(value: Any) -> None:
@@ -229,7 +248,7 @@ def _json_value(value: Any) -> bytes:
     The rejected values are integers beyond 64 bits, lone surrogates, named tuples and very deep nesting.
     """
     try:
-        return orjson.dumps(value, _fields, _JSON_KEYS)
+        return orjson.dumps(value, _known, _JSON_KEYS)
     except TypeError:
         if dataclasses.is_dataclass(value):
             return _json_value(_fields(value))
@@ -253,7 +272,7 @@ def _json_key(key: Any) -> bytes:
         return _json_value(key)
     if isinstance(key, int) and not -(2**63) <= key < 2**64:
         return b'"%d"' % key
-    return orjson.dumps({key: 0}, None, _JSON_KEYS)[1:-3]
+    return orjson.dumps({key: 0}, None, _JSON_KEYS | orjson.OPT_SERIALIZE_NUMPY)[1:-3]
 
 
 def _json_text(text: str) -> bytes:
@@ -286,7 +305,7 @@ def text_lines(chunk: Chunk, name: str) -> bytes:
         raise _unrepresentable("text", ValueError("it has a lone surrogate"), invalid, name) from None
 
 
-def _unrepresentable(kind: str, error: Exception, record: Any, name: str) -> DataError:
+def _unrepresentable(kind: str, error: BaseException, record: Any, name: str) -> DataError:
     return DataError(
         f"a record can't be written as {kind}: {error}",
         where=name,

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -21,9 +22,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from manyhands.data.token_format import MANIFEST
 from manyhands.errors import ConfigError, DataError, Interrupted, ManyhandsError
 from manyhands.formatting import format_bytes, format_count, format_seconds
 from manyhands.prepare.io.formats import CHUNKS
+from manyhands.prepare.io.manifest import FORMAT, read_output_manifest
 from manyhands.prepare.job.progress import EVENTS, JobEvents, JobProgress
 from manyhands.prepare.job.stages import JobFolder, StageResult, cached_bad_records, check_counts, run_stages, tasks_of
 from manyhands.prepare.options import Options, patience_seconds, rank_of
@@ -42,7 +45,7 @@ from manyhands.prepare.records.chunks import records_of
 from manyhands.prepare.shuffle.reduce import lost_records
 from manyhands.prepare.task import chunks_of
 from manyhands.storage.atomic import is_temporary, sync, write_atomic
-from manyhands.storage.files import exists, join_path, move, names_in, path_below, read_bytes, remove
+from manyhands.storage.files import exists, join_path, move, names_in, path_below, remove
 from manyhands.storage.location import is_local
 
 
@@ -100,13 +103,9 @@ def show(summary: PrepareSummary, *, progress: bool) -> None:
         sys.stderr.write(f"{summary}\n")
 
 
-MANIFEST = "_manifest.json"
-
 BAD_RECORDS = "_bad_records.jsonl"
 
 JOB = ".manyhands"
-
-_FORMAT = "manyhands prepared 1"
 
 _POLL_SECONDS = 0.3
 
@@ -209,21 +208,12 @@ def _is_complete(manifest: dict[str, Any], folder: str) -> bool:
     return _has_its_files(manifest, folder) and not exists(join_path(folder, JOB))
 
 
-def read_output_manifest(folder: str) -> dict[str, Any] | None:
-    """Return the manifest of a complete output, or None if there is none."""
-    try:
-        manifest: dict[str, Any] = json.loads(read_bytes(join_path(folder, MANIFEST)))
-    except (OSError, ValueError):
-        return None
-    return manifest if manifest.get("format") == _FORMAT else None
-
-
 def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
     """Call `use(folder, progress)` with a job folder in the system's temporary folder, and remove it afterwards.
 
     The folder is named after the plan, so the next run reuses and then removes the files of a killed run.
     """
-    root = join_path(tempfile.gettempdir(), f"manyhands-{os.getuid()}")
+    root = str(private_folder())
     for attempt in range(1000):
         try:
             job = JobFolder(join_path(root, f"{plan.identity[:20]}-{attempt}"))
@@ -277,7 +267,7 @@ def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[st
     if bad:
         write_atomic(join_path(folder, BAD_RECORDS), bad)
     manifest = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "identity": plan.identity,
         "digest": _digest(files, bad),
         "records": last.records,
@@ -413,6 +403,27 @@ def _root() -> Path:
     return Path(tempfile.gettempdir()) / f"manyhands-{os.getuid()}"
 
 
+def private_folder() -> Path:
+    """Create the user's folder in the system's temporary folder, and return it.
+
+    Raises ConfigError if others could replace the plans in it, which are pickles: if it has another owner or is a link,
+    or if others may write to it.
+    """
+    root = _root()
+    with suppress(FileExistsError):
+        root.mkdir(mode=0o700, parents=True)
+    found = root.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(
+            "the folder for temporary files is not yours alone",
+            where=str(root),
+            expected=f"a folder of user {os.getuid()} to which nobody else may write",
+            got=f"{stat.filemode(found.st_mode)}, of user {found.st_uid}",
+            hint="remove it, or `chmod 700` it if it is yours; or set TMPDIR to a folder of your own",
+        )
+    return root
+
+
 def _is_temporary(folder: str) -> bool:
     """Return True if the folder holds a cache that only this process uses."""
     return Path(folder).parent == _root()
@@ -424,7 +435,7 @@ def temporary_job_folder() -> str:
     The folder is removed when this process ends. If this process is killed, the next process that creates such a folder
     removes it.
     """
-    root = _root()
+    root = private_folder()
     for path in root.glob("cache-*"):
         pid = path.name.split("-")[1]
         if not Path(f"/proc/{pid}").exists():
