@@ -188,7 +188,7 @@ def test_a_job_that_is_stopped_while_files_get_one_schema_resumes(
 
     monkeypatch.setattr(job_output, "move", move)
     for _ in range(2):  # between two renames
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(mh.Interrupted):
             differing().write(f"{tmp_path}/out", format="parquet", **ALONE)
     assert moved.count("stopped") == 2
     again = differing().write(f"{tmp_path}/out", format="parquet", **ALONE)

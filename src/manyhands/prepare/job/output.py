@@ -29,6 +29,7 @@ from manyhands.prepare.io.formats import CHUNKS
 from manyhands.prepare.io.manifest import FORMAT, read_output_manifest
 from manyhands.prepare.job.progress import EVENTS, JobEvents, JobProgress
 from manyhands.prepare.job.stages import JobFolder, StageResult, cached_bad_records, check_counts, run_stages, tasks_of
+from manyhands.prepare.job.stopping import stopping_on_request
 from manyhands.prepare.options import Options, patience_seconds, rank_of
 from manyhands.prepare.plan.plan import (
     Arranged,
@@ -140,9 +141,10 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
     complete = False
     stages: list[StageResult] = []
     try:
-        manifest = _of_other_ranks(plan, folder, options)
-        if manifest is None:
-            stages, manifest = _run(plan, folder, job, options, existing, events)
+        with stopping_on_request(job.path, "run it again: completed tasks are not repeated"):
+            manifest = _of_other_ranks(plan, folder, options)
+            if manifest is None:
+                stages, manifest = _run(plan, folder, job, options, existing, events)
         complete, took = True, time.monotonic() - started
         events.add("published", digest=manifest["digest"], records=manifest["records"], seconds_taken=took)
     except OSError as error:
@@ -223,7 +225,10 @@ def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
     else:
         raise ConfigError("another run uses this folder", where=root, hint="wait for it to end")
     try:
-        with JobProgress(len(plan.stages), show=options.progress) as progress:
+        with (
+            stopping_on_request(job.path, "run it again"),
+            JobProgress(len(plan.stages), show=options.progress) as progress,
+        ):
             return use(job, progress)
     finally:
         job.close(delete=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError
+from manyhands.errors import ConfigError, InvariantError, ManyhandsError
 from manyhands.prepare.engines.engine import OwnedEngine
 from manyhands.prepare.io.run_file import cuts_by_size, read_index
 from manyhands.prepare.job.one_schema import is_rewritten_folder, one_schema_tasks, renamed
@@ -228,10 +228,6 @@ def run_stages(
                 again = _run_stage(renamed(stage), rewriting, engine, options, progress, 0)
                 result = _with_rewritten(result, again)
             done.append(result)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "the job was stopped on request", where=folder.path, hint="run it again: completed tasks are not repeated"
-        ) from None
     finally:
         engine.close()
         folder.sweep(plan)
