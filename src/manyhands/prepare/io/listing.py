@@ -75,7 +75,7 @@ def check_unchanged(file: InputFile) -> None:
 
 
 def folder_of(folder: str | os.PathLike[str]) -> str:
-    """Return a folder as a text: a path or an address. Raises ConfigError for other values."""
+    """Return a folder as text: a path or an address. Raises ConfigError for other values."""
     if not isinstance(folder, (str, os.PathLike)):
         raise ConfigError("a folder is not a path", expected="text or pathlib.Path", got=repr(folder)[:200])
     return folder if isinstance(folder, str) else str(location_of(folder))
@@ -128,7 +128,7 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
 
 
 def _is_empty_output(folder: str) -> bool:
-    """True if the folder holds the output of a job that wrote no records, and therefore no file."""
+    """Return True if the folder holds the output of a job that wrote no records, and therefore no files."""
     manifest = read_output_manifest(folder) or {}
     return manifest.get("files") == [] and manifest.get("records") == 0
 

@@ -12,7 +12,7 @@ FORMAT = "manyhands prepared 1"
 
 
 def read_output_manifest(folder: str) -> dict[str, Any] | None:
-    """The manifest of a complete output; None if there is none."""
+    """Return the manifest of a complete output, or None if there is none."""
     try:
         manifest = json.loads(read_bytes(join_path(folder, MANIFEST)))
     except (OSError, ValueError):

@@ -166,8 +166,8 @@ class LinesWriter(Writer):
         """Do nothing, because every chunk has been written."""
 
 
-# orjson itself drops fields of dataclasses whose names start with an underscore. It cuts NumPy's times to microseconds,
-# so all values of NumPy are passed to `_known`.
+# orjson would drop fields of dataclasses whose names start with an underscore. It would cut NumPy's times to
+# microseconds, so all values of NumPy are passed to `_known`.
 _VALUES = orjson.OPT_PASSTHROUGH_DATACLASS
 
 _JSON = orjson.OPT_APPEND_NEWLINE | _VALUES  # keys that are not text raise TypeError
@@ -188,7 +188,7 @@ def _known(value: Any) -> Any:
 
 
 def _has_microseconds(times: Any) -> bool:
-    """True if all times are whole microseconds. NaT differs from itself."""
+    """Return True if all times are whole microseconds. NaT differs from itself."""
     return bool(np.all(times.astype("datetime64[us]") == times))
 
 

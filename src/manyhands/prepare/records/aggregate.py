@@ -73,7 +73,7 @@ _ROWS = "rows"  # the column of row numbers in a table that Arrow groups
 def combine_table(
     table: pa.Table, key: tuple[str, ...], key_columns: Sequence[Any], aggregates: Sequence[Aggregate]
 ) -> Keyed | None:
-    """Return the states of a table's groups; None if Arrow can't compute them exactly, or not faster than Python.
+    """Return the states of a table's groups, or None if Arrow can't compute them exactly or faster than Python.
 
     key_columns: the columns of `key`, from `checked_columns`. If the result is None, the caller must combine the rows
     as Python objects.
@@ -115,7 +115,7 @@ def combine_table(
 
 
 def _makes_state_table(table: pa.Table, key: tuple[str, ...], aggregates: Sequence[Aggregate]) -> bool:
-    """True if the states of the table's groups are a table, unless they are large: counts, and sums of integers."""
+    """Return True if the groups' states are counts and sums of integers, which form a table unless they are large."""
     if len(key) > 1 or table.schema.field(key[0]).type not in KEY_TYPES.values():
         return False
     added = [aggregate.of for aggregate in aggregates if aggregate.kind == "sum"]
@@ -167,7 +167,7 @@ def count_keys(keys: list[Any], columns: int) -> KeyedTable | None:
 
     Returns None if Arrow can't hold the keys exactly.
     """
-    kinds = set(map(type, keys))  # exact types: True and 1 are one key in Python and two in Arrow
+    kinds = set(map(type, keys))  # compare exact types, because True and 1 are one key in Python and two keys in Arrow
     if len(kinds) != 1 or not kinds <= KEY_TYPES.keys():
         return None
     try:

@@ -23,9 +23,9 @@ KEY_TYPES = {str: pa.string(), int: pa.int64(), bytes: pa.binary()}
 
 ADDED_KINDS = {"count", "sum"}  # the kinds of aggregates whose states are merged by addition
 
-SMALL = 2**40  # states below this can be added across millions of tasks without overflowing 64 bits
+SMALL = 2**40  # states below this limit can be added across millions of tasks without overflowing 64 bits
 
-SAFE = 2**47  # a chunk has at most 65,536 rows: the sum of that many integers below this fits in 64 bits
+SAFE = 2**47  # a chunk has at most 65,536 rows, and the sum of that many integers below this limit fits in 64 bits
 
 FEW_ROWS = 1024  # tables with fewer rows are combined by Python, which takes less time than Arrow takes to start
 
