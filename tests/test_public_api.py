@@ -54,6 +54,9 @@ OPTIONS = {
     "train": {
         "--accept-new-numerics",
         "--adopt",
+        "--amend",
+        "--from-step",
+        "--skip-step",
         "--checkpoint-dir",
         "--checkpoint-every",
         "--digest-every",

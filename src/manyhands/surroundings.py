@@ -34,7 +34,9 @@ def to_handle() -> list[signal.Signals]:
 
 
 class StopSignals:
-    """A context manager that handles the stop signals of `to_handle` in the main thread, and does nothing in others.
+    """A context manager that handles stop signals in the main thread. In other threads it does nothing.
+
+    `to_handle` says which signals are handled.
 
     requested: True once a signal has arrived. Before `training_started` is called there is no step to finish, so the
     first signal also raises KeyboardInterrupt immediately.

@@ -126,6 +126,7 @@ class Manifest(BaseModel):
     which is next to this one. computed: names of tensors in the model's state_dict that are neither parameters nor
     buffers; they are not saved. config_files: the files that Hugging Face's loaders need next to the weights: file
     name -> content. extra_states: what `get_extra_state` of modules returned, see `checkpoint.extra_state`.
+    amendments: the amendments of the steps so far, see `engine.step.amendments`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -146,12 +147,13 @@ class Manifest(BaseModel):
     config_files: dict[ConfigName, dict[str, Any]]
     pieces: list[PieceRecord]
     extra_states: dict[str, Any] = Field(default_factory=dict)
+    amendments: dict[str, Any] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `extra_states` if there are none: versions that do not know them can then read the checkpoint."""
+        """Leave out what most checkpoints lack: versions that do not know these fields can then read the checkpoint."""
         fields: dict[str, Any] = serialize(self)
-        return fields if self.extra_states else {key: value for key, value in fields.items() if key != "extra_states"}
+        return {key: value for key, value in fields.items() if value or key not in ("extra_states", "amendments")}
 
     def check_complete(self) -> None:
         """Raise ValueError unless each tensor is listed once, and each of its elements is in exactly one piece.

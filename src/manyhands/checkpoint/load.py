@@ -12,6 +12,7 @@ from manyhands.checkpoint.format import Manifest, Scalar, decode_state, read_man
 from manyhands.checkpoint.pieces import PieceReader
 from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.engine.engine import StepEngine
+from manyhands.engine.step.amendments import Amendments
 from manyhands.errors import CheckpointError, NumericsError
 from manyhands.optim.sliced import Slice
 from manyhands.storage.location import Location
@@ -47,6 +48,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
     """Load the state that `reader` provides into the engine, as `load_checkpoint` does. Collective."""
     manifest, folder = reader.manifest, reader.folder
     _check_facts(manifest, engine, folder)
+    amendments = _with_past(manifest, engine.amendments, folder)
     _check_hyperparameters(manifest, engine, folder)
     if not accept_new_numerics:
         check_identity(manifest.identity, engine.identity, str(folder))
@@ -60,7 +62,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
                 buffers[name].copy_(value)
         _load_schedules(manifest, engine, folder)
         load_extra_states(engine.model, manifest.extra_states, reader)
-        engine.step_index = manifest.step
+        engine.step_index, engine.amendments = manifest.step, amendments
         found = engine.digest() if manifest.digest else ""
         if found != manifest.digest:
             raise CheckpointError(
@@ -123,8 +125,27 @@ def _check_facts(manifest: Manifest, engine: StepEngine, folder: Location) -> No
                 where=str(folder),
                 expected=f"{saved} (saved)",
                 got=f"{now} (this recipe)",
-                hint="use the recipe that it was saved with, or start a new run directory",
+                hint="use the recipe that it was saved with, or start a new run directory; to change clip_norm or a "
+                f"setting of the optimizer in the middle of a run: --amend KEY=VALUE --from-step {manifest.step}",
             )
+
+
+def _with_past(manifest: Manifest, mine: Amendments, folder: Location) -> Amendments:
+    """Return the amendments of the engine, with those that the checkpoint was computed with.
+
+    Raises CheckpointError if the engine has others for steps that are complete in the checkpoint.
+    """
+    past = Amendments.from_json(manifest.amendments)
+    new = [each for each in mine.before(manifest.step).described() if each not in past.described()]
+    if new:
+        raise CheckpointError(
+            "the checkpoint was computed without these amendments",
+            where=str(folder),
+            expected="; ".join(new),
+            got="; ".join(past.described()) or "a checkpoint without amendments",
+            hint=f"amend steps from {manifest.step} on; or remove the later checkpoints, to go back to an earlier one",
+        )
+    return mine.joined(past)
 
 
 def _check_hyperparameters(manifest: Manifest, engine: StepEngine, folder: Location) -> None:

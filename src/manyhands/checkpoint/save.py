@@ -253,6 +253,7 @@ def start_checkpoint(
 def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest:
     """Return the manifest of the engine's current state, without pieces and scalars. `Manifest` describes `frozen`."""
     tensors, computed = tensor_records(engine)
+    past = engine.amendments.before(engine.step_index)
     return Manifest(
         format=CHECKPOINT_FORMAT,
         step=engine.step_index,
@@ -270,6 +271,7 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
         config_files=config_files(engine.model),
         pieces=[],
         extra_states=extra_states(engine.model).values,
+        amendments=past.as_json() if past else {},
     )
 
 

@@ -40,9 +40,12 @@ def _train(request: Mapping[str, Any], stop: StopSignals) -> None:
     from rich.console import Console
 
     from manyhands.documents.recipe_file import load_recipe
+    from manyhands.engine.step.amendments import Amendments
     from manyhands.listeners.summary import render, to_json
     from manyhands.training.loop import train
 
+    training = dict(request["training"])
+    amendments = Amendments.from_json(training.pop("amendments"))
     loaded = load_recipe(request["recipe"], request["overrides"])
     summary = train(
         loaded.recipe,
@@ -50,7 +53,9 @@ def _train(request: Mapping[str, Any], stop: StopSignals) -> None:
         run_dir=request["run_dir"],
         recipe_as_used=loaded.settings,
         stop=stop,
-        **request["training"],
+        skip_steps=amendments.skipped,
+        amendments=amendments.by_step(),
+        **training,
     )
     if int(os.environ["RANK"]) == 0:
         console = Console(stderr=request["json"], highlight=False)

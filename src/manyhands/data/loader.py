@@ -365,7 +365,9 @@ class _Tasks(Dataset[Any]):
                 raise DataError(
                     f"{doing} raised {type(error).__name__}: {error}",
                     where=f"step {step}, micro-batch {micro_batch}, samples {_listed(indices)}",
-                    hint=f"to reproduce the error, call {doing} yourself; the traceback is above or below this message",
+                    hint=f"to reproduce the error, call {doing} yourself; the traceback is above or below this "
+                    "message; "
+                    f"to continue without this step: --skip-step {step} (skip_steps=[{step}])",
                 ) from error
 
     def __getitem__(self, task: tuple[Any, ...]) -> bytes:

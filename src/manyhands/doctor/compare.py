@@ -147,6 +147,7 @@ def _differences(one: RunDirectory, other: RunDirectory) -> tuple[str, ...]:
     found = []
     for title, first, second in (
         ("recipe", _without_strategy(one), _without_strategy(other)),
+        ("amendments", one.read_amendments().as_json(), other.read_amendments().as_json()),
         ("numerics", one.read_manifest()["numerics"], other.read_manifest()["numerics"]),
     ):
         for name in dict.fromkeys([*first, *second]):

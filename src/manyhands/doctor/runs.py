@@ -19,6 +19,9 @@ from manyhands.storage.run_lock import is_locked
 
 _TAIL_LINES = 8
 
+_DURING_STEPS = ("saved", "not saved", "amended", "skipped")
+"""Events that don't say how a run ended."""
+
 _QUIET_STEPS = 20
 """A run that has recorded nothing during the time of this many steps is assumed to have ended."""
 
@@ -75,7 +78,7 @@ def _outcome(events: list[dict[str, Any]], run: RunDirectory, median: float) -> 
     owned = is_locked(run.path)
     if owned:
         return "running"
-    last = next((event for event in reversed(events) if event["event"] not in ("saved", "not saved")), None)
+    last = next((event for event in reversed(events) if event["event"] not in _DURING_STEPS), None)
     if last is not None and last["event"] in ("ended", "stopped"):
         return str(last["event"])
     if last is not None and last["event"] == "failed" and last.get("restart") is None:
@@ -100,6 +103,10 @@ def _line(event: dict[str, Any]) -> str:
         return f"started at step {event['step']}{source}: {event['workers']} workers, {event['sharding']}{again}"
     if kind == "started over":
         return f"started over: the record before is in {event.get('earlier')}"
+    if kind == "amended":
+        return f"amended: from step {event['step']} on, {event['key']} = {event['value']}"
+    if kind == "skipped":
+        return f"step {event['step']} was skipped"
     if kind == "failed":
         where = f" ({event['where']})" if event.get("where") else ""
         then = "" if event.get("restart") is None else f"; restarted ({event['restart']})"

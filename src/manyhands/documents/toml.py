@@ -118,6 +118,14 @@ def _override_value(written: str) -> Any:
     return literal if isinstance(literal, int | float) else written
 
 
+def parse_override(option: str, override: str) -> tuple[str, Any]:
+    """Parse `key=value`, where the value is written as in TOML or Python. Raises ConfigError. option: for its text."""
+    name, equals, written = override.partition("=")
+    if not equals or not all(part.strip() for part in name.split(".")):
+        raise ConfigError("an override can't be parsed", where=f"{option} {override}", expected="key=value")
+    return name.strip(), _override_value(written.strip())
+
+
 def override_of(key: str, value: str | float) -> str:
     """Return the override that sets `key` to `value`. Strings that would be parsed as other values are quoted."""
     written = str(value)

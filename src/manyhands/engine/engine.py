@@ -28,6 +28,7 @@ from manyhands.engine.agreement import (
 )
 from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
 from manyhands.engine.sharding import SHARDED, sharding_named
+from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.buffers import Buffers, names_in_order
 from manyhands.engine.step.call_seeds import CallSeeds
 from manyhands.engine.step.control import Control, added_in_order, all_gather_control
@@ -175,7 +176,7 @@ class StepEngine:
         self._call_seeds = CallSeeds()
         self._module_hooks = [*self._unshard_around_forwards(on_demand), *self._seed_behind_calls()]
         self._clock = PhaseClock(group.recorder)
-        self.step_index = 0
+        self.step_index, self.amendments = 0, Amendments()
         self._loss_reader = LossReader()
         self.last_hashes: np.ndarray | None = None
         # A signal or a timer may set these on any one worker. The next step's control values set them on all workers.
@@ -386,7 +387,8 @@ class StepEngine:
         self.stop_requested, self.save_requested = control.stop, control.save
         unused = {name for name, got in zip(self._param_names, control.got_gradient, strict=True) if not got}
         self._publish_status("update")
-        norm = self.updater.update(self._reducer, weight, self.recipe.clip_norm, unused, tag)
+        clip_norm = self.amendments.clip_norm(self.step_index, self.recipe.clip_norm)
+        norm = self.updater.update(self._reducer, weight, clip_norm, unused, tag)
         self._reducer.release()
         self.buffers.merge(list(control.changed_buffers), self.my_micro_batches, self.group, f"{tag} / buffers")
         for front in self.optimizer.fronts:

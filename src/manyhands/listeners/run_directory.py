@@ -3,7 +3,7 @@
     recipe.json      the recipe as used                  metrics.jsonl   one JSON object per step
     manifest.json    numerics, strategy, versions        events.jsonl    one JSON object per event, with its time
     checkpoints/     digests/     tensorboard/           logs/           worker-0.log, ...
-    earlier-1/       the record before the run started over
+    amendments.json  skipped steps, changed settings     earlier-1/      the record before the run started over
 
 Only worker 0 writes here, with three exceptions: every worker has its own log, all workers write checkpoints, and the
 launcher records events.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.config import Recipe, Strategy
+from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
 from manyhands.storage.atomic import write_atomic
@@ -33,7 +34,9 @@ RUN_FORMAT = "manyhands run 2"
 
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 
-_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", "metrics.jsonl", "events.jsonl", LOCK)
+AMENDMENTS = "amendments.json"
+
+_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", AMENDMENTS, "metrics.jsonl", "events.jsonl", LOCK)
 """The names of the files and folders that a run may write before its manifest."""
 
 
@@ -107,6 +110,16 @@ class RunDirectory:
         """Return recipe.json as it was written. Raises DataError."""
         return _read_json(self.path / "recipe.json")
 
+    def write_amendments(self, amendments: Amendments) -> None:
+        """Write amendments.json if there are amendments: steps to skip, and changed settings. Raises ConfigError."""
+        if amendments:
+            write_json(self.path / AMENDMENTS, amendments.as_json())
+
+    def read_amendments(self) -> Amendments:
+        """Return the amendments of the run. Raises DataError and ConfigError if the file can't be read."""
+        path = self.path / AMENDMENTS
+        return Amendments.from_json(_read_json(path)) if path.exists() else Amendments()
+
     def write_manifest(self, numerics: Mapping[str, Any], strategy: Strategy | Mapping[str, Any], **more: Any) -> None:
         """Write manifest.json: numerics identity, strategy, versions, `more`, and the time when the run was created.
 
@@ -137,7 +150,7 @@ class RunDirectory:
         The manifest is copied, because the run keeps its id and the location of its checkpoints. A link to a folder of
         checkpoints stays. The caller holds the run's lock. Raises ConfigError.
         """
-        names = list(filter(self._is_recorded, (*_FOLDERS, "recipe.json", "metrics.jsonl", "events.jsonl")))
+        names = list(filter(self._is_recorded, (*_FOLDERS, "recipe.json", AMENDMENTS, "metrics.jsonl", "events.jsonl")))
         if not names:
             return None
         numbers = [int(path.name.partition("-")[2]) for path in self.path.glob("earlier-*") if path.name[8:].isdigit()]
@@ -172,7 +185,8 @@ class RunDirectory:
     def append_event(self, event: str, **facts: Any) -> None:
         """Append an event to events.jsonl, with the time in seconds since the epoch and `facts`. Raises ConfigError.
 
-        event: "started over", "started", "saved", "not saved", "failed", "hosts changed", "ended" or "stopped".
+        event: "started over", "started", "saved", "not saved", "amended", "skipped", "failed", "hosts changed", "ended"
+        or "stopped".
         """
         _append(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
 

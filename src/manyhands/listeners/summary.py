@@ -109,6 +109,7 @@ def figures(metrics: Sequence[StepMetrics]) -> Figures:
     function returns no weights; `throughput_unit` states the unit. tokens_per_second, step_seconds_median and
     seconds_by_phase are medians over the steps, so that a slow first step or a checkpoint does not distort them.
     """
+    metrics = [each for each in metrics if not each.skipped]
     if not metrics:
         return Figures(0, math.nan, math.nan, math.nan, "tokens", math.nan, dict.fromkeys(PHASES, 0.0))
     return Figures(

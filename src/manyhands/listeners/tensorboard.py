@@ -26,7 +26,7 @@ class TensorBoardLog:
 
     def write(self, metrics: StepMetrics) -> None:
         """Add the points of one step."""
-        if self._writer is None:
+        if self._writer is None or metrics.skipped:
             return
         points = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "seconds/step": metrics.step_seconds}
         points |= {f"metrics/{name}": value for name, value in metrics.metrics.items()}

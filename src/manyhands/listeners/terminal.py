@@ -65,6 +65,8 @@ class TrainingProgress:
 
     def update(self, metrics: StepMetrics) -> None:
         """Show a completed step."""
+        if metrics.skipped:
+            return
         self._recent.append(metrics)
         now = time.monotonic()
         wait = _REDRAW_SECONDS if self._console.is_interactive else self._line_seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
@@ -16,10 +18,13 @@ from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy, Weights
 from manyhands.data.loader import LoadedBatch, MicroBatchLoader
+from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.sharding import SHARDED, sharding_named
+from manyhands.engine.step.amendments import CLIP_NORM, Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, Interrupted, InvariantError
+from manyhands.optim.amending import apply_change, check_change
 from manyhands.storage.location import Location, location_of
 
 
@@ -100,16 +105,38 @@ class Engine(StepEngine):
             raise InvariantError("the engine was closed", hint="create a new engine, and load a checkpoint to continue")
         if not self.data_facts:
             try:
-                self.data_facts = self._loader.facts(first, 0)
+                self.data_facts = self._loader.facts(self._first_computed(first), 0)
             except BaseException as error:
                 self.group.fail(error)
                 raise
         numbers = count(first) if steps is None else range(first, steps)
-        return self._loader.stream((step, micro_batch) for step in numbers for micro_batch in self.my_micro_batches)
+        skipped = frozenset(self.amendments.skipped)
+        return self._loader.stream(
+            (step, micro_batch) for step in numbers if step not in skipped for micro_batch in self.my_micro_batches
+        )
+
+    def amend(self, amendments: Amendments) -> None:
+        """Skip steps, and change settings of the recipe from certain steps on; before the first call of `batches`.
+
+        All workers make the same call. A checkpoint that is loaded later adds those that it was computed with. Raises
+        ConfigError for settings that the recipe lacks.
+        """
+        for change in amendments.changes:
+            if change.key != CLIP_NORM:
+                check_change(change.key, change.value, self.optimizer.fronts)
+        self.amendments = amendments
+
+    def _first_computed(self, step: int) -> int:
+        return next(number for number in count(step) if number not in self.amendments.skipped)
 
     def step(self, batch: StepBatch, *, digest: bool = False) -> StepMetrics:
-        """Run the next step. Collective. Raises the errors of `run_step`."""
+        """Run the next step, or skip it if the amendments say so. Collective. Raises the errors of `run_step`."""
         self._refuse_without_checkpoint()
+        for change in self.amendments.at(self.step_index):
+            if change.key != CLIP_NORM:
+                apply_change(change.key, change.value, self.optimizer.fronts, self.schedules)
+        if self.step_index in self.amendments.skipped:
+            return self._skip(digest)
 
         def load(micro_batch: int) -> Any:
             loaded = next(batch.stream, None)
@@ -127,6 +154,32 @@ class Engine(StepEngine):
             self._first_step = False
             check_extra_states(self.model, self.group)
         return metrics
+
+    def _skip(self, digest: bool) -> StepMetrics:
+        """Count the next step and advance the schedules, without an update. Its data are not loaded. Collective."""
+        step, tag = self.step_index, f"step {self.step_index} / skipped"
+        with self.changing():
+            requests = [self.stop_requested, self.save_requested]
+            all_ranks: list[Any] = all_gather_json(self.group, requests, f"{tag} / control")
+            self.stop_requested, self.save_requested = map(any, zip(*all_ranks, strict=True))
+            rates = self.optimizer.learning_rates
+            with warnings.catch_warnings():
+                # torch warns about a schedule that advances before the first update, which is intended here.
+                warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`")
+                for schedule in self.schedules:
+                    schedule.step()
+            self.step_index += 1
+            return StepMetrics(
+                step=step,
+                skipped=True,
+                loss=math.nan,
+                weight=0.0,
+                samples=0,
+                gradient_norm=math.nan,
+                learning_rates=rates,
+                step_seconds=0.0,
+                digest=self.digest() if digest else None,
+            )
 
     def save(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from manyhands.comm.group import Group
 from manyhands.config import Every, Recipe, Strategy, every
 from manyhands.engine.agreement import agree, all_gather_json
+from manyhands.engine.step.amendments import amendments_of
 from manyhands.errors import ConfigError, Interrupted
 from manyhands.listeners.summary import Summary, failures_among, figures
 from manyhands.numerics.counters import derive
@@ -43,6 +45,8 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     accept_new_numerics: bool = False,
     adopt: bool = False,
     start_over: bool = False,
+    skip_steps: Sequence[int] = (),
+    amendments: Mapping[int, Mapping[str, Any]] | None = None,
     show: bool = True,
     recipe_as_used: dict[str, Any] | None = None,
     stop: StopSignals | None = None,
@@ -62,6 +66,9 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     adopt: continue from checkpoints that belong to another run. Then only this run may write to their folder.
     start_over: begin the run in run_dir anew. Its metrics, events, digests and checkpoints are moved to a subfolder. A
         restart after a failure continues instead.
+    skip_steps: steps to skip, counted from 0 as in errors: their data are passed over, and schedules advance.
+    amendments: settings that change from a step on, such as {500: {"optimizer.lr": 1e-4, "clip_norm": 0.5}}. The run
+        directory records both, and they apply again whenever the run is resumed.
     show: show a progress bar on worker 0.
     recipe_as_used, stop: for the command line.
 
@@ -77,6 +84,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             expected="integers",
             got=", ".join(map(repr, given)),
         )
+    given_amendments = amendments_of(skip_steps, amendments or {})
     interval = Every() if checkpoint_every is None else every(checkpoint_every)
     started = time.monotonic()
     with ExitStack() as stack:
@@ -97,8 +105,10 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             accept_new_numerics=accept_new_numerics,
             adopt=adopt,
             start_over=start_over,
+            amendments=given_amendments.described(),
         )
         record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, stack, adopt=adopt, anew=anew)
+        record.amend(given_amendments)
         record.resume(accept_new_numerics)
         record.show(steps, show)
         saver = Saver(record, interval, keep_checkpoints, keep_every)

@@ -28,6 +28,7 @@ from manyhands.checkpoint.publish import as_checkpoint_error, check_writable
 from manyhands.checkpoint.save import check_schedules
 from manyhands.config import Every
 from manyhands.engine.agreement import all_gather_json
+from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.listeners.run_directory import RunDirectory, write_json
@@ -116,6 +117,15 @@ class RunRecord:
         if not is_local(all_ranks[0]):
             self.checkpoints = location_of(all_ranks[0])
 
+    def amend(self, given: Amendments) -> None:
+        """Give the engine the amendments of the run so far, and those that are given now. Collective; before `resume`.
+
+        Raises ConfigError.
+        """
+        mine = given if self._directory is None else self._directory.read_amendments().joined(given)
+        all_ranks: list[Any] = all_gather_json(self.engine.group, mine.as_json(), "start / amendments / control")
+        self.engine.amend(Amendments.from_json(all_ranks[0]))
+
     def resume(self, accept_new_numerics: bool) -> None:
         """Load the newest state: a snapshot, or the run's last checkpoint. Then start recording. Collective."""
         listed = [] if self.checkpoints is None else list_checkpoints(self.checkpoints)
@@ -147,6 +157,7 @@ class RunRecord:
             )
         elif self.engine.recipe.initial_weights is not None:
             self.notes.append(f"starting with the weights of {self.engine.recipe.initial_weights.path}")
+        self.notes += self.engine.amendments.described()
         self._check_saved(source)
         self._record_start(source)
         if self.checkpoints is not None and self.engine.group.rank == 0:
@@ -197,6 +208,7 @@ class RunRecord:
             **self._external_checkpoints(),
         )
         directory.write_recipe(self._recipe_as_used or engine.recipe)
+        directory.write_amendments(engine.amendments)
         buffers = engine.buffers.named()
         numel = {name: buffers[name].numel() for name in engine.buffers.persistent}
         write_json(directory.digests / "tensors.json", {"tensors": engine.digest_names, "buffers": numel})
@@ -264,6 +276,12 @@ class RunRecord:
         if self.engine.group.rank != 0:
             return
         self.metrics.append(metrics)
+        for change in self.engine.amendments.at(metrics.step):
+            self.event("amended", step=metrics.step, key=change.key, value=change.value)
+            self.report(str(change))
+        if metrics.skipped:
+            self.event("skipped", step=metrics.step)
+            self.report(f"step {metrics.step} was skipped")
         if self._directory is not None:
             self._directory.append_metrics(metrics)
             if metrics.digest is not None and self.engine.last_hashes is not None:

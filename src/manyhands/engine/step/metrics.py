@@ -22,6 +22,7 @@ PHASES = ("data", "compute", "communication", "update", "waiting")
 class StepMetrics:
     """The metrics of one step.
 
+    skipped: True if an amendment skipped the step: there is no loss, no gradient and no weight.
     loss: the weighted mean loss of the global batch.
     weight: the sum of the micro-batches' weights.
     weighted: True if the loss function returned weights, such as numbers of tokens. If not, `weight` counts
@@ -35,6 +36,7 @@ class StepMetrics:
     """
 
     step: int
+    skipped: bool = False
     loss: float
     weight: float
     samples: int

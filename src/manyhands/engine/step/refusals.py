@@ -23,21 +23,22 @@ def not_finite(
     `control` is the same on all workers, so all of them get the same error.
     """
     tag, bad_losses = f"step {step}", np.flatnonzero(~np.isfinite(control.losses))
+    skip = f"; to continue without this step: --skip-step {step} (skip_steps=[{step}])"
     # A bad loss causes bad gradients, so the loss is reported unless an earlier micro-batch has a bad gradient.
     if control.bad is not None and not (len(bad_losses) and bad_losses[0] <= control.bad[0]):
         loss = control.losses[control.bad[0]]
         return NumericsError(
             f"the gradient of {param_names[control.bad[1]]!r} is not finite in micro-batch {control.bad[0]}",
             where=f"{tag}, {batch.samples_of(step, control.bad[0])}; the loss is {loss:g}",
-            hint="lower the learning rate, set clip_norm, or inspect those samples; no weight has been changed",
+            hint=f"lower the learning rate, set clip_norm, or inspect those samples; no weight has been changed{skip}",
         )
     if len(bad_losses):
         return NumericsError(
             f"the loss of micro-batch {bad_losses[0]} is {control.losses[bad_losses[0]]:g}",
             where=f"{tag}, {batch.samples_of(step, int(bad_losses[0]))}",
-            hint=f"inspect those samples, or lower the learning rate; no weight has been changed{hint}",
+            hint=f"inspect those samples, or lower the learning rate; no weight has been changed{hint}{skip}",
         )
-    return _weight_error(control, tag)
+    return _weight_error(control, tag, skip)
 
 
 def refuse_weights(control: Control, form: LossForm, *, fractional: bool, tag: str) -> None:
@@ -73,7 +74,7 @@ def _readings(loss: float, weight: float) -> str:
     )
 
 
-def _weight_error(control: Control, tag: str) -> NumericsError | None:
+def _weight_error(control: Control, tag: str, skip: str) -> NumericsError | None:
     """Return the error for weights that aren't finite, or whose sum isn't positive, and otherwise None."""
     bad = np.flatnonzero(~np.isfinite(control.weights))
     if len(bad):
@@ -81,7 +82,7 @@ def _weight_error(control: Control, tag: str) -> NumericsError | None:
             f"the weight of micro-batch {bad[0]} is {control.weights[bad[0]]:g}",
             where=tag,
             expected=_A_COUNT,
-            hint=_readings(control.losses[bad[0]], control.weights[bad[0]]),
+            hint=_readings(control.losses[bad[0]], control.weights[bad[0]]) + skip,
         )
     weight = added_in_order(control.weights)
     if 0 < weight < math.inf:
@@ -91,5 +92,5 @@ def _weight_error(control: Control, tag: str) -> NumericsError | None:
         where=tag,
         expected="a positive sum of the loss function's weights",
         got=weight,
-        hint=_readings(added_in_order(control.losses), weight),
+        hint=_readings(added_in_order(control.losses), weight) + skip,
     )

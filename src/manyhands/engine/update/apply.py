@@ -292,7 +292,8 @@ class Updater:
                 f"the sum of the step's gradients is not finite (norm {norm}), although every micro-batch's gradients "
                 "are finite",
                 where=tag,
-                hint="lower the learning rate or scale the loss down, and resume from the last checkpoint",
+                hint="lower the learning rate or scale the loss down, and resume from the last checkpoint; to continue "
+                f"without this step: --skip-step {tag.rpartition(' ')[2]}",
             )
         return norm
 
