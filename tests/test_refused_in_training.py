@@ -112,6 +112,8 @@ def double_buffer(net: Late) -> None:
     net.statistics = net.statistics.double()
 
 
+RULES = {"calls": "keep", "hidden": "keep"}
+
 HAPPENS: dict[str, tuple[Callable[[Late], None], str]] = {
     "a parameter comes late": (late_module, "parameter 'late.weight' was added after the engine was created"),
     "a parameter is replaced": (replaced, "parameter 'first.weight' was replaced or removed"),
@@ -136,7 +138,7 @@ HAPPENS: dict[str, tuple[Callable[[Late], None], str]] = {
 @pytest.mark.parametrize("case", HAPPENS)
 def test_changes_in_a_forward_are_refused(case: str, at: int, strategy: mh.Strategy) -> None:
     what, message = HAPPENS[case]
-    made = recipe(happening(what, at))
+    made = recipe(happening(what, at), attributes=RULES)
     with pytest.raises(mh.ConfigError, match=message):
         train_with_engine(made, strategy, steps=2)
     with pytest.raises((mh.ConfigError, mh.WorkerError), match=message):
@@ -147,7 +149,7 @@ def test_changes_in_a_forward_are_refused(case: str, at: int, strategy: mh.Strat
 @pytest.mark.parametrize("case", [case for case in HAPPENS if "buffer has another" not in case])
 def test_changes_between_steps_are_refused(case: str, strategy: mh.Strategy) -> None:
     what, message = HAPPENS[case]
-    with mh.Engine(recipe(Late), strategy) as engine:
+    with mh.Engine(recipe(Late, attributes=RULES), strategy) as engine:
         batches = engine.batches(3)
         engine.step(next(batches))
         if strategy is GATHERED and what in (in_place, in_place_frozen):
@@ -161,7 +163,7 @@ def test_changes_between_steps_are_refused(case: str, strategy: mh.Strategy) -> 
 
 def test_a_module_in_a_plain_list_is_refused() -> None:
     with pytest.raises(mh.ConfigError, match="a trainable parameter that the model doesn't have"):
-        train_with_engine(recipe(happening(hidden_module, 1)), mh.Strategy(), steps=1)
+        train_with_engine(recipe(happening(hidden_module, 1), attributes=RULES), mh.Strategy(), steps=1)
 
 
 def test_a_criterion_with_parameters_is_refused() -> None:

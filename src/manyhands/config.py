@@ -34,6 +34,8 @@ OFFLOADS = ("none", "cpu", "disk")
 
 OPTIMIZER_KINDS = ("elementwise", "per-parameter")
 
+ATTRIBUTE_RULES = ("restore", "keep")
+
 BUFFER_RULES = ("mean", "last", "refuse")
 
 TRANSPORTS = ("auto", "shared-memory", "distributed", "hierarchical")
@@ -195,6 +197,12 @@ class Recipe:
         choices=PRECISIONS,
         help="fp32, or bf16: parameters and gradients in bfloat16; master weights, moments and sums in fp32.",
     )
+    attributes: Mapping[str, str] = option(
+        default_factory=dict,
+        help="Patterns of names of modules' attributes that forward changes, and what to do with these attributes: "
+        "restore (before every micro-batch, the value at the start of the step) or keep (no result depends on them). "
+        "Other attributes that carry values between micro-batches are refused.",
+    )
     fractional_weights: bool = option(
         default=False,
         help="Allow weights of the loss function that are not whole numbers. By default they are refused, because "
@@ -264,13 +272,8 @@ class Recipe:
                 got=repr(self.weights),
             )
         check_options(self)
-        for pattern, rule in self.buffers.items():
-            if rule not in BUFFER_RULES:
-                raise ConfigError(
-                    f"recipe.buffers has an unknown rule for {pattern!r}",
-                    expected=f"one of {', '.join(BUFFER_RULES)}",
-                    got=repr(rule),
-                )
+        _check_rules("buffers", self.buffers, BUFFER_RULES)
+        _check_rules("attributes", self.attributes, ATTRIBUTE_RULES)
         for field in ("compile", "fractional_weights"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(
@@ -287,6 +290,16 @@ class Recipe:
     def initial_weights(self) -> Weights | None:
         """Return `weights` as Weights. The constructor has converted it if it was a path."""
         return self.weights if isinstance(self.weights, Weights) else None
+
+
+def _check_rules(field: str, rules: Mapping[str, str], known: Sequence[str]) -> None:
+    for pattern, rule in rules.items():
+        if rule not in known:
+            raise ConfigError(
+                f"recipe.{field} has an unknown rule for {pattern!r}",
+                expected=f"one of {', '.join(known)}",
+                got=repr(rule),
+            )
 
 
 @options

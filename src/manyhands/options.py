@@ -116,7 +116,9 @@ def options(cls: type[T]) -> type[T]:
     """Make a frozen, keyword-only dataclass whose docstring lists the options."""
     created = dataclass(frozen=True, kw_only=True)(cls)
     described = [
-        textwrap.fill(f"{name}: {each.help}", 110, initial_indent="    ", subsequent_indent="        ")
+        textwrap.fill(
+            f"{name}: {each.help}", 110, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False
+        )
         for name, each in declared(created).items()
     ]
     created.__doc__ = "\n".join([created.__doc__ or "", "", *described])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from manyhands.comm.group import Group
 from manyhands.config import Recipe
 from manyhands.errors import ConfigError
+from manyhands.models.attributes import refuse_differences
 from manyhands.models.building import evict_model
 from manyhands.numerics.digest import digest_of, fingerprint, tensor_hashes, words_of
 from manyhands.numerics.values import no_attributes, plain_values
@@ -62,6 +63,9 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
         names.append("buffers")
     for name in names:
         facts[name] = str(getattr(recipe, name))
+    # The rule "keep" changes no bit, and a run may go on with it after an attribute was refused.
+    if restored := [pattern for pattern, rule in recipe.attributes.items() if rule == "restore"]:
+        facts["attributes that are restored"] = ", ".join(restored)
     return facts | {"len(data)": str(len(recipe.data))}
 
 
@@ -141,6 +145,36 @@ def buffer_facts(buffers: Mapping[str, Tensor]) -> dict[str, str]:
         + digest_of([(name, words_of(value))], tensor_hashes(value))[:16]
         for name, value in buffers.items()
     }
+
+
+def agree_on_start(buffers: Mapping[str, Tensor], data: Mapping[str, str], group: Group) -> None:
+    """Check, before the first step, that all workers have the same buffers and data. Collective. Raises ConfigError.
+
+    data: names and texts of some of the data.
+    """
+    agree(
+        group,
+        "model",
+        buffer_facts(buffers),
+        hint="build the same model on every worker: don't use the rank, the time, an unseeded random generator, or"
+        " memory without a value (torch.empty)",
+    )
+    agree(
+        group,
+        "data",
+        data,
+        hint="give every worker all of the data, which Manyhands divides itself. Don't divide the data by rank, and"
+        " don't use the time, a generator without a seed, or files that differ between hosts",
+    )
+
+
+def agree_on_attributes(assigned: Mapping[str, Mapping[str, str]], group: Group) -> None:
+    """Check that forward set no attribute to different values on two workers. Collective. Raises ConfigError.
+
+    assigned: the plain values to which forward has set attributes on this worker, by attribute.
+    """
+    all_workers: Sequence[Any] = all_gather_json(group, assigned, "start / attributes / control")
+    refuse_differences(all_workers, group.workers)
 
 
 def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:

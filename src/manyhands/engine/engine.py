@@ -19,9 +19,10 @@ from manyhands.comm.local import LocalGroup
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.agreement import (
     agree,
+    agree_on_attributes,
     agree_on_functions,
     agree_on_model,
-    buffer_facts,
+    agree_on_start,
     frozen_facts,
     optimizer_facts,
     recipe_facts,
@@ -44,11 +45,13 @@ from manyhands.engine.units.unsharding import Unsharder
 from manyhands.engine.update.apply import Allocators, Updater
 from manyhands.errors import ConfigError, InvariantError, NumericsError
 from manyhands.models.admission import ParamGuard
+from manyhands.models.attributes import AttributeGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32, mixed_types_explained
 from manyhands.models.building import build_model
 from manyhands.models.compiling import CompiledModules, avoid_compiler_import, compiler_identity
 from manyhands.models.modes import evaluation_mode
 from manyhands.models.recompute import checkpoint_activations
+from manyhands.models.reseeding import refusing_seeds
 from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity
 from manyhands.numerics.counters import derive
 from manyhands.numerics.digest import digest_of, slots_in_order, tensor_hashes, words_of
@@ -62,16 +65,6 @@ from manyhands.shard_layout import blocks_of
 _HINT_SAME_MACHINES = "use the same version of torch and the same kind of CPU (and GPU) for all workers"
 
 _HINT_SAME_RECIPE = "start all workers with the same program, the same recipe and the same data"
-
-_HINT_SAME_BUFFERS = (
-    "build the same model on every worker: don't use the rank, the time, an unseeded random generator, or memory"
-    " without a value (torch.empty)"
-)
-
-_HINT_SAME_DATA = (
-    "give every worker all of the data, which Manyhands divides itself. Don't divide the data by rank, and don't use"
-    " the time, a generator without a seed, or files that differ between hosts"
-)
 
 
 class StepEngine:
@@ -147,6 +140,7 @@ class StepEngine:
         self._optimizer_facts |= schedule_facts(self.schedules, groups, self._optimizer_facts)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches, recipe.buffers, reports=group.rank == 0)
+        self._attributes = AttributeGuard(self.model, recipe.attributes)
         self._settings = Settings(self._params, self.optimizer, self.buffers)
         self.trained = slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
         self.digest_names = self._tensors_in_digest()
@@ -182,7 +176,6 @@ class StepEngine:
         # A signal or a timer may set these on any one worker. The next step's control values set them on all workers.
         self.stop_requested = self.save_requested = False
         self.data_facts: dict[str, str] = {}
-        self._has_begun = False
         self._failed: BaseException | None = None
         self._evaluating = False
 
@@ -259,12 +252,11 @@ class StepEngine:
         step, tag = self.step_index, f"step {self.step_index}"
         self._clock.begin()
         self._param_guard.before_step()
-        # The mode must not depend on the caller's code between steps, which may leave the model in evaluation mode.
-        self.model.train()
         self.buffers.begin_step()
+        self._attributes.begin_step()
         self._settings.begin_step()
-        if not self._has_begun:
-            self._agree_on_start()
+        if not self._loss_reader.is_agreed:  # in the first step
+            agree_on_start(self.buffers.named(), self.data_facts, self.group)
         self._reducer.begin_step(step)
         results = {}
         for index, this in enumerate(self._reducer.rounds):
@@ -284,10 +276,13 @@ class StepEngine:
                 self._unsharder.end()
                 self._reducer.end()
         self._param_guard.after_backward()
+        self._attributes.restore()
         with self._clock.phase("communication"):
             self._unsharder.end_step()
             self._reducer.close_rounds()
-            self._loss_reader.agree(self.group)
+            if not self._loss_reader.is_agreed:
+                self._loss_reader.agree(self.group)
+                agree_on_attributes(self._attributes.assigned(), self.group)
             control = all_gather_control(self._my_control(results), self.group, f"{tag} / control")
             self._reducer.await_pieces()
         self._refuse(control, step)
@@ -297,6 +292,7 @@ class StepEngine:
             norm = self._update(control, weight, tag)
             self.step_index += 1
             digest_text = self.digest() if digest else None
+        self._param_guard.after_step()
         self.group.status(f"after {tag}", step)
         return StepMetrics(
             step=step,
@@ -313,12 +309,6 @@ class StepEngine:
             digest=digest_text,
         )
 
-    def _agree_on_start(self) -> None:
-        """Check, before the first step, that all workers have the same buffers and data. Collective."""
-        agree(self.group, "model", buffer_facts(self.buffers.named()), hint=_HINT_SAME_BUFFERS)
-        agree(self.group, "data", self.data_facts, hint=_HINT_SAME_DATA)
-        self._has_begun = True
-
     def _publish_status(self, activity: str, micro_batch: int | None = None) -> None:
         """Publish the current activity for peers and for the launcher."""
         part = "" if micro_batch is None else f", micro-batch {micro_batch}"
@@ -332,13 +322,21 @@ class StepEngine:
         # again after each call of a unit, so it doesn't matter which units this worker computes. They are restored
         # afterwards, so the caller's random numbers don't depend on how many micro-batches this worker computed.
         seed = derive(self.recipe.seed, "compute", step, micro_batch)
+        # The mode must not depend on code between steps or on the micro-batch before, which may leave other modes.
+        self.model.train()
         with (
+            self._param_guard.micro_batch(),
+            self._attributes.micro_batch(),
             preserved_generators(),
             self._call_seeds.micro_batch(seed),
             self._compiled.computing(),
             bf16_products_in_fp32(bf16),
         ):
-            with self._unsharder.watching_autograd(), mixed_types_explained(self.model):
+            with (
+                self._unsharder.watching_autograd(),
+                mixed_types_explained(self.model),
+                refusing_seeds(not self.recipe.compile),
+            ):
                 result = self._loss_reader.read(self.recipe.loss(self.model, batch))
             self._param_guard.before_backward(result.loss)
             self._unsharder.begin_backward()
@@ -422,6 +420,7 @@ class StepEngine:
                 self._unsharder.evaluating(),  # outermost: its end waits for all workers
                 preserved_generators(),
                 self.buffers.preserved(),
+                self._attributes.preserved(),
                 evaluation_mode(self.model),
                 bf16_products_in_fp32(self._has_bf16),
                 torch.no_grad(),

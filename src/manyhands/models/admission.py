@@ -8,6 +8,7 @@ updates change them. Any other change would silently give wrong results, so it r
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, pairwise
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from manyhands.errors import ConfigError
+from manyhands.models.writes import Sample, changed_in_place
 
 
 def admit(model: nn.Module) -> None:
@@ -119,6 +121,9 @@ def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype} on {tensor.device}" + ("" if tensor.layout == torch.strided else f", {tensor.layout}")
 
 
+WATCHED = 2
+"""The number of micro-batches of each worker in which writes to parameters are detected."""
+
 _HINT = "create all parameters in recipe.model, before it returns; if forward creates some, run the model once there"
 
 
@@ -149,15 +154,46 @@ class ParamGuard:
             if not param.requires_grad and name not in changeable
         }
         self._graph_is_known = False
+        self._watched = 0  # micro-batches
+        self._steps = 0
+        self._after_step: Sample | None = None
 
     def before_step(self) -> None:
-        """Check that no parameter has a gradient, which would be added to the step's gradient. Raises ConfigError."""
+        """Check that no parameter has a gradient, which would be added to the step's gradient. Raises ConfigError.
+
+        Before the second step, also check that no parameter was written to since the first one.
+        """
+        if self._after_step is not None:
+            self._after_step.refuse_writes()
+            self._after_step = None
         for name, param in self._known.items():
             if param.grad is not None:
                 raise ConfigError(
                     f"parameter {name!r} already has a gradient before the step",
                     hint="set its .grad to None after your own backward",
                 )
+
+    def after_step(self) -> None:
+        """Prepare the check for writes between the first two steps."""
+        self._steps += 1
+        if self._steps == 1:
+            self._after_step = self._sample()
+
+    def after_load(self) -> None:
+        """Note that other values were loaded."""
+        self._after_step = None
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Context for one micro-batch. At the end of the first ones, check for writes. Raises ConfigError."""
+        sample = self._sample() if self._watched < WATCHED else None
+        yield
+        self._watched += 1
+        if sample is not None:
+            sample.refuse_writes()
+
+    def _sample(self) -> Sample:
+        return Sample({name: param for name, param in self._known.items() if name in self._versions})
 
     def before_backward(self, loss: Tensor) -> None:
         """Check, once, that backward reaches only parameters of the model. Raises ConfigError."""
@@ -200,11 +236,7 @@ class ParamGuard:
             )
         for name, version in self._versions.items():
             if self._known[name]._version != version:
-                raise ConfigError(
-                    f"parameter {name!r} was changed in place by code other than the optimizer",
-                    hint="load weights in recipe.model; register a tensor that forward changes as a buffer;"
-                    " Embedding(max_norm=...) and clamping weights after a step are not supported",
-                )
+                raise changed_in_place(name)
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Names and hashes of the plain values inside objects, for comparing objects over time and between workers.
+"""Texts for the plain values inside objects, for comparing objects over time and between workers.
 
 Plain values are numbers, text, tensors, arrays and the states of random generators. They may be in lists, tuples, sets,
 deques, dicts and the attributes of objects. Functions, Python modules and objects without attributes are left out.
@@ -10,8 +10,8 @@ import hashlib
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,16 +39,22 @@ def no_attributes(_: object) -> None:
     """Leave out the attributes of all objects, for use instead of `attributes_of`."""
 
 
-def plain_values(name: str, value: object, attributes: Attributes = attributes_of) -> dict[str, str]:
+def plain_values(
+    name: str, value: object, attributes: Attributes = attributes_of, known: Container[int] = ()
+) -> dict[str, str]:
     """Return a text for each plain value inside `value`, by a name such as `name.layers[3].scale`.
 
     Two texts are equal if and only if the values are equal bit for bit. attributes: a function that returns the
-    attributes of an object that are a part of its value.
+    attributes of an object that are a part of its value. known: the ids of objects to leave out.
     """
-    return dict(_leaves(name, value, attributes, set()))
+    return dict(_leaves(name, value, attributes, known, frozenset()))
 
 
-def _leaves(name: str, value: object, attributes: Attributes, above: set[int]) -> Iterator[tuple[str, str]]:
+def _leaves(
+    name: str, value: object, attributes: Attributes, known: Container[int], above: frozenset[int]
+) -> Iterator[tuple[str, str]]:
+    if id(value) in known and not isinstance(value, _NUMBERS):
+        return
     text = _text(value)
     if text is not None:
         yield name, text
@@ -58,7 +64,7 @@ def _leaves(name: str, value: object, attributes: Attributes, above: set[int]) -
     above = above | {id(value)}
     found: list[tuple[str, str]] = []
     for label, item in _items(value, attributes):
-        found += _leaves(name + label, item, attributes, above)
+        found += _leaves(name + label, item, attributes, known, above)
     if len(found) > MAX_LEAVES:
         yield name, f"{len(found)} values, {_hashed(repr(found).encode())}"
     elif not found and isinstance(value, Collection):
@@ -91,8 +97,8 @@ def _text(value: object) -> str | None:
         return text if len(text) <= SHOWN else f"{text[: SHOWN - 20]}..., {_hashed(text.encode())}"
     if isinstance(value, _NUMBERS):
         return repr(value)
-    state = generator_state(value)
-    return None if state is None else f"a random generator in state {_hashed(state)}"
+    generator = generator_of(value)
+    return None if generator is None else f"a random generator in state {_hashed(_as_bytes(generator.get()))}"
 
 
 def _tensor_text(tensor: Tensor) -> str:
@@ -105,17 +111,29 @@ def _tensor_text(tensor: Tensor) -> str:
     return f"{shape}, {_hashed(flat.view(torch.uint8).numpy().data if flat.numel() else b'')}"
 
 
-def generator_state(value: object) -> bytes | None:
-    """Return the state of a random generator of Python, numpy or torch as bytes, or None for any other object."""
+class Generator(NamedTuple):
+    """Functions that get and put the state of a random generator."""
+
+    get: Callable[[], Any]
+    put: Callable[[Any], Any]
+
+
+def generator_of(value: object) -> Generator | None:
+    """Return the functions of a random generator of Python, numpy or torch, or None for any other object."""
     if isinstance(value, torch.Generator):
-        return value.get_state().numpy().tobytes()
+        return Generator(value.get_state, value.set_state)
     if isinstance(value, random.Random):
-        return repr(value.getstate()).encode()
+        return Generator(value.getstate, value.setstate)
     if isinstance(value, np.random.Generator):
-        return repr(value.bit_generator.state).encode()
+        bits = value.bit_generator
+        return Generator(lambda: bits.state, lambda state: setattr(bits, "state", state))
     if isinstance(value, np.random.RandomState):
-        return repr(value.get_state(legacy=False)).encode()
+        return Generator(lambda: value.get_state(legacy=False), value.set_state)
     return None
+
+
+def _as_bytes(state: Any) -> bytes:
+    return state.numpy().tobytes() if isinstance(state, Tensor) else repr(state).encode()
 
 
 def _hashed(raw: Any) -> str:

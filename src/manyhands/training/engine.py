@@ -259,6 +259,7 @@ class Engine(StepEngine):
             self.group.fail(error)
             raise
         self._awaits_checkpoint = False
+        self._param_guard.after_load()
         return manifest
 
     def _refuse_without_checkpoint(self) -> None:

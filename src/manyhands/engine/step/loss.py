@@ -59,11 +59,12 @@ class LossReader:
     """Reads the results of `recipe.loss`, which must have one form in all micro-batches and on all workers.
 
     form: the form of the first result. Before the first result, it is the form of a scalar.
+    is_agreed: True if all workers have the same form.
     """
 
     def __init__(self) -> None:
         self.form = LossForm(False, ())
-        self._is_known = self._is_agreed = False
+        self._is_known = self.is_agreed = False
 
     def read(self, result: object) -> LossResult:
         """Read a result. Raises ConfigError."""
@@ -80,14 +81,10 @@ class LossReader:
         return read
 
     def agree(self, group: Group) -> None:
-        """Check once, after the first micro-batches, that all workers have the same form.
-
-        Collective. Raises ConfigError.
-        """
-        if not self._is_agreed:
-            facts = {"the returned form": _described(self.form)}
-            agree(group, "loss function", facts, hint="return the same from recipe.loss for all micro-batches")
-            self._is_agreed = True
+        """Check, after the first micro-batches, that all workers have the same form. Collective. Raises ConfigError."""
+        facts = {"the returned form": _described(self.form)}
+        agree(group, "loss function", facts, hint="return the same from recipe.loss for all micro-batches")
+        self.is_agreed = True
 
     def values(self, results: Mapping[int, LossResult], micro_batches: int) -> np.ndarray:
         """Return the results of this worker's micro-batches as fp64, with zeros for the other micro-batches.

@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from manyhands.comm.group import Group
 from manyhands.errors import InvariantError
+from manyhands.models.writes import Sample
 from manyhands.numerics.alignment import is_aligned
 from manyhands.offload.allocator import Allocator, BufferPool
 from manyhands.shard_layout import Range, UnitLayout
+
+_WATCHED = 4
+"""How many times each unit is unsharded before writes to its parameters are no longer detected."""
 
 
 class Params(ABC):
@@ -103,6 +107,8 @@ class OnDemandParams(Params):
         super().__init__(layout, stored.dtype)
         self._stored, self._allocator, self._pool = stored, allocator, pool
         self.full: Tensor | None = None
+        self._unsharded = 0  # how often
+        self._sample: Sample | None = None
         # One element, expanded to the shape of every resharded parameter.
         self._absent = torch.full((), float("nan"), dtype=stored.dtype, device=pool.device)
 
@@ -123,6 +129,10 @@ class OnDemandParams(Params):
         def arrive() -> None:
             wait()
             self._point(full)
+            self._unsharded += 1
+            if self._unsharded <= _WATCHED:
+                ranges = {slot.name: slot.range for slot in self.layout.slots}
+                self._sample = Sample({name: full[part.start : part.end] for name, part in ranges.items()})
 
         return arrive
 
@@ -145,10 +155,16 @@ class OnDemandParams(Params):
         """Start to fill `full`. Return a function that waits until it is complete."""
 
     def reshard(self) -> None:
-        """Release the unsharded parameters' buffer; the model's parameters read as NaN from now on."""
+        """Release the unsharded parameters' buffer; the model's parameters read as NaN from now on.
+
+        Raises ConfigError if the model has written to the parameters: nothing would be left of it.
+        """
+        sample, self._sample = self._sample, None
         for name, shape in self._shapes.items():
             self._put(name, self._absent.expand(shape))
         if self.full is not None:
+            if sample is not None:
+                sample.refuse_writes()
             self._pool.give_back(self.full)
             self.full = None
 

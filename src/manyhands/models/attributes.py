@@ -1,0 +1,276 @@
+"""Checks that forward carries nothing from one micro-batch to the next in the attributes of modules.
+
+Which micro-batches a worker computes depends on the number of workers, so a value that forward leaves in an attribute
+would make the result depend on it, too. Checkpoints don't hold attributes either. Therefore:
+
+- An attribute that forward sets once, to the same value whatever the micro-batch, is a cache of constants. It may stay.
+- Every other attribute that forward changes is refused by name, unless the recipe has a rule for it.
+- The rule "restore" sets an attribute back, before every micro-batch, to its value at the start of the step.
+- The rule "keep" declares that no result depends on the attribute: a log, for example.
+
+To tell caches from state, the attributes are compared around the first micro-batches of each worker. After its first
+change, an attribute is set back once. The next micro-batch may change it to the same value again, since a cache of
+constants does not depend on the samples, but later micro-batches must leave it alone. A counter fails the second test.
+Workers compare the values at the end of the first step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from manyhands.errors import ConfigError
+from manyhands.numerics.values import attributes_of, generator_of, plain_values
+
+WATCHED = 6
+"""The number of micro-batches of each worker around which the attributes are compared."""
+
+_MANAGED = frozenset(("_parameters", "_buffers", "_modules", "training"))
+"""Attributes of the model's modules that the engine manages itself."""
+
+_OPAQUE = frozenset(("torch", "logging", "threading", "concurrent", "asyncio", "manyhands", "weakref", "io"))
+"""Packages whose objects are not examined: their attributes say nothing about the model's results."""
+
+Values = dict[str, dict[str, str]]
+"""The plain values inside each attribute, by the attribute's name."""
+
+
+class AttributeGuard:
+    """Watches the attributes of a model's modules; see the module. rules: "restore" or "keep", by pattern of names."""
+
+    def __init__(self, model: nn.Module, rules: Mapping[str, str]) -> None:
+        self._model, self._rules = model, rules
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._watched = 0  # micro-batches
+        self._restores = "restore" in rules.values()
+        self._at_start: dict[str, Callable[[], Any]] = {}
+        self._set: dict[str, dict[str, str]] = {}  # values to which forward has set attributes, by attribute
+
+    def begin_step(self) -> None:
+        """Store the values that the rule "restore" sets back."""
+        if self._restores:
+            self._at_start = {
+                name: _saved(value, contents=True, seen={})
+                for name, _, value in self._attributes()
+                if self._rule(name) == "restore"
+            }
+
+    def restore(self) -> None:
+        """Set the attributes with the rule "restore" back to their values at the start of the step."""
+        if self._restores:
+            for name, module, _ in list(self._attributes()):
+                if self._rule(name) == "restore":
+                    _put(module, name, self._at_start.get(name))
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Context between two steps that sets attributes with the rule "restore" back at its end."""
+        self.begin_step()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Context for one micro-batch. Raises ConfigError for an attribute that forward must not change."""
+        self.restore()
+        if self._watched >= WATCHED:
+            yield
+            return
+        before, seen = self._values(), dict[int, Callable[[], Any]]()
+        saved = {name: _saved(value, contents=False, seen=seen) for name, _, value in self._attributes()}
+        yield
+        self._watched += 1
+        after = self._values()
+        for name in dict.fromkeys([*before, *after]):
+            if self._rule(name) is None and before.get(name) != after.get(name):
+                self._check(name, before.get(name), after.get(name), saved.get(name))
+
+    def _check(
+        self,
+        name: str,
+        before: dict[str, str] | None,
+        after: dict[str, str] | None,
+        saved: Callable[[], Any] | None,
+    ) -> None:
+        """Check one attribute that forward has changed from `before` to `after`. saved: returns the value before."""
+        known = self._set.get(name)
+        if known is None:
+            # The first change: set it back, to see whether the next micro-batch changes it to the same value.
+            _put(self._module_of(name), name, saved)
+            now = self._values().get(name)
+            if now != before:
+                raise _refusal(name, before, after, "in place")
+            self._set[name] = after or {}
+        elif known != after:
+            raise _refusal(name, known, after, "to another value than in the micro-batch before")
+
+    def assigned(self) -> dict[str, dict[str, str]]:
+        """Return the values to which forward has set attributes so far, to be compared between workers."""
+        return self._set
+
+    def _rule(self, name: str) -> str | None:
+        return next((rule for pattern, rule in self._rules.items() if fnmatchcase(name, pattern)), None)
+
+    def _module_of(self, name: str) -> nn.Module:
+        return self._modules[name.rpartition(".")[0]]
+
+    def _attributes(self) -> Iterator[tuple[str, nn.Module, Any]]:
+        """Yield the name, the module and the value of each attribute that the engine doesn't manage.
+
+        Modules that forward creates are left out: with parameters or buffers they are refused elsewhere.
+        """
+        for path, module in self._modules.items():
+            # weight_norm, spectral_norm and pruning recompute a tensor before each forward.
+            hooks = module._forward_pre_hooks.values()
+            computed = {getattr(hook, "name", None) for hook in hooks} | {
+                getattr(hook, "_tensor_name", None) for hook in hooks
+            }
+            for name, value in list(vars(module).items()):
+                if name not in _MANAGED and name not in computed:
+                    yield f"{path}.{name}" if path else name, module, value
+
+    def _values(self) -> Values:
+        known = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
+        known |= {id(module) for module in self._model.modules()}
+
+        def attributes(value: object) -> Mapping[str, Any] | None:
+            found = _examined(value)
+            if found is not None:
+                known.add(id(value))  # objects that many modules share, such as configs, are examined once
+            if isinstance(value, nn.Module):  # a module outside of the model, whose parameters may be large
+                others = {name: param for name, param in value._parameters.items() if id(param) not in known}
+                found = {**vars(value), "_parameters": {name: getattr(p, "_version", 0) for name, p in others.items()}}
+            return found
+
+        return {name: plain_values("", value, attributes, known) for name, _, value in self._attributes()}
+
+
+def _examined(value: object) -> Mapping[str, Any] | None:
+    """Return the attributes of an object that may carry state; None if it is not to be examined."""
+    if isinstance(value, nn.Module):
+        return vars(value)
+    return None if type(value).__module__.partition(".")[0] in _OPAQUE else attributes_of(value)
+
+
+def _put(module: nn.Module, name: str, saved: Callable[[], Any] | None) -> None:
+    """Set an attribute to a saved value, in the same objects. None: remove the attribute."""
+    attribute = name.rpartition(".")[2]
+    if saved is None:
+        vars(module).pop(attribute, None)
+    else:
+        vars(module)[attribute] = saved()
+
+
+def _saved(value: Any, *, contents: bool, seen: dict[int, Callable[[], Any]]) -> Callable[[], Any]:
+    """Return a function that sets `value` and the containers in it back to their present state, and returns `value`.
+
+    contents: also set the elements of tensors and arrays, and the states of random generators.
+    """
+    if id(value) in seen:
+        return seen[id(value)]
+    seen[id(value)] = lambda: value  # for containers that contain themselves
+    seen[id(value)] = restore = _restorer(value, contents, seen)
+    return restore
+
+
+def _restorer(value: Any, contents: bool, seen: dict[int, Callable[[], Any]]) -> Callable[[], Any]:
+    def save(item: Any) -> Callable[[], Any]:
+        return _saved(item, contents=contents, seen=seen)
+
+    restore: Callable[[], object] | None = None
+    if isinstance(value, (Tensor, np.ndarray)):
+        restore = _restorer_of_elements(value) if contents else None
+    elif (generator := generator_of(value)) is not None:
+        restore = partial(generator.put, generator.get()) if contents else None
+    elif isinstance(value, (list, deque)):
+        restore = partial(_refill, value, [save(item) for item in value])
+    elif isinstance(value, dict):
+        restore = partial(_refill_dict, value, {key: save(item) for key, item in value.items()})
+    elif isinstance(value, set):
+        restore = partial(_refill_set, value, set(value))
+    elif isinstance(value, tuple):
+        restore = partial(_call_all, [save(item) for item in value])
+    elif _examined(value) is not None:
+        restore = save(vars(value))
+
+    def restored() -> Any:
+        if restore is not None:
+            restore()
+        return value
+
+    return restored
+
+
+def _call_all(functions: Iterable[Callable[[], Any]]) -> list[Any]:
+    return [function() for function in functions]
+
+
+def _refill(container: Any, items: Iterable[Callable[[], Any]]) -> None:
+    values = _call_all(items)
+    container.clear()
+    container.extend(values)
+
+
+def _refill_dict(container: dict[Any, Any], items: Mapping[Any, Callable[[], Any]]) -> None:
+    values = {key: item() for key, item in items.items()}
+    container.clear()
+    container.update(values)
+
+
+def _refill_set(container: set[Any], members: set[Any]) -> None:
+    container.clear()
+    container.update(members)
+
+
+def _restorer_of_elements(value: Any) -> Callable[[], object]:
+    if isinstance(value, Tensor):
+        return partial(value.detach().copy_, value.detach().clone())
+    return partial(np.copyto, value, value.copy())
+
+
+def _refusal(name: str, before: dict[str, str] | None, after: dict[str, str] | None, how: str) -> ConfigError:
+    old, new = before or {}, after or {}
+    inside = next((key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)), "")
+    if "random generator" in new.get(inside, ""):
+        advice = (
+            "draw from the global generators (torch.rand without a generator), which are seeded for each micro-batch"
+        )
+    else:
+        advice = (
+            "register a tensor that forward changes as a buffer. If each micro-batch may start with the value that the"
+            " attribute had at the start of the step (the loss function reads it within the micro-batch, for example),"
+            f" set attributes={{{name!r}: 'restore'}} in the recipe. If no result depends on it (a log, or a table that"
+            " depends on lengths only), set 'keep'"
+        )
+    return ConfigError(
+        f"forward changed the attribute {name!r} of the model {how}",
+        where=f"{name}{inside}",
+        expected=old.get(inside, "nothing"),
+        got=new.get(inside, "nothing"),
+        hint="which micro-batches a worker computes depends on the number of workers, so no value may be carried from"
+        f" one to the next: {advice}",
+    )
+
+
+def refuse_differences(by_rank: Sequence[dict[str, dict[str, str]]], workers: Sequence[int]) -> None:
+    """Raise ConfigError if forward has set an attribute to different values on two workers.
+
+    by_rank: `AttributeGuard.assigned` of all workers. workers: their numbers, by rank.
+    """
+    first: dict[str, tuple[int, dict[str, str]]] = {}
+    for rank, values in enumerate(by_rank):
+        for name, value in values.items():
+            other, expected = first.setdefault(name, (rank, value))
+            if value != expected:
+                error = _refusal(name, expected, value, "to different values on two workers")
+                error.where = f"{error.where}; workers {workers[other]} and {workers[rank]}"
+                raise error
