@@ -54,6 +54,9 @@ while not received:
     time.sleep(0.01)
 """
 
+WAITS = "(signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]), time.sleep(60), (here / 'waited').touch())"
+"""Code of a worker that waits for a peer, and can be stopped. It leaves a file unless the launcher stops it."""
+
 Script = Callable[[str], list[str]]
 
 
@@ -165,18 +168,19 @@ time.sleep(60)
     [
         (1, "begin_work(); os._exit(0)"),
         (2, "begin_work(); os._exit(0)"),
-        (2, "begin_work(); os._exit(0) if rank == 0 else time.sleep(60)"),
+        (2, f"begin_work(); os._exit(0) if rank == 0 else {WAITS}"),
         (1, "begin_work(); os.fork() or sys.exit(); os.wait(); os._exit(0)"),  # the child's end is not the worker's
     ],
 )
 def test_a_worker_that_exits_with_code_0_in_the_middle_of_its_work_has_failed(
-    script: Script, workers: int, body: str
+    script: Script, tmp_path: Path, workers: int, body: str
 ) -> None:
     command = script(f"from manyhands.members.reports import begin_work, end_work\n{body}")
     with pytest.raises(WorkerError, match="worker 0 exited with code 0 before it had finished") as caught:
         run_workers(command, workers=workers)
     assert caught.value.rank == 0
     assert "os._exit(0)" in str(caught.value.hint)
+    assert not (tmp_path / "waited").exists()
 
 
 @pytest.mark.parametrize("body", ["begin_work()", "begin_work(); sys.exit()", "begin_work(); end_work(); os._exit(0)"])
@@ -184,10 +188,11 @@ def test_a_worker_that_ends_its_work_may_exit_as_it_likes(script: Script, body: 
     run_workers(script(f"from manyhands.members.reports import begin_work, end_work\n{body}"), workers=2)
 
 
-def test_a_worker_of_the_train_command_must_report_its_end(script: Script) -> None:
+def test_a_worker_of_the_train_command_must_report_its_end(script: Script, tmp_path: Path) -> None:
     """Even if it exits while it imports the recipe, before it has joined a group."""
     with pytest.raises(WorkerError, match="worker 1 exited with code 0 before it had finished"):
-        run_workers(script("os._exit(0) if rank == 1 else time.sleep(60)"), workers=2, cooperates=True)
+        run_workers(script(f"os._exit(0) if rank == 1 else {WAITS}"), workers=2, cooperates=True)
+    assert not (tmp_path / "waited").exists()
 
 
 def test_killed_worker_is_named_with_its_peers_report(

@@ -185,6 +185,7 @@ class WorkerMonitor:
         # Rank -> (version of its status file, time when first read).
         self._progress: dict[int, tuple[bytes, float]] = {}
         self._killed: set[int] = set()
+        self._asked_to_stop: set[int] = set()  # pids of workers that got SIGTERM because a peer had left
         self._ended: set[int] = set()  # ranks of workers that had ended at the last check, but had not finished
         self._last_check = time.monotonic()
 
@@ -215,7 +216,8 @@ class WorkerMonitor:
         if certain := ended & self._ended:
             report_unfinished(self._folder, certain)
             for rank, pid in workers.items():
-                if rank not in ended:
+                if rank not in ended and pid not in self._asked_to_stop:
+                    self._asked_to_stop.add(pid)
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGTERM)
         self._ended = ended
