@@ -23,6 +23,7 @@ from manyhands.listeners.run_directory import RunDirectory
 from manyhands.offload.process_memory import free_memory_bytes
 from manyhands.training import saving as snapshots
 from support.models import conv_recipe, gpt_recipe
+from support.optimizers import keeping_recipe
 from support.threads import run_threads
 from test_restarts import digest_of, train_with_fault
 
@@ -62,7 +63,7 @@ def train(
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("recipe_of", [gpt_recipe, conv_recipe])
+@pytest.mark.parametrize("recipe_of", [gpt_recipe, conv_recipe, lambda precision: keeping_recipe("count in the group")])
 def test_a_snapshot_resumes_with_any_number_of_workers(
     memory: SnapshotMemory, recipe_of: object, precision: str
 ) -> None:

@@ -35,7 +35,7 @@ from support.odd_models import (
     recipe_of,
 )
 from support.training import train_with_engine
-from support.zero3_worker import ORDERED, STEPS, jobs
+from support.zero3_worker import OPTIMIZERS, ORDERED, STEPS, jobs
 
 WORKER = Path(__file__).parent / "support" / "zero3_worker.py"
 
@@ -75,6 +75,13 @@ def test_a_worker_may_evaluate_more_often_than_another_one(found: Path) -> None:
         with engine.evaluating() as model, torch.no_grad():
             expected = float(model.eval()(torch.arange(8).view(1, 8)).sum())
     assert values == [0.0, *[expected] * (len(values) - 1)]
+
+
+def test_step_hooks_and_values_outside_of_the_state_have_the_oracles_bits(found: Path) -> None:
+    expected = {name: oracle_run(recipe, STEPS).digests[-1] for name, (recipe, _) in OPTIMIZERS.items()}
+    workers = [json.loads(path.read_text()) for path in sorted(found.glob("optimizers-*.json"))]
+    assert len(workers) > 1
+    assert all(digests == expected for digests in workers)
 
 
 def test_an_evaluation_in_another_order_does_not_change_later_steps(found: Path) -> None:

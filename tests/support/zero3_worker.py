@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 import manyhands as mh
+from support.models import GPT_UNITS
 from support.odd_models import ODD, UNITS, Backwards, Chooses, EvaluatesOtherwise, recipe_of
+from support.optimizers import hooked_recipe, keeping_recipe
 from support.training import train_with_engine
 
 WAYS = {
@@ -28,6 +30,10 @@ WAYS = {
 EVERY_WAY = {"Twice", "Chooses"}
 ORDERED = ("ddp", "zero2", "zero3")
 STEPS = 2
+OPTIMIZERS = {
+    "hooks": (hooked_recipe(), ("gpt.blocks.0", "gpt.blocks.1")),
+    "counts": (keeping_recipe("count in an attribute"), GPT_UNITS),
+}
 
 
 def jobs(workers: int) -> list[tuple[str, str, str]]:
@@ -88,6 +94,15 @@ def with_evaluations(number: int) -> dict[str, Any]:
         return {"calls": calls, "digest": engine.digest()}
 
 
+def with_optimizers() -> dict[str, str]:
+    """Return digests of recipes whose optimizers have step hooks, or count steps in attributes."""
+    digests = {}
+    for name, (recipe, units) in OPTIMIZERS.items():
+        strategy = mh.Strategy(sharding="zero3", transport="distributed", stall_seconds=30, units=units)
+        digests[name] = train_with_engine(recipe, strategy, steps=STEPS).digest
+    return digests
+
+
 def main(folder: Path) -> None:
     digests = {}
     for name, way, precision in jobs(int(os.environ["WORLD_SIZE"])):
@@ -98,6 +113,7 @@ def main(folder: Path) -> None:
     (folder / f"orders-{os.environ['RANK']}.json").write_text(json.dumps(orders))
     evaluations = [with_evaluations(number) for number in (0, 2)]
     (folder / f"evaluations-{os.environ['RANK']}.json").write_text(json.dumps(evaluations))
+    (folder / f"optimizers-{os.environ['RANK']}.json").write_text(json.dumps(with_optimizers()))
     (folder / f"worker-{os.environ['RANK']}.json").write_text(json.dumps(digests))
 
 

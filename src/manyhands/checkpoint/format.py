@@ -106,22 +106,25 @@ class TensorRecord(BaseModel):
 
 
 class Scalar(BaseModel):
-    """A number in the optimizer's state.
+    """A number in the optimizer's state, or a text or None.
 
-    dtype, device: the dtype and device of the 0-d tensor that holds the number. dtype is None for a plain number.
+    dtype, device, dims: the dtype, device and number of dimensions of the tensor that holds the number. dtype is None
+    for a plain number, a text or None.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    value: float | int | bool
+    value: float | int | bool | str | None
     dtype: DtypeName | None = None
     device: str = "cpu"
+    dims: Annotated[int, Field(ge=0, le=64)] = 0
 
 
 class Manifest(BaseModel):
     """The manifest of a checkpoint.
 
-    scalars: the numbers in the optimizer's state: parameter -> kind -> number. schedules: the states of LR schedulers.
+    scalars: the numbers in the optimizer's state: parameter -> kind -> number. hyperparameters: of each param group.
+    attributes: those that steps have changed, of each optimizer. schedules: the states of LR schedulers.
     tensors: parameters in construction order, then buffers. frozen: the name of the folder with the frozen parameters,
     which is next to this one. computed: names of tensors in the model's state_dict that are neither parameters nor
     buffers; they are not saved. config_files: the files that Hugging Face's loaders need next to the weights: file
@@ -146,14 +149,16 @@ class Manifest(BaseModel):
     computed: list[str]
     config_files: dict[ConfigName, dict[str, Any]]
     pieces: list[PieceRecord]
+    attributes: list[dict[str, Any]] = Field(default_factory=list)
     extra_states: dict[str, Any] = Field(default_factory=dict)
     amendments: dict[str, Any] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what most checkpoints lack: versions that do not know these fields can then read the checkpoint."""
+        optional = ("attributes", "extra_states", "amendments")
         fields: dict[str, Any] = serialize(self)
-        return {key: value for key, value in fields.items() if value or key not in ("extra_states", "amendments")}
+        return {key: value for key, value in fields.items() if value or key not in optional}
 
     def check_complete(self) -> None:
         """Raise ValueError unless each tensor is listed once, and each of its elements is in exactly one piece.
@@ -229,28 +234,6 @@ def checkpoints_of(run_dir: Path, checkpoint_dir: str | Location | None = None) 
         with suppress(OSError, ValueError, AttributeError):
             checkpoint_dir = json.loads((run_dir / MANIFEST).read_bytes()).get("checkpoints")
     return run_dir / "checkpoints" if checkpoint_dir is None else location_of(checkpoint_dir)
-
-
-_PAIRS = "pairs of a dict"
-
-
-def encode_state(value: Any) -> Any:
-    """Convert a scheduler's state to JSON values. Dicts with keys that are not strings become lists of pairs."""
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: encode_state(item) for key, item in value.items()}
-    if isinstance(value, dict):
-        return {_PAIRS: [[key, encode_state(item)] for key, item in value.items()], "type": type(value).__name__}
-    return [encode_state(item) for item in value] if isinstance(value, list) else value
-
-
-def decode_state(value: Any) -> Any:
-    """Convert JSON values back to a scheduler's state. This is the inverse of `encode_state`."""
-    if isinstance(value, dict) and _PAIRS in value:
-        kind = Counter if value["type"] == "Counter" else dict
-        return kind({key: decode_state(item) for key, item in value[_PAIRS]})
-    if isinstance(value, dict):
-        return {key: decode_state(item) for key, item in value.items()}
-    return [decode_state(item) for item in value] if isinstance(value, list) else value
 
 
 def read_manifest(folder: Location) -> Manifest:

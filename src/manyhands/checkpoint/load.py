@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from manyhands.checkpoint.extra_state import load_extra_states
-from manyhands.checkpoint.format import Manifest, Scalar, decode_state, read_manifest
+from manyhands.checkpoint.format import Manifest, Scalar, read_manifest
 from manyhands.checkpoint.pieces import PieceReader
 from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.amendments import Amendments
 from manyhands.errors import CheckpointError, NumericsError
+from manyhands.optim.plain_values import decode_state, is_plain
+from manyhands.optim.shared_state import is_shared
 from manyhands.optim.sliced import Slice
 from manyhands.storage.location import Location
 
@@ -49,12 +51,14 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
     manifest, folder = reader.manifest, reader.folder
     _check_facts(manifest, engine, folder)
     amendments = _with_past(manifest, engine.amendments, folder)
-    _check_hyperparameters(manifest, engine, folder)
+    hyperparameters = _hyperparameters(manifest, engine, folder)
+    attributes = _attributes(manifest, engine, folder)
     if not accept_new_numerics:
         check_identity(manifest.identity, engine.identity, str(folder))
     engine.group.barrier(f"{folder.name} / load / control")  # another worker may still read the weights
     with engine.changing():
-        engine.optimizer.load_hyperparameters(manifest.hyperparameters)
+        engine.optimizer.load_hyperparameters(hyperparameters)
+        engine.optimizer.load_attributes(attributes)
         engine.updater.refill(lambda piece: _fill(piece, engine, reader))
         buffers = engine.buffers.named()
         for name, value in reader.buffers().items():
@@ -78,7 +82,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
 def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
     """Fill a slice's master weights and optimizer state from the checkpoint."""
     piece.master.copy_(_read_like(piece, "master", reader))
-    state: dict[str, Tensor | float | int | bool] = {
+    state: dict[str, Tensor | float | int | bool | str | None] = {
         kind: _read_like(piece, kind, reader) for kind in reader.kinds_of(piece.name) if kind != "master"
     }
     for kind, number in reader.manifest.scalars.get(piece.name, {}).items():
@@ -86,7 +90,7 @@ def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
         device = torch.device("cpu") if number.device == "cpu" else piece.master.device
         try:
             state[kind] = _value_of(number, device)
-        except (RuntimeError, OverflowError) as error:
+        except (RuntimeError, OverflowError, TypeError) as error:
             raise CheckpointError(
                 f"the checkpoint's {kind} of {piece.name!r} is not a valid {number.dtype}",
                 where=str(reader.folder),
@@ -97,10 +101,10 @@ def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
     engine.optimizer.load_state_of(piece, state)
 
 
-def _value_of(number: Scalar, device: torch.device) -> Tensor | float | int | bool:
+def _value_of(number: Scalar, device: torch.device) -> Tensor | float | int | bool | str | None:
     if number.dtype is None:
         return number.value
-    return torch.tensor(number.value, dtype=dtype_named(number.dtype), device=device)
+    return torch.tensor(number.value, dtype=dtype_named(number.dtype), device=device).view([1] * number.dims)
 
 
 def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:
@@ -148,11 +152,12 @@ def _with_past(manifest: Manifest, mine: Amendments, folder: Location) -> Amendm
     return mine.joined(past)
 
 
-def _check_hyperparameters(manifest: Manifest, engine: StepEngine, folder: Location) -> None:
-    saved, now = (
-        [_kinds(group) for group in of] for of in (manifest.hyperparameters, engine.optimizer.hyperparameters())
-    )
-    if saved != now:
+def _hyperparameters(manifest: Manifest, engine: StepEngine, folder: Location) -> list[dict[str, Any]]:
+    """Return the saved hyperparameters. They may have more entries than those of a new optimizer: steps add some."""
+    now = engine.optimizer.hyperparameters()
+    saved = [decode_state(group) for group in manifest.hyperparameters]
+    pairs = list(zip(saved, now, strict=False))
+    if len(saved) != len(now) or not all(map(is_plain, saved)) or not all(_fit(one, other) for one, other in pairs):
         raise CheckpointError(
             "the checkpoint's hyperparameters don't match the recipe's optimizer",
             where=str(folder),
@@ -160,12 +165,40 @@ def _check_hyperparameters(manifest: Manifest, engine: StepEngine, folder: Locat
             got=saved,
             hint="use the recipe and the torch version that it was saved with, or go back to an earlier checkpoint",
         )
+    for group, current in pairs:  # earlier versions saved tuples as lists
+        for key, value in current.items():
+            if isinstance(value, tuple) and isinstance(group[key], list):
+                group[key] = tuple(group[key])
+    return saved
 
 
-def _kinds(group: dict[str, Any]) -> dict[str, str]:
-    """Return the type of each value. The values themselves may differ, because schedules change them."""
-    kinds = {float: "number", int: "number", tuple: "list", list: "list", bool: "flag", str: "text"}
-    return {key: kinds.get(type(value), "flag") for key, value in sorted(group.items())}
+def _fit(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """True if `saved` has all entries of `now`, with values of the same kinds. Steps may have replaced None."""
+    return now.keys() <= saved.keys() and all(
+        None in (value, saved[key]) or _kind(value) == _kind(saved[key]) for key, value in now.items()
+    )
+
+
+def _kind(value: object) -> str:
+    """The kind of a value. The values themselves may differ, because schedules change them."""
+    kinds = {float: "number", int: "number", tuple: "list", list: "list"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _attributes(manifest: Manifest, engine: StepEngine, folder: Location) -> list[dict[str, Any]]:
+    """Return the saved attributes of each optimizer; none if an earlier version saved the checkpoint."""
+    count = len(engine.optimizer.fronts)
+    saved = [decode_state(attributes) for attributes in manifest.attributes] or [{} for _ in range(count)]
+    items = [item for attributes in saved for item in attributes.items()]
+    if len(saved) != count or not all(is_shared(name, value) for name, value in items):
+        raise CheckpointError(
+            "the checkpoint's hyperparameters don't match the recipe's optimizer",
+            where=str(folder),
+            expected=f"attributes of {count} optimizer(s)",
+            got=saved,
+            hint="use the recipe that it was saved with, or go back to an earlier checkpoint",
+        )
+    return saved
 
 
 def _load_schedules(manifest: Manifest, engine: StepEngine, folder: Location) -> None:

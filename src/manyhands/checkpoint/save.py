@@ -32,8 +32,6 @@ from manyhands.checkpoint.format import (
     PieceRecord,
     Scalar,
     TensorRecord,
-    decode_state,
-    encode_state,
     folder_name,
     list_checkpoints,
     piece_file_name,
@@ -55,6 +53,7 @@ from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.buffers import names_in_order
 from manyhands.errors import CheckpointError, ManyhandsError
+from manyhands.optim.plain_values import decode_state, encode_state
 from manyhands.storage.atomic import write_atomic
 from manyhands.storage.files import names_in
 from manyhands.storage.location import Location
@@ -253,7 +252,7 @@ def start_checkpoint(
 def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest:
     """Return the manifest of the engine's current state, without pieces and scalars. `Manifest` describes `frozen`."""
     tensors, computed = tensor_records(engine)
-    past = engine.amendments.before(engine.step_index)
+    past, changed = engine.amendments.before(engine.step_index), engine.optimizer.changed_attributes()
     return Manifest(
         format=CHECKPOINT_FORMAT,
         step=engine.step_index,
@@ -262,7 +261,8 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
         facts=engine.facts(),
         identity=engine.identity,
         digest=digest,
-        hyperparameters=engine.optimizer.hyperparameters(),
+        hyperparameters=[encode_state(group) for group in engine.optimizer.hyperparameters()],
+        attributes=[encode_state(each) for each in changed] if any(changed) else [],
         schedules=[_schedule_state(schedule) for schedule in engine.schedules],
         scalars={},
         tensors=tensors,
@@ -311,7 +311,7 @@ def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
                 yield TensorPiece(kind, piece.name, start, value.reshape(-1)[part])
             elif isinstance(value, Tensor) and value.dim() and piece.name in engine.optimizer.unsplittable:
                 yield TensorPiece(kind, piece.name, 0, value.reshape(-1), tuple(value.shape))
-            elif value is not None:
+            else:
                 scalars.setdefault(piece.name, {})[kind] = _scalar(value).model_dump()
     if engine.group.rank == 0:
         for name, buffer in engine.buffers.named().items():
@@ -402,9 +402,9 @@ def _split(name: str, first: int, values: Tensor) -> Iterator[TensorPiece]:
         yield TensorPiece("frozen", name, first + start, values[start : start + FROZEN_PIECE_NUMEL])
 
 
-def _scalar(value: Tensor | float | int | bool) -> Scalar:
+def _scalar(value: Tensor | float | int | bool | str | None) -> Scalar:
     if isinstance(value, Tensor):
-        return Scalar(value=value.item(), dtype=dtype_name(value.dtype), device=value.device.type)
+        return Scalar(value=value.item(), dtype=dtype_name(value.dtype), device=value.device.type, dims=value.dim())
     return Scalar(value=value)
 
 
@@ -425,7 +425,7 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
         raise CheckpointError(
             f"the state of the schedule {type(schedule).__qualname__} can't be saved exactly",
             got=", ".join(state),
-            hint="use a schedule whose state_dict() holds only numbers, strings, lists and dicts of them",
+            hint="use a schedule whose state_dict() holds only numbers, strings, and lists, tuples and dicts of them",
         )
     return encoded
 

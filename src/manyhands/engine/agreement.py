@@ -178,12 +178,17 @@ def agree_on_attributes(assigned: Mapping[str, Mapping[str, str]], group: Group)
 
 
 def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
-    """Return the optimizers' classes, and each param group's hyperparameters and parameter names."""
+    """Return the optimizers' classes, and each param group's hyperparameters and parameter names.
+
+    Of optimizers that aren't torch's own, also their plain attributes.
+    """
     kinds = zip(optimizer.fronts, optimizer.kinds, strict=True)
     facts = {"optimizer": ", ".join(f"{type(front).__qualname__} ({kind})" for front, kind in kinds)}
     for index, group in enumerate(optimizer.hyperparameters()):
         facts.update({f"optimizer group {index}.{key}": str(value) for key, value in group.items()})
         facts[f"optimizer group {index}.params"] = " ".join(optimizer.names_in_group(index))
+    for index, attributes in enumerate(optimizer.attributes()):
+        facts.update({f"optimizer {index}.{name}": str(value) for name, value in attributes.items()})
     return facts
 
 

@@ -43,6 +43,7 @@ from manyhands.engine.units.unit import ParamUnit
 from manyhands.engine.units.unit_plan import called_units, repeated_children
 from manyhands.engine.units.unsharding import Unsharder
 from manyhands.engine.update.apply import Allocators, Updater
+from manyhands.engine.update.step_hooks import StepHooks
 from manyhands.errors import ConfigError, InvariantError, NumericsError
 from manyhands.models.admission import ParamGuard
 from manyhands.models.attributes import AttributeGuard
@@ -63,7 +64,6 @@ from manyhands.optim.sliced import SlicedOptimizer
 from manyhands.shard_layout import blocks_of
 
 _HINT_SAME_MACHINES = "use the same version of torch and the same kind of CPU (and GPU) for all workers"
-
 _HINT_SAME_RECIPE = "start all workers with the same program, the same recipe and the same data"
 
 
@@ -116,8 +116,8 @@ class StepEngine:
         # Record shapes and dtypes as built, because `lay_out` casts parameters and replaces their data.
         self.param_shapes = {name: param.shape for name, param in self.model.named_parameters()}
         self.param_dtypes = {name: param.dtype for name, param in self.model.named_parameters()}
-        optimizer_params = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
-        self.optimizer = SlicedOptimizer(recipe.optimizer, optimizer_params, declared_kind=recipe.optimizer_kind)
+        trainable = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
+        self.optimizer = SlicedOptimizer(recipe.optimizer, trainable, recipe.optimizer_kind, self.allocator.device)
         self.frozen_facts = frozen_facts(self.model, self.pending, building)
         storage = lay_out(
             self.model, recipe, group, self.strategy, self.optimizer.unsplittable, self.pending, self.allocator
@@ -136,7 +136,7 @@ class StepEngine:
         # has set.
         self._optimizer_facts = optimizer_facts(self.optimizer)
         self.schedules = build_schedules(recipe.schedule, self.optimizer.fronts)
-        groups = self.optimizer.hyperparameters()
+        groups = self.optimizer.plain_hyperparameters()  # schedules may have changed them
         self._optimizer_facts |= schedule_facts(self.schedules, groups, self._optimizer_facts)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches, recipe.buffers, reports=group.rank == 0)
@@ -164,6 +164,7 @@ class StepEngine:
         # Otherwise unsharding has its own sequence of collective calls, see units/unsharding.py.
         unshard_group = group.sibling() if on_demand and not group.pieces_are_views else LocalGroup(group.device)
         self._unsharder = Unsharder(unshard_group, on_demand, strategy.unshard_ahead)
+        self._step_hooks = StepHooks(self.optimizer.fronts, self._unsharder, self._param_guard, recipe.seed)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
         self._compiled.refuse_inside(strategy.activation_checkpointing, "strategy.activation_checkpointing")
         self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._unsharder.using)
@@ -350,9 +351,7 @@ class StepEngine:
         return result.detached()
 
     def _my_control(self, results: dict[int, LossResult]) -> Control:
-        """Return this worker's control values for the step. results: the results of the loss function, by
-        micro-batch.
-        """
+        """Return this worker's control values for the step. results: the loss function's results, by micro-batch."""
         losses, weights, *metrics = self._loss_reader.values(results, self.recipe.batch.micro_batches)
         bad = self._reducer.not_finite
         return Control(
@@ -365,6 +364,7 @@ class StepEngine:
             settings=(self._settings.hash,),
             stop=self.stop_requested,
             save=self.save_requested,
+            has_hooks=self._step_hooks.exist,
         )
 
     def _refuse(self, control: Control, step: int) -> None:
@@ -385,12 +385,11 @@ class StepEngine:
         self.stop_requested, self.save_requested = control.stop, control.save
         unused = {name for name, got in zip(self._param_names, control.got_gradient, strict=True) if not got}
         self._publish_status("update")
-        clip_norm = self.amendments.clip_norm(self.step_index, self.recipe.clip_norm)
-        norm = self.updater.update(self._reducer, weight, clip_norm, unused, tag)
-        self._reducer.release()
         self.buffers.merge(list(control.changed_buffers), self.my_micro_batches, self.group, f"{tag} / buffers")
-        for front in self.optimizer.fronts:
-            front.step()  # updates nothing (no parameter has a gradient), but schedules warn if it is never called
+        before = partial(self._step_hooks.before, self.step_index) if control.has_hooks else None
+        clip_norm = self.amendments.clip_norm(self.step_index, self.recipe.clip_norm)
+        norm = self.updater.update(self._reducer, weight, clip_norm, unused, tag, before)
+        self._step_hooks.after(self.step_index, called=control.has_hooks)
         for schedule in self.schedules:
             schedule.step()
         return norm

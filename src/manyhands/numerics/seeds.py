@@ -82,6 +82,15 @@ class GeneratorsState:
     tensors: Tensor
     devices: list[Tensor] | None
 
+    def equals(self, other: GeneratorsState) -> bool:
+        """True if no generator was used between the two states."""
+        return (
+            self.python == other.python
+            and all(map(np.array_equal, self.arrays, other.arrays))
+            and torch.equal(self.tensors, other.tensors)
+            and all(map(torch.equal, self.devices or [], other.devices or []))
+        )
+
 
 def generators_state() -> GeneratorsState:
     """Return the generators' current states."""

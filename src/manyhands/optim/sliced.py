@@ -2,17 +2,19 @@
 
 The recipe's factory is called once, with the model's named parameters. It returns the *fronts*: one optimizer, or
 several optimizers that divide the parameters among themselves. The fronts hold the param groups with their
-hyperparameters, which LR schedulers change. The fronts' own `step` never updates anything. A working copy of each front
-does the updates: for each run, the copy's param groups are replaced by groups of the run's slices. This gives the same
-bits as one call over full parameters if the optimizer is
+hyperparameters, which LR schedulers change. The fronts' own `step` is never called. A working copy of each front does
+the updates: for each run, the copy's param groups are replaced by groups of the run's slices. This gives the same bits
+as one call over full parameters if the optimizer is
 
 - *elementwise*: an element's update depends only on that element. A slice may be any part of a parameter.
 - *per-parameter*: an update depends on one complete parameter and its shape. A slice is a complete parameter.
+
+Both are tried before training (`trial.py`). What a step changes besides parameters and their state is kept equal for
+all runs and all workers (`shared_state.py`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.errors import ConfigError
-from manyhands.models.bf16_products import bf16_products_in_fp32
 from manyhands.offload.allocator import Allocator
+from manyhands.optim.fronts import hide_state
+from manyhands.optim.plain_values import decode_state, encode_state, is_plain
+from manyhands.optim.shared_state import SharedState, attributes_of, restore_shared_state, shared_state_of
+from manyhands.optim.trial import initial_state, try_out
+from manyhands.optim.working_copy import WorkingCopy, agreed, class_name
 
 ELEMENTWISE, PER_PARAMETER = "elementwise", "per-parameter"
 
@@ -57,28 +63,59 @@ class SlicedOptimizer:
 
     fronts: the optimizers that the recipe's factory returned. kinds: the kind of each front.
     unsplittable: the names of the parameters of per-parameter optimizers.
-    declared_kind: the kind of optimizers whose classes are not part of torch. Raises ConfigError.
+    declared_kind: the kind of optimizers whose classes are not part of torch. device: where slices are updated.
+    Raises ConfigError.
     """
 
     def __init__(
-        self, factory: Factory, named_params: Sequence[tuple[str, nn.Parameter]], *, declared_kind: str | None
+        self,
+        factory: Factory,
+        named_params: Sequence[tuple[str, nn.Parameter]],
+        declared_kind: str | None,
+        device: torch.device,
     ) -> None:
         returned = _call(factory, named_params)
         self.fronts = tuple(returned) if isinstance(returned, (list, tuple)) else (returned,)
         if not self.fronts:
             raise ConfigError("recipe.optimizer did not return an optimizer", got=repr(returned))
         self.kinds = tuple(_kind(front, declared_kind) for front in self.fronts)
-        _check_plain(self.hyperparameters())
+        self.plain_hyperparameters()
         self._front_of_group = [index for index, front in enumerate(self.fronts) for _ in front.param_groups]
         self._group_of = _groups_by_name(self._front_groups(), named_params)
         self.unsplittable = frozenset(
             name for name in self._group_of if self.kinds[self._front_of(name)] == PER_PARAMETER
         )
         self._shapes = {name: tuple(param.shape) for name, param in named_params}
-        self._copies = [_working_copy(front) for front in self.fronts]
+        self._given_names = _given_names(self._front_groups(), named_params)
+        self._state_bytes: dict[tuple[int, int], float] = {}
+        self._copies = [self._tried(index, device) for index in range(len(self.fronts))]
+        # The state that the constructors made, until all slices have theirs.
+        self._initial = self._initial_states(named_params)
+        self._first_attributes = [attributes_of(front) for front in self.fronts]
+        for front in self.fronts:
+            hide_state(front)
         # The state tensors in the allocator's buffers, by parameter, first element and key. Used only with offload
         # "disk".
         self._offloaded: dict[tuple[str, int, str], Tensor] = {}
+
+    def _tried(self, which: int, device: torch.device) -> WorkingCopy:
+        """Try a front before training. Return its working copy."""
+        front, elementwise = self.fronts[which], self.kinds[which] == ELEMENTWISE
+        tracks = not _is_torchs(front)
+        state_bytes = try_out(front, elementwise=elementwise, tracks=tracks, device=device)
+        first = self._front_of_group.index(which) if front.param_groups else 0
+        self._state_bytes |= {(first + group, dims): value for (group, dims), value in state_bytes.items()}
+        return WorkingCopy(front, tracks=tracks, in_bf16=not elementwise)  # Muon multiplies matrices in bf16
+
+    def _initial_states(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> dict[str, dict[str, Any]]:
+        """Return the state that constructors of optimizers other than torch's made, by parameter."""
+        found = {}
+        for name, param in named_params:
+            which = self._front_of(name)
+            state = self.fronts[which].state
+            if self._copies[which].tracks and param in state:
+                found[name] = state[param]
+        return found
 
     def _front_groups(self) -> Iterator[dict[str, Any]]:
         return (group for front in self.fronts for group in front.param_groups)
@@ -92,29 +129,59 @@ class SlicedOptimizer:
 
     def runs(self, slices: Sequence[Slice]) -> ParamGroups:
         """Return the param groups for a run over these slices, to be passed to `step`."""
-        groups: dict[int, list[Tensor]] = {}
-        for piece in slices:
-            groups.setdefault(self._group_of[piece.name], []).append(piece.master)
         run: ParamGroups = [[] for _ in self.fronts]
-        for index, tensors in groups.items():
-            run[self._front_of_group[index]].append({"params": tensors, "_group": index})
+        used = {self._group_of[piece.name] for piece in slices}
+        for index, (which, front_group) in enumerate(zip(self._front_of_group, self._front_groups(), strict=True)):
+            copy = self._copies[which]
+            if index in used or (copy.tracks and any(self._front_of_group[other] == which for other in used)):
+                mine = [piece for piece in slices if self._group_of[piece.name] == index]
+                group: dict[str, Any] = {"params": [piece.master for piece in mine], "_group": index}
+                if "param_names" in front_group:
+                    group["param_names"] = [self._given_names[piece.name] for piece in mine]
+                run[which].append(group)
+        for piece in slices:
+            if piece.name in self._initial:
+                state = initial_state(self._initial[piece.name], self._shapes[piece.name], piece.start, piece.master)
+                self._copies[self._front_of(piece.name)].optimizer.state[piece.master] = state
         return run
+
+    def drop_initial_state(self) -> None:
+        """Free the state that constructors made, after `runs` was called for all slices."""
+        self._initial.clear()
+
+    def begin_step(self, runs: Sequence[ParamGroups]) -> None:
+        """Start a step over these runs, from the hyperparameters that the fronts have now."""
+        hyper = self.hyperparameters()
+        for front, copy in zip(self.fronts, self._copies, strict=True):
+            if copy.tracks:
+                copy.begin_step(shared_state_of(front))
+        for run in runs:
+            for groups, copy in zip(run, self._copies, strict=True):
+                for group in groups if not copy.tracks else ():
+                    group.update(hyper[group["_group"]])
 
     def step(self, run: ParamGroups) -> None:
         """Update the slices of a run of elements from their `grad`. Slices whose `grad` is None are not changed."""
-        for copy, groups, kind in zip(self._copies, run, self.kinds, strict=True):
+        for copy, groups in zip(self._copies, run, strict=True):
             if groups:
-                copy.param_groups = groups
-                with bf16_products_in_fp32(kind == PER_PARAMETER):  # Muon multiplies matrices in bf16
-                    copy.step()
+                copy.step(groups)
 
-    def refresh(self, runs: Sequence[ParamGroups]) -> None:
-        """Copy the fronts' current hyperparameters, which a schedule may have changed, to the runs' param groups."""
-        hyper = self.hyperparameters()
-        for run in runs:
-            for groups in run:
-                for group in groups:
-                    group.update(hyper[group["_group"]])
+    def end_step(self, all_gather: Callable[[object], Sequence[Any]]) -> None:
+        """Give the fronts the shared state that the step's calls left. Collective if any front isn't torch's own.
+
+        all_gather: returns the values of all workers, by rank. Raises ConfigError if the values differ.
+        """
+        if not any(copy.tracks for copy in self._copies):
+            return
+        mine = [copy.end_step() for copy in self._copies]
+        gathered = all_gather([None if state is None else encode_state(vars(state)) for state in mine])
+        for index, (front, copy) in enumerate(zip(self.fronts, self._copies, strict=True)):
+            if copy.tracks:
+                found = [SharedState(**decode_state(states[index])) for states in gathered if states[index] is not None]
+                shared = found[0] if found else copy.step_without_gradients()
+                for other in found[1:]:
+                    shared = agreed(shared, other, front)
+                restore_shared_state(front, shared)
 
     def names_in_group(self, index: int) -> list[str]:
         """Return the names of one param group's parameters, sorted."""
@@ -122,12 +189,13 @@ class SlicedOptimizer:
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
-        """Return the current learning rate of each param group."""
-        return tuple(float(group["lr"]) for group in self._front_groups())
+        """Return the current learning rate of each param group that has one."""
+        return tuple(float(group["lr"]) for group in self._front_groups() if group.get("lr") is not None)
 
     def state_of(self, piece: Slice) -> dict[str, Any]:
         """Return the optimizer's state of a slice: tensors and numbers. It is empty before the slice's first step."""
-        state: dict[str, Any] = self._copies[self._front_of(piece.name)].state[piece.master]
+        # Reading a missing entry must not create it, because some optimizers test whether it exists.
+        state: dict[str, Any] = self._copies[self._front_of(piece.name)].optimizer.state.get(piece.master, {})
         return state
 
     def load_state_of(self, piece: Slice, state: dict[str, Any]) -> None:
@@ -136,10 +204,14 @@ class SlicedOptimizer:
         A tensor of one number (such as a step count) is moved only if the kernels are fused or capturable, as in
         torch.optim.Optimizer.load_state_dict.
         """
+        states = self._copies[self._front_of(piece.name)].optimizer.state
+        states.pop(piece.master, None)
+        if not state:
+            return
         group = list(self._front_groups())[self._group_of[piece.name]]
         moves_numbers = bool(group.get("fused") or group.get("capturable"))
         device = piece.master.device
-        self._copies[self._front_of(piece.name)].state[piece.master] = {
+        states[piece.master] = {
             kind: value.to(device) if isinstance(value, Tensor) and (value.dim() or moves_numbers) else value
             for kind, value in state.items()
         }
@@ -147,19 +219,9 @@ class SlicedOptimizer:
     def state_bytes(self) -> dict[str, float]:
         """Return the bytes of optimizer state per element of each parameter, not counting single numbers.
 
-        The bytes are measured: a copy of the optimizer updates a small parameter.
+        The bytes were measured in the trial before training.
         """
-        by_group = []
-        for index, group in enumerate(self.hyperparameters()):
-            which = self._front_of_group[index]
-            trial = nn.Parameter(torch.zeros((32, 32) if self.kinds[which] == PER_PARAMETER else 1024))
-            trial.grad = torch.zeros_like(trial)
-            copy = _working_copy(self.fronts[which])
-            copy.param_groups = [{**group, "params": [trial]}]
-            copy.step()
-            tensors = [value for value in copy.state[trial].values() if isinstance(value, Tensor)]
-            by_group.append(sum(tensor.nbytes for tensor in tensors if tensor.dim()) / trial.numel())
-        return {name: by_group[group] for name, group in self._group_of.items()}
+        return {name: self._state_bytes[group, len(self._shapes[name])] for name, group in self._group_of.items()}
 
     def offload_state(self, piece: Slice, allocator: Allocator) -> list[Tensor]:
         """Move a slice's state to buffers of `allocator`, and return these tensors.
@@ -184,9 +246,46 @@ class SlicedOptimizer:
         ]
 
     def load_hyperparameters(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Set the hyperparameters of all param groups from a checkpoint, where tuples have become lists."""
+        """Set the hyperparameters of all param groups."""
         for group, loaded in zip(self._front_groups(), groups, strict=True):
-            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in loaded.items()})
+            group.update(loaded)
+
+    def attributes(self) -> list[dict[str, Any]]:
+        """Return the plain attributes of each front that isn't torch's own."""
+        pairs = zip(self.fronts, self._copies, strict=True)
+        return [attributes_of(front) if copy.tracks else {} for front, copy in pairs]
+
+    def changed_attributes(self) -> list[dict[str, Any]]:
+        """Return the attributes of each front that steps have changed."""
+        return [
+            {name: value for name, value in now.items() if name not in first or repr(first[name]) != repr(value)}
+            for first, now in zip(self._first_attributes, self.attributes(), strict=True)
+        ]
+
+    def load_attributes(self, changed: Sequence[dict[str, Any]]) -> None:
+        """Set the attributes that `changed_attributes` returned. All others get their first values."""
+        for front, first, attributes, copy in zip(
+            self.fronts, self._first_attributes, changed, self._copies, strict=True
+        ):
+            if copy.tracks:
+                shared = shared_state_of(front)
+                restore_shared_state(front, SharedState(first | attributes, shared.groups, shared.used))
+
+    def plain_hyperparameters(self) -> list[dict[str, Any]]:
+        """Return the hyperparameters. Raises ConfigError unless all of them are plain.
+
+        They are saved, and compared between workers.
+        """
+        groups = self.hyperparameters()
+        for index, group in enumerate(groups):
+            for name, value in group.items():
+                if not is_plain(value):
+                    raise ConfigError(
+                        f"the optimizer's {name} (param group {index}) is not a plain number or text",
+                        got=repr(value),
+                        hint="pass float(...) instead of a tensor",
+                    )
+        return groups
 
 
 def _call(factory: Factory, named_params: Sequence[tuple[str, nn.Parameter]]) -> Any:
@@ -205,13 +304,8 @@ def _call(factory: Factory, named_params: Sequence[tuple[str, nn.Parameter]]) ->
         ) from error
 
 
-def _working_copy(front: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return a copy that shares everything with `front` except state and param groups."""
-    copy: torch.optim.Optimizer = object.__new__(type(front))
-    copy.__dict__.update(front.__dict__)
-    copy.state = defaultdict(dict)
-    copy.param_groups = []
-    return copy
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    return class_name(optimizer).startswith("torch.optim.") and type(optimizer).__name__ in KINDS
 
 
 def _kind(optimizer: object, declared: str | None) -> str:
@@ -225,14 +319,14 @@ def _kind(optimizer: object, declared: str | None) -> str:
             expected="a torch.optim.Optimizer, or a list of them",
             got=repr(optimizer),
         )
-    kind = type(optimizer)
-    name, is_torchs = f"{kind.__module__}.{kind.__qualname__}", kind.__module__.startswith("torch.optim")
-    if is_torchs and kind.__name__ in REFUSED:
+    name, kind = class_name(optimizer), type(optimizer).__name__
+    is_torchs = name.startswith("torch.optim.")
+    if is_torchs and kind in REFUSED:
         raise ConfigError(
-            f"{name} can't be used: {REFUSED[kind.__name__]}",
+            f"{name} can't be used: {REFUSED[kind]}",
             expected=f"one of torch.optim's {', '.join(sorted(KINDS))}",
         )
-    found = KINDS.get(kind.__name__, declared) if is_torchs else declared
+    found = KINDS.get(kind, declared) if is_torchs else declared
     if found is None:
         raise ConfigError(
             f"{name} is not known: applied to slices of parameters it could give different bits",
@@ -243,20 +337,11 @@ def _kind(optimizer: object, declared: str | None) -> str:
     return found
 
 
-def _check_plain(groups: Sequence[dict[str, Any]]) -> None:
-    """Raise ConfigError unless all hyperparameters are plain numbers or text.
-
-    They are written to checkpoints and compared between workers.
-    """
-    for index, group in enumerate(groups):
-        for name, value in group.items():
-            values = value if isinstance(value, (list, tuple)) else [value]
-            if not all(item is None or isinstance(item, (bool, int, float, str)) for item in values):
-                raise ConfigError(
-                    f"the optimizer's {name} (param group {index}) is not a plain number or text",
-                    got=repr(value),
-                    hint="pass float(...) instead of a tensor",
-                )
+def _given_names(groups: Iterator[dict[str, Any]], named_params: Sequence[tuple[str, nn.Parameter]]) -> dict[str, str]:
+    """Return the names that optimizers were given with their parameters, by the names of the parameters."""
+    names = {id(param): name for name, param in named_params}
+    pairs = (pair for group in groups for pair in zip(group["params"], group.get("param_names", ()), strict=False))
+    return {names[id(param)]: given for param, given in pairs}
 
 
 def _groups_by_name(

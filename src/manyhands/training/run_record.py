@@ -314,12 +314,17 @@ def start_over(run_dir: Path, checkpoints: Location) -> None:
 
 
 class Saver:
-    """Writes a run's checkpoints when they are due, if it has a location for them."""
+    """Writes a run's checkpoints when they are due, if it has a location for them.
+
+    Raises CheckpointError if snapshots are taken, and can't hold the state of a schedule.
+    """
 
     def __init__(self, record: RunRecord, interval: Every, keep: int, keep_every: int | None) -> None:
         self._record, self._engine, self._interval = record, record.engine, interval
         self._keep, self._keep_every = keep, keep_every
         self._last = time.monotonic()
+        if record.snapshots.are_taken:
+            check_schedules(record.engine)
 
     @property
     def is_due(self) -> bool:

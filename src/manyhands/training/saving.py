@@ -40,7 +40,7 @@ _trainings = itertools.count()
 class Snapshots:
     """The snapshots of a run, if the launcher has memory for them and started all workers.
 
-    All methods but `newest_step` are collective.
+    All methods but `newest_step` and `are_taken` are collective.
 
     run_dir: the run directory, if there is one. Together with the number of the training in this process, it identifies
     the training that snapshots belong to. report: called with messages for people. State on a disk is not copied to
@@ -63,6 +63,11 @@ class Snapshots:
         self._taken = 0
         self._next_step: int | None = None  # None: after the next step
         self._last_step, self._last_seconds = engine.step_index, time.monotonic()
+
+    @property
+    def are_taken(self) -> bool:
+        """True if there is memory for snapshots."""
+        return self._memory is not None
 
     def newest_step(self) -> int | None:
         """Return the step of the newest snapshot, or None if there is none."""

@@ -22,6 +22,7 @@ class Control:
     settings: the hashes of the workers' settings (see `Settings`), by rank. The values of one worker have only its
     hash.
     stop, save: True if any worker requests to stop or to save after the step.
+    has_hooks: True if any worker has a step hook for an optimizer.
     """
 
     losses: np.ndarray
@@ -33,6 +34,7 @@ class Control:
     settings: tuple[int, ...]
     stop: bool
     save: bool
+    has_hooks: bool
 
 
 def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
@@ -41,7 +43,8 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     # Add 1 to the indices, so that (0, 0) means "no bad gradient".
     bad = (0, 0) if mine.bad is None else (mine.bad[0] + 1, mine.bad[1] + 1)
     values = np.concatenate([mine.losses[None], mine.weights[None], mine.metrics])
-    floats = np.concatenate([values.ravel(), [float(mine.stop), float(mine.save), *bad]])
+    requests = [float(each) for each in (mine.stop, mine.save, mine.has_hooks)]
+    floats = np.concatenate([values.ravel(), requests, bad])
     flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
     settings = np.array(mine.settings, dtype=np.int64)
     packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), settings.view(np.uint8), flags]))
@@ -51,12 +54,12 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     hashes = [int(array[floats.nbytes : end].view(np.int64)[0]) for array in arrays]
     flags_of_any = np.max([array[end:] for array in arrays], axis=0).astype(bool)
     params = len(mine.got_gradient)
-    all_values, requests, bads = np.split(all_floats, [values.size, values.size + 2], axis=1)
+    all_values, all_requests, bads = np.split(all_floats, [values.size, values.size + len(requests)], axis=1)
     # Exactly one worker computed each micro-batch. The other workers contribute zeros, so the order of addition doesn't
     # matter.
     losses, weights, *metrics = all_values.sum(axis=0).reshape(values.shape)
     found = sorted((int(micro_batch) - 1, int(index) - 1) for micro_batch, index in bads if micro_batch > 0)
-    stop, save = (bool(request.any()) for request in requests.T)
+    stop, save, has_hooks = (bool(request.any()) for request in all_requests.T)
     return Control(
         losses=losses,
         weights=weights,
@@ -67,6 +70,7 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
         settings=tuple(hashes),
         stop=stop,
         save=save,
+        has_hooks=has_hooks,
     )
 
 

@@ -4,8 +4,9 @@ The update makes one pass over runs of elements that stay in a core's cache. For
 adds the pieces of the gradients, divides and clips the sum, applies the optimizer, and writes the parameters. An
 unsplittable parameter is a run of its own, of any length.
 
-The update makes two passes in two cases only: clipping needs the norm first, and with replicated optimizer state every
-worker first needs the sums of all workers.
+The update makes two passes in three cases only. Clipping needs the norm first. With replicated optimizer state every
+worker first needs the sums of all workers. Step hooks that run before the update may read sharded parameters, which
+can't be unsharded before the sums are complete.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.group import Group
+from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.sharding import REPLICATED, Sharding
 from manyhands.engine.step.reduce import GradientReducer
 from manyhands.engine.step.sums import RUN
@@ -104,6 +106,7 @@ class Updater:
         numbers = count()
         for unit in units:
             self._runs[unit.name] = [self._run(unit, each, next(numbers)) for each in ranges[unit.name]]
+        optimizer.drop_initial_state()
         self._numbers = [torch.tensor(layout.block_numbers(rank), dtype=torch.int64) for rank in range(group.size)]
         self._updated = False  # True after the first update
         self._full: dict[str, Tensor] = {}  # the step's gradient in fp32 by unit, if a second pass needs it
@@ -149,20 +152,31 @@ class Updater:
                     yield piece, Range(owned.start - in_unit.start, owned.end - in_unit.start)
 
     def update(
-        self, reducer: GradientReducer, weight: float, clip_norm: float | None, unused: set[str], tag: str
+        self,
+        reducer: GradientReducer,
+        weight: float,
+        clip_norm: float | None,
+        unused: set[str],
+        tag: str,
+        before: Callable[[], None] | None = None,
     ) -> float:
-        """Update this worker's weights and all-gather them. Return the gradient's norm before clipping. Collective.
+        """Update this worker's weights, all-gather them, and release the sums. Collective.
+
+        Return the gradient's norm before clipping.
 
         weight: the divisor of the sums. unused: parameters without a gradient in this step; they are not updated.
+        before: called before any weight changes, when the units are free to be unsharded.
         Raises NumericsError if the norm is not finite.
         """
-        # Refresh in each step, because schedules change the hyperparameters of the recipe's optimizers.
-        self._optimizer.refresh([run.groups for runs in self._runs.values() for run in runs])
         norm = scale = None
-        if self._replicated or clip_norm is not None:
+        if self._replicated or clip_norm is not None or before is not None:
             self._sum_first(reducer, weight, tag)
             norm = self._all_gather_norm(tag)
             scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))  # as in torch's clip_grad_norm_
+        if before is not None:
+            reducer.release()
+            before()
+        self._optimizer.begin_step([run.groups for runs in self._runs.values() for run in runs])
         waits: list[Callable[[], None]] = []
         fetched: deque[Run] = deque()
         for unit in self._units:
@@ -179,6 +193,8 @@ class Updater:
             norm = self._all_gather_norm(tag)
         for wait in waits:
             wait()
+        reducer.release()
+        self._optimizer.end_step(lambda mine: all_gather_json(self._group, mine, f"{tag} / optimizer / control"))
         if not self._updated:
             self._updated = True
             return_freed_memory()  # creating the optimizer's state has fragmented the heap
