@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -161,11 +162,36 @@ def penalised_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return loss / weight + sum(param.float().square().sum() for param in model.parameters())
 
 
+class Turns(nn.Module):
+    """Multiplies pairs of activations by complex numbers, with views that torch computes on reading."""
+
+    def __init__(self, linear: nn.Module, *, as_real: bool) -> None:
+        super().__init__()
+        value = torch.polar(torch.ones(2 * WIDTH), torch.linspace(0, 1, 2 * WIDTH))
+        self.linear, self.turns = linear, nn.Parameter(torch.view_as_real(value) if as_real else value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.view_as_complex(self.linear(x).unflatten(-1, (-1, 2)))
+        turns = self.turns if self.turns.is_complex() else torch.view_as_complex(self.turns)
+        back = turns.conj()
+        return torch.view_as_real(y * turns + y * back * back.imag).flatten(-2)
+
+
+class ComplexViews(Odd):
+    """Uses parameters as complex numbers: views of another dtype, some of them conjugated or negated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.up = Turns(block.up, as_real=True)
+
+
 def recipe_of(model: Callable[[], nn.Module], precision: str = "fp32", **options: Any) -> mh.Recipe:
     """The GPT's recipe with another model."""
     return gpt_recipe(precision, model=model, **options)
 
 
 ODD: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__: kind for kind in (Odd, Twice, Shared, Backwards, Skips, Chooses, Stops, Inner, Across, FrozenBase)
+    kind.__name__: kind
+    for kind in (Odd, Twice, Shared, Backwards, Skips, Chooses, Stops, Inner, Across, FrozenBase, ComplexViews)
 }

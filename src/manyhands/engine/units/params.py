@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,27 @@ from manyhands.shard_layout import Range, UnitLayout
 
 _WATCHED = 4
 """How many times each unit is unsharded before writes to its parameters are no longer detected."""
+
+
+class ParamView(NamedTuple):
+    """Describes a view of a unit's parameters, which may have another dtype than these: a complex one, for example.
+
+    strides, offset: in elements of the view. conjugated, negated: True if torch computes the view's values on reading.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+    conjugated: bool
+    negated: bool
+
+    def of(self, full: Tensor) -> Tensor:
+        """Return this view of the unit's unsharded parameters."""
+        view = torch.empty(0, dtype=self.dtype, device=full.device)
+        view.set_(full.untyped_storage(), self.offset, self.shape, self.strides)
+        view = view.conj() if self.conjugated else view
+        return torch._neg_view(view) if self.negated else view
 
 
 class Params(ABC):
@@ -172,11 +194,14 @@ class OnDemandParams(Params):
         """Free the pool's buffers, after more units were unsharded at a time than a step requires."""
         self._pool.trim()
 
-    def view_of(self, tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int] | None:
-        """Return shape, strides and offset of `tensor` if it is a view of the unsharded parameters, else None."""
+    def view_of(self, tensor: Tensor) -> ParamView | None:
+        """Return the description of `tensor` if it is a view of the unsharded parameters, else None."""
         if self.full is None or tensor.untyped_storage().data_ptr() != self.full.untyped_storage().data_ptr():
             return None
-        return tensor.shape, tensor.stride(), int(tensor.storage_offset())
+        offset = int(tensor.storage_offset())
+        return ParamView(
+            tensor.dtype, tensor.shape, tensor.stride(), offset, conjugated=tensor.is_conj(), negated=tensor.is_neg()
+        )
 
 
 class ShardedParams(OnDemandParams):

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from manyhands.comm.group import Group
 from manyhands.engine.agreement import all_gather_json
+from manyhands.engine.units.params import ParamView
 from manyhands.engine.units.unit import ParamUnit, State
 from manyhands.errors import ConfigError, InvariantError
 
@@ -47,14 +48,14 @@ class _Saved(NamedTuple):
     """The record that autograd stores for backward in place of a tensor.
 
     unit: the unit that backward must unshard again, if the tensor is a view of its parameters; otherwise None.
-    view: shape, strides and offset of the view in the unit's buffer; None for other tensors.
+    view: the description of the view of the unit's buffer; None for other tensors.
     values: the tensor itself or, in place of a view of a unit, a tensor without data that only counts in-place changes.
     version: the number of in-place changes when the tensor was saved. torch doesn't check this number if saved-tensor
     hooks are in use.
     """
 
     unit: ParamUnit | None
-    view: tuple[torch.Size, tuple[int, ...], int] | None
+    view: ParamView | None
     values: Tensor
     version: int
 
@@ -131,7 +132,8 @@ class Unsharder:
         string.
         """
         cause = ". The loss is also NaN if the model uses a sharded parameter outside of its unit's forward"
-        return f"{cause}: in that case, use sharding zero2" if self._units else ""
+        advice = "in that case, use sharding zero2, or update averages of weights (EMA) in a step hook of the optimizer"
+        return f"{cause}: {advice}" if self._units else ""
 
     def begin_backward(self) -> None:
         """Mark the end of forward. From now on, a unit stays unsharded until another one is needed."""
@@ -268,7 +270,7 @@ class Unsharder:
         full = saved.unit.on_demand_params.full
         if full is None:
             raise InvariantError(f"unit {saved.unit.name!r} is not unsharded", where=self._tag)
-        return full.as_strided(*saved.view)
+        return saved.view.of(full)
 
     def _check_need(self, unit: ParamUnit) -> None:
         transforms = torch._C._functorch.get_interpreter_stack() or []
