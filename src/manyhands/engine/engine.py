@@ -347,7 +347,7 @@ class StepEngine:
             # that order.
             for name, param in reversed(self._params.items()):
                 self._reducer.arrived(name, param)
-            self.buffers.end_micro_batch(micro_batch)
+            self.buffers.end_micro_batch(micro_batch, refuse_nan=self._unsharder.is_used)
         return result.detached()
 
     def _my_control(self, results: dict[int, LossResult]) -> Control:

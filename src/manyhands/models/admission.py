@@ -56,7 +56,7 @@ def _admit_param(name: str, param: nn.Parameter) -> None:
             f"parameter {name!r} was not built in fp32 on the CPU",
             expected="torch.float32 on cpu (frozen parameters: any dtype)",
             got=_described(param),
-            hint="call model.float() before returning it; the recipe's precision and device apply later",
+            hint=_hint_for(param),
         )
     if _span(param) < param.numel():
         raise ConfigError(
@@ -64,6 +64,20 @@ def _admit_param(name: str, param: nn.Parameter) -> None:
             got=f"shape {tuple(param.shape)}, strides {param.stride()}",
             hint="keep the smaller tensor as the parameter, and expand it in forward",
         )
+
+
+def _hint_for(param: nn.Parameter) -> str:
+    """Return advice for a parameter of a wrong type or device."""
+    if param.is_meta:
+        return "create the model with values, outside of torch.device('meta')"
+    if param.is_complex():
+        return (
+            "hold real and imaginary parts in one fp32 parameter, nn.Parameter(torch.view_as_real(value)), and compute"
+            " with torch.view_as_complex(parameter)"
+        )
+    if param.device.type != "cpu":
+        return "create the model on the CPU, or call model.cpu(): the recipe's device decides where it is trained"
+    return "call model.float() before returning it, and let the data be fp32: the recipe's precision decides the rest"
 
 
 def _refuse_shared_memory(model: nn.Module) -> None:
@@ -82,8 +96,19 @@ def _refuse_shared_memory(model: nn.Module) -> None:
             raise ConfigError(
                 f"parameter {first[2]!r} and {second[2]!r} share memory",
                 got="two tensors that share storage; moving the parameter would separate them",
-                hint="use one parameter under both names (self.b = self.a), or create the view in forward",
+                hint=_hint_for_sharing(model, first[2]),
             )
+
+
+def _hint_for_sharing(model: nn.Module, name: str) -> str:
+    """Return advice for a parameter that shares memory with another tensor."""
+    hooks = model.get_submodule(name.rpartition(".")[0])._forward_pre_hooks.values()
+    if any(type(hook).__name__ == "SpectralNorm" for hook in hooks):
+        return "use torch.nn.utils.parametrizations.spectral_norm instead of torch.nn.utils.spectral_norm"
+    return (
+        "use one parameter under both names (self.b = self.a), or create the view in forward; a weight that is computed"
+        " anew in each forward (weight drop) can be a parametrization: torch.nn.utils.parametrize"
+    )
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -236,7 +261,7 @@ class ParamGuard:
             )
         for name, version in self._versions.items():
             if self._known[name]._version != version:
-                raise changed_in_place(name)
+                raise changed_in_place(name, is_frozen=name not in self._trainable)
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

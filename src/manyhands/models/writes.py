@@ -39,10 +39,13 @@ def _parts(flat: Tensor) -> list[Tensor]:
     return [bits[:_PART], bits[middle : middle + _PART], bits[-_PART:]]
 
 
-def changed_in_place(name: str) -> ConfigError:
+def changed_in_place(name: str, *, is_frozen: bool = False) -> ConfigError:
     """Return the error for a parameter that was changed by code other than the optimizer."""
     return ConfigError(
         f"parameter {name!r} was changed in place by code other than the optimizer",
-        hint="load weights in recipe.model; register a tensor that forward changes as a buffer;"
+        hint="a frozen parameter of this size is taken to be constant: make it a buffer; averages of weights (EMA) are"
+        " best updated in a step hook of the optimizer, see docs/models.md"
+        if is_frozen
+        else "load weights in recipe.model; register a tensor that forward changes as a buffer;"
         " Embedding(max_norm=...) and clamping weights after a step are not supported",
     )

@@ -127,11 +127,12 @@ class Buffers:
         """Return the buffers that other code has changed since the end of the last step, by name."""
         return {name: self._tensors[name].detach() for name in sorted(self._changed_between_steps)}
 
-    def end_micro_batch(self, micro_batch: int) -> None:
+    def end_micro_batch(self, micro_batch: int, *, refuse_nan: bool = False) -> None:
         """Copy the values that this micro-batch changed, and restore those from before the step.
 
+        refuse_nan: True if the model reads NaN from parameters that are sharded at the time.
         Raises ConfigError if a buffer was added or removed, or has a new shape or dtype, because peers don't know about
-        it.
+        it. With `refuse_nan`, also raises ConfigError if a buffer has become NaN.
         """
         self._refuse_other_buffers()
         for name in self.names:
@@ -143,6 +144,9 @@ class Buffers:
                         f"frozen parameter {name!r} changes in forward, and bf16 would round its changes away",
                         hint="use precision = fp32, or make it a buffer: buffers retain their dtype",
                     )
+                if refuse_nan:
+                    what = f"{'frozen parameter' if name in self.frozen else 'buffer'} {name!r}"
+                    _refuse_new_nan(what, self._start[name], current)
                 self._after.setdefault(name, {})[micro_batch] = current.detach().clone()
             self._put(name, self._start[name])
 
@@ -270,6 +274,16 @@ def names_in_order(model: nn.Module) -> list[str]:
         for name, tensor in own:
             found.setdefault(id(tensor), name)
     return list(found.values())
+
+
+def _refuse_new_nan(what: str, before: Tensor, now: Tensor) -> None:
+    if bool((now.detach().isnan() & ~before.isnan()).any()):
+        raise ConfigError(
+            f"{what} became NaN in forward",
+            expected="a forward that uses sharded parameters in their own modules only; elsewhere they read as NaN",
+            hint="update averages of weights (EMA) in a step hook of the optimizer, see docs/models.md, or use sharding"
+            " zero2",
+        )
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -127,6 +127,11 @@ class Unsharder:
         )
 
     @property
+    def is_used(self) -> bool:
+        """Return True if any unit is unsharded on demand."""
+        return bool(self._units)
+
+    @property
     def not_finite_hint(self) -> str:
         """Return a sentence about another possible cause of a non-finite loss, for an error's hint, or an empty
         string.
