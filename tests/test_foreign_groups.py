@@ -43,6 +43,7 @@ def recipe_of(model: Callable[[], nn.Module]) -> mh.Recipe:
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
         data=torch.utils.data.TensorDataset(SAMPLES),
         batch=mh.Batch(global_size=12, micro_size=4),
+        buffers={} if model is not Synchronizes else {"centre": "mean"},
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -245,7 +245,14 @@ models = {
     "adam": st.booleans(),
     "evaluates": st.booleans(),
 }
-checks = partial(settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+checks = partial(
+    settings,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @pytest.mark.parametrize("part", PARTS)
