@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,19 @@ def test_a_run_stopped_during_start_up_reports_that_there_is_no_checkpoint(
     assert list((run_dir / "checkpoints").iterdir()) == []
 
 
+@pytest.fixture
+def unignored() -> Iterator[None]:
+    """Handle the stop signals by default, also if this process was started with some of them ignored (nohup)."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("unignored")
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_script_is_stopped_by_any_stop_signal_to_it_and_its_loader_processes(
     tmp_path: Path, number: signal.Signals

@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import get_temp_dir
@@ -66,6 +67,14 @@ class PrefetchProcesses:
         with self._watched():
             self._start(tasks)
         return self._read(self._stream)
+
+    def unpickled(self, packed: bytes) -> Any:
+        """Return the object that a process pickled. The process passes on the memory of its tensors meanwhile.
+
+        Raises DataError if the process has died.
+        """
+        with self._watched():
+            return ForkingPickler.loads(packed)
 
     def close(self) -> None:
         """End the processes. `close` may be called twice."""
@@ -139,7 +148,9 @@ class PrefetchProcesses:
                 on_child()
                 yield
         except BaseException as error:
-            died = self._died() if isinstance(error, RuntimeError) else None
+            if isinstance(error, (OSError, EOFError)):  # the connection to a process, which may still be about to end
+                wait([process.sentinel for process in self._processes], timeout=1)
+            died = self._died() if isinstance(error, (RuntimeError, OSError, EOFError)) else None
             # torch would end the processes only with its iterator, to which the traceback holds a reference.
             for process in self._processes:
                 process.kill()
@@ -293,7 +304,7 @@ class MicroBatchLoader:
 
     def _unpacked(self, results: Iterator[bytes], ahead: PrefetchProcesses) -> Iterator[LoadedBatch]:
         for packed in results:
-            result: LoadedBatch | _Failure = ForkingPickler.loads(packed)
+            result: LoadedBatch | _Failure = ahead.unpickled(packed)
             if isinstance(result, _Failure):
                 ahead.close()
                 raise result.error from result.cause
