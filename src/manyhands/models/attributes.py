@@ -49,6 +49,7 @@ class AttributeGuard:
         self._model, self._rules = model, rules
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._watched = 0  # micro-batches
+        self._rule_of: dict[str, str | None] = {}
         self._restores = "restore" in rules.values()
         self._at_start: dict[str, Callable[[], Any]] = {}
         self._set: dict[str, dict[str, str]] = {}  # values to which forward has set attributes, by attribute
@@ -90,35 +91,39 @@ class AttributeGuard:
         yield
         self._watched += 1
         after = self._values()
-        for name in dict.fromkeys([*before, *after]):
-            if self._rule(name) is None and before.get(name) != after.get(name):
-                self._check(name, before.get(name), after.get(name), saved.get(name))
+        changed = [name for name in dict.fromkeys([*before, *after]) if before.get(name) != after.get(name)]
+        changed = [name for name in changed if self._rule(name) is None]
+        for name in changed:
+            if name in self._set and self._set[name] != after.get(name):
+                how = "to another value than in the micro-batch before"
+                raise _refusal(name, self._set[name], after.get(name), how)
+        self._set_back([name for name in changed if name not in self._set], before, after, saved)
 
-    def _check(
-        self,
-        name: str,
-        before: dict[str, str] | None,
-        after: dict[str, str] | None,
-        saved: Callable[[], Any] | None,
+    def _set_back(
+        self, names: Sequence[str], before: Values, after: Values, saved: Mapping[str, Callable[[], Any]]
     ) -> None:
-        """Check one attribute that forward has changed from `before` to `after`. saved: returns the value before."""
-        known = self._set.get(name)
-        if known is None:
-            # The first change: set it back, to see whether the next micro-batch changes it to the same value.
-            _put(self._module_of(name), name, saved)
-            now = self._values().get(name)
-            if now != before:
-                raise _refusal(name, before, after, "in place")
-            self._set[name] = after or {}
-        elif known != after:
-            raise _refusal(name, known, after, "to another value than in the micro-batch before")
+        """Set attributes back that forward has changed for the first time.
+
+        The next micro-batch then shows whether forward changes them to the same values again. Raises ConfigError if an
+        attribute can't be set back, because forward has changed a tensor or a generator itself.
+        """
+        for name in names:
+            _put(self._module_of(name), name, saved.get(name))
+        now = self._values() if names else {}
+        for name in names:
+            if now.get(name) != before.get(name):
+                raise _refusal(name, before.get(name), after.get(name), "in place")
+            self._set[name] = after.get(name, {})
 
     def assigned(self) -> dict[str, dict[str, str]]:
         """Return the values to which forward has set attributes so far, to be compared between workers."""
         return self._set
 
     def _rule(self, name: str) -> str | None:
-        return next((rule for pattern, rule in self._rules.items() if fnmatchcase(name, pattern)), None)
+        if name not in self._rule_of:
+            found = (rule for pattern, rule in self._rules.items() if fnmatchcase(name, pattern))
+            self._rule_of[name] = next(found, None)
+        return self._rule_of[name]
 
     def _module_of(self, name: str) -> nn.Module:
         return self._modules[name.rpartition(".")[0]]
