@@ -4,8 +4,8 @@ The variable FAULT is "KIND PLACE COUNT RANK", such as "kill backward 5 1": the 
 has computed COUNT losses. COUNT and RANK are 5 and 1 by default. Several faults are separated by ";"; empty: none.
 "kill-once backward": only the first time that a process gets there.
 
-KIND: raise, kill, exit (with code 0), terminate, stop, stall. PLACE: start, forward, backward, update, checkpoint,
-snapshot.
+KIND: raise, kill, exit (with code 0), terminate, stop, stall, fill (the disk at $DISK), free (it again). PLACE: start,
+forward, backward, update, checkpoint, snapshot. With the variable CHATTY, workers print a line for each loss.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from full_disk import BALLAST, fill
 from torch import Tensor, nn
 
 from manyhands.checkpoint import save, snapshot
@@ -45,6 +47,12 @@ def misbehave(place: str) -> None:
 
 
 def fail(kind: str) -> None:
+    if kind == "fill":
+        fill(Path(os.environ["DISK"]))
+        return
+    if kind == "free":
+        Path(os.environ["DISK"], BALLAST).unlink()
+        return
     if kind == "raise":
         raise RuntimeError("out of cheese")
     if kind == "kill":
@@ -97,6 +105,9 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
     global losses_computed
     losses_computed += 1
     misbehave("forward")
+    if "CHATTY" in os.environ:
+        sys.stdout.write(f"loss {losses_computed} →\n")
+        sys.stdout.flush()
     time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
     return model(batch).square().mean()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from manyhands.errors import Interrupted
 from manyhands.members.reports import PARENT_REPORTS_VARIABLE, end_work, record_failure, traceback_of
+from manyhands.output import console, protect_output, say
 from manyhands.surroundings import StopSignals
 
 
@@ -19,6 +20,7 @@ def work(request: Mapping[str, Any]) -> int:
     Records an error for the parent, and prints the traceback. Under Manyhands's launcher, worker 0 prints no traceback,
     because the launcher prints the root cause on the same terminal.
     """
+    protect_output()
     try:
         with StopSignals() as stop:
             _train(request, stop)
@@ -31,14 +33,12 @@ def work(request: Mapping[str, Any]) -> int:
         # Worker 0 shares its terminal with the parent, which prints the root cause there.
         parent_prints = os.environ.get(PARENT_REPORTS_VARIABLE) and int(os.environ["RANK"]) == 0
         if not parent_prints:
-            sys.stderr.write(f"{traceback_of(error)}\n")
+            say(traceback_of(error))
         return 1
     return 0
 
 
 def _train(request: Mapping[str, Any], stop: StopSignals) -> None:
-    from rich.console import Console
-
     from manyhands.documents.recipe_file import load_recipe
     from manyhands.engine.step.amendments import Amendments
     from manyhands.listeners.summary import render, to_json
@@ -58,10 +58,9 @@ def _train(request: Mapping[str, Any], stop: StopSignals) -> None:
         **training,
     )
     if int(os.environ["RANK"]) == 0:
-        console = Console(stderr=request["json"], highlight=False)
-        console.print(render(summary))
+        console(stderr=request["json"]).print(render(summary))
         if request["json"]:
-            sys.stdout.write(json.dumps(to_json(summary)) + "\n")
+            say(json.dumps(to_json(summary)), to_stdout=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from manyhands.errors import Interrupted, WorkerError
+from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.output import say
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.snapshot import SnapshotMemory
@@ -182,13 +183,18 @@ def record_restart(directory: RunDirectory, restart: Restart, workers: int) -> N
 def record_run_failure(directory: RunDirectory, error: WorkerError | None, restart: int | None) -> None:
     """Record a failure.
 
-    restart: the number of the restart that follows; None if the run ends. error: None if a host joined or left.
+    restart: the number of the restart that follows; None if the run ends. error: None if a host joined or left. If the
+    failure can't be recorded, because the disk is full for example, this is printed, and the run is restarted all the
+    same.
     """
-    if error is None:
-        directory.append_event("hosts changed")
-        return
-    facts = {"rank": error.rank, "what": error.what, "where": error.where, "hint": error.hint}
-    directory.append_event("failed", **facts, restart=restart)
+    try:
+        if error is None:
+            directory.append_event("hosts changed")
+        else:
+            facts = {"rank": error.rank, "what": error.what, "where": error.where, "hint": error.hint}
+            directory.append_event("failed", **facts, restart=restart)
+    except ConfigError as unwritten:
+        say(f"the failure is not recorded: {unwritten}")
 
 
 def _with_resume_hint(error: Interrupted, directory: Path, checkpoints: Location, *, given: bool) -> Interrupted:

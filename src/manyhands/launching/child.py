@@ -71,7 +71,10 @@ def become_worker(folder: str) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if plan["log_dir"] is not None:
             path = os.path.join(plan["log_dir"], f"worker-{rank}.log")
-            log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+            try:
+                log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+            except OSError:  # the disk is full; the launcher still gets the worker's error
+                log = os.open(os.devnull, os.O_WRONLY)
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)

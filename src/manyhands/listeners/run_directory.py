@@ -12,6 +12,7 @@ launcher records events.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import platform
@@ -21,6 +22,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.step.amendments import Amendments
@@ -185,10 +188,16 @@ class RunDirectory:
     def append_event(self, event: str, **facts: Any) -> None:
         """Append an event to events.jsonl, with the time in seconds since the epoch and `facts`. Raises ConfigError.
 
-        event: "started over", "started", "saved", "not saved", "amended", "skipped", "failed", "hosts changed", "ended"
-        or "stopped".
+        event: "started over", "started", "saved", "not saved", "not recorded", "amended", "skipped", "failed",
+        "hosts changed", "ended" or "stopped".
         """
         _append(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
+
+    def write_digests(self, step: int, hashes: Any) -> None:
+        """Write the hashes of all blocks after `step` steps, as a NumPy array. Raises ConfigError."""
+        table = io.BytesIO()
+        np.save(table, hashes)
+        _write(self.digests / f"step-{step:08d}.npy", table.getvalue(), durable=False)
 
     def read_events(self) -> list[dict[str, Any]]:
         """Return all events in the order in which they were written, without partial lines."""
@@ -203,11 +212,19 @@ class RunDirectory:
         return [_parse(value, number, self.metrics) for number, value in complete_lines(self.metrics)]
 
     def truncate_metrics(self, step: int) -> None:
-        """Remove the metrics from step `step` on, atomically, for a run that resumes at this step. Raises DataError."""
-        if self.metrics.exists():
-            earlier = [metrics for metrics in self.read_metrics() if metrics.step < step]
-            lines = [json.dumps(numbers(dataclasses.asdict(m)), allow_nan=False) + "\n" for m in earlier]
-            _write(self.metrics, "".join(lines))
+        """Remove the metrics from step `step` on, for a run that resumes at this step.
+
+        The file is shortened in place, which needs no space on a full disk. Raises DataError and ConfigError.
+        """
+        later = [
+            number for number, value in complete_lines(self.metrics) if _parse(value, number, self.metrics).step >= step
+        ]
+        if later:
+            end = sum(map(len, self.metrics.read_bytes().splitlines(keepends=True)[: later[0] - 1]))
+            try:
+                os.truncate(self.metrics, end)
+            except OSError as error:
+                raise _not_writable(self.metrics, error) from error
 
 
 def _append(path: Path, value: Mapping[str, Any]) -> None:
@@ -286,9 +303,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     try:
-        write_atomic(path, text)
+        write_atomic(path, content, durable=durable)
     except OSError as error:
         raise _not_writable(path, error) from error
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from manyhands.engine.step.metrics import StepMetrics
+
+RETRY_SECONDS = 60.0
+"""The time after an error until the next attempt to write."""
 
 
 class TensorBoardLog:
@@ -18,16 +24,51 @@ class TensorBoardLog:
 
     def __init__(self, directory: str | os.PathLike[str], start_step: int = 0) -> None:
         self._writer: Any = None
+        self._directory, self._start_step = str(directory), start_step
+        self._failed: OSError | None = None
+        self._failed_at = 0.0
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self._writer = SummaryWriter(str(directory), purge_step=start_step or None)
+        self._make_writer = SummaryWriter
+        with suppress(OSError):  # `write` raises it
+            self._attempt(self._open)
+
+    def _open(self) -> None:
+        self._writer = self._make_writer(self._directory, purge_step=self._start_step or None)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Add the points of one step."""
-        if self._writer is None or metrics.skipped:
+        """Add the points of one step. Raises OSError if they can't be written, because the disk is full for example.
+
+        After an error the points of a minute are lost. Then a new file is begun.
+        """
+        if metrics.skipped:
             return
+        if self._failed is not None:
+            if time.monotonic() - self._failed_at < RETRY_SECONDS:
+                raise self._failed
+            self._failed, self._start_step = None, metrics.step
+            self._attempt(self._open)
+        if self._writer is not None:
+            self._attempt(lambda: self._add(metrics))
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._failed, self._failed_at = error, time.monotonic()
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """Close the writer without the points that it could not write."""
+        with suppress(OSError):
+            if self._writer is not None:
+                self._writer.close()
+        self._writer = None
+
+    def _add(self, metrics: StepMetrics) -> None:
         points = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "seconds/step": metrics.step_seconds}
         points |= {f"metrics/{name}": value for name, value in metrics.metrics.items()}
         for index, rate in enumerate(metrics.learning_rates):
@@ -39,10 +80,8 @@ class TensorBoardLog:
             self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:
-        """Write pending points. `close` may be called twice."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Write pending points, unless they can't be written. `close` may be called twice."""
+        self._abandon()
 
     def __enter__(self) -> TensorBoardLog:
         return self

@@ -70,9 +70,10 @@ class StatusFile:
         return None if path is None else cls(path, stall_seconds)
 
     def record_position(self, position: Position) -> None:
-        """Record the worker's new position."""
+        """Record the worker's new position, unless the disk of the file is full."""
         text = json.dumps([position._replace(activity=position.activity[: _BYTES // 4]), *self._facts]).encode()
-        os.pwrite(self._file, text[:_BYTES].ljust(_BYTES), 0)
+        with suppress(OSError):
+            os.pwrite(self._file, text[:_BYTES].ljust(_BYTES), 0)
 
     def close(self) -> None:
         """Write an empty position, so that the launcher applies no time limit."""
@@ -101,7 +102,8 @@ def begin_work() -> None:
     """
     path, owner = os.environ.get(UNFINISHED_FILE_VARIABLE), os.getpid()
     if path is not None:
-        Path(path).touch()
+        with suppress(OSError):  # the disk is full; the launcher then can't notice an early end with exit code 0
+            Path(path).touch()
         atexit.register(lambda: end_work() if os.getpid() == owner else None)  # not in a forked child
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
-import numpy as np
 from rich.console import Console
 
 from manyhands.checkpoint.format import checkpoints_of, list_checkpoints
@@ -31,10 +29,12 @@ from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError
+from manyhands.listeners.gaps import Gaps
 from manyhands.listeners.run_directory import RunDirectory, write_json
 from manyhands.listeners.tensorboard import TensorBoardLog
 from manyhands.listeners.terminal import TrainingProgress
 from manyhands.offload.scratch import scratch_line
+from manyhands.output import SafeStream
 from manyhands.storage.location import Location, is_local, location_of
 from manyhands.storage.run_lock import run_lock
 from manyhands.training.engine import Engine
@@ -89,6 +89,7 @@ class RunRecord:
         self.notes: list[str] = []
         self.log: Console | None = None  # of worker 0; the other workers' output goes to their own log files
         self._directory: RunDirectory | None = None
+        self._gaps = Gaps(self.report, lambda kind, lost: self.event("not recorded", kind=kind, lost=lost))
         self._recipe_as_used = recipe_as_used
         self._tensorboard: TensorBoardLog | None = None
         self._bars: list[TrainingProgress] = []
@@ -100,7 +101,8 @@ class RunRecord:
                 stack.enter_context(run_lock(self.path))
             if anew and self.checkpoints is not None:
                 start_over(self.path, self.checkpoints)
-            self.log = Console(file=stack.enter_context(self._directory.log(0).open("a")), width=120)
+            log = stack.enter_context(self._directory.log(0).open("a", encoding="utf-8"))
+            self.log = Console(file=cast(TextIO, SafeStream(lambda: log)), width=120)
             self._run = run_in(self.path) or Owner(secrets.token_hex(8), str(self.path.absolute()))
         if self.checkpoints is not None and engine.group.rank == 0:
             check_writable(self.checkpoints)
@@ -169,8 +171,9 @@ class RunRecord:
 
         Raises ConfigError if the run has saved a checkpoint, but starts from the beginning.
         """
-        saved = [event.get("step") for event in self.read_events() if event["event"] == "saved"]
-        if not saved or source == "snapshot" or saved[-1] == self.engine.step_index:
+        saved = [int(event.get("step", 0)) for event in self.read_events() if event["event"] == "saved"]
+        # A later checkpoint may lack its event: the run was killed in between, or the disk was full.
+        if not saved or source == "snapshot" or saved[-1] <= self.engine.step_index:
             return
         if source is None:
             raise ConfigError(
@@ -184,7 +187,10 @@ class RunRecord:
         self.notes.append(f"the run has saved a checkpoint of step {saved[-1]}, which is not there: steps are repeated")
 
     def _record_start(self, source: str | None) -> None:
-        """On worker 0, record that the run starts or continues here. source: "snapshot", "checkpoint" or None."""
+        """On worker 0, record that the run starts or continues here. source: "snapshot", "checkpoint" or None.
+
+        Raises ConfigError if a new run can't be recorded. A run that continues has something to lose, so it continues.
+        """
         if self._directory is None:
             return
         engine, directory = self.engine, self._directory
@@ -199,6 +205,14 @@ class RunRecord:
             workers=engine.group.size,
             sharding=engine.strategy.sharding,
         )
+        if source is None:
+            self._write_settings(directory)
+        else:
+            self._gaps.attempt("settings", partial(self._write_settings, directory))
+        self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
+
+    def _write_settings(self, directory: RunDirectory) -> None:
+        engine = self.engine
         directory.write_manifest(
             engine.identity,
             engine.strategy,
@@ -212,7 +226,6 @@ class RunRecord:
         buffers = engine.buffers.named()
         numel = {name: buffers[name].numel() for name in engine.buffers.persistent}
         write_json(directory.digests / "tensors.json", {"tensors": engine.digest_names, "buffers": numel})
-        self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
 
     def refuse_other_owner(self) -> None:
         """Raise CheckpointError on all workers if another run has adopted the folder of checkpoints. Collective."""
@@ -254,18 +267,21 @@ class RunRecord:
         consoles = ([None] if on_terminal else []) + ([self.log] if self.log is not None else [])
         start = self.engine.step_index
         self._bars = [self._stack.enter_context(TrainingProgress(steps, start, console)) for console in consoles]
-        for note in self.notes:
+        notes, self.notes = self.notes, []
+        for note in notes:
             self.report(note)
 
     def report(self, text: str) -> None:
-        """Print a message for people, with the progress."""
+        """Print a message for people, with the progress, or when progress is first shown."""
+        if not self._bars:
+            self.notes.append(text)
         for bar in self._bars:
             bar.note(text)
 
     def event(self, event: str, **facts: Any) -> None:
         """Record an event in the run directory."""
         if self._directory is not None:
-            self._directory.append_event(event, **facts)
+            self._gaps.attempt("events", partial(self._directory.append_event, event, **facts))
 
     def read_events(self) -> list[dict[str, Any]]:
         """Return all events of the run so far on worker 0, and an empty list on other workers."""
@@ -283,13 +299,12 @@ class RunRecord:
             self.event("skipped", step=metrics.step)
             self.report(f"step {metrics.step} was skipped")
         if self._directory is not None:
-            self._directory.append_metrics(metrics)
-            if metrics.digest is not None and self.engine.last_hashes is not None:
-                table = io.BytesIO()
-                np.save(table, self.engine.last_hashes)
-                (self._directory.digests / f"step-{metrics.step + 1:08d}.npy").write_bytes(table.getvalue())
+            self._gaps.attempt("metrics", partial(self._directory.append_metrics, metrics))
+            hashes = self.engine.last_hashes
+            if metrics.digest is not None and hashes is not None:
+                self._gaps.attempt("digests", partial(self._directory.write_digests, metrics.step + 1, hashes))
         if self._tensorboard is not None:
-            self._tensorboard.write(metrics)
+            self._gaps.attempt("curves for TensorBoard", partial(self._tensorboard.write, metrics))
         for bar in self._bars:
             bar.update(metrics)
 

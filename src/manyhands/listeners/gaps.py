@@ -1,0 +1,38 @@
+"""Records a run although its files can't be written for a time, because the disk is full for example."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from manyhands.errors import ManyhandsError
+
+
+class Gaps:
+    """The gaps in a run's record. A write that fails is reported once and ends nothing, because a record is no result.
+
+    report: called with messages for people. closed: called when a kind of write succeeds again, with the kind and the
+    number of writes that failed.
+    """
+
+    def __init__(self, report: Callable[[str], None], closed: Callable[[str, int], None]) -> None:
+        self._report, self._closed = report, closed
+        self._failed: dict[str, int] = {}
+        self._lock = threading.Lock()  # checkpoints are published in another thread
+
+    def attempt(self, kind: str, write: Callable[[], object]) -> None:
+        """Call `write`. kind: what it writes, such as "metrics". Does not raise OSError or an error of Manyhands."""
+        try:
+            write()
+        except (OSError, ManyhandsError) as error:
+            with self._lock:
+                is_first = kind not in self._failed
+                self._failed[kind] = self._failed.get(kind, 0) + 1
+            if is_first:
+                self._report(f"training continues without a record of its {kind}: {error}")
+            return
+        with self._lock:
+            failed = self._failed.pop(kind, 0)
+        if failed:
+            self._report(f"the record of the {kind} continues; {failed} could not be written")
+            self._closed(kind, failed)

@@ -1,0 +1,90 @@
+"""A full disk under the run directory is reported once, and ends nothing. The disks are real ones, in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import manyhands as mh
+from manyhands.documents.recipe_file import load_recipe
+from manyhands.listeners.run_directory import RunDirectory
+from support.full_disk import run_on_small_disk
+from test_faults import MANYHANDS, SUPPORT
+
+STEPS = 32
+
+
+def test_a_run_survives_a_full_disk_and_a_killed_worker_on_it(tmp_path: Path) -> None:
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    options = f"--workers 2 --steps {STEPS} --run-dir {disk}/run --snapshot-every 1 --json"
+    command = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), *options.split()]
+    # Standard output is on the full disk, too; the losses are printed there by worker 0 and by worker 1 to its log.
+    script = f"{shlex.join(command)} > {disk}/output; code=$?; cp -r {disk} {kept}; exit $code"
+    environment = {
+        **os.environ,
+        "DISK": str(disk),
+        "CHATTY": "1",
+        "FAULT": "fill-once forward 5 0;kill-once forward 25 1;free-once forward 29 0",
+        "FAULT_TIME": str(tmp_path / "fault"),
+    }
+    done = run_on_small_disk(disk, ["sh", "-c", script], env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("fault-*"))) == 3
+    loaded = load_recipe(SUPPORT / "faulty.toml", [])
+    with mh.Engine(loaded.recipe, loaded.strategy) as engine:
+        losses = [engine.step(batch).loss for batch in engine.batches(STEPS)]
+        digest = engine.digest()
+    summary = json.loads((kept / "output").read_text().splitlines()[-1])
+    assert (summary["digest"], summary["loss"]) == (digest, losses[-1])
+    for attempt in done.stderr.split("restarting (1 of 3)"):  # before and after the restart
+        assert attempt.count("training continues without a record of its metrics: the run directory can't be") == 1
+    assert done.stderr.count("worker 1 was killed by SIGKILL") == 1
+    run = RunDirectory.open_existing(kept / "run")
+    recorded = [metrics.step for metrics in run.read_metrics()]
+    assert recorded[:2] == [0, 1]
+    assert recorded[-1] == STEPS - 1
+    assert len(recorded) < STEPS
+    events = [event["event"] for event in run.read_events()]
+    assert "not recorded" in events
+    assert events[-1] == "ended"
+
+
+BOARD = """
+import sys
+from pathlib import Path
+from full_disk import BALLAST, fill
+from test_report import step_metrics
+from manyhands.listeners import tensorboard
+disk, failed = Path(sys.argv[1]), []
+with tensorboard.TensorBoardLog(disk / "curves") as log:
+    for step in range(200):
+        if step == 20:
+            fill(disk)
+        if step == 150:
+            (disk / BALLAST).unlink()
+            tensorboard.RETRY_SECONDS = 0.0
+        try:
+            log.write(step_metrics(step))
+        except OSError:
+            failed.append(step)
+files = sorted((disk / "curves").iterdir(), key=lambda file: file.name)
+assert len(files) == 2, files
+assert failed and failed[-1] < 150, failed
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+steps = {event.step for event in EventFileLoader(str(files[1])).Load() if event.HasField("summary")}
+assert steps == set(range(150, 200)), steps
+"""
+
+
+def test_curves_for_tensorboard_continue_after_a_full_disk(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(SUPPORT), str(SUPPORT.parent), os.environ.get("PYTHONPATH", "")])
+    done = run_on_small_disk(
+        tmp_path / "disk",
+        [sys.executable, "-c", BOARD, str(tmp_path / "disk")],
+        size="256k",
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stderr
