@@ -148,7 +148,12 @@ def console(*, stderr: bool = True) -> Console:
     """Return a rich console that writes to standard error, or to standard output, and never raises."""
     from rich.console import Console
 
-    return Console(file=cast(TextIO, SafeStream(lambda: sys.stderr if stderr else sys.stdout)), highlight=False)
+    def current() -> TextIO | None:
+        stream = sys.stderr if stderr else sys.stdout
+        # While a progress bar is shown, rich replaces the streams by ones that print to a console, such as this one.
+        return getattr(stream, "rich_proxied_file", stream)
+
+    return Console(file=cast(TextIO, SafeStream(current)), highlight=False)
 
 
 def protect_output() -> None:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.output import console as stdout_console
+from manyhands.output import say
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -42,16 +45,14 @@ def doctor_command(
 
     Example: `manyhands doctor runs/first`
     """
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = stdout_console(stderr=False)
     if run is not None:
         from manyhands.doctor.runs import run_history
         from manyhands.listeners.run_directory import RunDirectory
 
         history = run_history(RunDirectory.open_existing(run))
         if as_json:
-            typer.echo(json.dumps(asdict(history)))
+            say(json.dumps(asdict(history)), to_stdout=True)
         else:
             _show_history(history, console)
         raise typer.Exit(1 if history.outcome in ("failed", "killed") else 0)
@@ -62,7 +63,7 @@ def doctor_command(
         if prints and not as_json:
             _show_finding(finding, console)
     if prints and as_json:
-        typer.echo(json.dumps({"findings": [asdict(finding) for finding in found]}))
+        say(json.dumps({"findings": [asdict(finding) for finding in found]}), to_stdout=True)
     raise typer.Exit(1 if any(finding.verdict == "bad" for finding in found) else 0)
 
 

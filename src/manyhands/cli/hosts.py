@@ -17,6 +17,7 @@ import typer
 
 from manyhands.cli.workers import Bounds, Workers, start_workers
 from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.output import say
 
 if TYPE_CHECKING:
     from manyhands.launching.rendezvous import Rendezvous
@@ -61,7 +62,7 @@ def train_together(rendezvous: Rendezvous, workers: int) -> None:
     variables = {} if interface is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": interface}
     logs = Path(request["run_dir"]) / "logs"
     if rendezvous.is_first and rendezvous.max_hosts > 1:
-        sys.stderr.write(f"other hosts join this run with: manyhands join {rendezvous.endpoint}\n")
+        say(f"other hosts join this run with: manyhands join {rendezvous.endpoint}")
     start_workers(command, workers, logs, variables, cooperates=True, rendezvous=rendezvous)
 
 
@@ -106,7 +107,7 @@ def _print_and(record: OnRestart) -> Callable[[WorkerError | Interrupted | None]
         failure = cause if isinstance(cause, WorkerError) else None
         where = f"\n  where: {failure.where}" if failure is not None and failure.where else ""
         reason = "a host joined or left" if failure is None else f"{failure.what}{where}"
-        sys.stderr.write(f"{reason}\nrestarting with the hosts that are now in the run\n")
+        say(f"{reason}\nrestarting with the hosts that are now in the run")
         record(failure)
 
     return on_restart

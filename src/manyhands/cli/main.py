@@ -19,6 +19,7 @@ from manyhands.cli.prepare import prepare_command
 from manyhands.cli.train import train_command
 from manyhands.cli.workers import Workers, print_restart, snapshot_memory, start_workers, workers_for
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
+from manyhands.output import protect_output, say
 from manyhands.surroundings import RESTARTS_VARIABLE, to_handle
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line. Errors go to stderr, with a traceback only if they are bugs."""
+    protect_output()
     # torch warns about every connection that it retries, but users of the command can do nothing about these warnings.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # All stop signals act like Ctrl-C until a command installs its own handler.
@@ -54,7 +56,7 @@ def main() -> None:
             code = INTERRUPTED
         elif isinstance(shown, ConfigError):
             code = WRONG
-        sys.stderr.write(f"{shown}\n")
+        say(str(shown))
         sys.exit(code)
 
 
@@ -72,7 +74,7 @@ def _error_to_show(error: ManyhandsError) -> ManyhandsError:
 
 def _version(requested: bool) -> None:
     if requested:
-        typer.echo(f"manyhands {__version__}")
+        say(f"manyhands {__version__}", to_stdout=True)
         raise typer.Exit
 
 
@@ -154,7 +156,8 @@ def compare_command(
     from manyhands.doctor.compare import compare_runs, explain_comparison
 
     comparison = compare_runs(run, other)
-    typer.echo(json.dumps(asdict(comparison)) if as_json else explain_comparison(comparison, str(run), str(other)))
+    explained = json.dumps(asdict(comparison)) if as_json else explain_comparison(comparison, str(run), str(other))
+    say(explained, to_stdout=True)
     if not comparison.equal:
         raise typer.Exit(1)
 

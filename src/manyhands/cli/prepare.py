@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from manyhands.cli.parameters import with_parameters
+from manyhands.output import say
 from manyhands.prepare.options import Options
 
 
@@ -55,4 +56,4 @@ def prepare_command(arguments: PrepareArguments, options: dict[str, Any]) -> Non
     job_options = Options(**options)
     document = read_corpus_recipe(arguments.recipe, arguments.set_ or [])
     summary = prepare_corpus(document, arguments.out or Path("prepared") / document.schema.name, job_options)
-    typer.echo(json.dumps(summary.to_json()) if arguments.as_json else str(summary))
+    say(json.dumps(summary.to_json()) if arguments.as_json else str(summary), to_stdout=True)

@@ -157,7 +157,7 @@ def print_restart(restart: Restart, workers: int) -> None:
     where = f"\n  where: {cause.where}" if cause.where else ""
     hint = f"\n  what to do: {cause.hint}" if cause.hint else ""
     action = f"restarting ({restart.number} of {restart.limit}) with {count}"
-    sys.stderr.write(f"{cause.what}{where}{hint}\n{action}\n")
+    say(f"{cause.what}{where}{hint}\n{action}")
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from manyhands.corpus.tokenizing import (
 from manyhands.data.token_format import FOLDER, MANIFEST, TOKENIZER, map_tokens, token_type
 from manyhands.documents.toml import Document
 from manyhands.errors import ConfigError, DataError
+from manyhands.output import say
 from manyhands.prepare.dataset import Dataset
 from manyhands.prepare.io.writing import token_schema
 from manyhands.prepare.job.output import BAD_RECORDS, PrepareSummary
@@ -208,7 +208,7 @@ class _Corpus:
             sample = [document["text"] for document in documents.take(_SAMPLE, **self._options)]
             tokenizer, reason = faster(tokenizer, sample)
             if reason and self._options.get("progress", True):
-                sys.stderr.write(f"tokenizing with the {REFERENCE} library: {reason}\n")
+                say(f"tokenizing with the {REFERENCE} library: {reason}")
         return tokenizer, kind
 
     def _tokens(self, documents: Dataset, encoder: ByteEncoder | TokenizerEncoder) -> PrepareSummary:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from manyhands.output import say
 from manyhands.prepare.dataset import Dataset
 from manyhands.prepare.io.manifest import read_output_manifest
 from manyhands.prepare.job.output import BAD_RECORDS
@@ -30,7 +30,7 @@ class Steps:
         """Start a step, and print its name."""
         self._started = time.monotonic()
         if self.options.get("progress", True):
-            sys.stderr.write(f"{name}\n")
+            say(name)
 
     def end(self, name: str) -> None:
         """Record the duration of the step."""

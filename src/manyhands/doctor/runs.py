@@ -70,7 +70,7 @@ def run_history(run: RunDirectory) -> RunHistory:
     for rank in sorted({event["rank"] for event in failed if event.get("rank", -1) >= 0}):
         log = run.log(rank)
         if log.exists():
-            tails[log.name] = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+            tails[log.name] = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
     return RunHistory(outcome, summary, tuple(lines), _advice(run, outcome, failed), tails)
 
 

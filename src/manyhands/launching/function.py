@@ -14,6 +14,7 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.members.reports import record_failure
+from manyhands.output import protect_output
 
 _PATH_FILE, _CALL_FILE = "path.json", "call.pkl"
 
@@ -55,6 +56,7 @@ def launch(fn: Callable[..., Any], *args: Any, workers: int, **kwargs: Any) -> l
 
 def answer_call(name: str) -> None:
     """Make the call that is stored in folder `name`, in a worker. Store the result, or report the error."""
+    protect_output()
     folder, rank = Path(name), int(os.environ["RANK"])
     try:
         fn, args, kwargs = pickle.loads((folder / _CALL_FILE).read_bytes())

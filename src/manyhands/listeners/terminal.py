@@ -10,6 +10,7 @@ from statistics import median
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from manyhands import output
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import InvariantError
 from manyhands.formatting import format_bytes, format_count, format_seconds
@@ -36,7 +37,7 @@ class TrainingProgress:
         line_seconds: float = 10.0,
     ) -> None:
         self._total_steps, self._line_seconds = total_steps, line_seconds
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or output.console()
         self._recent: deque[StepMetrics] = deque(maxlen=_RECENT_STEPS)
         self._shown_at = float("-inf")
         self._last_shown = start_step
@@ -47,7 +48,7 @@ class TrainingProgress:
             console=self._console,
             auto_refresh=False,
             expand=True,
-            redirect_stdout=sys.stdout.isatty(),
+            redirect_stdout=output.is_terminal(sys.stdout),
             disable=not self._console.is_interactive,
         )
         self._task = self._progress.add_task(
@@ -112,7 +113,7 @@ class BytesProgress:
     """
 
     def __init__(self, verb: str, console: Console | None = None) -> None:
-        console = console or Console(stderr=True, highlight=False)
+        console = console or output.console()
         self._progress = Progress(
             TextColumn(verb, style="bold"),
             BarColumn(bar_width=None),

@@ -13,11 +13,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from manyhands.errors import DataError, ManyhandsError
+from manyhands.output import protect_output
 from manyhands.prepare.plan.modules import is_installed
 
 
 def main() -> None:
     """Serve the connection whose file descriptor is the only argument."""
+    protect_output()  # a function that prints must not make its records bad, because nobody reads the output
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the parent handles it
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     threading.Thread(target=_end_with_parent, args=(connection.fileno(), os.getppid()), daemon=True).start()

@@ -25,6 +25,7 @@ from typing import Any
 from manyhands.data.token_format import MANIFEST
 from manyhands.errors import ConfigError, DataError, Interrupted, ManyhandsError
 from manyhands.formatting import format_bytes, format_count, format_seconds
+from manyhands.output import is_terminal, say
 from manyhands.prepare.io.formats import CHUNKS
 from manyhands.prepare.io.manifest import FORMAT, read_output_manifest
 from manyhands.prepare.job.progress import EVENTS, JobEvents, JobProgress
@@ -100,8 +101,8 @@ class PrepareSummary:
 
 def show(summary: PrepareSummary, *, progress: bool) -> None:
     """Print the summary on standard error if it is a terminal and `progress` is true."""
-    if progress and sys.stderr.isatty():
-        sys.stderr.write(f"{summary}\n")
+    if progress and is_terminal(sys.stderr):
+        say(str(summary))
 
 
 BAD_RECORDS = "_bad_records.jsonl"

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from manyhands.formatting import format_bytes, format_count, format_seconds
+from manyhands.output import console, is_terminal, say
 from manyhands.prepare.task import TaskResult
 from manyhands.storage.atomic import write_atomic
 from manyhands.storage.files import join_path, read_bytes
@@ -89,7 +90,7 @@ class JobProgress:
         self._records = self._bytes = self._written = 0
         self._started = self._shown_at = time.monotonic()
         self._record("stage started", title=title, tasks=tasks, done_before=found)
-        if self._show and sys.stderr.isatty():
+        if self._show and is_terminal(sys.stderr):
             self._bar = _new_bar(f"stage {number + 1}/{self._stages}", tasks, found)
             self._bar.start()
 
@@ -116,7 +117,7 @@ class JobProgress:
         seconds = time.monotonic() - self._started
         figures = {"tasks": self._done, "records_in": self._records, "bytes_written": self._written}
         self._record("stage done", title=self._title, **figures, seconds_taken=seconds)
-        if self._show and (sys.stderr.isatty() or seconds >= 1):
+        if self._show and (is_terminal(sys.stderr) or seconds >= 1):
             self._line(f"{self._figures(seconds)}  {format_seconds(seconds)}")
 
     def _record(self, event: str, **facts: Any) -> None:
@@ -153,18 +154,17 @@ class JobProgress:
         return "  ".join(parts)
 
     def _line(self, figures: str) -> None:
-        sys.stderr.write(f"stage {self._number + 1}/{self._stages}  {self._title}  {figures}\n")
+        say(f"stage {self._number + 1}/{self._stages}  {self._title}  {figures}")
 
 
 def _new_bar(name: str, tasks: int, found: int) -> Any:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     bar = Progress(
         TextColumn(name, style="bold"),
         BarColumn(bar_width=None),
         TextColumn("{task.fields[figures]}"),
-        console=Console(stderr=True, highlight=False),
+        console=console(),
         auto_refresh=False,
         expand=True,
         transient=True,

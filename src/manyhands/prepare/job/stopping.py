@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from manyhands.errors import Interrupted
+from manyhands.output import say
 
 _EXIT_CODE = 128 + 2  # of a process that SIGINT ended
 
@@ -31,5 +32,5 @@ def _show(kind: type[BaseException], error: BaseException, traceback: TracebackT
     if not isinstance(error, Interrupted):
         sys.__excepthook__(kind, error, traceback)
         return
-    sys.stderr.write(f"{error.what} ({error.where}): {error.hint}\n")
+    say(f"{error.what} ({error.where}): {error.hint}")
     raise SystemExit(_EXIT_CODE)  # Python ends with this code
