@@ -19,6 +19,7 @@ from manyhands.checkpoint.format import list_checkpoints
 from manyhands.comm.group import Group
 from manyhands.config import Every, every
 from manyhands.errors import CheckpointError, ConfigError
+from manyhands.listeners.run_directory import RunDirectory
 from support.models import gpt_recipe
 from support.threads import run_threads
 from support.training import train_with_engine
@@ -129,6 +130,43 @@ def test_a_run_reports_a_failed_checkpoint_and_tries_the_next(
 def test_keep_every_retains_checkpoints(tmp_path: Path) -> None:
     mh.train(gpt_recipe(), steps=7, run_dir=tmp_path, checkpoint_every="1step", keep_checkpoints=2, keep_every=3)
     assert steps_in(tmp_path / "checkpoints") == [3, 6, 7]
+
+
+def test_links_among_checkpoints_stay_and_saves_go_on(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "run" / "checkpoints", tmp_path / "elsewhere"
+    mh.train(gpt_recipe(), steps=1, run_dir=tmp_path / "run", show=False)
+    (root / "step-00000001").rename(elsewhere)
+    before = {path: path.read_bytes() for path in elsewhere.iterdir()}
+    links = ["step-00000001", ".step-00000000.old.partial", ".frozen-0123456789abcdef.partial"]
+    for name in links:
+        (root / name).symlink_to(elsewhere)
+    (root / "step-00000003").symlink_to(tmp_path / "nowhere")  # dangling, where a checkpoint is to be saved
+    (root / "step-00000004").write_text("mine")
+    mh.train(gpt_recipe(), steps=5, run_dir=tmp_path / "run", checkpoint_every=1, keep_checkpoints=2, show=False)
+    events = [event["event"] for event in RunDirectory(tmp_path / "run").read_events()]
+    assert "not saved" not in events
+    assert steps_in(root) == [1, 4, 5]
+    left = {path.name: path.readlink() for path in root.iterdir() if path.is_symlink()}
+    assert [left.pop(name) for name in links] == [elsewhere] * 3
+    assert list(left.values()) == [tmp_path / "nowhere"]  # under another name
+    assert [path.read_text() for path in root.iterdir() if path.is_file()] == ["mine"]
+    assert {path: path.read_bytes() for path in elsewhere.iterdir()} == before
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_a_save(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove_checkpoint = save.remove_checkpoint
+
+    def refuse(folder: Any) -> None:
+        if folder.name == "step-00000001":
+            raise PermissionError(1, "Operation not permitted", str(folder))
+        remove_checkpoint(folder)
+
+    monkeypatch.setattr(save, "remove_checkpoint", refuse)
+    mh.train(gpt_recipe(), steps=4, run_dir=tmp_path, checkpoint_every=1, keep_checkpoints=1, show=False)
+    assert steps_in(tmp_path / "checkpoints") == [1, 4]
+    assert "step-00000001 can't be deleted: Operation not permitted" in capsys.readouterr().err
 
 
 def test_the_clock_of_worker_0_decides_when_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections import defaultdict
 from contextlib import suppress
@@ -61,25 +62,31 @@ def publish_folder(partial: Location, final: Location, manifest: BaseModel) -> N
 
 
 def remove_checkpoint(folder: Location) -> None:
-    """Delete a folder. Hide it first, so that a kill during the deletion leaves no incomplete folder visible."""
+    """Delete a folder. Hide it first, so that a kill during the deletion leaves no incomplete folder visible.
+
+    Raises OSError.
+    """
     if isinstance(folder, Address):
         files = folder.files()
         for name in sorted(files, key=lambda name: name != MANIFEST):
             (folder / name).unlink()
         return
-    hidden = folder.with_name(f".{folder.name}.old.partial")
-    shutil.rmtree(hidden, ignore_errors=True)
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.old.partial")
     os.rename(folder, hidden)
     shutil.rmtree(hidden)
 
 
 def remove_partial(root: Location) -> None:
-    """Delete the partial folders that killed runs left."""
+    """Delete the partial folders that killed runs left, but no links and no files, which others made.
+
+    A folder that can't be deleted stays: it must not prevent a save, which reports a disk that can't be written to.
+    """
     if isinstance(root, Address):
         _remove_attempts(root)
     elif root.is_dir():
         for path in [*root.glob(".step-*.partial"), *root.glob(".frozen-*.partial")]:
-            shutil.rmtree(path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_attempts(root: Address) -> None:

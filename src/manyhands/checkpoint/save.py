@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.buffers import names_in_order
 from manyhands.errors import CheckpointError, ManyhandsError
 from manyhands.optim.plain_values import decode_state, encode_state
+from manyhands.output import say
 from manyhands.storage.atomic import write_atomic
 from manyhands.storage.files import names_in
 from manyhands.storage.location import Location
@@ -286,9 +288,19 @@ def with_pieces(manifest: Manifest, parts: list[dict[str, Any]]) -> Manifest:
 
 
 def _prune(final: Location, keep: int | None, keep_every: int | None) -> None:
-    for step, old in list_checkpoints(final.parent)[: -keep if keep else 0]:
+    """Delete old checkpoints. A link stays and is not counted, because somebody else made it.
+
+    A checkpoint that can't be deleted is reported, and the save has succeeded all the same.
+    """
+    mine = [
+        (step, old) for step, old in list_checkpoints(final.parent) if not (isinstance(old, Path) and old.is_symlink())
+    ]
+    for step, old in mine[: -keep if keep else 0]:
         if old != final and not (keep_every and step % keep_every == 0):
-            remove_checkpoint(old)
+            try:
+                remove_checkpoint(old)
+            except OSError as error:
+                say(f"the old checkpoint {old} can't be deleted: {error.strerror or error}")
 
 
 def _file_of(engine: StepEngine) -> str:

@@ -140,7 +140,8 @@ def publish_folder(partial: Location, final: Location, manifest: tuple[str, str]
     """Publish the folder `partial` as `final`, atomically. The files in `partial` must be synced already.
 
     manifest: the name and text of a file that is added first. It is required in a store, where this file publishes the
-    folder. replace: if True, replace an existing folder. If False, replace only an empty folder. Raises OSError.
+    folder. replace: if True, replace an existing folder. If False, replace only an empty folder. A link or a file with
+    the name of `final` is not followed or deleted, but renamed. Raises OSError.
     """
     if isinstance(final, Address) or isinstance(partial, Address):
         if manifest is None:
@@ -152,10 +153,13 @@ def publish_folder(partial: Location, final: Location, manifest: tuple[str, str]
         path.write_text(manifest[1])
         sync(path)
     sync(partial)
-    if replace and final.exists():
+    if replace and os.path.lexists(final):
         _exchange(partial, final)
         sync(final.parent)
-        shutil.rmtree(partial)
+        if partial.is_symlink() or not partial.is_dir():
+            partial.rename(final.with_name(f"{partial.name.strip('.').removesuffix('.partial')}.moved"))
+        else:
+            shutil.rmtree(partial)
     else:
         os.rename(partial, final)
         sync(final.parent)
