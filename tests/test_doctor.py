@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from manyhands.doctor import machines as machine
 from manyhands.doctor.machines import Finding, _numerics, check_machine
 from manyhands.doctor.runs import run_history
 from manyhands.listeners.run_directory import RunDirectory
+from manyhands.members.processes import oom_kills
 from manyhands.storage.run_lock import run_lock
 from support.models import gpt_recipe
 from test_faults import MANYHANDS
@@ -94,6 +96,38 @@ def test_a_run_that_failed_for_good(tmp_path: Path) -> None:
     assert "1 steps repeated" in texts[2]
     assert history.tails == {"worker-1.log": "one\nout of cheese"}
     assert "starts from the beginning" in history.advice
+
+
+def test_an_old_failure_is_not_reported_about_a_later_good_run(tmp_path: Path) -> None:
+    again = ("started", {"step": 2, "source": "snapshot", "repeats": 1, "workers": 2, "sharding": "zero2"})
+    for last in (("stopped", {"step": 5}), ("ended", {"step": 9, "digest": "d"})):
+        run = run_of(tmp_path / last[0], STARTED, ("failed", {**FAILED, "restart": 1}), again, last)
+        run.log(1).parent.mkdir(exist_ok=True)
+        run.log(1).write_text("out of cheese\n")
+        history = run_history(run)
+        assert history.outcome == last[0]
+        assert (history.tails, FAILED["hint"] in history.advice) == ({}, False)
+        assert "worker 1 was killed" in history.lines[1][1]
+
+
+def test_processes_that_the_kernel_killed_for_lack_of_memory_are_counted(tmp_path: Path) -> None:
+    kills = oom_kills()
+    if kills is None:
+        pytest.skip("this kernel counts no such kills")
+    here = {"host": socket.gethostname(), "oom_kills": kills - 1}
+    started = ("started", {**STARTED[1], **here})
+    killed = run_of(tmp_path / "killed", started)
+    with run_lock(killed.path):
+        pass
+    history = run_history(killed)
+    assert history.outcome == "killed"
+    assert "the kernel of this host has killed a process because memory ran out" in history.summary
+    failed = run_of(tmp_path / "failed", started, ("failed", {**FAILED, "restart": None, "oom_kills": kills + 2}))
+    assert "has killed 3 processes because memory ran out" in run_history(failed).summary
+    ended = run_of(tmp_path / "ended", started, ("ended", {"step": 9, "digest": "d"}))
+    assert "memory" not in run_history(ended).summary
+    elsewhere = run_of(tmp_path / "elsewhere", ("started", {**STARTED[1], **here, "host": "another"}))
+    assert "memory" not in run_history(elsewhere).summary
 
 
 @pytest.mark.parametrize(("age", "outcome"), [(0.0, "perhaps running"), (600.0, "perhaps running"), (3600.0, "killed")])

@@ -112,6 +112,13 @@ def test_a_failed_rendezvous_is_explained_by_the_workers_of_the_host() -> None:
     assert explain_rendezvous_failure(failed, ended_with(broken)) is failed
     assert explain_rendezvous_failure(failed, []) is failed
     assert explain_rendezvous_failure(failed, ended_with(stopped, stopped)).what == stopped.what
+    # The launcher itself had stopped the workers, so nobody has asked this host to stop.
+    left = explain_rendezvous_failure(failed, ended_with(stopped, stopped), regroups=True)
+    assert isinstance(left, WorkerError)
+    assert left.what.startswith("this host has left the run")
+    assert "requested" not in str(left)
+    raised = explain_rendezvous_failure(failed, ended_with(ValueError("no cheese"), stopped), regroups=True)
+    assert raised.what == "worker 0 failed: ValueError: no cheese"
 
 
 def alone(port: int, restarts: int = 1) -> Rendezvous:
@@ -255,6 +262,20 @@ def test_a_host_that_waits_for_others_can_be_stopped(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
         assert process.stderr.read().startswith("the run was stopped by SIGINT")
+
+
+def test_a_traceback_is_shown_before_the_workers_are_restarted(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+    options = f"--workers 1 --hosts 1 --rendezvous {endpoint} --max-restarts 1 --run-dir {tmp_path / 'run'}"
+    environment = {**os.environ, "FAULT": "raise load 0 0", "FAULT_TIME": str(tmp_path / "fault")}
+    command = [*MANYHANDS, "train", RECIPE, *options.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 1
+    before, _, after = done.stderr.partition("restarting with the hosts that are now in the run")
+    for shown in (before, after):  # of the first attempt, and of the second, which is the last
+        assert "recipe.data[" in shown
+        assert "misbehave(" in shown, "the traceback of the data set"
 
 
 # - Real hosts

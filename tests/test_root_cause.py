@@ -81,3 +81,19 @@ def test_a_worker_that_only_saw_a_broken_connection_is_the_last_candidate() -> N
         assert error.rank == 0
     alone = explain_failure([secondhand])
     assert alone.what == broken.what
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 1 GB"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_an_allocation_error_has_a_hint_about_memory(error: Exception) -> None:
+    end = WorkerEnd(rank=0, exit_code=1, seconds=1.0, failure=Failure.from_error(error, rank=0, pid=1))
+    assert "memory ran out" in str(explain_failure([end]).hint)
+    other = WorkerEnd(rank=0, exit_code=1, seconds=1.0, failure=Failure.from_error(ValueError("no"), rank=0, pid=1))
+    assert explain_failure([other]).hint is None

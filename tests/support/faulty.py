@@ -5,7 +5,7 @@ has computed COUNT losses. COUNT and RANK are 5 and 1 by default. Several faults
 "kill-once backward": only the first time that a process gets there.
 
 KIND: raise, kill, exit (with code 0), terminate, stop, stall, fill (the disk at $DISK), free (it again). PLACE: start,
-forward, backward, update, checkpoint, snapshot. With the variable CHATTY, workers print a line for each loss.
+load, forward, backward, update, checkpoint, snapshot. With the variable CHATTY, workers print a line for each loss.
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ class Data(torch.utils.data.Dataset[Tensor]):
         return 64
 
     def __getitem__(self, index: int) -> Tensor:
+        misbehave("load")
         return torch.arange(8, dtype=torch.float32).add(index).sin()
 
 

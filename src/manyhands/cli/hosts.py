@@ -105,8 +105,7 @@ def join_command(
 def _print_and(record: OnRestart) -> Callable[[WorkerError | Interrupted | None], None]:
     def on_restart(cause: WorkerError | Interrupted | None) -> None:
         failure = cause if isinstance(cause, WorkerError) else None
-        where = f"\n  where: {failure.where}" if failure is not None and failure.where else ""
-        reason = "a host joined or left" if failure is None else f"{failure.what}{where}"
+        reason = "a host joined or left" if failure is None else str(failure)
         say(f"{reason}\nrestarting with the hosts that are now in the run")
         record(failure)
 

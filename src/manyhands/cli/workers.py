@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.members.processes import oom_kills
 from manyhands.output import say
 
 if TYPE_CHECKING:
@@ -152,12 +153,15 @@ def start_workers(
 
 
 def print_restart(restart: Restart, workers: int) -> None:
-    """Print the cause, the number of the restart, and the number of workers."""
+    """Print the cause, the number of the restart, and the number of workers.
+
+    A traceback is printed at once, because an error that a worker raised is likely to recur.
+    """
     cause, count = restart.cause, f"{workers} worker{'' if workers == 1 else 's'}"
     where = f"\n  where: {cause.where}" if cause.where else ""
     hint = f"\n  what to do: {cause.hint}" if cause.hint else ""
-    action = f"restarting ({restart.number} of {restart.limit}) with {count}"
-    say(f"{cause.what}{where}{hint}\n{action}")
+    shown = str(cause) if cause.raised else f"{cause.what}{where}{hint}"
+    say(f"{shown}\nrestarting ({restart.number} of {restart.limit}) with {count}")
 
 
 @contextmanager
@@ -192,7 +196,7 @@ def record_run_failure(directory: RunDirectory, error: WorkerError | None, resta
             directory.append_event("hosts changed")
         else:
             facts = {"rank": error.rank, "what": error.what, "where": error.where, "hint": error.hint}
-            directory.append_event("failed", **facts, restart=restart)
+            directory.append_event("failed", **facts, restart=restart, oom_kills=oom_kills())
     except ConfigError as unwritten:
         say(f"the failure is not recorded: {unwritten}")
 

@@ -5,6 +5,7 @@ It reports the cause of a failure as the launcher recorded it when the failure h
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +16,7 @@ from manyhands.checkpoint.owner import refusal, run_in
 from manyhands.errors import CheckpointError, ManyhandsError
 from manyhands.formatting import format_seconds
 from manyhands.listeners.run_directory import RunDirectory
+from manyhands.members.processes import oom_kills
 from manyhands.storage.run_lock import is_locked
 
 _TAIL_LINES = 8
@@ -57,7 +59,7 @@ def run_history(run: RunDirectory) -> RunHistory:
     median = sorted(each.step_seconds for each in metrics)[len(metrics) // 2] if metrics else 0.0
     outcome = _outcome(events, run, median)
     lines = [(float(event["seconds"]), text) for event in events if (text := _line(event))]
-    failed = [event for event in events if event["event"] == "failed"]
+    failed = _since_last_start(events)
     summary = {
         "ended": f"it completed after {steps} steps",
         "stopped": f"it was stopped on request after {steps} steps",
@@ -67,11 +69,34 @@ def run_history(run: RunDirectory) -> RunHistory:
         "perhaps running": f"it may be running, and has completed {steps} steps",
     }[outcome]
     tails = {}
-    for rank in sorted({event["rank"] for event in failed if event.get("rank", -1) >= 0}):
+    for rank in [event["rank"] for event in failed[-1:] if event.get("rank", -1) >= 0]:
         log = run.log(rank)
         if log.exists():
             tails[log.name] = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
+    if outcome in ("failed", "killed") and (kills := _oom_kills(events)):
+        processes = "a process" if kills == 1 else f"{kills} processes"
+        summary += f"; meanwhile the kernel of this host has killed {processes} because memory ran out"
     return RunHistory(outcome, summary, tuple(lines), _advice(run, outcome, failed), tails)
+
+
+def _since_last_start(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the failures after the last start. The run has survived earlier failures."""
+    last = max((index for index, event in enumerate(events) if event["event"] == "started"), default=-1)
+    return [event for event in events[last + 1 :] if event["event"] == "failed"]
+
+
+def _oom_kills(events: list[dict[str, Any]]) -> int:
+    """Return how many processes the kernel has killed for lack of memory, from the last start to the last failure.
+
+    If no failure was recorded, count until now. Return 0 if the count is unknown, because the run was on another host,
+    which may be this host before it was started again.
+    """
+    started: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "started"), {})
+    failed = _since_last_start(events)
+    before, after = started.get("oom_kills"), failed[-1].get("oom_kills") if failed else oom_kills()
+    if before is None or after is None or (not failed and started.get("host") != socket.gethostname()):
+        return 0
+    return max(0, int(after) - int(before))
 
 
 def _outcome(events: list[dict[str, Any]], run: RunDirectory, median: float) -> str:

@@ -154,12 +154,21 @@ def _where(root_cause: WorkerEnd) -> str | None:
 
 def _hint(root_cause: WorkerEnd, failure: Failure | None, notice: Failure | None) -> str | None:
     if failure is not None:
-        return failure.hint
+        return failure.hint or (_LESS_MEMORY if _is_allocation_error(failure) else None)
     if root_cause.exit_code == -signal.SIGKILL and not (notice is not None and notice.alive):
-        return (
-            "unless it was killed on purpose, memory ran out (see `dmesg`): use fewer workers or a smaller micro_size"
-        )
+        return f"unless it was killed on purpose, {_LESS_MEMORY}"
     return None if notice is None else notice.hint
+
+
+_LESS_MEMORY = "memory ran out (see `dmesg`): use fewer workers or a smaller micro_size"
+
+_ALLOCATION_ERRORS = ("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory")
+
+
+def _is_allocation_error(failure: Failure) -> bool:
+    """Return True if a worker's own error says that memory could not be allocated."""
+    kinds = ("MemoryError", "OutOfMemoryError")
+    return failure.kind in kinds or any(text in failure.message.lower() for text in _ALLOCATION_ERRORS)
 
 
 def _describe_exit(exit_code: int) -> str:

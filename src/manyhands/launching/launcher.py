@@ -111,7 +111,7 @@ def run_workers(
         try:
             exit_codes = _launch(folder, config, stop, quiet)
         except WorkerError as error:  # the rendezvous failed, and a worker of this host may have reported the reason
-            raise explain_rendezvous_failure(error, logs.ends({})) from None
+            raise explain_rendezvous_failure(error, logs.ends({}), regroups=stop.regroups) from None
         if not exit_codes and stop.signal is None:
             exit_codes = dict.fromkeys(logs.unfinished(), (0, time.time()))
         ends = logs.ends(exit_codes)
@@ -121,14 +121,27 @@ def run_workers(
         raise explain_failure(ends)
 
 
-def explain_rendezvous_failure(error: WorkerError, ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
+def explain_rendezvous_failure(
+    error: WorkerError, ends: Sequence[WorkerEnd], *, regroups: bool = False
+) -> WorkerError | Interrupted:
     """Return the error that explains why the rendezvous failed with `error`.
 
     ends: how the workers of this host ended; their exit codes are not known. The result is the root cause if the
     workers reported one (a worker may have failed too often), Interrupted if the run was stopped, and otherwise
-    `error`.
+    `error`. regroups: True if the launcher itself had stopped the workers, because another host joined or seemed lost.
+    Then their reports that they were requested to stop are no reason.
     """
-    reported = [replace(end, exit_code=1) for end in ends if end.failure is not None and not end.failure.is_secondhand]
+    stopped = ("Interrupted", "KeyboardInterrupt") if regroups else ()
+    failed = [end for end in ends if end.failure is not None and end.failure.kind not in stopped]
+    reported = [replace(end, exit_code=1) for end in failed if end.failure and not end.failure.is_secondhand]
+    if regroups and not reported:
+        return WorkerError(
+            "this host has left the run: the hosts did not meet again after one had joined or seemed lost",
+            where=error.where,
+            hint="see whether the first host was stopped; otherwise check the links between the hosts, and their "
+            "clocks: a clock that jumps by several seconds makes a host seem lost; to take part again, use manyhands join",
+            detail=error.detail,
+        )
     cause = explain_failure(reported) if reported else error
     if isinstance(cause, Interrupted):
         errors = [end.failure.error() for end in reported if end.failure is not None]

@@ -25,7 +25,9 @@ from typing import Any
 from torch.distributed import DistError, DistNetworkError, DistStoreError, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
     RendezvousError,
+    RendezvousGracefulExitError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
@@ -313,12 +315,19 @@ class HostsRendezvousHandler(RendezvousHandler):
                 # A host may be lost immediately after it joined. The agent would wait for it and give up, so check that
                 # all hosts are present. If a host is missing, repeat the rendezvous.
                 with suppress(DistStoreError):
-                    info = self._handler.next_rendezvous()
+                    info = self._meet()
                     info.store.set(f"here/{info.rank}", "")
                     arrived = [f"here/{rank}" for rank in range(info.world_size)]
                     info.store.wait(arrived, timedelta(seconds=_GATHER_SECONDS))
                     self._num_hosts = info.world_size
+                    self._stop.regroups = False
                     return info
+
+    def _meet(self) -> RendezvousInfo:
+        try:
+            return self._handler.next_rendezvous()
+        except RendezvousGracefulExitError as error:  # after this error torch's launcher would fail with a bare error
+            raise RendezvousClosedError(str(error)) from error
 
     @contextmanager
     def _stoppable(self, *, has_no_workers: bool) -> Iterator[None]:
@@ -358,6 +367,7 @@ class HostsRendezvousHandler(RendezvousHandler):
         lost = 0 if state.closed else max(0, self._num_hosts - len(state.participants))
         if lost:
             self._kill_workers_later()
+        self._stop.regroups = self._stop.regroups or waiting + lost > 0  # the agent stops its workers now
         return waiting + lost
 
     def _kill_workers_later(self) -> None:

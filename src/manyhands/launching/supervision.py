@@ -37,12 +37,14 @@ _START_SECONDS = 10.0
 class StopRequest:
     """A request to stop the launcher. Records the signal, and stops the workers.
 
-    signal: the first stop signal, or None if there was none. grace_seconds: the time that workers have to exit. folder:
-    the folder shared with the workers. workers: the number of workers that will start.
+    signal: the first stop signal, or None if there was none. regroups: True while the launcher stops its workers to
+    restart them with other hosts; then nobody has requested the run to stop. grace_seconds: the time that workers have
+    to exit. folder: the folder shared with the workers. workers: the number of workers that will start.
     """
 
     def __init__(self, folder: Path, workers: int, grace_seconds: float) -> None:
         self.signal: signal.Signals | None = None
+        self.regroups = False
         self.grace_seconds = grace_seconds
         self._folder, self._workers = folder, workers
         self._requested = self._passed_on = 0.0  # the monotonic times of these events

@@ -50,6 +50,15 @@ def call_with_limit(call: Callable[[], Answer], seconds: float, meanwhile: Calla
     raise TimeoutError(f"no answer within {seconds:g} s")
 
 
+def oom_kills() -> int | None:
+    """Return how many processes the kernel of this host has killed since boot because memory ran out, if it counts."""
+    with suppress(OSError, ValueError), open("/proc/vmstat") as file:
+        for line in file:
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
 STACK_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 10
 """The signal on which a worker dumps its Python stacks. It is a real-time signal that neither Python nor torch uses."""
 

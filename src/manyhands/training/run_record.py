@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from manyhands.listeners.gaps import Gaps
 from manyhands.listeners.run_directory import RunDirectory, write_json
 from manyhands.listeners.tensorboard import TensorBoardLog
 from manyhands.listeners.terminal import TrainingProgress
+from manyhands.members.processes import oom_kills
 from manyhands.offload.scratch import scratch_line
 from manyhands.output import SafeStream
 from manyhands.storage.location import Location, is_local, location_of
@@ -202,6 +204,8 @@ class RunRecord:
             step=engine.step_index,
             source=source,
             repeats=repeats,
+            host=socket.gethostname(),
+            oom_kills=oom_kills(),
             workers=engine.group.size,
             sharding=engine.strategy.sharding,
         )
