@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import multiprocessing
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -248,27 +250,52 @@ def test_ctrl_c_leaves_the_loader_processes_alone() -> None:
         assert len(list(stream)) == len(TASKS) - 1
 
 
-def test_loader_processes_end_when_their_worker_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL", 0.2)  # 5 s: how often they look
-    pids = tmp_path / "pids"
+def test_a_stopped_loader_process_is_killed_and_named() -> None:
+    with MicroBatchLoader(recipe(Numbers()), 1) as loader:
+        next(loader.stream(TASKS))
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGSTOP)
+        with pytest.raises(DataError, match=r"killed by SIGKILL, because it was stopped for 5 s"):
+            list(loader.stream((step, 0) for step in range(100)))
+
+
+class HoldsTheLock(Numbers):
+    """Once the file `go` is in the folder, holds Python's lock in a call of the C library, until it is killed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
+        if (self.folder / "go").exists():
+            (self.folder / f"holds-{os.getpid()}").touch()
+            ctypes.PyDLL(None).sleep(60)
+        return torch.tensor(index)
+
+
+def test_killed_workers_leave_no_loader_process_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary, marks = tmp_path / "temporary", tmp_path / "marks"
+    temporary.mkdir()
+    marks.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
 
     def work() -> None:
-        loader = MicroBatchLoader(recipe(Numbers()), 2)
-        next(loader.stream(TASKS))
-        pids.write_text(" ".join(str(p.pid) for p in multiprocessing.active_children()))
-        time.sleep(60)
+        loader = MicroBatchLoader(recipe(HoldsTheLock(marks)), 1)
+        stream = loader.stream((step, 0) for step in range(10**6))
+        next(stream)  # its tensors have been sent as descriptors
+        (marks / "go").touch()
+        list(stream)
 
     worker = multiprocessing.get_context("fork").Process(target=work)
     worker.start()
-    while not pids.exists() or not pids.read_text():
+    while len(loaders := [int(path.name.partition("-")[2]) for path in marks.glob("holds-*")]) < 1:
         time.sleep(0.02)
     worker.kill()
     worker.join()
     deadline = time.monotonic() + 15
-    orphans = [int(pid) for pid in pids.read_text().split()]
-    while any(_runs(pid) for pid in orphans):
+    while any(_runs(pid) for pid in loaders):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert list(temporary.iterdir()) == []
 
 
 def _runs(pid: int) -> bool:

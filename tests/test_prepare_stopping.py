@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import manyhands as mh
+from manyhands.members.processes import process_state
 
 SCRIPT = """
 import sys, time
@@ -68,3 +69,46 @@ def test_ctrl_c_ends_a_script_with_one_line(method: str, workers: int, tmp_path:
         assert again.stdout.strip() == expected
     else:
         assert again.stdout.strip() == str(list(range(40)))
+
+
+BUSY = """
+import ctypes, os, sys
+from pathlib import Path
+import manyhands as mh
+
+def busy(number):
+    if number == 3 and not Path("go").exists():
+        Path("holds.new").write_text(str(os.getpid()))
+        os.replace("holds.new", "holds")
+        ctypes.PyDLL(None).sleep(1000)  # holds Python's lock
+    return number
+
+print(mh.Dataset.from_records(range(40), partition_bytes=80).map(busy).write("out", workers=2, progress=False).digest)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+def test_a_worker_in_a_long_call_ends_with_its_driver_and_a_stopped_one_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(BUSY)
+    holds, command = tmp_path / "holds", [sys.executable, "job.py"]
+
+    def start() -> subprocess.Popen[str]:
+        holds.unlink(missing_ok=True)
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        while not holds.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        return process
+
+    killed = start()
+    worker = int(holds.read_text())
+    killed.kill()
+    killed.communicate()
+    while process_state(worker) not in ("", "Z"):
+        time.sleep(0.05)
+    stopped = start()
+    os.kill(int(holds.read_text()), signal.SIGSTOP)
+    (tmp_path / "go").touch()
+    said, _ = stopped.communicate(timeout=100)
+    assert stopped.returncode == 0
+    assert len(said.strip()) == 64

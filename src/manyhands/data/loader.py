@@ -9,15 +9,20 @@ each task, and only one CPU thread is used.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import secrets
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import wait
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import get_temp_dir
@@ -29,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from manyhands.config import Recipe
 from manyhands.data.order import micro_batch_positions, sample_indices
 from manyhands.errors import DataError, InvariantError
+from manyhands.members.processes import STOPPED_SECONDS, StoppedProcesses, kill_with_parent
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import preserved_generators, seed_generators
 from manyhands.numerics.values import plain_values
@@ -36,6 +42,8 @@ from manyhands.surroundings import STOP_SIGNALS
 
 _PER_PROCESS = 2
 """The number of results that each process prefetches."""
+
+_CHECK_SECONDS = 1.0  # between two checks for stopped processes
 
 _END = object()
 
@@ -53,6 +61,7 @@ class PrefetchProcesses:
         self._source = _Source()
         self._loader: DataLoader[Any] | None = None
         self._processes: list[BaseProcess] = []
+        self._stopped: set[int] = set()  # pids of the processes that were killed because they were stopped
         self._results: Iterator[Any] | None = None
         self._stream = 0
 
@@ -106,9 +115,10 @@ class PrefetchProcesses:
             self._results = iter(self._loader)
             return
         others = set(multiprocessing.active_children())
-        # Create the folder for temporary files here, so that the processes share it. A killed process would otherwise
-        # leave its own folder in /tmp.
-        get_temp_dir()
+        # The kernel kills a loader process with the thread that started it. Other threads may end before the loader.
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
+        if not sys.platform.startswith("linux"):
+            get_temp_dir()  # one folder for all processes, which the worker deletes
         with _child_signal(None), warnings.catch_warnings():
             # Python 3.12 and later warn about fork in a process with threads, but without fork the data set must be
             # picklable. torch warns about more processes than cores, but the user chose the number, and the processes
@@ -121,7 +131,7 @@ class PrefetchProcesses:
                 sampler=self._source,
                 num_workers=self._num_processes,
                 collate_fn=_unchanged,
-                worker_init_fn=_prepare_process,
+                worker_init_fn=partial(_prepare_process, parent),
                 prefetch_factor=_PER_PROCESS,
                 persistent_workers=True,
                 generator=torch.Generator(),  # otherwise the base seed is drawn from the global generator
@@ -129,6 +139,8 @@ class PrefetchProcesses:
             )
             self._results = iter(self._loader)
         self._processes = sorted(set(multiprocessing.active_children()) - others, key=lambda process: process.pid or 0)
+        watch = partial(_kill_stopped, weakref.ref(self), self._processes)
+        threading.Thread(target=watch, name="manyhands-loader", daemon=True).start()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -149,7 +161,7 @@ class PrefetchProcesses:
                 yield
         except BaseException as error:
             if isinstance(error, (OSError, EOFError)):  # the connection to a process, which may still be about to end
-                wait([process.sentinel for process in self._processes], timeout=1)
+                connection.wait([process.sentinel for process in self._processes], timeout=1)
             died = self._died() if isinstance(error, (RuntimeError, OSError, EOFError)) else None
             # torch would end the processes only with its iterator, to which the traceback holds a reference.
             for process in self._processes:
@@ -164,11 +176,24 @@ class PrefetchProcesses:
         for process in self._processes:
             if not process.is_alive():
                 return DataError(
-                    f"loader process {process.pid} died: {_describe_exit(process.exitcode)}",
+                    f"loader process {process.pid} died: {_describe_exit(process.exitcode)}"
+                    + (f", because it was stopped for {STOPPED_SECONDS:g} s" if process.pid in self._stopped else ""),
                     where=f"one of this worker's {len(self._processes)} loader processes (strategy.loader_workers)",
                     hint=_hint_for_exit(process.exitcode),
                 )
         return None
+
+
+def _kill_stopped(reader: weakref.ref[PrefetchProcesses], processes: list[BaseProcess]) -> None:
+    """Kill loader processes that are stopped, because the reader would wait for them forever. Return when they end."""
+    stopped = StoppedProcesses()
+    while (owner := reader()) is not None and owner._processes is processes:
+        for pid in stopped.find(process.pid for process in processes if process.pid is not None):
+            owner._stopped.add(pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        del owner
+        time.sleep(_CHECK_SECONDS)
 
 
 class _Source:
@@ -189,11 +214,34 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _prepare_process(_: int) -> None:
+def _use_abstract_sockets() -> None:
+    """In a new loader process, let multiprocessing use sockets without names in the file system (Linux).
+
+    multiprocessing sends the descriptors of tensors through a socket in a folder /tmp/pymp-..., which a killed process
+    would leave. A name that starts with a zero byte is no file, and ends with the process. Clients must know the
+    process's random key.
+    """
+    module: Any = connection
+    original = module.arbitrary_address
+
+    def arbitrary_address(family: str) -> Any:
+        is_unix = family == "AF_UNIX"
+        return f"\0manyhands-{os.getpid()}-{secrets.token_hex(8)}" if is_unix else original(family)
+
+    module.arbitrary_address = arbitrary_address
+
+
+def _prepare_process(parent: int | None, _: int) -> None:
     """In a new loader process, ignore stop signals, which the worker handles.
 
     A terminal sends Ctrl-C, and a scheduler its signals, to all processes. `PrefetchProcesses.close` kills the process.
+    parent: the pid of the worker with which the kernel ends this process; None to let torch notice its end, which takes
+    seconds, or as long as a call that holds Python's lock.
     """
+    if parent is not None:
+        kill_with_parent(parent)
+    if sys.platform.startswith("linux"):
+        _use_abstract_sockets()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -139,7 +139,8 @@ def explain_rendezvous_failure(
             "this host has left the run: the hosts did not meet again after one had joined or seemed lost",
             where=error.where,
             hint="see whether the first host was stopped; otherwise check the links between the hosts, and their "
-            "clocks: a clock that jumps by several seconds makes a host seem lost; to take part again, use manyhands join",
+            "clocks: a clock that jumps by several seconds makes a host seem lost; to take part again, use "
+            "manyhands join",
             detail=error.detail,
         )
     cause = explain_failure(reported) if reported else error

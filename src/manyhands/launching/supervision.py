@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from manyhands.errors import NO_POSITION, Interrupted, WorkerError
 from manyhands.launching.failures import explain_failure
-from manyhands.members.processes import ask_for_stack, has_ended, process_start, process_state
+from manyhands.members.processes import STOPPED_SECONDS, ask_for_stack, has_ended, process_start, process_state
 from manyhands.members.reports import Failure, WorkerEnd, read_status, write_failure
 from manyhands.surroundings import to_handle
 
@@ -166,9 +166,6 @@ def kill_all(folder: Path) -> None:
             while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
                 time.sleep(0.02)
 
-
-STOPPED_SECONDS = 5.0
-"""A worker whose process has been stopped for this long is killed."""
 
 _STEP = "step "  # prefix of the activity of a worker in a step; between two steps there is no time limit
 

@@ -8,13 +8,15 @@ Python code it is executing.
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import faulthandler
 import functools
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TypeVar
 
@@ -73,6 +75,46 @@ def process_state(pid: int) -> str:
 def has_ended(pid: int) -> bool:
     """Return True if the process has ended, whether or not its parent has noticed."""
     return process_state(pid) in ("", "Z")
+
+
+STOPPED_SECONDS = 5.0
+"""A process of ours that has been stopped (SIGSTOP) for this long is killed."""
+
+_ASLEEP_SECONDS = 2.5  # after a longer gap between two checks, this process is assumed to have been stopped, too
+
+
+class StoppedProcesses:
+    """Finds processes that are stopped for so long that somebody must have forgotten them. Call `find` every second."""
+
+    def __init__(self) -> None:
+        self._since: dict[int, float] = {}  # pid -> the monotonic time when it was first found stopped
+        self._last_check = time.monotonic()
+
+    def find(self, pids: Iterable[int]) -> list[int]:
+        """Return those of the processes that have been stopped for STOPPED_SECONDS."""
+        now = time.monotonic()
+        if now - self._last_check > _ASLEEP_SECONDS:  # Ctrl-Z stops this process together with the others
+            self._since.clear()
+        self._last_check = now
+        self._since = {pid: self._since.get(pid, now) for pid in pids if process_state(pid) == "T"}
+        return [pid for pid, since in self._since.items() if now - since > STOPPED_SECONDS]
+
+
+def kill_with_parent(parent: int) -> bool:
+    """Make the kernel kill this process when the thread that started it ends, even while it holds Python's lock.
+
+    parent: the pid of the parent. If it has already ended, this process exits at once. Return False on systems other
+    than Linux, where this does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+    return True
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def process_start(pid: int) -> str:

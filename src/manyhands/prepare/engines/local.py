@@ -1,7 +1,8 @@
 """A supervised pool of worker processes on this machine, which the next job reuses.
 
-A killed worker is replaced and its task is retried. A task that crashes three workers fails. A worker that has exceeded
-its memory limit is replaced after its task. Workers end after some idle time, or when this process ends for any reason.
+A worker that is killed, or stopped (SIGSTOP) for some seconds, is replaced and its task is retried. A task that
+crashes three workers fails. A worker that has exceeded its memory limit is replaced after its task. Workers end after
+some idle time, or when this process ends for any reason.
 
 A `PersistentPool` remains for the next job of this process, because starting workers takes most of the time of a small
 job.
@@ -31,6 +32,7 @@ from typing import NamedTuple
 
 from manyhands import __version__
 from manyhands.errors import ConfigError, DataError, WorkerError
+from manyhands.members.processes import StoppedProcesses
 from manyhands.prepare.task import Task, TaskResult
 from manyhands.storage.files import exists
 
@@ -41,6 +43,8 @@ _EXIT_SECONDS = 5.0
 """The time that a worker has to exit before it is killed."""
 
 _IDLE_SECONDS = 30.0
+
+_CHECK_SECONDS = 1.0  # between two checks for stopped workers
 
 _SHORT_SECONDS = 0.02
 """A worker whose last task was shorter than this gets the next task before it has completed the current task."""
@@ -84,7 +88,7 @@ class _Worker:
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(paths)}
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "manyhands.prepare.engines.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "manyhands.prepare.engines.worker", str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env=environment,
@@ -149,6 +153,7 @@ class Pool:
         self._members: list[_Worker] = []
         self._closing = False
         self._failed_starts = 0
+        self._stopped = StoppedProcesses()
         self._wake_up, self._woken = os.pipe()[::-1]  # this pipe wakes the supervising thread
         self._thread = threading.Thread(target=self._supervise, name="manyhands-pool", daemon=True)
         self._thread.start()
@@ -187,9 +192,11 @@ class Pool:
             while not self._closing:
                 self._assign_tasks()
                 by_connection = {worker.connection: worker for worker in self._members}
-                sources = wait([*by_connection, self._woken], _IDLE_SECONDS)
-                if not sources and self.idle:
+                is_idle = self.idle
+                sources = wait([*by_connection, self._woken], _IDLE_SECONDS if is_idle else _CHECK_SECONDS)
+                if not sources and is_idle:
                     self._replace([worker for worker in self._members if worker.idle])
+                self._kill_stopped()
                 for source in sources:
                     if isinstance(source, Connection):
                         self._receive(by_connection[source])
@@ -203,6 +210,12 @@ class Pool:
             self._members = []
             for job in self._waiting:
                 job.future.cancel()
+
+    def _kill_stopped(self) -> None:
+        """Kill workers that are stopped. The closed connection then reports that they are lost."""
+        busy = {worker.process.pid: worker for worker in self._members if not worker.idle}
+        for pid in self._stopped.find(busy):
+            busy[pid].process.kill()
 
     def _assign_tasks(self) -> None:
         """Give waiting tasks to idle workers, and start workers for the remaining tasks."""

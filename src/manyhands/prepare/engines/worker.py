@@ -13,16 +13,20 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from manyhands.errors import DataError, ManyhandsError
+from manyhands.members.processes import kill_with_parent
 from manyhands.output import protect_output
 from manyhands.prepare.plan.modules import is_installed
 
 
 def main() -> None:
-    """Serve the connection whose file descriptor is the only argument."""
+    """Serve the connection. The arguments are its file descriptor and the pid of the parent."""
     protect_output()  # a function that prints must not make its records bad, because nobody reads the output
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the parent handles it
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    threading.Thread(target=_end_with_parent, args=(connection.fileno(), os.getppid()), daemon=True).start()
+    parent = int(sys.argv[2])
+    # A thread could not end a task that holds Python's lock, which is a long call of a library written in C.
+    if not kill_with_parent(parent):
+        threading.Thread(target=_end_with_parent, args=(connection.fileno(), parent), daemon=True).start()
     try:
         from manyhands.prepare.task import run_task
 
