@@ -29,13 +29,13 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.launching import rendezvous
+from manyhands.launching import remote_store, rendezvous
 from manyhands.launching.failures import explain_failure
 from manyhands.launching.launcher import explain_rendezvous_failure, run_workers
+from manyhands.launching.remote_store import RemoteStore
 from manyhands.launching.rendezvous import (
     PORT,
     HostsRendezvousHandler,
-    RemoteStore,
     Rendezvous,
     interface_of,
     own_address,
@@ -138,7 +138,7 @@ def alone(port: int, restarts: int = 1) -> Rendezvous:
 def test_a_port_that_is_in_use_is_reported_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(ConfigError, match="the rendezvous port cannot be used") as caught:
+        with pytest.raises(ConfigError, match="the rendezvous address cannot be used") as caught:
             run_workers([sys.executable, "-c", ""], workers=1, rendezvous=alone(port))
     assert caught.value.where == f"127.0.0.1:{port}"
     assert "Address already in use" in str(caught.value.got)
@@ -183,7 +183,7 @@ input()
 
 def test_requests_to_a_store_that_does_not_answer_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The store's process is stopped, while its connections stay open. Also through torch's stores with a prefix."""
-    monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(remote_store, "ANSWER_SECONDS", 1.0)
     with started([sys.executable, "-c", STORE_SERVER]) as server:
         assert server.stdout is not None
         client = TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False)

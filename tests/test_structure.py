@@ -24,7 +24,10 @@ WITHIN = {  # the layers inside of a package, from the bottom up; files of one e
 }
 PURE = {"errors", "formatting", "options", "config", "shard_layout", "numerics"}
 NOT_PURE = {"socket", "subprocess", "time", "threading", "multiprocessing"}
-KNOW_TORCHS_LAUNCHER = {f"launching/{name}.py" for name in ("launcher", "rendezvous", "supervision", "worker_files")}
+KNOW_TORCHS_LAUNCHER = {
+    f"launching/{name}.py"
+    for name in ("launcher", "remote_store", "rendezvous", "rendezvous_state", "supervision", "worker_files")
+}
 # What its rendezvous is made of, and how that fails.
 STORES = tuple(
     f"torch.distributed.{name}"

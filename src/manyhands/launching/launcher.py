@@ -34,6 +34,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
+    RendezvousStateError,
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
@@ -189,6 +190,16 @@ def _launch(folder: Path, config: LaunchConfig, stop: StopRequest, quiet: bool) 
         except SignalException:
             # StopRequest raised this. torch has passed the signal on, and has waited for the workers or killed them.
             return {}
+        except (RendezvousStateError, ValueError, LookupError, TypeError) as error:
+            if config.rdzv_backend == _BACKEND:
+                raise  # a single host has no values from elsewhere
+            raise WorkerError(
+                "rendezvous failed: its store holds what no launcher of this run has written",
+                where=config.rdzv_endpoint,
+                hint="another version of Manyhands or another program uses this address: start the run again at "
+                "another port, in a network to which only its hosts have access",
+                detail=f"{type(error).__name__}: {str(error)[:300]!a}",
+            ) from error
         except (RendezvousError, DistError) as error:  # DistError: the store failed after the rendezvous
             raise WorkerError(
                 "rendezvous failed: the hosts can no longer reach each other",

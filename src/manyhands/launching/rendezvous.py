@@ -4,8 +4,8 @@ The launchers of several hosts meet through torch's c10d rendezvous and agree on
 the store that they all connect to. The store also holds the facts about the run that a joining host needs. When a host
 joins or is lost, torch's elastic agents stop their workers and restart them with the new number of workers.
 
-The store's host may be stopped or cut off. torch's client would wait for the store's answer without limit and without
-reacting to signals. So every request in this module has a time limit (`ask_store`, `RemoteStore`).
+Hosts are not authenticated: whoever reaches the store may read and write it. So values from the store are plain data,
+and nothing in it is executed. Every request to the store has a time limit (`launching/remote_store.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, DistNetworkError, DistStoreError, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
@@ -33,87 +33,11 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
     rendezvous_handler_registry,
 )
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend, create_backend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.launching.remote_store import ANSWER_SECONDS, RemoteStore, ask_store
+from manyhands.launching.rendezvous_state import json_handler
 from manyhands.launching.supervision import StopRequest, WorkerMonitor
-from manyhands.members.processes import Answer, call_with_limit
-
-ANSWER_SECONDS = 20.0
-"""The time limit of a request to the first host's store."""
-
-_WAIT_SECONDS = 30.0  # default time limit for a key that is not set yet
-
-_POLL_SECONDS = 0.05
-
-
-def ask_store(call: Callable[[], Answer], meanwhile: Callable[[], None] = lambda: None) -> Answer:
-    """Make a request to the first host's store, as `call_with_limit` does, with the time limit ANSWER_SECONDS.
-
-    Raises DistNetworkError if there is no answer in time.
-    """
-    try:
-        return call_with_limit(call, ANSWER_SECONDS, meanwhile)
-    except TimeoutError as error:
-        raise DistNetworkError(f"the first host has not answered for {ANSWER_SECONDS:g} s") from error
-
-
-class RemoteStore(Store):
-    """A client of a store on another host, with a time limit for each request.
-
-    client: torch's client, which makes the requests. meanwhile: called repeatedly while a request is pending. After a
-    request without an answer, all later requests fail immediately.
-
-    torch's C++ code also calls these methods, for stores with a prefix. That code holds no reference to this Python
-    object, so the caller must keep a reference.
-    """
-
-    def __init__(self, client: Store, meanwhile: Callable[[], None]) -> None:
-        super().__init__()
-        self._client, self._meanwhile = client, meanwhile
-        self._no_answer: DistNetworkError | None = None
-
-    def _ask(self, call: Callable[[], Answer]) -> Answer:
-        self._meanwhile()
-        if self._no_answer is not None:
-            raise self._no_answer
-        try:
-            return ask_store(call, self._meanwhile)
-        except DistNetworkError as error:
-            self._no_answer = error
-            raise
-
-    def wait(self, keys: list[str], limit: timedelta = timedelta(seconds=_WAIT_SECONDS)) -> None:
-        deadline = time.monotonic() + limit.total_seconds()
-        while not self.check(keys):
-            if time.monotonic() > deadline:
-                raise DistStoreError(f"{', '.join(keys)} were not set within {limit.total_seconds():g} s")
-            time.sleep(_POLL_SECONDS)
-
-    def check(self, keys: list[str]) -> bool:
-        return self._ask(lambda: self._client.check(keys))
-
-    def get(self, key: str) -> bytes:
-        self.wait([key])
-        return self._ask(lambda: self._client.get(key))
-
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        self.wait(keys)
-        return self._ask(lambda: self._client.multi_get(keys))
-
-    def set(self, key: str, value: str) -> None:
-        self._ask(lambda: self._client.set(key, value))
-
-    def multi_set(self, keys: list[str], values: list[str]) -> None:
-        self._ask(lambda: self._client.multi_set(keys, values))  # type: ignore[attr-defined]
-
-    def compare_set(self, key: str, expected: str, value: str) -> bytes:
-        return self._ask(lambda: self._client.compare_set(key, expected, value))
-
-    def add(self, key: str, amount: int) -> int:
-        return self._ask(lambda: self._client.add(key, amount))
-
 
 PORT = 29400
 """The default port of the first host's store. torchrun has the same default."""
@@ -169,8 +93,7 @@ class Rendezvous:
 
         Raises ConfigError if the first host cannot be reached or, on the first host, if the port cannot be used.
         """
-        if self.is_first:
-            _try_port(self.endpoint, self.port)
+        listener = _listen(self.host, self.port) if self.is_first else None
         rendezvous_handler_registry.register(_HOSTS_BACKEND, HostsRendezvousHandler)
         return {
             "min_nodes": self.min_hosts,
@@ -180,30 +103,30 @@ class Rendezvous:
             "rdzv_endpoint": self.endpoint,
             "rdzv_configs": {
                 "rendezvous": self,
-                "is_host": self.is_first,
+                "listener": listener,
                 "last_call_timeout": _LAST_CALL_SECONDS,
                 "keep_alive_interval": _KEEP_ALIVE_SECONDS,
                 "keep_alive_max_attempt": _KEEP_ALIVE_ATTEMPTS,
-                "read_timeout": round(ANSWER_SECONDS),
             },
             "local_addr": own_address(self.host, self.port),
             "max_restarts": self.max_restarts,
         }
 
 
-def _try_port(endpoint: str, port: int) -> None:
-    """Raise ConfigError if the port cannot be used.
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on this address alone. Raises ConfigError if the address cannot be used.
 
-    Without this check, torch would only report after a minute that it cannot connect.
+    torch itself would listen on all addresses of this host, and would report a port in use only after a minute.
     """
     try:
-        socket.create_server(("", port)).close()
+        return socket.create_server((host, port), backlog=1024)
     except OSError as error:
         raise ConfigError(
-            "the rendezvous port cannot be used",
-            where=endpoint,
+            "the rendezvous address cannot be used",
+            where=f"{host}:{port}",
             got=error.strerror,
-            hint="another run or program may use the port: end it, or choose another port with --rendezvous HOST:PORT",
+            hint="--rendezvous HOST:PORT must name an address of this host, and a port that no other run or program "
+            "uses",
         ) from error
 
 
@@ -222,6 +145,16 @@ def join_hosts(endpoint: str) -> Rendezvous:
             "reach it",
         ) from error
     return Rendezvous(host=host, port=port, is_first=False, **published)
+
+
+def _connect(host: str, port: int, listener: socket.socket | None = None) -> TCPStore:
+    """Connect to the store at this address. With a listening socket: first start the store on it."""
+    limit = timedelta(seconds=ANSWER_SECONDS)
+    if listener is None:
+        return TCPStore(host, port, is_master=False, timeout=limit)
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, timeout=limit, master_listen_fd=listener.detach()
+    )
 
 
 def _read_run(host: str, port: int) -> bytes:
@@ -292,10 +225,10 @@ class HostsRendezvousHandler(RendezvousHandler):
         self._agent_thread = threading.get_ident()  # the thread that starts and ends workers
         self._may_stop = self._has_no_workers = True
         self._num_hosts = 0  # the number of hosts in the current round
-        _, client = ask_store(lambda: create_backend(parameters), self._check)
+        listener: socket.socket | None = parameters.get("listener")
+        client = ask_store(lambda: _connect(rendezvous.host, rendezvous.port, listener), self._check)
         self._store = RemoteStore(client, self._check)
-        backend = C10dRendezvousBackend(self._store, parameters.run_id)
-        self._handler = create_handler(self._store, backend, parameters)
+        self._handler = json_handler(self._store, parameters)
         if rendezvous.is_first:
             self._store.set(_RUN_KEY, json.dumps({name: getattr(rendezvous, name) for name in _PUBLISHED}))
         self._may_stop = False

@@ -1,0 +1,183 @@
+"""What strangers write into the rendezvous of several hosts is never executed, and ends in clear errors."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous import RendezvousStateError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
+
+from manyhands.errors import ConfigError, WorkerError
+from manyhands.launching.launcher import run_workers
+from manyhands.launching.remote_store import RemoteStore
+from manyhands.launching.rendezvous import Rendezvous
+from manyhands.launching.rendezvous_state import state_of, state_to_json
+from support.processes import started
+from test_faults import SUPPORT
+
+WITHOUT_PICKLE = """
+import _pickle, pickle, runpy, sys
+def refuse(*arguments, **options):
+    raise RuntimeError("the launcher unpickled something")
+for module in (pickle, _pickle):
+    module.load = module.loads = module.Unpickler = refuse
+runpy.run_module("manyhands.cli.main", run_name="__main__", alter_sys=True)
+"""
+
+
+class Evil:
+    """Its pickle creates a file when it is loaded."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.proof),)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.create_server((host, 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def two_hosts_in_one(port: int, host: str = "127.0.0.1") -> Rendezvous:
+    return Rendezvous(
+        host=host,
+        port=port,
+        run_id="run",
+        min_hosts=1,
+        max_hosts=2,
+        max_restarts=0,
+        is_first=True,
+        run_info={},
+    )
+
+
+def test_launchers_of_two_hosts_unpickle_nothing(tmp_path: Path) -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    launcher = [sys.executable, "-c", WITHOUT_PICKLE]
+    recipe = [str(SUPPORT / "faulty.toml"), "--set", "batch.micro_size=1"]
+    run = ["train", *recipe, "--workers", "1", "--hosts", "2", "--rendezvous", endpoint]
+    with started([*launcher, *run, "--run-dir", str(tmp_path / "run")]) as first:
+        assert first.stderr is not None
+        first.stderr.readline()  # it names the command that joins
+        with started([*launcher, "join", endpoint, "--workers", "1"]) as other:
+            _, errors = other.communicate(timeout=120)
+            assert other.returncode == 0, errors
+        _, errors = first.communicate(timeout=120)
+        assert first.returncode == 0, errors
+
+
+def attack(port: int, run_id: str, value: bytes) -> None:
+    """Replace the state of the rendezvous as soon as there is one, and the values that launchers exchange."""
+    while True:
+        with suppress(DistError):
+            store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5))
+            store.wait([f"torch.rendezvous.{run_id}"])
+            break
+    store.set(f"torch.rendezvous.{run_id}", value.decode())
+
+
+@pytest.mark.parametrize("kind", ["pickle", "garbage", "not base64"])
+def test_a_strangers_state_is_not_executed_and_named_in_the_error(tmp_path: Path, kind: str) -> None:
+    proof, port = tmp_path / "proof", free_port()
+    values = {
+        "pickle": base64.b64encode(pickle.dumps(Evil(proof))),
+        "garbage": base64.b64encode(b'{"round": [[[['),
+        "not base64": b"x",
+    }
+    attacker = threading.Thread(target=attack, args=(port, "run", values[kind]))
+    attacker.start()
+    with pytest.raises(WorkerError, match="its store holds what no launcher of this run has written"):
+        run_workers([sys.executable, "-c", "input()"], workers=1, rendezvous=two_hosts_in_one(port))
+    attacker.join()
+    assert not proof.exists()
+
+
+def test_other_values_of_a_stranger_are_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's launcher parses the port of the workers and their ranks, which it reads from the store."""
+    monkeypatch.setattr(RemoteStore, "multi_get", lambda store, keys: [b"\x1b[31m{"] * len(keys))
+    with pytest.raises(WorkerError, match="its store holds what no launcher") as caught:
+        run_workers([sys.executable, "-c", ""], workers=1, rendezvous=two_hosts_in_one(free_port()))
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_state_survives_json_and_nothing_else_is_one() -> None:
+    one, other = _NodeDesc("first", 7, 0), _NodeDesc("second", 8, 1)
+    state = _RendezvousState()
+    state.round, state.complete, state.closed = 3, True, False
+    state.deadline = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+    state.participants, state.wait_list, state.redundancy_list = {one: 0, other: 1}, {other, one}, {one}
+    state.last_heartbeats = {one: state.deadline, other: datetime.now(UTC)}
+    text = state_to_json(state)
+    assert vars(state_of(text)) == vars(state)
+    assert state_to_json(state_of(text)) == text
+    wrong = [
+        b"",
+        b"\xff",
+        b"[]",
+        b"7",
+        b"{}",
+        b"[" * 100_000,
+        b" " * (2 << 20) + text,
+        text.replace(b"true", b'"yes"'),
+        text.replace(b"3", b"1e400"),
+        text.replace(b'"first"', b"1"),
+        text.replace(b'"deadline": ', b'"deadline": 1e300, "x": '),
+        text.replace(b'"participants": [', b'"participants": [1, '),
+        text.replace(b'"wait_list": [', b'"wait_list": [[], '),
+        pickle.dumps(state),
+    ]
+    for each in wrong:
+        with pytest.raises(RendezvousStateError, match="was not written by a launcher"):
+            state_of(each)
+
+
+ONLY_THERE = """
+import socket, sys
+port = int(sys.argv[1])
+socket.create_connection(("127.0.0.2", port)).close()
+try:
+    socket.create_connection(("127.0.0.1", port))
+except ConnectionRefusedError:
+    sys.exit(0)
+sys.exit("it also listens on 127.0.0.1")
+"""
+
+
+def test_the_rendezvous_listens_only_on_the_address_that_was_named() -> None:
+    port = free_port("127.0.0.2")
+    command = [sys.executable, "-c", ONLY_THERE, str(port)]
+    run_workers(command, workers=1, rendezvous=two_hosts_in_one(port, "127.0.0.2"))
+    with pytest.raises(ConfigError, match="the rendezvous address cannot be used"):  # of another host
+        run_workers(command, workers=1, rendezvous=two_hosts_in_one(port, "203.0.113.7"))
+
+
+WORKER_STORE = (
+    """
+from manyhands.comm.connect import connect
+for _ in range(2):  # a process may connect several times
+    group = connect("distributed")
+"""
+    + ONLY_THERE
+)
+
+
+def test_the_store_of_the_workers_listens_only_on_its_address(tmp_path: Path) -> None:
+    port = free_port("127.0.0.2")
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(port)}
+    with started([sys.executable, "-c", WORKER_STORE, str(port)], env=os.environ | place) as worker:
+        _, errors = worker.communicate(timeout=60)
+        assert worker.returncode == 0, errors
