@@ -102,9 +102,14 @@ def together(folder: Path, number: int, chance: random.Random) -> tuple[Run, int
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
     workers = chance.randint(1, 2)
-    first = [*command(folder, workers, chance), "--hosts", "1:2", "--rendezvous", endpoint]
+    alike = command(folder, workers, chance)
+    first = [*alike, "--hosts", "1:2", "--rendezvous", endpoint]
     run = Run(folder / str(number), first, faults(2 * workers, chance) if chance.random() < 0.5 else "")
-    joined = run.start([*MANYHANDS, "join", endpoint, "--workers", str(workers)])
+    options = alike[len(MANYHANDS) + 1 :]
+    for of_first_host in ("--snapshot-every", "--max-restarts"):
+        place = options.index(of_first_host)
+        del options[place : place + 2]
+    joined = run.start([*MANYHANDS, "join", endpoint, *options])
     disturb(run, chance.choice([run.process, joined]), chance.uniform(1, 25), chance)
     if joined.wait() not in JOINED_ENDS:
         raise Failed(f"the joining launcher ended with {joined.returncode}:\n{run.output}")

@@ -70,7 +70,7 @@ def test_the_route_to_a_host_is_known_before_anything_is_sent() -> None:
 def test_joining_fails_where_there_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_CONNECT_SECONDS", 0.5)
     with pytest.raises(ConfigError, match="there is no run to join at this address") as caught:
-        rendezvous.join_hosts("127.0.0.1:9")
+        rendezvous.join_hosts("127.0.0.1:9", {})
     assert caught.value.where == "127.0.0.1:9"
 
 
@@ -131,7 +131,7 @@ def alone(port: int, restarts: int = 1) -> Rendezvous:
         max_hosts=1,
         max_restarts=restarts,
         is_first=True,
-        run_info={},
+        fingerprints={},
     )
 
 
@@ -257,7 +257,8 @@ def test_a_host_that_waits_for_others_can_be_stopped(tmp_path: Path) -> None:
     ]
     with started([*MANYHANDS, *waits]) as process:
         assert process.stderr is not None
-        assert process.stderr.readline() == f"other hosts join this run with: manyhands join {endpoint}\n"
+        told = f"other hosts join this run with: manyhands join {endpoint} {RECIPE} "
+        assert process.stderr.readline().startswith(told)
         wait_until(lambda: can_be_reached(endpoint))  # from then on it handles signals, too
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
@@ -302,7 +303,9 @@ class Together:
         environment = {"STEP_SECONDS": "0.1", "FAULT": fault, "FAULT_TIME": str(folder / "fault-time")}
         self.job = Job(folder, [], [*run, *options, "--checkpoint-every", "2"], environment)
         self.first = self.job.add(first)
-        self.join = [*MANYHANDS, "join", f"{first.address}:{PORT}"]
+        same = ["--steps", str(steps), "--set", "batch.micro_size=1", "--run-dir", str(folder / "run"), *options]
+        address = f"{first.address}:{PORT}"
+        self.join = [*MANYHANDS, "join", address, RECIPE, "--workers", "2", *same, "--checkpoint-every", "2"]
 
     def add(self, host: Host) -> subprocess.Popen[bytes]:
         return self.job.add(host, self.join)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import pickle
+import shlex
 import socket
 import sys
 import threading
@@ -21,7 +23,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _
 from manyhands.errors import ConfigError, WorkerError
 from manyhands.launching.launcher import run_workers
 from manyhands.launching.remote_store import RemoteStore
-from manyhands.launching.rendezvous import Rendezvous
+from manyhands.launching.rendezvous import Rendezvous, join_hosts
 from manyhands.launching.rendezvous_state import state_of, state_to_json
 from support.processes import started
 from test_faults import SUPPORT
@@ -61,23 +63,60 @@ def two_hosts_in_one(port: int, host: str = "127.0.0.1") -> Rendezvous:
         max_hosts=2,
         max_restarts=0,
         is_first=True,
-        run_info={},
+        fingerprints={},
     )
 
 
-def test_launchers_of_two_hosts_unpickle_nothing(tmp_path: Path) -> None:
-    endpoint = f"127.0.0.1:{free_port()}"
+def test_launchers_of_two_hosts_unpickle_nothing_and_join_only_the_same_run(tmp_path: Path) -> None:
+    endpoint, proof = f"127.0.0.1:{free_port()}", tmp_path / "proof"
     launcher = [sys.executable, "-c", WITHOUT_PICKLE]
     recipe = [str(SUPPORT / "faulty.toml"), "--set", "batch.micro_size=1"]
-    run = ["train", *recipe, "--workers", "1", "--hosts", "2", "--rendezvous", endpoint]
-    with started([*launcher, *run, "--run-dir", str(tmp_path / "run")]) as first:
+    run_dir = ["--run-dir", str(tmp_path / "run")]
+    evil = ["--set", "data.path=os:mkdir", "--set", f"data.arguments.path={proof}", "--steps", "7"]
+    run = ["train", *recipe, *run_dir, "--workers", "1", "--hosts", "2", "--rendezvous", endpoint]
+    with started([*launcher, *run]) as first:
         assert first.stderr is not None
-        first.stderr.readline()  # it names the command that joins
-        with started([*launcher, "join", endpoint, "--workers", "1"]) as other:
+        command = first.stderr.readline().partition(": ")[2]
+        assert shlex.split(command)[:3] == ["manyhands", "join", endpoint]
+        with started([*launcher, "join", endpoint, *recipe, *run_dir, *evil]) as stranger:
+            _, errors = stranger.communicate(timeout=60)
+        assert stranger.returncode == 2, errors
+        assert "different: --steps, data.arguments, data.arguments.path, data.path" in errors
+        with started([*launcher, *shlex.split(command)[1:]]) as other:
             _, errors = other.communicate(timeout=120)
             assert other.returncode == 0, errors
         _, errors = first.communicate(timeout=120)
         assert first.returncode == 0, errors
+    assert not proof.exists()
+
+
+HONEST = {"run_id": "0" * 32, "min_hosts": 1, "max_hosts": 2, "max_restarts": 0, "fingerprints": {"seed": "7"}}
+
+
+@pytest.mark.parametrize(
+    ("published", "error"),
+    [
+        (HONEST, None),
+        (HONEST | {"host": "203.0.113.7", "on_restart": "os:abort", "is_first": True}, None),
+        (HONEST | {"fingerprints": {"seed": "7", "\x1b[2J": "1"}}, "different: \\x1b[2J"),
+        (HONEST | {"fingerprints": {}}, "different: seed"),
+        (HONEST | {"fingerprints": [1]}, "the fingerprints are not valid"),
+        (HONEST | {"run_id": "../../run"}, "the name of the run is not one of Manyhands"),
+        (HONEST | {"max_hosts": 10**9}, "the numbers of hosts and restarts are not valid"),
+        ({}, "there is no run to join"),
+        ([[[]]], "there is no run to join"),
+    ],
+)
+def test_a_strangers_description_of_a_run_is_only_compared(published: object, error: str | None) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("manyhands/run", json.dumps(published))
+    if error is None:
+        found = join_hosts(f"127.0.0.1:{store.port}", {"seed": "7"})
+        assert (found.host, found.is_first, found.on_restart, found.run_id) == ("127.0.0.1", False, None, "0" * 32)
+    else:
+        with pytest.raises(ConfigError) as caught:
+            join_hosts(f"127.0.0.1:{store.port}", {"seed": "7"})
+        assert error in str(caught.value)
 
 
 def attack(port: int, run_id: str, value: bytes) -> None:
@@ -169,7 +208,7 @@ WORKER_STORE = (
     """
 from manyhands.comm.connect import connect
 for _ in range(2):  # a process may connect several times
-    group = connect("distributed")
+    connect("distributed").close()
 """
     + ONLY_THERE
 )

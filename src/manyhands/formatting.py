@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 
 MIB = 2**20
 
@@ -48,3 +49,16 @@ def _three_digits(value: float) -> str:
     """Format a value with at least three significant digits and as few decimals as possible: 1.74, 12.3, 812, 1,191."""
     size = abs(value)
     return f"{value:,.{2 if size < 9.995 else 1 if size < 99.95 else 0}f}"
+
+
+def printable(text: str) -> str:
+    """Return text from a file or the network so that a terminal shows it and does not obey it.
+
+    Control characters except newlines and tabs, and marks that reverse or hide text, are written as escapes: `\\x1b`.
+    """
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import socket
 import sys
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyhands.cli.workers import Bounds, Workers, start_workers
+from manyhands.cli.parameters import with_parameters
+from manyhands.cli.run_arguments import RunArguments, run_fingerprints
+from manyhands.cli.workers import Bounds, start_workers, workers_for
+from manyhands.config import Strategy
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.output import say
 
@@ -27,79 +29,85 @@ OnRestart = Callable[[WorkerError | None], None]
 
 
 def first_host(
-    hosts: Bounds, endpoint: str | None, request: dict[str, Any], workers: int, restarts: int, record: OnRestart
+    hosts: Bounds, endpoint: str | None, fingerprints: dict[str, str], restarts: int, record: OnRestart
 ) -> Rendezvous:
-    """Create the rendezvous of a run that other hosts may join. Its workers execute `request`. Raises ConfigError."""
+    """Create the rendezvous of a run that other hosts may join if their fingerprints are equal. Raises ConfigError."""
     from manyhands.launching.rendezvous import PORT, Rendezvous, parse_endpoint
 
     host, port = parse_endpoint(endpoint or f"{socket.gethostname()}:{PORT}")
-    shared = {
-        **request,
-        "recipe": str(Path(request["recipe"]).absolute()),
-        "run_dir": str(Path(request["run_dir"]).absolute()),
-    }
-    run_info = {"request": shared, "workers": workers, "recipe_sha256": _sha256(shared["recipe"])}
     return Rendezvous(
         host=host,
         port=port,
-        run_id=f"{request['run_dir']}-{uuid.uuid4()}",
+        run_id=uuid.uuid4().hex,
         min_hosts=hosts.least,
         max_hosts=hosts.most,
         max_restarts=restarts,
         is_first=True,
-        run_info=run_info,
+        fingerprints=fingerprints,
         on_restart=_print_and(record),
     )
 
 
-def train_together(rendezvous: Rendezvous, workers: int) -> None:
-    """Run this host's workers until the run ends. Raises WorkerError and Interrupted."""
+def train_together(rendezvous: Rendezvous, request: dict[str, Any], workers: int) -> None:
+    """Run this host's workers, which execute `request`, until the run ends. Raises WorkerError and Interrupted."""
     from manyhands.launching.rendezvous import interface_of, own_address
 
-    request = rendezvous.run_info["request"]
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
     interface = interface_of(own_address(rendezvous.host, rendezvous.port))
     variables = {} if interface is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": interface}
-    logs = Path(request["run_dir"]) / "logs"
-    if rendezvous.is_first and rendezvous.max_hosts > 1:
-        say(f"other hosts join this run with: manyhands join {rendezvous.endpoint}")
-    start_workers(command, workers, logs, variables, cooperates=True, rendezvous=rendezvous)
+    start_workers(
+        command, workers, Path(request["run_dir"]) / "logs", variables, cooperates=True, rendezvous=rendezvous
+    )
 
 
-def join_command(
+@dataclass(frozen=True)
+class _Endpoint:
+    """The first parameter of the join command."""
+
     endpoint: Annotated[
         str,
         typer.Argument(metavar="HOST[:PORT]", help="The address that the run's first host prints.", show_default=False),
-    ],
-    workers: Workers = None,
-) -> None:
+    ]
+
+
+@dataclass(frozen=True)
+class JoinArguments(RunArguments, _Endpoint):
+    """The parameters of the join command: an address, and the parameters of the train command on the first host."""
+
+
+@with_parameters(JoinArguments, Strategy, after="workers", as_overrides=True)
+def join_command(arguments: JoinArguments, strategy: dict[str, Any]) -> None:
     """Join a run that another host has started. This host takes part from the next step on. SIGTERM or Ctrl-C leaves
     the run.
 
-    The recipe, its data and the run directory must have the same paths as on the first host.
+    The first host prints this command with its arguments. They must describe the same run: nothing that arrives from
+    the first host names code, files or options. The exit code is 2 if the two hosts differ.
 
-    Example: `manyhands join first-host:29400 --workers 4`
+    Example: `manyhands join first-host:29400 recipe.toml --run-dir /shared/runs/first --workers 4`
     """
+    from manyhands.documents.recipe_file import check_recipe
     from manyhands.launching.rendezvous import join_hosts
 
-    rendezvous = join_hosts(endpoint)
-    recipe, run_dir = rendezvous.run_info["request"]["recipe"], Path(rendezvous.run_info["request"]["run_dir"])
-    if not Path(recipe).is_file() or _sha256(recipe) != rendezvous.run_info["recipe_sha256"]:
+    overrides = arguments.overrides(strategy)
+    checked = check_recipe(arguments.recipe, overrides)
+    batch = checked.batch.build()
+    if arguments.run_dir is None:
         raise ConfigError(
-            "the run's recipe is not the same on this host",
-            where=recipe,
-            expected="the file of the first host",
-            got="another file" if Path(recipe).is_file() else "no such file",
-            hint="copy it, and the modules that it imports, to the same path on all hosts, or use a shared file system",
+            "a host that joins a run needs the run's directory",
+            expected="--run-dir DIR, as on the first host",
+            hint="the first host prints the complete command",
         )
-    if not run_dir.is_dir():
+    request = arguments.request(overrides, arguments.last_step(checked), arguments.run_dir)
+    request["training"]["adopt"] = False
+    rendezvous = join_hosts(arguments.endpoint, run_fingerprints(checked, request))
+    if not arguments.run_dir.is_dir():
         raise ConfigError(
             "the run's directory is not on this host",
-            where=str(run_dir),
+            where=str(arguments.run_dir),
             hint="use a run directory on a file system that all hosts share",
         )
-    mine = workers.most if workers else int(rendezvous.run_info["workers"])
-    train_together(replace(rendezvous, on_restart=_print_and(lambda error: None)), mine)
+    workers = workers_for(arguments.workers, checked.threads_per_worker, batch.micro_batches).most
+    train_together(replace(rendezvous, on_restart=_print_and(lambda error: None)), request, workers)
 
 
 def _print_and(record: OnRestart) -> Callable[[WorkerError | Interrupted | None], None]:
@@ -110,7 +118,3 @@ def _print_and(record: OnRestart) -> Callable[[WorkerError | Interrupted | None]
         record(failure)
 
     return on_restart
-
-
-def _sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -18,11 +18,10 @@ import typer
 
 from manyhands.cli.hosts import first_host, train_together
 from manyhands.cli.parameters import with_parameters
+from manyhands.cli.run_arguments import RunArguments, run_fingerprints
 from manyhands.cli.workers import (
     Bounds,
-    Workers,
     bounds,
-    check_from_one,
     check_snapshot_every,
     ending_reported,
     record_restart,
@@ -41,68 +40,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainArguments:
+class TrainArguments(RunArguments):
     """The parameters of the train command.
 
     `config.Strategy` declares further parameters, such as `--loader-workers`.
     """
 
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a TOML file.", show_default=False)]
-    workers: Workers = None
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            callback=check_from_one,
-            help="Train up to this step (default: as in the recipe).",
-            show_default=False,
-        ),
-    ] = None
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a value of the recipe, such as seed=1 or batch.micro_size=2. Repeat as needed.",
-            show_default=False,
-        ),
-    ] = None
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="The folder for metrics and checkpoints (default: runs/NAME-TIME). An existing run in it is resumed.",
-            show_default=False,
-        ),
-    ] = None
-    checkpoint_dir: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Another place for checkpoints: a folder, or an address such as s3://bucket/folder.",
-            show_default=False,
-        ),
-    ] = None
-    checkpoint_every: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N",
-            help="Steps or time between checkpoints: 500, 30s, 10m, 2h (default: only at the end, and when stopped).",
-            show_default=False,
-        ),
-    ] = None
-    keep_checkpoints: Annotated[
-        int, typer.Option(metavar="N", callback=check_from_one, help="The number of newest checkpoints to keep.")
-    ] = 3
-    keep_every: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            callback=check_from_one,
-            help="Never delete the checkpoints of every N-th step.",
-            show_default=False,
-        ),
-    ] = None
     snapshot_every: Annotated[
         str,
         typer.Option(
@@ -139,17 +82,6 @@ class TrainArguments:
             show_default=False,
         ),
     ] = None
-    digest_every: Annotated[
-        int, typer.Option(metavar="N", callback=check_from_one, help="Steps between digests of the weights.")
-    ] = 10
-    accept_new_numerics: Annotated[
-        bool,
-        typer.Option(
-            "--accept-new-numerics",
-            help="Resume a run that was started with different numerics (another torch version, kind of CPU or "
-            "number of threads).",
-        ),
-    ] = False
     adopt: Annotated[
         bool,
         typer.Option(
@@ -204,27 +136,9 @@ class TrainArguments:
         return amendments_of(self.skip_step or (), {self.from_step or 0: settings})
 
     def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
-        """Describe the training for the workers, as JSON values.
-
-        The workers pass `training` on to `manyhands.train`.
-        """
-        return {
-            "recipe": str(self.recipe),
-            "overrides": overrides,
-            "run_dir": str(run_dir),
-            "json": self.as_json,
-            "training": {
-                "steps": steps,
-                "checkpoint_dir": self.checkpoint_dir,
-                "checkpoint_every": self.checkpoint_every,
-                "keep_checkpoints": self.keep_checkpoints,
-                "keep_every": self.keep_every,
-                "digest_every": self.digest_every,
-                "accept_new_numerics": self.accept_new_numerics,
-                "adopt": self.adopt,
-                "amendments": self.amendments().as_json(),
-            },
-        }
+        request = super().request(overrides, steps, run_dir)
+        training = {**request["training"], "adopt": self.adopt, "amendments": self.amendments().as_json()}
+        return {**request, "json": self.as_json, "training": training}
 
 
 @with_parameters(TrainArguments, Strategy, after="workers", as_overrides=True)
@@ -239,25 +153,15 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
 
     Example: `manyhands train recipe.toml --workers 4 --sharding zero2 --set seed=1`
     """
-    from manyhands.config import every
     from manyhands.documents.recipe_file import check_recipe
-    from manyhands.documents.toml import override_of
 
-    if arguments.checkpoint_every is not None:
-        every(arguments.checkpoint_every)
-    overrides = [*(arguments.set_ or []), *(override_of(f"strategy.{name}", value) for name, value in strategy.items())]
+    overrides = arguments.overrides(strategy)
     checked = check_recipe(arguments.recipe, overrides)
     batch = checked.batch.build()
     launched = _launched_workers(arguments)
     allowed = workers_for(arguments.workers, checked.threads_per_worker, batch.micro_batches)
     batch.check_workers(launched or allowed.most)
-    steps = arguments.steps or checked.steps
-    if steps is None:
-        raise ConfigError(
-            "the number of steps is not set",
-            where=str(arguments.recipe),
-            hint="use --steps N, or steps = N in the recipe",
-        )
+    steps = arguments.last_step(checked)
     directory = arguments.run_dir or _new_directory(Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}")
     from manyhands.checkpoint.format import checkpoints_of
     from manyhands.listeners.run_directory import RunDirectory
@@ -286,12 +190,14 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
         rendezvous = first_host(
             arguments.hosts,
             arguments.rendezvous,
-            request,
-            allowed.most,
+            run_fingerprints(checked, request),
             arguments.max_restarts,
             partial(record, restart=0),
         )
-        train_together(rendezvous, allowed.most)
+        if arguments.hosts.most > 1:
+            join = ["manyhands", "join", rendezvous.endpoint, *arguments.options(overrides, directory, allowed.most)]
+            say(f"other hosts join this run with: {shlex.join(join)}")
+        train_together(rendezvous, request, allowed.most)
 
 
 def _new_directory(path: Path) -> Path:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +36,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
+from manyhands.formatting import printable
 from manyhands.launching.remote_store import ANSWER_SECONDS, RemoteStore, ask_store
 from manyhands.launching.rendezvous_state import json_handler
 from manyhands.launching.supervision import StopRequest, WorkerMonitor
@@ -57,7 +59,9 @@ _CONNECT_SECONDS = 10.0  # time limit for connecting to the first host
 _RUN_KEY = "manyhands/run"
 """The key in the store under which the first host publishes the fields of a Rendezvous that a joining host needs."""
 
-_PUBLISHED = ("run_id", "min_hosts", "max_hosts", "max_restarts", "run_info")
+_PUBLISHED = ("run_id", "min_hosts", "max_hosts", "max_restarts", "fingerprints")
+
+_MOST_HOSTS = 1 << 16
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
@@ -68,9 +72,9 @@ class Rendezvous:
 
     host, port: the address of the first host's store. run_id: the unique name of this run. min_hosts, max_hosts: the
     numbers of hosts that may take part. max_restarts: how often workers are restarted after a failure. is_first: True
-    on the host that has the store. run_info: facts about the run that joining hosts need; the first host publishes
-    them. on_restart: called before workers are restarted, with the reason if a worker on this host reported one, and
-    otherwise with None.
+    on the host that has the store. fingerprints: hashes of the values that must be equal on all hosts, by name; the
+    first host publishes them. on_restart: called before workers are restarted, with the reason if a worker on this host
+    reported one, and otherwise with None.
     """
 
     host: str
@@ -80,7 +84,7 @@ class Rendezvous:
     max_hosts: int
     max_restarts: int
     is_first: bool
-    run_info: dict[str, Any]
+    fingerprints: dict[str, str]
     on_restart: Callable[[WorkerError | Interrupted | None], None] | None = None
 
     @property
@@ -130,21 +134,53 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def join_hosts(endpoint: str) -> Rendezvous:
-    """Return the rendezvous that the first host has published. Raises ConfigError if there is no run at `endpoint`."""
+def join_hosts(endpoint: str, fingerprints: Mapping[str, str]) -> Rendezvous:
+    """Return the rendezvous that the first host has published.
+
+    fingerprints: this host's own, as in Rendezvous. They must be equal to those of the first host.
+    Raises ConfigError if there is no run at `endpoint`, and, with the keys that differ, if it is another one.
+    """
     host, port = parse_endpoint(endpoint)
     try:
         _wait_until_listening(host, port)
-        published = json.loads(ask_store(lambda: _read_run(host, port)))
-    except (OSError, RuntimeError, ValueError) as error:
+        found = _published(ask_store(lambda: _read_run(host, port)))
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
         raise ConfigError(
             "there is no run to join at this address",
             where=f"{host}:{port}",
-            got=str(error).partition("\n")[0][:200],
+            got=printable(str(error).partition("\n")[0][:200]),
             hint="use the address that manyhands train --hosts prints on the first host, and check that this host can "
             "reach it",
         ) from error
-    return Rendezvous(host=host, port=port, is_first=False, **published)
+    theirs = found["fingerprints"]
+    differ = sorted(key for key in theirs.keys() | fingerprints.keys() if theirs.get(key) != fingerprints.get(key))
+    if differ:
+        names = [printable(key[:80]) for key in differ]
+        raise ConfigError(
+            "this host would train another run than the first host",
+            where=f"{host}:{port}",
+            expected="the recipe and options of the first host",
+            got=f"different: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}",
+            hint="use the command that the first host prints, with the same recipe file",
+        )
+    return Rendezvous(host=host, port=port, is_first=False, **found)
+
+
+def _published(text: bytes) -> dict[str, Any]:
+    """Return what the first host has published: numbers, hashes and a random name. Raises ValueError and the like."""
+    found = json.loads(text)
+    run_id, fingerprints = found["run_id"], found["fingerprints"]
+    numbers = [found[name] for name in ("min_hosts", "max_hosts", "max_restarts")]
+    if not (isinstance(run_id, str) and re.fullmatch("[0-9a-f]{32}", run_id)):
+        raise ValueError("the name of the run is not one of Manyhands")
+    if (
+        not all(type(number) is int and 0 <= number < _MOST_HOSTS for number in numbers)
+        or not 0 < numbers[0] <= numbers[1]
+    ):
+        raise ValueError("the numbers of hosts and restarts are not valid")
+    if not isinstance(fingerprints, dict) or not all(isinstance(each, str) for each in fingerprints.values()):
+        raise ValueError("the fingerprints are not valid")
+    return {name: found[name] for name in _PUBLISHED}
 
 
 def _connect(host: str, port: int, listener: socket.socket | None = None) -> TCPStore:

@@ -1,0 +1,162 @@
+"""The parameters that the train and join commands share, and fingerprints by which hosts compare their values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manyhands.cli.workers import Workers, check_from_one
+from manyhands.errors import ConfigError
+
+if TYPE_CHECKING:
+    from manyhands.documents.recipe_file import RecipeSchema
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """The parameters that determine a run. They must be equal on all hosts, except for the number of workers."""
+
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a TOML file.", show_default=False)]
+    workers: Workers = None
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            callback=check_from_one,
+            help="Train up to this step (default: as in the recipe).",
+            show_default=False,
+        ),
+    ] = None
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a value of the recipe, such as seed=1 or batch.micro_size=2. Repeat as needed.",
+            show_default=False,
+        ),
+    ] = None
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The folder for metrics and checkpoints (default: runs/NAME-TIME). An existing run in it is resumed.",
+            show_default=False,
+        ),
+    ] = None
+    checkpoint_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Another place for checkpoints: a folder, or an address such as s3://bucket/folder.",
+            show_default=False,
+        ),
+    ] = None
+    checkpoint_every: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Steps or time between checkpoints: 500, 30s, 10m, 2h (default: only at the end, and when stopped).",
+            show_default=False,
+        ),
+    ] = None
+    keep_checkpoints: Annotated[
+        int, typer.Option(metavar="N", callback=check_from_one, help="The number of newest checkpoints to keep.")
+    ] = 3
+    keep_every: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            callback=check_from_one,
+            help="Never delete the checkpoints of every N-th step.",
+            show_default=False,
+        ),
+    ] = None
+    digest_every: Annotated[
+        int, typer.Option(metavar="N", callback=check_from_one, help="Steps between digests of the weights.")
+    ] = 10
+    accept_new_numerics: Annotated[
+        bool,
+        typer.Option(
+            "--accept-new-numerics",
+            help="Resume a run that was started with different numerics (another torch version, kind of CPU or "
+            "number of threads).",
+        ),
+    ] = False
+
+    def overrides(self, strategy: Mapping[str, Any]) -> list[str]:
+        """Return the overrides of the recipe: those of --set, and the options of the strategy."""
+        from manyhands.documents.toml import override_of
+
+        return [*(self.set_ or []), *(override_of(f"strategy.{name}", value) for name, value in strategy.items())]
+
+    def last_step(self, checked: RecipeSchema) -> int:
+        """Return the step at which the run ends. Raises ConfigError if there is none, and for a wrong option."""
+        from manyhands.config import every
+
+        if self.checkpoint_every is not None:
+            every(self.checkpoint_every)
+        steps = self.steps or checked.steps
+        if steps is None:
+            raise ConfigError(
+                "the number of steps is not set",
+                where=str(self.recipe),
+                hint="use --steps N, or steps = N in the recipe",
+            )
+        return steps
+
+    def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
+        """Describe the training for the workers, as JSON values.
+
+        The workers pass `training` on to `manyhands.train`.
+        """
+        return {
+            "recipe": str(self.recipe.absolute()),
+            "overrides": overrides,
+            "run_dir": str(run_dir),
+            "json": False,
+            "training": {
+                "steps": steps,
+                "checkpoint_dir": self.checkpoint_dir,
+                "checkpoint_every": self.checkpoint_every,
+                "keep_checkpoints": self.keep_checkpoints,
+                "keep_every": self.keep_every,
+                "digest_every": self.digest_every,
+                "accept_new_numerics": self.accept_new_numerics,
+            },
+        }
+
+    def options(self, overrides: list[str], run_dir: Path, workers: int) -> list[str]:
+        """Return the arguments of the command line that give another host an equal run, beginning with the recipe."""
+        written = [str(self.recipe.absolute()), "--run-dir", str(run_dir.absolute()), "--workers", str(workers)]
+        for override in overrides:
+            written += ["--set", override]
+        for field in fields(RunArguments):
+            value = getattr(self, field.name)
+            if field.name not in ("recipe", "workers", "set_", "run_dir") and value != field.default:
+                flag = f"--{field.name.replace('_', '-')}"
+                written += [flag] if value is True else [flag, str(value)]
+        return written
+
+
+def run_fingerprints(checked: RecipeSchema, request: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hash of each value that must be equal on all hosts, by its key in the recipe or its option."""
+    values = dict(_leaves(checked.model_dump(mode="json", exclude_none=True, exclude={"steps"})))
+    training = {key: value for key, value in request["training"].items() if key != "adopt"}
+    for key, value in [("run_dir", str(Path(request["run_dir"]).absolute())), *training.items()]:
+        values[f"--{key.replace('_', '-')}"] = value
+    return {key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32] for key, value in values.items()}
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
