@@ -10,7 +10,6 @@ import shlex
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,6 +24,7 @@ from manyhands.launching.launcher import run_workers
 from manyhands.launching.remote_store import RemoteStore
 from manyhands.launching.rendezvous import Rendezvous, join_hosts
 from manyhands.launching.rendezvous_state import state_of, state_to_json
+from support.evil import Evil
 from support.processes import started
 from test_faults import SUPPORT
 
@@ -36,16 +36,6 @@ for module in (pickle, _pickle):
     module.load = module.loads = module.Unpickler = refuse
 runpy.run_module("manyhands.cli.main", run_name="__main__", alter_sys=True)
 """
-
-
-class Evil:
-    """Its pickle creates a file when it is loaded."""
-
-    def __init__(self, proof: Path) -> None:
-        self.proof = proof
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.proof),)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -206,9 +196,11 @@ def test_the_rendezvous_listens_only_on_the_address_that_was_named() -> None:
 
 WORKER_STORE = (
     """
+import atexit
 from manyhands.comm.connect import connect
-for _ in range(2):  # a process may connect several times
-    connect("distributed").close()
+connect("distributed").close()
+group = connect("distributed")  # a process may connect several times
+atexit.register(group.close)
 """
     + ONLY_THERE
 )

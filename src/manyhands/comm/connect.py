@@ -130,37 +130,33 @@ def _numbered_store(rank: int, size: int) -> Store:
         raise ConfigError(
             "WORLD_SIZE is set, but MASTER_ADDR is not", hint="start the workers with `manyhands run` or torchrun"
         )
-    if rank == 0:
-        _listen_on_one_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    server = _listen_on_one_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if rank == 0 else None
     store: Store = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=JOIN_SECONDS)))[0]
+    del server  # from here on, torch's store keeps the server alive
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     number = store.add(f"manyhands/{restart}/connections/{rank}", 1)
     return PrefixStore(f"manyhands/{restart}/{number}", store)
 
 
-_servers: dict[tuple[str, int], TCPStore] = {}
-"""The stores that this process serves, by their addresses. A process may connect several times."""
-
-
-def _listen_on_one_address(host: str, port: int) -> None:
+def _listen_on_one_address(host: str, port: int) -> TCPStore | None:
     """Serve the store on `host` alone, if that is an address of this host. torch would listen on all addresses.
 
-    Nothing is done if the launcher serves the store, or if `host` is a name: other hosts may resolve it to another
-    address than this host does.
+    Returns None if the launcher or this process serves the store already, or if `host` is a name: other hosts may
+    resolve it to another address than this host does.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or (host, port) in _servers:
-        return
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
     try:
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except (ValueError, OSError):  # a name, an address that is forwarded to this host, or a port that is in use
-        return  # torch listens in its own way, and reports a port that is in use
-    _servers[host, port] = TCPStore(
+        return None  # torch uses the server of this process, or listens in its own way, and reports a port in use
+    return TCPStore(
         host,
         port,
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=JOIN_SECONDS),
-        multi_tenant=True,  # the store that torch creates for rank 0 then uses this server
+        multi_tenant=True,  # the store that torch creates for rank 0 shares this server
         master_listen_fd=listener.detach(),
     )

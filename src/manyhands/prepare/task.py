@@ -20,7 +20,7 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
-from manyhands.prepare.io.formats import is_of_lines, open_writer, output_file_name, read_split
+from manyhands.prepare.io.formats import CHUNKS, is_of_lines, open_writer, output_file_name, read_split
 from manyhands.prepare.io.listing import InputFile, check_unchanged
 from manyhands.prepare.io.run_file import RunFileWriter, is_intact, read_blocks, read_index
 from manyhands.prepare.io.writing import Writer, rewrite_parquet
@@ -31,7 +31,16 @@ from manyhands.prepare.records.pipeline import BadRecords, Pipeline, SourcedChun
 from manyhands.prepare.records.schemas import schema_from_text, schema_to_text
 from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, RangeReader, Reading, lost_records
 from manyhands.storage.atomic import open_atomic, write_atomic
-from manyhands.storage.files import HashedFile, exists, join_path, names_in, open_to_read, read_bytes, remove
+from manyhands.storage.files import (
+    HashedFile,
+    exists,
+    is_plain_name,
+    join_path,
+    names_in,
+    open_to_read,
+    read_bytes,
+    remove,
+)
 
 _DONE = ".done"
 
@@ -138,6 +147,8 @@ def finished(folder: str, stage: int, partition: int) -> TaskResult | None:
     """Return the result in the done note of a task, or None if there is no valid note."""
     try:
         note = json.loads(read_bytes(done_path(folder, partition)))
+        if note["file"] is not None and not is_plain_name(note["file"]):
+            return None
         return TaskResult(**{**note, "stage": stage, "records_read": tuple(note["records_read"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -230,9 +241,34 @@ def chunks_of(task: Task) -> Generator[Chunk, None, tuple[int, ...]]:
 
 @lru_cache(maxsize=1)
 def load_plan(path: str) -> Plan:
-    """Load the plan of a job. The most recently loaded plan is cached."""
-    plan: Plan = cloudpickle.loads(read_bytes(path))
+    """Load the plan of a job. The most recently loaded plan is cached.
+
+    The end of the path is the hash of the plan, as `plan_name` returns it. The path comes from the process that made
+    the plan, so a file that somebody else wrote is never unpickled. Raises DataError for such a file.
+    """
+    packed = read_bytes(path)
+    if not path.endswith(_plan_hash(packed)):
+        raise DataError(
+            "the plan of the job is not the one that this process saved",
+            where=path,
+            hint="somebody else has written to the job's folder: remove it, and write to a folder of your own",
+        )
+    plan: Plan = cloudpickle.loads(packed)
     return plan
+
+
+def plan_name(plan: Plan, packed: bytes) -> str:
+    """Return the name of the file of a plan, which ends with the hash of its content."""
+    return f"{plan_prefix(plan)}{_plan_hash(packed)}"
+
+
+def plan_prefix(plan: Plan) -> str:
+    """Return the part of `plan_name` that is equal in all ranks. Their pickles of equal plans may differ."""
+    return f"plan-{plan.identity[:20]}-"
+
+
+def _plan_hash(packed: bytes) -> str:
+    return hashlib.sha256(packed).hexdigest()
 
 
 def done_path(folder: str, partition: int) -> str:
@@ -278,7 +314,7 @@ def _arrange(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> 
     arrangement: Any = stage.end
     records_in = expected = 0
     path = runs_path(task.folder, task.partition)
-    with open_atomic(path, first_wins=True, durable=False) as file:
+    with open_atomic(path, first_wins=True, durable=False, private=True) as file:
         runs = RunFileWriter(file, stage.block_bytes)
         for part in _parts(task, stage):
             keyer: Callable[[], Callable[[Chunk], Any]] = partial(arrangement.keyer, part.partition)
@@ -323,7 +359,8 @@ def _write_output(task: Task, stage: Stage, bad: BadRecords, found: _SchemaFound
     # location.
     last = records_of if is_of_lines(output.form) else unchanged
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: last)
-    with open_atomic(join_path(task.folder, name), first_wins=True, durable=False) as opened:
+    private = output.form == CHUNKS  # its records may be pickles
+    with open_atomic(join_path(task.folder, name), first_wins=True, durable=False, private=private) as opened:
         file: Any = HashedFile(opened)
         writer: Writer | None = None
         try:

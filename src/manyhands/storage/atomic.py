@@ -55,16 +55,19 @@ def write_atomic(
 
 
 @contextmanager
-def open_atomic(location: str | Location, *, first_wins: bool = False, durable: bool = True) -> Iterator[IO[bytes]]:
+def open_atomic(
+    location: str | Location, *, first_wins: bool = False, durable: bool = True, private: bool = False
+) -> Iterator[IO[bytes]]:
     """Yield a file for writing. It appears at `location` when the block ends, unless the block raises or writes
     nothing.
 
     first_wins: if True, and if the file already exists on a disk, keep it. This is for writers that all write the same
-    content. durable: if True, sync the file and its folder. Raises OSError.
+    content. durable: if True, sync the file and its folder. private: if True, only this user may read and write the
+    file. Raises OSError.
     """
     target = address_or_path(location)
     if not isinstance(target, Address):
-        with _replacing(target, first_wins=first_wins, durable=durable, skip_empty=True) as file:
+        with _replacing(target, first_wins=first_wins, durable=durable, skip_empty=True, private=private) as file:
             yield file
         return
     with tempfile.NamedTemporaryFile() as file:
@@ -92,10 +95,12 @@ def open_durable(location: Location, size: int) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _replacing(path: Path, *, first_wins: bool, durable: bool, skip_empty: bool = False) -> Iterator[IO[bytes]]:
+def _replacing(
+    path: Path, *, first_wins: bool, durable: bool, skip_empty: bool = False, private: bool = False
+) -> Iterator[IO[bytes]]:
     temporary = path.with_name(_temporary_name(path.name))
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "xb", opener=_private_opener if private else None) as file:
             yield file
             if skip_empty and not file.tell():
                 return
@@ -116,6 +121,10 @@ def _replacing(path: Path, *, first_wins: bool, durable: bool, skip_empty: bool 
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _private_opener(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _temporary_name(name: str) -> str:

@@ -25,6 +25,11 @@ def join_path(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
+def is_plain_name(name: object) -> bool:
+    """Return True if `name` is the name of a file, and not a path that leads out of a folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
+
+
 def open_to_read(location: str | Location) -> IO[bytes]:
     """The file, open for reading and seeking."""
     if isinstance(location, str) and is_local(location):

@@ -18,7 +18,7 @@ from manyhands.errors import DataError
 from manyhands.prepare.records.chunks import pack, unpack
 from manyhands.prepare.records.key_order import check_order, compare_keys
 from manyhands.prepare.records.keys import Cut, Keyed, KeyedLists, KeyedTable, is_before
-from manyhands.storage.files import open_to_read
+from manyhands.storage.private import open_private
 
 _TAIL = struct.Struct("<QI8s")
 
@@ -133,7 +133,7 @@ def is_intact(path: str, size: int) -> bool:
     """Return True if the file has `size` bytes and the checksums of the index and of all blocks match."""
     try:
         index = read_index(path)
-        with open_to_read(path) as file:
+        with open_private(path) as file:
             if file.seek(0, 2) != size:
                 return False
             for block in (block for run in index for block in run):
@@ -206,7 +206,7 @@ def cuts_by_size(blocks: Sequence[Block], limit_bytes: int) -> list[Cut]:
 
 def _opened(path: str) -> IO[bytes]:
     try:
-        return open_to_read(path)
+        return open_private(path)
     except OSError as error:
         raise _damaged(path, str(error)) from error
 

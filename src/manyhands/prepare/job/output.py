@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import sys
 import tempfile
 import time
@@ -49,6 +48,7 @@ from manyhands.prepare.task import chunks_of
 from manyhands.storage.atomic import is_temporary, sync, write_atomic
 from manyhands.storage.files import exists, join_path, move, names_in, path_below, remove
 from manyhands.storage.location import is_local
+from manyhands.storage.private import make_private_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,22 +412,9 @@ def _root() -> Path:
 def private_folder() -> Path:
     """Create the user's folder in the system's temporary folder, and return it.
 
-    Raises ConfigError if others could replace the plans in it, which are pickles: if it has another owner or is a link,
-    or if others may write to it.
+    Raises ConfigError if it is not private.
     """
-    root = _root()
-    with suppress(FileExistsError):
-        root.mkdir(mode=0o700, parents=True)
-    found = root.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise ConfigError(
-            "the folder for temporary files is not yours alone",
-            where=str(root),
-            expected=f"a folder of user {os.getuid()} to which nobody else may write",
-            got=f"{stat.filemode(found.st_mode)}, of user {found.st_uid}",
-            hint="remove it, or `chmod 700` it if it is yours; or set TMPDIR to a folder of your own",
-        )
-    return root
+    return make_private_folder(_root())
 
 
 def _is_temporary(folder: str) -> bool:
@@ -462,7 +449,7 @@ def first_records(plan: Plan, count: int, options: Options) -> list[Any]:
         done = run_stages(plan, plan.stages[:-1], job, options, progress)
         # These tasks run in this process, one at a time, whatever engine ran the other tasks.
         memory_bytes = getattr(options.engine, "memory_bytes", options.total_bytes())
-        tasks = tasks_of(plan, plan.stages[-1], job, job.plan_path(plan), done, memory_bytes, options.max_bad_records)
+        tasks = tasks_of(plan, plan.stages[-1], job, job.plan_path, done, memory_bytes, options.max_bad_records)
         found: list[Any] = []
         records_read: list[tuple[int, ...]] = []
         for task in tasks:

@@ -4,7 +4,7 @@ The job folder holds the files that tasks write for each other and for the next 
 
     .manyhands/
       lock             the lock, which one run holds, or its ranks share
-      plan-IDENTITY    the plan, which workers load
+      plan-IDENTITY-HASH   the plan, which workers load; ranks may have a file each
       IDENTITY/        the files of a stage: part-N.runs or output files, part-N.done, part-N.bad
 """
 
@@ -30,10 +30,20 @@ from manyhands.prepare.plan.plan import CachedFiles, Plan, Read, Shuffled, Stage
 from manyhands.prepare.records.pickling import pickled
 from manyhands.prepare.records.pipeline import BadRecord, too_many_bad_records
 from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, lost_records
-from manyhands.prepare.task import Task, TaskResult, bad_path, finished_tasks, remove_torn, runs_path
+from manyhands.prepare.task import (
+    Task,
+    TaskResult,
+    bad_path,
+    finished_tasks,
+    plan_name,
+    plan_prefix,
+    remove_torn,
+    runs_path,
+)
 from manyhands.storage.atomic import TEMPORARY, remove_temporary_files, write_atomic
 from manyhands.storage.files import exists, join_path, make_folder, names_in, read_bytes, remove
 from manyhands.storage.location import is_local
+from manyhands.storage.private import make_private_folder
 from manyhands.storage.run_lock import FileLock
 
 _CLEARING = "clearing"
@@ -55,7 +65,11 @@ class JobFolder:
     def __init__(self, path: str, *, together: bool = False, output: str | None = None) -> None:
         self.path, self.together, self._output = path, together, output
         self._alone = not together
-        make_folder(path)
+        self.plan_path = ""  # until `prepare` has saved a plan
+        if is_local(path):
+            make_private_folder(Path(path))
+        else:
+            make_folder(path)
         self._lock: FileLock | None = None
         if is_local(path):
             self._lock = FileLock(join_path(path, "lock"))
@@ -89,11 +103,13 @@ class JobFolder:
             self._refuse_other_plans(plan)
         for stage in plan.stages:
             make_folder(self.stage(stage))
-        write_atomic(self.plan_path(plan), pickled(plan))
+        packed = pickled(plan)
+        self.plan_path = join_path(self.path, plan_name(plan, packed))
+        write_atomic(self.plan_path, packed)
         if self.together and self._lock is not None:
             self._lock.take(shared=True)
             self._alone = False
-        return self.plan_path(plan)
+        return self.plan_path
 
     def _clear(self, plan: Plan) -> None:
         current = {self.stage(stage).rpartition("/")[2] for stage in plan.stages}
@@ -108,9 +124,9 @@ class JobFolder:
                 remove_temporary_files(Path(self._output))
 
     def _refuse_other_plans(self, plan: Plan) -> None:
-        mine = self.plan_path(plan).rpartition("/")[2]
+        mine = plan_prefix(plan)
         others = [name for name in names_in(self.path) if name.startswith("plan-") and not name.endswith(TEMPORARY)]
-        if set(others) - {mine}:
+        if not all(name.startswith(mine) for name in others):
             raise ConfigError(
                 "the ranks don't run the same job",
                 where=self.path,
@@ -119,10 +135,6 @@ class JobFolder:
                 hint="all ranks must run the same script with the same Python and Manyhands, and see the same input "
                 "files; if an earlier version of the job was killed, start one rank first, or remove the folder",
             )
-
-    def plan_path(self, plan: Plan) -> str:
-        """Return the path of the plan's file. Each plan has its own file, because workers cache plans by path."""
-        return join_path(self.path, f"plan-{plan.identity[:20]}")
 
     def sweep(self, plan: Plan) -> None:
         """Remove the temporary files of killed tasks."""
