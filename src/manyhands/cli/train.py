@@ -32,6 +32,7 @@ from manyhands.cli.workers import (
 )
 from manyhands.config import Strategy
 from manyhands.errors import CheckpointError, ConfigError
+from manyhands.output import say
 
 if TYPE_CHECKING:
     from manyhands.config import Batch
