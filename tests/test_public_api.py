@@ -84,6 +84,9 @@ OPTIONS = {
     "run": {"--max-restarts", "--workers", "-n", "script"},
     "compare": {"--json", "other", "run"},
     "join": {
+        "--amend",
+        "--from-step",
+        "--skip-step",
         "--accept-new-numerics",
         "--checkpoint-dir",
         "--checkpoint-every",

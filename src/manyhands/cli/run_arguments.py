@@ -16,6 +16,7 @@ from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
     from manyhands.documents.recipe_file import RecipeSchema
+    from manyhands.engine.step.amendments import Amendments
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,29 @@ class RunArguments:
             "number of threads).",
         ),
     ] = False
+    skip_step: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Skip step N, counted from 0 as in errors: its data are passed over. Repeat as needed. The run "
+            "directory records it.",
+            show_default=False,
+        ),
+    ] = None
+    amend: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="With --from-step: change a setting in the middle of the run, such as optimizer.lr=1e-4 or "
+            "clip_norm=0.5. Repeat as needed. The run directory records it.",
+            show_default=False,
+        ),
+    ] = None
+    from_step: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="The first step with the settings of --amend.", show_default=False),
+    ] = None
 
     def overrides(self, strategy: Mapping[str, Any]) -> list[str]:
         """Return the overrides of the recipe: those of --set, and the options of the strategy."""
@@ -111,6 +135,20 @@ class RunArguments:
             )
         return steps
 
+    def amendments(self) -> Amendments:
+        """Return the steps to skip and the changed settings. Raises ConfigError."""
+        from manyhands.documents.toml import parse_override
+        from manyhands.engine.step.amendments import amendments_of
+
+        if bool(self.amend) != (self.from_step is not None):
+            raise ConfigError(
+                "--amend and --from-step must be used together",
+                expected="--amend optimizer.lr=1e-4 --from-step 500, for example",
+                got="--amend alone" if self.amend else "--from-step alone",
+            )
+        settings = dict(parse_override("--amend", text) for text in self.amend or ())
+        return amendments_of(self.skip_step or (), {self.from_step or 0: settings})
+
     def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
         """Describe the training for the workers, as JSON values.
 
@@ -129,6 +167,7 @@ class RunArguments:
                 "keep_every": self.keep_every,
                 "digest_every": self.digest_every,
                 "accept_new_numerics": self.accept_new_numerics,
+                "amendments": self.amendments().as_json(),
             },
         }
 
@@ -141,7 +180,8 @@ class RunArguments:
             value = getattr(self, field.name)
             if field.name not in ("recipe", "workers", "set_", "run_dir") and value != field.default:
                 flag = f"--{field.name.replace('_', '-')}"
-                written += [flag] if value is True else [flag, str(value)]
+                for each in value if isinstance(value, list) else [value]:
+                    written += [flag] if each is True else [flag, str(each)]
         return written
 
 

@@ -36,7 +36,6 @@ from manyhands.output import say
 
 if TYPE_CHECKING:
     from manyhands.config import Batch
-    from manyhands.engine.step.amendments import Amendments
     from manyhands.storage.location import Location
 
 
@@ -97,49 +96,11 @@ class TrainArguments(RunArguments):
             help="Begin the run in --run-dir anew. Its metrics, events, digests and checkpoints move to a subfolder.",
         ),
     ] = False
-    skip_step: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Skip step N, counted from 0 as in errors: its data are passed over. Repeat as needed. The run "
-            "directory records it.",
-            show_default=False,
-        ),
-    ] = None
-    amend: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="With --from-step: change a setting in the middle of the run, such as optimizer.lr=1e-4 or "
-            "clip_norm=0.5. Repeat as needed. The run directory records it.",
-            show_default=False,
-        ),
-    ] = None
-    from_step: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=0, help="The first step with the settings of --amend.", show_default=False),
-    ] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False
-
-    def amendments(self) -> Amendments:
-        """Return the steps to skip and the changed settings. Raises ConfigError."""
-        from manyhands.documents.toml import parse_override
-        from manyhands.engine.step.amendments import amendments_of
-
-        if bool(self.amend) != (self.from_step is not None):
-            raise ConfigError(
-                "--amend and --from-step must be used together",
-                expected="--amend optimizer.lr=1e-4 --from-step 500, for example",
-                got="--amend alone" if self.amend else "--from-step alone",
-            )
-        settings = dict(parse_override("--amend", text) for text in self.amend or ())
-        return amendments_of(self.skip_step or (), {self.from_step or 0: settings})
 
     def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
         request = super().request(overrides, steps, run_dir)
-        training = {**request["training"], "adopt": self.adopt, "amendments": self.amendments().as_json()}
-        return {**request, "json": self.as_json, "training": training}
+        return {**request, "json": self.as_json, "training": {**request["training"], "adopt": self.adopt}}
 
 
 @with_parameters(TrainArguments, Strategy, after="workers", as_overrides=True)
