@@ -14,7 +14,7 @@ from rich.console import Console
 
 from manyhands.engine.step.metrics import PHASES, StepMetrics
 from manyhands.formatting import GIB, MIB, format_bytes, format_count, format_seconds
-from manyhands.listeners.summary import Summary, figures, render, to_json
+from manyhands.listeners.summary import StepFigures, Summary, render, to_json
 from manyhands.listeners.tensorboard import TensorBoardLog
 from manyhands.listeners.terminal import BytesProgress, TrainingProgress
 
@@ -38,7 +38,7 @@ def step_metrics(step: int, step_seconds: float = 1.0) -> StepMetrics:
 def summary(**changes: Any) -> Summary:
     values: dict[str, Any] = {
         "name": "gpt",
-        **figures([step_metrics(step, 9.0 if step == 0 else 1.0) for step in range(5)])._asdict(),
+        **StepFigures(step_metrics(step, 9.0 if step == 0 else 1.0) for step in range(5)).figures()._asdict(),
         "peak_memory_bytes_per_worker": [1191 * MIB, 1187 * MIB],
         "workers": 2,
         "sharding": "zero2",
@@ -92,15 +92,29 @@ def test_bytes(count: float, text: str) -> None:
 
 
 def test_figures_are_medians_so_a_slow_first_step_does_not_distort_them() -> None:
-    found = figures([step_metrics(0, 9.0), step_metrics(1), step_metrics(2)])
+    found = StepFigures([step_metrics(0, 9.0), step_metrics(1), step_metrics(2)]).figures()
     assert found.steps == 3
     assert (found.first_loss, found.last_loss) == (5.0, 5.0 / 3)
     assert (found.tokens_per_second, found.step_seconds_median) == (2000.0, 1.0)
     assert found.seconds_by_phase == SECONDS
-    nothing = figures([])
+    nothing = StepFigures().figures()
     assert nothing.steps == 0
     assert math.isnan(nothing.last_loss)
     assert set(nothing.seconds_by_phase) == set(PHASES)
+
+
+def test_figures_take_bounded_memory_however_many_steps_there_are() -> None:
+    found = StepFigures()
+    for step in range(20_000):
+        found.add(step_metrics(step, 1.0 + step % 2))
+    shown, few = found.figures(), StepFigures(step_metrics(step, 1.0) for step in range(9)).figures()
+    assert len(found._samples) < 8192
+    assert (shown.steps, shown.first_loss, shown.last_loss) == (
+        20_000,
+        step_metrics(0).loss,
+        step_metrics(19_999).loss,
+    )
+    assert shown.seconds_by_phase.keys() == few.seconds_by_phase.keys()
 
 
 def test_the_summary_shows_all_figures() -> None:
@@ -120,7 +134,7 @@ def test_the_summary_fits_every_terminal(width: int) -> None:
 
 
 def test_the_summary_is_shown_with_missing_figures() -> None:
-    nothing = figures([])._asdict()
+    nothing = StepFigures().figures()._asdict()
     text = rendered(summary(**nothing, sample=None, peak_memory_bytes_per_worker=[], workers=1))
     assert text.count("not measured") == 2
     assert "sample" not in text

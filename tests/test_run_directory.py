@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,8 +21,10 @@ from torch import nn
 
 import manyhands as mh
 from manyhands.config import Batch, Recipe, Strategy
+from manyhands.doctor.compare import compare_runs, explain_comparison
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
+from manyhands.listeners import run_directory
 from manyhands.listeners.run_directory import RunDirectory, write_json
 from manyhands.storage.run_lock import is_locked, run_lock
 from support.models import gpt_recipe
@@ -297,3 +300,37 @@ def test_an_active_run_is_not_started_twice(tmp_path: Path) -> None:
     assert f"process {os.getpid()} on" in done.stderr
     assert not (tmp_path / "run" / "manifest.json").exists()
     mh.train(gpt_recipe(), steps=1, run_dir=tmp_path / "run", show=False)
+
+
+def test_tables_of_hashes_are_bounded_and_runs_keep_those_of_the_same_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_directory, "MOST_TABLES", 16)
+    kept = {}
+    for name, steps in (("short", 500), ("long", 2000)):
+        run = RunDirectory(tmp_path / name)
+        (run.digests / "step-00000001.npy").symlink_to(tmp_path / "mine")
+        for step in range(10, steps + 1, 10):
+            run.write_digests(step, np.zeros(3, dtype=np.uint64))
+        kept[name] = {int(path.stem[5:]) for path in run.digests.glob("step-*.npy") if not path.is_symlink()}
+        assert (run.digests / "step-00000001.npy").is_symlink()
+        assert len(kept[name]) <= 16
+        assert {steps - 10 * back for back in range(7)} <= kept[name]
+    assert len({step for step in kept["long"] if step <= 500} & kept["short"]) >= 1
+    monkeypatch.setattr(run_directory, "MOST_TABLE_BYTES", 1)
+    run.write_digests(2010, np.zeros(3, dtype=np.uint64))
+    assert 2010 in {int(path.stem[5:]) for path in run.digests.glob("step-*.npy")}
+
+
+def test_a_difference_is_located_in_a_later_table_if_the_first_is_deleted(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        run = RunDirectory(tmp_path / name)
+        run.write_manifest({}, {})
+        run.write_recipe({})
+        write_json(run.digests / "tensors.json", {"tensors": [["weight", 2048]], "buffers": {}})
+        for step in (1, 2, 3):
+            run.append_metrics(dataclasses.replace(step_metrics(step - 1), digest=f"{name if step > 1 else ''}{step}"))
+        run.write_digests(3, np.array([7, 8 if name == "one" else 9], dtype=np.uint64))
+    comparison = compare_runs(tmp_path / "one", tmp_path / "other")
+    assert (comparison.step, comparison.located_step, comparison.tensor, comparison.block) == (2, 3, "weight", 1)
+    assert "found after step 3" in explain_comparison(comparison, "one", "other")

@@ -10,7 +10,7 @@ import numpy as np
 
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
-from manyhands.listeners.run_directory import RunDirectory
+from manyhands.listeners.run_directory import RunDirectory, table_name
 from manyhands.shard_layout import BLOCK, blocks_of
 
 
@@ -21,10 +21,11 @@ class Comparison:
     The steps that have a digest in both runs are compared. steps_compared: the number of these steps. equal: True if
     the digests are equal after each of them. step: the first step whose digests differ (counted from 1, as in "after
     step n").
-    last_equal_step: the compared step before `step`. tensor, block, elements: the first difference in `step`: the name
+    last_equal_step: the compared step before `step`. tensor, block, elements: the first difference: the name
     of the parameter or buffer, the number of the block in this tensor, and the range [start, end) of elements.
-    is_buffer: True if the tensor is a buffer. tensors_differing, blocks_differing: the numbers of tensors and blocks
-    that differ. differences: other differences between the two runs (recipe, numerics).
+    located_step: the step in which it was found, which is later than `step` if a run has deleted its table of hashes of
+    `step`. is_buffer: True if the tensor is a buffer. tensors_differing, blocks_differing: the numbers of tensors and
+    blocks that differ. differences: other differences between the two runs (recipe, numerics).
     """
 
     equal: bool
@@ -37,6 +38,7 @@ class Comparison:
     elements: tuple[int, int] | None = None
     tensors_differing: int = 0
     blocks_differing: int = 0
+    located_step: int | None = None
     differences: tuple[str, ...] = ()
 
 
@@ -56,7 +58,7 @@ def compare_runs(one: str | Path, other: str | Path) -> Comparison:
     if differing is None:
         return Comparison(equal=True, steps_compared=len(common), differences=differences)
     before = [step for step in common if step < differing]
-    found = _first_block(runs[0], runs[1], differing)
+    found = _first_block(runs[0], runs[1], [step for step in common if first[step] != second[step]])
     return Comparison(
         equal=False,
         steps_compared=len(common),
@@ -85,6 +87,8 @@ def explain_comparison(comparison: Comparison, one: str, other: str) -> str:
                 f" {comparison.blocks_differing} differing blocks, in {comparison.tensors_differing} parameters and"
                 " buffers"
             )
+            if comparison.located_step != comparison.step:
+                lines.append(f"  found after step {comparison.located_step}, because older tables are deleted")
     lines += [f"  {difference}" for difference in comparison.differences]
     return "\n".join(lines)
 
@@ -111,19 +115,24 @@ def _tensors(run: RunDirectory) -> tuple[list[tuple[str, int]], dict[str, int]]:
         raise DataError("the run's list of parameters and buffers can't be read", where=str(path), got=error) from error
 
 
-def _first_block(one: RunDirectory, other: RunDirectory, step: int) -> dict[str, object]:
+def _first_block(one: RunDirectory, other: RunDirectory, differing: list[int]) -> dict[str, object]:
+    """Return the first difference in the first of the steps for which both runs still have a table of hashes."""
     (names, buffers), others = _tensors(one), _tensors(other)
     if (names, buffers) != others:
         name = next((a[0] for a, b in zip(names, others[0], strict=False) if a != b), "the number of tensors")
         return {"tensor": f"{name} (the models differ)"}
-    try:
-        tables = [np.load(run.digests / f"step-{step:08d}.npy") for run in (one, other)]
-    except (OSError, ValueError):
-        return {}  # the tables of hashes are missing, so the difference can't be located
+    for step in differing:
+        try:
+            tables = [np.load(run.digests / table_name(step)) for run in (one, other)]
+            break
+        except (OSError, ValueError):  # the table was deleted, because a run keeps only some
+            continue
+    else:
+        return {}  # the difference can't be located
     unequal = np.flatnonzero(tables[0] != tables[1])
     if not len(unequal):
         return {}
-    found: dict[str, object] = {"blocks_differing": len(unequal)}
+    found: dict[str, object] = {"blocks_differing": len(unequal), "located_step": step}
     first, tensors = 0, 0
     for name, words in names:
         last = first + blocks_of(words)

@@ -14,10 +14,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import platform
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +43,32 @@ AMENDMENTS = "amendments.json"
 
 _BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", AMENDMENTS, "metrics.jsonl", "events.jsonl", LOCK)
 """The names of the files and folders that a run may write before its manifest."""
+
+
+MOST_TABLES, LEAST_TABLES, MOST_TABLE_BYTES = 128, 16, 1 << 30
+"""The limits of the tables of hashes that a run keeps. A table has 8 bytes for each block of 1,024 parameters."""
+
+_TABLE = re.compile(r"step-(\d{8,})\.npy")
+
+
+def table_name(step: int) -> str:
+    """Return the name of the table with the hashes of all blocks after `step` steps."""
+    return f"step-{step:08d}.npy"
+
+
+def tables_to_keep(steps: Iterable[int], most: int) -> set[int]:
+    """Return at most `most` of these steps: the newest, and of the older ones evenly spaced ones.
+
+    The spacing depends on the steps alone, so runs of about the same length keep tables of the same steps, and the
+    steps of a longer run are among those of a shorter one.
+    """
+    ordered = sorted(steps)
+    older, newest = ordered[: -(most // 2)], ordered[-(most // 2) :]
+    spacing = math.gcd(*older)
+    while len(older) > most - most // 2:
+        spacing *= 2
+        older = [step for step in older if step % spacing == 0]
+    return {*older, *newest}
 
 
 class RunDirectory:
@@ -194,10 +222,21 @@ class RunDirectory:
         _append(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
 
     def write_digests(self, step: int, hashes: Any) -> None:
-        """Write the hashes of all blocks after `step` steps, as a NumPy array. Raises ConfigError."""
+        """Write the hashes of all blocks after `step` steps, as a NumPy array. Raises ConfigError.
+
+        Deletes older tables, so that at most MOST_TABLES remain, and about MOST_TABLE_BYTES. See `tables_to_keep`.
+        """
         table = io.BytesIO()
         np.save(table, hashes)
-        _write(self.digests / f"step-{step:08d}.npy", table.getvalue(), durable=False)
+        _write(self.digests / table_name(step), table.getvalue(), durable=False)
+        found = {int(match[1]): match[0] for match in map(_TABLE.fullmatch, os.listdir(self.digests)) if match}
+        most = max(LEAST_TABLES, min(MOST_TABLES, MOST_TABLE_BYTES // table.tell()))
+        try:
+            for other in found.keys() - tables_to_keep(found, most):
+                if not (self.digests / found[other]).is_symlink():
+                    (self.digests / found[other]).unlink(missing_ok=True)
+        except OSError as error:
+            raise _not_writable(self.digests, error) from error
 
     def read_events(self) -> list[dict[str, Any]]:
         """Return all events in the order in which they were written, without partial lines."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ class Figures(NamedTuple):
 class Summary:
     """The result of a run.
 
-    steps, first_loss, last_loss, tokens_per_second, step_seconds_median, seconds_by_phase: computed by `figures`.
+    steps, first_loss, last_loss, tokens_per_second, step_seconds_median, seconds_by_phase: computed by `StepFigures`.
     peak_memory_bytes_per_worker: the peak of each worker, by rank.
     sharding, precision: as in the strategy and the recipe. transport: the transport in use (never "auto").
     parameters: the number of elements in the model. sample: the text that recipe.sample returned, if any.
@@ -102,25 +102,48 @@ def failures_among(events: Sequence[dict[str, Any]]) -> Failures:
     return Failures(count, seconds, steps)
 
 
-def figures(metrics: Sequence[StepMetrics]) -> Figures:
-    """Compute the figures of these steps. They are NaN if there are no steps.
+_MOST_SAMPLES = 4096
+
+
+class StepFigures:
+    """Computes `Figures` while steps are added, in a bounded amount of memory.
 
     first_loss, last_loss: the losses of the first and the last step. tokens_per_second counts samples if the loss
     function returns no weights; `throughput_unit` states the unit. tokens_per_second, step_seconds_median and
-    seconds_by_phase are medians over the steps, so that a slow first step or a checkpoint does not distort them.
+    seconds_by_phase are medians, so that a slow first step or a checkpoint does not distort them. After many steps they
+    are medians over evenly spaced steps, at least _MOST_SAMPLES of them. All are NaN if there are no steps.
     """
-    metrics = [each for each in metrics if not each.skipped]
-    if not metrics:
-        return Figures(0, math.nan, math.nan, math.nan, "tokens", math.nan, dict.fromkeys(PHASES, 0.0))
-    return Figures(
-        steps=len(metrics),
-        first_loss=metrics[0].loss,
-        last_loss=metrics[-1].loss,
-        tokens_per_second=median(m.amount / m.step_seconds if m.step_seconds > 0 else math.nan for m in metrics),
-        throughput_unit=metrics[-1].unit,
-        step_seconds_median=median(m.step_seconds for m in metrics),
-        seconds_by_phase={phase: median(m.seconds.get(phase, 0.0) for m in metrics) for phase in PHASES},
-    )
+
+    def __init__(self, metrics: Iterable[StepMetrics] = ()) -> None:
+        self._steps, self._stride = 0, 1
+        self._first_loss = self._last_loss = math.nan
+        self._unit = "tokens"
+        self._samples: list[tuple[float, ...]] = []  # tokens per second, seconds, and seconds of each phase
+        for each in metrics:
+            self.add(each)
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Add a completed step. Skipped steps don't count."""
+        if metrics.skipped:
+            return
+        if not self._steps:
+            self._first_loss = metrics.loss
+        self._last_loss, self._unit = metrics.loss, metrics.unit
+        if self._steps % self._stride == 0:
+            rate = metrics.amount / metrics.step_seconds if metrics.step_seconds > 0 else math.nan
+            phases = (metrics.seconds.get(phase, 0.0) for phase in PHASES)
+            self._samples.append((rate, metrics.step_seconds, *phases))
+        self._steps += 1
+        if len(self._samples) >= 2 * _MOST_SAMPLES:
+            self._samples, self._stride = self._samples[::2], 2 * self._stride
+
+    def figures(self) -> Figures:
+        """Return the figures of all steps so far."""
+        if not self._steps:
+            return Figures(0, math.nan, math.nan, math.nan, "tokens", math.nan, dict.fromkeys(PHASES, 0.0))
+        rate, seconds, *phases = map(median, zip(*self._samples, strict=True))
+        by_phase = dict(zip(PHASES, phases, strict=True))
+        return Figures(self._steps, self._first_loss, self._last_loss, rate, self._unit, seconds, by_phase)
 
 
 def to_json(summary: Summary) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from manyhands.config import Every, Recipe, Strategy, every
 from manyhands.engine.agreement import agree, all_gather_json
 from manyhands.engine.step.amendments import amendments_of
 from manyhands.errors import ConfigError, Interrupted
-from manyhands.listeners.summary import Summary, failures_among, figures
+from manyhands.listeners.summary import Summary, failures_among
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import seed_generators
 from manyhands.offload.process_memory import PeakMemory
@@ -175,7 +175,7 @@ def _summary(engine: Engine, record: RunRecord, peak_bytes: int, wall_seconds: f
                 if not (sample is None or isinstance(sample, str)):
                     raise ConfigError("recipe.sample did not return text", got=repr(sample)[:80])
     # Only worker 0 has the metrics and the sample. All workers return the same summary.
-    mine = {**figures(record.metrics)._asdict(), **failures_among(record.read_events())._asdict(), "sample": sample}
+    mine = {**record.figures.figures()._asdict(), **failures_among(record.read_events())._asdict(), "sample": sample}
     all_ranks: list[Any] = all_gather_json(group, (mine, peak_bytes), "end / figures / control")
     record.event("ended", step=engine.step_index, digest=digest)
     (of_worker_0, _), peaks = all_ranks[0], [peak for _, peak in all_ranks]

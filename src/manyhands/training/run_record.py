@@ -32,6 +32,7 @@ from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.listeners.gaps import Gaps
 from manyhands.listeners.run_directory import RunDirectory, write_json
+from manyhands.listeners.summary import StepFigures
 from manyhands.listeners.tensorboard import TensorBoardLog
 from manyhands.listeners.terminal import TrainingProgress
 from manyhands.members.processes import oom_kills
@@ -87,7 +88,7 @@ class RunRecord:
         self._run = NO_DIRECTORY  # worker 0's value counts
         self.checkpoints = _checkpoint_location(run_dir, checkpoint_dir)
         self._checkpoints_before = None if self.path is None else checkpoints_of(self.path)
-        self.metrics: list[StepMetrics] = []
+        self.figures = StepFigures()
         self.notes: list[str] = []
         self.log: Console | None = None  # of worker 0; the other workers' output goes to their own log files
         self._directory: RunDirectory | None = None
@@ -198,7 +199,7 @@ class RunRecord:
         engine, directory = self.engine, self._directory
         repeats = sum(metrics.step >= engine.step_index for metrics in directory.read_metrics())
         directory.truncate_metrics(engine.step_index)
-        self.metrics = directory.read_metrics()
+        self.figures = StepFigures(directory.read_metrics())
         self.event(
             "started",
             step=engine.step_index,
@@ -295,7 +296,7 @@ class RunRecord:
         """Record a completed step."""
         if self.engine.group.rank != 0:
             return
-        self.metrics.append(metrics)
+        self.figures.add(metrics)
         for change in self.engine.amendments.at(metrics.step):
             self.event("amended", step=metrics.step, key=change.key, value=change.value)
             self.report(str(change))
