@@ -21,6 +21,7 @@ import manyhands as mh
 from manyhands.errors import Interrupted
 from manyhands.surroundings import STOP_SIGNALS
 from support.models import gpt_recipe
+from support.processes import started
 
 RECIPE = str(Path(__file__).resolve().parent / "support" / "faulty.toml")
 STEPS = 40
@@ -168,6 +169,25 @@ def test_a_script_is_stopped_by_any_stop_signal_to_it_and_its_loader_processes(
         )
     assert "step-00000002" in str(caught.value.where)
     assert signal.getsignal(number) == before
+
+
+def test_a_background_job_of_a_script_ignores_ctrl_c_and_follows_sigterm(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    ignoring = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command(run_dir, "--workers", "1")]
+    with started(ignoring, start_new_session=True) as process:
+        while not (run_dir / "metrics.jsonl").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        for pid in [*descendants(process.pid), process.pid]:
+            os.kill(pid, signal.SIGINT)
+        steps = len((run_dir / "metrics.jsonl").read_text().splitlines())
+        while len((run_dir / "metrics.jsonl").read_text().splitlines()) < steps + 3:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "as requested (SIGTERM)" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP], ids=lambda number: number.name)

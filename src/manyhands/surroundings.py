@@ -25,12 +25,18 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
 def to_handle() -> list[signal.Signals]:
     """Return the stop signals to handle in this process.
 
-    SIGINT and SIGTERM are always handled. The program's own handlers for the others stay, and so do signals that are
-    ignored (by nohup, for example): programs use SIGUSR1 and SIGUSR2 for their own purposes.
+    Signals that are ignored stay ignored: nohup ignores SIGHUP, and a shell without job control starts background jobs
+    with SIGINT ignored, so that Ctrl-C ends only what runs in the foreground. SIGINT and SIGTERM are handled in all
+    other cases. The program's own handlers for the others stay: programs use SIGUSR1 and SIGUSR2 for their own
+    purposes.
     """
-    unused = (signal.SIG_DFL, signal.default_int_handler)
-    always = (signal.SIGINT, signal.SIGTERM)
-    return [number for number in STOP_SIGNALS if number in always or signal.getsignal(number) in unused]
+    unused, replaced = (signal.SIG_DFL, signal.default_int_handler), (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    return [
+        number
+        for number, handler in handlers.items()
+        if handler in unused or (number in replaced and handler is not signal.SIG_IGN)
+    ]
 
 
 class StopSignals:

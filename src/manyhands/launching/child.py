@@ -54,7 +54,8 @@ def become_worker(folder: str) -> None:
 
     Does not return.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C before the exec ends the process without a traceback
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C before the exec ends the process without a traceback
     try:
         with open(os.path.join(folder, PLAN_FILE), encoding="utf-8") as file:
             plan = json.load(file)
