@@ -13,13 +13,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+import contenders
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("manyhands-zero2", "manyhands-ddp", "torch.save", "dcp", "dcp-async")
@@ -34,7 +35,7 @@ def measure(kind: str, folder: str, depth: int) -> list[dict[str, float]]:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)),
         *(str(HERE / "checkpoint_worker.py"), kind, folder, "--depth", str(depth)),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = contenders.run(command, environment, 900)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"kind"')]
     if not lines:
         sys.stderr.write(done.stderr[-2000:])
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=8, help="blocks of the GPT, 7.1 M parameters each")
     parser.add_argument("--folder", help="where to write (default: the folder for temporary files)")
     options = parser.parse_args()
+    contenders.stop_on_signals()
     console = Console(width=max(100, Console().width))
     results: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for number in range(options.rounds):

@@ -23,6 +23,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import contenders
+
 HERE = Path(__file__).resolve().parent
 PLAIN, NONE, CPU = "plain", "manyhands-ddp-none", "manyhands-ddp-cpu"
 KINDS = (PLAIN, "plain-any-kernels", NONE, CPU, "manyhands-zero3-cpu", "deepspeed-offload")
@@ -39,7 +41,7 @@ def measure(kind: str, options: argparse.Namespace, **changes: int) -> Record:
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     command = [sys.executable, str(HERE / "gpu_worker.py"), kind, "--threads", str(options.threads), *words]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.seconds)
+        done = contenders.run(command, environment, options.seconds)
     except subprocess.TimeoutExpired:
         return {"error": f"took longer than {options.seconds} seconds"}
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"kind"')]
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="look for the largest model, too")
     parser.add_argument("--most", type=int, default=4096, help="blocks of the largest model to try")
     options = parser.parse_args()
+    contenders.stop_on_signals()
     console = Console(width=max(120, Console().width))
     results: Record = {"speeds": speeds(options, console)}
     if options.largest:

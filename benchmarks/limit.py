@@ -13,13 +13,14 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+import contenders
 
 HERE = Path(__file__).resolve().parent
 WIDTH, VOCABULARY = 1280, 8192
@@ -66,7 +67,7 @@ def run(kind: str, workers: int, folder: Path | None, options: argparse.Namespac
         *(str(word) for option in words.items() for word in option),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.seconds)
+    done = contenders.run(command, environment, options.seconds)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"kind"')]
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--scratch", default="", help="a folder on a disk (default: a new temporary folder)")
     parser.add_argument("--seconds", type=int, default=1800, help="how long a contender may take")
     options = parser.parse_args()
+    contenders.stop_on_signals()
     made = None if options.scratch else tempfile.mkdtemp(prefix="manyhands-")
     options.scratch = options.scratch or made
     parameters = options.depth * (12 * WIDTH**2 + 13 * WIDTH) + WIDTH * (2 * VOCABULARY + options.length + 2)
@@ -93,7 +95,7 @@ def main() -> None:
         highlight=False,
     )
     table = Table("", "workers", "limit", "outcome", "peak MiB", "s/step", "loss", "digest")
-    contenders = (
+    entries = (
         ("plain", 1, True),
         ("ddp", WORKERS, True),
         ("manyhands-zero3-disk", WORKERS, True),
@@ -101,7 +103,7 @@ def main() -> None:
     )
     digests = []
     try:
-        for kind, workers, limited in contenders:
+        for kind, workers, limited in entries:
             peaks = ""
             if limited:
                 limits = Limits(limit)

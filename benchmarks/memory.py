@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+import contenders
 import manyhands as mh
 from gpt import GPT
 from manyhands.planner.footprint import Footprint, footprint, sizes_of
@@ -153,15 +154,16 @@ class Run:
                 *(str(HERE / "memory_worker.py"), str(control), str(depth), json.dumps(given)),
             ]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-            thread = threading.Thread(target=self._read, daemon=True)
-            thread.start()
-            for line in process.stdout or ():
-                if line.startswith("{"):
-                    self._hear(json.loads(line))
-            self._done.set()
-            thread.join()
-            if process.wait() != 0:
+            with contenders.running(command, env=environment, stdout=subprocess.PIPE, stderr=errors) as process:
+                thread = threading.Thread(target=self._read, daemon=True)
+                thread.start()
+                for line in process.stdout or ():
+                    if line.startswith("{"):
+                        self._hear(json.loads(line))
+                self._done.set()
+                thread.join()
+                process.wait()
+            if process.returncode != 0:
                 errors.seek(0)
                 raise SystemExit(f"{list(self._cases)} failed:\n{errors.read()[-3000:]}")
 
@@ -201,6 +203,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also repeat cases that were measured before")
     parser.add_argument("--no-report", action="store_true", help="leave docs/memory.md as it is")
     options = parser.parse_args()
+    contenders.stop_on_signals()
     RESULTS.parent.mkdir(exist_ok=True)
     rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     together: dict[tuple[str, int, str, str], list[Case]] = {}  # per offload, because files need other malloc settings

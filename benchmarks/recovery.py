@@ -22,7 +22,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+import contenders
 
 HERE = Path(__file__).resolve().parent
 WORKER = HERE / "recovery_worker.py"
@@ -85,10 +86,11 @@ def run(kind: str, steps: int, every: int, kills: list[tuple[int, int]]) -> dict
         folder, left, began = Path(name), list(kills), time.monotonic()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         environment |= OWN_STORE if kind == "ddp" else {}
-        with (folder / "output").open("wb") as output:
-            process = subprocess.Popen(
-                command_of(kind, folder, steps, every), env=environment, stdout=output, stderr=output
-            )
+        command = command_of(kind, folder, steps, every)
+        with (
+            (folder / "output").open("wb") as output,
+            contenders.running(command, env=environment, stdout=output, stderr=output) as process,
+        ):
             changed, known = began, (0, 0)
             while process.poll() is None:
                 made = steps_made(kind, folder)
@@ -100,12 +102,7 @@ def run(kind: str, steps: int, every: int, kills: list[tuple[int, int]]) -> dict
                         left.pop(0)
                         os.kill(pid, signal.SIGKILL)
                 if time.monotonic() - changed > NO_CHANGE_SECONDS:
-                    for rank in range(2):  # workers first: a launcher that is killed leaves them running
-                        pid = pid_of(folder, rank)
-                        if pid is not None:
-                            os.kill(pid, signal.SIGKILL)
-                    process.kill()
-                    process.wait()
+                    contenders.end(process)
                 time.sleep(0.02)
         if process.returncode or left:
             (HERE.parent / "runs").mkdir(exist_ok=True)
@@ -159,6 +156,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--rounds", type=int, default=1, help="each with different kills")
     options = parser.parse_args()
+    contenders.stop_on_signals()
     console = Console(width=120, highlight=False)
     results: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {kind: [] for kind in KINDS}
     for number in range(options.rounds):

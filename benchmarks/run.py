@@ -18,7 +18,6 @@ import importlib.util
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import contenders
 from manyhands.numerics.arithmetic import bf16_instructions
 from measure import Turns
 
@@ -178,14 +178,8 @@ def start(setting: Setting, kind: str, steps: int, turns: str = "") -> subproces
     }
     # DeepSpeed compiles an extension at its first use, with the ninja next to this Python.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return subprocess.Popen(
-        command_of(setting, kind, steps),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that a contender that hangs can be ended with all its workers
-    )
+    pipe = subprocess.PIPE
+    return contenders.start(command_of(setting, kind, steps), env=environment, stdout=pipe, stderr=pipe)
 
 
 def end(process: subprocess.Popen[str], seconds: float = SECONDS_ALLOWED) -> Record:
@@ -193,11 +187,11 @@ def end(process: subprocess.Popen[str], seconds: float = SECONDS_ALLOWED) -> Rec
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        contenders.end(process)
         process.communicate()
         return {"error": f"took longer than {seconds:g} seconds"}
     except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)  # torch's launcher ends its workers
+        contenders.end(process)
         raise
     lines = [line for line in out.splitlines() if line.startswith('{"kind"')]
     if process.returncode or not lines:
@@ -221,8 +215,7 @@ def measure_in_turns(setting: Setting, kinds: list[str], steps: int) -> dict[str
                         break
             finally:
                 for process in processes:
-                    if process.poll() is None:
-                        os.killpg(process.pid, signal.SIGTERM)  # torch's launcher ends its workers
+                    contenders.end(process)
         ended = dict(zip(kinds, (wait.result() for wait in waits), strict=True))
     return {
         kind: [{**record, "step_ms": each} for each in record.get("steps_ms", ())] or [record]
@@ -342,6 +335,7 @@ def main() -> None:
     parser.add_argument("--in-turns", action="store_true", help="a step of each contender in turn, in one round")
     parser.add_argument("--only", nargs="+", default=[], metavar="SETTING/KIND", help='such as "2-bf16/*" "*/ddp"')
     options = parser.parse_args()
+    contenders.stop_on_signals()
     console = Console(width=max(120, Console().width))
     pairs, where = selected(options.only), machine()
     if not pairs:

@@ -1,0 +1,51 @@
+"""A benchmark that is stopped or killed leaves no contender and no worker running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from manyhands.members.processes import has_ended
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+DRIVER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import contenders
+contenders.stop_on_signals()
+launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+contenders.run([*launcher, sys.argv[2], sys.argv[3]], dict(os.environ), 600)
+"""
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+Path(sys.argv[1], f"{os.getpid()}-{os.getppid()}").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_stopped_benchmark_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "pids").mkdir()
+    command = [sys.executable, "-c", DRIVER, str(BENCHMARKS), str(tmp_path / "worker.py"), str(tmp_path / "pids")]
+    driver = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while len(found := list((tmp_path / "pids").iterdir())) < 2:
+        assert driver.poll() is None
+        time.sleep(0.05)
+    os.kill(driver.pid, number)
+    assert driver.wait(60) != 0
+    pids = {int(pid) for path in found for pid in path.name.split("-")}
+    deadline = time.monotonic() + 60
+    while not all(map(has_ended, pids)):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.05)
