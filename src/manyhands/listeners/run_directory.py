@@ -251,17 +251,16 @@ class RunDirectory:
         return [_parse(value, number, self.metrics) for number, value in complete_lines(self.metrics)]
 
     def truncate_metrics(self, step: int) -> None:
-        """Remove the metrics from step `step` on, for a run that resumes at this step.
+        """Remove the metrics from step `step` on, and a partial last line, for a run that resumes at this step.
 
         The file is shortened in place, which needs no space on a full disk. Raises DataError and ConfigError.
         """
-        later = [
-            number for number, value in complete_lines(self.metrics) if _parse(value, number, self.metrics).step >= step
-        ]
-        if later:
-            end = sum(map(len, self.metrics.read_bytes().splitlines(keepends=True)[: later[0] - 1]))
+        lines = complete_lines(self.metrics)
+        later = [number for number, value in lines if _parse(value, number, self.metrics).step >= step]
+        if self.metrics.exists():
+            kept = self.metrics.read_bytes().split(b"\n")[: later[0] - 1 if later else -1]
             try:
-                os.truncate(self.metrics, end)
+                os.truncate(self.metrics, sum(len(line) + 1 for line in kept))
             except OSError as error:
                 raise _not_writable(self.metrics, error) from error
 
