@@ -118,7 +118,7 @@ def test_an_unreadable_owner_is_refused(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"run": 1}'):
         (tmp_path / "checkpoints" / "run.json").write_text(text)
         assert "run.json can't be read" in str(refused(tmp_path / "one", None).got)
-    train(tmp_path / "one", adopt=True, steps=2)
+    train(tmp_path / "one", tmp_path / "checkpoints", adopt=True, steps=2)
 
 
 def test_two_runs_that_start_in_the_same_second_get_two_directories(tmp_path: Path) -> None:

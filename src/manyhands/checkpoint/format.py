@@ -36,13 +36,17 @@ from pydantic import (
 )
 
 from manyhands.checkpoint.tensor_file import dtype_named
-from manyhands.errors import CheckpointError
+from manyhands.errors import CheckpointError, ConfigError
 from manyhands.storage.files import names_in
-from manyhands.storage.location import Address, Location, hint_of, location_of
+from manyhands.storage.location import Address, Location, hint_of, is_local, location_of
+from manyhands.storage.untrusted import read_inside
 
 CHECKPOINT_FORMAT = 4
 
 MANIFEST = "manifest.json"
+
+OWNER = "run.json"
+"""The record of the run that a folder of checkpoints belongs to, see `checkpoint.owner`."""
 
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -223,17 +227,41 @@ def list_checkpoints(root: Location) -> list[tuple[int, Location]]:
     return sorted((int(match[1]), root / match[0]) for match in map(_NAME.fullmatch, names) if match)
 
 
+def recorded_checkpoints(run_dir: Path) -> str | None:
+    """Return the path or address of checkpoints outside of the run directory that its manifest names, if any."""
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        found = json.loads(read_inside(run_dir / MANIFEST)).get("checkpoints")
+        return found if isinstance(found, str) and found else None
+    return None
+
+
 def checkpoints_of(run_dir: Path, checkpoint_dir: str | Location | None = None) -> Location:
     """Return the location of a run's checkpoints: `checkpoint_dir` if it is given.
 
-    Otherwise return the location in the run's manifest or, if there is none, a folder in the run directory.
+    Otherwise return the folder that the run's manifest names or, if there is none, a folder in the run directory. A
+    stranger's manifest may name any place, whose checkpoints would be loaded and deleted. So a folder outside of the
+    run directory is used only if it has no checkpoints, or the record of its owner, which callers compare with the run
+    (`checkpoint.owner`), and an address in a store only if it is given.
 
-    Raises ConfigError for an address that can't be used.
+    Raises ConfigError for an address that can't be used, and for such a place.
     """
-    if checkpoint_dir is None:
-        with suppress(OSError, ValueError, AttributeError):
-            checkpoint_dir = json.loads((run_dir / MANIFEST).read_bytes()).get("checkpoints")
-    return run_dir / "checkpoints" if checkpoint_dir is None else location_of(checkpoint_dir)
+    if checkpoint_dir is not None:
+        return location_of(checkpoint_dir)
+    recorded = recorded_checkpoints(run_dir)
+    if recorded is None:
+        return run_dir / "checkpoints"
+    if is_local(recorded):
+        place = Path(recorded)
+        is_inside = place.resolve().is_relative_to(run_dir.resolve())
+        if is_inside or (place / OWNER).exists() or not list_checkpoints(place):
+            return place
+    raise ConfigError(
+        "the run's checkpoints are in a place that only its manifest names",
+        where=str((run_dir / MANIFEST).absolute()),
+        got=recorded,
+        hint="a manifest from somebody else may name any place. If it is right, name it yourself: --checkpoint-dir "
+        "(checkpoint_dir=), or export the place itself",
+    )
 
 
 def read_manifest(folder: Location) -> Manifest:
@@ -269,7 +297,7 @@ def _checksum(fields: dict[str, Any]) -> str:
 def _read(folder: Location, kind: type[_M], check: Callable[[_M], None] = lambda manifest: None) -> _M:
     path = folder / MANIFEST
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(read_inside(path))
         found = fields.get("format") if isinstance(fields, dict) else None
         if not isinstance(found, int) or found == CHECKPOINT_FORMAT:
             if isinstance(fields, dict) and fields.pop("checksum", None) != _checksum(fields):

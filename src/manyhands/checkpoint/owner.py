@@ -12,13 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from manyhands.checkpoint.format import MANIFEST
+from manyhands.checkpoint.format import MANIFEST, OWNER
 from manyhands.errors import CheckpointError, ConfigError, ManyhandsError
 from manyhands.storage.atomic import write_atomic
 from manyhands.storage.location import Address, Location, hint_of
 from manyhands.storage.run_lock import is_locked
-
-OWNER = "run.json"
+from manyhands.storage.untrusted import read_inside
 
 _UNREADABLE = "unreadable"  # the id of an owner whose file is broken: no run has this id
 
@@ -45,8 +44,8 @@ NO_DIRECTORY = Owner("", "")
 
 def run_in(directory: Path) -> Owner | None:
     """Return the run of a run directory; None if its manifest has no id."""
-    with suppress(OSError, ValueError, AttributeError):
-        found = json.loads((directory / MANIFEST).read_bytes()).get("id")
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        found = json.loads(read_inside(directory / MANIFEST)).get("id")
         if isinstance(found, str) and found:
             return Owner(found, str(directory.absolute()))
     return None
@@ -60,9 +59,9 @@ def owner_of(folder: Location) -> Owner | None:
     path = folder / OWNER
     try:
         if path.is_file():
-            found: Any = json.loads(path.read_bytes())
+            found: Any = json.loads(read_inside(path))
             return Owner(str(found["run"]), str(found["directory"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return Owner(_UNREADABLE, str(path))
     except OSError as error:
         raise CheckpointError(

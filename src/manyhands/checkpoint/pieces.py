@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from manyhands.checkpoint.tensor_file import (
 from manyhands.errors import CheckpointError
 from manyhands.shard_layout import Range
 from manyhands.storage.location import Address, Location, hint_of
+from manyhands.storage.untrusted import open_inside
 
 CACHED_BYTES = 4 << 20
 """A larger piece is not cached: its next range is read from the file again."""
@@ -155,6 +157,8 @@ class PieceReader:
         checked = (piece.file, piece.key) in self._checked
         try:
             if piece.file not in self._files:
+                if isinstance(self.folder, Path):
+                    open_inside(self.folder, piece.file).close()  # a stranger's link may lead anywhere
                 self._files[piece.file] = TensorFile(path)
             file = self._files[piece.file]
             if self._last != piece.file and self._last in self._files:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.formatting import printable
 from manyhands.output import console as stdout_console
 from manyhands.output import say
 
@@ -91,10 +92,14 @@ def _show_finding(finding: Finding, console: Console) -> None:
 
 
 def _show_history(history: RunHistory, console: Console) -> None:
-    from rich.markup import escape
+    from rich import markup
     from rich.table import Table
 
     from manyhands.doctor.runs import took, when
+
+    def escape(text: str) -> str:
+        """Return text of the run directory, which may be a stranger's, for rich and for the terminal."""
+        return markup.escape(printable(text))
 
     colour = {"ended": "green", "failed": "red", "killed": "red"}.get(history.outcome, "yellow")
     console.print(f"[{colour}]{escape(history.summary)}[/]")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhands.config import PRECISIONS
-from manyhands.formatting import format_bytes, format_count, format_seconds
+from manyhands.formatting import format_bytes, format_count, format_seconds, printable
 from manyhands.output import say
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def export_command(
     with BytesProgress("exporting") as bar:
         summary = export(run, out, step=step, dtype=dtype, max_shard_size=max_shard_size, progress=bar.update)
     result = asdict(summary) | {"has_config": summary.has_config}
-    say(json.dumps(result) if as_json else explain_export(summary), to_stdout=True)
+    say(json.dumps(result) if as_json else printable(explain_export(summary)), to_stdout=True)
 
 
 def explain_export(summary: ExportSummary) -> str:

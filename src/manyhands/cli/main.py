@@ -19,6 +19,7 @@ from manyhands.cli.prepare import prepare_command
 from manyhands.cli.train import train_command
 from manyhands.cli.workers import Workers, print_restart, snapshot_memory, start_workers, workers_for
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
+from manyhands.formatting import printable
 from manyhands.output import protect_output, say
 from manyhands.surroundings import RESTARTS_VARIABLE, to_handle
 
@@ -56,7 +57,7 @@ def main() -> None:
             code = INTERRUPTED
         elif isinstance(shown, ConfigError):
             code = WRONG
-        say(str(shown))
+        say(printable(str(shown)))  # it may quote files or messages of others
         sys.exit(code)
 
 
@@ -156,8 +157,8 @@ def compare_command(
     from manyhands.doctor.compare import compare_runs, explain_comparison
 
     comparison = compare_runs(run, other)
-    explained = json.dumps(asdict(comparison)) if as_json else explain_comparison(comparison, str(run), str(other))
-    say(explained, to_stdout=True)
+    text = printable(explain_comparison(comparison, str(run), str(other)))
+    say(json.dumps(asdict(comparison)) if as_json else text, to_stdout=True)
     if not comparison.equal:
         raise typer.Exit(1)
 

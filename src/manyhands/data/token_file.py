@@ -20,7 +20,9 @@ from manyhands.data.order import Mixture
 from manyhands.data.token_format import FOLDER, MANIFEST, TOKENIZER, MappedTokens, map_tokens
 from manyhands.errors import ConfigError, DataError
 from manyhands.options import whole_number
+from manyhands.storage.files import is_plain_name
 from manyhands.storage.location import is_local
+from manyhands.storage.untrusted import open_inside, read_inside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,7 +109,7 @@ class TokenFile(Dataset[Any]):
         """Read all files and check their SHA-256 checksums. Raises DataError, which names a file that has changed."""
         for listed in self._listed:
             path = self._folder / listed["name"]
-            with path.open("rb") as file:
+            with open_inside(path.parent, path.name) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != listed["sha256"]:
                 raise DataError(
@@ -157,9 +159,16 @@ def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
         )
     for folder in (Path(path, FOLDER), Path(path)):
         try:
-            files: list[dict[str, Any]] = json.loads((folder / MANIFEST).read_bytes())["files"]
-        except (OSError, ValueError, KeyError, TypeError):
+            files: list[dict[str, Any]] = json.loads(read_inside(folder / MANIFEST))["files"]
+            valid = all(is_plain_name(file["name"]) and type(file["bytes"]) is int for file in files)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
+        if not valid:
+            raise DataError(
+                "the manifest of a corpus names something that is not a file of its folder",
+                where=str(folder / MANIFEST),
+                hint="prepare the data again; don't use a corpus that you do not trust",
+            )
         return folder, files
     raise DataError(
         "there are no prepared tokens here",
@@ -172,7 +181,7 @@ def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
 def _kind_of_tokens(path: str, vocabulary: int) -> str:
     """Describe the tokenizer: the size of its vocabulary, and a hash of its file if the file is next to the tokens."""
     try:
-        tokenizer = hashlib.sha256((Path(path) / TOKENIZER).read_bytes()).hexdigest()[:8]
+        tokenizer = hashlib.sha256(read_inside(Path(path) / TOKENIZER)).hexdigest()[:8]
     except OSError:
         return f"a vocabulary of {vocabulary}"
     return f"a vocabulary of {vocabulary}, {TOKENIZER} {tokenizer}"

@@ -10,11 +10,13 @@ number of bytes per token, and a fixed text that identifies the format.
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from manyhands.errors import DataError
+from manyhands.storage.untrusted import open_inside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,10 +62,10 @@ def tail(num_tokens: int, num_documents: int, vocabulary: int, token_bytes: int)
 
 def map_tokens(path: str) -> MappedTokens:
     """Map a token file into memory, and read only its tail. Raises DataError if the file is incomplete, and OSError."""
-    with open(path, "rb") as file:
+    with open_inside(Path(path).parent, Path(path).name) as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL.size))
-        last = file.read()
+        last = file.read(_TAIL.size)
     try:
         num_tokens, num_documents, vocabulary, token_bytes, magic = _TAIL.unpack(last)
     except struct.error:

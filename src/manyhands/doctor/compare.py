@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
-from manyhands.listeners.run_directory import RunDirectory, table_name
+from manyhands.listeners.run_directory import RunDirectory
 from manyhands.shard_layout import BLOCK, blocks_of
+from manyhands.storage.untrusted import open_inside, read_inside
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +113,13 @@ def _tensors(run: RunDirectory) -> tuple[list[tuple[str, int]], dict[str, int]]:
     """
     path = run.digests / "tensors.json"
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_inside(path))
         words = [(str(name), int(words)) for name, words in found["tensors"]]
-        return words, {str(name): int(numel) for name, numel in found["buffers"].items()}
-    except (OSError, ValueError, KeyError) as error:
+        buffers = {str(name): int(numel) for name, numel in found["buffers"].items()}
+        if min([*(count for _, count in words), *buffers.values()], default=0) < 0:
+            raise ValueError("a tensor has a negative size")
+        return words, buffers
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError("the run's list of parameters and buffers can't be read", where=str(path), got=error) from error
 
 
@@ -123,12 +131,14 @@ def _first_block(one: RunDirectory, other: RunDirectory, differing: list[int]) -
         return {"tensor": f"{name} (the models differ)"}
     for step in differing:
         try:
-            tables = [np.load(run.digests / table_name(step)) for run in (one, other)]
+            tables = [_table(run, step) for run in (one, other)]
             break
-        except (OSError, ValueError):  # the table was deleted, because a run keeps only some
-            continue
+        except (OSError, ValueError, TypeError, OverflowError, SyntaxError, EOFError):
+            continue  # the table was deleted, because a run keeps only some, or can't be read
     else:
         return {}  # the difference can't be located
+    if tables[0].shape != tables[1].shape:
+        return {}
     unequal = np.flatnonzero(tables[0] != tables[1])
     if not len(unequal):
         return {}
@@ -148,6 +158,23 @@ def _first_block(one: RunDirectory, other: RunDirectory, differing: list[int]) -
     return found | {"tensors_differing": tensors}
 
 
+def _table(run: RunDirectory, step: int) -> NDArray[np.integer]:
+    """Return the hashes of all blocks after a step, mapped from their file. Raises OSError, ValueError and the like."""
+    name = f"step-{step:08d}.npy"
+    open_inside(run.digests, name).close()  # refuses links and devices
+    table = np.load(run.digests / name, mmap_mode="r")  # a header that promises more than the file has is an error
+    if table.ndim != 1 or table.dtype.kind not in "iu":
+        raise ValueError("it is not a table of hashes")
+    return table  # type: ignore[no-any-return]
+
+
+def _numerics(run: RunDirectory) -> dict[str, object]:
+    found = run.read_manifest().get("numerics")
+    if not isinstance(found, dict):
+        raise DataError("manifest.json has no numerics identity", where=str((run.path / "manifest.json").absolute()))
+    return found
+
+
 def _without_strategy(run: RunDirectory) -> dict[str, object]:
     return {name: value for name, value in run.read_recipe().items() if name != "strategy"}
 
@@ -157,9 +184,11 @@ def _differences(one: RunDirectory, other: RunDirectory) -> tuple[str, ...]:
     for title, first, second in (
         ("recipe", _without_strategy(one), _without_strategy(other)),
         ("amendments", one.read_amendments().as_json(), other.read_amendments().as_json()),
-        ("numerics", one.read_manifest()["numerics"], other.read_manifest()["numerics"]),
+        ("numerics", _numerics(one), _numerics(other)),
     ):
         for name in dict.fromkeys([*first, *second]):
             if first.get(name) != second.get(name):
-                found.append(f"{title}: {name} is {first.get(name)!r} in one run and {second.get(name)!r} in the other")
+                found.append(
+                    f"{title}: {name} is {first.get(name)!r:.300} in one run and {second.get(name)!r:.300} in the other"
+                )
     return tuple(found)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,8 +19,9 @@ from manyhands.formatting import format_seconds
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.members.processes import oom_kills
 from manyhands.storage.run_lock import is_locked
+from manyhands.storage.untrusted import last_bytes
 
-_TAIL_LINES = 8
+_TAIL_LINES, _TAIL_BYTES = 8, 1 << 16
 
 _DURING_STEPS = ("saved", "not saved", "amended", "skipped")
 """Events that don't say how a run ended."""
@@ -63,7 +65,7 @@ def run_history(run: RunDirectory) -> RunHistory:
     summary = {
         "ended": f"it completed after {steps} steps",
         "stopped": f"it was stopped on request after {steps} steps",
-        "failed": f"it failed after {steps} steps: {failed[-1]['what'] if failed else ''}",
+        "failed": f"it failed after {steps} steps: {failed[-1].get('what') if failed else ''}",
         "killed": f"it ended without a report after {steps} steps: its launcher was killed, or the machine went down",
         "running": f"it is running, and has completed {steps} steps",
         "perhaps running": f"it may be running, and has completed {steps} steps",
@@ -71,8 +73,9 @@ def run_history(run: RunDirectory) -> RunHistory:
     tails = {}
     for rank in [event["rank"] for event in failed[-1:] if event.get("rank", -1) >= 0]:
         log = run.log(rank)
-        if log.exists():
-            tails[log.name] = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
+        with suppress(OSError):
+            end_of_log = last_bytes(log, _TAIL_BYTES).decode("utf-8", errors="replace").splitlines()
+            tails[log.name] = "\n".join(end_of_log[-_TAIL_LINES:])
     if outcome in ("failed", "killed") and (kills := _oom_kills(events)):
         processes = "a process" if kills == 1 else f"{kills} processes"
         summary += f"; meanwhile the kernel of this host has killed {processes} because memory ran out"
@@ -94,9 +97,13 @@ def _oom_kills(events: list[dict[str, Any]]) -> int:
     started: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "started"), {})
     failed = _since_last_start(events)
     before, after = started.get("oom_kills"), failed[-1].get("oom_kills") if failed else oom_kills()
-    if before is None or after is None or (not failed and started.get("host") != socket.gethostname()):
+    if (
+        type(before) is not int
+        or type(after) is not int
+        or (not failed and started.get("host") != socket.gethostname())
+    ):
         return 0
-    return max(0, int(after) - int(before))
+    return max(0, after - before)
 
 
 def _outcome(events: list[dict[str, Any]], run: RunDirectory, median: float) -> str:
@@ -125,25 +132,26 @@ def _line(event: dict[str, Any]) -> str:
             str(event.get("source")), ""
         )
         again = f", {event['repeats']} steps repeated" if event.get("repeats") else ""
-        return f"started at step {event['step']}{source}: {event['workers']} workers, {event['sharding']}{again}"
+        workers = f"{event.get('workers')} workers, {event.get('sharding')}"
+        return f"started at step {event.get('step')}{source}: {workers}{again}"
     if kind == "started over":
         return f"started over: the record before is in {event.get('earlier')}"
     if kind == "amended":
-        return f"amended: from step {event['step']} on, {event['key']} = {event['value']}"
+        return f"amended: from step {event.get('step')} on, {event.get('key')} = {event.get('value')}"
     if kind == "skipped":
-        return f"step {event['step']} was skipped"
+        return f"step {event.get('step')} was skipped"
     if kind == "failed":
         where = f" ({event['where']})" if event.get("where") else ""
         then = "" if event.get("restart") is None else f"; restarted ({event['restart']})"
-        return f"failed: {event['what']}{where}{then}"
+        return f"failed: {event.get('what')}{where}{then}"
     if kind == "hosts changed":
         return "a host joined or left: restarted with the hosts that were present"
     if kind == "saved":
-        return f"checkpoint of step {event['step']} published"
+        return f"checkpoint of step {event.get('step')} published"
     if kind == "not saved":
-        return f"a checkpoint could not be written: {event['why']} ({event.get('where')})"
+        return f"a checkpoint could not be written: {event.get('why')} ({event.get('where')})"
     if kind == "ended":
-        return f"ended after step {event['step']}, digest {event['digest']}"
+        return f"ended after step {event.get('step')}, digest {event.get('digest')}"
     return f"{kind}" + (f" at step {event['step']}" if "step" in event else "")
 
 

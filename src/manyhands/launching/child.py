@@ -72,9 +72,10 @@ def become_worker(folder: str) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if plan["log_dir"] is not None:
             path = os.path.join(plan["log_dir"], f"worker-{rank}.log")
+            flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK  # neither follow nor wait
             try:
-                log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-            except OSError:  # the disk is full; the launcher still gets the worker's error
+                log = os.open(path, flags, 0o644)
+            except OSError:  # the disk is full, or this is no file; the launcher still gets the worker's error
                 log = os.open(os.devnull, os.O_WRONLY)
             os.dup2(log, 1)
             os.dup2(log, 2)

@@ -34,8 +34,12 @@ from manyhands.errors import ConfigError, DataError
 from manyhands.storage.atomic import write_atomic
 from manyhands.storage.json_lines import append_line, complete_lines, numbers
 from manyhands.storage.run_lock import LOCK
+from manyhands.storage.untrusted import open_log, read_inside
 
 RUN_FORMAT = "manyhands run 2"
+
+_LAST_SECONDS = 1 << 35
+"""Later times, after the year 3058, are not those of an event."""
 
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 
@@ -86,6 +90,15 @@ class RunDirectory:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _not_writable(self.path, error) from error
+        for folder in _FOLDERS:
+            if folder != "checkpoints" and (self.path / folder).is_symlink():
+                raise ConfigError(
+                    "a folder of the run directory is a link",
+                    where=str((self.path / folder).absolute()),
+                    got=os.readlink(self.path / folder),
+                    hint="what the run writes would go elsewhere: replace the link by a folder, or choose another "
+                    "run_dir",
+                )
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise _not_writable(self.path, PermissionError("no permission to write"))
 
@@ -132,6 +145,13 @@ class RunDirectory:
     def log(self, rank: int) -> Path:
         """Return the log file of one worker."""
         return self.path / "logs" / f"worker-{rank}.log"
+
+    def open_log(self, rank: int) -> io.TextIOWrapper:
+        """Open the log file of one worker to append to it. Raises ConfigError, also if it is a link."""
+        try:
+            return open_log(self.log(rank))
+        except OSError as error:
+            raise _not_writable(self.log(rank), error) from error
 
     def write_recipe(self, recipe: Recipe | Mapping[str, Any]) -> None:
         """Write recipe.json, for people to read. It names functions and data, but does not store them."""
@@ -240,8 +260,7 @@ class RunDirectory:
 
     def read_events(self) -> list[dict[str, Any]]:
         """Return all events in the order in which they were written, without partial lines."""
-        values = [value for _, value in complete_lines(self.path / "events.jsonl")]
-        return [value for value in values if isinstance(value, dict) and {"seconds", "event"} <= value.keys()]
+        return [value for _, value in complete_lines(self.path / "events.jsonl") if _is_event(value)]
 
     def read_metrics(self) -> list[StepMetrics]:
         """Return the metrics of all steps in the order in which they were written, without partial lines.
@@ -313,11 +332,22 @@ def _name(value: Any) -> str:
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else name
 
 
+def _is_event(value: Any) -> bool:
+    """Return True for an object with a time that the calendar has, the name of an event, and a valid rank, if any."""
+    if not isinstance(value, dict) or not isinstance(value.get("event"), str):
+        return False
+    seconds, rank = value.get("seconds"), value.get("rank", -1)
+    has_time = isinstance(seconds, (int, float)) and 0 <= seconds < _LAST_SECONDS
+    return has_time and type(rank) is int and rank < 1 << 32
+
+
 def _parse(entry: Any, number: int, path: Path) -> StepMetrics:
     got = repr(entry)[:80]
     try:
         for name in ("loss", "weight", "gradient_norm", "step_seconds"):
             entry[name] = float(entry[name])
+        if type(entry["step"]) is not int or not isinstance(entry.get("digest"), str | None):
+            raise TypeError("step must be an integer, and digest a text")
         entry["learning_rates"] = tuple(float(rate) for rate in entry["learning_rates"])
         entry["metrics"] = {name: float(value) for name, value in entry.get("metrics", {}).items()}
         entry["seconds"] = {phase: float(seconds) for phase, seconds in entry["seconds"].items()}
@@ -333,8 +363,8 @@ def _parse(entry: Any, number: int, path: Path) -> StepMetrics:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(read_inside(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path.name} can't be read: {error}", where=str(path.absolute())) from error
     if not isinstance(value, dict):
         raise DataError(f"{path.name} is not a JSON object", where=str(path.absolute()), got=type(value).__name__)

@@ -287,6 +287,11 @@ def _hint_for(error: Exception) -> str:
     return "check that the store can be reached from here; a run continues, and tries again at the next checkpoint"
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file. Opening a FIFO, which is no file of tensors, does not wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class Ranges:
     """Reads ranges of a file. size: its size in bytes. Raises OSError.
 
@@ -310,7 +315,7 @@ class Ranges:
         Return the number of bytes, which is smaller at the end of the file.
         """
         if not isinstance(self._location, Address):
-            with self._location.open("rb") as file:
+            with open(self._location, "rb", opener=_without_waiting) as file:
                 file.seek(start)
                 return file.readinto(buffer)
         position, end = start, min(start + buffer.nbytes, self.size)

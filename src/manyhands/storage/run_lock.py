@@ -37,7 +37,7 @@ class FileLock:
     is_supported = True
 
     def __init__(self, path: str | Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
     def take(self, *, shared: bool = False, patience_seconds: float = 0.0) -> bool:
         """Take the lock, or convert a held lock to shared or exclusive.
@@ -106,7 +106,7 @@ def is_locked(path: Path) -> bool | None:
     host may not be visible here.
     """
     try:
-        fd = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path / LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
     try:

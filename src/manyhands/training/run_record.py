@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console
 
-from manyhands.checkpoint.format import checkpoints_of, list_checkpoints
+from manyhands.checkpoint.format import checkpoints_of, list_checkpoints, recorded_checkpoints
 from manyhands.checkpoint.owner import (
     NO_DIRECTORY,
     Owner,
@@ -87,7 +87,7 @@ class RunRecord:
         self.engine, self.path = engine, None if run_dir is None else Path(run_dir)
         self._run = NO_DIRECTORY  # worker 0's value counts
         self.checkpoints = _checkpoint_location(run_dir, checkpoint_dir)
-        self._checkpoints_before = None if self.path is None else checkpoints_of(self.path)
+        self._checkpoints_before = None if self.path is None else recorded_checkpoints(self.path)
         self.figures = StepFigures()
         self.notes: list[str] = []
         self.log: Console | None = None  # of worker 0; the other workers' output goes to their own log files
@@ -104,14 +104,15 @@ class RunRecord:
                 stack.enter_context(run_lock(self.path))
             if anew and self.checkpoints is not None:
                 start_over(self.path, self.checkpoints)
-            log = stack.enter_context(self._directory.log(0).open("a", encoding="utf-8"))
+            log = stack.enter_context(self._directory.open_log(0))
             self.log = Console(file=cast(TextIO, SafeStream(lambda: log)), width=120)
             self._run = run_in(self.path) or Owner(secrets.token_hex(8), str(self.path.absolute()))
         if self.checkpoints is not None and engine.group.rank == 0:
             check_writable(self.checkpoints)
             if self.path is None and isinstance(self.checkpoints, Path):
                 stack.enter_context(run_lock(self.checkpoints))
-            (refuse_active if adopt else check_owner)(self.checkpoints, self._run)
+            is_named = checkpoint_dir is not None or self._checkpoints_before is None  # not only by the manifest
+            (refuse_active if adopt and is_named else check_owner)(self.checkpoints, self._run)
             check_schedules(engine)
         if engine.allocator.scratch is not None:
             self.notes.append(scratch_line(engine.allocator.scratch))
@@ -153,12 +154,12 @@ class RunRecord:
             source = "checkpoint"
             self._load(found, accept_new_numerics)
             self.notes.append(f"resuming from step {self.engine.step_index} ({last[0]})")
-        elif self._checkpoints_before not in (None, self.checkpoints) and list_checkpoints(self._checkpoints_before):
+        elif self._has_saved_elsewhere():
             raise ConfigError(
                 "the run's checkpoints are in another location",
                 where=str(self.checkpoints),
-                expected=str(self._checkpoints_before),
-                hint="omit checkpoint_dir to use the recorded location, or copy the checkpoints here first",
+                expected=self._checkpoints_before or "the folder in the run directory",
+                hint="use the recorded location, or copy the checkpoints here first",
             )
         elif self.engine.recipe.initial_weights is not None:
             self.notes.append(f"starting with the weights of {self.engine.recipe.initial_weights.path}")
@@ -169,12 +170,27 @@ class RunRecord:
             with as_checkpoint_error(self.checkpoints):
                 claim(self.checkpoints, self._run)
 
+    def _has_saved_elsewhere(self) -> bool:
+        """Return True if the run has checkpoints in another place than `self.checkpoints`. Addresses aren't opened."""
+        if self.path is None or self.checkpoints is None:
+            return False
+        before = self._checkpoints_before or str((self.path / "checkpoints").absolute())
+        if before == str(self.checkpoints.absolute()):
+            return False
+        if is_local(before):
+            return bool(list_checkpoints(Path(before)))
+        return any(event["event"] == "saved" for event in self.read_events())
+
     def _check_saved(self, source: str | None) -> None:
         """On worker 0, compare the state that the run starts from with the last checkpoint that it has recorded.
 
         Raises ConfigError if the run has saved a checkpoint, but starts from the beginning.
         """
-        saved = [int(event.get("step", 0)) for event in self.read_events() if event["event"] == "saved"]
+        saved = [
+            event["step"]
+            for event in self.read_events()
+            if event["event"] == "saved" and type(event.get("step")) is int
+        ]
         # A later checkpoint may lack its event: the run was killed in between, or the disk was full.
         if not saved or source == "snapshot" or saved[-1] <= self.engine.step_index:
             return
