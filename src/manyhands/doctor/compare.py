@@ -11,7 +11,7 @@ import numpy as np
 
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
-from manyhands.listeners.run_directory import RunDirectory
+from manyhands.listeners.run_directory import RunDirectory, table_name
 from manyhands.shard_layout import BLOCK, blocks_of
 from manyhands.storage.untrusted import open_inside, read_inside
 
@@ -160,7 +160,7 @@ def _first_block(one: RunDirectory, other: RunDirectory, differing: list[int]) -
 
 def _table(run: RunDirectory, step: int) -> NDArray[np.integer]:
     """Return the hashes of all blocks after a step, mapped from their file. Raises OSError, ValueError and the like."""
-    name = f"step-{step:08d}.npy"
+    name = table_name(step)
     open_inside(run.digests, name).close()  # refuses links and devices
     table = np.load(run.digests / name, mmap_mode="r")  # a header that promises more than the file has is an error
     if table.ndim != 1 or table.dtype.kind not in "iu":
