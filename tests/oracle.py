@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -114,10 +115,10 @@ def step_gradient(
 ) -> tuple[dict[str, Tensor | None], float, float]:
     """Return the sums of a step's gradients in fp32 (None: no micro-batch has one), of losses, and of weights.
 
-    Sets the model's buffers to the mean of the micro-batches' values.
+    Sets the model's buffers to what the recipe's rules say, or to the mean of the micro-batches' values.
     """
     count, accumulate = recipe.batch.micro_batches, recipe.batch.accumulate
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = {name: buffer.clone() for name, buffer in state_of_forward(model)}
     gradients: dict[str, list[Tensor | None]] = {name: [] for name in params}
     buffers: dict[str, list[Tensor]] = {name: [] for name in before}
     loss_sum, weight_sum = 0.0, 0.0
@@ -134,9 +135,13 @@ def step_gradient(
         loss_sum, weight_sum = loss_sum + float(loss.detach()), weight_sum + float(weight)
         for name, param in params.items():
             gradients[name].append(None if param.grad is None else param.grad.float())
-        for name, buffer in model.named_buffers():
+        for name, buffer in state_of_forward(model):
             buffers[name].append(buffer.clone())
-    set_buffers(model, {name: mean_in_order(values, before[name]) for name, values in buffers.items()})
+    last = {name for name in buffers if rule_of(recipe, name) == "last"}
+    set_buffers(
+        model,
+        {name: values[-1] if name in last else mean_in_order(values, before[name]) for name, values in buffers.items()},
+    )
     sums: dict[str, Tensor | None] = {}
     for name, values in gradients.items():
         whole = [torch.zeros(params[name].shape) if value is None else value for value in values]
@@ -170,7 +175,8 @@ def seeds_behind_calls(model: nn.Module) -> Iterator[None]:
             np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
         return result
 
-    called = {name: model.get_submodule(name) for name in units(model)}
+    first_names = dict(model.named_modules())
+    called = {name: first_names[name] for name in units(model) if name in first_names}  # a shared module has one name
     own = [(module, module.__dict__.get("forward")) for module in called.values()]
     for name, module in called.items():
         module.__dict__["forward"] = partial(call, name, module.forward)
@@ -230,9 +236,23 @@ def mean_in_order(values: list[Tensor], before: Tensor) -> Tensor:
     return add_in_order(values) / len(values)
 
 
+def state_of_forward(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a forward may change: buffers and frozen parameters."""
+    for name, buffer in model.named_buffers():
+        yield name, buffer.detach()
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            yield name, param.detach()
+
+
+def rule_of(recipe: mh.Recipe, name: str) -> str:
+    """Return the rule of the first pattern that matches."""
+    return next((rule for pattern, rule in recipe.buffers.items() if fnmatchcase(name, pattern)), "mean")
+
+
 def set_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Copy in place, since the model's code may refer to the tensors."""
-    for name, buffer in model.named_buffers():
+    for name, buffer in state_of_forward(model):
         buffer.copy_(values[name])
 
 
