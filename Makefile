@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all digests faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare docs tree clean
+.PHONY: demo test test-all digests faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare zoo docs tree clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -80,9 +80,21 @@ bench-memory: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	$(BIN)/python -W ignore benchmarks/memory.py $(ARGS)
 
+# Models of many packages, each trained in several ways and in plain PyTorch, into docs/zoo.md. Takes about half an hour.
+# make zoo ARGS="--only 'transformers/*'". torch and the packages of [models] have the versions of .venv.
+ZOO_VENV ?= .venv-zoo
+$(ZOO_VENV)/.ready: $(READY)
+	$(PYTHON) -m venv $(ZOO_VENV)
+	$(BIN)/pip freeze --exclude-editable | grep -E '^(torch|torchvision|numpy|transformers|peft|keras)==' > $(ZOO_VENV)/constraints.txt
+	$(ZOO_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint $(ZOO_VENV)/constraints.txt --editable '.[zoo]'
+	@touch $@
+
+zoo: $(ZOO_VENV)/.ready
+	PYTHONPATH=tests $(ZOO_VENV)/bin/python -m zoo.run $(ARGS)
+
 # What the documents derive from the source: docs/cli.md, and the annotated tree in docs/design.md.
 docs tree: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.generated_pages
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) runs prepared .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(ZOO_VENV) runs prepared .pytest_cache .mypy_cache .ruff_cache .hypothesis

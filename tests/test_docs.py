@@ -13,6 +13,8 @@ import manyhands as mh
 from manyhands.cli.main import app
 from manyhands.options import declared
 from support.annotated_tree import BLOCK, annotated_tree
+from zoo.case import CASES
+from zoo.catalogue import load_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "manyhands"
@@ -67,6 +69,17 @@ def test_tests_that_documents_name_exist() -> None:
             assert (ROOT / file).exists(), f"{page.name} names {file}"
             if function:
                 assert re.search(rf"^def {function}\b", text_of(file), re.MULTILINE), f"{page.name}: {file}::{function}"
+
+
+def test_the_zoo_page_has_every_case_and_none_differs() -> None:
+    load_cases()
+    rows = re.findall(
+        r"^\| (\S+) \| \S+ \| (.+?) \| .* \| (equal|refused|different|failed)\b.*$", text_of("docs/zoo.md"), re.M
+    )
+    assert {f"{package}/{model}" for package, model, _ in rows} == set(CASES), "run `make zoo`"
+    outcomes = [outcome for _, _, outcome in rows]
+    assert set(outcomes) <= {"equal", "refused"}
+    assert outcomes.count("refused") <= 0.15 * len(outcomes)
 
 
 def template(node: ast.expr) -> str | None:
