@@ -174,7 +174,7 @@ def metrics() -> mh.Recipe:
             self.accuracy.update(logits, labels)
             return F.cross_entropy(logits, labels)
 
-    return recipe(Net, lambda model, batch: model(*batch), labelled(8))
+    return recipe(Net, lambda model, batch: model(*batch), labelled(8), attributes={"accuracy.*": "keep"})
 
 
 @case("tensordict", "modules that read and write by name")

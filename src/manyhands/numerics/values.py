@@ -77,7 +77,7 @@ def _items(value: object, attributes: Attributes) -> Iterable[tuple[str, object]
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", item) for key, item in value.items()]
     if isinstance(value, (list, tuple, deque)):
-        if len(value) > 16 and all(isinstance(item, (*_NUMBERS, str)) for item in value):
+        if sum(1 for _ in value) > 16 and all(isinstance(item, (*_NUMBERS, str)) for item in value):
             return [("", f"{len(value)} values, {_hashed(repr(list(value)).encode())}")]
         return [(f"[{index}]", item) for index, item in enumerate(value)]
     if isinstance(value, (set, frozenset)):
