@@ -92,7 +92,7 @@ HONEST = {"run_id": "0" * 32, "min_hosts": 1, "max_hosts": 2, "max_restarts": 0,
         (HONEST | {"fingerprints": {"seed": "7", "\x1b[2J": "1"}}, "different: \\x1b[2J"),
         (HONEST | {"fingerprints": {}}, "different: seed"),
         (HONEST | {"fingerprints": [1]}, "the fingerprints are not valid"),
-        (HONEST | {"run_id": "../../run"}, "the name of the run is not one of Manyhands"),
+        (HONEST | {"run_id": "../../run"}, "the name of the run was not made by Manyhands"),
         (HONEST | {"max_hosts": 10**9}, "the numbers of hosts and restarts are not valid"),
         ({}, "there is no run to join"),
         ([[[]]], "there is no run to join"),
@@ -130,7 +130,7 @@ def test_a_strangers_state_is_not_executed_and_named_in_the_error(tmp_path: Path
     }
     attacker = threading.Thread(target=attack, args=(port, "run", values[kind]))
     attacker.start()
-    with pytest.raises(WorkerError, match="its store holds what no launcher of this run has written"):
+    with pytest.raises(WorkerError, match="its store holds a value that no launcher of this run wrote"):
         run_workers([sys.executable, "-c", "input()"], workers=1, rendezvous=two_hosts_in_one(port))
     attacker.join()
     assert not proof.exists()
@@ -139,7 +139,7 @@ def test_a_strangers_state_is_not_executed_and_named_in_the_error(tmp_path: Path
 def test_other_values_of_a_stranger_are_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's launcher parses the port of the workers and their ranks, which it reads from the store."""
     monkeypatch.setattr(RemoteStore, "multi_get", lambda store, keys: [b"\x1b[31m{"] * len(keys))
-    with pytest.raises(WorkerError, match="its store holds what no launcher") as caught:
+    with pytest.raises(WorkerError, match="its store holds a value that no launcher") as caught:
         run_workers([sys.executable, "-c", ""], workers=1, rendezvous=two_hosts_in_one(free_port()))
     assert "\x1b" not in str(caught.value)
 

@@ -52,7 +52,7 @@ def _three_digits(value: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text from a file or the network so that a terminal shows it and does not obey it.
+    """Escape text from a file or the network, so that a terminal shows it but executes no control sequences in it.
 
     Control characters except newlines and tabs, and marks that reverse or hide text, are written as escapes: `\\x1b`.
     """

@@ -40,8 +40,9 @@ _GONE = (errno.EPIPE, errno.EIO)
 class SafeStream(io.TextIOBase):
     """A text stream that writes to another stream and never raises.
 
-    current: returns the other stream, which is called for each write because programs replace `sys.stderr`. It may
-    return None, as `sys.stderr` is None if the program was started with a closed standard error.
+    current: a function that returns the other stream. It is called for each write, because programs replace
+    `sys.stderr`. It may return None, because `sys.stderr` is None in a program that was started with a closed standard
+    error.
     """
 
     def __init__(self, current: Callable[[], TextIO | None]) -> None:
@@ -157,7 +158,7 @@ def console(*, stderr: bool = True) -> Console:
 
 
 def protect_output() -> None:
-    """Make `sys.stdout` and `sys.stderr` of this process streams that never raise, also for the user's `print`.
+    """Replace `sys.stdout` and `sys.stderr` by streams that never raise, and that the user's `print` uses, too.
 
     This is for processes whose program is ours: commands, workers of the train command, workers of data jobs.
     Descriptors that were closed at the start are opened on /dev/null. Otherwise a file that is opened later, such as a
@@ -167,7 +168,7 @@ def protect_output() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it has the lowest free number, which is fd
+            os.open(os.devnull, os.O_RDWR)  # opens fd, because it is the lowest free descriptor
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, SafeStream):

@@ -27,8 +27,8 @@ def to_handle() -> list[signal.Signals]:
 
     Signals that are ignored stay ignored: nohup ignores SIGHUP, and a shell without job control starts background jobs
     with SIGINT ignored, so that Ctrl-C ends only what runs in the foreground. SIGINT and SIGTERM are handled in all
-    other cases. The program's own handlers for the others stay: programs use SIGUSR1 and SIGUSR2 for their own
-    purposes.
+    other cases. The program's own handlers for the other signals stay, because programs use SIGUSR1 and SIGUSR2 for
+    their own purposes.
     """
     unused, replaced = (signal.SIG_DFL, signal.default_int_handler), (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}

@@ -100,7 +100,7 @@ def _owner(piece: TensorPiece) -> str:
 
 
 def load_extra_states(model: nn.Module, values: dict[str, Any], reader: PieceReader) -> None:
-    """Restore the saved extra states. Raises CheckpointError if they are not those of the model's modules."""
+    """Restore the saved extra states. Raises CheckpointError if they don't match the model's modules."""
     modules = dict(modules_with_state(model))
     if modules.keys() != values.keys():
         raise CheckpointError(
@@ -115,7 +115,7 @@ def load_extra_states(model: nn.Module, values: dict[str, Any], reader: PieceRea
             module.set_extra_state(decode(values[key], lambda name: _read(name, reader)))
         except CheckpointError:
             raise
-        except Exception as error:  # of a manifest that was changed, or of the user's module
+        except Exception as error:  # raised by the user's module, or caused by a changed manifest
             raise CheckpointError(
                 f"the extra state {key!r} can't be restored: {type(error).__name__}: {error}",
                 where=str(reader.folder),
@@ -202,7 +202,7 @@ class _Encoder:
 
 
 def decode(value: Any, read: Callable[[str], Tensor]) -> Any:
-    """Return the value that was encoded. read: returns the tensor of a name."""
+    """Return the value that was encoded. read: returns the tensor with the given name."""
     if isinstance(value, list):
         return [decode(item, read) for item in value]
     if not isinstance(value, dict):

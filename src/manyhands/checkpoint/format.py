@@ -159,7 +159,7 @@ class Manifest(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what most checkpoints lack: versions that do not know these fields can then read the checkpoint."""
+        """Leave out newer fields that are empty, so that versions that do not know them can read the checkpoint."""
         optional = ("attributes", "extra_states", "amendments")
         fields: dict[str, Any] = serialize(self)
         return {key: value for key, value in fields.items() if value or key not in optional}

@@ -135,7 +135,7 @@ def _check_facts(manifest: Manifest, engine: StepEngine, folder: Location) -> No
 
 
 def _with_past(manifest: Manifest, mine: Amendments, folder: Location) -> Amendments:
-    """Return the amendments of the engine, with those that the checkpoint was computed with.
+    """Return the engine's amendments, and those with which the checkpoint was computed.
 
     Raises CheckpointError if the engine has others for steps that are complete in the checkpoint.
     """
@@ -153,7 +153,7 @@ def _with_past(manifest: Manifest, mine: Amendments, folder: Location) -> Amendm
 
 
 def _hyperparameters(manifest: Manifest, engine: StepEngine, folder: Location) -> list[dict[str, Any]]:
-    """Return the saved hyperparameters. They may have more entries than those of a new optimizer: steps add some."""
+    """Return the saved hyperparameters. Steps may have added entries that a new optimizer lacks."""
     now = engine.optimizer.hyperparameters()
     saved = [decode_state(group) for group in manifest.hyperparameters]
     pairs = list(zip(saved, now, strict=False))
@@ -173,14 +173,14 @@ def _hyperparameters(manifest: Manifest, engine: StepEngine, folder: Location) -
 
 
 def _fit(saved: dict[str, Any], now: dict[str, Any]) -> bool:
-    """True if `saved` has all entries of `now`, with values of the same kinds. Steps may have replaced None."""
+    """Return True if `saved` has all entries of `now`, with values of the same kinds. Steps may have replaced None."""
     return now.keys() <= saved.keys() and all(
         None in (value, saved[key]) or _kind(value) == _kind(saved[key]) for key, value in now.items()
     )
 
 
 def _kind(value: object) -> str:
-    """The kind of a value. The values themselves may differ, because schedules change them."""
+    """Return the kind of a value. The values themselves may differ, because schedules change them."""
     kinds = {float: "number", int: "number", tuple: "list", list: "list"}
     return kinds.get(type(value), type(value).__name__)
 

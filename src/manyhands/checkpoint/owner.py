@@ -91,7 +91,7 @@ def check_owner(folder: Location, run: Owner) -> None:
 
 
 def _is_same(owner: Owner, run: Owner) -> bool:
-    """True if both are one run. A run directory may have been moved, but a copy of it is another run."""
+    """Return True if both are the same run. A run directory may have been moved, but a copy of it is another run."""
     if owner.id != run.id:
         return False
     before, now = owner.path, run.path
@@ -127,7 +127,7 @@ def claim(folder: Location, run: Owner) -> None:
 
 
 def _is_inside(folder: Location, run: Owner) -> bool:
-    """True if `folder` is the folder `checkpoints` of the run's own directory, and not a link to another place."""
+    """Return True if `folder` is the folder `checkpoints` in the run's directory, and not a link to another place."""
     return isinstance(folder, Path) and run.path is not None and folder.resolve() == run.path.resolve() / "checkpoints"
 
 
@@ -146,7 +146,7 @@ def refuse_other_owner(folder: Location, run: Owner) -> None:
 
 
 def refusal(folder: Location, run: Owner | None) -> ManyhandsError | None:
-    """Return the error of `check_owner` for a reader of the run's checkpoints; None if they are the run's."""
+    """Return the error of `check_owner` for readers of the run's checkpoints, or None if they belong to the run."""
     try:
         if run is not None:
             check_owner(folder, run)

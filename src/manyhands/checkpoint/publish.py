@@ -77,9 +77,9 @@ def remove_checkpoint(folder: Location) -> None:
 
 
 def remove_partial(root: Location) -> None:
-    """Delete the partial folders that killed runs left, but no links and no files, which others made.
+    """Delete the partial folders that killed runs left. Keep links and files, because Manyhands did not make them.
 
-    A folder that can't be deleted stays: it must not prevent a save, which reports a disk that can't be written to.
+    A folder that can't be deleted stays, because it must not prevent a save.
     """
     if isinstance(root, Address):
         _remove_attempts(root)
@@ -90,9 +90,7 @@ def remove_partial(root: Location) -> None:
 
 
 def _remove_attempts(root: Address) -> None:
-    """Delete all attempts in folders without a manifest, and in other folders the attempts that the manifest does not
-    name.
-    """
+    """Delete the attempts that the folder's manifest does not name. Without a manifest, delete all attempts."""
     files = root.files()
     attempts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for match in filter(None, map(_ATTEMPT_FILE.fullmatch, files)):

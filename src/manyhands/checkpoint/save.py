@@ -288,9 +288,9 @@ def with_pieces(manifest: Manifest, parts: list[dict[str, Any]]) -> Manifest:
 
 
 def _prune(final: Location, keep: int | None, keep_every: int | None) -> None:
-    """Delete old checkpoints. A link stays and is not counted, because somebody else made it.
+    """Delete old checkpoints. A link stays and is not counted, because Manyhands did not make it.
 
-    A checkpoint that can't be deleted is reported, and the save has succeeded all the same.
+    A checkpoint that can't be deleted is reported, but the save still succeeds.
     """
     mine = [
         (step, old) for step, old in list_checkpoints(final.parent) if not (isinstance(old, Path) and old.is_symlink())
@@ -431,7 +431,7 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
     encoded: dict[str, Any] = encode_state(state)
     try:
         exact = bool(decode_state(json.loads(json.dumps(encoded))) == state)
-    except (TypeError, ValueError):  # JSON lacks such values; or an array has no single truth value
+    except (TypeError, ValueError):  # JSON can't hold a value, or the comparison of arrays has no single truth value
         exact = False
     if not exact:
         raise CheckpointError(

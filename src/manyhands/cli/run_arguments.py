@@ -121,7 +121,7 @@ class RunArguments:
         return [*(self.set_ or []), *(override_of(f"strategy.{name}", value) for name, value in strategy.items())]
 
     def last_step(self, checked: RecipeSchema) -> int:
-        """Return the step at which the run ends. Raises ConfigError if there is none, and for a wrong option."""
+        """Return the step at which the run ends. Raises ConfigError if there is none, or if an option is wrong."""
         from manyhands.config import every
 
         if self.checkpoint_every is not None:
@@ -172,7 +172,7 @@ class RunArguments:
         }
 
     def options(self, overrides: list[str], run_dir: Path, workers: int) -> list[str]:
-        """Return the arguments of the command line that give another host an equal run, beginning with the recipe."""
+        """Return the command-line arguments with which another host trains the same run, beginning with the recipe."""
         written = [str(self.recipe.absolute()), "--run-dir", str(run_dir.absolute()), "--workers", str(workers)]
         for override in overrides:
             written += ["--set", override]

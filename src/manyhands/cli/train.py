@@ -142,7 +142,7 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
     record = partial(record_run_failure, RunDirectory(directory))
     with ExitStack() as stack:
         stack.enter_context(run_lock(directory))
-        if arguments.start_over:  # here, because the workers must not start over when they are restarted
+        if arguments.start_over:  # not in the workers, which would start over again at each restart
             start_over(directory, checkpoints)
         stack.enter_context(ending_reported(record, directory, checkpoints, given=arguments.run_dir is not None))
         if arguments.hosts is None:
@@ -170,7 +170,7 @@ def _new_directory(path: Path) -> Path:
             candidate.mkdir(parents=True)
         except FileExistsError:
             continue
-        except OSError:  # RunDirectory reports it
+        except OSError:  # RunDirectory reports the error
             pass
         return candidate
     return path

@@ -188,8 +188,7 @@ def record_run_failure(directory: RunDirectory, error: WorkerError | None, resta
     """Record a failure.
 
     restart: the number of the restart that follows; None if the run ends. error: None if a host joined or left. If the
-    failure can't be recorded, because the disk is full for example, this is printed, and the run is restarted all the
-    same.
+    failure can't be recorded, for example because the disk is full, this is printed, and the run is still restarted.
     """
     try:
         if error is None:

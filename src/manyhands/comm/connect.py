@@ -141,8 +141,8 @@ def _numbered_store(rank: int, size: int) -> Store:
 def _listen_on_one_address(host: str, port: int) -> TCPStore | None:
     """Serve the store on `host` alone, if that is an address of this host. torch would listen on all addresses.
 
-    Returns None if the launcher or this process serves the store already, or if `host` is a name: other hosts may
-    resolve it to another address than this host does.
+    Returns None if the launcher or this process serves the store already. Also returns None if `host` is a name,
+    because other hosts may resolve it to another address.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None

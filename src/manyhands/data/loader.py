@@ -78,7 +78,7 @@ class PrefetchProcesses:
         return self._read(self._stream)
 
     def unpickled(self, packed: bytes) -> Any:
-        """Return the object that a process pickled. The process passes on the memory of its tensors meanwhile.
+        """Return the object that a process pickled. The process must still run, to pass on the memory of tensors.
 
         Raises DataError if the process has died.
         """
@@ -115,7 +115,8 @@ class PrefetchProcesses:
             self._results = iter(self._loader)
             return
         others = set(multiprocessing.active_children())
-        # The kernel kills a loader process with the thread that started it. Other threads may end before the loader.
+        # The kernel kills a loader process when the thread that started it ends. Only the main thread is certain to
+        # outlive the loader.
         parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
         if not sys.platform.startswith("linux"):
             get_temp_dir()  # one folder for all processes, which the worker deletes
@@ -235,8 +236,8 @@ def _prepare_process(parent: int | None, _: int) -> None:
     """In a new loader process, ignore stop signals, which the worker handles.
 
     A terminal sends Ctrl-C, and a scheduler its signals, to all processes. `PrefetchProcesses.close` kills the process.
-    parent: the pid of the worker with which the kernel ends this process; None to let torch notice its end, which takes
-    seconds, or as long as a call that holds Python's lock.
+    parent: the pid of the worker; the kernel ends this process when the worker ends. If parent is None, torch ends this
+    process, but only seconds later, or after a call that holds Python's lock.
     """
     if parent is not None:
         kill_with_parent(parent)
@@ -319,8 +320,8 @@ class MicroBatchLoader:
         them.
 
         The process that loads for `stream` loads it, because some data sets open files when they are first used, and
-        these files must not be shared between processes. A stream in progress ends. Raises DataError if the second load
-        gave other samples or another batch. If the data set raises, the facts include the error.
+        these files must not be shared between processes. This ends a stream in progress. Raises DataError if the second
+        load gave other samples or another batch. If the data set raises, the facts include the error.
         """
         if self._ahead is None:
             return self._tasks.facts(step, micro_batch)
@@ -384,7 +385,7 @@ class _Tasks(Dataset[Any]):
                     got=again,
                     hint="let a sample depend on its index alone, and on random numbers of the global generators of"
                     " torch, numpy and Python, which are seeded for every micro-batch; don't use a generator that the"
-                    " data set owns, a counter, the time, or memory without a value (torch.empty)",
+                    " data set owns, a counter, the time, or uninitialized memory (torch.empty)",
                 )
         return first
 

@@ -28,9 +28,9 @@ class Comparison:
     step n").
     last_equal_step: the compared step before `step`. tensor, block, elements: the first difference: the name
     of the parameter or buffer, the number of the block in this tensor, and the range [start, end) of elements.
-    located_step: the step in which it was found, which is later than `step` if a run has deleted its table of hashes of
-    `step`. is_buffer: True if the tensor is a buffer. tensors_differing, blocks_differing: the numbers of tensors and
-    blocks that differ. differences: other differences between the two runs (recipe, numerics).
+    located_step: the step after which this difference was found. It is later than `step` if a run has deleted its table
+    of hashes of `step`. is_buffer: True if the tensor is a buffer. tensors_differing, blocks_differing: the numbers of
+    tensors and blocks that differ. differences: other differences between the two runs (recipe, numerics).
     """
 
     equal: bool

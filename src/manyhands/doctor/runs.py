@@ -91,8 +91,8 @@ def _since_last_start(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _oom_kills(events: list[dict[str, Any]]) -> int:
     """Return how many processes the kernel has killed for lack of memory, from the last start to the last failure.
 
-    If no failure was recorded, count until now. Return 0 if the count is unknown, because the run was on another host,
-    which may be this host before it was started again.
+    If no failure was recorded, count until now. Return 0 if the count is unknown because the run was on another host,
+    or because this host has been rebooted since.
     """
     started: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "started"), {})
     failed = _since_last_start(events)

@@ -119,7 +119,10 @@ def _override_value(written: str) -> Any:
 
 
 def parse_override(option: str, override: str) -> tuple[str, Any]:
-    """Parse `key=value`, where the value is written as in TOML or Python. Raises ConfigError. option: for its text."""
+    """Parse `key=value`, where the value is written as in TOML or Python.
+
+    Raises ConfigError. option: the option that the error names.
+    """
     name, equals, written = override.partition("=")
     if not equals or not all(part.strip() for part in name.split(".")):
         raise ConfigError("an override can't be parsed", where=f"{option} {override}", expected="key=value")

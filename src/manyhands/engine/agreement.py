@@ -63,7 +63,8 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
         names.append("buffers")
     for name in names:
         facts[name] = str(getattr(recipe, name))
-    # The rule "keep" changes no bit, and a run may go on with it after an attribute was refused.
+    # The rule "keep" changes no bit. It is not compared, so that a run that refused an attribute can resume with this
+    # rule.
     if restored := [pattern for pattern, rule in recipe.attributes.items() if rule == "restore"]:
         facts["attributes that are restored"] = ", ".join(restored)
     return facts | {"len(data)": str(len(recipe.data))}
@@ -150,14 +151,14 @@ def buffer_facts(buffers: Mapping[str, Tensor]) -> dict[str, str]:
 def agree_on_start(buffers: Mapping[str, Tensor], data: Mapping[str, str], group: Group) -> None:
     """Check, before the first step, that all workers have the same buffers and data. Collective. Raises ConfigError.
 
-    data: names and texts of some of the data.
+    data: facts about a part of the data: name -> text.
     """
     agree(
         group,
         "model",
         buffer_facts(buffers),
         hint="build the same model on every worker: don't use the rank, the time, an unseeded random generator, or"
-        " memory without a value (torch.empty)",
+        " uninitialized memory (torch.empty)",
     )
     agree(
         group,
@@ -180,7 +181,7 @@ def agree_on_attributes(assigned: Mapping[str, Mapping[str, str]], group: Group)
 def optimizer_facts(optimizer: SlicedOptimizer) -> dict[str, str]:
     """Return the optimizers' classes, and each param group's hyperparameters and parameter names.
 
-    Of optimizers that aren't torch's own, also their plain attributes.
+    For optimizers that aren't torch's own, also return their plain attributes.
     """
     kinds = zip(optimizer.fronts, optimizer.kinds, strict=True)
     facts = {"optimizer": ", ".join(f"{type(front).__qualname__} ({kind})" for front, kind in kinds)}

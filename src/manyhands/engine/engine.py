@@ -136,7 +136,7 @@ class StepEngine:
         # has set.
         self._optimizer_facts = optimizer_facts(self.optimizer)
         self.schedules = build_schedules(recipe.schedule, self.optimizer.fronts)
-        groups = self.optimizer.plain_hyperparameters()  # schedules may have changed them
+        groups = self.optimizer.plain_hyperparameters()  # schedules may have changed these
         self._optimizer_facts |= schedule_facts(self.schedules, groups, self._optimizer_facts)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.buffers = Buffers(self.model, recipe.batch.micro_batches, recipe.buffers, reports=group.rank == 0)
@@ -323,7 +323,7 @@ class StepEngine:
         # again after each call of a unit, so it doesn't matter which units this worker computes. They are restored
         # afterwards, so the caller's random numbers don't depend on how many micro-batches this worker computed.
         seed = derive(self.recipe.seed, "compute", step, micro_batch)
-        # The mode must not depend on code between steps or on the micro-batch before, which may leave other modes.
+        # Code between steps, or the previous micro-batch, may have left some modules in eval mode.
         self.model.train()
         with (
             self._param_guard.micro_batch(),

@@ -62,7 +62,7 @@ def _stopped_code(end: WorkerEnd) -> int:
     For a worker that failed with Interrupted or KeyboardInterrupt, it is the exit code of a stopped worker.
     """
     was_interrupted = end.failure is not None and end.failure.kind in ("Interrupted", "KeyboardInterrupt")
-    # A signal that is sent again and again (SIGXCPU) may end the process after its handlers are gone.
+    # A signal that is sent repeatedly, such as SIGXCPU, may end the process after its handlers were removed.
     stopped = was_interrupted and (end.exit_code > 0 or -end.exit_code in STOP_SIGNALS)
     return STOPPED_CODES[0] if stopped else end.exit_code
 

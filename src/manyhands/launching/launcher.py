@@ -130,7 +130,7 @@ def explain_rendezvous_failure(
     ends: how the workers of this host ended; their exit codes are not known. The result is the root cause if the
     workers reported one (a worker may have failed too often), Interrupted if the run was stopped, and otherwise
     `error`. regroups: True if the launcher itself had stopped the workers, because another host joined or seemed lost.
-    Then their reports that they were requested to stop are no reason.
+    Then their reports that they were requested to stop do not explain the failure.
     """
     stopped = ("Interrupted", "KeyboardInterrupt") if regroups else ()
     failed = [end for end in ends if end.failure is not None and end.failure.kind not in stopped]
@@ -192,9 +192,9 @@ def _launch(folder: Path, config: LaunchConfig, stop: StopRequest, quiet: bool) 
             return {}
         except (RendezvousStateError, ValueError, LookupError, TypeError) as error:
             if config.rdzv_backend == _BACKEND:
-                raise  # a single host has no values from elsewhere
+                raise  # on a single host, no value comes from another launcher
             raise WorkerError(
-                "rendezvous failed: its store holds what no launcher of this run has written",
+                "rendezvous failed: its store holds a value that no launcher of this run wrote",
                 where=config.rdzv_endpoint,
                 hint="another version of Manyhands or another program uses this address: start the run again at "
                 "another port, in a network to which only its hosts have access",

@@ -137,8 +137,8 @@ def _listen(host: str, port: int) -> socket.socket:
 def join_hosts(endpoint: str, fingerprints: Mapping[str, str]) -> Rendezvous:
     """Return the rendezvous that the first host has published.
 
-    fingerprints: this host's own, as in Rendezvous. They must be equal to those of the first host.
-    Raises ConfigError if there is no run at `endpoint`, and, with the keys that differ, if it is another one.
+    fingerprints: this host's own, as in Rendezvous. They must be equal to those of the first host. Raises ConfigError
+    if there is no run at `endpoint`, or if fingerprints differ. The error names the keys that differ.
     """
     host, port = parse_endpoint(endpoint)
     try:
@@ -167,12 +167,15 @@ def join_hosts(endpoint: str, fingerprints: Mapping[str, str]) -> Rendezvous:
 
 
 def _published(text: bytes) -> dict[str, Any]:
-    """Return what the first host has published: numbers, hashes and a random name. Raises ValueError and the like."""
+    """Return the values that the first host has published: numbers, hashes and a random name.
+
+    Raises ValueError, KeyError or TypeError.
+    """
     found = json.loads(text)
     run_id, fingerprints = found["run_id"], found["fingerprints"]
     numbers = [found[name] for name in ("min_hosts", "max_hosts", "max_restarts")]
     if not (isinstance(run_id, str) and re.fullmatch("[0-9a-f]{32}", run_id)):
-        raise ValueError("the name of the run is not one of Manyhands")
+        raise ValueError("the name of the run was not made by Manyhands")
     if (
         not all(type(number) is int and 0 <= number < _MOST_HOSTS for number in numbers)
         or not 0 < numbers[0] <= numbers[1]
@@ -184,7 +187,7 @@ def _published(text: bytes) -> dict[str, Any]:
 
 
 def _connect(host: str, port: int, listener: socket.socket | None = None) -> TCPStore:
-    """Connect to the store at this address. With a listening socket: first start the store on it."""
+    """Connect to the store at this address. If a listening socket is given, first start the store on it."""
     limit = timedelta(seconds=ANSWER_SECONDS)
     if listener is None:
         return TCPStore(host, port, is_master=False, timeout=limit)

@@ -29,7 +29,7 @@ _MOST_BYTES = 1 << 20  # a state has about 200 bytes per host
 def json_handler(store: RemoteStore, parameters: RendezvousParameters) -> DynamicRendezvousHandler:
     """Return torch's handler of a rendezvous whose state is in `store`, as JSON."""
     backend = C10dRendezvousBackend(store, parameters.run_id)
-    made = create_handler(store, backend, parameters)  # has torch's settings, and a holder that nothing has used yet
+    made = create_handler(store, backend, parameters)  # only its node and settings are used
     holder = _JsonStateHolder(backend, made._settings)
     return DynamicRendezvousHandler(made._this_node, made._settings, backend.name, store, holder)
 
@@ -41,7 +41,7 @@ class _JsonStateHolder(_BackendRendezvousStateHolder):
         """Write the state if it was changed here, and read it otherwise. Return True if it was written.
 
         Returns None if nothing was to be written, and False if another host has written first.
-        Raises RendezvousStateError if the store holds something else than a state.
+        Raises RendezvousStateError if the store holds anything other than a state.
         """
         has_set: bool | None = None
         if self._dirty:

@@ -38,8 +38,8 @@ class StopRequest:
     """A request to stop the launcher. Records the signal, and stops the workers.
 
     signal: the first stop signal, or None if there was none. regroups: True while the launcher stops its workers to
-    restart them with other hosts; then nobody has requested the run to stop. grace_seconds: the time that workers have
-    to exit. folder: the folder shared with the workers. workers: the number of workers that will start.
+    restart them with other hosts; in this case, nobody has requested the run to stop. grace_seconds: the time that
+    workers have to exit. folder: the folder shared with the workers. workers: the number of workers that will start.
     """
 
     def __init__(self, folder: Path, workers: int, grace_seconds: float) -> None:
@@ -205,10 +205,11 @@ class WorkerMonitor:
         self._check_unfinished()
 
     def _check_unfinished(self) -> None:
-        """Stop all workers if one has ended with exit code 0 before it had finished: its peers may not have met it yet.
+        """Stop all workers if one has ended with exit code 0 before it had finished. Peers that haven't met it would
+        wait.
 
-        torch's launcher looks for other exit codes between two calls, so a worker that ended before the last call and
-        did not stop the launcher has exit code 0.
+        torch's launcher handles other exit codes between two calls. So a worker that had already ended at the last
+        call, and that torch's launcher did not report, has exit code 0.
         """
         workers = started_workers(self._folder)
         ended = {rank for rank in unfinished_ranks(self._folder) & workers.keys() if has_ended(workers[rank])}
@@ -280,7 +281,7 @@ def unfinished_ranks(folder: Path) -> set[int]:
 def report_unfinished(folder: Path, ranks: Set[int]) -> None:
     """Write a failure report for workers that ended with exit code 0 in the middle of their work.
 
-    A report that the worker or the monitor has written before stays.
+    A report that the worker or the monitor has already written is kept.
     """
     for rank in ranks:
         path, status = folder / f"error-{rank}.json", read_status(status_file(folder, rank))
@@ -293,7 +294,7 @@ def report_unfinished(folder: Path, ranks: Set[int]) -> None:
             # Only a worker without peers has a status file; otherwise its peers report where it was.
             where=f"worker {rank}, {position.activity}" if position.activity else None,
             position=position,
-            hint="something in it called os._exit(0), or a library did: its work is not complete",
+            hint="its work is not complete. Find the code in your script or in a library that calls os._exit(0)",
         )
         write_failure(path, Failure.from_error(error, rank=rank, pid=-1))
 

@@ -131,7 +131,7 @@ class Logs(LogsSpecs):
             variables[STATUS_FILE_VARIABLE] = str(status_file(self._folder, rank))
             variables[UNFINISHED_FILE_VARIABLE] = str(unfinished_file(self._folder, rank))
             if self._cooperates:
-                with suppress(OSError):  # the disk is full; an early end with exit code 0 is then not noticed
+                with suppress(OSError):  # the disk is full; an early end with exit code 0 will not be noticed
                     unfinished_file(self._folder, rank).touch()
             variables[ERROR_FILE_VARIABLE] = str(self._folder / f"error-{rank}.json")
         no_redirect = dict.fromkeys(envs, "")

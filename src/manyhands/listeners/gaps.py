@@ -1,4 +1,4 @@
-"""Records a run although its files can't be written for a time, because the disk is full for example."""
+"""Lets a run continue while its record can't be written, for example because the disk is full."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from manyhands.errors import ManyhandsError
 
 
 class Gaps:
-    """The gaps in a run's record. A write that fails is reported once and ends nothing, because a record is no result.
+    """The gaps in a run's record. A failed write is reported once. It does not end the run, because no result depends
+    on the record.
 
     report: called with messages for people. closed: called when a kind of write succeeds again, with the kind and the
     number of writes that failed.

@@ -61,7 +61,7 @@ def table_name(step: int) -> str:
 
 
 def tables_to_keep(steps: Iterable[int], most: int) -> set[int]:
-    """Return at most `most` of these steps: the newest, and of the older ones evenly spaced ones.
+    """Select at most `most` of these steps: the newest steps, and evenly spaced older steps.
 
     The spacing depends on the steps alone, so runs of about the same length keep tables of the same steps, and the
     steps of a longer run are among those of a shorter one.
@@ -209,7 +209,7 @@ class RunDirectory:
         manifest = self.read_manifest() if (self.path / "manifest.json").exists() else None
         try:
             aside.mkdir()
-            for name in names:  # events last: as long as they are here, a run without its checkpoints is refused
+            for name in names:  # events.jsonl is last: until it is moved, a run without its checkpoints is refused
                 (self.path / name).rename(aside / name)
             for folder in _FOLDERS:
                 (self.path / folder).mkdir(exist_ok=True)
@@ -244,7 +244,8 @@ class RunDirectory:
     def write_digests(self, step: int, hashes: Any) -> None:
         """Write the hashes of all blocks after `step` steps, as a NumPy array. Raises ConfigError.
 
-        Deletes older tables, so that at most MOST_TABLES remain, and about MOST_TABLE_BYTES. See `tables_to_keep`.
+        Deletes older tables, so that at most MOST_TABLES tables with about MOST_TABLE_BYTES remain. See
+        `tables_to_keep`.
         """
         table = io.BytesIO()
         np.save(table, hashes)

@@ -32,16 +32,16 @@ class TensorBoardLog:
         except ImportError:
             return
         self._make_writer = SummaryWriter
-        with suppress(OSError):  # `write` raises it
+        with suppress(OSError):  # the next `write` raises the same error
             self._attempt(self._open)
 
     def _open(self) -> None:
         self._writer = self._make_writer(self._directory, purge_step=self._start_step or None)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Add the points of one step. Raises OSError if they can't be written, because the disk is full for example.
+        """Add the points of one step. Raises OSError if they can't be written, for example because the disk is full.
 
-        After an error the points of a minute are lost. Then a new file is begun.
+        After an error, the points of the next minute are lost. Then `write` begins a new file.
         """
         if metrics.skipped:
             return

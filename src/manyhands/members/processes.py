@@ -53,7 +53,10 @@ def call_with_limit(call: Callable[[], Answer], seconds: float, meanwhile: Calla
 
 
 def oom_kills() -> int | None:
-    """Return how many processes the kernel of this host has killed since boot because memory ran out, if it counts."""
+    """Return how many processes the kernel of this host has killed since boot because memory ran out.
+
+    Return None if the kernel doesn't count them.
+    """
     with suppress(OSError, ValueError), open("/proc/vmstat") as file:
         for line in file:
             if line.startswith("oom_kill "):
@@ -84,7 +87,10 @@ _ASLEEP_SECONDS = 2.5  # after a longer gap between two checks, this process is 
 
 
 class StoppedProcesses:
-    """Finds processes that are stopped for so long that somebody must have forgotten them. Call `find` every second."""
+    """Finds processes that have been stopped for so long that nobody is likely to continue them.
+
+    Call `find` every second.
+    """
 
     def __init__(self) -> None:
         self._since: dict[int, float] = {}  # pid -> the monotonic time when it was first found stopped
@@ -93,7 +99,7 @@ class StoppedProcesses:
     def find(self, pids: Iterable[int]) -> list[int]:
         """Return those of the processes that have been stopped for STOPPED_SECONDS."""
         now = time.monotonic()
-        if now - self._last_check > _ASLEEP_SECONDS:  # Ctrl-Z stops this process together with the others
+        if now - self._last_check > _ASLEEP_SECONDS:  # Ctrl-Z has stopped this process together with the others
             self._since.clear()
         self._last_check = now
         self._since = {pid: self._since.get(pid, now) for pid in pids if process_state(pid) == "T"}

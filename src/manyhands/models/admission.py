@@ -67,7 +67,7 @@ def _admit_param(name: str, param: nn.Parameter) -> None:
 
 
 def _hint_for(param: nn.Parameter) -> str:
-    """Return advice for a parameter of a wrong type or device."""
+    """Return advice for a parameter with the wrong type or on the wrong device."""
     if param.is_meta:
         return "create the model with values, outside of torch.device('meta')"
     if param.is_complex():
@@ -77,7 +77,7 @@ def _hint_for(param: nn.Parameter) -> str:
         )
     if param.device.type != "cpu":
         return "create the model on the CPU, or call model.cpu(): the recipe's device decides where it is trained"
-    return "call model.float() before returning it, and let the data be fp32: the recipe's precision decides the rest"
+    return "call model.float() before returning it, and make the data fp32: recipe.precision sets the precision used"
 
 
 def _refuse_shared_memory(model: nn.Module) -> None:
@@ -179,7 +179,7 @@ class ParamGuard:
             if not param.requires_grad and name not in changeable
         }
         self._graph_is_known = False
-        self._watched = 0  # micro-batches
+        self._watched = 0  # the number of micro-batches so far
         self._steps = 0
         self._after_step: Sample | None = None
 
@@ -205,12 +205,15 @@ class ParamGuard:
             self._after_step = self._sample()
 
     def after_load(self) -> None:
-        """Note that other values were loaded."""
+        """Note that new values were loaded into the parameters."""
         self._after_step = None
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
-        """Context for one micro-batch. At the end of the first ones, check for writes. Raises ConfigError."""
+        """Context for one micro-batch.
+
+        At the end of each of the first micro-batches, check for writes. Raises ConfigError.
+        """
         sample = self._sample() if self._watched < WATCHED else None
         yield
         self._watched += 1

@@ -1,7 +1,7 @@
 """Checks that forward carries nothing from one micro-batch to the next in the attributes of modules.
 
 Which micro-batches a worker computes depends on the number of workers, so a value that forward leaves in an attribute
-would make the result depend on it, too. Checkpoints don't hold attributes either. Therefore:
+would make the result depend on this number, too. Checkpoints don't hold attributes either. Therefore:
 
 - An attribute that forward sets once, to the same value whatever the micro-batch, is a cache of constants. It may stay.
 - Every other attribute that forward changes is refused by name, unless the recipe has a rule for it.
@@ -10,8 +10,8 @@ would make the result depend on it, too. Checkpoints don't hold attributes eithe
 
 To tell caches from state, the attributes are compared around the first micro-batches of each worker. After its first
 change, an attribute is set back once. The next micro-batch may change it to the same value again, since a cache of
-constants does not depend on the samples, but later micro-batches must leave it alone. A counter fails the second test.
-Workers compare the values at the end of the first step.
+constants does not depend on the samples. Later micro-batches must not change it, as a counter would be changed. Workers
+compare the values at the end of the first step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ Values = dict[str, dict[str, str]]
 
 
 class AttributeGuard:
-    """Watches the attributes of a model's modules; see the module. rules: "restore" or "keep", by pattern of names."""
+    """Watches the attributes of a model's modules, as described at the top of this file. rules: "restore" or "keep", by
+    pattern of names.
+    """
 
     def __init__(self, model: nn.Module, rules: Mapping[str, str]) -> None:
         self._model, self._rules = model, rules
@@ -72,7 +74,7 @@ class AttributeGuard:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Context between two steps that sets attributes with the rule "restore" back at its end."""
+        """Context for code between two steps. At the end, set the attributes with the rule "restore" back."""
         self.begin_step()
         try:
             yield
@@ -102,7 +104,7 @@ class AttributeGuard:
     def _set_back(
         self, names: Sequence[str], before: Values, after: Values, saved: Mapping[str, Callable[[], Any]]
     ) -> None:
-        """Set attributes back that forward has changed for the first time.
+        """Set back the attributes that forward has changed for the first time.
 
         The next micro-batch then shows whether forward changes them to the same values again. Raises ConfigError if an
         attribute can't be set back, because forward has changed a tensor or a generator itself.
@@ -131,7 +133,7 @@ class AttributeGuard:
     def _attributes(self) -> Iterator[tuple[str, nn.Module, Any]]:
         """Yield the name, the module and the value of each attribute that the engine doesn't manage.
 
-        Modules that forward creates are left out: with parameters or buffers they are refused elsewhere.
+        Modules that forward creates are left out. If they have parameters or buffers, other checks refuse them.
         """
         for path, module in self._modules.items():
             # weight_norm, spectral_norm and pruning recompute a tensor before each forward.
@@ -160,14 +162,14 @@ class AttributeGuard:
 
 
 def _examined(value: object) -> Mapping[str, Any] | None:
-    """Return the attributes of an object that may carry state; None if it is not to be examined."""
+    """Return the attributes of an object that may carry state, or None for an object that is not examined."""
     if isinstance(value, nn.Module):
         return vars(value)
     return None if type(value).__module__.partition(".")[0] in _OPAQUE else attributes_of(value)
 
 
 def _put(module: nn.Module, name: str, saved: Callable[[], Any] | None) -> None:
-    """Set an attribute to a saved value, in the same objects. None: remove the attribute."""
+    """Set an attribute to the value that `saved` restores, or remove the attribute if `saved` is None."""
     attribute = name.rpartition(".")[2]
     if saved is None:
         vars(module).pop(attribute, None)
@@ -178,7 +180,7 @@ def _put(module: nn.Module, name: str, saved: Callable[[], Any] | None) -> None:
 def _saved(value: Any, *, contents: bool, seen: dict[int, Callable[[], Any]]) -> Callable[[], Any]:
     """Return a function that sets `value` and the containers in it back to their present state, and returns `value`.
 
-    contents: also set the elements of tensors and arrays, and the states of random generators.
+    contents: True to set the elements of tensors and arrays, and the states of random generators, back as well.
     """
     if id(value) in seen:
         return seen[id(value)]

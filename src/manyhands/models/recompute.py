@@ -2,7 +2,7 @@
 
 Uses torch.utils.checkpoint without reentrant autograd (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
 arXiv 1604.06174). The recomputation must give the same bits, so it starts from the same generator states and the same
-buffers as the forward. After the recomputation, the buffers have the values again that the forward left in them.
+buffers as the forward. After the recomputation, the buffers again have the values that the forward left in them.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def _forward(
 def _with_caches_as_before(forward: Callable[..., Any], arguments: object) -> Callable[..., Any]:
     """Return a forward whose recomputations find the key-value caches as the first call found them.
 
-    Models of transformers fill such a cache by default, also in training. A recomputed block would add its keys to the
-    cache once more.
+    Models of the transformers library fill such a cache by default, even in training. A recomputed block would add its
+    keys to the cache once more.
     """
     if not any(map(_is_cache, tree_leaves(arguments))):
         return forward
@@ -143,7 +143,7 @@ def _twice(
 
 
 class _Repeatable(AbstractContextManager[None]):
-    """A context that may be entered again, because a second backward through a graph recomputes it again."""
+    """A context that may be entered more than once, because every backward through a graph recomputes it."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
         self._make = make

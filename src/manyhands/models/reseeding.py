@@ -24,7 +24,7 @@ _RESTORES = ((torch, "set_rng_state"), (torch.random, "set_rng_state"), (random,
 
 
 class _Watch(threading.local):
-    """The watch of a thread. seeded: the call that seeded a generator, if nothing has restored it since."""
+    """The watch of a thread. seeded: the call that seeded a generator, if its state has not been restored since."""
 
     active = False
     seeded: str | None = None
@@ -57,7 +57,7 @@ def refusing_seeds(enable: bool) -> Iterator[None]:
 
 
 def _install(by: int) -> None:
-    """Replace the functions when the first thread watches, and put them back when the last one has ended."""
+    """Replace the seeding functions when a first thread starts to watch. Restore them when the last thread stops."""
     global _count
     with _lock:
         _count += by
@@ -96,7 +96,7 @@ def _refusal(call: str) -> ConfigError:
     return ConfigError(
         "the model or the loss function seeds a global random generator",
         got=call,
-        hint="leave the seeds to the recipe: every micro-batch has its own. For numbers that are the same in each"
+        hint="don't seed generators: each micro-batch has its own seed. For numbers that are the same in each"
         " forward, use torch.Generator().manual_seed(...), or put the seed and the draws into a block of"
         " `with torch.random.fork_rng():`",
     )

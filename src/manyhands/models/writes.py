@@ -16,7 +16,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Sample:
-    """Copies of some elements of parameters. parameters: by name; those without memory of their own are left out."""
+    """Copies of some elements of parameters. parameters: by name.
+
+    Parameters without memory of their own are left out.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         flat = {name: param.detach() for name, param in parameters.items() if param.is_contiguous()}

@@ -83,7 +83,7 @@ class GeneratorsState:
     devices: list[Tensor] | None
 
     def equals(self, other: GeneratorsState) -> bool:
-        """True if no generator was used between the two states."""
+        """Return True if no generator was used between the two states."""
         return (
             self.python == other.python
             and all(map(np.array_equal, self.arrays, other.arrays))

@@ -112,7 +112,7 @@ def _tensor_text(tensor: Tensor) -> str:
 
 
 class Generator(NamedTuple):
-    """Functions that get and put the state of a random generator."""
+    """Functions that get and set the state of a random generator."""
 
     get: Callable[[], Any]
     put: Callable[[Any], Any]

@@ -17,10 +17,10 @@ from manyhands.errors import ConfigError
 from manyhands.options import hint_nearest
 
 _RATES = ("lr", "max_lr", "min_lr")
-"""Entries of a param group that are in proportion to its first learning rate; OneCycleLR adds the last two."""
+"""Entries of a param group that are proportional to its initial learning rate. OneCycleLR adds the last two."""
 
 _LISTS_OF_RATES = ("base_lrs", "max_lrs")
-"""Attributes of schedules with a rate for each param group; CyclicLR has the second one."""
+"""Attributes in which schedules keep a rate for each param group. CyclicLR has the second one."""
 
 
 class _Group(NamedTuple):

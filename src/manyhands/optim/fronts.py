@@ -1,7 +1,7 @@
-"""What users see of the recipe's optimizers: step hooks, and neither gradients nor state.
+"""The recipe's optimizers as users see them: step hooks work, but gradients and state can't be read.
 
 A user's step hooks run once in a step, around the whole update. They get the recipe's own optimizer. The sums of
-gradients and the optimizer's state lie in slices on all workers, so reading them there is an error.
+gradients and the optimizer's state are divided into slices on all workers, so reading them there is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from manyhands.errors import ConfigError
 
 
 def have_step_hooks(fronts: Sequence[torch.optim.Optimizer]) -> bool:
-    """True if any step hook is registered, for one of the optimizers or for all optimizers of the process."""
+    """Return True if any step hook is registered, for one of the optimizers or for all optimizers of the process."""
     hooks = [torchs._global_optimizer_pre_hooks, torchs._global_optimizer_post_hooks]
     for front in fronts:
         hooks += [front._optimizer_step_pre_hooks, front._optimizer_step_post_hooks]
@@ -50,12 +50,12 @@ def run_post_hooks(fronts: Sequence[torch.optim.Optimizer]) -> None:
 
 
 def note_step(front: torch.optim.Optimizer) -> None:
-    """Note that `step` was called, as the function does that a schedule puts around `step`. Otherwise it warns."""
+    """Note that `step` was called. A schedule wraps `step` with a function that notes this, and warns without it."""
     vars(front)["_opt_called"] = True
 
 
 def hide_state(front: torch.optim.Optimizer) -> None:
-    """Make reading the optimizer's state an error, and free what its constructor has made."""
+    """Make reading the optimizer's state an error, and free the state that its constructor made."""
     vars(front)["state"] = _UnreadableState()
 
 

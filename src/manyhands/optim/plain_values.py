@@ -9,7 +9,10 @@ _PAIRS, _TUPLE = "pairs of a dict", "items of a tuple"
 
 
 def is_plain(value: Any) -> bool:
-    """True if `value` is plain. A number of NumPy is plain only if it is also one of Python's (np.float64 is)."""
+    """Return True if `value` is plain.
+
+    A NumPy number is plain only if its type derives from a Python type, as np.float64 does.
+    """
     if type(value) in (dict, Counter):
         return all(is_plain(key) and is_plain(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -39,7 +42,7 @@ def encode_state(value: Any) -> Any:
 
 
 def decode_state(value: Any) -> Any:
-    """The inverse of `encode_state`."""
+    """Return the value that `encode_state` encoded."""
     if isinstance(value, dict) and _PAIRS in value:
         kind = Counter if value["type"] == "Counter" else dict
         return kind({decode_state(key): decode_state(item) for key, item in value[_PAIRS]})

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from manyhands.errors import ConfigError
 
 _PROGRESS = ("_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial")
-"""Entries of a schedule's state that only say how far it is."""
+"""Entries of a schedule's state that only record its progress."""
 
 
 def build_schedules(
@@ -30,7 +30,7 @@ def build_schedules(
         if isinstance(found, type) or getattr(found, "optimizer", optimizer) is not optimizer:
             raise ConfigError(
                 "recipe.schedule returned a schedule of another optimizer",
-                expected="a schedule of the optimizer that it was called with",
+                expected="a schedule of the optimizer that was passed to it",
                 got=repr(found),
                 hint="build the schedule with the argument of recipe.schedule",
             )
@@ -43,8 +43,8 @@ def schedule_facts(
     """Return the schedules' classes and their state before the first step, as text. Raises ConfigError.
 
     Schedules inside of others (SequentialLR, ChainedScheduler) are described in the same way. groups: the param groups
-    of all optimizers; values that schedules have added to them (OneCycleLR does so) are included. facts: the facts of
-    the optimizers from before.
+    of all optimizers. The result includes entries that schedules added to them, as OneCycleLR does. facts: the
+    optimizers' facts from before the schedules were built.
     """
     found = {"schedule": ", ".join(type(schedule).__qualname__ for schedule in schedules) or "none"}
     for index, schedule in enumerate(schedules):
@@ -72,7 +72,7 @@ def _facts_of(schedule: LRScheduler, prefix: str) -> dict[str, str]:
 
 
 def _comparable(value: Any) -> Any:
-    """Return plain values as they are, and of other objects the type: their text may contain an address."""
+    """Return plain values unchanged. For other objects, return the type, because their text may contain an address."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
-"""What an optimizer keeps for all of its parameters together: attributes, and entries of its param groups.
+"""The state that an optimizer keeps for all of its parameters together: attributes, and entries of its param groups.
 
 torch's own optimizers change neither in a step. Others do: `group["step"] += 1`, `self.k += 1`. A step calls a working
-copy once for each run, so every call of a step must start from the same values and end with the same values. The
-latter become the values of the recipe's optimizer, where schedules, hooks and the next step find them.
+copy once for each run, so every call of a step must start from the same values and end with the same values. The end
+values are then stored in the recipe's optimizer, where schedules, hooks and the next step find them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def entries_of(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(first: SharedState, second: SharedState) -> str | None:
-    """Return a text with the first value that two calls of the same step left different; None if there is none."""
+    """Describe the first value in which two calls of the same step differ; return None if they agree."""
     found = _differing("attribute", first.attributes, second.attributes)
     for index, (one, other) in enumerate(zip(first.groups, second.groups, strict=True)):
         if found is None and first.used[index] == second.used[index]:
@@ -83,7 +83,7 @@ def difference(first: SharedState, second: SharedState) -> str | None:
 
 
 def merged(first: SharedState, second: SharedState) -> SharedState:
-    """Return the values that two calls of the same step left. Entries come from a call that used the group, if any.
+    """Combine the equal values of two calls of a step. Entries come from a call that used the group, if there is one.
 
     (An optimizer may skip groups whose parameters have no gradient.)
     """
@@ -102,12 +102,12 @@ def _differing(what: str, first: dict[str, Any], second: dict[str, Any]) -> str 
 
 
 def is_shared(name: str, value: object) -> bool:
-    """True if an attribute of that name and value is shared state."""
+    """Return True if an attribute with this name and value is shared state."""
     return name not in _NOT_SHARED and is_plain(value)
 
 
 def attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return a copy of the plain attributes, without most of torch's base class."""
+    """Return a copy of the plain attributes, without most attributes of torch's base class."""
     return {name: copied(value) for name, value in vars(optimizer).items() if is_shared(name, value)}
 
 

@@ -9,8 +9,8 @@ as one call over full parameters if the optimizer is
 - *elementwise*: an element's update depends only on that element. A slice may be any part of a parameter.
 - *per-parameter*: an update depends on one complete parameter and its shape. A slice is a complete parameter.
 
-Both are tried before training (`trial.py`). What a step changes besides parameters and their state is kept equal for
-all runs and all workers (`shared_state.py`).
+Optimizers of both kinds are tried before training (`trial.py`). Values that a step changes besides parameters and their
+state are kept equal for all runs and all workers (`shared_state.py`).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class SlicedOptimizer:
         self._given_names = _given_names(self._front_groups(), named_params)
         self._state_bytes: dict[tuple[int, int], float] = {}
         self._copies = [self._tried(index, device) for index in range(len(self.fronts))]
-        # The state that the constructors made, until all slices have theirs.
+        # The state that the constructors made, until all slices have their own state.
         self._initial = self._initial_states(named_params)
         self._first_attributes = [attributes_of(front) for front in self.fronts]
         for front in self.fronts:
@@ -263,7 +263,7 @@ class SlicedOptimizer:
         ]
 
     def load_attributes(self, changed: Sequence[dict[str, Any]]) -> None:
-        """Set the attributes that `changed_attributes` returned. All others get their first values."""
+        """Set the attributes that `changed_attributes` returned. Reset all others to their initial values."""
         for front, first, attributes, copy in zip(
             self.fronts, self._first_attributes, changed, self._copies, strict=True
         ):
@@ -338,7 +338,7 @@ def _kind(optimizer: object, declared: str | None) -> str:
 
 
 def _given_names(groups: Iterator[dict[str, Any]], named_params: Sequence[tuple[str, nn.Parameter]]) -> dict[str, str]:
-    """Return the names that optimizers were given with their parameters, by the names of the parameters."""
+    """Return the names that the param groups list for their parameters, by the parameters' names in the model."""
     names = {id(param): name for name, param in named_params}
     pairs = (pair for group in groups for pair in zip(group["params"], group.get("param_names", ()), strict=False))
     return {names[id(param)]: given for param, given in pairs}

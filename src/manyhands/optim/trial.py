@@ -1,9 +1,9 @@
-"""Tries an optimizer on small tensors before training, to refuse what would fail or give other bits later.
+"""Tries an optimizer on small tensors before training, to refuse an optimizer that would fail or give other bits later.
 
 A worker applies an optimizer to slices, run by run, and must be able to save all that the optimizer remembers. Whether
 an optimizer allows that is known only after some steps. So a working copy makes these steps on small tensors, once in
-full, as plain PyTorch would, and once slice by slice, as a worker does. Both must have the same bits. torch's own
-optimizers are known to have them; for these, one step shows whether their flags suit the device.
+full, as plain PyTorch would, and once slice by slice, as a worker does. Both must give the same bits. torch's own
+optimizers are known to do so. For these, one step shows whether their flags suit the device.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from manyhands.optim.working_copy import WorkingCopy, agreed, class_name, untrac
 from manyhands.shard_layout import BLOCK
 
 STEPS = 12
-"""Steps of a trial. Some optimizers do something else in each fifth or tenth step (Lookahead, for example)."""
+"""The number of steps in a trial. Some optimizers, such as Lookahead, act differently in every fifth or tenth step."""
 
 
 @dataclass
 class _Fake:
-    """A small parameter. full: in its own shape. slices: the same values, as a worker holds them."""
+    """A small parameter. full: the parameter in its own shape. slices: the same values, as a worker holds them."""
 
     group: int
     like: Tensor  # the parameter that it stands for
@@ -43,7 +43,7 @@ def try_out(
 ) -> dict[tuple[int, int], float]:
     """Try an optimizer. Return the bytes of its state per element, not counting single numbers.
 
-    They are returned by param group and number of a parameter's dimensions.
+    The bytes are returned by param group and number of a parameter's dimensions.
 
     tracks: True if the optimizer is not torch's own. device: where the update computes. The optimizer, its parameters
     and all generators stay as they are. Raises ConfigError.
@@ -120,9 +120,9 @@ class _Trial:
 
     def _make_fakes(self, device: torch.device) -> Iterator[_Fake]:
         for index, group in enumerate(self._front.param_groups):
-            # Some optimizers treat matrices in another way, so there is one parameter for each number of dimensions.
+            # Some optimizers treat matrices differently, so there are parameters for each number of dimensions.
             for like in {param.dim(): param for param in group["params"]}.values():
-                # Two, because what an optimizer does may depend on the number of parameters.
+                # Make two, because an optimizer may act differently for more than one parameter.
                 for number in range(2 if self._tracks else 1):
                     shape = self._shape(like)
                     count = shape.numel()
@@ -137,13 +137,13 @@ class _Trial:
 
     def _shape(self, like: Tensor) -> torch.Size:
         if not self._elementwise:
-            has_state = self._tracks and like in self._front.state  # of shapes that may depend on the parameter's
+            has_state = self._tracks and like in self._front.state  # its shape may depend on the parameter's shape
             return like.shape if has_state else torch.Size(min(size, 32) for size in like.shape)
         small = [2 * BLOCK] if like.dim() == 1 else [2, *[1] * (like.dim() - 2), BLOCK]
         return torch.Size(small if like.dim() else [])
 
     def _start_with_state(self, fake: _Fake) -> None:
-        """Set the state that the constructor has made. The small parameter has that of `like`'s first element."""
+        """Set the state that the constructor made. All elements get the state of the first element of `fake.like`."""
         state = dict(self._front.state[fake.like])
         for key, value in state.items():
             if isinstance(value, Tensor) and value.dim() and value.shape == fake.like.shape:
@@ -153,7 +153,7 @@ class _Trial:
             self.sliced.optimizer.state[piece] = initial_state(state, fake.full.shape, index * BLOCK, piece)
 
     def run(self, steps: int) -> None:
-        """Make the steps."""
+        """Make `steps` trial steps."""
         for step in range(steps):
             for index, fake in enumerate(self._fakes):
                 grad = torch.linspace(0.5, -0.25, fake.full.numel(), device=fake.full.device) / (1 + step + index)
@@ -274,7 +274,7 @@ def _fingerprint(attributes: dict[str, Any]) -> dict[str, object]:
 
 
 def _print_of(value: object, depth: int) -> object:
-    """Return a value that is another one after `value` was changed."""
+    """Return a fingerprint of `value`, which is different after `value` was changed."""
     if isinstance(value, Tensor):
         return id(value), value._version
     if isinstance(value, types.MethodType):

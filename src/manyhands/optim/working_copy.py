@@ -1,4 +1,4 @@
-"""Working copies of the recipe's optimizers: what updates the slices of a run."""
+"""Working copies of the recipe's optimizers, which update the slices of a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def class_name(optimizer: torch.optim.Optimizer) -> str:
 
 
 class WorkingCopy:
-    """A copy of an optimizer that updates slices. It calls no step hooks, because it is called several times in a step.
+    """A copy of an optimizer that updates slices. It calls no step hooks, because it is called several times per step.
 
     tracks: True if the optimizer may change its shared state in a step. in_bf16: True if it multiplies in bf16.
     optimizer: the copy. Its state belongs to the slices.
@@ -120,9 +120,9 @@ def _without_hooks(step: Any) -> Any:
 
 
 def _refuse_global_hooks(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise ConfigError if there are global hooks: `step` has called another class's `step`, which calls them.
+    """Raise ConfigError if there are global hooks. This hook runs if `step` calls the `step` of a base class.
 
-    It does so only if an object of the other class was created before.
+    torch lets that `step` call hooks only if an object of the base class was created before.
     """
     if torchs._global_optimizer_pre_hooks or torchs._global_optimizer_post_hooks:
         raise ConfigError(
@@ -140,7 +140,7 @@ def _copy_of(front: torch.optim.Optimizer) -> torch.optim.Optimizer:
     attributes.update(vars(front), state=defaultdict(dict), param_groups=[])
     attributes["_optimizer_step_pre_hooks"] = {0: _refuse_global_hooks}
     attributes["_optimizer_step_post_hooks"] = {}
-    attributes.pop("step", None)  # schedules put their own around it; other replacements are refused
+    attributes.pop("step", None)  # a schedule's wrapper; other replacements are refused
     for name, value in attributes.items():
         if isinstance(value, types.MethodType) and value.__self__ is front:
             attributes[name] = types.MethodType(value.__func__, copy)

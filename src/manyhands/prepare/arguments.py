@@ -1,4 +1,7 @@
-"""Checks the arguments of a Dataset's methods. Each raises ConfigError, where Python would fail later or not at all."""
+"""Checks the arguments of a Dataset's methods.
+
+Each check raises ConfigError where Python would fail later or not at all.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +56,11 @@ def checked_seed(value: Any) -> int:
 
 
 def check_schema(schema: Any) -> None:
-    """Raise ConfigError unless the value is a schema of Arrow or None."""
+    """Raise ConfigError unless the value is an Arrow schema or None."""
     if schema is not None and not isinstance(schema, pa.Schema):
         hint = 'import pyarrow as pa; write(..., schema=pa.schema([("name", pa.string())]))'
         raise ConfigError(
-            "schema is not a schema of Arrow", expected="a pyarrow.Schema", got=repr(schema)[:200], hint=hint
+            "schema is not an Arrow schema", expected="a pyarrow.Schema", got=repr(schema)[:200], hint=hint
         )
 
 

@@ -31,7 +31,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def open_to_read(location: str | Location) -> IO[bytes]:
-    """The file, open for reading and seeking."""
+    """Open a file for reading and seeking."""
     if isinstance(location, str) and is_local(location):
         return open(location, "rb")  # for a small file, making a Path takes as long as opening the file
     target = address_or_path(location)

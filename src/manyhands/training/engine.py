@@ -116,10 +116,11 @@ class Engine(StepEngine):
         )
 
     def amend(self, amendments: Amendments) -> None:
-        """Skip steps, and change settings of the recipe from certain steps on; before the first call of `batches`.
+        """Skip steps, and change settings of the recipe from certain steps on. Call this before the first call of
+        `batches`.
 
-        All workers make the same call. A checkpoint that is loaded later adds those that it was computed with. Raises
-        ConfigError for settings that the recipe lacks.
+        All workers must make the same call. A checkpoint that is loaded later adds the amendments with which it was
+        computed. Raises ConfigError for settings that the recipe lacks.
         """
         for change in amendments.changes:
             if change.key != CLIP_NORM:
@@ -150,7 +151,7 @@ class Engine(StepEngine):
             return loaded.batch
 
         metrics = self.run_step(load, digest=digest)
-        if self._first_step:  # a state that counts micro-batches, for example, differs between workers from now on
+        if self._first_step:  # state that counts micro-batches, for example, now differs between workers
             self._first_step = False
             check_extra_states(self.model, self.group)
         return metrics

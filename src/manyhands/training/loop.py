@@ -25,7 +25,7 @@ from manyhands.training.engine import Engine
 from manyhands.training.run_record import RunRecord, Saver, will_resume
 
 MEASURED_STEPS = 3
-"""The number of first steps in which memory is measured. Measuring more steps would slow them down.
+"""The number of steps at the start in which memory is measured. Measuring takes time, so later steps are not measured.
 
 The first step allocates the optimizer's state, so the peak is in these steps.
 """

@@ -124,7 +124,7 @@ class RunRecord:
             self.checkpoints = location_of(all_ranks[0])
 
     def amend(self, given: Amendments) -> None:
-        """Give the engine the amendments of the run so far, and those that are given now. Collective; before `resume`.
+        """Give the engine the run's amendments so far and the `given` ones. Collective. Call this before `resume`.
 
         Raises ConfigError.
         """
@@ -182,7 +182,7 @@ class RunRecord:
         return any(event["event"] == "saved" for event in self.read_events())
 
     def _check_saved(self, source: str | None) -> None:
-        """On worker 0, compare the state that the run starts from with the last checkpoint that it has recorded.
+        """On worker 0, compare the state from which the run starts with the last checkpoint that the run recorded.
 
         Raises ConfigError if the run has saved a checkpoint, but starts from the beginning.
         """
@@ -191,7 +191,7 @@ class RunRecord:
             for event in self.read_events()
             if event["event"] == "saved" and type(event.get("step")) is int
         ]
-        # A later checkpoint may lack its event: the run was killed in between, or the disk was full.
+        # A checkpoint may lack its event, because the run was killed after the save or the disk was full.
         if not saved or source == "snapshot" or saved[-1] <= self.engine.step_index:
             return
         if source is None:
@@ -208,7 +208,7 @@ class RunRecord:
     def _record_start(self, source: str | None) -> None:
         """On worker 0, record that the run starts or continues here. source: "snapshot", "checkpoint" or None.
 
-        Raises ConfigError if a new run can't be recorded. A run that continues has something to lose, so it continues.
+        Raises ConfigError if a new run can't be recorded. A run that is resumed continues without the record.
         """
         if self._directory is None:
             return
@@ -293,7 +293,7 @@ class RunRecord:
             self.report(note)
 
     def report(self, text: str) -> None:
-        """Print a message for people, with the progress, or when progress is first shown."""
+        """Print a message for people next to the progress, or keep the message until progress is shown."""
         if not self._bars:
             self.notes.append(text)
         for bar in self._bars:
@@ -352,7 +352,7 @@ def start_over(run_dir: Path, checkpoints: Location) -> None:
 class Saver:
     """Writes a run's checkpoints when they are due, if it has a location for them.
 
-    Raises CheckpointError if snapshots are taken, and can't hold the state of a schedule.
+    Raises CheckpointError if snapshots are taken but can't hold the state of a schedule.
     """
 
     def __init__(self, record: RunRecord, interval: Every, keep: int, keep_every: int | None) -> None:

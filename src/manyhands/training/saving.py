@@ -66,7 +66,7 @@ class Snapshots:
 
     @property
     def are_taken(self) -> bool:
-        """True if there is memory for snapshots."""
+        """Return True if there is memory for snapshots."""
         return self._memory is not None
 
     def newest_step(self) -> int | None:

@@ -1,7 +1,7 @@
-"""Changes of a recipe in the middle of a run: steps that are skipped, and settings that change from a step on.
+"""Amendments of a run in progress: steps to skip, and settings that change from a given step on.
 
-Together with the recipe they decide the bits, so a checkpoint lists those that it was computed with. Steps are counted
-from 0, as in errors and in metrics.jsonl.
+The recipe and the amendments determine the bits, so a checkpoint lists the amendments with which it was computed. Steps
+are counted from 0, as in errors and in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -38,18 +38,21 @@ class Amendments:
         return bool(self.skipped or self.changes)
 
     def before(self, step: int) -> Amendments:
-        """Return those that the state after `step` steps depends on."""
+        """Return the amendments that affect the state after `step` steps."""
         return Amendments(
             tuple(number for number in self.skipped if number < step),
             tuple(change for change in self.changes if change.step < step),
         )
 
     def at(self, step: int) -> list[Change]:
-        """Return the changes that take effect with step `step`."""
+        """Return the changes that take effect at step `step`."""
         return [change for change in self.changes if change.step == step]
 
     def joined(self, later: Amendments) -> Amendments:
-        """Return both together. Of two changes of one setting at one step, the one in `later` counts."""
+        """Return these amendments and `later` combined.
+
+        If both change a setting at the same step, `later` takes precedence.
+        """
         changes = {(change.step, change.key): change for change in (*self.changes, *later.changes)}
         return Amendments(
             tuple(sorted({*self.skipped, *later.skipped})),
@@ -69,12 +72,12 @@ class Amendments:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Return JSON values, from which `from_json` makes the same object."""
+        """Return JSON values from which `from_json` makes an equal object."""
         return {"skipped_steps": list(self.skipped), "changes": [list(change) for change in self.changes]}
 
     @classmethod
     def from_json(cls, value: Any) -> Amendments:
-        """Read what `as_json` has returned; {} if there are none. Raises ConfigError."""
+        """Return the amendments that `as_json` encoded, or none for {}. Raises ConfigError."""
         try:
             changes: dict[int, dict[str, Any]] = {}
             for step, key, new in value.get("changes", ()):
@@ -84,14 +87,15 @@ class Amendments:
             raise ConfigError("the amendments of a run can't be read", got=f"{value!r} ({error})"[:200]) from None
 
     def described(self) -> list[str]:
-        """Return a line of text for each."""
+        """Return one line of text for each amendment."""
         return [*(f"step {step} is skipped" for step in self.skipped), *map(str, self.changes)]
 
 
 def amendments_of(skip_steps: Iterable[int], changes: Mapping[int, Mapping[str, Any]]) -> Amendments:
-    """Check the values that a user has given. changes: step -> setting -> value. Raises ConfigError.
+    """Check the values that a user gave, and return them as amendments. changes: step -> setting -> value. Raises
+    ConfigError.
 
-    Whether the optimizers have the settings is checked in `optim.amending`.
+    `optim.amending` checks whether the optimizers have the settings.
     """
     found = []
     for step, settings in changes.items():

@@ -8,8 +8,8 @@ it. If any micro-batch changed a buffer, `Recipe.buffers` decides the buffer's v
 - last: its value after the step's last micro-batch.
 - refuse: the change is an error.
 
-The default is the mean. It is meaningful for batch norm's statistics, and exact for values that are equal after all
-micro-batches. For other buffers it may not be, so each of them is reported once.
+The default is the mean. The mean is meaningful for batch norm's statistics, and exact for values that are equal after
+all micro-batches. It may be meaningless for other buffers, so each of them is reported once.
 
 Small frozen parameters are managed in the same way: Keras, for example, stores running statistics in them.
 """
@@ -128,7 +128,7 @@ class Buffers:
         return {name: self._tensors[name].detach() for name in sorted(self._changed_between_steps)}
 
     def end_micro_batch(self, micro_batch: int, *, refuse_nan: bool = False) -> None:
-        """Copy the values that this micro-batch changed, and restore those from before the step.
+        """Copy the values that this micro-batch changed, and restore the values from before the step.
 
         refuse_nan: True if the model reads NaN from parameters that are sharded at the time.
         Raises ConfigError if a buffer was added or removed, or has a new shape or dtype, because peers don't know about

@@ -25,7 +25,7 @@ Number = Tensor | float
 _EXPECTED = "a scalar tensor with a gradient, or (sum, weight), or (either of these, {name: (sum, weight)})"
 
 _ROUNDED_ABOVE = {"torch.bfloat16": 256, "torch.float16": 2048}
-"""The types that can't hold every whole number above the given number."""
+"""For each type that can't hold all whole numbers: the number up to which it holds all of them."""
 
 
 class LossForm(NamedTuple):
@@ -83,7 +83,12 @@ class LossReader:
     def agree(self, group: Group) -> None:
         """Check, after the first micro-batches, that all workers have the same form. Collective. Raises ConfigError."""
         facts = {"the returned form": _described(self.form)}
-        agree(group, "loss function", facts, hint="return the same from recipe.loss for all micro-batches")
+        agree(
+            group,
+            "loss function",
+            facts,
+            hint="return a result of the same form from recipe.loss for all micro-batches",
+        )
         self.is_agreed = True
 
     def values(self, results: Mapping[int, LossResult], micro_batches: int) -> np.ndarray:

@@ -22,13 +22,14 @@ from manyhands.offload.allocator import Allocator, BufferPool
 from manyhands.shard_layout import Range, UnitLayout
 
 _WATCHED = 4
-"""How many times each unit is unsharded before writes to its parameters are no longer detected."""
+"""Writes to a unit's parameters are detected until the unit has been unsharded this many times."""
 
 
 class ParamView(NamedTuple):
-    """Describes a view of a unit's parameters, which may have another dtype than these: a complex one, for example.
+    """Describes a view of a unit's parameters. Its dtype may differ from theirs: it may be complex, for example.
 
-    strides, offset: in elements of the view. conjugated, negated: True if torch computes the view's values on reading.
+    strides, offset: in elements of the view. conjugated, negated: True if torch conjugates or negates the values when
+    the view is read.
     """
 
     dtype: torch.dtype
@@ -129,7 +130,7 @@ class OnDemandParams(Params):
         super().__init__(layout, stored.dtype)
         self._stored, self._allocator, self._pool = stored, allocator, pool
         self.full: Tensor | None = None
-        self._unsharded = 0  # how often
+        self._unsharded = 0  # number of times
         self._sample: Sample | None = None
         # One element, expanded to the shape of every resharded parameter.
         self._absent = torch.full((), float("nan"), dtype=stored.dtype, device=pool.device)
@@ -179,7 +180,7 @@ class OnDemandParams(Params):
     def reshard(self) -> None:
         """Release the unsharded parameters' buffer; the model's parameters read as NaN from now on.
 
-        Raises ConfigError if the model has written to the parameters: nothing would be left of it.
+        Raises ConfigError if the model has written to the parameters, because the write would be lost.
         """
         sample, self._sample = self._sample, None
         for name, shape in self._shapes.items():
@@ -191,7 +192,7 @@ class OnDemandParams(Params):
             self.full = None
 
     def trim_pool(self) -> None:
-        """Free the pool's buffers, after more units were unsharded at a time than a step requires."""
+        """Free the pool's buffers. Called after more units were unsharded at a time than a step requires."""
         self._pool.trim()
 
     def view_of(self, tensor: Tensor) -> ParamView | None:

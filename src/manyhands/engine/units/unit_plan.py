@@ -90,7 +90,8 @@ def plan_units(
             raise ConfigError(
                 "strategy.units names a module that the model doesn't have", got=repr(name), hint=nearest(name, modules)
             )
-    # A parameter's own name may contain dots, so its owner can't be found by the name. The first owner counts.
+    # A parameter's own name may contain dots, so its owner can't be derived from the name. Several modules may own one
+    # parameter; the first owner counts.
     backwards = reversed(list(model.modules()))
     owners = {id(param): module for module in backwards for param in module.parameters(recurse=False)}
     # If named modules contain each other, a parameter belongs to the unit of the innermost one.

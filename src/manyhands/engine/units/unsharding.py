@@ -40,7 +40,7 @@ NO_REQUEST = -1
 
 
 def _has_storage(leaf: object) -> TypeGuard[Tensor]:
-    """Return True for tensors in memory. torch.vmap passes others."""
+    """Return True if the tensor is in memory. torch.vmap passes tensors that aren't."""
     return isinstance(leaf, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
 
 
@@ -188,8 +188,8 @@ class Unsharder:
     def leave(self, unit: ParamUnit, result: object) -> None:
         """Note the end of the forward of a module that uses the unit. result: the value that the forward returned.
 
-        Raises ConfigError if a tensor in it is a view of the parameters, because the view would read as NaN once these
-        are resharded.
+        Raises ConfigError if a tensor in it is a view of the parameters, because the view would read as NaN once the
+        parameters are resharded.
         """
         self._inside[unit.name] = self._inside.get(unit.name, 1) - 1
         if self._inside[unit.name] == 0 and self._in_round and not self._backward:

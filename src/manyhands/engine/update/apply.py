@@ -4,7 +4,7 @@ The update makes one pass over runs of elements that stay in a core's cache. For
 adds the pieces of the gradients, divides and clips the sum, applies the optimizer, and writes the parameters. An
 unsplittable parameter is a run of its own, of any length.
 
-The update makes two passes in three cases only. Clipping needs the norm first. With replicated optimizer state every
+The update makes two passes in three cases only. Clipping needs the norm first. With replicated optimizer state, every
 worker first needs the sums of all workers. Step hooks that run before the update may read sharded parameters, which
 can't be unsharded before the sums are complete.
 """
@@ -165,7 +165,7 @@ class Updater:
         Return the gradient's norm before clipping.
 
         weight: the divisor of the sums. unused: parameters without a gradient in this step; they are not updated.
-        before: called before any weight changes, when the units are free to be unsharded.
+        before: called before any weight changes, when units may be unsharded.
         Raises NumericsError if the norm is not finite.
         """
         norm = scale = None

@@ -1,4 +1,4 @@
-"""Runs the step hooks of the recipe's optimizers around the update, once in a step."""
+"""Runs the step hooks of the recipe's optimizers around the update, once per step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from manyhands.optim.fronts import have_step_hooks, note_step, run_post_hooks, r
 
 
 class StepHooks:
-    """The step hooks of some optimizers. They see the full parameters, and may not change them.
+    """The step hooks of some optimizers. The hooks can read the full parameters, but must not change them.
 
     guard: checks the parameters. seed: the run's seed, from which the hooks' random numbers come.
     """
@@ -36,7 +36,8 @@ class StepHooks:
     def after(self, step: int, *, called: bool) -> None:
         """Call the hooks that run after the update of this step. Collective if they are called. Raises ConfigError.
 
-        called: True if any worker has hooks. Without hooks, only note that a step was made: schedules warn otherwise.
+        called: True if any worker has hooks. If there are none, only note that a step was made, because schedules would
+        warn otherwise.
         """
         if called:
             self._run(run_post_hooks, step)

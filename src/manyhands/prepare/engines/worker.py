@@ -20,11 +20,11 @@ from manyhands.prepare.plan.modules import is_installed
 
 def main() -> None:
     """Serve the connection. The arguments are its file descriptor and the pid of the parent."""
-    protect_output()  # a function that prints must not make its records bad, because nobody reads the output
+    protect_output()  # nobody may read the output, and a failed print must not make a record bad
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the parent handles it
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     parent = int(sys.argv[2])
-    # A thread could not end a task that holds Python's lock, which is a long call of a library written in C.
+    # The kernel also ends a task that holds Python's lock in a long call of a C library. A thread could not.
     if not kill_with_parent(parent):
         threading.Thread(target=_end_with_parent, args=(connection.fileno(), parent), daemon=True).start()
     try:

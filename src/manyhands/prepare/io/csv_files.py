@@ -190,9 +190,9 @@ def _header(data: bytes, path: str, *, final: bool) -> Header | None:
 
 @lru_cache(maxsize=16)
 def _plain_header(line: bytes) -> Header | None:
-    """Parse a header line that needs no other line and has nothing unusual; None for any other line.
+    """Parse a simple header: one valid line of ASCII without quotes. Return None for any other header.
 
-    Files that are read together mostly have the same header, so that all but the first take no time.
+    The result is cached, because files that are read together usually have the same header.
     """
     if not line.isascii() or line[:1] in (b"\r", b"\n", b"") or b'"' in line or b"\r" in line.removesuffix(b"\r\n"):
         return None

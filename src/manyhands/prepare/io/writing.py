@@ -188,7 +188,7 @@ def _known(value: Any) -> Any:
 
 
 def _has_microseconds(times: Any) -> bool:
-    """Return True if all times are whole microseconds. NaT differs from itself."""
+    """Return True if all times are whole microseconds. NaT gives False, because it differs from itself."""
     return bool(np.all(times.astype("datetime64[us]") == times))
 
 

@@ -64,7 +64,7 @@ _FUNCTIONS = {"count": ("count_all",), "sum": ("sum",), "min": ("min",), "max": 
 FEW_GROUPS = 128
 """Tables with fewer rows than this are combined by Python, which takes less time than Arrow takes to start.
 
-The order of the groups may differ then. The estimated size of more groups depends on their order; see `size_bytes`.
+Python may return the groups in another order than Arrow. With more groups, `size_bytes` would depend on their order.
 """
 
 _ROWS = "rows"  # the column of row numbers in a table that Arrow groups
@@ -314,7 +314,7 @@ class Grouping:
 
     @property
     def merges_by_addition(self) -> bool:
-        """True if all states are merged by addition."""
+        """Return True if all states are merged by addition."""
         return all(aggregate.kind in ADDED_KINDS for aggregate in self.aggregates.values())
 
     def combine(self, chunk: Chunk) -> Keyed:

@@ -100,6 +100,6 @@ def merge_states(tables: Sequence[pa.Table]) -> pa.Table | None:
 
 
 def states_are_small(table: pa.Table) -> bool:
-    """True if the states of a run are so small that the states of all runs can be added in 64 bits."""
+    """Return True if the states of a run are so small that the states of all runs can be added in 64 bits."""
     ends = [pc.min_max(table.column(name)) for name in table.column_names[1:]]
     return all(-SMALL < end["min"].as_py() <= end["max"].as_py() < SMALL for end in ends)

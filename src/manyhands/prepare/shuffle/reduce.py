@@ -115,7 +115,7 @@ class RangeReader:
                     yield found
 
     def _read(self, path: str, blocks: Sequence[Block], part: KeyRange) -> Iterator[Keyed]:
-        """Yield for each block its records that are in a part."""
+        """For each block, yield the records that belong to a part."""
         for block, keyed in zip(blocks, read_blocks(path, blocks, self._by), strict=True):
             if block.is_within(*part):
                 yield keyed
