@@ -108,7 +108,8 @@ def load_extra_states(model: nn.Module, values: dict[str, Any], reader: PieceRea
             where=str(reader.folder),
             expected=", ".join(modules) or "none",
             got=", ".join(values) or "none",
-            hint="use the model that it was saved with; a checkpoint from before extra states were saved lacks them",
+            hint="use the model with which the checkpoint was saved. Checkpoints of earlier versions contain no extra "
+            "states",
         )
     for key, module in modules.items():
         try:

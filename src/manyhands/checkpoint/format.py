@@ -239,9 +239,9 @@ def checkpoints_of(run_dir: Path, checkpoint_dir: str | Location | None = None) 
     """Return the location of a run's checkpoints: `checkpoint_dir` if it is given.
 
     Otherwise return the folder that the run's manifest names or, if there is none, a folder in the run directory. A
-    stranger's manifest may name any place, whose checkpoints would be loaded and deleted. So a folder outside of the
-    run directory is used only if it has no checkpoints, or the record of its owner, which callers compare with the run
-    (`checkpoint.owner`), and an address in a store only if it is given.
+    manifest from an untrusted source may name any place, and checkpoints in that place would be loaded and deleted. So
+    a folder outside of the run directory is used only if it has no checkpoints, or if it has the record of its owner,
+    which callers compare with the run (`checkpoint.owner`). An address in a store is used only if it is given.
 
     Raises ConfigError for an address that can't be used, and for such a place.
     """
@@ -259,8 +259,8 @@ def checkpoints_of(run_dir: Path, checkpoint_dir: str | Location | None = None) 
         "the run's checkpoints are in a place that only its manifest names",
         where=str((run_dir / MANIFEST).absolute()),
         got=recorded,
-        hint="a manifest from somebody else may name any place. If it is right, name it yourself: --checkpoint-dir "
-        "(checkpoint_dir=), or export the place itself",
+        hint="a manifest from an untrusted source may name any place. If the place is right, pass it as "
+        "--checkpoint-dir (checkpoint_dir=), or export from it directly",
     )
 
 

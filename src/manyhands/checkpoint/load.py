@@ -186,7 +186,7 @@ def _kind(value: object) -> str:
 
 
 def _attributes(manifest: Manifest, engine: StepEngine, folder: Location) -> list[dict[str, Any]]:
-    """Return the saved attributes of each optimizer; none if an earlier version saved the checkpoint."""
+    """Return the saved attributes of each optimizer. They are empty if an earlier version saved the checkpoint."""
     count = len(engine.optimizer.fronts)
     saved = [decode_state(attributes) for attributes in manifest.attributes] or [{} for _ in range(count)]
     items = [item for attributes in saved for item in attributes.items()]

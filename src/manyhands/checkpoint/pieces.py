@@ -158,7 +158,7 @@ class PieceReader:
         try:
             if piece.file not in self._files:
                 if isinstance(self.folder, Path):
-                    open_inside(self.folder, piece.file).close()  # a stranger's link may lead anywhere
+                    open_inside(self.folder, piece.file).close()  # refuses links to other folders
                 self._files[piece.file] = TensorFile(path)
             file = self._files[piece.file]
             if self._last != piece.file and self._last in self._files:

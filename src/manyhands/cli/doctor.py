@@ -98,7 +98,7 @@ def _show_history(history: RunHistory, console: Console) -> None:
     from manyhands.doctor.runs import took, when
 
     def escape(text: str) -> str:
-        """Return text of the run directory, which may be a stranger's, for rich and for the terminal."""
+        """Return text of the run directory for rich and for the terminal. The text is not trusted."""
         return markup.escape(printable(text))
 
     colour = {"ended": "green", "failed": "red", "killed": "red"}.get(history.outcome, "yellow")

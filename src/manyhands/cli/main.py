@@ -57,7 +57,7 @@ def main() -> None:
             code = INTERRUPTED
         elif isinstance(shown, ConfigError):
             code = WRONG
-        say(printable(str(shown)))  # it may quote files or messages of others
+        say(printable(str(shown)))  # the error may quote untrusted text
         sys.exit(code)
 
 

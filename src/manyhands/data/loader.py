@@ -161,10 +161,10 @@ class PrefetchProcesses:
                 on_child()
                 yield
         except BaseException as error:
-            if isinstance(error, (OSError, EOFError)):  # the connection to a process, which may still be about to end
+            if isinstance(error, (OSError, EOFError)):  # a connection broke, but its process may not have ended yet
                 connection.wait([process.sentinel for process in self._processes], timeout=1)
             died = self._died() if isinstance(error, (RuntimeError, OSError, EOFError)) else None
-            # torch would end the processes only with its iterator, to which the traceback holds a reference.
+            # torch ends the processes only when it frees its iterator, but the traceback refers to the iterator.
             for process in self._processes:
                 process.kill()
             self.close()

@@ -145,7 +145,7 @@ def _document_numbers(pieces: list[tuple[MappedTokens, int, int]]) -> list[NDArr
     numbers, first = [], 0
     for file, low, high in pieces:
         found = np.searchsorted(file.ends, np.arange(low, high, dtype=np.uint64), side="right")
-        found = np.unique(found, return_inverse=True)[1] + first  # empty documents have no number
+        found = np.unique(found, return_inverse=True)[1] + first  # don't number empty documents
         numbers.append(found)
         first = int(found[-1]) + 1
     return numbers

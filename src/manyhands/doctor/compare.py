@@ -134,7 +134,7 @@ def _first_block(one: RunDirectory, other: RunDirectory, differing: list[int]) -
             tables = [_table(run, step) for run in (one, other)]
             break
         except (OSError, ValueError, TypeError, OverflowError, SyntaxError, EOFError):
-            continue  # the table was deleted, because a run keeps only some, or can't be read
+            continue  # the table can't be read, or was deleted because a run keeps only some tables
     else:
         return {}  # the difference can't be located
     if tables[0].shape != tables[1].shape:
@@ -159,10 +159,13 @@ def _first_block(one: RunDirectory, other: RunDirectory, differing: list[int]) -
 
 
 def _table(run: RunDirectory, step: int) -> NDArray[np.integer]:
-    """Return the hashes of all blocks after a step, mapped from their file. Raises OSError, ValueError and the like."""
+    """Return the hashes of all blocks after a step, mapped from their file.
+
+    Raises OSError, ValueError and similar errors.
+    """
     name = table_name(step)
     open_inside(run.digests, name).close()  # refuses links and devices
-    table = np.load(run.digests / name, mmap_mode="r")  # a header that promises more than the file has is an error
+    table = np.load(run.digests / name, mmap_mode="r")  # raises if the file is shorter than its header says
     if table.ndim != 1 or table.dtype.kind not in "iu":
         raise ValueError("it is not a table of hashes")
     return table  # type: ignore[no-any-return]

@@ -32,8 +32,9 @@ _QUIET_STEPS = 20
 _QUIET_SECONDS = 30.0
 
 _FIRST_STEP_SECONDS = 1800.0
-"""The limit before the first step, which is longer, because models are built, data is read and code is compiled
-first.
+"""The limit until the first step.
+
+It is longer, because the run first builds the model, reads data and compiles code.
 """
 
 

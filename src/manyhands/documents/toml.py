@@ -32,7 +32,7 @@ def line_numbers(text: str) -> dict[KeyPath, int]:
     """
     lines: dict[KeyPath, int] = {}
     table: KeyPath = ()
-    last_index: dict[KeyPath, int] = {}  # of the tables in each array of tables
+    last_index: dict[KeyPath, int] = {}  # the index of the last table in each array of tables
     statement, start = "", 1
     for number, line in enumerate(text.split("\n"), 1):
         statement += line + "\n"

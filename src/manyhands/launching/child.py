@@ -72,7 +72,8 @@ def become_worker(folder: str) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if plan["log_dir"] is not None:
             path = os.path.join(plan["log_dir"], f"worker-{rank}.log")
-            flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK  # neither follow nor wait
+            # Don't follow a link or wait for a FIFO's reader.
+            flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
             try:
                 log = os.open(path, flags, 0o644)
             except OSError:  # the disk is full, or this is no file; the launcher still gets the worker's error

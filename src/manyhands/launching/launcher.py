@@ -139,8 +139,8 @@ def explain_rendezvous_failure(
         return WorkerError(
             "this host has left the run: the hosts did not meet again after one had joined or seemed lost",
             where=error.where,
-            hint="see whether the first host was stopped; otherwise check the links between the hosts, and their "
-            "clocks: a clock that jumps by several seconds makes a host seem lost; to take part again, use "
+            hint="check whether the first host was stopped and whether the hosts can reach each other. Check their "
+            "clocks, too: a host whose clock jumps by several seconds seems lost. To take part again, use "
             "manyhands join",
             detail=error.detail,
         )

@@ -39,7 +39,7 @@ from manyhands.storage.untrusted import open_log, read_inside
 RUN_FORMAT = "manyhands run 2"
 
 _LAST_SECONDS = 1 << 35
-"""Later times, after the year 3058, are not those of an event."""
+"""Times of events are earlier than this, which is in the year 3058."""
 
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 
@@ -334,7 +334,7 @@ def _name(value: Any) -> str:
 
 
 def _is_event(value: Any) -> bool:
-    """Return True for an object with a time that the calendar has, the name of an event, and a valid rank, if any."""
+    """Return True if the object has the name of an event, a valid time, and no invalid rank."""
     if not isinstance(value, dict) or not isinstance(value.get("event"), str):
         return False
     seconds, rank = value.get("seconds"), value.get("rank", -1)

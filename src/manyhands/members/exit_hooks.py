@@ -35,7 +35,7 @@ class ExitHooks:
     """
 
     def __init__(self, membership: Membership) -> None:
-        self._membership: Membership | None = membership  # None if it is closed
+        self._membership: Membership | None = membership  # None after it was closed
         self._pid = os.getpid()
         # Replace a hook that an earlier, closed group has left for the launcher. Chaining to it would keep all earlier
         # groups of this process in memory.

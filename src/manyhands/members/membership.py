@@ -145,7 +145,8 @@ class Membership:
         self._stop = threading.Event()
         self._lost_seconds = LOST_SECONDS
         self._store_answered = math.inf  # when the store last answered the watching thread (monotonic)
-        self._launcher_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else worker 0 has it
+        # If the launcher does not have the store, worker 0 has it.
+        self._launcher_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         memory, address = arena.create(BOARD_BYTES)
         self.board = Board(memory)
         me = {

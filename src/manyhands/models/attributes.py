@@ -10,8 +10,8 @@ would make the result depend on this number, too. Checkpoints don't hold attribu
 
 To tell caches from state, the attributes are compared around the first micro-batches of each worker. After its first
 change, an attribute is set back once. The next micro-batch may change it to the same value again, since a cache of
-constants does not depend on the samples. Later micro-batches must not change it, as a counter would be changed. Workers
-compare the values at the end of the first step.
+constants does not depend on the samples. Later micro-batches must not change it again. A counter fails this second
+test. Workers compare the values at the end of the first step.
 """
 
 from __future__ import annotations

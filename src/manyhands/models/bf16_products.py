@@ -54,7 +54,7 @@ class _ProductsInFp32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         compute, kwargs = _products().get(func), kwargs or {}
         if compute is not None and _are_plain_bf16(args):
             return compute(func, *args, **kwargs)
-        if _is_composite(func):  # it may contain such products; without autograd it arrives here as a whole
+        if _is_composite(func):  # a composite operation may contain such products; only autograd decomposes it
             with self:
                 return func.decompose(*args, **kwargs)
         return func(*args, **kwargs)

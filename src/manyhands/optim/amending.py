@@ -42,7 +42,7 @@ def check_change(key: str, value: Any, optimizers: Sequence[Optimizer]) -> None:
             raise ConfigError(
                 f"{key} can't be amended to this value",
                 where=f"param group {index}",
-                expected="numbers only, in the form of the present value",
+                expected="a number, or a list of numbers of the same length, like the present value",
                 got=f"{value!r}; the present value is {old!r}",
             )
         if name == "lr" and not value >= 0:
@@ -51,7 +51,7 @@ def check_change(key: str, value: Any, optimizers: Sequence[Optimizer]) -> None:
             raise ConfigError(
                 f"{key} can't be amended, because the schedule starts at 0",
                 where=f"param group {index}",
-                expected="a first learning rate above 0, to which the schedule's rates are in proportion",
+                expected="an initial learning rate above 0, because the schedule's rates are proportional to it",
             )
     names = [index for index, _ in _targets(key, optimizers)]
     values = {repr(_present(group, key.rpartition(".")[2])) for _, group in _targets(key, optimizers)}

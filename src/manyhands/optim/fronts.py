@@ -1,6 +1,6 @@
 """The recipe's optimizers as users see them: step hooks work, but gradients and state can't be read.
 
-A user's step hooks run once in a step, around the whole update. They get the recipe's own optimizer. The sums of
+A user's step hooks run once per step, around the whole update. They get the recipe's own optimizer. The sums of
 gradients and the optimizer's state are divided into slices on all workers, so reading them there is an error.
 """
 
@@ -50,7 +50,10 @@ def run_post_hooks(fronts: Sequence[torch.optim.Optimizer]) -> None:
 
 
 def note_step(front: torch.optim.Optimizer) -> None:
-    """Note that `step` was called. A schedule wraps `step` with a function that notes this, and warns without it."""
+    """Note that `step` was called.
+
+    A schedule's wrapper around `step` notes this. Without the note, the schedule warns.
+    """
     vars(front)["_opt_called"] = True
 
 

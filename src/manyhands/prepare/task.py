@@ -244,14 +244,15 @@ def load_plan(path: str) -> Plan:
     """Load the plan of a job. The most recently loaded plan is cached.
 
     The end of the path is the hash of the plan, as `plan_name` returns it. The path comes from the process that made
-    the plan, so a file that somebody else wrote is never unpickled. Raises DataError for such a file.
+    the plan, so a file that anyone else wrote is never unpickled. Raises DataError for such a file.
     """
     packed = read_bytes(path)
     if not path.endswith(_plan_hash(packed)):
         raise DataError(
             "the plan of the job is not the one that this process saved",
             where=path,
-            hint="somebody else has written to the job's folder: remove it, and write to a folder of your own",
+            hint="another user or process has written to the job's folder: remove it, and write to a folder of your "
+            "own",
         )
     plan: Plan = cloudpickle.loads(packed)
     return plan
@@ -263,7 +264,7 @@ def plan_name(plan: Plan, packed: bytes) -> str:
 
 
 def plan_prefix(plan: Plan) -> str:
-    """Return the part of `plan_name` that is equal in all ranks. Their pickles of equal plans may differ."""
+    """Return the part of `plan_name` that is equal in all ranks. The rest may differ, as pickles of equal plans may."""
     return f"plan-{plan.identity[:20]}-"
 
 

@@ -1,4 +1,4 @@
-"""Reads files of folders that may come from a stranger: run directories, checkpoints, token files.
+"""Reads files of folders from untrusted sources: run directories, checkpoints, token files.
 
 In such a folder, a name may be a link to any file of this machine, a FIFO, on which opening waits forever, or a device
 without an end. The functions here open only regular files whose real path is in the folder, and read a limited number
@@ -16,16 +16,16 @@ from pathlib import Path
 from manyhands.storage.location import Address, Location
 
 MOST_JSON_BYTES = 1 << 28
-"""The largest manifest that is read. That of a checkpoint has about 300 bytes per piece of a tensor."""
+"""The maximum size of a manifest that is read. A checkpoint's manifest has about 300 bytes per piece of a tensor."""
 
 MOST_LINES_BYTES = 1 << 31
-"""The largest file of metrics, events or log lines that is read."""
+"""The maximum size of a file of metrics, events or log lines that is read."""
 
 
 def open_inside(folder: Path, name: str) -> io.BufferedReader:
     """Open the regular file `name` of a folder, for reading. The folder itself may be a link.
 
-    Raises OSError, also for anything else than a regular file, and for a path or link that leads out of the folder.
+    Raises OSError, also for anything other than a regular file, and for a path or link that leads out of the folder.
     """
     path = folder / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
@@ -34,7 +34,7 @@ def open_inside(folder: Path, name: str) -> io.BufferedReader:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading. Raises OSError, also for anything else than a regular file."""
+    """Open a regular file for reading. Raises OSError, also for anything other than a regular file."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK, a FIFO would block
     return os.fdopen(_regular(fd, path), "rb")
 
@@ -42,7 +42,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 def open_to_append(path: Path) -> io.FileIO:
     """Open a regular file to read it and to append to it, or create it. Buffers nothing.
 
-    Raises OSError, also for a link and for anything else than a regular file.
+    Raises OSError, also for a link and for anything other than a regular file.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     return io.FileIO(_regular(os.open(path, flags, 0o666), path), "a+b")

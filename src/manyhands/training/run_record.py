@@ -85,12 +85,13 @@ class RunRecord:
         anew: bool = False,
     ) -> None:
         self.engine, self.path = engine, None if run_dir is None else Path(run_dir)
-        self._run = NO_DIRECTORY  # worker 0's value counts
+        self._run = NO_DIRECTORY  # replaced on worker 0, the only worker whose value is used
         self.checkpoints = _checkpoint_location(run_dir, checkpoint_dir)
         self._checkpoints_before = None if self.path is None else recorded_checkpoints(self.path)
         self.figures = StepFigures()
         self.notes: list[str] = []
-        self.log: Console | None = None  # of worker 0; the other workers' output goes to their own log files
+        # Worker 0's log file; the launcher writes the output of the other workers to their log files.
+        self.log: Console | None = None
         self._directory: RunDirectory | None = None
         self._gaps = Gaps(self.report, lambda kind, lost: self.event("not recorded", kind=kind, lost=lost))
         self._recipe_as_used = recipe_as_used
@@ -111,7 +112,8 @@ class RunRecord:
             check_writable(self.checkpoints)
             if self.path is None and isinstance(self.checkpoints, Path):
                 stack.enter_context(run_lock(self.checkpoints))
-            is_named = checkpoint_dir is not None or self._checkpoints_before is None  # not only by the manifest
+            # The user named the place, or no manifest does.
+            is_named = checkpoint_dir is not None or self._checkpoints_before is None
             (refuse_active if adopt and is_named else check_owner)(self.checkpoints, self._run)
             check_schedules(engine)
         if engine.allocator.scratch is not None:
@@ -171,7 +173,7 @@ class RunRecord:
                 claim(self.checkpoints, self._run)
 
     def _has_saved_elsewhere(self) -> bool:
-        """Return True if the run has checkpoints in another place than `self.checkpoints`. Addresses aren't opened."""
+        """Return True if the run has checkpoints in a place other than `self.checkpoints`. Addresses aren't opened."""
         if self.path is None or self.checkpoints is None:
             return False
         before = self._checkpoints_before or str((self.path / "checkpoints").absolute())

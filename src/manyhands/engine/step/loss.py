@@ -74,7 +74,8 @@ class LossReader:
                 "recipe.loss returned another form than before",
                 expected=_described(self.form),
                 got=_described(form),
-                hint="return the same in every micro-batch: micro-batches with and without weights can't be averaged;"
+                hint="return a result of the same form in every micro-batch: micro-batches with and without weights "
+                "can't be averaged;"
                 " a metric that a micro-batch lacks is (0, 0)",
             )
         self.form, self._is_known = form, True

@@ -359,7 +359,7 @@ class ParquetWriter(Writer):
             raise DataError(
                 f"the records can't be put into columns: {error}",
                 where=f"{self._name}, records {self._before + 1} to {self._before + count}",
-                expected=f"the types of the records before: {_described(self.schema)}" if self._before else None,
+                expected=f"the types of the earlier records: {_described(self.schema)}" if self._before else None,
                 hint="use values of one type in a column, or set the types with write(schema=...)",
             ) from error
         self._before += count

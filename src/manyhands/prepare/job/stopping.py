@@ -10,7 +10,7 @@ from types import TracebackType
 from manyhands.errors import Interrupted
 from manyhands.output import say
 
-_EXIT_CODE = 128 + 2  # of a process that SIGINT ended
+_EXIT_CODE = 128 + 2  # the exit code of a process that SIGINT ended
 
 
 @contextmanager

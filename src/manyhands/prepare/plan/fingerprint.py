@@ -93,7 +93,8 @@ class _Fingerprint:
 
     def __init__(self, modules: LocalModules, open_sets: frozenset[int] = frozenset(), in_sets: Any = None) -> None:
         self._modules, self._open_sets = modules, open_sets
-        self._in_sets: list[int] = in_sets or [0]  # the number of objects in sets in sets, which all parts share
+        # The number of objects in nested sets, counted over all parts together.
+        self._in_sets: list[int] = in_sets or [0]
         self._open: dict[int, int] = {}  # id and depth of each object that is being hashed
         self._hashes: dict[int, str] = {}
         self._in_cycle: dict[int, tuple[int, int]] = {}  # id: number, and the lowest depth that its hash refers to
@@ -353,7 +354,8 @@ class _Fingerprint:
             for name, member in sorted(vars(kind).items())
             if name not in _DERIVED and (name == _KEPT_BY_PYDANTIC or not name.startswith("__pydantic_"))
         }
-        if " at 0x" in str(members.get("__doc__")):  # Python derived it from defaults without a fixed representation
+        # Python generated this docstring from defaults whose text differs between processes.
+        if " at 0x" in str(members.get("__doc__")):
             del members["__doc__"]
         parts = [f"{kind.__module__}.{kind.__qualname__}", *map(self.of, kind.__bases__)]
         for name, member in members.items():
@@ -365,7 +367,7 @@ class _Fingerprint:
     def _of_instance(self, value: Any) -> str:
         """Hash an object by its class and the contents of its pickle."""
         made = reduced(value)
-        if isinstance(made, str):  # it is the name of a global
+        if isinstance(made, str):  # pickle stores the object by this global name
             name = str(getattr(value, "__module__", None) or "")
             return hash_of("global", self.of(type(value)), name, made, self._modules.hash([name]))
         function, arguments, *rest = made

@@ -99,7 +99,7 @@ class Filter:
     def apply(self, chunk: Chunk, partition: int, before: int) -> Chunk:
         function = self.function
         trues: list[Any] = []  # results that are true; they include coroutines, which would never be run
-        keep = trues.append  # this returns None
+        keep = trues.append  # `append` returns None, so `not keep(...)` is true
         if isinstance(chunk, list):
             records = [record for record in chunk if (found := function(record)) is True or (found and not keep(found))]
             check_results(trues, function, is_read=True)
