@@ -1,4 +1,4 @@
-"""Text for people on standard output and standard error, which never ends the program.
+"""Writes text for people to standard output and standard error. A failed write never ends the program.
 
 Output fails when the reader of a pipe has ended (`| head -1`), when a terminal is gone (a lost ssh connection), when
 the disk of a redirected output is full, when a stream was closed at the start (`>&-`), and when an encoding lacks a
@@ -117,7 +117,7 @@ def _in_encoding(character: str, encoding: str) -> str:
 
 
 def _discard(stream: TextIO) -> None:
-    """Replace the descriptor of a stream whose reader is gone by /dev/null.
+    """Redirect the descriptor of a stream to /dev/null, because the stream's reader is gone.
 
     Otherwise Python would fail to flush the stream when it exits, and would exit with code 120.
     """

@@ -43,7 +43,7 @@ class ExtraStates(NamedTuple):
 
 
 def extra_states(model: nn.Module) -> ExtraStates:
-    """Return the extra states of the model's modules. Raises ConfigError for one that a checkpoint can't hold."""
+    """Return the extra states of the model's modules. Raises ConfigError for a state that a checkpoint can't hold."""
     states = ExtraStates({}, [])
     for key, module in modules_with_state(model):
         try:

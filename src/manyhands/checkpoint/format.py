@@ -129,11 +129,11 @@ class Manifest(BaseModel):
 
     scalars: the numbers in the optimizer's state: parameter -> kind -> number. hyperparameters: of each param group.
     attributes: those that steps have changed, of each optimizer. schedules: the states of LR schedulers.
-    tensors: parameters in construction order, then buffers. frozen: the name of the folder with the frozen parameters,
-    which is next to this one. computed: names of tensors in the model's state_dict that are neither parameters nor
-    buffers; they are not saved. config_files: the files that Hugging Face's loaders need next to the weights: file
-    name -> content. extra_states: what `get_extra_state` of modules returned, see `checkpoint.extra_state`.
-    amendments: the amendments of the steps so far, see `engine.step.amendments`.
+    tensors: parameters in construction order, then buffers. frozen: the name of the folder with the frozen parameters.
+    It is next to the checkpoint's folder. computed: names of tensors in the model's state_dict that are neither
+    parameters nor buffers; they are not saved. config_files: the files that Hugging Face's loaders need next to the
+    weights: file name -> content. extra_states: what `get_extra_state` of modules returned, see
+    `checkpoint.extra_state`. amendments: the amendments of the steps so far, see `engine.step.amendments`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -243,7 +243,7 @@ def checkpoints_of(run_dir: Path, checkpoint_dir: str | Location | None = None) 
     a folder outside of the run directory is used only if it has no checkpoints, or if it has the record of its owner,
     which callers compare with the run (`checkpoint.owner`). An address in a store is used only if it is given.
 
-    Raises ConfigError for an address that can't be used, and for such a place.
+    Raises ConfigError for an address that can't be used, and for a place that must not be used.
     """
     if checkpoint_dir is not None:
         return location_of(checkpoint_dir)

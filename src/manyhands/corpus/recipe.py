@@ -202,5 +202,5 @@ def _parts(files: Sequence[InputFile], partition_bytes: int) -> list[list[InputF
 
 
 def _read_document_file(file: InputFile) -> str:
-    """Return the text of a file. Invalid UTF-8 becomes U+FFFD, whose share the rule max_replaced limits."""
+    """Return the text of a file. Invalid UTF-8 becomes U+FFFD. The rule max_replaced limits its share."""
     return read_bytes(file.path).decode("utf-8-sig", "replace")

@@ -108,9 +108,7 @@ def _listed(digests: dict[int, str]) -> str:
 
 
 def _tensors(run: RunDirectory) -> tuple[list[tuple[str, int]], dict[str, int]]:
-    """Return the names and numbers of 32-bit words of the tensors in a run's tables of hashes, and each buffer's
-    numel.
-    """
+    """Return (name, number of 32-bit words) of each tensor in a run's tables of hashes, and each buffer's numel."""
     path = run.digests / "tensors.json"
     try:
         found = json.loads(read_inside(path))

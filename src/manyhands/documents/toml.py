@@ -174,7 +174,10 @@ class Document(Generic[S]):
         return _origin(self.path, self.origins, key)
 
     def relocated(self, error: ConfigError) -> ConfigError:
-        """Add the field's origin to a ConfigError of Batch, Strategy or Recipe, which names only the field."""
+        """Add the field's origin to a ConfigError of Batch, Strategy or Recipe.
+
+        The error itself names only the field.
+        """
         return _relocated(error, type(self.schema), self.path, self.origins)
 
 

@@ -241,7 +241,7 @@ def _is_accident(error: WorkerError) -> bool:
 
 
 def _fault_of(error: WorkerError) -> tuple[Position, str] | None:
-    """Return a worker's exception and its position, or None if it was killed or stalled, which may not recur."""
+    """Return a worker's exception and its position. Return None for a kill or a stall, because these may not recur."""
     return (error.position._replace(activity=""), error.raised) if error.raised else None
 
 

@@ -39,7 +39,7 @@ from manyhands.storage.untrusted import open_log, read_inside
 RUN_FORMAT = "manyhands run 2"
 
 _LAST_SECONDS = 1 << 35
-"""Times of events are earlier than this, which is in the year 3058."""
+"""The time of a valid event is below this limit, which is in the year 3058."""
 
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 

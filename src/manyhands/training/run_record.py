@@ -69,8 +69,8 @@ class RunRecord:
     """Records a run: metrics, events, digests, progress. Worker 0 writes; all workers save checkpoints.
 
     path: the run directory, or None if nothing is recorded. checkpoints: the folder or address to which checkpoints are
-    written, or None. adopt: continue from another run's checkpoints. anew: move the record so far aside, see
-    `start_over`.
+    written, or None. adopt: continue from another run's checkpoints. anew: move the existing record aside, as
+    `start_over` does.
     """
 
     def __init__(

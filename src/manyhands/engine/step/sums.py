@@ -61,7 +61,7 @@ class Scratch:
 class Adder:
     """Computes left += right in fp32 for at most RUN elements.
 
-    A bf16 `right` is first copied to a small fp32 buffer, which is twice as fast on a CPU.
+    A bf16 `right` is first copied to a small fp32 buffer, because this is twice as fast on a CPU.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -114,7 +114,7 @@ class Updater:
         self._norms = {name: torch.zeros(count, device=group.device) for name, count in blocks.items()}
 
     def _run(self, unit: Unit, within: Range, number: int) -> Run:
-        """Create a run. number: the run's index among all runs, which decides its gradient buffer."""
+        """Create a run. number: the run's index among all runs. It decides which gradient buffer the run uses."""
         slices, grads, grad = [], [], self._grads[number % len(self._grads)][: within.numel]
         for piece in unit.layout.pieces(within):
             start = piece.in_unit.start - unit.held.start

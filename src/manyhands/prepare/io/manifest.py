@@ -1,4 +1,4 @@
-"""The manifest of an output folder, which is written last: if it exists, the output is complete."""
+"""The manifest of an output folder. It is written last: if it exists, the output is complete."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ class _Fingerprint:
         )
 
     def _of_named(self, value: Any) -> str:
-        """Hash a function that is written in C by its name, and by the object to which it is bound."""
+        """Hash the name of a function that is written in C, and the object to which it is bound."""
         owner = getattr(value, "__self__", None)
         if owner is None or isinstance(owner, types.ModuleType) or _is_installed(owner):
             return self._of_name("named", value)
@@ -286,7 +286,9 @@ class _Fingerprint:
         return list(filter(None, [self._modules.hash(names), changed]))
 
     def _of_used(self, value: Any, names: list[str]) -> str:
-        """Hash a global value of a function that uses these names, which may be attributes of a module."""
+        """Hash a global value that a function uses. names: the names that the function uses, such as attributes of a
+        module.
+        """
         return self._of_module(value, names) if isinstance(value, types.ModuleType) else self.of(value)
 
     def _or_module(self, module: str, of: Callable[[], str], is_used: Callable[[], bool] = lambda: True) -> str:

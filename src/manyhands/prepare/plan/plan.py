@@ -271,7 +271,7 @@ def _add_stages(
 
 
 def _with_digests(splits: tuple[Split, ...]) -> tuple[Split, ...]:
-    """Return the splits with digests of their schemas, which are short and don't depend on the version of zlib."""
+    """Return the splits with digests for schemas. Digests are short, and don't depend on the version of zlib."""
     texts = {split.schema for split in splits if split.schema is not None}
     digests = {text: schema_digest(schema_from_text(text)) for text in texts}
     return tuple(split if split.schema is None else replace(split, schema=digests[split.schema]) for split in splits)

@@ -239,7 +239,7 @@ def with_unit(kind: Any, unit: str) -> pa.DataType:
 
 
 def first_failing(count: int, check: Callable[[int], object]) -> int:
-    """Return the least n for which `check(n + 1)` raises, which is the index of a value. `check(count)` must raise."""
+    """Return the least n, the index of a value, for which `check(n + 1)` raises. `check(count)` must raise."""
     low, high = 0, count  # check(low) passes, check(high) raises
     while high - low > 1:
         middle = (low + high) // 2

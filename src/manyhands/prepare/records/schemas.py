@@ -36,7 +36,7 @@ class Unfit(ValueError):
 
 
 def common_schema(first: pa.Schema, other: pa.Schema, *, strict: bool = False) -> pa.Schema:
-    """Return a schema with all columns of both schemas, whose types hold the values of both, or `first` if it suffices.
+    """Return a schema whose columns hold all values of both schemas' columns, or `first` if it suffices.
 
     strict: if True, accept only types that hold all values of both types, so that no cast can fail because of a value.
     Raises Unfit if two columns of one name have no common type.

@@ -33,7 +33,7 @@ _MOST_BYTES = 2**31  # an Arrow array of text or bytes has 32-bit offsets
 
 
 def combine_few(key: Any, columns: Sequence[Any]) -> KeyedTable | None:
-    """Return the counts and sums of the groups of a few rows as a sorted table, the one that Arrow would compute.
+    """Return the counts and sums of the groups of a few rows as the sorted table that Arrow would compute.
 
     key: the key column, of one of `KEY_TYPES`. columns: for each aggregate, the column of integers to add; None to
     count the rows. Returns None for nulls, for large numbers, and for text that Python can't hold.
