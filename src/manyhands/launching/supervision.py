@@ -243,7 +243,8 @@ class WorkerMonitor:
 
         stack: the worker's `stack_address`, or None to leave out its stack.
         """
-        if pid in self._killed:  # it may still exist at the next check, and a second report would lack its stack
+        # A killed process may still exist at the next check, and a second report would lack its stack.
+        if pid in self._killed:
             return
         self._killed.add(pid)
         status = read_status(status_file(self._folder, rank))

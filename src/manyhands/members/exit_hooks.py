@@ -56,7 +56,8 @@ class ExitHooks:
         membership, self._membership = self._membership, None  # a hook that remains must not keep it in memory
         atexit.unregister(self._on_exit)
         failed = membership is not None and membership.failure is not None
-        needed = failed or os.environ.get(PARENT_REPORTS_VARIABLE)  # to report later errors to the launcher
+        # The hook must still report later errors to the launcher.
+        needed = failed or os.environ.get(PARENT_REPORTS_VARIABLE)
         if not needed and sys.excepthook == self._on_uncaught:
             sys.excepthook = self._previous_hook
         if self._handles_signal and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
@@ -96,6 +97,8 @@ def report_error(error: WorkerError) -> None:
 
 
 def end_process(error: WorkerError) -> None:
-    """Report a peer's failure and end this process immediately, because it did not raise the error in time."""
+    """Report a peer's failure and end this process immediately, because this process did not raise the error in
+    time.
+    """
     report_error(error)
     os._exit(1)

@@ -169,7 +169,7 @@ def ask_for_stack(address: str, pidfd: int) -> str | None:
             while time.monotonic() < deadline and process_state(int(pid)) not in ("T", "t", ""):
                 time.sleep(0.05)
                 dump = os.pread(file, 1 << 18, 0)
-                if dump and dump == before:  # it is complete, because it has not changed since the last poll
+                if dump and dump == before:  # the dump is complete, because it has not changed since the last poll
                     return _current_thread(dump.decode(errors="replace"))
                 before = dump
         finally:

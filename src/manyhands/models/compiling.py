@@ -282,7 +282,7 @@ class _StandIn(ModuleType):
         with self._lock:
             if sys.modules.get(COMPILER) is self:
                 del sys.modules[COMPILER], torch._dynamo
-                for function in self._functions:  # they are not yet marked for the compiler
+                for function in self._functions:  # delete the stand-in's marks, so that the compiler makes its own
                     if getattr(function, _DISABLED, None) is function:
                         delattr(function, _DISABLED)
                 importlib.import_module(COMPILER)

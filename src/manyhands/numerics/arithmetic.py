@@ -63,4 +63,4 @@ def fix_arithmetic(recipe: Recipe) -> None:
     if recipe.device == "cuda":
         # cuBLAS is deterministic only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False  # it would choose kernels by measured speed, which varies
+        torch.backends.cudnn.benchmark = False  # benchmarks would choose kernels by measured speed, which varies

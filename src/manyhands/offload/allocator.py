@@ -215,7 +215,7 @@ class BufferPool:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._free: dict[torch.dtype, list[Tensor]] = {}  # by ascending size
+        self._free: dict[torch.dtype, list[Tensor]] = {}  # unused buffers by dtype, the smallest first
         self.num_bytes = 0  # the size of all buffers, in use or free
 
     @torch.inference_mode(False)  # a buffer that is taken in inference mode may later be used outside of it

@@ -374,7 +374,8 @@ class Unsharder:
         while True:
             number = NO_REQUEST if unit is None else self._units.index(unit)
             numbers = self._group.all_gather_small(torch.tensor([number]), f"{self._tag} / request / control")
-            requested = sorted({int(each) for each in numbers} - {NO_REQUEST})  # in the same order on all workers
+            # Sorted, so that all workers use the same order.
+            requested = sorted({int(each) for each in numbers} - {NO_REQUEST})
             if not requested:
                 break
             self._plan_failed = True

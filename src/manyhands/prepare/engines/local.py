@@ -308,7 +308,7 @@ class Pool:
 
 _lock = threading.Lock()
 
-_idle_pools: list[tuple[_Basis, PersistentPool]] = []  # at most one in each process
+_idle_pools: list[tuple[_Basis, PersistentPool]] = []  # a process stores at most one pool
 
 
 class _Basis(NamedTuple):

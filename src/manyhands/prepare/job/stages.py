@@ -65,7 +65,7 @@ class JobFolder:
     def __init__(self, path: str, *, together: bool = False, output: str | None = None) -> None:
         self.path, self.together, self._output = path, together, output
         self._alone = not together
-        self.plan_path = ""  # until `prepare` has saved a plan
+        self.plan_path = ""  # empty until `prepare` has saved a plan
         if is_local(path):
             make_private_folder(Path(path))
         else:

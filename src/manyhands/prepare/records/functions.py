@@ -13,7 +13,8 @@ from manyhands.errors import ConfigError, InvariantError
 
 _UNFINISHED = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
-ENDS_EARLY = frozenset((map, filter))  # they mistake a StopIteration that their function raises for their end
+# Map and filter mistake a StopIteration that the function raises for the end of the items.
+ENDS_EARLY = frozenset((map, filter))
 
 
 class BadResult(ValueError):

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from manyhands.prepare.records.key_columns import sortable, takeable
 
-_MIN_KEYS_PER_TIE = 8  # if there is more than one tie per this many keys, another method is used
+_MIN_KEYS_PER_TIE = 8  # the limit of ties: with more than one tie per this many keys, another method is used
 
 _MAX_PREFIX_BYTES = 64  # at most this many bytes of a key are compared as integers
 

@@ -69,8 +69,8 @@ class RangeReader:
                     self._runs.append((path, overlapping))
         self._is_uniform = len({block.form for block in self.blocks}) <= 1
         self._parts = [key_range]
-        # The number of common records of each part (by position) and each block (by path and offset) that lies partly
-        # in it.
+        # For each block that lies only partly in a part: the number of its records in the part. The keys are the part's
+        # position, and the block's path and offset.
         self._trimmed: dict[tuple[int, str, int], int] = {}
 
     @property
