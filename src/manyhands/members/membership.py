@@ -44,7 +44,7 @@ LOST_SECONDS = 10.0
 """The time without a heartbeat, or without an answer from the store, after which a host is considered lost."""
 
 SHORT_LOST_SECONDS = 3.0
-"""The value of LOST_SECONDS after a connection has broken, which makes a lost host likely."""
+"""The limit that replaces LOST_SECONDS once a connection has broken, because a lost host is then likely."""
 
 GRACE_SECONDS = 1.5
 """The time that a worker has to raise a peer's failure before it is killed. It is longer than a few polls of a wait."""

@@ -137,7 +137,8 @@ class _Trial:
 
     def _shape(self, like: Tensor) -> torch.Size:
         if not self._elementwise:
-            has_state = self._tracks and like in self._front.state  # its shape may depend on the parameter's shape
+            # The state's shape may depend on the parameter's shape.
+            has_state = self._tracks and like in self._front.state
             return like.shape if has_state else torch.Size(min(size, 32) for size in like.shape)
         small = [2 * BLOCK] if like.dim() == 1 else [2, *[1] * (like.dim() - 2), BLOCK]
         return torch.Size(small if like.dim() else [])

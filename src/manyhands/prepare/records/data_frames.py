@@ -29,7 +29,7 @@ def given_records(records: Iterable[Any]) -> list[Any]:
             "from_records takes a list of records",
             expected="a list or another iterable, or a table of Arrow, pandas or Polars",
             got=type(records).__name__,
-            hint="for one record pass a list with it; for files use Dataset.read",
+            hint="put a single record into a list; read files with Dataset.read",
         )
     if not is_foreign_table(records):
         return list(records)

@@ -13,7 +13,7 @@ from manyhands.errors import ConfigError, InvariantError
 
 _UNFINISHED = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
-# Map and filter mistake a StopIteration that the function raises for the end of the items.
+# `map` and `filter` mistake a StopIteration that their function raises for the end of the items.
 ENDS_EARLY = frozenset((map, filter))
 
 
