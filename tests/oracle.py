@@ -9,7 +9,7 @@ one's definition).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -118,12 +118,12 @@ def step_gradient(
     Sets the model's buffers to what the recipe's rules say, or to the mean of the micro-batches' values.
     """
     count, accumulate = recipe.batch.micro_batches, recipe.batch.accumulate
-    before = {name: buffer.clone() for name, buffer in state_of_forward(model)}
+    before = {name: buffer.clone() for name, buffer in state_of_forward(model, params)}
     gradients: dict[str, list[Tensor | None]] = {name: [] for name in params}
     buffers: dict[str, list[Tensor]] = {name: [] for name in before}
     loss_sum, weight_sum = 0.0, 0.0
     for micro_batch in range(count):
-        set_buffers(model, before)
+        set_buffers(model, before, params)
         for param in params.values():
             param.grad = None
         batch = load(recipe, step, micro_batch)
@@ -135,12 +135,13 @@ def step_gradient(
         loss_sum, weight_sum = loss_sum + float(loss.detach()), weight_sum + float(weight)
         for name, param in params.items():
             gradients[name].append(None if param.grad is None else param.grad.float())
-        for name, buffer in state_of_forward(model):
+        for name, buffer in state_of_forward(model, params):
             buffers[name].append(buffer.clone())
     last = {name for name in buffers if rule_of(recipe, name) == "last"}
     set_buffers(
         model,
         {name: values[-1] if name in last else mean_in_order(values, before[name]) for name, values in buffers.items()},
+        params,
     )
     sums: dict[str, Tensor | None] = {}
     for name, values in gradients.items():
@@ -236,12 +237,12 @@ def mean_in_order(values: list[Tensor], before: Tensor) -> Tensor:
     return add_in_order(values) / len(values)
 
 
-def state_of_forward(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a forward may change: buffers and frozen parameters."""
+def state_of_forward(model: nn.Module, trained: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a forward may change: buffers, and parameters that were frozen from the start."""
     for name, buffer in model.named_buffers():
         yield name, buffer.detach()
     for name, param in model.named_parameters():
-        if not param.requires_grad:
+        if name not in trained:
             yield name, param.detach()
 
 
@@ -250,9 +251,9 @@ def rule_of(recipe: mh.Recipe, name: str) -> str:
     return next((rule for pattern, rule in recipe.buffers.items() if fnmatchcase(name, pattern)), "mean")
 
 
-def set_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
+def set_buffers(model: nn.Module, values: dict[str, Tensor], trained: Container[str]) -> None:
     """Copy in place, since the model's code may refer to the tensors."""
-    for name, buffer in state_of_forward(model):
+    for name, buffer in state_of_forward(model, trained):
         buffer.copy_(values[name])
 
 

@@ -79,8 +79,10 @@ def stopped(
 
 SIGNALS = [
     signal.SIGINT,
-    signal.SIGUSR1,
-    *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)),
+    *(
+        pytest.param(number, marks=pytest.mark.slow)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+    ),
 ]
 
 

@@ -51,6 +51,7 @@ def test_commands_without_a_reader_or_with_closed_streams_do_their_work(tmp_path
     assert list((tmp_path / "weights").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_an_encoding_that_lacks_characters_simplifies_them(tmp_path: Path) -> None:
     environment = {**os.environ, "CHATTY": "1", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(

@@ -123,7 +123,8 @@ class StopRequest:
         if interrupted is not None and interrupted.what is not None:
             return Interrupted(f"{interrupted.what} ({name})", where=interrupted.where, hint=interrupted.hint)
         if any(end.exit_code for end in ends):  # a worker had failed before the signal could be passed on
-            detail = str(explain_failure(ends))
+            cause = explain_failure(ends)
+            detail = "" if isinstance(cause, Interrupted) else str(cause)
         else:
             own = [failure for failure in failures if not failure.notice]
             detail = "\n".join(f"worker {failure.rank} reported {failure.kind}: {failure.message}" for failure in own)

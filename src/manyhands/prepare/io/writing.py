@@ -195,7 +195,9 @@ def _has_microseconds(times: Any) -> bool:
 def _fields(value: Any) -> dict[str, Any]:
     """Return the fields of a dataclass. Raises TypeError for other types that orjson does not know."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
+        kind = type(value)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        raise TypeError(f"Type is not JSON serializable: {name}")
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
