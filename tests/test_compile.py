@@ -127,7 +127,7 @@ def test_one_shape_too_many_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = CompiledModules(model, ["0"])
     with torch.no_grad(), modules.computing():
         model[0](torch.zeros(1, 2, WIDTH), 1.0)
-        with pytest.raises(ConfigError, match="would have to be compiled for another shape"):
+        with pytest.raises(ConfigError, match="would have to be compiled for one more input shape"):
             model[0](torch.zeros(1, 3, WIDTH), 1.0)
     assert model[0](torch.zeros(1, 3, WIDTH), 1.0).shape == (1, 3, WIDTH)  # outside of steps nothing is compiled
 

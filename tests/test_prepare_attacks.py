@@ -92,7 +92,7 @@ def test_a_plan_that_was_replaced_is_not_loaded(tmp_path: Path) -> None:
     assert load_plan(str(path)).identity == plan.identity
     load_plan.cache_clear()
     path.write_bytes(pickle.dumps(Evil(tmp_path / "proof")))
-    with pytest.raises(mh.DataError, match="the plan of the job is not the one that this process saved"):
+    with pytest.raises(mh.DataError, match="the job's plan file does not hold the plan that the job saved"):
         load_plan(str(path))
     job.close(delete=True)
     assert not (tmp_path / "proof").exists()

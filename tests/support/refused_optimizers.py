@@ -174,7 +174,7 @@ def replaced_step(params: Any) -> torch.optim.Optimizer:
 
 E, P = "elementwise", "per-parameter"
 REFUSED: list[tuple[Any, str, str]] = [
-    (CountsParameters, E, "its shared state depends on them"),
+    (CountsParameters, E, "depends on which parts it is given"),
     (CountsParameters, P, "attribute 'updates'"),
     (AdaptsToAllGradients, E, "param group 0's 'd'"),
     (DecaysMatrices, E, "DecaysMatrices is not elementwise"),

@@ -357,7 +357,7 @@ def _one_thread() -> Iterator[None]:
 def _published(out: Path) -> Iterator[Path]:
     """Yield a hidden folder next to `out`.
 
-    If the block ends without an error, it is renamed to `out`, otherwise deleted.
+    If the block ends without an error, the folder is renamed to `out`. Otherwise, it is deleted.
     """
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")

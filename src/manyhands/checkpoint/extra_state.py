@@ -154,7 +154,7 @@ def _read(name: str, reader: PieceReader) -> Tensor:
     found = reader.read_full(KIND, name)
     if found is None:
         raise CheckpointError(
-            f"the checkpoint lacks elements of {KIND} of {name!r}",
+            f"the checkpoint lacks some elements of {name!r} ({KIND})",
             where=str(reader.folder),
             hint="go back to an earlier checkpoint",
         )

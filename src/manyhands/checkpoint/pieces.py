@@ -138,7 +138,7 @@ class PieceReader:
 
     def _lacks(self, kind: str, name: str, expected: Range, found: Range) -> CheckpointError:
         return CheckpointError(
-            f"the checkpoint lacks elements of {kind} of {name!r}",
+            f"the checkpoint lacks some elements of {name!r} ({kind})",
             where=str(self.folder),
             expected=f"[{expected.start}, {expected.end})",
             got=f"[{found.start}, {found.end})",

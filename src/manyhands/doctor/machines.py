@@ -230,7 +230,7 @@ def _disk(folder: Path) -> Finding:
     if kind in MEMORY_FILE_SYSTEMS:
         return Finding("disk", "warning", message, "this file system is in memory: a restart of the machine deletes it")
     if written < SLOW_GB_PER_SECOND or kind in _NETWORK_FILE_SYSTEMS:
-        return Finding("disk", "warning", message, "writing a checkpoint takes long (training continues meanwhile)")
+        return Finding("disk", "warning", message, "checkpoints take long to write (training continues)")
     return Finding("disk", "good", message)
 
 

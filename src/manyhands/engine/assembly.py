@@ -193,7 +193,7 @@ class _UnitBuilder:
         return master
 
     def _copy(self, layout: UnitLayout, within: Range, out: Tensor) -> None:
-        """Copy the unit's elements `within` from the built model to `out`, [within.numel]."""
+        """Copy the range `within` of the unit's elements from the built model to `out`, of shape [within.numel]."""
         for piece in layout.pieces(within):
             if piece.slot.name in self._pending:
                 continue

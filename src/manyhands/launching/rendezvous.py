@@ -50,7 +50,7 @@ _LAST_CALL_SECONDS = 1  # how long a rendezvous stays open for more hosts once t
 
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 1, 6  # a launcher that misses 6 heartbeats, one a second, is lost
 
-_GATHER_SECONDS = 10.0  # how long a host waits for the other hosts of its round
+_GATHER_SECONDS = 10.0  # how long a host waits for other hosts to meet again
 
 _NOTICE_SECONDS = 8.0  # the time that workers have to detect a lost host themselves and exit
 

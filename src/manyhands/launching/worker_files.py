@@ -120,8 +120,8 @@ class Logs(LogsSpecs):
             for name, value in self._environment.items():
                 variables.setdefault(name, value)
             variables.setdefault("OMP_NUM_THREADS", "1")
-            # If this launcher runs in a worker of another launcher, don't let its workers inherit the snapshots of that
-            # run.
+            # If this launcher runs in a worker of another launcher, don't let this launcher's workers inherit the
+            # snapshots of the outer run.
             variables.setdefault(SNAPSHOT_MEMORY_VARIABLE, "")
             if self._log_dir is not None and "PYTHONUNBUFFERED" not in os.environ:
                 # With buffering, the output of a killed worker would be lost. Keep it for a shared terminal, where

@@ -406,7 +406,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _refuse_other_format(path: Path) -> None:
-    """Raise ConfigError if the run directory `path` has another format, in which its files have other names."""
+    """Raise ConfigError if the run directory `path` has a format other than RUN_FORMAT, with other names of files."""
     if not _is_run(path):
         return
     found = str(_read_json(path / "manifest.json")["format"])

@@ -180,7 +180,7 @@ def ask_for_stack(address: str, pidfd: int) -> str | None:
 def _current_thread(dump: str) -> str:
     """Return the main thread's part of the last of several concatenated faulthandler dumps.
 
-    faulthandler labels the thread that received the signal, the main thread, "Current thread".
+    faulthandler writes "Current thread" above the thread that received the signal, which is the main thread.
     """
     part = dump.rpartition("Current thread ")[2]
     return part.partition("\n\n")[0].partition("\n")[2].partition("\nThread ")[0]

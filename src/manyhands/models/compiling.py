@@ -174,8 +174,8 @@ class CompiledModules:
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise ConfigError(
-                f"a forward was compiled {MAX_COMPILATIONS} times, and would have to be compiled for another shape "
-                "or number",
+                f"a forward was compiled {MAX_COMPILATIONS} times, and would have to be compiled for one more "
+                "input shape, or one more value of a Python number",
                 hint="pad batches to a few lengths, and do not use step counters in forward; or set compile = false",
             ) from error
         finally:

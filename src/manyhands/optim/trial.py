@@ -1,9 +1,10 @@
 """Tries an optimizer on small tensors before training, to refuse an optimizer that would fail or give other bits later.
 
-A worker applies an optimizer to slices, run by run, and must be able to save all that the optimizer remembers. Whether
-an optimizer allows that is known only after some steps. So a working copy makes these steps on small tensors, once in
-full, as plain PyTorch would, and once slice by slice, as a worker does. Both must give the same bits. torch's own
-optimizers are known to do so. For these, one step shows whether their flags suit the device.
+A worker applies an optimizer to one slice of its parameters after the other, and must be able to save all that the
+optimizer remembers. Whether an optimizer allows that is known only after some steps. So a copy of the optimizer makes
+these steps on small tensors, once in full, as plain PyTorch would, and once slice by slice, as a worker does. Both must
+give the same bits. torch's own optimizers are known to do so. For these, one step shows whether their flags suit the
+device.
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ def agreed(first: SharedState, second: SharedState, optimizer: torch.optim.Optim
     differing = difference(first, second)
     if differing is not None:
         raise ConfigError(
-            f"{class_name(optimizer)} can't be applied to parts of the parameters: its shared state depends on them",
+            f"{class_name(optimizer)} can't be applied to parts of the parameters: a value that it keeps for "
+            "all of them (an attribute, or an entry of a param group) depends on which parts it is given",
             expected="the same value after each call of `step`, whatever parameters its param groups hold",
             got=differing,
             hint="keep what depends on a parameter in self.state[param]",

@@ -152,7 +152,7 @@ def footprint(
     step_gradient = 0.0
     if ways.replicates_state or clips:
         step_gradient = FP32 * shard * (1 if ways.shares else held_shards)
-    # These factors are 1 if the part of the state is in memory, and 0 if it is in files.
+    # Each factor is 1 if its part of the state is in memory, and 0 if that part is in files.
     state_here = 0 if ways.on_disk else 1
     params_here = state_here if ways.unshards else 1
     sums_here = state_here if ways.sharded_params else 1

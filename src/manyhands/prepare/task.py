@@ -166,7 +166,7 @@ def finished_tasks(tasks: Sequence[Task]) -> dict[int, TaskResult]:
 
 
 def remove_torn(folder: str, output_folder: str | None) -> int:
-    """Delete damaged task files with their notes, so that these tasks run again. Return the number of these tasks.
+    """Delete damaged task files and their done notes (see `done_path`), so that the tasks run again. Return how many.
 
     After a power loss, a file may be missing, short, or full of zeros although its note exists. Call this only in a
     process that has exclusive use of the job folder.
@@ -249,10 +249,10 @@ def load_plan(path: str) -> Plan:
     packed = read_bytes(path)
     if not path.endswith(_plan_hash(packed)):
         raise DataError(
-            "the plan of the job is not the one that this process saved",
+            "the job's plan file does not hold the plan that the job saved",
             where=path,
-            hint="another user or process has written to the job's folder: remove it, and write to a folder of your "
-            "own",
+            hint="another user or process has written to the job's folder: delete that folder, and write to a folder "
+            "of your own",
         )
     plan: Plan = cloudpickle.loads(packed)
     return plan
@@ -356,8 +356,8 @@ def _write_output(task: Task, stage: Stage, bad: BadRecords, found: _SchemaFound
     name = output_file_name(task.partition, output.form)
     records = 0
     (task,) = _parts(task, stage)  # seeds `random`
-    # Formats of lines get Python objects, so that a row without a Python form is reported as a bad record with its
-    # location.
+    # Writers of line-based formats get Python objects, so that a row that Python objects can't represent is reported
+    # as a bad record with its location.
     last = records_of if is_of_lines(output.form) else unchanged
     pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: last)
     private = output.form == CHUNKS  # its records may be pickles

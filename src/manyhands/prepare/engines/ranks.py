@@ -71,7 +71,7 @@ class Ranks:
         while not self._closing.wait(pause_seconds):
             started = time.monotonic()
             self._poll()
-            # Checking 50,000 tasks takes long. Without longer pauses, this process would spend most of its time on
+            # Checking 50,000 tasks takes a long time. Without longer pauses, this process would spend most time on
             # checks.
             pause_seconds = max(_POLL_SECONDS, 4 * (time.monotonic() - started))
 

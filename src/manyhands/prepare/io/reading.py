@@ -121,7 +121,7 @@ class _LineLocator:
 def _text(lines: list[bytes], where: Callable[[int], str], bad: BadRecords) -> tuple[list[Any], list[int] | None]:
     """Decode lines as text, without line ends.
 
-    Return the texts and the indices of the valid lines, or None for all lines.
+    Return the texts, and the indices of the valid lines (None if all lines are valid).
     """
     try:
         texts = b"\n".join(lines).decode().split("\n") if lines else []

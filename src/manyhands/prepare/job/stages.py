@@ -221,7 +221,7 @@ class StageResult:
 def run_stages(
     plan: Plan, stages: Sequence[Stage], folder: JobFolder, options: Options, progress: JobProgress
 ) -> list[StageResult]:
-    """Run the first `stages` of a plan. The first error of a task ends the other tasks, and is raised."""
+    """Run `stages`, the first stages of a plan. The first error of a task ends the other tasks, and is raised."""
     bad = cached_bad_records(plan)
     cached = len(bad)
     if cached > options.max_bad_records:

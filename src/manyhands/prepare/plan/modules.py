@@ -278,7 +278,7 @@ def version_of(name: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _installed_version(distribution: str) -> str:
-    from importlib import metadata  # imported here, because it takes long
+    from importlib import metadata  # imported here, because it takes a long time
 
     try:
         return metadata.version(distribution)

@@ -25,7 +25,7 @@ class NotPicklable(ConfigError):
 
 
 def pickled(value: Any) -> bytes:
-    """Pickle a value with cloudpickle, which also supports lambdas and definitions of a script or notebook.
+    """Pickle a value with cloudpickle, which also supports what a script or notebook defines.
 
     Raises NotPicklable if the value can't be pickled.
     """

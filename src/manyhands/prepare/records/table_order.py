@@ -92,8 +92,9 @@ def _by_words(keys: Any, *, descending: bool) -> tuple[Any, Any] | None:
         positions = np.flatnonzero(tied[:-1] | tied[1:])  # every member of a group of ties, including its first
         if not len(positions):
             break
-        # Each key becomes one integer. From the most significant bits, it holds the number of the key's group of ties,
-        # `count` further bytes (as many as fit), and the number of bytes left. Sorting these integers sorts all groups.
+        # Each key becomes one integer. From the most significant bit on, it holds the number of the key's group of
+        # ties, `count` further bytes (as many as fit), and the number of bytes left. Sorting these integers sorts all
+        # groups.
         group, rows = np.cumsum(~tied[positions]), order[positions]
         count = (64 - _LEFT_BITS - int(group[-1]).bit_length()) // 8
         bits, left = 8 * count + _LEFT_BITS, words.left(depth, rows, count)
