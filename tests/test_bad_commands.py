@@ -116,7 +116,7 @@ def model():
 )
 def test_errors_of_workers_are_printed_unchanged(tmp_path: Path, changes: list[str], code: int, expected: str) -> None:
     (tmp_path / "own.py").write_text(MODULE)
-    for name in ("faulty.py", "faulty.toml"):
+    for name in ("faulty.py", "faulty.toml", "full_disk.py"):
         (tmp_path / name).write_text((SUPPORT / name).read_text())
     options = [option for change in changes for option in ("--set", change)]
     command = ["train", "faulty.toml", "--workers", "2", "--run-dir", "run", *options]
