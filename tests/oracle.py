@@ -158,10 +158,13 @@ def seeds_behind_calls(model: nn.Module) -> Iterator[None]:
     Each seed is derived from the one that torch's generator had before the call, also if backward recomputes the call.
     """
     outer: list[str] = []
+    followed: set[tuple[str, int]] = set()  # by a seed in forward: name, and seed before the call
 
     def call(name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        if outer:
+        link = (name, torch.initial_seed())
+        if outer or (torch._C._current_graph_task_id() != -1 and link not in followed):
             return forward(*args, **kwargs)
+        followed.add(link)
         seed = derive(torch.initial_seed(), "unit call", name)
         python, numpy = random.getstate(), repr(np.random.get_state(legacy=False))
         outer.append(name)

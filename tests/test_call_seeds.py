@@ -82,6 +82,38 @@ def test_draws_have_the_oracles_bits(model: type[nn.Module]) -> None:
         assert train_with_engine(recipe, strategy, steps=STEPS).digest == expected
 
 
+class Wrapped(nn.Module):
+    """Calls another unit of the model, and draws after it. own: recompute this part, as the model's author chose."""
+
+    def __init__(self, shared: nn.Module, own: bool) -> None:
+        super().__init__()
+        self.shared, self.linear, self.own = shared, nn.Linear(32, 32), own
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.part, x, use_reentrant=False) if self.own else self.part(x)  # type: ignore[no-untyped-call]
+        return self.linear(x)  # type: ignore[no-any-return]
+
+    def part(self, x: Tensor) -> Tensor:
+        return F.dropout(torch.tanh(self.shared(x)), 0.3, self.training)
+
+
+def test_a_recomputed_call_of_another_unit_draws_the_same_numbers() -> None:
+    def model(own: bool) -> nn.Module:
+        made, shared = Odd(), nn.Linear(32, 32)
+        made.blocks = nn.ModuleList(Wrapped(shared, own) for _ in range(4))
+        made._modules = {"shared": shared, **made._modules}  # so it is a unit of its own
+        assert {"shared", "blocks.0"} <= set(called_units(made))
+        return made
+
+    plain, own = (recipe_of(partial(model, own)) for own in (False, True))
+    expected = oracle_run(plain, STEPS).digests[-1]
+    assert oracle_run(own, STEPS).digests[-1] == expected
+    assert train_with_engine(plain, mh.Strategy(), steps=STEPS).digest == expected
+    assert train_with_engine(own, mh.Strategy(), steps=STEPS).digest == expected
+    recomputed = mh.Strategy(activation_checkpointing=("blocks.*",))
+    assert train_with_engine(plain, recomputed, steps=STEPS).digest == expected
+
+
 def test_draws_dont_depend_on_how_many_an_earlier_unit_made() -> None:
     """Only what blocks.1 draws for itself changes, and that isn't used."""
 

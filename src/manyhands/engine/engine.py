@@ -194,8 +194,8 @@ class StepEngine:
         """Register hooks that seed the generators after each call of a unit. Return their handles."""
         handles: list[Removable] = []
         for name in self._compiled.around(called_units(self.model)):
-            leave = partial(self._call_seeds.leave, name)
-            handles += around_forward(self.model.get_submodule(name), self._call_seeds.enter, leave)
+            enter, leave = partial(self._call_seeds.enter, name), partial(self._call_seeds.leave, name)
+            handles += around_forward(self.model.get_submodule(name), enter, leave)
         return handles
 
     @property

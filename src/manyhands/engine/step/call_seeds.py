@@ -31,7 +31,8 @@ class CallSeeds:
     def __init__(self) -> None:
         self._detector = DrawDetector()
         self._active = False
-        self._depth = 0
+        self._in_progress: list[bool] = []  # for each call that has begun, whether generators are seeded after it
+        self._seeded: set[tuple[str, int]] = set()  # the calls of this micro-batch: name, and seed at the start
         self._seed = 0
         self._marks: tuple[object, object] = (None, None)
 
@@ -39,30 +40,38 @@ class CallSeeds:
     def micro_batch(self, seed: int) -> Iterator[None]:
         """Seed all generators with `seed`, and seed them after each call in this block."""
         seed_generators(seed)
-        self._active, self._depth = True, 0
+        self._active = True
         try:
             yield
         finally:
             self._active = False
+            self._in_progress.clear()
+            self._seeded.clear()
 
-    def enter(self) -> None:
-        """Note the start of the forward of a unit."""
+    def enter(self, name: str) -> None:
+        """Note the start of the forward of the unit of this name."""
         if not self._active or torch.compiler.is_compiling():
             return
-        self._depth += 1
-        if self._depth == 1:  # a unit that another unit calls is a part of that unit
+        outermost = not self._in_progress  # a unit that another unit calls is a part of that unit
+        if outermost:
             self._seed, self._marks = torch.default_generator.initial_seed(), self._detector.marks()
+            call = (name, self._seed)
+            if torch._C._current_graph_task_id() == -1:
+                self._seeded.add(call)
+            else:
+                # Backward recomputes a part of the model. The part may lie in a unit and call another unit: no seed
+                # followed that call in forward.
+                outermost = call in self._seeded
+        self._in_progress.append(outermost)
 
     def leave(self, name: str, _: object) -> None:
         """Note the end of the forward of the unit of this name, and seed the generators."""
-        if not self._active or torch.compiler.is_compiling():
+        if not self._active or torch.compiler.is_compiling() or not self._in_progress.pop():
             return
-        self._depth -= 1
-        if self._depth == 0:
-            seed = derive(self._seed, "unit call", name)
-            seed_torch(seed)
-            python, numpy = self._detector.marks()
-            if python != self._marks[0]:
-                random.seed(seed)
-            if numpy != self._marks[1]:
-                seed_numpy(seed)
+        seed = derive(self._seed, "unit call", name)
+        seed_torch(seed)
+        python, numpy = self._detector.marks()
+        if python != self._marks[0]:
+            random.seed(seed)
+        if numpy != self._marks[1]:
+            seed_numpy(seed)
