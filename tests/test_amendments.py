@@ -214,6 +214,7 @@ def test_an_invalid_amendment_is_refused_before_training() -> None:
     mh.train(gpt_recipe(optimizer=muon_and_adamw()), steps=2, amendments={1: both}, show=False)
 
 
+@pytest.mark.slow
 def test_the_command_amends_a_run_whose_worker_is_killed(tmp_path: Path) -> None:
     command = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), "--workers", "1", "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(

@@ -28,7 +28,9 @@ def adamw(named: NamedParams) -> torch.optim.Optimizer:
     return torch.optim.AdamW(named, lr=3e-3)
 
 
-@pytest.mark.parametrize("name", KEEPING_VALUES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (index > 1)) for index, name in enumerate(KEEPING_VALUES)]
+)
 def test_values_outside_of_the_state_advance_once_in_a_step_and_are_resumed(name: str, tmp_path: Path) -> None:
     recipe = keeping_recipe(name)
     expected = oracle_run(recipe, STEPS)

@@ -255,6 +255,7 @@ checks = partial(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_has_the_bits_of_plain_pytorch(part: str) -> None:
     check((part, "linear"), tied=False, glue=False, adam=True, evaluates=True)

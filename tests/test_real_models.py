@@ -27,7 +27,9 @@ WORKERS = (1, 2, 3)
 STEPS = 2
 NEEDS = {"keras": ["keras"], "resnet": ["torchvision"], "winding": [], "lora": ["peft"], "lora on bf16": ["peft"]}
 IN_BF16 = ("gpt2", "llama", "bert", "t5", "mixtral", "lora", "lora on bf16", "winding")
-JOBS = [(name, "fp32") for name in RECIPES] + [
+JOBS = [
+    pytest.param(name, "fp32", marks=[pytest.mark.slow] if name in ("keras", "vit", "bert") else []) for name in RECIPES
+] + [
     pytest.param(name, "bf16", marks=[] if name in ("gpt2", "mixtral", "lora") else pytest.mark.slow)
     for name in IN_BF16
 ]

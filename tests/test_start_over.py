@@ -114,6 +114,7 @@ def test_a_restarted_script_does_not_start_over_again(tmp_path: Path, monkeypatc
     assert len(RunDirectory(tmp_path / "run").read_metrics()) == 3
 
 
+@pytest.mark.slow
 def test_the_command_starts_over_once_although_its_workers_are_restarted(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(run)

@@ -65,7 +65,7 @@ def nested(path: Path) -> None:
     path.write_text("[" * 200_000 + "\n")
 
 
-@pytest.mark.parametrize("what", [fifo, zero, elsewhere, huge, folder, nested])
+@pytest.mark.parametrize("what", [fifo, zero, elsewhere, pytest.param(huge, marks=pytest.mark.slow), folder, nested])
 def test_every_file_of_a_run_may_be_something_else(
     run: Path, honest: Path, what: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
