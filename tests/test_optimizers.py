@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -111,6 +113,64 @@ def test_step_hooks_that_would_differ_between_strategies_are_refused(hook: Any, 
     for strategy in (mh.Strategy(), mh.Strategy(sharding="zero3", transport="distributed", units=GPT_UNITS)):
         with pytest.raises(mh.ConfigError, match=text), mh.Engine(recipe, strategy) as engine:
             engine.step(next(engine.batches(1)))
+
+
+class Adapted(nn.Module):
+    """Two units, each with a frozen matrix that is large enough to be sharded, and a trainable bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(300, 300) for _ in range(2))
+        for layer in self.layers:
+            layer.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("moment", ["pre", "post"])
+def test_step_hooks_read_sharded_frozen_parameters_and_must_not_replace_them(moment: str, tmp_path: Path) -> None:
+    norms: list[float] = []
+    made: list[nn.Module] = []
+
+    def model() -> nn.Module:
+        made.append(Adapted())
+        return made[-1]
+
+    def read(frozen: nn.Parameter) -> None:
+        norms.append(float(frozen.norm()))
+
+    def replace(frozen: nn.Parameter) -> None:
+        frozen.data = frozen.data.clone()
+
+    def train(hook: Callable[[nn.Parameter], None]) -> None:
+        def optimizer(named: NamedParams) -> torch.optim.Optimizer:
+            found = torch.optim.SGD([param for _, param in named], lr=0.1)
+            register = getattr(found, f"register_step_{moment}_hook")
+            register(lambda *_: hook(made[-1].get_parameter("layers.0.weight")))
+            return found
+
+        recipe = mh.Recipe(
+            model=model,
+            loss=lambda model, batch: model(batch).square().mean(),
+            optimizer=optimizer,
+            data=torch.utils.data.TensorDataset(torch.ones(8, 300)),
+            collate=lambda samples: torch.stack([sample[0] for sample in samples]),
+            batch=mh.Batch(global_size=2, micro_size=2),
+        )
+        strategy = mh.Strategy(sharding="zero3", offload="disk", units=("layers.0", "layers.1"), scratch=str(tmp_path))
+        with mh.Engine(recipe, strategy) as engine:
+            for batch in engine.batches(3):
+                engine.step(batch)
+
+    train(read)
+    assert len(norms) == 3
+    assert norms[0] > 0
+    assert len(set(norms)) == 1
+    with pytest.raises(mh.ConfigError, match=r"the data of parameter 'layers\.0\.weight' was replaced"):
+        train(replace)
 
 
 def test_step_hooks_of_all_optimizers_run_once_in_a_step() -> None:

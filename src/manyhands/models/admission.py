@@ -155,6 +155,9 @@ _HINT = "create all parameters in recipe.model, before it returns; if forward cr
 class ParamHolder(Protocol):
     """An object that holds the data of some parameters, such as a unit."""
 
+    def held_names(self) -> list[str]:
+        """Return the names of its parameters."""
+
     def not_bound(self) -> list[str]:
         """Return the names of its parameters whose data other code has replaced."""
 
@@ -171,12 +174,13 @@ class ParamGuard:
         self._known = dict(model.named_parameters())
         self._trainable = {name for name, param in self._known.items() if param.requires_grad}
         self._versions = {name: param._version for name, param in self._known.items() if name not in changeable}
-        # The addresses of frozen parameters. Between two rounds they are valid even for units that are unsharded on
-        # demand.
+        # The addresses of the frozen parameters that no unit holds. A unit checks its own parameters, whose addresses
+        # change whenever they are unsharded.
+        held = {name for holder in holders for name in holder.held_names()}
         self._frozen_addresses = {
             name: param.data_ptr()
             for name, param in self._known.items()
-            if not param.requires_grad and name not in changeable
+            if not (param.requires_grad or name in changeable or name in held)
         }
         self._graph_is_known = False
         self._watched = 0  # the number of micro-batches so far

@@ -97,6 +97,10 @@ class ParamUnit:
         """Make the model's parameters refer to this unit's buffers."""
         self.params.bind(params)
 
+    def held_names(self) -> list[str]:
+        """Return the names of its parameters."""
+        return [slot.name for slot in self.layout.slots]
+
     def not_bound(self) -> list[str]:
         """Return the names of the parameters whose data the model or its user has ever replaced."""
         return self.params.not_bound()
