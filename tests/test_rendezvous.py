@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
+from manyhands.checkpoint.format import list_checkpoints
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.launching import remote_store, rendezvous
 from manyhands.launching.failures import explain_failure
@@ -277,6 +279,36 @@ def test_a_traceback_is_shown_before_the_workers_are_restarted(tmp_path: Path) -
     for shown in (before, after):  # of the first attempt, and of the second, which is the last
         assert "recipe.data[" in shown
         assert "misbehave(" in shown, "the traceback of the data set"
+
+
+def test_a_host_joins_from_another_folder_with_the_printed_command(tmp_path: Path) -> None:
+    """The first host's folders are relative, and --adopt is not among the arguments of the join command."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+    (tmp_path / "first").mkdir()
+    (tmp_path / "other").mkdir()
+    options = f"--workers 1 --hosts 2 --rendezvous {endpoint} --run-dir run --checkpoint-dir kept --adopt"
+    options += " --steps 2 --set batch.micro_size=1"
+    # The tests' PYTHONPATH may be relative, too.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [*MANYHANDS, "train", RECIPE, *options.split()]
+    with started(command, cwd=tmp_path / "first", env=environment) as first:
+        assert first.stderr is not None
+        printed = shlex.split(first.stderr.readline().partition("other hosts join this run with: manyhands ")[2])
+        wait_until(lambda: can_be_reached(endpoint))
+        joined = subprocess.run(
+            [*MANYHANDS, *printed],
+            cwd=tmp_path / "other",
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+        assert joined.returncode == 0, joined.stderr
+        assert first.wait(60) == 0, first.stderr.read()
+    assert list_checkpoints(tmp_path / "first" / "kept")
+    assert not list((tmp_path / "other").iterdir())
 
 
 # - Real hosts

@@ -8,16 +8,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
-def started(command: Sequence[str], **options: bool) -> Iterator[subprocess.Popen[str]]:
+def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """Start a command with pipes for its input and output; kill it at the end.
 
     Popen's own context manager waits for the process instead, forever if it is stopped.
     """
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options)
     try:
         yield process
     finally:

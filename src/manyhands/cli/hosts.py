@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from manyhands.cli.parameters import with_parameters
-from manyhands.cli.run_arguments import RunArguments, run_fingerprints
+from manyhands.cli.run_arguments import RunArguments, run_fingerprints, with_absolute_paths
 from manyhands.cli.workers import Bounds, start_workers, workers_for
 from manyhands.config import Strategy
 from manyhands.errors import ConfigError, Interrupted, WorkerError
@@ -52,7 +52,7 @@ def train_together(rendezvous: Rendezvous, request: dict[str, Any], workers: int
     """Run this host's workers, which execute `request`, until the run ends. Raises WorkerError and Interrupted."""
     from manyhands.launching.rendezvous import interface_of, own_address
 
-    command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
+    command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(with_absolute_paths(request))]
     interface = interface_of(own_address(rendezvous.host, rendezvous.port))
     variables = {} if interface is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": interface}
     start_workers(

@@ -13,6 +13,7 @@ import typer
 
 from manyhands.cli.workers import Workers, check_from_one
 from manyhands.errors import ConfigError
+from manyhands.storage.location import is_local
 
 if TYPE_CHECKING:
     from manyhands.documents.recipe_file import RecipeSchema
@@ -178,6 +179,8 @@ class RunArguments:
             written += ["--set", override]
         for field in fields(RunArguments):
             value = getattr(self, field.name)
+            if field.name == "checkpoint_dir":
+                value = _absolute(value)
             if field.name not in ("recipe", "workers", "set_", "run_dir") and value != field.default:
                 flag = f"--{field.name.replace('_', '-')}"
                 for each in value if isinstance(value, list) else [value]:
@@ -185,11 +188,23 @@ class RunArguments:
         return written
 
 
+def with_absolute_paths(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the request with absolute folders, which mean the same on hosts with different working directories."""
+    training = {**request["training"], "checkpoint_dir": _absolute(request["training"]["checkpoint_dir"])}
+    return {**request, "run_dir": _absolute(request["run_dir"]), "training": training}
+
+
+def _absolute(path: str | None) -> str | None:
+    """Return the absolute path of a local folder. Return an address in a store, or None, as it is."""
+    return path if path is None or not is_local(path) else str(Path(path).absolute())
+
+
 def run_fingerprints(checked: RecipeSchema, request: Mapping[str, Any]) -> dict[str, str]:
     """Return the hash of each value that must be equal on all hosts, by its key in the recipe or its option."""
     values = dict(_leaves(checked.model_dump(mode="json", exclude_none=True, exclude={"steps"})))
+    request = with_absolute_paths(request)
     training = {key: value for key, value in request["training"].items() if key != "adopt"}
-    for key, value in [("run_dir", str(Path(request["run_dir"]).absolute())), *training.items()]:
+    for key, value in [("run_dir", request["run_dir"]), *training.items()]:
         values[f"--{key.replace('_', '-')}"] = value
     return {key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32] for key, value in values.items()}
 

@@ -93,7 +93,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         anew = start_over and not is_restart()
         resumes = not anew and will_resume(run_dir, checkpoint_dir)
         engine = stack.enter_context(Engine(recipe, strategy, resumes=resumes))
-        _agree_on_arguments(
+        _agree_on_arguments(  # except for `adopt`: only worker 0 uses it, and a host that joins later has no --adopt
             engine.group,
             run_dir=run_dir,
             checkpoint_dir=checkpoint_dir,
@@ -103,7 +103,6 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             keep_every=keep_every,
             digest_every=digest_every,
             accept_new_numerics=accept_new_numerics,
-            adopt=adopt,
             start_over=start_over,
             amendments=given_amendments.described(),
         )
