@@ -52,6 +52,40 @@ def test_a_run_survives_a_full_disk_and_a_killed_worker_on_it(tmp_path: Path) ->
     assert events[-1] == "ended"
 
 
+AMENDS = """
+import sys
+from pathlib import Path
+import manyhands as mh
+from full_disk import BALLAST, fill
+from models import gpt_recipe
+disk, kept = Path(sys.argv[1]), Path(sys.argv[2])
+def train(**more):
+    return mh.train(gpt_recipe(), steps=2, run_dir=disk / "run", checkpoint_dir=kept, show=False, **more)
+mh.train(gpt_recipe(), steps=1, run_dir=disk / "run", checkpoint_dir=kept, show=False)
+fill(disk)
+try:
+    train(skip_steps=[1])
+except mh.ConfigError as error:
+    assert str(error.where).endswith("amendments.json"), error
+else:
+    raise AssertionError("new amendments are not recorded")
+(disk / BALLAST).unlink()
+train(skip_steps=[1])
+fill(disk)
+train(skip_steps=[1])  # recorded already
+"""
+
+
+def test_new_amendments_are_refused_if_a_full_disk_cannot_record_them(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(SUPPORT), str(SUPPORT.parent), os.environ.get("PYTHONPATH", "")])
+    done = run_on_small_disk(
+        tmp_path / "disk",
+        [sys.executable, "-c", AMENDS, str(tmp_path / "disk"), str(tmp_path / "kept")],
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stderr
+
+
 BOARD = """
 import sys
 from pathlib import Path

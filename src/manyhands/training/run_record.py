@@ -210,11 +210,15 @@ class RunRecord:
     def _record_start(self, source: str | None) -> None:
         """On worker 0, record that the run starts or continues here. source: "snapshot", "checkpoint" or None.
 
-        Raises ConfigError if a new run can't be recorded. A run that is resumed continues without the record.
+        Raises ConfigError if a new run or new amendments can't be recorded. Otherwise, a run that is resumed continues
+        without the record.
         """
         if self._directory is None:
             return
         engine, directory = self.engine, self._directory
+        # Amendments decide results, so they are not a part of the record that may be missing.
+        if engine.amendments != directory.read_amendments():
+            directory.write_amendments(engine.amendments)
         repeats = sum(metrics.step >= engine.step_index for metrics in directory.read_metrics())
         directory.truncate_metrics(engine.step_index)
         self.figures = StepFigures(directory.read_metrics())
@@ -245,7 +249,6 @@ class RunRecord:
             **self._external_checkpoints(),
         )
         directory.write_recipe(self._recipe_as_used or engine.recipe)
-        directory.write_amendments(engine.amendments)
         buffers = engine.buffers.named()
         numel = {name: buffers[name].numel() for name in engine.buffers.persistent}
         write_json(directory.digests / "tensors.json", {"tensors": engine.digest_names, "buffers": numel})
