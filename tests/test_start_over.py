@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from manyhands.checkpoint.format import list_checkpoints
 from manyhands.doctor.runs import run_history
 from manyhands.errors import ConfigError
 from manyhands.listeners.run_directory import RunDirectory
-from manyhands.surroundings import RESTARTS_VARIABLE
+from manyhands.surroundings import LAUNCH_VARIABLE, RESTARTS_VARIABLE
 from support.models import gpt_recipe
 from test_faults import MANYHANDS, SUPPORT
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0"]
 
 
 def train(run_dir: Path, checkpoint_dir: Path | None = None, *, steps: int = 2, **more: Any) -> mh.Summary:
@@ -106,12 +109,45 @@ def test_a_missing_newest_checkpoint_is_reported_and_a_run_without_any_begins_ag
     assert not (killed / "earlier-1").exists()
 
 
-def test_a_restarted_script_does_not_start_over_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path / "run", start_over=True)  # nothing to move
-    monkeypatch.setenv(RESTARTS_VARIABLE, "1")
-    train(tmp_path / "run", start_over=True, steps=3)
-    assert not (tmp_path / "run" / "earlier-1").exists()
-    assert len(RunDirectory(tmp_path / "run").read_metrics()) == 3
+def test_each_run_of_a_restarted_script_starts_over_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(two, steps=1)
+    monkeypatch.setenv(LAUNCH_VARIABLE, "first")
+    train(one, start_over=True)  # nothing to move
+    monkeypatch.setenv(RESTARTS_VARIABLE, "1")  # as if the script had failed before the second run
+    train(one, start_over=True, steps=3)
+    assert not (one / "earlier-1").exists()
+    assert len(RunDirectory(one).read_metrics()) == 3
+    for steps in (2, 3):
+        train(two, start_over=True, steps=steps)
+        assert [path.name for path in two.glob("earlier-*")] == ["earlier-1"]
+    assert steps_in(two / "earlier-1" / "checkpoints") == [1]
+    monkeypatch.setenv(LAUNCH_VARIABLE, "second")
+    train(two, start_over=True)
+    assert steps_in(two / "earlier-2" / "checkpoints") == [2, 3]
+
+
+PRINTS_ITS_LAUNCH = """
+import sys
+from pathlib import Path
+from manyhands.surroundings import is_restart, launch_id
+with Path(sys.argv[1]).open("a") as file:
+    print(launch_id(), file=file)
+sys.exit(not is_restart())
+"""
+
+
+@pytest.mark.parametrize("launcher", [[*MANYHANDS, "run", "--workers", "1"], [*TORCHRUN, "--nproc-per-node", "1"]])
+def test_restarts_of_a_script_have_one_launch_id_and_other_launches_another(
+    tmp_path: Path, launcher: list[str]
+) -> None:
+    script, found = tmp_path / "script.py", tmp_path / "found"
+    script.write_text(PRINTS_ITS_LAUNCH)
+    for _ in range(2):
+        subprocess.run([*launcher, "--max-restarts", "1", str(script), str(found)], check=True, timeout=100)
+    first, again, second, second_again = found.read_text().split()
+    assert first == again != second == second_again
+    assert "None" not in (first, second)
 
 
 @pytest.mark.slow

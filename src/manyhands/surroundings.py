@@ -14,6 +14,7 @@ import re
 import signal
 import threading
 from collections.abc import Mapping
+from pathlib import PurePath
 from types import FrameType
 from typing import NamedTuple
 
@@ -85,10 +86,23 @@ class StopSignals:
 RESTARTS_VARIABLE = "MANYHANDS_RESTARTS"
 """Environment variable of workers: how often their launcher has started the program again without progress."""
 
+LAUNCH_VARIABLE = "MANYHANDS_LAUNCH"
+"""Environment variable of workers: an id of the launch, which the restarts of the program share."""
+
 
 def is_restart() -> bool:
     """Return True if a launcher (this package's, or torchrun) has started this program again after a failure."""
     return any(int(os.environ.get(name, "0")) for name in (RESTARTS_VARIABLE, "TORCHELASTIC_RESTART_COUNT"))
+
+
+def launch_id() -> str | None:
+    """Return the id of the launch that started this program, or None without a launcher. Restarts have the same id."""
+    if LAUNCH_VARIABLE in os.environ:
+        return os.environ[LAUNCH_VARIABLE]
+    run_id, error_file = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if run_id == "none" and error_file:  # the default id of all launches: use the name of torchrun's temporary folder
+        return str(PurePath(error_file).parent.parent.parent)
+    return run_id
 
 
 def environment_rank_and_size() -> tuple[int, int]:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import uuid
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from manyhands.cli.workers import Workers, print_restart, snapshot_memory, start
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
 from manyhands.formatting import printable
 from manyhands.output import protect_output, say
-from manyhands.surroundings import RESTARTS_VARIABLE, to_handle
+from manyhands.surroundings import LAUNCH_VARIABLE, RESTARTS_VARIABLE, to_handle
 
 app = typer.Typer(
     add_completion=False,
@@ -125,13 +126,14 @@ def run_command(
     from manyhands.launching.failures import run_with_restarts
 
     command, allowed = [sys.executable, str(script), *context.args], workers_for(workers, 1, None)
+    launch = uuid.uuid4().hex
     with snapshot_memory("auto" if max_restarts else "never", allowed.most) as snapshots:
         run_with_restarts(
             lambda failures: start_workers(
                 command,
                 allowed.after(failures),
                 None,
-                snapshots.variables | {RESTARTS_VARIABLE: str(failures)},
+                snapshots.variables | {RESTARTS_VARIABLE: str(failures), LAUNCH_VARIABLE: launch},
                 cooperates=False,
             ),
             saved_step=snapshots.newest_step,

@@ -136,7 +136,8 @@ def _line(event: dict[str, Any]) -> str:
         workers = f"{event.get('workers')} workers, {event.get('sharding')}"
         return f"started at step {event.get('step')}{source}: {workers}{again}"
     if kind == "started over":
-        return f"started over: the record before is in {event.get('earlier')}"
+        earlier = event.get("earlier")
+        return f"started over: {f'the record before is in {earlier}' if earlier else 'there was no record before'}"
     if kind == "amended":
         return f"amended: from step {event.get('step')} on, {event.get('key')} = {event.get('value')}"
     if kind == "skipped":

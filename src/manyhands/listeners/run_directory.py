@@ -261,7 +261,7 @@ class RunDirectory:
 
     def read_events(self) -> list[dict[str, Any]]:
         """Return all events in the order in which they were written, without partial lines."""
-        return [value for _, value in complete_lines(self.path / "events.jsonl") if _is_event(value)]
+        return events_in(self.path)
 
     def read_metrics(self) -> list[StepMetrics]:
         """Return the metrics of all steps in the order in which they were written, without partial lines.
@@ -290,6 +290,11 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
         append_line(path, value)
     except OSError as error:
         raise _not_writable(path, error) from error
+
+
+def events_in(folder: Path) -> list[dict[str, Any]]:
+    """Return the events of the run directory `folder`, or an empty list if there is none. Raises DataError."""
+    return [value for _, value in complete_lines(folder / "events.jsonl") if _is_event(value)]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

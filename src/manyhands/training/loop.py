@@ -20,9 +20,9 @@ from manyhands.numerics.seeds import seed_generators
 from manyhands.offload.process_memory import PeakMemory
 from manyhands.options import whole_number
 from manyhands.storage.location import Location
-from manyhands.surroundings import StopSignals, is_restart
+from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
-from manyhands.training.run_record import RunRecord, Saver, will_resume
+from manyhands.training.run_record import RunRecord, Saver, has_started_over, will_resume
 
 MEASURED_STEPS = 3
 """The number of steps at the start in which memory is measured. Measuring takes time, so later steps are not measured.
@@ -64,8 +64,8 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     digest_every: steps between digests. The last step always has one.
     accept_new_numerics: resume under another numerics identity (torch version, CPU kind, threads).
     adopt: continue from checkpoints that belong to another run. Then only this run may write to their folder.
-    start_over: begin the run in run_dir anew. Its metrics, events, digests and checkpoints are moved to a subfolder. A
-        restart after a failure continues instead.
+    start_over: begin the run in run_dir anew. Its metrics, events, digests and checkpoints are moved to a subfolder.
+        After a restart of the program, a run that had already started over continues instead.
     skip_steps: steps to skip, counted from 0 as in errors: their data are passed over, and schedules advance.
     amendments: settings that change from a step on, such as {500: {"optimizer.lr": 1e-4, "clip_norm": 0.5}}. The run
         directory records both, and they apply again whenever the run is resumed.
@@ -90,7 +90,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     with ExitStack() as stack:
         signals = stop or stack.enter_context(StopSignals())
         strategy = _with_scratch(strategy or Strategy(), run_dir)
-        anew = start_over and not is_restart()
+        anew = start_over and not has_started_over(run_dir)
         resumes = not anew and will_resume(run_dir, checkpoint_dir)
         engine = stack.enter_context(Engine(recipe, strategy, resumes=resumes))
         _agree_on_arguments(  # except for `adopt`: only worker 0 uses it, and a host that joins later has no --adopt

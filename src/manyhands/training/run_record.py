@@ -31,7 +31,7 @@ from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.listeners.gaps import Gaps
-from manyhands.listeners.run_directory import RunDirectory, write_json
+from manyhands.listeners.run_directory import RunDirectory, events_in, write_json
 from manyhands.listeners.summary import StepFigures
 from manyhands.listeners.tensorboard import TensorBoardLog
 from manyhands.listeners.terminal import TrainingProgress
@@ -40,6 +40,7 @@ from manyhands.offload.scratch import scratch_line
 from manyhands.output import SafeStream
 from manyhands.storage.location import Location, is_local, location_of
 from manyhands.storage.run_lock import run_lock
+from manyhands.surroundings import is_restart, launch_id
 from manyhands.training.engine import Engine
 from manyhands.training.saving import Snapshots
 
@@ -104,7 +105,7 @@ class RunRecord:
             if recipe_as_used is None:  # otherwise the command line holds the lock already
                 stack.enter_context(run_lock(self.path))
             if anew and self.checkpoints is not None:
-                start_over(self.path, self.checkpoints)
+                start_over(self.path, self.checkpoints, launch_id())
             log = stack.enter_context(self._directory.open_log(0))
             self.log = Console(file=cast(TextIO, SafeStream(lambda: log)), width=120)
             self._run = run_in(self.path) or Owner(secrets.token_hex(8), str(self.path.absolute()))
@@ -335,8 +336,21 @@ class RunRecord:
             bar.update(metrics)
 
 
-def start_over(run_dir: Path, checkpoints: Location) -> None:
+def has_started_over(run_dir: str | Path | None) -> bool:
+    """Return True if this program has been restarted, and the run in `run_dir` started over before the restart.
+
+    A program may have several runs, so the run's own events decide.
+    """
+    if run_dir is None or not is_restart():
+        return False
+    launches = [event.get("launch") for event in events_in(Path(run_dir)) if event["event"] == "started over"]
+    return bool(launches) and launches[-1] == launch_id()
+
+
+def start_over(run_dir: Path, checkpoints: Location, launch: str | None = None) -> None:
     """Move the record of the run in `run_dir`, with its checkpoints, to a subfolder. The caller holds the run's lock.
+
+    launch: the id of the launch, by which `has_started_over` recognizes the event.
 
     Raises ConfigError if there are checkpoints outside of the run directory: they can't be moved there.
     """
@@ -350,8 +364,9 @@ def start_over(run_dir: Path, checkpoints: Location) -> None:
             hint="move or remove them, or choose another checkpoint_dir",
         )
     earlier = directory.move_aside()
-    if earlier is not None:
-        directory.append_event("started over", earlier=earlier.name)
+    if earlier is not None or launch is not None:
+        facts = {"earlier": earlier and earlier.name, "launch": launch}
+        directory.append_event("started over", **{key: value for key, value in facts.items() if value is not None})
 
 
 class Saver:
