@@ -185,3 +185,10 @@ def test_the_start_of_a_run_names_the_buffers_and_another_rule_is_another_recipe
     assert "1.queue (last micro-batch)" in log
     with pytest.raises(mh.CheckpointError, match="another recipe: buffers differs"):
         train({"*.queue": "mean"}, 2)
+    # The report advises to name the default, "mean", and an error advises to replace "refuse". Neither makes another
+    # recipe. The rule of each buffer counts, and not the pattern that gives it.
+    train({"1.queue_pointer": "mean", "1.queue": "last", "0.*": "mean"}, 2)
+    with pytest.raises(mh.CheckpointError, match="another recipe: buffers differs"):
+        train({"1.queue": "mean", "*.queue": "last"}, 3)
+    with pytest.raises(mh.ConfigError, match=r"changed in forward, which recipe\.buffers refuses"):
+        train({"*.queue": "last", "0.*": "refuse"}, 3)

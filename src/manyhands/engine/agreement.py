@@ -52,15 +52,16 @@ def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> No
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe's settings that decide the bits. The only fact about functions and data is len(data)."""
+    """Return the recipe's settings that decide the bits, without the rules for buffers.
+
+    The only fact about functions and data is len(data). See `buffer_rules` for buffers.
+    """
     facts = {
         f"batch.{name}": str(getattr(recipe.batch, name)) for name in ("global_size", "micro_size", "virtual_workers")
     }
     names = ["precision", "clip_norm", "seed", "threads_per_worker", "device"]
     if recipe.compile:  # only if it is set, because checkpoints from before this option existed lack the fact
         names.append("compile")
-    if recipe.buffers:
-        names.append("buffers")
     for name in names:
         facts[name] = str(getattr(recipe, name))
     # The rule "keep" changes no bit. It is not compared, so that a run that refused an attribute can resume with this
@@ -68,6 +69,11 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
     if restored := [pattern for pattern, rule in recipe.attributes.items() if rule == "restore"]:
         facts["attributes that are restored"] = ", ".join(restored)
     return facts | {"len(data)": str(len(recipe.data))}
+
+
+def buffer_rules(rules: Mapping[str, str]) -> dict[str, str]:
+    """Return the fact about the rules for buffers, or nothing if there are none. rules: as text, or one per buffer."""
+    return {"buffers": str(dict(rules))} if rules else {}
 
 
 def function_facts(recipe: Recipe) -> dict[str, str]:

@@ -23,6 +23,7 @@ from manyhands.engine.agreement import (
     agree_on_functions,
     agree_on_model,
     agree_on_start,
+    buffer_rules,
     frozen_facts,
     optimizer_facts,
     recipe_facts,
@@ -88,7 +89,7 @@ class StepEngine:
         avoid_compiler_import()
         fix_arithmetic(recipe)
         recipe.batch.check_workers(group.size)
-        agree(group, "recipe", recipe_facts(recipe), hint=_HINT_SAME_RECIPE)
+        agree(group, "recipe", recipe_facts(recipe) | buffer_rules(recipe.buffers), hint=_HINT_SAME_RECIPE)
         agree_on_functions(recipe, group)
         settings = {"sharding": strategy.sharding, "offload": strategy.offload, "units": str(strategy.units)}
         agree(group, "strategy", settings, hint=_HINT_SAME_RECIPE)
@@ -487,7 +488,8 @@ class StepEngine:
         """Return the facts that a checkpoint must share with this engine. They describe the recipe as text."""
         params = {f"parameter {name}": str(numel) for name, numel in self.trained}
         buffers = {f"buffer {name}": str(list(buffer.shape)) for name, buffer in self.model.named_buffers()}
-        return recipe_facts(self.recipe) | params | self.frozen_facts | buffers | self._optimizer_facts
+        facts = recipe_facts(self.recipe) | buffer_rules(self.buffers.rules_of_bits)
+        return facts | params | self.frozen_facts | buffers | self._optimizer_facts
 
     def close(self) -> None:
         """Leave the group. Collective, unless a worker failed."""

@@ -85,6 +85,15 @@ class Buffers:
         self._changed_between_steps: set[str] = set()
         self._after: dict[str, dict[int, Tensor]] = {}  # changed values, by name and micro-batch
 
+    @property
+    def rules_of_bits(self) -> dict[str, str]:
+        """Return, by buffer, the rules that give other bits than the default.
+
+        "mean" is the default, and "refuse" gives an error but no other bits. A run can resume after its user has set
+        or removed such rules.
+        """
+        return {name: rule for name, rule in self._rules.items() if rule == "last"}
+
     def _current(self, name: str) -> Tensor:
         """Return the buffer's current tensor. Raises ConfigError if the model has removed it."""
         if name in self.frozen:
