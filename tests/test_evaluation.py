@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,47 @@ def test_evaluating_changes_neither_buffers_nor_later_steps(
     for found in run_threads(workers, lambda group: run(group, sharding, evaluate), makers=thread_groups(workers)):
         assert found[0] == digest
         assert equal(found[1], buffers)
+
+
+class Caching(Net):
+    """Changes attributes of all kinds in evaluation mode, and reads them in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache, self.log = torch.zeros(8), list[int]()
+        self.mixed = [torch.ones(1).expand(8), {"count": 0}, (np.zeros(2), self.layers)]
+        self.config = SimpleNamespace(scale=1.0)
+        self.removed = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.cache += 1
+            self.mask = torch.ones(8)
+            self.mixed[1]["count"] += 1  # type: ignore[index]
+            self.mixed[2][0][1] = 3.0  # type: ignore[index]
+            self.config.scale = 2.0
+            self.log.append(len(x))
+            vars(self).pop("removed", None)
+        used = [*self.mixed[1].values(), *self.mixed[2][0]]  # type: ignore[index, union-attr]
+        factor = self.config.scale + sum(used) + hasattr(self, "mask") + getattr(self, "removed", 0.0)
+        return super().forward(x) * factor + self.cache
+
+
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_later_steps_do_not_depend_on_attributes_that_an_evaluation_changed(sharding: str) -> None:
+    def train(evaluate: bool) -> tuple[str, list[int]]:
+        recipe = recipe_of(Caching, attributes={"log": "keep"})
+        with mh.Engine(recipe, mh.Strategy(sharding=sharding)) as engine:
+            for batch in engine.batches(3):
+                with engine.evaluating() as model:
+                    if evaluate:
+                        model(SAMPLES)
+                engine.step(batch)
+            return engine.digest(), engine.model.log  # type: ignore[return-value]
+
+    digest, log = train(False)
+    assert train(True) == (digest, [len(SAMPLES)] * 3)
+    assert log == []
 
 
 @pytest.mark.parametrize("sharding", ["zero2", "zero3"])

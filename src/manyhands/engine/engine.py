@@ -187,8 +187,7 @@ class StepEngine:
         for unit in units:
             for name in unit.modules:
                 enter = self._compiled.outside(partial(self._unsharder.enter, unit))
-                leave = partial(self._unsharder.leave, unit)
-                handles += around_forward(self.model.get_submodule(name), enter, leave)
+                handles += around_forward(self.model.get_submodule(name), enter, partial(self._unsharder.leave, unit))
         return handles
 
     def _seed_behind_calls(self) -> list[Removable]:
@@ -229,8 +228,7 @@ class StepEngine:
         if self._evaluating:
             raise ConfigError(
                 "the engine's state can't be used inside evaluating()",
-                expected="only forward passes, because they may change buffers, which are restored at the end of the "
-                "block",
+                expected="only forward passes, because the buffers that they change are restored after the block",
                 hint="leave the block before a step, save, load, digest or another evaluation",
             )
 
@@ -408,8 +406,8 @@ class StepEngine:
     def evaluating(self) -> Iterator[nn.Module]:
         """Yield the model for forward passes between two steps. Collective: the end of the block waits for all workers.
 
-        All modules are in evaluation mode, and torch records no gradients. At the end, the modes of the modules, the
-        buffers and the global generators are as before, so training goes on as if there had been no evaluation.
+        All modules are in evaluation mode, and torch records no gradients. At the end, the modes of the modules, their
+        attributes, the buffers and the global generators are as before, so later steps don't depend on the evaluation.
         Sharded parameters are unsharded unit by unit, as the model needs them. Workers may call the model different
         numbers of times, or not at all. Raises ConfigError inside another `evaluating` block.
         """
@@ -488,8 +486,8 @@ class StepEngine:
         """Return the facts that a checkpoint must share with this engine. They describe the recipe as text."""
         params = {f"parameter {name}": str(numel) for name, numel in self.trained}
         buffers = {f"buffer {name}": str(list(buffer.shape)) for name, buffer in self.model.named_buffers()}
-        facts = recipe_facts(self.recipe) | buffer_rules(self.buffers.rules_of_bits)
-        return facts | params | self.frozen_facts | buffers | self._optimizer_facts
+        buffers |= buffer_rules(self.buffers.rules_of_bits)
+        return recipe_facts(self.recipe) | params | self.frozen_facts | buffers | self._optimizer_facts
 
     def close(self) -> None:
         """Leave the group. Collective, unless a worker failed."""

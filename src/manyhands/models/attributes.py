@@ -24,7 +24,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from manyhands.errors import ConfigError
 from manyhands.numerics.values import attributes_of, generator_of, plain_values
@@ -74,12 +76,34 @@ class AttributeGuard:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Context for code between two steps. At the end, set the attributes with the rule "restore" back."""
+        """Context for code between two steps. At the end, set attributes back, except those with the rule "keep"."""
         self.begin_step()
+        before, seen = self._values(), self._not_saved()
+        saved = {
+            name: _saved(value, contents=True, seen=seen)
+            for name, _, value in self._attributes()
+            if self._rule(name) is None
+        }
         try:
             yield
         finally:
+            after = self._values()
+            for name in dict.fromkeys([*before, *after]):
+                if before.get(name) != after.get(name) and self._rule(name) is None:
+                    _put(self._module_of(name), name, saved.get(name))
             self.restore()
+
+    def _not_saved(self) -> dict[int, Callable[[], Any]]:
+        """Return, for `_saved`, the objects in attributes whose contents are left as they are.
+
+        They are the model's modules, parameters and buffers, which the engine manages, and the parameters of modules
+        outside of the model, which may be large.
+        """
+        objects: list[Any] = [*self._model.modules(), *self._model.parameters(), *self._model.buffers()]
+        for _, _, value in self._attributes():
+            others = (leaf for leaf in tree_leaves(value) if isinstance(leaf, nn.Module))
+            objects += (param for module in others for param in module.parameters())
+        return {id(each): partial(_itself, each) for each in objects}
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
@@ -217,6 +241,10 @@ def _restorer(value: Any, contents: bool, seen: dict[int, Callable[[], Any]]) ->
     return restored
 
 
+def _itself(value: Any) -> Any:
+    return value
+
+
 def _call_all(functions: Iterable[Callable[[], Any]]) -> list[Any]:
     return [function() for function in functions]
 
@@ -240,8 +268,12 @@ def _refill_set(container: set[Any], members: set[Any]) -> None:
 
 def _restorer_of_elements(value: Any) -> Callable[[], object]:
     if isinstance(value, Tensor):
-        return partial(value.detach().copy_, value.detach().clone())
-    return partial(np.copyto, value, value.copy())
+        own = value.detach()
+        for dim, stride in enumerate(own.stride() if own.layout == torch.strided else ()):
+            if stride == 0 and own.shape[dim] > 1:  # expanded: torch refuses to write the same element many times
+                own = own.narrow(dim, 0, 1)
+        return partial(own.copy_, own.clone())
+    return partial(np.copyto, value, value.copy()) if value.flags.writeable else partial(_itself, value)
 
 
 def _refusal(name: str, before: dict[str, str] | None, after: dict[str, str] | None, how: str) -> ConfigError:
