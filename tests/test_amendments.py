@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -189,6 +190,39 @@ def test_a_run_gets_past_a_bad_batch_and_every_later_resume_repeats_it(tmp_path:
     mh.train(bad, steps=1, run_dir=run, start_over=True, show=False)
     assert not (run / "amendments.json").exists()
     assert json.loads((run / "earlier-1" / "amendments.json").read_text())["skipped_steps"] == [3]
+
+
+@pytest.mark.parametrize("name", ["none", "OneCycleLR"])
+def test_a_refused_step_leaves_the_settings_unchanged(name: str, tmp_path: Path) -> None:
+    bad = nan_at(1, mh.Batch(global_size=4, micro_size=2))
+    bad = dataclasses.replace(bad, optimizer=grouped(torch.optim.AdamW, lr=4e-3), schedule=SCHEDULES[name])
+    changes = amendments_of([], {1: {"optimizer.lr": 0.0, "optimizer.0.lr": 1e-3, "optimizer.eps": 1e-3}})
+
+    def state(engine: mh.Engine) -> str:
+        schedules = [schedule.state_dict() for schedule in engine.schedules]
+        return repr((engine.optimizer.hyperparameters(), schedules, engine.digest()))
+
+    with mh.Engine(bad) as engine:
+        engine.amend(changes)
+        engine.step(next(engine.batches(1)))
+        before = state(engine)
+        for _ in range(2):
+            with pytest.raises(NumericsError, match="is nan"):
+                engine.step(next(engine.batches(2)))
+            assert state(engine) == before
+        engine.save(tmp_path)
+        # The user decides to skip the step. The amended settings are valid from this step on all the same.
+        engine.amend(dataclasses.replace(changes, skipped=(1,)))
+        rest = [engine.step(batch, digest=True) for batch in engine.batches(3)]
+        assert [each.learning_rates[1] for each in rest] == [0.0, 0.0]
+        assert engine.optimizer.hyperparameters()[0]["eps"] == 1e-3
+    with mh.Engine(bad) as engine:
+        engine.amend(dataclasses.replace(changes, skipped=(1,)))
+        engine.load(tmp_path / "step-00000001")
+        again = [engine.step(batch, digest=True) for batch in engine.batches(3)]
+    assert [(each.learning_rates, each.digest) for each in again] == [
+        (each.learning_rates, each.digest) for each in rest
+    ]
 
 
 def test_an_invalid_amendment_is_refused_before_training() -> None:

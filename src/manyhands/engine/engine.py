@@ -60,6 +60,7 @@ from manyhands.numerics.digest import digest_of, slots_in_order, tensor_hashes, 
 from manyhands.numerics.seeds import preserved_generators
 from manyhands.offload.allocator import Allocator, allocator_for
 from manyhands.offload.process_memory import keep_freed_memory, return_freed_memory
+from manyhands.optim.amending import apply_changes
 from manyhands.optim.schedules import build_schedules, schedule_facts
 from manyhands.optim.sliced import SlicedOptimizer
 from manyhands.shard_layout import blocks_of
@@ -133,8 +134,7 @@ class StepEngine:
         self.layout, self.units, self.frozen_units = storage.layout, storage.units, storage.frozen
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
-        # Record these facts before schedules are created, because schedules change the hyperparameters that the recipe
-        # has set.
+        # Record these facts now, because schedules change the hyperparameters that the recipe has set.
         self._optimizer_facts = optimizer_facts(self.optimizer)
         self.schedules = build_schedules(recipe.schedule, self.optimizer.fronts)
         groups = self.optimizer.plain_hyperparameters()  # schedules may have changed these
@@ -169,11 +169,10 @@ class StepEngine:
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
         self._compiled.refuse_inside(strategy.activation_checkpointing, "strategy.activation_checkpointing")
         self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._unsharder.using)
-        self._call_seeds = CallSeeds()
+        self._call_seeds, self._loss_reader = CallSeeds(), LossReader()
         self._module_hooks = [*self._unshard_around_forwards(on_demand), *self._seed_behind_calls()]
         self._clock = PhaseClock(group.recorder)
         self.step_index, self.amendments = 0, Amendments()
-        self._loss_reader = LossReader()
         self.last_hashes: np.ndarray | None = None
         # A signal or a timer may set these on any one worker. The next step's control values set them on all workers.
         self.stop_requested = self.save_requested = False
@@ -285,7 +284,7 @@ class StepEngine:
                 agree_on_attributes(self._attributes.assigned(), self.group)
             control = all_gather_control(self._my_control(results), self.group, f"{tag} / control")
             self._reducer.await_pieces()
-        self._refuse(control, step)
+        self._accept(control, step)
         weight = added_in_order(control.weights)
         with self._clock.phase("update"):
             learning_rates = self.optimizer.learning_rates  # before schedules change them for the next step
@@ -366,18 +365,20 @@ class StepEngine:
             has_hooks=self._step_hooks.exist,
         )
 
-    def _refuse(self, control: Control, step: int) -> None:
-        """Refuse a step with invalid control values. All workers raise the same error, before any state has changed."""
+    def _accept(self, control: Control, step: int) -> None:
+        """Refuse a step with invalid control values, before any state has changed, or apply the step's amendments."""
         self._settings.compare(control.settings, self.group)
         self.buffers.refuse_changes(list(control.changed_buffers))
         form = self._loss_reader.form
         refuse_weights(control, form, fractional=self.recipe.fractional_weights, tag=f"step {step}")
         error = not_finite(control, self._param_names, self.recipe.batch, step, self._unsharder.not_finite_hint)
         if error is not None:
-            # All workers discard the step and leave no collective call unmatched, so the engine stays usable.
+            # All workers raise this error, discard the step and leave no collective call unmatched. So the engine stays
+            # usable.
             self._reducer.discard()
             error.nothing_changed = True  # type: ignore[attr-defined]
             raise error
+        apply_changes(self.amendments.of_optimizers(step), self.optimizer.fronts, self.schedules)
 
     def _update(self, control: Control, weight: float, tag: str) -> float:
         """Update weights, buffers and schedules from the step's sums. Return the gradient's norm. Collective."""

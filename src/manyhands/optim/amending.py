@@ -2,12 +2,11 @@
 
 A setting is `optimizer.KEY`, for the entry KEY of all param groups, or `optimizer.2.KEY`, for the third group alone.
 `optimizer.lr` changes the learning rate at which schedules start, so the rate of each later step changes in proportion.
-Applying a change twice has the same effect as applying it once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -63,10 +62,19 @@ def check_change(key: str, value: Any, optimizers: Sequence[Optimizer]) -> None:
         )
 
 
-def apply_change(key: str, value: Any, optimizers: Sequence[Optimizer], schedules: Sequence[LRScheduler]) -> None:
-    """Change the setting in the optimizers' param groups, and in the schedules that start from it."""
-    name = key.rpartition(".")[2]
-    for _, group in _targets(key, optimizers):
+def apply_changes(
+    changes: Mapping[str, Any], optimizers: Sequence[Optimizer], schedules: Sequence[LRScheduler]
+) -> None:
+    """Change settings in the optimizers' param groups, and in the schedules that start from them. Call this once for
+    the changes of a step.
+
+    changes: setting -> new value. If two of them change the same entry of a param group, the later one decides.
+    """
+    last: dict[tuple[int, str], tuple[_Group, Any]] = {}
+    for key, value in changes.items():
+        for index, group in _targets(key, optimizers):
+            last[index, key.rpartition(".")[2]] = group, value
+    for (_, name), (group, value) in last.items():
         if name == "lr" and "initial_lr" in group.entries:
             _rescale(group, float(value), schedules)
         else:

@@ -24,7 +24,7 @@ from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.amendments import CLIP_NORM, Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, Interrupted, InvariantError
-from manyhands.optim.amending import apply_change, check_change
+from manyhands.optim.amending import apply_changes, check_change
 from manyhands.storage.location import Location, location_of
 
 
@@ -133,9 +133,6 @@ class Engine(StepEngine):
     def step(self, batch: StepBatch, *, digest: bool = False) -> StepMetrics:
         """Run the next step, or skip it if the amendments say so. Collective. Raises the errors of `run_step`."""
         self._refuse_without_checkpoint()
-        for change in self.amendments.at(self.step_index):
-            if change.key != CLIP_NORM:
-                apply_change(change.key, change.value, self.optimizer.fronts, self.schedules)
         if self.step_index in self.amendments.skipped:
             return self._skip(digest)
 
@@ -163,6 +160,7 @@ class Engine(StepEngine):
             requests = [self.stop_requested, self.save_requested]
             all_ranks: list[Any] = all_gather_json(self.group, requests, f"{tag} / control")
             self.stop_requested, self.save_requested = map(any, zip(*all_ranks, strict=True))
+            apply_changes(self.amendments.of_optimizers(step), self.optimizer.fronts, self.schedules)
             rates = self.optimizer.learning_rates
             with warnings.catch_warnings():
                 # torch warns about a schedule that advances before the first update, which is intended here.

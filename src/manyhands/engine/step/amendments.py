@@ -48,6 +48,10 @@ class Amendments:
         """Return the changes that take effect at step `step`."""
         return [change for change in self.changes if change.step == step]
 
+    def of_optimizers(self, step: int) -> dict[str, Any]:
+        """Return the settings of optimizers that change at step `step`, with their new values, in the order given."""
+        return {change.key: change.value for change in self.at(step) if change.key != CLIP_NORM}
+
     def joined(self, later: Amendments) -> Amendments:
         """Return these amendments and `later` combined.
 
