@@ -66,7 +66,10 @@ class CallSeeds:
 
     def leave(self, name: str, _: object) -> None:
         """Note the end of the forward of the unit of this name, and seed the generators."""
-        if not self._active or torch.compiler.is_compiling() or not self._in_progress.pop():
+        if not self._active or torch.compiler.is_compiling():
+            return
+        # If another hook raised an error before the forward, there was no `enter`.
+        if not self._in_progress or not self._in_progress.pop():
             return
         seed = derive(self._seed, "unit call", name)
         seed_torch(seed)
