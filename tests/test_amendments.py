@@ -248,6 +248,13 @@ def test_an_invalid_amendment_is_refused_before_training() -> None:
     mh.train(gpt_recipe(optimizer=muon_and_adamw()), steps=2, amendments={1: both}, show=False)
 
 
+def test_a_rate_of_zero_cannot_be_amended_under_a_schedule() -> None:
+    changes = {1: {"optimizer.lr": 0.0}, 3: {"optimizer.lr": 1e-3}}
+    mh.train(gpt_recipe(), steps=3, amendments=changes, show=False)
+    with pytest.raises(mh.ConfigError, match="a learning rate of 0 can't be amended"):
+        mh.train(gpt_recipe(), steps=4, amendments=changes, show=False)
+
+
 @pytest.mark.slow
 def test_the_command_amends_a_run_whose_worker_is_killed(tmp_path: Path) -> None:
     command = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), "--workers", "1", "--run-dir", str(tmp_path / "run")]

@@ -47,7 +47,7 @@ class TensorBoardLog:
             return
         if self._failed is not None:
             if time.monotonic() - self._failed_at < RETRY_SECONDS:
-                raise self._failed
+                raise self._failed.with_traceback(None)  # or each step would add to its traceback
             self._failed, self._start_step = None, metrics.step
             self._attempt(self._open)
         if self._writer is not None:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from manyhands.errors import ConfigError
+from manyhands.numerics.digest import bits_of
 
 _PART = 1024
 """The number of elements that are compared at the start, in the middle and at the end of a parameter."""
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Sample:
@@ -35,7 +34,7 @@ class Sample:
 
 def _parts(flat: Tensor) -> list[Tensor]:
     """Return views of some elements as integers, in which NaN equals itself."""
-    bits = flat.view(_INTEGERS[flat.itemsize])
+    bits = bits_of(flat)
     middle = flat.numel() // 2
     if flat.numel() <= 3 * _PART:
         return [bits]

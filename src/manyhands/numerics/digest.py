@@ -104,6 +104,18 @@ def slots_in_order(slots: Sequence[ParamSlot]) -> list[tuple[str, int]]:
     return [(slot.name, slot.numel) for slot in sorted(slots, key=lambda slot: slot.first_block)]
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(value: Tensor) -> Tensor:
+    """Return a view of floating-point values as integers of the same size. Return other values unchanged.
+
+    Compared as integers, a NaN equals itself, and 0 does not equal -0. Complex values become pairs of integers.
+    """
+    value = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
+    return value.view(_INTEGERS[value.itemsize]) if value.is_floating_point() else value
+
+
 def words_of(tensor: Tensor) -> int:
     """Return the number of 32-bit words of a tensor that are hashed: one per element, unless its bytes are hashed."""
     return tensor.numel() if _is_hashed_as_fp32(tensor.dtype) else -(-tensor.numel() * tensor.itemsize // 4)

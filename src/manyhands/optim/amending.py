@@ -83,7 +83,14 @@ def apply_changes(
 
 
 def _rescale(group: _Group, value: float, schedules: Sequence[LRScheduler]) -> None:
-    ratio = value / group.entries["initial_lr"]
+    if group.entries["initial_lr"] == 0 != value:
+        raise ConfigError(
+            "a learning rate of 0 can't be amended under a schedule",
+            expected="an earlier rate above 0, because the schedule's rates are multiplied by new rate / earlier rate",
+            got=f"{value:g} after 0",
+            hint="amend the rate to a small number instead of 0, or skip the steps with --skip-step",
+        )
+    ratio = value / group.entries["initial_lr"] if value else 0.0
     for name in _RATES:
         if name in group.entries:
             group.entries[name] = group.entries[name] * ratio

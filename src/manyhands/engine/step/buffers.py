@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from manyhands.comm.group import Group
 from manyhands.errors import ConfigError
+from manyhands.numerics.digest import bits_of
 from manyhands.options import hint_nearest
 
 SMALL_BUFFER_NUMEL = 1 << 16
@@ -41,8 +42,6 @@ _SHOWN = 4
 
 _RUNNING = re.compile(r"(running|moving)_(mean|var|variance)|num_batches_tracked")
 """The names of batch norm's buffers in torch, timm and Keras. Their mean over micro-batches is meaningful."""
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def may_change(param: nn.Parameter) -> bool:
@@ -297,13 +296,7 @@ def _refuse_new_nan(what: str, before: Tensor, now: Tensor) -> None:
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Return True if the tensors are equal bit for bit: a NaN equals itself, and 0 does not equal -0."""
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
-
-
-def _bits(value: Tensor) -> Tensor:
-    """Return a view of floating-point values as integers of the same size. Return other values unchanged."""
-    value = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
-    return value.view(_INTEGERS[value.itemsize]) if value.is_floating_point() else value
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(bits_of(one), bits_of(other))
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
