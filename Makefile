@@ -15,11 +15,11 @@ demo: $(READY)
 	$(BIN)/manyhands train examples/gpt/recipe.toml --workers 2 $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 # Also the slow cases, which make test leaves out. Takes about twice as long.
 test-all: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 -m "slow or not slow" $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

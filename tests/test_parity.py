@@ -6,7 +6,6 @@ shardings and precisions one after the other and write checkpoints; half of them
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
@@ -22,6 +21,7 @@ import manyhands as mh
 from manyhands.launching.launcher import run_workers
 from oracle import oracle_run
 from support.models import GPT_UNITS, OWNED, gpt_recipe
+from support.shared_runs import folder_of_all_processes, made_once
 from support.training import train_with_engine
 
 STEPS, SAVED_AT = 4, 2
@@ -158,10 +158,7 @@ def jobs_of(launch: Launch, folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes that run the tests share."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parity"
-    folder.mkdir(exist_ok=True)
-    return folder
+    return folder_of_all_processes(tmp_path_factory, "parity")
 
 
 def digests_of(launch: Launch, folder: Path) -> list[dict[str, str]]:
@@ -169,20 +166,18 @@ def digests_of(launch: Launch, folder: Path) -> list[dict[str, str]]:
     if launch in RESUMING:
         for source in SAVING:
             digests_of(source, folder)
-    mine = folder / str(launch)
-    with open(folder / f"{launch}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (mine / "done").exists():
-            mine.mkdir(exist_ok=True)
-            (mine / "jobs.json").write_text(json.dumps(jobs_of(launch, folder)))
-            paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-            run_workers(
-                [sys.executable, str(WORKER), str(mine), launch.group, str(mine / "jobs.json")],
-                workers=launch.workers,
-                environment={"PYTHONPATH": os.pathsep.join(paths)} | ({"PRETEND": "hosts"} if launch in HOSTS else {}),
-                log_dir=mine,
-            )
-            (mine / "done").touch()
+
+    def make(mine: Path) -> None:
+        (mine / "jobs.json").write_text(json.dumps(jobs_of(launch, folder)))
+        paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        run_workers(
+            [sys.executable, str(WORKER), str(mine), launch.group, str(mine / "jobs.json")],
+            workers=launch.workers,
+            environment={"PYTHONPATH": os.pathsep.join(paths)} | ({"PRETEND": "hosts"} if launch in HOSTS else {}),
+            log_dir=mine,
+        )
+
+    mine = made_once(folder / str(launch), make)
     return [json.loads((mine / f"worker-{rank}.json").read_text()) for rank in range(launch.workers)]
 
 

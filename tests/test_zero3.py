@@ -34,11 +34,9 @@ from support.odd_models import (
     penalised_loss,
     recipe_of,
 )
+from support.shared_runs import folder_of_all_processes, made_once
 from support.training import train_with_engine
 from support.zero3_worker import OPTIMIZERS, ORDERED, STEPS, jobs
-
-SHARED_RUNS = pytest.mark.xdist_group("runs of test_zero3")
-"""Keeps the tests of one fixture in one process of pytest-xdist: the fixture's runs take 20 s."""
 
 WORKER = Path(__file__).parent / "support" / "zero3_worker.py"
 
@@ -51,18 +49,19 @@ def alone(**options: Any) -> mh.Strategy:
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the workers have written their results."""
-    folder = tmp_path_factory.mktemp("zero3")
-    paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    run_workers(
-        [sys.executable, str(WORKER), str(folder)],
-        workers=request.param,
-        environment={"PYTHONPATH": os.pathsep.join(paths)},
-        log_dir=folder,
-    )
-    return folder
+
+    def make(folder: Path) -> None:
+        paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        run_workers(
+            [sys.executable, str(WORKER), str(folder)],
+            workers=request.param,
+            environment={"PYTHONPATH": os.pathsep.join(paths)},
+            log_dir=folder,
+        )
+
+    return made_once(folder_of_all_processes(tmp_path_factory, "zero3") / str(request.param), make)
 
 
-@SHARED_RUNS
 def test_models_with_any_order_of_units_have_the_oracles_bits(found: Path) -> None:
     digests = [json.loads(path.read_text()) for path in sorted(found.glob("worker-*.json"))]
     oracle = cache(lambda name, precision: oracle_run(recipe_of(ODD[name], precision), STEPS).digests[-1])
@@ -71,7 +70,6 @@ def test_models_with_any_order_of_units_have_the_oracles_bits(found: Path) -> No
         assert theirs == expected, f"worker {rank}"
 
 
-@SHARED_RUNS
 def test_a_worker_may_evaluate_more_often_than_another_one(found: Path) -> None:
     values = [json.loads(path.read_text()) for path in sorted(found.glob("evaluated-*.json"))]
     with mh.Engine(recipe_of(Backwards), mh.Strategy()) as engine:
@@ -82,7 +80,6 @@ def test_a_worker_may_evaluate_more_often_than_another_one(found: Path) -> None:
     assert values == [0.0, *[expected] * (len(values) - 1)]
 
 
-@SHARED_RUNS
 def test_step_hooks_and_values_outside_of_the_state_have_the_oracles_bits(found: Path) -> None:
     expected = {name: oracle_run(recipe, STEPS).digests[-1] for name, (recipe, _) in OPTIMIZERS.items()}
     workers = [json.loads(path.read_text()) for path in sorted(found.glob("optimizers-*.json"))]
@@ -90,7 +87,6 @@ def test_step_hooks_and_values_outside_of_the_state_have_the_oracles_bits(found:
     assert all(digests == expected for digests in workers)
 
 
-@SHARED_RUNS
 def test_an_evaluation_in_another_order_does_not_change_later_steps(found: Path) -> None:
     expected = oracle_run(recipe_of(EvaluatesOtherwise), STEPS + 1).digests[-1]
     workers = [json.loads(path.read_text()) for path in sorted(found.glob("evaluations-*.json"))]
@@ -100,7 +96,6 @@ def test_an_evaluation_in_another_order_does_not_change_later_steps(found: Path)
         assert without["calls"] == evaluated["calls"]
 
 
-@SHARED_RUNS
 @pytest.mark.parametrize("sharding", ORDERED)
 def test_all_workers_send_units_in_one_order_though_gradients_arrive_in_others(sharding: str, found: Path) -> None:
     workers = [json.loads(path.read_text())[sharding] for path in sorted(found.glob("orders-*.json"))]
