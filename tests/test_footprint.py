@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ def allocated() -> int:
     return int(info.uordblks + info.hblkhd)
 
 
+def allocated_before() -> int:
+    """As allocated, without garbage of earlier tests: if it were freed later, the measurement would be too small."""
+    gc.collect()
+    return allocated()
+
+
 class Peak(TorchDispatchMode):
     """The largest allocation after any operation of this thread."""
 
@@ -93,7 +100,7 @@ class Peak(TorchDispatchMode):
 
 def peak_bytes(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> int:
     """The peak of all workers together in their steps, minus what was allocated before they created engines."""
-    before = allocated()
+    before = allocated_before()
 
     def work(group: Group | None) -> int:
         with Peak() as peak, mh.Engine(recipe, strategy, group=group) as engine:
@@ -117,7 +124,7 @@ def activation_bytes(recipe: mh.Recipe) -> int:
     rows = torch.ones(1, WIDTH)
     recipe.loss(model, rows).backward()  # type: ignore[union-attr]
     vars(products._local).clear()  # every worker's thread has its own buffers for products
-    before = allocated()
+    before = allocated_before()
     with Peak() as peak, bf16_products_in_fp32():
         recipe.loss(model, rows).backward()  # type: ignore[union-attr]
     return peak.num_bytes - before
