@@ -29,6 +29,7 @@ from manyhands.engine.agreement import (
     recipe_facts,
 )
 from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
+from manyhands.engine.evaluation import Evaluation
 from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.buffers import Buffers, names_in_order
@@ -51,7 +52,6 @@ from manyhands.models.attributes import AttributeGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32, mixed_types_explained
 from manyhands.models.building import build_model
 from manyhands.models.compiling import CompiledModules, avoid_compiler_import, compiler_identity
-from manyhands.models.modes import evaluation_mode
 from manyhands.models.recompute import checkpoint_activations
 from manyhands.models.reseeding import refusing_seeds
 from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity
@@ -155,19 +155,19 @@ class StepEngine:
             group, self.units, self.layout, sharding, self.optimizer, Allocators(self.allocator, sums_allocator)
         )
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in self.model.parameters())
-        self._compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
+        self.compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
         on_demand = storage.on_demand_units
         for unit in on_demand:
             # Hooks must stay outside of compiled code. If a compiled module contains the unit's module, the hooks are
             # registered on the compiled module.
-            unit.modules = self._compiled.around(unit.modules)
+            unit.modules = self.compiled.around(unit.modules)
         # If this worker can read the stored parameters of all shards, unsharding is a copy in which no peer takes part.
         # Otherwise unsharding has its own sequence of collective calls, see units/unsharding.py.
         unshard_group = group.sibling() if on_demand and not group.pieces_are_views else LocalGroup(group.device)
         self._unsharder = Unsharder(unshard_group, on_demand, strategy.unshard_ahead)
         self._step_hooks = StepHooks(self.optimizer.fronts, self._unsharder, self._param_guard, recipe.seed)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
-        self._compiled.refuse_inside(strategy.activation_checkpointing, "strategy.activation_checkpointing")
+        self.compiled.refuse_inside(strategy.activation_checkpointing, "strategy.activation_checkpointing")
         self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._unsharder.using)
         self._call_seeds, self._loss_reader = CallSeeds(), LossReader()
         self._module_hooks = [*self._unshard_around_forwards(on_demand), *self._seed_behind_calls()]
@@ -178,21 +178,21 @@ class StepEngine:
         self.stop_requested = self.save_requested = False
         self.data_facts: dict[str, str] = {}
         self._failed: BaseException | None = None
-        self._evaluating = False
+        self.evaluation = Evaluation(self, self._attributes, self._unsharder, self._call_seeds)
 
     def _unshard_around_forwards(self, units: Sequence[ParamUnit]) -> list[Removable]:
         """Register hooks that unshard a unit before the forward of each module that uses it. Return their handles."""
         handles: list[Removable] = []
         for unit in units:
             for name in unit.modules:
-                enter = self._compiled.outside(partial(self._unsharder.enter, unit))
+                enter = self.compiled.outside(partial(self._unsharder.enter, unit))
                 handles += around_forward(self.model.get_submodule(name), enter, partial(self._unsharder.leave, unit))
         return handles
 
     def _seed_behind_calls(self) -> list[Removable]:
         """Register hooks that seed the generators after each call of a unit. Return their handles."""
         handles: list[Removable] = []
-        for name in self._compiled.around(called_units(self.model)):
+        for name in self.compiled.around(called_units(self.model)):
             enter, leave = partial(self._call_seeds.enter, name), partial(self._call_seeds.leave, name)
             handles += around_forward(self.model.get_submodule(name), enter, leave)
         return handles
@@ -224,7 +224,7 @@ class StepEngine:
                 f"this engine can't be used any more, because it failed at step {self.step_index}: {self._failed}",
                 hint="create a new engine and load the last checkpoint",
             )
-        if self._evaluating:
+        if self.evaluation.is_active:
             raise ConfigError(
                 "the engine's state can't be used inside evaluating()",
                 expected="only forward passes, because the buffers that they change are restored after the block",
@@ -328,7 +328,7 @@ class StepEngine:
             self._attributes.micro_batch(),
             preserved_generators(),
             self._call_seeds.micro_batch(seed),
-            self._compiled.computing(),
+            self.compiled.computing(),
             bf16_products_in_fp32(bf16),
         ):
             with (
@@ -413,24 +413,8 @@ class StepEngine:
         numbers of times, or not at all. Raises ConfigError inside another `evaluating` block.
         """
         self.check_usable()
-        self._evaluating = True
-        try:
-            with (
-                self._unsharder.evaluating(),  # outermost: its end waits for all workers
-                preserved_generators(),
-                self.buffers.preserved(),
-                self._attributes.preserved(),
-                evaluation_mode(self.model),
-                bf16_products_in_fp32(self._has_bf16),
-                torch.no_grad(),
-            ):
-                yield self.model
-        except BaseException as error:
-            self.group.fail(error)  # peers may be waiting for this worker at the end of the block
-            self._unsharder.abort()
-            raise
-        finally:
-            self._evaluating = False
+        with self.evaluation.free():
+            yield self.model
 
     def digest(self) -> str:
         """Return the digest of master weights and persistent buffers, see `numerics.digest`. Collective.
@@ -495,6 +479,6 @@ class StepEngine:
         for hook in (*self._hooks, *reversed(self._module_hooks)):
             hook.remove()
         self._undo()
-        self._compiled.undo()
+        self.compiled.undo()
         self.allocator.close()
         self.group.close()

@@ -75,8 +75,11 @@ class AttributeGuard:
                     _put(module, name, self._at_start.get(name))
 
     @contextmanager
-    def preserved(self) -> Iterator[None]:
-        """Context for code between two steps. At the end, set attributes back, except those with the rule "keep"."""
+    def preserved(self) -> Iterator[list[str]]:
+        """Context for code between two steps. At the end, set attributes back, except those with the rule "keep".
+
+        Yields a list that has the names of these attributes after the end.
+        """
         self.begin_step()
         before, seen = self._values(), self._not_saved()
         saved = {
@@ -84,12 +87,14 @@ class AttributeGuard:
             for name, _, value in self._attributes()
             if self._rule(name) is None
         }
+        changed: list[str] = []
         try:
-            yield
+            yield changed
         finally:
             after = self._values()
             for name in dict.fromkeys([*before, *after]):
                 if before.get(name) != after.get(name) and self._rule(name) is None:
+                    changed.append(name)
                     _put(self._module_of(name), name, saved.get(name))
             self.restore()
 

@@ -319,9 +319,14 @@ class Unsharder:
         """Return a context for a round in which each worker may run any number of forwards. Collective."""
         self.begin("evaluation", computes=True, backward=False)
         yield
+        self.end_evaluation()
+
+    def end_evaluation(self) -> None:
+        """Finish a round that was not a part of a step. Collective.
+
+        Its requests must not change the plan of the steps, or force the end of the next step to be a collective call.
+        """
         self.end()
-        # Requests in an evaluation must not change the plan of the steps, or force the end of the next step to be a
-        # collective call.
         self._plan_failed = False
 
     def _arrive(self, unit: ParamUnit) -> None:

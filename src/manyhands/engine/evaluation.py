@@ -1,0 +1,102 @@
+"""Forward passes between two steps, which leave no trace in the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from manyhands.engine.step.call_seeds import CallSeeds
+from manyhands.engine.units.unsharding import Unsharder
+from manyhands.models.attributes import AttributeGuard
+from manyhands.models.bf16_products import bf16_products_in_fp32
+from manyhands.models.modes import evaluation_mode
+from manyhands.numerics.seeds import preserved_generators
+
+if TYPE_CHECKING:
+    from manyhands.engine.engine import StepEngine
+
+
+class Evaluation:
+    """The evaluation mode of an engine.
+
+    In both kinds of block, all modules are in evaluation mode, and torch records no gradients. At the end of the block,
+    the modes of the modules, their attributes, the buffers and the global generators are as before.
+    is_active: True inside such a block.
+    """
+
+    def __init__(
+        self, engine: StepEngine, attributes: AttributeGuard, unsharder: Unsharder, call_seeds: CallSeeds
+    ) -> None:
+        self._model, self._group, self._buffers = engine.model, engine.group, engine.buffers
+        self._attributes, self._unsharder, self._call_seeds = attributes, unsharder, call_seeds
+        self._compiled = engine.compiled
+        self._has_bf16 = any(param.dtype == torch.bfloat16 for param in engine.model.parameters())
+        self._compiles = engine.recipe.compile
+        self._changes_attributes: bool | None = None  # None: not known yet
+        self.is_active = False
+
+    @contextmanager
+    def free(self) -> Iterator[None]:
+        """Context in which workers may call the model different numbers of times, or not at all. Collective."""
+        # The unsharder is outermost, because its end waits for all workers.
+        with self._failing_peers(), self._unsharder.evaluating(), self._untouched(self._has_bf16):
+            yield
+
+    @contextmanager
+    def rounds(self) -> Iterator[None]:
+        """Context for calls of `round`. Collective."""
+        # torch compiles nothing under the dispatch mode that bf16 products need.
+        with self._failing_peers(), self._untouched(self._has_bf16 and not self._compiles):
+            self._changes_attributes = None
+            yield
+
+    @contextmanager
+    def round(self, tag: str, seed: int | None) -> Iterator[None]:
+        """Context in which each worker computes at most one micro-batch. Collective.
+
+        The micro-batch starts with the same buffers and attributes as every other one, and with generators that are
+        seeded with `seed`. So it doesn't matter which worker computes it. seed: None if this worker has no micro-batch
+        in this round.
+        """
+        self._unsharder.begin(tag, computes=seed is not None, backward=False)
+        if seed is None:
+            yield
+        else:
+            with ExitStack() as stack:
+                if self._changes_attributes is not False:
+                    changed = stack.enter_context(self._attributes.preserved())
+                stack.enter_context(self._call_seeds.micro_batch(seed))
+                stack.enter_context(self._compiled.computing())
+                yield
+            if self._changes_attributes is None:
+                self._changes_attributes = bool(changed)
+            self._attributes.restore()
+            self._buffers.abort()
+        self._unsharder.end_evaluation()
+
+    @contextmanager
+    def _untouched(self, bf16: bool) -> Iterator[None]:
+        with (
+            preserved_generators(),
+            self._buffers.preserved(),
+            self._attributes.preserved(),
+            evaluation_mode(self._model),
+            bf16_products_in_fp32(bf16),
+            torch.no_grad(),
+        ):
+            yield
+
+    @contextmanager
+    def _failing_peers(self) -> Iterator[None]:
+        self.is_active = True
+        try:
+            yield
+        except BaseException as error:
+            self._group.fail(error)  # peers may be waiting for this worker at the end of the block
+            self._unsharder.abort()
+            raise
+        finally:
+            self.is_active = False
