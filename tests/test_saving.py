@@ -17,8 +17,8 @@ import manyhands as mh
 from manyhands.checkpoint import save
 from manyhands.checkpoint.format import list_checkpoints
 from manyhands.comm.group import Group
-from manyhands.config import Every, every
 from manyhands.errors import CheckpointError, ConfigError
+from manyhands.intervals import Every, every
 from manyhands.listeners.run_directory import RunDirectory
 from support.models import gpt_recipe
 from support.threads import run_threads

@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 WITHIN = {  # the layers inside of a package, from the bottom up; files of one entry may import each other
     "prepare": ("records", "io", "shuffle", "plan", "task", "engines", "options", "job", "arguments", "dataset"),
-    "engine": (("sharding", "agreement"), "units", "step", "update", "assembly", "engine"),
+    "engine": (("sharding", "agreement"), "units", "step", "update", "assembly", "evaluation", "engine"),
 }
 PURE = {"errors", "formatting", "options", "config", "shard_layout", "numerics"}
 NOT_PURE = {"socket", "subprocess", "time", "threading", "multiprocessing"}

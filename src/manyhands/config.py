@@ -1,8 +1,7 @@
 """Recipe, Batch, Weights and Strategy, checked when they are created.
 
 `Recipe`, `Batch` and `Weights` define the computation, and `Strategy` defines the resources. A recipe decides every bit
-of the result. A strategy decides only time and memory. All these classes are frozen and keyword-only. `every` parses an
-interval, such as the one between checkpoints.
+of the result. A strategy decides only time and memory. All these classes are frozen and keyword-only.
 
 Recipe files and the command line take the options from these classes: to add an option, add a field (see `options.py`).
 """
@@ -12,11 +11,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from manyhands.errors import ConfigError
+from manyhands.intervals import Period
 from manyhands.options import check_options, option, options
 
 if TYPE_CHECKING:
@@ -150,6 +150,61 @@ class Weights:
 
 
 @options
+class Validation:
+    """Data on which the model is evaluated during a run, and when. A validation changes no bit of the training.
+
+    All workers share its micro-batches, and the figures are the same to the last bit for any number of workers. The
+    recipe's loss is always among them. Raises ConfigError.
+    """
+
+    data: Any = option(in_toml=False, help="A map-style torch Dataset.")
+    metrics: Sequence[Any] | Mapping[str, Any] = option(
+        default=(),
+        in_toml=False,
+        help="Figures beside the loss: names (accuracy), metrics (manyhands.metrics.f1(...)), or functions "
+        "(output, batch) -> (sum, weight), where output is what the model returned in the loss function. In a mapping, "
+        "the keys are the names of the figures.",
+    )
+    every: str = option(
+        default="1 epoch",
+        help="When to validate: '500 steps', '1 epoch', '0.25 epoch'. The end of the run is always validated.",
+    )
+    batch: int | None = option(
+        default=None, at_least=1, help="Samples in one micro-batch. None: the micro_size of the recipe's batch."
+    )
+    samples: int | None = option(
+        default=None,
+        at_least=1,
+        help="The number of samples to use, drawn once from the seed, at most all. None: all samples.",
+    )
+    at_start: bool = option(default=False, help="Also validate before the first step.")
+    collate: Callable[[list[Any]], Any] | None = option(
+        default=None, in_toml=False, help="Makes a batch from a list of samples. None: the recipe's collate."
+    )
+    predict: Callable[[nn.Module, Any], Any] | None = option(
+        default=None,
+        in_toml=False,
+        help="(model, batch) -> the output that metrics get. None: what the model returned in the loss function.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        refuse_stream("validation.data", self.data)
+        self.period  # noqa: B018  (checks `every`)
+        for name in ("collate", "predict"):
+            value = getattr(self, name)
+            if not (value is None or callable(value)):
+                raise ConfigError(f"validation.{name} can't be called", expected="a function", got=repr(value))
+        if isinstance(self.metrics, str):
+            object.__setattr__(self, "metrics", (self.metrics,))
+
+    @property
+    def period(self) -> Period:
+        """Return `every`, parsed."""
+        return Period.parsed(self.every, "validation.every")
+
+
+@options
 class Recipe:
     """Everything that decides the bits of the result, and nothing else. Raises ConfigError."""
 
@@ -176,6 +231,12 @@ class Recipe:
         in_toml=False,
         help="Files with the initial weights: a path, or Weights. None: the model's constructor supplies them. A "
         "resumed run takes its weights from the checkpoint.",
+    )
+    validation: Validation | Mapping[str, Validation] | None = option(
+        default=None,
+        in_toml=False,
+        help="A manyhands.Validation, or several by name. Figures are called validation.loss, or after the name. It is "
+        "not a part of what a checkpoint must share with a run, because it changes no bit of the training.",
     )
     schedule: Callable[[Optimizer], LRScheduler] | None = option(
         default=None,
@@ -257,12 +318,8 @@ class Recipe:
                 )
         if not isinstance(self.batch, Batch):
             raise ConfigError("recipe.batch has the wrong type", expected="manyhands.Batch(...)", got=repr(self.batch))
-        if not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__"):
-            raise ConfigError(
-                "recipe.data is not a map-style dataset",
-                expected="an object with __len__ and __getitem__",
-                got=type(self.data).__name__,
-            )
+        refuse_stream("recipe.data", self.data)
+        self._check_validations()
         if isinstance(self.weights, (str, os.PathLike)):
             object.__setattr__(self, "weights", Weights(path=self.weights))
         elif not (self.weights is None or isinstance(self.weights, Weights)):
@@ -285,6 +342,34 @@ class Recipe:
                 expected="device = cpu, or compile = false",
                 got=f"device = {self.device}",
             )
+
+    def _check_validations(self) -> None:
+        if not isinstance(self.validation, (Validation, Mapping, NoneType)):
+            raise ConfigError(
+                "recipe.validation has the wrong type",
+                expected="manyhands.Validation(...), or a mapping of names to such objects",
+                got=repr(self.validation),
+            )
+        for name, each in self.validations.items():
+            if not isinstance(each, Validation):
+                raise ConfigError(
+                    f"recipe.validation[{name!r}] has the wrong type",
+                    expected="manyhands.Validation(...)",
+                    got=repr(each),
+                )
+            if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+                raise ConfigError(
+                    "the name of a validation can't be used in the names of its figures",
+                    expected="letters, digits, _ and -",
+                    got=repr(name),
+                )
+
+    @property
+    def validations(self) -> Mapping[str, Validation]:
+        """Return the recipe's validations by name. A single one is called "validation"."""
+        if isinstance(self.validation, Mapping):
+            return self.validation
+        return {} if self.validation is None else {"validation": self.validation}
 
     @property
     def initial_weights(self) -> Weights | None:
@@ -376,27 +461,11 @@ class Strategy:
         check_options(self)
 
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
-
-_INTERVAL = re.compile(r"(\d+)\s*(steps?|[smh])?")
-
-
-@dataclass(frozen=True)
-class Every:
-    """An interval, either in `steps` or in `seconds`. The other value is None."""
-
-    steps: int | None = None
-    seconds: float | None = None
-
-
-def every(value: int | str) -> Every:
-    """Parse 500, "500", "500steps", "30s", "10m" or "2h". Raises ConfigError."""
-    found = _INTERVAL.fullmatch(str(value).strip())
-    if found is None or int(found[1]) < 1:
+def refuse_stream(name: str, data: object) -> None:
+    """Raise ConfigError unless `data` is a map-style data set."""
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise ConfigError(
-            "the interval between checkpoints can't be parsed",
-            expected="a number of steps or a time: 500, '500steps', '30s', '10m', '2h'",
-            got=repr(value),
+            f"{name} is not a map-style dataset",
+            expected="an object with __len__ and __getitem__",
+            got=type(data).__name__,
         )
-    number, unit = int(found[1]), found[2]
-    return Every(seconds=number * _SECONDS[unit]) if unit in _SECONDS else Every(steps=number)

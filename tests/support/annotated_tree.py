@@ -16,11 +16,11 @@ PAGE = ROOT / "docs" / "design.md"
 BLOCK = re.compile(r"(?<=^```text\n)src/manyhands/\n.*?(?=^```$)", re.MULTILINE | re.DOTALL)
 LAYERS = (
     ("errors", "formatting"),
-    ("options", "output"),
+    ("options", "output", "intervals"),
     ("config", "shard_layout", "surroundings", "storage", "offload", "members"),
     ("numerics", "documents"),
     ("comm", "data", "models"),
-    ("optim", "prepare"),
+    ("optim", "prepare", "metrics"),
     ("engine", "corpus"),
     ("checkpoint", "listeners", "planner"),
     ("training", "launching", "doctor"),

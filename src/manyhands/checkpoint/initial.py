@@ -15,8 +15,8 @@ from torch import Tensor
 from manyhands.checkpoint.format import TensorRecord
 from manyhands.checkpoint.save import FROZEN_PIECE_NUMEL, tensor_records
 from manyhands.checkpoint.weight_files import WeightFiles, fit
+from manyhands.comm.agreement import agree, all_gather_json
 from manyhands.config import Weights
-from manyhands.engine.agreement import agree, all_gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import ConfigError
 from manyhands.models.building import evict_model

@@ -49,8 +49,8 @@ from manyhands.checkpoint.publish import (
 )
 from manyhands.checkpoint.tensor_file import dtype_name
 from manyhands.checkpoint.weight_files import config_files
+from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.group import Group
-from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.buffers import names_in_order
 from manyhands.errors import CheckpointError, ManyhandsError

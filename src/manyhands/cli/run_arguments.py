@@ -123,7 +123,7 @@ class RunArguments:
 
     def last_step(self, checked: RecipeSchema) -> int:
         """Return the step at which the run ends. Raises ConfigError if there is none, or if an option is wrong."""
-        from manyhands.config import every
+        from manyhands.intervals import every
 
         if self.checkpoint_every is not None:
             every(self.checkpoint_every)

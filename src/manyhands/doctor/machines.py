@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 import torch
 
+from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
-from manyhands.engine.agreement import all_gather_json
 from manyhands.errors import ConfigError
 from manyhands.formatting import GIB, MIB, format_bytes, format_seconds
 from manyhands.numerics.arithmetic import numerics_identity

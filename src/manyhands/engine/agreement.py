@@ -6,49 +6,22 @@ A fact is a name and a value. Both are strings.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import types
 from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from manyhands.comm.agreement import agree, all_gather_json
 from manyhands.comm.group import Group
 from manyhands.config import Recipe
-from manyhands.errors import ConfigError
 from manyhands.models.attributes import refuse_differences
 from manyhands.models.building import evict_model
 from manyhands.numerics.digest import digest_of, fingerprint, tensor_hashes, words_of
 from manyhands.numerics.values import no_attributes, plain_values
 from manyhands.offload.allocator import Allocator
 from manyhands.optim.sliced import SlicedOptimizer
-
-
-def all_gather_json(group: Group, value: object, tag: str) -> list[object]:
-    """Return all workers' values, by rank. Collective. Makes two collective calls, which is too slow for every step."""
-    text = json.dumps(value).encode()
-    lengths = [int(length) for length in group.all_gather_small(torch.tensor([len(text)]), tag)]
-    padded = torch.zeros(max(lengths), dtype=torch.uint8)
-    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    texts = group.all_gather_small(padded, tag)
-    return [json.loads(bytes(other[:length].numpy())) for other, length in zip(texts, lengths, strict=True)]
-
-
-def agree(group: Group, what: str, facts: Mapping[str, str], *, hint: str) -> None:
-    """Check that all workers have the same facts. Collective. Raises the same ConfigError on all of them."""
-    all_facts: Sequence[dict[str, str]] = all_gather_json(group, dict(facts), f"start / {what} / control")  # type: ignore[assignment]
-    for rank, theirs in enumerate(all_facts):
-        for name in [*all_facts[0], *theirs]:
-            first, other = all_facts[0].get(name, "nothing"), theirs.get(name, "nothing")
-            if first != other:
-                raise ConfigError(
-                    f"workers 0 and {group.workers[rank]} don't have the same {what}: they differ in {name}",
-                    expected=f"{first} (worker 0)",
-                    got=f"{other} (worker {group.workers[rank]})",
-                    hint=hint,
-                )
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, str]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.group import Group
 from manyhands.config import Batch, Recipe, Strategy
-from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.sharding import REPLICATED, SHARDED, Sharding, sharding_named
 from manyhands.engine.step.buffers import may_change
 from manyhands.engine.step.reduce import levels_of

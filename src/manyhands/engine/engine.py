@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from manyhands.comm.agreement import agree
 from manyhands.comm.group import Group
 from manyhands.comm.local import LocalGroup
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.agreement import (
-    agree,
     agree_on_attributes,
     agree_on_functions,
     agree_on_model,
@@ -155,19 +155,19 @@ class StepEngine:
             group, self.units, self.layout, sharding, self.optimizer, Allocators(self.allocator, sums_allocator)
         )
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in self.model.parameters())
-        self.compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
+        self._compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
         on_demand = storage.on_demand_units
         for unit in on_demand:
             # Hooks must stay outside of compiled code. If a compiled module contains the unit's module, the hooks are
             # registered on the compiled module.
-            unit.modules = self.compiled.around(unit.modules)
+            unit.modules = self._compiled.around(unit.modules)
         # If this worker can read the stored parameters of all shards, unsharding is a copy in which no peer takes part.
         # Otherwise unsharding has its own sequence of collective calls, see units/unsharding.py.
         unshard_group = group.sibling() if on_demand and not group.pieces_are_views else LocalGroup(group.device)
         self._unsharder = Unsharder(unshard_group, on_demand, strategy.unshard_ahead)
         self._step_hooks = StepHooks(self.optimizer.fronts, self._unsharder, self._param_guard, recipe.seed)
         self._hooks = on_gradients(self._params.items(), self._reducer.arrived) if strategy.overlap else []
-        self.compiled.refuse_inside(strategy.activation_checkpointing, "strategy.activation_checkpointing")
+        self._compiled.refuse_inside(strategy.activation_checkpointing, "strategy.activation_checkpointing")
         self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._unsharder.using)
         self._call_seeds, self._loss_reader = CallSeeds(), LossReader()
         self._module_hooks = [*self._unshard_around_forwards(on_demand), *self._seed_behind_calls()]
@@ -178,21 +178,23 @@ class StepEngine:
         self.stop_requested = self.save_requested = False
         self.data_facts: dict[str, str] = {}
         self._failed: BaseException | None = None
-        self.evaluation = Evaluation(self, self._attributes, self._unsharder, self._call_seeds)
+        self.evaluation = Evaluation(
+            self.model, group, self.buffers, self._attributes, self._unsharder, self._call_seeds, self._compiled
+        )
 
     def _unshard_around_forwards(self, units: Sequence[ParamUnit]) -> list[Removable]:
         """Register hooks that unshard a unit before the forward of each module that uses it. Return their handles."""
         handles: list[Removable] = []
         for unit in units:
             for name in unit.modules:
-                enter = self.compiled.outside(partial(self._unsharder.enter, unit))
+                enter = self._compiled.outside(partial(self._unsharder.enter, unit))
                 handles += around_forward(self.model.get_submodule(name), enter, partial(self._unsharder.leave, unit))
         return handles
 
     def _seed_behind_calls(self) -> list[Removable]:
         """Register hooks that seed the generators after each call of a unit. Return their handles."""
         handles: list[Removable] = []
-        for name in self.compiled.around(called_units(self.model)):
+        for name in self._compiled.around(called_units(self.model)):
             enter, leave = partial(self._call_seeds.enter, name), partial(self._call_seeds.leave, name)
             handles += around_forward(self.model.get_submodule(name), enter, leave)
         return handles
@@ -328,7 +330,7 @@ class StepEngine:
             self._attributes.micro_batch(),
             preserved_generators(),
             self._call_seeds.micro_batch(seed),
-            self.compiled.computing(),
+            self._compiled.computing(),
             bf16_products_in_fp32(bf16),
         ):
             with (
@@ -479,6 +481,6 @@ class StepEngine:
         for hook in (*self._hooks, *reversed(self._module_hooks)):
             hook.remove()
         self._undo()
-        self.compiled.undo()
+        self._compiled.undo()
         self.allocator.close()
         self.group.close()

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from manyhands.comm.group import Group
+from manyhands.engine.step.buffers import Buffers
 from manyhands.engine.step.call_seeds import CallSeeds
 from manyhands.engine.units.unsharding import Unsharder
 from manyhands.models.attributes import AttributeGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32
+from manyhands.models.compiling import CompiledModules
 from manyhands.models.modes import evaluation_mode
 from manyhands.numerics.seeds import preserved_generators
-
-if TYPE_CHECKING:
-    from manyhands.engine.engine import StepEngine
 
 
 class Evaluation:
@@ -28,13 +28,18 @@ class Evaluation:
     """
 
     def __init__(
-        self, engine: StepEngine, attributes: AttributeGuard, unsharder: Unsharder, call_seeds: CallSeeds
+        self,
+        model: nn.Module,
+        group: Group,
+        buffers: Buffers,
+        attributes: AttributeGuard,
+        unsharder: Unsharder,
+        call_seeds: CallSeeds,
+        compiled: CompiledModules,
     ) -> None:
-        self._model, self._group, self._buffers = engine.model, engine.group, engine.buffers
-        self._attributes, self._unsharder, self._call_seeds = attributes, unsharder, call_seeds
-        self._compiled = engine.compiled
-        self._has_bf16 = any(param.dtype == torch.bfloat16 for param in engine.model.parameters())
-        self._compiles = engine.recipe.compile
+        self._model, self._group, self._buffers, self._attributes = model, group, buffers, attributes
+        self._unsharder, self._call_seeds, self._compiled = unsharder, call_seeds, compiled
+        self._has_bf16 = any(param.dtype == torch.bfloat16 for param in model.parameters())
         self._changes_attributes: bool | None = None  # None: not known yet
         self.is_active = False
 
@@ -49,7 +54,7 @@ class Evaluation:
     def rounds(self) -> Iterator[None]:
         """Context for calls of `round`. Collective."""
         # torch compiles nothing under the dispatch mode that bf16 products need.
-        with self._failing_peers(), self._untouched(self._has_bf16 and not self._compiles):
+        with self._failing_peers(), self._untouched(self._has_bf16 and not self._compiled.names):
             self._changes_attributes = None
             yield
 

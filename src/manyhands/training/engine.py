@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from manyhands.checkpoint.extra_state import check_extra_states
 from manyhands.checkpoint.format import Manifest, folder_name
@@ -14,25 +16,31 @@ from manyhands.checkpoint.initial import load_initial
 from manyhands.checkpoint.load import load_checkpoint
 from manyhands.checkpoint.save import Saving, start_checkpoint
 from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot
+from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
-from manyhands.config import Recipe, Strategy, Weights
-from manyhands.data.loader import LoadedBatch, MicroBatchLoader
-from manyhands.engine.agreement import all_gather_json
+from manyhands.config import Recipe, Strategy, Validation, Weights
+from manyhands.data.loader import TRAINING, LoadedBatch, MicroBatchLoader, load_batch
+from manyhands.data.samples import HeldOutSamples
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.amendments import CLIP_NORM, Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, Interrupted, InvariantError
+from manyhands.metrics.choice import chosen_metrics
 from manyhands.optim.amending import apply_changes, check_change
 from manyhands.storage.location import Location, location_of
+from manyhands.training.evaluating import Evaluation, evaluate
 
 
 class StepBatch(NamedTuple):
-    """The data of one step on this worker. The step reads its micro-batches from `stream`, in order."""
+    """The data of one step on this worker.
+
+    until: the number of steps for which loader processes read ahead; None if the number is not limited.
+    """
 
     step: int
-    stream: Iterator[LoadedBatch]
+    until: int | None
 
 
 class Engine(StepEngine):
@@ -43,7 +51,8 @@ class Engine(StepEngine):
             metrics = engine.step(batch)
         engine.close()
 
-    The constructor, `step`, `evaluating`, `save`, `load`, `digest`, `full_state_dict` and `close` are collective.
+    The constructor, `step`, `evaluate`, `evaluating`, `save`, `load`, `digest`, `full_state_dict` and `close` are
+    collective.
     group: only for tests that run workers as threads. By default, the launcher's environment determines the group.
     resumes: True if a checkpoint will be loaded before the first step. In that case, only the frozen parameters are
     read from the recipe's initial weights, because the checkpoint lacks them.
@@ -62,6 +71,8 @@ class Engine(StepEngine):
         strategy = strategy or Strategy()
         self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None
+        self._stream: Iterator[LoadedBatch] | None = None
+        self._stream_at: StepBatch | None = None  # the step with which the stream goes on
         self._saving: Saving | None = None
         # zero3 shards parameters over all hosts, but a hierarchical group holds every parameter once per host. So
         # "auto" does not choose hierarchical groups for zero3.
@@ -74,6 +85,7 @@ class Engine(StepEngine):
         )
         try:
             self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
+            self._metrics = {name: chosen_metrics(each.metrics, name) for name, each in recipe.validations.items()}
             super().__init__(recipe, strategy, own)
             self.weights_read_bytes = self._load_initial(recipe.initial_weights, resumes)
             self._first_step = True
@@ -92,28 +104,42 @@ class Engine(StepEngine):
 
     def batches(self, steps: int | None = None) -> Iterator[StepBatch]:
         """Yield the data of each step, from the current step until `steps` steps are complete, or forever."""
-        stream: Iterator[LoadedBatch] | None = None
-        expected = -1
         while steps is None or self.step_index < steps:
-            if stream is None or self.step_index != expected:  # a checkpoint was loaded in between
-                stream = self._stream(self.step_index, steps)
-            expected = self.step_index + 1
-            yield StepBatch(self.step_index, stream)
+            yield StepBatch(self.step_index, steps)
 
-    def _stream(self, first: int, steps: int | None) -> Iterator[LoadedBatch]:
-        if self._loader is None:
-            raise InvariantError("the engine was closed", hint="create a new engine, and load a checkpoint to continue")
+    def _reading(self, batch: StepBatch) -> Iterator[LoadedBatch]:
+        """Return the stream of micro-batches from this step on.
+
+        Its loader processes read ahead, so it goes on from step to step. A new one begins after an evaluation, after a
+        step that failed, and after a checkpoint was loaded.
+        """
+        if self._stream is None or self._stream_at != batch:
+            self._stream = self._new_stream(batch.step, batch.until)
+        self._stream_at = None  # until the step is complete
+        return self._stream
+
+    def _new_stream(self, first: int, steps: int | None) -> Iterator[LoadedBatch]:
+        loader = self._open_loader()
         if not self.data_facts:
-            try:
-                self.data_facts = self._loader.facts(self._first_computed(first), 0)
-            except BaseException as error:
-                self.group.fail(error)
-                raise
+            self.data_facts = self._facts(self._first_computed(first))
         numbers = count(first) if steps is None else range(first, steps)
         skipped = frozenset(self.amendments.skipped)
-        return self._loader.stream(
+        return loader.stream(
             (step, micro_batch) for step in numbers if step not in skipped for micro_batch in self.my_micro_batches
         )
+
+    def _facts(self, step: int, of: str = TRAINING) -> dict[str, str]:
+        """Return facts about the first micro-batch of a step, to be compared between workers."""
+        try:
+            return self._open_loader().facts(step, 0, of)
+        except BaseException as error:
+            self.group.fail(error)
+            raise
+
+    def _open_loader(self) -> MicroBatchLoader:
+        if self._loader is None:
+            raise InvariantError("the engine was closed", hint="create a new engine, and load a checkpoint to continue")
+        return self._loader
 
     def amend(self, amendments: Amendments) -> None:
         """Skip steps, and change settings of the recipe from certain steps on. Call this before the first call of
@@ -133,25 +159,67 @@ class Engine(StepEngine):
     def step(self, batch: StepBatch, *, digest: bool = False) -> StepMetrics:
         """Run the next step, or skip it if the amendments say so. Collective. Raises the errors of `run_step`."""
         self._refuse_without_checkpoint()
+        if batch.step != self.step_index:
+            raise InvariantError(
+                "the engine was given another step's batch",
+                expected=f"step {self.step_index}",
+                got=f"step {batch.step}",
+                hint="pass each batch of batches() to step() once, in order",
+            )
         if self.step_index in self.amendments.skipped:
-            return self._skip(digest)
+            goes_on = self._stream_at == batch
+            metrics = self._skip(digest)
+            self._stream_at = batch._replace(step=self.step_index) if goes_on else None
+            return metrics
 
-        def load(micro_batch: int) -> Any:
-            loaded = next(batch.stream, None)
-            if loaded is None or (loaded.step, loaded.micro_batch) != (self.step_index, micro_batch):
-                raise InvariantError(
-                    "the engine was given another step's batch",
-                    expected=f"step {self.step_index}, micro-batch {micro_batch}",
-                    got="none left" if loaded is None else f"step {loaded.step}, micro-batch {loaded.micro_batch}",
-                    hint="pass each batch of batches() to step() once, in order",
-                )
-            return loaded.batch
-
-        metrics = self.run_step(load, digest=digest)
+        stream = self._reading(batch)
+        metrics = self.run_step(lambda micro_batch: next(stream).batch, digest=digest)
+        self._stream_at = batch._replace(step=self.step_index)
         if self._first_step:  # state that counts micro-batches, for example, now differs between workers
             self._first_step = False
             check_extra_states(self.model, self.group)
         return metrics
+
+    def evaluate(
+        self,
+        data: Any,
+        metrics: Sequence[Any] | Mapping[str, Any] = (),
+        *,
+        name: str = "validation",
+        batch: int | None = None,
+        samples: int | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        predict: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> Evaluation:
+        """Evaluate the model on data between two steps, and return the figures, the same on every worker. Collective.
+
+        It leaves no trace in the training. All workers share the micro-batches, which this process loads itself. The
+        arguments are those of `Validation`. name: the name of the figures; the random numbers of an evaluation depend
+        on the seed, this name and the micro-batch only, so that evaluations after different steps are comparable.
+        Raises ConfigError, DataError.
+        """
+        given = Validation(data=data, metrics=metrics, batch=batch, samples=samples, collate=collate, predict=predict)
+        held_out = HeldOutSamples(name, given, self.recipe)
+        chosen = chosen_metrics(given.metrics, name)
+
+        def load(indices: Iterable[int]) -> Iterator[Any]:
+            return (load_batch(held_out, 0, micro_batch) for micro_batch in indices)
+
+        return evaluate(self, held_out, chosen, load, predict)
+
+    def validate(self, name: str, *, micro_batches: int | None = None) -> Evaluation:
+        """Evaluate the model on one of the recipe's validations, by name. Collective. Raises ConfigError, DataError.
+
+        micro_batches: use only this many, for a trial.
+        """
+        loader, given = self._open_loader(), self.recipe.validations[name]
+
+        def load(indices: Iterable[int]) -> Iterator[Any]:
+            self._stream = None  # loading ends it
+            return (loaded.batch for loaded in loader.stream(((0, index) for index in indices), name))
+
+        held_out = loader.held_out[name]
+        return evaluate(self, held_out, self._metrics[name], load, given.predict, micro_batches=micro_batches)
 
     def _skip(self, digest: bool) -> StepMetrics:
         """Count the next step and advance the schedules, without an update. Its data are not loaded. Collective."""

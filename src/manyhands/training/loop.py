@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from manyhands.comm.agreement import agree, all_gather_json
 from manyhands.comm.group import Group
-from manyhands.config import Every, Recipe, Strategy, every
-from manyhands.engine.agreement import agree, all_gather_json
+from manyhands.config import Recipe, Strategy
 from manyhands.engine.step.amendments import amendments_of
 from manyhands.errors import ConfigError, Interrupted
+from manyhands.intervals import Every, every
 from manyhands.listeners.summary import Summary, failures_among
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import seed_generators

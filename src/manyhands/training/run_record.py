@@ -25,11 +25,11 @@ from manyhands.checkpoint.owner import (
 )
 from manyhands.checkpoint.publish import as_checkpoint_error, check_writable
 from manyhands.checkpoint.save import check_schedules
-from manyhands.config import Every
-from manyhands.engine.agreement import all_gather_json
+from manyhands.comm.agreement import all_gather_json
 from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError
+from manyhands.intervals import Every
 from manyhands.listeners.gaps import Gaps
 from manyhands.listeners.run_directory import RunDirectory, events_in, write_json
 from manyhands.listeners.summary import StepFigures

@@ -18,7 +18,7 @@ from manyhands.checkpoint.snapshot import (
     snapshot_bytes,
     take_snapshot,
 )
-from manyhands.engine.agreement import all_gather_json
+from manyhands.comm.agreement import all_gather_json
 from manyhands.formatting import format_bytes
 from manyhands.offload.process_memory import free_memory_bytes
 from manyhands.training.engine import Engine

@@ -6,7 +6,8 @@ This is the only module that registers autograd and module hooks. Each hook only
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -104,3 +105,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
         if isinstance(batch, UserDict):
             batch.data = to_device(batch.data, device)
     return batch
+
+
+@contextmanager
+def last_output(model: nn.Module) -> Iterator[list[Any]]:
+    """Yield a list that has the output of the model's last call, or nothing."""
+    outputs: list[Any] = []
+
+    def keep(module: object, arguments: object, output: Any) -> None:
+        outputs[:] = [output]
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()

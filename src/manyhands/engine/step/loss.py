@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from manyhands.comm.agreement import agree
 from manyhands.comm.group import Group
-from manyhands.engine.agreement import agree
 from manyhands.engine.step.control import Control, added_in_order
 from manyhands.errors import ConfigError
 
@@ -58,17 +58,19 @@ class LossResult:
 class LossReader:
     """Reads the results of `recipe.loss`, which must have one form in all micro-batches and on all workers.
 
+    trains: False for evaluations, in which a loss has no gradient.
     form: the form of the first result. Before the first result, it is the form of a scalar.
     is_agreed: True if all workers have the same form.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, trains: bool = True) -> None:
         self.form = LossForm(False, ())
+        self._trains = trains
         self._is_known = self.is_agreed = False
 
     def read(self, result: object) -> LossResult:
         """Read a result. Raises ConfigError."""
-        form, read = _read(result)
+        form, read = _read(result, self._trains)
         if self._is_known and form != self.form:
             raise ConfigError(
                 "recipe.loss returned another form than before",
@@ -118,13 +120,13 @@ def _described(form: LossForm) -> str:
     return f"{loss} and the metrics {', '.join(map(repr, form.metrics))}" if form.metrics else loss
 
 
-def _read(result: object) -> tuple[LossForm, LossResult]:
+def _read(result: object, trains: bool) -> tuple[LossForm, LossResult]:
     loss, metrics = result, {}
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
         loss, metrics = result[0], {name: _metric(name, pair) for name, pair in result[1].items()}
     weighted = isinstance(loss, tuple) and len(loss) == 2
     loss, weight = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, 1.0)
-    if wrong := _wrong_loss(loss):
+    if wrong := _wrong_loss(loss, trains):
         raise ConfigError("recipe.loss did not return a loss", expected=_EXPECTED, got=wrong, hint=_hint(result))
     if wrong := _wrong_number(weight):
         raise ConfigError(
@@ -135,8 +137,8 @@ def _read(result: object) -> tuple[LossForm, LossResult]:
     return form, LossResult(loss, weight, pairs)  # type: ignore[arg-type]
 
 
-def _wrong_loss(loss: object) -> str | None:
-    """Describe what is wrong with a loss, or return None if it is valid."""
+def _wrong_loss(loss: object, trains: bool) -> str | None:
+    """Describe what is wrong with a loss, or return None if it is valid. trains: True if it must have a gradient."""
     if not isinstance(loss, Tensor):
         return type(loss).__name__
     if loss.numel() != 1:
@@ -145,7 +147,11 @@ def _wrong_loss(loss: object) -> str | None:
         return f"a tensor of type {loss.dtype}"
     if loss.device.type == "meta":
         return "a tensor without a value, on the meta device"
-    return None if loss.requires_grad else "a tensor without a gradient (from detach(), no_grad() or item()?)"
+    return (
+        None
+        if loss.requires_grad or not trains
+        else "a tensor without a gradient (from detach(), no_grad() or item()?)"
+    )
 
 
 def _wrong_number(number: object) -> str | None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from manyhands.comm.agreement import agree
 from manyhands.comm.group import Group
-from manyhands.engine.agreement import agree, buffer_facts
+from manyhands.engine.agreement import buffer_facts
 from manyhands.engine.step.buffers import Buffers
 from manyhands.errors import InvariantError
 from manyhands.optim.sliced import SlicedOptimizer

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.group import Group
-from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.units.params import ParamView
 from manyhands.engine.units.unit import ParamUnit, State
 from manyhands.errors import ConfigError, InvariantError

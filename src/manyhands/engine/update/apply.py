@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.group import Group
-from manyhands.engine.agreement import all_gather_json
 from manyhands.engine.sharding import REPLICATED, Sharding
 from manyhands.engine.step.reduce import GradientReducer
 from manyhands.engine.step.sums import RUN

@@ -1,0 +1,111 @@
+"""Chooses the samples of each micro-batch, for training and for validation."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from manyhands.config import Recipe, Validation
+from manyhands.data.order import Permutation, micro_batch_positions, sample_indices
+from manyhands.errors import DataError
+from manyhands.numerics.counters import derive
+
+
+class Samples(ABC):
+    """A data set, divided into micro-batches.
+
+    name, name_of_collate: what errors call the data set and the collate function.
+    """
+
+    name: str
+    name_of_collate: str
+
+    def __init__(self, data: Any, collate: Callable[[list[Any]], Any] | None) -> None:
+        self.data, self.collate = data, collate
+        self.size = len(data)
+        if self.size < 1:
+            raise DataError(
+                f"{self.name} is empty",
+                expected="at least one sample",
+                got=f"a {type(data).__name__} with len() = {self.size}",
+                hint="check the path and the filters that the data set was built with",
+            )
+
+    @abstractmethod
+    def indices(self, step: int, micro_batch: int) -> list[int]:
+        """Return the indices of a micro-batch's samples."""
+
+    @abstractmethod
+    def seed(self, step: int, micro_batch: int) -> int:
+        """Return the seed with which the micro-batch is loaded."""
+
+    @abstractmethod
+    def place(self, step: int, micro_batch: int) -> str:
+        """Return a description of the micro-batch, for errors."""
+
+    def remedy(self, step: int) -> str:
+        """Return how to continue without the micro-batch, for the end of a hint."""
+        return ""
+
+
+class TrainingSamples(Samples):
+    """The samples of the steps of a recipe."""
+
+    name, name_of_collate = "recipe.data", "recipe.collate"
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe.data, recipe.collate)
+        self._batch, self._seed = recipe.batch, recipe.seed
+
+    def indices(self, step: int, micro_batch: int) -> list[int]:
+        positions = micro_batch_positions(step, micro_batch, self._batch)
+        indices: list[int] = sample_indices(self._seed, self.size, positions).tolist()
+        return indices
+
+    def seed(self, step: int, micro_batch: int) -> int:
+        return derive(self._seed, "data", step, micro_batch)
+
+    def place(self, step: int, micro_batch: int) -> str:
+        return f"step {step}, micro-batch {micro_batch}"
+
+    def remedy(self, step: int) -> str:
+        return f"; to continue without this step: --skip-step {step} (skip_steps=[{step}])"
+
+
+class HeldOutSamples(Samples):
+    """The samples of a validation, in the order of the data. The last micro-batch may be smaller than the others.
+
+    With a limit on the number of samples, they are drawn from the data once, as a function of (seed, name).
+    """
+
+    def __init__(self, name: str, validation: Validation, recipe: Recipe) -> None:
+        self.set_name, self.name, self.name_of_collate = name, f"{name}.data", f"{name}.collate"
+        super().__init__(validation.data, validation.collate or recipe.collate)
+        self.num_samples = min(self.size, validation.samples or self.size)
+        self.micro_size, self._seed = validation.batch or recipe.batch.micro_size, recipe.seed
+        self._drawn: list[int] | None = None
+        if self.num_samples < self.size:
+            permutation = Permutation(self.size, derive(self._seed, "validation samples", name))
+            self._drawn = sorted(permutation[position] for position in range(self.num_samples))
+
+    @property
+    def micro_batches(self) -> int:
+        """Return the number of micro-batches."""
+        return math.ceil(self.num_samples / self.micro_size)
+
+    def indices(self, step: int, micro_batch: int) -> list[int]:
+        first = micro_batch * self.micro_size
+        places = range(first, min(first + self.micro_size, self.num_samples))
+        return list(places) if self._drawn is None else [self._drawn[place] for place in places]
+
+    def seed(self, step: int, micro_batch: int) -> int:
+        return derive(self._seed, "validation data", self.set_name, micro_batch)
+
+    def seed_of_forward(self, micro_batch: int) -> int:
+        """Return the seed with which the model computes the micro-batch."""
+        return derive(self._seed, "validation", self.set_name, micro_batch)
+
+    def place(self, step: int, micro_batch: int) -> str:
+        return f"micro-batch {micro_batch} of {self.set_name}"

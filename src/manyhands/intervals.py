@@ -1,0 +1,74 @@
+"""Intervals of a run: in steps, epochs or time.
+
+`every` parses the interval between two checkpoints, and `Period` the one between two validations.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from manyhands.errors import ConfigError
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+_INTERVAL = re.compile(r"(\d+)\s*(steps?|[smh])?")
+
+
+@dataclass(frozen=True)
+class Every:
+    """An interval, either in `steps` or in `seconds`. The other value is None."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+def every(value: int | str) -> Every:
+    """Parse 500, "500", "500steps", "30s", "10m" or "2h". Raises ConfigError."""
+    found = _INTERVAL.fullmatch(str(value).strip())
+    if found is None or int(found[1]) < 1:
+        raise ConfigError(
+            "the interval between checkpoints can't be parsed",
+            expected="a number of steps or a time: 500, '500steps', '30s', '10m', '2h'",
+            got=repr(value),
+        )
+    number, unit = int(found[1]), found[2]
+    return Every(seconds=number * _SECONDS[unit]) if unit in _SECONDS else Every(steps=number)
+
+
+_PERIOD = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|epochs?)")
+
+
+@dataclass(frozen=True)
+class Period:
+    """A period of a run, either in `steps` or in `epochs`. The other value is None."""
+
+    steps: int | None = None
+    epochs: Fraction | None = None
+
+    @classmethod
+    def parsed(cls, text: object, name: str) -> Period:
+        """Parse "500 steps", "1 epoch" or "0.25 epoch". Raises ConfigError, which calls the value `name`."""
+        found = _PERIOD.fullmatch(str(text).strip())
+        number = Fraction(found[1]) if found is not None else Fraction(0)
+        in_steps = found is not None and found[2].startswith("step")
+        if not number or (in_steps and number.denominator > 1):
+            bare = isinstance(text, (int, float)) or str(text).strip().replace(".", "", 1).isdecimal()
+            raise ConfigError(
+                f"{name} can't be parsed",
+                expected="a whole number of steps, or a number of epochs: '500 steps', '1 epoch', '0.25 epoch'",
+                got=repr(text),
+                hint=f"say which: '{text} steps' or '{text} epochs'" if bare else None,
+            )
+        return cls(steps=int(number)) if in_steps else cls(epochs=number)
+
+    def ends_between(self, before: int, after: int, samples: int, epoch: int) -> bool:
+        """Return True if a period ends after step `before`, and at the latest after step `after`.
+
+        samples: the samples in a step. epoch: the samples in an epoch.
+        """
+        if self.steps is not None:
+            return after // self.steps > before // self.steps
+        length = (self.epochs or 1) * epoch
+        return after * samples // length > before * samples // length

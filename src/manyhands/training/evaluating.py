@@ -1,0 +1,156 @@
+"""Evaluates a model on data that no step trains on. All workers share the micro-batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from manyhands.data.samples import HeldOutSamples
+from manyhands.engine.engine import StepEngine
+from manyhands.engine.step.hooks import last_output, to_device
+from manyhands.engine.step.loss import LossReader, LossResult
+from manyhands.errors import ConfigError
+from manyhands.metrics.metric import Figure, Measured, Totals, number
+from manyhands.metrics.tally import ROUNDS_PER_EXCHANGE, Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from manyhands.metrics.collected import Collected
+    from manyhands.metrics.metric import Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The figures of one evaluation. They are the same on every worker, and for any number of workers.
+
+    set: the name of the data. step: the number of steps that were complete. loss: the weighted mean of the loss; None
+    if no sample counts. weight: the sum of the weights. samples, samples_in_data: how many samples were used, and how
+    many the data have. metrics: the figures by name; None for a figure to which no sample counts.
+    """
+
+    set: str
+    step: int
+    loss: float | None
+    weight: float
+    samples: int
+    samples_in_data: int
+    metrics: dict[str, Figure] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """Return the single numbers by their full names, such as "validation.loss" and "validation.f1.0"."""
+        found: dict[str, float | None] = {}
+
+        def add(name: str, figure: Figure) -> None:
+            if isinstance(figure, Mapping):
+                for key, each in figure.items():
+                    add(f"{name}.{key}", each)
+            elif figure is None or isinstance(figure, (int, float)):
+                found[name] = figure
+
+        add(self.set, {"loss": self.loss, **self.metrics})
+        return found
+
+
+def evaluate(
+    engine: StepEngine,
+    samples: HeldOutSamples,
+    metrics: Mapping[str, Metric | Collected],
+    batches: Callable[[Iterable[int]], Iterator[Any]],
+    predict: Callable[[Any, Any], Any] | None,
+    *,
+    micro_batches: int | None = None,
+) -> Evaluation:
+    """Evaluate the engine's model. Collective.
+
+    batches: yields the micro-batches with the given indices. micro_batches: evaluate only the first ones.
+    """
+    engine.check_usable()
+    group, started = engine.group, time.perf_counter()
+    tag = f"step {engine.step_index} / {samples.set_name}"
+    number_of = samples.micro_batches if micro_batches is None else min(micro_batches, samples.micro_batches)
+    tally = Tally(group, metrics, samples.num_samples, f"evaluation on {samples.set_name}")
+    reader = LossReader(trains=False)
+    loaded = batches(range(group.rank, number_of, group.size))
+    with engine.evaluation.rounds():
+        rounds = math.ceil(number_of / group.size)
+        for index in range(rounds):
+            micro_batch = index * group.size + group.rank
+            computes = micro_batch < number_of
+            if computes:
+                group.status(f"{tag}, micro-batch {micro_batch} / data", engine.step_index, micro_batch)
+                batch = to_device(next(loaded), group.device)
+            seed = samples.seed_of_forward(micro_batch) if computes else None
+            with engine.evaluation.round(f"{tag}, round {index}", seed):
+                if computes:
+                    group.status(f"{tag}, micro-batch {micro_batch} / forward", engine.step_index, micro_batch)
+                    count = len(samples.indices(0, micro_batch))
+                    result, output = _forward(engine, reader, batch, predict)
+                    measured = _measured(reader, result, output, batch, count)
+                    tally.add(micro_batch, measured, _of_loss(reader, result, metrics))
+                    del batch, output, measured
+            if (index + 1) % ROUNDS_PER_EXCHANGE == 0 or index + 1 == rounds:
+                tally.exchange(f"{tag}, round {index}")
+        loss, weight, figures = tally.figures(tag)
+    return Evaluation(
+        set=samples.set_name,
+        step=engine.step_index,
+        loss=loss,
+        weight=weight,
+        samples=samples.num_samples,
+        samples_in_data=samples.size,
+        metrics=figures,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _forward(
+    engine: StepEngine, reader: LossReader, batch: Any, predict: Callable[[Any, Any], Any] | None
+) -> tuple[LossResult, Any]:
+    """Return the loss function's result, and the output that metrics get."""
+    with last_output(engine.model) as outputs:
+        result = reader.read(engine.recipe.loss(engine.model, batch))
+    if predict is not None:
+        return result, predict(engine.model, batch)
+    return result, outputs[0] if outputs else _NO_OUTPUT
+
+
+class _NoOutput:
+    """The output of a model that the loss function never called. Metrics that look into it fail with a reason."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConfigError(
+            "the loss function doesn't call the model itself, so metrics have no output to look at",
+            expected="a call of model(...) in the loss function",
+            hint="give the validation a function: predict=lambda model, batch: model.generate(batch)",
+        )
+
+
+_NO_OUTPUT = _NoOutput()
+
+
+def _measured(reader: LossReader, result: LossResult, output: Any, batch: Any, samples: int) -> Measured:
+    loss = float(result.loss)
+    if not reader.form.weighted:  # a mean over the micro-batch, which may be smaller than the others
+        return Measured(output, batch, loss * samples, float(samples), False, samples)
+    return Measured(output, batch, loss, float(result.weight), True, samples)
+
+
+def _of_loss(reader: LossReader, result: LossResult, metrics: Mapping[str, Any]) -> dict[str, Totals]:
+    """Return the parts of the metrics that the loss function returned."""
+    names = reader.form.metrics
+    if twice := [name for name in names if name in metrics]:
+        raise ConfigError(
+            f"two metrics have the name {twice[0]!r}: one of the validation, and one that the loss function returns",
+            hint=f'name it: metrics={{"my_{twice[0]}": ...}}',
+        )
+    pairs = zip(names, result.metrics, strict=True)
+    return {
+        name: {"sum": number(total).astype(float), "weight": number(weight).astype(float)}
+        for name, (total, weight) in pairs
+    }
