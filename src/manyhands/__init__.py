@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from manyhands import metrics
     from manyhands.checkpoint.export import ExportSummary, export
-    from manyhands.config import Batch, Recipe, Strategy, Weights
+    from manyhands.config import Batch, Recipe, Strategy, Validation, Weights
     from manyhands.data.token_file import TokenFile
     from manyhands.documents.recipe_file import load_recipe
     from manyhands.engine.step.metrics import StepMetrics
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from manyhands.prepare.job.output import PrepareSummary
     from manyhands.prepare.records.aggregate import Aggregate
     from manyhands.training.engine import Engine
+    from manyhands.training.evaluating import Evaluation
     from manyhands.training.loop import train
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ _WHERE = {
     "DataError": "errors",
     "Dataset": "prepare.dataset",
     "Engine": "training.engine",
+    "Evaluation": "training.evaluating",
     "ExportSummary": "checkpoint.export",
     "Interrupted": "errors",
     "InvariantError": "errors",
@@ -54,12 +57,14 @@ _WHERE = {
     "Strategy": "config",
     "Summary": "listeners.summary",
     "TokenFile": "data.token_file",
+    "Validation": "config",
     "Weights": "config",
     "WorkerError": "errors",
     "digest_of_tensors": "numerics.digest",
     "export": "checkpoint.export",
     "launch": "launching.function",
     "load_recipe": "documents.recipe_file",
+    "metrics": "metrics",
     "train": "training.loop",
 }
 
@@ -71,6 +76,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Engine",
+    "Evaluation",
     "ExportSummary",
     "Interrupted",
     "InvariantError",
@@ -82,12 +88,14 @@ __all__ = [
     "Strategy",
     "Summary",
     "TokenFile",
+    "Validation",
     "Weights",
     "WorkerError",
     "digest_of_tensors",
     "export",
     "launch",
     "load_recipe",
+    "metrics",
     "train",
 ]
 
@@ -95,6 +103,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module 'manyhands' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"manyhands.{_WHERE[name]}"), name)
+    module = importlib.import_module(f"manyhands.{_WHERE[name]}")
+    value = module if name == _WHERE[name] else getattr(module, name)
     globals()[name] = value
     return value

@@ -178,6 +178,17 @@ class Validation:
         help="The number of samples to use, drawn once from the seed, at most all. None: all samples.",
     )
     at_start: bool = option(default=False, help="Also validate before the first step.")
+    patience: int | None = option(
+        default=None,
+        at_least=1,
+        help="Stop the run after this many validations without an improvement of the figure `watch`. None: never.",
+    )
+    watch: str = option(
+        default="loss:min", help="The figure for `patience`, and whether the smallest or the largest value is the best."
+    )
+    min_improvement: float = option(
+        default=0.0, at_least=0.0, help="A smaller improvement of the figure `watch` doesn't count for `patience`."
+    )
     collate: Callable[[list[Any]], Any] | None = option(
         default=None, in_toml=False, help="Makes a batch from a list of samples. None: the recipe's collate."
     )

@@ -133,7 +133,8 @@ class Manifest(BaseModel):
     It is next to the checkpoint's folder. computed: names of tensors in the model's state_dict that are neither
     parameters nor buffers; they are not saved. config_files: the files that Hugging Face's loaders need next to the
     weights: file name -> content. extra_states: what `get_extra_state` of modules returned, see
-    `checkpoint.extra_state`. amendments: the amendments of the steps so far, see `engine.step.amendments`.
+    `checkpoint.extra_state`. amendments: the amendments of the steps so far, see `engine.step.amendments`. progress:
+    the state of the run's validations, see `training.validating`. user_state: `Engine.extra_state`, encoded.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -156,11 +157,13 @@ class Manifest(BaseModel):
     attributes: list[dict[str, Any]] = Field(default_factory=list)
     extra_states: dict[str, Any] = Field(default_factory=dict)
     amendments: dict[str, Any] = Field(default_factory=dict)
+    progress: dict[str, Any] = Field(default_factory=dict)
+    user_state: dict[str, Any] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out newer fields that are empty, so that versions that do not know them can read the checkpoint."""
-        optional = ("attributes", "extra_states", "amendments")
+        optional = ("attributes", "extra_states", "amendments", "progress", "user_state")
         fields: dict[str, Any] = serialize(self)
         return {key: value for key, value in fields.items() if value or key not in optional}
 

@@ -67,6 +67,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
         _load_schedules(manifest, engine, folder)
         load_extra_states(engine.model, manifest.extra_states, reader)
         engine.step_index, engine.amendments = manifest.step, amendments
+        engine.progress, engine.extra_state = decode_state(manifest.progress), decode_state(manifest.user_state)
         found = engine.digest() if manifest.digest else ""
         if found != manifest.digest:
             raise CheckpointError(

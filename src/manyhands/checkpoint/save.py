@@ -13,7 +13,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -208,13 +208,15 @@ def start_checkpoint(
     *,
     keep: int | None = None,
     keep_every: int | None = None,
+    best: Collection[int] = (),
     published: Callable[[Location], None] | None = None,
 ) -> Saving | None:
     """Start to write the engine's current state to a new folder in `root`. Collective.
 
     Returns None if `root` already has a checkpoint of this step with the same weights. A checkpoint with other weights
     is replaced. keep, keep_every: `root` keeps the last `keep` checkpoints (None: all), and those of every
-    `keep_every`-th step. published: called on worker 0 with the folder as soon as it exists, in the thread that writes.
+    `keep_every`-th step. best: it also keeps the checkpoints of these steps. published: called on worker 0 with the
+    folder as soon as it exists, in the thread that writes.
 
     This function returns only after two parts are written: frozen parameters, which are written once, next to the first
     checkpoint, and state that is offloaded to disk, because it is not copied to memory. A failure leaves published
@@ -241,7 +243,7 @@ def start_checkpoint(
     def is_published() -> None:
         if published is not None:
             published(final)
-        _prune(final, keep, keep_every)
+        _prune(final, keep, keep_every, best)
 
     name = _file_of(engine)
     contents = Contents(write=write, manifest_of=partial(with_pieces, manifest), published=is_published)
@@ -274,6 +276,8 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
         pieces=[],
         extra_states=extra_states(engine.model).values,
         amendments=past.as_json() if past else {},
+        progress=encode_state(engine.progress),
+        user_state=_user_state(engine),
     )
 
 
@@ -287,7 +291,7 @@ def with_pieces(manifest: Manifest, parts: list[dict[str, Any]]) -> Manifest:
     return manifest.model_copy(update={"scalars": scalars, "pieces": _pieces_in(parts)})
 
 
-def _prune(final: Location, keep: int | None, keep_every: int | None) -> None:
+def _prune(final: Location, keep: int | None, keep_every: int | None, best: Collection[int]) -> None:
     """Delete old checkpoints. A link stays and is not counted, because Manyhands did not make it.
 
     A checkpoint that can't be deleted is reported, but the save still succeeds.
@@ -296,7 +300,7 @@ def _prune(final: Location, keep: int | None, keep_every: int | None) -> None:
         (step, old) for step, old in list_checkpoints(final.parent) if not (isinstance(old, Path) and old.is_symlink())
     ]
     for step, old in mine[: -keep if keep else 0]:
-        if old != final and not (keep_every and step % keep_every == 0):
+        if old != final and step not in best and not (keep_every and step % keep_every == 0):
             try:
                 remove_checkpoint(old)
             except OSError as error:
@@ -427,19 +431,35 @@ def check_schedules(engine: StepEngine) -> None:
 
 
 def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
-    state: dict[str, Any] = schedule.state_dict()
-    encoded: dict[str, Any] = encode_state(state)
-    try:
-        exact = bool(decode_state(json.loads(json.dumps(encoded))) == state)
-    except (TypeError, ValueError):  # JSON can't hold a value, or the comparison of arrays has no single truth value
-        exact = False
-    if not exact:
+    encoded = _exactly_encoded(schedule.state_dict())
+    if encoded is None:
         raise CheckpointError(
             f"the state of the schedule {type(schedule).__qualname__} can't be saved exactly",
-            got=", ".join(state),
+            got=", ".join(schedule.state_dict()),
             hint="use a schedule whose state_dict() holds only numbers, strings, and lists, tuples and dicts of them",
         )
     return encoded
+
+
+def _user_state(engine: StepEngine) -> dict[str, Any]:
+    encoded = _exactly_encoded(engine.extra_state)
+    if encoded is None:
+        raise CheckpointError(
+            "engine.extra_state can't be saved exactly",
+            expected="a dict of numbers, texts, and lists, tuples and dicts of them",
+            got=repr(engine.extra_state)[:200],
+        )
+    return encoded
+
+
+def _exactly_encoded(state: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the state as JSON values, or None if they would not give the same state again."""
+    try:
+        encoded: dict[str, Any] = encode_state(state)
+        exact = bool(decode_state(json.loads(json.dumps(encoded))) == state)
+    except (TypeError, ValueError):  # JSON can't hold a value, or the comparison of arrays has no single truth value
+        return None
+    return encoded if exact else None
 
 
 def _holds(folder: Location, digest: str) -> bool:

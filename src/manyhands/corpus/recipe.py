@@ -13,8 +13,8 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from manyhands.corpus.duplicates import MinHash
 from manyhands.corpus.text import FORMS, Rules
+from manyhands.documents.functions import IMPORT_PATH, find_function
 from manyhands.documents.option_table import BuildableTable
-from manyhands.documents.recipe_file import IMPORT_PATH, find_function
 from manyhands.documents.toml import Document, Table, read_document
 from manyhands.errors import ConfigError, DataError
 from manyhands.options import nearest

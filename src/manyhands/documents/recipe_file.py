@@ -11,39 +11,23 @@ and line before anything is built.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
-import pkgutil
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
-from manyhands.config import Batch, Recipe, Strategy, Weights
+from manyhands.config import Batch, Recipe, Strategy, Validation, Weights
+from manyhands.documents.functions import IMPORT_PATH, Arguments, Binder, Target
 from manyhands.documents.option_table import BuildableTable, OptionTable
-from manyhands.documents.toml import Document, KeyPath, Table, dotted, raise_all, read_document
-from manyhands.errors import ConfigError, ManyhandsError
+from manyhands.documents.toml import Document, Table, raise_all, read_document
+from manyhands.errors import ConfigError
 from manyhands.options import hint_nearest
 
 if TYPE_CHECKING:
     from torch import nn
-
-Arguments = dict[str, JsonValue]
-
-IMPORT_PATH = r"^\w+(\.\w+)*:\w+(\.\w+)*$"
-
-
-class Target(Table):
-    """An object to import, and to call with `arguments`."""
-
-    path: str = Field(pattern=IMPORT_PATH)
-    arguments: Arguments = {}
 
 
 class GroupTable(Table):
@@ -57,11 +41,20 @@ class GroupTable(Table):
     path: str | None = Field(default=None, pattern=IMPORT_PATH)
     arguments: Arguments = {}
 
+    def further_arguments(self) -> Iterator[tuple[int, Arguments]]:
+        """Yield nothing, because a group has no groups."""
+        yield from ()
+
 
 class OptimizerTable(Target):
     """The optimizer and its param groups. A parameter belongs to the first group that matches."""
 
     groups: list[GroupTable] = []
+
+    def further_arguments(self) -> Iterator[tuple[int, Arguments]]:
+        for index, group in enumerate(self.groups):
+            if group.path is None:
+                yield index, group.arguments
 
 
 class WeightsTable(BuildableTable[Weights]):
@@ -71,6 +64,34 @@ class WeightsTable(BuildableTable[Weights]):
     @classmethod
     def _path_alone(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+
+class MetricTable(Table):
+    """A metric of `manyhands.metrics` by name, or a function by path, with arguments."""
+
+    name: str | None = Field(default=None, pattern=r"^\w+$")
+    path: str | None = Field(default=None, pattern=IMPORT_PATH)
+    arguments: Arguments = {}
+
+    @model_validator(mode="after")
+    def _has_name_or_path(self) -> MetricTable:
+        if (self.name is None) == (self.path is None):
+            raise ConfigError("a metric needs either a name or a path", expected='{ name = "f1", arguments = {...} }')
+        return self
+
+    @property
+    def target(self) -> Target:
+        """Return the function that creates the metric, or is the metric."""
+        return Target(path=self.path or f"manyhands.metrics:{self.name}", arguments=self.arguments)
+
+
+class ValidationTable(OptionTable[Validation]):
+    """A set of data on which the model is evaluated, and the metrics. Options are those of `manyhands.Validation`."""
+
+    data: Target
+    metrics: list[str | MetricTable] = []
+    collate: Target | None = None
+    predict: Target | None = None
 
 
 class RecipeSchema(OptionTable[Recipe]):
@@ -86,6 +107,8 @@ class RecipeSchema(OptionTable[Recipe]):
     optimizer: OptimizerTable
     schedule: Target | None = None
     sample: Target | None = None
+    validation: ValidationTable | None = None
+    validations: dict[str, ValidationTable] = {}
     batch: BuildableTable[Batch]
     strategy: BuildableTable[Strategy] = BuildableTable[Strategy]()
 
@@ -100,7 +123,9 @@ CALLED_WITH = {  # the positional arguments that each function gets before the a
     "sample": ("model",),
 }
 
-NAMED = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+CALLED_IN_VALIDATION = {"data": (), "collate": ("samples",), "predict": ("model", "batch")}
+
+CALLED_AS_METRIC = ("output", "batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +158,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     Raises one ConfigError that lists all problems, each with file and line. Errors from the data set are not converted.
     """
     document = read_document(path, overrides, RecipeSchema)
-    functions = _import_all(document)
+    functions, validations = _import_all(document)
     data = functions["data"]()
     schema, weights = document.schema, _weights(document)
     try:
         recipe = Recipe(
             **functions | {"data": data},
+            validation={name: build() for name, build in validations.items()} or None,
             **schema.option_values(),
             weights=weights,
             batch=schema.batch.build(),
@@ -148,6 +174,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     except ConfigError as error:
         raise document.relocated(error) from None
     settings = schema.model_dump(exclude_none=True)
+    if not schema.validations:
+        del settings["validations"]
     if weights is not None:
         settings["weights"]["path"] = weights.path
     return RecipeFile(
@@ -171,159 +199,55 @@ def _weights(document: Document[RecipeSchema]) -> Weights | None:
     return table.build(path=folder.absolute() / table.path)
 
 
-def _import_all(document: Document[RecipeSchema]) -> dict[str, Callable[..., Any]]:
-    """Return the recipe's functions by table, with their arguments bound. Raises one ConfigError for all problems."""
-    folder = document.path.absolute().parent
-    if sys.path[:1] != [str(folder)]:
-        sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    functions: dict[str, Callable[..., Any]] = {}
-    problems: list[ConfigError] = []
+def _import_all(
+    document: Document[RecipeSchema],
+) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[[], Validation]]]:
+    """Return the recipe's functions by table, and functions that build its validations, by name.
 
-    def bind(target: Target | GroupTable, *key: str | int) -> Callable[..., Any] | None:
-        table = str(key[0])
-        try:
-            function = find_function(str(target.path), folder)
-        except ConfigError as error:
-            error.what, error.where = f"{dotted(key)}.path: {error.what}", document.origin(*key, "path")
-            problems.append(error)
-            return None
-        problems.extend(_argument_problems(key, function, target, document))
-        bound = functools.partial(function, **target.arguments)
-        return bound if table in ("loss", "collate", "sample") else _with_note(bound, document.origin(*key), table)
-
-    for table in CALLED_WITH:
-        target: Target | None = getattr(document.schema, table)
-        bound = None if target is None else bind(target, table)
-        if bound is not None:
-            functions[table] = bound
-    groups = enumerate(document.schema.optimizer.groups)
-    own = {index: bind(group, "optimizer", "groups", index) for index, group in groups if group.path is not None}
-    raise_all(problems, document.path)
-    if document.schema.optimizer.groups:
-        functions["optimizer"] = _grouped(functions["optimizer"], own, document)
-    return functions
-
-
-def find_function(path: str, folder: Path) -> Callable[..., Any]:
-    """Import the object that `module:attribute` names. Raises a ConfigError that does not name the file and line."""
-    module_name, _, attribute = path.partition(":")
-    found: Any = _import(module_name, folder)
-    for name in attribute.split("."):
-        if not hasattr(found, name):
-            public = [known for known in dir(found) if not known.startswith("_")]
-            owner = getattr(found, "__name__", path)
-            hint = hint_nearest(name, public)
-            raise ConfigError(f"{owner} has no {name}", expected="module:attribute", got=repr(path), hint=hint)
-        found = getattr(found, name)
-    if not callable(found):
-        raise ConfigError(f"{path} can't be called", expected="a function or a class", got=repr(found))
-    return found  # type: ignore[no-any-return]
-
-
-def _import(name: str, folder: Path) -> Any:
-    try:
-        module = importlib.import_module(name)
-    except ManyhandsError:
-        raise
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if name == missing or name.startswith(missing + "."):
-            *parents, last = missing.split(".")
-            paths = getattr(sys.modules.get(".".join(parents)), "__path__", ()) if parents else [str(folder)]
-            hint = hint_nearest(last, [found.name for found in pkgutil.iter_modules(paths)])
-            expected = f"a module in {folder}, or an installed module"
-            raise ConfigError(f"there is no module {missing}", expected=expected, got=repr(name), hint=hint) from None
-        raise _import_failed(name, error) from error
-    except Exception as error:  # the user's module may raise anything
-        raise _import_failed(name, error) from error
-    _check_not_another(name, folder)
-    return module
-
-
-def _import_failed(name: str, error: Exception) -> ConfigError:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
-    at = (
-        f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    )  # without frames, for example after a syntax error, the message names the file and line
-    return ConfigError(f"module {name} can't be imported", got=f"{type(error).__name__}: {error}{at}")
-
-
-def _check_not_another(name: str, folder: Path) -> None:
-    """Refuse a module of the same name that was imported from elsewhere, because Python imports a name once per
-    process.
+    Raises one ConfigError for all problems.
     """
-    top = name.partition(".")[0]
-    used = getattr(sys.modules[top], "__file__", None) or "built into Python"
-    own = [file for file in (folder / f"{top}.py", folder / top / "__init__.py") if file.is_file()]
-    if own and Path(used).resolve() not in [file.resolve() for file in own]:
-        raise ConfigError(
-            f"another module {top} is already imported",
-            expected=str(own[0]),
-            got=used,
-            hint=f"rename {own[0].name}, or load the recipe in a fresh process",
-        )
+    schema, binder = document.schema, Binder(document)
+    functions: dict[str, Callable[..., Any]] = {}
+    for table, called_with in CALLED_WITH.items():
+        target: Target | None = getattr(schema, table)
+        if target is not None:
+            functions[table] = binder.bind(target, called_with, table, noted=table not in ("loss", "collate", "sample"))
+    own = {
+        index: binder.bind(group, CALLED_WITH["optimizer"], "optimizer", "groups", index)
+        for index, group in enumerate(schema.optimizer.groups)
+        if group.path is not None
+    }
+    validations = {name: _bound(table, binder, "validations", name) for name, table in schema.validations.items()}
+    if schema.validation is not None:
+        validations["validation"] = _bound(schema.validation, binder, "validation")
+    raise_all(binder.problems, document.path)
+    if schema.optimizer.groups:
+        functions["optimizer"] = _grouped(functions["optimizer"], own, document)
+    return functions, validations
 
 
-def _argument_problems(
-    key: KeyPath, function: Callable[..., Any], target: Target | GroupTable, document: Document[RecipeSchema]
-) -> list[ConfigError]:
-    """Return an error for each unknown or missing argument of a function. key: the key of the function's table."""
-    table = str(key[0])
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions written in C have no signature
-        return []
-    parameters = signature.parameters.values()
-    takes = [p.name for p in parameters if p.kind in NAMED]
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    names_only = signature.replace(
-        parameters=[p.replace(annotation=p.empty) for p in parameters], return_annotation=signature.empty
-    )
-    expected = f"{target.path}{names_only}"
-    problems = []
-
-    def unknown(names: Iterable[str], *key: str | int) -> None:
-        for name in names:
-            if name not in takes and not takes_any:
-                what = f"{dotted(key)}.{name}: {target.path} takes no {name}"
-                hint = hint_nearest(name, takes[len(CALLED_WITH[table]) :])
-                where = document.origin(*key, name)
-                problems.append(ConfigError(what, expected=expected, where=where, hint=hint))
-
-    unknown(target.arguments, *key, "arguments")
-    if key == ("optimizer",):
-        for index, group in enumerate(document.schema.optimizer.groups):
-            if group.path is None:
-                unknown(group.arguments, *key, "groups", index, "arguments")
-    try:
-        known = {name: value for name, value in target.arguments.items() if name in takes or takes_any}
-        signature.bind(*CALLED_WITH[table], **known)
-    except TypeError as error:
-        called = ", ".join([*CALLED_WITH[table], *(f"{name}=..." for name in known)])
-        what = f"{dotted(key)}.arguments don't fit {target.path}: {error}"
-        where = document.origin(*key, "arguments")
-        problems.append(ConfigError(what, expected=expected, got=f"({called})", where=where))
-    return problems
-
-
-def _with_note(function: Callable[..., Any], where: str, table: str) -> Callable[..., Any]:
-    """Wrap `function` so that a note on its errors names the table."""
-
-    def call(*given: Any) -> Any:
-        try:
-            return function(*given)
-        except ManyhandsError:
-            raise
-        except Exception as error:
-            error.add_note(f"(raised by [{table}], {where})")
-            raise
-
-    return call
+def _bound(table: ValidationTable, binder: Binder, *key: str) -> Callable[[], Validation]:
+    """Import the functions of a validation, and return a function that builds it."""
+    found: dict[str, Any] = {}
+    for name, called_with in CALLED_IN_VALIDATION.items():
+        target: Target | None = getattr(table, name)
+        if target is not None:
+            found[name] = binder.bind(target, called_with, *key, name, noted=name == "data")
+    metrics: list[Any] = []
+    for index, metric in enumerate(table.metrics):
+        if isinstance(metric, str) and ":" not in metric:
+            metrics.append(metric)
+            continue
+        target = Target(path=metric) if isinstance(metric, str) else metric.target
+        is_ours = isinstance(metric, MetricTable) and metric.name is not None
+        called_with = () if is_ours else CALLED_AS_METRIC
+        function = binder.bind(target, called_with, *key, "metrics", index, noted=False)
+        metrics.append(function() if is_ours and not binder.problems else function)
+    return lambda: Validation(**table.option_values(), **found | {"data": found["data"](), "metrics": metrics})
 
 
 def _grouped(
-    rest: Callable[..., Any], own: dict[int, Callable[..., Any] | None], document: Document[RecipeSchema]
+    rest: Callable[..., Any], own: dict[int, Callable[..., Any]], document: Document[RecipeSchema]
 ) -> Callable[..., Any]:
     """Return a factory of the optimizers: one optimizer for each group with a path, and one for all other parameters.
 

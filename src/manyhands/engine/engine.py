@@ -79,6 +79,9 @@ class StepEngine:
     trained: the (name, numel) of each trainable parameter, in the order of the block numbers.
     digest_names: the name and 32-bit words (see `words_of`) of each tensor that the digest covers, in order.
     data_facts: names and hashes of a part of the data, which are compared before the first step.
+    progress: the state of the run's validations. It is saved with checkpoints.
+    extra_state: the user's own numbers, texts, and lists and dicts of them. They are saved with checkpoints and loaded
+    with them. They must be the same on all workers; those of worker 0 are saved.
     pending: names of the parameters whose values have yet to be loaded from the recipe's files. After loading, the
     fingerprints of the frozen ones are added to `frozen_facts`.
     Raises the same ConfigError on all workers.
@@ -177,6 +180,8 @@ class StepEngine:
         # A signal or a timer may set these on any one worker. The next step's control values set them on all workers.
         self.stop_requested = self.save_requested = False
         self.data_facts: dict[str, str] = {}
+        self.progress: dict[str, Any] = {}
+        self.extra_state: dict[str, Any] = {}
         self._failed: BaseException | None = None
         self.evaluation = Evaluation(
             self.model, group, self.buffers, self._attributes, self._unsharder, self._call_seeds, self._compiled

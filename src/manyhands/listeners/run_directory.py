@@ -1,6 +1,7 @@
 """The run directory: manifest, metrics, events, digests.
 
     recipe.json      the recipe as used                  metrics.jsonl   one JSON object per step
+    validations.jsonl    one JSON object per validation
     manifest.json    numerics, strategy, versions        events.jsonl    one JSON object per event, with its time
     checkpoints/     digests/     tensorboard/           logs/           worker-0.log, ...
     amendments.json  skipped steps, changed settings     earlier-1/      the record before the run started over
@@ -27,10 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from manyhands.config import Recipe, Strategy
+from manyhands.config import Recipe, Strategy, Validation
 from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
+from manyhands.options import declared
 from manyhands.storage.atomic import write_atomic
 from manyhands.storage.json_lines import append_line, complete_lines, numbers
 from manyhands.storage.run_lock import LOCK
@@ -45,7 +47,9 @@ _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 
 AMENDMENTS = "amendments.json"
 
-_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", AMENDMENTS, "metrics.jsonl", "events.jsonl", LOCK)
+_RECORDS = ("metrics.jsonl", "validations.jsonl", "events.jsonl")
+
+_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", AMENDMENTS, *_RECORDS, LOCK)
 """The names of the files and folders that a run may write before its manifest."""
 
 
@@ -142,6 +146,11 @@ class RunDirectory:
         """Return the file with the metrics of all steps."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def validations(self) -> Path:
+        """Return the file with the figures of all validations."""
+        return self.path / "validations.jsonl"
+
     def log(self, rank: int) -> Path:
         """Return the log file of one worker."""
         return self.path / "logs" / f"worker-{rank}.log"
@@ -201,7 +210,7 @@ class RunDirectory:
         The manifest is copied, because the run keeps its id and the location of its checkpoints. A link to a folder of
         checkpoints stays. The caller holds the run's lock. Raises ConfigError.
         """
-        names = list(filter(self._is_recorded, (*_FOLDERS, "recipe.json", AMENDMENTS, "metrics.jsonl", "events.jsonl")))
+        names = list(filter(self._is_recorded, (*_FOLDERS, "recipe.json", AMENDMENTS, *_RECORDS)))
         if not names:
             return None
         numbers = [int(path.name.partition("-")[2]) for path in self.path.glob("earlier-*") if path.name[8:].isdigit()]
@@ -232,6 +241,39 @@ class RunDirectory:
         The line survives the end of this process. Raises ConfigError.
         """
         _append(self.metrics, dataclasses.asdict(metrics))
+
+    def append_validation(self, figures: Mapping[str, Any]) -> None:
+        """Append the figures of one validation to validations.jsonl. Raises ConfigError."""
+        _append(self.validations, figures)
+
+    def read_validations(self) -> list[dict[str, Any]]:
+        """Return the figures of all validations in the order in which they were written, without partial lines.
+
+        Raises DataError for a line that does not hold the figures of a validation.
+        """
+        found = []
+        for number, value in complete_lines(self.validations):
+            if not isinstance(value, dict) or type(value.get("step")) is not int or "set" not in value:
+                raise DataError(
+                    "a line of validations.jsonl does not hold the figures of a validation",
+                    where=f"{self.validations.absolute()}, line {number}",
+                    got=repr(value)[:80],
+                    hint="remove the line or the file: it is only a record, and resuming does not need it",
+                )
+            found.append(value)
+        return found
+
+    def truncate_validations(self, step: int, *, validated: bool) -> None:
+        """Remove the validations after more than `step` steps, for a run that resumes at this step.
+
+        validated: False if those after `step` steps will be made again. Raises DataError and ConfigError.
+        """
+        later = [
+            number
+            for number, value in enumerate(self.read_validations(), start=1)
+            if value["step"] > step or (value["step"] == step and not validated)
+        ]
+        _truncate(self.validations, later[0] if later else None)
 
     def append_event(self, event: str, **facts: Any) -> None:
         """Append an event to events.jsonl, with the time in seconds since the epoch and `facts`. Raises ConfigError.
@@ -277,12 +319,17 @@ class RunDirectory:
         """
         lines = complete_lines(self.metrics)
         later = [number for number, value in lines if _parse(value, number, self.metrics).step >= step]
-        if self.metrics.exists():
-            kept = self.metrics.read_bytes().split(b"\n")[: later[0] - 1 if later else -1]
-            try:
-                os.truncate(self.metrics, sum(len(line) + 1 for line in kept))
-            except OSError as error:
-                raise _not_writable(self.metrics, error) from error
+        _truncate(self.metrics, later[0] if later else None)
+
+
+def _truncate(path: Path, line: int | None) -> None:
+    """Remove all lines of a file from the given line on, or only a partial last line."""
+    if path.exists():
+        kept = path.read_bytes().split(b"\n")[: line - 1 if line else -1]
+        try:
+            os.truncate(path, sum(len(each) + 1 for each in kept))
+        except OSError as error:
+            raise _not_writable(path, error) from error
 
 
 def _append(path: Path, value: Mapping[str, Any]) -> None:
@@ -323,11 +370,25 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         value = getattr(recipe, field.name)
         if field.name == "data":
             described[field.name] = {"type": _name(type(value)), "samples": len(value)}
+        elif field.name == "validation" and value is not None:
+            described[field.name] = {name: _described_validation(each) for name, each in recipe.validations.items()}
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             described[field.name] = dataclasses.asdict(value)
         else:
             described[field.name] = _name(value) if callable(value) else value
     return described
+
+
+def _described_validation(validation: Validation) -> dict[str, Any]:
+    given = validation.metrics
+    metrics = list(given) if isinstance(given, Mapping) else [x if isinstance(x, str) else _name(x) for x in given]
+    described = {
+        name: _name(value) if callable(value) else value
+        for name in declared(Validation)
+        if name not in ("data", "metrics") and (value := getattr(validation, name)) is not None
+    }
+    data = {"type": _name(type(validation.data)), "samples": len(validation.data)}
+    return {"data": data, "metrics": metrics, **described}
 
 
 def _name(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from manyhands.engine.step.metrics import PHASES, StepMetrics
 from manyhands.formatting import GIB, MIB, format_count, format_seconds
+from manyhands.storage.json_lines import numbers
 
 _BAR_CELLS = 46
 
@@ -57,6 +58,8 @@ class Summary:
     digest: the digest of the final master weights.
     wall_seconds: the time from the last start of the workers to the end of the run.
     failures, lost_seconds, repeated_steps: as in `Failures`.
+    validations: the figures of the last validation of each set. best: the step and the value of the best checkpoint
+    for each figure of keep_best.
     """
 
     name: str
@@ -80,6 +83,8 @@ class Summary:
     failures: int = 0
     lost_seconds: float = 0.0
     repeated_steps: int = 0
+    validations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    best: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Failures(NamedTuple):
@@ -173,6 +178,8 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "repeated_steps": summary.repeated_steps,
         "run_dir": summary.run_dir,
         "sample": summary.sample,
+        "validations": numbers(summary.validations),
+        "best": numbers(summary.best),
     }
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in named.items()
@@ -185,6 +192,10 @@ def render(summary: Summary) -> RenderableType:
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
     facts.add_row("loss", _loss(summary))
+    for name, figures in summary.validations.items():
+        facts.add_row(name, Text(_figures(figures)))
+    for name, best in summary.best.items():
+        facts.add_row("best checkpoint", Text(f"step {best['step']}   {name.rpartition(':')[0]} {best['value']:.4f}"))
     speed = Text(f"{format_count(summary.tokens_per_second)} {summary.throughput_unit}/s", style="bold")
     speed.append(f"   {format_seconds(summary.step_seconds_median)}/step (median)", style="default not bold")
     facts.add_row("speed", speed)
@@ -233,6 +244,12 @@ def _loss(summary: Summary) -> Text:
     better = summary.last_loss < summary.first_loss
     text.append(f"{summary.last_loss:.4f}", style="bold green" if better else "bold yellow")
     return text
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    """Return the loss and the metrics of a validation that are single numbers."""
+    shown = {name: value for name, value in figures.items() if name not in ("step", "set", "weight", "samples")}
+    return "   ".join(f"{name} {value:.4f}" for name, value in shown.items() if isinstance(value, float))
 
 
 def _time_split(seconds_by_phase: dict[str, float]) -> RenderableType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -53,6 +53,16 @@ class TensorBoardLog:
         if self._writer is not None:
             self._attempt(lambda: self._add(metrics))
 
+    def write_points(self, points: Mapping[str, float | None], step: int) -> None:
+        """Add one point to each of several curves; a value None has no point. Raises OSError as `write` does."""
+        if self._writer is not None:
+            self._attempt(lambda: self._add_points(points, step))
+
+    def _add_points(self, points: Mapping[str, float | None], step: int) -> None:
+        for name, value in points.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
     def _attempt(self, write: Callable[[], None]) -> None:
         try:
             write()
@@ -76,8 +86,7 @@ class TensorBoardLog:
         if metrics.step_seconds > 0:
             points[f"throughput/{metrics.unit}_per_second"] = metrics.amount / metrics.step_seconds
         points |= {f"seconds/{phase}": seconds for phase, seconds in metrics.seconds.items()}
-        for name, value in points.items():
-            self._writer.add_scalar(name, value, metrics.step)
+        self._add_points(points, metrics.step)
 
     def close(self) -> None:
         """Write pending points, unless they can't be written. `close` may be called twice."""

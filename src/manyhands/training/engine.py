@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -207,6 +207,14 @@ class Engine(StepEngine):
 
         return evaluate(self, held_out, chosen, load, predict)
 
+    def facts_of_validation(self, name: str) -> dict[str, str]:
+        """Return facts about a validation, to be compared between workers. This ends a stream in progress."""
+        self._stream = None
+        held_out = self._open_loader().held_out[name]
+        sizes = {"samples": held_out.num_samples, "samples in the data": held_out.size, "batch": held_out.micro_size}
+        figures = {"metrics": ", ".join(self._metrics[name])}
+        return {key: str(value) for key, value in sizes.items()} | figures | self._facts(0, name)
+
     def validate(self, name: str, *, micro_batches: int | None = None) -> Evaluation:
         """Evaluate the model on one of the recipe's validations, by name. Collective. Raises ConfigError, DataError.
 
@@ -254,17 +262,19 @@ class Engine(StepEngine):
         *,
         keep: int | None = None,
         keep_every: int | None = None,
+        best: Collection[int] = (),
         published: Callable[[Location], None] | None = None,
     ) -> Location:
         """Write a checkpoint below `folder`, a path or an address (s3://bucket/folder), and return its location.
         Collective.
 
         keep, keep_every: keep the last `keep` checkpoints and those of every `keep_every`-th step (default: all).
+        best: also keep the checkpoints of these steps.
         published: called on worker 0, in the writer thread, once the checkpoint is complete. It is not called if the
         checkpoint existed before.
         Raises CheckpointError on all workers; training may continue after that.
         """
-        self.begin_save(folder, keep=keep, keep_every=keep_every, published=published)
+        self.begin_save(folder, keep=keep, keep_every=keep_every, best=best, published=published)
         self.finish_save()
         return location_of(folder) / folder_name(self.step_index)
 
@@ -274,6 +284,7 @@ class Engine(StepEngine):
         *,
         keep: int | None = None,
         keep_every: int | None = None,
+        best: Collection[int] = (),
         published: Callable[[Location], None] | None = None,
     ) -> None:
         """Start to write a copy of the current state as a checkpoint. Training may continue meanwhile. Collective.
@@ -285,7 +296,7 @@ class Engine(StepEngine):
         self.finish_save()
         try:
             self._saving = start_checkpoint(
-                self, location_of(folder), keep=keep, keep_every=keep_every, published=published
+                self, location_of(folder), keep=keep, keep_every=keep_every, best=best, published=published
             )
         except CheckpointError:
             raise  # all workers raise it

@@ -13,6 +13,7 @@ from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.hooks import last_output, to_device
 from manyhands.engine.step.loss import LossReader, LossResult
 from manyhands.errors import ConfigError
+from manyhands.formatting import format_seconds
 from manyhands.metrics.metric import Figure, Measured, Totals, number
 from manyhands.metrics.tally import ROUNDS_PER_EXCHANGE, Tally
 
@@ -41,6 +42,24 @@ class Evaluation:
     metrics: dict[str, Figure] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures as JSON values, without the time that they took."""
+        return {
+            "step": self.step,
+            "set": self.set,
+            "loss": self.loss,
+            **self.metrics,
+            "weight": self.weight,
+            "samples": self.samples,
+        }
+
+    def __str__(self) -> str:
+        """Describe the figures in one line."""
+        shown = [f"{name.partition('.')[2]} {_shown(value)}" for name, value in self.numbers.items()][:12]
+        of = "" if self.samples == self.samples_in_data else f" of {self.samples_in_data:,}"
+        samples = f"{self.samples:,}{of} sample{'' if self.samples_in_data == 1 else 's'}"
+        return f"step {self.step}: {self.set} {', '.join(shown)} ({samples}, {format_seconds(self.seconds)})"
+
     @property
     def numbers(self) -> dict[str, float | None]:
         """Return the single numbers by their full names, such as "validation.loss" and "validation.f1.0"."""
@@ -55,6 +74,10 @@ class Evaluation:
 
         add(self.set, {"loss": self.loss, **self.metrics})
         return found
+
+
+def _shown(value: float | None) -> str:
+    return "absent" if value is None else f"{value:.4f}"
 
 
 def evaluate(

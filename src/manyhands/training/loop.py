@@ -24,6 +24,7 @@ from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
 from manyhands.training.run_record import RunRecord, Saver, has_started_over, will_resume
+from manyhands.training.validating import Validations
 
 MEASURED_STEPS = 3
 """The number of steps at the start in which memory is measured. Measuring takes time, so later steps are not measured.
@@ -42,6 +43,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     checkpoint_every: int | str | None = None,
     keep_checkpoints: int = 3,
     keep_every: int | None = None,
+    keep_best: str | Sequence[str] = (),
     digest_every: int = 10,
     accept_new_numerics: bool = False,
     adopt: bool = False,
@@ -62,6 +64,9 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         checkpoint can't be written, the failure is reported and training continues. The last step always has a
         checkpoint.
     keep_checkpoints, keep_every: keep this many recent checkpoints, and those of every `keep_every`-th step.
+    keep_best: figures of validations, such as "validation.loss:min" or ["validation.accuracy:max"]. The step with the
+        best value so far gets a checkpoint, which is kept as long as no later value is better. A tie keeps the earlier
+        one.
     digest_every: steps between digests. The last step always has one.
     accept_new_numerics: resume under another numerics identity (torch version, CPU kind, threads).
     adopt: continue from checkpoints that belong to another run. Then only this run may write to their folder.
@@ -102,6 +107,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
             keep_every=keep_every,
+            keep_best=keep_best,
             digest_every=digest_every,
             accept_new_numerics=accept_new_numerics,
             start_over=start_over,
@@ -111,10 +117,15 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         record.amend(given_amendments)
         record.resume(accept_new_numerics)
         record.show(steps, show)
+        of_best = [keep_best] if isinstance(keep_best, str) else keep_best
+        validations = Validations(engine, steps, of_best, record.add_validation)
         saver = Saver(record, interval, keep_checkpoints, keep_every)
         memory, first = PeakMemory(), engine.step_index
+        validations.begin()
         signals.training_started()
         for batch in engine.batches(steps):
+            if validations.stop_reason:
+                break
             step = engine.step_index
             digest_due = (step + 1) % digest_every == 0 or step + 1 == steps
             with ExitStack() as watched:
@@ -127,9 +138,14 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             record.add(metrics)
             if engine.stop_requested:
                 raise _interrupted(engine, record, saver)
-            saver.after_step(metrics.digest, last=step + 1 == steps)
+            is_best = validations.after_step()
+            last = step + 1 == steps or validations.stop_reason is not None
+            saver.after_step(metrics.digest, last=last, is_best=is_best)
+        if validations.stop_reason:
+            record.event("stopped early", step=engine.step_index, why=validations.stop_reason)
+            record.report(validations.stop_reason)
         saver.finish()
-        return _summary(engine, record, memory.peak_bytes, time.monotonic() - started)
+        return _summary(engine, record, validations, memory.peak_bytes, time.monotonic() - started)
 
 
 def _agree_on_arguments(group: Group, **arguments: Any) -> None:
@@ -162,7 +178,9 @@ def _interrupted(engine: Engine, record: RunRecord, saver: Saver) -> Interrupted
     )
 
 
-def _summary(engine: Engine, record: RunRecord, peak_bytes: int, wall_seconds: float) -> Summary:
+def _summary(
+    engine: Engine, record: RunRecord, validations: Validations, peak_bytes: int, wall_seconds: float
+) -> Summary:
     group, recipe = engine.group, engine.recipe
     group.status("end / summary")
     digest = engine.digest()
@@ -191,4 +209,6 @@ def _summary(engine: Engine, record: RunRecord, peak_bytes: int, wall_seconds: f
         digest=digest,
         run_dir="" if record.path is None else str(record.path),
         wall_seconds=wall_seconds,
+        validations={name: each.as_json() for name, each in validations.last.items()},
+        best=validations.best,
     )

@@ -42,6 +42,7 @@ from manyhands.storage.location import Location, is_local, location_of
 from manyhands.storage.run_lock import run_lock
 from manyhands.surroundings import is_restart, launch_id
 from manyhands.training.engine import Engine
+from manyhands.training.evaluating import Evaluation
 from manyhands.training.saving import Snapshots
 
 RETRY_SECONDS = 5
@@ -222,6 +223,9 @@ class RunRecord:
             directory.write_amendments(engine.amendments)
         repeats = sum(metrics.step >= engine.step_index for metrics in directory.read_metrics())
         directory.truncate_metrics(engine.step_index)
+        directory.truncate_validations(
+            engine.step_index, validated=engine.progress.get("validated") == engine.step_index
+        )
         self.figures = StepFigures(directory.read_metrics())
         self.event(
             "started",
@@ -335,6 +339,20 @@ class RunRecord:
         for bar in self._bars:
             bar.update(metrics)
 
+    def add_validation(self, evaluation: Evaluation) -> None:
+        """Record a validation."""
+        if self.engine.group.rank != 0:
+            return
+        if self._directory is not None:
+            figures = evaluation.as_json()
+            self._gaps.attempt("validations", partial(self._directory.append_validation, figures))
+        if self._tensorboard is not None:
+            points = {name.replace(".", "/", 1): value for name, value in evaluation.numbers.items()}
+            self._gaps.attempt(
+                "curves for TensorBoard", partial(self._tensorboard.write_points, points, evaluation.step)
+            )
+        self.report(str(evaluation))
+
 
 def has_started_over(run_dir: str | Path | None) -> bool:
     """Return True if this program has been restarted, and the run in `run_dir` started over before the restart.
@@ -392,16 +410,18 @@ class Saver:
             return self._engine.group.rank == 0 and time.monotonic() - self._last >= self._interval.seconds
         return self._interval.steps is not None and (self._engine.step_index + 1) % self._interval.steps == 0
 
-    def after_step(self, digest: str | None, *, last: bool) -> None:
-        """Take a snapshot if it is due, and start a checkpoint if a worker requested one before the step. Collective.
+    def after_step(self, digest: str | None, *, last: bool, is_best: bool = False) -> None:
+        """Take a snapshot if it is due, and start a checkpoint if a worker requested one before the step, or if the
+        step is the best so far. Collective.
 
         Reports a previous checkpoint that could not be written. After the last step, `finish` writes the checkpoint.
         digest: the digest of the weights, if known.
         """
         self._record.snapshots.after_step(digest, last=last)
-        if not self._engine.save_requested or last:
+        if not (self._engine.save_requested or is_best) or last:
             return
-        self._last = time.monotonic()
+        if self._engine.save_requested:
+            self._last = time.monotonic()
         if self._record.checkpoints is None:
             return
         for save in (self._engine.finish_save, partial(self._write, self._engine.begin_save)):
@@ -418,6 +438,7 @@ class Saver:
             self._record.checkpoints,
             keep=self._keep,
             keep_every=self._keep_every,
+            best=[best["step"] for best in self._engine.progress.get("best", {}).values()],
             published=lambda _: self._record.event("saved", step=step),
         )
 

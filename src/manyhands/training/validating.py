@@ -1,0 +1,169 @@
+"""Validates during a run, and decides what follows from the figures: the best checkpoint, and an early stop.
+
+After a step the order is always the same: update, record, validate, decide, checkpoint. The state of the decisions is
+in `engine.progress`, which checkpoints contain. So a run that was killed decides as an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from manyhands.comm.agreement import agree
+from manyhands.config import Validation
+from manyhands.errors import ConfigError
+from manyhands.options import nearest
+from manyhands.training.engine import Engine
+from manyhands.training.evaluating import Evaluation
+
+
+class Watched(NamedTuple):
+    """A figure of a validation, and whether the smallest or the largest value is the best."""
+
+    name: str
+    smallest: bool
+
+    @classmethod
+    def parsed(cls, text: object, what: str) -> Watched:
+        """Parse "validation.loss:min". what: the name of the option, for errors. Raises ConfigError."""
+        name, _, direction = str(text).rpartition(":")
+        if not isinstance(text, str) or direction not in ("min", "max") or not name:
+            raise ConfigError(
+                f"{what} can't be parsed",
+                expected="the name of a figure, and whether the smallest or the largest value is the best: "
+                "'validation.loss:min', 'validation.accuracy:max'",
+                got=repr(text),
+            )
+        return cls(name, direction == "min")
+
+    def is_better(self, value: float | None, than: float | None, by: float = 0.0) -> bool:
+        """Return True if `value` is better than `than` by more than `by`. NaN and None are never better."""
+        if value is None or math.isnan(value):
+            return False
+        if than is None:
+            return True
+        return value < than - by if self.smallest else value > than + by
+
+    def __str__(self) -> str:
+        return f"{self.name}:{'min' if self.smallest else 'max'}"
+
+
+class Validations:
+    """The validations of a run. All methods are collective.
+
+    steps: the number of steps of the run. keep_best: the figures whose best checkpoint is kept. record: called with
+    each evaluation. last: the last evaluation of each set.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        steps: int,
+        keep_best: Sequence[str],
+        record: Callable[[Evaluation], None],
+    ) -> None:
+        self._engine, self._steps, self._record = engine, steps, record
+        self._given = engine.recipe.validations
+        self._keep_best = [Watched.parsed(text, "keep_best") for text in keep_best]
+        self._patient = {
+            name: Watched.parsed(f"{name}.{each.watch}", f"{name}.watch")
+            for name, each in self._given.items()
+            if each.patience is not None
+        }
+        self.last: dict[str, Evaluation] = {}
+        if self._keep_best and not self._given:
+            raise ConfigError(
+                "keep_best needs a validation",
+                expected="a recipe with validation=manyhands.Validation(...)",
+                got=", ".join(map(str, keep_best)),
+            )
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Return why no further step is made, or None."""
+        reason: str | None = self._engine.progress.get("stopped")
+        return reason
+
+    def begin(self) -> None:
+        """Try one micro-batch of each set, and make the validations that are due before the next step.
+
+        A validation after the last step may be missing, because the run was stopped before it. Raises ConfigError if
+        the workers have different data, or if a figure that is watched doesn't exist.
+        """
+        if not self._given:
+            return
+        names: list[str] = []
+        for name in self._given:
+            agree(
+                self._engine.group,
+                f"data of the validation {name}",
+                self._engine.facts_of_validation(name),
+                hint="give every worker all of the data, which Manyhands divides itself",
+            )
+            names += self._engine.validate(name, micro_batches=1).numbers
+        for watched in (*self._keep_best, *self._patient.values()):
+            if watched.name not in names:
+                raise ConfigError(
+                    f"there is no figure {watched.name}",
+                    expected="the name of a figure of a validation",
+                    got=repr(str(watched)),
+                    hint=nearest(watched.name, names),
+                )
+        step = self._engine.step_index
+        if self._engine.progress.get("validated") == step:
+            return
+        due = {name: each for name, each in self._given.items() if self._is_due(each, step) and (step or each.at_start)}
+        self._validate(due)
+
+    def after_step(self) -> bool:
+        """Make the validations that are due. Return True if the checkpoint of this step is to be kept as the best."""
+        step = self._engine.step_index
+        return self._validate({name: each for name, each in self._given.items() if self._is_due(each, step)})
+
+    def _is_due(self, validation: Validation, step: int) -> bool:
+        size = self._engine.recipe.batch.global_size
+        ends = validation.period.ends_between(step - 1, step, size, len(self._engine.recipe.data))
+        return ends or step == self._steps or step == 0
+
+    def _validate(self, due: dict[str, Validation]) -> bool:
+        found = {name: self._engine.validate(name) for name in due}
+        for each in found.values():
+            self._record(each)
+        self.last |= found
+        if not found:
+            return False
+        progress = self._engine.progress
+        progress["validated"] = self._engine.step_index
+        values = {name: value for each in found.values() for name, value in each.numbers.items()}
+        best = progress.setdefault("best", {})
+        is_best = False
+        for watched in self._keep_best:
+            before = best.get(str(watched))
+            if watched.name in values and watched.is_better(values[watched.name], before and before["value"]):
+                best[str(watched)] = {"step": self._engine.step_index, "value": values[watched.name]}
+                is_best = True
+        for name, validation in due.items():
+            if validation.patience is not None:
+                self._lose_patience(name, validation, values)
+        return is_best
+
+    def _lose_patience(self, name: str, validation: Validation, values: dict[str, float | None]) -> None:
+        """Stop the run if the watched figure hasn't improved for `patience` validations."""
+        watched, progress = self._patient[name], self._engine.progress
+        state: dict[str, Any] = progress.setdefault("patience", {}).setdefault(name, {"value": None, "without": 0})
+        if watched.is_better(values[watched.name], state["value"], validation.min_improvement):
+            state |= {"value": values[watched.name], "without": 0}
+            return
+        state["without"] += 1
+        if state["without"] >= (validation.patience or 0):
+            count = state["without"]
+            progress["stopped"] = (
+                f"stopped early: {watched.name} has not improved for {count} validation{'' if count == 1 else 's'}"
+            )
+
+    @property
+    def best(self) -> dict[str, dict[str, Any]]:
+        """Return the step and the value of the best checkpoint for each figure."""
+        found: dict[str, dict[str, Any]] = self._engine.progress.get("best", {})
+        return found
