@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from manyhands.launching.failures import explain_failure
 from manyhands.launching.function import launch
 from manyhands.launching.launcher import run_workers
 from manyhands.launching.supervision import StopRequest, started_workers
-from manyhands.members.processes import process_start
+from manyhands.members.processes import has_exited_with_0, process_start, process_state
 from manyhands.members.reports import Failure, StatusFile, WorkerEnd, read_failure, read_status, write_failure
 from support.processes import started
 
@@ -444,3 +445,28 @@ def test_the_position_of_the_root_cause_is_known_from_any_report(tmp_path: Path)
 
 def test_workers_that_stopped_on_request_are_no_failure() -> None:
     assert isinstance(explain_failure([end(0, 130), end(1, 0)]), Interrupted)
+
+
+_ONLY_THE_FIRST_THREAD_ENDS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(300,)).start()
+print("ready", flush=True)
+ctypes.CDLL(None).syscall(60, 0)  # exit() of the first thread alone
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of the system call")
+def test_a_killed_process_whose_threads_still_end_has_not_exited() -> None:
+    """It looks like a zombie. On a loaded machine, it was taken for a worker that exited with code 0."""
+    with subprocess.Popen([sys.executable, "-c", _ONLY_THE_FIRST_THREAD_ENDS], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        while process_state(process.pid) != "Z":
+            time.sleep(0.01)
+        assert not has_exited_with_0(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not has_exited_with_0(process.pid)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert has_exited_with_0(process.pid)

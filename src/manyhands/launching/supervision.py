@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from manyhands.errors import NO_POSITION, Interrupted, WorkerError
 from manyhands.launching.failures import explain_failure
-from manyhands.members.processes import STOPPED_SECONDS, ask_for_stack, has_ended, process_start, process_state
+from manyhands.members.processes import STOPPED_SECONDS, ask_for_stack, has_exited_with_0, process_start, process_state
 from manyhands.members.reports import Failure, WorkerEnd, read_status, write_failure
 from manyhands.surroundings import to_handle
 
@@ -209,11 +209,11 @@ class WorkerMonitor:
         """Stop all workers if one has ended with exit code 0 before it had finished. Peers that haven't met it would
         wait.
 
-        torch's launcher handles other exit codes between two calls. So a worker that had already ended at the last
-        call, and that torch's launcher did not report, has exit code 0.
+        torch's launcher reaps workers between two calls, and reports other exit codes. So a worker that was already
+        reaped at the last call, and that torch's launcher did not report, has exit code 0.
         """
         workers = started_workers(self._folder)
-        ended = {rank for rank in unfinished_ranks(self._folder) & workers.keys() if has_ended(workers[rank])}
+        ended = {rank for rank in unfinished_ranks(self._folder) & workers.keys() if has_exited_with_0(workers[rank])}
         if certain := ended & self._ended:
             report_unfinished(self._folder, certain)
             for rank, pid in workers.items():

@@ -80,6 +80,20 @@ def has_ended(pid: int) -> bool:
     return process_state(pid) in ("", "Z")
 
 
+def has_exited_with_0(pid: int) -> bool:
+    """Return True if the child process has exited with code 0, also if this process has reaped it with any code.
+
+    While the threads of a killed process end one after the other, it may look like a zombie, but has no exit code yet.
+    """
+    if not hasattr(os, "waitid"):  # macOS
+        return has_ended(pid)
+    try:
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return has_ended(pid)
+    return found is not None and found.si_code == os.CLD_EXITED and found.si_status == 0
+
+
 STOPPED_SECONDS = 5.0
 """A process of ours that has been stopped (SIGSTOP) for this long is killed."""
 
