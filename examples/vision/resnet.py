@@ -14,11 +14,12 @@ KINDS = 4  # a disc, a square, a cross, stripes
 class Shapes(Dataset[tuple[Tensor, int]]):
     """Item i is a picture [3, size, size] of one shape on a noisy background, and the kind of the shape.
 
-    The colour, position and size of the shape depend only on the index. No file is read.
+    The colour, position and size of the shape depend only on the index. No file is read. first: the number of the
+    first picture, so that a validation has other pictures than the training.
     """
 
-    def __init__(self, count: int = 4096, size: int = 32) -> None:
-        self.count, self.size = count, size
+    def __init__(self, count: int = 4096, size: int = 32, first: int = 0) -> None:
+        self.count, self.size, self.first = count, size, first
 
     def __len__(self) -> int:
         return self.count
@@ -26,7 +27,7 @@ class Shapes(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not 0 <= index < self.count:
             raise IndexError(f"item {index} of {self.count}")
-        generator = torch.Generator().manual_seed(index)
+        generator = torch.Generator().manual_seed(self.first + index)
         kind = index % KINDS
         centre = self.size * (0.3 + 0.4 * torch.rand(2, generator=generator))
         radius = self.size * (0.15 + 0.1 * torch.rand((), generator=generator))

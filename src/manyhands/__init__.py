@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from manyhands.prepare.records.aggregate import Aggregate
     from manyhands.training.engine import Engine
     from manyhands.training.evaluating import Evaluation
+    from manyhands.training.finished import evaluate
     from manyhands.training.loop import train
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ _WHERE = {
     "Weights": "config",
     "WorkerError": "errors",
     "digest_of_tensors": "numerics.digest",
+    "evaluate": "training.finished",
     "export": "checkpoint.export",
     "launch": "launching.function",
     "load_recipe": "documents.recipe_file",
@@ -92,6 +94,7 @@ __all__ = [
     "Weights",
     "WorkerError",
     "digest_of_tensors",
+    "evaluate",
     "export",
     "launch",
     "load_recipe",

@@ -14,6 +14,7 @@ import typer
 
 from manyhands import __version__
 from manyhands.cli.doctor import doctor_command
+from manyhands.cli.evaluate import evaluate_command
 from manyhands.cli.export import export_command
 from manyhands.cli.hosts import join_command
 from manyhands.cli.prepare import prepare_command
@@ -166,6 +167,8 @@ def compare_command(
 
 
 app.command("prepare")(prepare_command)
+
+app.command("evaluate")(evaluate_command)
 
 app.command("export")(export_command)
 

@@ -80,6 +80,15 @@ class RunArguments:
             show_default=False,
         ),
     ] = None
+    keep_best: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIGURE",
+            help="Keep the checkpoint with the best value of a figure of a validation, such as validation.loss:min or "
+            "validation.accuracy:max. Repeat as needed.",
+            show_default=False,
+        ),
+    ] = None
     digest_every: Annotated[
         int, typer.Option(metavar="N", callback=check_from_one, help="Steps between digests of the weights.")
     ] = 10
@@ -166,6 +175,7 @@ class RunArguments:
                 "checkpoint_every": self.checkpoint_every,
                 "keep_checkpoints": self.keep_checkpoints,
                 "keep_every": self.keep_every,
+                "keep_best": self.keep_best or [],
                 "digest_every": self.digest_every,
                 "accept_new_numerics": self.accept_new_numerics,
                 "amendments": self.amendments().as_json(),

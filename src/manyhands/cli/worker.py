@@ -1,4 +1,4 @@
-"""One worker of the train command."""
+"""One worker of the train or evaluate command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manyhands.surroundings import StopSignals
 
 
 def work(request: Mapping[str, Any]) -> int:
-    """Train as one worker of the launcher, and return the exit code.
+    """Train or evaluate as one worker of the launcher, and return the exit code.
 
     Records an error for the parent, and prints the traceback. Under Manyhands's launcher, worker 0 prints no traceback,
     because the launcher prints the root cause on the same terminal.
@@ -23,7 +23,10 @@ def work(request: Mapping[str, Any]) -> int:
     protect_output()
     try:
         with StopSignals() as stop:
-            _train(request, stop)
+            if "evaluation" in request:
+                _evaluate(request)
+            else:
+                _train(request, stop)
         end_work()
     except (Interrupted, KeyboardInterrupt) as error:
         record_failure(error)
@@ -61,6 +64,18 @@ def _train(request: Mapping[str, Any], stop: StopSignals) -> None:
         console(stderr=request["json"]).print(render(summary))
         if request["json"]:
             say(json.dumps(to_json(summary)), to_stdout=True)
+
+
+def _evaluate(request: Mapping[str, Any]) -> None:
+    from manyhands.documents.recipe_file import load_recipe
+    from manyhands.storage.json_lines import numbers
+    from manyhands.training.finished import evaluate
+
+    loaded = load_recipe(request["recipe"], request["overrides"])
+    found = evaluate(loaded.recipe, strategy=loaded.strategy, show=not request["json"], **request["evaluation"])
+    if request["json"] and int(os.environ["RANK"]) == 0:
+        figures = {name: numbers(each.as_json()) for name, each in found.items()}
+        say(json.dumps(figures), to_stdout=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class Evaluation:
 
     set: the name of the data. step: the number of steps that were complete. loss: the weighted mean of the loss; None
     if no sample counts. weight: the sum of the weights. samples, samples_in_data: how many samples were used, and how
-    many the data have. metrics: the figures by name; None for a figure to which no sample counts.
+    many the data have. metrics: the figures by name; None for a figure to which no sample counts. seconds: the time on
+    this worker.
     """
 
     set: str
@@ -40,7 +41,7 @@ class Evaluation:
     samples: int
     samples_in_data: int
     metrics: dict[str, Figure] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures as JSON values, without the time that they took."""

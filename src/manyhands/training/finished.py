@@ -1,0 +1,53 @@
+"""Evaluates a checkpoint of a run, for example after the run has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from manyhands.checkpoint.export import find_checkpoint
+from manyhands.config import Recipe, Strategy
+from manyhands.errors import ConfigError
+from manyhands.options import nearest
+from manyhands.output import say
+from manyhands.storage.location import location_of
+from manyhands.training.engine import Engine
+from manyhands.training.evaluating import Evaluation
+
+
+def evaluate(
+    recipe: Recipe,
+    run: str | Path,
+    *,
+    step: int | None = None,
+    only: Sequence[str] = (),
+    strategy: Strategy | None = None,
+    accept_new_numerics: bool = False,
+    show: bool = True,
+) -> dict[str, Evaluation]:
+    """Evaluate a checkpoint on the recipe's validations, and return the figures by the names of the sets. Collective.
+
+    The figures are those that the run itself computes after this step. Nothing is written to the run.
+    run: a run directory, or a folder or address of checkpoints. step: the step of the checkpoint (default: the last).
+    only: the names of the sets to use (default: all). accept_new_numerics: evaluate a checkpoint that was saved under
+    another numerics identity; the last bits of the figures may then differ. show: print the figures on worker 0.
+    Raises ConfigError, CheckpointError, DataError, NumericsError.
+    """
+    known = recipe.validations
+    if not known:
+        raise ConfigError(
+            "the recipe has no validation",
+            expected="validation=manyhands.Validation(...), or a table [validation]",
+        )
+    for name in only:
+        if name not in known:
+            raise ConfigError(f"the recipe has no validation {name!r}", got=repr(name), hint=nearest(name, known))
+    checkpoint = find_checkpoint(location_of(run), step)
+    found: dict[str, Evaluation] = {}
+    with Engine(recipe, strategy, resumes=True) as engine:
+        engine.load(checkpoint, accept_new_numerics=accept_new_numerics)
+        for name in only or known:
+            found[name] = engine.validate(name)
+            if show and engine.group.rank == 0:
+                say(str(found[name]))
+    return found
