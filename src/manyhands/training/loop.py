@@ -120,32 +120,45 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         of_best = [keep_best] if isinstance(keep_best, str) else keep_best
         validations = Validations(engine, steps, of_best, record.add_validation)
         saver = Saver(record, interval, keep_checkpoints, keep_every)
-        memory, first = PeakMemory(), engine.step_index
         validations.begin()
         signals.training_started()
-        for batch in engine.batches(steps):
-            if validations.stop_reason:
-                break
-            step = engine.step_index
-            digest_due = (step + 1) % digest_every == 0 or step + 1 == steps
-            with ExitStack() as watched:
-                if step - first < MEASURED_STEPS:
-                    watched.enter_context(memory)
-                engine.stop_requested, engine.save_requested = signals.requested, saver.is_due
-                metrics = engine.step(batch, digest=digest_due)
-            if step == first and (changed := engine.buffers.report()) is not None:
-                record.report(changed)
-            record.add(metrics)
-            if engine.stop_requested:
-                raise _interrupted(engine, record, saver)
-            is_best = validations.after_step()
-            last = step + 1 == steps or validations.stop_reason is not None
-            saver.after_step(metrics.digest, last=last, is_best=is_best)
-        if validations.stop_reason:
-            record.event("stopped early", step=engine.step_index, why=validations.stop_reason)
-            record.report(validations.stop_reason)
+        peak_bytes = _make_steps(engine, record, validations, saver, signals, steps, digest_every)
         saver.finish()
-        return _summary(engine, record, validations, memory.peak_bytes, time.monotonic() - started)
+        return _summary(engine, record, validations, peak_bytes, time.monotonic() - started)
+
+
+def _make_steps(
+    engine: Engine,
+    record: RunRecord,
+    validations: Validations,
+    saver: Saver,
+    signals: StopSignals,
+    steps: int,
+    digest_every: int,
+) -> int:
+    """Make the steps of a run, with their validations and checkpoints. Return the peak memory in bytes. Collective."""
+    memory, first = PeakMemory(), engine.step_index
+    for batch in engine.batches(steps):
+        if validations.stop_reason:
+            break
+        step = engine.step_index
+        with ExitStack() as watched:
+            if step - first < MEASURED_STEPS:
+                watched.enter_context(memory)
+            engine.stop_requested, engine.save_requested = signals.requested, saver.is_due
+            metrics = engine.step(batch, digest=(step + 1) % digest_every == 0 or step + 1 == steps)
+        if step == first and (changed := engine.buffers.report()) is not None:
+            record.report(changed)
+        record.add(metrics)
+        if engine.stop_requested:
+            raise _interrupted(engine, record, saver)
+        is_best = validations.after_step()
+        last = step + 1 == steps or validations.stop_reason is not None
+        saver.after_step(metrics.digest, last=last, is_best=is_best)
+    if validations.stop_reason:
+        record.event("stopped early", step=engine.step_index, why=validations.stop_reason)
+        record.report(validations.stop_reason)
+    return memory.peak_bytes
 
 
 def _agree_on_arguments(group: Group, **arguments: Any) -> None:
