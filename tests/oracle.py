@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 import manyhands as mh
-from manyhands.data.order import micro_batch_positions, sample_indices
 from manyhands.models.bf16_products import bf16_products_in_fp32
 from manyhands.numerics.counters import derive
+from support.positions import micro_batch_positions, sample_indices
 
 BLOCK = 1024
 

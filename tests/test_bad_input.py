@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from manyhands.comm.group import Group
-from manyhands.data.order import sample_indices
 from oracle import oracle_run
+from support.positions import sample_indices
 from support.threads import host_groups, run_threads, thread_groups
 
 SUPPORT = Path(__file__).resolve().parent / "support"
@@ -310,7 +310,8 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(
             return loss(model, batch) + (Poison.apply(model[2].weight) if poisoned and micro_batch() == 2 else 0.0)
 
         def micro_batch() -> int:
-            return engine.my_micro_batches[(calls - 1) % len(engine.my_micro_batches)]
+            mine = engine.my_micro_batches(engine.step_index)
+            return mine[(calls - 1) % len(mine)]
 
         strategy = mh.Strategy(sharding=sharding, transport=group_kind)
         with mh.Engine(recipe(loss=sometimes_poisoned), strategy, group) as engine:
@@ -359,7 +360,7 @@ def test_training_continues_unchanged_after_a_refused_step(cause: str, hosts: in
 
         def sometimes_wrong(model: nn.Module, batch: Tensor) -> tuple[Tensor, float]:
             nonlocal computed
-            mine = engine.my_micro_batches
+            mine = engine.my_micro_batches(engine.step_index)
             micro_batch, computed = mine[computed % len(mine)], computed + 1
             loss, weight = summed(model, batch)
             if disturbed and cause == "weight":

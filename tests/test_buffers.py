@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import manyhands as mh
-from manyhands.data.order import sample_indices
+from support.positions import sample_indices
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine
 from test_bad_input import on_all

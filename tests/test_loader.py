@@ -22,8 +22,8 @@ from torch import nn
 
 from manyhands.config import Batch, Recipe
 from manyhands.data.loader import MicroBatchLoader
-from manyhands.data.order import sample_indices
 from manyhands.errors import DataError, InvariantError
+from support.positions import sample_indices
 
 TASKS = [(step, i) for step in range(3) for i in range(2)]
 

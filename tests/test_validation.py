@@ -20,10 +20,11 @@ import manyhands as mh
 from manyhands import metrics
 from manyhands.checkpoint.format import list_checkpoints, read_manifest
 from manyhands.comm.group import Group
-from manyhands.config import Validation
+from manyhands.data.epochs import Epochs
 from manyhands.errors import ConfigError, DataError, WorkerError
 from manyhands.intervals import Period
 from manyhands.listeners.run_directory import RunDirectory
+from manyhands.validation import Validation
 from support.threads import run_threads
 
 LABELS, PREDICTIONS = [0, 1, 0, 1, 0, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1, 1, 1, 0, 1]
@@ -320,9 +321,9 @@ def test_a_run_with_validations_has_the_digest_of_a_run_without(loader_workers: 
 
 
 def test_periods() -> None:
-    def ends(text: str, steps: int, samples: int = 4, epoch: int = 10) -> list[int]:
-        period = Period.parsed(text, "every")
-        return [step for step in range(1, steps + 1) if period.ends_between(step - 1, step, samples, epoch)]
+    def ends(text: str, steps: int) -> list[int]:
+        period, epochs = Period.parsed(text, "every"), Epochs(10, mh.Batch(global_size=4, micro_size=2), "join")
+        return [step for step in range(1, steps + 1) if period.ends_with(step, epochs.complete_after)]
 
     assert ends("500 steps", 1200) == [500, 1000]
     assert ends("1 epoch", 8) == [3, 5, 8]

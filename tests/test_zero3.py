@@ -149,13 +149,13 @@ def test_units_of_one_block_are_unsharded_together(monkeypatch: pytest.MonkeyPat
         assert len([unit for unit in engine.units if "blocks.0" in unit.modules]) == 2
         requests = requests_of(engine, monkeypatch, STEPS)
         assert engine.digest() == oracle_run(recipe, STEPS).digests[-1]
-    assert requests[-1] == len(engine.my_micro_batches)
+    assert requests[-1] == len(engine.my_micro_batches(0))
 
 
 def test_the_second_step_has_a_plan_without_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     with mh.Engine(recipe_of(Twice), alone()) as engine:
         requests = requests_of(engine, monkeypatch, 3)
-        assert requests[0] > requests[1] == requests[2] == len(engine.my_micro_batches)
+        assert requests[0] > requests[1] == requests[2] == len(engine.my_micro_batches(0))
 
 
 def requests_of(engine: mh.Engine, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[int]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from manyhands import metrics
     from manyhands.checkpoint.export import ExportSummary, export
-    from manyhands.config import Batch, Recipe, Strategy, Validation, Weights
+    from manyhands.config import Batch, Recipe, Strategy, Weights
+    from manyhands.data.sample_order import by_length, weighted
     from manyhands.data.token_file import TokenFile
     from manyhands.documents.recipe_file import load_recipe
     from manyhands.engine.step.metrics import StepMetrics
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from manyhands.training.evaluating import Evaluation
     from manyhands.training.finished import evaluate
     from manyhands.training.loop import train
+    from manyhands.validation import Validation
 
 __version__ = "0.1.0"
 
@@ -58,9 +60,10 @@ _WHERE = {
     "Strategy": "config",
     "Summary": "listeners.summary",
     "TokenFile": "data.token_file",
-    "Validation": "config",
+    "Validation": "validation",
     "Weights": "config",
     "WorkerError": "errors",
+    "by_length": "data.sample_order",
     "digest_of_tensors": "numerics.digest",
     "evaluate": "training.finished",
     "export": "checkpoint.export",
@@ -68,6 +71,7 @@ _WHERE = {
     "load_recipe": "documents.recipe_file",
     "metrics": "metrics",
     "train": "training.loop",
+    "weighted": "data.sample_order",
 }
 
 __all__ = [
@@ -93,6 +97,7 @@ __all__ = [
     "Validation",
     "Weights",
     "WorkerError",
+    "by_length",
     "digest_of_tensors",
     "evaluate",
     "export",
@@ -100,6 +105,7 @@ __all__ = [
     "load_recipe",
     "metrics",
     "train",
+    "weighted",
 ]
 
 

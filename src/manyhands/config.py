@@ -16,8 +16,8 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from manyhands.errors import ConfigError
-from manyhands.intervals import Period
 from manyhands.options import check_options, option, options
+from manyhands.validation import Validation, refuse_stream
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,6 +37,10 @@ OPTIMIZER_KINDS = ("elementwise", "per-parameter")
 ATTRIBUTE_RULES = ("restore", "keep")
 
 BUFFER_RULES = ("mean", "last", "refuse")
+
+EPOCH_ENDS = ("join", "short", "drop")
+
+ORDERS = ("random", "sequential")
 
 TRANSPORTS = ("auto", "shared-memory", "distributed", "hierarchical")
 
@@ -150,72 +154,6 @@ class Weights:
 
 
 @options
-class Validation:
-    """Data on which the model is evaluated during a run, and when. A validation changes no bit of the training.
-
-    All workers share its micro-batches, and the figures are the same to the last bit for any number of workers. The
-    recipe's loss is always among them. Raises ConfigError.
-    """
-
-    data: Any = option(in_toml=False, help="A map-style torch Dataset.")
-    metrics: Sequence[Any] | Mapping[str, Any] = option(
-        default=(),
-        in_toml=False,
-        help="Figures beside the loss: names (accuracy), metrics (manyhands.metrics.f1(...)), or functions "
-        "(output, batch) -> (sum, weight), where output is what the model returned in the loss function. In a mapping, "
-        "the keys are the names of the figures.",
-    )
-    every: str = option(
-        default="1 epoch",
-        help="When to validate: '500 steps', '1 epoch', '0.25 epoch'. The end of the run is always validated.",
-    )
-    batch: int | None = option(
-        default=None, at_least=1, help="Samples in one micro-batch. None: the micro_size of the recipe's batch."
-    )
-    samples: int | None = option(
-        default=None,
-        at_least=1,
-        help="The number of samples to use, drawn once from the seed, at most all. None: all samples.",
-    )
-    at_start: bool = option(default=False, help="Also validate before the first step.")
-    patience: int | None = option(
-        default=None,
-        at_least=1,
-        help="Stop the run after this many validations without an improvement of the figure `watch`. None: never.",
-    )
-    watch: str = option(
-        default="loss:min", help="The figure for `patience`, and whether the smallest or the largest value is the best."
-    )
-    min_improvement: float = option(
-        default=0.0, at_least=0.0, help="A smaller improvement of the figure `watch` doesn't count for `patience`."
-    )
-    collate: Callable[[list[Any]], Any] | None = option(
-        default=None, in_toml=False, help="Makes a batch from a list of samples. None: the recipe's collate."
-    )
-    predict: Callable[[nn.Module, Any], Any] | None = option(
-        default=None,
-        in_toml=False,
-        help="(model, batch) -> the output that metrics get. None: what the model returned in the loss function.",
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        refuse_stream("validation.data", self.data)
-        self.period  # noqa: B018  (checks `every`)
-        for name in ("collate", "predict"):
-            value = getattr(self, name)
-            if not (value is None or callable(value)):
-                raise ConfigError(f"validation.{name} can't be called", expected="a function", got=repr(value))
-        if isinstance(self.metrics, str):
-            object.__setattr__(self, "metrics", (self.metrics,))
-
-    @property
-    def period(self) -> Period:
-        """Return `every`, parsed."""
-        return Period.parsed(self.every, "validation.every")
-
-
-@options
 class Recipe:
     """Everything that decides the bits of the result, and nothing else. Raises ConfigError."""
 
@@ -237,6 +175,23 @@ class Recipe:
     )
     data: Any = option(in_toml=False, help="A map-style torch Dataset.")
     batch: Batch = option(in_toml=False, help="How the samples of a step are divided.")
+    epochs: int | None = option(
+        default=None,
+        at_least=1,
+        help="The number of passes over the data, in place of a number of steps.",
+    )
+    epoch_end: str = option(
+        default="join",
+        choices=EPOCH_ENDS,
+        help="The end of an epoch. join: a step may take its last samples from the next epoch; short: the last step of "
+        "an epoch has the rest; drop: the rest is left out.",
+    )
+    order: Any = option(
+        default="random",
+        in_toml=False,
+        help="The order of the samples in an epoch: random, sequential, manyhands.weighted(...), "
+        "manyhands.by_length(...), or a function (seed, epoch, place) -> index, where epoch counts from 0.",
+    )
     weights: Weights | str | os.PathLike[str] | None = option(
         default=None,
         in_toml=False,
@@ -330,6 +285,12 @@ class Recipe:
         if not isinstance(self.batch, Batch):
             raise ConfigError("recipe.batch has the wrong type", expected="manyhands.Batch(...)", got=repr(self.batch))
         refuse_stream("recipe.data", self.data)
+        if isinstance(self.order, str) and self.order not in ORDERS:
+            raise ConfigError(
+                "recipe.order is not an order",
+                expected=f"{' or '.join(ORDERS)}, manyhands.weighted(...), manyhands.by_length(...), or a function",
+                got=repr(self.order),
+            )
         self._check_validations()
         if isinstance(self.weights, (str, os.PathLike)):
             object.__setattr__(self, "weights", Weights(path=self.weights))
@@ -472,11 +433,19 @@ class Strategy:
         check_options(self)
 
 
-def refuse_stream(name: str, data: object) -> None:
-    """Raise ConfigError unless `data` is a map-style data set."""
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+def check_length(steps: int | None, epochs: int | None, where: str | None = None) -> None:
+    """Raise ConfigError unless a run has either a number of steps or a number of epochs."""
+    if steps is not None and epochs is not None:
         raise ConfigError(
-            f"{name} is not a map-style dataset",
-            expected="an object with __len__ and __getitem__",
-            got=type(data).__name__,
+            "both steps and epochs are set",
+            where=where,
+            expected="one of them",
+            got=f"steps = {steps}, epochs = {epochs}",
+            hint="for a short trial of a recipe with epochs, use --set epochs=1",
+        )
+    if steps is None and epochs is None:
+        raise ConfigError(
+            "the number of steps is not set",
+            where=where,
+            hint="use --steps N, or steps = N or epochs = N in the recipe",
         )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -63,12 +64,12 @@ class Period:
             )
         return cls(steps=int(number)) if in_steps else cls(epochs=number)
 
-    def ends_between(self, before: int, after: int, samples: int, epoch: int) -> bool:
-        """Return True if a period ends after step `before`, and at the latest after step `after`.
+    def ends_with(self, step: int, epochs_after: Callable[[int], Fraction]) -> bool:
+        """Return True if a period ends in the last of `step` steps.
 
-        samples: the samples in a step. epoch: the samples in an epoch.
+        epochs_after: returns the number of epochs that are complete after a number of steps.
         """
         if self.steps is not None:
-            return after // self.steps > before // self.steps
-        length = (self.epochs or 1) * epoch
-        return after * samples // length > before * samples // length
+            return step % self.steps == 0
+        length = self.epochs or Fraction(1)
+        return epochs_after(step) // length > epochs_after(step - 1) // length

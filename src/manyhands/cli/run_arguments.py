@@ -130,19 +130,15 @@ class RunArguments:
 
         return [*(self.set_ or []), *(override_of(f"strategy.{name}", value) for name, value in strategy.items())]
 
-    def last_step(self, checked: RecipeSchema) -> int:
-        """Return the step at which the run ends. Raises ConfigError if there is none, or if an option is wrong."""
+    def last_step(self, checked: RecipeSchema) -> int | None:
+        """Return the step at which the run ends, or None if the recipe has epochs. Raises ConfigError."""
+        from manyhands.config import check_length
         from manyhands.intervals import every
 
         if self.checkpoint_every is not None:
             every(self.checkpoint_every)
         steps = self.steps or checked.steps
-        if steps is None:
-            raise ConfigError(
-                "the number of steps is not set",
-                where=str(self.recipe),
-                hint="use --steps N, or steps = N in the recipe",
-            )
+        check_length(steps, checked.epochs, str(self.recipe))
         return steps
 
     def amendments(self) -> Amendments:
@@ -159,7 +155,7 @@ class RunArguments:
         settings = dict(parse_override("--amend", text) for text in self.amend or ())
         return amendments_of(self.skip_step or (), {self.from_step or 0: settings})
 
-    def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
+    def request(self, overrides: list[str], steps: int | None, run_dir: Path) -> dict[str, Any]:
         """Describe the training for the workers, as JSON values.
 
         The workers pass `training` on to `manyhands.train`.

@@ -98,7 +98,7 @@ class TrainArguments(RunArguments):
     ] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False
 
-    def request(self, overrides: list[str], steps: int, run_dir: Path) -> dict[str, Any]:
+    def request(self, overrides: list[str], steps: int | None, run_dir: Path) -> dict[str, Any]:
         request = super().request(overrides, steps, run_dir)
         return {**request, "json": self.as_json, "training": {**request["training"], "adopt": self.adopt}}
 

@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from manyhands.config import Recipe, Validation
-from manyhands.data.order import Permutation, micro_batch_positions, sample_indices
+from manyhands.config import Recipe
+from manyhands.data.epochs import Epochs
+from manyhands.data.permutation import Permutation
 from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
+from manyhands.validation import Validation
 
 
 class Samples(ABC):
@@ -57,12 +59,11 @@ class TrainingSamples(Samples):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe.data, recipe.collate)
-        self._batch, self._seed = recipe.batch, recipe.seed
+        self._seed = recipe.seed
+        self.epochs, self._order = Epochs.of(recipe)
 
     def indices(self, step: int, micro_batch: int) -> list[int]:
-        positions = micro_batch_positions(step, micro_batch, self._batch)
-        indices: list[int] = sample_indices(self._seed, self.size, positions).tolist()
-        return indices
+        return self._order.at(self.epochs.positions(step, micro_batch))
 
     def seed(self, step: int, micro_batch: int) -> int:
         return derive(self._seed, "data", step, micro_batch)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from manyhands.data.order import Mixture
+from manyhands.data.permutation import Mixture
 from manyhands.data.token_format import FOLDER, MANIFEST, TOKENIZER, MappedTokens, map_tokens
 from manyhands.errors import ConfigError, DataError
 from manyhands.options import whole_number

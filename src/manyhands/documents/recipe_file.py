@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from manyhands.config import Batch, Recipe, Strategy, Validation, Weights
+from manyhands.config import Batch, Recipe, Strategy, Weights
 from manyhands.documents.functions import IMPORT_PATH, Arguments, Binder, Target
 from manyhands.documents.option_table import BuildableTable, OptionTable
 from manyhands.documents.toml import Document, Table, raise_all, read_document
 from manyhands.errors import ConfigError
 from manyhands.options import hint_nearest
+from manyhands.validation import Validation
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,6 +108,7 @@ class RecipeSchema(OptionTable[Recipe]):
     optimizer: OptimizerTable
     schedule: Target | None = None
     sample: Target | None = None
+    order: str | Target = "random"
     validation: ValidationTable | None = None
     validations: dict[str, ValidationTable] = {}
     batch: BuildableTable[Batch]
@@ -201,17 +203,18 @@ def _weights(document: Document[RecipeSchema]) -> Weights | None:
 
 def _import_all(
     document: Document[RecipeSchema],
-) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[[], Validation]]]:
+) -> tuple[dict[str, Any], dict[str, Callable[[], Validation]]]:
     """Return the recipe's functions by table, and functions that build its validations, by name.
 
     Raises one ConfigError for all problems.
     """
     schema, binder = document.schema, Binder(document)
-    functions: dict[str, Callable[..., Any]] = {}
+    functions: dict[str, Any] = {"order": schema.order}
     for table, called_with in CALLED_WITH.items():
         target: Target | None = getattr(schema, table)
         if target is not None:
             functions[table] = binder.bind(target, called_with, table, noted=table not in ("loss", "collate", "sample"))
+    order = None if isinstance(schema.order, str) else binder.bind(schema.order, (), "order")
     own = {
         index: binder.bind(group, CALLED_WITH["optimizer"], "optimizer", "groups", index)
         for index, group in enumerate(schema.optimizer.groups)
@@ -223,6 +226,8 @@ def _import_all(
     raise_all(binder.problems, document.path)
     if schema.optimizer.groups:
         functions["optimizer"] = _grouped(functions["optimizer"], own, document)
+    if order is not None:
+        functions["order"] = order()
     return functions, validations
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from manyhands.comm.agreement import agree, all_gather_json
 from manyhands.comm.group import Group
 from manyhands.config import Recipe
+from manyhands.data.sample_order import order_fact
 from manyhands.models.attributes import refuse_differences
 from manyhands.models.building import evict_model
 from manyhands.numerics.digest import digest_of, fingerprint, tensor_hashes, words_of
@@ -41,7 +42,9 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
     # rule.
     if restored := [pattern for pattern, rule in recipe.attributes.items() if rule == "restore"]:
         facts["attributes that are restored"] = ", ".join(restored)
-    return facts | {"len(data)": str(len(recipe.data))}
+    if recipe.epoch_end != "join":
+        facts["epoch_end"] = recipe.epoch_end
+    return facts | order_fact(recipe.order) | {"len(data)": str(len(recipe.data))}
 
 
 def buffer_rules(rules: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from manyhands.comm.agreement import agree
 from manyhands.comm.group import Group
 from manyhands.comm.local import LocalGroup
 from manyhands.config import Recipe, Strategy
+from manyhands.data.epochs import Epochs
 from manyhands.engine.agreement import (
     agree_on_attributes,
     agree_on_functions,
@@ -79,9 +80,8 @@ class StepEngine:
     trained: the (name, numel) of each trainable parameter, in the order of the block numbers.
     digest_names: the name and 32-bit words (see `words_of`) of each tensor that the digest covers, in order.
     data_facts: names and hashes of a part of the data, which are compared before the first step.
-    progress: the state of the run's validations. It is saved with checkpoints.
-    extra_state: the user's own numbers, texts, and lists and dicts of them. They are saved with checkpoints and loaded
-    with them. They must be the same on all workers; those of worker 0 are saved.
+    progress, extra_state: a part of checkpoints: the state of the run's validations; and the user's own numbers, texts,
+    and lists and dicts of them, which must be the same on all workers.
     pending: names of the parameters whose values have yet to be loaded from the recipe's files. After loading, the
     fingerprints of the frozen ones are added to `frozen_facts`.
     Raises the same ConfigError on all workers.
@@ -143,7 +143,8 @@ class StepEngine:
         groups = self.optimizer.plain_hyperparameters()  # schedules may have changed these
         self._optimizer_facts |= schedule_facts(self.schedules, groups, self._optimizer_facts)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
-        self.buffers = Buffers(self.model, recipe.batch.micro_batches, recipe.buffers, reports=group.rank == 0)
+        self.epochs, _ = Epochs.of(recipe)
+        self.buffers = Buffers(self.model, recipe.buffers, reports=group.rank == 0)
         self._attributes = AttributeGuard(self.model, recipe.attributes)
         self._settings = Settings(self._params, self.optimizer, self.buffers)
         self.trained = slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
@@ -204,10 +205,10 @@ class StepEngine:
             handles += around_forward(self.model.get_submodule(name), enter, leave)
         return handles
 
-    @property
-    def my_micro_batches(self) -> list[int]:
+    def my_micro_batches(self, step: int) -> list[int]:
         """Return the indices of the micro-batches that this worker computes in a step, in order."""
-        return [this.micro_batch for this in self._reducer.rounds if this.micro_batch is not None]
+        present = self.epochs.present(step)
+        return [each for this in self._reducer.rounds if (each := this.micro_batch) is not None and each in present]
 
     def run_step(self, load: Callable[[int], Any], *, digest: bool = False) -> StepMetrics:
         """Run one training step. Collective.
@@ -264,23 +265,7 @@ class StepEngine:
         if not self._loss_reader.is_agreed:  # in the first step
             agree_on_start(self.buffers.named(), self.data_facts, self.group)
         self._reducer.begin_step(step)
-        results = {}
-        for index, this in enumerate(self._reducer.rounds):
-            with self._clock.phase("data"):
-                if this.micro_batch is not None:
-                    self._publish_status("data", this.micro_batch)
-                    batch = to_device(load(this.micro_batch), self.group.device)
-            with self._clock.phase("communication"):
-                self._reducer.begin(index)
-                self._unsharder.begin(f"{tag}, round {index}", computes=this.micro_batch is not None)
-            with self._clock.phase("compute"):
-                if this.micro_batch is not None:
-                    results[this.micro_batch] = self._compute(step, this.micro_batch, batch)
-                    batch = None  # free its memory before this worker communicates
-            with self._clock.phase("communication"):
-                self._publish_status("communication")
-                self._unsharder.end()
-                self._reducer.end()
+        results = self._compute_rounds(load, step, tag)
         self._param_guard.after_backward()
         self._attributes.restore()
         with self._clock.phase("communication"):
@@ -304,7 +289,8 @@ class StepEngine:
             step=step,
             loss=added_in_order(control.losses) / weight,
             weight=weight,
-            samples=self.recipe.batch.global_size,
+            samples=sum(self.epochs.sizes(step)),
+            epoch=self.epochs.epoch_of(step),
             weighted=self._loss_reader.form.weighted,
             metrics=self._loss_reader.metrics(control),
             gradient_norm=norm,
@@ -314,6 +300,29 @@ class StepEngine:
             bytes_moved=self._clock.bytes_moved,
             digest=digest_text,
         )
+
+    def _compute_rounds(self, load: Callable[[int], Any], step: int, tag: str) -> dict[int, LossResult]:
+        """Compute this worker's micro-batches, exchange gradients, and return the results. Collective."""
+        results, mine = {}, self.my_micro_batches(step)
+        for index, this in enumerate(self._reducer.rounds):
+            # A step at the end of an epoch may lack micro-batches, which contribute zeros.
+            micro_batch = this.micro_batch if this.micro_batch in mine else None
+            with self._clock.phase("data"):
+                if micro_batch is not None:
+                    self._publish_status("data", micro_batch)
+                    batch = to_device(load(micro_batch), self.group.device)
+            with self._clock.phase("communication"):
+                self._reducer.begin(index)
+                self._unsharder.begin(f"{tag}, round {index}", computes=micro_batch is not None)
+            with self._clock.phase("compute"):
+                if micro_batch is not None:
+                    results[micro_batch] = self._compute(step, micro_batch, batch)
+                    batch = None  # free its memory before this worker communicates
+            with self._clock.phase("communication"):
+                self._publish_status("communication")
+                self._unsharder.end()
+                self._reducer.end()
+        return results
 
     def _publish_status(self, activity: str, micro_batch: int | None = None) -> None:
         """Publish the current activity for peers and for the launcher."""
@@ -344,6 +353,7 @@ class StepEngine:
                 refusing_seeds(not self.recipe.compile),
             ):
                 result = self._loss_reader.read(self.recipe.loss(self.model, batch))
+                result = result.of_samples(self.epochs.share(step, micro_batch), self._loss_reader.form)
             self._param_guard.before_backward(result.loss)
             self._unsharder.begin_backward()
             result.loss.backward()  # type: ignore[no-untyped-call]
@@ -392,7 +402,8 @@ class StepEngine:
         self.stop_requested, self.save_requested = control.stop, control.save
         unused = {name for name, got in zip(self._param_names, control.got_gradient, strict=True) if not got}
         self._publish_status("update")
-        self.buffers.merge(list(control.changed_buffers), self.my_micro_batches, self.group, f"{tag} / buffers")
+        present, mine = self.epochs.present(self.step_index), self.my_micro_batches(self.step_index)
+        self.buffers.merge(list(control.changed_buffers), present, mine, self.group, f"{tag} / buffers")
         before = partial(self._step_hooks.before, self.step_index) if control.has_hooks else None
         clip_norm = self.amendments.clip_norm(self.step_index, self.recipe.clip_norm)
         norm = self.updater.update(self._reducer, weight, clip_norm, unused, tag, before)
@@ -414,10 +425,8 @@ class StepEngine:
     def evaluating(self) -> Iterator[nn.Module]:
         """Yield the model for forward passes between two steps. Collective: the end of the block waits for all workers.
 
-        All modules are in evaluation mode, and torch records no gradients. At the end, the modes of the modules, their
-        attributes, the buffers and the global generators are as before, so later steps don't depend on the evaluation.
-        Sharded parameters are unsharded unit by unit, as the model needs them. Workers may call the model different
-        numbers of times, or not at all. Raises ConfigError inside another `evaluating` block.
+        See `Evaluation`. Sharded parameters are unsharded unit by unit, as the model needs them. Workers may call the
+        model different numbers of times, or not at all. Raises ConfigError inside another `evaluating` block.
         """
         self.check_usable()
         with self.evaluation.free():

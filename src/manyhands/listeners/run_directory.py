@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from manyhands.config import Recipe, Strategy, Validation
+from manyhands.config import Recipe, Strategy
 from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
@@ -37,6 +37,7 @@ from manyhands.storage.atomic import write_atomic
 from manyhands.storage.json_lines import append_line, complete_lines, numbers
 from manyhands.storage.run_lock import LOCK
 from manyhands.storage.untrusted import open_log, read_inside
+from manyhands.validation import Validation
 
 RUN_FORMAT = "manyhands run 2"
 

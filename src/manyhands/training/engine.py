@@ -19,7 +19,7 @@ from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot
 from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
-from manyhands.config import Recipe, Strategy, Validation, Weights
+from manyhands.config import Recipe, Strategy, Weights
 from manyhands.data.loader import TRAINING, LoadedBatch, MicroBatchLoader, load_batch
 from manyhands.data.samples import HeldOutSamples
 from manyhands.engine.engine import StepEngine
@@ -31,6 +31,7 @@ from manyhands.metrics.choice import chosen_metrics
 from manyhands.optim.amending import apply_changes, check_change
 from manyhands.storage.location import Location, location_of
 from manyhands.training.evaluating import Evaluation, evaluate
+from manyhands.validation import Validation
 
 
 class StepBatch(NamedTuple):
@@ -125,7 +126,10 @@ class Engine(StepEngine):
         numbers = count(first) if steps is None else range(first, steps)
         skipped = frozenset(self.amendments.skipped)
         return loader.stream(
-            (step, micro_batch) for step in numbers if step not in skipped for micro_batch in self.my_micro_batches
+            (step, micro_batch)
+            for step in numbers
+            if step not in skipped
+            for micro_batch in self.my_micro_batches(step)
         )
 
     def _facts(self, step: int, of: str = TRAINING) -> dict[str, str]:
@@ -246,6 +250,7 @@ class Engine(StepEngine):
             self.step_index += 1
             return StepMetrics(
                 step=step,
+                epoch=self.epochs.epoch_of(step),
                 skipped=True,
                 loss=math.nan,
                 weight=0.0,

@@ -11,7 +11,7 @@ from typing import Any
 
 from manyhands.comm.agreement import agree, all_gather_json
 from manyhands.comm.group import Group
-from manyhands.config import Recipe, Strategy
+from manyhands.config import Recipe, Strategy, check_length
 from manyhands.engine.step.amendments import amendments_of
 from manyhands.errors import ConfigError, Interrupted
 from manyhands.intervals import Every, every
@@ -36,7 +36,7 @@ The first step allocates the optimizer's state, so the peak is in these steps.
 def train(  # noqa: PLR0913  (one argument for each option of a run)
     recipe: Recipe,
     *,
-    steps: int,
+    steps: int | None = None,
     strategy: Strategy | None = None,
     run_dir: str | Path | None = None,
     checkpoint_dir: str | Location | None = None,
@@ -56,6 +56,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
 ) -> Summary:
     """Train until `steps` steps are complete. Collective: every worker calls it with the same arguments.
 
+    steps: the number of steps, counted from the start of the run. It is left out if the recipe sets `epochs`.
     run_dir: the output directory. If it has checkpoints of this recipe, the run is resumed. If it is None, nothing is
     written.
     checkpoint_dir: where to write checkpoints instead of in run_dir: a folder, or an address (s3://bucket/folder). The
@@ -81,10 +82,11 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     Returns the run's summary: `summary.digest`, `summary.last_loss`, ... Raises ConfigError, DataError, NumericsError,
     CheckpointError, WorkerError, and Interrupted after Ctrl-C.
     """
-    given = (steps, digest_every, keep_checkpoints, 1 if keep_every is None else keep_every)
-    steps, digest_every, keep_checkpoints, kept = (whole_number(number) or 0 for number in given)
+    check_length(steps, recipe.epochs)
+    given = (1 if steps is None else steps, digest_every, keep_checkpoints, 1 if keep_every is None else keep_every)
+    checked_steps, digest_every, keep_checkpoints, kept = (whole_number(number) or 0 for number in given)
     keep_every = None if keep_every is None else kept
-    if min(steps, digest_every, keep_checkpoints, kept) < 1:
+    if min(checked_steps, digest_every, keep_checkpoints, kept) < 1:
         raise ConfigError(
             "steps, digest_every, keep_checkpoints and keep_every must be at least 1",
             expected="integers",
@@ -113,16 +115,18 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             start_over=start_over,
             amendments=given_amendments.described(),
         )
+        last = engine.epochs.steps(recipe.epochs) if recipe.epochs is not None else checked_steps
         record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, stack, adopt=adopt, anew=anew)
         record.amend(given_amendments)
         record.resume(accept_new_numerics)
-        record.show(steps, show)
         of_best = [keep_best] if isinstance(keep_best, str) else keep_best
-        validations = Validations(engine, steps, of_best, record.add_validation)
+        validations = Validations(engine, last, of_best, record.add_validation)
+        record.notes += engine.epochs.described(last) + validations.described()
+        record.show(last, show)
         saver = Saver(record, interval, keep_checkpoints, keep_every)
         validations.begin()
         signals.training_started()
-        peak_bytes = _make_steps(engine, record, validations, saver, signals, steps, digest_every)
+        peak_bytes = _make_steps(engine, record, validations, saver, signals, last, digest_every)
         saver.finish()
         return _summary(engine, record, validations, peak_bytes, time.monotonic() - started)
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from manyhands.comm.agreement import agree
-from manyhands.config import Validation
 from manyhands.errors import ConfigError
 from manyhands.options import nearest
 from manyhands.training.engine import Engine
 from manyhands.training.evaluating import Evaluation
+from manyhands.validation import Validation
 
 
 class Watched(NamedTuple):
@@ -85,6 +85,15 @@ class Validations:
         reason: str | None = self._engine.progress.get("stopped")
         return reason
 
+    def described(self) -> list[str]:
+        """Describe in one line when validations are made, and what follows from them."""
+        found = []
+        for name, each in self._given.items():
+            stops = f", {each.patience} without a better {each.watch} end the run" if each.patience else ""
+            found.append(f"{name} every {each.every.strip()} and at the end{stops}")
+        found += [f"the checkpoint with the best {watched.name} is kept" for watched in self._keep_best]
+        return ["; ".join(found)] if found else []
+
     def begin(self) -> None:
         """Try one micro-batch of each set, and make the validations that are due before the next step.
 
@@ -122,9 +131,7 @@ class Validations:
         return self._validate({name: each for name, each in self._given.items() if self._is_due(each, step)})
 
     def _is_due(self, validation: Validation, step: int) -> bool:
-        size = self._engine.recipe.batch.global_size
-        ends = validation.period.ends_between(step - 1, step, size, len(self._engine.recipe.data))
-        return ends or step == self._steps or step == 0
+        return step in (0, self._steps) or validation.period.ends_with(step, self._engine.epochs.complete_after)
 
     def _validate(self, due: dict[str, Validation]) -> bool:
         found = {name: self._engine.validate(name) for name in due}

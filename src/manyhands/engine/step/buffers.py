@@ -60,7 +60,7 @@ class Buffers:
     results: for each buffer that forward has changed, a text that says how the buffer got its value, by name.
     """
 
-    def __init__(self, model: nn.Module, micro_batches: int, rules: Mapping[str, str], *, reports: bool) -> None:
+    def __init__(self, model: nn.Module, rules: Mapping[str, str], *, reports: bool) -> None:
         self._model = model
         self.frozen = {name: param for name, param in model.named_parameters() if may_change(param)}
         self._owners = {name: _owner(model, name) for name, _ in model.named_buffers()}
@@ -68,7 +68,6 @@ class Buffers:
         self.persistent = [
             name for name, (owner, key) in self._owners.items() if key not in owner._non_persistent_buffers_set
         ]
-        self._micro_batches = micro_batches
         self._rules = {name: _rule_of(name, rules) for name in self.names}
         for pattern in rules:
             if not any(fnmatchcase(name, pattern) for name in self.names):
@@ -189,17 +188,17 @@ class Buffers:
         """Return for each of `names` whether a micro-batch of this worker changed it."""
         return [name in self._after for name in self.names]
 
-    def merge(self, changed: list[bool], mine: list[int], group: Group, tag: str) -> None:
+    def merge(self, changed: list[bool], present: range, mine: list[int], group: Group, tag: str) -> None:
         """Set the buffers that any worker changed to the step's result. Collective.
 
         changed: for each of `names`, True if any worker changed it; the same on all workers.
-        mine: the indices of this worker's micro-batches.
+        present: the indices of the step's micro-batches. mine: this worker's.
         """
         self._changed_between_steps.clear()
         names = [name for name, is_changed in zip(self.names, changed, strict=True) if is_changed]
         for name in names:
             start, is_last = self._start[name], self._rules[name] == "last"
-            wanted = [self._micro_batches - 1] if is_last else list(range(self._micro_batches))
+            wanted = list(present[-1:] if is_last else present)
             values = start.new_zeros((len(wanted), *start.shape))
             computed = torch.zeros(len(wanted), dtype=torch.uint8)
             for index, micro_batch in enumerate(wanted):

@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from manyhands.comm.agreement import agree
+from manyhands.comm.agreement import agree, all_gather_json
 from manyhands.comm.group import Group
 from manyhands.engine.step.control import Control, added_in_order
 from manyhands.errors import ConfigError
@@ -49,6 +49,13 @@ class LossResult:
     loss: Tensor
     weight: Number
     metrics: tuple[tuple[Number, Number], ...] = ()
+
+    def of_samples(self, share: float, form: LossForm) -> LossResult:
+        """Return the result for a micro-batch that has only a share of the usual samples.
+
+        A mean then has a smaller weight, so that each sample of the step counts the same. A weighted sum is unchanged.
+        """
+        return self if share == 1 or form.weighted else LossResult(self.loss * share, share, self.metrics)
 
     def detached(self) -> LossResult:
         """Return the result without its graph, which would take memory until the end of the step."""
@@ -84,15 +91,20 @@ class LossReader:
         return read
 
     def agree(self, group: Group) -> None:
-        """Check, after the first micro-batches, that all workers have the same form. Collective. Raises ConfigError."""
-        facts = {"the returned form": _described(self.form)}
+        """Check, after the first micro-batches, that all workers have the same form. Collective. Raises ConfigError.
+
+        A worker that has computed no micro-batch takes the form of its peers.
+        """
+        mine = self.form if self._is_known else None
+        forms = [None if form is None else LossForm(form[0], tuple(form[1])) for form in _all_forms(group, mine)]
+        known = next((form for form in forms if form is not None), self.form)
         agree(
             group,
             "loss function",
-            facts,
+            {"the returned form": _described(self.form if self._is_known else known)},
             hint="return a result of the same form from recipe.loss for all micro-batches",
         )
-        self.is_agreed = True
+        self.form, self._is_known, self.is_agreed = known, True, True
 
     def values(self, results: Mapping[int, LossResult], micro_batches: int) -> np.ndarray:
         """Return the results of this worker's micro-batches as fp64, with zeros for the other micro-batches.
@@ -113,6 +125,10 @@ class LossReader:
             total, weight = (added_in_order(row) for row in control.metrics[2 * index : 2 * index + 2])
             found[name] = total / weight if weight else math.nan
         return found
+
+
+def _all_forms(group: Group, mine: LossForm | None) -> list[Any]:
+    return all_gather_json(group, mine, "start / form of the loss / control")
 
 
 def _described(form: LossForm) -> str:

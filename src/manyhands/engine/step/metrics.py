@@ -22,6 +22,7 @@ PHASES = ("data", "compute", "communication", "update", "waiting")
 class StepMetrics:
     """The metrics of one step.
 
+    epoch: the epoch of the step's first sample, counted from 1.
     skipped: True if an amendment skipped the step: there is no loss, no gradient and no weight.
     loss: the weighted mean loss of the global batch.
     weight: the sum of the micro-batches' weights.
@@ -36,6 +37,7 @@ class StepMetrics:
     """
 
     step: int
+    epoch: int = 1
     skipped: bool = False
     loss: float
     weight: float

@@ -1,10 +1,4 @@
-"""Chooses the samples of each micro-batch, and mixes data sets.
-
-The samples are a pure function of (seed, size of the data, position in the run). Position p of a run (0 is the first
-sample of step 0) is in epoch p // size, and is sample p % size of that epoch's permutation. The permutation is
-evaluated per index, so nothing is shuffled or stored. The only state of a loader is its position, and the number
-of workers has no influence on the order.
-"""
+"""Permutes samples in O(1) memory, and mixes data sets."""
 
 from __future__ import annotations
 
@@ -25,7 +19,6 @@ from manyhands.options import real_number, whole_number
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from manyhands.config import Batch
 
 MAX_SIZE = 2**62
 
@@ -106,28 +99,6 @@ class Permutation:
             left = (left + _mix_each(right ^ keys[i])) % left_size
             right = (right + _mix_each(left ^ keys[i + 1])) % right_size
         return left * right_size + right
-
-
-def sample_indices(seed: int, size: int, positions: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
-    """Return the samples at these positions of the run, for data of `size` samples. Every epoch has a new permutation.
-
-    This is a pure function of its arguments. Raises DataError for empty data.
-    """
-    where = np.asarray(positions, dtype=np.int64)
-    if size < 1:
-        raise DataError("the data set is empty", expected="at least one sample", got=size)
-    epochs, offsets = np.divmod(where, np.int64(size))
-    indices = np.empty_like(where)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        indices[chosen] = Permutation(size, derive(seed, "order", int(epoch))).take(offsets[chosen])
-    return indices
-
-
-def micro_batch_positions(step: int, micro_batch: int, batch: Batch) -> range:
-    """Return the positions in the run of one micro-batch's samples."""
-    start = step * batch.global_size + micro_batch * batch.micro_size
-    return range(start, start + batch.micro_size)
 
 
 # [Note: the hash of a round] `_mix` is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014). Its result is shifted

@@ -1,0 +1,94 @@
+"""Divides a run's samples into epochs, steps and micro-batches."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from manyhands.config import Batch, Recipe
+from manyhands.data.sample_order import SampleOrder, sample_order_of
+from manyhands.errors import ConfigError
+
+
+class Epochs:
+    """The positions of each micro-batch's samples in a run.
+
+    Position p is in epoch p // size, counted from 0, and is place p % size in that epoch's order. What happens at the
+    end of an epoch depends on `end`:
+
+    - "join": a step may take its last samples from the next epoch. All steps are complete.
+    - "short": the last step of an epoch has the rest, which may be fewer samples, and fewer micro-batches.
+    - "drop": the rest is left out. All steps are complete.
+
+    size: the samples in an epoch. steps_per_epoch: None for "join". Raises ConfigError if there would be no step.
+    """
+
+    def __init__(self, size: int, batch: Batch, end: str) -> None:
+        self.size, self._batch = size, batch
+        self.steps_per_epoch: int | None = None
+        if end == "short":
+            self.steps_per_epoch = math.ceil(size / batch.global_size)
+        elif end == "drop":
+            self.steps_per_epoch = size // batch.global_size
+            if not self.steps_per_epoch:
+                raise ConfigError(
+                    'epoch_end = "drop" leaves no step',
+                    expected=f"at least {batch.global_size} samples, as many as a step has",
+                    got=f"{size} samples in an epoch",
+                )
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> tuple[Epochs, SampleOrder]:
+        """Return the epochs of a recipe, and the order of the samples in them. Raises ConfigError."""
+        order = sample_order_of(recipe)
+        return cls(order.size, recipe.batch, recipe.epoch_end), order
+
+    def steps(self, epochs: int) -> int:
+        """Return the number of steps in the given number of epochs. With "join", the last one may need more samples."""
+        if self.steps_per_epoch is not None:
+            return epochs * self.steps_per_epoch
+        return math.ceil(epochs * self.size / self._batch.global_size)
+
+    def described(self, steps: int) -> list[str]:
+        """Describe a run of `steps` steps in one line, and warn if a step has a sample twice."""
+        epochs, size = float(self.complete_after(steps)), self._batch.global_size
+        passes = f"{epochs:.4g} epoch{'' if epochs == 1 else 's'} of {self.size:,} samples"
+        lines = [f"{steps:,} step{'' if steps == 1 else 's'} = {passes}, {size:,} in a step"]
+        if self.steps_per_epoch is None and size > self.size:
+            lines.append(
+                f"warning: a step takes {size:,} samples, and an epoch has only {self.size:,}: some samples occur "
+                "more than once in a step"
+            )
+        return lines
+
+    def complete_after(self, step: int) -> Fraction:
+        """Return how many epochs are complete after `step` steps."""
+        if self.steps_per_epoch is not None:
+            return Fraction(step, self.steps_per_epoch)
+        return Fraction(step * self._batch.global_size, self.size)
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch, counted from 1, of the first sample of the step with index `step`."""
+        return int(self.complete_after(step)) + 1
+
+    def positions(self, step: int, micro_batch: int) -> range:
+        """Return the positions of a micro-batch's samples. In the last step of an epoch, there may be none."""
+        batch = self._batch
+        start, count = step * batch.global_size + micro_batch * batch.micro_size, batch.micro_size
+        if self.steps_per_epoch is not None:
+            epoch, place = divmod(step, self.steps_per_epoch)
+            offset = place * batch.global_size + micro_batch * batch.micro_size
+            start, count = epoch * self.size + offset, max(0, min(count, self.size - offset))
+        return range(start, start + count)
+
+    def share(self, step: int, micro_batch: int) -> float:
+        """Return the micro-batch's number of samples, divided by that of a complete micro-batch."""
+        return len(self.positions(step, micro_batch)) / self._batch.micro_size
+
+    def present(self, step: int) -> range:
+        """Return the indices of the micro-batches that a step has. Those at the end may be missing."""
+        return range(sum(size > 0 for size in self.sizes(step)))
+
+    def sizes(self, step: int) -> list[int]:
+        """Return the number of samples in each micro-batch of a step. Some are 0 if the step is shorter."""
+        return [len(self.positions(step, micro_batch)) for micro_batch in range(self._batch.micro_batches)]

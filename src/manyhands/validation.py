@@ -1,0 +1,89 @@
+"""Validation: data on which a model is evaluated during a run, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from manyhands.errors import ConfigError
+from manyhands.intervals import Period
+from manyhands.options import check_options, option, options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@options
+class Validation:
+    """Data on which the model is evaluated during a run, and when. A validation changes no bit of the training.
+
+    All workers share its micro-batches, and the figures are the same to the last bit for any number of workers. The
+    recipe's loss is always among them. Raises ConfigError.
+    """
+
+    data: Any = option(in_toml=False, help="A map-style torch Dataset.")
+    metrics: Sequence[Any] | Mapping[str, Any] = option(
+        default=(),
+        in_toml=False,
+        help="Figures beside the loss: names (accuracy), metrics (manyhands.metrics.f1(...)), or functions "
+        "(output, batch) -> (sum, weight), where output is what the model returned in the loss function. In a mapping, "
+        "the keys are the names of the figures.",
+    )
+    every: str = option(
+        default="1 epoch",
+        help="When to validate: '500 steps', '1 epoch', '0.25 epoch'. The end of the run is always validated.",
+    )
+    batch: int | None = option(
+        default=None, at_least=1, help="Samples in one micro-batch. None: the micro_size of the recipe's batch."
+    )
+    samples: int | None = option(
+        default=None,
+        at_least=1,
+        help="The number of samples to use, drawn once from the seed, at most all. None: all samples.",
+    )
+    at_start: bool = option(default=False, help="Also validate before the first step.")
+    patience: int | None = option(
+        default=None,
+        at_least=1,
+        help="Stop the run after this many validations without an improvement of the figure `watch`. None: never.",
+    )
+    watch: str = option(
+        default="loss:min", help="The figure for `patience`, and whether the smallest or the largest value is the best."
+    )
+    min_improvement: float = option(
+        default=0.0, at_least=0.0, help="A smaller improvement of the figure `watch` doesn't count for `patience`."
+    )
+    collate: Callable[[list[Any]], Any] | None = option(
+        default=None, in_toml=False, help="Makes a batch from a list of samples. None: the recipe's collate."
+    )
+    predict: Callable[[nn.Module, Any], Any] | None = option(
+        default=None,
+        in_toml=False,
+        help="(model, batch) -> the output that metrics get. None: what the model returned in the loss function.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        refuse_stream("validation.data", self.data)
+        self.period  # noqa: B018  (checks `every`)
+        for name in ("collate", "predict"):
+            value = getattr(self, name)
+            if not (value is None or callable(value)):
+                raise ConfigError(f"validation.{name} can't be called", expected="a function", got=repr(value))
+        if isinstance(self.metrics, str):
+            object.__setattr__(self, "metrics", (self.metrics,))
+
+    @property
+    def period(self) -> Period:
+        """Return `every`, parsed."""
+        return Period.parsed(self.every, "validation.every")
+
+
+def refuse_stream(name: str, data: object) -> None:
+    """Raise ConfigError unless `data` is a map-style data set."""
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise ConfigError(
+            f"{name} is not a map-style dataset",
+            expected="an object with __len__ and __getitem__",
+            got=type(data).__name__,
+        )
