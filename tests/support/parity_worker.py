@@ -25,7 +25,7 @@ def main(folder: Path, group: str, jobs: list[dict[str, Any]]) -> None:
         membership._host = lambda: f"host{int(os.environ['RANK']) // 2}"
     digests = {}
     for job in jobs:
-        strategy = mh.Strategy(transport=group, stall_seconds=60, **job["strategy"] | {"units": tuple(job["units"])})
+        strategy = mh.Strategy(transport=group, stall_seconds=120, **job["strategy"] | {"units": tuple(job["units"])})
         changes = {"optimizer": OWNED[job["optimizer"]]} if job["optimizer"] else {}
         outcome = train_with_engine(
             gpt_recipe(job["precision"], device=job["device"], **changes),
