@@ -13,6 +13,7 @@ import manyhands as mh
 from support.models import GPT, VOCABULARY, WIDTH, Block, gpt_recipe, next_token_loss
 
 UNITS = ("blocks.0", "blocks.1", "blocks.2", "blocks.3")
+SMALL_BATCH = mh.Batch(global_size=12, micro_size=2, virtual_workers=3)
 
 
 class Odd(GPT):
@@ -187,8 +188,8 @@ class ComplexViews(Odd):
 
 
 def recipe_of(model: Callable[[], nn.Module], precision: str = "fp32", **options: Any) -> mh.Recipe:
-    """The GPT's recipe with another model."""
-    return gpt_recipe(precision, model=model, **options)
+    """The GPT's recipe with another model, and 6 micro-batches a step."""
+    return gpt_recipe(precision, **({"model": model, "batch": SMALL_BATCH} | options))
 
 
 ODD: dict[str, Callable[[], nn.Module]] = {

@@ -27,7 +27,7 @@ WAYS = {
     "checkpointing": {"activation_checkpointing": ("blocks.*",)},
     "no overlap": {"overlap": False},
 }
-EVERY_WAY = {"Twice", "Chooses"}
+EVERY_WAY = {2: {"Chooses"}, 3: {"Twice"}}  # by number of workers
 ORDERED = ("ddp", "zero2", "zero3")
 STEPS = 2
 OPTIMIZERS = {
@@ -38,7 +38,7 @@ OPTIMIZERS = {
 
 def jobs(workers: int) -> list[tuple[str, str, str]]:
     """Return all cases: (model, way, precision)."""
-    some = EVERY_WAY if workers == 2 else set()
+    some = EVERY_WAY[workers]
     every = [(name, way) for name in ODD for way in WAYS if name in some or way == "as it is"]
     return [(name, way, "bf16" if way == "much ahead" else "fp32") for name, way in every]
 
@@ -98,7 +98,7 @@ def with_optimizers() -> dict[str, str]:
     """Return digests of recipes whose optimizers have step hooks, or count steps in attributes."""
     digests = {}
     for name, (recipe, units) in OPTIMIZERS.items():
-        strategy = mh.Strategy(sharding="zero3", transport="distributed", stall_seconds=30, units=units)
+        strategy = mh.Strategy(sharding="zero3", transport="distributed", stall_seconds=120, units=units)
         digests[name] = train_with_engine(recipe, strategy, steps=STEPS).digest
     return digests
 
@@ -106,7 +106,7 @@ def with_optimizers() -> dict[str, str]:
 def main(folder: Path) -> None:
     digests = {}
     for name, way, precision in jobs(int(os.environ["WORLD_SIZE"])):
-        strategy = mh.Strategy(sharding="zero3", transport="distributed", stall_seconds=30, units=UNITS, **WAYS[way])
+        strategy = mh.Strategy(sharding="zero3", transport="distributed", stall_seconds=120, units=UNITS, **WAYS[way])
         digests[f"{name}, {way}"] = train_with_engine(recipe_of(ODD[name], precision), strategy, steps=STEPS).digest
     (folder / f"evaluated-{os.environ['RANK']}.json").write_text(json.dumps(evaluated()))
     orders = {sharding: exchange_orders(sharding) for sharding in ORDERED}
