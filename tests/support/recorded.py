@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -79,11 +79,11 @@ def digests_of(outcome: Outcome) -> Digests:
     return {"weights": outcome.weights, "buffers": sha.hexdigest() if outcome.buffers else None}
 
 
-def run_case(name: str) -> Iterator[tuple[str, Digests]]:
-    """Train a case in all ways; yield the way and the digests of each worker."""
+def run_case(name: str, ways: Sequence[tuple[str, int]] = WAYS) -> Iterator[tuple[str, Digests]]:
+    """Train a case in several ways (sharding, workers); yield the way and the digests of each worker."""
     recipe = CASES[name]()
     units = GPT_UNITS if name.startswith("gpt,") else ()
-    for sharding, workers in WAYS:
+    for sharding, workers in ways:
         strategy = mh.Strategy(sharding=sharding, units=units)
         outcomes = run_threads(
             workers, lambda group, by=strategy: train_with_engine(recipe, by, steps=STEPS, group=group)
