@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -31,12 +33,22 @@ RECIPES: dict[str, Callable[[str], mh.Recipe]] = {
     "conv": conv_recipe,
     "partly used": partly_used_recipe,
     "padded": padded_recipe,
+    "gpt": gpt_recipe,
 }
 
 
 def outcomes(recipe: mh.Recipe, strategy: mh.Strategy, workers: int) -> list[Outcome]:
     """Return the outcome of every worker."""
     return run_threads(workers, lambda group: train_with_engine(recipe, strategy, steps=STEPS, group=group))
+
+
+@cache
+def expected_of(model: str, precision: str) -> tuple[mh.Recipe, Outcome]:
+    """Return the recipe and the outcome of one worker, which has the oracle's digest."""
+    recipe = RECIPES[model](precision)
+    expected = train_with_engine(recipe, mh.Strategy(), steps=STEPS)
+    assert expected.digest == oracle_run(recipe, STEPS).digests[-1]
+    return recipe, expected
 
 
 def assert_same(found: Outcome, expected: Outcome) -> None:
@@ -49,26 +61,34 @@ def assert_same(found: Outcome, expected: Outcome) -> None:
         assert torch.equal(buffer, expected.buffers[name]), name
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model", RECIPES)
-def test_the_same_bits_with_one_two_and_three_workers(model: str, precision: str, sharding: str) -> None:
-    recipe, strategy = RECIPES[model](precision), mh.Strategy(sharding=sharding)
-    expected = train_with_engine(recipe, strategy, steps=STEPS)
-    assert expected.digest == oracle_run(recipe, STEPS).digests[-1]
-    for workers in (2, 3):
-        for found in outcomes(recipe, strategy, workers):
-            assert_same(found, expected)
+QUICK = {("zero3", 1), ("zero1", 2), ("zero3", 2), ("ddp", 3), ("zero2", 3)}
+"""Each sharding, and each number of workers; other pairs are slow."""
 
 
-@pytest.mark.parametrize("workers", [3, 8, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 5))])
+@pytest.mark.parametrize(
+    ("sharding", "workers"),
+    [pytest.param(*way, marks=() if way in QUICK else pytest.mark.slow) for way in product(SHARDINGS, (1, 2, 3))],
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_eight_workers_train_the_gpt_to_the_bits_of_one(precision: str, workers: int) -> None:
-    recipe = gpt_recipe(precision)
-    expected = train_with_engine(recipe, mh.Strategy(), steps=STEPS)
-    for sharding in SHARDINGS if workers == 8 else ("zero2",):
-        for found in outcomes(recipe, mh.Strategy(sharding=sharding, units=GPT_UNITS), workers):
-            assert_same(found, expected)
+@pytest.mark.parametrize("model", ["conv", "partly used", "padded"])
+def test_the_same_bits_with_one_two_and_three_workers(model: str, precision: str, sharding: str, workers: int) -> None:
+    recipe, expected = expected_of(model, precision)
+    for found in outcomes(recipe, mh.Strategy(sharding=sharding), workers):
+        assert_same(found, expected)
+
+
+QUICK_GPT = {("fp32", "zero2", 8), ("bf16", "zero3", 8), ("bf16", "zero2", 3)}
+SLOW_GPT = {*product(["fp32", "bf16"], SHARDINGS, [8]), *product(["fp32", "bf16"], ["zero2"], [2, 3, 5])} - QUICK_GPT
+
+
+@pytest.mark.parametrize(
+    ("precision", "sharding", "workers"),
+    [*sorted(QUICK_GPT), *(pytest.param(*case, marks=pytest.mark.slow) for case in sorted(SLOW_GPT))],
+)
+def test_eight_workers_train_the_gpt_to_the_bits_of_one(precision: str, sharding: str, workers: int) -> None:
+    recipe, expected = expected_of("gpt", precision)
+    for found in outcomes(recipe, mh.Strategy(sharding=sharding, units=GPT_UNITS), workers):
+        assert_same(found, expected)
 
 
 def test_as_many_workers_as_micro_batches_and_no_more() -> None:
