@@ -9,6 +9,8 @@ import resource
 import subprocess
 import sys
 import threading
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,30 @@ def on_disk(scratch: Path, sharding: str = "zero3", **options: Any) -> mh.Strate
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow), 3])
-def test_state_on_disk_has_the_oracles_bits(workers: int, sharding: str, precision: str, tmp_path: Path) -> None:
+@cache
+def gpt_and_digest(precision: str) -> tuple[mh.Recipe, str]:
+    """The recipe, and the oracle's digest."""
     recipe = gpt_recipe(precision)
-    expected = oracle_run(recipe, STEPS).digests[-1]
+    return recipe, oracle_run(recipe, STEPS).digests[-1]
+
+
+QUICK = {
+    (1, "ddp", "bf16"),
+    (1, "zero3", "fp32"),
+    *((3, sharding, "bf16") for sharding in SHARDINGS),
+    (3, "zero2", "fp32"),
+}
+
+
+@pytest.mark.parametrize(
+    ("workers", "sharding", "precision"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in product((1, 2, 3), SHARDINGS, ("fp32", "bf16"))
+    ],
+)
+def test_state_on_disk_has_the_oracles_bits(workers: int, sharding: str, precision: str, tmp_path: Path) -> None:
+    recipe, expected = gpt_and_digest(precision)
     strategy = on_disk(tmp_path, sharding)
     for found in run_threads(workers, lambda group: train_with_engine(recipe, strategy, steps=STEPS, group=group)):
         assert found.digest == expected

@@ -6,6 +6,7 @@ Cases are run with one worker and with several, and with gradients exchanged dur
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +259,20 @@ AS_PLAIN: dict[str, type[nn.Module]] = {
 }
 
 
+STRATEGIES = {
+    **{sharding: mh.Strategy(sharding=sharding) for sharding in SHARDINGS},
+    "gathered": GATHERED,
+    "no overlap": mh.Strategy(overlap=False),
+}
+QUICK_WAYS = [("gathered", 1), ("zero3", 1), ("ddp", 2), ("gathered", 2), ("no overlap", 2), ("zero2", 3), ("zero3", 3)]
+REST = [way for way in product(STRATEGIES, (1, 2, 3)) if way not in QUICK_WAYS]
+
+
+@pytest.mark.parametrize(
+    "ways", [pytest.param(QUICK_WAYS, id="quick"), pytest.param(REST, id="rest", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", WORKS)
-def test_the_case_has_the_same_bits(case: str) -> None:
+def test_the_case_has_the_same_bits(case: str, ways: list[tuple[str, int]]) -> None:
     model, precision = WORKS[case]
     made = recipe(model, precision=precision, buffers=BUFFERS.get(model, {}))
 
@@ -272,17 +285,12 @@ def test_the_case_has_the_same_bits(case: str) -> None:
     ((digest, state),) = run_threads(1, lambda group: one(group, mh.Strategy()))
     if case in AS_PLAIN:
         assert digest == oracle_run(recipe(AS_PLAIN[case]), 3).digests[-1]
-    for workers in (1, 2, 3):
-        for strategy in [
-            *(mh.Strategy(sharding=sharding) for sharding in SHARDINGS),
-            GATHERED,
-            mh.Strategy(overlap=False),
-        ]:
-            for found, its_state in run_threads(workers, lambda group, strategy=strategy: one(group, strategy)):
-                assert found == digest
-                for name, value in state.items():
-                    assert its_state[name].dtype == value.dtype
-                    assert torch.equal(its_state[name], value), name
+    for way, workers in ways:
+        for found, its_state in run_threads(workers, lambda group, way=way: one(group, STRATEGIES[way])):
+            assert found == digest
+            for name, value in state.items():
+                assert its_state[name].dtype == value.dtype
+                assert torch.equal(its_state[name], value), name
 
 
 @pytest.mark.parametrize("model", [Frozen, Counts, FrozenStatistics, Noncontiguous])
