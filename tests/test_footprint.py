@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -156,24 +157,31 @@ def strategy_of(sharding: str, offload: str, scratch: Path, group: str = "auto")
     return mh.Strategy(sharding=sharding, offload=offload, scratch=str(scratch), units=UNITS, transport=group)
 
 
+QUICK = {
+    *((1, sharding, "fp32", "none") for sharding in ("ddp", "zero2")),
+    *((1, sharding, "bf16", "disk") for sharding in ("zero1", "zero3")),
+    *((4, sharding, "fp32", "none") for sharding in ("zero1", "zero3")),
+    *((4, sharding, "bf16", "disk") for sharding in ("ddp", "zero2", "zero3")),
+}
+"""Each sharding with one worker and with four, on a disk and in memory."""
+
+
 @pytest.mark.parametrize(
-    ("precision", "offload"),
+    ("workers", "sharding", "precision", "offload"),
     [
-        ("fp32", "none"),
-        ("bf16", "disk"),
-        pytest.param("fp32", "disk", marks=pytest.mark.slow),
-        pytest.param("bf16", "none", marks=pytest.mark.slow),
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in product((1, 2, 4), SHARDINGS, ("fp32", "bf16"), ("none", "disk"))
     ],
 )
-@pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_allocations_match_the_formula(
     workers: int, sharding: str, precision: str, offload: str, tmp_path: Path
 ) -> None:
     check(recipe_of(precision), strategy_of(sharding, offload, tmp_path), workers)
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize(
+    "sharding", [pytest.param(each, marks=pytest.mark.slow if each == "zero1" else ()) for each in SHARDINGS]
+)
 def test_allocations_match_the_formula_over_torch_distributed(sharding: str, tmp_path: Path) -> None:
     check(recipe_of("bf16"), strategy_of(sharding, "none", tmp_path, "distributed"))
 
