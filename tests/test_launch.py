@@ -55,7 +55,7 @@ while not received:
     time.sleep(0.01)
 """
 
-WAITS = "(signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]), time.sleep(60), (here / 'waited').touch())"
+WAITS = "(signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]), time.sleep(600), (here / 'waited').touch())"
 """Code of a worker that waits for a peer, and can be stopped. It leaves a file unless the launcher stops it."""
 
 Script = Callable[[str], list[str]]
@@ -153,7 +153,7 @@ if rank == 1:
     wait_for("printed")
     sys.exit(3)
 (here / "printed").touch()
-time.sleep(60)
+time.sleep(600)
 """)
     log = tmp_path / "worker-1.log"
     log.write_text("line of an earlier run\n")
@@ -253,19 +253,18 @@ while not received""",
 
 def test_second_interrupt_kills_at_once(script: Script) -> None:
     command = script("""
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGINT, lambda *_: (here / f"received-{rank}").touch())
 (here / f"ready-{rank}").touch()
 wait_for("ready-0", "ready-1")
 if rank == 0:
     os.kill(os.getppid(), signal.SIGINT)
-    time.sleep(1)
+    wait_for("received-1")  # the launcher has passed it on
+    time.sleep(0.5)  # a launcher takes two signals in quick succession for one
     os.kill(os.getppid(), signal.SIGINT)
-time.sleep(60)
+time.sleep(600)
 """)
-    started_at = time.monotonic()
     with pytest.raises(Interrupted, match="killed at the second Ctrl-C"):
-        run_workers(command, workers=2)
-    assert time.monotonic() - started_at < 10
+        run_workers(command, workers=2, grace_seconds=600)
 
 
 def test_workers_that_ignore_the_signal_are_killed_after_the_grace_time(script: Script) -> None:
@@ -275,7 +274,7 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 wait_for("ready-0", "ready-1")
 if rank == 0:
     os.kill(os.getppid(), signal.SIGTERM)
-time.sleep(60)
+time.sleep(600)
 """)
     with pytest.raises(Interrupted, match="had not exited after 1 s"):
         run_workers(command, workers=2, grace_seconds=1)
@@ -293,9 +292,9 @@ def drive(command: list[str]) -> subprocess.Popen[str]:
 
 def test_interrupt_of_the_process_group_prints_one_line(script: Script, tmp_path: Path) -> None:
     driver = drive(script(HANDLES_SIGNALS))
-    assert wait_until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-1").exists(), 60)
+    assert wait_until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-1").exists(), 240)
     os.killpg(driver.pid, signal.SIGINT)
-    out, err = driver.communicate(timeout=30)
+    out, err = driver.communicate(timeout=240)
     assert (out, err) == ("Interrupted the run was stopped by SIGINT; its workers exited\n", "")
 
 
@@ -304,27 +303,27 @@ def test_workers_end_with_a_killed_parent(script: Script, tmp_path: Path) -> Non
     driver = drive(
         script(
             '(here / f"pid-{rank}").write_text(str(os.getpid())); (here / f"ready-{rank}").touch()\n'
-            "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
         )
     )
-    assert wait_until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-1").exists(), 60)
+    assert wait_until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-1").exists(), 240)
     pids = [int((tmp_path / f"pid-{rank}").read_text()) for rank in range(2)]
     assert all(is_alive(pid) for pid in pids)
     driver.kill()
-    driver.communicate(timeout=30)
-    assert wait_until(lambda: not any(is_alive(pid) for pid in pids), 5)
-    assert wait_until(lambda: not list((tmp_path / "temporary").iterdir()), 5)
+    driver.communicate(timeout=240)
+    assert wait_until(lambda: not any(is_alive(pid) for pid in pids), 240)
+    assert wait_until(lambda: not list((tmp_path / "temporary").iterdir()), 240)
 
 
 def test_files_of_a_job_whose_processes_were_all_killed_are_deleted_by_the_next_launcher(
     script: Script, tmp_path: Path
 ) -> None:
-    driver = drive(script('(here / f"ready-{rank}").touch(); time.sleep(60)'))
-    assert wait_until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-1").exists(), 60)
+    driver = drive(script('(here / f"ready-{rank}").touch(); time.sleep(600)'))
+    assert wait_until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-1").exists(), 240)
     (shell,) = [pid for pid in children_of(driver.pid) if Path(f"/proc/{pid}/comm").read_text() == "sh\n"]
     os.kill(shell, signal.SIGKILL)
     driver.kill()
-    driver.communicate(timeout=30)
+    driver.communicate(timeout=240)
     (left,) = (tmp_path / "temporary").iterdir()
     other, of_another_host = left.with_name(f"{left.name}x"), left.with_name(left.name.rpartition("-")[0] + "-2-abc")
     for folder in (other, of_another_host):
@@ -341,7 +340,7 @@ def test_files_of_a_job_whose_processes_were_all_killed_are_deleted_by_the_next_
 
 
 def test_a_process_with_the_pid_of_an_ended_worker_is_no_worker(tmp_path: Path) -> None:
-    with started(["sleep", "60"], start_new_session=True) as other:
+    with started(["sleep", "600"], start_new_session=True) as other:
         start = process_start(other.pid)
         (tmp_path / f"started-0-{other.pid}-{start}").touch()
         assert started_workers(tmp_path) == {0: other.pid}
@@ -365,7 +364,7 @@ def test_launch_raises_the_error_of_a_worker(capfd: pytest.CaptureFixture[str]) 
     def work() -> None:
         if os.environ["RANK"] == "1":
             raise ValueError("no such thing")
-        time.sleep(60)
+        time.sleep(600)
 
     with pytest.raises(WorkerError, match="worker 1 failed: ValueError: no such thing") as caught:
         launch(work, workers=2)
