@@ -120,7 +120,7 @@ class ThreadGroup(SharedMemoryGroup):
             return super()._wait(ready, is_behind, tag)
 
 
-def thread_groups(size: int, *, stall_seconds: float = 60.0) -> list[Callable[[], Group]]:
+def thread_groups(size: int, *, stall_seconds: float = 240.0) -> list[Callable[[], Group]]:
     """Return functions that create the groups of `size` workers that are threads; each thread must call its own."""
     store, arena = HashStore(), ThreadArena()
 
@@ -147,7 +147,7 @@ def host_groups(hosts: int, workers: int) -> list[Callable[[], Group]]:
             _worker.depth = 0
             mine = by_host[host]
             membership = Membership(
-                store, mine[position], hosts * workers, arena, stall_seconds=60, abandon=lambda error: None
+                store, mine[position], hosts * workers, arena, stall_seconds=240, abandon=lambda error: None
             )
             intra_host = ThreadGroup(membership, arena, mine)
             links, peers = PrefixStore(f"position/{position}", store), [each[position] for each in by_host]
@@ -160,7 +160,7 @@ def host_groups(hosts: int, workers: int) -> list[Callable[[], Group]]:
 
 
 def run_threads(
-    size: int, work: Callable[[Group], T], *, timeout: float = 60.0, makers: list[Callable[[], Group]] | None = None
+    size: int, work: Callable[[Group], T], *, timeout: float = 240.0, makers: list[Callable[[], Group]] | None = None
 ) -> list[T]:
     """Call `work(group)` in each of `size` threads with a group of its own; return the results by rank.
 
