@@ -27,7 +27,7 @@ from manyhands.errors import CheckpointError, ConfigError, NumericsError
 from manyhands.listeners.run_directory import RunDirectory
 from support.models import gpt_recipe, grouped, muon_and_adamw
 from support.threads import run_threads
-from test_faults import MANYHANDS, SUPPORT
+from test_faults import MANYHANDS, PATIENT, SUPPORT
 
 STEPS = 6
 AMENDED = amendments_of([1, 4], {2: {"optimizer.lr": 1e-3, "clip_norm": 0.05}, 4: {"optimizer.1.weight_decay": 0.5}})
@@ -252,13 +252,22 @@ def test_a_rate_of_zero_cannot_be_amended_under_a_schedule() -> None:
 
 @pytest.mark.slow
 def test_the_command_amends_a_run_whose_worker_is_killed(tmp_path: Path) -> None:
-    command = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), "--workers", "1", "--run-dir", str(tmp_path / "run")]
+    command = [
+        *MANYHANDS,
+        "train",
+        str(SUPPORT / "faulty.toml"),
+        *PATIENT,
+        "--workers",
+        "1",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(
         [*command, "--skip-step", "1", "--amend", "optimizer.lr=0.05", "--from-step", "2", "--snapshot-every", "1"],
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=240,
         env=os.environ | {"FAULT": "kill-once forward 13 0", "FAULT_TIME": str(tmp_path / "fault")},
     )
     assert done.returncode == 0, done.stderr
@@ -272,6 +281,6 @@ def test_the_command_amends_a_run_whose_worker_is_killed(tmp_path: Path) -> None
     expected = mh.train(loaded.recipe, steps=5, strategy=loaded.strategy, show=False, **amended)
     assert RunDirectory(tmp_path / "run").read_metrics()[-1].digest == expected.digest
     command += ["--amend", "clip_norm=1"]
-    wrong = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    wrong = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert wrong.returncode == 2
     assert "--amend and --from-step must be used together" in wrong.stderr

@@ -12,7 +12,7 @@ import manyhands as mh
 from manyhands.documents.recipe_file import load_recipe
 from manyhands.listeners.run_directory import RunDirectory
 from support.full_disk import run_on_small_disk
-from test_faults import MANYHANDS, SUPPORT
+from test_faults import MANYHANDS, PATIENT, SUPPORT
 
 STEPS = 32
 
@@ -20,7 +20,7 @@ STEPS = 32
 def test_a_run_survives_a_full_disk_and_a_killed_worker_on_it(tmp_path: Path) -> None:
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     options = f"--workers 2 --steps {STEPS} --run-dir {disk}/run --snapshot-every 1 --json"
-    command = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), *options.split()]
+    command = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), *PATIENT, *options.split()]
     # Standard output is on the full disk, too; the losses are printed there by worker 0 and by worker 1 to its log.
     script = f"{shlex.join(command)} > {disk}/output; code=$?; cp -r {disk} {kept}; exit $code"
     environment = {

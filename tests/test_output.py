@@ -13,9 +13,9 @@ import pytest
 
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.output import SafeStream, console
-from test_faults import MANYHANDS, SUPPORT
+from test_faults import MANYHANDS, PATIENT, SUPPORT
 
-TRAIN = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), "--workers", "2", "--run-dir"]
+TRAIN = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), *PATIENT, "--run-dir"]
 
 
 def run_without_reader(command: list[str], **environment: str) -> int:
@@ -24,7 +24,7 @@ def run_without_reader(command: list[str], **environment: str) -> int:
     os.close(reader)
     try:
         variables = {**os.environ, **environment}
-        return subprocess.run(command, stdout=writer, stderr=writer, env=variables, check=False, timeout=200).returncode
+        return subprocess.run(command, stdout=writer, stderr=writer, env=variables, check=False, timeout=240).returncode
     finally:
         os.close(writer)
 
@@ -36,10 +36,13 @@ def outcome(folder: Path) -> tuple[int, str]:
 
 def test_commands_without_a_reader_or_with_closed_streams_do_their_work(tmp_path: Path) -> None:
     piped, closed = tmp_path / "piped", tmp_path / "closed"
-    assert run_without_reader([*TRAIN, str(piped)], CHATTY="1") == 0
+    assert run_without_reader([*TRAIN, str(piped), "--workers", "2"], CHATTY="1") == 0
     script = '"$@" <&- >&- 2>&-'
     done = subprocess.run(
-        ["sh", "-c", script, "sh", *TRAIN, str(closed)], env={**os.environ, "CHATTY": "1"}, check=False, timeout=200
+        ["sh", "-c", script, "sh", *TRAIN, str(closed), "--workers", "1"],
+        env={**os.environ, "CHATTY": "1"},
+        check=False,
+        timeout=240,
     )
     assert done.returncode == 0
     assert outcome(piped) == outcome(closed)
@@ -55,7 +58,11 @@ def test_commands_without_a_reader_or_with_closed_streams_do_their_work(tmp_path
 def test_an_encoding_that_lacks_characters_simplifies_them(tmp_path: Path) -> None:
     environment = {**os.environ, "CHATTY": "1", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [*TRAIN, str(tmp_path / "run")], env=environment, capture_output=True, check=False, timeout=200
+        [*TRAIN, str(tmp_path / "run"), "--workers", "2"],
+        env=environment,
+        capture_output=True,
+        check=False,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr.decode("ascii")
     assert "loss 1 ->" in done.stdout.decode("ascii")

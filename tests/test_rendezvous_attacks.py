@@ -13,12 +13,14 @@ import threading
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousStateError
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
+from manyhands.checkpoint.format import list_checkpoints
 from manyhands.errors import ConfigError, WorkerError
 from manyhands.launching.launcher import run_workers
 from manyhands.launching.remote_store import RemoteStore
@@ -26,7 +28,8 @@ from manyhands.launching.rendezvous import Rendezvous, join_hosts
 from manyhands.launching.rendezvous_state import state_of, state_to_json
 from support.evil import Evil
 from support.processes import started
-from test_faults import SUPPORT
+from test_faults import PATIENT, SUPPORT
+from test_rendezvous import can_be_reached, wait_until
 
 WITHOUT_PICKLE = """
 import _pickle, pickle, runpy, sys
@@ -58,27 +61,39 @@ def two_hosts_in_one(port: int, host: str = "127.0.0.1") -> Rendezvous:
 
 
 def test_launchers_of_two_hosts_unpickle_nothing_and_join_only_the_same_run(tmp_path: Path) -> None:
+    """The other host joins from another folder with the printed command.
+
+    The first host's folders are relative, and --adopt is not among the arguments of the join command.
+    """
     endpoint, proof = f"127.0.0.1:{free_port()}", tmp_path / "proof"
+    (tmp_path / "first").mkdir()
+    (tmp_path / "other").mkdir()
     launcher = [sys.executable, "-c", WITHOUT_PICKLE]
-    recipe = [str(SUPPORT / "faulty.toml"), "--set", "batch.micro_size=1"]
-    run_dir = ["--run-dir", str(tmp_path / "run")]
+    recipe = [str(SUPPORT / "faulty.toml"), "--steps", "2", "--set", "batch.micro_size=1", *PATIENT]
+    folders = ["--run-dir", "run", "--checkpoint-dir", "kept", "--adopt"]
     evil = ["--set", "data.path=os:mkdir", "--set", f"data.arguments.path={proof}", "--steps", "7"]
-    run = ["train", *recipe, *run_dir, "--workers", "1", "--hosts", "2", "--rendezvous", endpoint]
-    with started([*launcher, *run]) as first:
+    run = ["train", *recipe, *folders, "--workers", "1", "--hosts", "2", "--rendezvous", endpoint]
+    # The tests' PYTHONPATH may be relative, too.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    there: dict[str, Any] = {"cwd": tmp_path / "other", "env": environment}
+    with started([*launcher, *run], cwd=tmp_path / "first", env=environment) as first:
         assert first.stderr is not None
-        command = first.stderr.readline().partition(": ")[2]
-        assert shlex.split(command)[:3] == ["manyhands", "join", endpoint]
-        with started([*launcher, "join", endpoint, *recipe, *run_dir, *evil]) as stranger:
-            _, errors = stranger.communicate(timeout=60)
+        command = shlex.split(first.stderr.readline().partition("other hosts join this run with: ")[2])
+        assert command[:3] == ["manyhands", "join", endpoint]
+        wait_until(lambda: can_be_reached(endpoint))
+        with started([*launcher, "join", endpoint, *recipe, "--run-dir", "run", *evil], **there) as stranger:
+            _, errors = stranger.communicate(timeout=240)
         assert stranger.returncode == 2, errors
         differing = errors.partition("different: ")[2].replace(",", "").split()
         assert {"--steps", "data.arguments.path", "data.path"} <= set(differing), errors
-        with started([*launcher, *shlex.split(command)[1:]]) as other:
-            _, errors = other.communicate(timeout=120)
+        with started([*launcher, *command[1:]], **there) as other:
+            _, errors = other.communicate(timeout=240)
             assert other.returncode == 0, errors
-        _, errors = first.communicate(timeout=120)
+        _, errors = first.communicate(timeout=240)
         assert first.returncode == 0, errors
     assert not proof.exists()
+    assert list_checkpoints(tmp_path / "first" / "kept")
+    assert not list((tmp_path / "other").iterdir())
 
 
 HONEST = {"run_id": "0" * 32, "min_hosts": 1, "max_hosts": 2, "max_restarts": 0, "fingerprints": {"seed": "7"}}
@@ -211,5 +226,5 @@ def test_the_store_of_the_workers_listens_only_on_its_address(tmp_path: Path) ->
     port = free_port("127.0.0.2")
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(port)}
     with started([sys.executable, "-c", WORKER_STORE, str(port)], env=os.environ | place) as worker:
-        _, errors = worker.communicate(timeout=60)
+        _, errors = worker.communicate(timeout=240)
         assert worker.returncode == 0, errors

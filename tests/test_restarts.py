@@ -9,11 +9,12 @@ import pytest
 import typer
 
 import faults
+import manyhands as mh
 from manyhands.cli.workers import Bounds, bounds, workers_for
 from manyhands.errors import DataError, Position, WorkerError
 from manyhands.launching.failures import Restart, run_with_restarts
 from manyhands.listeners.run_directory import RunDirectory
-from test_faults import Run, training
+from test_faults import SUPPORT, Run, stall_seconds, training
 
 
 def failed(step: int | None = 4, micro_batch: int | None = None, raised: str = "") -> WorkerError:
@@ -154,7 +155,7 @@ def test_without_restarts_the_workers_error_is_unchanged() -> None:
 
 
 def train_with_fault(folder: Path, fault: str, *options: str) -> Run:
-    return Run(folder, [*training(folder, "auto", "3"), "--json", *options], fault).wait(120)
+    return Run(folder, [*training(folder, "auto", "3"), "--json", *options], fault).wait()
 
 
 def digest_of(run: Run) -> str:
@@ -163,10 +164,9 @@ def digest_of(run: Run) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    run = train_with_fault(tmp_path_factory.mktemp("undisturbed") / "run", "")
-    assert run.process.returncode == 0, run.output
-    return digest_of(run)
+def undisturbed() -> str:
+    loaded = mh.load_recipe(SUPPORT / "faulty.toml")
+    return mh.train(loaded.recipe, steps=5, show=False).digest
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_run_ends_with_the_digest_of_an_undisturbed_run(
     tmp_path: Path, undisturbed: str, fault: str, options: tuple[str, ...]
 ) -> None:
-    run = train_with_fault(tmp_path / "run", fault, "--snapshot-every", "never", *options)
+    stall = ("--set", f"strategy.stall_seconds={stall_seconds(fault)}")
+    run = train_with_fault(tmp_path / "run", fault, "--snapshot-every", "never", *options, *stall)
     assert run.process.returncode == 0, run.output
     assert digest_of(run) == undisturbed
     assert "restarting (1 of 3) with 2 workers" in run.output

@@ -25,6 +25,7 @@ from manyhands.training import saving as snapshots
 from support.models import conv_recipe, gpt_recipe
 from support.optimizers import keeping_recipe
 from support.threads import run_threads
+from test_faults import SUPPORT
 from test_restarts import digest_of, train_with_fault
 
 STEPS = 4
@@ -211,10 +212,9 @@ def test_free_memory_is_less_than_the_machines_memory() -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    run = train_with_fault(tmp_path_factory.mktemp("undisturbed") / "run", "")
-    assert run.process.returncode == 0, run.output
-    return digest_of(run)
+def undisturbed() -> str:
+    loaded = mh.load_recipe(SUPPORT / "faulty.toml")
+    return mh.train(loaded.recipe, steps=5, show=False).digest
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from manyhands.errors import ConfigError
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.surroundings import LAUNCH_VARIABLE, RESTARTS_VARIABLE
 from support.models import gpt_recipe
-from test_faults import MANYHANDS, SUPPORT
+from test_faults import MANYHANDS, PATIENT, SUPPORT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0"]
 
@@ -144,7 +144,7 @@ def test_restarts_of_a_script_have_one_launch_id_and_other_launches_another(
     script, found = tmp_path / "script.py", tmp_path / "found"
     script.write_text(PRINTS_ITS_LAUNCH)
     for _ in range(2):
-        subprocess.run([*launcher, "--max-restarts", "1", str(script), str(found)], check=True, timeout=100)
+        subprocess.run([*launcher, "--max-restarts", "1", str(script), str(found)], check=True, timeout=240)
     first, again, second, second_again = found.read_text().split()
     assert first == again != second == second_again
     assert "None" not in (first, second)
@@ -155,7 +155,7 @@ def test_the_command_starts_over_once_although_its_workers_are_restarted(tmp_pat
     run = tmp_path / "run"
     train(run)
     shutil.rmtree(run / "checkpoints")
-    command = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), "--workers", "1", "--run-dir", str(run)]
+    command = [*MANYHANDS, "train", str(SUPPORT / "faulty.toml"), *PATIENT, "--workers", "1", "--run-dir", str(run)]
     fault = {"FAULT": "kill-once forward 9 0", "FAULT_TIME": str(tmp_path / "fault")}
     environment = os.environ | fault | {"PYTHONPATH": f"{SUPPORT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
@@ -163,7 +163,7 @@ def test_the_command_starts_over_once_although_its_workers_are_restarted(tmp_pat
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=240,
         env=environment,
     )
     assert done.returncode == 0, done.stderr

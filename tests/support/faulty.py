@@ -6,6 +6,7 @@ has computed COUNT losses. COUNT and RANK are 5 and 1 by default. Several faults
 
 KIND: raise, kill, exit (with code 0), terminate, stop, stall, fill (the disk at $DISK), free (it again). PLACE: start,
 load, forward, backward, update, checkpoint, snapshot. With the variable CHATTY, workers print a line for each loss.
+STALL_SECONDS is the option of a script's strategy.
 """
 
 from __future__ import annotations
@@ -180,7 +181,8 @@ def main() -> None:
         batch=mh.Batch(global_size=8, micro_size=2),
     )
     units = tuple(f"layers.{index}" for index in range(4))
-    strategy = mh.Strategy(transport=sys.argv[2], stall_seconds=2, units=units)
+    stall_seconds = float(os.environ.get("STALL_SECONDS", "600"))
+    strategy = mh.Strategy(transport=sys.argv[2], stall_seconds=stall_seconds, units=units)
     if sys.argv[1] == "train":
         mh.train(recipe, steps=5, strategy=strategy, show=False)
         return
