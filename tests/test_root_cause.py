@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from manyhands.errors import WorkerError
 from manyhands.launching.failures import explain_failure
 from manyhands.members.reports import ERROR_FILE_VARIABLE, Failure, WorkerEnd, read_failure
+from support.shared_runs import folder_of_all_processes, made_once
 
 MEMBER = """
 import time
@@ -30,7 +32,14 @@ while True:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Failure:
     """The error report of worker 1 after worker 0 was killed, and the store with it."""
-    folder = tmp_path_factory.mktemp("report")
+    folder = made_once(folder_of_all_processes(tmp_path_factory, "root-cause") / "report", kill_worker_0)
+    failure = read_failure(folder / "error-1.json", 1)
+    assert failure is not None
+    return failure
+
+
+def kill_worker_0(folder: Path) -> None:
+    """Let worker 1 write its report into the folder."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
@@ -49,14 +58,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Failure:
             assert member.stdout is not None
             assert member.stdout.readline() == b"joined\n"
         members[0].kill()
-        assert members[1].wait(30) == 1
+        assert members[1].wait(240) == 1
     finally:
         for member in members:
             member.kill()
             member.communicate()
-    failure = read_failure(folder / "error-1.json", 1)
-    assert failure is not None
-    return failure
 
 
 @pytest.mark.parametrize("exit_code", [None, 0, -signal.SIGSEGV, -signal.SIGKILL], ids=str)

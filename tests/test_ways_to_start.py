@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from manyhands.listeners.run_directory import RunDirectory
+from support.shared_runs import folder_of_all_processes, made_once
 
 SUPPORT = Path(__file__).resolve().parent / "support"
 SCRIPT, RECIPE, STEPS = str(SUPPORT / "started.py"), str(SUPPORT / "started.toml"), 6
@@ -27,7 +28,7 @@ KEYS = "digest steps loss workers sharding transport tokens_per_second step_seco
 
 def output_of(command: list[str]) -> str:
     """Run a command that must succeed. Return its standard output."""
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -35,9 +36,13 @@ def output_of(command: list[str]) -> str:
 @pytest.fixture(scope="module")
 def from_command_line(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], RunDirectory]:
     """The summary that `manyhands train` prints, and its run directory."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    out = output_of([*MANYHANDS, "train", RECIPE, "--workers", "2", "--run-dir", str(folder), "--json"])
-    return json.loads(out.splitlines()[-1]), RunDirectory(folder)
+
+    def make(folder: Path) -> None:
+        out = output_of([*MANYHANDS, "train", RECIPE, "--workers", "2", "--run-dir", str(folder / "run"), "--json"])
+        (folder / "printed").write_text(out.splitlines()[-1])
+
+    folder = made_once(folder_of_all_processes(tmp_path_factory, "started") / "command", make)
+    return json.loads((folder / "printed").read_text()), RunDirectory(folder / "run")
 
 
 @pytest.mark.parametrize("way", SCRIPTS)
