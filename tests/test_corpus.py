@@ -97,7 +97,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(corpus: Path, prepared: Path, tm
     out = tmp_path / "out"
     command = [sys.executable, "-m", "manyhands.cli.main", "prepare", str(corpus), "--out", str(out), "-n", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not list((out / "work").glob(step)):
         assert time.monotonic() < deadline
         time.sleep(0.002)

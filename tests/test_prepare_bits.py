@@ -125,11 +125,11 @@ def killed_and_run_again(posts: Path, folder: Path, seconds: float, workers: int
     except subprocess.TimeoutExpired:
         process.kill()
     process.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 240
     while processes_of(mark):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.02)
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=240, check=True)
     assert not processes_of(mark)
     assert [path.name for path in folder.iterdir()] == ["out"]
     assert not [name for name in sha256s(folder / "out") if not name.startswith(("part-", "_manifest"))]
@@ -199,7 +199,7 @@ def test_two_runs_of_one_job_do_not_interfere(posts: Path, digest: str, tmp_path
         with pytest.raises(mh.ConfigError, match="another run uses this folder"):
             several_shuffles(posts).write(str(tmp_path / "out"), progress=False)
     finally:
-        output, _ = first.communicate(timeout=120)
+        output, _ = first.communicate(timeout=240)
     assert output.strip() == digest
 
 

@@ -65,7 +65,7 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
         environment = {**os.environ, "PYTHONHASHSEED": str(len(name))}
         command = [sys.executable, *how]
         running[name] = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
-    return {name: json.loads(process.communicate(timeout=120)[0]) for name, process in running.items()}
+    return {name: json.loads(process.communicate(timeout=240)[0]) for name, process in running.items()}
 
 
 @pytest.mark.parametrize("case", [case.name for case in CASES])
@@ -85,7 +85,7 @@ def test_a_job_that_was_killed_has_no_records_of_the_old_code(tmp_path: Path) ->
 
     def run() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "job.py"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
 
     cases = [case for case in CASES if case.name != "pydantic"]  # which takes long to import
     write_script(tmp_path, cases, JOB)
@@ -144,9 +144,9 @@ def test_functions_that_call_each_other_take_linear_time() -> None:
         for number in range(count):
             calls = ", ".join(f"f{(number + step) % count}(x)" for step in (1, 3, 7))
             exec(f"def f{number}(x): return {calls}", namespace)
-        started = time.perf_counter()
+        started = time.process_time()
         before = fingerprint_code(namespace["f0"])
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
         exec(f"def f{count - 1}(x): return 1", namespace)
         assert fingerprint_code(namespace["f0"]) != before
     assert seconds[1] < 100 * seconds[0]

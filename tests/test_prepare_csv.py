@@ -271,13 +271,13 @@ def test_a_thousand_typed_columns_take_no_longer_than_five_times_the_text(tmp_pa
     splits, _ = split_files(find_files([f"{tmp_path}/a.csv"]), None, 2**25)
 
     def seconds(types: dict[str, str]) -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         tables = [piece.chunk for piece in read_split(splits[0], BadRecords(0), None, types)]
         assert sum(len(table) for table in tables) == 1000
         table = tables[-1]
         assert isinstance(table, pa.Table)
         assert table.column("c999")[0].as_py() == (999 if types else "999")
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     typed = dict.fromkeys(names, "int64")
     text, cast = min(seconds({}) for _ in range(3)), min(seconds(typed) for _ in range(3))

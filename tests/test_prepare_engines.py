@@ -136,16 +136,25 @@ def test_ranks_share_a_job(posts: Path, digest: str, tmp_path: Path) -> None:
 
 
 def test_a_rank_runs_the_tasks_of_ranks_that_never_start(posts: Path, digest: str, tmp_path: Path) -> None:
-    patience_seconds = 2.5  # long beside the job itself, even on a busy machine
-    engine, started = Ranks(Rank(2, 3), Pool(2, 2**30), patience_seconds), time.monotonic()
+    class Counts(Ranks):
+        """Counts how often other ranks were found to be absent, each time after all the patience."""
+
+        found_absent = 0
+
+        def _poll(self) -> None:
+            before = set(self._absent)
+            super()._poll()
+            self.found_absent += not self._absent <= before
+
+    engine = Counts(Rank(2, 3), Pool(2, 2**30), PATIENCE_SECONDS)
     try:
         written = several_shuffles(posts).write(str(tmp_path / "out"), engine=engine, progress=False)
     finally:
         engine.close()
     assert written.digest == digest
     assert nothing_is_left(tmp_path / "out")
-    tasks = sum(stage.tasks for stage in written.stages)
-    assert time.monotonic() - started < tasks * patience_seconds / 3  # waits once for absent ranks, not once per task
+    assert sum(stage.tasks for stage in written.stages) > 9
+    assert 1 <= engine.found_absent <= 2  # waits once for each absent rank, not once per task
 
 
 @pytest.mark.slow
@@ -156,7 +165,7 @@ def test_any_number_of_ranks_with_any_memory_gives_the_same_bytes(
 ) -> None:
     options = [{"engine": f"rank {number} of {ranks}", "workers": 1, "memory": memory} for number in range(ranks)]
     started = [start(posts, tmp_path / "out", json.dumps(rank)) for rank in options]
-    assert [rank.communicate(timeout=180)[0] for rank in started] == [digest] * ranks
+    assert [rank.communicate(timeout=240)[0] for rank in started] == [digest] * ranks
     assert nothing_is_left(tmp_path / "out")
 
 
@@ -171,7 +180,7 @@ def test_any_rank_can_be_killed_and_restarted(posts: Path, digest: str, tmp_path
     ranks[victim].kill()
     ranks[victim].communicate()
     ranks[victim] = start(posts, tmp_path / "out", names[victim])
-    assert [rank.communicate(timeout=180)[0] for rank in ranks] == [digest] * 3
+    assert [rank.communicate(timeout=240)[0] for rank in ranks] == [digest] * 3
     assert nothing_is_left(tmp_path / "out")
 
 
@@ -184,7 +193,7 @@ def test_ranks_that_run_another_job_are_refused(posts: Path, tmp_path: Path) -> 
         """Blocks each task until the test is over."""
 
         def submit(self, task: Any) -> Any:
-            gate.wait(30)
+            gate.wait(240)
             return super().submit(task)
 
     first = Ranks(Rank(0, 2), Waits(2**30), 0.0)
@@ -260,8 +269,8 @@ def dask_cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subproc
     try:
         import distributed
 
-        with distributed.Client(scheduler_file=str(file), timeout=30, set_as_default=False) as client:
-            client.wait_for_workers(workers, timeout=30)
+        with distributed.Client(scheduler_file=str(file), timeout=240, set_as_default=False) as client:
+            client.wait_for_workers(workers, timeout=240)
             address = client.scheduler.address
         yield address.replace("tcp", "dask"), started
     finally:
@@ -278,7 +287,7 @@ def test_dask_gives_the_same_bytes_with_a_worker_killed(posts: Path, digest: str
         while not list(stages.glob("*/*.done")) and driver.poll() is None:
             time.sleep(0.01)
         worker.kill()
-        assert driver.communicate(timeout=120)[0] == digest
+        assert driver.communicate(timeout=240)[0] == digest
         assert nothing_is_left(tmp_path / "out")
         bad = mh.Dataset.read(f"{posts}/posts-1.jsonl").map(lambda post: 1 / (post["id"] - 301))
         with pytest.raises(mh.DataError, match="raised ZeroDivisionError: division by zero") as caught:
@@ -298,7 +307,7 @@ def test_dask_gives_the_same_bytes_with_any_workers_and_memory(
 ) -> None:
     with dask_cluster(tmp_path, workers) as (address, _):
         how = json.dumps({"engine": address, "memory": memory})
-        assert start(posts, tmp_path / "out", how).communicate(timeout=120)[0] == digest
+        assert start(posts, tmp_path / "out", how).communicate(timeout=240)[0] == digest
 
 
 @needs_dask
@@ -312,14 +321,14 @@ def test_a_job_resumes_on_another_engine_when_the_dask_scheduler_is_gone(
         while not list((tmp_path / "out").glob(".manyhands/*/*.done")) and driver.poll() is None:
             time.sleep(0.01)
         scheduler.kill()
-        assert "WorkerError: the Dask scheduler is gone" in driver.communicate(timeout=60)[1]
-    assert start(posts, tmp_path / "out", "rank 0 of 1").communicate(timeout=120)[0] == digest
+        assert "WorkerError: the Dask scheduler is gone" in driver.communicate(timeout=240)[1]
+    assert start(posts, tmp_path / "out", "rank 0 of 1").communicate(timeout=240)[0] == digest
     assert nothing_is_left(tmp_path / "out")
 
 
 def touch_and_wait(path: str) -> str:
     Path(path).touch()
-    time.sleep(60)
+    time.sleep(600)
     return path
 
 
@@ -386,7 +395,7 @@ def test_dask_gives_the_same_bytes_with_a_host_killed(posts: Path, digest: str, 
             time.sleep(0.01)
         time.sleep(seconds)
         second.end()
-        driver.wait(120)
+        driver.wait(240)
     assert (tmp_path / "driver").read_text().endswith(digest)
     assert nothing_is_left(tmp_path / "out")
 
@@ -428,7 +437,7 @@ def ray_with_a_worker_killed(posts: Path, digest: str, tmp_path: Path) -> None:
     workers = processes_named("ray::run_on_host", f"PREPARE_TEST={tmp_path}")
     assert workers
     os.kill(workers[0], signal.SIGKILL)
-    assert driver.communicate(timeout=120)[0].endswith(digest)  # Ray reports the lost worker on stdout first
+    assert driver.communicate(timeout=240)[0].endswith(digest)  # Ray reports the lost worker on stdout first
     assert "tasks restarted" in [event["event"] for event in events_in(tmp_path / "out")]
     assert nothing_is_left(tmp_path / "out")
     program = """
@@ -440,5 +449,5 @@ except mh.DataError as error:
     print(error.where)
 """
     command = [sys.executable, "-c", program, str(tmp_path / "bad")]
-    completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=240, check=True)
     assert completed.stdout.strip() == "given records, partition 0, record 2"

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -157,19 +156,18 @@ def test_a_task_that_was_sent_ahead_runs_elsewhere_if_its_worker_is_replaced(tmp
 
 def test_an_interrupt_ends_the_wait_for_tasks() -> None:
     class Endless(InProcess):
+        """Its tasks never end. The interrupt comes when the job waits for them, or just before."""
+
+        is_first = True
+
         def submit(self, task: Task) -> Future[TaskResult]:
+            if self.is_first:
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            self.is_first = False
             return Future()
 
-    interrupted: list[float] = []
-
-    def interrupt() -> None:
-        interrupted.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Timer(0.3, interrupt).start()
     with pytest.raises(mh.Interrupted):
         numbers(10).count(engine=Endless(2**30), progress=False)
-    assert time.monotonic() - interrupted[0] < 1
 
 
 def test_repartition_divides_records_into_parts_of_the_given_size(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_types_and_bytes_do_not_depend_on_pandas(tmp_path: Path) -> None:
     for what in ("with", "without"):
         out = tmp_path / what
         command = [sys.executable, "-c", PANDAS, folder, str(out), what]
-        results.append(subprocess.run(command, timeout=120, check=True, capture_output=True, text=True).stdout)
+        results.append(subprocess.run(command, timeout=240, check=True, capture_output=True, text=True).stdout)
     assert results[0] == results[1]
     assert rows(mh.Dataset.read(folder)) == [
         {

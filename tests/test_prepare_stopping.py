@@ -53,7 +53,7 @@ def test_ctrl_c_ends_a_script_with_one_line(method: str, workers: int, tmp_path:
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate(timeout=100)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 130
     assert said.startswith("the job was stopped on request (")
     assert said.count("\n") == 1
@@ -109,6 +109,6 @@ def test_a_worker_in_a_long_call_ends_with_its_driver_and_a_stopped_one_is_repla
     stopped = start()
     os.kill(int(holds.read_text()), signal.SIGSTOP)
     (tmp_path / "go").touch()
-    said, _ = stopped.communicate(timeout=100)
+    said, _ = stopped.communicate(timeout=240)
     assert stopped.returncode == 0
     assert len(said.strip()) == 64
