@@ -23,7 +23,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 PATIENT = ["--set", "strategy.stall_seconds=600"]
 """For runs in which no worker stalls: none is reported to, however busy the machine is."""
 
-STALL_SECONDS = 5
+STALL_SECONDS = {"stall": 5, "stop": 3}
+"""The launcher kills a worker whose process has been stopped for 5 s, so its peers must report it before."""
+
 WITHIN_SECONDS = 5.0
 """From a fault until all processes have ended, besides the time that they took to start, which the machine's load
 extends as well. The launcher would kill a worker that does not end after 30 s."""
@@ -40,7 +42,7 @@ WHAT = {
     "kill": r"worker 1 was killed by SIGKILL",
     "exit": r"worker 1 exited with",
     "stall": r"worker 1 has stalled: its peers have waited for more than 5 s$",
-    "stop": r"worker 1 has stalled: its peers have waited for more than 5 s \(its process is stopped",
+    "stop": r"worker 1 has stalled: its peers have waited for more than 3 s \(its process is stopped",
 }
 
 
@@ -60,7 +62,7 @@ def training(
 
 def stall_seconds(fault: str) -> int:
     """Return the time after which a worker has stalled: short if the fault is that one stalls."""
-    return STALL_SECONDS if fault.startswith(("stall", "stop")) else 600
+    return STALL_SECONDS.get(fault.partition("-")[0].split()[0], 600)
 
 
 def script(loop: str, transport: str) -> list[str]:
@@ -121,8 +123,7 @@ class Run:
             at = float(fault_time.read_text())
             self.seconds = time.time() - at
             self.limit_seconds = WITHIN_SECONDS + at - self.began
-            if self.fault.startswith(("stall", "stop")):
-                self.limit_seconds += STALL_SECONDS
+            self.limit_seconds += STALL_SECONDS.get(self.fault.split()[0], 0)
         self.output = self._read()
         return self
 
@@ -202,7 +203,7 @@ def check(run: Run, kind: str, place: str = "backward") -> None:
         pytest.param("exit forward 5 0", "worker 0 exited with code 0 before it had finished", marks=pytest.mark.slow),
         pytest.param(
             "stop forward 5 0",
-            r"worker 0 has made no progress .* 5 s \(its process is stopped.*",
+            r"worker 0 has made no progress .* 3 s \(its process is stopped.*",
             marks=pytest.mark.slow,
         ),
         pytest.param("kill forward 5 0", "worker 0 was killed by SIGKILL", marks=pytest.mark.slow),
