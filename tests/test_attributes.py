@@ -47,7 +47,7 @@ def model_of(initial: Callable[[], Any], use: Callable[[Any, Tensor], Any]) -> C
 
 def outcomes(made: mh.Recipe, workers: int, strategy: mh.Strategy | None = None) -> list[Outcome]:
     return run_threads(
-        workers, lambda group: train_with_engine(made, strategy or mh.Strategy(), steps=3, group=group), timeout=60
+        workers, lambda group: train_with_engine(made, strategy or mh.Strategy(), steps=3, group=group), timeout=240
     )
 
 

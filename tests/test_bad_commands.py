@@ -121,7 +121,11 @@ def test_errors_of_workers_are_printed_unchanged(tmp_path: Path, changes: list[s
     options = [option for change in changes for option in ("--set", change)]
     command = ["train", "faulty.toml", "--workers", "2", "--run-dir", "run", *options]
     ended = subprocess.run(
-        [sys.executable, "-m", "manyhands.cli.main", *command], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "manyhands.cli.main", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert ended.returncode == code, ended.stderr
     assert expected in ended.stderr

@@ -62,7 +62,7 @@ def test_hosts_with_other_numerics_are_named() -> None:
 @pytest.mark.slow
 def test_under_a_launcher_all_hosts_are_checked_together(tmp_path: Path) -> None:
     command = [*MANYHANDS, "run", "--workers", "2", MAIN, "doctor", "--json", "--run-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     found = {each["subject"]: each for each in json.loads(done.stdout)["findings"]}
     assert {"numerics", "clocks", "links"} <= set(found), done
     assert "2 workers" in found["numerics"]["message"]
@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 def test_on_the_command_line(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", STARTED, ("failed", {**FAILED, "restart": None}))
     done = subprocess.run(
-        [*MANYHANDS, "doctor", str(run.path)], capture_output=True, text=True, check=False, timeout=60
+        [*MANYHANDS, "doctor", str(run.path)], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 1
     assert "it failed after 0 steps: worker 1 was killed by SIGKILL" in done.stdout

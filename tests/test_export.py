@@ -261,7 +261,7 @@ def test_the_complete_model_is_never_in_memory(tmp_path: Path) -> None:
     with mh.Engine(recipe) as engine:
         big = engine.save(tmp_path / "big")
     command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(small), str(big), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     model_bytes, grown_bytes = map(int, done.stdout.split())
     assert model_bytes == 256 * 2**20
     assert grown_bytes < 48 * 2**20

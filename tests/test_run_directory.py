@@ -295,7 +295,7 @@ def test_an_active_run_is_not_started_twice(tmp_path: Path) -> None:
             "--run-dir",
             str(tmp_path / "run"),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 2
     assert f"process {os.getpid()} on" in done.stderr
     assert not (tmp_path / "run" / "manifest.json").exists()

@@ -51,7 +51,7 @@ def test_a_checkpoint_has_the_state_at_its_start(
     write_pieces = save.write_pieces
 
     def late(*args: Any) -> Any:
-        assert go_on.wait(60)
+        assert go_on.wait(240)
         return write_pieces(*args)
 
     monkeypatch.setattr(save, "write_pieces", late)

@@ -118,7 +118,7 @@ FORGED = [
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*MANYHANDS, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([*MANYHANDS, *map(str, arguments)], capture_output=True, text=True, timeout=240)
 
 
 def test_forged_records_give_no_traceback_and_print_no_escapes(run: Path, honest: Path) -> None:
@@ -130,7 +130,7 @@ def test_forged_records_give_no_traceback_and_print_no_escapes(run: Path, honest
     recipe = json.loads((run / "recipe.json").read_text())
     (run / "recipe.json").write_text(json.dumps(recipe | {"\x1b[2J": 1}))
     compared = subprocess.run(
-        [*MANYHANDS, "compare", str(run), str(honest)], capture_output=True, text=True, timeout=60
+        [*MANYHANDS, "compare", str(run), str(honest)], capture_output=True, text=True, timeout=240
     )
     assert "\\x1b[2J is 1 in one run" in compared.stdout
     manifest = json.loads((run / "manifest.json").read_text())
