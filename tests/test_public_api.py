@@ -30,6 +30,7 @@ NAMES = [
     "DataError",
     "Dataset",
     "Engine",
+    "Evaluation",
     "ExportSummary",
     "Interrupted",
     "InvariantError",
@@ -41,13 +42,18 @@ NAMES = [
     "Strategy",
     "Summary",
     "TokenFile",
+    "Validation",
     "Weights",
     "WorkerError",
+    "by_length",
     "digest_of_tensors",
+    "evaluate",
     "export",
     "launch",
     "load_recipe",
+    "metrics",
     "train",
+    "weighted",
 ]
 
 OPTIONS = {
@@ -64,6 +70,7 @@ OPTIONS = {
         "--offload",
         "--hosts",
         "--json",
+        "--keep-best",
         "--keep-checkpoints",
         "--keep-every",
         "--loader-workers",
@@ -91,6 +98,7 @@ OPTIONS = {
         "--checkpoint-dir",
         "--checkpoint-every",
         "--digest-every",
+        "--keep-best",
         "--keep-checkpoints",
         "--keep-every",
         "--loader-workers",
@@ -118,6 +126,17 @@ OPTIONS = {
         "--workers",
         "-n",
         "recipe",
+    },
+    "evaluate": {
+        "--accept-new-numerics",
+        "--json",
+        "--only",
+        "--set",
+        "--step",
+        "--workers",
+        "-n",
+        "recipe",
+        "run",
     },
     "export": {"--dtype", "--json", "--max-shard-size", "--step", "out", "run"},
 }
@@ -165,7 +184,7 @@ def test_public_methods_are_documented() -> None:
 
 # peft asks transformers for a property by the name that it had before transformers 5.24.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("page", ["api.md", "tutorial.md", "recipe-files.md", "models.md", "prepare.md"])
+@pytest.mark.parametrize("page", ["api.md", "tutorial.md", "recipe-files.md", "models.md", "prepare.md", "validation.md"])
 def test_the_examples_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
