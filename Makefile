@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all digests faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare zoo docs tree clean
+.PHONY: demo test test-all digests faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation zoo docs tree clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -74,6 +74,10 @@ bench-recovery: $(READY)
 bench-prepare: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench-prepare]'
 	$(BIN)/python benchmarks/prepare.py $(ARGS)
+
+# A validation compared with the forward passes that it needs; use a quiet machine.
+bench-validation: $(READY)
+	$(BIN)/python benchmarks/validation.py $(ARGS)
 
 # The memory of workers compared with the formula, written to docs/memory.md; as root, for the control group.
 bench-memory: $(READY)

@@ -184,7 +184,9 @@ def test_public_methods_are_documented() -> None:
 
 # peft asks transformers for a property by the name that it had before transformers 5.24.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("page", ["api.md", "tutorial.md", "recipe-files.md", "models.md", "prepare.md", "validation.md"])
+@pytest.mark.parametrize(
+    "page", ["api.md", "tutorial.md", "recipe-files.md", "models.md", "prepare.md", "validation.md"]
+)
 def test_the_examples_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -477,10 +477,17 @@ def test_what_is_wrong_is_refused_before_the_first_step(tmp_path: Path) -> None:
         ({}, {"keep_best": "validation.loss"}, "keep_best can't be parsed"),
         ({"patience": 2, "watch": "los:min"}, {}, r"there is no figure validation\.los(.|\n)*did you mean"),
     ):
+        recipe = recipe_of(validation=Validation(data=data, **given))  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=message):
-            mh.train(recipe_of(validation=Validation(data=data, **given)), steps=1, show=False, **arguments)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="keep_best needs a validation"):
-        mh.train(recipe_of(), steps=1, keep_best="validation.loss:min", show=False)
+            mh.train(recipe, steps=1, run_dir=tmp_path, show=False, **arguments)  # type: ignore[arg-type]
+    for recipe, place, message in (
+        (recipe_of(), tmp_path, "keep_best needs a validation"),
+        (recipe_of(validation=Validation(data=data)), None, "keep_best has no effect"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mh.train(recipe, steps=1, run_dir=place, keep_best="validation.loss:min", show=False)
+    with pytest.raises(ConfigError, match=r"have no effect without validation\.patience"):
+        Validation(data=data, watch="accuracy:max")
 
 
 # - Recipe files and the command

@@ -70,6 +70,12 @@ class Validation:
             value = getattr(self, name)
             if not (value is None or callable(value)):
                 raise ConfigError(f"validation.{name} can't be called", expected="a function", got=repr(value))
+        if self.patience is None and (self.watch != "loss:min" or self.min_improvement):
+            raise ConfigError(
+                "validation.watch and validation.min_improvement have no effect without validation.patience",
+                expected="patience=3, the number of validations without an improvement that end the run",
+                got=f"watch={self.watch!r}, min_improvement={self.min_improvement!r}",
+            )
         if isinstance(self.metrics, str):
             object.__setattr__(self, "metrics", (self.metrics,))
 

@@ -117,6 +117,8 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         )
         last = engine.epochs.steps(recipe.epochs) if recipe.epochs is not None else checked_steps
         record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, stack, adopt=adopt, anew=anew)
+        if record.checkpoints is None:
+            _refuse_without_place(checkpoint_every=checkpoint_every, keep_every=keep_every, keep_best=keep_best)
         record.amend(given_amendments)
         record.resume(accept_new_numerics)
         of_best = [keep_best] if isinstance(keep_best, str) else keep_best
@@ -174,6 +176,17 @@ def _agree_on_arguments(group: Group, **arguments: Any) -> None:
         hint="pass the same arguments on all workers. A run_dir with the time in its name, for example, would differ"
         " between workers: choose the name once, before the workers start",
     )
+
+
+def _refuse_without_place(**options: Any) -> None:
+    """Raise ConfigError for an option that would have no effect, because there is no place for checkpoints."""
+    for name, value in options.items():
+        if value:
+            raise ConfigError(
+                f"{name} has no effect, because the run has no place for checkpoints",
+                expected="run_dir=... or checkpoint_dir=...",
+                got=f"{name}={value!r}",
+            )
 
 
 def _with_scratch(strategy: Strategy, run_dir: str | Path | None) -> Strategy:
