@@ -41,6 +41,7 @@ from manyhands.launching.rendezvous import (
     own_address,
     parse_endpoint,
 )
+from manyhands.launching.rendezvous_state import Clocks
 from manyhands.launching.supervision import StopRequest
 from manyhands.members.reports import Failure, WorkerEnd
 from support.hosts import Host, hosts
@@ -95,8 +96,9 @@ def ended_with(*errors: Exception) -> list[WorkerEnd]:
     return [WorkerEnd(rank=each.rank, exit_code=0, seconds=5.0, failure=each) for each in reports]
 
 
-def test_a_failed_rendezvous_is_explained_by_the_workers_of_the_host() -> None:
+def test_a_failed_rendezvous_is_explained_by_the_workers_of_the_host(tmp_path: Path) -> None:
     """On the host of the worker that raised, and on the others, whose workers noticed."""
+    stop = StopRequest(tmp_path, 1, 1.0)
     failed = WorkerError("rendezvous failed: the hosts can no longer reach each other", where="first:1")
     elsewhere = WorkerError("worker 2 raised ValueError: no cheese", rank=2, where="worker 2 (pid 7 on b), step 4")
     broken = WorkerError("a worker failed, and the store with its report is lost")
@@ -105,20 +107,29 @@ def test_a_failed_rendezvous_is_explained_by_the_workers_of_the_host() -> None:
         (ended_with(elsewhere, elsewhere), 2, elsewhere.what),
         (ended_with(broken, ValueError("no cheese")), 1, "worker 1 failed: ValueError: no cheese"),
     ):
-        cause = explain_rendezvous_failure(failed, ends)
+        cause = explain_rendezvous_failure(failed, ends, stop)
         assert isinstance(cause, WorkerError)
         assert (cause.rank, cause.what) == (rank, what)
         assert failed.what in str(cause)
-    assert explain_rendezvous_failure(failed, ended_with(broken)) is failed
-    assert explain_rendezvous_failure(failed, []) is failed
-    assert explain_rendezvous_failure(failed, ended_with(stopped, stopped)).what == stopped.what
-    # The launcher itself had stopped the workers, so nobody has asked this host to stop.
-    left = explain_rendezvous_failure(failed, ended_with(stopped, stopped), regroups=True)
-    assert isinstance(left, WorkerError)
-    assert left.what.startswith("this host has left the run")
-    assert "requested" not in str(left)
-    raised = explain_rendezvous_failure(failed, ended_with(ValueError("no cheese"), stopped), regroups=True)
+    assert explain_rendezvous_failure(failed, ended_with(broken), stop) is failed
+    assert explain_rendezvous_failure(failed, [], stop) is failed
+    raised = explain_rendezvous_failure(failed, ended_with(ValueError("no cheese"), stopped), stop)
     assert raised.what == "worker 0 failed: ValueError: no cheese"
+    # This launcher or another one had stopped the workers, and nobody has requested the run to stop.
+    for regroups, ends in ((True, []), (True, ended_with(stopped, stopped)), (False, ended_with(stopped, stopped))):
+        stop.regroups = regroups
+        left = explain_rendezvous_failure(failed, ends, stop)
+        assert isinstance(left, WorkerError)
+        assert left.what.startswith("this host has left the run")
+        assert "requested" not in str(left)
+        assert "clocks of the hosts differ" not in str(left)
+    stop.regroups, stop.clock_difference = True, 9.7
+    assert "the clocks of the hosts differ by 10 s or more" in str(explain_rendezvous_failure(failed, [], stop))
+    stop.stopped_by_first_host = True
+    for ends, what in ((ended_with(stopped), stopped.what), ([], "the first host was requested to stop the run")):
+        asked = explain_rendezvous_failure(failed, ends, stop)
+        assert isinstance(asked, Interrupted)
+        assert asked.what == what
 
 
 def alone(port: int, restarts: int = 1) -> Rendezvous:
@@ -164,7 +175,9 @@ def test_a_stop_request_is_raised_during_a_rendezvous_only_in_the_waiting_thread
 
     handler = HostsRendezvousHandler.__new__(HostsRendezvousHandler)
     agent = threading.get_ident()
+    store = HashStore()
     handler.__dict__.update(_stop=stop, _handler=Handler(), _is_first=True, _agent_thread=agent)
+    handler.__dict__.update(_store=store, _clocks=Clocks())
     with pytest.raises(SignalException):  # and no error of the store after its time limit
         handler.next_rendezvous()
     assert (heartbeats, closed) == ([None], [True])
@@ -368,7 +381,7 @@ def test_a_host_joins_and_leaves_and_no_step_is_repeated(tmp_path: Path) -> None
         run.until_workers(2)
         assert run.first.wait(240) == 0, run.job.output(first)
     assert "stopped after step" in run.job.output(other)
-    assert run.job.output(first).count("a host joined or left") == 2
+    assert run.job.output(first).count("a host joined, left or seems lost") == 2
     assert [event for event in events(tmp_path, "started", "repeats") if event] == []
     assert run.digest() == run.undisturbed(50)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from manyhands.launching.rendezvous import Rendezvous
 
 OnRestart = Callable[[WorkerError | None], None]
-"""A function that is called before workers restart, with their failure, or with None if a host joined or left."""
+"""A function that is called before workers restart, with their failure, or with None if the hosts of the run change."""
 
 
 def first_host(
@@ -113,7 +113,7 @@ def join_command(arguments: JoinArguments, strategy: dict[str, Any]) -> None:
 def _print_and(record: OnRestart) -> Callable[[WorkerError | Interrupted | None], None]:
     def on_restart(cause: WorkerError | Interrupted | None) -> None:
         failure = cause if isinstance(cause, WorkerError) else None
-        reason = "a host joined or left" if failure is None else str(failure)
+        reason = "a host joined, left or seems lost" if failure is None else str(failure)
         say(f"{reason}\nrestarting with the hosts that are now in the run")
         record(failure)
 

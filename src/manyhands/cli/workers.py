@@ -187,8 +187,9 @@ def record_restart(directory: RunDirectory, restart: Restart, workers: int) -> N
 def record_run_failure(directory: RunDirectory, error: WorkerError | None, restart: int | None) -> None:
     """Record a failure.
 
-    restart: the number of the restart that follows; None if the run ends. error: None if a host joined or left. If the
-    failure can't be recorded, for example because the disk is full, this is printed, and the run is still restarted.
+    restart: the number of the restart that follows; None if the run ends. error: None if the hosts of the run change.
+    If the failure can't be recorded, for example because the disk is full, this is printed, and the run is still
+    restarted.
     """
     try:
         if error is None:

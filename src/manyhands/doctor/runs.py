@@ -147,7 +147,7 @@ def _line(event: dict[str, Any]) -> str:
         then = "" if event.get("restart") is None else f"; restarted ({event['restart']})"
         return f"failed: {event.get('what')}{where}{then}"
     if kind == "hosts changed":
-        return "a host joined or left: restarted with the hosts that were present"
+        return "a host joined, left or seemed lost: restarted with the hosts that were present"
     if kind == "saved":
         return f"checkpoint of step {event.get('step')} published"
     if kind == "not saved":

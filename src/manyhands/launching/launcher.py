@@ -112,7 +112,7 @@ def run_workers(
         try:
             exit_codes = _launch(folder, config, stop, quiet)
         except WorkerError as error:  # the rendezvous failed, and a worker of this host may have reported the reason
-            raise explain_rendezvous_failure(error, logs.ends({}), regroups=stop.regroups) from None
+            raise explain_rendezvous_failure(error, logs.ends({}), stop) from None
         if not exit_codes and stop.signal is None:
             exit_codes = dict.fromkeys(logs.unfinished(), (0, time.time()))
         ends = logs.ends(exit_codes)
@@ -123,34 +123,41 @@ def run_workers(
 
 
 def explain_rendezvous_failure(
-    error: WorkerError, ends: Sequence[WorkerEnd], *, regroups: bool = False
+    error: WorkerError, ends: Sequence[WorkerEnd], stop: StopRequest
 ) -> WorkerError | Interrupted:
     """Return the error that explains why the rendezvous failed with `error`.
 
-    ends: how the workers of this host ended; their exit codes are not known. The result is the root cause if the
-    workers reported one (a worker may have failed too often), Interrupted if the run was stopped, and otherwise
-    `error`. regroups: True if the launcher itself had stopped the workers, because another host joined or seemed lost.
-    Then their reports that they were requested to stop do not explain the failure.
+    ends: how the workers of this host ended; their exit codes are not known. The result is the root cause if a worker
+    failed (perhaps too often), Interrupted if the first host was requested to stop the run, and otherwise `error`, or
+    an error which says that this host has left the run.
+
+    A worker also reports that it was requested to stop if a launcher, on this host or on another one, has stopped its
+    workers because a host joined or seemed lost: all workers stop after the same step. Such a report doesn't explain
+    the failure.
     """
-    stopped = ("Interrupted", "KeyboardInterrupt") if regroups else ()
-    failed = [end for end in ends if end.failure is not None and end.failure.kind not in stopped]
-    reported = [replace(end, exit_code=1) for end in failed if end.failure and not end.failure.is_secondhand]
-    if regroups and not reported:
-        return WorkerError(
-            "this host has left the run: the hosts did not meet again after one had joined or seemed lost",
-            where=error.where,
-            hint="check whether the first host was stopped and whether the hosts can reach each other. Check their "
-            "clocks, too: a host whose clock jumps by several seconds seems lost. To take part again, use "
-            "manyhands join",
-            detail=error.detail,
-        )
-    cause = explain_failure(reported) if reported else error
-    if isinstance(cause, Interrupted):
-        errors = [end.failure.error() for end in reported if end.failure is not None]
-        return next((each for each in errors if isinstance(each, Interrupted)), cause)
-    if cause is not error:
+    failed = [end for end in ends if end.failure is not None]
+    stopped = [end for end in failed if end.failure and end.failure.kind in ("Interrupted", "KeyboardInterrupt")]
+    reported = [end for end in failed if end not in stopped and end.failure and not end.failure.is_secondhand]
+    if reported:
+        cause = explain_failure([replace(end, exit_code=1) for end in reported])
         cause.detail = "\n".join(filter(None, [cause.detail, f"then {error}"]))
-    return cause
+        return cause
+    if stop.stopped_by_first_host:
+        errors = [end.failure.error() for end in stopped if end.failure is not None]
+        unknown = Interrupted("the first host was requested to stop the run", where=error.where)
+        return next((each for each in errors if isinstance(each, Interrupted)), unknown)
+    if not stopped and not stop.regroups:
+        return error
+    return WorkerError(
+        "this host has left the run: the hosts did not meet again after one had joined or seemed lost",
+        where=error.where,
+        hint="set the clocks, and use manyhands join to take part again"
+        if stop.clocks_differ
+        else "check whether the first host was stopped and whether the hosts can reach each other. Check their "
+        "clocks, too: a host whose clock jumps by several seconds seems lost. To take part again, use "
+        "manyhands join",
+        detail="\n".join(filter(None, [stop.how_clocks_differ if stop.clocks_differ else None, error.detail])) or None,
+    )
 
 
 def _config(folder: Path, workers: int, logs: Logs, stop: StopRequest, rendezvous: Rendezvous | None) -> LaunchConfig:

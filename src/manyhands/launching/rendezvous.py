@@ -40,6 +40,7 @@ from manyhands.formatting import printable
 from manyhands.launching.remote_store import ANSWER_SECONDS, RemoteStore, ask_store
 from manyhands.launching.rendezvous_state import json_handler
 from manyhands.launching.supervision import StopRequest, WorkerMonitor
+from manyhands.output import say
 
 PORT = 29400
 """The default port of the first host's store. torchrun has the same default."""
@@ -58,6 +59,9 @@ _CONNECT_SECONDS = 10.0  # time limit for connecting to the first host
 
 _RUN_KEY = "manyhands/run"
 """The key in the store under which the first host publishes the fields of a Rendezvous that a joining host needs."""
+
+_STOPPED_KEY = "manyhands/stopped"
+"""The key in the store that the first host sets when it is requested to stop the run."""
 
 _PUBLISHED = ("run_id", "min_hosts", "max_hosts", "max_restarts", "fingerprints")
 
@@ -267,7 +271,7 @@ class HostsRendezvousHandler(RendezvousHandler):
         listener: socket.socket | None = parameters.get("listener")
         client = ask_store(lambda: _connect(rendezvous.host, rendezvous.port, listener), self._check)
         self._store = RemoteStore(client, self._check)
-        self._handler = json_handler(self._store, parameters)
+        self._handler, self._clocks = json_handler(self._store, parameters)
         if rendezvous.is_first:
             self._store.set(_RUN_KEY, json.dumps({name: getattr(rendezvous, name) for name in _PUBLISHED}))
         self._may_stop = False
@@ -282,7 +286,7 @@ class HostsRendezvousHandler(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         # Kill the processes that the previous round's workers left, because torch ends only sessions of live workers.
         self._stop.kill_rest()
-        with self._stoppable(has_no_workers=True):
+        with self._stoppable(has_no_workers=True), self._clocks_compared():
             while True:
                 # A host may be lost immediately after it joined. The agent would wait for it and give up, so check that
                 # all hosts are present. If a host is missing, repeat the rendezvous.
@@ -295,11 +299,29 @@ class HostsRendezvousHandler(RendezvousHandler):
                     self._stop.regroups = False
                     return info
 
+    @contextmanager
+    def _clocks_compared(self) -> Iterator[None]:
+        """Note at the end of the block by how much the clocks of the hosts differ."""
+        try:
+            yield
+        finally:
+            self._stop.clock_difference = self._clocks.difference
+
     def _meet(self) -> RendezvousInfo:
         try:
             return self._handler.next_rendezvous()
+        except RendezvousClosedError:
+            self._note_stop()
+            raise
         except RendezvousGracefulExitError as error:  # after this error torch's launcher would fail with a bare error
+            self._note_stop()
             raise RendezvousClosedError(str(error)) from error
+
+    def _note_stop(self) -> None:
+        """Note whether the rendezvous was closed because the first host was requested to stop the run."""
+        if not self._stop.stopped_by_first_host:
+            with suppress(DistError):  # the first host is gone, and its reason with it
+                self._stop.stopped_by_first_host = self._store.check([_STOPPED_KEY])
 
     @contextmanager
     def _stoppable(self, *, has_no_workers: bool) -> Iterator[None]:
@@ -314,6 +336,7 @@ class HostsRendezvousHandler(RendezvousHandler):
         except SignalException:
             self._may_stop = False
             if self._is_first:
+                self._store.set(_STOPPED_KEY, "")
                 self._handler.set_closed()
             raise
         finally:
@@ -330,16 +353,23 @@ class HostsRendezvousHandler(RendezvousHandler):
     def num_nodes_waiting(self) -> int:
         with self._stoppable(has_no_workers=False):
             self._check()
+            known = self._stop.clocks_differ
             try:
-                waiting = ask_store(self._handler.num_nodes_waiting, self._check)
+                with self._clocks_compared():
+                    waiting = ask_store(self._handler.num_nodes_waiting, self._check)
             except (RendezvousError, DistError):  # the first host is lost, or its launcher was stopped
                 self._kill_workers_later()
                 raise
         state = self._handler._state_holder.state  # private: torch's interface reports waiting hosts, not lost ones
         lost = 0 if state.closed else max(0, self._num_hosts - len(state.participants))
+        if state.closed:
+            self._note_stop()
         if lost:
             self._kill_workers_later()
-        self._stop.regroups = self._stop.regroups or waiting + lost > 0  # the agent stops its workers now
+        if waiting + lost > 0:  # the agent stops its workers now
+            self._stop.regroups = True
+            if self._stop.clocks_differ and not known:
+                say(self._stop.how_clocks_differ)
         return waiting + lost
 
     def _kill_workers_later(self) -> None:

@@ -7,7 +7,9 @@ which executes code chosen by the writer. This module replaces the holder. It us
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, Rendezvou
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
+    RendezvousSettings,
     _BackendRendezvousStateHolder,
     _NodeDesc,
     _RendezvousState,
@@ -23,19 +26,28 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 
 from manyhands.launching.remote_store import RemoteStore
 
+_REMEMBERED_SECONDS = 60.0  # how long a difference of clocks is remembered
+
 _MOST_BYTES = 1 << 20  # a state has about 200 bytes per host
 
 
-def json_handler(store: RemoteStore, parameters: RendezvousParameters) -> DynamicRendezvousHandler:
-    """Return torch's handler of a rendezvous whose state is in `store`, as JSON."""
+def json_handler(store: RemoteStore, parameters: RendezvousParameters) -> tuple[DynamicRendezvousHandler, Clocks]:
+    """Return torch's handler of a rendezvous whose state is in `store`, as JSON, and what it finds about clocks."""
     backend = C10dRendezvousBackend(store, parameters.run_id)
     made = create_handler(store, backend, parameters)  # only its node and settings are used
     holder = _JsonStateHolder(backend, made._settings)
-    return DynamicRendezvousHandler(made._this_node, made._settings, backend.name, store, holder)
+    return DynamicRendezvousHandler(made._this_node, made._settings, backend.name, store, holder), holder.clocks
 
 
 class _JsonStateHolder(_BackendRendezvousStateHolder):
-    """torch's holder of the state, with JSON in place of pickles."""
+    """torch's holder of the state, with JSON in place of pickles.
+
+    clocks: compares this host's clock with those of the others.
+    """
+
+    def __init__(self, backend: C10dRendezvousBackend, settings: RendezvousSettings) -> None:
+        super().__init__(backend, settings)
+        self.clocks = Clocks()
 
     def sync(self) -> bool | None:
         """Write the state if it was changed here, and read it otherwise. Return True if it was written.
@@ -53,8 +65,43 @@ class _JsonStateHolder(_BackendRendezvousStateHolder):
             found = self._backend.get_state()
         self._state, self._token = (_RendezvousState(), None) if found is None else (state_of(found[0]), found[1])
         self._dirty, self._last_sync_time = False, time.monotonic()
+        self.clocks.compare(self._state.last_heartbeats, datetime.now(UTC), self._last_sync_time)
         self._sanitize()
         return has_set
+
+
+class Clocks:
+    """Finds by how much the clocks of other hosts differ from this host's clock, from the times in their heartbeats.
+
+    A heartbeat that changed between two looks was sent between these looks. The monotonic clock measures the time since
+    then. So a heartbeat that seems older than the earlier look, or younger than the later one, has the time of another
+    clock.
+
+    difference: the largest difference that was found in the last minute, in seconds: a lower bound.
+    """
+
+    def __init__(self) -> None:
+        self.difference = 0.0
+        # For each host: its last heartbeat, and the monotonic times of the looks before and after the heartbeat.
+        self._seen: dict[_NodeDesc, tuple[datetime, float, float]] = {}
+        self._found_at = self._last_look = -math.inf
+
+    def compare(self, heartbeats: Mapping[_NodeDesc, datetime], now: datetime, monotonic_seconds: float) -> None:
+        """Compare the clocks. heartbeats: the last ones, as just read. now, monotonic_seconds: the time on two clocks.
+
+        This host's own last heartbeat tells whether the clock of this host has jumped since.
+        """
+        differences = []
+        for node, at in heartbeats.items():
+            if node not in self._seen or self._seen[node][0] != at:
+                before = self._last_look if node in self._seen else -math.inf  # a new host's may be of any age
+                self._seen[node] = at, before, monotonic_seconds
+            _, before, after = self._seen[node]
+            age = (now - at).total_seconds()
+            differences += [age - (monotonic_seconds - before), (monotonic_seconds - after) - age]
+        found, self._last_look = max([0.0, *differences]), monotonic_seconds
+        if found >= self.difference or monotonic_seconds - self._found_at > _REMEMBERED_SECONDS:
+            self.difference, self._found_at = found, monotonic_seconds
 
 
 def state_to_json(state: _RendezvousState) -> bytes:

@@ -33,23 +33,41 @@ signal.
 _START_SECONDS = 10.0
 """A stop signal is passed on after this time at the latest, even if some workers have not started."""
 
+_CLOCKS_DIFFER_SECONDS = 3.0  # half of the time without a heartbeat after which a host seems lost
+
 
 class StopRequest:
     """A request to stop the launcher. Records the signal, and stops the workers.
 
-    signal: the first stop signal, or None if there was none. regroups: True while the launcher stops its workers to
-    restart them with other hosts; in this case, nobody has requested the run to stop. grace_seconds: the time that
-    workers have to exit. folder: the folder shared with the workers. workers: the number of workers that will start.
+    signal: the first stop signal, or None if there was none. stopped_by_first_host: True if the first host of several
+    was requested to stop the run. regroups: True while the launcher stops its workers to restart them with other hosts.
+    clock_difference: the seconds by which the clocks of the hosts were seen to differ in the last minute.
+    grace_seconds: the time that workers have to exit. folder: the folder shared with the workers. workers: the number
+    of workers that will start.
     """
 
     def __init__(self, folder: Path, workers: int, grace_seconds: float) -> None:
         self.signal: signal.Signals | None = None
-        self.regroups = False
+        self.stopped_by_first_host = self.regroups = False
+        self.clock_difference = 0.0
         self.grace_seconds = grace_seconds
         self._folder, self._workers = folder, workers
         self._requested = self._passed_on = 0.0  # the monotonic times of these events
         self._killed = False
         self._started = time.monotonic()
+
+    @property
+    def clocks_differ(self) -> bool:
+        """Return True if the clocks of the hosts differ by so much that this may be why a host seems lost."""
+        return self.clock_difference > _CLOCKS_DIFFER_SECONDS
+
+    @property
+    def how_clocks_differ(self) -> str:
+        """Return the sentence for people about clocks that differ."""
+        return (
+            f"the clocks of the hosts differ by {self.clock_difference:.0f} s or more, and a host whose clock differs "
+            "by more than 6 s seems lost"
+        )
 
     @contextmanager
     def listening(self) -> Iterator[None]:
