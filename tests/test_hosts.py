@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from manyhands.comm.group import Group
 from manyhands.comm.hierarchical import workers_by_host
 from support.hosts import PREFIX, Host, hosts, torchrun, why_not
 from support.models import GPT_UNITS, gpt_recipe
+from support.processes import started
 from support.threads import host_groups, run_threads
 from support.training import train_with_engine
 from test_faults import MANYHANDS, PATIENT, SUPPORT
@@ -106,6 +109,28 @@ def test_hierarchical_groups_have_the_oracles_digest(count: int, sharding: str, 
 
     found = run_threads(2 * count, work, makers=host_groups(count, 2))
     assert found == [oracle_digest(precision)] * (2 * count)
+
+
+JOINS = """
+import sys
+from manyhands.comm.connect import connect
+group = connect("distributed")
+sys.stdout.write(str(group.size))
+group.close()
+"""
+
+
+def test_workers_meet_although_their_launchers_have_restarted_them_unequally_often() -> None:
+    """torch's launcher on a host counts only the failures of its own workers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ExitStack() as stack:
+        workers = []
+        for rank in (0, 1):
+            own = {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(3 * rank)}
+            workers.append(stack.enter_context(started([sys.executable, "-c", JOINS], env=os.environ | place | own)))
+        assert [worker.communicate(timeout=60)[0] for worker in workers] == ["2", "2"]
 
 
 SERVER = """

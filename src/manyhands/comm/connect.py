@@ -121,8 +121,10 @@ def _gpus_are_shared() -> bool:
 def _numbered_store(rank: int, size: int) -> Store:
     """Connect to the launcher's store, with a key prefix for this connection. Raises ConfigError.
 
-    A process may connect several times (one engine after another), and workers may be restarted with the same store.
-    The prefix keeps a connection from seeing the keys of an earlier one.
+    A process may connect several times (one engine after another). The prefix keeps a connection from seeing the keys
+    of an earlier one. It contains the number of restarts if the store is the launcher's, which lasts longer than the
+    workers. Otherwise the store ends with worker 0, and the number is left out: each launcher counts only the failures
+    of its own workers, so the launchers of several hosts may have different numbers.
     """
     if "MASTER_ADDR" not in os.environ:
         if size == 1:
@@ -133,7 +135,8 @@ def _numbered_store(rank: int, size: int) -> Store:
     server = _listen_on_one_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if rank == 0 else None
     store: Store = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=JOIN_SECONDS)))[0]
     del server  # from here on, torch's store keeps the server alive
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if of_launcher else "0"
     number = store.add(f"manyhands/{restart}/connections/{rank}", 1)
     return PrefixStore(f"manyhands/{restart}/{number}", store)
 
