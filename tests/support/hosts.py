@@ -82,6 +82,10 @@ class Host:
             _call("tc", "-n", self._namespace, "qdisc", "add", "dev", "eth0", *limit)
             _call("tc", "-n", self._hub, "qdisc", "add", "dev", self._port, *limit)
 
+    def add_address(self, address: str) -> None:
+        """Give the host another address, which the other hosts can reach, too."""
+        _call("ip", "-n", self._namespace, "address", "add", f"{address}/24", "dev", "eth0")
+
     def start(
         self, command: Sequence[str], output: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
