@@ -122,3 +122,43 @@ def test_curves_for_tensorboard_continue_after_a_full_disk(tmp_path: Path) -> No
         env={**os.environ, "PYTHONPATH": paths},
     )
     assert done.returncode == 0, done.stderr
+
+
+JOBS = """
+import sys, tempfile
+from pathlib import Path
+import manyhands as mh
+from full_disk import BALLAST, fill
+disk, rest = Path(sys.argv[1]), {"progress": False}
+tempfile.tempdir = str(disk / "temporary")
+(disk / "temporary").mkdir()
+made = mh.Dataset.from_records(range(1000)).sort_by()
+jobs = {
+    "the output folder can't be written": lambda: made.write(disk / "out", workers=0, **rest).records,
+    "the output folder can't be written: ": lambda: made.write(disk / "ranks", engine="rank 0 of 1", **rest).records,
+    "the folder for temporary files can't be written": lambda: made.count(workers=0, **rest),
+}
+for expected, job in jobs.items():
+    fill(disk)
+    try:
+        job()
+    except mh.ManyhandsError as error:
+        assert expected in str(error), error
+        assert "No space left on device" in str(error), error
+    else:
+        raise AssertionError(f"no error: {expected}")
+    (disk / BALLAST).unlink()
+    assert job() == 1000
+left = {path.name for path in disk.iterdir()} | {path.name for path in (disk / "temporary").glob("*/*")}
+assert left == {"temporary", "out", "ranks"}, left
+"""
+
+
+def test_data_jobs_name_a_full_disk_and_run_again_with_space(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+    done = run_on_small_disk(
+        tmp_path / "disk",
+        [sys.executable, "-c", JOBS, str(tmp_path / "disk")],
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from manyhands.errors import ConfigError
@@ -58,7 +58,7 @@ class FileLock:
                 return True
 
     def write(self, text: str) -> None:
-        """Replace the file's content, which is a message from the holder to waiting processes."""
+        """Replace the file's content, which is a message from the holder to waiting processes. Raises OSError."""
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, text.encode(), 0)
 
@@ -91,7 +91,8 @@ def run_lock(path: Path) -> Iterator[None]:
                 got=_owner(lock.read()),
                 hint="wait for it to end, or stop it first; or start another run, in another run directory",
             )
-        lock.write(json.dumps([socket.gethostname(), os.getpid()]))
+        with suppress(OSError):  # the disk is full; the message says only who holds the lock
+            lock.write(json.dumps([socket.gethostname(), os.getpid()]))
         for folder in (path, path / "digests"):
             remove_temporary_files(folder)
         yield

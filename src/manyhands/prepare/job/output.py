@@ -15,7 +15,8 @@ import shutil
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -122,6 +123,19 @@ class OutputFile:
     sha256: str
 
 
+@contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Raise ConfigError in place of an OSError of the block, which writes to an output folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"the output folder can't be written: {error.strerror or error}",
+            where=folder,
+            hint="free some space or choose another folder, and run again: completed tasks are not repeated",
+        ) from error
+
+
 def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) -> PrepareSummary:
     """Run a plan and publish its files in `folder`. Reuses the complete or partial output of the same plan.
 
@@ -136,25 +150,19 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
         return _summary(existing, folder, [], time.monotonic() - started)
     _refuse_foreign(folder, existing, plan, overwrite=overwrite)
     rank = rank_of(options)
-    job = JobFolder(join_path(folder, JOB), together=rank is not None, output=folder)
+    with _writing(folder):
+        job = JobFolder(join_path(folder, JOB), together=rank is not None, output=folder)
     events = JobEvents(folder, None if rank is None else rank.number)
     events.add("job started", identity=plan.identity, stages=len(plan.stages), **options.described())
     complete = False
     stages: list[StageResult] = []
     try:
-        with stopping_on_request(job.path, "run it again: completed tasks are not repeated"):
+        with _writing(folder), stopping_on_request(job.path, "run it again: completed tasks are not repeated"):
             manifest = _of_other_ranks(plan, folder, options)
             if manifest is None:
                 stages, manifest = _run(plan, folder, job, options, existing, events)
         complete, took = True, time.monotonic() - started
         events.add("published", digest=manifest["digest"], records=manifest["records"], seconds_taken=took)
-    except OSError as error:
-        events.add("job failed", why=error)
-        raise ConfigError(
-            f"the output folder can't be written: {error.strerror or error}",
-            where=folder,
-            hint="free some space or choose another folder, and run again: completed tasks are not repeated",
-        ) from error
     except ManyhandsError as error:
         events.add("job stopped" if isinstance(error, Interrupted) else "job failed", why=error)
         raise
@@ -216,6 +224,17 @@ def run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
 
     The folder is named after the plan, so the next run reuses and then removes the files of a killed run.
     """
+    try:
+        return _run_temporarily(plan, options, use)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder for temporary files can't be written: {error.strerror or error}",
+            where=str(_root()),
+            hint="free some space, or set TMPDIR to another folder",
+        ) from error
+
+
+def _run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
     root = str(private_folder())
     for attempt in range(1000):
         try:

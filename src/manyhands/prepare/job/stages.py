@@ -75,7 +75,11 @@ class JobFolder:
             self._lock = FileLock(join_path(path, "lock"))
             self._alone = self._lock.take()
             if self._alone:
-                self._lock.write(_CLEARING if together else "")
+                try:
+                    self._lock.write(_CLEARING if together else "")
+                except OSError:  # the disk is full
+                    self._lock.close()
+                    raise
                 # If the file system has no locks, other ranks may be active, so nothing is cleared.
                 self._alone = self._lock.is_supported or not together
             elif not (together and self._wait_for_first_rank(self._lock)):
