@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -76,25 +78,31 @@ class Run:
     folder: Path
     command: list[str]
     fault: str = ""
+    more: Mapping[str, str] = field(default_factory=dict)  # variables for the first launcher
     seconds: float = field(init=False, default=0.0)  # from the fault until all processes were gone
     limit_seconds: float = field(init=False, default=0.0)  # for `seconds`
     output: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        (self.folder / "temporary").mkdir(parents=True)
+        (self.folder / "temporary").mkdir(parents=True, exist_ok=True)
         self.began = time.time()
-        self.process = self.start(self.command)
+        self.process = self.start(self.command, self.more)
 
-    def start(self, command: list[str]) -> subprocess.Popen[bytes]:
-        """Start the run's command, or another launcher that takes part in it."""
+    def start(self, command: list[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start the run's command, or another launcher that takes part in it. more: variables only for this one."""
         environment = {
             **os.environ,
+            **(more or {}),
             "FAULT": self.fault,
             "FAULT_TIME": str(self.folder / "fault-time"),
             "TMPDIR": str(self.folder / "temporary"),
         }
-        with (self.folder / "output").open("ab") as output:
+        with self.open_output() as output:
             return subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+
+    def open_output(self) -> IO[bytes]:
+        """Return where the launchers write to."""
+        return (self.folder / "output").open("ab")
 
     def processes(self) -> list[int]:
         """Return the pids of all running processes that it started: they inherit its environment."""
