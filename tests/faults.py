@@ -146,7 +146,7 @@ class Session:
     def _start(self, number: int, count: int, workers: int, *, calm: bool) -> tuple[Command, Schedule]:
         """Run one command of `count` launchers and wait for its end."""
         chance, folder, schedule = self._chance, self.folder / str(number), Schedule()
-        kinds = [] if calm else chance.sample(self._kinds, chance.choice([0, 1, 1, 2]))
+        kinds = [] if calm else chance.sample(self._kinds, min(len(self._kinds), chance.choice([0, 1, 2, 3])))
         if "full disk" in kinds:
             small_disk(folder / "temporary", "8m")
             schedule.fill(chance.choice([*self._disks, folder / "temporary"]), "full disk", chance, SECONDS)

@@ -179,7 +179,7 @@ class Job:
         chance, log = self._chance, self.folder / "log"
         log.write_bytes(b"")
         options, schedule = command_options(engine, cluster, chance), Schedule()
-        kinds = chance.sample(self._kinds, chance.choice([0, 1, 1, 2]))
+        kinds = chance.sample(self._kinds, min(len(self._kinds), chance.choice([0, 1, 2, 3])))
         clock, fast = FakeClock(self.folder / "clock"), chance.randrange(len(options)) if "clock" in kinds else None
         bytes_read = chance.randint(0, 400) if "closed pipe" in kinds else None
         self._disturb(kinds, schedule)

@@ -10,8 +10,8 @@ from pathlib import Path
 UNSHARE = ("unshare", "--user", "--map-root-user", "--mount")
 
 
-BALLAST = "ballast"
-"""The file that takes all space of the disk."""
+BALLAST = ".ballast.tmp"
+"""The file that takes all space of the disk. It has the name of a temporary file, so it may be in a run directory."""
 
 
 def fill(folder: Path) -> None:
