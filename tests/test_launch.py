@@ -469,3 +469,15 @@ def test_a_killed_process_whose_threads_still_end_has_not_exited() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert has_exited_with_0(process.pid)
+
+
+def test_the_run_command_starts_a_module(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    (tmp_path / "package" / "script.py").write_text(
+        "import os, sys; print(os.environ['RANK'], sys.argv[1:], flush=True)"
+    )
+    command = [sys.executable, "-m", "manyhands", "run", "--workers", "2", "-m", "package.script", "--its-own", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 ['--its-own', 'x']", "1 ['--its-own', 'x']"]

@@ -88,7 +88,7 @@ OPTIONS = {
         "-n",
         "recipe",
     },
-    "run": {"--max-restarts", "--workers", "-n", "script"},
+    "run": {"--max-restarts", "--module", "--workers", "-m", "-n", "script"},
     "compare": {"--json", "other", "run"},
     "join": {
         "--amend",

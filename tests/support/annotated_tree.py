@@ -26,6 +26,7 @@ LAYERS = (
     ("checkpoint", "listeners", "planner"),
     ("training", "launching", "doctor"),
     ("cli",),
+    ("__main__",),
 )
 """Packages, and modules at the top, from the bottom up. A file imports lower layers and its own package only."""
 

@@ -26,7 +26,7 @@ from manyhands.output import protect_output, say
 from manyhands.surroundings import LAUNCH_VARIABLE, RESTARTS_VARIABLE, to_handle
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Train one PyTorch model with any number of workers: the same recipe gives the same bits.",
@@ -104,6 +104,9 @@ def run_command(
             metavar="SCRIPT", help="Your script. All arguments after it are passed to the script.", show_default=False
         ),
     ],
+    module: Annotated[
+        bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module, as for `python -m`.")
+    ] = False,
     workers: Workers = None,
     max_restarts: Annotated[
         int,
@@ -122,11 +125,13 @@ def run_command(
 
     Example: `manyhands run --workers 4 script.py --its-own-option`
     """
-    if not script.is_file():
-        raise ConfigError("there is no such script", where=str(script.absolute()))
+    if not module and not script.is_file():
+        hint = "to run a module, use -m" if "." in str(script) and not str(script).endswith(".py") else None
+        raise ConfigError("there is no such script", where=str(script.absolute()), hint=hint)
     from manyhands.launching.failures import run_with_restarts
 
-    command, allowed = [sys.executable, str(script), *context.args], workers_for(workers, 1, None)
+    program = ["-m", str(script)] if module else [str(script)]
+    command, allowed = [sys.executable, *program, *context.args], workers_for(workers, 1, None)
     launch = uuid.uuid4().hex
     with snapshot_memory("auto" if max_restarts else "never", allowed.most) as snapshots:
         run_with_restarts(

@@ -54,7 +54,7 @@ def _train(request: Mapping[str, Any], stop: StopSignals) -> None:
         loaded.recipe,
         strategy=loaded.strategy,
         run_dir=request["run_dir"],
-        recipe_as_used=loaded.settings,
+        recipe_as_used=loaded.settings | ({} if training["steps"] is None else {"steps": training["steps"]}),
         stop=stop,
         skip_steps=amendments.skipped,
         amendments=amendments.by_step(),

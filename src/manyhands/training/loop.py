@@ -20,6 +20,7 @@ from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import seed_generators
 from manyhands.offload.process_memory import PeakMemory
 from manyhands.options import whole_number
+from manyhands.output import say
 from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
@@ -125,6 +126,8 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         validations = Validations(engine, last, of_best, record.add_validation)
         record.notes += engine.epochs.described(last) + validations.described()
         record.show(last, show)
+        if engine.step_index >= last and engine.group.rank == 0 and show:
+            say(f"nothing to do: the run has made its {last:,} steps")
         saver = Saver(record, interval, keep_checkpoints, keep_every)
         validations.begin()
         signals.training_started()
@@ -224,6 +227,7 @@ def _summary(
                     raise ConfigError("recipe.sample did not return text", got=repr(sample)[:80])
     # Only worker 0 has the metrics and the sample. All workers return the same summary.
     mine = {**record.figures.figures()._asdict(), **failures_among(record.read_events())._asdict(), "sample": sample}
+    mine["validations"] = record.last_validations() | {name: x.as_json() for name, x in validations.last.items()}
     all_ranks: list[Any] = all_gather_json(group, (mine, peak_bytes), "end / figures / control")
     record.event("ended", step=engine.step_index, digest=digest)
     (of_worker_0, _), peaks = all_ranks[0], [peak for _, peak in all_ranks]
@@ -239,6 +243,5 @@ def _summary(
         digest=digest,
         run_dir="" if record.path is None else str(record.path),
         wall_seconds=wall_seconds,
-        validations={name: each.as_json() for name, each in validations.last.items()},
         best=validations.best,
     )

@@ -318,6 +318,11 @@ class RunRecord:
         """Return all events of the run so far on worker 0, and an empty list on other workers."""
         return [] if self._directory is None else self._directory.read_events()
 
+    def last_validations(self) -> dict[str, dict[str, Any]]:
+        """Return the last recorded validation of each set on worker 0, and an empty dict on other workers."""
+        recorded = [] if self._directory is None else self._directory.read_validations()
+        return {each["set"]: each for each in recorded}
+
     def add(self, metrics: StepMetrics) -> None:
         """Record a completed step."""
         if self.engine.group.rank != 0:

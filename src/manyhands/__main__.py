@@ -1,0 +1,6 @@
+"""The command line as `python -m manyhands`."""
+
+from manyhands.cli.main import main
+
+if __name__ == "__main__":
+    main()
