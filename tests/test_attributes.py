@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
 from collections import deque
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +122,47 @@ def in_submodule(net: Any, x: Tensor) -> int:
     return net.inner.state
 
 
+class Slotted:
+    """An object without a __dict__."""
+
+    __slots__ = ("calls", "unset")
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+def in_slot(net: Any, x: Tensor) -> int:
+    net.state.calls += 1
+    return net.state.calls
+
+
+def advance(net: Any, x: Tensor) -> int:
+    return next(net.state) % 7
+
+
+def add_decimal(net: Any, x: Tensor) -> float:
+    net.state += Decimal("0.1")
+    return float(net.state)
+
+
+def sparse(net: Any, x: Tensor) -> Tensor:
+    factor = 1 + net.state.to_dense().sum()
+    net.state = x.mean(0).to_sparse()
+    return factor
+
+
+def by_distribution(net: Any, x: Tensor) -> float:
+    factor = 1 + net.state.loc.mean().item()
+    net.state = torch.distributions.Normal(x.mean(0), 1.0)
+    return factor
+
+
+def other_function(net: Any, x: Tensor) -> Tensor:
+    factor = net.state(x.mean())
+    net.state = torch.sin if x.sum().view(torch.int32) % 2 else torch.cos
+    return factor
+
+
 STATES: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any], str]] = {
     "a counter": (int, count, "'state' of the model to another value"),
     "a counter in a submodule": (int, in_submodule, "'inner.state' of the model to another value"),
@@ -138,6 +181,19 @@ STATES: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any], str]] =
         hidden_teacher,
         "'state' of the model in place",
     ),
+    "slots of an object": (Slotted, in_slot, "'state' of the model to another value"),
+    "a counter of itertools": (lambda: itertools.count(1), advance, "'state' of the model in place"),
+    "a cycle of itertools": (lambda: itertools.cycle([1, 2, 3]), advance, "'state' of the model in place"),
+    "a list's iterator": (lambda: iter(list(range(100))), advance, "'state' of the model in place"),
+    "a generator function": (lambda: (number for number in range(100)), advance, "'state' of the model in place"),
+    "a decimal number": (lambda: Decimal(0), add_decimal, "'state' of the model to another value"),
+    "a sparse tensor": (lambda: torch.zeros(WIDTH).to_sparse(), sparse, "'state' of the model to another value"),
+    "a distribution": (
+        lambda: torch.distributions.Normal(torch.zeros(1), 1.0),
+        by_distribution,
+        "'state' of the model to another value",
+    ),
+    "a function": (lambda: torch.tanh, other_function, "'state' of the model to another value"),
     "a generator of torch": (lambda: torch.Generator().manual_seed(1), draw_torch, "draw from the global generators"),
     "a generator of numpy": (lambda: np.random.default_rng(1), draw_numpy, "draw from the global generators"),
     "a generator of Python": (lambda: random.Random(1), draw_python, "draw from the global generators"),
@@ -164,10 +220,12 @@ def test_a_value_of_the_first_batch_is_refused_in_the_first_step_of_several_work
         assert "state; workers 0 and 1" in str(error.where)
 
 
+NOT_RESTORED = ("a generator function", "a cycle of itertools")
+
 RESTORED: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any]]] = {
     case: (initial, use)
     for case, (initial, use, _) in STATES.items()
-    if case not in ("a teacher in a list", "a counter in a submodule")
+    if case not in ("a teacher in a list", "a counter in a submodule", *NOT_RESTORED)
 }
 
 
@@ -177,6 +235,40 @@ def test_a_restored_attribute_starts_each_micro_batch_with_its_value_at_the_star
     (expected,) = outcomes(made, 1)
     for workers, strategy in ((2, GATHERED), (3, mh.Strategy(sharding="ddp"))):
         assert {found.digest for found in outcomes(made, workers, strategy)} == {expected.digest}
+
+
+@pytest.mark.parametrize("case", NOT_RESTORED)
+def test_an_attribute_that_can_not_be_restored_is_refused(case: str) -> None:
+    made = recipe(model_of(*STATES[case][:2]), attributes={"*state": "restore"})
+    with pytest.raises(mh.ConfigError, match="'state' of the model in a way that can't be undone"):
+        outcomes(made, 1)
+
+
+class LateValue(Net):
+    """Keeps a value of one micro-batch from a later step on, which a buffer counts."""
+
+    first_step = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(1))
+        self.scale: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.steps >= self.first_step and self.scale is None:
+            self.scale = x.std().item()
+        self.steps += 1
+        return super().forward(x) * (self.scale or 1.0)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_value_of_a_micro_batch_of_a_later_step_is_refused(workers: int) -> None:
+    made = recipe(type("Late", (LateValue,), {"first_step": 3}))
+    for error in on_all(
+        lambda rank, group: train_with_engine(made, mh.Strategy(), steps=4, group=group), workers=workers
+    ):
+        assert isinstance(error, (mh.ConfigError, mh.WorkerError)), error
+        assert "forward changed the attribute 'scale'" in str(error)
 
 
 class WithLossInside(Net):
@@ -227,11 +319,14 @@ class Rotary(Net):
         self.is_built = False
         self.length = 0
         self.times = SimpleNamespace()
+        self.owners: dict[object, str] = {}
+        self.key = lambda: None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_built or self.length < x.shape[1]:
             self.table, self.length, self.is_built = torch.arange(x.shape[1]).float().cos(), x.shape[1], True
             self.times.scale = 0.5
+            self.owners[self.times.__class__] = self.owners[self.key] = "keys with an address in their text"
         key = (x.shape[1], x.dtype)
         if key not in self.by_length:
             self.by_length[key] = torch.ones(key[0]) / 3

@@ -156,7 +156,7 @@ def agree_on_attributes(assigned: Mapping[str, Mapping[str, str]], group: Group)
 
     assigned: the plain values to which forward has set attributes on this worker, by attribute.
     """
-    all_workers: Sequence[Any] = all_gather_json(group, assigned, "start / attributes / control")
+    all_workers: Sequence[Any] = all_gather_json(group, assigned, "attributes / control")
     refuse_differences(all_workers, group.workers)
 
 

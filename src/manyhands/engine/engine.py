@@ -273,7 +273,6 @@ class StepEngine:
             self._reducer.close_rounds()
             if not self._loss_reader.is_agreed:
                 self._loss_reader.agree(self.group)
-                agree_on_attributes(self._attributes.assigned(), self.group)
             control = all_gather_control(self._my_control(results), self.group, f"{tag} / control")
             self._reducer.await_pieces()
         self._accept(control, step)
@@ -380,11 +379,14 @@ class StepEngine:
             stop=self.stop_requested,
             save=self.save_requested,
             has_hooks=self._step_hooks.exist,
+            sets_attributes=self._attributes.sets_anew,
         )
 
     def _accept(self, control: Control, step: int) -> None:
         """Refuse a step with invalid control values, before any state has changed, or apply the step's amendments."""
         self._settings.compare(control.settings, self.group)
+        if control.sets_attributes:
+            agree_on_attributes(self._attributes.assigned(), self.group)
         self.buffers.refuse_changes(list(control.changed_buffers))
         form = self._loss_reader.form
         refuse_weights(control, form, fractional=self.recipe.fractional_weights, tag=f"step {step}")

@@ -11,16 +11,21 @@ would make the result depend on this number, too. Checkpoints don't hold attribu
 To tell caches from state, the attributes are compared around the first micro-batches of each worker. After its first
 change, an attribute is set back once. The next micro-batch may change it to the same value again, since a cache of
 constants does not depend on the samples. Later micro-batches must not change it again. A counter fails this second
-test. Workers compare the values at the end of the first step.
+test. Workers compare the values at the end of the first step, and of each later step in which one of them has found an
+attribute that forward sets for the first time.
 """
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from fnmatch import fnmatchcase
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -29,10 +34,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from manyhands.errors import ConfigError
-from manyhands.numerics.values import attributes_of, generator_of, plain_values
+from manyhands.numerics.values import attributes_of, generator_of, plain_values, slots_of
 
 WATCHED = 6
-"""The number of micro-batches of each worker around which the attributes are compared."""
+"""The attributes are compared around this many first micro-batches of each worker, and around the first two
+micro-batches of this many first steps.
+"""
 
 _MANAGED = frozenset(("_parameters", "_buffers", "_modules", "training"))
 """Attributes of the model's modules that the engine manages itself."""
@@ -53,6 +60,9 @@ class AttributeGuard:
         self._model, self._rules = model, rules
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._watched = 0  # micro-batches
+        self._steps = self._in_step = 0  # begun steps, and micro-batches watched in the present one
+        self._to_restore: Values = {}  # positions of iterators with the rule "restore" at the start of the step
+        self._sets_anew = False  # True if forward has set an attribute since the last comparison between workers
         self._rule_of: dict[str, str | None] = {}
         self._restores = "restore" in rules.values()
         self._at_start: dict[str, Callable[[], Any]] = {}
@@ -60,6 +70,10 @@ class AttributeGuard:
 
     def begin_step(self) -> None:
         """Store the values that the rule "restore" sets back."""
+        self._steps, self._in_step, self._to_restore = self._steps + 1, 0, {}
+        self._store()
+
+    def _store(self) -> None:
         if self._restores:
             self._at_start = {
                 name: _saved(value, contents=True, seen={})
@@ -80,7 +94,7 @@ class AttributeGuard:
 
         Yields a list that has the names of these attributes after the end.
         """
-        self.begin_step()
+        self._store()
         before, seen = self._values(), self._not_saved()
         saved = {
             name: _saved(value, contents=True, seen=seen)
@@ -114,13 +128,14 @@ class AttributeGuard:
     def micro_batch(self) -> Iterator[None]:
         """Context for one micro-batch. Raises ConfigError for an attribute that forward must not change."""
         self.restore()
-        if self._watched >= WATCHED:
+        if self._watched >= WATCHED and (self._steps > WATCHED or self._in_step >= 2):
             yield
             return
         before, seen = self._values(), dict[int, Callable[[], Any]]()
+        self._check_restored(before)
         saved = {name: _saved(value, contents=False, seen=seen) for name, _, value in self._attributes()}
         yield
-        self._watched += 1
+        self._watched, self._in_step = self._watched + 1, self._in_step + 1
         after = self._values()
         changed = [name for name in dict.fromkeys([*before, *after]) if before.get(name) != after.get(name)]
         changed = [name for name in changed if self._rule(name) is None]
@@ -129,6 +144,18 @@ class AttributeGuard:
                 how = "to another value than in the micro-batch before"
                 raise _refusal(name, self._set[name], after.get(name), how)
         self._set_back([name for name in changed if name not in self._set], before, after, saved)
+
+    def _check_restored(self, values: Values) -> None:
+        """Raise ConfigError for an iterator that the rule "restore" could not set back."""
+        for name, inside in values.items():
+            value = {key: text for key, text in inside.items() if ".position" in key}
+            if self._rule(name) == "restore" and self._to_restore.setdefault(name, value) != value:
+                error = _refusal(name, self._to_restore[name], value, "in a way that can't be undone")
+                error.hint = (
+                    "the rule 'restore' can't set back generator functions and iterators over other iterators: use a"
+                    " list and an index"
+                )
+                raise error
 
     def _set_back(
         self, names: Sequence[str], before: Values, after: Values, saved: Mapping[str, Callable[[], Any]]
@@ -144,10 +171,16 @@ class AttributeGuard:
         for name in names:
             if now.get(name) != before.get(name):
                 raise _refusal(name, before.get(name), after.get(name), "in place")
-            self._set[name] = after.get(name, {})
+            self._set[name], self._sets_anew = after.get(name, {}), True
+
+    @property
+    def sets_anew(self) -> bool:
+        """Return True if forward has set an attribute for the first time since the last call of `assigned`."""
+        return self._sets_anew
 
     def assigned(self) -> dict[str, dict[str, str]]:
         """Return the values to which forward has set attributes so far, to be compared between workers."""
+        self._sets_anew = False
         return self._set
 
     def _rule(self, name: str) -> str | None:
@@ -177,6 +210,9 @@ class AttributeGuard:
     def _values(self) -> Values:
         known = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
         known |= {id(module) for module in self._model.modules()}
+        # A model may register hooks in its first forward. torch numbers them across the process.
+        hooks = (value.values() for name, _, value in self._attributes() if name.endswith("_hooks"))
+        known |= {id(hook) for found in hooks for hook in found if isinstance(hook, FunctionType)}
 
         def attributes(value: object) -> Mapping[str, Any] | None:
             found = _examined(value)
@@ -194,7 +230,10 @@ def _examined(value: object) -> Mapping[str, Any] | None:
     """Return the attributes of an object that may carry state, or None for an object that is not examined."""
     if isinstance(value, nn.Module):
         return vars(value)
-    return None if type(value).__module__.partition(".")[0] in _OPAQUE else attributes_of(value)
+    package = type(value).__module__
+    if package.partition(".")[0] in _OPAQUE and not package.startswith("torch.distributions"):
+        return None
+    return attributes_of(value)
 
 
 def _put(module: nn.Module, name: str, saved: Callable[[], Any] | None) -> None:
@@ -235,8 +274,10 @@ def _restorer(value: Any, contents: bool, seen: dict[int, Callable[[], Any]]) ->
         restore = partial(_refill_set, value, set(value))
     elif isinstance(value, tuple):
         restore = partial(_call_all, [save(item) for item in value])
+    elif isinstance(value, Iterator):
+        return _restorer_of_iterator(value) if contents else partial(_itself, value)  # the next values are contents
     elif _examined(value) is not None:
-        restore = save(vars(value))
+        restore = _restorer_of_object(value, save)
 
     def restored() -> Any:
         if restore is not None:
@@ -244,6 +285,37 @@ def _restorer(value: Any, contents: bool, seen: dict[int, Callable[[], Any]]) ->
         return value
 
     return restored
+
+
+def _restorer_of_iterator(value: Iterator[Any]) -> Callable[[], Any]:
+    """Return a function that returns a copy of an iterator in its present position; itself, if it can't be copied.
+
+    Copies of iterators over another iterator (itertools.cycle, zip) would share the other one.
+    """
+    if not (isinstance(value, itertools.count) or type(value).__name__.endswith("_iterator")):
+        return partial(_itself, value)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, for itertools.count
+            return partial(copy, copy(value))
+    except TypeError:
+        return partial(_itself, value)
+
+
+def _restorer_of_object(value: Any, save: Callable[[Any], Callable[[], Any]]) -> Callable[[], object]:
+    attributes = save(vars(value)) if hasattr(value, "__dict__") else None
+    slots = {name: save(getattr(value, name)) for name in slots_of(type(value)) if hasattr(value, name)}
+
+    def restore() -> None:
+        if attributes is not None:
+            attributes()
+        for name in slots_of(type(value)):
+            if name in slots:
+                object.__setattr__(value, name, slots[name]())  # frozen dataclasses refuse their own
+            elif hasattr(value, name):
+                object.__delattr__(value, name)
+
+    return restore
 
 
 def _itself(value: Any) -> Any:

@@ -1,14 +1,17 @@
 """Texts for the plain values inside objects, for comparing objects over time and between workers.
 
-Plain values are numbers, text, tensors, arrays and the states of random generators. They may be in lists, tuples, sets,
-deques, dicts and the attributes of objects. Functions, Python modules and objects without attributes are left out.
+Plain values are numbers, text, dates, tensors, arrays, the states of random generators and the positions of iterators.
+They may be in lists, tuples, sets, deques, dicts and the attributes and slots of objects. A function is represented by
+its name. What a function holds, Python modules, classes, and other objects without attributes are left out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+import re
 import types
+import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -25,14 +28,39 @@ MAX_LEAVES = 1000
 
 _NUMBERS = (type(None), bool, int, float, complex, torch.dtype, torch.device, np.generic)
 
-_OPAQUE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.CodeType)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+
+_OPAQUE = (type, *_FUNCTIONS, types.ModuleType, types.CodeType)
+
+_WITH_FULL_TEXT = frozenset(("array", "datetime", "decimal", "fractions", "uuid"))
+"""Python modules with types whose `repr` has the complete value."""
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""The address in an object's text, which differs between processes."""
 
 Attributes = Callable[[object], Mapping[str, Any] | None]
 
 
 def attributes_of(value: object) -> Mapping[str, Any] | None:
-    """Return the attributes of an object, or None if they are not a part of its value."""
-    return None if isinstance(value, _OPAQUE) else getattr(value, "__dict__", None)
+    """Return the attributes and slots of an object, or None if they are not a part of its value."""
+    if isinstance(value, _OPAQUE):
+        return None
+    attributes: Mapping[str, Any] | None = getattr(value, "__dict__", None)
+    names = slots_of(type(value))
+    if not names:
+        return attributes
+    return {name: getattr(value, name) for name in names if hasattr(value, name)} | dict(attributes or {})
+
+
+def slots_of(kind: type) -> list[str]:
+    """Return the names of the slots of a class that is written in Python."""
+    descriptors = (vars(base).items() for base in kind.__mro__ if "__slots__" in vars(base))
+    return [
+        name
+        for found in descriptors
+        for name, each in found
+        if isinstance(each, types.MemberDescriptorType) and name not in ("__dict__", "__weakref__")
+    ]
 
 
 def no_attributes(_: object) -> None:
@@ -75,14 +103,34 @@ def _leaves(
 def _items(value: object, attributes: Attributes) -> Iterable[tuple[str, object]]:
     """Return the parts of a container or object. Each has the suffix that its name adds to the container's name."""
     if isinstance(value, Mapping):
-        return [(f"[{key!r}]", item) for key, item in value.items()]
+        return [(f"[{_ADDRESS.sub('', repr(key))}]", item) for key, item in value.items()]
     if isinstance(value, (list, tuple, deque)):
         if sum(1 for _ in value) > 16 and all(isinstance(item, (*_NUMBERS, str)) for item in value):
             return [("", f"{len(value)} values, {_hashed(repr(list(value)).encode())}")]
         return [(f"[{index}]", item) for index, item in enumerate(value)]
     if isinstance(value, (set, frozenset)):
-        return [("", repr(sorted(map(repr, value))))]  # the order of a set differs between processes
+        # The order of a set, and the addresses of objects, differ between processes.
+        return [("", repr(sorted(_ADDRESS.sub("", repr(item)) for item in value)))]
+    if isinstance(value, Iterator):
+        return _position_of(value)
     return [(f".{name}", item) for name, item in (attributes(value) or {}).items()]
+
+
+def _position_of(iterator: Iterator[Any]) -> Iterable[tuple[str, object]]:
+    """Return what an iterator of Python's own has yet to yield, or the position of a running generator function."""
+    if isinstance(iterator, types.GeneratorType):
+        frame = iterator.gi_frame
+        if frame is None:
+            return [("", "a generator that has ended")]
+        return [(".position", frame.f_lasti), *((f".{name}", item) for name, item in frame.f_locals.items())]
+    if type(iterator).__module__ not in ("builtins", "itertools"):
+        return [(f".{name}", item) for name, item in (attributes_of(iterator) or {}).items()]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, for iterators of itertools
+            return [(".position", iterator.__reduce__()[1:])]  # without the iterator's function
+    except TypeError:  # it can't be copied
+        return [(".position", _ADDRESS.sub("", repr(iterator)))]
 
 
 def _text(value: object) -> str | None:
@@ -95,20 +143,39 @@ def _text(value: object) -> str | None:
     if isinstance(value, (str, bytes, bytearray)):
         text = repr(value)
         return text if len(text) <= SHOWN else f"{text[: SHOWN - 20]}..., {_hashed(text.encode())}"
-    if isinstance(value, _NUMBERS):
+    if isinstance(value, _NUMBERS) or type(value).__module__ in _WITH_FULL_TEXT:
         return repr(value)
+    if isinstance(value, _FUNCTIONS):
+        return f"the function {value.__module__}.{value.__qualname__}"
     generator = generator_of(value)
     return None if generator is None else f"a random generator in state {_hashed(_as_bytes(generator.get()))}"
 
 
 def _tensor_text(tensor: Tensor) -> str:
     shape = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        return f"{shape} ({tensor.layout})"
+    parts = _parts_of(tensor)
+    if parts is not None:
+        return ", ".join([f"{shape} ({tensor.layout})", *map(_tensor_text, parts)])
     if tensor.numel() == 1 and tensor.dtype.itemsize != 1:
         return f"{shape}, value {tensor.item()!r}"
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     return f"{shape}, {_hashed(flat.view(torch.uint8).numpy().data if flat.numel() else b'')}"
+
+
+def _parts_of(tensor: Tensor) -> list[Tensor] | None:
+    """Return the dense tensors inside a sparse, quantized or meta tensor, or None for a tensor that is dense itself."""
+    own = tensor.detach()
+    if own.is_meta:
+        return []
+    if own.is_quantized:
+        return [own.int_repr()]
+    if own.layout == torch.sparse_coo:
+        return [own._indices(), own._values()]
+    if own.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [own.crow_indices(), own.col_indices(), own.values()]
+    if own.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [own.ccol_indices(), own.row_indices(), own.values()]
+    return None if own.layout == torch.strided else []
 
 
 class Generator(NamedTuple):

@@ -23,6 +23,7 @@ class Control:
     hash.
     stop, save: True if any worker requests to stop or to save after the step.
     has_hooks: True if any worker has a step hook for an optimizer.
+    sets_attributes: True if forward has set an attribute for the first time on any worker.
     """
 
     losses: np.ndarray
@@ -35,6 +36,7 @@ class Control:
     stop: bool
     save: bool
     has_hooks: bool
+    sets_attributes: bool
 
 
 def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
@@ -43,7 +45,7 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     # Add 1 to the indices, so that (0, 0) means "no bad gradient".
     bad = (0, 0) if mine.bad is None else (mine.bad[0] + 1, mine.bad[1] + 1)
     values = np.concatenate([mine.losses[None], mine.weights[None], mine.metrics])
-    requests = [float(each) for each in (mine.stop, mine.save, mine.has_hooks)]
+    requests = [float(each) for each in (mine.stop, mine.save, mine.has_hooks, mine.sets_attributes)]
     floats = np.concatenate([values.ravel(), requests, bad])
     flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
     settings = np.array(mine.settings, dtype=np.int64)
@@ -59,7 +61,7 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     # matter.
     losses, weights, *metrics = all_values.sum(axis=0).reshape(values.shape)
     found = sorted((int(micro_batch) - 1, int(index) - 1) for micro_batch, index in bads if micro_batch > 0)
-    stop, save, has_hooks = (bool(request.any()) for request in all_requests.T)
+    stop, save, has_hooks, sets_attributes = (bool(request.any()) for request in all_requests.T)
     return Control(
         losses=losses,
         weights=weights,
@@ -71,6 +73,7 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
         stop=stop,
         save=save,
         has_hooks=has_hooks,
+        sets_attributes=sets_attributes,
     )
 
 
