@@ -445,3 +445,56 @@ def test_a_checkpoint_may_be_loaded_between_the_first_two_steps(tmp_path: Path) 
         engine.load(tmp_path / "step-00000000")
         assert engine.digest() == start
         engine.step(next(engine.batches(1)))
+
+
+class ChangesModes(Net):
+    """Changes modes of the process that change bits of the next micro-batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (torch.arange(300_000) * 0.37).sin().sum() * torch.ones(1).add(torch.tensor(1.0) / 3)
+        torch.set_num_threads(2)
+        torch.set_default_dtype(torch.float64)
+        return super().forward(x) * scale.float() * (torch.rand(1).float() + 1)
+
+
+def test_modes_of_the_process_that_forward_changes_are_set_back() -> None:
+    made = recipe(ChangesModes)
+    assert len({found.digest for workers in (1, 3) for found in outcomes(made, workers)}) == 1
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == (made.threads_per_worker, torch.float32)
+
+
+def test_autocast_around_steps_uses_the_weights_of_each_step() -> None:
+    def digest(whole: bool) -> str:
+        def work(group: Any) -> str:
+            with mh.Engine(made, mh.Strategy(), group) as engine, torch.autocast("cpu", torch.bfloat16, enabled=whole):
+                for batch in engine.batches(3):
+                    with torch.autocast("cpu", torch.bfloat16):
+                        engine.step(batch)
+                return engine.digest()
+
+        return run_threads(1, work)[0]
+
+    made = recipe(Net)
+    assert digest(whole=True) == digest(whole=False)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_hooks_that_change_gradients_run_before_the_engine_takes_them(overlap: bool) -> None:
+    def halve(param: Tensor) -> None:
+        assert param.grad is not None
+        param.grad.mul_(0.5)
+
+    class Late(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self.first.weight, "is_hooked"):
+                self.first.weight.is_hooked = True
+                self.first.weight.register_post_accumulate_grad_hook(halve)
+            return super().forward(x)
+
+    class Early(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first.weight.register_post_accumulate_grad_hook(halve)
+
+    late, early = (outcomes(recipe(each), 1, mh.Strategy(overlap=overlap))[0].digest for each in (Late, Early))
+    assert late == early

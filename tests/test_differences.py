@@ -226,7 +226,7 @@ def buffer_then_evaluation(engine: mh.Engine) -> None:
 
 
 def autocast(engine: mh.Engine) -> None:
-    torch.set_autocast_enabled(True)
+    torch.set_autocast_enabled("cpu", True)
 
 
 BETWEEN: dict[Callable[[mh.Engine], None], tuple[str, str, str]] = {
@@ -235,7 +235,7 @@ BETWEEN: dict[Callable[[mh.Engine], None], tuple[str, str, str]] = {
     frozen: ("first.bias.requires_grad", "True", "False"),
     buffer: ("buffer mean", "nothing", "torch.float32"),
     buffer_then_evaluation: ("buffer calls", "nothing", "torch.int64"),
-    autocast: ("torch.is_autocast_enabled()", "False", "True"),
+    autocast: ("torch.is_autocast_enabled('cpu')", "False", "True"),
 }
 
 

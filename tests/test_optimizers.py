@@ -17,7 +17,7 @@ import manyhands as mh
 from manyhands.comm.group import Group
 from manyhands.numerics.seeds import generators_state
 from oracle import oracle_run
-from support.models import GPT_UNITS, NamedParams, gpt_recipe
+from support.models import GPT, GPT_UNITS, NamedParams, gpt_recipe
 from support.optimizers import KEEPING_VALUES, hooked_recipe, keeping_recipe
 from support.refused_optimizers import REFUSED
 from support.threads import run_threads
@@ -80,6 +80,40 @@ def test_what_would_give_other_bits_or_could_not_be_saved_is_refused(factory: An
         pass
     assert text in str(caught.value)
     assert before.equals(generators_state())
+
+
+class Scaled(torch.optim.Optimizer):
+    """Reads a factor from each parameter."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.5})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.add_(param.grad, alpha=-group["lr"] * getattr(param, "lr_scale", 1.0))
+
+
+def test_a_step_reads_attributes_of_parameters() -> None:
+    def model() -> torch.nn.Module:
+        made = GPT()
+        made.head.weight.lr_scale = 0.25
+        return made
+
+    def by_group(named: Any) -> torch.optim.Optimizer:
+        scaled = [param for _, param in named if hasattr(param, "lr_scale")]
+        rest = [param for _, param in named if not hasattr(param, "lr_scale")]
+        return torch.optim.SGD([{"params": scaled, "lr": 0.125}, {"params": rest}], lr=0.5)
+
+    def digest(workers: int, sharding: str, **options: Any) -> str:
+        recipe, strategy = gpt_recipe(model=model, **options), mh.Strategy(sharding=sharding)
+        return run_threads(workers, lambda group: train_with_engine(recipe, strategy, steps=2, group=group))[0].digest
+
+    own = {"optimizer": lambda named: Scaled([param for _, param in named]), "optimizer_kind": "elementwise"}
+    found = {digest(workers, sharding, **own) for workers, sharding in ((1, "ddp"), (3, "zero3"))}
+    assert found == {digest(1, "ddp", optimizer=by_group)}
 
 
 def reads_gradient(optimizer: torch.optim.Optimizer) -> None:

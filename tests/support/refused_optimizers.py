@@ -145,6 +145,37 @@ class KeepsParameters(Custom):
                 param.sub_(param.grad)
 
 
+class KnowsIds(Custom):
+    """Excludes parameters whose ids it keeps."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.excluded = [id(param) for group in self.param_groups for param in group["params"] if param.dim() == 1]
+
+
+class KnowsParameters(Custom):
+    """Excludes parameters that are in a set."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.excluded = {param for group in self.param_groups for param in group["params"] if param.dim() == 1}
+
+
+class KeepsTheGradient(Custom):
+    """Keeps the gradient itself, whose memory the next gradient takes."""
+
+    def update(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        param.sub_(state.get("previous", grad), alpha=group["lr"])
+        state["previous"] = grad
+
+
+class AssignsData(Custom):
+    """Puts another tensor in place of the parameter's."""
+
+    def update(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        param.data = param.data - group["lr"] * grad
+
+
 class Wraps(torch.optim.Optimizer):
     """Calls another optimizer."""
 
@@ -193,6 +224,10 @@ REFUSED: list[tuple[Any, str, str]] = [
     (KeepsObject, E, "attribute 'rates'"),
     (KeepsMomentsByPosition, P, "a trial step of"),
     (KeepsParameters, E, "changed none of the small parameters"),
+    (KnowsIds, E, "holds parameters outside of its param groups, in its attribute 'excluded'"),
+    (KnowsParameters, P, "holds parameters outside of its param groups, in its attribute 'excluded'"),
+    (KeepsTheGradient, E, "which is the gradient itself"),
+    (AssignsData, E, "replaces the data of parameters"),
     (Wraps, E, "holds another optimizer, in its attribute 'inner'"),
     (NeedsClosure, E, "RuntimeError: needs a closure"),
     (replaced_step, E, "was replaced on the object"),

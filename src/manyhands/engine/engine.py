@@ -36,7 +36,7 @@ from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.buffers import Buffers, names_in_order
 from manyhands.engine.step.call_seeds import CallSeeds
 from manyhands.engine.step.control import Control, added_in_order, all_gather_control
-from manyhands.engine.step.hooks import Removable, around_forward, on_gradients, to_device
+from manyhands.engine.step.hooks import Removable, around_forward, call_last, on_gradients, to_device
 from manyhands.engine.step.loss import LossReader, LossResult
 from manyhands.engine.step.metrics import PhaseClock, StepMetrics
 from manyhands.engine.step.reduce import GradientReducer
@@ -55,7 +55,7 @@ from manyhands.models.building import build_model
 from manyhands.models.compiling import CompiledModules, avoid_compiler_import, compiler_identity
 from manyhands.models.recompute import checkpoint_activations
 from manyhands.models.reseeding import refusing_seeds
-from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity
+from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity, preserved_arithmetic
 from manyhands.numerics.counters import derive
 from manyhands.numerics.digest import digest_of, slots_in_order, tensor_hashes, words_of
 from manyhands.numerics.seeds import preserved_generators
@@ -338,10 +338,13 @@ class StepEngine:
         seed = derive(self.recipe.seed, "compute", step, micro_batch)
         # Code between steps, or the previous micro-batch, may have left some modules in eval mode.
         self.model.train()
+        # With autocast around the step, torch would use the weights of the first step again and again.
+        torch.clear_autocast_cache()
         with (
             self._param_guard.micro_batch(),
             self._attributes.micro_batch(),
             preserved_generators(),
+            preserved_arithmetic(),
             self._call_seeds.micro_batch(seed),
             self._compiled.computing(),
             bf16_products_in_fp32(bf16),
@@ -355,6 +358,7 @@ class StepEngine:
                 result = result.of_samples(self.epochs.share(step, micro_batch), self._loss_reader.form)
             self._param_guard.before_backward(result.loss)
             self._unsharder.begin_backward()
+            call_last(self._params.values(), self._hooks)
             result.loss.backward()  # type: ignore[no-untyped-call]
             # Take the gradients that no hook has reported. These are all gradients if `overlap` is off, and otherwise
             # those that the loss function assigned itself. The last parameter comes first, because units are sent in

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -64,3 +66,31 @@ def fix_arithmetic(recipe: Recipe) -> None:
         # cuBLAS is deterministic only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False  # benchmarks would choose kernels by measured speed, which varies
+
+
+@contextmanager
+def preserved_arithmetic() -> Iterator[None]:
+    """Context for one micro-batch. At its end, set global modes back that its code may have changed.
+
+    Otherwise the bits would depend on how many micro-batches this worker has computed.
+    """
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    precision, onednn = torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()) != (
+            deterministic,
+            warns,
+        ):
+            torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+        if torch.backends.mkldnn.enabled != onednn:
+            torch.backends.mkldnn.enabled = onednn

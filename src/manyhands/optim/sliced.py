@@ -86,6 +86,7 @@ class SlicedOptimizer:
             name for name in self._group_of if self.kinds[self._front_of(name)] == PER_PARAMETER
         )
         self._shapes = {name: tuple(param.shape) for name, param in named_params}
+        self._of_params = {name: dict(vars(param)) for name, param in named_params}
         self._given_names = _given_names(self._front_groups(), named_params)
         self._state_bytes: dict[tuple[int, int], float] = {}
         self._copies = [self._tried(index, device) for index in range(len(self.fronts))]
@@ -140,6 +141,8 @@ class SlicedOptimizer:
                     group["param_names"] = [self._given_names[piece.name] for piece in mine]
                 run[which].append(group)
         for piece in slices:
+            # A step may read an attribute of a parameter, such as param.lr_scale.
+            vars(piece.master).update(self._of_params[piece.name])
             if piece.name in self._initial:
                 state = initial_state(self._initial[piece.name], self._shapes[piece.name], piece.start, piece.master)
                 self._copies[self._front_of(piece.name)].optimizer.state[piece.master] = state

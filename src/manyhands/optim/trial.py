@@ -50,6 +50,8 @@ def try_out(
     and all generators stay as they are. Raises ConfigError.
     """
     _check_attributes(front)
+    if tracks:
+        _refuse_identities(front)
     trial = _Trial(front, elementwise, tracks, device)
     before, seen = shared_state_of(front), _fingerprint(other_attributes_of(front))
     with preserved_generators():
@@ -101,6 +103,31 @@ def _check_attributes(front: torch.optim.Optimizer) -> None:
         )
 
 
+def _refuse_identities(front: torch.optim.Optimizer) -> None:
+    """Raise ConfigError if the optimizer recognizes parameters by identity. It would not recognize their slices."""
+    params = {id(param) for group in front.param_groups for param in group["params"]}
+    entries = [
+        (f"param group {index}'s {key!r}", value)
+        for index, group in enumerate(front.param_groups)
+        for key, value in group.items()
+        if key != "params"
+    ]
+    attributes = [
+        (f"attribute {name!r}", value)
+        for name, value in vars(front).items()
+        if name not in ("state", "param_groups", "defaults")
+    ]
+    for what, value in [*attributes, *entries]:
+        for item in value if isinstance(value, (list, tuple, dict, set, frozenset)) else ():
+            if item in params if isinstance(item, int) else id(item) in params and not isinstance(value, (list, tuple)):
+                raise ConfigError(
+                    f"{class_name(front)} holds parameters outside of its param groups, in its {what}",
+                    expected="an optimizer that recognizes a parameter by its param group, its state, or an"
+                    " attribute of the parameter",
+                    hint="its step gets slices of the parameters, so it would take each slice for another parameter",
+                )
+
+
 class _Trial:
     """Two working copies of an optimizer, and small parameters.
 
@@ -129,11 +156,14 @@ class _Trial:
                     count = shape.numel()
                     values = torch.linspace(-1.0, 1.0, count, device=device).add_(0.1 * number).view(shape)
                     fake = _Fake(index, like, nn.Parameter(values))
+                    vars(fake.full).update(vars(like))
                     if self._elementwise:
                         flat = values.clone().view(-1)
                         fake.slices = [flat[start : start + BLOCK] for start in range(0, count, BLOCK)]
                     else:
                         fake.slices = [values.clone()]
+                    for piece in fake.slices:
+                        vars(piece).update(vars(like))
                     yield fake
 
     def _shape(self, like: Tensor) -> torch.Size:
@@ -174,16 +204,28 @@ class _Trial:
 
     def _step(self, copy: WorkingCopy, runs: Sequence[list[tuple[_Fake, Tensor]]], which: int) -> SharedState:
         copy.begin_step(self._shared[which])
+        tensors = [tensor for run in runs for _, tensor in run]
+        addresses = [tensor.data_ptr() for tensor in tensors]
         for run in runs:
-            groups: list[dict[str, Any]] = []
-            for index, group in enumerate(self._front.param_groups):
-                tensors = [tensor for fake, tensor in run if fake.group == index]
-                entries: dict[str, Any] = {} if self._tracks else {**group}
-                names = {"param_names": ["trial"] * len(tensors)} if "param_names" in group else {}
-                if tensors or self._tracks:
-                    groups.append(entries | {"params": tensors} | names)
-            copy.step(groups)
+            copy.step(self._groups(run))
+        if addresses != [tensor.data_ptr() for tensor in tensors]:
+            raise ConfigError(
+                f"the step of {class_name(self._front)} replaces the data of parameters",
+                expected="an update in place: param.add_(...), or param.copy_(...)",
+                got="an assignment to param.data",
+            )
         return copy.end_step() or self._shared[which]
+
+    def _groups(self, run: list[tuple[_Fake, Tensor]]) -> list[dict[str, Any]]:
+        """Return the param groups for one call of `step`."""
+        groups: list[dict[str, Any]] = []
+        for index, group in enumerate(self._front.param_groups):
+            tensors = [tensor for fake, tensor in run if fake.group == index]
+            entries: dict[str, Any] = {} if self._tracks else {**group}
+            names = {"param_names": ["trial"] * len(tensors)} if "param_names" in group else {}
+            if tensors or self._tracks:
+                groups.append(entries | {"params": tensors} | names)
+        return groups
 
     def compare(self) -> None:
         """Raise ConfigError unless both copies have the same bits, and the optimizer can be saved."""
@@ -218,8 +260,12 @@ class _Trial:
     def _check_state(self, fake: _Fake) -> None:
         """Raise ConfigError if a checkpoint can't hold the optimizer's state of a parameter."""
         for piece in fake.slices:
+            grad = None if piece.grad is None else piece.grad.untyped_storage().data_ptr()
             for key, value in self.sliced.optimizer.state.get(piece, {}).items():
                 what = f"state[param][{key!r}] = {_described(value)}"
+                strided = isinstance(value, Tensor) and value.layout == torch.strided
+                if strided and value.untyped_storage().data_ptr() == grad:
+                    self._refuse_state(f"{what}, which is the gradient itself", "a copy of it: param.grad.clone()")
                 if not isinstance(key, str):
                     self._refuse_state(what, "keys that are text")
                 if not isinstance(value, Tensor):

@@ -32,6 +32,17 @@ def on_gradients(
     return [register(name, param) for name, param in named_params]
 
 
+def call_last(params: Iterable[nn.Parameter], hooks: Iterable[RemovableHandle]) -> None:
+    """Let the hooks of `on_gradients` be called after a parameter's other hooks, which may change its gradient.
+
+    hooks: the handles, one for each parameter.
+    """
+    for param, hook in zip(params, hooks, strict=False):
+        found = getattr(param, "_post_accumulate_grad_hooks", None)
+        if found and hook.id in found and next(reversed(found)) != hook.id:
+            found[hook.id] = found.pop(hook.id)  # autograd ignores move_to_end
+
+
 class Removable(Protocol):
     """The handle of a hook."""
 

@@ -47,7 +47,8 @@ class Settings:
         self._changed = buffer_facts(self._buffers.changed_between_steps())
         self._modes = {
             "torch.get_default_dtype()": str(torch.get_default_dtype()),
-            "torch.is_autocast_enabled()": str(torch.is_autocast_enabled()),
+            "torch.is_autocast_enabled('cuda')": str(torch.is_autocast_enabled("cuda")),
+            "torch.is_autocast_enabled('cpu')": str(torch.is_autocast_enabled("cpu")),
             "torch.is_grad_enabled()": str(torch.is_grad_enabled()),
         }
 
