@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import manyhands as mh
 from manyhands.comm.group import Group
+from support.threads import run_threads
+from support.training import train_with_engine
 from test_bad_input import on_all
 from test_trust_nothing import SAMPLES, WIDTH, Net, recipe
 
@@ -298,3 +300,32 @@ def test_different_arguments_of_train_are_refused_before_anything_is_written(tmp
         for name in ARGUMENTS:
             assert f"don't have the same arguments of train(): they differ in {name}" in errors[name]
     assert list(tmp_path.iterdir()) == []
+
+
+COLLATES: dict[str, tuple[int, Callable[[list[Any]], Any]]] = {
+    "the sample": (1, lambda items: items[0]),
+    "a view of the sample": (1, lambda items: {"x": items[0]["x"].flatten(), "y": items[0]["y"]}),
+    "arrays": (1, lambda items: {"x": items[0]["x"].numpy(), "y": items[0]["y"]}),
+    "a list of samples": (2, lambda items: items),
+}
+
+
+@pytest.mark.parametrize("case", COLLATES)
+def test_a_loss_that_changes_its_batch_does_not_change_the_data(case: str) -> None:
+    size, collate = COLLATES[case]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        total = torch.zeros(())
+        for item in batch if isinstance(batch, list) else [batch]:
+            item["x"] *= 0.5
+            total = total + model(torch.as_tensor(item["x"]).view(1, -1)).square().sum()
+        return total
+
+    def digest(group: Group) -> str:
+        samples = [{"x": sample.clone().view(1, -1), "y": torch.ones(1)} for sample in SAMPLES]  # of this worker alone
+        batch = mh.Batch(global_size=6 * size, micro_size=size, virtual_workers=3)
+        made = recipe(Net, data=samples, collate=collate, loss=loss, batch=batch)
+        steps = len(samples) // (6 * size) * 2 + 1
+        return train_with_engine(made, mh.Strategy(), steps=steps, group=group).digest
+
+    assert len({found for workers in (1, 2, 3) for found in run_threads(workers, digest)}) == 1

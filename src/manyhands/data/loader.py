@@ -15,13 +15,16 @@ from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, default_collate
 
 from manyhands.config import Recipe
 from manyhands.data.prefetch import PrefetchProcesses
 from manyhands.data.samples import HeldOutSamples, Samples, TrainingSamples
 from manyhands.errors import DataError
+from manyhands.numerics.alignment import ALIGNMENT
 from manyhands.numerics.seeds import preserved_generators, seed_generators
 from manyhands.numerics.values import plain_values
 
@@ -173,7 +176,8 @@ def load_batch(
                     items.append(samples.data[index])
             look_at(indices, items)
             doing = "torch's default_collate" if collate is default_collate else samples.name_of_collate
-            return collate(items)
+            batch = collate(items)
+            return batch if collate is default_collate else _with_own_memory(batch, items)
         except Exception as error:
             raise DataError(
                 f"{doing} raised {type(error).__name__}: {error}",
@@ -181,6 +185,45 @@ def load_batch(
                 hint=f"to reproduce the error, call {doing} yourself; the traceback is above or below this message"
                 + samples.remedy(step),
             ) from error
+
+
+def _with_own_memory(batch: Any, items: list[Any]) -> Any:
+    """Return `batch` with copies of the tensors and arrays whose memory may belong to the data set.
+
+    The loss function may change its batch in place. If the batch were a part of the data set, this would change the
+    samples of later epochs, in this worker alone. A copy has the same strides and alignment, on which bits depend.
+    """
+    leaves = tree_leaves(items)
+    storages = {leaf.untyped_storage().data_ptr() for leaf in leaves if _is_dense(leaf)}
+    arrays = {id(leaf) for leaf in leaves if isinstance(leaf, np.ndarray)}
+    copies: dict[int, Any] = {}
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            is_shared = leaf.base is not None or id(leaf) in arrays
+            return copies.setdefault(id(leaf), leaf.copy(order="K")) if is_shared else leaf
+        if not _is_dense(leaf) or leaf.requires_grad:
+            return leaf
+        storage = leaf.untyped_storage()
+        is_shared = leaf._is_view() or not storage.resizable() or storage.data_ptr() in storages
+        return copies.setdefault(id(leaf), _copy_of(leaf)) if is_shared else leaf
+
+    return tree_map(own, batch)
+
+
+def _is_dense(value: object) -> bool:
+    return type(value) is torch.Tensor and value.layout is torch.strided and value.device.type == "cpu"
+
+
+def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy with the same strides and alignment; the tensor itself if its elements share memory."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    if tensor.is_quantized or any(stride == 0 and size > 1 for size, stride in strides):
+        return tensor
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    offset = tensor.storage_offset() % ALIGNMENT
+    memory = torch.empty(offset + max(span, 0), dtype=tensor.dtype)
+    return memory.as_strided(tensor.size(), tensor.stride(), offset).copy_(tensor)
 
 
 def facts_of(samples: Samples, step: int, micro_batch: int) -> dict[str, str]:
