@@ -309,6 +309,32 @@ def test_an_attribute_may_be_kept() -> None:
         recipe(Net, attributes={"state": "mean"})
 
 
+class Memoized(Net):
+    """Has a cache as gpytorch's modules have it: each forward empties it, and reads what it has filled in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+        self.inner._memoize_cache = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache: Any = self.inner._memoize_cache
+        cache.clear()
+        cache["scale", ()] = self.first.weight.detach().std() + x.std()
+        return super().forward(x) * cache["scale", ()]
+
+
+@pytest.mark.parametrize("rule", ["keep", "restore"])
+def test_the_rule_that_a_refusal_names_lets_a_model_with_a_cache_train(rule: str) -> None:
+    with pytest.raises(mh.ConfigError) as caught:
+        outcomes(recipe(Memoized), 1)
+    hint = str(caught.value.hint)
+    assert f"attributes={{'inner._memoize_cache': '{rule}'}}" in hint
+    assert 'attributes = { "inner._memoize_cache" = "keep" }' in hint
+    made = recipe(Memoized, attributes={"inner._memoize_cache": rule})
+    assert len({found.digest for workers in (1, 2, 3) for found in outcomes(made, workers)}) == 1
+
+
 class Rotary(Net):
     """Caches of constants, built in the first forward: a table, a dict by length, flags, an import."""
 

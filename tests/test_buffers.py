@@ -139,6 +139,19 @@ def test_a_buffer_without_a_meaningful_mean_is_reported_once(workers: int) -> No
     assert "set buffers={'1.features': 'mean'}" in texts[0]
 
 
+class Observed(nn.Module):
+    """Stores the mean of its inputs in a buffer of another kind."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 1)
+        self.register_buffer("observed", buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.observed = x.mean(0).to(self.observed.dtype)
+        return self.linear(x) * self.observed.float().mean()
+
+
 REFUSED: dict[str, tuple[Callable[[], mh.Recipe], str]] = {
     "integers": (
         lambda: recipe(Clusters, buffers={"centroids": "last"}),
@@ -147,6 +160,14 @@ REFUSED: dict[str, tuple[Callable[[], mh.Recipe], str]] = {
     "integers, mean": (
         lambda: recipe(Clusters, buffers={"*": "mean"}),
         "buffer 'counts' has integers that differ between the micro-batches of a step",
+    ),
+    "8-bit floats": (
+        lambda: recipe(lambda: Observed(torch.zeros(WIDTH).to(torch.float8_e4m3fn))),
+        "buffer 'observed' has 8-bit floats that differ between the micro-batches of a step",
+    ),
+    "expanded": (
+        lambda: recipe(lambda: Observed(torch.zeros(1).expand(WIDTH))),
+        "buffer 'observed' changes in forward, and its elements share memory",
     ),
     "refuse": (
         lambda: recipe(Features, buffers={"features": "refuse"}),
@@ -166,6 +187,11 @@ def test_other_changes_are_refused_on_all_workers(case: str) -> None:
     for error in on_all(lambda rank, group: train_with_engine(made, mh.Strategy(), steps=1, group=group)):
         assert isinstance(error, mh.ConfigError), error
         assert message in str(error)
+
+
+def test_the_last_value_of_a_buffer_of_8_bit_floats_may_be_kept() -> None:
+    made = recipe(lambda: Observed(torch.zeros(WIDTH).to(torch.float8_e4m3fn)), buffers={"observed": "last"})
+    assert len({found.digest for workers in (1, 3) for found in outcomes(made, workers)}) == 1
 
 
 def test_an_unknown_rule_is_refused() -> None:

@@ -120,6 +120,30 @@ def test_what_is_not_a_schedule_of_the_optimizer_is_refused(schedule: Schedule, 
             mh.Engine(gpt_recipe(schedule=schedule, optimizer=optimizer))
 
 
+class Counter:
+    """A factor that halves with each call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, step: int) -> float:
+        self.calls += 1
+        return 0.5**self.calls
+
+
+def test_a_function_that_counts_its_calls_is_refused_and_an_object_is_resumed(tmp_path: Path) -> None:
+    def counting(optimizer: Optimizer) -> lr.LRScheduler:
+        counter = Counter()
+        return lr.SequentialLR(optimizer, [lr.LambdaLR(optimizer, lambda step: counter(step))], [])
+
+    with pytest.raises(ConfigError, match=r"a function of recipe\.schedule returned another value"):
+        mh.Engine(gpt_recipe(schedule=counting))
+    recipe = gpt_recipe(schedule=lambda optimizer: lr.LambdaLR(optimizer, Counter()))
+    mh.train(recipe, steps=2, run_dir=tmp_path, show=False)
+    resumed = mh.train(recipe, steps=4, run_dir=tmp_path, show=False)
+    assert resumed.digest == mh.train(recipe, steps=4, show=False).digest
+
+
 def test_a_schedule_whose_state_cannot_be_saved_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the state of the schedule Unsavable can't be saved exactly"):
         mh.train(gpt_recipe(schedule=Unsavable), steps=1, run_dir=tmp_path, show=False)

@@ -364,8 +364,10 @@ def _refusal(name: str, before: dict[str, str] | None, after: dict[str, str] | N
         advice = (
             "register a tensor that forward changes as a buffer. If each micro-batch may start with the value that the"
             " attribute had at the start of the step (the loss function reads it within the micro-batch, for example),"
-            f" set attributes={{{name!r}: 'restore'}} in the recipe. If no result depends on it (a log, or a table that"
-            " depends on lengths only), set 'keep'"
+            f" set attributes={{{name!r}: 'restore'}} in mh.Recipe. If no result depends on it (a log, a cache that is"
+            " filled anew before it is read, or a table that depends on lengths only), set"
+            f" attributes={{{name!r}: 'keep'}}"
+            f' (in a recipe file: attributes = {{ "{name}" = "keep" }})'
         )
     return ConfigError(
         f"forward changed the attribute {name!r} of the model {how}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -62,6 +64,7 @@ def _facts_of(schedule: LRScheduler, prefix: str) -> dict[str, str]:
             got="ReduceLROnPlateau",
             hint="use a schedule that depends on the step alone",
         )
+    _refuse_unsaved_functions(schedule)
     inner = getattr(schedule, "_schedulers", ())
     state = {key: value for key, value in schedule.state_dict().items() if key not in (*_PROGRESS, "_schedulers")}
     found = {f"{prefix}{key}": str(_comparable(value)) for key, value in state.items()}
@@ -69,6 +72,26 @@ def _facts_of(schedule: LRScheduler, prefix: str) -> dict[str, str]:
         name = f"{prefix}schedule {number}"
         found |= {name: type(each).__qualname__, **_facts_of(each, f"{name}.")}
     return {name: value for name, value in found.items() if value != "None"}
+
+
+def _refuse_unsaved_functions(schedule: LRScheduler) -> None:
+    """Raise ConfigError if a schedule calls a function that returns another value when it is called again.
+
+    A checkpoint has the state of callable objects, but not what a function keeps in variables. (torch's LambdaLR and
+    MultiplicativeLR save the __dict__ of their objects.)
+    """
+    for function in getattr(schedule, "lr_lambdas", ()):
+        if not isinstance(function, (FunctionType, partial)):
+            continue
+        first, second = function(schedule.last_epoch), function(schedule.last_epoch)
+        if repr(first) != repr(second):
+            raise ConfigError(
+                "a function of recipe.schedule returned another value when it was called again",
+                expected=f"{first!r} again, for step {schedule.last_epoch}",
+                got=repr(second),
+                hint="checkpoints don't hold what a function counts: let it depend on its argument alone, or pass a"
+                " callable object, whose attributes are saved",
+            )
 
 
 def _comparable(value: Any) -> Any:

@@ -151,6 +151,7 @@ class Buffers:
                         f"frozen parameter {name!r} changes in forward, and bf16 would round its changes away",
                         hint="use precision = fp32, or make it a buffer: buffers retain their dtype",
                     )
+                _refuse_overlap(name, self._tensors[name])
                 if refuse_nan:
                     what = f"{'frozen parameter' if name in self.frozen else 'buffer'} {name!r}"
                     _refuse_new_nan(what, self._start[name], current)
@@ -216,17 +217,19 @@ class Buffers:
         order.
         """
         agree = all(_same_bits(value, values[0]) for value in values)
-        has_mean = values[0].is_floating_point() or values[0].is_complex()
+        is_integer = not (values[0].is_floating_point() or values[0].is_complex())
+        has_mean = not is_integer and values[0].itemsize > 1  # torch doesn't add 8-bit floats
         if self._rules[name] == "last":
             self.results[name] = "last micro-batch"
         elif agree:
             self.results.setdefault(name, "equal after all micro-batches")
         elif not has_mean:
+            kind = "integers" if is_integer else "8-bit floats"
             raise ConfigError(
-                f"buffer {name!r} has integers that differ between the micro-batches of a step",
+                f"buffer {name!r} has {kind} that differ between the micro-batches of a step",
                 expected="the same value after each micro-batch, or a rule",
                 hint=f"{_ADVICE}: set buffers={{{name!r}: 'last'}} in the recipe, or make it a buffer of floating-point"
-                " numbers, which have a mean",
+                " numbers of at least 16 bits, which have a mean",
             )
         elif self._rules[name] is None and not _RUNNING.fullmatch(re.split("[./]", name)[-1]):
             self._warn(name)
@@ -290,6 +293,15 @@ def _refuse_new_nan(what: str, before: Tensor, now: Tensor) -> None:
             expected="a forward that uses sharded parameters in their own modules only; elsewhere they read as NaN",
             hint="update averages of weights (EMA) in a step hook of the optimizer, see docs/models.md, or use sharding"
             " zero2",
+        )
+
+
+def _refuse_overlap(name: str, buffer: Tensor) -> None:
+    if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+        raise ConfigError(
+            f"buffer {name!r} changes in forward, and its elements share memory",
+            got=f"shape {tuple(buffer.shape)}, strides {buffer.stride()}",
+            hint="register a copy without expanded dimensions: tensor.clone(memory_format=torch.contiguous_format)",
         )
 
 
