@@ -524,3 +524,25 @@ def test_hooks_that_change_gradients_run_before_the_engine_takes_them(overlap: b
 
     late, early = (outcomes(recipe(each), 1, mh.Strategy(overlap=overlap))[0].digest for each in (Late, Early))
     assert late == early
+
+
+class Freezes(Net):
+    """Freezes a parameter in forward."""
+
+    always = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.always or x.sum() > 0:
+            self.first.weight.requires_grad_(False)
+        return super().forward(x)
+
+
+def test_forward_may_freeze_a_parameter_in_all_micro_batches_of_a_step_only() -> None:
+    made = recipe(Freezes)
+    assert len({found.digest for workers in (1, 2, 3) for found in outcomes(made, workers)}) == 1
+    made = recipe(type("Sometimes", (Freezes,), {"always": False}))
+    with pytest.raises(mh.ConfigError, match=r"forward changed requires_grad of parameter 'first\.weight' in some"):
+        outcomes(made, 1)
+    for error in on_all(lambda rank, group: train_with_engine(made, mh.Strategy(), steps=3, group=group), workers=4):
+        assert isinstance(error, (mh.ConfigError, mh.WorkerError)), error
+        assert "first.weight" in str(error)

@@ -366,6 +366,7 @@ class StepEngine:
             for name, param in reversed(self._params.items()):
                 self._reducer.arrived(name, param)
             self.buffers.end_micro_batch(micro_batch, refuse_nan=self._unsharder.is_used)
+            self._settings.end_micro_batch()
         return result.detached()
 
     def _my_control(self, results: dict[int, LossResult]) -> Control:

@@ -17,7 +17,7 @@ from manyhands.comm.agreement import agree
 from manyhands.comm.group import Group
 from manyhands.engine.agreement import buffer_facts
 from manyhands.engine.step.buffers import Buffers
-from manyhands.errors import InvariantError
+from manyhands.errors import ConfigError, InvariantError
 from manyhands.optim.sliced import SlicedOptimizer
 
 _HINT = (
@@ -39,11 +39,13 @@ class Settings:
         self._trained: list[bool] = []
         self._changed: dict[str, str] = {}
         self._modes: dict[str, str] = {}
+        self._by_forward: dict[str, bool] | None = None  # `requires_grad` that forward has changed in this step
 
     def begin_step(self) -> None:
         """Read the settings, after `Buffers.begin_step`."""
         self._groups = self._optimizer.hyperparameters()
         self._trained = [param.requires_grad for param in self._params.values()]
+        self._by_forward = None
         self._changed = buffer_facts(self._buffers.changed_between_steps())
         self._modes = {
             "torch.get_default_dtype()": str(torch.get_default_dtype()),
@@ -52,10 +54,29 @@ class Settings:
             "torch.is_grad_enabled()": str(torch.is_grad_enabled()),
         }
 
+    def end_micro_batch(self) -> None:
+        """Set `requires_grad` back, so that the next micro-batch starts with the values at the start of the step.
+
+        Raises ConfigError if forward has changed it in another way than in the step's previous micro-batch.
+        """
+        pairs = zip(self._params.items(), self._trained, strict=True)
+        changed = {name: param.requires_grad for (name, param), before in pairs if param.requires_grad != before}
+        for name, is_trained in changed.items():
+            self._params[name].requires_grad_(not is_trained)
+        if self._by_forward is None:
+            self._by_forward = changed
+        for different, _ in sorted(changed.items() ^ self._by_forward.items()):
+            raise ConfigError(
+                f"forward changed requires_grad of parameter {different!r} in some micro-batches of a step only",
+                expected="the same change in each micro-batch of a step",
+                hint="to leave a parameter out for some samples, use param.detach() or torch.no_grad() in forward; to"
+                " freeze it from some step on, change requires_grad between steps",
+            )
+
     @property
     def hash(self) -> int:
         """Return 64 bits that are the same on all workers with the same settings."""
-        text = repr((self._groups, bytes(self._trained), self._changed, self._modes))
+        text = repr((self._groups, bytes(self._trained), self._by_forward, self._changed, self._modes))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
     def compare(self, hashes: Sequence[int], group: Group) -> None:
@@ -73,5 +94,6 @@ class Settings:
         }
         trained = zip(self._params, self._trained, strict=True)
         facts |= {f"{name}.requires_grad": str(is_trained) for name, is_trained in trained}
+        facts |= {f"{name}.requires_grad, by forward": str(value) for name, value in (self._by_forward or {}).items()}
         agree(group, "settings", facts | self._changed | self._modes, hint=_HINT)
         raise InvariantError("workers have the same settings, but not the same hash of them")
