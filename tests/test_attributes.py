@@ -546,3 +546,42 @@ def test_forward_may_freeze_a_parameter_in_all_micro_batches_of_a_step_only() ->
     for error in on_all(lambda rank, group: train_with_engine(made, mh.Strategy(), steps=3, group=group), workers=4):
         assert isinstance(error, (mh.ConfigError, mh.WorkerError)), error
         assert "first.weight" in str(error)
+
+
+class Centered:
+    """A loss with a moving average, as DINO's."""
+
+    def __init__(self) -> None:
+        self.center = torch.zeros(WIDTH)
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
+        found = model(batch)
+        loss = (found - self.center).square().mean()
+        self.center = 0.5 * self.center + 0.5 * found.detach().mean(0)
+        return loss
+
+
+class CenteredModule(nn.Module):
+    """The same with a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(WIDTH))
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
+        found = model(batch)
+        loss = (found - self.center).square().mean()
+        self.center.mul_(0.5).add_(found.detach().mean(0))
+        return loss
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Centered, "center"), (CenteredModule, "_buffers")])
+def test_state_in_attributes_of_a_loss_is_refused_or_restored(kind: Callable[[], Any], name: str) -> None:
+    with pytest.raises(mh.ConfigError, match=f"the loss function changed its attribute 'recipe.loss.{name}'"):
+        outcomes(recipe(Net, loss=kind()), 1)
+
+    def digest(group: Any) -> str:
+        made = recipe(Net, loss=kind(), attributes={f"recipe.loss.{name}": "restore"})
+        return train_with_engine(made, mh.Strategy(), steps=3, group=group).digest
+
+    assert len({found for workers in (1, 2, 3) for found in run_threads(workers, digest)}) == 1

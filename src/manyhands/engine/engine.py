@@ -145,7 +145,7 @@ class StepEngine:
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.epochs, _ = Epochs.of(recipe)
         self.buffers = Buffers(self.model, recipe.buffers, reports=group.rank == 0)
-        self._attributes = AttributeGuard(self.model, recipe.attributes)
+        self._attributes = AttributeGuard(self.model, recipe.attributes, recipe.loss)
         self._settings = Settings(self._params, self.optimizer, self.buffers)
         self.trained = slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
         self.digest_names = self._tensors_in_digest()

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from copy import copy
 from fnmatch import fnmatchcase
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,9 @@ WATCHED = 6
 micro-batches of this many first steps.
 """
 
+LOSS = "recipe.loss"
+"""The name of the loss function in the names of its attributes."""
+
 _MANAGED = frozenset(("_parameters", "_buffers", "_modules", "training"))
 """Attributes of the model's modules that the engine manages itself."""
 
@@ -52,13 +55,17 @@ Values = dict[str, dict[str, str]]
 
 
 class AttributeGuard:
-    """Watches the attributes of a model's modules, as described at the top of this file. rules: "restore" or "keep", by
-    pattern of names.
+    """Watches the attributes of a model's modules, as described at the top of this file.
+
+    rules: "restore" or "keep", by pattern of names. loss: the loss function. If it is an object of a class with
+    `__call__`, its attributes are watched, too.
     """
 
-    def __init__(self, model: nn.Module, rules: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, rules: Mapping[str, str], loss: object = None) -> None:
         self._model, self._rules = model, rules
-        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._modules: dict[str, Any] = dict(model.named_modules())
+        if hasattr(loss, "__dict__") and not isinstance(loss, (FunctionType, MethodType, partial, type)):
+            self._modules[LOSS] = loss
         self._watched = 0  # micro-batches
         self._steps = self._in_step = 0  # begun steps, and micro-batches watched in the present one
         self._to_restore: Values = {}  # positions of iterators with the rule "restore" at the start of the step
@@ -189,22 +196,23 @@ class AttributeGuard:
             self._rule_of[name] = next(found, None)
         return self._rule_of[name]
 
-    def _module_of(self, name: str) -> nn.Module:
+    def _module_of(self, name: str) -> Any:
         return self._modules[name.rpartition(".")[0]]
 
-    def _attributes(self) -> Iterator[tuple[str, nn.Module, Any]]:
+    def _attributes(self) -> Iterator[tuple[str, Any, Any]]:
         """Yield the name, the module and the value of each attribute that the engine doesn't manage.
 
         Modules that forward creates are left out. If they have parameters or buffers, other checks refuse them.
         """
         for path, module in self._modules.items():
             # weight_norm, spectral_norm and pruning recompute a tensor before each forward.
-            hooks = module._forward_pre_hooks.values()
+            hooks = getattr(module, "_forward_pre_hooks", {}).values()
             computed = {getattr(hook, "name", None) for hook in hooks} | {
                 getattr(hook, "_tensor_name", None) for hook in hooks
             }
             for name, value in list(vars(module).items()):
-                if name not in _MANAGED and name not in computed:
+                managed = _MANAGED if path != LOSS else ("_parameters", "training")
+                if name not in managed and name not in computed:
                     yield f"{path}.{name}" if path else name, module, value
 
     def _values(self) -> Values:
@@ -236,7 +244,7 @@ def _examined(value: object) -> Mapping[str, Any] | None:
     return attributes_of(value)
 
 
-def _put(module: nn.Module, name: str, saved: Callable[[], Any] | None) -> None:
+def _put(module: Any, name: str, saved: Callable[[], Any] | None) -> None:
     """Set an attribute to the value that `saved` restores, or remove the attribute if `saved` is None."""
     attribute = name.rpartition(".")[2]
     if saved is None:
@@ -355,6 +363,7 @@ def _restorer_of_elements(value: Any) -> Callable[[], object]:
 
 def _refusal(name: str, before: dict[str, str] | None, after: dict[str, str] | None, how: str) -> ConfigError:
     old, new = before or {}, after or {}
+    of_loss = name.startswith(f"{LOSS}.")
     inside = next((key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)), "")
     if "random generator" in new.get(inside, ""):
         advice = (
@@ -369,8 +378,12 @@ def _refusal(name: str, before: dict[str, str] | None, after: dict[str, str] | N
             f" attributes={{{name!r}: 'keep'}}"
             f' (in a recipe file: attributes = {{ "{name}" = "keep" }})'
         )
+    if of_loss:
+        advice = "keep state of a loss function in buffers of the model, which the loss function gets; " + advice
     return ConfigError(
-        f"forward changed the attribute {name!r} of the model {how}",
+        f"the loss function changed its attribute {name!r} {how}"
+        if of_loss
+        else f"forward changed the attribute {name!r} of the model {how}",
         where=f"{name}{inside}",
         expected=old.get(inside, "nothing"),
         got=new.get(inside, "nothing"),

@@ -40,12 +40,14 @@ class Settings:
         self._changed: dict[str, str] = {}
         self._modes: dict[str, str] = {}
         self._by_forward: dict[str, bool] | None = None  # `requires_grad` that forward has changed in this step
+        self._previous: dict[str, bool] = {}
 
     def begin_step(self) -> None:
         """Read the settings, after `Buffers.begin_step`."""
         self._groups = self._optimizer.hyperparameters()
         self._trained = [param.requires_grad for param in self._params.values()]
-        self._by_forward = None
+        # A worker may compute no micro-batch in an epoch's last step. Then the changes of the step before are compared.
+        self._previous, self._by_forward = self._by_forward or self._previous, None
         self._changed = buffer_facts(self._buffers.changed_between_steps())
         self._modes = {
             "torch.get_default_dtype()": str(torch.get_default_dtype()),
@@ -74,9 +76,13 @@ class Settings:
             )
 
     @property
+    def _forward_changes(self) -> dict[str, bool]:
+        return self._previous if self._by_forward is None else self._by_forward
+
+    @property
     def hash(self) -> int:
         """Return 64 bits that are the same on all workers with the same settings."""
-        text = repr((self._groups, bytes(self._trained), self._by_forward, self._changed, self._modes))
+        text = repr((self._groups, bytes(self._trained), self._forward_changes, self._changed, self._modes))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
     def compare(self, hashes: Sequence[int], group: Group) -> None:
@@ -94,6 +100,6 @@ class Settings:
         }
         trained = zip(self._params, self._trained, strict=True)
         facts |= {f"{name}.requires_grad": str(is_trained) for name, is_trained in trained}
-        facts |= {f"{name}.requires_grad, by forward": str(value) for name, value in (self._by_forward or {}).items()}
+        facts |= {f"{name}.requires_grad, by forward": str(value) for name, value in self._forward_changes.items()}
         agree(group, "settings", facts | self._changed | self._modes, hint=_HINT)
         raise InvariantError("workers have the same settings, but not the same hash of them")
