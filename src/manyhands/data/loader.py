@@ -218,7 +218,7 @@ def _is_dense(value: object) -> bool:
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy with the same strides and alignment; the tensor itself if its elements share memory."""
     strides = zip(tensor.shape, tensor.stride(), strict=True)
-    if tensor.is_quantized or any(stride == 0 and size > 1 for size, stride in strides):
+    if tensor.is_quantized or any(stride == 0 and length > 1 for length, stride in strides):
         return tensor
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     offset = tensor.storage_offset() % ALIGNMENT

@@ -162,11 +162,9 @@ class StepEngine:
         self._compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
         on_demand = storage.on_demand_units
         for unit in on_demand:
-            # Hooks must stay outside of compiled code. If a compiled module contains the unit's module, the hooks are
-            # registered on the compiled module.
+            # Hooks stay outside of compiled code: on the compiled module that contains the unit's module, if any.
             unit.modules = self._compiled.around(unit.modules)
-        # If this worker can read the stored parameters of all shards, unsharding is a copy in which no peer takes part.
-        # Otherwise unsharding has its own sequence of collective calls, see units/unsharding.py.
+        # Unsharding is a copy if this worker can read all shards. Otherwise it has collective calls of its own.
         unshard_group = group.sibling() if on_demand and not group.pieces_are_views else LocalGroup(group.device)
         self._unsharder = Unsharder(unshard_group, on_demand, strategy.unshard_ahead)
         self._step_hooks = StepHooks(self.optimizer.fronts, self._unsharder, self._param_guard, recipe.seed)
@@ -332,14 +330,11 @@ class StepEngine:
         """Run forward and backward of one micro-batch. Return its loss, weight and metrics."""
         self._publish_status("forward and backward", micro_batch)
         bf16 = self._has_bf16 and not self.recipe.compile  # torch compiles nothing under a dispatch mode
-        # Generators are seeded for each micro-batch, so it doesn't matter which worker computes it. They are seeded
-        # again after each call of a unit, so it doesn't matter which units this worker computes. They are restored
-        # afterwards, so the caller's random numbers don't depend on how many micro-batches this worker computed.
+        # Generators are seeded for each micro-batch and after each call of a unit, so it doesn't matter which worker
+        # computes which of them. They are restored, so the caller's numbers don't depend on what was computed here.
         seed = derive(self.recipe.seed, "compute", step, micro_batch)
         # Code between steps, or the previous micro-batch, may have left some modules in eval mode.
         self.model.train()
-        # With autocast around the step, torch would use the weights of the first step again and again.
-        torch.clear_autocast_cache()
         with (
             self._param_guard.micro_batch(),
             self._attributes.micro_batch(),
@@ -360,9 +355,8 @@ class StepEngine:
             self._unsharder.begin_backward()
             call_last(self._params.values(), self._hooks)
             result.loss.backward()  # type: ignore[no-untyped-call]
-            # Take the gradients that no hook has reported. These are all gradients if `overlap` is off, and otherwise
-            # those that the loss function assigned itself. The last parameter comes first, because units are sent in
-            # that order.
+            # Take the gradients that no hook has reported: all if `overlap` is off, else those that the loss function
+            # assigned itself. The last parameter comes first, because units are sent in that order.
             for name, param in reversed(self._params.items()):
                 self._reducer.arrived(name, param)
             self.buffers.end_micro_batch(micro_batch, refuse_nan=self._unsharder.is_used)
@@ -397,8 +391,7 @@ class StepEngine:
         refuse_weights(control, form, fractional=self.recipe.fractional_weights, tag=f"step {step}")
         error = not_finite(control, self._param_names, self.recipe.batch, step, self._unsharder.not_finite_hint)
         if error is not None:
-            # All workers raise this error, discard the step and leave no collective call unmatched. So the engine stays
-            # usable.
+            # All workers raise this error and leave no collective call unmatched, so the engine stays usable.
             self._reducer.discard()
             error.nothing_changed = True  # type: ignore[attr-defined]
             raise error

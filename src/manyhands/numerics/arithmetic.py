@@ -74,6 +74,8 @@ def preserved_arithmetic() -> Iterator[None]:
 
     Otherwise the bits would depend on how many micro-batches this worker has computed.
     """
+    # With autocast around the steps, torch would use the weights of the first step again and again.
+    torch.clear_autocast_cache()
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -297,7 +297,7 @@ def _refuse_new_nan(what: str, before: Tensor, now: Tensor) -> None:
 
 
 def _refuse_overlap(name: str, buffer: Tensor) -> None:
-    if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+    if any(length > 1 and stride == 0 for length, stride in zip(buffer.shape, buffer.stride(), strict=True)):
         raise ConfigError(
             f"buffer {name!r} changes in forward, and its elements share memory",
             got=f"shape {tuple(buffer.shape)}, strides {buffer.stride()}",
