@@ -16,8 +16,9 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from manyhands.errors import ConfigError
+from manyhands.given_objects import FUNCTIONS, check_function, refuse_stream
 from manyhands.options import check_options, option, options
-from manyhands.validation import Validation, refuse_stream
+from manyhands.validation import Validation
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -277,11 +278,8 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        for field in ("model", "loss", "optimizer"):
-            if not callable(getattr(self, field)):
-                raise ConfigError(
-                    f"recipe.{field} can't be called", expected="a function", got=repr(getattr(self, field))
-                )
+        for field in FUNCTIONS:
+            check_function(field, getattr(self, field))
         if not isinstance(self.batch, Batch):
             raise ConfigError("recipe.batch has the wrong type", expected="manyhands.Batch(...)", got=repr(self.batch))
         refuse_stream("recipe.data", self.data)
@@ -449,3 +447,14 @@ def check_length(steps: int | None, epochs: int | None, where: str | None = None
             where=where,
             hint="use --steps N, or steps = N or epochs = N in the recipe",
         )
+
+
+def strategy_or_default(strategy: object) -> Strategy:
+    """Return the strategy, or the default one for None. Raises ConfigError if it is something else."""
+    if not (strategy is None or isinstance(strategy, Strategy)):
+        raise ConfigError(
+            "the strategy has the wrong type",
+            expected='manyhands.Strategy(...), for example manyhands.Strategy(sharding="zero2")',
+            got=repr(strategy),
+        )
+    return strategy or Strategy()

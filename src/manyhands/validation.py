@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from manyhands.errors import ConfigError
+from manyhands.given_objects import refuse_stream
 from manyhands.intervals import Period
 from manyhands.options import check_options, option, options
 
@@ -83,13 +84,3 @@ class Validation:
     def period(self) -> Period:
         """Return `every`, parsed."""
         return Period.parsed(self.every, "validation.every")
-
-
-def refuse_stream(name: str, data: object) -> None:
-    """Raise ConfigError unless `data` is a map-style data set."""
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        raise ConfigError(
-            f"{name} is not a map-style dataset",
-            expected="an object with __len__ and __getitem__",
-            got=type(data).__name__,
-        )

@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "design.md"
 BLOCK = re.compile(r"(?<=^```text\n)src/manyhands/\n.*?(?=^```$)", re.MULTILINE | re.DOTALL)
 LAYERS = (
     ("errors", "formatting"),
-    ("options", "output", "intervals"),
+    ("options", "output", "intervals", "given_objects"),
     ("validation",),
     ("config", "shard_layout", "surroundings", "storage", "offload", "members"),
     ("numerics", "documents"),

@@ -90,7 +90,8 @@ class WatchedGroup(Group):
                     expected=f"{tag} (worker {me})",
                     got=f"another call; worker {peer.rank} is now in {peer.position.activity or 'start-up'}",
                     where=f"worker {me}, {tag}",
-                    hint="make the same calls and the same number of steps on all workers; neither the model nor the "
+                    hint="make the same calls and the same number of steps on all workers: methods of the engine, such "
+                    "as step, save and digest, must not be inside `if rank == 0:`; neither the model nor the "
                     "data may depend on the rank, the time or an unseeded generator",
                 )
 

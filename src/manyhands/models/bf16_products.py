@@ -185,7 +185,7 @@ def mixed_types_explained(model: nn.Module) -> Iterator[None]:
             raise
         names = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.float32]
         listed = ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
-        hint = "cast floating-point inputs, for example batch.to(model.dtype)"
+        hint = "cast floating-point inputs to the dtype of the parameters, for example x.to(self.fc.weight.dtype)"
         if names:
             hint += f"; where the model uses a buffer ({listed}), cast it: buffer.to(x.dtype)"
         raise ConfigError(

@@ -160,5 +160,10 @@ def _build(recipe: Recipe, allocator: Allocator) -> nn.Module:
         model = recipe.model()
     if not isinstance(model, nn.Module):
         raise ConfigError("recipe.model did not return a model", expected="a torch.nn.Module", got=repr(model))
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ConfigError(
+            f"recipe.model returned a model inside {type(model).__name__}",
+            hint="return the model itself: Manyhands adds the gradients of all workers",
+        )
     admit(model)
     return model

@@ -20,7 +20,7 @@ def build_schedules(
     schedule: Callable[[Optimizer], LRScheduler] | None, optimizers: Sequence[Optimizer]
 ) -> tuple[LRScheduler, ...]:
     """Call the recipe's `schedule` for each optimizer. Raises ConfigError if it does not return a usable schedule."""
-    built = () if schedule is None else tuple(map(schedule, optimizers))
+    built = () if schedule is None else tuple(_call(schedule, index, optimizers) for index in range(len(optimizers)))
     for found, optimizer in zip(built, optimizers, strict=False):
         if not all(callable(getattr(found, name, None)) for name in ("step", "state_dict", "load_state_dict")):
             raise ConfigError(
@@ -37,6 +37,20 @@ def build_schedules(
                 hint="build the schedule with the argument of recipe.schedule",
             )
     return built
+
+
+def _call(schedule: Callable[[Optimizer], LRScheduler], index: int, optimizers: Sequence[Optimizer]) -> LRScheduler:
+    """Call the recipe's `schedule` for one optimizer. If it raises, a note says which optimizer it was called for."""
+    try:
+        return schedule(optimizers[index])
+    except Exception as error:
+        if len(optimizers) > 1:
+            error.add_note(
+                f"recipe.schedule is called once for each of the {len(optimizers)} optimizers. This call was for the "
+                f"one at index {index}, {type(optimizers[index]).__name__}, which has "
+                f"{len(optimizers[index].param_groups)} param group(s)."
+            )
+        raise
 
 
 def schedule_facts(

@@ -295,6 +295,12 @@ def _call(factory: Factory, named_params: Sequence[tuple[str, nn.Parameter]]) ->
     """Call the factory. If torch's Muon refuses a parameter, raise a ConfigError that names the parameter."""
     try:
         return factory(list(named_params))
+    except (AttributeError, TypeError) as error:
+        error.add_note(
+            "recipe.optimizer is called with one argument: a list of the trainable parameters as (name, parameter) "
+            "pairs. torch's optimizers take such pairs, also in param groups."
+        )
+        raise
     except ValueError as error:
         wrong = [name for name, param in named_params if param.ndim != 2 and str(param.size()) in str(error)]
         if "Muon only supports 2D parameters" not in str(error) or not wrong:

@@ -19,7 +19,7 @@ from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot
 from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
-from manyhands.config import Recipe, Strategy, Weights
+from manyhands.config import Recipe, Strategy, Weights, strategy_or_default
 from manyhands.data.loader import TRAINING, LoadedBatch, MicroBatchLoader, load_batch
 from manyhands.data.samples import HeldOutSamples
 from manyhands.engine.engine import StepEngine
@@ -69,7 +69,7 @@ class Engine(StepEngine):
         *,
         resumes: bool = False,
     ) -> None:
-        strategy = strategy or Strategy()
+        strategy = strategy_or_default(strategy)
         self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None
         self._stream: Iterator[LoadedBatch] | None = None

@@ -171,7 +171,8 @@ def _of_loss(reader: LossReader, result: LossResult, metrics: Mapping[str, Any])
     if twice := [name for name in names if name in metrics]:
         raise ConfigError(
             f"two metrics have the name {twice[0]!r}: one of the validation, and one that the loss function returns",
-            hint=f'name it: metrics={{"my_{twice[0]}": ...}}',
+            hint="leave it out: the metrics that the loss function returns are always reported; or give it another "
+            f'name: metrics={{"my_{twice[0]}": ...}}',
         )
     pairs = zip(names, result.metrics, strict=True)
     return {

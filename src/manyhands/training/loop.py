@@ -11,7 +11,7 @@ from typing import Any
 
 from manyhands.comm.agreement import agree, all_gather_json
 from manyhands.comm.group import Group
-from manyhands.config import Recipe, Strategy, check_length
+from manyhands.config import Recipe, Strategy, check_length, strategy_or_default
 from manyhands.engine.step.amendments import amendments_of
 from manyhands.errors import ConfigError, Interrupted
 from manyhands.intervals import Every, every
@@ -98,7 +98,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     started = time.monotonic()
     with ExitStack() as stack:
         signals = stop or stack.enter_context(StopSignals())
-        strategy = _with_scratch(strategy or Strategy(), run_dir)
+        strategy = _with_scratch(strategy_or_default(strategy), run_dir)
         anew = start_over and not has_started_over(run_dir)
         resumes = not anew and will_resume(run_dir, checkpoint_dir)
         engine = stack.enter_context(Engine(recipe, strategy, resumes=resumes))

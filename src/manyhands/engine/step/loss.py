@@ -143,10 +143,13 @@ def _read(result: object, trains: bool) -> tuple[LossForm, LossResult]:
     weighted = isinstance(loss, tuple) and len(loss) == 2
     loss, weight = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, 1.0)
     if wrong := _wrong_loss(loss, trains):
-        raise ConfigError("recipe.loss did not return a loss", expected=_EXPECTED, got=wrong, hint=_hint(result))
+        raise ConfigError("recipe.loss did not return a loss", expected=_EXPECTED, got=wrong, hint=_hint(result, loss))
     if wrong := _wrong_number(weight):
         raise ConfigError(
-            "recipe.loss did not return a loss", expected=_EXPECTED, got=f"{wrong} as the weight", hint=_hint(result)
+            "recipe.loss did not return a loss",
+            expected=_EXPECTED,
+            got=f"{wrong} as the weight",
+            hint=_hint(result, loss),
         )
     form = LossForm(weighted, tuple(sorted(metrics)))
     pairs = tuple(metrics[name] for name in form.metrics)
@@ -202,14 +205,23 @@ def _metric(name: object, pair: object) -> tuple[Number, Number]:
     )
 
 
-def _hint(result: object) -> str:
-    """State what to return in place of `result`."""
+def _hint(result: object, loss: object) -> str:
+    """State what to return in place of `result`. loss: the part of it that was taken for the loss."""
     of_model = result[0] if isinstance(result, (tuple, list)) and result else result
     if isinstance(of_model, Mapping) or hasattr(of_model, "loss"):
         name = ".loss" if hasattr(of_model, "loss") else '["loss"]'
         return f"if the model returns an object, return only its loss: here, the result's {name}"
     if isinstance(result, list):
         return "return a tuple instead of a list"
+    if isinstance(loss, float):
+        return "return the tensor itself, before .item() or float(), so that it has a gradient"
+    if isinstance(loss, Tensor) and loss.numel() > 1:
+        return (
+            "if these are the losses of samples or tokens, return loss.mean(), or their sum and number: "
+            "(loss.sum(), loss.numel())"
+        )
+    if isinstance(loss, Tensor) and loss.is_floating_point() and loss.device.type != "meta" and not loss.requires_grad:
+        return "compute the loss from the model's output, without detach(), item() and no_grad()"
     return (
         "return only its loss if the model returns more than that, for example model(**batch).loss;"
         ' return other figures as metrics: (loss, {"accuracy": (correct, count)})'
