@@ -265,7 +265,11 @@ ON_ALL: dict[str, tuple[Callable[[int], mh.Recipe], type[Exception], list[str]]]
     "loss: NaN": (
         lambda rank: recipe(loss=nan_loss),
         mh.NumericsError,
-        ["the loss of micro-batch 2 is nan", "step 1, samples 12 to 13", "no weight has been changed"],
+        [
+            "the loss of micro-batch 2 is nan",
+            f"step 1, samples 12 to 13 in the run's order (in recipe.data: {FIRST_OF_MICRO_BATCH}, ",
+            "no weight has been changed",
+        ],
     ),
     "data: empty": (lambda rank: recipe(data=[]), mh.DataError, ["recipe.data is empty"]),
 }

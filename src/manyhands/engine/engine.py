@@ -389,7 +389,7 @@ class StepEngine:
         self.buffers.refuse_changes(list(control.changed_buffers))
         form = self._loss_reader.form
         refuse_weights(control, form, fractional=self.recipe.fractional_weights, tag=f"step {step}")
-        error = not_finite(control, self._param_names, self.recipe.batch, step, self._unsharder.not_finite_hint)
+        error = not_finite(control, self._param_names, self.recipe, step, self._unsharder.not_finite_hint)
         if error is not None:
             # All workers raise this error and leave no collective call unmatched, so the engine stays usable.
             self._reducer.discard()
