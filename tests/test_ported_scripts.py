@@ -1,6 +1,7 @@
 """Mistakes that people make who port a training script of their own: each is refused with what to write instead."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import manyhands as mh
+from manyhands.cli.main import app
 
 SAMPLES = [torch.ones(4) for _ in range(8)]
 
@@ -94,3 +96,30 @@ def test_a_schedule_that_fails_for_one_of_several_optimizers_names_it() -> None:
     with pytest.raises(ValueError, match="max_lr must have the same length") as raised:
         mh.train(recipe(optimizer=two, schedule=one_cycle), steps=1, show=False)
     assert "index 1, AdamW, which has 1 param group" in raised.value.__notes__[0]
+
+
+def test_a_batch_of_another_loader_is_refused() -> None:
+    with (
+        mh.Engine(recipe()) as engine,
+        pytest.raises(mh.ConfigError, match=r"not from engine\.batches(?s:.*)got: Tensor(?s:.*)data set"),
+    ):
+        engine.step(torch.ones(4, 4))  # type: ignore[arg-type]
+
+
+def test_a_run_that_has_its_steps_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mh.train(recipe(), steps=2, run_dir=tmp_path / "run", show=False)
+    mh.train(recipe(), steps=1, run_dir=tmp_path / "run", show=False)
+    assert capsys.readouterr().err == ""
+    mh.train(recipe(), steps=1, run_dir=tmp_path / "run")
+    assert capsys.readouterr().err == "the run already has 2 steps, so there is nothing to train up to step 1\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "advice"), [("train", "a.py", "manyhands run --workers"), ("run", "a.toml", "manyhands train")]
+)
+def test_a_file_of_the_other_kind_is_refused_with_its_command(
+    command: str, file: str, advice: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_text("import torch\n" if file == "a.py" else "steps = 1\n")
+    with pytest.raises(mh.ConfigError, match=advice):
+        app([command, str(tmp_path / file)], standalone_mode=False)

@@ -128,6 +128,12 @@ def run_command(
     if not module and not script.is_file():
         hint = "to run a module, use -m" if "." in str(script) and not str(script).endswith(".py") else None
         raise ConfigError("there is no such script", where=str(script.absolute()), hint=hint)
+    if not module and script.suffix == ".toml":
+        raise ConfigError(
+            "this is not a Python script",
+            where=str(script.absolute()),
+            hint=f"train a recipe file: manyhands train {script} --workers {workers}",
+        )
     from manyhands.launching.failures import run_with_restarts
 
     program = ["-m", str(script)] if module else [str(script)]

@@ -191,7 +191,12 @@ def read_document(path: str | Path, overrides: Sequence[str], schema: type[S]) -
         found = re.search(r"line (\d+)", str(error))
         line = found[1] if found else str(text.rstrip().count("\n") + 1)  # the error is at the end of the document
         raise ConfigError(
-            f"{path} is not TOML: {error}", where=f"{path}:{line}", expected="valid TOML (toml.io)"
+            f"{path} is not TOML: {error}",
+            where=f"{path}:{line}",
+            expected="valid TOML (toml.io)",
+            hint=f"run a Python script in several workers: manyhands run --workers N {path}"
+            if path.suffix == ".py"
+            else None,
         ) from None
     origins = {key: f"{path}:{line}" for key, line in line_numbers(text).items()}
     problems = [problem for override in overrides if (problem := apply_override(override, values, origins))]

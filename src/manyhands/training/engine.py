@@ -26,7 +26,7 @@ from manyhands.engine.engine import StepEngine
 from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.amendments import CLIP_NORM, Amendments
 from manyhands.engine.step.metrics import StepMetrics
-from manyhands.errors import CheckpointError, Interrupted, InvariantError
+from manyhands.errors import CheckpointError, ConfigError, Interrupted, InvariantError
 from manyhands.metrics.choice import chosen_metrics
 from manyhands.optim.amending import apply_changes, check_change
 from manyhands.storage.location import Location, location_of
@@ -163,6 +163,13 @@ class Engine(StepEngine):
     def step(self, batch: StepBatch, *, digest: bool = False) -> StepMetrics:
         """Run the next step, or skip it if the amendments say so. Collective. Raises the errors of `run_step`."""
         self._refuse_without_checkpoint()
+        if not isinstance(batch, StepBatch):
+            raise ConfigError(
+                "engine.step was given a batch that is not from engine.batches",
+                expected="the loop `for batch in engine.batches(steps=N): engine.step(batch)`",
+                got=type(batch).__name__,
+                hint="pass the data set to the recipe: the engine loads each worker's micro-batches itself",
+            )
         if batch.step != self.step_index:
             raise InvariantError(
                 "the engine was given another step's batch",

@@ -37,7 +37,7 @@ from manyhands.listeners.tensorboard import TensorBoardLog
 from manyhands.listeners.terminal import TrainingProgress
 from manyhands.members.processes import oom_kills
 from manyhands.offload.scratch import scratch_line
-from manyhands.output import SafeStream
+from manyhands.output import SafeStream, say
 from manyhands.storage.location import Location, is_local, location_of
 from manyhands.storage.run_lock import run_lock
 from manyhands.surroundings import is_restart, launch_id
@@ -293,7 +293,12 @@ class RunRecord:
 
     def show(self, steps: int, on_terminal: bool) -> None:
         """Start to show progress on worker 0: on the terminal if `on_terminal`, and in its log."""
-        if self.engine.group.rank != 0 or self.engine.step_index >= steps:
+        if self.engine.group.rank != 0:
+            return
+        if self.engine.step_index >= steps:
+            if on_terminal:
+                done = f"the run already has {self.engine.step_index} steps, so there is nothing to train up to step"
+                say(f"{done} {steps}")
             return
         consoles = ([None] if on_terminal else []) + ([self.log] if self.log is not None else [])
         start = self.engine.step_index
