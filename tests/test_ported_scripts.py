@@ -123,3 +123,12 @@ def test_a_file_of_the_other_kind_is_refused_with_its_command(
     (tmp_path / file).write_text("import torch\n" if file == "a.py" else "steps = 1\n")
     with pytest.raises(mh.ConfigError, match=advice):
         app([command, str(tmp_path / file)], standalone_mode=False)
+
+
+def test_a_folder_of_checkpoints_is_refused_with_the_newest_in_it(tmp_path: Path) -> None:
+    with mh.Engine(recipe()) as engine:
+        for batch in engine.batches(steps=2):
+            engine.step(batch)
+            engine.save(tmp_path)
+        with pytest.raises(mh.CheckpointError, match=r"holds checkpoints(?s:.*)step-00000002"):
+            engine.load(tmp_path)

@@ -309,11 +309,12 @@ def _read(folder: Location, kind: type[_M], check: Callable[[_M], None] = lambda
             check(manifest)
             return manifest
     except OSError as error:
+        advice = "check the path; a checkpoint is a folder with a manifest"
+        with suppress(OSError, CheckpointError):
+            if inside := list_checkpoints(folder):
+                advice = f"this folder holds checkpoints: name one of them, for example the newest, {inside[-1][1]}"
         raise CheckpointError(
-            "not a checkpoint: its manifest can't be read",
-            where=str(path),
-            got=error,
-            hint=hint_of(error, "check the path; a checkpoint is a folder with a manifest"),
+            "not a checkpoint: its manifest can't be read", where=str(path), got=error, hint=hint_of(error, advice)
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
