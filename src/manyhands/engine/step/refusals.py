@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from manyhands.config import Recipe
-from manyhands.data.order import micro_batch_positions, sample_indices
+from manyhands.data.samples import TrainingSamples
 from manyhands.engine.step.control import Control, added_in_order
 from manyhands.engine.step.loss import LossForm
 from manyhands.errors import ConfigError, NumericsError
@@ -47,9 +47,9 @@ def not_finite(
 
 def _samples(recipe: Recipe, step: int, micro_batch: int) -> str:
     """Describe a micro-batch's samples by their position in the run, and by their index in the recipe's data."""
-    positions = micro_batch_positions(step, micro_batch, recipe.batch)[:_SHOWN]
-    indices = ", ".join(map(str, sample_indices(recipe.seed, len(recipe.data), positions)))
-    more = ", ..." if recipe.batch.micro_size > _SHOWN else ""
+    found = TrainingSamples(recipe).indices(step, micro_batch)
+    indices = ", ".join(map(str, found[:_SHOWN]))
+    more = ", ..." if len(found) > _SHOWN else ""
     return f"{recipe.batch.samples_of(step, micro_batch)} (in recipe.data: {indices}{more})"
 
 
