@@ -425,7 +425,7 @@ def test_patience_ends_a_run_also_if_it_was_killed(tmp_path: Path) -> None:
 def test_a_complete_run_says_that_there_is_nothing_to_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         summary = mh.train(scripted(LOSSES, every="2 steps"), steps=3, run_dir=tmp_path)
-    assert "nothing to do: the run has made its 3 steps" in capfd.readouterr().err
+    assert "the run already has 3 steps, so there is nothing to train" in capfd.readouterr().err
     assert summary.validations["validation"]["loss"] == 0.9
 
 

@@ -20,7 +20,6 @@ from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import seed_generators
 from manyhands.offload.process_memory import PeakMemory
 from manyhands.options import whole_number
-from manyhands.output import say
 from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
@@ -126,8 +125,6 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         validations = Validations(engine, last, of_best, record.add_validation)
         record.notes += engine.epochs.described(last) + validations.described()
         record.show(last, show)
-        if engine.step_index >= last and engine.group.rank == 0 and show:
-            say(f"nothing to do: the run has made its {last:,} steps")
         saver = Saver(record, interval, keep_checkpoints, keep_every)
         validations.begin()
         signals.training_started()
