@@ -201,6 +201,19 @@ def test_the_examples_run(
         sys.modules.pop(name, None)
 
 
+def test_the_ported_scripts_run(tmp_path: Path) -> None:
+    """In a process of their own, because Accelerate and the Trainer change global state."""
+    if not all(map(importlib.util.find_spec, ("transformers", "accelerate"))):
+        pytest.skip("the extra `models` isn't installed")
+    script = "\n".join(text for language, text in blocks("porting.md") if language == "python")
+    (tmp_path / "ported.py").write_text(script, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "ported.py"], capture_output=True, text=True, cwd=tmp_path, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 12: validation loss" in done.stderr
+
+
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
         _ = mh.Trainer  # type: ignore[attr-defined]
