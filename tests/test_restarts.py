@@ -210,12 +210,11 @@ def test_a_micro_batch_that_always_fails_is_named_with_its_samples(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1001, 7, 8])
+@pytest.mark.parametrize("seed", [1001, 7])
 def test_random_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Short form of `make faults`: each command resumes the run with other workers, sharding and transport."""
+    """Short form of `make faults`, without full disks, links, closed pipes and clocks."""
     monkeypatch.setenv("PYTHONPATH", "")
     expected = faults.undisturbed(tmp_path)
-    (tmp_path / str(seed)).mkdir()
-    digest, count = faults.trained(tmp_path / str(seed), seed)
-    assert digest == expected
-    assert count > 0
+    session = faults.Session(tmp_path / str(seed), seed, faults.SURROUNDINGS, hosts=False)
+    assert session.train() == expected
+    assert session.happened.total() > 0
