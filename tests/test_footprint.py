@@ -46,7 +46,7 @@ class Stack(nn.Module):
         return self.last(x).float().square().mean()
 
 
-def recipe_of(precision: str, clip_norm: float | None = None) -> mh.Recipe:
+def recipe_of(precision: str, clip_norm: float | None = None, ema: float | None = None) -> mh.Recipe:
     """The stack on rows of ones."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return mh.Recipe(
@@ -57,6 +57,7 @@ def recipe_of(precision: str, clip_norm: float | None = None) -> mh.Recipe:
         batch=BATCH,
         precision=precision,
         clip_norm=clip_norm,
+        ema=ema,
     )
 
 
@@ -135,7 +136,8 @@ def predicted(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> flo
     """The formula's prediction for all workers, from a model on the meta device."""
     with torch.device("meta"):
         sizes = sizes_of(Stack(), recipe, strategy, workers)
-    return footprint(sizes, BATCH, strategy, workers, clips=recipe.clip_norm is not None).peak * workers
+    options = {"clips": recipe.clip_norm is not None, "averages": recipe.ema is not None}
+    return footprint(sizes, BATCH, strategy, workers, **options).peak * workers
 
 
 def check(recipe: mh.Recipe, strategy: mh.Strategy, workers: int = 1) -> None:
@@ -189,6 +191,15 @@ def test_allocations_match_the_formula_over_torch_distributed(sharding: str, tmp
 @pytest.mark.parametrize("sharding", ["ddp", "zero2"])
 def test_allocations_match_the_formula_with_clipping(sharding: str, tmp_path: Path) -> None:
     check(recipe_of("bf16", clip_norm=1.0), strategy_of(sharding, "none", tmp_path), 2)
+
+
+@pytest.mark.parametrize(("sharding", "offload"), [("ddp", "none"), ("zero2", "none"), ("zero3", "disk")])
+def test_allocations_match_the_formula_with_an_average(sharding: str, offload: str, tmp_path: Path) -> None:
+    recipe, strategy = recipe_of("bf16", ema=0.9), strategy_of(sharding, offload, tmp_path)
+    check(recipe, strategy, 2)
+    assert predicted(recipe, strategy, 2) - predicted(replace(recipe, ema=None), strategy, 2) >= (
+        0 if offload == "disk" else 4 * NUMEL
+    )
 
 
 @pytest.mark.parametrize("sharding", ["zero2", "zero3"])

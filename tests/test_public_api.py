@@ -24,6 +24,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 NAMES = [
     "Aggregate",
+    "Average",
     "Batch",
     "CheckpointError",
     "ConfigError",
@@ -138,7 +139,7 @@ OPTIONS = {
         "recipe",
         "run",
     },
-    "export": {"--dtype", "--json", "--max-shard-size", "--step", "out", "run"},
+    "export": {"--dtype", "--json", "--max-shard-size", "--step", "--weights", "out", "run"},
 }
 
 

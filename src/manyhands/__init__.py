@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from manyhands import metrics
+    from manyhands.average import Average
     from manyhands.checkpoint.export import ExportSummary, export
     from manyhands.config import Batch, Recipe, Strategy, Weights
     from manyhands.data.sample_order import by_length, weighted
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Aggregate": "prepare.records.aggregate",
+    "Average": "average",
     "Batch": "config",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -76,6 +78,7 @@ _WHERE = {
 
 __all__ = [
     "Aggregate",
+    "Average",
     "Batch",
     "CheckpointError",
     "ConfigError",

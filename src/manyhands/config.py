@@ -15,10 +15,11 @@ from fnmatch import fnmatchcase
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from manyhands.average import Average
 from manyhands.errors import ConfigError
 from manyhands.given_objects import FUNCTIONS, check_function, refuse_stream
 from manyhands.options import check_options, option, options
-from manyhands.validation import Validation
+from manyhands.validation import TRAINED, Validation
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -205,6 +206,17 @@ class Recipe:
         help="A manyhands.Validation, or several by name. Figures are called validation.loss, or after the name. It is "
         "not a part of what a checkpoint must share with a run, because it changes no bit of the training.",
     )
+    average: Average | None = option(
+        default=None,
+        in_toml=False,
+        help="A manyhands.Average: an average of the weights over the steps, which validations and exports may use.",
+    )
+    ema: float | None = option(
+        default=None,
+        at_least=0.0,
+        at_most=1.0,
+        help="ema = 0.999 is short for average = Average(decay=0.999).",
+    )
     schedule: Callable[[Optimizer], LRScheduler] | None = option(
         default=None,
         in_toml=False,
@@ -289,6 +301,8 @@ class Recipe:
                 expected=f"{' or '.join(ORDERS)}, manyhands.weighted(...), manyhands.by_length(...), or a function",
                 got=repr(self.order),
             )
+        check_options(self)
+        self._check_average()
         self._check_validations()
         if isinstance(self.weights, (str, os.PathLike)):
             object.__setattr__(self, "weights", Weights(path=self.weights))
@@ -298,7 +312,6 @@ class Recipe:
                 expected="a path, or manyhands.Weights(path=...)",
                 got=repr(self.weights),
             )
-        check_options(self)
         _check_rules("buffers", self.buffers, BUFFER_RULES)
         _check_rules("attributes", self.attributes, ATTRIBUTE_RULES)
         for field in ("compile", "fractional_weights"):
@@ -333,6 +346,29 @@ class Recipe:
                     expected="letters, digits, _ and -",
                     got=repr(name),
                 )
+            if each.weights != TRAINED and self.average_of_weights is None:
+                raise ConfigError(
+                    f"the validation {name!r} needs an average of the weights, but the recipe has none",
+                    expected="a recipe with ema=0.999 or average=manyhands.Average(...)",
+                    got=f"weights = {each.weights!r}",
+                )
+
+    def _check_average(self) -> None:
+        if not isinstance(self.average, (Average, NoneType)):
+            raise ConfigError(
+                "recipe.average has the wrong type", expected="manyhands.Average(...)", got=repr(self.average)
+            )
+        if self.average is not None and self.ema is not None:
+            raise ConfigError(
+                "both recipe.ema and recipe.average are set",
+                expected="one of them",
+                got=f"ema = {self.ema}, average = {self.average}",
+            )
+
+    @property
+    def average_of_weights(self) -> Average | None:
+        """Return the average of the weights that `average` or `ema` asks for."""
+        return self.average if self.ema is None else Average(decay=self.ema)
 
     @property
     def validations(self) -> Mapping[str, Validation]:

@@ -105,10 +105,15 @@ def option(
     help: str,
     default: Any = MISSING,
     default_factory: Any = MISSING,
+    kw_only: bool = True,
     **more: Any,
 ) -> Any:
-    """Declare a field of a class decorated with `options`. more: the other fields of `Option`."""
-    return field(default=default, default_factory=default_factory, metadata={_OPTION: Option(help=help, **more)})
+    """Declare a field of a class decorated with `options`.
+
+    kw_only: False if the value may be passed by position. more: the other fields of `Option`.
+    """
+    metadata = {_OPTION: Option(help=help, **more)}
+    return field(default=default, default_factory=default_factory, kw_only=kw_only, metadata=metadata)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option, field))

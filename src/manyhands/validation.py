@@ -13,6 +13,9 @@ from manyhands.options import check_options, option, options
 if TYPE_CHECKING:
     from torch import nn
 
+TRAINED, AVERAGED = "trained", "ema"
+"""The weights that can be validated and exported: those that the last step left, and their average."""
+
 
 @options
 class Validation:
@@ -43,6 +46,13 @@ class Validation:
         help="The number of samples to use, drawn once from the seed, at most all. None: all samples.",
     )
     at_start: bool = option(default=False, help="Also validate before the first step.")
+    weights: str = option(
+        default=TRAINED,
+        choices=(TRAINED, AVERAGED, "both"),
+        help="The weights to validate. trained: those that the last step left; ema: their average, of any kind; both: "
+        "one after the other. Figures of the average are called validation.ema.loss, for example. "
+        "Before the average begins, they are those of the trained weights.",
+    )
     patience: int | None = option(
         default=None,
         at_least=1,
@@ -84,3 +94,14 @@ class Validation:
     def period(self) -> Period:
         """Return `every`, parsed."""
         return Period.parsed(self.every, "validation.every")
+
+    @property
+    def evaluated_weights(self) -> tuple[str, ...]:
+        """Return which weights to evaluate, in order: "trained", "ema" or both."""
+        return (TRAINED, AVERAGED) if self.weights == "both" else (self.weights,)
+
+    @property
+    def watched(self) -> str:
+        """Return `watch`, with the prefix of the average's figures if only the average is evaluated."""
+        prefix = f"{AVERAGED}."
+        return self.watch if self.weights != AVERAGED or self.watch.startswith(prefix) else prefix + self.watch

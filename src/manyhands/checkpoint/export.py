@@ -32,6 +32,7 @@ from torch import Tensor
 from manyhands.checkpoint.extra_state import KIND as EXTRA
 from manyhands.checkpoint.extra_state import exported
 from manyhands.checkpoint.format import (
+    AVERAGE,
     MANIFEST,
     Manifest,
     TensorRecord,
@@ -51,16 +52,27 @@ from manyhands.options import nearest
 from manyhands.shard_layout import BLOCK, blocks_of
 from manyhands.storage.atomic import publish_folder, sync
 from manyhands.storage.location import Location, location_of
+from manyhands.validation import AVERAGED, TRAINED
 
 
 class SavedWeights:
     """The tensors of a checkpoint under their names in the model's state_dict, in the dtypes to write.
 
     A tied tensor is stored only under its first name, the one in `named_parameters()`. Loaders tie it again.
+    averaged: True for the average of the weights in place of the trained weights.
     """
 
-    def __init__(self, folder: Location, cast: torch.dtype | None) -> None:
+    def __init__(self, folder: Location, cast: torch.dtype | None, *, averaged: bool = False) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
+        self.averaged = averaged
+        if averaged and not self.manifest.averaged:
+            raise ConfigError(
+                "the checkpoint has no average of the weights",
+                where=str(folder),
+                expected="a checkpoint of a run with an average, after the average has begun",
+                got=self.manifest.facts.get("average of the weights", "a recipe without an average"),
+                hint="export the trained weights, or a later checkpoint",
+            )
         if self.manifest.computed:
             raise CheckpointError(
                 f"the model's state_dict has tensors that are not parameters or buffers of the model: "
@@ -93,10 +105,14 @@ class SavedWeights:
             return
         record = self._records[entry.name]
         reader = self._frozen if record.kind == "frozen" else self._pieces
-        for piece in reader.parts(record.kind, record.name, record.numel):
+        for piece in reader.parts(self._kind(record), record.name, record.numel):
             if _is_in_digest(record):
                 self._hash(record, piece)
             yield piece.tensor.to(entry.dtype)
+
+    def _kind(self, record: TensorRecord) -> str:
+        """Return the kind of the pieces to read for a tensor."""
+        return AVERAGE if self.averaged and record.kind == "master" else record.kind
 
     def _hash(self, record: TensorRecord, piece: TensorPiece) -> None:
         first, part = self._first_blocks[record.name] + piece.start // BLOCK, piece.tensor
@@ -108,14 +124,18 @@ class SavedWeights:
             hashes = block_hashes(torch.nn.functional.pad(part, (0, missing)) if missing else part).numpy()
         self._hashes[first : first + len(hashes)] = hashes
 
-    def check_digest(self) -> None:
-        """Raise CheckpointError unless the weights are those that were saved. Call it after reading all entries."""
+    def digest(self) -> str:
+        """Return the digest of the weights, before any cast. Call it after reading all entries.
+
+        Raises CheckpointError unless the trained weights are those that were saved. For the average, each piece was
+        compared with its checksum when it was read.
+        """
         for record in self._digested:
             if not record.keys:  # the model's state_dict leaves it out
-                for piece in self._pieces.parts(record.kind, record.name, record.numel):
+                for piece in self._pieces.parts(self._kind(record), record.name, record.numel):
                     self._hash(record, piece)
         found = digest_of(self._names, self._hashes)
-        if found != self.manifest.digest:
+        if found != self.manifest.digest and not self.averaged:
             raise CheckpointError(
                 "the loaded weights are not those that were saved",
                 where=str(self.folder),
@@ -123,6 +143,7 @@ class SavedWeights:
                 got=found,
                 hint="go back to an earlier checkpoint",
             )
+        return found
 
 
 def _is_in_digest(record: TensorRecord) -> bool:
@@ -171,7 +192,8 @@ class ExportSummary:
     out: the folder. files: the names of its files, sorted. weights_bytes: the size of all tensors. dtype: the dtype of
     the weights; if there are several dtypes, the dtype of the first floating-point tensor. tensors, parameters: the
     number of tensors and the number of parameter elements that were written. checkpoint: the folder of the checkpoint.
-    step: the checkpoint's step. digest: the digest of the checkpoint's weights, before any cast.
+    step: the checkpoint's step. digest: the digest of the exported weights, before any cast. weights: "trained", or
+    "ema" for the average of the weights. In both cases, the buffers are those of the checkpoint's step.
     """
 
     out: str
@@ -184,6 +206,7 @@ class ExportSummary:
     digest: str
     checkpoint: str
     seconds: float
+    weights: str = TRAINED
 
     @property
     def has_config(self) -> bool:
@@ -197,6 +220,7 @@ def export(
     *,
     step: int | None = None,
     dtype: str | None = None,
+    weights: str = TRAINED,
     max_shard_size: int | str = "5GB",
     progress: ProgressCallback | None = None,
 ) -> ExportSummary:
@@ -204,7 +228,8 @@ def export(
 
     run: a run directory, the folder or address that was passed to `Engine.save`, or a checkpoint. step: the step
     of the checkpoint (default: the last). dtype: "fp32" (the master weights, bit for bit) or "bf16"; default: the dtype
-    in which the model was trained. Buffers retain their dtype. max_shard_size: the largest size of a file; a larger
+    in which the model was trained. Buffers retain their dtype. weights: "trained", or "ema" for the average of the
+    weights, of any kind, together with the current buffers. max_shard_size: the largest size of a file; a larger
     tensor gets its own file. progress: called with the bytes of weights written so far, and the bytes of all weights.
     out: a new path, or an empty folder.
 
@@ -221,28 +246,31 @@ def export(
             got=repr(dtype),
             hint=nearest(dtype, PRECISIONS),
         )
+    if weights not in (TRAINED, AVERAGED):
+        raise ConfigError("there are no such weights", expected=f"{TRAINED!r} or {AVERAGED!r}", got=repr(weights))
     folder = find_checkpoint(location_of(run), step)
     _refuse_taken(target)
-    weights = SavedWeights(folder, None if dtype is None else _PRECISION_DTYPES[dtype])
+    saved = SavedWeights(folder, None if dtype is None else _PRECISION_DTYPES[dtype], averaged=weights == AVERAGED)
     with _published(target) as partial, _one_thread():
-        shards = plan_shards(weights.entries, max_bytes)
-        _write_shards(partial, shards, weights, progress)
-        weights.check_digest()
-        for name, content in weights.manifest.config_files.items():
-            _write_text(partial / name, config_text(content, dtype_name(weights.dtype)))
-        if weights.extra_states:
-            _write_text(partial / EXTRA_STATES, json.dumps(weights.extra_states, indent=2) + "\n")
+        shards = plan_shards(saved.entries, max_bytes)
+        _write_shards(partial, shards, saved, progress)
+        digest = saved.digest()
+        for name, content in saved.manifest.config_files.items():
+            _write_text(partial / name, config_text(content, dtype_name(saved.dtype)))
+        if saved.extra_states:
+            _write_text(partial / EXTRA_STATES, json.dumps(saved.extra_states, indent=2) + "\n")
         files = sorted(path.name for path in partial.iterdir())
     return ExportSummary(
         out=str(out),
         files=files,
-        weights_bytes=weights.nbytes,
-        dtype=dtype_name(weights.dtype),
-        tensors=len(weights.entries),
-        parameters=weights.num_parameters,
-        step=weights.manifest.step,
-        digest=weights.manifest.digest,
+        weights_bytes=saved.nbytes,
+        dtype=dtype_name(saved.dtype),
+        tensors=len(saved.entries),
+        parameters=saved.num_parameters,
+        step=saved.manifest.step,
+        digest=digest,
         checkpoint=str(folder),
+        weights=weights,
         seconds=time.monotonic() - started,
     )
 

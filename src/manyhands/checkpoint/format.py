@@ -6,7 +6,8 @@
         worker-0.safetensors    1-D pieces named "<kind>|<parameter>|<first element>": "exp_avg|head.weight|0"
     checkpoints/frozen-5f0c.../ parameters that no step changes, stored once for all checkpoints, in such files
 
-The kinds are "master" (fp32 weights), "buffer", "frozen", and the optimizer's own names for the tensors of its state.
+The kinds are "master" (fp32 weights), "average of the weights" (fp32, if the recipe has an average that has begun),
+"buffer", "frozen", and the optimizer's own names for the tensors of its state.
 Optimizer state whose shape differs from its parameter's (Adafactor's row factors, for example) is saved unsplit. A
 folder appears under its name only when it is complete: all files are written and synced in `.step-….partial`, which is
 then renamed. A store cannot rename, so the files are in `step-00000100/5f0c11d2.../`, named after the attempt to write
@@ -44,6 +45,9 @@ from manyhands.storage.untrusted import read_inside
 CHECKPOINT_FORMAT = 4
 
 MANIFEST = "manifest.json"
+
+AVERAGE = "average of the weights"
+"""The kind of the pieces of the average. No optimizer has a state of this name."""
 
 OWNER = "run.json"
 """The record of the run that a folder of checkpoints belongs to, see `checkpoint.owner`."""
@@ -134,7 +138,8 @@ class Manifest(BaseModel):
     parameters nor buffers; they are not saved. config_files: the files that Hugging Face's loaders need next to the
     weights: file name -> content. extra_states: what `get_extra_state` of modules returned, see
     `checkpoint.extra_state`. amendments: the amendments of the steps so far, see `engine.step.amendments`. progress:
-    the state of the run's validations, see `training.validating`. user_state: `Engine.extra_state`, encoded.
+    the state of the run's validations, see `training.validating`. user_state: `Engine.extra_state`, encoded. averaged:
+    the number of weights in the average of the weights; 0 if there is no average, or if it has not begun.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -159,11 +164,12 @@ class Manifest(BaseModel):
     amendments: dict[str, Any] = Field(default_factory=dict)
     progress: dict[str, Any] = Field(default_factory=dict)
     user_state: dict[str, Any] = Field(default_factory=dict)
+    averaged: Count = 0
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out newer fields that are empty, so that versions that do not know them can read the checkpoint."""
-        optional = ("attributes", "extra_states", "amendments", "progress", "user_state")
+        optional = ("attributes", "extra_states", "amendments", "progress", "user_state", "averaged")
         fields: dict[str, Any] = serialize(self)
         return {key: value for key, value in fields.items() if value or key not in optional}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manyhands.checkpoint.extra_state import load_extra_states
-from manyhands.checkpoint.format import Manifest, Scalar, read_manifest
+from manyhands.checkpoint.format import AVERAGE, Manifest, Scalar, read_manifest
 from manyhands.checkpoint.pieces import PieceReader
 from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.engine.engine import StepEngine
@@ -59,6 +59,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
     with engine.changing():
         engine.optimizer.load_hyperparameters(hyperparameters)
         engine.optimizer.load_attributes(attributes)
+        engine.updater.average.count = manifest.averaged
         engine.updater.refill(lambda piece: _fill(piece, engine, reader))
         buffers = engine.buffers.named()
         for name, value in reader.buffers().items():
@@ -81,10 +82,12 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
 
 
 def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
-    """Fill a slice's master weights and optimizer state from the checkpoint."""
+    """Fill a slice's master weights, average and optimizer state from the checkpoint."""
     piece.master.copy_(_read_like(piece, "master", reader))
+    if piece.average is not None and reader.manifest.averaged:
+        piece.average.copy_(reader.read(AVERAGE, piece.name, piece.start, piece.average.numel()))
     state: dict[str, Tensor | float | int | bool | str | None] = {
-        kind: _read_like(piece, kind, reader) for kind in reader.kinds_of(piece.name) if kind != "master"
+        kind: _read_like(piece, kind, reader) for kind in reader.kinds_of(piece.name) if kind not in ("master", AVERAGE)
     }
     for kind, number in reader.manifest.scalars.get(piece.name, {}).items():
         # torch's optimizers update a step count in place if it is a tensor, so it must be on the right device.

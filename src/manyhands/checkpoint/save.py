@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from manyhands.checkpoint.extra_state import check_extra_states, extra_states, modules_with_state
 from manyhands.checkpoint.format import (
+    AVERAGE,
     CHECKPOINT_FORMAT,
     FrozenManifest,
     Manifest,
@@ -278,6 +279,7 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
         amendments=past.as_json() if past else {},
         progress=encode_state(engine.progress),
         user_state=_user_state(engine),
+        averaged=engine.updater.average.count,
     )
 
 
@@ -322,6 +324,8 @@ def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
             continue
         part, start = slice(owned.start, owned.end), piece.start + owned.start
         yield TensorPiece("master", piece.name, start, piece.master.view(-1)[part])
+        if piece.average is not None and engine.updater.average.has_begun:
+            yield TensorPiece(AVERAGE, piece.name, start, piece.average[part])
         for kind, value in engine.optimizer.state_of(piece).items():
             if isinstance(value, Tensor) and value.dim() and value.shape == piece.master.shape:
                 yield TensorPiece(kind, piece.name, start, value.reshape(-1)[part])

@@ -12,6 +12,7 @@ import typer
 from manyhands.config import PRECISIONS
 from manyhands.formatting import format_bytes, format_count, format_seconds, printable
 from manyhands.output import say
+from manyhands.validation import AVERAGED, TRAINED
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.export import ExportSummary
@@ -37,6 +38,13 @@ def export_command(
             show_default=False,
         ),
     ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"{TRAINED}: the weights that the last step left; {AVERAGED}: their average, of any kind.",
+        ),
+    ] = TRAINED,
     max_shard_size: Annotated[
         str,
         typer.Option(
@@ -58,7 +66,9 @@ def export_command(
     from manyhands.listeners.terminal import BytesProgress
 
     with BytesProgress("exporting") as bar:
-        summary = export(run, out, step=step, dtype=dtype, max_shard_size=max_shard_size, progress=bar.update)
+        summary = export(
+            run, out, step=step, dtype=dtype, weights=weights, max_shard_size=max_shard_size, progress=bar.update
+        )
     result = asdict(summary) | {"has_config": summary.has_config}
     say(json.dumps(result) if as_json else printable(explain_export(summary)), to_stdout=True)
 
@@ -67,8 +77,9 @@ def explain_export(summary: ExportSummary) -> str:
     """Return the summary as text for people."""
     speed = summary.weights_bytes / summary.seconds if summary.seconds > 0 else 0.0
     shown = summary.files if len(summary.files) <= 8 else [*summary.files[:3], "...", *summary.files[-2:]]
+    what = "weights" if summary.weights == TRAINED else "average of the weights"
     lines = [
-        f"exported the weights after step {summary.step} to {summary.out}",
+        f"exported the {what} after step {summary.step} to {summary.out}",
         f"  weights     {format_bytes(summary.weights_bytes)} in {summary.dtype}: "
         f"{format_count(summary.parameters)} parameters, {summary.tensors:,} tensors, "
         f"in {format_seconds(summary.seconds)} ({format_bytes(speed)}/s)",
@@ -76,6 +87,8 @@ def explain_export(summary: ExportSummary) -> str:
         f"  checkpoint  {summary.checkpoint}",
         f"  digest      {summary.digest}",
     ]
+    if summary.weights != TRAINED:
+        lines.append("  buffers are not averaged: they are the current ones, such as batch norm's running statistics")
     if not summary.has_config:
         lines.append("  no config.json, because the model has no Hugging Face config: load the files by name")
     return "\n".join(lines)

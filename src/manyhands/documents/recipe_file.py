@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
+from manyhands.average import Average
 from manyhands.config import Batch, Recipe, Strategy, Weights
 from manyhands.documents.functions import IMPORT_PATH, Arguments, Binder, Target
 from manyhands.documents.option_table import BuildableTable, OptionTable
@@ -111,6 +112,7 @@ class RecipeSchema(OptionTable[Recipe]):
     order: str | Target = "random"
     validation: ValidationTable | None = None
     validations: dict[str, ValidationTable] = {}
+    average: BuildableTable[Average] | None = None
     batch: BuildableTable[Batch]
     strategy: BuildableTable[Strategy] = BuildableTable[Strategy]()
 
@@ -169,6 +171,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
             validation={name: build() for name, build in validations.items()} or None,
             **schema.option_values(),
             weights=weights,
+            average=None if schema.average is None else schema.average.build(),
             batch=schema.batch.build(),
             name=schema.name,
             source=str(document.path),

@@ -26,7 +26,7 @@ from manyhands.optim.sliced import SlicedOptimizer
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe's settings that decide the bits, without the rules for buffers.
+    """Return the recipe's settings that decide the bits of what a checkpoint holds, without the rules for buffers.
 
     The only fact about functions and data is len(data). See `buffer_rules` for buffers.
     """
@@ -44,6 +44,9 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
         facts["attributes that are restored"] = ", ".join(restored)
     if recipe.epoch_end != "join":
         facts["epoch_end"] = recipe.epoch_end
+    # The average decides no bit of the training, but a run with another rule could not go on with the saved average.
+    if recipe.average_of_weights is not None:
+        facts["average of the weights"] = str(recipe.average_of_weights)
     return facts | order_fact(recipe.order) | {"len(data)": str(len(recipe.data))}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.group import Group
-from manyhands.config import Batch, Recipe, Strategy
+from manyhands.config import Recipe, Strategy
 from manyhands.engine.sharding import REPLICATED, SHARDED, Sharding, sharding_named
 from manyhands.engine.step.buffers import may_change
 from manyhands.engine.step.reduce import levels_of
@@ -231,20 +231,23 @@ def _shardable_frozen(plans: Sequence[UnitPlan], params: Mapping[str, nn.Paramet
 
 
 def check_scratch_space(
-    allocator: Allocator, group: Group, units: Sequence[Unit], optimizer: SlicedOptimizer, batch: Batch
+    allocator: Allocator, group: Group, units: Sequence[Unit], optimizer: SlicedOptimizer, recipe: Recipe
 ) -> None:
     """Check that the disk has space for what all workers add in the first step. Collective. Raises ConfigError.
 
-    The first step adds the optimizer's state and sums of gradients. Master weights and parameters already have files.
+    The first step adds the optimizer's state and sums of gradients, and a later step the average of the weights. Master
+    weights and parameters already have files.
     """
     if allocator.scratch is None:
         return
     state_bytes, needed = optimizer.state_bytes(), 0.0
     # Count one partial sum per level of the tree, one that is being added, and the total gradient, which the norm
     # needs.
-    sums = batch.virtual_workers.bit_length() + 2
+    sums = recipe.batch.virtual_workers.bit_length() + 2
+    average_bytes = 0 if recipe.average_of_weights is None else 4
     for unit in units:
         needed += sum(piece.in_unit.numel * state_bytes[piece.slot.name] for piece in unit.layout.pieces(unit.held))
+        needed += average_bytes * unit.held.numel
         needed += sums * 4 * unit.shard.numel if isinstance(unit.params, OnDemandParams) else 0
     mine = [platform.node(), allocator.scratch.stat().st_dev]
     all_needs: list[Any] = all_gather_json(group, [*mine, needed], "start / scratch / control")

@@ -31,7 +31,7 @@ from manyhands.engine.agreement import (
 )
 from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
 from manyhands.engine.evaluation import Evaluation
-from manyhands.engine.sharding import SHARDED, sharding_named
+from manyhands.engine.sharding import sharding_named
 from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.buffers import Buffers, names_in_order
 from manyhands.engine.step.call_seeds import CallSeeds
@@ -127,7 +127,7 @@ class StepEngine:
         storage = lay_out(
             self.model, recipe, group, self.strategy, self.optimizer.unsplittable, self.pending, self.allocator
         )
-        check_scratch_space(self.allocator, group, storage.units, self.optimizer, recipe.batch)
+        check_scratch_space(self.allocator, group, storage.units, self.optimizer, recipe)
         return storage
 
     def _set_up(self, storage: Storage) -> None:
@@ -150,13 +150,10 @@ class StepEngine:
         self.trained = slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
         self.digest_names = self._tensors_in_digest()
         self._param_guard = ParamGuard(self.model, self.buffers.frozen, (*self.units, *self.frozen_units))
-        # If the model doesn't fit into memory, the sums of its gradients don't fit either.
-        sums_allocator = (
-            self.allocator if self.allocator.on_disk and sharding.param is SHARDED else Allocator(group.device)
-        )
-        self._reducer = GradientReducer(group, self.units, recipe.batch, sharding, sums_allocator)
+        allocators = Allocators.of(self.allocator, sharding, group.device)
+        self._reducer = GradientReducer(group, self.units, recipe.batch, sharding, allocators.sums)
         self.updater = Updater(
-            group, self.units, self.layout, sharding, self.optimizer, Allocators(self.allocator, sums_allocator)
+            group, self.units, self.layout, sharding, self.optimizer, allocators, recipe.average_of_weights
         )
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in self.model.parameters())
         self._compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
@@ -406,7 +403,7 @@ class StepEngine:
         self.buffers.merge(list(control.changed_buffers), present, mine, self.group, f"{tag} / buffers")
         before = partial(self._step_hooks.before, self.step_index) if control.has_hooks else None
         clip_norm = self.amendments.clip_norm(self.step_index, self.recipe.clip_norm)
-        norm = self.updater.update(self._reducer, weight, clip_norm, unused, tag, before)
+        norm = self.updater.update(self._reducer, weight, clip_norm, unused, self.step_index, before)
         self._step_hooks.after(self.step_index, called=control.has_hooks)
         for schedule in self.schedules:
             schedule.step()

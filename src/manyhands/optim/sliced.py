@@ -51,11 +51,15 @@ ParamGroups = list[list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Slice:
-    """A parameter's elements [start, start + numel) as its optimizer sees them: a view of the master weights."""
+    """A parameter's elements [start, start + numel) as its optimizer sees them: a view of the master weights.
+
+    average: the elements' average over the steps, [numel]; None if the recipe has no average.
+    """
 
     name: str
     start: int
     master: Tensor  # fp32, of shape [numel] or the parameter's own shape; its .grad is a view of the run's gradient
+    average: Tensor | None = None
 
 
 class SlicedOptimizer:

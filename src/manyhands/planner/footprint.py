@@ -49,7 +49,8 @@ class Footprint:
     """The bytes of the worker that takes the most memory, including its part of shared memory.
 
     `peak` is the sum of all values except files and start.
-    params: the model's parameters. masters: master weights, unless they are an alias of the parameters.
+    params: the model's parameters. masters: master weights, unless they are an alias of the parameters. average: the
+    average of the weights.
     gradients: buffers in which a micro-batch's gradients are collected and sent. sums: sums of gradients in flight.
     step_gradient: the step's gradient, if the update needs all of it before it starts. unsharded: sharded units while
     they are unsharded. workspace: the update's buffers, and the group's mailboxes.
@@ -59,6 +60,7 @@ class Footprint:
 
     params: float
     masters: float
+    average: float
     optimizer_state: float
     gradients: float
     sums: float
@@ -131,11 +133,13 @@ def footprint(
     workers: int,
     *,
     clips: bool = False,
+    averages: bool = False,
     state_bytes: float = ADAMW_STATE_BYTES,
 ) -> Footprint:
     """Predict the memory of a worker. Pure.
 
-    clips: True if the recipe has a clip_norm. state_bytes: optimizer state per element.
+    clips: True if the recipe has a clip_norm. averages: True if it has an average of the weights.
+    state_bytes: optimizer state per element.
     The transports "auto" and "hierarchical" are treated as shared memory on one host. On a GPU, host memory and device
     memory are added up.
     """
@@ -148,6 +152,7 @@ def footprint(
     if not strategy.overlap:  # autograd holds all gradients before the first is collected
         gradients += workers * sum(unit.shard_numel * unit.itemsize for unit in trained)
     masters, state = _masters(trained, ways, held_shards), state_bytes * held_shards * shard
+    average = float(FP32 * held_shards * shard if averages else 0)
     local_sums = _local_sums(trained, batch, workers) if ways.reduces_every_step else 0.0
     step_gradient = 0.0
     if ways.replicates_state or clips:
@@ -156,7 +161,7 @@ def footprint(
     state_here = 0 if ways.on_disk else 1
     params_here = state_here if ways.unshards else 1
     sums_here = state_here if ways.sharded_params else 1
-    files = (1 - state_here) * (masters + state) + (1 - params_here) * params
+    files = (1 - state_here) * (masters + average + state) + (1 - params_here) * params
     files += (1 - sums_here) * (shard_sums + step_gradient)
     start = params * params_here + masters * state_here
     start += state_here * BUILT_ITEMSIZE * workers * sum(unit.shard_numel for unit in units)
@@ -167,6 +172,7 @@ def footprint(
     return Footprint(
         params=params * params_here,
         masters=masters * state_here,
+        average=average * state_here,
         optimizer_state=state * state_here,
         gradients=gradients,
         sums=shard_sums * sums_here + local_sums,

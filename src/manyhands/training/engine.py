@@ -31,7 +31,7 @@ from manyhands.metrics.choice import chosen_metrics
 from manyhands.optim.amending import apply_changes, check_change
 from manyhands.storage.location import Location, location_of
 from manyhands.training.evaluating import Evaluation, evaluate
-from manyhands.validation import Validation
+from manyhands.validation import AVERAGED, TRAINED, Validation
 
 
 class StepBatch(NamedTuple):
@@ -201,22 +201,33 @@ class Engine(StepEngine):
         samples: int | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         predict: Callable[[nn.Module, Any], Any] | None = None,
+        weights: str = TRAINED,
     ) -> Evaluation:
         """Evaluate the model on data between two steps, and return the figures, the same on every worker. Collective.
 
         It leaves no trace in the training. All workers share the micro-batches, which this process loads itself. The
         arguments are those of `Validation`. name: the name of the figures; the random numbers of an evaluation depend
         on the seed, this name and the micro-batch only, so that evaluations after different steps are comparable.
-        Raises ConfigError, DataError.
+        weights: "trained", or "ema" for the average of the weights. Raises ConfigError, DataError.
         """
         given = Validation(data=data, metrics=metrics, batch=batch, samples=samples, collate=collate, predict=predict)
+        self._check_weights(weights)
         held_out = HeldOutSamples(name, given, self.recipe)
         chosen = chosen_metrics(given.metrics, name)
 
         def load(indices: Iterable[int]) -> Iterator[Any]:
             return (load_batch(held_out, 0, micro_batch) for micro_batch in indices)
 
-        return evaluate(self, held_out, chosen, load, predict)
+        return evaluate(self, held_out, chosen, load, predict, weights=weights)
+
+    def _check_weights(self, weights: str) -> None:
+        if weights not in (TRAINED, AVERAGED):
+            raise ConfigError("there are no such weights", expected=f"{TRAINED!r} or {AVERAGED!r}", got=repr(weights))
+        if weights == AVERAGED and self.recipe.average_of_weights is None:
+            raise ConfigError(
+                "an evaluation needs an average of the weights, but the recipe has none",
+                expected="a recipe with ema=0.999 or average=manyhands.Average(...)",
+            )
 
     def facts_of_validation(self, name: str) -> dict[str, str]:
         """Return facts about a validation, to be compared between workers. This ends a stream in progress."""
@@ -226,10 +237,11 @@ class Engine(StepEngine):
         figures = {"metrics": ", ".join(self._metrics[name])}
         return {key: str(value) for key, value in sizes.items()} | figures | self._facts(0, name)
 
-    def validate(self, name: str, *, micro_batches: int | None = None) -> Evaluation:
+    def validate(self, name: str, *, weights: str | None = None, micro_batches: int | None = None) -> Evaluation:
         """Evaluate the model on one of the recipe's validations, by name. Collective. Raises ConfigError, DataError.
 
-        micro_batches: use only this many, for a trial.
+        weights: "trained", or "ema" for the average of the weights; None: those of the validation, and the trained ones
+        if it asks for both. micro_batches: use only this many, for a trial.
         """
         loader, given = self._open_loader(), self.recipe.validations[name]
 
@@ -237,8 +249,10 @@ class Engine(StepEngine):
             self._stream = None  # loading ends it
             return (loaded.batch for loaded in loader.stream(((0, index) for index in indices), name))
 
-        held_out = loader.held_out[name]
-        return evaluate(self, held_out, self._metrics[name], load, given.predict, micro_batches=micro_batches)
+        held_out, metrics = loader.held_out[name], self._metrics[name]
+        weights = given.evaluated_weights[0] if weights is None else weights
+        self._check_weights(weights)
+        return evaluate(self, held_out, metrics, load, given.predict, weights=weights, micro_batches=micro_batches)
 
     def _skip(self, digest: bool) -> StepMetrics:
         """Count the next step and advance the schedules, without an update. Its data are not loaded. Collective."""

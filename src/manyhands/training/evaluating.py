@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,9 @@ from manyhands.errors import ConfigError
 from manyhands.formatting import format_seconds
 from manyhands.metrics.metric import Figure, Measured, Totals, number
 from manyhands.metrics.tally import ROUNDS_PER_EXCHANGE, Tally
+from manyhands.validation import AVERAGED, TRAINED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from manyhands.metrics.collected import Collected
     from manyhands.metrics.metric import Metric
 
@@ -30,8 +30,8 @@ class Evaluation:
 
     set: the name of the data. step: the number of steps that were complete. loss: the weighted mean of the loss; None
     if no sample counts. weight: the sum of the weights. samples, samples_in_data: how many samples were used, and how
-    many the data have. metrics: the figures by name; None for a figure to which no sample counts. seconds: the time on
-    this worker.
+    many the data have. metrics: the figures by name; None for a figure to which no sample counts. weights: "trained",
+    or "ema" for the average of the weights. seconds: the time on this worker.
     """
 
     set: str
@@ -41,6 +41,7 @@ class Evaluation:
     samples: int
     samples_in_data: int
     metrics: dict[str, Figure] = field(default_factory=dict)
+    weights: str = TRAINED
     seconds: float = field(default=0.0, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -48,6 +49,7 @@ class Evaluation:
         return {
             "step": self.step,
             "set": self.set,
+            **({} if self.weights == TRAINED else {"weights": self.weights}),
             "loss": self.loss,
             **self.metrics,
             "weight": self.weight,
@@ -62,8 +64,15 @@ class Evaluation:
         return f"step {self.step}: {self.set} {', '.join(shown)} ({samples}, {format_seconds(self.seconds)})"
 
     @property
+    def name(self) -> str:
+        """Return the text before the names of the figures: the set, and "ema" for the average of the weights."""
+        return self.set if self.weights == TRAINED else f"{self.set}.{self.weights}"
+
+    @property
     def numbers(self) -> dict[str, float | None]:
-        """Return the single numbers by their full names, such as "validation.loss" and "validation.f1.0"."""
+        """Return the single numbers by their full names, such as "validation.loss", "validation.f1.0" and
+        "validation.ema.loss".
+        """
         found: dict[str, float | None] = {}
 
         def add(name: str, figure: Figure) -> None:
@@ -73,7 +82,7 @@ class Evaluation:
             elif figure is None or isinstance(figure, (int, float)):
                 found[name] = figure
 
-        add(self.set, {"loss": self.loss, **self.metrics})
+        add(self.name, {"loss": self.loss, **self.metrics})
         return found
 
 
@@ -88,11 +97,13 @@ def evaluate(
     batches: Callable[[Iterable[int]], Iterator[Any]],
     predict: Callable[[Any, Any], Any] | None,
     *,
+    weights: str = TRAINED,
     micro_batches: int | None = None,
 ) -> Evaluation:
     """Evaluate the engine's model. Collective.
 
-    batches: yields the micro-batches with the given indices. micro_batches: evaluate only the first ones.
+    batches: yields the micro-batches with the given indices. weights: "trained" or "ema", the average of the weights.
+    micro_batches: evaluate only the first ones.
     """
     engine.check_usable()
     group, started = engine.group, time.perf_counter()
@@ -101,7 +112,7 @@ def evaluate(
     tally = Tally(group, metrics, samples.num_samples, f"evaluation on {samples.set_name}")
     reader = LossReader(trains=False)
     loaded = batches(range(group.rank, number_of, group.size))
-    with engine.evaluation.rounds():
+    with _computing_with(weights, engine, tag), engine.evaluation.rounds():
         rounds = math.ceil(number_of / group.size)
         for index in range(rounds):
             micro_batch = index * group.size + group.rank
@@ -129,8 +140,29 @@ def evaluate(
         samples=samples.num_samples,
         samples_in_data=samples.size,
         metrics=figures,
+        weights=weights,
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _computing_with(weights: str, engine: StepEngine, tag: str) -> Iterator[None]:
+    """Context in which the model computes with the trained weights, or with their average if it has begun. Collective.
+
+    The trained weights are restored bit for bit at the end of the block, even if it raises an error.
+    """
+    if weights != AVERAGED or not engine.updater.average.has_begun:
+        yield
+        return
+    with engine.changing():
+        engine.updater.exchange_with_average(tag)
+    try:
+        yield
+    except BaseException:  # the peers have been told, and take part in no further call
+        engine.updater.exchange_with_average(tag, alone=True)
+        raise
+    with engine.changing():
+        engine.updater.exchange_with_average(tag)
 
 
 def _forward(

@@ -27,7 +27,8 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Evaluate a checkpoint on the recipe's validations, and return the figures by the names of the sets. Collective.
 
-    The figures are those that the run itself computes after this step. Nothing is written to the run.
+    The figures are those that the run itself computes after this step. Those of the average of the weights have names
+    such as "validation.ema". Nothing is written to the run.
     run: a run directory, or a folder or address of checkpoints. step: the step of the checkpoint (default: the last).
     only: the names of the sets to use (default: all). accept_new_numerics: evaluate a checkpoint that was saved under
     another numerics identity; the last bits of the figures may then differ. show: print the figures on worker 0.
@@ -47,7 +48,9 @@ def evaluate(
     with Engine(recipe, strategy, resumes=True) as engine:
         engine.load(checkpoint, accept_new_numerics=accept_new_numerics)
         for name in only or known:
-            found[name] = engine.validate(name)
-            if show and engine.group.rank == 0:
-                say(str(found[name]))
+            for weights in known[name].evaluated_weights:
+                each = engine.validate(name, weights=weights)
+                found[each.name] = each
+                if show and engine.group.rank == 0:
+                    say(str(each))
     return found

@@ -53,7 +53,7 @@ class Validations:
     """The validations of a run. All methods are collective.
 
     steps: the number of steps of the run. keep_best: the figures whose best checkpoint is kept. record: called with
-    each evaluation. last: the last evaluation of each set.
+    each evaluation. last: the last evaluation of each set, and of each set with the average of the weights, by name.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Validations:
         self._given = engine.recipe.validations
         self._keep_best = [Watched.parsed(text, "keep_best") for text in keep_best]
         self._patient = {
-            name: Watched.parsed(f"{name}.{each.watch}", f"{name}.watch")
+            name: Watched.parsed(f"{name}.{each.watched}", f"{name}.watch")
             for name, each in self._given.items()
             if each.patience is not None
         }
@@ -89,7 +89,7 @@ class Validations:
         """Describe in one line when validations are made, and what follows from them."""
         found = []
         for name, each in self._given.items():
-            stops = f", {each.patience} without a better {each.watch} end the run" if each.patience else ""
+            stops = f", {each.patience} without a better {each.watched} end the run" if each.patience else ""
             found.append(f"{name} every {each.every.strip()} and at the end{stops}")
         found += [f"the checkpoint with the best {watched.name} is kept" for watched in self._keep_best]
         return ["; ".join(found)] if found else []
@@ -103,14 +103,15 @@ class Validations:
         if not self._given:
             return
         names: list[str] = []
-        for name in self._given:
+        for name, validation in self._given.items():
             agree(
                 self._engine.group,
                 f"data of the validation {name}",
                 self._engine.facts_of_validation(name),
                 hint="give every worker all of the data, which Manyhands divides itself",
             )
-            names += self._engine.validate(name, micro_batches=1).numbers
+            for weights in validation.evaluated_weights:
+                names += self._engine.validate(name, weights=weights, micro_batches=1).numbers
         for watched in (*self._keep_best, *self._patient.values()):
             if watched.name not in names:
                 raise ConfigError(
@@ -134,15 +135,19 @@ class Validations:
         return step in (0, self._steps) or validation.period.ends_with(step, self._engine.epochs.complete_after)
 
     def _validate(self, due: dict[str, Validation]) -> bool:
-        found = {name: self._engine.validate(name) for name in due}
-        for each in found.values():
+        found = [
+            self._engine.validate(name, weights=weights)
+            for name, validation in due.items()
+            for weights in validation.evaluated_weights
+        ]
+        for each in found:
             self._record(each)
-        self.last |= found
+        self.last |= {each.name: each for each in found}
         if not found:
             return False
         progress = self._engine.progress
         progress["validated"] = self._engine.step_index
-        values = {name: value for each in found.values() for name, value in each.numbers.items()}
+        values = {name: value for each in found for name, value in each.numbers.items()}
         best = progress.setdefault("best", {})
         is_best = False
         for watched in self._keep_best:

@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from manyhands.average import Average
 from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.group import Group
-from manyhands.engine.sharding import REPLICATED, Sharding
+from manyhands.engine.sharding import REPLICATED, SHARDED, Sharding
 from manyhands.engine.step.reduce import GradientReducer
 from manyhands.engine.step.sums import RUN
 from manyhands.engine.units.params import ReplicatedParams
 from manyhands.engine.units.unit import Unit
+from manyhands.engine.update.average import WeightAverage
 from manyhands.errors import NumericsError
 from manyhands.numerics.digest import block_hashes, block_norms, total_norm
 from manyhands.offload.allocator import Allocator
@@ -73,9 +75,18 @@ class Allocators(NamedTuple):
     state: Allocator
     sums: Allocator
 
+    @classmethod
+    def of(cls, state: Allocator, sharding: Sharding, device: torch.device) -> Allocators:
+        """Return the allocators of an engine. state: as the strategy's offload says. device: the group's."""
+        # If the model doesn't fit into memory, the sums of its gradients don't fit either.
+        return cls(state, state if state.on_disk and sharding.param is SHARDED else Allocator(device))
+
 
 class Updater:
-    """Updates this worker's weights from the sums of a step's gradients, as the module's docstring describes."""
+    """Updates this worker's weights from the sums of a step's gradients, as the module's docstring describes.
+
+    average: the average of the weights, which each update also updates if the recipe has one.
+    """
 
     def __init__(
         self,
@@ -85,6 +96,7 @@ class Updater:
         sharding: Sharding,
         optimizer: SlicedOptimizer,
         allocators: Allocators,
+        average: Average | None = None,
     ) -> None:
         self._group, self._units, self._layout, self._optimizer = group, units, layout, optimizer
         self._allocator, self._sums_allocator = allocators
@@ -102,6 +114,7 @@ class Updater:
         pinned = Allocator(self._allocator.device, pinned=is_copied)
         self._grads = [pinned.empty(longest, torch.float32) for _ in range(2)] if is_copied else [self._summed]
         self._arrived: deque[torch.cuda.Event | None] = deque()
+        self.average = WeightAverage(average, units, self._allocator)
         self._runs: dict[str, list[Run]] = {}
         numbers = count()
         for unit in units:
@@ -121,7 +134,8 @@ class Updater:
             grad_start = piece.in_unit.start - within.start
             shape = self._optimizer.shape_of(piece.slot.name, piece.in_unit.numel)
             master = unit.master[start : start + piece.in_unit.numel].view(shape)
-            slices.append(Slice(piece.slot.name, piece.in_param.start, master))
+            average = self.average.of(unit, piece.in_unit)
+            slices.append(Slice(piece.slot.name, piece.in_param.start, master, average))
             grads.append(grad[grad_start : grad_start + piece.in_unit.numel].view(shape))
         groups = self._optimizer.runs(slices)
         return Run(unit, within, tuple(slices), tuple(grads), groups, grad, self._evictable_weights(unit, within))
@@ -130,7 +144,7 @@ class Updater:
         """Return the run's master weights and parameters that are evicted to disk between updates."""
         if not self._allocator.on_disk:
             return []
-        master = unit.master[within.start - unit.held.start : within.end - unit.held.start]
+        master = _master_of(unit, within)
         if isinstance(unit.params, ReplicatedParams):
             return [] if _is_alias(master, unit.params.stored(within)) else [master]
         writes = self._writes(unit, within)
@@ -157,7 +171,7 @@ class Updater:
         weight: float,
         clip_norm: float | None,
         unused: set[str],
-        tag: str,
+        step: int,
         before: Callable[[], None] | None = None,
     ) -> float:
         """Update this worker's weights, all-gather them, and release the sums. Collective.
@@ -165,9 +179,11 @@ class Updater:
         Return the gradient's norm before clipping.
 
         weight: the divisor of the sums. unused: parameters without a gradient in this step; they are not updated.
-        before: called before any weight changes, when units may be unsharded.
+        step: the number of steps before this one. before: called before any weight changes, when units may be
+        unsharded.
         Raises NumericsError if the norm is not finite.
         """
+        tag = f"step {step}"
         norm = scale = None
         if self._replicated or clip_norm is not None or before is not None:
             self._sum_first(reducer, weight, tag)
@@ -177,6 +193,7 @@ class Updater:
             reducer.release()
             before()
         self._optimizer.begin_step([run.groups for runs in self._runs.values() for run in runs])
+        self.average.begin_step(step)
         waits: list[Callable[[], None]] = []
         fetched: deque[Run] = deque()
         for unit in self._units:
@@ -194,6 +211,7 @@ class Updater:
         for wait in waits:
             wait()
         reducer.release()
+        self.average.end_step()
         self._optimizer.end_step(lambda mine: all_gather_json(self._group, mine, f"{tag} / optimizer / control"))
         if not self._updated:
             self._updated = True
@@ -242,6 +260,7 @@ class Updater:
         """Compute a run's gradient and start to copy it to the device of the optimizer's state."""
         for tensor in run.evictable:
             self._allocator.prefetch(tensor)
+        self.average.prefetch(run.unit, run.range)
         summed = self._summed[: run.range.numel]
         if scale is None:
             self._total(reducer, run.unit, run.range, weight, summed)
@@ -264,7 +283,10 @@ class Updater:
             event.synchronize()
         for piece, grad in zip(run.slices, run.grads, strict=True):
             piece.master.grad = None if piece.name in unused else grad
+        master = _master_of(run.unit, run.range)
+        self.average.before_update(run.unit, run.range, master)
         self._optimizer.step(run.groups)
+        self.average.after_update(run.unit, run.range, master, run.grad)  # the gradient is not needed any more
         self._finish(run)
 
     def _finish(self, run: Run) -> None:
@@ -282,9 +304,30 @@ class Updater:
             for run in runs:
                 for piece in run.slices:
                     fill(piece)
+                self.average.evict(run.unit, run.range)
                 self._finish(run)
+        self._all_gather_all("start")
+
+    def exchange_with_average(self, tag: str, *, alone: bool = False) -> None:
+        """Exchange the weights and their average, so that the model computes with the average. Collective.
+
+        A second call restores both, bit for bit, because values are only copied. No step, save or load may come in
+        between. alone: True if the peers don't take part, because the group has failed.
+        """
+        if not alone:
+            self._group.barrier(f"{tag} / average / control")  # a peer may still read the parameters
+        for runs in self._runs.values():
+            for run in runs:
+                self.average.exchange(run.unit, run.range, _master_of(run.unit, run.range), run.grad)
+                self._write(run)
+                for tensor in self._evictable_weights(run.unit, run.range):
+                    self._allocator.evict(tensor)
+        if not alone:
+            self._all_gather_all(f"{tag} / average")
+
+    def _all_gather_all(self, tag: str) -> None:
         for unit in self._units:
-            for wait in self._all_gather(unit, "start"):
+            for wait in self._all_gather(unit, tag):
                 wait()
 
     def _writes(self, unit: Unit, within: Range) -> Range:
@@ -294,8 +337,7 @@ class Updater:
     def _write(self, run: Run) -> None:
         """Copy master weights to the parameters, unless both are in the same memory."""
         unit, writes = run.unit, self._writes(run.unit, run.range)
-        stored = unit.params.stored(writes)
-        master = unit.master[writes.start - unit.held.start : writes.end - unit.held.start]
+        stored, master = unit.params.stored(writes), _master_of(unit, writes)
         if not _is_alias(master, stored):
             stored.copy_(master)
 
@@ -318,8 +360,7 @@ class Updater:
         mine = [torch.empty(0, dtype=torch.int64)]  # a worker may own no block
         for unit in self._units:
             for run in runs_of(unit.shard):
-                master = unit.master[run.start - unit.held.start : run.end - unit.held.start]
-                mine.append(block_hashes(master).cpu())
+                mine.append(block_hashes(_master_of(unit, run)).cpu())
                 for tensor in self._evictable_weights(unit, run):
                     self._allocator.evict(tensor)
         return self._in_block_order(mine, f"{tag} / digest / control")
@@ -337,6 +378,11 @@ class Updater:
         for numbers, values in zip(self._numbers, self._group.all_gather_small(padded, tag), strict=True):
             ordered[numbers] = values[: len(numbers)]
         return ordered
+
+
+def _master_of(unit: Unit, within: Range) -> Tensor:
+    """Return the master weights of a part of the unit's `held` elements."""
+    return unit.master[within.start - unit.held.start : within.end - unit.held.start]
 
 
 def _is_alias(master: Tensor, stored: Tensor) -> bool:
