@@ -450,14 +450,14 @@ def test_a_validation_that_an_interruption_prevented_is_made_on_resume(tmp_path:
 
 def test_state_of_the_users_own_is_saved_and_loaded(tmp_path: Path) -> None:
     with mh.Engine(recipe_of()) as engine:
-        engine.extra_state = {"seen": 3, "names": ["a", ("b", 2.5)]}
+        engine.extra_state = {"seen": 3, "names": ["a", ("b", 2.5)], "best": math.inf}
         saved = engine.save(tmp_path)
         engine.extra_state = {"tensor": torch.zeros(1)}
         with pytest.raises(mh.CheckpointError, match=r"engine\.extra_state can't be saved exactly"):
             engine.save(tmp_path / "other")
     with mh.Engine(recipe_of()) as engine:
         engine.load(saved)
-        assert engine.extra_state == {"seen": 3, "names": ["a", ("b", 2.5)]}
+        assert engine.extra_state == {"seen": 3, "names": ["a", ("b", 2.5)], "best": math.inf}
 
 
 # - Refusals before step 1

@@ -66,3 +66,15 @@ class Average:
         """Describe the average in one line."""
         decay = f", decay {DECAY if self.decay is None else self.decay}" if self.kind == "ema" else ""
         return f"{self.kind}{decay}, start {self.start}, every {self.every}{', warmup' if self.warmup else ''}"
+
+
+def check_average(average: object, ema: float | None) -> None:
+    """Check a recipe's options `average` and `ema`. Raises ConfigError."""
+    if not (average is None or isinstance(average, Average)):
+        raise ConfigError("recipe.average has the wrong type", expected="manyhands.Average(...)", got=repr(average))
+    if average is not None and ema is not None:
+        raise ConfigError(
+            "both recipe.ema and recipe.average are set",
+            expected="one of them",
+            got=f"ema = {ema}, average = {average}",
+        )

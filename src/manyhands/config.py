@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from manyhands.average import Average
+from manyhands.average import Average, check_average
 from manyhands.errors import ConfigError
 from manyhands.given_objects import FUNCTIONS, check_function, refuse_stream
 from manyhands.options import check_options, option, options
@@ -221,7 +221,11 @@ class Recipe:
         default=None,
         in_toml=False,
         help="Builds a torch LR scheduler for an optimizer. It is called for each optimizer if there are several. The "
-        "scheduler advances after every optimizer step.",
+        "scheduler advances after every optimizer step; ReduceLROnPlateau, after every validation of `schedule_on`.",
+    )
+    schedule_on: str | None = option(
+        default=None,
+        help="For ReduceLROnPlateau: a figure, such as validation.loss. The validation is then a part of the recipe.",
     )
     collate: Callable[[list[Any]], Any] | None = option(
         default=None, in_toml=False, help="Makes a batch from a list of samples. None: torch's default_collate."
@@ -302,7 +306,7 @@ class Recipe:
                 got=repr(self.order),
             )
         check_options(self)
-        self._check_average()
+        check_average(self.average, self.ema)
         self._check_validations()
         if isinstance(self.weights, (str, os.PathLike)):
             object.__setattr__(self, "weights", Weights(path=self.weights))
@@ -352,17 +356,11 @@ class Recipe:
                     expected="a recipe with ema=0.999 or average=manyhands.Average(...)",
                     got=f"weights = {each.weights!r}",
                 )
-
-    def _check_average(self) -> None:
-        if not isinstance(self.average, (Average, NoneType)):
+        if self.schedule_on is not None and self.validation_of_schedule not in self.validations:
             raise ConfigError(
-                "recipe.average has the wrong type", expected="manyhands.Average(...)", got=repr(self.average)
-            )
-        if self.average is not None and self.ema is not None:
-            raise ConfigError(
-                "both recipe.ema and recipe.average are set",
-                expected="one of them",
-                got=f"ema = {self.ema}, average = {self.average}",
+                "recipe.schedule_on needs a validation",
+                expected="the name of a figure of one of the recipe's validations, such as validation.loss",
+                got=repr(self.schedule_on),
             )
 
     @property
@@ -376,6 +374,11 @@ class Recipe:
         if isinstance(self.validation, Mapping):
             return self.validation
         return {} if self.validation is None else {"validation": self.validation}
+
+    @property
+    def validation_of_schedule(self) -> str:
+        """Return the name of the validation whose figure advances the schedule, or an empty string."""
+        return str(self.schedule_on or "").partition(".")[0]
 
     @property
     def initial_weights(self) -> Weights | None:

@@ -120,7 +120,7 @@ class Scalar(BaseModel):
     for a plain number, a text or None.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     value: float | int | bool | str | None
     dtype: DtypeName | None = None
@@ -140,9 +140,11 @@ class Manifest(BaseModel):
     `checkpoint.extra_state`. amendments: the amendments of the steps so far, see `engine.step.amendments`. progress:
     the state of the run's validations, see `training.validating`. user_state: `Engine.extra_state`, encoded. averaged:
     the number of weights in the average of the weights; 0 if there is no average, or if it has not begun.
+
+    Numbers may be infinite or NaN, which JSON in Python has, and which pydantic would write as null by default.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     format: int
     step: Count

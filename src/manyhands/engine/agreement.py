@@ -47,7 +47,18 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
     # The average decides no bit of the training, but a run with another rule could not go on with the saved average.
     if recipe.average_of_weights is not None:
         facts["average of the weights"] = str(recipe.average_of_weights)
+    if recipe.schedule_on is not None:
+        facts |= _facts_of_schedule_on(recipe)
     return facts | order_fact(recipe.order) | {"len(data)": str(len(recipe.data))}
+
+
+def _facts_of_schedule_on(recipe: Recipe) -> dict[str, str]:
+    """Return the facts about the validation that decides learning rates, and so the bits of the training."""
+    name = recipe.validation_of_schedule
+    validation = recipe.validations[name]
+    options = ("every", "batch", "samples", "at_start", "weights")
+    facts = {f"{name}.{option}": str(getattr(validation, option)) for option in options}
+    return facts | {"schedule_on": str(recipe.schedule_on), f"len({name}.data)": str(len(validation.data))}
 
 
 def buffer_rules(rules: Mapping[str, str]) -> dict[str, str]:

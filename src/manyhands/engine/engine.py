@@ -62,7 +62,7 @@ from manyhands.numerics.seeds import preserved_generators
 from manyhands.offload.allocator import Allocator, allocator_for
 from manyhands.offload.process_memory import keep_freed_memory, return_freed_memory
 from manyhands.optim.amending import apply_changes
-from manyhands.optim.schedules import build_schedules, schedule_facts
+from manyhands.optim.schedules import advance, build_schedules, schedule_facts
 from manyhands.optim.sliced import SlicedOptimizer
 from manyhands.shard_layout import blocks_of
 
@@ -139,7 +139,7 @@ class StepEngine:
         self._param_names = list(self._params)
         # Record these facts now, because schedules change the hyperparameters that the recipe has set.
         self._optimizer_facts = optimizer_facts(self.optimizer)
-        self.schedules = build_schedules(recipe.schedule, self.optimizer.fronts)
+        self.schedules = build_schedules(recipe.schedule, self.optimizer.fronts, recipe.schedule_on)
         groups = self.optimizer.plain_hyperparameters()  # schedules may have changed these
         self._optimizer_facts |= schedule_facts(self.schedules, groups, self._optimizer_facts)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
@@ -405,8 +405,7 @@ class StepEngine:
         clip_norm = self.amendments.clip_norm(self.step_index, self.recipe.clip_norm)
         norm = self.updater.update(self._reducer, weight, clip_norm, unused, self.step_index, before)
         self._step_hooks.after(self.step_index, called=control.has_hooks)
-        for schedule in self.schedules:
-            schedule.step()
+        advance(self.schedules)
         return norm
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import FunctionType
@@ -17,9 +18,12 @@ _PROGRESS = ("_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initi
 
 
 def build_schedules(
-    schedule: Callable[[Optimizer], LRScheduler] | None, optimizers: Sequence[Optimizer]
+    schedule: Callable[[Optimizer], LRScheduler] | None, optimizers: Sequence[Optimizer], figure: str | None
 ) -> tuple[LRScheduler, ...]:
-    """Call the recipe's `schedule` for each optimizer. Raises ConfigError if it does not return a usable schedule."""
+    """Call the recipe's `schedule` for each optimizer. Raises ConfigError if it does not return a usable schedule.
+
+    figure: the name of the figure of a validation for schedules that need one, or None.
+    """
     built = () if schedule is None else tuple(_call(schedule, index, optimizers) for index in range(len(optimizers)))
     for found, optimizer in zip(built, optimizers, strict=False):
         if not all(callable(getattr(found, name, None)) for name in ("step", "state_dict", "load_state_dict")):
@@ -36,6 +40,19 @@ def build_schedules(
                 got=repr(found),
                 hint="build the schedule with the argument of recipe.schedule",
             )
+    needs_figure = any(isinstance(each, ReduceLROnPlateau) for each in built)
+    if needs_figure and figure is None:
+        raise ConfigError(
+            "recipe.schedule needs a figure of a validation",
+            expected='schedule_on="validation.loss", for example',
+            got="ReduceLROnPlateau",
+        )
+    if figure is not None and not needs_figure:
+        raise ConfigError(
+            "recipe.schedule_on is set, but no schedule needs a figure",
+            expected="a schedule that is a ReduceLROnPlateau",
+            got=", ".join(type(each).__qualname__ for each in built) or "no schedule",
+        )
     return built
 
 
@@ -53,6 +70,20 @@ def _call(schedule: Callable[[Optimizer], LRScheduler], index: int, optimizers: 
         raise
 
 
+def advance(schedules: Sequence[LRScheduler]) -> None:
+    """Advance the schedules after a step, except for those that a figure of a validation advances."""
+    for schedule in schedules:
+        if not isinstance(schedule, ReduceLROnPlateau):
+            schedule.step()
+
+
+def advance_by_figure(schedules: Sequence[LRScheduler], value: float | None) -> None:
+    """Advance the schedules that need the figure of a validation. None, if no sample counts, is as bad as NaN."""
+    for schedule in schedules:
+        if isinstance(schedule, ReduceLROnPlateau):
+            schedule.step(math.nan if value is None else value)
+
+
 def schedule_facts(
     schedules: Sequence[LRScheduler], groups: Sequence[Mapping[str, Any]], facts: Mapping[str, str]
 ) -> dict[str, str]:
@@ -64,19 +95,19 @@ def schedule_facts(
     """
     found = {"schedule": ", ".join(type(schedule).__qualname__ for schedule in schedules) or "none"}
     for index, schedule in enumerate(schedules):
-        found |= _facts_of(schedule, f"schedule {index}.")
+        found |= _facts_of(schedule, f"schedule {index}.", is_inner=False)
     for index, group in enumerate(groups):
         added = {f"optimizer group {index}.{key}": str(value) for key, value in group.items() if key != "initial_lr"}
         found |= {name: value for name, value in added.items() if schedules and name not in facts}
     return found
 
 
-def _facts_of(schedule: LRScheduler, prefix: str) -> dict[str, str]:
-    if isinstance(schedule, ReduceLROnPlateau):
+def _facts_of(schedule: LRScheduler, prefix: str, *, is_inner: bool = True) -> dict[str, str]:
+    if is_inner and isinstance(schedule, ReduceLROnPlateau):
         raise ConfigError(
-            "recipe.schedule requires a measurement after each step",
-            got="ReduceLROnPlateau",
-            hint="use a schedule that depends on the step alone",
+            "a schedule that needs a figure of a validation is inside another schedule",
+            expected="ReduceLROnPlateau alone, or schedules that depend on the step alone",
+            got=f"ReduceLROnPlateau as {prefix.strip('.')}",
         )
     _refuse_unsaved_functions(schedule)
     inner = getattr(schedule, "_schedulers", ())

@@ -29,6 +29,7 @@ from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError, Interrupted, InvariantError
 from manyhands.metrics.choice import chosen_metrics
 from manyhands.optim.amending import apply_changes, check_change
+from manyhands.optim.schedules import advance, advance_by_figure
 from manyhands.storage.location import Location, location_of
 from manyhands.training.evaluating import Evaluation, evaluate
 from manyhands.validation import AVERAGED, TRAINED, Validation
@@ -254,6 +255,15 @@ class Engine(StepEngine):
         self._check_weights(weights)
         return evaluate(self, held_out, metrics, load, given.predict, weights=weights, micro_batches=micro_batches)
 
+    def advance_schedules(self, value: float | None) -> None:
+        """Advance the schedules that need a figure (ReduceLROnPlateau) by the figure's value.
+
+        All workers must make the same call. `manyhands.train` makes it after each validation of the recipe's
+        `schedule_on`; in an own loop, make it after `evaluate`.
+        """
+        self.check_usable()
+        advance_by_figure(self.schedules, value)
+
     def _skip(self, digest: bool) -> StepMetrics:
         """Count the next step and advance the schedules, without an update. Its data are not loaded. Collective."""
         step, tag = self.step_index, f"step {self.step_index} / skipped"
@@ -266,8 +276,7 @@ class Engine(StepEngine):
             with warnings.catch_warnings():
                 # torch warns about a schedule that advances before the first update, which is intended here.
                 warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`")
-                for schedule in self.schedules:
-                    schedule.step()
+                advance(self.schedules)
             self.step_index += 1
             return StepMetrics(
                 step=step,

@@ -1,4 +1,4 @@
-"""Validates during a run, and decides what follows from the figures: the best checkpoint, and an early stop.
+"""Validates during a run, and decides what follows: the best checkpoint, learning rates, and an early stop.
 
 After a step the order is always the same: update, record, validate, decide, checkpoint. The state of the decisions is
 in `engine.progress`, which checkpoints contain. So a run that was killed decides as an undisturbed run.
@@ -71,6 +71,7 @@ class Validations:
             for name, each in self._given.items()
             if each.patience is not None
         }
+        self._schedule_on = engine.recipe.schedule_on
         self.last: dict[str, Evaluation] = {}
         if self._keep_best and not self._given:
             raise ConfigError(
@@ -112,13 +113,15 @@ class Validations:
             )
             for weights in validation.evaluated_weights:
                 names += self._engine.validate(name, weights=weights, micro_batches=1).numbers
-        for watched in (*self._keep_best, *self._patient.values()):
-            if watched.name not in names:
+        wanted = [watched.name for watched in (*self._keep_best, *self._patient.values())]
+        wanted += [] if self._schedule_on is None else [self._schedule_on]
+        for figure in wanted:
+            if figure not in names:
                 raise ConfigError(
-                    f"there is no figure {watched.name}",
+                    f"there is no figure {figure}",
                     expected="the name of a figure of a validation",
-                    got=repr(str(watched)),
-                    hint=nearest(watched.name, names),
+                    got=repr(figure),
+                    hint=nearest(figure, names),
                 )
         step = self._engine.step_index
         if self._engine.progress.get("validated") == step:
@@ -132,7 +135,11 @@ class Validations:
         return self._validate({name: each for name, each in self._given.items() if self._is_due(each, step)})
 
     def _is_due(self, validation: Validation, step: int) -> bool:
-        return step in (0, self._steps) or validation.period.ends_with(step, self._engine.epochs.complete_after)
+        return step == self._steps or self._is_regular(validation, step)
+
+    def _is_regular(self, validation: Validation, step: int) -> bool:
+        """Return True if a validation is made after `step` steps whatever the number of steps of the run."""
+        return step == 0 or validation.period.ends_with(step, self._engine.epochs.complete_after)
 
     def _validate(self, due: dict[str, Validation]) -> bool:
         found = [
@@ -155,10 +162,21 @@ class Validations:
             if watched.name in values and watched.is_better(values[watched.name], before and before["value"]):
                 best[str(watched)] = {"step": self._engine.step_index, "value": values[watched.name]}
                 is_best = True
+        self._advance_schedules(values)
         for name, validation in due.items():
             if validation.patience is not None:
                 self._lose_patience(name, validation, values)
         return is_best
+
+    def _advance_schedules(self, values: dict[str, float | None]) -> None:
+        """Give the schedules the figure that they need, if it is among the values.
+
+        A validation that is made only because the run ends must not count: if the run goes on later, it has to have the
+        same learning rates as a run that was longer from the start.
+        """
+        name, validation = self._schedule_on, self._given.get(self._engine.recipe.validation_of_schedule)
+        if name in values and validation is not None and self._is_regular(validation, self._engine.step_index):
+            self._engine.advance_schedules(values[name])
 
     def _lose_patience(self, name: str, validation: Validation, values: dict[str, float | None]) -> None:
         """Stop the run if the watched figure hasn't improved for `patience` validations."""
