@@ -75,7 +75,7 @@ class StepEngine:
 
     model: this worker's model. Its parameters are views of flat buffers. Their names, order and shapes are those of the
     model as it was built.
-    step_index: the number of steps completed so far.
+    step_index: the number of steps completed so far. clock: measures the phases of a step on every worker.
     identity: the run's numerics identity.
     trained: the (name, numel) of each trainable parameter, in the order of the block numbers.
     digest_names: the name and 32-bit words (see `words_of`) of each tensor that the digest covers, in order.
@@ -170,7 +170,7 @@ class StepEngine:
         self._undo = checkpoint_activations(self.model, strategy.activation_checkpointing, self._unsharder.using)
         self._call_seeds, self._loss_reader = CallSeeds(), LossReader()
         self._module_hooks = [*self._unshard_around_forwards(on_demand), *self._seed_behind_calls()]
-        self._clock = PhaseClock(group.recorder)
+        self.clock = PhaseClock(group.recorder)
         self.step_index, self.amendments = 0, Amendments()
         self.last_hashes: np.ndarray | None = None
         # A signal or a timer may set these on any one worker. The next step's control values set them on all workers.
@@ -208,12 +208,11 @@ class StepEngine:
     def run_step(self, load: Callable[[int], Any], *, digest: bool = False) -> StepMetrics:
         """Run one training step. Collective.
 
-        load(i) returns micro-batch i; it is called for each of `my_micro_batches`, in order.
-        digest: also compute the digest of the weights after the step.
-        Raises NumericsError if a loss or gradient of a micro-batch is not finite. In that case no state has changed:
-        the engine can be saved, and the step can be repeated with other data.
-        After any other error the engine is unusable. Examples are a WorkerError, an exception that the model or the
-        loss function raised, and a NumericsError because only the sum of the gradients is not finite.
+        load(i) returns micro-batch i; it is called for each of `my_micro_batches`, in order. digest: also compute the
+        digest of the weights. Raises NumericsError if a loss or gradient of a micro-batch is not finite. In that case
+        no state has changed: the engine can be saved, and the step can be repeated with other data.
+        After any other error, such as a WorkerError, an exception in the model or the loss function, or a NumericsError
+        because only the sum of the gradients is not finite, the engine is unusable.
         """
         with self.changing():
             return self._step(load, digest)
@@ -252,7 +251,7 @@ class StepEngine:
 
     def _step(self, load: Callable[[int], Any], digest: bool) -> StepMetrics:
         step, tag = self.step_index, f"step {self.step_index}"
-        self._clock.begin()
+        self.clock.begin()
         self._param_guard.before_step()
         self.buffers.begin_step()
         self._attributes.begin_step()
@@ -263,7 +262,7 @@ class StepEngine:
         results = self._compute_rounds(load, step, tag)
         self._param_guard.after_backward()
         self._attributes.restore()
-        with self._clock.phase("communication"):
+        with self.clock.phase("communication"):
             self._unsharder.end_step()
             self._reducer.close_rounds()
             if not self._loss_reader.is_agreed:
@@ -272,7 +271,7 @@ class StepEngine:
             self._reducer.await_pieces()
         self._accept(control, step)
         weight = added_in_order(control.weights)
-        with self._clock.phase("update"):
+        with self.clock.phase("update"):
             learning_rates = self.optimizer.learning_rates  # before schedules change them for the next step
             norm = self._update(control, weight, tag)
             self.step_index += 1
@@ -289,9 +288,9 @@ class StepEngine:
             metrics=self._loss_reader.metrics(control),
             gradient_norm=norm,
             learning_rates=learning_rates,
-            step_seconds=self._clock.step_seconds,
-            seconds=self._clock.seconds,
-            bytes_moved=self._clock.bytes_moved,
+            step_seconds=self.clock.step_seconds,
+            seconds=self.clock.seconds,
+            bytes_moved=self.clock.bytes_moved,
             digest=digest_text,
         )
 
@@ -301,18 +300,18 @@ class StepEngine:
         for index, this in enumerate(self._reducer.rounds):
             # A step at the end of an epoch may lack micro-batches, which contribute zeros.
             micro_batch = this.micro_batch if this.micro_batch in mine else None
-            with self._clock.phase("data"):
+            with self.clock.phase("data"):
                 if micro_batch is not None:
                     self._publish_status("data", micro_batch)
                     batch = to_device(load(micro_batch), self.group.device)
-            with self._clock.phase("communication"):
+            with self.clock.phase("communication"):
                 self._reducer.begin(index)
                 self._unsharder.begin(f"{tag}, round {index}", computes=micro_batch is not None)
-            with self._clock.phase("compute"):
+            with self.clock.phase("compute"):
                 if micro_batch is not None:
                     results[micro_batch] = self._compute(step, micro_batch, batch)
                     batch = None  # free its memory before this worker communicates
-            with self._clock.phase("communication"):
+            with self.clock.phase("communication"):
                 self._publish_status("communication")
                 self._unsharder.end()
                 self._reducer.end()
@@ -376,6 +375,7 @@ class StepEngine:
             save=self.save_requested,
             has_hooks=self._step_hooks.exist,
             sets_attributes=self._attributes.sets_anew,
+            measured=self.clock.measured,
         )
 
     def _accept(self, control: Control, step: int) -> None:
@@ -397,6 +397,7 @@ class StepEngine:
     def _update(self, control: Control, weight: float, tag: str) -> float:
         """Update weights, buffers and schedules from the step's sums. Return the gradient's norm. Collective."""
         self.stop_requested, self.save_requested = control.stop, control.save
+        self.clock.of_workers = control.measured
         unused = {name for name, got in zip(self._param_names, control.got_gradient, strict=True) if not got}
         self._publish_status("update")
         present, mine = self.epochs.present(self.step_index), self.my_micro_batches(self.step_index)
@@ -435,16 +436,15 @@ class StepEngine:
         """
         self.check_usable()
         of_params = self.updater.hashes(f"step {self.step_index}").numpy()
-        ends = np.cumsum([blocks_of(numel) for _, numel in self.trained])
-        hashes = dict(zip(dict(self.trained), np.split(of_params, ends[:-1]), strict=True))
+        starts = np.cumsum([blocks_of(numel) for _, numel in self.trained])[:-1]
+        hashes = dict(zip(dict(self.trained), np.split(of_params, starts), strict=True))
         current = self.buffers.named()
         hashes |= {name: tensor_hashes(current[name]) for name in self.buffers.persistent}
         self.last_hashes = np.concatenate([hashes[name] for name, _ in self.digest_names])
         return digest_of(self.digest_names, self.last_hashes)
 
     def _tensors_in_digest(self) -> list[tuple[str, int]]:
-        words = dict(self.trained)
-        current = self.buffers.named()
+        words, current = dict(self.trained), self.buffers.named()
         words |= {name: words_of(current[name]) for name in self.buffers.persistent}
         return [(name, words[name]) for name in names_in_order(self.model) if name in words]
 

@@ -77,6 +77,21 @@ def memory_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
+_PAGE_BYTES = resource.getpagesize()
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process that is in RAM, or its largest size so far if the system doesn't report it.
+
+    Unlike `memory_bytes`, which takes milliseconds in a large process, this takes microseconds.
+    """
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * _PAGE_BYTES
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
 class PeakMemory:
     """A context manager that measures the largest `memory_bytes` while it is active. It may be entered repeatedly."""
 

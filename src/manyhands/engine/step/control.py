@@ -24,6 +24,8 @@ class Control:
     stop, save: True if any worker requests to stop or to save after the step.
     has_hooks: True if any worker has a step hook for an optimizer.
     sets_attributes: True if forward has set an attribute for the first time on any worker.
+    measured: [workers, figures] fp64: what each worker measured in the previous step, see `PhaseClock`. The values of
+    one worker have only its row.
     """
 
     losses: np.ndarray
@@ -37,6 +39,7 @@ class Control:
     save: bool
     has_hooks: bool
     sets_attributes: bool
+    measured: np.ndarray
 
 
 def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
@@ -46,7 +49,7 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     bad = (0, 0) if mine.bad is None else (mine.bad[0] + 1, mine.bad[1] + 1)
     values = np.concatenate([mine.losses[None], mine.weights[None], mine.metrics])
     requests = [float(each) for each in (mine.stop, mine.save, mine.has_hooks, mine.sets_attributes)]
-    floats = np.concatenate([values.ravel(), requests, bad])
+    floats = np.concatenate([values.ravel(), requests, bad, mine.measured.ravel()])
     flags = np.concatenate([mine.got_gradient, mine.changed_buffers]).astype(np.uint8)
     settings = np.array(mine.settings, dtype=np.int64)
     packed = torch.from_numpy(np.concatenate([floats.view(np.uint8), settings.view(np.uint8), flags]))
@@ -56,7 +59,8 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
     hashes = [int(array[floats.nbytes : end].view(np.int64)[0]) for array in arrays]
     flags_of_any = np.max([array[end:] for array in arrays], axis=0).astype(bool)
     params = len(mine.got_gradient)
-    all_values, all_requests, bads = np.split(all_floats, [values.size, values.size + len(requests)], axis=1)
+    ends = np.cumsum([values.size, len(requests), len(bad)])
+    all_values, all_requests, bads, measured = np.split(all_floats, ends, axis=1)
     # Exactly one worker computed each micro-batch. The other workers contribute zeros, so the order of addition doesn't
     # matter.
     losses, weights, *metrics = all_values.sum(axis=0).reshape(values.shape)
@@ -74,6 +78,7 @@ def all_gather_control(mine: Control, group: Group, tag: str) -> Control:
         save=save,
         has_hooks=has_hooks,
         sets_attributes=sets_attributes,
+        measured=measured,
     )
 
 

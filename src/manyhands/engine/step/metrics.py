@@ -1,7 +1,8 @@
 """The metrics of a step, and a clock that measures its phases.
 
 All values of a step's metrics are the same on every worker, except seconds and bytes, which are per worker. A step's
-time is divided into phases, and the time spent waiting for other workers is counted separately.
+time is divided into phases, and the time spent waiting for other workers is counted separately. Each worker's seconds
+and memory reach the other workers one step later, with the control values of that step.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from manyhands.offload.process_memory import resident_bytes
 
 if TYPE_CHECKING:
     from manyhands.comm.group import Recorder
@@ -62,17 +67,35 @@ class StepMetrics:
         return self.weight if self.weighted else float(self.samples)
 
 
+class WorkerFigures(NamedTuple):
+    """What one worker measured in a step.
+
+    seconds: seconds spent in each phase (PHASES). memory_bytes: the memory of the process that is in RAM at the end of
+    the step, including memory that it shares with other workers.
+    """
+
+    seconds: dict[str, float]
+    memory_bytes: int
+
+
 class PhaseClock:
-    """Measures seconds and bytes by phase since `begin`. Phases don't nest."""
+    """Measures seconds and bytes by phase since `begin`. Phases don't nest.
+
+    measured: [1, figures] the seconds by phase and the memory of the previous step; NaN before the first step.
+    of_workers: [workers, figures] the same of every worker, by rank.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
+        self.measured = self.of_workers = np.full((1, len(PHASES) + 1), np.nan)
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.bytes_moved: dict[str, int] = {}
         self._start = 0.0
 
     def begin(self) -> None:
-        """Start a step: reset all values."""
+        """Start a step: keep the figures of the previous one, and reset all values."""
+        if self._start:
+            self.measured = np.array([[*self.seconds.values(), resident_bytes()]])
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.bytes_moved = {}
         self._recorder.take()  # discard the traffic between steps
@@ -90,6 +113,16 @@ class PhaseClock:
                 self.bytes_moved[kind] = self.bytes_moved.get(kind, 0) + num_bytes
             self.seconds[name] += time.perf_counter() - start - waited
             self.seconds["waiting"] += waited
+
+    @property
+    def workers(self) -> list[WorkerFigures]:
+        """Return what each worker measured in the previous step, by rank; an empty list if there was none."""
+        rows = self.of_workers.tolist()
+        return [
+            WorkerFigures(dict(zip(PHASES, seconds, strict=True)), int(memory))
+            for *seconds, memory in rows
+            if not np.isnan(memory)
+        ]
 
     @property
     def step_seconds(self) -> float:
