@@ -93,17 +93,19 @@ from full_disk import BALLAST, fill
 from test_report import step_metrics
 from manyhands.listeners import tensorboard
 disk, failed = Path(sys.argv[1]), []
-with tensorboard.TensorBoardLog(disk / "curves") as log:
-    for step in range(200):
-        if step == 20:
-            fill(disk)
-        if step == 150:
-            (disk / BALLAST).unlink()
-            tensorboard.RETRY_SECONDS = 0.0
-        try:
-            log.write(step_metrics(step))
-        except OSError:
-            failed.append(step)
+log = tensorboard.TensorBoardListener(disk / "curves")
+log.began({"step": 0})
+for step in range(200):
+    if step == 20:
+        fill(disk)
+    if step == 150:
+        (disk / BALLAST).unlink()
+        tensorboard.RETRY_SECONDS = 0.0
+    try:
+        log.step(step_metrics(step), [])
+    except OSError:
+        failed.append(step)
+log.ended(None)
 files = sorted((disk / "curves").iterdir(), key=lambda file: file.name)
 assert len(files) == 2, files
 assert failed and failed[-1] < 150, failed

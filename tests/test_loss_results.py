@@ -179,6 +179,7 @@ def test_metrics_are_in_the_run_directory_and_on_the_terminal(tmp_path: Path) ->
     metrics = RunDirectory(tmp_path / "run").read_metrics()
     assert metrics[1].metrics["large"] == lines[1]["metrics"]["large"]
     console = Console(file=io.StringIO(), width=200)
-    with TrainingProgress(2, 0, console) as progress:
-        progress.update(metrics[0])
+    progress = TrainingProgress(console)
+    progress.began({"step": 0, "steps": 2})
+    progress.step(metrics[0], [])
     assert f"large {metrics[0].metrics['large']:.4f}" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from manyhands.engine.step.metrics import PHASES, StepMetrics
 from manyhands.formatting import GIB, MIB, format_bytes, format_count, format_seconds
 from manyhands.listeners.summary import StepFigures, Summary, render, to_json
-from manyhands.listeners.tensorboard import TensorBoardLog
+from manyhands.listeners.tensorboard import TensorBoardListener
 from manyhands.listeners.terminal import BytesProgress, TrainingProgress
 
 SECONDS = {"data": 0.01, "compute": 0.6, "communication": 0.2, "update": 0.1, "waiting": 0.09}
@@ -178,10 +179,12 @@ def test_byte_progress_is_shown_on_a_terminal_only() -> None:
 
 
 def progress_of(console: Console, steps: int, **options: Any) -> str:
-    with TrainingProgress(100, 40, console, **options) as bar:
-        bar.note("resumed at step 40 [from a checkpoint]")
-        for step in range(40, 40 + steps):
-            bar.update(step_metrics(step))
+    bar = TrainingProgress(console, **options)
+    bar.began({"step": 40, "steps": 100})
+    bar.note("resumed at step 40 [from a checkpoint]")
+    for step in range(40, 40 + steps):
+        bar.step(replace(step_metrics(step), step=step + 1), [])
+    bar.ended(summary())
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -209,34 +212,38 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
 
 
 def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with TrainingProgress(1) as bar:
-        bar.update(step_metrics(0))
+    bar = TrainingProgress()
+    bar.began({"step": 0, "steps": 1})
+    bar.step(replace(step_metrics(0), step=1), [])
+    bar.ended(summary())
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("step 1/1  loss 5.0000")
-    with TrainingProgress(1):
-        pass
+    bar = TrainingProgress()
+    bar.began({"step": 0, "steps": 1})
+    bar.ended(summary())
     assert capsys.readouterr() == ("", "")
 
 
 def test_curves_can_be_read_by_tensorboard(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with TensorBoardLog(tmp_path) as log:
-        for step in range(3):
-            log.write(step_metrics(step))
-    with TensorBoardLog(tmp_path, start_step=2) as log:
-        log.write(step_metrics(2))
-    log.close()
+    for first in (1, 3):  # the second process repeats step 3
+        log = TensorBoardListener(tmp_path)
+        log.began({"step": first - 1})
+        for step in range(first, 4):
+            log.step(step_metrics(step), [])
+        log.ended(summary())
     events = accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
     names = {"loss", "gradient_norm", "learning_rate", "learning_rate/group_1", "throughput/tokens_per_second"}
     assert names | {f"seconds/{phase}" for phase in PHASES} <= set(events.Tags()["scalars"])
-    assert [point.step for point in events.Scalars("loss")] == [0, 1, 2]
+    assert [point.step for point in events.Scalars("loss")] == [1, 2, 3]
     assert events.Scalars("throughput/tokens_per_second")[0].value == 2000.0
 
 
 def test_without_tensorboard_nothing_is_written_or_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with TensorBoardLog(tmp_path / "curves") as log:
-        log.write(step_metrics(0))
+    log = TensorBoardListener(tmp_path / "curves")
+    log.began({"step": 0})
+    log.step(step_metrics(1), [])
     assert not (tmp_path / "curves").exists()

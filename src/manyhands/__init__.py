@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from manyhands import metrics
+    from manyhands import listeners, metrics
     from manyhands.average import Average
     from manyhands.checkpoint.export import ExportSummary, export
     from manyhands.config import Batch, Recipe, Strategy, Weights
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from manyhands.launching.function import launch
+    from manyhands.listeners.listener import Listener, stop
     from manyhands.listeners.summary import Summary
+    from manyhands.metrics.evaluation import Evaluation
     from manyhands.numerics.digest import digest_of_tensors
     from manyhands.prepare.dataset import Dataset
     from manyhands.prepare.job.output import PrepareSummary
     from manyhands.prepare.records.aggregate import Aggregate
     from manyhands.training.engine import Engine
-    from manyhands.training.evaluating import Evaluation
     from manyhands.training.finished import evaluate
     from manyhands.training.loop import train
     from manyhands.validation import Validation
@@ -50,10 +51,11 @@ _WHERE = {
     "DataError": "errors",
     "Dataset": "prepare.dataset",
     "Engine": "training.engine",
-    "Evaluation": "training.evaluating",
+    "Evaluation": "metrics.evaluation",
     "ExportSummary": "checkpoint.export",
     "Interrupted": "errors",
     "InvariantError": "errors",
+    "Listener": "listeners.listener",
     "ManyhandsError": "errors",
     "NumericsError": "errors",
     "PrepareSummary": "prepare.job.output",
@@ -70,8 +72,10 @@ _WHERE = {
     "evaluate": "training.finished",
     "export": "checkpoint.export",
     "launch": "launching.function",
+    "listeners": "listeners",
     "load_recipe": "documents.recipe_file",
     "metrics": "metrics",
+    "stop": "listeners.listener",
     "train": "training.loop",
     "weighted": "data.sample_order",
 }
@@ -89,6 +93,7 @@ __all__ = [
     "ExportSummary",
     "Interrupted",
     "InvariantError",
+    "Listener",
     "ManyhandsError",
     "NumericsError",
     "PrepareSummary",
@@ -105,8 +110,10 @@ __all__ = [
     "evaluate",
     "export",
     "launch",
+    "listeners",
     "load_recipe",
     "metrics",
+    "stop",
     "train",
     "weighted",
 ]

@@ -26,11 +26,21 @@ class Gaps:
         try:
             write()
         except (OSError, ManyhandsError) as error:
-            with self._lock:
-                is_first = kind not in self._failed
-                self._failed[kind] = self._failed.get(kind, 0) + 1
-            if is_first:
-                self._report(f"training continues without a record of its {kind}: {error}")
+            self.failed(kind, error)
+        else:
+            self.succeeded(kind)
+
+    def failed(self, kind: str, error: Exception) -> None:
+        """Count a write that failed, and report the first one."""
+        with self._lock:
+            is_first = kind not in self._failed
+            self._failed[kind] = self._failed.get(kind, 0) + 1
+        if is_first:
+            self._report(f"training continues without a record of its {kind}: {error}")
+
+    def succeeded(self, kind: str) -> None:
+        """Report that writes succeed again, if earlier ones failed."""
+        if not self._failed:
             return
         with self._lock:
             failed = self._failed.pop(kind, 0)

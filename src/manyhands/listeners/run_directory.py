@@ -5,6 +5,7 @@
     manifest.json    numerics, strategy, versions        events.jsonl    one JSON object per event, with its time
     checkpoints/     digests/     tensorboard/           logs/           worker-0.log, ...
     amendments.json  skipped steps, changed settings     earlier-1/      the record before the run started over
+    listeners.json   the ids of the run at W&B, MLflow
 
 Only worker 0 writes here, with three exceptions: every worker has its own log, all workers write checkpoints, and the
 launcher records events.
@@ -46,9 +47,9 @@ _LAST_SECONDS = 1 << 35
 
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 
-AMENDMENTS = "amendments.json"
+AMENDMENTS, IDS = "amendments.json", "listeners.json"
 
-_RECORDS = ("metrics.jsonl", "validations.jsonl", "events.jsonl")
+_RECORDS = ("metrics.jsonl", "validations.jsonl", IDS, "events.jsonl")
 
 _BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", AMENDMENTS, *_RECORDS, LOCK)
 """The names of the files and folders that a run may write before its manifest."""
@@ -280,7 +281,7 @@ class RunDirectory:
         """Append an event to events.jsonl, with the time in seconds since the epoch and `facts`. Raises ConfigError.
 
         event: "started over", "started", "saved", "not saved", "not recorded", "amended", "skipped", "failed",
-        "hosts changed", "ended" or "stopped".
+        "hosts changed", "stopped early", "listener failed", "not sent", "ended" or "stopped".
         """
         _append(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
 

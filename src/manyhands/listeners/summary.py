@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manyhands.engine.step.metrics import PHASES, StepMetrics
+from manyhands.errors import Interrupted
 from manyhands.formatting import GIB, MIB, format_count, format_seconds
 from manyhands.storage.json_lines import numbers
 
@@ -60,6 +61,8 @@ class Summary:
     failures, lost_seconds, repeated_steps: as in `Failures`.
     validations: the figures of the last validation of each set. best: the step and the value of the best checkpoint
     for each figure of keep_best.
+    outcome: "completed"; a listener may also receive the summary of a run that was "interrupted" or that "failed".
+    error: the error that ended the run. Such a summary has no digest and no peak memory.
     """
 
     name: str
@@ -85,6 +88,8 @@ class Summary:
     repeated_steps: int = 0
     validations: dict[str, dict[str, Any]] = field(default_factory=dict)
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outcome: str = "completed"
+    error: str | None = None
 
 
 class Failures(NamedTuple):
@@ -149,6 +154,22 @@ class StepFigures:
         rate, seconds, *phases = map(median, zip(*self._samples, strict=True))
         by_phase = dict(zip(PHASES, phases, strict=True))
         return Figures(self._steps, self._first_loss, self._last_loss, rate, self._unit, seconds, by_phase)
+
+
+def unfinished(
+    description: dict[str, Any], figures: StepFigures, wall_seconds: float, error: BaseException | None
+) -> Summary:
+    """Return the summary of a run that `error` ended. description: the fields of `Summary` that describe the run."""
+    return Summary(
+        **figures.figures()._asdict(),
+        **description,
+        peak_memory_bytes_per_worker=[],
+        sample=None,
+        digest="",
+        wall_seconds=wall_seconds,
+        outcome="interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed",
+        error=None if error is None else str(error) or type(error).__name__,
+    )
 
 
 def to_json(summary: Summary) -> dict[str, Any]:

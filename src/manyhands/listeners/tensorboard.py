@@ -4,59 +4,68 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from manyhands.engine.step.metrics import StepMetrics
+from manyhands.engine.step.metrics import StepMetrics, WorkerFigures
+from manyhands.listeners.listener import Listener
+from manyhands.listeners.summary import Summary
+from manyhands.metrics.evaluation import Evaluation
 
 RETRY_SECONDS = 60.0
 """The time after an error until the next attempt to write."""
 
 
-class TensorBoardLog:
+class TensorBoardListener(Listener):
     """Writes a run's curves into `directory`. Does nothing if tensorboard isn't installed.
 
     Curves: loss, gradient_norm, learning_rate (one per param group), throughput (tokens or samples per second),
-    seconds by phase, the loss function's metrics. When a run resumes, TensorBoard no longer shows the points that an
-    earlier process wrote for `start_step` and later steps.
+    seconds by phase, the loss function's metrics, the figures of validations. When a run resumes, TensorBoard no longer
+    shows the points that an earlier process wrote for later steps.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], start_step: int = 0) -> None:
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._writer: Any = None
-        self._directory, self._start_step = str(directory), start_step
+        self._directory, self._purge_step = str(directory), 0
         self._failed: OSError | None = None
         self._failed_at = 0.0
+
+    def began(self, facts: Mapping[str, Any]) -> None:
+        """Begin a file."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
         self._make_writer = SummaryWriter
-        with suppress(OSError):  # the next `write` raises the same error
+        self._purge_step = facts["step"] + 1 if facts["step"] else 0
+        with suppress(OSError):  # the next `step` raises the same error
             self._attempt(self._open)
 
     def _open(self) -> None:
-        self._writer = self._make_writer(self._directory, purge_step=self._start_step or None)
+        is_new = not os.path.isdir(self._directory) or not os.listdir(self._directory)
+        self._writer = self._make_writer(self._directory, purge_step=None if is_new else self._purge_step)
 
-    def write(self, metrics: StepMetrics) -> None:
+    def step(self, metrics: StepMetrics, workers: Sequence[WorkerFigures]) -> None:
         """Add the points of one step. Raises OSError if they can't be written, for example because the disk is full.
 
-        After an error, the points of the next minute are lost. Then `write` begins a new file.
+        After an error, the points of the next minute are lost. Then `step` begins a new file.
         """
         if metrics.skipped:
             return
         if self._failed is not None:
             if time.monotonic() - self._failed_at < RETRY_SECONDS:
                 raise self._failed.with_traceback(None)  # or each step would add to its traceback
-            self._failed, self._start_step = None, metrics.step
+            self._failed, self._purge_step = None, metrics.step
             self._attempt(self._open)
         if self._writer is not None:
             self._attempt(lambda: self._add(metrics))
 
-    def write_points(self, points: Mapping[str, float | None], step: int) -> None:
-        """Add one point to each of several curves; a value None has no point. Raises OSError as `write` does."""
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Add the points of a validation. Raises OSError as `step` does."""
+        points = {name.replace(".", "/", 1): value for name, value in evaluation.numbers.items()}
         if self._writer is not None:
-            self._attempt(lambda: self._add_points(points, step))
+            self._attempt(lambda: self._add_points(points, evaluation.step))
 
     def _add_points(self, points: Mapping[str, float | None], step: int) -> None:
         for name, value in points.items():
@@ -88,12 +97,6 @@ class TensorBoardLog:
         points |= {f"seconds/{phase}": seconds for phase, seconds in metrics.seconds.items()}
         self._add_points(points, metrics.step)
 
-    def close(self) -> None:
-        """Write pending points, unless they can't be written. `close` may be called twice."""
+    def ended(self, summary: Summary) -> None:
+        """Write pending points, unless they can't be written."""
         self._abandon()
-
-    def __enter__(self) -> TensorBoardLog:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

@@ -5,42 +5,42 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from manyhands import output
-from manyhands.engine.step.metrics import StepMetrics
+from manyhands.engine.step.metrics import StepMetrics, WorkerFigures
 from manyhands.errors import InvariantError
 from manyhands.formatting import format_bytes, format_count, format_seconds
+from manyhands.listeners.listener import Listener
+from manyhands.listeners.summary import Summary
 
 _RECENT_STEPS = 20
 
 _REDRAW_SECONDS = 0.1
 
 
-class TrainingProgress:
-    """A context manager that shows progress from `start_step` to `total_steps` on standard error.
+class TrainingProgress(Listener):
+    """Shows the progress of a run on standard error, or on another console.
 
     On a terminal, it shows a bar with step, loss, throughput, time per step and time left. Throughput and times are
     measured over the last 20 steps. Elsewhere, it prints a plain line at the first step, at the last step, and every
-    `line_seconds` in between. There is no thread: the display changes only in `update` and `note`.
+    `line_seconds` in between. There is no thread: the display changes only in `step` and `note`.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        start_step: int = 0,
-        console: Console | None = None,
-        *,
-        line_seconds: float = 10.0,
-    ) -> None:
-        self._total_steps, self._line_seconds = total_steps, line_seconds
+    def __init__(self, console: Console | None = None, *, line_seconds: float = 10.0) -> None:
+        self._line_seconds = line_seconds
         self._console = console or output.console()
         self._recent: deque[StepMetrics] = deque(maxlen=_RECENT_STEPS)
         self._shown_at = float("-inf")
-        self._last_shown = start_step
+
+    def began(self, facts: Mapping[str, Any]) -> None:
+        """Show the bar."""
+        self._total_steps, self._last_shown = facts["steps"], facts["step"]
         self._progress = Progress(
             TextColumn("{task.completed:>{task.fields[digits]}}/{task.total}", style="bold"),
             BarColumn(bar_width=None),
@@ -52,26 +52,28 @@ class TrainingProgress:
             disable=not self._console.is_interactive,
         )
         self._task = self._progress.add_task(
-            "step", total=total_steps, completed=start_step, digits=len(str(total_steps)), figures="first step ..."
+            "step",
+            total=self._total_steps,
+            completed=self._last_shown,
+            digits=len(str(self._total_steps)),
+            figures="first step ...",
         )
-
-    def __enter__(self) -> TrainingProgress:
         self._progress.start()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._recent and self._last_shown != self._recent[-1].step + 1:
+    def ended(self, summary: Summary) -> None:
+        """Show the last step, and leave the bar as it is."""
+        if self._recent and self._last_shown != self._recent[-1].step:
             self._show(time.monotonic())
         self._progress.stop()
 
-    def update(self, metrics: StepMetrics) -> None:
+    def step(self, metrics: StepMetrics, workers: Sequence[WorkerFigures]) -> None:
         """Show a completed step."""
         if metrics.skipped:
             return
         self._recent.append(metrics)
         now = time.monotonic()
         wait = _REDRAW_SECONDS if self._console.is_interactive else self._line_seconds
-        if now - self._shown_at >= wait or metrics.step + 1 == self._total_steps:
+        if now - self._shown_at >= wait or metrics.step == self._total_steps:
             self._show(now)
 
     def note(self, text: str) -> None:
@@ -79,7 +81,7 @@ class TrainingProgress:
         self._console.print(text, markup=False, highlight=False)
 
     def _show(self, now: float) -> None:
-        done = self._recent[-1].step + 1
+        done = self._recent[-1].step
         self._shown_at, self._last_shown = now, done
         if self._console.is_interactive:
             self._progress.update(self._task, completed=done, figures=self._figures(done))

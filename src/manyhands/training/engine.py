@@ -28,10 +28,11 @@ from manyhands.engine.step.amendments import CLIP_NORM, Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError, Interrupted, InvariantError
 from manyhands.metrics.choice import chosen_metrics
+from manyhands.metrics.evaluation import Evaluation
 from manyhands.optim.amending import apply_changes, check_change
 from manyhands.optim.schedules import advance, advance_by_figure
 from manyhands.storage.location import Location, location_of
-from manyhands.training.evaluating import Evaluation, evaluate
+from manyhands.training.evaluating import evaluate
 from manyhands.validation import AVERAGED, TRAINED, Validation
 
 

@@ -15,6 +15,8 @@ from manyhands.config import Recipe, Strategy, check_length, strategy_or_default
 from manyhands.engine.step.amendments import amendments_of
 from manyhands.errors import ConfigError, Interrupted
 from manyhands.intervals import Every, every
+from manyhands.listeners.dispatch import check_listeners
+from manyhands.listeners.listener import Listener
 from manyhands.listeners.summary import Summary, failures_among
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import seed_generators
@@ -51,6 +53,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     skip_steps: Sequence[int] = (),
     amendments: Mapping[int, Mapping[str, Any]] | None = None,
     show: bool = True,
+    listeners: Sequence[Listener] = (),
     recipe_as_used: dict[str, Any] | None = None,
     stop: StopSignals | None = None,
 ) -> Summary:
@@ -77,6 +80,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     amendments: settings that change from a step on, such as {500: {"optimizer.lr": 1e-4, "clip_norm": 0.5}}. The run
         directory records both, and they apply again whenever the run is resumed.
     show: show a progress bar on worker 0.
+    listeners: objects that receive the figures of the run on worker 0; see `Listener`.
     recipe_as_used, stop: for the command line.
 
     Returns the run's summary: `summary.digest`, `summary.last_loss`, ... Raises ConfigError, DataError, NumericsError,
@@ -92,11 +96,12 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             expected="integers",
             got=", ".join(map(repr, given)),
         )
+    check_listeners(listeners)
     given_amendments = amendments_of(skip_steps, amendments or {})
     interval = Every() if checkpoint_every is None else every(checkpoint_every)
     started = time.monotonic()
-    with ExitStack() as stack:
-        signals = stop or stack.enter_context(StopSignals())
+    with ExitStack() as around, ExitStack() as stack:
+        signals = stop or around.enter_context(StopSignals())
         strategy = _with_scratch(strategy_or_default(strategy), run_dir)
         anew = start_over and not has_started_over(run_dir)
         resumes = not anew and will_resume(run_dir, checkpoint_dir)
@@ -116,7 +121,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             amendments=given_amendments.described(),
         )
         last = engine.epochs.steps(recipe.epochs) if recipe.epochs is not None else checked_steps
-        record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, stack, adopt=adopt, anew=anew)
+        record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, around, adopt=adopt, anew=anew)
         if record.checkpoints is None:
             _refuse_without_place(checkpoint_every=checkpoint_every, keep_every=keep_every, keep_best=keep_best)
         record.amend(given_amendments)
@@ -124,13 +129,15 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         of_best = [keep_best] if isinstance(keep_best, str) else keep_best
         validations = Validations(engine, last, of_best, record.add_validation)
         record.notes += engine.epochs.described(last) + validations.described()
-        record.show(last, show)
+        record.begin(last, show, listeners)
         saver = Saver(record, interval, keep_checkpoints, keep_every)
         validations.begin()
         signals.training_started()
         peak_bytes = _make_steps(engine, record, validations, saver, signals, last, digest_every)
         saver.finish()
-        return _summary(engine, record, validations, peak_bytes, time.monotonic() - started)
+        summary = _summary(engine, record, validations, peak_bytes, time.monotonic() - started)
+        record.summary = summary
+    return summary
 
 
 def _make_steps(
@@ -144,6 +151,7 @@ def _make_steps(
 ) -> int:
     """Make the steps of a run, with their validations and checkpoints. Return the peak memory in bytes. Collective."""
     memory, first = PeakMemory(), engine.step_index
+    record.listeners.deliver()
     for batch in engine.batches(steps):
         if validations.stop_reason:
             break
@@ -151,7 +159,8 @@ def _make_steps(
         with ExitStack() as watched:
             if step - first < MEASURED_STEPS:
                 watched.enter_context(memory)
-            engine.stop_requested, engine.save_requested = signals.requested, saver.is_due
+            engine.stop_requested = signals.requested or record.listeners.stop_reason is not None
+            engine.save_requested = saver.is_due
             metrics = engine.step(batch, digest=(step + 1) % digest_every == 0 or step + 1 == steps)
         if step == first and (changed := engine.buffers.report()) is not None:
             record.report(changed)
@@ -161,6 +170,7 @@ def _make_steps(
         is_best = validations.after_step()
         last = step + 1 == steps or validations.stop_reason is not None
         saver.after_step(metrics.digest, last=last, is_best=is_best)
+        record.listeners.deliver()
     if validations.stop_reason:
         record.event("stopped early", step=engine.step_index, why=validations.stop_reason)
         record.report(validations.stop_reason)
@@ -198,9 +208,12 @@ def _with_scratch(strategy: Strategy, run_dir: str | Path | None) -> Strategy:
 
 def _interrupted(engine: Engine, record: RunRecord, saver: Saver) -> Interrupted:
     checkpoint = saver.finish()
-    record.event("stopped", step=engine.step_index)
+    # Only worker 0 has listeners. All workers raise the same error.
+    all_ranks: list[Any] = all_gather_json(engine.group, record.listeners.stop_reason, "stop / reason / control")
+    reason = all_ranks[0]
+    record.event("stopped", step=engine.step_index, **({} if reason is None else {"why": reason}))
     return Interrupted(
-        f"stopped after step {engine.step_index}, as requested",
+        f"stopped after step {engine.step_index}" + (", as requested" if reason is None else f": {reason}"),
         where=f"checkpoint {checkpoint}" if checkpoint else "no checkpoint was written: the run has no directory",
         hint="to continue, start the run again with the same run directory; the number of workers may change"
         if checkpoint
@@ -230,15 +243,9 @@ def _summary(
     (of_worker_0, _), peaks = all_ranks[0], [peak for _, peak in all_ranks]
     return Summary(
         **of_worker_0,
-        name=recipe.name,
+        **record.description(),
         peak_memory_bytes_per_worker=peaks,
-        workers=group.size,
-        sharding=engine.strategy.sharding,
-        transport=group.kind,
-        precision=recipe.precision,
-        parameters=sum(param.numel() for param in engine.model.parameters()),
         digest=digest,
-        run_dir="" if record.path is None else str(record.path),
         wall_seconds=wall_seconds,
         best=validations.best,
     )

@@ -1,12 +1,14 @@
-"""Resumes a run and records it."""
+"""Resumes a run, and tells its listeners what happens."""
 
 from __future__ import annotations
 
+import json
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -30,19 +32,23 @@ from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.intervals import Every
+from manyhands.listeners.dispatch import Listeners
 from manyhands.listeners.gaps import Gaps
-from manyhands.listeners.run_directory import RunDirectory, events_in, write_json
-from manyhands.listeners.summary import StepFigures
-from manyhands.listeners.tensorboard import TensorBoardLog
+from manyhands.listeners.listener import Listener
+from manyhands.listeners.recording import Recording
+from manyhands.listeners.run_directory import RunDirectory, describe, events_in, write_json
+from manyhands.listeners.summary import StepFigures, Summary, unfinished
+from manyhands.listeners.tensorboard import TensorBoardListener
 from manyhands.listeners.terminal import TrainingProgress
 from manyhands.members.processes import oom_kills
+from manyhands.metrics.evaluation import Evaluation
 from manyhands.offload.scratch import scratch_line
 from manyhands.output import SafeStream, say
+from manyhands.storage.json_lines import numbers
 from manyhands.storage.location import Location, is_local, location_of
 from manyhands.storage.run_lock import run_lock
 from manyhands.surroundings import is_restart, launch_id
 from manyhands.training.engine import Engine
-from manyhands.training.evaluating import Evaluation
 from manyhands.training.saving import Snapshots
 
 RETRY_SECONDS = 5
@@ -68,11 +74,12 @@ def _checkpoint_location(run_dir: str | Path | None, checkpoint_dir: str | Locat
 
 
 class RunRecord:
-    """Records a run: metrics, events, digests, progress. Worker 0 writes; all workers save checkpoints.
+    """The record of a run: resumes it, and calls its listeners, which are on worker 0. All workers save checkpoints.
 
     path: the run directory, or None if nothing is recorded. checkpoints: the folder or address to which checkpoints are
     written, or None. adopt: continue from another run's checkpoints. anew: move the existing record aside, as
-    `start_over` does.
+    `start_over` does. stack: ends after the engine is closed; then the listeners receive `summary`, or a summary of the
+    failure.
     """
 
     def __init__(
@@ -90,15 +97,18 @@ class RunRecord:
         self._run = NO_DIRECTORY  # replaced on worker 0, the only worker whose value is used
         self.checkpoints = _checkpoint_location(run_dir, checkpoint_dir)
         self._checkpoints_before = None if self.path is None else recorded_checkpoints(self.path)
-        self.figures = StepFigures()
+        self.figures, self._started = StepFigures(), time.monotonic()
         self.notes: list[str] = []
         # Worker 0's log file; the launcher writes the output of the other workers to their log files.
         self.log: Console | None = None
         self._directory: RunDirectory | None = None
         self._gaps = Gaps(self.report, lambda kind, lost: self.event("not recorded", kind=kind, lost=lost))
         self._recipe_as_used = recipe_as_used
-        self._tensorboard: TensorBoardLog | None = None
+        self._source: str | None = None
+        self._description: dict[str, Any] = {}
         self._bars: list[TrainingProgress] = []
+        self._is_on_terminal = False
+        self.summary: Summary | None = None
         self.snapshots = Snapshots(engine, self.path, self.report)
         self._stack = stack
         if self.path is not None and engine.group.rank == 0:
@@ -110,6 +120,8 @@ class RunRecord:
             log = stack.enter_context(self._directory.open_log(0))
             self.log = Console(file=cast(TextIO, SafeStream(lambda: log)), width=120)
             self._run = run_in(self.path) or Owner(secrets.token_hex(8), str(self.path.absolute()))
+        record = [Recording(self._directory, self._gaps, lambda: engine.last_hashes)] if self._directory else []
+        self.listeners = Listeners(record, self._warn, self.event)
         if self.checkpoints is not None and engine.group.rank == 0:
             check_writable(self.checkpoints)
             if self.path is None and isinstance(self.checkpoints, Path):
@@ -210,11 +222,12 @@ class RunRecord:
         self.notes.append(f"the run has saved a checkpoint of step {saved[-1]}, which is not there: steps are repeated")
 
     def _record_start(self, source: str | None) -> None:
-        """On worker 0, record that the run starts or continues here. source: "snapshot", "checkpoint" or None.
+        """On worker 0, note that the run starts or continues here. source: "snapshot", "checkpoint" or None.
 
         Raises ConfigError if a new run or new amendments can't be recorded. Otherwise, a run that is resumed continues
         without the record.
         """
+        self._source = source
         if self._directory is None:
             return
         engine, directory = self.engine, self._directory
@@ -241,7 +254,6 @@ class RunRecord:
             self._write_settings(directory)
         else:
             self._gaps.attempt("settings", partial(self._write_settings, directory))
-        self._tensorboard = self._stack.enter_context(TensorBoardLog(directory.tensorboard, engine.step_index))
 
     def _write_settings(self, directory: RunDirectory) -> None:
         engine = self.engine
@@ -291,21 +303,51 @@ class RunRecord:
                 error.hint = f"{error.hint}; {remedy}" if error.hint else remedy
             raise
 
-    def show(self, steps: int, on_terminal: bool) -> None:
-        """Start to show progress on worker 0: on the terminal if `on_terminal`, and in its log."""
+    def begin(self, steps: int, on_terminal: bool, listeners: Sequence[Listener]) -> None:
+        """Start the listeners on worker 0. Progress is shown on the terminal if `on_terminal`, and in the log."""
         if self.engine.group.rank != 0:
             return
-        if self.engine.step_index >= steps:
-            if on_terminal:
-                done = f"the run already has {self.engine.step_index} steps, so there is nothing to train up to step"
-                say(f"{done} {steps}")
-            return
+        if self.engine.step_index >= steps and on_terminal:
+            done = f"the run already has {self.engine.step_index} steps, so there is nothing to train up to step"
+            say(f"{done} {steps}")
         consoles = ([None] if on_terminal else []) + ([self.log] if self.log is not None else [])
-        start = self.engine.step_index
-        self._bars = [self._stack.enter_context(TrainingProgress(steps, start, console)) for console in consoles]
+        bars = [TrainingProgress(console) for console in consoles if self.engine.step_index < steps]
+        curves = [TensorBoardListener(self._directory.tensorboard)] if self._directory is not None else []
+        self._description, recipe = self.description(), self._recipe_as_used or describe(self.engine.recipe)
+        facts = self._description | {
+            "run_dir": None if self.path is None else str(self.path.absolute()),
+            "step": self.engine.step_index,
+            "steps": steps,
+            "source": self._source,
+            "host": socket.gethostname(),
+            "recipe": json.loads(json.dumps(numbers(recipe), default=str)),
+        }
+        self._stack.push(self._end)
+        self.listeners.begin([*curves, *bars], listeners, facts)
+        self._bars, self._is_on_terminal = bars, on_terminal and bool(bars)
         notes, self.notes = self.notes, []
         for note in notes:
             self.report(note)
+
+    def description(self) -> dict[str, Any]:
+        """Describe the run with fields of `Summary`."""
+        engine = self.engine
+        return {
+            "name": engine.recipe.name,
+            "workers": engine.group.size,
+            "sharding": engine.strategy.sharding,
+            "transport": engine.group.kind,
+            "precision": engine.recipe.precision,
+            "parameters": sum(param.numel() for param in engine.model.parameters()),
+            "run_dir": "" if self.path is None else str(self.path),
+        }
+
+    def _end(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Tell the listeners that the run has ended."""
+        summary = self.summary
+        if summary is None or error is not None:
+            summary = unfinished(self._description, self.figures, time.monotonic() - self._started, error)
+        self.listeners.end(summary)
 
     def report(self, text: str) -> None:
         """Print a message for people next to the progress, or keep the message until progress is shown."""
@@ -314,10 +356,15 @@ class RunRecord:
         for bar in self._bars:
             bar.note(text)
 
+    def _warn(self, text: str) -> None:
+        """Print a message that people must see, even if no progress is shown on the terminal."""
+        self.report(text)
+        if not self._is_on_terminal:
+            say(text)
+
     def event(self, event: str, **facts: Any) -> None:
-        """Record an event in the run directory."""
-        if self._directory is not None:
-            self._gaps.attempt("events", partial(self._directory.append_event, event, **facts))
+        """Record an event. Threads may call this."""
+        self.listeners.event(event, facts)
 
     def read_events(self) -> list[dict[str, Any]]:
         """Return all events of the run so far on worker 0, and an empty list on other workers."""
@@ -339,29 +386,14 @@ class RunRecord:
         if metrics.skipped:
             self.event("skipped", step=metrics.step)
             self.report(f"step {metrics.step} was skipped")
-        if self._directory is not None:
-            self._gaps.attempt("metrics", partial(self._directory.append_metrics, metrics))
-            hashes = self.engine.last_hashes
-            if metrics.digest is not None and hashes is not None:
-                self._gaps.attempt("digests", partial(self._directory.write_digests, metrics.step + 1, hashes))
-        if self._tensorboard is not None:
-            self._gaps.attempt("curves for TensorBoard", partial(self._tensorboard.write, metrics))
-        for bar in self._bars:
-            bar.update(metrics)
+        # The engine counts the steps before this one. Listeners count the steps made, as checkpoints do.
+        self.listeners.step(replace(metrics, step=metrics.step + 1), self.engine.clock.workers)
 
     def add_validation(self, evaluation: Evaluation) -> None:
         """Record a validation."""
-        if self.engine.group.rank != 0:
-            return
-        if self._directory is not None:
-            figures = evaluation.as_json()
-            self._gaps.attempt("validations", partial(self._directory.append_validation, figures))
-        if self._tensorboard is not None:
-            points = {name.replace(".", "/", 1): value for name, value in evaluation.numbers.items()}
-            self._gaps.attempt(
-                "curves for TensorBoard", partial(self._tensorboard.write_points, points, evaluation.step)
-            )
-        self.report(str(evaluation))
+        if self.engine.group.rank == 0:
+            self.listeners.evaluated(evaluation)
+            self.report(str(evaluation))
 
 
 def has_started_over(run_dir: str | Path | None) -> bool:

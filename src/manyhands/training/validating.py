@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from manyhands.comm.agreement import agree
 from manyhands.errors import ConfigError
+from manyhands.metrics.evaluation import Evaluation
 from manyhands.options import nearest
 from manyhands.training.engine import Engine
-from manyhands.training.evaluating import Evaluation
 from manyhands.validation import Validation
 
 

@@ -57,6 +57,24 @@ class StepMetrics:
     digest: str | None = None
 
     @property
+    def numbers(self) -> dict[str, float]:
+        """Return the numbers of the step by their full names, such as "metrics.accuracy" and "seconds.compute".
+
+        A step that was skipped has no loss, so only its number, epoch and learning rates are there.
+        """
+        found: dict[str, float] = {"step": self.step, "epoch": self.epoch}
+        if not self.skipped:
+            found |= {"loss": self.loss, "gradient_norm": self.gradient_norm, "samples": self.samples}
+            found |= {f"metrics.{name}": value for name, value in self.metrics.items()}
+            found["seconds.step"] = self.step_seconds
+            if self.step_seconds > 0:
+                found[f"{self.unit}_per_second"] = self.amount / self.step_seconds
+            found |= {f"seconds.{phase}": seconds for phase, seconds in self.seconds.items()}
+        for index, rate in enumerate(self.learning_rates):
+            found["learning_rate" if index == 0 else f"learning_rate.group_{index}"] = rate
+        return found
+
+    @property
     def unit(self) -> str:
         """Return the unit of a step's throughput."""
         return "tokens" if self.weighted else "samples"
