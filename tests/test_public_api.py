@@ -35,6 +35,7 @@ NAMES = [
     "ExportSummary",
     "Interrupted",
     "InvariantError",
+    "Listener",
     "ManyhandsError",
     "NumericsError",
     "PrepareSummary",
@@ -51,8 +52,10 @@ NAMES = [
     "evaluate",
     "export",
     "launch",
+    "listeners",
     "load_recipe",
     "metrics",
+    "stop",
     "train",
     "weighted",
 ]
@@ -176,7 +179,7 @@ def test_a_public_name_is_documented(name: str) -> None:
 
 
 def test_public_methods_are_documented() -> None:
-    for kind in (mh.Engine, mh.Batch, mh.Dataset, mh.Aggregate, mh.TokenFile):
+    for kind in (mh.Engine, mh.Batch, mh.Dataset, mh.Aggregate, mh.TokenFile, mh.Listener):
         for base in kind.__mro__[:-1]:
             for name, value in vars(base).items():
                 if not name.startswith("_") and (callable(value) or isinstance(value, property)):
@@ -186,7 +189,7 @@ def test_public_methods_are_documented() -> None:
 # peft asks transformers for a property by the name that it had before transformers 5.24.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    "page", ["api.md", "tutorial.md", "recipe-files.md", "models.md", "prepare.md", "validation.md"]
+    "page", ["api.md", "tutorial.md", "recipe-files.md", "models.md", "prepare.md", "validation.md", "listeners.md"]
 )
 def test_the_examples_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

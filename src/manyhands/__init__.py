@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from manyhands.data.sample_order import by_length, weighted
     from manyhands.data.token_file import TokenFile
     from manyhands.documents.recipe_file import load_recipe
+    from manyhands.engine.step.figures import Evaluation
     from manyhands.engine.step.metrics import StepMetrics
     from manyhands.errors import (
         CheckpointError,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from manyhands.launching.function import launch
     from manyhands.listeners.listener import Listener, stop
     from manyhands.listeners.summary import Summary
-    from manyhands.metrics.evaluation import Evaluation
     from manyhands.numerics.digest import digest_of_tensors
     from manyhands.prepare.dataset import Dataset
     from manyhands.prepare.job.output import PrepareSummary
@@ -51,7 +51,7 @@ _WHERE = {
     "DataError": "errors",
     "Dataset": "prepare.dataset",
     "Engine": "training.engine",
-    "Evaluation": "metrics.evaluation",
+    "Evaluation": "engine.step.figures",
     "ExportSummary": "checkpoint.export",
     "Interrupted": "errors",
     "InvariantError": "errors",

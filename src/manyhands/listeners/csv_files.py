@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics, WorkerFigures
 from manyhands.listeners.listener import Listener
-from manyhands.metrics.evaluation import Evaluation
 from manyhands.storage.atomic import write_atomic
 
 

@@ -12,13 +12,13 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics, WorkerFigures
 from manyhands.errors import ConfigError
 from manyhands.listeners.gaps import Gaps
 from manyhands.listeners.listener import Listener, Stop, checked, name_of
 from manyhands.listeners.network import InOwnThread
 from manyhands.listeners.summary import Summary
-from manyhands.metrics.evaluation import Evaluation
 
 END_SECONDS, END_SECONDS_AFTER_FAILURE = 10.0, 2.0
 """The time that network listeners have at the end of a run. After a failure, a launcher waits to start it again."""
@@ -31,7 +31,7 @@ def check_listeners(listeners: Sequence[Listener]) -> None:
     for listener in listeners:
         if not isinstance(listener, Listener):
             raise ConfigError(
-                "an object in `listeners` is not a listener",
+                "an object in the list of listeners is not a listener",
                 expected="objects of classes that derive from manyhands.Listener",
                 got=repr(listener)[:80],
                 hint="pass an object, not its class" if isinstance(listener, type) else None,

@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics, WorkerFigures
 from manyhands.listeners.ids import read_id, write_id
 from manyhands.listeners.listener import Listener
 from manyhands.listeners.summary import Summary
-from manyhands.metrics.evaluation import Evaluation
 
 
 class MLflowListener(Listener):

@@ -8,10 +8,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics, WorkerFigures
 from manyhands.listeners.listener import Listener, Stop, checked, name_of
 from manyhands.listeners.summary import Summary
-from manyhands.metrics.evaluation import Evaluation
 
 MOST_CALLS = 4096
 """The number of calls in the queue from which figures of steps are dropped."""

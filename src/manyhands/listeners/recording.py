@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics, WorkerFigures
 from manyhands.listeners.gaps import Gaps
 from manyhands.listeners.listener import Listener
 from manyhands.listeners.run_directory import RunDirectory
-from manyhands.metrics.evaluation import Evaluation
 
 
 class Recording(Listener):

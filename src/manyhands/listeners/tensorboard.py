@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics, WorkerFigures
 from manyhands.listeners.listener import Listener
 from manyhands.listeners.summary import Summary
-from manyhands.metrics.evaluation import Evaluation
 
 RETRY_SECONDS = 60.0
 """The time after an error until the next attempt to write."""

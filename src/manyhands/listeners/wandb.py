@@ -6,11 +6,11 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics, WorkerFigures
 from manyhands.listeners.ids import read_id, write_id
 from manyhands.listeners.listener import Listener
 from manyhands.listeners.summary import Summary
-from manyhands.metrics.evaluation import Evaluation
 
 
 class WandbListener(Listener):

@@ -25,10 +25,10 @@ from manyhands.data.samples import HeldOutSamples
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.amendments import CLIP_NORM, Amendments
+from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError, Interrupted, InvariantError
 from manyhands.metrics.choice import chosen_metrics
-from manyhands.metrics.evaluation import Evaluation
 from manyhands.optim.amending import apply_changes, check_change
 from manyhands.optim.schedules import advance, advance_by_figure
 from manyhands.storage.location import Location, location_of

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from manyhands.data.samples import HeldOutSamples
 from manyhands.engine.engine import StepEngine
+from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.hooks import last_output, to_device
 from manyhands.engine.step.loss import LossReader, LossResult
 from manyhands.errors import ConfigError
-from manyhands.metrics.evaluation import Evaluation
 from manyhands.metrics.metric import Measured, Totals, number
 from manyhands.metrics.tally import ROUNDS_PER_EXCHANGE, Tally
 from manyhands.validation import AVERAGED, TRAINED

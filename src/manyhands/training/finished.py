@@ -7,8 +7,8 @@ from pathlib import Path
 
 from manyhands.checkpoint.export import find_checkpoint
 from manyhands.config import Recipe, Strategy
+from manyhands.engine.step.figures import Evaluation
 from manyhands.errors import ConfigError
-from manyhands.metrics.evaluation import Evaluation
 from manyhands.options import nearest
 from manyhands.output import say
 from manyhands.storage.location import location_of

@@ -213,7 +213,9 @@ def _interrupted(engine: Engine, record: RunRecord, saver: Saver) -> Interrupted
     reason = all_ranks[0]
     record.event("stopped", step=engine.step_index, **({} if reason is None else {"why": reason}))
     return Interrupted(
-        f"stopped after step {engine.step_index}" + (", as requested" if reason is None else f": {reason}"),
+        f"stopped after step {engine.step_index}, as requested"
+        if reason is None
+        else f"a listener stopped the run after step {engine.step_index}: {reason}",
         where=f"checkpoint {checkpoint}" if checkpoint else "no checkpoint was written: the run has no directory",
         hint="to continue, start the run again with the same run directory; the number of workers may change"
         if checkpoint

@@ -29,6 +29,7 @@ from manyhands.checkpoint.publish import as_checkpoint_error, check_writable
 from manyhands.checkpoint.save import check_schedules
 from manyhands.comm.agreement import all_gather_json
 from manyhands.engine.step.amendments import Amendments
+from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.intervals import Every
@@ -41,7 +42,6 @@ from manyhands.listeners.summary import StepFigures, Summary, unfinished
 from manyhands.listeners.tensorboard import TensorBoardListener
 from manyhands.listeners.terminal import TrainingProgress
 from manyhands.members.processes import oom_kills
-from manyhands.metrics.evaluation import Evaluation
 from manyhands.offload.scratch import scratch_line
 from manyhands.output import SafeStream, say
 from manyhands.storage.json_lines import numbers

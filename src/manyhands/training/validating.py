@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from manyhands.comm.agreement import agree
+from manyhands.engine.step.figures import Evaluation
 from manyhands.errors import ConfigError
-from manyhands.metrics.evaluation import Evaluation
 from manyhands.options import nearest
 from manyhands.training.engine import Engine
 from manyhands.validation import Validation

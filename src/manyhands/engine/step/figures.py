@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manyhands.formatting import format_seconds
-from manyhands.metrics.metric import Figure
 from manyhands.validation import TRAINED
+
+if TYPE_CHECKING:  # listeners must not import torch
+    from manyhands.metrics.metric import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
