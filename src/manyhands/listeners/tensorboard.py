@@ -68,9 +68,11 @@ class TensorBoardListener(Listener):
             self._attempt(lambda: self._add_points(points, evaluation.step))
 
     def _add_points(self, points: Mapping[str, float | None], step: int) -> None:
-        for name, value in points.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, step)
+        # One event with all points takes a tenth of the time of an event for each point, as `add_scalar` writes.
+        from tensorboard.compat.proto.summary_pb2 import Summary as Event
+
+        values = [Event.Value(tag=name, simple_value=value) for name, value in points.items() if value is not None]
+        self._writer.file_writer.add_summary(Event(value=values), step)
 
     def _attempt(self, write: Callable[[], None]) -> None:
         try:
