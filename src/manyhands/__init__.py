@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from manyhands import listeners, metrics
     from manyhands.average import Average
     from manyhands.checkpoint.export import ExportSummary, export
+    from manyhands.checkpoint.plain_model import load_model
     from manyhands.config import Batch, Recipe, Strategy, Weights
     from manyhands.data.sample_order import by_length, weighted
     from manyhands.data.token_file import TokenFile
@@ -73,6 +74,7 @@ _WHERE = {
     "export": "checkpoint.export",
     "launch": "launching.function",
     "listeners": "listeners",
+    "load_model": "checkpoint.plain_model",
     "load_recipe": "documents.recipe_file",
     "metrics": "metrics",
     "stop": "listeners.listener",
@@ -111,6 +113,7 @@ __all__ = [
     "export",
     "launch",
     "listeners",
+    "load_model",
     "load_recipe",
     "metrics",
     "stop",

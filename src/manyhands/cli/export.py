@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.saved_run import ChosenStep, ChosenWeights, SavedRun
 from manyhands.config import PRECISIONS
 from manyhands.formatting import format_bytes, format_count, format_seconds, printable
 from manyhands.output import say
@@ -19,17 +20,10 @@ if TYPE_CHECKING:
 
 
 def export_command(
-    run: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN", help="A run directory, or a folder or address of checkpoints.", show_default=False
-        ),
-    ],
+    run: SavedRun,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder: new or empty.", show_default=False)],
-    step: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="The checkpoint after N steps (default: the last).", show_default=False),
-    ] = None,
+    step: ChosenStep = None,
+    weights: ChosenWeights = TRAINED,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -38,13 +32,6 @@ def export_command(
             show_default=False,
         ),
     ] = None,
-    weights: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"{TRAINED}: the weights that the last step left; {AVERAGED}: their average, of any kind.",
-        ),
-    ] = TRAINED,
     max_shard_size: Annotated[
         str,
         typer.Option(
@@ -67,7 +54,13 @@ def export_command(
 
     with BytesProgress("exporting") as bar:
         summary = export(
-            run, out, step=step, dtype=dtype, weights=weights, max_shard_size=max_shard_size, progress=bar.update
+            run,
+            out,
+            step=step,
+            weights=weights,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            progress=bar.update,
         )
     result = asdict(summary) | {"has_config": summary.has_config}
     say(json.dumps(result) if as_json else printable(explain_export(summary)), to_stdout=True)
@@ -77,7 +70,7 @@ def explain_export(summary: ExportSummary) -> str:
     """Return the summary as text for people."""
     speed = summary.weights_bytes / summary.seconds if summary.seconds > 0 else 0.0
     shown = summary.files if len(summary.files) <= 8 else [*summary.files[:3], "...", *summary.files[-2:]]
-    what = "weights" if summary.weights == TRAINED else "average of the weights"
+    what = "average of the weights" if summary.weights == AVERAGED else "weights"
     lines = [
         f"exported the {what} after step {summary.step} to {summary.out}",
         f"  weights     {format_bytes(summary.weights_bytes)} in {summary.dtype}: "
@@ -87,7 +80,7 @@ def explain_export(summary: ExportSummary) -> str:
         f"  checkpoint  {summary.checkpoint}",
         f"  digest      {summary.digest}",
     ]
-    if summary.weights != TRAINED:
+    if summary.weights == AVERAGED:
         lines.append("  buffers are not averaged: they are the current ones, such as batch norm's running statistics")
     if not summary.has_config:
         lines.append("  no config.json, because the model has no Hugging Face config: load the files by name")

@@ -44,6 +44,20 @@ def with_parameters(
     return decorate
 
 
+def with_arguments(arguments: type[A]) -> Callable[[Callable[[A], None]], Callable[..., None]]:
+    """Return a decorator that makes `function(arguments)` a command for typer, without further options."""
+
+    def decorate(function: Callable[[A], None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            function(arguments(**values))
+
+        command.__doc__ = function.__doc__
+        command.__signature__ = inspect.Signature(_own_parameters(arguments))  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
 def _own_parameters(arguments: type) -> list[inspect.Parameter]:
     types = get_type_hints(arguments, include_extras=True)
     return [_parameter(field.name, field.default, types[field.name]) for field in fields(arguments)]

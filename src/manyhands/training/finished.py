@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from manyhands.checkpoint.export import find_checkpoint
+from manyhands.checkpoint.find import find_checkpoint
 from manyhands.config import Recipe, Strategy
 from manyhands.engine.step.figures import Evaluation
 from manyhands.errors import ConfigError
@@ -13,6 +13,7 @@ from manyhands.options import nearest
 from manyhands.output import say
 from manyhands.storage.location import location_of
 from manyhands.training.engine import Engine
+from manyhands.validation import AVERAGED, TRAINED
 
 
 def evaluate(
@@ -20,6 +21,7 @@ def evaluate(
     run: str | Path,
     *,
     step: int | None = None,
+    weights: str = TRAINED,
     only: Sequence[str] = (),
     strategy: Strategy | None = None,
     accept_new_numerics: bool = False,
@@ -30,8 +32,10 @@ def evaluate(
     The figures are those that the run itself computes after this step. Those of the average of the weights have names
     such as "validation.ema". Nothing is written to the run.
     run: a run directory, or a folder or address of checkpoints. step: the step of the checkpoint (default: the last).
-    only: the names of the sets to use (default: all). accept_new_numerics: evaluate a checkpoint that was saved under
-    another numerics identity; the last bits of the figures may then differ. show: print the figures on worker 0.
+    weights: "trained", for the weights that each validation asks for; "ema", for the average only; or "best" as in
+    `export`. only: the names of the sets to use (default: all).
+    accept_new_numerics: evaluate a checkpoint that was saved under another numerics identity; the last bits of the
+    figures may then differ. show: print the figures on worker 0.
     Raises ConfigError, CheckpointError, DataError, NumericsError.
     """
     known = recipe.validations
@@ -43,13 +47,13 @@ def evaluate(
     for name in only:
         if name not in known:
             raise ConfigError(f"the recipe has no validation {name!r}", got=repr(name), hint=nearest(name, known))
-    checkpoint = find_checkpoint(location_of(run), step)
+    checkpoint = find_checkpoint(location_of(run), step, weights)
     found: dict[str, Evaluation] = {}
     with Engine(recipe, strategy, resumes=True) as engine:
         engine.load(checkpoint, accept_new_numerics=accept_new_numerics)
         for name in only or known:
-            for weights in known[name].evaluated_weights:
-                each = engine.validate(name, weights=weights)
+            for kind in (AVERAGED,) if weights == AVERAGED else known[name].evaluated_weights:
+                each = engine.validate(name, weights=kind)
                 found[each.name] = each
                 if show and engine.group.rank == 0:
                     say(str(each))
