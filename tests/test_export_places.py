@@ -140,7 +140,7 @@ def test_wrong_export_options_are_refused(run_dir: Path, tmp_path: Path) -> None
     for nothing in (tmp_path / "absent", tmp_path):
         with pytest.raises(mh.ConfigError, match="there is no checkpoint here"):
             mh.export(nothing, out)
-    with pytest.raises(mh.ConfigError, match=r"can.t have this dtype"):
+    with pytest.raises(mh.ConfigError, match="weights can't have this dtype"):
         mh.export(run_dir, out, dtype="fp8")
     with pytest.raises(mh.ConfigError, match="max_shard_size can't be parsed"):
         mh.export(run_dir, out, max_shard_size="large")

@@ -112,12 +112,16 @@ class Batch:
 
 @options
 class Weights:
-    """Initial weights from safetensors files. Each worker reads only the parts that it stores. Raises ConfigError."""
+    """Initial weights from safetensors files or another run. Each worker reads only the parts that it stores.
+
+    Raises ConfigError.
+    """
 
     path: str | os.PathLike[str] = option(
         help="A folder in Hugging Face's layout (model.safetensors, or several files with "
-        "model.safetensors.index.json), an index file, or one safetensors file. The tensors have the same names as in "
-        "the model's state_dict."
+        "model.safetensors.index.json), an index file, or one safetensors file; or another run: its directory, its "
+        "folder or address of checkpoints, or one checkpoint. Of several checkpoints, the last is used. The tensors "
+        "have the same names as in the model's state_dict."
     )
     rename: Mapping[str, str] = option(
         default_factory=dict,
@@ -197,8 +201,8 @@ class Recipe:
     weights: Weights | str | os.PathLike[str] | None = option(
         default=None,
         in_toml=False,
-        help="Files with the initial weights: a path, or Weights. None: the model's constructor supplies them. A "
-        "resumed run takes its weights from the checkpoint.",
+        help="Files or a run with the initial weights: a path, or Weights. None: the model's constructor supplies "
+        "them. A resumed run takes its weights from the checkpoint.",
     )
     validation: Validation | Mapping[str, Validation] | None = option(
         default=None,

@@ -1,20 +1,20 @@
-"""Initial weights from Hugging Face weight files: each worker reads the ranges it holds.
+"""Initial weights from weight files or another run's checkpoint: each worker reads the ranges it holds.
 
-Files that do not fit the model are refused before any tensor is read.
+Weights that do not fit the model are refused before any tensor is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from manyhands.checkpoint.format import TensorRecord
+from manyhands.checkpoint.run_weights import initial_weights_at
 from manyhands.checkpoint.save import FROZEN_PIECE_NUMEL, tensor_records
-from manyhands.checkpoint.weight_files import WeightFiles, fit
+from manyhands.checkpoint.weight_files import fit
 from manyhands.comm.agreement import agree, all_gather_json
 from manyhands.config import Weights
 from manyhands.engine.engine import StepEngine
@@ -24,9 +24,15 @@ from manyhands.numerics.digest import fingerprint_of_parts
 from manyhands.optim.sliced import Slice
 
 
-def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False) -> int:
-    """Load the files into the engine's weights. Return the number of bytes of tensors that this worker read.
-    Collective.
+class InitialWeights(NamedTuple):
+    """What this worker has read. source: where the weights come from; None if nothing was read."""
+
+    read_bytes: int = 0
+    source: dict[str, Any] | None = None
+
+
+def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False) -> InitialWeights:
+    """Load initial weights into the engine. Collective.
 
     Parameters, frozen parameters and persistent buffers end up as if the model had been built with these values.
     resumes: True if this worker sees a checkpoint to resume from. If all workers see one, trained parameters are not
@@ -37,7 +43,7 @@ def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False)
     engine.group.status("start / initial weights")
     resumes = all(all_gather_json(engine.group, resumes, "start / resumes / control"))
     if resumes and all(name in dict(engine.trained) for name in engine.param_shapes):
-        return 0
+        return InitialWeights()
     loader = _Loader(engine, weights)
     agree(engine.group, "initial weights", loader.files.facts(), hint="give all workers the same files")
     loader.fill_frozen_units()
@@ -47,13 +53,13 @@ def load_initial(engine: StepEngine, weights: Weights, *, resumes: bool = False)
     all_facts: list[Any] = all_gather_json(engine.group, loader.frozen_facts(), "start / frozen / control")
     for facts in all_facts:
         engine.frozen_facts |= facts
-    return loader.files.read_bytes
+    return InitialWeights(loader.files.read_bytes, loader.files.described())
 
 
 class _Loader:
     def __init__(self, engine: StepEngine, weights: Weights) -> None:
         self._engine = engine
-        self.files = WeightFiles(Path(weights.path))
+        self.files = initial_weights_at(str(weights.path))
         self._records = {record.name: record for record in tensor_records(engine)[0]}
         self._sources = fit(list(self._records.values()), self.files, weights)
         # This is possible if the state_dict has another name for the parameter.

@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from manyhands.config import Weights
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.options import hint_nearest
 from manyhands.shard_layout import BLOCK
+from manyhands.storage.location import Location
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
@@ -59,6 +60,30 @@ def config_text(content: dict[str, Any], dtype: str) -> str:
     """Return the text of a config file for weights of a dtype such as `bfloat16`."""
     filled = {key: dtype if key in _DTYPE_FIELDS else value for key, value in content.items()}
     return json.dumps(filled, indent=2, sort_keys=True) + "\n"
+
+
+class WeightSource(Protocol):
+    """A source of initial weights. path: its place. entries: its tensors by name. read_bytes: bytes read so far."""
+
+    read_bytes: int
+
+    @property
+    def path(self) -> Location: ...
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]: ...
+
+    def read(self, name: str, start: int, numel: int) -> Tensor:
+        """Return the elements [start, start + numel) of a tensor, 1-D, in the dtype in which they are stored."""
+
+    def where(self, name: str) -> str:
+        """Return the file or folder that holds a tensor."""
+
+    def facts(self) -> dict[str, str]:
+        """Return facts by which workers notice that they have different weights."""
+
+    def described(self) -> dict[str, Any]:
+        """Return where the weights come from, as JSON values for the manifest of a run."""
 
 
 class WeightFiles:
@@ -95,6 +120,10 @@ class WeightFiles:
         """Return the file that holds a tensor."""
         return str(self._files[name][0])
 
+    def described(self) -> dict[str, Any]:
+        """Return the path of the files."""
+        return {"path": str(self.path.absolute())}
+
     def facts(self) -> dict[str, str]:
         """Return the dtype, the shape and a hash of the first elements of each tensor.
 
@@ -124,12 +153,10 @@ def _files_at(path: Path) -> dict[Path, Collection[str]]:
         hint = (
             "convert them to safetensors, for example: AutoModel.from_pretrained(folder).save_pretrained(other_folder)"
         )
-    elif {"manifest.json", "checkpoints"} & set(names):
-        hint = "`manyhands export RUN OUT` writes a run's weights in that layout"
     raise ConfigError(
         "there are no initial weights here",
         where=str(path.absolute()),
-        expected=f"a folder with {SINGLE} or {INDEX}, or a safetensors file",
+        expected=f"a folder with {SINGLE} or {INDEX}, a safetensors file, a run directory, or a checkpoint",
         got=("a folder with " + (", ".join(names[:5]) or "nothing in it")) if path.is_dir() else "nothing",
         hint=hint,
     )
@@ -170,7 +197,7 @@ LISTED = 8
 """An error lists at most this many names of each kind."""
 
 
-def fit(records: Sequence[TensorRecord], files: WeightFiles, weights: Weights) -> dict[str, list[str]]:
+def fit(records: Sequence[TensorRecord], files: WeightSource, weights: Weights) -> dict[str, list[str]]:
     """Match the model's tensors to those in the files. Return the names in the files for each name in the model.
 
     A tied tensor may have several names in the files. The result leaves out tensors that are missing and are allowed to

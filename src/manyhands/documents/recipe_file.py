@@ -26,6 +26,7 @@ from manyhands.documents.option_table import BuildableTable, OptionTable
 from manyhands.documents.toml import Document, Table, raise_all, read_document
 from manyhands.errors import ConfigError
 from manyhands.options import hint_nearest
+from manyhands.storage.location import is_local
 from manyhands.validation import Validation
 
 if TYPE_CHECKING:
@@ -194,12 +195,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
 def _weights(document: Document[RecipeSchema]) -> Weights | None:
     """Return the initial weights.
 
-    The path is relative to the recipe's folder, or to the working directory if an override set it.
+    A path, unlike an address, is relative to the recipe's folder, or to the working directory if an override set it.
     """
     table = document.schema.weights
     overridden = document.origin("weights", "path").startswith("--set")
     if table is None:
         return None
+    if not is_local(str(table.path)):
+        return table.build()
     folder = Path() if overridden else document.path.parent
     return table.build(path=folder.absolute() / table.path)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from manyhands.checkpoint.extra_state import check_extra_states
 from manyhands.checkpoint.format import Manifest, folder_name
-from manyhands.checkpoint.initial import load_initial
+from manyhands.checkpoint.initial import InitialWeights, load_initial
 from manyhands.checkpoint.load import load_checkpoint
 from manyhands.checkpoint.save import Saving, start_checkpoint
 from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot
@@ -59,7 +59,8 @@ class Engine(StepEngine):
     group: only for tests that run workers as threads. By default, the launcher's environment determines the group.
     resumes: True if a checkpoint will be loaded before the first step. In that case, only the frozen parameters are
     read from the recipe's initial weights, because the checkpoint lacks them.
-    weights_read_bytes: bytes of the recipe's initial weights that this worker has read.
+    weights_read_bytes: bytes of the recipe's initial weights that this worker has read. weights_source: where they come
+    from, with step and digest if it is a checkpoint of another run; None if they were not read.
     Raises ConfigError, DataError.
     """
 
@@ -90,17 +91,18 @@ class Engine(StepEngine):
             self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
             self._metrics = {name: chosen_metrics(each.metrics, name) for name, each in recipe.validations.items()}
             super().__init__(recipe, strategy, own)
-            self.weights_read_bytes = self._load_initial(recipe.initial_weights, resumes)
+            initial = self._load_initial(recipe.initial_weights, resumes)
+            self.weights_read_bytes, self.weights_source = initial
             self._first_step = True
         except BaseException as error:
             own.fail(error)
             own.close()
             raise
 
-    def _load_initial(self, weights: Weights | None, resumes: bool) -> int:
+    def _load_initial(self, weights: Weights | None, resumes: bool) -> InitialWeights:
         try:
             check_extra_states(self.model, self.group)
-            return 0 if weights is None else load_initial(self, weights, resumes=resumes)
+            return InitialWeights() if weights is None else load_initial(self, weights, resumes=resumes)
         except BaseException:
             self.allocator.close()
             raise

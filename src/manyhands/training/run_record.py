@@ -73,6 +73,13 @@ def _checkpoint_location(run_dir: str | Path | None, checkpoint_dir: str | Locat
     return checkpoints_of(Path(run_dir), checkpoint_dir)
 
 
+def _described_weights(engine: Engine) -> str:
+    path = None if engine.recipe.initial_weights is None else engine.recipe.initial_weights.path
+    source = engine.weights_source or {}
+    of_step = f" (step {source['step']}, digest {source['digest']})" if "step" in source else ""
+    return f"starting with the weights of {path}{of_step}"
+
+
 class RunRecord:
     """The record of a run: resumes it, and calls its listeners, which are on worker 0. All workers save checkpoints.
 
@@ -178,7 +185,7 @@ class RunRecord:
                 hint="use the recorded location, or copy the checkpoints here first",
             )
         elif self.engine.recipe.initial_weights is not None:
-            self.notes.append(f"starting with the weights of {self.engine.recipe.initial_weights.path}")
+            self.notes.append(_described_weights(self.engine))
         self.notes += self.engine.amendments.described()
         self._check_saved(source)
         self._record_start(source)
@@ -251,18 +258,22 @@ class RunRecord:
             sharding=engine.strategy.sharding,
         )
         if source is None:
-            self._write_settings(directory)
+            self._write_settings(directory, resumed=False)
         else:
-            self._gaps.attempt("settings", partial(self._write_settings, directory))
+            self._gaps.attempt("settings", partial(self._write_settings, directory, resumed=True))
 
-    def _write_settings(self, directory: RunDirectory) -> None:
+    def _write_settings(self, directory: RunDirectory, *, resumed: bool) -> None:
         engine = self.engine
+        # A run that is resumed doesn't read its initial weights again.
+        is_recorded = resumed and (directory.path / "manifest.json").exists()
+        weights = directory.read_manifest().get("initial_weights") if is_recorded else engine.weights_source
         directory.write_manifest(
             engine.identity,
             engine.strategy,
             workers=engine.group.size,
             transport=engine.group.kind,
             id=self._run.id,
+            **({} if weights is None else {"initial_weights": weights}),
             **self._external_checkpoints(),
         )
         directory.write_recipe(self._recipe_as_used or engine.recipe)
