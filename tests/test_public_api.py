@@ -144,6 +144,7 @@ OPTIONS = {
         "recipe",
         "run",
     },
+    "sample": {"--accept-new-numerics", "--set", "--step", "--weights", "--workers", "-n", "recipe", "run"},
     "export": {"--dtype", "--json", "--max-shard-size", "--step", "--weights", "out", "run"},
 }
 

@@ -18,6 +18,7 @@ from manyhands.cli.evaluate import evaluate_command
 from manyhands.cli.export import export_command
 from manyhands.cli.hosts import join_command
 from manyhands.cli.prepare import prepare_command
+from manyhands.cli.sample import sample_command
 from manyhands.cli.train import train_command
 from manyhands.cli.workers import Workers, print_restart, snapshot_memory, start_workers, workers_for
 from manyhands.errors import ConfigError, Interrupted, InvariantError, ManyhandsError, WorkerError
@@ -180,6 +181,8 @@ def compare_command(
 app.command("prepare")(prepare_command)
 
 app.command("evaluate")(evaluate_command)
+
+app.command("sample")(sample_command)
 
 app.command("export")(export_command)
 

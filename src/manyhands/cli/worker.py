@@ -1,4 +1,4 @@
-"""One worker of the train or evaluate command."""
+"""One worker of the train, evaluate or sample command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manyhands.surroundings import StopSignals
 
 
 def work(request: Mapping[str, Any]) -> int:
-    """Train or evaluate as one worker of the launcher, and return the exit code.
+    """Train, evaluate or sample as one worker of the launcher, and return the exit code.
 
     Records an error for the parent, and prints the traceback. Under Manyhands's launcher, worker 0 prints no traceback,
     because the launcher prints the root cause on the same terminal.
@@ -25,6 +25,8 @@ def work(request: Mapping[str, Any]) -> int:
         with StopSignals() as stop:
             if "evaluation" in request:
                 _evaluate(request)
+            elif "sample" in request:
+                _sample(request)
             else:
                 _train(request, stop)
         end_work()
@@ -76,6 +78,16 @@ def _evaluate(request: Mapping[str, Any]) -> None:
     if request["json"] and int(os.environ["RANK"]) == 0:
         figures = {name: numbers(each.as_json()) for name, each in found.items()}
         say(json.dumps(figures), to_stdout=True)
+
+
+def _sample(request: Mapping[str, Any]) -> None:
+    from manyhands.documents.recipe_file import load_recipe
+    from manyhands.training.finished import sample
+
+    loaded = load_recipe(request["recipe"], request["overrides"])
+    text = sample(loaded.recipe, strategy=loaded.strategy, **request["sample"])
+    if text is not None:
+        say(text, to_stdout=True)
 
 
 if __name__ == "__main__":

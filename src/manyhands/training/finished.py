@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint of a run, for example after the run has ended."""
+"""Evaluates a checkpoint of a run, or samples from it, for example after the run has ended."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from manyhands.options import nearest
 from manyhands.output import say
 from manyhands.storage.location import location_of
 from manyhands.training.engine import Engine
+from manyhands.training.sampling import sample_text
 from manyhands.validation import AVERAGED, TRAINED
 
 
@@ -58,3 +59,32 @@ def evaluate(
                 if show and engine.group.rank == 0:
                     say(str(each))
     return found
+
+
+def sample(
+    recipe: Recipe,
+    run: str | Path,
+    *,
+    step: int | None = None,
+    weights: str = TRAINED,
+    strategy: Strategy | None = None,
+    accept_new_numerics: bool = False,
+) -> str | None:
+    """Return the text of the recipe's sample function for a checkpoint, on worker 0; None on the others. Collective.
+
+    The text is the one that the run itself shows if this is its last step. The arguments are those of `evaluate`.
+    Nothing is written to the run. Raises ConfigError, CheckpointError, DataError, NumericsError.
+    """
+    if recipe.sample is None:
+        raise ConfigError("the recipe has no sample function", expected="sample=function, or a table [sample]")
+    if weights == AVERAGED:
+        raise ConfigError(
+            "the recipe's sample function gets the trained weights only",
+            expected=f'weights = "{TRAINED}" or "best"',
+            got=repr(weights),
+            hint="for a text of the average, use manyhands.load_model(..., weights='ema')",
+        )
+    checkpoint = find_checkpoint(location_of(run), step, weights)
+    with Engine(recipe, strategy, resumes=True) as engine:
+        engine.load(checkpoint, accept_new_numerics=accept_new_numerics)
+        return sample_text(engine)

@@ -18,14 +18,13 @@ from manyhands.intervals import Every, every
 from manyhands.listeners.dispatch import check_listeners
 from manyhands.listeners.listener import Listener
 from manyhands.listeners.summary import Summary, failures_among
-from manyhands.numerics.counters import derive
-from manyhands.numerics.seeds import seed_generators
 from manyhands.offload.process_memory import PeakMemory
 from manyhands.options import whole_number
 from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
 from manyhands.training.run_record import RunRecord, Saver, has_started_over, will_resume
+from manyhands.training.sampling import sample_text
 from manyhands.training.validating import Validations
 
 MEASURED_STEPS = 3
@@ -229,14 +228,7 @@ def _summary(
     group, recipe = engine.group, engine.recipe
     group.status("end / summary")
     digest = engine.digest()
-    sample = None
-    if recipe.sample is not None:
-        with engine.evaluating() as model:
-            if group.rank == 0:
-                seed_generators(derive(recipe.seed, "sample"))
-                sample = recipe.sample(model)
-                if not (sample is None or isinstance(sample, str)):
-                    raise ConfigError("recipe.sample did not return text", got=repr(sample)[:80])
+    sample = sample_text(engine)
     # Only worker 0 has the metrics and the sample. All workers return the same summary.
     mine = {**record.figures.figures()._asdict(), **failures_among(record.read_events())._asdict(), "sample": sample}
     mine["validations"] = record.last_validations() | {name: x.as_json() for name, x in validations.last.items()}
