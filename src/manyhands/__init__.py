@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from manyhands.prepare.dataset import Dataset
     from manyhands.prepare.job.output import PrepareSummary
     from manyhands.prepare.records.aggregate import Aggregate
+    from manyhands.training.dry_run import DryRun, dry_run
     from manyhands.training.engine import Engine
     from manyhands.training.finished import evaluate
     from manyhands.training.loop import train
@@ -51,6 +52,7 @@ _WHERE = {
     "ConfigError": "errors",
     "DataError": "errors",
     "Dataset": "prepare.dataset",
+    "DryRun": "training.dry_run",
     "Engine": "training.engine",
     "Evaluation": "engine.step.figures",
     "ExportSummary": "checkpoint.export",
@@ -70,6 +72,7 @@ _WHERE = {
     "WorkerError": "errors",
     "by_length": "data.sample_order",
     "digest_of_tensors": "numerics.digest",
+    "dry_run": "training.dry_run",
     "evaluate": "training.finished",
     "export": "checkpoint.export",
     "launch": "launching.function",
@@ -90,6 +93,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Dataset",
+    "DryRun",
     "Engine",
     "Evaluation",
     "ExportSummary",
@@ -109,6 +113,7 @@ __all__ = [
     "WorkerError",
     "by_length",
     "digest_of_tensors",
+    "dry_run",
     "evaluate",
     "export",
     "launch",

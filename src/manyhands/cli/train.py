@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -96,6 +97,15 @@ class TrainArguments(RunArguments):
             help="Begin the run in --run-dir anew. Its metrics, events, digests and checkpoints move to a subfolder.",
         ),
     ] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only try the recipe out, on this host: two steps, one micro-batch of each validation and one "
+            "checkpoint. Print the memory, the time, and the size of a checkpoint. Nothing is kept, and no run "
+            "directory is used.",
+        ),
+    ] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")] = False
 
     def request(self, overrides: list[str], steps: int | None, run_dir: Path) -> dict[str, Any]:
@@ -124,6 +134,9 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
     allowed = workers_for(arguments.workers, checked.threads_per_worker, batch.micro_batches)
     batch.check_workers(launched or allowed.most)
     steps = arguments.last_step(checked)
+    if arguments.dry_run:
+        _try_out(arguments, overrides, steps, allowed.most)
+        return
     directory = arguments.run_dir or _new_directory(Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}")
     from manyhands.checkpoint.format import checkpoints_of
     from manyhands.listeners.run_directory import RunDirectory
@@ -160,6 +173,25 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
             join = ["manyhands", "join", rendezvous.endpoint, *arguments.options(overrides, directory, allowed.most)]
             say(f"other hosts join this run with: {shlex.join(join)}")
         train_together(rendezvous, request, allowed.most)
+
+
+def _try_out(arguments: TrainArguments, overrides: list[str], steps: int | None, workers: int) -> None:
+    """Start the workers for a dry run. Its temporary folder is deleted even if they are killed."""
+    if arguments.hosts is not None or "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            "a dry run is made on one host",
+            expected="manyhands train --dry-run without --hosts and without another launcher",
+            got=shlex.join(sys.argv[1:]),
+        )
+    with tempfile.TemporaryDirectory(prefix="manyhands-dry-run-") as folder:
+        request = {
+            "recipe": str(arguments.recipe.absolute()),
+            "overrides": overrides,
+            "json": arguments.as_json,
+            "dry_run": {"steps": steps, "folder": folder},
+        }
+        command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
+        start_workers(command, workers, None, {}, cooperates=True)
 
 
 def _new_directory(path: Path) -> Path:

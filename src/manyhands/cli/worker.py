@@ -25,6 +25,8 @@ def work(request: Mapping[str, Any]) -> int:
         with StopSignals() as stop:
             if "evaluation" in request:
                 _evaluate(request)
+            elif "dry_run" in request:
+                _dry_run(request)
             elif "sample" in request:
                 _sample(request)
             else:
@@ -88,6 +90,18 @@ def _sample(request: Mapping[str, Any]) -> None:
     text = sample(loaded.recipe, strategy=loaded.strategy, **request["sample"])
     if text is not None:
         say(text, to_stdout=True)
+
+
+def _dry_run(request: Mapping[str, Any]) -> None:
+    from dataclasses import asdict
+
+    from manyhands.documents.recipe_file import load_recipe
+    from manyhands.training.dry_run import dry_run
+
+    loaded = load_recipe(request["recipe"], request["overrides"])
+    found = dry_run(loaded.recipe, strategy=loaded.strategy, show=not request["json"], **request["dry_run"])
+    if request["json"] and int(os.environ["RANK"]) == 0:
+        say(json.dumps(asdict(found) | {"total_seconds": found.total_seconds}), to_stdout=True)
 
 
 if __name__ == "__main__":

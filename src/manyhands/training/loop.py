@@ -225,7 +225,7 @@ def _interrupted(engine: Engine, record: RunRecord, saver: Saver) -> Interrupted
 def _summary(
     engine: Engine, record: RunRecord, validations: Validations, peak_bytes: int, wall_seconds: float
 ) -> Summary:
-    group, recipe = engine.group, engine.recipe
+    group = engine.group
     group.status("end / summary")
     digest = engine.digest()
     sample = sample_text(engine)
