@@ -18,6 +18,7 @@ from manyhands.cli.evaluate import evaluate_command
 from manyhands.cli.export import export_command
 from manyhands.cli.hosts import join_command
 from manyhands.cli.prepare import prepare_command
+from manyhands.cli.reproduce import reproduce_command
 from manyhands.cli.sample import sample_command
 from manyhands.cli.train import train_command
 from manyhands.cli.workers import Workers, print_restart, snapshot_memory, start_workers, workers_for
@@ -177,6 +178,8 @@ def compare_command(
     if not comparison.equal:
         raise typer.Exit(1)
 
+
+app.command("reproduce")(reproduce_command)
 
 app.command("prepare")(prepare_command)
 

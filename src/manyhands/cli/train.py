@@ -125,6 +125,11 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
 
     Example: `manyhands train recipe.toml --workers 4 --sharding zero2 --set seed=1`
     """
+    train_recipe(arguments, strategy)
+
+
+def train_recipe(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
+    """Train a recipe with the arguments of the train command. Raises the errors of `manyhands.train`."""
     from manyhands.documents.recipe_file import check_recipe
 
     overrides = arguments.overrides(strategy)
@@ -137,7 +142,7 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
     if arguments.dry_run:
         _try_out(arguments, overrides, steps, allowed.most)
         return
-    directory = arguments.run_dir or _new_directory(Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    directory = arguments.run_dir or new_directory(Path("runs") / f"{checked.name}-{datetime.now():%Y%m%d-%H%M%S}")
     from manyhands.checkpoint.format import checkpoints_of
     from manyhands.listeners.run_directory import RunDirectory
     from manyhands.storage.run_lock import run_lock
@@ -194,7 +199,7 @@ def _try_out(arguments: TrainArguments, overrides: list[str], steps: int | None,
         start_workers(command, workers, None, {}, cooperates=True)
 
 
-def _new_directory(path: Path) -> Path:
+def new_directory(path: Path) -> Path:
     """Create the folder `path`, or `path-2` and so on if it exists: another run may start in the same second."""
     for number in count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")

@@ -105,6 +105,11 @@ class TokenFile(Dataset[Any]):
             return tokens
         return {"tokens": tokens, "documents": _long(_document_numbers(pieces))}
 
+    @property
+    def digest(self) -> str:
+        """Return a hash of the checksums that the files had when they were prepared. Runs record it."""
+        return hashlib.sha256(" ".join(str(file.get("sha256")) for file in self._listed).encode()).hexdigest()
+
     def verify(self) -> None:
         """Read all files and check their SHA-256 checksums. Raises DataError, which names a file that has changed."""
         for listed in self._listed:

@@ -30,7 +30,8 @@ class Comparison:
     of the parameter or buffer, the number of the block in this tensor, and the range [start, end) of elements.
     located_step: the step after which this difference was found. It is later than `step` if a run has deleted its table
     of hashes of `step`. is_buffer: True if the tensor is a buffer. tensors_differing, blocks_differing: the numbers of
-    tensors and blocks that differ. differences: other differences between the two runs (recipe, numerics).
+    tensors and blocks that differ. differences: other differences between the two runs, such as those of
+    the recipe, the numerics, the code and the data.
     """
 
     equal: bool
@@ -176,6 +177,15 @@ def _numerics(run: RunDirectory) -> dict[str, object]:
     return found
 
 
+_RECORDED = {"code": "code", "data": "prepared_data", "versions": "versions", "initial weights": "initial_weights"}
+"""Entries of manifests that explain differences, by the names that people read."""
+
+
+def _facts(run: RunDirectory, key: str) -> dict[str, object]:
+    found = run.read_manifest().get(key)
+    return found if isinstance(found, dict) else {}
+
+
 def _without_strategy(run: RunDirectory) -> dict[str, object]:
     return {name: value for name, value in run.read_recipe().items() if name != "strategy"}
 
@@ -186,6 +196,7 @@ def _differences(one: RunDirectory, other: RunDirectory) -> tuple[str, ...]:
         ("recipe", _without_strategy(one), _without_strategy(other)),
         ("amendments", one.read_amendments().as_json(), other.read_amendments().as_json()),
         ("numerics", _numerics(one), _numerics(other)),
+        *((title, _facts(one, key), _facts(other, key)) for title, key in _RECORDED.items()),
     ):
         for name in dict.fromkeys([*first, *second]):
             if first.get(name) != second.get(name):

@@ -212,7 +212,7 @@ class RunDirectory:
         The manifest is copied, because the run keeps its id and the location of its checkpoints. A link to a folder of
         checkpoints stays. The caller holds the run's lock. Raises ConfigError.
         """
-        names = list(filter(self._is_recorded, (*_FOLDERS, "recipe.json", AMENDMENTS, *_RECORDS)))
+        names = list(filter(self._is_recorded, (*_FOLDERS, "recipe.json", "code.diff", AMENDMENTS, *_RECORDS)))
         if not names:
             return None
         numbers = [int(path.name.partition("-")[2]) for path in self.path.glob("earlier-*") if path.name[8:].isdigit()]

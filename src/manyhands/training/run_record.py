@@ -37,7 +37,7 @@ from manyhands.listeners.dispatch import Listeners
 from manyhands.listeners.gaps import Gaps
 from manyhands.listeners.listener import Listener
 from manyhands.listeners.recording import Recording
-from manyhands.listeners.run_directory import RunDirectory, describe, events_in, write_json
+from manyhands.listeners.run_directory import RunDirectory, describe, events_in, versions, write_json
 from manyhands.listeners.summary import StepFigures, Summary, unfinished
 from manyhands.listeners.tensorboard import TensorBoardListener
 from manyhands.listeners.terminal import TrainingProgress
@@ -49,6 +49,7 @@ from manyhands.storage.location import Location, is_local, location_of
 from manyhands.storage.run_lock import run_lock
 from manyhands.surroundings import is_restart, launch_id
 from manyhands.training.engine import Engine
+from manyhands.training.provenance import code_of, data_digests, package_versions, with_earlier_code, write_diff
 from manyhands.training.saving import Snapshots
 
 RETRY_SECONDS = 5
@@ -266,16 +267,22 @@ class RunRecord:
         engine = self.engine
         # A run that is resumed doesn't read its initial weights again.
         is_recorded = resumed and (directory.path / "manifest.json").exists()
-        weights = directory.read_manifest().get("initial_weights") if is_recorded else engine.weights_source
+        recorded = directory.read_manifest() if is_recorded else {}
+        weights = recorded.get("initial_weights") if is_recorded else engine.weights_source
+        code = code_of(engine.recipe)
         directory.write_manifest(
             engine.identity,
             engine.strategy,
             workers=engine.group.size,
             transport=engine.group.kind,
             id=self._run.id,
+            versions=versions() | package_versions(),
+            prepared_data=data_digests(engine.recipe),
+            **with_earlier_code(None if code is None else code.facts, recorded, engine.step_index),
             **({} if weights is None else {"initial_weights": weights}),
             **self._external_checkpoints(),
         )
+        write_diff(directory.path, code)
         directory.write_recipe(self._recipe_as_used or engine.recipe)
         buffers = engine.buffers.named()
         numel = {name: buffers[name].numel() for name in engine.buffers.persistent}
