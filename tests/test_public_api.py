@@ -147,6 +147,7 @@ OPTIONS = {
         "recipe",
         "run",
     },
+    "new": {"folder"},
     "reproduce": {"--json", "--run-dir", "--set", "--workers", "-n", "recipe", "run"},
     "sample": {"--accept-new-numerics", "--set", "--step", "--weights", "--workers", "-n", "recipe", "run"},
     "export": {"--dtype", "--json", "--max-shard-size", "--step", "--weights", "out", "run"},

@@ -17,6 +17,7 @@ from manyhands.cli.doctor import doctor_command
 from manyhands.cli.evaluate import evaluate_command
 from manyhands.cli.export import export_command
 from manyhands.cli.hosts import join_command
+from manyhands.cli.new import new_command
 from manyhands.cli.prepare import prepare_command
 from manyhands.cli.reproduce import reproduce_command
 from manyhands.cli.sample import sample_command
@@ -91,6 +92,8 @@ def _app(
 ) -> None:
     pass
 
+
+app.command("new")(new_command)
 
 app.command("train")(train_command)
 
