@@ -221,9 +221,9 @@ class StepEngine:
         """Raise InvariantError if an earlier failure left the state partly changed, and ConfigError inside
         `evaluating()`.
         """
-        if self._failed is not None:
+        if (failed := self._failed or self.evaluation.failed) is not None:
             raise InvariantError(
-                f"this engine can't be used any more, because it failed at step {self.step_index}: {self._failed}",
+                f"this engine can't be used any more, because it failed at step {self.step_index}: {failed}",
                 hint="create a new engine and load the last checkpoint",
             )
         if self.evaluation.is_active:

@@ -16,6 +16,7 @@ from manyhands.models.attributes import AttributeGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32
 from manyhands.models.compiling import CompiledModules
 from manyhands.models.modes import evaluation_mode
+from manyhands.numerics.arithmetic import preserved_arithmetic
 from manyhands.numerics.seeds import preserved_generators
 
 
@@ -23,8 +24,10 @@ class Evaluation:
     """The evaluation mode of an engine.
 
     In both kinds of block, all modules are in evaluation mode, and torch records no gradients. At the end of the block,
-    the modes of the modules, their attributes, the buffers and the global generators are as before.
-    is_active: True inside such a block.
+    the modes of the modules, their attributes, the buffers, the global generators and torch's global modes are as
+    before.
+    is_active: True inside such a block. failed: the exception that a block raised. The engine can't be used after it,
+    whatever the number of workers, because peers may have missed a collective call.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Evaluation:
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in model.parameters())
         self._changes_attributes: bool | None = None  # None: not known yet
         self.is_active = False
+        self.failed: BaseException | None = None
 
     @contextmanager
     def free(self) -> Iterator[None]:
@@ -62,15 +66,17 @@ class Evaluation:
     def round(self, tag: str, seed: int | None) -> Iterator[None]:
         """Context in which each worker computes at most one micro-batch. Collective.
 
-        The micro-batch starts with the same buffers and attributes as every other one, and with generators that are
-        seeded with `seed`. So it doesn't matter which worker computes it. seed: None if this worker has no micro-batch
-        in this round.
+        The micro-batch starts with the same buffers, attributes and modes of modules as every other one, and with
+        generators that are seeded with `seed`. So it doesn't matter which worker computes it. seed: None if this worker
+        has no micro-batch in this round.
         """
         self._unsharder.begin(tag, computes=seed is not None, backward=False)
         if seed is None:
             yield
         else:
+            self._model.eval()  # the previous micro-batch may have left some modules in training mode
             with ExitStack() as stack:
+                stack.enter_context(preserved_arithmetic())
                 if self._changes_attributes is not False:
                     changed = stack.enter_context(self._attributes.preserved())
                 stack.enter_context(self._call_seeds.micro_batch(seed))
@@ -86,6 +92,7 @@ class Evaluation:
     def _untouched(self, bf16: bool) -> Iterator[None]:
         with (
             preserved_generators(),
+            preserved_arithmetic(),
             self._buffers.preserved(),
             self._attributes.preserved(),
             evaluation_mode(self._model),
@@ -100,6 +107,7 @@ class Evaluation:
         try:
             yield
         except BaseException as error:
+            self.failed = error
             self._group.fail(error)  # peers may be waiting for this worker at the end of the block
             self._unsharder.abort()
             raise

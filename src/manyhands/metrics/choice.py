@@ -29,7 +29,7 @@ NAMED = {
 }
 """The functions that create metrics, by name."""
 
-_RESERVED = ("loss", "weight", "step", "set", "samples", "seconds")
+RESERVED = ("loss", "weight", "step", "set", "samples", "seconds")
 
 _TOP = re.compile(r"top_(\d+)")
 
@@ -41,9 +41,11 @@ def chosen_metrics(given: Sequence[Any] | Mapping[str, Any], of: str) -> dict[st
     )
     found: dict[str, Metric | Collected] = {}
     for name, value in pairs:
+        if isinstance(given, Mapping) and not (isinstance(name, str) and name):
+            raise ConfigError(f"the name of a metric of {of} is not a text", got=repr(name))
         metric = _metric(value, name)
-        if metric.name in found or metric.name in _RESERVED:
-            taken = "is the name of another figure" if metric.name in _RESERVED else "occurs twice"
+        if metric.name in found or metric.name in RESERVED:
+            taken = "is the name of another figure" if metric.name in RESERVED else "occurs twice"
             raise ConfigError(
                 f"the name of a metric of {of} {taken}",
                 got=repr(metric.name),

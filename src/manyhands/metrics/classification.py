@@ -238,7 +238,9 @@ class _Auroc(Metric):
     def figure(self, totals: Totals) -> Figure:
         negatives, positives = totals["negatives"], totals["positives"]
         below = np.concatenate([[0], np.cumsum(negatives)[:-1]])
-        twice = int((positives * (2 * below + negatives)).sum())  # pairs in one bin count half
+        # Pairs in one bin count half. The number of pairs may exceed int64, but Python's integers don't overflow.
+        bins = zip(positives.tolist(), below.tolist(), negatives.tolist(), strict=True)
+        twice = sum(positive * (2 * lower + negative) for positive, lower, negative in bins)
         return ratio(twice, 2 * int(negatives.sum()) * int(positives.sum()))
 
 

@@ -79,10 +79,22 @@ class FunctionMetric(Metric):
                 hint="for a mean, return (mean * count, count); for metrics that need all predictions, use "
                 "manyhands.metrics.collected",
             )
-        return {"sum": number(pair[0]), "weight": number(pair[1])}
+        return {"sum": self._single(pair[0]), "weight": self._single(pair[1])}
 
     def figure(self, totals: Totals) -> Figure:
         return ratio(totals["sum"], totals["weight"])
+
+    def _single(self, value: object) -> NDArray[Any]:
+        """Return one number as fp64, because a function may return the integer 0 for some micro-batches only."""
+        found = number(value)
+        if found.size != 1:
+            raise ConfigError(
+                f"the metric {self.name} returned more than one number as the sum or as the weight",
+                expected="two numbers or tensors of one element: (correct, len(batch))",
+                got=f"shape {list(found.shape)}",
+                hint="return the sums over the micro-batch: (errors.sum(), len(errors))",
+            )
+        return found.reshape(()).astype(np.float64)
 
 
 def metric_named(name: str, function: Metric | Callable[..., Any]) -> Metric:

@@ -106,19 +106,21 @@ class ClassPicker:
             scores = self.scores_of(predictions, labels)
             number, predictions = number or scores.shape[-1], scores.argmax(-1)
         counts = counting(labels, self.ignore_index)
-        return Classes(predictions[counts].long(), self._checked(labels[counts].long(), number), number)
+        predicted = self._checked(predictions[counts], number, "predicted class")
+        return Classes(predicted, self._checked(labels[counts], number, "label"), number)
 
     def scores_of(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Return the scores with the classes as their last dimension: [*labels.shape, classes]. Raises ConfigError."""
         if predictions.ndim == labels.ndim + 1:
             scores = predictions.movedim(self.class_dim, -1)
-            if scores.shape[:-1] == labels.shape:
+            if scores.shape[:-1] == labels.shape and scores.shape[-1] > 1:
                 return scores
         raise ConfigError(
             "the shapes of predictions and labels don't match",
             expected=f"scores of the labels' shape {list(labels.shape)}, and the classes as dimension {self.class_dim}",
             got=f"predictions of shape {list(predictions.shape)}",
             hint="set class_dim=1 if the classes are the second dimension, as in images [n, classes, height, width]; "
+            "give one score per label the labels' shape, with squeeze(-1) in a pick function, and set threshold; "
             "a language model's labels may have to be shifted by a pick function",
         )
 
@@ -131,14 +133,19 @@ class ClassPicker:
             )
         return (scores >= self.threshold).long()
 
-    def _checked(self, labels: Tensor, number: int) -> Tensor:
-        if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < number):
+    def _checked(self, given: Tensor, number: int, what: str) -> Tensor:
+        """Return classes as int64. Raises ConfigError for numbers that are no classes. what: "label", for example."""
+        classes = given.long()
+        if given.is_floating_point() and not torch.equal(classes.to(given.dtype), given):
+            raise ConfigError(f"a {what} is not a whole number", expected=f"classes from 0 to {number - 1}")
+        if classes.numel() and not (int(classes.min()) >= 0 and int(classes.max()) < number):
+            ignored = f", or {self.ignore_index} for samples that don't count" if what == "label" else ""
             raise ConfigError(
-                "a label is out of range",
-                expected=f"0 to {number - 1}" + (f", or {self.ignore_index} for samples that don't count"),
-                got=f"labels from {int(labels.min())} to {int(labels.max())}",
+                f"a {what} is out of range",
+                expected=f"0 to {number - 1}{ignored}",
+                got=f"classes from {int(classes.min())} to {int(classes.max())}",
             )
-        return labels
+        return classes
 
 
 def counting(labels: Tensor, ignore_index: int | None) -> Tensor:

@@ -14,6 +14,7 @@ from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.hooks import last_output, to_device
 from manyhands.engine.step.loss import LossReader, LossResult
 from manyhands.errors import ConfigError
+from manyhands.metrics.choice import RESERVED
 from manyhands.metrics.metric import Measured, Totals, number
 from manyhands.metrics.tally import ROUNDS_PER_EXCHANGE, Tally
 from manyhands.validation import AVERAGED, TRAINED
@@ -133,6 +134,12 @@ def _measured(reader: LossReader, result: LossResult, output: Any, batch: Any, s
 def _of_loss(reader: LossReader, result: LossResult, metrics: Mapping[str, Any]) -> dict[str, Totals]:
     """Return the parts of the metrics that the loss function returned."""
     names = reader.form.metrics
+    if taken := [name for name in names if name in RESERVED]:
+        raise ConfigError(
+            f"the loss function returns a metric with the name {taken[0]!r}, which is the name of another figure",
+            expected=f"another name than {', '.join(RESERVED)}",
+            hint=f'return it as "my_{taken[0]}", for example',
+        )
     if twice := [name for name in names if name in metrics]:
         raise ConfigError(
             f"two metrics have the name {twice[0]!r}: one of the validation, and one that the loss function returns",
@@ -141,6 +148,6 @@ def _of_loss(reader: LossReader, result: LossResult, metrics: Mapping[str, Any])
         )
     pairs = zip(names, result.metrics, strict=True)
     return {
-        name: {"sum": number(total).astype(float), "weight": number(weight).astype(float)}
+        name: {"sum": number(total).astype(float).reshape(()), "weight": number(weight).astype(float).reshape(())}
         for name, (total, weight) in pairs
     }

@@ -1,0 +1,140 @@
+"""Metrics refuse what would give wrong figures, and evaluations give each micro-batch the same beginning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import manyhands as mh
+from manyhands import metrics
+from manyhands.comm.group import Group
+from manyhands.errors import ConfigError, InvariantError, WorkerError
+from support.threads import run_threads
+
+SAMPLES = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+DATA = torch.utils.data.TensorDataset(SAMPLES)
+
+
+def mean_loss(model: nn.Module, batch: Any) -> Tensor:
+    loss: Tensor = (model(batch[0]) - batch[0]).square().mean()
+    return loss
+
+
+def recipe_of(**changes: Any) -> mh.Recipe:
+    given = {
+        "model": lambda: nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 8)),
+        "loss": mean_loss,
+        "optimizer": lambda params: torch.optim.SGD(params, lr=0.1),
+        "data": DATA,
+        "batch": mh.Batch(global_size=6, micro_size=2),
+    }
+    return mh.Recipe(**given | changes)  # type: ignore[arg-type]
+
+
+def evaluated(recipe: mh.Recipe, given: Any = (), workers: int = 1, batch: int = 2) -> mh.Evaluation:
+    def run(group: Group | None) -> mh.Evaluation:
+        with mh.Engine(recipe, group=group) as engine:
+            return engine.evaluate(DATA, given, batch=batch)
+
+    return run_threads(workers, run)[0]
+
+
+def figure_of(metric: Any, predictions: Tensor, labels: Tensor) -> Any:
+    return metric.figure(metric.measure(metrics.Measured(predictions, (None, labels), 0.0, 0.0, False, len(labels))))
+
+
+@pytest.mark.parametrize("metric", [metrics.confusion(classes=3), metrics.f1(classes=3), metrics.accuracy(classes=3)])
+def test_predictions_that_are_no_class_are_refused(metric: Any) -> None:
+    """A confusion matrix would count the prediction 4 of class 0 as the prediction 1 of class 1."""
+    for predictions in (torch.tensor([4, 0]), torch.tensor([-1, 0]), torch.randn(2, 5).abs() + torch.eye(5)[3] * 9):
+        with pytest.raises(ConfigError, match="a predicted class is out of range"):
+            figure_of(metric, predictions, torch.tensor([0, 0]))
+
+
+def test_labels_and_predictions_of_other_meanings_are_refused() -> None:
+    column = torch.tensor([[-3.0], [2.0]])
+    for metric in (metrics.accuracy(), metrics.top_k(1)):
+        with pytest.raises(ConfigError, match=r"the shapes of predictions and labels don't match(.|\n)*squeeze"):
+            figure_of(metric, column, torch.tensor([0, 0]))
+    with pytest.raises(ConfigError, match="a label is not a whole number"):
+        figure_of(metrics.accuracy(threshold=0.5), torch.tensor([0.7, 0.2]), torch.tensor([0.7, 0.2]))
+    assert figure_of(metrics.accuracy(threshold=0.5), torch.tensor([0.7, 0.2]), torch.tensor([1.0, 1.0])) == 0.5
+
+
+def test_auroc_of_more_samples_than_pairs_fit_into_an_integer() -> None:
+    counts = {"negatives": torch.tensor([3 * 10**9, 0]).numpy(), "positives": torch.tensor([0, 3 * 10**9]).numpy()}
+    assert metrics.auroc(thresholds=2).figure(counts) == 1.0
+
+
+def test_a_function_may_return_an_integer_for_some_micro_batches() -> None:
+    def positive(output: Any, batch: Any) -> tuple[Any, Any]:
+        return (output.sum().reshape(1) if float(batch[0][0, 0]) > 0 else 0), torch.ones(1)
+
+    def each(output: Any, batch: Any) -> tuple[Any, Any]:
+        return output.sum(1), len(output)
+
+    assert {evaluated(recipe_of(), [positive], workers).metrics["positive"] for workers in (1, 3)} == {
+        evaluated(recipe_of(), [positive]).metrics["positive"]
+    }
+    with pytest.raises(ConfigError, match="the metric each returned more than one number as the sum"):
+        evaluated(recipe_of(), [each])
+
+
+def test_names_of_figures_do_not_replace_others() -> None:
+    for name in ("", 1):
+        with pytest.raises(ConfigError, match="the name of a metric of validation is not a text"):
+            evaluated(recipe_of(), {name: lambda output, batch: (1, 1)})
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        return mean_loss(model, batch), {"step": (7.0, 1)}
+
+    with pytest.raises(ConfigError, match="the loss function returns a metric with the name 'step'"):
+        evaluated(recipe_of(loss=loss))
+
+
+def test_each_micro_batch_begins_in_evaluation_mode() -> None:
+    """Which micro-batches a worker has computed before would decide about dropout otherwise."""
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        found = mean_loss(model, batch)
+        model[1].train()
+        return found
+
+    figures = {evaluated(recipe_of(loss=loss), workers=workers).loss for workers in (1, 2, 3)}
+    assert figures == {evaluated(recipe_of()).loss}
+
+
+def test_global_modes_of_torch_are_as_before() -> None:
+    def doubles(output: Any, batch: Any) -> tuple[float, int]:
+        was_single = torch.get_default_dtype() == torch.float32
+        torch.set_default_dtype(torch.float64)
+        return float(was_single), 1
+
+    assert evaluated(recipe_of(), [doubles]).metrics["doubles"] == 1.0
+    assert torch.get_default_dtype() == torch.float32
+    with mh.Engine(recipe_of()) as engine, engine.evaluating():
+        torch.set_default_dtype(torch.float64)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_engine_is_unusable_after_an_evaluation_failed_whatever_the_number_of_workers(workers: int) -> None:
+    def broken(output: Any, batch: Any) -> Any:
+        raise ZeroDivisionError
+
+    def run(group: Group | None) -> list[str]:
+        with mh.Engine(recipe_of(), group=group) as engine:
+            for wrong in (lambda: engine.evaluate([]), lambda: engine.evaluate(DATA, ["acuracy"])):
+                with pytest.raises(mh.ManyhandsError):
+                    wrong()  # refused on all workers before anything has begun
+            engine.evaluate(DATA)
+            with pytest.raises((ConfigError, WorkerError), match="the metric broken raised ZeroDivisionError"):
+                engine.evaluate(DATA, [broken])
+            with pytest.raises(InvariantError, match=r"can't be used any more(.|\n)*the metric broken raised"):
+                engine.evaluate(DATA)
+        return []
+
+    run_threads(workers, run)
