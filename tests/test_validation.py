@@ -422,6 +422,30 @@ def test_patience_ends_a_run_also_if_it_was_killed(tmp_path: Path) -> None:
     assert patient_run(killed, None) == plain
 
 
+def test_patience_that_is_changed_takes_effect_when_a_run_goes_on(tmp_path: Path) -> None:
+    """Also a shorter one: the validations without an improvement are counted, not the decision."""
+
+    def steps(patience: int | None) -> int:
+        recipe = scripted([9.0, 1.0, 2.0, 3.0, 4.0, 0.5, 0.6], every="1 steps", patience=patience)
+        return mh.train(recipe, steps=6, run_dir=tmp_path, show=False).steps
+
+    assert [steps(patience) for patience in (1, 3, 2, None)] == [2, 4, 4, 6]
+    assert [step for step, _ in validations_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_state_before_the_first_step_may_be_the_best(tmp_path: Path) -> None:
+    def train(steps: int, *keep_best: str) -> Any:
+        recipe = scripted([0.5, 1.0, 2.0, 3.0, 0.1], every="1 steps", at_start=True)
+        arguments = {"run_dir": tmp_path, "keep_checkpoints": 1, "keep_best": keep_best, "show": False}
+        best = mh.train(recipe, steps=steps, **arguments).best  # type: ignore[arg-type]
+        return best, [step for step, _ in list_checkpoints(tmp_path / "checkpoints")]
+
+    assert train(2, "validation.loss:min") == ({"validation.loss:min": {"step": 0, "value": 0.5}}, [0, 2])
+    # Without keep_best, the checkpoint stays, but nothing is said about the best.
+    assert train(3) == ({}, [0, 3])
+    assert train(4, "validation.loss:min") == ({"validation.loss:min": {"step": 4, "value": 0.1}}, [4])
+
+
 def test_a_complete_run_says_that_there_is_nothing_to_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         summary = mh.train(scripted(LOSSES, every="2 steps"), steps=3, run_dir=tmp_path)

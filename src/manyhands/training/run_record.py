@@ -482,6 +482,13 @@ class Saver:
             return
         if self._engine.save_requested:
             self._last = time.monotonic()
+        self._begin_save()
+
+    def save_best(self) -> None:
+        """Start a checkpoint of the state before the next step, unless it has been written already. Collective."""
+        self._begin_save()
+
+    def _begin_save(self) -> None:
         if self._record.checkpoints is None:
             return
         for save in (self._engine.finish_save, partial(self._write, self._engine.begin_save)):

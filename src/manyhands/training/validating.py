@@ -67,7 +67,7 @@ class Validations:
         self._given = engine.recipe.validations
         self._keep_best = [Watched.parsed(text, "keep_best") for text in keep_best]
         self._patient = {
-            name: Watched.parsed(f"{name}.{each.watched}", f"{name}.watch")
+            name: (Watched.parsed(f"{name}.{each.watched}", f"{name}.watch"), each.patience)
             for name, each in self._given.items()
             if each.patience is not None
         }
@@ -83,8 +83,12 @@ class Validations:
     @property
     def stop_reason(self) -> str | None:
         """Return why no further step is made, or None."""
-        reason: str | None = self._engine.progress.get("stopped")
-        return reason
+        for watched, patience in self._patient.values():
+            without = self._engine.progress.get("patience", {}).get(str(watched), {}).get("without", 0)
+            if without >= patience:
+                plural = "" if without == 1 else "s"
+                return f"stopped early: {watched.name} has not improved for {without} validation{plural}"
+        return None
 
     def described(self) -> list[str]:
         """Describe in one line when validations are made, and what follows from them."""
@@ -95,14 +99,15 @@ class Validations:
         found += [f"the checkpoint with the best {watched.name} is kept" for watched in self._keep_best]
         return ["; ".join(found)] if found else []
 
-    def begin(self) -> None:
+    def begin(self) -> bool:
         """Try one micro-batch of each set, and make the validations that are due before the next step.
 
-        A validation after the last step may be missing, because the run was stopped before it. Raises ConfigError if
+        A validation after the last step may be missing, because the run was stopped before it. Returns True if the
+        present step is the best, so that its checkpoint is to be kept; it may not be written yet. Raises ConfigError if
         the workers have different data, or if a figure that is watched doesn't exist.
         """
         if not self._given:
-            return
+            return False
         names: list[str] = []
         for name, validation in self._given.items():
             agree(
@@ -113,7 +118,7 @@ class Validations:
             )
             for weights in validation.evaluated_weights:
                 names += self._engine.validate(name, weights=weights, micro_batches=1).numbers
-        wanted = [watched.name for watched in (*self._keep_best, *self._patient.values())]
+        wanted = [watched.name for watched in (*self._keep_best, *(each for each, _ in self._patient.values()))]
         wanted += [] if self._schedule_on is None else [self._schedule_on]
         for figure in wanted:
             if figure not in names:
@@ -124,10 +129,10 @@ class Validations:
                     hint=nearest(figure, names),
                 )
         step = self._engine.step_index
-        if self._engine.progress.get("validated") == step:
-            return
-        due = {name: each for name, each in self._given.items() if self._is_due(each, step) and (step or each.at_start)}
-        self._validate(due)
+        if self._engine.progress.get("validated") != step:
+            given = self._given.items()
+            self._validate({name: each for name, each in given if self._is_due(each, step) and (step or each.at_start)})
+        return any(each["step"] == step for each in self.best.values())
 
     def after_step(self) -> bool:
         """Make the validations that are due. Return True if the checkpoint of this step is to be kept as the best."""
@@ -165,7 +170,7 @@ class Validations:
         self._advance_schedules(values)
         for name, validation in due.items():
             if validation.patience is not None:
-                self._lose_patience(name, validation, values)
+                self._count_for_patience(name, validation, values)
         return is_best
 
     def _advance_schedules(self, values: dict[str, float | None]) -> None:
@@ -178,22 +183,18 @@ class Validations:
         if name in values and validation is not None and self._is_regular(validation, self._engine.step_index):
             self._engine.advance_schedules(values[name])
 
-    def _lose_patience(self, name: str, validation: Validation, values: dict[str, float | None]) -> None:
-        """Stop the run if the watched figure hasn't improved for `patience` validations."""
-        watched, progress = self._patient[name], self._engine.progress
-        state: dict[str, Any] = progress.setdefault("patience", {}).setdefault(name, {"value": None, "without": 0})
+    def _count_for_patience(self, name: str, validation: Validation, values: dict[str, float | None]) -> None:
+        """Count the validations since the watched figure has improved. `stop_reason` compares them with `patience`."""
+        watched, _ = self._patient[name]
+        states = self._engine.progress.setdefault("patience", {})
+        state: dict[str, Any] = states.setdefault(str(watched), {"value": None, "without": 0})
         if watched.is_better(values[watched.name], state["value"], validation.min_improvement):
             state |= {"value": values[watched.name], "without": 0}
-            return
-        state["without"] += 1
-        if state["without"] >= (validation.patience or 0):
-            count = state["without"]
-            progress["stopped"] = (
-                f"stopped early: {watched.name} has not improved for {count} validation{'' if count == 1 else 's'}"
-            )
+        else:
+            state["without"] += 1
 
     @property
     def best(self) -> dict[str, dict[str, Any]]:
-        """Return the step and the value of the best checkpoint for each figure."""
+        """Return the step and the value of the best checkpoint for each figure of keep_best."""
         found: dict[str, dict[str, Any]] = self._engine.progress.get("best", {})
-        return found
+        return {name: found[name] for name in map(str, self._keep_best) if name in found}
