@@ -615,6 +615,11 @@ def test_mistakes_in_the_table_of_a_validation_name_the_line(tmp_path: Path) -> 
         ('name = "f1"', 'name = "f2"', r"has no f2(.|\n)*did you mean 'f1'"),
         ("batch = 3", "bach = 3", r"bach(.|\n)*did you mean 'batch'"),
         ('average = "none"', 'averag = "none"', r"takes no averag"),
+        (
+            "[validations.other]",
+            "[validations.validation]",
+            r"two validations with the name 'validation'(.|\n)*recipe\.toml",
+        ),
     ):
         assert old in RECIPE
         (tmp_path / "recipe.toml").write_text(RECIPE.replace(old, new))

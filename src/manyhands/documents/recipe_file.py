@@ -228,6 +228,12 @@ def _import_all(
     }
     validations = {name: _bound(table, binder, "validations", name) for name, table in schema.validations.items()}
     if schema.validation is not None:
+        if "validation" in validations:
+            raise ConfigError(
+                "there are two validations with the name 'validation'",
+                where=document.origin("validations", "validation"),
+                expected="[validation], or [validations.validation], or another name",
+            )
         validations["validation"] = _bound(schema.validation, binder, "validation")
     raise_all(binder.problems, document.path)
     if schema.optimizer.groups:
