@@ -192,6 +192,24 @@ def test_samples_of_similar_lengths_share_micro_batches() -> None:
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3, "neighbouring micro-batches have similar lengths"
 
 
+@pytest.mark.parametrize("end", ["join", "short", "drop"])
+def test_micro_batches_of_similar_lengths_stay_whole_in_later_epochs(end: str) -> None:
+    """1,003 is no multiple of 8, so joined epochs begin within a micro-batch."""
+    lengths = np.random.default_rng(0).integers(1, 1000, size=1003)
+    batch = mh.Batch(global_size=32, micro_size=8)
+    order_given = mh.by_length(lengths.tolist())
+    recipe = recipe_of(order=order_given, data=list(range(1003)), batch=batch, epoch_end=end)
+    epochs, order = Epochs.of(recipe)
+    for epoch in (1, 2, 3):
+        assert sorted(indices_of(recipe, epoch)) == list(range(1003))
+    steps = range(epochs.steps(1), epochs.steps(3) - 1)
+    groups = [lengths[order.at(epochs.positions(step, each))] for step in steps for each in epochs.present(step)]
+    padded = sum(group.max() * len(group) for group in groups)
+    assert 1 - sum(group.sum() for group in groups) / padded < 0.05
+    few = recipe_of(order=mh.by_length([3, 1, 2]), data=list(range(3)), batch=mh.Batch(global_size=8, micro_size=8))
+    assert [sorted(indices_of(few, epoch)) for epoch in range(4)] == [[0, 1, 2]] * 4
+
+
 def test_a_run_with_an_order_goes_on_with_other_workers(tmp_path: Path) -> None:
     for number, order in enumerate(("sequential", mh.weighted([1.0, 2.0] * 5), mh.by_length([3, 1] * 5))):
         recipe = recipe_of(order=order)

@@ -143,9 +143,10 @@ def weighted(weights: Sequence[float], samples: int | None = None) -> Weighted:
 
 
 class _LengthOrder(SampleOrder):
-    def __init__(self, seed: int, lengths: NDArray[np.int64], micro_size: int, group: int) -> None:
+    def __init__(self, seed: int, lengths: NDArray[np.int64], micro_size: int, group: int, *, joins: bool) -> None:
         super().__init__(len(lengths))
         self._seed, self._lengths, self._micro_size, self._group = seed, lengths, micro_size, group
+        self._joins = joins
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # of the last epoch that was asked for
 
     def indices(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -157,9 +158,12 @@ class _LengthOrder(SampleOrder):
         shuffled = Permutation(self.size, derive(self._seed, "order", epoch)).take(np.arange(self.size))
         groups = [shuffled[start : start + self._group] for start in range(0, self.size, self._group)]
         by_length = [group[np.argsort(-self._lengths[group], kind="stable")] for group in groups]
-        whole = self.size // self._micro_size
+        # If epochs are joined, the first micro-batch of an epoch may have begun in the epoch before.
+        begun = -epoch * self.size % self._micro_size if self._joins else 0
+        whole = max(0, self.size - begun) // self._micro_size
         ordered = np.concatenate(by_length)
         batches, rest = np.split(ordered, [whole * self._micro_size])
+        first, rest = np.split(rest, [begun])
         batches = batches.reshape(whole, self._micro_size)
         if whole:
             shuffle = Permutation(whole, derive(self._seed, "order of micro-batches", epoch))
@@ -167,7 +171,7 @@ class _LengthOrder(SampleOrder):
             if epoch == 0:  # a lack of memory shows in the first step
                 longest = int(self._lengths[batches].max(axis=1).argmax())
                 batches = np.concatenate([batches[longest : longest + 1], np.delete(batches, longest, axis=0)])
-        return np.concatenate([batches.reshape(-1), rest])
+        return np.concatenate([first, batches.reshape(-1), rest])
 
 
 class ByLength(OrderOption):
@@ -184,7 +188,8 @@ class ByLength(OrderOption):
         _check_length("lengths", len(self._lengths), recipe)
         micro_size = recipe.batch.micro_size
         group = self._group or GROUP_MICRO_BATCHES * micro_size
-        return _LengthOrder(recipe.seed, self._lengths.astype(np.int64), micro_size, group)
+        joins = recipe.epoch_end == "join"
+        return _LengthOrder(recipe.seed, self._lengths.astype(np.int64), micro_size, group, joins=joins)
 
     def fact(self) -> str:
         digest = hashlib.sha256(self._lengths.astype(np.int64).tobytes()).hexdigest()[:16]
