@@ -138,3 +138,67 @@ def test_an_engine_is_unusable_after_an_evaluation_failed_whatever_the_number_of
         return []
 
     run_threads(workers, run)
+
+
+# - Metrics that need all predictions
+
+
+def test_the_size_of_collected_values_is_projected_once_and_then_measured() -> None:
+    """A long text in a later micro-batch would be projected to all samples otherwise."""
+
+    def recorded(first: str, last: str, max_bytes: int) -> Any:
+        texts = iter([first, *["a"] * 3, last])
+        metric = metrics.collected(
+            lambda output, batch: [next(texts), "a"],
+            lambda values: float(len(values)),
+            name="text",
+            max_bytes=max_bytes,
+        )
+        return evaluated(recipe_of(), [metric]).metrics["text"]
+
+    assert recorded("a", "a" * 900, 3000) == 10.0
+    for first, last in (("a" * 900, "a"), ("a", "a" * 4000)):
+        with pytest.raises(ConfigError, match="the metric text would collect too much"):
+            recorded(first, last, 3000)
+
+
+def test_collected_values_are_copies() -> None:
+    """The views of many outputs would keep their memory."""
+    output = torch.arange(4.0)
+    metric = metrics.collected(lambda output, batch: output[:2], lambda values: float(values.sum()), name="sum")
+    rows = metric.rows(metrics.Measured(output, None, 0.0, 0.0, False, 2))
+    output += 10
+    assert metric.figure([rows]) == 1.0
+
+
+def test_a_trial_may_lack_what_a_metric_needs(capfd: pytest.CaptureFixture[str]) -> None:
+    def auroc(values: Any) -> float:
+        if len(set(values.tolist())) < 2:
+            raise ValueError("only one class")
+        return 0.75
+
+    data = torch.utils.data.TensorDataset(SAMPLES, torch.arange(10) // 5)
+    metric = metrics.collected(lambda output, batch: batch[1], auroc)
+    recipe = recipe_of(validation=mh.Validation(data=data, metrics=[metric]))
+    assert mh.train(recipe, steps=1).validations["validation"]["auroc"] == 0.75
+    said = " ".join(capfd.readouterr().err.split())
+    assert "validation.auroc can't be computed from the micro-batch that is tried first: ValueError: only one" in said
+    one_class = mh.Validation(data=torch.utils.data.TensorDataset(SAMPLES, torch.zeros(10)), metrics=[metric])
+    with pytest.raises(ConfigError, match="the metric auroc raised ValueError: only one class"):
+        mh.train(recipe_of(validation=one_class), steps=1, show=False)
+
+
+def test_metrics_that_look_into_an_output_that_is_not_there() -> None:
+    recipe = recipe_of(loss=lambda model, batch: model[0](batch[0]).square().mean())
+    for look in (lambda output, batch: (output[0], 1), lambda output, batch: (output.sum(), 1)):
+        with pytest.raises(ConfigError, match="the loss function doesn't call the model itself"):
+            evaluated(recipe, {"looks": look})
+    with pytest.raises(ConfigError, match="the loss function doesn't call the model itself"):
+        evaluated(recipe, {"looks": lambda output, batch: (torch.argmax(output), len(output))})
+
+
+def test_a_metric_of_torchmetrics_that_takes_its_range_from_each_batch_is_refused() -> None:
+    image = pytest.importorskip("torchmetrics.image")
+    with pytest.raises(ConfigError, match="takes the range of values from each batch"):
+        metrics.torchmetric(image.StructuralSimilarityIndexMeasure())
+    metrics.torchmetric(image.StructuralSimilarityIndexMeasure(data_range=1.0))

@@ -50,15 +50,13 @@ class Collected:
         ]
         return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields, metadata={"kind": kind}))
 
-    def check_size(self, rows: pa.RecordBatch, samples: int, all_samples: int) -> None:
-        """Raise ConfigError if all samples' values would take too much memory. rows: those of the first `samples`."""
-        projected = rows.nbytes * all_samples // max(1, samples)
-        if projected > self._max_bytes:
+    def check_size(self, num_bytes: int, samples: int) -> None:
+        """Raise ConfigError if the values take too much memory. num_bytes: of all `samples`, projected or collected."""
+        if num_bytes > self._max_bytes:
             raise ConfigError(
                 f"the metric {self.name} would collect too much",
                 expected=f"at most {format_bytes(self._max_bytes)}",
-                got=f"{format_bytes(projected)}: {format_bytes(rows.nbytes // max(1, samples))} for each of "
-                f"{all_samples:,} samples",
+                got=f"{format_bytes(num_bytes)}: {format_bytes(num_bytes // samples)} for each of {samples:,} samples",
                 hint="pick less per sample, for example the class with the largest score instead of all scores; or "
                 "raise max_bytes, or use fewer samples",
             )
@@ -134,8 +132,9 @@ def _as_array(value: Any) -> Any:
     if isinstance(value, Tensor):
         array = value.detach().cpu()
         # NumPy has no bf16, and Arrow computes little with fp16.
-        return (array.float() if array.is_floating_point() and array.element_size() < 4 else array).numpy()
-    return value
+        value = (array.float() if array.is_floating_point() and array.element_size() < 4 else array).numpy()
+    # A copy: Arrow would keep the memory of the whole output if the value is a view of a part.
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _values(field: pa.Field, column: pa.ChunkedArray) -> Any:

@@ -87,7 +87,7 @@ class FunctionMetric(Metric):
     def _single(self, value: object) -> NDArray[Any]:
         """Return one number as fp64, because a function may return the integer 0 for some micro-batches only."""
         found = number(value)
-        if found.size != 1:
+        if found.shape not in ((), (1,)):
             raise ConfigError(
                 f"the metric {self.name} returned more than one number as the sum or as the weight",
                 expected="two numbers or tensors of one element: (correct, len(batch))",

@@ -31,11 +31,22 @@ class Tally:
     Call `add` for each micro-batch that this worker has computed, in order; `exchange` when all workers have computed
     as many rounds; and `figures` after the last exchange. Counts are int64, whose order of addition doesn't matter.
     Sums are fp64, and added in the order of the micro-batches. Only the first worker stores collected values.
-    samples: the number of samples in all micro-batches.
+    samples: the number of samples in all micro-batches. is_trial: True for an evaluation of some micro-batches only,
+    from which a metric that needs all predictions can't always be computed.
+    not_computed: why such metrics could not be computed, by name.
     """
 
-    def __init__(self, group: Group, metrics: Mapping[str, Metric | Collected], samples: int, where: str) -> None:
-        self._group, self._where, self._samples = group, where, samples
+    def __init__(
+        self,
+        group: Group,
+        metrics: Mapping[str, Metric | Collected],
+        samples: int,
+        where: str,
+        *,
+        is_trial: bool = False,
+    ) -> None:
+        self._group, self._where, self._samples, self._is_trial = group, where, samples, is_trial
+        self.not_computed: dict[str, str] = {}
         self._metrics = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
         self._collected = {name: metric for name, metric in metrics.items() if isinstance(metric, Collected)}
         self._layout: Layout | None = None
@@ -65,7 +76,9 @@ class Tally:
         for name, collected in self._collected.items():
             with _explained(name, where):
                 rows = collected.rows(measured)
-                collected.check_size(rows, measured.samples, self._samples)
+                if micro_batch == 0:
+                    # Projected from the first micro-batch only, on whatever worker. `exchange` checks the real size.
+                    collected.check_size(rows.nbytes * self._samples // measured.samples, self._samples)
                 self._rows.append((micro_batch, name, rows))
         arrays = [
             (name, key, np.asarray(value)) for name in sorted(parts) for key, value in sorted(parts[name].items())
@@ -96,6 +109,9 @@ class Tally:
                 found = sorted((row for each in received for row in _unpacked(each)), key=lambda row: row[0])
                 for _, name, batch in found:
                     self._all_rows[name].append(batch)
+                for name, collected in self._collected.items():
+                    with _explained(name, self._where):
+                        collected.check_size(sum(batch.nbytes for batch in self._all_rows[name]), self._samples)
             self._rows = []
 
     def figures(self, tag: str) -> tuple[float | None, float, dict[str, Figure]]:
@@ -114,11 +130,23 @@ class Tally:
         if self._collected and self._group.rank == 0:
             for name, collected in self._collected.items():
                 with _explained(name, self._where):
-                    of_all[name] = collected.figure(self._all_rows[name])
+                    of_all[name] = self._figure_of(name, collected)
         if self._collected:
-            all_ranks: list[Any] = all_gather_json(self._group, of_all, f"{tag} / figures / control")
-            found |= all_ranks[0]
+            mine = of_all, self.not_computed
+            all_ranks: list[Any] = all_gather_json(self._group, mine, f"{tag} / figures / control")
+            found |= all_ranks[0][0]
+            self.not_computed = all_ranks[0][1]
         return ratio(loss["loss"], loss["weight"]), float(loss["weight"]), found
+
+    def _figure_of(self, name: str, collected: Collected) -> Figure:
+        try:
+            return collected.figure(self._all_rows[name])
+        except Exception as error:
+            # An AUROC, for example, needs samples of two classes, which a trial may lack.
+            if not self._is_trial or isinstance(error, ManyhandsError):
+                raise
+            self.not_computed[name] = f"{type(error).__name__}: {error}"
+            return None
 
     def _check_layout(self, layout: Layout, where: str) -> None:
         if self._layout is None:

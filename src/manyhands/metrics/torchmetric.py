@@ -57,6 +57,12 @@ def torchmetric(metric: Any, *, pick: Pick = output_and_labels) -> Metric | Coll
     """
     reductions = {getattr(each, "__name__", str(each)) for each in metric._reductions.values()}
     if reductions == {_SUM}:
+        if getattr(metric, "data_range", 0) is None:
+            raise ConfigError(
+                f"{type(metric).__name__} takes the range of values from each batch",
+                expected="data_range=..., which is the same for all batches",
+                got="data_range=None",
+            )
         return _Summed(metric, pick)
     if reductions <= {_SUM, _CAT}:
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from manyhands.data.samples import HeldOutSamples
 from manyhands.engine.engine import StepEngine
@@ -43,7 +43,8 @@ def evaluate(
     group, started = engine.group, time.perf_counter()
     tag = f"step {engine.step_index} / {samples.set_name}"
     number_of = samples.micro_batches if micro_batches is None else min(micro_batches, samples.micro_batches)
-    tally = Tally(group, metrics, samples.num_samples, f"evaluation on {samples.set_name}")
+    where, is_trial = f"evaluation on {samples.set_name}", number_of < samples.micro_batches
+    tally = Tally(group, metrics, samples.num_samples, where, is_trial=is_trial)
     reader = LossReader(trains=False)
     loaded = batches(range(group.rank, number_of, group.size))
     with _computing_with(weights, engine, tag), engine.evaluation.rounds():
@@ -75,6 +76,7 @@ def evaluate(
         samples_in_data=samples.size,
         metrics=figures,
         weights=weights,
+        not_computed=tally.not_computed,
         seconds=time.perf_counter() - started,
     )
 
@@ -114,6 +116,20 @@ class _NoOutput:
     """The output of a model that the loss function never called. Metrics that look into it fail with a reason."""
 
     def __getattr__(self, name: str) -> Any:
+        self._refuse()
+
+    def __getitem__(self, key: object) -> Any:
+        self._refuse()
+
+    def __len__(self) -> int:
+        self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, *_: object) -> Any:
+        cls._refuse()
+
+    @classmethod
+    def _refuse(cls) -> NoReturn:
         raise ConfigError(
             "the loss function doesn't call the model itself, so metrics have no output to look at",
             expected="a call of model(...) in the loss function",

@@ -53,7 +53,8 @@ class Validations:
     """The validations of a run. All methods are collective.
 
     steps: the number of steps of the run. keep_best: the figures whose best checkpoint is kept. record: called with
-    each evaluation. last: the last evaluation of each set, and of each set with the average of the weights, by name.
+    each evaluation. report: called with messages for people. last: the last evaluation of each set, and of each set
+    with the average of the weights, by name.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Validations:
         steps: int,
         keep_best: Sequence[str],
         record: Callable[[Evaluation], None],
+        report: Callable[[str], None],
     ) -> None:
-        self._engine, self._steps, self._record = engine, steps, record
+        self._engine, self._steps, self._record, self._report = engine, steps, record, report
         self._given = engine.recipe.validations
         self._keep_best = [Watched.parsed(text, "keep_best") for text in keep_best]
         self._patient = {
@@ -117,7 +119,12 @@ class Validations:
                 hint="give every worker all of the data, which Manyhands divides itself",
             )
             for weights in validation.evaluated_weights:
-                names += self._engine.validate(name, weights=weights, micro_batches=1).numbers
+                trial = self._engine.validate(name, weights=weights, micro_batches=1)
+                names += trial.numbers
+                for metric, why in trial.not_computed.items():
+                    self._report(
+                        f"{trial.name}.{metric} can't be computed from the micro-batch that is tried first: {why}"
+                    )
         wanted = [watched.name for watched in (*self._keep_best, *(each for each, _ in self._patient.values()))]
         wanted += [] if self._schedule_on is None else [self._schedule_on]
         for figure in wanted:

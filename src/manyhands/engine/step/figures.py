@@ -20,7 +20,8 @@ class Evaluation:
     set: the name of the data. step: the number of steps that were complete. loss: the weighted mean of the loss; None
     if no sample counts. weight: the sum of the weights. samples, samples_in_data: how many samples were used, and how
     many the data have. metrics: the figures by name; None for a figure to which no sample counts. weights: "trained",
-    or "ema" for the average of the weights. seconds: the time on this worker.
+    or "ema" for the average of the weights. seconds: the time on this worker. not_computed: why metrics could not be
+    computed in a trial, by name.
     """
 
     set: str
@@ -32,6 +33,7 @@ class Evaluation:
     metrics: dict[str, Figure] = field(default_factory=dict)
     weights: str = TRAINED
     seconds: float = field(default=0.0, compare=False, repr=False)
+    not_computed: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures as JSON values, without the time that they took."""
