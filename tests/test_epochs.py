@@ -86,6 +86,17 @@ def test_a_short_step_divides_by_its_own_samples(micro_size: int) -> None:
         torch.testing.assert_close(torch.tensor(weights[name]), param.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_errors_name_the_samples_of_short_steps() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        found: Tensor = model(batch).square().mean()
+        return found * float("nan") if len(batch) == 1 else found
+
+    given = {"data": list(ROWS[:9]), "epoch_end": "short", "order": "sequential"}
+    recipe = recipe_of(loss=loss, model=lambda: nn.Linear(4, 1), **given)
+    with pytest.raises(mh.NumericsError, match=r"samples 17 to 17 in the run's order \(in recipe\.data: 8\)"):
+        mh.train(recipe, steps=9, skip_steps=[2], show=False)
+
+
 @pytest.mark.parametrize("sharding", ["ddp", "zero3"])
 def test_short_steps_have_the_same_bits_for_any_workers(sharding: str) -> None:
     """With dropout, batch norm, and micro-batches that are missing or smaller."""

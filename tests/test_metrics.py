@@ -123,7 +123,9 @@ def test_global_modes_of_torch_are_as_before() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_engine_is_unusable_after_an_evaluation_failed_whatever_the_number_of_workers(workers: int) -> None:
     def broken(output: Any, batch: Any) -> Any:
-        raise ZeroDivisionError
+        if torch.equal(batch[0][0], SAMPLES[0]):  # on the first worker only
+            raise ZeroDivisionError
+        return 1, 1
 
     def run(group: Group | None) -> list[str]:
         with mh.Engine(recipe_of(), group=group) as engine:
@@ -131,8 +133,13 @@ def test_an_engine_is_unusable_after_an_evaluation_failed_whatever_the_number_of
                 with pytest.raises(mh.ManyhandsError):
                     wrong()  # refused on all workers before anything has begun
             engine.evaluate(DATA)
-            with pytest.raises((ConfigError, WorkerError), match="the metric broken raised ZeroDivisionError"):
+            with pytest.raises(
+                (ConfigError, WorkerError), match="the metric broken raised ZeroDivisionError"
+            ) as raised:
                 engine.evaluate(DATA, [broken])
+            if isinstance(raised.value, WorkerError):  # the launcher would name samples of the training otherwise
+                assert raised.value.position.micro_batch is None
+                assert "validation, micro-batch" in str(raised.value)
             with pytest.raises(InvariantError, match=r"can't be used any more(.|\n)*the metric broken raised"):
                 engine.evaluate(DATA)
         return []

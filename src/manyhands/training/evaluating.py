@@ -53,12 +53,13 @@ def evaluate(
             micro_batch = index * group.size + group.rank
             computes = micro_batch < number_of
             if computes:
-                group.status(f"{tag}, micro-batch {micro_batch} / data", engine.step_index, micro_batch)
+                # The number of the micro-batch is in the text only: the launcher would take it for one of the training.
+                group.status(f"{tag}, micro-batch {micro_batch} / data", engine.step_index)
                 batch = to_device(next(loaded), group.device)
             seed = samples.seed_of_forward(micro_batch) if computes else None
             with engine.evaluation.round(f"{tag}, round {index}", seed):
                 if computes:
-                    group.status(f"{tag}, micro-batch {micro_batch} / forward", engine.step_index, micro_batch)
+                    group.status(f"{tag}, micro-batch {micro_batch} / forward", engine.step_index)
                     count = len(samples.indices(0, micro_batch))
                     result, output = _forward(engine, reader, batch, predict)
                     measured = _measured(reader, result, output, batch, count)

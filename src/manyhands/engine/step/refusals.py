@@ -47,10 +47,11 @@ def not_finite(
 
 def _samples(recipe: Recipe, step: int, micro_batch: int) -> str:
     """Describe a micro-batch's samples by their position in the run, and by their index in the recipe's data."""
-    found = TrainingSamples(recipe).indices(step, micro_batch)
+    samples = TrainingSamples(recipe)
+    positions, found = samples.epochs.positions(step, micro_batch), samples.indices(step, micro_batch)
     indices = ", ".join(map(str, found[:_SHOWN]))
     more = ", ..." if len(found) > _SHOWN else ""
-    return f"{recipe.batch.samples_of(step, micro_batch)} (in recipe.data: {indices}{more})"
+    return f"samples {positions[0]} to {positions[-1]} in the run's order (in recipe.data: {indices}{more})"
 
 
 def refuse_weights(control: Control, form: LossForm, *, fractional: bool, tag: str) -> None:
