@@ -173,7 +173,7 @@ def test_the_clock_of_worker_0_decides_when_to_save(tmp_path: Path, monkeypatch:
     now = iter(range(0, 10**6, 30))
     # Only the saver's clock: threads that look at the time themselves must not advance it.
     clock = SimpleNamespace(monotonic=lambda: float(next(now)))
-    monkeypatch.setattr("manyhands.training.run_record.time", clock)
+    monkeypatch.setattr("manyhands.training.saver.time", clock)
     mh.train(gpt_recipe(), steps=5, run_dir=tmp_path, checkpoint_every="1m", keep_checkpoints=9, show=False)
     assert steps_in(tmp_path / "checkpoints") == [2, 4, 5]
 

@@ -474,24 +474,6 @@ class Strategy:
         check_options(self)
 
 
-def check_length(steps: int | None, epochs: int | None, where: str | None = None) -> None:
-    """Raise ConfigError unless a run has either a number of steps or a number of epochs."""
-    if steps is not None and epochs is not None:
-        raise ConfigError(
-            "both steps and epochs are set",
-            where=where,
-            expected="one of them",
-            got=f"steps = {steps}, epochs = {epochs}",
-            hint="for a short trial of a recipe with epochs, use --set epochs=1",
-        )
-    if steps is None and epochs is None:
-        raise ConfigError(
-            "the number of steps is not set",
-            where=where,
-            hint="use --steps N, or steps = N or epochs = N in the recipe",
-        )
-
-
 def strategy_or_default(strategy: object) -> Strategy:
     """Return the strategy, or the default one for None. Raises ConfigError if it is something else."""
     if not (strategy is None or isinstance(strategy, Strategy)):

@@ -1,4 +1,4 @@
-"""Intervals of a run: in steps, epochs or time.
+"""Intervals and the length of a run: in steps, epochs or time.
 
 `every` parses the interval between two checkpoints, and `Period` the one between two validations.
 """
@@ -73,3 +73,21 @@ class Period:
             return step % self.steps == 0
         length = self.epochs or Fraction(1)
         return epochs_after(step) // length > epochs_after(step - 1) // length
+
+
+def check_length(steps: int | None, epochs: int | None, where: str | None = None) -> None:
+    """Raise ConfigError unless a run has either a number of steps or a number of epochs."""
+    if steps is not None and epochs is not None:
+        raise ConfigError(
+            "both steps and epochs are set",
+            where=where,
+            expected="one of them",
+            got=f"steps = {steps}, epochs = {epochs}",
+            hint="for a short trial of a recipe with epochs, use --set epochs=1",
+        )
+    if steps is None and epochs is None:
+        raise ConfigError(
+            "the number of steps is not set",
+            where=where,
+            hint="use --steps N, or steps = N or epochs = N in the recipe",
+        )

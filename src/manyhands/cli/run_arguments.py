@@ -132,8 +132,7 @@ class RunArguments:
 
     def last_step(self, checked: RecipeSchema) -> int | None:
         """Return the step at which the run ends, or None if the recipe has epochs. Raises ConfigError."""
-        from manyhands.config import check_length
-        from manyhands.intervals import every
+        from manyhands.intervals import check_length, every
 
         if self.checkpoint_every is not None:
             every(self.checkpoint_every)

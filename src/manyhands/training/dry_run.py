@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.comm.agreement import all_gather_json
-from manyhands.config import Recipe, Strategy, check_length
+from manyhands.config import Recipe, Strategy
 from manyhands.errors import ConfigError
 from manyhands.formatting import format_bytes, format_count, format_seconds
+from manyhands.intervals import check_length
 from manyhands.offload.process_memory import PeakMemory
 from manyhands.output import say
 from manyhands.training.engine import Engine

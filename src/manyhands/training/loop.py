@@ -11,10 +11,10 @@ from typing import Any
 
 from manyhands.comm.agreement import agree, all_gather_json
 from manyhands.comm.group import Group
-from manyhands.config import Recipe, Strategy, check_length, strategy_or_default
+from manyhands.config import Recipe, Strategy, strategy_or_default
 from manyhands.engine.step.amendments import amendments_of
 from manyhands.errors import ConfigError, Interrupted
-from manyhands.intervals import Every, every
+from manyhands.intervals import Every, check_length, every
 from manyhands.listeners.dispatch import check_listeners
 from manyhands.listeners.listener import Listener
 from manyhands.listeners.summary import Summary, failures_among
@@ -23,8 +23,9 @@ from manyhands.options import whole_number
 from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
-from manyhands.training.run_record import RunRecord, Saver, has_started_over, will_resume
+from manyhands.training.run_record import RunRecord, has_started_over, will_resume
 from manyhands.training.sampling import sample_text
+from manyhands.training.saver import Saver
 from manyhands.training.validating import Validations
 
 MEASURED_STEPS = 3

@@ -6,7 +6,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,6 @@ from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError
-from manyhands.intervals import Every
 from manyhands.listeners.dispatch import Listeners
 from manyhands.listeners.gaps import Gaps
 from manyhands.listeners.listener import Listener
@@ -51,9 +50,6 @@ from manyhands.surroundings import is_restart, launch_id
 from manyhands.training.engine import Engine
 from manyhands.training.provenance import code_of, data_digests, package_versions, with_earlier_code, write_diff
 from manyhands.training.saving import Snapshots
-
-RETRY_SECONDS = 5
-"""The wait before the second attempt to write a run's last checkpoint."""
 
 
 def will_resume(run_dir: str | Path | None, checkpoint_dir: str | Location | None) -> bool:
@@ -445,81 +441,3 @@ def start_over(run_dir: Path, checkpoints: Location, launch: str | None = None) 
     if earlier is not None or launch is not None:
         facts = {"earlier": earlier and earlier.name, "launch": launch}
         directory.append_event("started over", **{key: value for key, value in facts.items() if value is not None})
-
-
-class Saver:
-    """Writes a run's checkpoints when they are due, if it has a location for them.
-
-    Raises CheckpointError if snapshots are taken but can't hold the state of a schedule.
-    """
-
-    def __init__(self, record: RunRecord, interval: Every, keep: int, keep_every: int | None) -> None:
-        self._record, self._engine, self._interval = record, record.engine, interval
-        self._keep, self._keep_every = keep, keep_every
-        self._last = time.monotonic()
-        if record.snapshots.are_taken:
-            check_schedules(record.engine)
-
-    @property
-    def is_due(self) -> bool:
-        """Return True if this worker requests a checkpoint after the next step.
-
-        Clocks differ, so worker 0's clock decides.
-        """
-        if self._interval.seconds is not None:
-            return self._engine.group.rank == 0 and time.monotonic() - self._last >= self._interval.seconds
-        return self._interval.steps is not None and (self._engine.step_index + 1) % self._interval.steps == 0
-
-    def after_step(self, digest: str | None, *, last: bool, is_best: bool = False) -> None:
-        """Take a snapshot if it is due, and start a checkpoint if a worker requested one before the step, or if the
-        step is the best so far. Collective.
-
-        Reports a previous checkpoint that could not be written. After the last step, `finish` writes the checkpoint.
-        digest: the digest of the weights, if known.
-        """
-        self._record.snapshots.after_step(digest, last=last)
-        if not (self._engine.save_requested or is_best) or last:
-            return
-        if self._engine.save_requested:
-            self._last = time.monotonic()
-        self._begin_save()
-
-    def save_best(self) -> None:
-        """Start a checkpoint of the state before the next step, unless it has been written already. Collective."""
-        self._begin_save()
-
-    def _begin_save(self) -> None:
-        if self._record.checkpoints is None:
-            return
-        for save in (self._engine.finish_save, partial(self._write, self._engine.begin_save)):
-            try:
-                save()
-            except CheckpointError as error:
-                self._record.event("not saved", why=error.what, where=error.where)
-                self._record.report(f"training continues, but {error}")
-
-    def _write(self, save: Callable[..., Location | None]) -> Location | None:
-        step = self._engine.step_index
-        self._record.refuse_other_owner()
-        return save(
-            self._record.checkpoints,
-            keep=self._keep,
-            keep_every=self._keep_every,
-            best=[best["step"] for best in self._engine.progress.get("best", {}).values()],
-            published=lambda _: self._record.event("saved", step=step),
-        )
-
-    def finish(self) -> Location | None:
-        """Write a checkpoint of the current state, and wait for it. Collective. Raises CheckpointError."""
-        if self._record.checkpoints is None:
-            return None
-        for last_try in (False, True):
-            try:
-                return self._write(self._engine.save)
-            except CheckpointError as error:
-                self._record.event("not saved", why=error.what, where=error.where)
-                if last_try:
-                    raise
-                self._record.report(f"trying again in {RETRY_SECONDS} seconds: {error}")
-                time.sleep(RETRY_SECONDS)
-        return None
