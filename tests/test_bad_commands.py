@@ -166,7 +166,10 @@ def test_compare_reports_where_runs_differ(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, same = run_into(tmp_path / "one"), run_into(tmp_path / "same")
-    other, seed = run_into(tmp_path / "other", loss=Differs(2)), run_into(tmp_path / "seed", seed=1)
+    other, seed = (
+        run_into(tmp_path / "other", loss=Differs(2), attributes={"recipe.loss.calls": "keep"}),
+        run_into(tmp_path / "seed", seed=1),
+    )
     code, output = run_command(capsys, monkeypatch, "compare", one, same)
     assert (code, output.split(":")[0]) == (0, "equal")
     assert "after each of 4 steps" in output

@@ -12,7 +12,7 @@ import pytest
 import manyhands as mh
 from manyhands.checkpoint.format import list_checkpoints
 from manyhands.checkpoint.owner import owner_of, run_in
-from manyhands.cli.train import _new_directory
+from manyhands.cli.train import new_directory
 from manyhands.doctor.runs import run_history
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.listeners.run_directory import RunDirectory
@@ -123,4 +123,4 @@ def test_an_unreadable_owner_is_refused(tmp_path: Path) -> None:
 
 def test_two_runs_that_start_in_the_same_second_get_two_directories(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "gpt-20260101-000000"
-    assert [_new_directory(path).name for _ in range(3)] == [path.name, f"{path.name}-2", f"{path.name}-3"]
+    assert [new_directory(path).name for _ in range(3)] == [path.name, f"{path.name}-2", f"{path.name}-3"]

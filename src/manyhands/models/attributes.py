@@ -219,8 +219,8 @@ class AttributeGuard:
         known = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
         known |= {id(module) for module in self._model.modules()}
         # A model may register hooks in its first forward. torch numbers them across the process.
-        hooks = (value.values() for name, _, value in self._attributes() if name.endswith("_hooks"))
-        known |= {id(hook) for found in hooks for hook in found if isinstance(hook, FunctionType)}
+        hooks = (value for name, _, value in self._attributes() if name.endswith("_hooks") and isinstance(value, dict))
+        known |= {id(hook) for found in hooks for hook in found.values() if isinstance(hook, FunctionType)}
 
         def attributes(value: object) -> Mapping[str, Any] | None:
             found = _examined(value)

@@ -110,6 +110,9 @@ class Engine(StepEngine):
     def batches(self, steps: int | None = None) -> Iterator[StepBatch]:
         """Yield the data of each step, from the current step until `steps` steps are complete, or forever."""
         while steps is None or self.step_index < steps:
+            if not self.data_facts and self.step_index not in self.amendments.skipped:
+                self._stream = None  # loading ends it
+                self.data_facts = self._facts(self.step_index)
             yield StepBatch(self.step_index, steps)
 
     def _reading(self, batch: StepBatch) -> Iterator[LoadedBatch]:
@@ -125,8 +128,6 @@ class Engine(StepEngine):
 
     def _new_stream(self, first: int, steps: int | None) -> Iterator[LoadedBatch]:
         loader = self._open_loader()
-        if not self.data_facts:
-            self.data_facts = self._facts(self._first_computed(first))
         numbers = count(first) if steps is None else range(first, steps)
         skipped = frozenset(self.amendments.skipped)
         return loader.stream(
@@ -160,9 +161,6 @@ class Engine(StepEngine):
             if change.key != CLIP_NORM:
                 check_change(change.key, change.value, self.optimizer.fronts)
         self.amendments = amendments
-
-    def _first_computed(self, step: int) -> int:
-        return next(number for number in count(step) if number not in self.amendments.skipped)
 
     def step(self, batch: StepBatch, *, digest: bool = False) -> StepMetrics:
         """Run the next step, or skip it if the amendments say so. Collective. Raises the errors of `run_step`."""
