@@ -474,8 +474,9 @@ def test_a_killed_process_whose_threads_still_end_has_not_exited() -> None:
 def test_the_run_command_starts_a_module(tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").touch()
+    # One write for each worker, because their writes may interleave.
     (tmp_path / "package" / "script.py").write_text(
-        "import os, sys; print(os.environ['RANK'], sys.argv[1:], flush=True)"
+        "import os, sys; sys.stdout.write(os.environ['RANK'] + f' {sys.argv[1:]}\\n')"
     )
     command = [sys.executable, "-m", "manyhands", "run", "--workers", "2", "-m", "package.script", "--its-own", "x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240)
