@@ -601,6 +601,16 @@ def test_a_recipe_file_declares_validations(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert json.loads(evaluated.stdout) == found
+    unknown = subprocess.run(
+        [sys.executable, "-m", "manyhands", "evaluate", "recipe.toml", "run", "--workers", "2", "--only", "otter"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert unknown.returncode == 2
+    assert "the recipe has no validation 'otter'" in unknown.stderr
+    assert "Traceback" not in unknown.stderr
 
 
 def test_mistakes_in_the_table_of_a_validation_name_the_line(tmp_path: Path) -> None:

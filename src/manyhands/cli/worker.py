@@ -37,8 +37,10 @@ def work(request: Mapping[str, Any]) -> int:
         return 130
     except BaseException as error:  # the parent must get a record of any error
         record_failure(error)
-        # Worker 0 shares its terminal with the parent, which prints the root cause there.
-        parent_prints = os.environ.get(PARENT_REPORTS_VARIABLE) and int(os.environ["RANK"]) == 0
+        # Worker 0 shares its terminal with the parent, which prints the root cause there. Without a run directory,
+        # there are no log files, and the other workers share the terminal, too.
+        shares_terminal = int(os.environ["RANK"]) == 0 or "run_dir" not in request
+        parent_prints = os.environ.get(PARENT_REPORTS_VARIABLE) and shares_terminal
         if not parent_prints:
             say(traceback_of(error))
         return 1
