@@ -257,8 +257,7 @@ def state_of(engine: mh.Engine) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize(("workers", "sharding"), WAYS)
-def test_evaluations_leave_no_trace(workers: int, sharding: str) -> None:
+def test_evaluations_leave_no_trace() -> None:
     held_out = torch.utils.data.TensorDataset(SAMPLES[:10] + 1)
 
     def trained(every: int | None, *, at_start: bool = False) -> Callable[[mh.Engine], Any]:
@@ -275,23 +274,16 @@ def test_evaluations_leave_no_trace(workers: int, sharding: str) -> None:
 
         return work
 
-    plain, _ = on_workers(trained(None), workers, sharding)
-    often, figures = on_workers(trained(1, at_start=True), workers, sharding)
-    seldom, _ = on_workers(trained(3), workers, sharding)
-    assert plain == often == seldom
-    assert len(figures) == 12
-    assert len({each.metrics["noise"] for each in figures}) == 1, "its random numbers depend on the step"
-    assert (plain, figures[-1].loss.hex(), figures[0].metrics) == _expected(plain, figures)
-
-
-_FIRST: list[Any] = []
-
-
-def _expected(plain: Any, figures: Any) -> Any:
-    """The same on every number of workers: what the first case has found."""
-    if not _FIRST:
-        _FIRST.append((plain, figures[-1].loss.hex(), figures[0].metrics))
-    return _FIRST[0]
+    found = []
+    for workers, sharding in WAYS:
+        plain, _ = on_workers(trained(None), workers, sharding)
+        often, figures = on_workers(trained(1, at_start=True), workers, sharding)
+        seldom, _ = on_workers(trained(3), workers, sharding)
+        assert plain == often == seldom
+        assert len(figures) == 12
+        assert len({each.metrics["noise"] for each in figures}) == 1, "its random numbers depend on the step"
+        found.append((plain, figures[-1].loss.hex(), figures[0].metrics))
+    assert all(each == found[0] for each in found)
 
 
 def test_generators_are_as_before() -> None:

@@ -87,3 +87,13 @@ def _derived_parameters(options: type, *, has_defaults: bool) -> list[inspect.Pa
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     default = inspect.Parameter.empty if default is MISSING else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def overrides_option(which: str) -> Any:
+    """Return the declaration of the option --set, which changes values of a recipe. which: the end of its help."""
+    return typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help=f"Change a value of the recipe, {which}. Repeat as needed.",
+        show_default=False,
+    )

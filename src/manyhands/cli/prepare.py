@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from manyhands.cli.parameters import with_parameters
+from manyhands.cli.parameters import overrides_option, with_parameters
 from manyhands.output import say
 from manyhands.prepare.options import Options
 
@@ -29,15 +29,7 @@ class PrepareArguments:
             show_default=False,
         ),
     ] = None
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a value of the recipe, such as tokenizer.vocabulary=8192. Repeat as needed.",
-            show_default=False,
-        ),
-    ] = None
+    set_: Annotated[list[str] | None, overrides_option("such as tokenizer.vocabulary=8192")] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the summary.")] = False
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from manyhands.cli.parameters import with_arguments
+from manyhands.cli.parameters import overrides_option, with_arguments
 from manyhands.cli.train import TrainArguments, new_directory, train_recipe
 from manyhands.cli.workers import Workers
 from manyhands.errors import ConfigError
@@ -34,15 +34,7 @@ class ReproduceArguments:
             show_default=False,
         ),
     ] = None
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a value of the recipe, as the run did. Repeat as needed.",
-            show_default=False,
-        ),
-    ] = None
+    set_: Annotated[list[str] | None, overrides_option("as the run did")] = None
     workers: Workers = None
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the new run's summary and the comparison as JSON, an object a line.")

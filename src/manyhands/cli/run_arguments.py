@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyhands.cli.parameters import overrides_option
 from manyhands.cli.workers import Workers, check_from_one
 from manyhands.errors import ConfigError
 from manyhands.storage.location import is_local
@@ -35,15 +36,7 @@ class RunArguments:
             show_default=False,
         ),
     ] = None
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a value of the recipe, such as seed=1 or batch.micro_size=2. Repeat as needed.",
-            show_default=False,
-        ),
-    ] = None
+    set_: Annotated[list[str] | None, overrides_option("such as seed=1 or batch.micro_size=2")] = None
     run_dir: Annotated[
         Path | None,
         typer.Option(

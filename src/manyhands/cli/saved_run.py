@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from manyhands.cli.parameters import overrides_option
 from manyhands.cli.workers import Workers, start_workers, workers_for
 from manyhands.validation import AVERAGED, TRAINED
 
@@ -41,15 +42,7 @@ class CheckpointArguments:
     run: SavedRun
     step: ChosenStep = None
     weights: ChosenWeights = TRAINED
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a value of the recipe, such as validation.batch=64. Repeat as needed.",
-            show_default=False,
-        ),
-    ] = None
+    set_: Annotated[list[str] | None, overrides_option("such as validation.batch=64")] = None
     workers: Workers = None
     accept_new_numerics: Annotated[
         bool,

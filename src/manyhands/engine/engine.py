@@ -30,7 +30,7 @@ from manyhands.engine.agreement import (
     recipe_facts,
 )
 from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
-from manyhands.engine.evaluation import Evaluation
+from manyhands.engine.evaluation import EvaluationMode
 from manyhands.engine.sharding import sharding_named
 from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.buffers import Buffers, names_in_order
@@ -179,7 +179,7 @@ class StepEngine:
         self.progress: dict[str, Any] = {}
         self.extra_state: dict[str, Any] = {}
         self._failed: BaseException | None = None
-        self.evaluation = Evaluation(
+        self.evaluation = EvaluationMode(
             self.model, group, self.buffers, self._attributes, self._unsharder, self._call_seeds, self._compiled
         )
 
@@ -422,8 +422,8 @@ class StepEngine:
     def evaluating(self) -> Iterator[nn.Module]:
         """Yield the model for forward passes between two steps. Collective: the end of the block waits for all workers.
 
-        See `Evaluation`. Sharded parameters are unsharded unit by unit, as the model needs them. Workers may call the
-        model different numbers of times, or not at all. Raises ConfigError inside another `evaluating` block.
+        See `EvaluationMode`. Sharded parameters are unsharded unit by unit, as the model needs them. Workers may call
+        the model different numbers of times, or not at all. Raises ConfigError inside another `evaluating` block.
         """
         self.check_usable()
         with self.evaluation.free():

@@ -20,7 +20,7 @@ from manyhands.numerics.arithmetic import preserved_arithmetic
 from manyhands.numerics.seeds import preserved_generators
 
 
-class Evaluation:
+class EvaluationMode:
     """The evaluation mode of an engine.
 
     In both kinds of block, all modules are in evaluation mode, and torch records no gradients. At the end of the block,
