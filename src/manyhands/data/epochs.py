@@ -71,24 +71,25 @@ class Epochs:
         """Return the epoch, counted from 1, of the first sample of the step with index `step`."""
         return int(self.complete_after(step)) + 1
 
+    def samples(self, step: int) -> int:
+        """Return the number of samples in the step with index `step`. The last step of an epoch may have fewer."""
+        size = self._batch.global_size
+        return size if self.steps_per_epoch is None else min(size, self.size - step % self.steps_per_epoch * size)
+
+    def present(self, step: int) -> range:
+        """Return the indices of the micro-batches that a step has. Those at the end may be missing."""
+        return range(math.ceil(self.samples(step) / self._batch.micro_size))
+
     def positions(self, step: int, micro_batch: int) -> range:
         """Return the positions of a micro-batch's samples. In the last step of an epoch, there may be none."""
-        batch = self._batch
-        start, count = step * batch.global_size + micro_batch * batch.micro_size, batch.micro_size
+        start = step * self._batch.global_size
         if self.steps_per_epoch is not None:
             epoch, place = divmod(step, self.steps_per_epoch)
-            offset = place * batch.global_size + micro_batch * batch.micro_size
-            start, count = epoch * self.size + offset, max(0, min(count, self.size - offset))
-        return range(start, start + count)
+            start = epoch * self.size + place * self._batch.global_size
+        first = micro_batch * self._batch.micro_size
+        last = min(first + self._batch.micro_size, self.samples(step))
+        return range(start + first, start + max(first, last))
 
     def share(self, step: int, micro_batch: int) -> float:
         """Return the micro-batch's number of samples, divided by that of a complete micro-batch."""
         return len(self.positions(step, micro_batch)) / self._batch.micro_size
-
-    def present(self, step: int) -> range:
-        """Return the indices of the micro-batches that a step has. Those at the end may be missing."""
-        return range(sum(size > 0 for size in self.sizes(step)))
-
-    def sizes(self, step: int) -> list[int]:
-        """Return the number of samples in each micro-batch of a step. Some are 0 if the step is shorter."""
-        return [len(self.positions(step, micro_batch)) for micro_batch in range(self._batch.micro_batches)]

@@ -282,7 +282,7 @@ class StepEngine:
             step=step,
             loss=added_in_order(control.losses) / weight,
             weight=weight,
-            samples=sum(self.epochs.sizes(step)),
+            samples=self.epochs.samples(step),
             epoch=self.epochs.epoch_of(step),
             weighted=self._loss_reader.form.weighted,
             metrics=self._loss_reader.metrics(control),
