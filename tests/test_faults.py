@@ -136,7 +136,8 @@ class Run:
         return self
 
     def _read(self) -> str:
-        return (self.folder / "output").read_text()
+        # A process that is killed, or whose disk is full, may write a part of a character.
+        return (self.folder / "output").read_text(errors="replace")
 
     def left_behind(self) -> list[str]:
         """Return the temporary files and names in shared memory that exist."""
