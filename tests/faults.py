@@ -160,7 +160,7 @@ class Session:
         fault = "" if calm or chance.random() < 0.2 else faults(count * workers, chance)
         clock, fast = FakeClock(self.folder / "clock"), chance.randrange(count) if "clock" in kinds else None
         environments = [clock.environment() if place == fast else {} for place in range(count)]
-        first, join = self._commands(count, workers)
+        first, join = self._commands(count, workers, forks=fast is None)
         run = Command(folder, first, fault, environments[0], bytes_read=bytes_read)
         launchers = [run.process, *(run.start(join, environment) for environment in environments[1:])]
         if fast is not None:
@@ -182,9 +182,15 @@ class Session:
                 raise Failed(f"a joining launcher ended with {launcher.returncode}:\n{run.output}")
         return run, schedule
 
-    def _commands(self, count: int, workers: int) -> tuple[list[str], list[str]]:
-        """Return the commands of the first host, or the only one, and of the other hosts."""
+    def _commands(self, count: int, workers: int, *, forks: bool) -> tuple[list[str], list[str]]:
+        """Return the commands of the first host, or the only one, and of the other hosts.
+
+        forks: whether workers may fork loader processes. With libfaketime they may hang, also without Manyhands: it
+        holds a lock while a thread asks for the time, and a process that is forked meanwhile waits for it forever.
+        """
         first = command(self.folder, workers, self._chance)
+        if not forks:
+            first[first.index("--loader-workers") + 1] = "0"
         if count == 1:
             return first, []
         with socket.create_server(("127.0.0.1", 0)) as server:
