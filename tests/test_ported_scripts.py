@@ -40,7 +40,7 @@ OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "collate": (lambda: {"x": 1}, r"recipe\.collate can't be called"),
     "sample": (lambda: "text", r"recipe\.sample can't be called"),
-    "data": (lambda: DataLoader(SAMPLES), r"recipe\.data is not a map-style(?s:.*)pass the data set itself"),  # type: ignore[arg-type]
+    "data": (lambda: DataLoader(SAMPLES), r"recipe\.data is a DataLoader(?s:.*)pass the data set itself"),  # type: ignore[arg-type]
 }
 
 

@@ -43,6 +43,7 @@ NAMES = [
     "Recipe",
     "StepMetrics",
     "Strategy",
+    "Stream",
     "Summary",
     "TokenFile",
     "Validation",
@@ -197,7 +198,17 @@ def test_public_methods_are_documented() -> None:
 # peft asks transformers for a property by the name that it had before transformers 5.24.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    "page", ["api.md", "tutorial.md", "recipe-files.md", "models.md", "prepare.md", "validation.md", "listeners.md"]
+    "page",
+    [
+        "api.md",
+        "tutorial.md",
+        "recipe-files.md",
+        "models.md",
+        "prepare.md",
+        "validation.md",
+        "streams.md",
+        "listeners.md",
+    ],
 )
 def test_the_examples_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -500,7 +500,7 @@ WRONG_NAMES = [
         "[[optimizer.groups]]\nmatch = ['*']\narguments.weight_decy = 0\n[batch]",
         ["recipe.toml:24", "optimizer.groups.0.arguments.weight_decy", "did you mean 'weight_decay'?"],
     ),
-    ('"tiny:Numbers"\narguments = { count = 32 }', '"tiny:no_dataset"', ["recipe.toml:14", "data is not a map-style"]),
+    ('"tiny:Numbers"\narguments = { count = 32 }', '"tiny:no_dataset"', ["recipe.toml:14", "data is not a data set"]),
 ]
 
 

@@ -19,7 +19,19 @@ FILES = {str(path.relative_to(SOURCE)): path for path in sorted(SOURCE.rglob("*.
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 WITHIN = {  # the layers inside of a package, from the bottom up; files of one entry may import each other
-    "prepare": ("records", "io", "shuffle", "plan", "task", "engines", "options", "job", "arguments", "dataset"),
+    "prepare": (
+        "records",
+        "io",
+        "shuffle",
+        "plan",
+        "task",
+        "shards",
+        "engines",
+        "options",
+        "job",
+        "arguments",
+        "dataset",
+    ),
     "engine": (("sharding", "agreement"), "units", "step", "update", "assembly", "evaluation", "engine"),
 }
 PURE = {"errors", "formatting", "options", "config", "shard_layout", "numerics"}

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from manyhands.prepare.dataset import Dataset
     from manyhands.prepare.job.output import PrepareSummary
     from manyhands.prepare.records.aggregate import Aggregate
+    from manyhands.streams import Stream
     from manyhands.training.dry_run import DryRun, dry_run
     from manyhands.training.engine import Engine
     from manyhands.training.finished import evaluate
@@ -65,6 +66,7 @@ _WHERE = {
     "Recipe": "config",
     "StepMetrics": "engine.step.metrics",
     "Strategy": "config",
+    "Stream": "streams",
     "Summary": "listeners.summary",
     "TokenFile": "data.token_file",
     "Validation": "validation",
@@ -106,6 +108,7 @@ __all__ = [
     "Recipe",
     "StepMetrics",
     "Strategy",
+    "Stream",
     "Summary",
     "TokenFile",
     "Validation",

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from manyhands.average import Average, check_average
 from manyhands.errors import ConfigError
-from manyhands.given_objects import FUNCTIONS, check_function, refuse_stream
+from manyhands.given_objects import FUNCTIONS, check_function
 from manyhands.options import check_options, option, options
+from manyhands.streams import Stream, refuse_indexed, stream_of
 from manyhands.validation import TRAINED, Validation
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class Recipe:
         help="Takes the model's (name, parameter) pairs. Returns one torch optimizer for all parameters (in one or "
         "more param groups), or a list of optimizers in which each parameter belongs to one optimizer.",
     )
-    data: Any = option(in_toml=False, help="A map-style torch Dataset.")
+    data: Any = option(in_toml=False, help="A map-style torch Dataset, or an iterable; see manyhands.Stream.")
     batch: Batch = option(in_toml=False, help="How the samples of a step are divided.")
     epochs: int | None = option(
         default=None,
@@ -302,7 +303,6 @@ class Recipe:
             check_function(field, getattr(self, field))
         if not isinstance(self.batch, Batch):
             raise ConfigError("recipe.batch has the wrong type", expected="manyhands.Batch(...)", got=repr(self.batch))
-        refuse_stream("recipe.data", self.data)
         if isinstance(self.order, str) and self.order not in ORDERS:
             raise ConfigError(
                 "recipe.order is not an order",
@@ -312,6 +312,10 @@ class Recipe:
         check_options(self)
         check_average(self.average, self.ema)
         self._check_validations()
+        if self.stream is not None:
+            by_epochs = {f"{name}.every": each.every for name, each in self.validations.items() if each.period.epochs}
+            order, end = (None if self.order == "random" else self.order), (self.epoch_end != "join") or None
+            refuse_indexed({"order": order, "epoch_end": end, "epochs": self.epochs, **by_epochs})
         if isinstance(self.weights, (str, os.PathLike)):
             object.__setattr__(self, "weights", Weights(path=self.weights))
         elif not (self.weights is None or isinstance(self.weights, Weights)):
@@ -366,6 +370,11 @@ class Recipe:
                 expected="the name of a figure of one of the recipe's validations, such as validation.loss",
                 got=repr(self.schedule_on),
             )
+
+    @property
+    def stream(self) -> Stream | None:
+        """Return `data` as a stream, or None if they are a map-style data set."""
+        return stream_of("recipe.data", self.data)
 
     @property
     def average_of_weights(self) -> Average | None:

@@ -38,16 +38,3 @@ def check_function(field: str, value: object) -> None:
             expected=f"a function, for example {FUNCTIONS[field]}",
             got=f"an object of the class {type(value).__name__}",
         )
-
-
-def refuse_stream(name: str, data: object) -> None:
-    """Raise ConfigError unless `data` is a map-style data set."""
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        raise ConfigError(
-            f"{name} is not a map-style dataset",
-            expected="an object with __len__ and __getitem__",
-            got=type(data).__name__,
-            hint="pass the data set itself: the recipe's batch, seed and collate replace those of a DataLoader"
-            if hasattr(data, "dataset")
-            else None,
-        )

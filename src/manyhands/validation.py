@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from manyhands.errors import ConfigError
-from manyhands.given_objects import refuse_stream
 from manyhands.intervals import Period
 from manyhands.options import check_options, option, options
+from manyhands.streams import stream_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +75,13 @@ class Validation:
 
     def __post_init__(self) -> None:
         check_options(self)
-        refuse_stream("validation.data", self.data)
+        if stream_of("validation.data", self.data) is not None:
+            raise ConfigError(
+                "validation.data is a stream",
+                expected="a map-style data set, because a validation needs the number of samples",
+                got=type(self.data).__name__,
+                hint="take the first samples of a stream once: list(itertools.islice(stream, 1000))",
+            )
         self.period  # noqa: B018  (checks `every`)
         for name in ("collate", "predict"):
             value = getattr(self, name)

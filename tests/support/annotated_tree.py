@@ -17,7 +17,8 @@ BLOCK = re.compile(r"(?<=^```text\n)src/manyhands/\n.*?(?=^```$)", re.MULTILINE 
 LAYERS = (
     ("errors", "formatting"),
     ("options", "output", "intervals", "given_objects"),
-    ("average", "validation"),
+    ("average", "streams"),
+    ("validation",),
     ("config", "shard_layout", "surroundings", "storage", "offload", "members"),
     ("numerics", "documents"),
     ("comm", "data", "models"),

@@ -138,8 +138,9 @@ class Manifest(BaseModel):
     parameters nor buffers; they are not saved. config_files: the files that Hugging Face's loaders need next to the
     weights: file name -> content. extra_states: what `get_extra_state` of modules returned, see
     `checkpoint.extra_state`. amendments: the amendments of the steps so far, see `engine.step.amendments`. progress:
-    the state of the run's validations, see `training.validating`. user_state: `Engine.extra_state`, encoded. averaged:
-    the number of weights in the average of the weights; 0 if there is no average, or if it has not begun.
+    the state of the run's validations, see `training.validating`. user_state: `Engine.extra_state`, encoded.
+    stream: from where the workers could read a stream on, see `data.stream_samples.StreamPosition`. averaged: the
+    number of weights in the average of the weights; 0 if there is no average, or if it has not begun.
 
     Numbers may be infinite or NaN, which JSON in Python has, and which pydantic would write as null by default.
     """
@@ -166,12 +167,13 @@ class Manifest(BaseModel):
     amendments: dict[str, Any] = Field(default_factory=dict)
     progress: dict[str, Any] = Field(default_factory=dict)
     user_state: dict[str, Any] = Field(default_factory=dict)
+    stream: list[dict[str, Any]] = Field(default_factory=list)
     averaged: Count = 0
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out newer fields that are empty, so that versions that do not know them can read the checkpoint."""
-        optional = ("attributes", "extra_states", "amendments", "progress", "user_state", "averaged")
+        optional = ("attributes", "extra_states", "amendments", "progress", "user_state", "stream", "averaged")
         fields: dict[str, Any] = serialize(self)
         return {key: value for key, value in fields.items() if value or key not in optional}
 

@@ -13,7 +13,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -233,13 +233,13 @@ def start_checkpoint(
         return None
     manifest = manifest_of(engine, digest, _save_frozen(engine, root))
     scalars: Scalars = {}
-    pieces = list(owned_pieces(engine, scalars))
+    pieces, position = list(owned_pieces(engine, scalars)), engine.stream_position()
     if not engine.allocator.on_disk:
         pieces = [piece._replace(tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
 
     def write(folder: Location) -> dict[str, Any]:
         records = write_pieces(folder / name, pieces)
-        return {"pieces": [record.model_dump() for record in records], "scalars": scalars}
+        return part_of(records, scalars, position)
 
     def is_published() -> None:
         if published is not None:
@@ -283,14 +283,20 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
     )
 
 
+def part_of(records: Sequence[PieceRecord], scalars: Scalars, position: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a worker's part of the manifest as JSON values."""
+    return {"pieces": [record.model_dump() for record in records], "scalars": scalars, "stream": position}
+
+
 def with_pieces(manifest: Manifest, parts: list[dict[str, Any]]) -> Manifest:
-    """Return the manifest with the pieces and scalars of all workers."""
+    """Return the manifest with the pieces, scalars and positions in a stream of all workers."""
     scalars = {
         name: {kind: Scalar(**number) for kind, number in numbers.items()}
         for part in parts
         for name, numbers in part["scalars"].items()
     }
-    return manifest.model_copy(update={"scalars": scalars, "pieces": _pieces_in(parts)})
+    stream = [part["stream"] for part in parts if part["stream"]]
+    return manifest.model_copy(update={"scalars": scalars, "pieces": _pieces_in(parts), "stream": stream})
 
 
 def _prune(final: Location, keep: int | None, keep_every: int | None, best: Collection[int]) -> None:

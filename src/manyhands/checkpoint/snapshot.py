@@ -24,7 +24,7 @@ from torch import Tensor
 from manyhands.checkpoint.format import CHECKPOINT_FORMAT, Manifest, PieceRecord, piece_file_name
 from manyhands.checkpoint.load import CheckpointReader, restore
 from manyhands.checkpoint.pieces import PieceReader, TensorPiece
-from manyhands.checkpoint.save import Scalars, manifest_of, owned_pieces, with_pieces
+from manyhands.checkpoint.save import Scalars, manifest_of, owned_pieces, part_of, with_pieces
 from manyhands.checkpoint.tensor_file import bytes_of, dtype_name, dtype_named
 from manyhands.comm.agreement import all_gather_json
 from manyhands.engine.engine import StepEngine
@@ -150,7 +150,7 @@ def take_snapshot(engine: StepEngine, memory: SnapshotMemory, digest: str | None
     # snapshot, which must not look complete if a worker is killed during the write.
     _write_head(slot, bytes(_HEAD_BYTES))
     records = _write(slot.pieces[group.rank], piece_file_name(group.rank), list(owned_pieces(engine, scalars)))
-    part = {"pieces": [record.model_dump() for record in records], "scalars": scalars}
+    part = part_of(records, scalars, engine.stream_position())
     parts: list[Any] = all_gather_json(group, part, f"{tag} written / control")
     if group.rank == 0:
         _write_record(slot, memory.of, with_pieces(manifest_of(engine, digest or "", frozen=None), parts))

@@ -67,8 +67,8 @@ class Epochs:
             return Fraction(step, self.steps_per_epoch)
         return Fraction(step * self._batch.global_size, self.size)
 
-    def epoch_of(self, step: int) -> int:
-        """Return the epoch, counted from 1, of the first sample of the step with index `step`."""
+    def epoch_of(self, step: int) -> int | None:
+        """Return the epoch, counted from 1, of the first sample of the step with index `step`; None for a stream."""
         return int(self.complete_after(step)) + 1
 
     def samples(self, step: int) -> int:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
@@ -21,8 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, default_collate
 
 from manyhands.config import Recipe
-from manyhands.data.prefetch import PrefetchProcesses
-from manyhands.data.samples import HeldOutSamples, Samples, TrainingSamples
+from manyhands.data.prefetch import PER_PROCESS, PrefetchProcesses, ended_stream
+from manyhands.data.samples import HeldOutSamples, NamedSample, Samples
+from manyhands.data.stream_reader import StreamError
+from manyhands.data.stream_samples import StreamLog, StreamMarks, StreamPosition, StreamSamples, training_samples
 from manyhands.errors import DataError
 from manyhands.numerics.alignment import ALIGNMENT
 from manyhands.numerics.seeds import preserved_generators, seed_generators
@@ -33,11 +37,12 @@ TRAINING = ""
 
 
 class LoadedBatch(NamedTuple):
-    """A loaded micro-batch, with its step and index."""
+    """A loaded micro-batch, with its step and index. marks: positions in a stream, from which it can be read on."""
 
     step: int
     micro_batch: int
     batch: Any
+    marks: StreamMarks | None = None
 
 
 class _Failure(NamedTuple):
@@ -61,12 +66,46 @@ class MicroBatchLoader:
 
     def __init__(self, recipe: Recipe, loader_workers: int = 0) -> None:
         self.held_out = {name: HeldOutSamples(name, each, recipe) for name, each in recipe.validations.items()}
-        self._tasks = _Tasks({TRAINING: TrainingSamples(recipe), **self.held_out})
+        training = training_samples(recipe)
+        self._stream = training if isinstance(training, StreamSamples) else None
+        self._log = StreamLog(self._stream) if self._stream is not None else None
+        self._tasks = _Tasks({TRAINING: training, **self.held_out})
         self._ahead = PrefetchProcesses(self._tasks, loader_workers) if loader_workers > 0 else None
+        self._window = PER_PROCESS * loader_workers  # the largest number of tasks that are read ahead
+        self._number = 0  # of the stream in progress
+        self._issued: _Issued | None = None  # the tasks of the stream of training data in progress
+        self._results: Iterator[bytes] = iter(())
+        self._held: dict[tuple[int, int], bytes] = {}  # training batches that were loaded ahead, by task
 
     def load(self, step: int, micro_batch: int) -> Any:
         """Load a micro-batch in this process. Raises DataError, which names the micro-batch and its samples."""
-        return self._tasks.load(TRAINING, step, micro_batch)
+        loaded = self._tasks.loaded(TRAINING, step, micro_batch)
+        self._add_marks(loaded)
+        return loaded.batch
+
+    def position(self) -> dict[str, Any]:
+        """Return the position from which the stream can be read on after the batches that this object has returned, as
+        JSON values. It is empty for map-style data.
+        """
+        return {} if self._log is None else self._log.position().as_json()
+
+    def restore(self, positions: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from the positions that the workers of an earlier run returned. Raises CheckpointError.
+
+        positions: none for a checkpoint without positions. The stream is then read from its beginning.
+        """
+        if self._stream is None or self._log is None:
+            return
+        position = StreamPosition.merged([StreamPosition.from_json(each, self._stream.parts) for each in positions])
+        if self._ahead is not None:
+            self._ahead.close()  # new processes get the position when they are forked
+            self._issued, self._held = None, {}
+        self._stream.restore(position)
+        self._log.restore(position)
+
+    def _add_marks(self, loaded: LoadedBatch) -> None:
+        if self._log is not None and loaded.marks is not None:
+            self._log.add(loaded.marks)
 
     def facts(self, step: int, micro_batch: int, of: str = TRAINING) -> dict[str, str]:
         """Load a micro-batch twice. Return names and hashes of its samples, and of the batch that collate made from
@@ -78,6 +117,7 @@ class MicroBatchLoader:
         """
         if self._ahead is None:
             return self._tasks.facts(of, step, micro_batch)
+        self._hold(self._ahead)
         (loaded,) = self._unpacked(self._ahead.stream([(of, step, micro_batch, "facts")]), self._ahead)
         facts: dict[str, str] = loaded.batch
         return facts
@@ -89,10 +129,52 @@ class MicroBatchLoader:
         batches in advance. A new stream ends the previous one. Raises DataError as `load` does. If a loader process
         dies, raises DataError within seconds and ends all loader processes.
         """
-        named = ((of, step, micro_batch) for step, micro_batch in tasks)
         if self._ahead is None:
-            return (LoadedBatch(task[1], task[2], self._tasks.load(*task)) for task in named)
-        return self._unpacked(self._ahead.stream(named), self._ahead)
+            return self._loaded((of, step, micro_batch) for step, micro_batch in tasks)
+        self._hold(self._ahead)
+        if of != TRAINING:
+            return self._unpacked(self._ahead.stream((of, *task) for task in tasks), self._ahead)
+        found, rest = self._loaded_ahead(iter(tasks))
+        results = self._held_results(found)
+        if len(found) <= self._window:
+            return self._unpacked(chain(results, self._read_ahead(self._ahead, rest)), self._ahead)
+        # Validations follow each other closely. Begin to read ahead when the kept batches are used up.
+        later = chain.from_iterable(self._read_ahead(ahead, rest) for ahead in [self._ahead])
+        return self._unpacked(chain(results, later), self._ahead)
+
+    def _read_ahead(self, ahead: PrefetchProcesses, tasks: Iterator[tuple[int, int]]) -> Iterator[bytes]:
+        self._issued = _Issued(tasks, self._window)
+        self._results = ahead.stream(self._issued)
+        return self._results
+
+    def _hold(self, ahead: PrefetchProcesses) -> None:
+        """End the stream of training data, if any. Keep the batches that it has loaded ahead for the next one.
+
+        Without this, each validation would let them be loaded twice, and let a stream of samples go back.
+        """
+        if self._issued is not None:
+            issued, self._issued = self._issued, None
+            issued.is_open = False
+            loaded = list(self._results) if ahead.is_streaming else []
+            if not ahead.is_streaming:  # a process has died, and with it the memory of the batches
+                self._held = {}
+            self._held.update(zip(list(issued.last)[len(issued.last) - len(loaded) :], loaded, strict=True))
+
+    def _loaded_ahead(
+        self, tasks: Iterator[tuple[int, int]]
+    ) -> tuple[list[tuple[int, int]], Iterator[tuple[int, int]]]:
+        """Divide tasks into the first ones, whose batches were kept, and the rest. Drop the other batches."""
+        found = []
+        for task in tasks:
+            if task not in self._held:
+                tasks = chain([task], tasks)
+                break
+            found.append(task)
+        self._held = {task: self._held[task] for task in found}
+        return found, tasks
+
+    def _held_results(self, tasks: list[tuple[int, int]]) -> Iterator[bytes]:
+        return (self._held.pop(task) for task in tasks)
 
     def close(self) -> None:
         """End the loader processes. `close` may be called twice."""
@@ -105,13 +187,44 @@ class MicroBatchLoader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _loaded(self, tasks: Iterable[tuple[str, int, int]]) -> Iterator[LoadedBatch]:
+        for task in tasks:
+            loaded = self._tasks.loaded(*task)
+            self._add_marks(loaded)
+            yield loaded
+
     def _unpacked(self, results: Iterator[bytes], ahead: PrefetchProcesses) -> Iterator[LoadedBatch]:
-        for packed in results:
+        self._number += 1
+        return self._unpacked_in(self._number, results, ahead)
+
+    def _unpacked_in(self, stream: int, results: Iterator[bytes], ahead: PrefetchProcesses) -> Iterator[LoadedBatch]:
+        while stream == self._number:
+            packed = next(results, None)
+            if packed is None:
+                return
             result: LoadedBatch | _Failure = ahead.unpickled(packed)
             if isinstance(result, _Failure):
                 ahead.close()
                 raise result.error from result.cause
+            self._add_marks(result)
             yield result
+        raise ended_stream()
+
+
+class _Issued:
+    """The tasks of a stream of training data, as loader processes take them. It ends when `is_open` is False.
+
+    last: the last tasks that were taken, among them all whose batches have not been read.
+    """
+
+    def __init__(self, tasks: Iterator[tuple[int, int]], window: int) -> None:
+        self._tasks, self.is_open = tasks, True
+        self.last: deque[tuple[int, int]] = deque(maxlen=window)
+
+    def __iter__(self) -> Iterator[tuple[str, int, int]]:
+        while self.is_open and (task := next(self._tasks, None)) is not None:
+            self.last.append(task)
+            yield TRAINING, *task
 
 
 class _Tasks(Dataset[Any]):
@@ -120,13 +233,20 @@ class _Tasks(Dataset[Any]):
     def __init__(self, sets: Mapping[str, Samples]) -> None:
         self._sets = sets
 
-    def load(self, of: str, step: int, micro_batch: int) -> Any:
+    def loaded(self, of: str, step: int, micro_batch: int) -> LoadedBatch:
         """Return the batch of this task. Raises DataError."""
-        return load_batch(self._sets[of], step, micro_batch)
+        samples = self._sets[of]
+        batch = load_batch(samples, step, micro_batch)
+        marks = samples.new_marks() if isinstance(samples, StreamSamples) else None
+        return LoadedBatch(step, micro_batch, batch, marks)
 
     def facts(self, of: str, step: int, micro_batch: int) -> dict[str, str]:
         """Do the work of `MicroBatchLoader.facts` in this process."""
-        return facts_of(self._sets[of], step, micro_batch)
+        samples = self._sets[of]
+        if isinstance(samples, StreamSamples):
+            with preserved_generators():
+                samples.refuse_equal_parts()
+        return facts_of(samples, step, micro_batch)
 
     def __getitem__(self, task: tuple[Any, ...]) -> bytes:
         """Load a micro-batch in a loader process and return the pickled LoadedBatch or _Failure.
@@ -138,8 +258,9 @@ class _Tasks(Dataset[Any]):
         """
         of, step, micro_batch, *asks_facts = task
         try:
-            load = self.facts if asks_facts else self.load
-            return _packed(LoadedBatch(step, micro_batch, load(of, step, micro_batch)))
+            if asks_facts:
+                return _packed(LoadedBatch(step, micro_batch, self.facts(of, step, micro_batch)))
+            return _packed(self.loaded(of, step, micro_batch))
         except DataError as error:
             return _packed(_failure(error))
         except Exception as error:
@@ -157,33 +278,28 @@ def load_batch(
     samples: Samples,
     step: int,
     micro_batch: int,
-    look_at: Callable[[list[int], list[Any]], None] = lambda indices, items: None,
+    look_at: Callable[[list[NamedSample]], None] = lambda read: None,
 ) -> Any:
-    """Load a micro-batch, and call `look_at(indices, items)` before the items are collated. Raises DataError."""
-    indices = samples.indices(step, micro_batch)
+    """Load a micro-batch, and call `look_at` with its samples before they are collated. Raises DataError."""
     collate = samples.collate or default_collate
-    doing = "seeding"
+    samples.calling = samples.name
     with preserved_generators(), _one_thread():
         seed_generators(samples.seed(step, micro_batch))
         try:
-            if hasattr(samples.data, "__getitems__"):
-                doing = f"{samples.name}.__getitems__"
-                items = samples.data.__getitems__(indices)
-            else:
-                items = []
-                for index in indices:
-                    doing = f"{samples.name}[{index}]"
-                    items.append(samples.data[index])
-            look_at(indices, items)
-            doing = "torch's default_collate" if collate is default_collate else samples.name_of_collate
+            read = samples.read(step, micro_batch)
+            look_at(read)
+            items = [each.value for each in read]
+            samples.calling = "torch's default_collate" if collate is default_collate else samples.name_of_collate
             batch = collate(items)
             return batch if collate is default_collate else _with_own_memory(batch, items)
+        except StreamError:
+            raise
         except Exception as error:
             raise DataError(
-                f"{doing} raised {type(error).__name__}: {error}",
-                where=f"{samples.place(step, micro_batch)}, samples {_listed(indices)}",
-                hint=f"to reproduce the error, call {doing} yourself; the traceback is above or below this message"
-                + samples.remedy(step),
+                f"{samples.calling} raised {type(error).__name__}: {error}",
+                where=f"{samples.place(step, micro_batch)}, {samples.listed(step, micro_batch)}",
+                hint=f"to reproduce the error, call {samples.calling} yourself; the traceback is above or below this "
+                f"message{samples.remedy(step)}",
             ) from error
 
 
@@ -247,9 +363,9 @@ def facts_of(samples: Samples, step: int, micro_batch: int) -> dict[str, str]:
 def _facts(samples: Samples, step: int, micro_batch: int) -> dict[str, str]:
     facts: dict[str, str] = {}
 
-    def add_samples(indices: list[int], items: list[Any]) -> None:
-        for index, item in zip(indices, items, strict=False):
-            facts.update(plain_values(f"{samples.name}[{index}]", item))
+    def add_samples(read: list[NamedSample]) -> None:
+        for name, sample in read:
+            facts.update(plain_values(name, sample))
 
     try:
         batch = load_batch(samples, step, micro_batch, add_samples)
@@ -293,8 +409,3 @@ def _portable(cause: BaseException | None) -> Exception:
     if isinstance(copy, Exception):
         return copy
     return RuntimeError(f"{type(cause).__name__}: {cause}")
-
-
-def _listed(indices: list[int], most: int = 16) -> str:
-    shown = ", ".join(str(index) for index in indices[:most])
-    return f"[{shown}]" if len(indices) <= most else f"[{shown}, ... {len(indices) - most} more]"

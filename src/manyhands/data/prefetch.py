@@ -27,7 +27,7 @@ from manyhands.errors import DataError, InvariantError
 from manyhands.members.processes import STOPPED_SECONDS, StoppedProcesses, kill_with_parent
 from manyhands.surroundings import STOP_SIGNALS
 
-_PER_PROCESS = 2
+PER_PROCESS = 2
 """The number of results that each process prefetches."""
 
 _CHECK_SECONDS = 1.0  # between two checks for stopped processes
@@ -64,6 +64,11 @@ class PrefetchProcesses:
             self._start(tasks)
         return self._read(self._stream)
 
+    @property
+    def is_streaming(self) -> bool:
+        """Return True if the processes run, and have not been closed since the last stream began."""
+        return self._results is not None
+
     def unpickled(self, packed: bytes) -> Any:
         """Return the object that a process pickled. The process must still run, to pass on the memory of tensors.
 
@@ -85,10 +90,7 @@ class PrefetchProcesses:
     def _read(self, stream: int) -> Iterator[Any]:
         while True:
             if stream != self._stream or self._results is None:
-                raise InvariantError(
-                    "a stream of batches was read after it had ended",
-                    hint="read one stream at a time: a later stream(), or close(), ends the earlier one",
-                )
+                raise ended_stream()
             with self._watched():
                 result = next(self._results, _END)
             if result is _END:
@@ -120,7 +122,7 @@ class PrefetchProcesses:
                 num_workers=self._num_processes,
                 collate_fn=_unchanged,
                 worker_init_fn=partial(_prepare_process, parent),
-                prefetch_factor=_PER_PROCESS,
+                prefetch_factor=PER_PROCESS,
                 persistent_workers=True,
                 generator=torch.Generator(),  # otherwise the base seed is drawn from the global generator
                 multiprocessing_context="fork" if sys.platform == "linux" else None,
@@ -170,6 +172,14 @@ class PrefetchProcesses:
                     hint=_hint_for_exit(process.exitcode),
                 )
         return None
+
+
+def ended_stream() -> InvariantError:
+    """Return the error for a stream that is read although a later one has begun."""
+    return InvariantError(
+        "a stream of batches was read after it had ended",
+        hint="read one stream at a time: a later stream(), or close(), ends the earlier one",
+    )
 
 
 def _kill_stopped(reader: weakref.ref[PrefetchProcesses], processes: list[BaseProcess]) -> None:

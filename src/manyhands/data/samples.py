@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from manyhands.config import Recipe
 from manyhands.data.epochs import Epochs
@@ -14,15 +14,52 @@ from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
 from manyhands.validation import Validation
 
+_SHOWN = 16
+"""The number of samples that an error lists."""
+
+
+class NamedSample(NamedTuple):
+    """A sample, with what errors call it."""
+
+    name: str
+    value: Any
+
 
 class Samples(ABC):
-    """A data set, divided into micro-batches.
+    """Data, divided into micro-batches.
 
     name, name_of_collate: what errors call the data set and the collate function.
     """
 
     name: str
     name_of_collate: str
+    collate: Callable[[list[Any]], Any] | None
+    calling: str = ""
+    """The call of the user's code that is in progress, for errors."""
+
+    @abstractmethod
+    def read(self, step: int, micro_batch: int) -> list[NamedSample]:
+        """Read a micro-batch's samples."""
+
+    @abstractmethod
+    def listed(self, step: int, micro_batch: int) -> str:
+        """Return a list of the micro-batch's samples, for errors."""
+
+    @abstractmethod
+    def seed(self, step: int, micro_batch: int) -> int:
+        """Return the seed with which the micro-batch is loaded."""
+
+    @abstractmethod
+    def place(self, step: int, micro_batch: int) -> str:
+        """Return a description of the micro-batch, for errors."""
+
+    def remedy(self, step: int) -> str:
+        """Return how to continue without the micro-batch, for the end of a hint."""
+        return ""
+
+
+class IndexedSamples(Samples):
+    """A map-style data set, divided into micro-batches."""
 
     def __init__(self, data: Any, collate: Callable[[list[Any]], Any] | None) -> None:
         self.data, self.collate = data, collate
@@ -39,20 +76,25 @@ class Samples(ABC):
     def indices(self, step: int, micro_batch: int) -> list[int]:
         """Return the indices of a micro-batch's samples."""
 
-    @abstractmethod
-    def seed(self, step: int, micro_batch: int) -> int:
-        """Return the seed with which the micro-batch is loaded."""
+    def read(self, step: int, micro_batch: int) -> list[NamedSample]:
+        indices = self.indices(step, micro_batch)
+        names = [f"{self.name}[{index}]" for index in indices]
+        if hasattr(self.data, "__getitems__"):
+            self.calling = f"{self.name}.__getitems__"
+            return [NamedSample(*each) for each in zip(names, self.data.__getitems__(indices), strict=False)]
+        samples = []
+        for name, index in zip(names, indices, strict=True):
+            self.calling = name
+            samples.append(NamedSample(name, self.data[index]))
+        return samples
 
-    @abstractmethod
-    def place(self, step: int, micro_batch: int) -> str:
-        """Return a description of the micro-batch, for errors."""
-
-    def remedy(self, step: int) -> str:
-        """Return how to continue without the micro-batch, for the end of a hint."""
-        return ""
+    def listed(self, step: int, micro_batch: int) -> str:
+        indices = self.indices(step, micro_batch)
+        shown, more = ", ".join(map(str, indices[:_SHOWN])), len(indices) - _SHOWN
+        return f"samples [{shown}]" if more <= 0 else f"samples [{shown}, ... {more} more]"
 
 
-class TrainingSamples(Samples):
+class TrainingSamples(IndexedSamples):
     """The samples of the steps of a recipe."""
 
     name, name_of_collate = "recipe.data", "recipe.collate"
@@ -71,11 +113,18 @@ class TrainingSamples(Samples):
     def place(self, step: int, micro_batch: int) -> str:
         return f"step {step}, micro-batch {micro_batch}"
 
+    def described(self, step: int, micro_batch: int) -> str:
+        """Return a description of a micro-batch's samples, for errors in the step."""
+        positions, found = self.epochs.positions(step, micro_batch), self.indices(step, micro_batch)
+        indices = ", ".join(map(str, found[:_SHOWN]))
+        more = ", ..." if len(found) > _SHOWN else ""
+        return f"samples {positions[0]} to {positions[-1]} in the run's order (in recipe.data: {indices}{more})"
+
     def remedy(self, step: int) -> str:
         return f"; to continue without this step: --skip-step {step} (skip_steps=[{step}])"
 
 
-class HeldOutSamples(Samples):
+class HeldOutSamples(IndexedSamples):
     """The samples of a validation, in the order of the data. The last micro-batch may be smaller than the others.
 
     With a limit on the number of samples, they are drawn from the data once, as a function of (seed, name).

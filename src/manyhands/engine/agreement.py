@@ -49,6 +49,8 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
         facts["average of the weights"] = str(recipe.average_of_weights)
     if recipe.schedule_on is not None:
         facts |= _facts_of_schedule_on(recipe)
+    if recipe.stream is not None:
+        return facts | recipe.stream.facts(recipe.batch.micro_batches)
     return facts | order_fact(recipe.order) | {"len(data)": str(len(recipe.data))}
 
 

@@ -18,7 +18,7 @@ from manyhands.comm.agreement import agree
 from manyhands.comm.group import Group
 from manyhands.comm.local import LocalGroup
 from manyhands.config import Recipe, Strategy
-from manyhands.data.epochs import Epochs
+from manyhands.data.stream_samples import training_samples
 from manyhands.engine.agreement import (
     agree_on_attributes,
     agree_on_functions,
@@ -143,7 +143,7 @@ class StepEngine:
         groups = self.optimizer.plain_hyperparameters()  # schedules may have changed these
         self._optimizer_facts |= schedule_facts(self.schedules, groups, self._optimizer_facts)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
-        self.epochs, _ = Epochs.of(recipe)
+        self.epochs = training_samples(recipe).epochs
         self.buffers = Buffers(self.model, recipe.buffers, reports=group.rank == 0)
         self._attributes = AttributeGuard(self.model, recipe.attributes, recipe.loss)
         self._settings = Settings(self._params, self.optimizer, self.buffers)
@@ -199,6 +199,10 @@ class StepEngine:
             enter, leave = partial(self._call_seeds.enter, name), partial(self._call_seeds.leave, name)
             handles += around_forward(self.model.get_submodule(name), enter, leave)
         return handles
+
+    def stream_position(self) -> dict[str, Any]:
+        """Return from where this worker can read a stream on, as JSON values; empty if the data are no stream."""
+        return {}
 
     def my_micro_batches(self, step: int) -> list[int]:
         """Return the indices of the micro-batches that this worker computes in a step, in order."""

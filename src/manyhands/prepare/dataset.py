@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 from manyhands.errors import ConfigError
@@ -49,6 +50,7 @@ from manyhands.prepare.records.keys import (
     key_name,
 )
 from manyhands.prepare.records.operations import Filter, FlatMap, KeyBy, Map, MapBatches, Operation, Sample
+from manyhands.prepare.shards import Shard
 from manyhands.prepare.shuffle.arrange import Arrangement, ByGroup, ByJoinKey, ByKey, ByPosition
 from manyhands.prepare.shuffle.reduce import Grouped, Joined, Sorted
 
@@ -338,6 +340,30 @@ class Dataset:
         options = options_of(job_options).alone()
         plan = self._plan(Counting(), job_options)
         return first_records(plan, count.__index__(), options)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Compute the records one after the other in this process, without a job.
+
+        A Dataset may also be the data of a recipe, or of `mh.Stream`; see "Streams" in the guide. Raises ConfigError
+        for a Dataset that sorts, groups, joins or shuffles its records, and DataError for the first bad record.
+        """
+        return iter(self.shard(1, 0))
+
+    @property
+    def num_shards(self) -> int:
+        """Return the largest number of parts into which `shard` divides the records: the number of input partitions."""
+        return self._as_shard.num_shards
+
+    def shard(self, num_shards: int, index: int) -> Shard:
+        """Return one of `num_shards` parts of the records, as an iterable: consecutive partitions of the input.
+
+        Raises ConfigError as iterating does.
+        """
+        return self._as_shard.shard(num_shards, index)
+
+    @cached_property
+    def _as_shard(self) -> Shard:
+        return Shard.whole(make_plan(_without_caches(self._node), Counting()))
 
     def explain(self, *, format: str = "jsonl") -> str:
         """Return a description of the plan that `write` would run for this format: stages, steps and partitions.

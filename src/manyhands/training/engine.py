@@ -137,6 +137,10 @@ class Engine(StepEngine):
             for micro_batch in self.my_micro_batches(step)
         )
 
+    def stream_position(self) -> dict[str, Any]:
+        """Return from where this worker can read a stream on, as JSON values; empty if the data are no stream."""
+        return self._open_loader().position()
+
     def _facts(self, step: int, of: str = TRAINING) -> dict[str, str]:
         """Return facts about the first micro-batch of a step, to be compared between workers."""
         try:
@@ -373,6 +377,8 @@ class Engine(StepEngine):
             self.group.fail(error)
             raise
         self._awaits_checkpoint = False
+        self._stream = None
+        self._open_loader().restore(manifest.stream)
         self._param_guard.after_load()
         return manifest
 

@@ -35,8 +35,9 @@ from manyhands.errors import CheckpointError, ConfigError
 from manyhands.listeners.dispatch import Listeners
 from manyhands.listeners.gaps import Gaps
 from manyhands.listeners.listener import Listener
+from manyhands.listeners.recipe_description import describe
 from manyhands.listeners.recording import Recording
-from manyhands.listeners.run_directory import RunDirectory, describe, events_in, versions, write_json
+from manyhands.listeners.run_directory import RunDirectory, events_in, versions, write_json
 from manyhands.listeners.summary import StepFigures, Summary, unfinished
 from manyhands.listeners.tensorboard import TensorBoardListener
 from manyhands.listeners.terminal import TrainingProgress

@@ -27,7 +27,7 @@ PHASES = ("data", "compute", "communication", "update", "waiting")
 class StepMetrics:
     """The metrics of one step.
 
-    epoch: the epoch of the step's first sample, counted from 1.
+    epoch: the epoch of the step's first sample, counted from 1; None for a stream.
     skipped: True if an amendment skipped the step: there is no loss, no gradient and no weight.
     loss: the weighted mean loss of the global batch.
     weight: the sum of the micro-batches' weights.
@@ -42,7 +42,7 @@ class StepMetrics:
     """
 
     step: int
-    epoch: int = 1
+    epoch: int | None = 1
     skipped: bool = False
     loss: float
     weight: float
@@ -62,7 +62,9 @@ class StepMetrics:
 
         A step that was skipped has no loss, so only its number, epoch and learning rates are there.
         """
-        found: dict[str, float] = {"step": self.step, "epoch": self.epoch}
+        found: dict[str, float] = {"step": self.step}
+        if self.epoch is not None:
+            found["epoch"] = self.epoch
         if not self.skipped:
             found |= {"loss": self.loss, "gradient_norm": self.gradient_norm, "samples": self.samples}
             found |= {f"metrics.{name}": value for name, value in self.metrics.items()}

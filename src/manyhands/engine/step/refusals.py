@@ -8,13 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from manyhands.config import Recipe
-from manyhands.data.samples import TrainingSamples
+from manyhands.data.stream_samples import training_samples
 from manyhands.engine.step.control import Control, added_in_order
 from manyhands.engine.step.loss import LossForm
 from manyhands.errors import ConfigError, NumericsError
-
-_SHOWN = 16
-"""The largest number of samples whose indices an error lists."""
 
 _A_COUNT = "the number of samples or tokens that the sum was taken over"
 
@@ -33,25 +30,16 @@ def not_finite(
         loss = control.losses[control.bad[0]]
         return NumericsError(
             f"the gradient of {param_names[control.bad[1]]!r} is not finite in micro-batch {control.bad[0]}",
-            where=f"{tag}, {_samples(recipe, step, control.bad[0])}; the loss is {loss:g}",
+            where=f"{tag}, {training_samples(recipe).described(step, control.bad[0])}; the loss is {loss:g}",
             hint=f"lower the learning rate, set clip_norm, or inspect those samples; no weight has been changed{skip}",
         )
     if len(bad_losses):
         return NumericsError(
             f"the loss of micro-batch {bad_losses[0]} is {control.losses[bad_losses[0]]:g}",
-            where=f"{tag}, {_samples(recipe, step, int(bad_losses[0]))}",
+            where=f"{tag}, {training_samples(recipe).described(step, int(bad_losses[0]))}",
             hint=f"inspect those samples, or lower the learning rate; no weight has been changed{hint}{skip}",
         )
     return _weight_error(control, tag, skip)
-
-
-def _samples(recipe: Recipe, step: int, micro_batch: int) -> str:
-    """Describe a micro-batch's samples by their position in the run, and by their index in the recipe's data."""
-    samples = TrainingSamples(recipe)
-    positions, found = samples.epochs.positions(step, micro_batch), samples.indices(step, micro_batch)
-    indices = ", ".join(map(str, found[:_SHOWN]))
-    more = ", ..." if len(found) > _SHOWN else ""
-    return f"samples {positions[0]} to {positions[-1]} in the run's order (in recipe.data: {indices}{more})"
 
 
 def refuse_weights(control: Control, form: LossForm, *, fractional: bool, tag: str) -> None:

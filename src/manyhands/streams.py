@@ -1,0 +1,199 @@
+"""Stream: data that can only be read in order, divided into a fixed number of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from manyhands.errors import ConfigError
+from manyhands.options import check_options, option, options, whole_number
+
+TOGETHER, REPEAT = "together", "repeat"
+
+
+@options
+class Stream:
+    """Samples that can only be read in order, for `Recipe.data`. The number of parts belongs to the recipe.
+
+    The micro-batches of a run are counted from 0 through all of its steps. Number g is read from part g % parts, so any
+    number of workers reads the same samples. A plain iterable as `Recipe.data` is read as `Stream(data)`.
+
+    If the data have `state_dict` and `load_state_dict`, a run that is resumed continues from a recent state. Otherwise
+    it reads the current pass again from its beginning, without using the samples. The samples are the same. If the data
+    have `set_epoch(pass)`, it is called before each pass with the number of the pass, counted from 0.
+
+    Raises ConfigError.
+    """
+
+    data: Any = option(
+        in_toml=False,
+        kw_only=False,
+        help="What is read: a list of iterables, one for each part; or an object with num_shards and "
+        "shard(num_shards, index), such as an IterableDataset of Hugging Face or a Dataset of Manyhands; or a function "
+        "(part, parts) that returns an iterable; or another iterable, such as an IterableDataset of torch, in which "
+        "torch.utils.data.get_worker_info() returns the part as `id` and the parts as `num_workers`. It must be "
+        "possible to iterate over each of them again, with the same samples.",
+    )
+    parts: int | None = option(
+        default=None,
+        at_least=1,
+        help="The number of parts. None: for shards, the largest divisor of the number of micro-batches in a step for "
+        "which there are enough shards; for a list, its length; otherwise 1.",
+    )
+    at_end: str = option(
+        default=TOGETHER,
+        choices=(TOGETHER, REPEAT),
+        help="What happens when a part ends. together: the next part that has not ended gives the samples in its place,"
+        " and all parts begin again when all have ended, so each pass has every sample once. Without `lengths`, every "
+        "worker reads all parts, because it must know where they end. repeat: the part begins again, whatever the "
+        "others do. A worker reads only the parts of its own micro-batches.",
+    )
+    lengths: Sequence[int] | None = option(
+        default=None,
+        in_toml=False,
+        help="The number of samples in each part, if it is known. Then a worker reads only the parts that it needs.",
+    )
+    shuffle: int | None = option(
+        default=None,
+        at_least=2,
+        help="Shuffle the samples of a part within blocks of this many samples, anew in every pass. A worker keeps one "
+        "block of each part that it reads in memory. None: keep the order of the data.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_stream("stream.data", self.data)
+        known = self._known_parts
+        if known is not None and self.parts not in (None, known):
+            raise ConfigError(
+                "stream.parts does not match the data",
+                expected=f"{known}, as many as there are iterables",
+                got=self.parts,
+            )
+        if self.parts is None and self._is_function:
+            raise ConfigError("a stream from a function needs the number of parts", expected="parts=8, for example")
+        shards = self._shards  # raises ConfigError if the data can't be divided
+        if self.parts is not None and shards is not None and self.parts > shards:
+            raise ConfigError(
+                "the stream has more parts than its data have shards",
+                expected=f"at most {shards} parts, because each part reads at least one shard",
+                got=f"parts={self.parts}",
+                hint="divide the data into more shards, or read them in fewer parts",
+            )
+        if self.lengths is not None:
+            self._check_lengths(self.lengths)
+
+    def _check_lengths(self, lengths: Sequence[int]) -> None:
+        checked = [whole_number(length) for length in lengths]
+        if any(length is None or length < 0 for length in checked) or not any(checked):
+            raise ConfigError(
+                "stream.lengths has an invalid length",
+                expected="an integer of at least 0 for each part, not all 0",
+                got=repr(lengths)[:200],
+            )
+        if self.parts is None and self._known_parts is None:
+            raise ConfigError("stream.lengths needs stream.parts", expected=f"parts={len(checked)}", got="no parts")
+        if len(checked) != (self.parts or self._known_parts):
+            raise ConfigError(
+                "stream.lengths does not match stream.parts",
+                expected=f"{self.parts or self._known_parts} lengths",
+                got=len(checked),
+            )
+        object.__setattr__(self, "lengths", tuple(checked))
+
+    @property
+    def _known_parts(self) -> int | None:
+        return len(self.data) if isinstance(self.data, (list, tuple)) else None
+
+    @property
+    def _is_function(self) -> bool:
+        return callable(self.data) and not hasattr(self.data, "__iter__")
+
+    @property
+    def is_divided_by_its_data(self) -> bool:
+        """Return True if the data learn which part is read, and choose its samples themselves."""
+        return self._known_parts is None and not has_shards(self.data)
+
+    @property
+    def _shards(self) -> int | None:
+        return int(self.data.num_shards) if has_shards(self.data) else None
+
+    def number_of_parts(self, micro_batches: int) -> int:
+        """Return the number of parts for a recipe with this many micro-batches in a step."""
+        if self.parts is not None:
+            return self.parts
+        if self._known_parts is not None:
+            return self._known_parts
+        most = self._shards or 1
+        return max(number for number in range(1, micro_batches + 1) if micro_batches % number == 0 and number <= most)
+
+    def facts(self, micro_batches: int) -> dict[str, str]:
+        """Return the facts that decide which samples a micro-batch has. The data themselves are not among them."""
+        found = {"stream.parts": str(self.number_of_parts(micro_batches)), "stream.at_end": self.at_end}
+        return found | ({} if self.shuffle is None else {"stream.shuffle": str(self.shuffle)})
+
+
+def has_shards(data: object) -> bool:
+    """Return True if data divide themselves: `num_shards` and `shard(num_shards, index)`, as Hugging Face's do."""
+    return hasattr(type(data), "num_shards") and hasattr(data, "shard")
+
+
+def stream_of(name: str, data: object) -> Stream | None:
+    """Return data as a stream, or None for a map-style data set. Raises ConfigError, which calls the data `name`."""
+    if isinstance(data, Stream):
+        return data
+    classes = {f"{each.__module__}.{each.__name__}" for each in type(data).__mro__}
+    if "torch.utils.data.dataloader.DataLoader" in classes:
+        raise ConfigError(
+            f"{name} is a DataLoader",
+            expected="the data set inside of it",
+            got=type(data).__name__,
+            hint="pass the data set itself: the recipe's batch, seed and collate replace those of a DataLoader",
+        )
+    # An IterableDataset of torch may have a length, and Hugging Face's has __getitem__, which returns columns.
+    is_iterable_only = "torch.utils.data.dataset.IterableDataset" in classes
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not (is_iterable_only or isinstance(data, str)):
+        return None
+    if not hasattr(data, "__iter__") or isinstance(data, (str, bytes)):
+        raise ConfigError(
+            f"{name} is not a data set",
+            expected="a map-style data set, with __len__ and __getitem__, or an iterable, which is read as a stream",
+            got=type(data).__name__,
+        )
+    return Stream(data)
+
+
+def check_stream(name: str, data: object) -> None:
+    """Raise ConfigError if data can't be read as a stream."""
+    each: Sequence[object] = data if isinstance(data, (list, tuple)) else [data]
+    for inner in each or [""]:
+        if hasattr(inner, "__next__"):
+            raise ConfigError(
+                f"{name} can be read only once",
+                expected="an object that gives the same samples whenever a new iteration over it begins",
+                got=f"an iterator of the type {type(inner).__name__}",
+                hint="pass an object whose __iter__ is a generator function, or a function (part, parts) that returns "
+                "the iterator",
+            )
+        is_iterable = hasattr(inner, "__iter__") and not isinstance(inner, (str, bytes))
+        if not (is_iterable or (inner is data and callable(inner))):
+            raise ConfigError(
+                f"{name} can't be read as a stream",
+                expected="an iterable, a list of iterables, or a function (part, parts) that returns an iterable",
+                got=repr(inner)[:80],
+            )
+
+
+def refuse_indexed(options: Mapping[str, object]) -> None:
+    """Raise ConfigError if an option is set that needs data with indices and a length. options: name -> value; None if
+    it is not set.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} can't be used with a stream",
+                expected="a map-style data set, whose samples have indices and a known number",
+                got=f"{name} = {value!r}",
+                hint="give the number of steps; count periods in steps ('500 steps'); shuffle by "
+                "manyhands.Stream(data, shuffle=1000)",
+            )
