@@ -151,7 +151,7 @@ class Hidden:
 
 
 def nan_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """NaN in micro-batch 2 of step 1."""
+    """NaN in micro-batch 2 of step 2."""
     return loss(model, batch) * (float("nan") if torch.equal(batch[0], SAMPLES[FIRST_OF_MICRO_BATCH]) else 1.0)
 
 
@@ -260,14 +260,14 @@ ON_ALL: dict[str, tuple[Callable[[int], mh.Recipe], type[Exception], list[str]]]
     "weight: zero": (
         lambda rank: recipe(loss=lambda model, batch: (model(batch).sum(), 0.0)),
         mh.NumericsError,
-        ["the global batch has no weight", "step 0", "a positive sum"],
+        ["the global batch has no weight", "step 1", "a positive sum"],
     ),
     "loss: NaN": (
         lambda rank: recipe(loss=nan_loss),
         mh.NumericsError,
         [
             "the loss of micro-batch 2 is nan",
-            f"step 1, samples 12 to 13 in the run's order (in recipe.data: {FIRST_OF_MICRO_BATCH}, ",
+            f"step 2, samples 12 to 13 in the run's order (in recipe.data: {FIRST_OF_MICRO_BATCH}, ",
             "no weight has been changed",
         ],
     ),
@@ -325,7 +325,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(
             with pytest.raises(mh.NumericsError) as caught:
                 engine.step(next(engine.batches()))
             assert caught.value.what == "the gradient of '2.weight' is not finite in micro-batch 2"
-            assert "step 1, samples 12 to 13" in str(caught.value.where)
+            assert "step 2, samples 12 to 13" in str(caught.value.where)
             assert engine.digest() == before
             poisoned = False
             for batch in engine.batches(3):
@@ -434,3 +434,20 @@ def test_a_worker_that_leaves_early_is_reported() -> None:
     assert isinstance(error, mh.WorkerError)
     assert error.rank == 1
     assert "worker 1 has left the group" in str(error)
+
+
+def test_a_sum_of_gradients_that_overflows_names_the_step_to_skip() -> None:
+    def overflowing(model: Any, batch: Tensor) -> Tensor:
+        weight = model[2].weight
+        zero = (weight - weight.detach()).sum()  # its gradient is 1
+        return loss(model, batch) + zero * (3e38 if engine.step_index == 1 else 1.0)
+
+    with mh.Engine(recipe(loss=overflowing)) as engine:
+        batches = engine.batches()
+        engine.step(next(batches))
+        with pytest.raises(mh.NumericsError, match="although every micro-batch's gradients are finite") as caught:
+            engine.step(next(batches))
+        assert caught.value.where == "step 2"
+        assert str(caught.value.hint).endswith("--skip-step 2")
+        with pytest.raises(mh.InvariantError, match="because it failed after step 1: "):
+            engine.digest()

@@ -272,7 +272,7 @@ def test_a_network_failure_is_reported_and_the_next_checkpoint_is_tried(
 def test_an_unreachable_store_is_not_treated_as_empty(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the run would restart from step 0."""
+    """Otherwise the run would restart from the beginning."""
     mh.train(small_recipe(), steps=1, run_dir=tmp_path, checkpoint_dir=folder, show=False)
     before = RunDirectory(tmp_path).metrics.read_bytes()
     use(f"http://127.0.0.1:{free_port()}", monkeypatch)

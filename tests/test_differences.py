@@ -204,7 +204,7 @@ def test_data_that_change_when_they_are_loaded_again_are_refused(case: str, load
         with pytest.raises(mh.DataError, match="not the same when it was loaded again") as caught:
             next(engine.batches(1))
         assert ("collate" if case == "collate" else "recipe.data[") in str(caught.value.where)
-        assert "step 0, micro-batch 0" in str(caught.value.where)
+        assert "step 1, micro-batch 0" in str(caught.value.where)
 
 
 def lr(engine: mh.Engine) -> None:

@@ -92,8 +92,8 @@ def test_a_run_that_failed_for_good(tmp_path: Path) -> None:
     texts = [text for _, text in history.lines]
     assert "step 3 / update" in texts[1]
     assert "restarted (1)" in texts[1]
-    assert "from a snapshot in memory" in texts[2]
-    assert "1 steps repeated" in texts[2]
+    assert texts[0] == "started: 2 workers, zero2"
+    assert texts[2] == "started after step 2 from a snapshot in memory: 2 workers, zero2, 1 steps repeated"
     assert history.tails == {"worker-1.log": "one\nout of cheese"}
     assert "starts from the beginning" in history.advice
 
@@ -157,7 +157,7 @@ def test_checkpoints_are_found_outside_of_the_run_directory(tmp_path: Path) -> N
     run, elsewhere = RunDirectory(tmp_path / "run"), tmp_path / "elsewhere"
     mh.train(gpt_recipe(), steps=1, run_dir=run.path, checkpoint_dir=elsewhere, show=False)
     run.append_event("failed", **FAILED, restart=None)
-    assert "continues from step 1" in run_history(run).advice
+    assert "continues after step 1" in run_history(run).advice
     run.write_manifest({}, {}, checkpoints="nosuchstore://bucket/folder")
     assert "can't be listed from here" in run_history(run).advice
 

@@ -102,13 +102,13 @@ def test_weights_that_differ_from_the_manifests_digest_are_refused(tmp_path: Pat
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     checkpoint = Trained(gpt_recipe(), tmp_path / "checkpoints").checkpoint
     for found, hint in (
-        (3, "a development version before 0.1.0 wrote it"),
-        (5, "a newer version of Manyhands wrote it"),
+        (4, "a development version before 0.1.0 wrote it"),
+        (6, "a newer version of Manyhands wrote it"),
     ):
         (checkpoint / "manifest.json").write_text(f'{{"format": {found}, "step": 2}}')
         with pytest.raises(mh.CheckpointError, match="another format") as caught:
             mh.export(checkpoint.parent, tmp_path / "out")
-        assert (caught.value.expected, caught.value.got) == ("4", str(found))
+        assert (caught.value.expected, caught.value.got) == ("5", str(found))
         assert hint in str(caught.value)
 
 

@@ -35,9 +35,9 @@ extends as well. The launcher would kill a worker that does not end after 30 s."
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 WHERE = {  # the error's `where` for worker 1
-    "forward": r"worker 1 \(pid \d+ on .*\), step 2, micro-batch \d / forward and backward",
-    "backward": r"worker 1 \(pid \d+ on .*\), step 2, round \d / layers\.2 / grad",
-    "update": r"worker 1 \(pid \d+ on .*\), step 2 / update",
+    "forward": r"worker 1 \(pid \d+ on .*\), step 3, micro-batch \d / forward and backward",
+    "backward": r"worker 1 \(pid \d+ on .*\), step 3, round \d / layers\.2 / grad",
+    "update": r"worker 1 \(pid \d+ on .*\), step 3 / update",
 }
 WHAT = {
     "raise": r"worker 1 failed: RuntimeError: out of cheese",
@@ -202,7 +202,7 @@ def check(run: Run, kind: str, place: str = "backward") -> None:
         assert "in oversleep" in run.output, message
         assert "in _watch" not in run.output, message
     if kind in ("stall", "stop"):
-        assert "; its peers wait in step 2" in run.output, message
+        assert "; its peers wait in step 3" in run.output, message
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_worker_without_peers_is_watched_by_its_launcher(tmp_path: Path, fault
     assert run.process.returncode == 1, run.output
     assert run.seconds < run.limit_seconds + 5, run.output
     assert re.search(f"^{expected}$", run.output, re.MULTILINE), run.output
-    where = r"^  where: worker 0( \(pid \d+\))?, step 1, micro-batch 0 / forward and backward"
+    where = r"^  where: worker 0( \(pid \d+\))?, step 2, micro-batch 0 / forward and backward"
     assert re.search(where, run.output, re.MULTILINE), run.output
     assert ("in oversleep" in run.output) == ("stall" in fault), run.output
     assert run.left_behind() == []

@@ -44,8 +44,8 @@ def test_a_run_survives_a_full_disk_and_a_killed_worker_on_it(tmp_path: Path) ->
     assert done.stderr.count("worker 1 was killed by SIGKILL") == 1
     run = RunDirectory.open_existing(kept / "run")
     recorded = [metrics.step for metrics in run.read_metrics()]
-    assert recorded[:2] == [0, 1]
-    assert recorded[-1] == STEPS - 1
+    assert recorded[:2] == [1, 2]
+    assert recorded[-1] == STEPS
     assert len(recorded) < STEPS
     events = [event["event"] for event in run.read_events()]
     assert "not recorded" in events
@@ -64,15 +64,15 @@ def train(**more):
 mh.train(gpt_recipe(), steps=1, run_dir=disk / "run", checkpoint_dir=kept, show=False)
 fill(disk)
 try:
-    train(skip_steps=[1])
+    train(skip_steps=[2])
 except mh.ConfigError as error:
     assert str(error.where).endswith("amendments.json"), error
 else:
     raise AssertionError("new amendments are not recorded")
 (disk / BALLAST).unlink()
-train(skip_steps=[1])
+train(skip_steps=[2])
 fill(disk)
-train(skip_steps=[1])  # recorded already
+train(skip_steps=[2])  # recorded already
 """
 
 
@@ -95,7 +95,7 @@ from manyhands.listeners import tensorboard
 disk, failed = Path(sys.argv[1]), []
 log = tensorboard.TensorBoardListener(disk / "curves")
 log.began({"step": 0})
-for step in range(200):
+for step in range(1, 200):
     if step == 20:
         fill(disk)
     if step == 150:

@@ -110,7 +110,7 @@ def test_a_stopped_run_prints_how_to_resume_and_resumes(tmp_path: Path, number: 
         timeout=240,
     )
     assert again.returncode == 0, again.stderr
-    assert "resuming from step " in again.stderr
+    assert f"resuming after step {found[1]} " in again.stderr
     summary = json.loads(again.stdout.splitlines()[-1])
     assert (summary["digest"], summary["steps"]) == (undisturbed, STEPS)
 

@@ -163,7 +163,7 @@ def test_an_error_in_the_data_names_step_micro_batch_and_samples(loader_workers:
             next(stream)
     text = str(caught.value)
     assert f"recipe.data[{indices[0]}] raised Unpicklable: no sample {indices[0]}" in text
-    assert f"step 1, micro-batch 1, samples {indices}" in text
+    assert f"step 2, micro-batch 1, samples {indices}" in text
     assert "what to do" in text
     assert f"no sample {indices[0]}" in str(caught.value.__cause__)
     assert loader_workers == 0 or "in __getitem__" in text  # the traceback of the other process
@@ -186,7 +186,7 @@ def test_a_batch_that_cannot_be_sent_is_an_error_not_a_hang() -> None:
         stream = loader.stream([(0, 0)])
         with pytest.raises(DataError, match=r"can't be sent by a loader process") as caught:
             next(stream)
-    assert "step 0, micro-batch 0" in str(caught.value)
+    assert "step 1, micro-batch 0" in str(caught.value)
 
 
 def test_long_lists_of_samples_are_shortened() -> None:

@@ -107,7 +107,7 @@ def test_an_accuracy_that_is_a_whole_number_at_first_is_refused_when_it_is_not()
     with mh.Engine(with_result(make)) as engine:
         batches = engine.batches(2)
         engine.step(next(batches))
-        with pytest.raises(mh.ConfigError, match=r"weight of micro-batch 0 is not a whole number: 0.5(?s:.*)step 1"):
+        with pytest.raises(mh.ConfigError, match=r"weight of micro-batch 0 is not a whole number: 0.5(?s:.*)step 2"):
             engine.step(next(batches))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ SECONDS = {"data": 0.01, "compute": 0.6, "communication": 0.2, "update": 0.1, "w
 def step_metrics(step: int, step_seconds: float = 1.0) -> StepMetrics:
     return StepMetrics(
         step=step,
-        loss=5.0 / (step + 1),
+        loss=5.0 / step,
         weight=2000.0,
         samples=8,
         weighted=True,
@@ -39,7 +38,7 @@ def step_metrics(step: int, step_seconds: float = 1.0) -> StepMetrics:
 def summary(**changes: Any) -> Summary:
     values: dict[str, Any] = {
         "name": "gpt",
-        **StepFigures(step_metrics(step, 9.0 if step == 0 else 1.0) for step in range(5)).figures()._asdict(),
+        **StepFigures(step_metrics(step, 9.0 if step == 1 else 1.0) for step in range(1, 6)).figures()._asdict(),
         "peak_memory_bytes_per_worker": [1191 * MIB, 1187 * MIB],
         "workers": 2,
         "sharding": "zero2",
@@ -93,7 +92,7 @@ def test_bytes(count: float, text: str) -> None:
 
 
 def test_figures_are_medians_so_a_slow_first_step_does_not_distort_them() -> None:
-    found = StepFigures([step_metrics(0, 9.0), step_metrics(1), step_metrics(2)]).figures()
+    found = StepFigures([step_metrics(1, 9.0), step_metrics(2), step_metrics(3)]).figures()
     assert found.steps == 3
     assert (found.first_loss, found.last_loss) == (5.0, 5.0 / 3)
     assert (found.tokens_per_second, found.step_seconds_median) == (2000.0, 1.0)
@@ -106,14 +105,14 @@ def test_figures_are_medians_so_a_slow_first_step_does_not_distort_them() -> Non
 
 def test_figures_take_bounded_memory_however_many_steps_there_are() -> None:
     found = StepFigures()
-    for step in range(20_000):
+    for step in range(1, 20_001):
         found.add(step_metrics(step, 1.0 + step % 2))
-    shown, few = found.figures(), StepFigures(step_metrics(step, 1.0) for step in range(9)).figures()
+    shown, few = found.figures(), StepFigures(step_metrics(step, 1.0) for step in range(1, 10)).figures()
     assert len(found._samples) < 8192
     assert (shown.steps, shown.first_loss, shown.last_loss) == (
         20_000,
-        step_metrics(0).loss,
-        step_metrics(19_999).loss,
+        step_metrics(1).loss,
+        step_metrics(20_000).loss,
     )
     assert shown.seconds_by_phase.keys() == few.seconds_by_phase.keys()
 
@@ -181,9 +180,9 @@ def test_byte_progress_is_shown_on_a_terminal_only() -> None:
 def progress_of(console: Console, steps: int, **options: Any) -> str:
     bar = TrainingProgress(console, **options)
     bar.began({"step": 40, "steps": 100})
-    bar.note("resumed at step 40 [from a checkpoint]")
-    for step in range(40, 40 + steps):
-        bar.step(replace(step_metrics(step), step=step + 1), [])
+    bar.note("resuming after step 40 [from a checkpoint]")
+    for step in range(41, 41 + steps):
+        bar.step(step_metrics(step), [])
     bar.ended(summary())
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
@@ -192,7 +191,7 @@ def progress_of(console: Console, steps: int, **options: Any) -> str:
 def test_progress_on_a_terminal_is_a_bar() -> None:
     console = Console(file=StringIO(), force_terminal=True, force_interactive=True, width=100, color_system=None)
     text = progress_of(console, 60)
-    assert "resumed at step 40 [from a checkpoint]" in text
+    assert "resuming after step 40 [from a checkpoint]" in text
     assert " 41/100" in text
     last = [line for line in text.splitlines() if "/100" in line][-1]
     assert "100/100" in last
@@ -202,7 +201,7 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
 def test_progress_without_a_terminal_is_plain_lines() -> None:
     lines = progress_of(Console(file=StringIO(), width=60), 30).splitlines()
     assert lines == [
-        "resumed at step 40 [from a checkpoint]",
+        "resuming after step 40 [from a checkpoint]",
         "step 41/100  loss 0.1220  2.00 k tokens/s  1.00 s/step  59.0 s left",
         "step 70/100  loss 0.0714  2.00 k tokens/s  1.00 s/step  30.0 s left",
     ]
@@ -214,7 +213,7 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
 def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     bar = TrainingProgress()
     bar.began({"step": 0, "steps": 1})
-    bar.step(replace(step_metrics(0), step=1), [])
+    bar.step(step_metrics(1), [])
     bar.ended(summary())
     captured = capsys.readouterr()
     assert captured.out == ""

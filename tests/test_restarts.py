@@ -11,6 +11,7 @@ import typer
 import faults
 import manyhands as mh
 from manyhands.cli.workers import Bounds, bounds, workers_for
+from manyhands.config import Batch
 from manyhands.errors import DataError, Position, WorkerError
 from manyhands.launching.failures import Restart, run_with_restarts
 from manyhands.listeners.run_directory import RunDirectory
@@ -47,7 +48,7 @@ class Launches:
             saved_step=lambda: (0, self.saved),
             limit=limit,
             on_restart=self.restarts.append,
-            samples_of=lambda step, micro_batch: f"samples of {step}, {micro_batch}",
+            samples_of=Batch(global_size=8, micro_size=2).samples_of,
         )
 
 
@@ -99,7 +100,7 @@ def test_an_exception_that_repeats_in_the_same_micro_batch_is_final() -> None:
     with pytest.raises(WorkerError, match="out of cheese") as caught:
         launches.run_all()
     assert len(launches.restarts) == 1
-    assert "samples of 4, 2" in str(caught.value.where)
+    assert "samples 28 to 29 in the run's order" in str(caught.value.where)
     assert "the previous attempt failed at the same position" in str(caught.value.hint)
 
 
@@ -119,7 +120,7 @@ def test_a_kill_that_repeats_at_the_same_position_is_not_final() -> None:
 def test_the_samples_of_a_worker_that_was_killed_too_often_are_named() -> None:
     with pytest.raises(WorkerError) as caught:
         Launches((failed(4, 2), 0)).run_all(limit=0)
-    assert caught.value.where == "worker 1, somewhere, samples of 4, 2"
+    assert caught.value.where == "worker 1, somewhere, samples 28 to 29 in the run's order"
     assert caught.value.position == Position("somewhere", 4, 2)
 
 

@@ -106,11 +106,11 @@ def test_a_recipe_is_described(tmp_path: Path) -> None:
 def test_metrics_come_back_as_they_were(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.read_metrics() == []
-    written = [step_metrics(0), step_metrics(1, math.inf), step_metrics(2, 0.1 + 0.2)]
+    written = [step_metrics(1), step_metrics(2, math.inf), step_metrics(3, 0.1 + 0.2)]
     for metrics in written:
         run.append_metrics(metrics)
     assert run.read_metrics() == written
-    run.append_metrics(step_metrics(3, math.nan))
+    run.append_metrics(step_metrics(4, math.nan))
     assert math.isnan(run.read_metrics()[-1].loss)
     for line in run.metrics.read_text().splitlines():
         entry = json.loads(line, parse_constant=pytest.fail)  # no NaN or Infinity, which JSON doesn't have
@@ -122,24 +122,24 @@ def test_resuming_drops_later_steps_and_a_partial_line(
     tmp_path_factory: pytest.TempPathFactory, torn: int, n: int
 ) -> None:
     run = RunDirectory(tmp_path_factory.mktemp("run"))
-    for step in range(5):
+    for step in range(1, 6):
         run.append_metrics(step_metrics(step))
     text = run.metrics.read_bytes()
     run.metrics.write_bytes(text[: len(text) - torn])
-    complete = [step_metrics(step) for step in range(text[: len(text) - torn].count(b"\n"))]
+    complete = [step_metrics(1 + step) for step in range(text[: len(text) - torn].count(b"\n"))]
     assert run.read_metrics() == complete
     run.truncate_metrics(n)
     assert run.read_metrics() == complete[:n]
-    run.append_metrics(step_metrics(n))
-    assert run.read_metrics() == [*complete[:n], step_metrics(n)]
+    run.append_metrics(step_metrics(n + 1))
+    assert run.read_metrics() == [*complete[:n], step_metrics(n + 1)]
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.truncate_metrics(0)
-    run.append_metrics(step_metrics(0))
+    run.append_metrics(step_metrics(1))
     with run.metrics.open("a") as file:
-        file.write('{"step": 1}\n')
+        file.write('{"step": 2}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
         run.read_metrics()
 
@@ -182,17 +182,20 @@ def test_run_directories_are_reopened_with_foreign_files_or_without_a_manifest(t
     (tmp_path / "a" / "notes.txt").touch()
     RunDirectory(tmp_path / "a")
     unfinished = RunDirectory(tmp_path / "b")
-    unfinished.append_metrics(step_metrics(0))
+    unfinished.append_metrics(step_metrics(1))
     (tmp_path / "b" / ".manifest.json.77.tmp").touch()
     RunDirectory(tmp_path / "b")
 
 
-@pytest.mark.parametrize(("found", "writer"), [(1, "a development version before 0.1.0"), (3, "a newer version")])
+@pytest.mark.parametrize(
+    ("found", "writer"),
+    [(1, "a development version before 0.1.0"), (2, "a development version before 0.1.0"), (4, "a newer version")],
+)
 def test_a_directory_of_another_format_is_refused(found: int, writer: str, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.write_manifest({}, {})
     manifest = run.path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("manyhands run 2", f"manyhands run {found}"))
+    manifest.write_text(manifest.read_text().replace("manyhands run 3", f"manyhands run {found}"))
     before = manifest.read_bytes()
     for use in (RunDirectory, RunDirectory.open_existing):
         with pytest.raises(ConfigError, match="the run directory has another format") as caught:
@@ -205,7 +208,7 @@ def test_readers_get_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no run directory here"):
         RunDirectory.open_existing(tmp_path / "absent")
     started(tmp_path / "first")
-    started(tmp_path / "second").append_metrics(step_metrics(0))
+    started(tmp_path / "second").append_metrics(step_metrics(1))
     with pytest.raises(ConfigError, match=r"the runs first, second"):
         RunDirectory.open_existing(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -232,13 +235,13 @@ def test_training_into_another_directory_is_refused(tmp_path: Path) -> None:
 
 def test_a_partial_line_in_the_middle_affects_no_other_line(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    for step in range(2):
+    for step in (1, 2):
         run.append_event("saved", step=step)
         run.append_metrics(step_metrics(step))
         for path in (run.path / "events.jsonl", run.metrics):
             path.write_bytes(path.read_bytes() + b'{"seconds": 1, "ev')
-    assert [event["step"] for event in run.read_events()] == [0, 1]
-    assert run.read_metrics() == [step_metrics(0), step_metrics(1)]
+    assert [event["step"] for event in run.read_events()] == [1, 2]
+    assert run.read_metrics() == [step_metrics(1), step_metrics(2)]
     (run.path / "events.jsonl").write_bytes(b'{"seconds": 1, "ev{"seconds": 1}\n[]\n{}\n')
     assert run.read_events() == []
 
@@ -329,7 +332,7 @@ def test_a_difference_is_located_in_a_later_table_if_the_first_is_deleted(tmp_pa
         run.write_recipe({})
         write_json(run.digests / "tensors.json", {"tensors": [["weight", 2048]], "buffers": {}})
         for step in (1, 2, 3):
-            run.append_metrics(dataclasses.replace(step_metrics(step - 1), digest=f"{name if step > 1 else ''}{step}"))
+            run.append_metrics(dataclasses.replace(step_metrics(step), digest=f"{name if step > 1 else ''}{step}"))
         run.write_digests(3, np.array([7, 8 if name == "one" else 9], dtype=np.uint64))
     comparison = compare_runs(tmp_path / "one", tmp_path / "other")
     assert (comparison.step, comparison.located_step, comparison.tensor, comparison.block) == (2, 3, "weight", 1)

@@ -59,7 +59,7 @@ def test_a_run_whose_checkpoints_were_moved_away_is_refused_and_starts_over_on_r
     assert record_of(run / "earlier-1") == before
     assert (run / "earlier-1" / "logs" / "worker-0.log").exists()
     assert list((run / "earlier-1" / "digests").glob("step-*.npy"))
-    assert [metrics.step for metrics in RunDirectory(run).read_metrics()] == [0, 1]
+    assert [metrics.step for metrics in RunDirectory(run).read_metrics()] == [1, 2]
     lines = [text for _, text in run_history(RunDirectory(run)).lines]
     assert "started over: the record before is in earlier-1" in lines
     ids = [json.loads((folder / "manifest.json").read_bytes())["id"] for folder in (run, run / "earlier-1")]
@@ -169,5 +169,5 @@ def test_the_command_starts_over_once_although_its_workers_are_restarted(tmp_pat
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "fault").exists()
     assert [path.name for path in run.glob("earlier-*")] == ["earlier-1"]
-    assert [metrics.step for metrics in RunDirectory(run).read_metrics()] == [0, 1, 2, 3, 4]
+    assert [metrics.step for metrics in RunDirectory(run).read_metrics()] == [1, 2, 3, 4, 5]
     assert len(RunDirectory(run / "earlier-1").read_metrics()) == 2

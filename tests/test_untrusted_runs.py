@@ -73,7 +73,7 @@ def test_every_file_of_a_run_may_be_something_else(
     checkpoint = run / "checkpoints" / "step-00000002"
     files = ["manifest.json", "recipe.json", "metrics.jsonl", "events.jsonl", "digests/step-00000001.npy"]
     files += ["digests/tensors.json", "logs/worker-1.log"]
-    (run.parent / "outside").write_text('{"format": "manyhands run 2"}\n')
+    (run.parent / "outside").write_text('{"format": "manyhands run 3"}\n')
     reads = (
         lambda: run_history(RunDirectory.open_existing(run)),
         lambda: compare_runs(run, honest),

@@ -374,7 +374,7 @@ def test_the_best_checkpoint_is_of_the_very_step_and_stays(tmp_path: Path) -> No
         )
         assert summary.best == {"validation.loss:min": {"step": 6, "value": 2.0}}
         assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [6, 12]
-        digests = {each.step + 1: each.digest for each in RunDirectory(run).read_metrics()}
+        digests = {each.step: each.digest for each in RunDirectory(run).read_metrics()}
         assert read_manifest(run / "checkpoints" / "step-00000006").digest == digests[6]
         assert [step for step, _ in validations_of(run)] == [3, 6, 9, 12]
 

@@ -82,7 +82,7 @@ def test_the_last_line_has_all_keys_of_the_summary(from_command_line: tuple[dict
 def test_the_run_directory_is_complete(from_command_line: tuple[dict[str, Any], RunDirectory]) -> None:
     printed, directory = from_command_line
     steps = directory.read_metrics()
-    assert [each.step for each in steps] == list(range(STEPS))
+    assert [each.step for each in steps] == list(range(1, STEPS + 1))
     for each in steps:
         assert each.loss > 0
         assert each.gradient_norm > 0

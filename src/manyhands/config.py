@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from manyhands.average import Average, check_average
 from manyhands.errors import ConfigError
 from manyhands.given_objects import FUNCTIONS, check_function
+from manyhands.intervals import index_of_step
 from manyhands.options import check_options, option, options
 from manyhands.streams import Stream, refuse_indexed, stream_of
 from manyhands.validation import TRAINED, Validation
@@ -94,8 +95,8 @@ class Batch:
         return self.micro_batches // self.virtual_workers
 
     def samples_of(self, step: int, micro_batch: int) -> str:
-        """Return a description of a micro-batch's samples, for error messages."""
-        first = step * self.global_size + micro_batch * self.micro_size
+        """Return a description of a micro-batch's samples, for error messages. step: counted from 1."""
+        first = index_of_step(step) * self.global_size + micro_batch * self.micro_size
         return f"samples {first} to {first + self.micro_size - 1} in the run's order"
 
     def check_workers(self, workers: int) -> None:

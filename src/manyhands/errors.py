@@ -21,8 +21,8 @@ from typing import NamedTuple
 class Position(NamedTuple):
     """A worker's position in its work.
 
-    activity: text for people. step: the current or last finished step; None outside of steps, for example during
-    start-up. micro_batch: the micro-batch that is being loaded or computed.
+    activity: text for people. step: the number of the current or last finished step; None outside of steps, for example
+    during start-up. micro_batch: the micro-batch that is being loaded or computed.
     """
 
     activity: str = ""

@@ -1,4 +1,4 @@
-"""Intervals and the length of a run: in steps, epochs or time.
+"""The numbers of steps, and intervals and the length of a run: in steps, epochs or time.
 
 `every` parses the interval between two checkpoints, and `Period` the one between two validations.
 """
@@ -11,6 +11,22 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from manyhands.errors import ConfigError
+
+
+def step_number(index: int) -> int:
+    """Return the number of the step with this index: the step with index 0 is step 1.
+
+    Users see numbers: after step n, n steps have been made, and step 0 is the state before the first step. Seeds and
+    the order of the samples are derived from the index, which is the number of the steps before this one. This
+    function and its inverse, `index_of_step`, are the only places that decide how the two differ.
+    """
+    return index + 1
+
+
+def index_of_step(number: int) -> int:
+    """Return the index of the step with this number."""
+    return number - 1
+
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 

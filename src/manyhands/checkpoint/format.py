@@ -42,7 +42,7 @@ from manyhands.storage.files import names_in
 from manyhands.storage.location import Address, Location, hint_of, is_local, location_of
 from manyhands.storage.untrusted import read_inside
 
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 
 MANIFEST = "manifest.json"
 

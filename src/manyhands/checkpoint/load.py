@@ -134,7 +134,7 @@ def _check_facts(manifest: Manifest, engine: StepEngine, folder: Location) -> No
                 expected=f"{saved} (saved)",
                 got=f"{now} (this recipe)",
                 hint="use the recipe that it was saved with, or start a new run directory; to change clip_norm or a "
-                f"setting of the optimizer in the middle of a run: --amend KEY=VALUE --from-step {manifest.step}",
+                f"setting of the optimizer in the middle of a run: --amend KEY=VALUE --from-step {manifest.step + 1}",
             )
 
 
@@ -144,14 +144,15 @@ def _with_past(manifest: Manifest, mine: Amendments, folder: Location) -> Amendm
     Raises CheckpointError if the engine has others for steps that are complete in the checkpoint.
     """
     past = Amendments.from_json(manifest.amendments)
-    new = [each for each in mine.before(manifest.step).described() if each not in past.described()]
+    new = [each for each in mine.up_to(manifest.step).described() if each not in past.described()]
     if new:
         raise CheckpointError(
             "the checkpoint was computed without these amendments",
             where=str(folder),
             expected="; ".join(new),
             got="; ".join(past.described()) or "a checkpoint without amendments",
-            hint=f"amend steps from {manifest.step} on; or remove the later checkpoints, to go back to an earlier one",
+            hint=f"amend steps from {manifest.step + 1} on; or remove the later checkpoints, to go back to an earlier "
+            "one",
         )
     return mine.joined(past)
 

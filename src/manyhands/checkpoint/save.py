@@ -257,7 +257,7 @@ def start_checkpoint(
 def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest:
     """Return the manifest of the engine's current state, without pieces and scalars. `Manifest` describes `frozen`."""
     tensors, computed = tensor_records(engine)
-    past, changed = engine.amendments.before(engine.step_index), engine.optimizer.changed_attributes()
+    past, changed = engine.amendments.up_to(engine.step_index), engine.optimizer.changed_attributes()
     return Manifest(
         format=CHECKPOINT_FORMAT,
         step=engine.step_index,

@@ -66,7 +66,7 @@ def reproduce_command(arguments: ReproduceArguments) -> None:
             expected="a run that has made a step, and no other launcher: reproduce starts the workers itself",
             got=f"{len(metrics)} steps, WORLD_SIZE={os.environ.get('WORLD_SIZE', '')}",
         )
-    steps = [each.step + 1 for each in metrics if each.digest is not None]
+    steps = [each.step for each in metrics if each.digest is not None]
     name = f"{checked.name}-again-{datetime.now():%Y%m%d-%H%M%S}"
     again = arguments.run_dir or new_directory(Path("runs") / name)
     if again.resolve() == arguments.run.resolve():
@@ -76,8 +76,8 @@ def reproduce_command(arguments: ReproduceArguments) -> None:
         arguments.recipe,
         workers=arguments.workers,
         set_=arguments.set_,
-        steps=None if checked.epochs is not None else metrics[-1].step + 1,
-        digest_every=math.gcd(*steps[:-1]) or metrics[-1].step + 1,
+        steps=None if checked.epochs is not None else metrics[-1].step,
+        digest_every=math.gcd(*steps[:-1]) or metrics[-1].step,
         run_dir=again,
         as_json=arguments.as_json,
     )

@@ -97,9 +97,8 @@ class RunArguments:
         list[int] | None,
         typer.Option(
             metavar="N",
-            min=0,
-            help="Skip step N, counted from 0 as in errors: its data are passed over. Repeat as needed. The run "
-            "directory records it.",
+            min=1,
+            help="Skip the N-th step: its data are passed over. Repeat as needed. The run directory records it.",
             show_default=False,
         ),
     ] = None
@@ -114,7 +113,7 @@ class RunArguments:
     ] = None
     from_step: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, help="The first step with the settings of --amend.", show_default=False),
+        typer.Option(metavar="N", min=1, help="The first step with the settings of --amend.", show_default=False),
     ] = None
 
     def overrides(self, strategy: Mapping[str, Any]) -> list[str]:
@@ -145,7 +144,7 @@ class RunArguments:
                 got="--amend alone" if self.amend else "--from-step alone",
             )
         settings = dict(parse_override("--amend", text) for text in self.amend or ())
-        return amendments_of(self.skip_step or (), {self.from_step or 0: settings})
+        return amendments_of(self.skip_step or (), {} if self.from_step is None else {self.from_step: settings})
 
     def request(self, overrides: list[str], steps: int | None, run_dir: Path) -> dict[str, Any]:
         """Describe the training for the workers, as JSON values.

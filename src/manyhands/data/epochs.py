@@ -20,7 +20,8 @@ class Epochs:
     - "short": the last step of an epoch has the rest, which may be fewer samples, and fewer micro-batches.
     - "drop": the rest is left out. All steps are complete.
 
-    size: the samples in an epoch. steps_per_epoch: None for "join". Raises ConfigError if there would be no step.
+    size: the samples in an epoch. steps_per_epoch: None for "join". The methods take the index of a step, counted from
+    0, or a number of steps, which is the index of the step that follows. Raises ConfigError if there would be no step.
     """
 
     def __init__(self, size: int, batch: Batch, end: str) -> None:

@@ -3,7 +3,7 @@
     task (step, micro-batch) -> sample indices -> items -> collated batch
 
 A batch has the same bits whether the worker or a loader process makes it, because the random generators are seeded for
-each task, and only one CPU thread is used.
+each task, and only one CPU thread is used. The step of a task is its index, counted from 0.
 """
 
 from __future__ import annotations

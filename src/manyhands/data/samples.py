@@ -11,6 +11,7 @@ from manyhands.config import Recipe
 from manyhands.data.epochs import Epochs
 from manyhands.data.permutation import Permutation
 from manyhands.errors import DataError
+from manyhands.intervals import step_number
 from manyhands.numerics.counters import derive
 from manyhands.validation import Validation
 
@@ -28,7 +29,8 @@ class NamedSample(NamedTuple):
 class Samples(ABC):
     """Data, divided into micro-batches.
 
-    name, name_of_collate: what errors call the data set and the collate function.
+    name, name_of_collate: what errors call the data set and the collate function. In all methods, `step` is the index
+    of a step, counted from 0.
     """
 
     name: str
@@ -111,7 +113,7 @@ class TrainingSamples(IndexedSamples):
         return derive(self._seed, "data", step, micro_batch)
 
     def place(self, step: int, micro_batch: int) -> str:
-        return f"step {step}, micro-batch {micro_batch}"
+        return f"step {step_number(step)}, micro-batch {micro_batch}"
 
     def described(self, step: int, micro_batch: int) -> str:
         """Return a description of a micro-batch's samples, for errors in the step."""
@@ -121,7 +123,8 @@ class TrainingSamples(IndexedSamples):
         return f"samples {positions[0]} to {positions[-1]} in the run's order (in recipe.data: {indices}{more})"
 
     def remedy(self, step: int) -> str:
-        return f"; to continue without this step: --skip-step {step} (skip_steps=[{step}])"
+        number = step_number(step)
+        return f"; to continue without this step: --skip-step {number} (skip_steps=[{number}])"
 
 
 class HeldOutSamples(IndexedSamples):

@@ -24,10 +24,9 @@ class Comparison:
     """The result of `compare_runs`.
 
     The steps that have a digest in both runs are compared. steps_compared: the number of these steps. equal: True if
-    the digests are equal after each of them. step: the first step whose digests differ (counted from 1, as in "after
-    step n").
-    last_equal_step: the compared step before `step`. tensor, block, elements: the first difference: the name
-    of the parameter or buffer, the number of the block in this tensor, and the range [start, end) of elements.
+    the digests are equal after each of them. step: the first step whose digests differ. last_equal_step: the compared
+    step before `step`. tensor, block, elements: the first difference: the name of the parameter or buffer, the number
+    of the block in this tensor, and the range [start, end) of elements.
     located_step: the step after which this difference was found. It is later than `step` if a run has deleted its table
     of hashes of `step`. is_buffer: True if the tensor is a buffer. tensors_differing, blocks_differing: the numbers of
     tensors and blocks that differ. differences: other differences between the two runs, such as those of
@@ -100,7 +99,7 @@ def explain_comparison(comparison: Comparison, one: str, other: str) -> str:
 
 
 def _digests(metrics: list[StepMetrics]) -> dict[int, str]:
-    return {entry.step + 1: entry.digest for entry in metrics if entry.digest is not None}
+    return {entry.step: entry.digest for entry in metrics if entry.digest is not None}
 
 
 def _listed(digests: dict[int, str]) -> str:

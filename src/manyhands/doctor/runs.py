@@ -58,7 +58,7 @@ class RunHistory:
 def run_history(run: RunDirectory) -> RunHistory:
     """Read the history of a run from its directory. Raises DataError if its metrics can't be read."""
     events, metrics = run.read_events(), run.read_metrics()
-    steps = metrics[-1].step + 1 if metrics else 0
+    steps = metrics[-1].step if metrics else 0
     median = sorted(each.step_seconds for each in metrics)[len(metrics) // 2] if metrics else 0.0
     outcome = _outcome(events, run, median)
     lines = [(float(event["seconds"]), text) for event in events if (text := _line(event))]
@@ -134,7 +134,8 @@ def _line(event: dict[str, Any]) -> str:
         )
         again = f", {event['repeats']} steps repeated" if event.get("repeats") else ""
         workers = f"{event.get('workers')} workers, {event.get('sharding')}"
-        return f"started at step {event.get('step')}{source}: {workers}{again}"
+        after = f" after step {event['step']}" if event.get("step") else ""
+        return f"started{after}{source}: {workers}{again}"
     if kind == "started over":
         earlier = event.get("earlier")
         return f"started over: {f'the record before is in {earlier}' if earlier else 'there was no record before'}"
@@ -154,7 +155,7 @@ def _line(event: dict[str, Any]) -> str:
         return f"a checkpoint could not be written: {event.get('why')} ({event.get('where')})"
     if kind == "ended":
         return f"ended after step {event.get('step')}, digest {event.get('digest')}"
-    return f"{kind}" + (f" at step {event['step']}" if "step" in event else "")
+    return f"{kind}" + (f" after step {event['step']}" if "step" in event else "")
 
 
 def _advice(run: RunDirectory, outcome: str, failed: list[dict[str, Any]]) -> str:
@@ -176,7 +177,7 @@ def _advice(run: RunDirectory, outcome: str, failed: list[dict[str, Any]]) -> st
             read_manifest(path)
         except CheckpointError as error:
             return f"the last checkpoint is damaged ({error.what}): remove {path}, and run doctor again"
-        again = f"the same command with --run-dir {run.path} continues from step {step}"
+        again = f"the same command with --run-dir {run.path} continues after step {step}"
         return f"{failed[-1]['hint']}; then {again}" if failed and failed[-1].get("hint") else again
     return f"there is no checkpoint: the same command with --run-dir {run.path} starts from the beginning"
 

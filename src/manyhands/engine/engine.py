@@ -48,6 +48,7 @@ from manyhands.engine.units.unsharding import Unsharder
 from manyhands.engine.update.apply import Allocators, Updater
 from manyhands.engine.update.step_hooks import StepHooks
 from manyhands.errors import ConfigError, InvariantError, NumericsError
+from manyhands.intervals import step_number
 from manyhands.models.admission import ParamGuard
 from manyhands.models.attributes import AttributeGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32, mixed_types_explained
@@ -73,18 +74,16 @@ _HINT_SAME_RECIPE = "start all workers with the same program, the same recipe an
 class StepEngine:
     """A recipe's model on this worker, and the training steps on it. The constructor is collective.
 
-    model: this worker's model. Its parameters are views of flat buffers. Their names, order and shapes are those of the
-    model as it was built.
-    step_index: the number of steps completed so far. clock: measures the phases of a step on every worker.
-    identity: the run's numerics identity.
-    trained: the (name, numel) of each trainable parameter, in the order of the block numbers.
-    digest_names: the name and 32-bit words (see `words_of`) of each tensor that the digest covers, in order.
-    data_facts: names and hashes of a part of the data, which are compared before the first step.
-    progress, extra_state: a part of checkpoints: the state of the run's validations; and the user's own numbers, texts,
-    and lists and dicts of them, which must be the same on all workers.
-    pending: names of the parameters whose values have yet to be loaded from the recipe's files. After loading, the
-    fingerprints of the frozen ones are added to `frozen_facts`.
-    Raises the same ConfigError on all workers.
+    model: this worker's model as it was built, but its parameters are views of flat buffers.
+    step_index: the number of steps made so far, which is the index, counted from 0, of the next step. identity: the
+    run's numerics identity. clock: measures the phases of a step on every worker.
+    trained: the (name, numel) of each trainable parameter, in the order of the block numbers. digest_names: the name
+    and 32-bit words (see `words_of`) of each tensor that the digest covers, in order. data_facts: names and hashes of a
+    part of the data, which are compared before the first step. progress, extra_state: a part of checkpoints: the state
+    of the run's validations; and the user's own numbers, texts, and lists and dicts of them, which must be the same on
+    all workers. stream_position: returns from where this worker can read a stream on; empty without a stream. pending:
+    names of parameters whose values have yet to be loaded from the recipe's files. After loading, the fingerprints of
+    the frozen ones are added to `frozen_facts`. Raises the same ConfigError on all workers.
     """
 
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
@@ -97,12 +96,12 @@ class StepEngine:
         agree_on_functions(recipe, group)
         settings = {"sharding": strategy.sharding, "offload": strategy.offload, "units": str(strategy.units)}
         agree(group, "strategy", settings, hint=_HINT_SAME_RECIPE)
-        scratch = Path(strategy.scratch or tempfile.gettempdir())
         update_on = group.device if strategy.offload == "none" else torch.device("cpu")
-        self.identity = numerics_identity(group.device, recipe.threads_per_worker, update_on)
-        self.identity |= compiler_identity(recipe.compile)
+        identity = numerics_identity(group.device, recipe.threads_per_worker, update_on)
+        self.identity = identity | compiler_identity(recipe.compile)
         agree(group, "numerics", self.identity, hint=_HINT_SAME_MACHINES)
         keep_freed_memory(large=strategy.offload != "disk")
+        scratch = Path(strategy.scratch or tempfile.gettempdir())
         self.allocator = allocator_for(strategy.offload, group.device, scratch)
         try:
             with closing(allocator_for(strategy.offload, torch.device("cpu"), scratch)) as building:
@@ -178,6 +177,7 @@ class StepEngine:
         self.data_facts: dict[str, str] = {}
         self.progress: dict[str, Any] = {}
         self.extra_state: dict[str, Any] = {}
+        self.stream_position: Callable[[], dict[str, Any]] = dict
         self._failed: BaseException | None = None
         self.evaluation = EvaluationMode(
             self.model, group, self.buffers, self._attributes, self._unsharder, self._call_seeds, self._compiled
@@ -200,13 +200,14 @@ class StepEngine:
             handles += around_forward(self.model.get_submodule(name), enter, leave)
         return handles
 
-    def stream_position(self) -> dict[str, Any]:
-        """Return from where this worker can read a stream on, as JSON values; empty if the data are no stream."""
-        return {}
+    @property
+    def next_step(self) -> int:
+        """Return the number of the next step, or of the step in progress. See `step_number`."""
+        return step_number(self.step_index)
 
-    def my_micro_batches(self, step: int) -> list[int]:
+    def my_micro_batches(self, step_index: int) -> list[int]:
         """Return the indices of the micro-batches that this worker computes in a step, in order."""
-        present = self.epochs.present(step)
+        present = self.epochs.present(step_index)
         return [each for this in self._reducer.rounds if (each := this.micro_batch) is not None and each in present]
 
     def run_step(self, load: Callable[[int], Any], *, digest: bool = False) -> StepMetrics:
@@ -227,7 +228,7 @@ class StepEngine:
         """
         if (failed := self._failed or self.evaluation.failed) is not None:
             raise InvariantError(
-                f"this engine can't be used any more, because it failed at step {self.step_index}: {failed}",
+                f"this engine can't be used any more, because it failed after step {self.step_index}: {failed}",
                 hint="create a new engine and load the last checkpoint",
             )
         if self.evaluation.is_active:
@@ -254,7 +255,7 @@ class StepEngine:
             raise
 
     def _step(self, load: Callable[[int], Any], digest: bool) -> StepMetrics:
-        step, tag = self.step_index, f"step {self.step_index}"
+        step_index, step, tag = self.step_index, self.next_step, f"step {self.next_step}"
         self.clock.begin()
         self._param_guard.before_step()
         self.buffers.begin_step()
@@ -263,7 +264,7 @@ class StepEngine:
         if not self._loss_reader.is_agreed:  # in the first step
             agree_on_start(self.buffers.named(), self.data_facts, self.group)
         self._reducer.begin_step(step)
-        results = self._compute_rounds(load, step, tag)
+        results = self._compute_rounds(load, step_index, tag)
         self._param_guard.after_backward()
         self._attributes.restore()
         with self.clock.phase("communication"):
@@ -273,7 +274,7 @@ class StepEngine:
                 self._loss_reader.agree(self.group)
             control = all_gather_control(self._my_control(results), self.group, f"{tag} / control")
             self._reducer.await_pieces()
-        self._accept(control, step)
+        self._accept(control)
         weight = added_in_order(control.weights)
         with self.clock.phase("update"):
             learning_rates = self.optimizer.learning_rates  # before schedules change them for the next step
@@ -286,8 +287,8 @@ class StepEngine:
             step=step,
             loss=added_in_order(control.losses) / weight,
             weight=weight,
-            samples=self.epochs.samples(step),
-            epoch=self.epochs.epoch_of(step),
+            samples=self.epochs.samples(step_index),
+            epoch=self.epochs.epoch_of(step_index),
             weighted=self._loss_reader.form.weighted,
             metrics=self._loss_reader.metrics(control),
             gradient_norm=norm,
@@ -298,9 +299,9 @@ class StepEngine:
             digest=digest_text,
         )
 
-    def _compute_rounds(self, load: Callable[[int], Any], step: int, tag: str) -> dict[int, LossResult]:
+    def _compute_rounds(self, load: Callable[[int], Any], step_index: int, tag: str) -> dict[int, LossResult]:
         """Compute this worker's micro-batches, exchange gradients, and return the results. Collective."""
-        results, mine = {}, self.my_micro_batches(step)
+        results, mine = {}, self.my_micro_batches(step_index)
         for index, this in enumerate(self._reducer.rounds):
             # A step at the end of an epoch may lack micro-batches, which contribute zeros.
             micro_batch = this.micro_batch if this.micro_batch in mine else None
@@ -313,7 +314,7 @@ class StepEngine:
                 self._unsharder.begin(f"{tag}, round {index}", computes=micro_batch is not None)
             with self.clock.phase("compute"):
                 if micro_batch is not None:
-                    results[micro_batch] = self._compute(step, micro_batch, batch)
+                    results[micro_batch] = self._compute(step_index, micro_batch, batch)
                     batch = None  # free its memory before this worker communicates
             with self.clock.phase("communication"):
                 self._publish_status("communication")
@@ -324,15 +325,15 @@ class StepEngine:
     def _publish_status(self, activity: str, micro_batch: int | None = None) -> None:
         """Publish the current activity for peers and for the launcher."""
         part = "" if micro_batch is None else f", micro-batch {micro_batch}"
-        self.group.status(f"step {self.step_index}{part} / {activity}", self.step_index, micro_batch)
+        self.group.status(f"step {self.next_step}{part} / {activity}", self.next_step, micro_batch)
 
-    def _compute(self, step: int, micro_batch: int, batch: Any) -> LossResult:
+    def _compute(self, step_index: int, micro_batch: int, batch: Any) -> LossResult:
         """Run forward and backward of one micro-batch. Return its loss, weight and metrics."""
         self._publish_status("forward and backward", micro_batch)
         bf16 = self._has_bf16 and not self.recipe.compile  # torch compiles nothing under a dispatch mode
         # Generators are seeded for each micro-batch and after each call of a unit, so it doesn't matter which worker
         # computes which of them. They are restored, so the caller's numbers don't depend on what was computed here.
-        seed = derive(self.recipe.seed, "compute", step, micro_batch)
+        seed = derive(self.recipe.seed, "compute", step_index, micro_batch)
         # Code between steps, or the previous micro-batch, may have left some modules in eval mode.
         self.model.train()
         with (
@@ -350,7 +351,7 @@ class StepEngine:
                 refusing_seeds(not self.recipe.compile),
             ):
                 result = self._loss_reader.read(self.recipe.loss(self.model, batch))
-                result = result.of_samples(self.epochs.share(step, micro_batch), self._loss_reader.form)
+                result = result.of_samples(self.epochs.share(step_index, micro_batch), self._loss_reader.form)
             self._param_guard.before_backward(result.loss)
             self._unsharder.begin_backward()
             call_last(self._params.values(), self._hooks)
@@ -382,15 +383,15 @@ class StepEngine:
             measured=self.clock.measured,
         )
 
-    def _accept(self, control: Control, step: int) -> None:
+    def _accept(self, control: Control) -> None:
         """Refuse a step with invalid control values, before any state has changed, or apply the step's amendments."""
         self._settings.compare(control.settings, self.group)
         if control.sets_attributes:
             agree_on_attributes(self._attributes.assigned(), self.group)
         self.buffers.refuse_changes(list(control.changed_buffers))
-        form = self._loss_reader.form
+        form, step = self._loss_reader.form, self.next_step
         refuse_weights(control, form, fractional=self.recipe.fractional_weights, tag=f"step {step}")
-        error = not_finite(control, self._param_names, self.recipe, step, self._unsharder.not_finite_hint)
+        error = not_finite(control, self._param_names, self.recipe, self.step_index, self._unsharder.not_finite_hint)
         if error is not None:
             # All workers raise this error and leave no collective call unmatched, so the engine stays usable.
             self._reducer.discard()
@@ -407,8 +408,8 @@ class StepEngine:
         present, mine = self.epochs.present(self.step_index), self.my_micro_batches(self.step_index)
         self.buffers.merge(list(control.changed_buffers), present, mine, self.group, f"{tag} / buffers")
         before = partial(self._step_hooks.before, self.step_index) if control.has_hooks else None
-        clip_norm = self.amendments.clip_norm(self.step_index, self.recipe.clip_norm)
-        norm = self.updater.update(self._reducer, weight, clip_norm, unused, self.step_index, before)
+        clip_norm = self.amendments.clip_norm(self.next_step, self.recipe.clip_norm)
+        norm = self.updater.update(self._reducer, weight, clip_norm, unused, self.next_step, before)
         self._step_hooks.after(self.step_index, called=control.has_hooks)
         advance(self.schedules)
         return norm
@@ -473,8 +474,7 @@ class StepEngine:
         dtypes. Tied parameters appear under all of their names. Extra states are as `get_extra_state` returns them.
         """
         full = self.full_params()
-        names = {id(param): name for name, param in self._params.items()}
-        state = {}
+        names, state = {id(param): name for name, param in self._params.items()}, {}
         with self._unsharder.unsharded(self.frozen_units):
             for key, value in self.model.state_dict(keep_vars=True).items():
                 if id(value) in names:

@@ -71,7 +71,7 @@ class Listeners:
         self.deliver()
 
     def step(self, metrics: StepMetrics, workers: Sequence[WorkerFigures]) -> None:
-        """Call `step` of all listeners. metrics: with the number of steps made so far."""
+        """Call `step` of all listeners."""
         self._tell("steps", lambda listener: listener.step(metrics, workers))
 
     def evaluated(self, evaluation: Evaluation) -> None:

@@ -53,7 +53,7 @@ class Listener:
     def step(self, metrics: StepMetrics, workers: Sequence[WorkerFigures]) -> Stop | None:
         """Receive the metrics of a completed step. Return `mh.stop(reason)` to stop the run, or None.
 
-        metrics.step: the number of steps made so far, so the first step has the number 1. workers: what each worker
+        metrics.step: the number of the step, counted from 1. workers: what each worker
         measured in the step before, by rank; empty after the first step.
         """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,8 +24,7 @@ class Recording(Listener):
 
     def step(self, metrics: StepMetrics, workers: Sequence[WorkerFigures]) -> None:
         """Write the step's metrics, and the table of hashes if the step has a digest."""
-        # In metrics.jsonl, steps are counted from 0.
-        self._gaps.attempt("metrics", lambda: self._directory.append_metrics(replace(metrics, step=metrics.step - 1)))
+        self._gaps.attempt("metrics", partial(self._directory.append_metrics, metrics))
         hashes = None if metrics.digest is None else self._hashes()
         if hashes is not None:
             self._gaps.attempt("digests", partial(self._directory.write_digests, metrics.step, hashes))

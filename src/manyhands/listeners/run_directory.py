@@ -39,7 +39,8 @@ from manyhands.storage.json_lines import append_line, complete_lines, numbers
 from manyhands.storage.run_lock import LOCK
 from manyhands.storage.untrusted import open_log, read_inside
 
-RUN_FORMAT = "manyhands run 2"
+RUN_FORMAT = "manyhands run 3"
+"""Format 1 had other names of files. Format 2 counted the steps of metrics and amendments from 0."""
 
 _LAST_SECONDS = 1 << 35
 """The time of a valid event is below this limit, which is in the year 3058."""
@@ -52,7 +53,6 @@ _RECORDS = ("metrics.jsonl", "validations.jsonl", IDS, "events.jsonl")
 
 _BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", AMENDMENTS, *_RECORDS, LOCK)
 """The names of the files and folders that a run may write before its manifest."""
-
 
 MOST_TABLES, LEAST_TABLES, MOST_TABLE_BYTES = 128, 16, 1 << 30
 """The limits of the tables of hashes that a run keeps. A table has 8 bytes for each block of 1,024 parameters."""
@@ -265,9 +265,9 @@ class RunDirectory:
         return found
 
     def truncate_validations(self, step: int, *, validated: bool) -> None:
-        """Remove the validations after more than `step` steps, for a run that resumes at this step.
+        """Remove the validations of later steps than `step`, for a run that resumes after `step`.
 
-        validated: False if those after `step` steps will be made again. Raises DataError and ConfigError.
+        validated: False if those of `step` will be made again. Raises DataError and ConfigError.
         """
         later = [
             number
@@ -314,12 +314,12 @@ class RunDirectory:
         return [_parse(value, number, self.metrics) for number, value in complete_lines(self.metrics)]
 
     def truncate_metrics(self, step: int) -> None:
-        """Remove the metrics from step `step` on, and a partial last line, for a run that resumes at this step.
+        """Remove the metrics of later steps than `step`, and a partial last line, for a run that resumes after `step`.
 
         The file is shortened in place, which needs no space on a full disk. Raises DataError and ConfigError.
         """
         lines = complete_lines(self.metrics)
-        later = [number for number, value in lines if _parse(value, number, self.metrics).step >= step]
+        later = [number for number, value in lines if _parse(value, number, self.metrics).step > step]
         _truncate(self.metrics, later[0] if later else None)
 
 
@@ -437,7 +437,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _refuse_other_format(path: Path) -> None:
-    """Raise ConfigError if the run directory `path` has a format other than RUN_FORMAT, with other names of files."""
+    """Raise ConfigError if the run directory `path` has a format other than RUN_FORMAT."""
     if not _is_run(path):
         return
     found = str(_read_json(path / "manifest.json")["format"])
@@ -449,7 +449,7 @@ def _refuse_other_format(path: Path) -> None:
             got=found,
             hint=(
                 "a development version before 0.1.0 wrote it: use that version, or choose another run_dir"
-                if found == "manyhands run 1"
+                if found in ("manyhands run 1", "manyhands run 2")
                 else "a newer version of Manyhands wrote it: install that version, or choose another run_dir"
             ),
         )

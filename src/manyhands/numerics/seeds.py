@@ -1,4 +1,4 @@
-"""Seeds from (run seed, purpose, step, micro-batch), and the global generators that they seed.
+"""Seeds from (run seed, purpose, step index, micro-batch), and the global generators that they seed.
 
 Random numbers never come from a stream that other code may have advanced. So it doesn't matter which worker computes a
 micro-batch, which process loads it, or whether the run was interrupted in between.
@@ -24,8 +24,8 @@ def seed_generators(value: int) -> None:
     """Seed Python's `random`, and the global generators of numpy and torch (all devices), with `value`, 0 <= value <
     2**63.
 
-    Called with `derive(run_seed, "compute", step, micro_batch)` before a micro-batch is computed, and with
-    `derive(run_seed, "data", step, micro_batch)` before it is loaded.
+    Called with `derive(run_seed, "compute", step_index, micro_batch)` before a micro-batch is computed, and with
+    `derive(run_seed, "data", step_index, micro_batch)` before it is loaded.
     """
     random.seed(value)
     seed_numpy(value)

@@ -132,7 +132,7 @@ def _refuse_unsaved_functions(schedule: LRScheduler) -> None:
         if repr(first) != repr(second):
             raise ConfigError(
                 "a function of recipe.schedule returned another value when it was called again",
-                expected=f"{first!r} again, for step {schedule.last_epoch}",
+                expected=f"{first!r} again, for the argument {schedule.last_epoch}",
                 got=repr(second),
                 hint="checkpoints don't hold what a function counts: let it depend on its argument alone, or pass a"
                 " callable object, whose attributes are saved",

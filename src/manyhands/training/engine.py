@@ -28,6 +28,7 @@ from manyhands.engine.step.amendments import CLIP_NORM, Amendments
 from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import CheckpointError, ConfigError, Interrupted, InvariantError
+from manyhands.intervals import step_number
 from manyhands.metrics.choice import chosen_metrics
 from manyhands.optim.amending import apply_changes, check_change
 from manyhands.optim.schedules import advance, advance_by_figure
@@ -39,7 +40,8 @@ from manyhands.validation import AVERAGED, TRAINED, Validation
 class StepBatch(NamedTuple):
     """The data of one step on this worker.
 
-    until: the number of steps for which loader processes read ahead; None if the number is not limited.
+    step: the number of the step, counted from 1. until: the number of steps for which loader processes read ahead; None
+    if the number is not limited.
     """
 
     step: int
@@ -91,6 +93,7 @@ class Engine(StepEngine):
             self._loader = MicroBatchLoader(recipe, strategy.loader_workers)
             self._metrics = {name: chosen_metrics(each.metrics, name) for name, each in recipe.validations.items()}
             super().__init__(recipe, strategy, own)
+            self.stream_position = self._loader.position
             initial = self._load_initial(recipe.initial_weights, resumes)
             self.weights_read_bytes, self.weights_source = initial
             self._first_step = True
@@ -110,10 +113,10 @@ class Engine(StepEngine):
     def batches(self, steps: int | None = None) -> Iterator[StepBatch]:
         """Yield the data of each step, from the current step until `steps` steps are complete, or forever."""
         while steps is None or self.step_index < steps:
-            if not self.data_facts and self.step_index not in self.amendments.skipped:
+            if not self.data_facts and self.next_step not in self.amendments.skipped:
                 self._stream = None  # loading ends it
                 self.data_facts = self._facts(self.step_index)
-            yield StepBatch(self.step_index, steps)
+            yield StepBatch(self.next_step, steps)
 
     def _reading(self, batch: StepBatch) -> Iterator[LoadedBatch]:
         """Return the stream of micro-batches from this step on.
@@ -122,29 +125,25 @@ class Engine(StepEngine):
         step that failed, and after a checkpoint was loaded.
         """
         if self._stream is None or self._stream_at != batch:
-            self._stream = self._new_stream(batch.step, batch.until)
+            self._stream = self._new_stream(self.step_index, batch.until)
         self._stream_at = None  # until the step is complete
         return self._stream
 
     def _new_stream(self, first: int, steps: int | None) -> Iterator[LoadedBatch]:
         loader = self._open_loader()
-        numbers = count(first) if steps is None else range(first, steps)
+        indices = count(first) if steps is None else range(first, steps)
         skipped = frozenset(self.amendments.skipped)
         return loader.stream(
-            (step, micro_batch)
-            for step in numbers
-            if step not in skipped
-            for micro_batch in self.my_micro_batches(step)
+            (step_index, micro_batch)
+            for step_index in indices
+            if step_number(step_index) not in skipped
+            for micro_batch in self.my_micro_batches(step_index)
         )
 
-    def stream_position(self) -> dict[str, Any]:
-        """Return from where this worker can read a stream on, as JSON values; empty if the data are no stream."""
-        return self._open_loader().position()
-
-    def _facts(self, step: int, of: str = TRAINING) -> dict[str, str]:
+    def _facts(self, step_index: int, of: str = TRAINING) -> dict[str, str]:
         """Return facts about the first micro-batch of a step, to be compared between workers."""
         try:
-            return self._open_loader().facts(step, 0, of)
+            return self._open_loader().facts(step_index, 0, of)
         except BaseException as error:
             self.group.fail(error)
             raise
@@ -176,22 +175,22 @@ class Engine(StepEngine):
                 got=type(batch).__name__,
                 hint="pass the data set to the recipe: the engine loads each worker's micro-batches itself",
             )
-        if batch.step != self.step_index:
+        if batch.step != self.next_step:
             raise InvariantError(
                 "the engine was given another step's batch",
-                expected=f"step {self.step_index}",
+                expected=f"step {self.next_step}",
                 got=f"step {batch.step}",
                 hint="pass each batch of batches() to step() once, in order",
             )
-        if self.step_index in self.amendments.skipped:
+        if self.next_step in self.amendments.skipped:
             goes_on = self._stream_at == batch
             metrics = self._skip(digest)
-            self._stream_at = batch._replace(step=self.step_index) if goes_on else None
+            self._stream_at = batch._replace(step=self.next_step) if goes_on else None
             return metrics
 
         stream = self._reading(batch)
         metrics = self.run_step(lambda micro_batch: next(stream).batch, digest=digest)
-        self._stream_at = batch._replace(step=self.step_index)
+        self._stream_at = batch._replace(step=self.next_step)
         if self._first_step:  # state that counts micro-batches, for example, now differs between workers
             self._first_step = False
             check_extra_states(self.model, self.group)
@@ -271,10 +270,10 @@ class Engine(StepEngine):
 
     def _skip(self, digest: bool) -> StepMetrics:
         """Count the next step and advance the schedules, without an update. Its data are not loaded. Collective."""
-        step, tag = self.step_index, f"step {self.step_index} / skipped"
+        step, epoch = self.next_step, self.epochs.epoch_of(self.step_index)
         with self.changing():
             requests = [self.stop_requested, self.save_requested]
-            all_ranks: list[Any] = all_gather_json(self.group, requests, f"{tag} / control")
+            all_ranks: list[Any] = all_gather_json(self.group, requests, f"step {step} / skipped / control")
             self.stop_requested, self.save_requested = map(any, zip(*all_ranks, strict=True))
             apply_changes(self.amendments.of_optimizers(step), self.optimizer.fronts, self.schedules)
             rates = self.optimizer.learning_rates
@@ -285,7 +284,7 @@ class Engine(StepEngine):
             self.step_index += 1
             return StepMetrics(
                 step=step,
-                epoch=self.epochs.epoch_of(step),
+                epoch=epoch,
                 skipped=True,
                 loss=math.nan,
                 weight=0.0,

@@ -76,7 +76,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     adopt: continue from checkpoints that belong to another run. Then only this run may write to their folder.
     start_over: begin the run in run_dir anew. Its metrics, events, digests and checkpoints are moved to a subfolder.
         After a restart of the program, a run that had already started over continues instead.
-    skip_steps: steps to skip, counted from 0 as in errors: their data are passed over, and schedules advance.
+    skip_steps: steps to skip, counted from 1: their data are passed over, and schedules advance.
     amendments: settings that change from a step on, such as {500: {"optimizer.lr": 1e-4, "clip_norm": 0.5}}. The run
         directory records both, and they apply again whenever the run is resumed.
     show: show a progress bar on worker 0.
@@ -156,20 +156,19 @@ def _make_steps(
     for batch in engine.batches(steps):
         if validations.stop_reason:
             break
-        step = engine.step_index
         with ExitStack() as watched:
-            if step - first < MEASURED_STEPS:
+            if engine.step_index - first < MEASURED_STEPS:
                 watched.enter_context(memory)
             engine.stop_requested = signals.requested or record.listeners.stop_reason is not None
             engine.save_requested = saver.is_due
-            metrics = engine.step(batch, digest=(step + 1) % digest_every == 0 or step + 1 == steps)
-        if step == first and (changed := engine.buffers.report()) is not None:
+            metrics = engine.step(batch, digest=batch.step % digest_every == 0 or batch.step == steps)
+        if engine.step_index == first + 1 and (changed := engine.buffers.report()) is not None:
             record.report(changed)
         record.add(metrics)
         if engine.stop_requested:
             raise _interrupted(engine, record, saver)
         is_best = validations.after_step()
-        last = step + 1 == steps or validations.stop_reason is not None
+        last = batch.step == steps or validations.stop_reason is not None
         saver.after_step(metrics.digest, last=last, is_best=is_best)
         record.listeners.deliver()
     if validations.stop_reason:

@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -170,11 +169,11 @@ class RunRecord:
         if newest is not None and newest >= step:
             source = "snapshot"
             self.snapshots.load()
-            self.notes.append(f"resuming from step {self.engine.step_index} (a snapshot in memory)")
+            self.notes.append(f"resuming after step {self.engine.step_index} (a snapshot in memory)")
         elif last[0] is not None:
             source = "checkpoint"
             self._load(found, accept_new_numerics)
-            self.notes.append(f"resuming from step {self.engine.step_index} ({last[0]})")
+            self.notes.append(f"resuming after step {self.engine.step_index} ({last[0]})")
         elif self._has_saved_elsewhere():
             raise ConfigError(
                 "the run's checkpoints are in another location",
@@ -239,7 +238,7 @@ class RunRecord:
         # Amendments decide results, so they are not a part of the record that may be missing.
         if engine.amendments != directory.read_amendments():
             directory.write_amendments(engine.amendments)
-        repeats = sum(metrics.step >= engine.step_index for metrics in directory.read_metrics())
+        repeats = sum(metrics.step > engine.step_index for metrics in directory.read_metrics())
         directory.truncate_metrics(engine.step_index)
         directory.truncate_validations(
             engine.step_index, validated=engine.progress.get("validated") == engine.step_index
@@ -401,8 +400,7 @@ class RunRecord:
         if metrics.skipped:
             self.event("skipped", step=metrics.step)
             self.report(f"step {metrics.step} was skipped")
-        # The engine counts the steps before this one. Listeners count the steps made, as checkpoints do.
-        self.listeners.step(replace(metrics, step=metrics.step + 1), self.engine.clock.workers)
+        self.listeners.step(metrics, self.engine.clock.workers)
 
     def add_validation(self, evaluation: Evaluation) -> None:
         """Record a validation."""

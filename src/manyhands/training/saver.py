@@ -37,7 +37,7 @@ class Saver:
         """
         if self._interval.seconds is not None:
             return self._engine.group.rank == 0 and time.monotonic() - self._last >= self._interval.seconds
-        return self._interval.steps is not None and (self._engine.step_index + 1) % self._interval.steps == 0
+        return self._interval.steps is not None and self._engine.next_step % self._interval.steps == 0
 
     def after_step(self, digest: str | None, *, last: bool, is_best: bool = False) -> None:
         """Take a snapshot if it is due, and start a checkpoint if a worker requested one before the step, or if the

@@ -1,7 +1,7 @@
 """Amendments of a run in progress: steps to skip, and settings that change from a given step on.
 
 The recipe and the amendments determine the bits, so a checkpoint lists the amendments with which it was computed. Steps
-are counted from 0, as in errors and in metrics.jsonl.
+have the numbers that users see, which start with 1.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Amendments:
     def __bool__(self) -> bool:
         return bool(self.skipped or self.changes)
 
-    def before(self, step: int) -> Amendments:
-        """Return the amendments that affect the state after `step` steps."""
+    def up_to(self, step: int) -> Amendments:
+        """Return the amendments that affect the state after this step."""
         return Amendments(
-            tuple(number for number in self.skipped if number < step),
-            tuple(change for change in self.changes if change.step < step),
+            tuple(number for number in self.skipped if number <= step),
+            tuple(change for change in self.changes if change.step <= step),
         )
 
     def at(self, step: int) -> list[Change]:
@@ -117,6 +117,6 @@ def amendments_of(skip_steps: Iterable[int], changes: Mapping[int, Mapping[str, 
 
 def _step(value: object) -> int:
     step = whole_number(value)
-    if step is None or step < 0:
-        raise ConfigError("a step is out of range", expected="an integer of at least 0", got=repr(value))
+    if step is None or step < 1:
+        raise ConfigError("a step is out of range", expected="an integer; the first step is step 1", got=repr(value))
     return step

@@ -4,9 +4,9 @@ So the numbers that a part of the model draws don't depend on how many numbers e
 computes only some of the units draws the same numbers as a worker that computes all units.
 
 The seed is derived from the seed that was in effect when the call began, and from the unit's name. All calls of a
-micro-batch thus form a chain, which starts with a seed derived from (run seed, step, micro-batch). torch's generator
-knows its own seed, and activation checkpointing restores it before it calls units again. So a recomputed call is
-followed by the same seed as the original call, and calls don't have to be counted.
+micro-batch thus form a chain, which starts with a seed derived from (run seed, step index, micro-batch). torch's
+generator knows its own seed, and activation checkpointing restores it before it calls units again. So a recomputed call
+is followed by the same seed as the original call, and calls don't have to be counted.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ PHASES = ("data", "compute", "communication", "update", "waiting")
 class StepMetrics:
     """The metrics of one step.
 
+    step: the number of steps made, including this one: 1 for the first step.
     epoch: the epoch of the step's first sample, counted from 1; None for a stream.
     skipped: True if an amendment skipped the step: there is no loss, no gradient and no weight.
     loss: the weighted mean loss of the global batch.

@@ -158,7 +158,7 @@ class GradientReducer:
         self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
-        """Start a step."""
+        """Start a step. step: its number, for the tags of collective calls."""
         self._step, self._round = step, 0
         self.without_gradient = set(self._unit_of)  # in all micro-batches of this worker so far
         self.not_finite: tuple[int, str] | None = None  # micro-batch and parameter of the first such gradient

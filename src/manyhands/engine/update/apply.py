@@ -179,7 +179,7 @@ class Updater:
         Return the gradient's norm before clipping.
 
         weight: the divisor of the sums. unused: parameters without a gradient in this step; they are not updated.
-        step: the number of steps before this one. before: called before any weight changes, when units may be
+        step: the number of this step, counted from 1. before: called before any weight changes, when units may be
         unsharded.
         Raises NumericsError if the norm is not finite.
         """

@@ -43,11 +43,11 @@ class WeightAverage:
         return None if average is None else average[within.start - unit.held.start : within.end - unit.held.start]
 
     def begin_step(self, step: int) -> None:
-        """Decide what the update of a step does. step: the number of steps before it."""
+        """Decide what the update of a step does. step: its number, counted from 1."""
         if self._rule is not None:
-            self._begins = not self.count and step >= self._rule.start
+            self._begins = not self.count and step > self._rule.start
             self.count += self._begins
-            self._rate = self._rule.rate(self.count) if self._rule.is_due(step + 1) else None
+            self._rate = self._rule.rate(self.count) if self._rule.is_due(step) else None
 
     def end_step(self) -> None:
         """Count the weights that the step has added."""
