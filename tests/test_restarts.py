@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import faults
 import manyhands as mh
 from manyhands.cli.workers import Bounds, bounds, workers_for
+from manyhands.comm.local import LocalGroup
 from manyhands.config import Batch
 from manyhands.errors import DataError, Position, WorkerError
 from manyhands.launching.failures import Restart, run_with_restarts
 from manyhands.listeners.run_directory import RunDirectory
+from manyhands.members.reports import StatusFile, read_status
 from test_faults import SUPPORT, Run, stall_seconds, training
 
 
@@ -143,6 +146,20 @@ def test_a_kill_before_the_first_step_causes_a_restart() -> None:
     launches = Launches((failed(None), 0), (None, 0))
     launches.run_all()
     assert len(launches.restarts) == 1
+
+
+def test_a_single_worker_that_fails_leaves_its_position_and_no_time_limit(tmp_path: Path) -> None:
+    """Without the position, the launcher would take the error for one before the first step, and not restart."""
+    for fails in (True, False):
+        group = LocalGroup(torch.device("cpu"), StatusFile(str(tmp_path / "status"), stall_seconds=1.0))
+        group.status("forward", 3, 1)
+        if fails:
+            group.fail(RuntimeError("out of cheese"))
+        group.close()
+        status = read_status(tmp_path / "status")
+        assert status is not None
+        assert status.position == (Position("forward", 3, 1) if fails else Position())
+        assert status.stall_seconds > 1e9
 
 
 def test_without_restarts_the_workers_error_is_unchanged() -> None:

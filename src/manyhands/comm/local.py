@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manyhands.comm.group import AllToAll, Contribution, Group
-from manyhands.errors import Position
+from manyhands.errors import NO_POSITION, Position
 from manyhands.members.reports import StatusFile, end_work, record_failure
 from manyhands.offload.allocator import Allocator
 
@@ -43,6 +43,7 @@ class LocalGroup(Group):
     def __init__(self, device: torch.device, status_file: StatusFile | None = None) -> None:
         super().__init__(0, 1, device)
         self._status_file = status_file
+        self._position, self._has_failed = NO_POSITION, False
 
     def empty_replicated(self, numel: int, dtype: torch.dtype, allocator: Allocator | None = None) -> Tensor:
         return (allocator or Allocator(self.device)).empty(numel, dtype)
@@ -65,14 +66,16 @@ class LocalGroup(Group):
         return [small.clone()]
 
     def fail(self, error: BaseException) -> None:
+        self._has_failed = True
         record_failure(error)
 
     def status(self, activity: str, step: int | None = None, micro_batch: int | None = None) -> None:
         if self._status_file is not None:
-            self._status_file.record_position(Position(activity, step, micro_batch))
+            self._position = Position(activity, step, micro_batch)
+            self._status_file.record_position(self._position)
 
     def close(self) -> None:
         if self._status_file is not None:
-            self._status_file.close()
+            self._status_file.close(self._position if self._has_failed else NO_POSITION)
             self._status_file = None
             end_work()

@@ -56,6 +56,9 @@ class Status(NamedTuple):
     stall_seconds: float
 
 
+_NO_LIMIT_SECONDS = 1e18
+
+
 class StatusFile:
     """The status file of this worker. `record_position` takes one or two microseconds."""
 
@@ -75,9 +78,13 @@ class StatusFile:
         with suppress(OSError):
             os.pwrite(self._file, text[:_BYTES].ljust(_BYTES), 0)
 
-    def close(self) -> None:
-        """Write an empty position, so that the launcher applies no time limit."""
-        self.record_position(Position())
+    def close(self, failed_at: Position = NO_POSITION) -> None:
+        """Write a last position, to which the launcher applies no time limit.
+
+        failed_at: where the worker has failed, which decides whether the launcher restarts it.
+        """
+        self._facts[1] = _NO_LIMIT_SECONDS
+        self.record_position(failed_at)
         os.close(self._file)
 
 
