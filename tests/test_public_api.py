@@ -151,7 +151,7 @@ OPTIONS = {
     "new": {"folder"},
     "reproduce": {"--json", "--run-dir", "--set", "--workers", "-n", "recipe", "run"},
     "sample": {"--accept-new-numerics", "--set", "--step", "--weights", "--workers", "-n", "recipe", "run"},
-    "export": {"--dtype", "--json", "--max-shard-size", "--step", "--weights", "out", "run"},
+    "export": {"--dtype", "--json", "--max-shard-size", "--merge", "--step", "--weights", "out", "run"},
 }
 
 

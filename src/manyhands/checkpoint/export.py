@@ -7,6 +7,12 @@
         model.safetensors.index.json         the file of each tensor
         extra_state.json                     the extra states of modules that are not tensors
 
+or, for an adapter of peft that isn't merged:
+
+    OUT/
+        adapter_config.json                  the adapter's config
+        adapter_model.safetensors            the adapter's tensors
+
 Each piece is read from the checkpoint, checked, cast and written before the next one is read. The folder is written
 under a hidden name. It gets its final name when it is complete and the digest of its weights equals the checkpoint's
 digest.
@@ -25,10 +31,11 @@ from pathlib import Path
 
 import torch
 
+from manyhands.checkpoint.exported import Exported, Form, exported_form
 from manyhands.checkpoint.find import find_checkpoint
 from manyhands.checkpoint.saved_weights import SavedWeights, precision_dtype
 from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, dtype_name, in_file_order
-from manyhands.checkpoint.weight_files import CONFIG, INDEX, SINGLE, config_text
+from manyhands.checkpoint.weight_files import CONFIG, INDEX, SINGLE
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.storage.atomic import publish_folder, sync
 from manyhands.storage.location import location_of
@@ -53,7 +60,8 @@ class ExportSummary:
     number of tensors and the number of parameter elements that were written. checkpoint: the folder of the checkpoint.
     step: the checkpoint's step. digest: the digest of the exported weights, before any cast. weights: as
     they were asked for, such as "trained", or "ema" for the average of the weights. The buffers are always those of the
-    checkpoint's step.
+    checkpoint's step. form: "model", "adapter" for the adapter of a peft model, or "merged" for its base model with the
+    adapter merged into it.
     """
 
     out: str
@@ -67,6 +75,7 @@ class ExportSummary:
     checkpoint: str
     seconds: float
     weights: str = TRAINED
+    form: Form = "model"
 
     @property
     def has_config(self) -> bool:
@@ -82,21 +91,27 @@ def export(
     weights: str = TRAINED,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
+    merge: bool = False,
     progress: ProgressCallback | None = None,
 ) -> ExportSummary:
     """Write the weights of a run's checkpoint to the folder `out`, as safetensors in Hugging Face's layout.
+
+    Of a peft model, the adapter alone is written, in a folder that `PeftModel.from_pretrained(base, out)` loads.
 
     run: a run directory, the folder or address that was passed to `Engine.save`, or a checkpoint. step: the step
     of the checkpoint (default: the last). weights: "trained"; "ema" for the average of the weights,
     of any kind, together with the current buffers; or "best", for the checkpoint that `keep_best` kept, and
     "best:validation.loss:min" if the run has kept several. dtype: "fp32" (the master weights, bit for bit) or "bf16";
     default: the dtype in which the model was trained. Buffers retain their dtype. max_shard_size: the largest size of a
-    file; a larger tensor gets its own file. progress: called with the bytes of weights written so far, and the bytes of
-    all weights. out: a new path, or an empty folder.
+    file; a larger tensor gets its own file. An adapter is always one file. merge: write the base model of a peft model
+    with the LoRA adapter added to its weights, for loaders without peft. The sums are computed in fp32, then cast.
+    progress: called with the bytes of weights written so far, and the bytes of all weights. out: a new path, or an
+    empty folder.
 
     `export` runs in one process. It needs memory for one piece of a parameter (some MiB) or one complete buffer, for
     the checkpoint's list of pieces, and 8 bytes per 1,024 elements for the digest. Optimizer state is not read. Raises
-    ConfigError, and CheckpointError for missing or damaged files. After an error, nothing is left at `out`.
+    ConfigError, also if `merge` is given and there is no LoRA adapter, and CheckpointError for missing or damaged
+    files. After an error, nothing is left at `out`.
     """
     started = time.monotonic()
     target, max_bytes = Path(out), parse_size(max_shard_size)
@@ -111,26 +126,30 @@ def export(
             where=str(folder),
             hint="a hook or an overridden state_dict() adds them, and checkpoints don't contain them",
         )
+    exported = exported_form(saved, merge=merge)
     with _published(target) as partial, _one_thread():
-        shards = plan_shards(saved.entries, max_bytes)
-        _write_shards(partial, shards, saved, progress)
+        shards = (
+            plan_shards(exported.entries, max_bytes) if exported.file is None else {exported.file: exported.entries}
+        )
+        _write_shards(partial, shards, exported, progress)
         digest = saved.digest()
-        for name, content in saved.manifest.config_files.items():
-            _write_text(partial / name, config_text(content, dtype_name(saved.dtype)))
-        if saved.extra_states:
+        for name, text in exported.config_files().items():
+            _write_text(partial / name, text)
+        if saved.extra_states and exported.form == "model":
             _write_text(partial / EXTRA_STATES, json.dumps(saved.extra_states, indent=2) + "\n")
         files = sorted(path.name for path in partial.iterdir())
     return ExportSummary(
         out=str(out),
         files=files,
-        weights_bytes=saved.nbytes,
-        dtype=dtype_name(saved.dtype),
-        tensors=len(saved.entries),
-        parameters=saved.num_parameters,
+        weights_bytes=exported.nbytes,
+        dtype=dtype_name(exported.dtype),
+        tensors=len(exported.entries),
+        parameters=exported.num_parameters,
         step=saved.manifest.step,
         digest=digest,
         checkpoint=str(folder),
         weights=weights,
+        form=exported.form,
         seconds=time.monotonic() - started,
     )
 
@@ -160,7 +179,7 @@ def plan_shards(entries: list[TensorEntry], max_bytes: int) -> dict[str, list[Te
 
 
 def _write_shards(
-    folder: Path, shards: dict[str, list[TensorEntry]], weights: SavedWeights, progress: ProgressCallback | None
+    folder: Path, shards: dict[str, list[TensorEntry]], weights: Exported, progress: ProgressCallback | None
 ) -> None:
     written = 0
     for name, entries in shards.items():

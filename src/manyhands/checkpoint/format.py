@@ -128,6 +128,40 @@ class Scalar(BaseModel):
     dims: Annotated[int, Field(ge=0, le=64)] = 0
 
 
+class Product(BaseModel):
+    """What an adapter adds to a weight matrix: scaling * (left @ right).
+
+    left, right: names in the model's state_dict, of tensors [rows, rank, ...] and [rank, columns, ...]. transposed:
+    True if the weight is stored as [columns, rows].
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    left: str
+    right: str
+    scaling: float
+    transposed: bool = False
+
+
+class AdapterRecord(BaseModel):
+    """The adapter of a peft model, as `checkpoint.adapters` finds it.
+
+    config: the content of adapter_config.json. tensors: name in the adapter's file -> name in the model's state_dict.
+    base_files: the config files of the base model, as `Manifest.config_files`. merged: name in the base model's
+    state_dict -> name in the model's state_dict. products: what is added to the weights of the base model, by their
+    names in the model's state_dict. unmergeable: why the adapter can't be merged; empty if it can.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: dict[str, Any]
+    tensors: dict[str, str]
+    base_files: dict[ConfigName, dict[str, Any]] = Field(default_factory=dict)
+    merged: dict[str, str] = Field(default_factory=dict)
+    products: dict[str, Product] = Field(default_factory=dict)
+    unmergeable: str = ""
+
+
 class Manifest(BaseModel):
     """The manifest of a checkpoint.
 
@@ -140,7 +174,8 @@ class Manifest(BaseModel):
     `checkpoint.extra_state`. amendments: the amendments of the steps so far, see `engine.step.amendments`. progress:
     the state of the run's validations, see `training.validating`. user_state: `Engine.extra_state`, encoded.
     stream: from where the workers could read a stream on, see `data.stream_samples.StreamPosition`. averaged: the
-    number of weights in the average of the weights; 0 if there is no average, or if it has not begun.
+    number of weights in the average of the weights; 0 if there is no average, or if it has not begun. adapter:
+    the adapter of a peft model.
 
     Numbers may be infinite or NaN, which JSON in Python has, and which pydantic would write as null by default.
     """
@@ -169,11 +204,21 @@ class Manifest(BaseModel):
     user_state: dict[str, Any] = Field(default_factory=dict)
     stream: list[dict[str, Any]] = Field(default_factory=list)
     averaged: Count = 0
+    adapter: AdapterRecord | None = None
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out newer fields that are empty, so that versions that do not know them can read the checkpoint."""
-        optional = ("attributes", "extra_states", "amendments", "progress", "user_state", "stream", "averaged")
+        optional = {
+            "attributes",
+            "extra_states",
+            "amendments",
+            "progress",
+            "user_state",
+            "stream",
+            "averaged",
+            "adapter",
+        }
         fields: dict[str, Any] = serialize(self)
         return {key: value for key, value in fields.items() if value or key not in optional}
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from manyhands.checkpoint.adapters import adapter_of
 from manyhands.checkpoint.extra_state import check_extra_states, extra_states, modules_with_state
 from manyhands.checkpoint.format import (
     AVERAGE,
@@ -280,6 +281,7 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
         progress=encode_state(engine.progress),
         user_state=_user_state(engine),
         averaged=engine.updater.average.count,
+        adapter=adapter_of(engine.model),
     )
 
 

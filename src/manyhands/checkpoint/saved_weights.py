@@ -25,6 +25,7 @@ from manyhands.storage.location import Location
 
 class SavedWeights:
     """The tensors of a checkpoint. entries: under their names in the model's state_dict, in the dtypes to write.
+    records: those of the entries, by name, without extra states.
 
     cast: the dtype of floating-point parameters; None for the dtypes in which the model was trained. A tied tensor has
     only one entry, under its first name, the one in `named_parameters()`. Loaders tie it again. averaged: True for the
@@ -43,15 +44,16 @@ class SavedWeights:
             )
         self.pieces = PieceReader(folder, self.manifest.pieces)
         self._frozen = _frozen_reader(folder, self.manifest)
-        self._records = {record.keys[0]: record for record in self.manifest.tensors if record.keys}
+        self.records = {record.keys[0]: record for record in self.manifest.tensors if record.keys}
         self._digested = [record for record in self.manifest.tensors if _is_in_digest(record)]
         self._names = [(record.name, _words(record)) for record in self._digested]
         firsts = list(accumulate((blocks_of(words) for _, words in self._names), initial=0))
         self._first_blocks = {name: first for (name, _), first in zip(self._names, firsts[:-1], strict=True)}
         # Allocate one array at the start: small arrays between large temporary ones would fragment the heap.
         self._hashes = np.zeros(firsts[-1], dtype=np.int64)
+        self._read: set[str] = set()
         self.entries = [
-            TensorEntry(key, stored_dtype(record, cast), record.shape) for key, record in self._records.items()
+            TensorEntry(key, stored_dtype(record, cast), record.shape) for key, record in self.records.items()
         ]
         self._extra, self.extra_states = exported(self.manifest.extra_states, self.pieces)
         pieces = {piece.name: piece for piece in self.manifest.pieces if piece.kind == EXTRA}
@@ -59,18 +61,19 @@ class SavedWeights:
             self.entries.append(TensorEntry(key, dtype_named(pieces[name].dtype), pieces[name].shape or ()))
         self.dtype = next((entry.dtype for entry in self.entries if entry.dtype.is_floating_point), torch.float32)
         self.nbytes = sum(entry.nbytes for entry in self.entries)
-        self.num_parameters = sum(record.numel for record in self._records.values() if record.is_parameter)
+        self.num_parameters = sum(record.numel for record in self.records.values() if record.is_parameter)
 
     def parts(self, entry: TensorEntry) -> Iterator[Tensor]:
         """Yield the elements of the tensor in parts, in order."""
         if entry.name in self._extra:
             yield self.pieces.read(EXTRA, self._extra[entry.name], 0, math.prod(entry.shape))
             return
-        for part in self.parts_of(self._records[entry.name]):
+        for part in self.parts_of(self.records[entry.name]):
             yield part.to(entry.dtype)
 
     def parts_of(self, record: TensorRecord) -> Iterator[Tensor]:
         """Yield the elements of a tensor of the model in parts, in order, in the dtype in which they are stored."""
+        self._read.add(record.name)
         reader = self.reader_of(record)
         kind = AVERAGE if self.averaged and record.kind == "master" else record.kind
         for piece in reader.parts(kind, record.name, record.numel):
@@ -93,13 +96,13 @@ class SavedWeights:
         self._hashes[first : first + len(hashes)] = hashes
 
     def digest(self) -> str:
-        """Return the digest of the weights, before any cast. Call it after reading all entries.
+        """Return the digest of the weights, before any cast. Tensors that were not read yet are read for it.
 
         Raises CheckpointError unless the trained weights are those that were saved. For the average, each piece was
         compared with its checksum when it was read.
         """
         for record in self._digested:
-            if not record.keys:  # the model's state_dict leaves it out
+            if record.name not in self._read:
                 for _ in self.parts_of(record):
                     pass
         found = digest_of(self._names, self._hashes)

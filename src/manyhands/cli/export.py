@@ -40,9 +40,15 @@ def export_command(
             show_default=False,
         ),
     ] = "5GB",
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="Add the LoRA adapter of a peft model to the weights of its base model."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the summary.")] = False,
 ) -> None:
     """Write a run's weights as safetensors that Hugging Face's `from_pretrained` loads.
+
+    Of a peft model, the adapter alone is written, for `PeftModel.from_pretrained`, unless --merge is given.
 
     The weights are streamed from the checkpoint's files and verified, so the full model is never in memory. OUT appears
     only when it is complete.
@@ -60,6 +66,7 @@ def export_command(
             weights=weights,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            merge=merge,
             progress=bar.update,
         )
     result = asdict(summary) | {"has_config": summary.has_config}
@@ -71,6 +78,7 @@ def explain_export(summary: ExportSummary) -> str:
     speed = summary.weights_bytes / summary.seconds if summary.seconds > 0 else 0.0
     shown = summary.files if len(summary.files) <= 8 else [*summary.files[:3], "...", *summary.files[-2:]]
     what = "average of the weights" if summary.weights == AVERAGED else "weights"
+    what = {"model": what, "adapter": f"{what} of the adapter", "merged": f"merged {what}"}[summary.form]
     lines = [
         f"exported the {what} after step {summary.step} to {summary.out}",
         f"  weights     {format_bytes(summary.weights_bytes)} in {summary.dtype}: "
@@ -82,6 +90,8 @@ def explain_export(summary: ExportSummary) -> str:
     ]
     if summary.weights == AVERAGED:
         lines.append("  buffers are not averaged: they are the current ones, such as batch norm's running statistics")
-    if not summary.has_config:
+    if summary.form == "adapter":
+        lines.append(f"  load with   PeftModel.from_pretrained(base model, {summary.out!r})")
+    elif not summary.has_config:
         lines.append("  no config.json, because the model has no Hugging Face config: load the files by name")
     return "\n".join(lines)
