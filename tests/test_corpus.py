@@ -145,6 +145,66 @@ def test_each_remaining_document_is_in_the_tokens_once_in_random_order(corpus: P
     assert (prepared / "lengths.svg").read_text().startswith("<svg")
 
 
+def documents_of(folder: Path) -> list[bytes]:
+    """The documents of a folder of byte tokens, without their end."""
+    data = mh.TokenFile(folder, 1)
+    data.verify()
+    flat = np.concatenate([file.tokens for file in data._files])
+    return [bytes(part.tolist()) for part in np.split(flat[flat != END], _ends(flat))][:-1]
+
+
+def _ends(flat: Any) -> Any:
+    return np.flatnonzero(flat == END) - np.arange(np.sum(flat == END))
+
+
+BYTES_ONLY = ["tokenizer={}", "duplicates={near=false}"]
+
+
+def test_documents_are_held_out_by_their_text_alone(corpus: Path, tmp_path: Path) -> None:
+    prepare(corpus, tmp_path / "all", *BYTES_ONLY)
+    figures = prepare(corpus, tmp_path / "one", *BYTES_ONLY, "validation.fraction=0.1").figures
+    pool = Pool(2, 2**27)
+    try:
+        prepare(corpus, tmp_path / "two", *BYTES_ONLY, "validation.fraction=0.1", engine=pool)
+    finally:
+        pool.close()
+    assert sha256s(tmp_path / "one") == sha256s(tmp_path / "two")
+    every = documents_of(tmp_path / "all")
+    training, held_out = documents_of(tmp_path / "one"), documents_of(tmp_path / "one" / "validation")
+    assert len(set(every)) == len(every)
+    assert sorted(training + held_out) == sorted(every)
+    assert 0.05 < len(held_out) / len(every) < 0.15
+    assert (figures.documents, figures.validation_documents) == (len(training), len(held_out))
+    assert figures.validation_tokens == sum(len(text) + 1 for text in held_out)
+    assert f"{len(held_out)} more documents are held out" in (tmp_path / "one" / "card.md").read_text()
+
+    again = prepare(corpus, tmp_path / "one", *BYTES_ONLY, "validation.fraction=0.1")
+    assert again.steps == {}
+    assert f"{len(held_out)} documents: {tmp_path / 'one' / 'validation'}" in str(again)
+    path = min(corpus.parent.glob("*.jsonl"))  # without the other files, its documents are where they were
+    prepare(corpus, tmp_path / "few", *BYTES_ONLY, "validation.fraction=0.1", f"input.paths=['{path}']")
+    few = documents_of(tmp_path / "few" / "validation")
+    assert 0 < len(few) < len(held_out)
+    assert set(few) < set(held_out)
+
+
+def test_a_number_of_documents_is_held_out_by_the_seed(corpus: Path, tmp_path: Path) -> None:
+    settings = [*BYTES_ONLY, f"input.paths=['{min(corpus.parent.glob('*.jsonl'))}']", "validation.documents=20"]
+    found = []
+    for seed in (3, 9):
+        figures = prepare(corpus, tmp_path / str(seed), *settings, f"seed={seed}").figures
+        found.append(documents_of(tmp_path / str(seed) / "validation"))
+        assert len(found[-1]) == figures.validation_documents == 20
+        assert len(documents_of(tmp_path / str(seed))) == figures.documents
+    assert set(found[0]) != set(found[1])
+
+
+@pytest.mark.parametrize(("how", "part"), [("documents=100000", "training"), ("fraction=0.0000001", "validation")])
+def test_a_part_without_documents_is_refused(corpus: Path, tmp_path: Path, how: str, part: str) -> None:
+    with pytest.raises(mh.DataError, match=f"no document is left for {part}"):
+        prepare(corpus, tmp_path / "out", *BYTES_ONLY, f"validation.{how}")
+
+
 def test_an_existing_corpus_stays_and_another_one_is_refused(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared, tmp_path / "out")
     again = prepare(corpus, tmp_path / "out")
@@ -226,6 +286,8 @@ def test_every_form_of_input_is_read_and_bad_records_are_set_aside(tmp_path: Pat
         (["input.path=a:b"], "can't be used together with paths", "module:function"),
         (["duplicates.exact=false"], "duplicates.near requires exact", "near = false"),
         (["tokenizer.file=x"], "can't be used together with vocabulary", "to train a tokenizer"),
+        (["validation={fraction=0.1, documents=5}"], "can't be used together with documents", "documents = 1000"),
+        (["validation.fraction=1.0"], "validation.fraction has a wrong value", "less than 1"),
         (["tokenizer.vocabulary=many"], "tokenizer.vocabulary has a wrong value", "valid integer"),
         (["input.paths=['nowhere/*']"], "no file matches", "--set input.paths"),
         (["input={path='nowhere:f'}"], "there is no module nowhere", "--set input"),
@@ -252,7 +314,7 @@ def test_the_recipe_in_the_documents_has_the_defaults() -> None:
         default = getattr(defaults, name)
         assert (default if not isinstance(table, dict) else {key: getattr(default, key) for key in table}) == table
     unset = re.findall(r"^# (\w+) =", text, re.MULTILINE)
-    assert unset == ["path", "file", "end_of_text", "fast"]
+    assert unset == ["path", "file", "end_of_text", "fast", "fraction", "documents"]
     for name, model in CorpusSchema.model_fields.items():
         fields = getattr(model.annotation, "model_fields", {})
         rare = {"arguments", "partition_bytes"}  # of [input]

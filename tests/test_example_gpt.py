@@ -209,11 +209,13 @@ def test_prepared_tokens_are_trained_on_and_sampled(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLE))
     overrides = [f"input.arguments={{source='{library}'}}", "tokenizer.vocabulary=300", "clean.max_repeated_lines=1"]
+    overrides.append("validation.fraction=0.3")
     document = read_corpus_recipe(EXAMPLE / "prepare.toml", overrides)
     summary = prepare_corpus(document, "prepared/gpt-stdlib", Options(workers=0, progress=False))
     assert summary.figures.vocabulary == 300
     changes = [
         "data.arguments.length=16",
+        "validation.data.arguments.length=16",
         "steps=2",
         "batch.global_size=8",
         "batch.micro_size=4",
@@ -225,6 +227,7 @@ def test_prepared_tokens_are_trained_on_and_sampled(
     assert loaded.recipe.data.vocabulary == 300
     trained = mh.train(loaded.recipe, steps=2, strategy=loaded.strategy, run_dir="runs/one", show=False)
     assert len(trained.digest) == 64
+    assert set(trained.validations["validation"]) >= {"loss", "perplexity"}
     model = gpt.GPT(vocabulary=300, length=16, width=24, depth=1, heads=2)
     said = gpt.sample(model, length=5, tokenizer="prepared/gpt-stdlib/tokenizer.json")
     assert said.startswith("def ")
@@ -236,6 +239,8 @@ def test_recipe_names_exist() -> None:
     assert hasattr(text, prepare["input"]["path"].partition(":")[2])
     assert recipe["data"]["path"] == "manyhands:TokenFile"
     assert recipe["data"]["arguments"]["path"] == f"prepared/{prepare['name']}"
+    assert recipe["validation"]["data"]["arguments"]["path"] == f"prepared/{prepare['name']}/validation"
+    assert prepare["validation"]
     assert recipe["model"]["arguments"]["vocabulary"] == prepare["tokenizer"]["vocabulary"]
     for section in ("model", "loss", "schedule", "sample"):
         module, _, name = recipe[section]["path"].partition(":")

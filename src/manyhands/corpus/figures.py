@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from manyhands.data.token_format import HELD_OUT
 from manyhands.formatting import format_bytes, format_count, format_seconds
 
 PICTURE = "lengths.svg"
@@ -27,7 +28,9 @@ class Dropped:
 class CorpusFigures:
     """The figures of a corpus. They do not depend on workers, memory or engine, so they include no times.
 
-    lengths: the numbers of documents with 1 token, 2 to 3 tokens, 4 to 7 tokens, and so on, including the end token.
+    documents, characters, tokens, lengths, digest: of the documents to train on. lengths: the numbers of documents with
+    1 token, 2 to 3 tokens, 4 to 7 tokens, and so on, including the end token. validation_documents, validation_tokens,
+    validation_digest: of the documents that are held out.
     """
 
     name: str
@@ -44,6 +47,9 @@ class CorpusFigures:
     lengths: tuple[int, ...]
     examples: tuple[str, ...]
     digest: str
+    validation_documents: int = 0
+    validation_tokens: int = 0
+    validation_digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +94,18 @@ class CorpusSummary:
             *(f"  {format_seconds(seconds):>10}  {name}" for name, seconds in self.steps.items()),
             f"  digest      {got.digest}",
         ]
+        if got.validation_documents:
+            lines.insert(
+                1,
+                f"  validation  {format_count(got.validation_tokens)} tokens in "
+                f"{format_count(got.validation_documents)} documents: {self.path}/{HELD_OUT}",
+            )
+            lines.append(f"              {got.validation_digest} of the validation")
         if got.bad_records:
-            lines.insert(2, f"  set aside   {format_count(got.bad_records)} bad records, in _bad_records.jsonl")
+            lines.insert(
+                2 + bool(got.validation_documents),
+                f"  set aside   {format_count(got.bad_records)} bad records, in _bad_records.jsonl",
+            )
         return "\n".join(lines)
 
 
@@ -109,18 +125,25 @@ def card(figures: CorpusFigures, settings: Mapping[str, Any]) -> str:
     parameters = "\n".join(
         f"- {name}: " + ", ".join(f"{k} = {v!r}" for k, v in table.items()) for name, table in tables.items()
     )
+    remaining = figures.documents + figures.validation_documents
+    held_out = ""
+    if figures.validation_documents:
+        held_out = (
+            f"\n{figures.validation_tokens:,} tokens in {figures.validation_documents:,} more documents are held out "
+            f"for validation. Digest `{figures.validation_digest}`.\n"
+        )
     return f"""# {figures.name}
 
 {figures.tokens:,} tokens in {figures.documents:,} documents.
 The vocabulary has {figures.vocabulary:,} tokens ({figures.tokenizer}).
 {_per_token(figures)} characters per token; {figures.token_bytes} bytes per token on disk. Digest `{figures.digest}`.
-
+{held_out}
 ## Documents
 
 | | documents | of those read |
 |---|---|---|
 | read | {figures.documents_read:,} | 100 % |
-{rows}| remaining | {figures.documents:,} | {_share(figures.documents, figures.documents_read)} |
+{rows}| remaining | {remaining:,} | {_share(remaining, figures.documents_read)} |
 
 Bad records that were set aside: {figures.bad_records:,}.
 

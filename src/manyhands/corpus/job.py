@@ -13,6 +13,7 @@ import numpy as np
 
 from manyhands.corpus.duplicates import near_duplicates, without
 from manyhands.corpus.figures import PICTURE, CorpusFigures, CorpusSummary, Dropped, card, duplicates_of, picture
+from manyhands.corpus.held_out import bound_of_fraction, bound_of_number, divide
 from manyhands.corpus.recipe import CorpusSchema, located, source_of
 from manyhands.corpus.steps import Steps
 from manyhands.corpus.text import (
@@ -38,7 +39,7 @@ from manyhands.corpus.tokenizing import (
     tokenizer_json,
     train_bpe,
 )
-from manyhands.data.token_format import FOLDER, MANIFEST, TOKENIZER, map_tokens, token_type
+from manyhands.data.token_format import FOLDER, HELD_OUT, MANIFEST, TOKENIZER, map_tokens, token_type
 from manyhands.documents.toml import Document
 from manyhands.errors import ConfigError, DataError
 from manyhands.output import say
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 _RECIPE, _SUMMARY, _CARD, _WORK = "recipe.json", "summary.json", "card.md", "work"
 
-_OURS = {_RECIPE, _SUMMARY, TOKENIZER, _CARD, _WORK, FOLDER, PICTURE, BAD_RECORDS}
+_OURS = {_RECIPE, _SUMMARY, TOKENIZER, _CARD, _WORK, FOLDER, HELD_OUT, PICTURE, BAD_RECORDS}
 
 _SAMPLE = 200
 """The number of documents on which a faster tokenizer is compared with the reference."""
@@ -73,7 +74,7 @@ def prepare_corpus(
     started = time.monotonic()
     folder = Path(out).absolute()
     source = source_of(document)
-    settings = document.schema.model_dump()
+    settings = document.schema.settings()
     tokenizer = _given_tokenizer(document)
     identity = fingerprint_code([settings, source.identity, tokenizer and tokenizer.text])
     found = _found(folder, identity, overwrite=overwrite)
@@ -118,10 +119,20 @@ class _Corpus:
                 hint="check the thresholds of the rules, and input.paths",
             )
         documents, duplicates = self._unique(judged.filter(passes_rules), accepted.documents)
-        encoder, kind = self._encoder(documents, tokenizer)
-        written = self._tokens(documents, encoder)
+        count = accepted.documents - sum(each.documents for each in duplicates)
+        training, held_out = self._divided(documents, count)
+        encoder, kind = self._encoder(documents, training, tokenizer)
+        written = self._tokens("tokens", training, encoder, FOLDER)
         lengths = _lengths(written)
-        totals = documents.group_by(nothing).aggregate(
+        validation = self._tokens("validation tokens", held_out, encoder, HELD_OUT) if held_out else None
+        if not written.records or (validation is not None and not validation.records):
+            raise DataError(
+                f"no document is left for {'validation' if written.records else 'training'}",
+                expected="documents to train on, and documents to validate on",
+                got=f"{count} documents in all",
+                hint="change [validation] of the recipe, or prepare more documents",
+            )
+        totals = training.group_by(nothing).aggregate(
             characters=Aggregate.sum(of="characters"), examples=some_examples()
         )
         (total,) = totals.take(1, **self._options)
@@ -140,6 +151,9 @@ class _Corpus:
             lengths=tuple(np.bincount(np.log2(lengths).astype(np.int64)).tolist()),
             examples=tuple(total["examples"]),
             digest=written.digest,
+            validation_documents=validation.records if validation else 0,
+            validation_tokens=int(_lengths(validation).sum()) if validation else 0,
+            validation_digest=validation.digest if validation else "",
         )
 
     def _by_rule(self, judged: Dataset) -> dict[str, Dropped]:
@@ -185,13 +199,35 @@ class _Corpus:
         texts = {document["id"]: "\n".join(document["text"].split("\n")[:5]) for document in found}
         return [f"{texts[dropped][:190]}\n  (this document stays:)\n{texts[stays][:190]}" for dropped, stays in pairs]
 
+    def _divided(self, documents: Dataset, count: int) -> tuple[Dataset, Dataset | None]:
+        """Return the documents to train on, and those that the recipe holds out, if any. Raises DataError."""
+        table, seed = self._schema.validation, self._schema.seed
+        if table.fraction is not None:
+            return divide(documents, bound_of_fraction(table.fraction), seed)
+        if table.documents is None:
+            return documents, None
+        if table.documents >= count:
+            raise DataError(
+                "no document is left for training",
+                expected=f"more documents than the {table.documents:,} of validation.documents",
+                got=f"{count:,} documents",
+                hint="change [validation] of the recipe, or prepare more documents",
+            )
+        self._steps.start("validation: documents")
+        below = bound_of_number(documents, table.documents, seed, self._options)
+        self._steps.end("validation: documents")
+        return divide(documents, below, seed)
+
     def _encoder(
-        self, documents: Dataset, tokenizer: TokenizerEncoder | None
+        self, documents: Dataset, training: Dataset, tokenizer: TokenizerEncoder | None
     ) -> tuple[ByteEncoder | TokenizerEncoder, str]:
-        """Return the encoder and its description, and write the tokenizer next to the tokens."""
+        """Return the encoder and its description, and write the tokenizer next to the tokens.
+
+        A vocabulary is trained on the training documents, so that nothing is learned from those that are held out.
+        """
         table, kind = self._schema.tokenizer, f"of {self._schema.tokenizer.file}"
         if table.vocabulary is not None:
-            sampled = documents.sample(table.sample, seed=self._schema.seed)
+            sampled = training.sample(table.sample, seed=self._schema.seed)
             words = self._steps.divided(documents, sampled).flat_map(words_of).group_by()
             counts, number = self._steps.cache(
                 "vocabulary: words", words.aggregate(documents=Aggregate.count()).filter(is_twice)
@@ -205,28 +241,30 @@ class _Corpus:
             return ByteEncoder(), "bytes"
         write_atomic(str(self._folder / TOKENIZER), tokenizer.text.encode())
         if table.fast:
-            sample = [document["text"] for document in documents.take(_SAMPLE, **self._options)]
+            sample = [document["text"] for document in training.take(_SAMPLE, **self._options)]
             tokenizer, reason = faster(tokenizer, sample)
             if reason and self._options.get("progress", True):
                 say(f"tokenizing with the {REFERENCE} library: {reason}")
         return tokenizer, kind
 
-    def _tokens(self, documents: Dataset, encoder: ByteEncoder | TokenizerEncoder) -> PrepareSummary:
-        """Write the tokens of all documents, in random order, to files."""
-        self._steps.start("tokens")
+    def _tokens(
+        self, step: str, documents: Dataset, encoder: ByteEncoder | TokenizerEncoder, folder: str
+    ) -> PrepareSummary:
+        """Write the tokens of the documents, in random order, to files."""
+        self._steps.start(step)
         shuffled = documents.map_batches(encoder).shuffle(self._schema.seed)
         schema = token_schema(encoder.vocabulary)
         written = shuffled.write(
-            str(self._folder / FOLDER), format="tokens", schema=schema, overwrite=True, **self._options
+            str(self._folder / folder), format="tokens", schema=schema, overwrite=True, **self._options
         )
-        self._steps.end("tokens")
+        self._steps.end(step)
         return written
 
 
 def _lengths(written: PrepareSummary) -> NDArray[np.integer]:
     """Return the number of tokens of each document, including its end token."""
     files = [map_tokens(f"{written.path}/{name}") for name in written.files]
-    return np.concatenate([np.diff(file.ends, prepend=np.uint64(0)) for file in files])
+    return np.concatenate([np.empty(0, np.uint64), *(np.diff(file.ends, prepend=np.uint64(0)) for file in files)])
 
 
 def _given_tokenizer(document: Document[CorpusSchema]) -> TokenizerEncoder | None:
@@ -271,7 +309,10 @@ def _found(folder: Path, identity: str, *, overwrite: bool) -> CorpusSummary | N
             remove(str(folder / name))
         return None
     summary = _read_json(folder / _SUMMARY)
-    return CorpusSummary.from_json(summary) if summary and (folder / FOLDER / MANIFEST).exists() else None
+    if not summary or not (folder / FOLDER / MANIFEST).exists():
+        return None
+    found = CorpusSummary.from_json(summary)
+    return found if not found.figures.validation_digest or (folder / HELD_OUT / MANIFEST).exists() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -105,6 +105,22 @@ class TokenizerTable(Table):
         return self
 
 
+class ValidationTable(Table):
+    """The share or the number of documents that are held out. By default, none are."""
+
+    fraction: float | None = Field(default=None, gt=0, lt=1)
+    documents: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ValidationTable:
+        if self.fraction is not None and self.documents is not None:
+            raise ConfigError(
+                "validation.fraction can't be used together with documents",
+                expected="fraction = 0.01, or documents = 1000",
+            )
+        return self
+
+
 class CorpusSchema(Table):
     """The tables of a corpus recipe, with defaults."""
 
@@ -114,6 +130,14 @@ class CorpusSchema(Table):
     clean: CleanTable = CleanTable()
     duplicates: DuplicatesTable = DuplicatesTable()
     tokenizer: TokenizerTable = TokenizerTable()
+    validation: ValidationTable = ValidationTable()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the values that decide the corpus. A table [validation] that holds nothing out is left out."""
+        fields = self.model_dump()
+        if not any(fields["validation"].values()):
+            del fields["validation"]
+        return fields
 
 
 def _one_of(field: str, value: str | None, known: tuple[str, ...]) -> str | None:

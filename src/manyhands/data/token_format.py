@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FOLDER = "tokens"  # inside the folder of a corpus, which also has the tokenizer and the data card
 
+HELD_OUT = "validation"  # beside FOLDER, with the documents that are held out
+
 TOKENIZER = "tokenizer.json"
 
 MANIFEST = "_manifest.json"
