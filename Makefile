@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-all digests faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation zoo docs tree clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 demo: $(READY)
@@ -98,8 +98,19 @@ zoo: $(ZOO_VENV)/.ready
 	PYTHONPATH=tests $(ZOO_VENV)/bin/python -m zoo.run $(ARGS)
 
 # What the documents derive from the source: docs/cli.md, and the annotated tree in docs/design.md.
-docs tree: $(READY)
+tree: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.generated_pages
 
+# The same, and the site of the documentation in build/site. Links to missing pages and headings are errors.
+DOCS_VENV ?= .venv-docs
+$(DOCS_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement $(DOCS_VENV)/requirements.txt
+	@touch $@
+
+docs: tree $(DOCS_VENV)/.ready
+	$(DOCS_VENV)/bin/zensical build --strict --config-file mkdocs.yml
+
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(ZOO_VENV) runs prepared .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(ZOO_VENV) $(DOCS_VENV) build runs prepared .pytest_cache .mypy_cache .ruff_cache .hypothesis

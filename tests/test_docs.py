@@ -63,6 +63,15 @@ def test_the_command_line_page_has_every_option() -> None:
             assert all(option in page for option in param.opts if option.startswith("-")), f"{name} {param.name}"
 
 
+def test_the_site_has_every_page_and_plain_lists() -> None:
+    listed = re.findall(r"(\w[\w-]*\.md)$", text_of("mkdocs.yml"), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    for page in (ROOT / "docs").glob("*.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        run_on = re.findall(r"^(?![-*|#] |  )[^\n]+\n[-*] .*$", text, re.MULTILINE)
+        assert not run_on, f"{page.name}: the site needs an empty line before the list"
+
+
 def test_tests_that_documents_name_exist() -> None:
     for page in PAGES:
         for file, function in re.findall(r"\b(tests/\w+\.py)(?:::(\w+))?", page.read_text(encoding="utf-8")):

@@ -5,6 +5,7 @@ PYTHONPATH=tests python -m support.generated_pages
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import typer
@@ -20,7 +21,11 @@ def command_line_page() -> str:
     """docs/cli.md: every command with its options, as typer describes them."""
     command = typer.main.get_command(app)
     context = command.context_class(command, info_name="manyhands")
-    return get_docs_for_click(obj=command, ctx=context, name="manyhands", title="Command line")
+    page = get_docs_for_click(obj=command, ctx=context, name="manyhands", title="Command line")
+    for name, each in command.commands.items():  # typer cuts off long sentences
+        summary = " ".join((each.help or "").split("\n\n")[0].split())
+        page = re.sub(rf"^\* `{name}`: .*$", lambda _, line=f"* `{name}`: {summary}": line, page, flags=re.MULTILINE)
+    return page
 
 
 if __name__ == "__main__":
