@@ -213,7 +213,7 @@ class Session:
         if left := run.left_behind() or self._links.damage():
             raise Failed(f"left behind: {left}")
         self._check_checkpoints()
-        if "InvariantError" in run.output:
+        if "InvariantError" in run.output or "different collective calls" in run.output:
             raise Failed(run.output)
         code, kinds = run.process.returncode, set(schedule.happened)
         if code == -signal.SIGTERM and (run.folder / "fault-time").exists():

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, Se
 import manyhands as mh
 from manyhands.checkpoint.format import list_checkpoints, read_manifest, seal
 from manyhands.checkpoint.load import load_checkpoint
-from manyhands.errors import CheckpointError, InvariantError, NumericsError, WorkerError
+from manyhands.errors import CheckpointError, ConfigError, NumericsError, WorkerError
 from support.models import OWNED, OptimizerFactory, Wide, conv_recipe, gpt_recipe, grouped, partly_used_recipe
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine
@@ -226,7 +226,7 @@ def test_an_engine_is_unusable_after_a_load_that_failed_midway(tmp_path: Path) -
         with pytest.raises(CheckpointError, match="is damaged"):
             engine.load(checkpoint)
         for use in (engine.digest, lambda: engine.save(tmp_path), lambda: engine.load(checkpoint)):
-            with pytest.raises(InvariantError, match="can't be used any more"):
+            with pytest.raises(ConfigError, match="can't be used any more"):
                 use()
 
 

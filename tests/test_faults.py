@@ -194,6 +194,7 @@ def check(run: Run, kind: str, place: str = "backward") -> None:
     assert re.search(f"^  where: {WHERE[place]}", run.output, re.MULTILINE), message
     assert run.left_behind() == [], message
     assert "InvariantError" not in run.output, message
+    assert "different collective calls" not in run.output, message
     assert run.output.count("Traceback") == (kind == "raise"), message
     if kind == "raise":
         assert "in misbehave" in run.output, message

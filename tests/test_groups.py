@@ -19,7 +19,7 @@ from manyhands.comm.hierarchical import HierarchicalGroup, workers_by_host
 from manyhands.comm.local import LocalGroup
 from manyhands.comm.shared_memory import MAILBOX_BYTES
 from manyhands.comm.watched_group import WatchedGroup
-from manyhands.errors import InvariantError, Position, WorkerError
+from manyhands.errors import ConfigError, Position, WorkerError
 from manyhands.members.membership import CLOSED, LOST_SECONDS, Peer
 from support.threads import host_groups, run_threads, thread_groups
 
@@ -147,8 +147,8 @@ def test_workers_that_make_different_calls_get_an_error() -> None:
         group.barrier("step 3 / left / control" if group.rank == 1 else "step 3 / right / control")
 
     first, second = in_threads(2, work)
-    assert isinstance(first, InvariantError | WorkerError)
-    assert isinstance(second, InvariantError | WorkerError)
+    assert isinstance(first, ConfigError | WorkerError)
+    assert isinstance(second, ConfigError | WorkerError)
     assert "made different collective calls" in str(first) + str(second)
 
 

@@ -206,7 +206,7 @@ def test_a_resumed_run_reads_only_frozen_parameters_from_weight_files(halves: Pa
     def read_bytes(group: Any) -> int:
         with mh.Engine(replace(everything("fp32"), weights=halves), group=group, resumes=True) as engine:
             for use in (lambda: engine.step(next(engine.batches())), lambda: engine.save(tmp_path)):
-                with pytest.raises(mh.InvariantError, match="created with resumes=True, but no checkpoint was loaded"):
+                with pytest.raises(mh.ConfigError, match="created with resumes=True, but no checkpoint was loaded"):
                     use()
             return engine.weights_read_bytes
 

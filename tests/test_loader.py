@@ -23,7 +23,7 @@ from torch import nn
 
 from manyhands.config import Batch, Recipe
 from manyhands.data.loader import MicroBatchLoader
-from manyhands.errors import DataError, InvariantError
+from manyhands.errors import ConfigError, DataError
 from support.positions import sample_indices
 
 TASKS = [(step, i) for step in range(3) for i in range(2)]
@@ -240,7 +240,7 @@ def test_processes_serve_the_next_stream_and_the_older_stream_ends() -> None:
         next(older)
         processes = {p.pid for p in multiprocessing.active_children()}
         newer = loader.stream(TASKS)
-        with pytest.raises(InvariantError, match="one stream at a time"):
+        with pytest.raises(ConfigError, match="one stream at a time"):
             next(older)
         assert [(b.step, b.micro_batch) for b in newer] == TASKS
         assert {p.pid for p in multiprocessing.active_children()} == processes

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import manyhands as mh
 from manyhands import metrics
 from manyhands.comm.group import Group
-from manyhands.errors import ConfigError, InvariantError, WorkerError
+from manyhands.errors import ConfigError, WorkerError
 from support.threads import run_threads
 
 SAMPLES = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
@@ -140,7 +140,7 @@ def test_an_engine_is_unusable_after_an_evaluation_failed_whatever_the_number_of
             if isinstance(raised.value, WorkerError):  # the launcher would name samples of the training otherwise
                 assert raised.value.position.micro_batch is None
                 assert "validation, micro-batch" in str(raised.value)
-            with pytest.raises(InvariantError, match=r"can't be used any more(.|\n)*the metric broken raised"):
+            with pytest.raises(ConfigError, match=r"can't be used any more(.|\n)*the metric broken raised"):
                 engine.evaluate(DATA)
         return []
 

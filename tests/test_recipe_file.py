@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -276,7 +277,8 @@ def test_the_folder_stays_first_on_the_path(recipe: Path) -> None:
 
 
 def test_check_imports_neither_torch_nor_the_users_modules(recipe: Path) -> None:
-    recipe.with_name("tiny.py").write_text("raise SystemExit('imported')")
+    tiny = recipe.with_name("tiny.py")
+    tiny.write_text(f"raise SystemExit('imported')\n{tiny.read_text()}".replace("from __future__", "# from __future__"))
     code = (
         "import sys; from manyhands.documents.recipe_file import check_recipe; "
         f"schema = check_recipe({str(recipe)!r}, ['strategy.sharding=zero1']); "
@@ -507,9 +509,62 @@ WRONG_NAMES = [
 @pytest.mark.parametrize(("old", "new", "expected"), WRONG_NAMES)
 def test_a_wrong_name_is_reported_with_its_line(recipe: Path, old: str, new: str, expected: list[str]) -> None:
     edit(recipe, old, new)
-    check_recipe(recipe)
+    if (old, new) in [each[:2] for each in WRONG_NAMES[:3]]:  # these are found without importing anything
+        assert missing_parts(str(problem(recipe, check_only=True)), expected) == []
+    else:
+        check_recipe(recipe)
     text = str(problem(recipe))
     assert missing_parts(text, expected) == []
+
+
+WRITTEN = """
+import os.path as paths, tiny
+from tiny import Net as Other
+if True:
+    A = 1
+for B in ():
+    pass
+try:
+    class C: ...
+except ValueError as error: ...
+with open(__file__) as D:
+    E: int = 2
+def F(): global G; G = 1
+(H := 3)
+"""
+
+
+def test_names_are_looked_for_without_importing_the_module(recipe: Path) -> None:
+    recipe.with_name("written.py").write_text(WRITTEN + "raise SystemExit('imported')")
+    recipe.with_name("folder").mkdir()
+    recipe.with_name("folder").joinpath("__init__.py").write_text("raise SystemExit('imported')")
+    for known in ("paths", "tiny", "Other", "A", "B", "C", "C.x", "D", "E", "F", "G", "H", "__name__"):
+        check_recipe(recipe, [f"model.path=written:{known}"])
+    for path in ("folder:anything", "folder.part:x", "tests_of_nobody_else:x.y", "torch.no_such_part:x"):
+        if path.startswith("tests_of"):
+            recipe.with_name("tests_of_nobody_else.py").write_text("def __getattr__(name): ...")
+        check_recipe(recipe, [f"model.path={path}"])
+    for wrong, message in (
+        ("written:Missing", "model.path: written has no Missing"),
+        ("written:path", "did you mean 'paths'?"),
+        ("writen:A", "did you mean 'written'?"),
+        ("nowhere.at.all:A", "there is no module nowhere"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+            check_recipe(recipe, [f"model.path={wrong}"])
+        assert "--set model.path" in str(caught.value)
+    recipe.with_name("unfinished.py").write_text("def half(:\n")
+    with pytest.raises(ConfigError, match=r"module unfinished can't be imported[\s\S]*unfinished.py, line 1"):
+        check_recipe(recipe, ["model.path=unfinished:half"])
+
+
+def test_a_wrong_name_is_reported_by_the_command_before_torch_is_imported(recipe: Path) -> None:
+    program = "import sys; from manyhands.cli.main import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    command = [sys.executable, "-c", program, "train", str(edit(recipe, "tiny:Net", "tinny:Net"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=recipe.parent, timeout=240)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert "did you mean 'tiny'?" in done.stderr
+    assert not recipe.with_name("runs").exists()
 
 
 def test_all_wrong_names_come_in_one_error(recipe: Path) -> None:

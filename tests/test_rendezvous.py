@@ -381,6 +381,7 @@ def test_a_host_joins_and_leaves_and_no_step_is_repeated(tmp_path: Path) -> None
         run.until_workers(2)
         assert run.first.wait(240) == 0, run.job.output(first)
     assert "stopped after step" in run.job.output(other)
+    assert re.search(r"this host takes part in the run from step (\d+) on\nstep \1/50 .* left", run.job.output(other))
     assert run.job.output(first).count("a host joined, left or seems lost") == 2
     assert [event for event in events(tmp_path, "started", "repeats") if event] == []
     assert run.digest() == run.undisturbed(50)

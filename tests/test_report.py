@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from io import StringIO
 from pathlib import Path
@@ -43,6 +44,7 @@ def summary(**changes: Any) -> Summary:
         "workers": 2,
         "sharding": "zero2",
         "transport": "shared-memory",
+        "device": "cpu",
         "precision": "bf16",
         "parameters": 69_400_000,
         "sample": "To be, [bold]or not[/] to be",
@@ -95,7 +97,7 @@ def test_figures_are_medians_so_a_slow_first_step_does_not_distort_them() -> Non
     found = StepFigures([step_metrics(1, 9.0), step_metrics(2), step_metrics(3)]).figures()
     assert found.steps == 3
     assert (found.first_loss, found.last_loss) == (5.0, 5.0 / 3)
-    assert (found.tokens_per_second, found.step_seconds_median) == (2000.0, 1.0)
+    assert (found.throughput, found.step_seconds_median) == (2000.0, 1.0)
     assert found.seconds_by_phase == SECONDS
     nothing = StepFigures().figures()
     assert nothing.steps == 0
@@ -122,7 +124,7 @@ def test_the_summary_shows_all_figures() -> None:
     for part in (
         "gpt", "5 steps in 48.2 s", "5.0000 → 1.0000", "2.00 k tokens/s", "1.00 s/step", "compute", "600 ms", "60 %",
         "1 %", "1,191 · 1,187 MiB by worker", "To be, [bold]or not[/] to be", "9f" * 32, "runs/first",
-        "2 workers · zero2 · shared-memory · bf16 · 69.4 M parameters",
+        "2 workers · zero2 · shared-memory · cpu · bf16 · 69.4 M parameters",
     ):  # fmt: skip
         assert part in text
     assert "\x1b" not in text
@@ -136,7 +138,7 @@ def test_the_summary_fits_every_terminal(width: int) -> None:
 def test_the_summary_is_shown_with_missing_figures() -> None:
     nothing = StepFigures().figures()._asdict()
     text = rendered(summary(**nothing, sample=None, peak_memory_bytes_per_worker=[], workers=1))
-    assert text.count("not measured") == 2
+    assert text.count("not measured") == 3
     assert "sample" not in text
     assert "1 worker ·" in text
     many = rendered(summary(peak_memory_bytes_per_worker=[(20 + rank) * GIB for rank in range(64)]))
@@ -196,6 +198,42 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
     last = [line for line in text.splitlines() if "/100" in line][-1]
     assert "100/100" in last
     assert "loss 0.0500  2.00 k tokens/s  1.00 s/step  done" in last
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+@pytest.mark.parametrize("metrics", [{}, {"accuracy": 0.5, "perplexity": 1.25}], ids=["loss", "metrics"])
+def test_progress_drops_figures_that_do_not_fit(width: int, metrics: dict[str, float]) -> None:
+    file = StringIO()
+    console = Console(file=file, force_terminal=True, force_interactive=True, width=width, color_system=None)
+    bar = TrainingProgress(console)
+    bar.began({"step": 99_990, "steps": 123_456})
+    bar.step(replace(step_metrics(0), step=99_999, metrics=metrics), [])
+    last = [line for line in file.getvalue().splitlines() if "99999/123456" in line][-1].rpartition("\r")[2]
+    bar.ended(summary())
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", last)
+    assert len(shown) <= width
+    assert "…" not in shown
+    parts = [f"{name} {value:.4f}" for name, value in metrics.items()]
+    expected = ["loss 5.0000", *parts, "2.00 k tokens/s", "1.00 s/step", "6 h 30 min left"]
+    found = [part for part in expected if part in shown]
+    assert found == (expected if width == 120 else found)
+    assert width < 40 or "loss 5.0000" in found
+    assert width < 60 or "6 h 30 min left" in found
+
+
+def test_the_unit_of_the_throughput_is_the_one_of_the_data() -> None:
+    tokens = step_metrics(0)
+    for metrics, unit, rate in (
+        (tokens, "tokens", 2000.0),
+        (replace(tokens, weighted=False, weight=4.0), "samples", 8.0),
+        (replace(tokens, weight=8.0), "samples", 8.0),
+        (replace(tokens, weight=2000.5), "samples", 8.0),
+    ):
+        assert metrics.numbers[f"{unit}_per_second"] == rate
+        found = summary(**StepFigures([metrics]).figures()._asdict())
+        assert to_json(found)[f"{unit}_per_second"] == rate
+        assert len([key for key in to_json(found) if key.endswith("_per_second")]) == 1
+        assert f"{unit}/s" in rendered(found)
 
 
 def test_progress_without_a_terminal_is_plain_lines() -> None:

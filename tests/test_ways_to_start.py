@@ -23,7 +23,10 @@ SCRIPTS = {
     "torchrun": (2, [*TORCHRUN, SCRIPT]),
 }
 THE_SAME = ("digest", "first_loss", "last_loss", "steps", "sample")
-KEYS = "digest steps loss workers sharding transport tokens_per_second step_seconds_median peak_memory_bytes_per_worker"
+KEYS = (
+    "digest steps loss workers sharding transport device samples_per_second step_seconds_median "
+    "peak_memory_bytes_per_worker"
+)
 
 
 def output_of(command: list[str]) -> str:
@@ -74,7 +77,7 @@ def test_the_last_line_has_all_keys_of_the_summary(from_command_line: tuple[dict
         "zero2",
         "shared-memory",
     )
-    assert printed["tokens_per_second"] > 0
+    assert printed["samples_per_second"] > 0
     assert printed["step_seconds_median"] > 0
     assert all(peak > 1 << 20 for peak in printed["peak_memory_bytes_per_worker"])
 

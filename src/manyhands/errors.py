@@ -78,7 +78,7 @@ def _rebuild(kind: type[ManyhandsError], what: str, attributes: dict[str, object
 
 
 class ConfigError(ManyhandsError, ValueError):
-    """The recipe, the strategy or the command line is wrong."""
+    """The recipe, the strategy, the command line or the program that calls Manyhands is wrong."""
 
 
 class DataError(ManyhandsError, ValueError):

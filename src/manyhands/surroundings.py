@@ -20,6 +20,12 @@ from typing import NamedTuple
 
 from manyhands.errors import ConfigError
 
+PROGRESS_VARIABLE = "MANYHANDS_PROGRESS_OF_HOST"
+"""An environment variable of workers on several hosts: a descriptor on which the first worker of a host shows progress.
+
+It is 2, standard error, until `launching.child` redirects standard error to a log file.
+"""
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
@@ -38,6 +44,12 @@ def to_handle() -> list[signal.Signals]:
         for number, handler in handlers.items()
         if handler in unused or (number in replaced and handler is not signal.SIG_IGN)
     ]
+
+
+def progress_descriptor() -> int | None:
+    """Return the descriptor on which this worker shows progress, if it is the first worker of one of several hosts."""
+    value = os.environ.get(PROGRESS_VARIABLE, "")
+    return int(value) if value.isdecimal() and os.environ.get("LOCAL_RANK") == "0" else None
 
 
 class StopSignals:

@@ -16,10 +16,11 @@ import typer
 
 from manyhands.cli.parameters import with_parameters
 from manyhands.cli.run_arguments import RunArguments, run_fingerprints, with_absolute_paths
-from manyhands.cli.workers import Bounds, start_workers, workers_for
+from manyhands.cli.workers import Bounds, number_of_workers, start_workers, workers_for
 from manyhands.config import Strategy
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.output import say
+from manyhands.surroundings import PROGRESS_VARIABLE
 
 if TYPE_CHECKING:
     from manyhands.launching.rendezvous import Rendezvous
@@ -55,6 +56,8 @@ def train_together(rendezvous: Rendezvous, request: dict[str, Any], workers: int
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(with_absolute_paths(request))]
     interface = interface_of(own_address(rendezvous.host, rendezvous.port))
     variables = {} if interface is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": interface}
+    variables[PROGRESS_VARIABLE] = "2"
+    say(f"starting {number_of_workers(workers)} on this host, when enough hosts are there ...")
     start_workers(
         command, workers, Path(request["run_dir"]) / "logs", variables, cooperates=True, rendezvous=rendezvous
     )

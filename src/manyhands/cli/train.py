@@ -25,6 +25,7 @@ from manyhands.cli.workers import (
     bounds,
     check_snapshot_every,
     ending_reported,
+    number_of_workers,
     record_restart,
     record_run_failure,
     snapshot_memory,
@@ -196,6 +197,7 @@ def _try_out(arguments: TrainArguments, overrides: list[str], steps: int | None,
             "dry_run": {"steps": steps, "folder": folder},
         }
         command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
+        say(f"starting {number_of_workers(workers)} ...")
         start_workers(command, workers, None, {}, cooperates=True)
 
 
@@ -222,6 +224,7 @@ def _train_on_this_host(
 
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]
     directory = Path(request["run_dir"])
+    say(f"starting {number_of_workers(allowed.most)} ...")
     with snapshot_memory(arguments.snapshot_every if arguments.max_restarts else "never", allowed.most) as snapshots:
         run_with_restarts(
             lambda failures: start_workers(

@@ -152,16 +152,21 @@ def start_workers(
         raise Interrupted("stopped on request before any worker started") from None
 
 
+def number_of_workers(count: int) -> str:
+    """Return "1 worker", or "2 workers"."""
+    return f"{count} worker{'' if count == 1 else 's'}"
+
+
 def print_restart(restart: Restart, workers: int) -> None:
     """Print the cause, the number of the restart, and the number of workers.
 
     A traceback is printed at once, because an error that a worker raised is likely to recur.
     """
-    cause, count = restart.cause, f"{workers} worker{'' if workers == 1 else 's'}"
+    cause = restart.cause
     where = f"\n  where: {cause.where}" if cause.where else ""
     hint = f"\n  what to do: {cause.hint}" if cause.hint else ""
     shown = str(cause) if cause.raised else f"{cause.what}{where}{hint}"
-    say(f"{shown}\nrestarting ({restart.number} of {restart.limit}) with {count}")
+    say(f"{shown}\nrestarting ({restart.number} of {restart.limit}) with {number_of_workers(workers)}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from manyhands.comm.group import Group
-from manyhands.errors import InvariantError, Position
+from manyhands.errors import ConfigError, Position
 from manyhands.members.membership import Membership, Peer
 
 YIELDS = 200
@@ -75,7 +75,7 @@ class WatchedGroup(Group):
         return time.monotonic() - started
 
     def _check_tags(self, call: int, tag: str) -> None:
-        """Raise InvariantError if a peer's call with this number has another tag. Call this after the wait."""
+        """Raise ConfigError if a peer's call with this number has another tag. Call this after the wait."""
         me = self.membership.rank
         for peer in self._peers:
             # With GPU streams a wait may end before a peer has posted the call. In that case, the last worker to post
@@ -85,7 +85,7 @@ class WatchedGroup(Group):
                 and peer.posted(self.channel) >= call
                 and not peer.board.has_tag(call, tag, self.channel)
             ):
-                raise InvariantError(
+                raise ConfigError(
                     f"workers {me} and {peer.rank} made different collective calls (call {call})",
                     expected=f"{tag} (worker {me})",
                     got=f"another call; worker {peer.rank} is now in {peer.position.activity or 'start-up'}",

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from manyhands.errors import DataError, InvariantError
+from manyhands.errors import ConfigError, DataError
 from manyhands.members.processes import STOPPED_SECONDS, StoppedProcesses, kill_with_parent
 from manyhands.surroundings import STOP_SIGNALS
 
@@ -56,7 +56,7 @@ class PrefetchProcesses:
         """Iterate over `dataset[task]` for every task, in order. A new stream ends the previous one.
 
         Takes each task from `tasks` some time before its result is read. If a process dies, raises DataError and ends
-        all processes. The next stream then starts new processes. Raises InvariantError if a stream is read after it has
+        all processes. The next stream then starts new processes. Raises ConfigError if a stream is read after it has
         ended.
         """
         self._stream += 1
@@ -174,9 +174,9 @@ class PrefetchProcesses:
         return None
 
 
-def ended_stream() -> InvariantError:
+def ended_stream() -> ConfigError:
     """Return the error for a stream that is read although a later one has begun."""
-    return InvariantError(
+    return ConfigError(
         "a stream of batches was read after it had ended",
         hint="read one stream at a time: a later stream(), or close(), ends the earlier one",
     )

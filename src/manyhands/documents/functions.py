@@ -96,12 +96,27 @@ def find_function(path: str, folder: Path) -> Callable[..., Any]:
         if not hasattr(found, name):
             public = [known for known in dir(found) if not known.startswith("_")]
             owner = getattr(found, "__name__", path)
-            hint = hint_nearest(name, public)
-            raise ConfigError(f"{owner} has no {name}", expected="module:attribute", got=repr(path), hint=hint)
+            raise no_attribute(owner, name, path, public)
         found = getattr(found, name)
     if not callable(found):
         raise ConfigError(f"{path} can't be called", expected="a function or a class", got=repr(found))
     return found  # type: ignore[no-any-return]
+
+
+def no_attribute(owner: str, name: str, path: str, known: Sequence[str]) -> ConfigError:
+    """Return the error about a path that names an attribute which its owner lacks."""
+    hint = hint_nearest(name, known)
+    return ConfigError(f"{owner} has no {name}", expected="module:attribute", got=repr(path), hint=hint)
+
+
+def no_module(missing: str, name: str, folder: Path, search: Sequence[str]) -> ConfigError:
+    """Return the error about the module `name`, if `missing`, itself or a parent, isn't there.
+
+    search: the folders in which similar names are looked for.
+    """
+    hint = hint_nearest(missing.rpartition(".")[2], [found.name for found in pkgutil.iter_modules(search)])
+    expected = f"a module in {folder}, or an installed module"
+    return ConfigError(f"there is no module {missing}", expected=expected, got=repr(name), hint=hint)
 
 
 def _import(name: str, folder: Path) -> Any:
@@ -112,19 +127,18 @@ def _import(name: str, folder: Path) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if name == missing or name.startswith(missing + "."):
-            *parents, last = missing.split(".")
-            paths = getattr(sys.modules.get(".".join(parents)), "__path__", ()) if parents else [str(folder)]
-            hint = hint_nearest(last, [found.name for found in pkgutil.iter_modules(paths)])
-            expected = f"a module in {folder}, or an installed module"
-            raise ConfigError(f"there is no module {missing}", expected=expected, got=repr(name), hint=hint) from None
-        raise _import_failed(name, error) from error
+            parent = missing.rpartition(".")[0]
+            search = getattr(sys.modules.get(parent), "__path__", ()) if parent else [str(folder)]
+            raise no_module(missing, name, folder, search) from None
+        raise import_failed(name, error) from error
     except Exception as error:  # the user's module may raise anything
-        raise _import_failed(name, error) from error
+        raise import_failed(name, error) from error
     _check_not_another(name, folder)
     return module
 
 
-def _import_failed(name: str, error: Exception) -> ConfigError:
+def import_failed(name: str, error: Exception) -> ConfigError:
+    """Return the error about a module whose import raises an exception."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
     at = (
         f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""

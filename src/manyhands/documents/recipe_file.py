@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from manyhands.average import Average
 from manyhands.config import Batch, Recipe, Strategy, Weights
 from manyhands.documents.functions import IMPORT_PATH, Arguments, Binder, Target
+from manyhands.documents.import_check import check_imports
 from manyhands.documents.option_table import BuildableTable, OptionTable
 from manyhands.documents.toml import Document, Table, raise_all, read_document
 from manyhands.errors import ConfigError
@@ -148,12 +149,14 @@ class RecipeFile:
 
 
 def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchema:
-    """Read and validate a recipe file. Imports neither torch nor anything that the file names.
+    """Read and validate a recipe file. Imports neither torch nor anything that the file names, but looks for it.
 
     overrides: `key=value` with dotted keys, such as "optimizer.arguments.lr=1e-3".
     Raises one ConfigError that lists all problems, each with file and line.
     """
-    return read_document(path, overrides, RecipeSchema).schema
+    document = read_document(path, overrides, RecipeSchema)
+    check_imports(document)
+    return document.schema
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:

@@ -47,7 +47,7 @@ from manyhands.engine.units.unit_plan import called_units, repeated_children
 from manyhands.engine.units.unsharding import Unsharder
 from manyhands.engine.update.apply import Allocators, Updater
 from manyhands.engine.update.step_hooks import StepHooks
-from manyhands.errors import ConfigError, InvariantError, NumericsError
+from manyhands.errors import ConfigError, NumericsError
 from manyhands.intervals import step_number
 from manyhands.models.admission import ParamGuard
 from manyhands.models.attributes import AttributeGuard
@@ -223,11 +223,9 @@ class StepEngine:
             return self._step(load, digest)
 
     def check_usable(self) -> None:
-        """Raise InvariantError if an earlier failure left the state partly changed, and ConfigError inside
-        `evaluating()`.
-        """
+        """Raise ConfigError if an earlier failure left the state partly changed, and inside `evaluating()`."""
         if (failed := self._failed or self.evaluation.failed) is not None:
-            raise InvariantError(
+            raise ConfigError(
                 f"this engine can't be used any more, because it failed after step {self.step_index}: {failed}",
                 hint="create a new engine and load the last checkpoint",
             )

@@ -17,6 +17,8 @@ PLAN_FILE = "plan.json"
 
 _PR_SET_PDEATHSIG = 1
 
+_PROGRESS_VARIABLE = "MANYHANDS_PROGRESS_OF_HOST"  # as in surroundings.py, which this file can't import
+
 # The same as in surroundings.py, which this file can't import.
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
@@ -78,6 +80,10 @@ def become_worker(folder: str) -> None:
                 log = os.open(path, flags, 0o644)
             except OSError:  # the disk is full, or this is no file; the launcher still gets the worker's error
                 log = os.open(os.devnull, os.O_WRONLY)
+            if os.environ.get(_PROGRESS_VARIABLE) and os.environ.get("LOCAL_RANK") == "0":
+                terminal = os.dup(2)
+                os.set_inheritable(terminal, True)
+                os.environ[_PROGRESS_VARIABLE] = str(terminal)
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)

@@ -42,7 +42,7 @@ class Figures(NamedTuple):
     steps: int
     first_loss: float
     last_loss: float
-    tokens_per_second: float
+    throughput: float
     throughput_unit: str
     step_seconds_median: float
     seconds_by_phase: dict[str, float]
@@ -52,9 +52,10 @@ class Figures(NamedTuple):
 class Summary:
     """The result of a run.
 
-    steps, first_loss, last_loss, tokens_per_second, step_seconds_median, seconds_by_phase: computed by `StepFigures`.
+    steps, first_loss, last_loss, throughput, throughput_unit, step_seconds_median, seconds_by_phase: computed by
+    `StepFigures`.
     peak_memory_bytes_per_worker: the peak of each worker, by rank.
-    sharding, precision: as in the strategy and the recipe. transport: the transport in use (never "auto").
+    sharding, device, precision: as in the strategy and the recipe. transport: the transport in use (never "auto").
     parameters: the number of elements in the model. sample: the text that recipe.sample returned, if any.
     digest: the digest of the final master weights.
     wall_seconds: the time from the last start of the workers to the end of the run.
@@ -69,7 +70,7 @@ class Summary:
     steps: int
     first_loss: float
     last_loss: float
-    tokens_per_second: float
+    throughput: float
     throughput_unit: str
     step_seconds_median: float
     seconds_by_phase: dict[str, float]
@@ -77,6 +78,7 @@ class Summary:
     workers: int
     sharding: str
     transport: str
+    device: str
     precision: str
     parameters: int
     sample: str | None
@@ -118,17 +120,17 @@ _MOST_SAMPLES = 4096
 class StepFigures:
     """Computes `Figures` while steps are added, in a bounded amount of memory.
 
-    first_loss, last_loss: the losses of the first and the last step. tokens_per_second counts samples if the loss
-    function returns no weights; `throughput_unit` states the unit. tokens_per_second, step_seconds_median and
-    seconds_by_phase are medians, so that a slow first step or a checkpoint does not distort them. After many steps they
-    are medians over evenly spaced steps, at least _MOST_SAMPLES of them. All are NaN if there are no steps.
+    first_loss, last_loss: the losses of the first and the last step. throughput: tokens or samples per second;
+    `throughput_unit` states which. throughput, step_seconds_median and seconds_by_phase are medians, so that a slow
+    first step or a checkpoint does not distort them. After many steps they are medians over evenly spaced steps, at
+    least _MOST_SAMPLES of them. All are NaN if there are no steps.
     """
 
     def __init__(self, metrics: Iterable[StepMetrics] = ()) -> None:
         self._steps, self._stride = 0, 1
         self._first_loss = self._last_loss = math.nan
-        self._unit = "tokens"
-        self._samples: list[tuple[float, ...]] = []  # tokens per second, seconds, and seconds of each phase
+        self._unit = "samples"
+        self._samples: list[tuple[float, ...]] = []  # throughput, seconds, and seconds of each phase
         for each in metrics:
             self.add(each)
 
@@ -150,7 +152,7 @@ class StepFigures:
     def figures(self) -> Figures:
         """Return the figures of all steps so far."""
         if not self._steps:
-            return Figures(0, math.nan, math.nan, math.nan, "tokens", math.nan, dict.fromkeys(PHASES, 0.0))
+            return Figures(0, math.nan, math.nan, math.nan, "samples", math.nan, dict.fromkeys(PHASES, 0.0))
         rate, seconds, *phases = map(median, zip(*self._samples, strict=True))
         by_phase = dict(zip(PHASES, phases, strict=True))
         return Figures(self._steps, self._first_loss, self._last_loss, rate, self._unit, seconds, by_phase)
@@ -186,10 +188,10 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "workers": summary.workers,
         "sharding": summary.sharding,
         "transport": summary.transport,
+        "device": summary.device,
         "precision": summary.precision,
         "parameters": summary.parameters,
-        "tokens_per_second": summary.tokens_per_second,
-        "throughput_unit": summary.throughput_unit,
+        f"{summary.throughput_unit}_per_second": summary.throughput,
         "step_seconds_median": summary.step_seconds_median,
         "seconds_by_phase": dict(summary.seconds_by_phase),
         "peak_memory_bytes_per_worker": list(summary.peak_memory_bytes_per_worker),
@@ -217,9 +219,7 @@ def render(summary: Summary) -> RenderableType:
         facts.add_row(name, Text(_figures(figures)))
     for name, best in summary.best.items():
         facts.add_row("best checkpoint", Text(f"step {best['step']}   {name.rpartition(':')[0]} {best['value']:.4f}"))
-    speed = Text(f"{format_count(summary.tokens_per_second)} {summary.throughput_unit}/s", style="bold")
-    speed.append(f"   {format_seconds(summary.step_seconds_median)}/step (median)", style="default not bold")
-    facts.add_row("speed", speed)
+    facts.add_row("speed", _speed(summary))
     facts.add_row("step time", _time_split(summary.seconds_by_phase))
     facts.add_row("peak memory", _memory(summary.peak_memory_bytes_per_worker))
     if summary.failures:
@@ -251,7 +251,10 @@ def _title(summary: Summary) -> Text:
 def _strategy(summary: Summary) -> Text:
     workers = f"{summary.workers} worker{'' if summary.workers == 1 else 's'}"
     parameters = f"{format_count(summary.parameters)} parameters"
-    return Text(" · ".join((workers, summary.sharding, summary.transport, summary.precision, parameters)), style="dim")
+    return Text(
+        " · ".join((workers, summary.sharding, summary.transport, summary.device, summary.precision, parameters)),
+        style="dim",
+    )
 
 
 def _failures(summary: Summary) -> str:
@@ -265,6 +268,13 @@ def _loss(summary: Summary) -> Text:
     better = summary.last_loss < summary.first_loss
     text.append(f"{summary.last_loss:.4f}", style="bold green" if better else "bold yellow")
     return text
+
+
+def _speed(summary: Summary) -> Text:
+    if math.isnan(summary.throughput):
+        return Text("not measured", style="dim")
+    speed = Text(f"{format_count(summary.throughput)} {summary.throughput_unit}/s", style="bold")
+    return speed.append(f"   {format_seconds(summary.step_seconds_median)}/step (median)", style="default not bold")
 
 
 def _figures(figures: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from manyhands import output
 from manyhands.engine.step.metrics import StepMetrics, WorkerFigures
@@ -22,6 +23,8 @@ from manyhands.listeners.summary import Summary
 _RECENT_STEPS = 20
 
 _REDRAW_SECONDS = 0.1
+
+_BAR_CELLS = 4
 
 
 class TrainingProgress(Listener):
@@ -42,9 +45,13 @@ class TrainingProgress(Listener):
         """Show the bar."""
         self._total_steps, self._last_shown = facts["steps"], facts["step"]
         self._progress = Progress(
-            TextColumn("{task.completed:>{task.fields[digits]}}/{task.total}", style="bold"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn(
+                "{task.completed:>{task.fields[digits]}}/{task.total}",
+                style="bold",
+                table_column=Column(no_wrap=True, min_width=2 * len(str(self._total_steps)) + 1),
+            ),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
             console=self._console,
             auto_refresh=False,
             expand=True,
@@ -61,6 +68,10 @@ class TrainingProgress(Listener):
         self._progress.start()
 
     def ended(self, summary: Summary) -> None:
+        """Show the last step, and leave the bar as it is."""
+        self.close()
+
+    def close(self) -> None:
         """Show the last step, and leave the bar as it is."""
         if self._recent and self._last_shown != self._recent[-1].step:
             self._show(time.monotonic())
@@ -84,28 +95,35 @@ class TrainingProgress(Listener):
         done = self._recent[-1].step
         self._shown_at, self._last_shown = now, done
         if self._console.is_interactive:
-            self._progress.update(self._task, completed=done, figures=self._figures(done))
+            # The columns of the count, the figures and a short bar, with a space between them.
+            width = self._console.width - 2 * len(str(self._total_steps)) - 1 - _BAR_CELLS - 2
+            self._progress.update(self._task, completed=done, figures=self._figures(done, width))
             self._progress.refresh()
         else:
             line = f"step {done}/{self._total_steps}  {self._figures(done)}"
             self._console.print(line, markup=False, soft_wrap=True)
 
-    def _figures(self, done: int) -> str:
+    def _figures(self, done: int, width: int | None = None) -> str:
+        """Return the figures, without the less important ones if they don't fit into `width` characters."""
         if not self._recent:
             raise InvariantError("progress was shown before the first step")
         step_seconds = median(metrics.step_seconds for metrics in self._recent)
         seconds = sum(metrics.step_seconds for metrics in self._recent)
         per_second = sum(metrics.amount for metrics in self._recent) / seconds if seconds > 0 else float("nan")
         left = (self._total_steps - done) * step_seconds
-        return "  ".join(
-            (
-                f"loss {self._recent[-1].loss:.4f}",
-                *(f"{name} {value:.4f}" for name, value in self._recent[-1].metrics.items()),
-                f"{format_count(per_second)} {self._recent[-1].unit}/s",
-                f"{format_seconds(step_seconds)}/step",
-                f"{format_seconds(left)} left" if left > 0 else "done",
-            )
-        )
+        metrics = [f"{name} {value:.4f}" for name, value in self._recent[-1].metrics.items()]
+        shown = [
+            f"loss {self._recent[-1].loss:.4f}",
+            *metrics,
+            f"{format_count(per_second)} {self._recent[-1].unit}/s",
+            f"{format_seconds(step_seconds)}/step",
+            f"{format_seconds(left)} left" if left > 0 else "done",
+        ]
+        for part in (shown[-2], *reversed(metrics), shown[-3], shown[-1]):
+            if width is None or len("  ".join(shown)) <= width:
+                break
+            shown.remove(part)
+        return "  ".join(shown)
 
 
 class BytesProgress:

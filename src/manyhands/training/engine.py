@@ -27,7 +27,7 @@ from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.amendments import CLIP_NORM, Amendments
 from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics
-from manyhands.errors import CheckpointError, ConfigError, Interrupted, InvariantError
+from manyhands.errors import CheckpointError, ConfigError, Interrupted
 from manyhands.intervals import step_number
 from manyhands.metrics.choice import chosen_metrics
 from manyhands.optim.amending import apply_changes, check_change
@@ -150,7 +150,7 @@ class Engine(StepEngine):
 
     def _open_loader(self) -> MicroBatchLoader:
         if self._loader is None:
-            raise InvariantError("the engine was closed", hint="create a new engine, and load a checkpoint to continue")
+            raise ConfigError("the engine was closed", hint="create a new engine, and load a checkpoint to continue")
         return self._loader
 
     def amend(self, amendments: Amendments) -> None:
@@ -176,7 +176,7 @@ class Engine(StepEngine):
                 hint="pass the data set to the recipe: the engine loads each worker's micro-batches itself",
             )
         if batch.step != self.next_step:
-            raise InvariantError(
+            raise ConfigError(
                 "the engine was given another step's batch",
                 expected=f"step {self.next_step}",
                 got=f"step {batch.step}",
@@ -383,7 +383,7 @@ class Engine(StepEngine):
 
     def _refuse_without_checkpoint(self) -> None:
         if self._awaits_checkpoint:
-            raise InvariantError(
+            raise ConfigError(
                 "the engine was created with resumes=True, but no checkpoint was loaded",
                 hint="call load() first, or create the engine with resumes=False",
             )

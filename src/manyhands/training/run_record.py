@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
 import time
@@ -46,7 +47,7 @@ from manyhands.output import SafeStream, say
 from manyhands.storage.json_lines import numbers
 from manyhands.storage.location import Location, is_local, location_of
 from manyhands.storage.run_lock import run_lock
-from manyhands.surroundings import is_restart, launch_id
+from manyhands.surroundings import is_restart, launch_id, progress_descriptor
 from manyhands.training.engine import Engine
 from manyhands.training.provenance import code_of, data_digests, package_versions, with_earlier_code, write_diff
 from manyhands.training.saving import Snapshots
@@ -318,8 +319,13 @@ class RunRecord:
             raise
 
     def begin(self, steps: int, on_terminal: bool, listeners: Sequence[Listener]) -> None:
-        """Start the listeners on worker 0. Progress is shown on the terminal if `on_terminal`, and in the log."""
+        """Start the listeners on worker 0. Progress is shown on the terminal if `on_terminal`, and in the log.
+
+        If the run has several hosts, the first worker of each other host shows progress on its terminal, too.
+        """
         if self.engine.group.rank != 0:
+            if on_terminal and self.engine.step_index < steps:
+                self._show_on_host(steps)
             return
         if self.engine.step_index >= steps and on_terminal:
             done = f"the run already has {self.engine.step_index} steps, so there is nothing to train up to step"
@@ -343,6 +349,17 @@ class RunRecord:
         for note in notes:
             self.report(note)
 
+    def _show_on_host(self, steps: int) -> None:
+        """Show progress on this host's terminal, if this is the first worker of a host without worker 0."""
+        descriptor = progress_descriptor()
+        if descriptor is not None:
+            stream = self._stack.enter_context(os.fdopen(descriptor, "w", closefd=False, encoding="utf-8"))
+            bar = TrainingProgress(Console(file=cast(TextIO, SafeStream(lambda: stream)), highlight=False))
+            bar.note(f"this host takes part in the run from step {self.engine.step_index + 1} on")
+            bar.began({"step": self.engine.step_index, "steps": steps})
+            self._stack.callback(bar.close)
+            self._bars = [bar]
+
     def description(self) -> dict[str, Any]:
         """Describe the run with fields of `Summary`."""
         engine = self.engine
@@ -351,6 +368,7 @@ class RunRecord:
             "workers": engine.group.size,
             "sharding": engine.strategy.sharding,
             "transport": engine.group.kind,
+            "device": engine.recipe.device,
             "precision": engine.recipe.precision,
             "parameters": sum(param.numel() for param in engine.model.parameters()),
             "run_dir": "" if self.path is None else str(self.path),
@@ -392,6 +410,8 @@ class RunRecord:
     def add(self, metrics: StepMetrics) -> None:
         """Record a completed step."""
         if self.engine.group.rank != 0:
+            for bar in self._bars:
+                bar.step(metrics, [])
             return
         self.figures.add(metrics)
         for change in self.engine.amendments.at(metrics.step):

@@ -79,13 +79,13 @@ class StepMetrics:
 
     @property
     def unit(self) -> str:
-        """Return the unit of a step's throughput."""
-        return "tokens" if self.weighted else "samples"
+        """Return the unit of a step's throughput: "tokens" if the weight is a whole number, but not that of samples."""
+        return "tokens" if self.weighted and self.weight % 1 == 0 and self.weight != self.samples else "samples"
 
     @property
     def amount(self) -> float:
         """Return the number of tokens or samples in the step; see `unit`."""
-        return self.weight if self.weighted else float(self.samples)
+        return self.weight if self.unit == "tokens" else float(self.samples)
 
 
 class WorkerFigures(NamedTuple):

@@ -185,7 +185,7 @@ class Unit(ParamUnit):
     def take(self, name: str, grad: Tensor) -> bool:
         """Store a parameter's gradient of this micro-batch. Return True if the unit's gradients are now complete.
 
-        Raises ConfigError for a sparse gradient, and InvariantError for a parameter's second gradient.
+        Raises ConfigError for a sparse gradient, and for a parameter's second gradient.
         """
         if grad.layout != torch.strided:
             raise ConfigError(
@@ -195,7 +195,7 @@ class Unit(ParamUnit):
                 hint="use Embedding(sparse=False)",
             )
         if name not in self._missing:
-            raise InvariantError(
+            raise ConfigError(
                 f"parameter {name!r} got two gradients in one micro-batch",
                 where=f"unit {self.name}",
                 hint="do not call backward in the loss function or outside a step; checkpoint with use_reentrant=False",
