@@ -37,6 +37,15 @@ class RunArguments:
         ),
     ] = None
     set_: Annotated[list[str] | None, overrides_option("such as seed=1 or batch.micro_size=2")] = None
+    listener: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Send the figures to a listener: csv, tensorboard, wandb, mlflow, or module:name for your own. Repeat "
+            "as needed. They take the place of the recipe's listeners.",
+            show_default=False,
+        ),
+    ] = None
     run_dir: Annotated[
         Path | None,
         typer.Option(
@@ -117,10 +126,15 @@ class RunArguments:
     ] = None
 
     def overrides(self, strategy: Mapping[str, Any]) -> list[str]:
-        """Return the overrides of the recipe: those of --set, and the options of the strategy."""
+        """Return the overrides of the recipe: those of --set and --listener, and the options of the strategy."""
         from manyhands.documents.toml import override_of
 
-        return [*(self.set_ or []), *(override_of(f"strategy.{name}", value) for name, value in strategy.items())]
+        listeners = [f"listeners={json.dumps(self.listener, ensure_ascii=False)}"] if self.listener else []
+        return [
+            *(self.set_ or []),
+            *listeners,
+            *(override_of(f"strategy.{name}", value) for name, value in strategy.items()),
+        ]
 
     def last_step(self, checked: RecipeSchema) -> int | None:
         """Return the step at which the run ends, or None if the recipe has epochs. Raises ConfigError."""
@@ -178,7 +192,7 @@ class RunArguments:
             value = getattr(self, field.name)
             if field.name == "checkpoint_dir":
                 value = _absolute(value)
-            if field.name not in ("recipe", "workers", "set_", "run_dir") and value != field.default:
+            if field.name not in ("recipe", "workers", "set_", "listener", "run_dir") and value != field.default:
                 flag = f"--{field.name.replace('_', '-')}"
                 for each in value if isinstance(value, list) else [value]:
                     written += [flag] if each is True else [flag, str(each)]

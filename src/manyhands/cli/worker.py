@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from manyhands.errors import Interrupted
@@ -64,6 +65,7 @@ def _train(request: Mapping[str, Any], stop: StopSignals) -> None:
         stop=stop,
         skip_steps=amendments.skipped,
         amendments=amendments.by_step(),
+        listeners=[create(Path(request["run_dir"])) for create in loaded.listeners],
         **training,
     )
     if int(os.environ["RANK"]) == 0:

@@ -12,7 +12,7 @@ and line before anything is built.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from manyhands.average import Average
 from manyhands.config import Batch, Recipe, Strategy, Weights
 from manyhands.documents.functions import IMPORT_PATH, Arguments, Binder, Target
 from manyhands.documents.import_check import check_imports
+from manyhands.documents.listener_tables import ListenerTable, bind_listeners, check_packages
 from manyhands.documents.option_table import BuildableTable, OptionTable
 from manyhands.documents.toml import Document, Table, raise_all, read_document
 from manyhands.errors import ConfigError
@@ -114,6 +115,7 @@ class RecipeSchema(OptionTable[Recipe]):
     order: str | Target = "random"
     validation: ValidationTable | None = None
     validations: dict[str, ValidationTable] = {}
+    listeners: list[ListenerTable] = []
     average: BuildableTable[Average] | None = None
     batch: BuildableTable[Batch]
     strategy: BuildableTable[Strategy] = BuildableTable[Strategy]()
@@ -139,13 +141,14 @@ class RecipeFile:
     """A loaded recipe file.
 
     steps: the number of steps, if the file sets it. settings: the recipe as used, with defaults and overrides, as JSON
-    values.
+    values. listeners: functions that create the listeners, given the run directory.
     """
 
     recipe: Recipe
     strategy: Strategy
     steps: int | None
     settings: dict[str, Any]
+    listeners: list[Callable[[Path], Any]] = field(default_factory=list)
 
 
 def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchema:
@@ -156,6 +159,7 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchem
     """
     document = read_document(path, overrides, RecipeSchema)
     check_imports(document)
+    check_packages(document.schema.listeners, document)
     return document.schema
 
 
@@ -166,7 +170,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     Raises one ConfigError that lists all problems, each with file and line. Errors from the data set are not converted.
     """
     document = read_document(path, overrides, RecipeSchema)
-    functions, validations = _import_all(document)
+    functions, validations, listeners = _import_all(document)
     data = functions["data"]()
     schema, weights = document.schema, _weights(document)
     try:
@@ -183,8 +187,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     except ConfigError as error:
         raise document.relocated(error) from None
     settings = schema.model_dump(exclude_none=True)
-    if not schema.validations:
-        del settings["validations"]
+    for table in ("validations", "listeners"):
+        if not settings[table]:
+            del settings[table]
     if weights is not None:
         settings["weights"]["path"] = weights.path
     return RecipeFile(
@@ -192,6 +197,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
         strategy=schema.strategy.build(),
         steps=schema.steps,
         settings=settings,
+        listeners=listeners,
     )
 
 
@@ -212,8 +218,8 @@ def _weights(document: Document[RecipeSchema]) -> Weights | None:
 
 def _import_all(
     document: Document[RecipeSchema],
-) -> tuple[dict[str, Any], dict[str, Callable[[], Validation]]]:
-    """Return the recipe's functions by table, and functions that build its validations, by name.
+) -> tuple[dict[str, Any], dict[str, Callable[[], Validation]], list[Callable[[Path], Any]]]:
+    """Return the recipe's functions by table, functions that build its validations, by name, and its listeners.
 
     Raises one ConfigError for all problems.
     """
@@ -238,12 +244,13 @@ def _import_all(
                 expected="[validation], or [validations.validation], or another name",
             )
         validations["validation"] = _bound(schema.validation, binder, "validation")
+    listeners = bind_listeners(schema.listeners, binder)
     raise_all(binder.problems, document.path)
     if schema.optimizer.groups:
         functions["optimizer"] = _grouped(functions["optimizer"], own, document)
     if order is not None:
         functions["order"] = order()
-    return functions, validations
+    return functions, validations, listeners
 
 
 def _bound(table: ValidationTable, binder: Binder, *key: str) -> Callable[[], Validation]:

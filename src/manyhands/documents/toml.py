@@ -241,7 +241,7 @@ def _problem(
     """Describe a problem that pydantic found."""
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
-        return _relocated(cause, schema, path, origins)
+        return _relocated(cause, schema, path, origins, _real_key(details["loc"], values))
     key, field = _real_key(details["loc"], values), dotted(details["loc"])
     where = _origin(path, origins, key)
     if details["type"] == "missing":
@@ -300,11 +300,14 @@ def _real_key(loc: KeyPath, values: Any) -> KeyPath:
     return key
 
 
-def _relocated(error: ConfigError, schema: type[Table], path: Path, origins: dict[KeyPath, str]) -> ConfigError:
+def _relocated(
+    error: ConfigError, schema: type[Table], path: Path, origins: dict[KeyPath, str], found_at: KeyPath = ()
+) -> ConfigError:
+    """Return the error with the file and line of the field that it names, or else of the value where it was found."""
     what = error.what.removeprefix("recipe.")
     tables = "|".join(name for name in schema.model_fields if _table_named(name, schema))
     named = re.search(rf"\b(?:recipe|({tables}))\.(\w+)", error.what)
-    key: KeyPath = tuple(part for part in named.groups() if part) if named else ()
+    key: KeyPath = tuple(part for part in named.groups() if part) if named else found_at
     where = _origin(path, origins, key)
     return ConfigError(what, expected=error.expected, got=error.got, where=where, hint=error.hint, detail=error.detail)
 
