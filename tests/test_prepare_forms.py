@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -109,6 +110,44 @@ def test_metadata_files_are_not_read_as_records(tmp_path: Path) -> None:
     assert {"job started", "stage started", "stage done", "published"} == {
         row["event"] for row in all_of(mh.Dataset.read(f"{out}/_events.jsonl"))
     }
+
+
+class Seen(mh.Listener):
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def event(self, name: str, facts: Any) -> None:
+        self.events.append({"event": name, **facts})
+
+
+class Raises(mh.Listener):
+    def event(self, name: str, facts: Any) -> None:
+        raise RuntimeError("sorry\nand more")
+
+
+def test_listeners_get_the_events_of_a_job_and_a_failing_one_is_removed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen, out = Seen(), tmp_path / "out"
+    numbers = mh.Dataset.from_records([{"a": 2}, {"a": 1}]).sort_by("a")
+    first = numbers.write(str(out), format="jsonl", listeners=[Raises(), seen], **ALONE)
+    written = [json.loads(line) for line in (out / "_events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in seen.events] == [event["event"] for event in written]
+    assert seen.events == written
+    assert seen.events[-1]["digest"] == first.digest
+    assert (
+        capfd.readouterr().err.count(
+            "the listener Raises failed, and the job continues without it: RuntimeError: sorry\n"
+        )
+        == 1
+    )
+    failed = Seen()
+    with pytest.raises(mh.DataError):
+        numbers.map(lambda row: row["b"]).write(str(tmp_path / "bad"), listeners=[failed], **ALONE)
+    assert [failed.events[0]["event"], failed.events[-1]["event"]] == ["job started", "job failed"]
+    for wrong in (Seen, print):
+        with pytest.raises(mh.ConfigError, match="has no method event"):
+            numbers.write(str(tmp_path / "wrong"), listeners=[wrong], **ALONE)
 
 
 def test_records_that_columns_cannot_hold_are_refused(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ class Dataset:
     """A lazy, ordered collection of records with the operations to apply to them.
 
     Methods such as `map`, `sort_by` and `join` compute nothing: each returns a new Dataset. `write`, `take` and `count`
-    run the job. They accept the keyword arguments of `JobOptions` (workers, memory, max_bad_records, engine, progress).
-    These options do not change a byte of the output.
+    run the job. They accept the keyword arguments of `JobOptions` (workers, memory, max_bad_records, engine, progress,
+    listeners). These options do not change a byte of the output.
 
     A record may be any Python object. Lines of text are read as `str`; JSON objects and rows of tables are read as
     dicts. The functions that a Dataset applies are plain Python functions. They must be pure: the result may depend on

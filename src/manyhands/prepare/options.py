@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict, cast
@@ -72,6 +73,7 @@ class JobOptions(TypedDict, total=False):
     memory: int | str | None
     max_bad_records: int
     progress: bool
+    listeners: Sequence[Any]
 
 
 @options
@@ -113,9 +115,22 @@ class Options:
         help="The number of unreadable or failing records that may be set aside.",
     )
     progress: bool = option(default=True, help="Show progress on standard error.")
+    listeners: Sequence[Any] = option(
+        default=(),
+        help="Objects with the method event(name, facts) of manyhands.Listener. It gets each event of a job that "
+        "writes files, in the process that runs the job.",
+    )
 
     def __post_init__(self) -> None:
         check_options(self, prefix="")
+        for listener in self.listeners:
+            if isinstance(listener, type) or not callable(getattr(listener, "event", None)):
+                raise ConfigError(
+                    "an object in the list of listeners has no method event",
+                    expected="objects of classes that derive from manyhands.Listener",
+                    got=repr(listener)[:80],
+                    hint="pass an object, not its class" if isinstance(listener, type) else None,
+                )
         if self.memory is not None and self.total_bytes() < LEAST_BYTES:
             raise ConfigError(
                 "memory is too little for one worker",

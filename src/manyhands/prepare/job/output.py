@@ -152,7 +152,7 @@ def write_output(plan: Plan, folder: str, options: Options, *, overwrite: bool) 
     rank = rank_of(options)
     with _writing(folder):
         job = JobFolder(join_path(folder, JOB), together=rank is not None, output=folder)
-    events = JobEvents(folder, None if rank is None else rank.number)
+    events = JobEvents(folder, None if rank is None else rank.number, options.listeners)
     events.add("job started", identity=plan.identity, stages=len(plan.stages), **options.described())
     complete = False
     stages: list[StageResult] = []

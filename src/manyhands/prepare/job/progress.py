@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,21 +29,33 @@ class JobEvents:
     On a local disk, an event is written immediately. A store can't append, so events are written when the job ends
     (`close`). An event that can't be written does not end the job. If the disk is full, writing the output raises an
     error.
+
+    listeners: the event is also passed to their method `event`. One that raises is reported, and gets no further event.
     """
 
-    def __init__(self, folder: str, rank: int | None = None) -> None:
-        self._folder, self._rank = folder, rank
+    def __init__(self, folder: str, rank: int | None = None, listeners: Sequence[Any] = ()) -> None:
+        self._folder, self._rank, self._listeners = folder, rank, list(listeners)
         self._path = join_path(folder, f"{EVENTS}.jsonl" if rank is None else f"{EVENTS}-rank-{rank}.jsonl")
         self._lines: list[bytes] = []
 
     def add(self, event: str, **facts: Any) -> None:
         """Record an event with the time (seconds since the epoch) and `facts`."""
         line = json.dumps({"seconds": time.time(), "event": event, **facts}, default=str).encode() + b"\n"
+        self._tell({key: value for key, value in json.loads(line).items() if key != "event"}, event)
         if not is_local(self._folder):
             self._lines.append(line)
             return
         with suppress(OSError), open(self._path, "ab") as file:
             file.write(line)
+
+    def _tell(self, facts: dict[str, Any], event: str) -> None:
+        for listener in tuple(self._listeners):
+            try:
+                listener.event(event, dict(facts))
+            except (Exception, SystemExit) as error:
+                self._listeners.remove(listener)
+                what = f"{type(error).__name__}: {error}".partition("\n")[0]
+                say(f"the listener {type(listener).__name__} failed, and the job continues without it: {what}")
 
     def close(self) -> None:
         """Write pending events to the store."""
