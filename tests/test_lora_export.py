@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import manyhands as mh
 from manyhands.cli.export import explain_export
+from manyhands.cli.main import app
 from support.exporting import Trained, assert_same, weights
 from support.models import Tokens, gpt_recipe
 
@@ -130,6 +132,15 @@ def test_an_adapter_is_exported_and_merged(tmp_path: Path, name: str) -> None:
     limit = 1e-5 * expected.abs().max().clamp(min=1)
     assert (logits(plain) - expected).abs().max() < limit
     assert (logits(loaded.unload()) - expected).abs().max() > 100 * limit
+
+
+def test_the_command_exports_and_merges(tmp_path: Path) -> None:
+    run = trained(wrapped(Convolutions, r=2, target_modules=["head"]), tmp_path / "checkpoints")
+    for name, options in (("adapter", []), ("merged", ["--merge"])):
+        done = CliRunner().invoke(app, ["export", str(run.checkpoint), str(tmp_path / name), "--json", *options])
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout.splitlines()[-1])["form"] == name
+    assert weights(tmp_path / "merged").keys() == Convolutions().state_dict().keys()
 
 
 def _adapter(folder: Path) -> dict[str, Tensor]:

@@ -139,6 +139,7 @@ def test_the_summary_is_shown_with_missing_figures() -> None:
     nothing = StepFigures().figures()._asdict()
     text = rendered(summary(**nothing, sample=None, peak_memory_bytes_per_worker=[], workers=1))
     assert text.count("not measured") == 3
+    assert rendered(summary(peak_memory_bytes_per_worker=[0, 0])).count("not measured") == 1
     assert "sample" not in text
     assert "1 worker ·" in text
     many = rendered(summary(peak_memory_bytes_per_worker=[(20 + rank) * GIB for rank in range(64)]))

@@ -320,7 +320,7 @@ def _bar(share: float, cells: int = 20) -> str:
 
 def _memory(peaks: list[int]) -> RenderableType:
     """Return the peak of each worker, all in the same unit."""
-    if not peaks:
+    if not any(peaks):  # a run that had nothing to do measures nothing
         return Text("not measured", style="dim")
     unit, name = (GIB, "GiB") if max(peaks) >= 10 * GIB else (MIB, "MiB")
     written = [f"{peak / unit:,.1f}" if unit == GIB else f"{peak / unit:,.0f}" for peak in peaks]
