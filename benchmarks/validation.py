@@ -77,10 +77,10 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def cases() -> list[tuple[str, Callable[[], nn.Module], TensorDataset, int]]:
-    """Name, model, data and micro-batch of each case."""
-    tokens = torch.randint(0, 1024, (128, 129), generator=torch.Generator().manual_seed(0))
-    pictures = torch.randn(512, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    kinds = torch.randint(0, 10, (512,), generator=torch.Generator().manual_seed(1))
+    """Name, model, data and micro-batch of each case. Each validation has 64 micro-batches."""
+    tokens = torch.randint(0, 1024, (256, 129), generator=torch.Generator().manual_seed(0))
+    pictures = torch.randn(2048, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    kinds = torch.randint(0, 10, (2048,), generator=torch.Generator().manual_seed(1))
     return [
         ("GPT", Tokens, TensorDataset(tokens[:, :-1], tokens[:, 1:]), 4),
         ("convolutions", Convolutions, TensorDataset(pictures, kinds), 32),

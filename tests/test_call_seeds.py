@@ -162,6 +162,7 @@ def test_generators_are_not_seeded_outside_of_steps() -> None:
         assert torch.default_generator.initial_seed() == 5 != first
 
 
+@pytest.mark.parametrize("reads_memory", [True, False])
 @pytest.mark.parametrize(
     "draw",
     [
@@ -171,8 +172,11 @@ def test_generators_are_not_seeded_outside_of_steps() -> None:
         lambda: random.seed(3),
     ],
 )
-def test_draws_from_python_are_detected(draw: Callable[[], object]) -> None:
+def test_draws_from_python_are_detected(draw: Callable[[], object], reads_memory: bool) -> None:
     detector = DrawDetector()
+    assert detector._python_address is not None
+    if not reads_memory:
+        detector._python_address = None
     with preserved_generators():
         before = detector.marks()
         assert detector.marks() == before

@@ -63,6 +63,16 @@ def test_seeding_decides_every_generator(value: int) -> None:
         assert all(a != b for a, b in zip(draw(), first, strict=True))
 
 
+def test_seeding_a_gpu_that_is_not_in_use_is_prepared_once() -> None:
+    with preserved_generators():
+        seed_generators(1)
+        queued = len(torch.cuda._queued_calls)
+        seed_generators(2)
+        assert len(torch.cuda._queued_calls) == queued
+    seeding = [call for call, *_ in torch.cuda._queued_calls if call.__module__ == "manyhands.numerics.seeds"]
+    assert len(seeding) == (not torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def test_generators_are_restored_even_after_an_error() -> None:
     with preserved_generators():
         seed_generators(5)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from manyhands.engine.units.unsharding import Unsharder
 from manyhands.models.attributes import AttributeGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32
 from manyhands.models.compiling import CompiledModules
-from manyhands.models.modes import evaluation_mode
+from manyhands.models.modes import ensure_evaluation_mode, evaluation_mode
 from manyhands.numerics.arithmetic import preserved_arithmetic
 from manyhands.numerics.seeds import preserved_generators
 
@@ -43,7 +43,7 @@ class EvaluationMode:
         self._model, self._group, self._buffers, self._attributes = model, group, buffers, attributes
         self._unsharder, self._call_seeds, self._compiled = unsharder, call_seeds, compiled
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in model.parameters())
-        self._changes_attributes: bool | None = None  # None: not known yet
+        self._put_back: Callable[[], bool] | None = None  # sets attributes back; None if forward changes none
         self.is_active = False
         self.failed: BaseException | None = None
 
@@ -58,8 +58,8 @@ class EvaluationMode:
     def rounds(self) -> Iterator[None]:
         """Context for calls of `round`. Collective."""
         # torch compiles nothing under the dispatch mode that bf16 products need.
-        with self._failing_peers(), self._untouched(self._has_bf16 and not self._compiled.names):
-            self._changes_attributes = None
+        with self._failing_peers(), self._untouched(self._has_bf16 and not self._compiled.names) as put_back:
+            self._put_back = put_back
             yield
 
     @contextmanager
@@ -74,32 +74,27 @@ class EvaluationMode:
         if seed is None:
             yield
         else:
-            self._model.eval()  # the previous micro-batch may have left some modules in training mode
-            with ExitStack() as stack:
-                stack.enter_context(preserved_arithmetic())
-                if self._changes_attributes is not False:
-                    changed = stack.enter_context(self._attributes.preserved())
-                stack.enter_context(self._call_seeds.micro_batch(seed))
-                stack.enter_context(self._compiled.computing())
+            ensure_evaluation_mode(self._model)  # the previous micro-batch may have left some modules in training mode
+            with preserved_arithmetic(), self._call_seeds.micro_batch(seed), self._compiled.computing():
                 yield
-            if self._changes_attributes is None:
-                self._changes_attributes = bool(changed)
+            if self._put_back is not None and not self._put_back():
+                self._put_back = None  # comparing attributes takes longer than a small forward pass
             self._attributes.restore()
             self._buffers.abort()
         self._unsharder.end_evaluation()
 
     @contextmanager
-    def _untouched(self, bf16: bool) -> Iterator[None]:
+    def _untouched(self, bf16: bool) -> Iterator[Callable[[], bool]]:
         with (
             preserved_generators(),
             preserved_arithmetic(),
             self._buffers.preserved(),
-            self._attributes.preserved(),
+            self._attributes.preserved() as put_back,
             evaluation_mode(self._model),
             bf16_products_in_fp32(bf16),
             torch.no_grad(),
         ):
-            yield
+            yield put_back
 
     @contextmanager
     def _failing_peers(self) -> Iterator[None]:

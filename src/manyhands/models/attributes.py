@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from manyhands.errors import ConfigError
-from manyhands.numerics.values import attributes_of, generator_of, plain_values, slots_of
+from manyhands.numerics.values import attributes_of, generator_of, is_empty_dict, is_scalar, plain_values, slots_of
 
 WATCHED = 6
 """The attributes are compared around this many first micro-batches of each worker, and around the first two
@@ -96,10 +96,10 @@ class AttributeGuard:
                     _put(module, name, self._at_start.get(name))
 
     @contextmanager
-    def preserved(self) -> Iterator[list[str]]:
+    def preserved(self) -> Iterator[Callable[[], bool]]:
         """Context for code between two steps. At the end, set attributes back, except those with the rule "keep".
 
-        Yields a list that has the names of these attributes after the end.
+        Yields a function that sets them back within the block, and returns True if there was an attribute to set back.
         """
         self._store()
         before, seen = self._values(), self._not_saved()
@@ -108,15 +108,19 @@ class AttributeGuard:
             for name, _, value in self._attributes()
             if self._rule(name) is None
         }
-        changed: list[str] = []
-        try:
-            yield changed
-        finally:
-            after = self._values()
+
+        def put_back() -> bool:
+            after, found = self._values(), False
             for name in dict.fromkeys([*before, *after]):
                 if before.get(name) != after.get(name) and self._rule(name) is None:
-                    changed.append(name)
                     _put(self._module_of(name), name, saved.get(name))
+                    found = True
+            return found
+
+        try:
+            yield put_back
+        finally:
+            put_back()
             self.restore()
 
     def _not_saved(self) -> dict[int, Callable[[], Any]]:
@@ -127,6 +131,8 @@ class AttributeGuard:
         """
         objects: list[Any] = [*self._model.modules(), *self._model.parameters(), *self._model.buffers()]
         for _, _, value in self._attributes():
+            if is_scalar(value) or is_empty_dict(value):
+                continue
             others = (leaf for leaf in tree_leaves(value) if isinstance(leaf, nn.Module))
             objects += (param for module in others for param in module.parameters())
         return {id(each): partial(_itself, each) for each in objects}
@@ -258,8 +264,13 @@ def _saved(value: Any, *, contents: bool, seen: dict[int, Callable[[], Any]]) ->
 
     contents: True to set the elements of tensors and arrays, and the states of random generators, back as well.
     """
+    if is_scalar(value):
+        return partial(_itself, value)
     if id(value) in seen:
         return seen[id(value)]
+    if is_empty_dict(value):
+        seen[id(value)] = restore_empty = partial(_empty, value)
+        return restore_empty
     seen[id(value)] = lambda: value  # for containers that contain themselves
     seen[id(value)] = restore = _restorer(value, contents, seen)
     return restore
@@ -332,6 +343,11 @@ def _itself(value: Any) -> Any:
 
 def _call_all(functions: Iterable[Callable[[], Any]]) -> list[Any]:
     return [function() for function in functions]
+
+
+def _empty(container: dict[Any, Any]) -> dict[Any, Any]:
+    container.clear()
+    return container
 
 
 def _refill(container: Any, items: Iterable[Callable[[], Any]]) -> None:

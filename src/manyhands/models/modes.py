@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from torch import nn
 
 
+def ensure_evaluation_mode(model: nn.Module) -> None:
+    """Set all modules to evaluation mode, unless they are already."""
+    if any(module.training for module in model.modules()):
+        model.eval()
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set all modules to evaluation mode in a context. At its end, the mode of each module is restored."""

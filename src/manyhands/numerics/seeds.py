@@ -7,7 +7,9 @@ micro-batch, which process loads it, or whether the run was interrupted in betwe
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from manyhands.numerics.counters import derive as derive  # re-exported
 
 
 def seed_generators(value: int) -> None:
-    """Seed Python's `random`, and the global generators of numpy and torch (all devices), with `value`, 0 <= value <
+    """Seed Python's `random`, and the global generators of numpy and torch (CPU and GPUs), with `value`, 0 <= value <
     2**63.
 
     Called with `derive(run_seed, "compute", step_index, micro_batch)` before a micro-batch is computed, and with
@@ -29,7 +31,7 @@ def seed_generators(value: int) -> None:
     """
     random.seed(value)
     seed_numpy(value)
-    torch.manual_seed(value)
+    seed_torch(value)
 
 
 def seed_numpy(value: int) -> None:
@@ -38,39 +40,71 @@ def seed_numpy(value: int) -> None:
 
 
 def seed_torch(value: int) -> None:
-    """Seed torch's generators on the CPU and on every device in use.
+    """Seed torch's generators on the CPU and on every GPU.
 
     This takes a few microseconds. `torch.manual_seed` takes over 100 microseconds, because it also searches for unused
-    devices.
+    devices, and records a stack trace for each of their kinds.
     """
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        for generator in torch.cuda.default_generators:
-            generator.manual_seed(value)
+        _seed_devices()
+    else:
+        _seed_devices_when_initialized()
+
+
+def _seed_devices() -> None:
+    for generator in torch.cuda.default_generators:
+        generator.manual_seed(torch.default_generator.initial_seed())
+
+
+@functools.cache
+def _seed_devices_when_initialized() -> None:
+    """Let torch seed the GPUs' generators with the CPU's seed of that moment when it initializes CUDA."""
+    torch.cuda._lazy_call(_seed_devices)  # type: ignore[no-untyped-call]
 
 
 class DrawDetector:
     """Detects draws from Python's `random` and from numpy's global generator.
 
-    Reading a generator's complete state takes 10 (Python) to 30 (numpy) microseconds, so numpy's state is read directly
-    from its memory.
+    Reading a generator's complete state takes 10 (Python) to 30 (numpy) microseconds, so their states are read directly
+    from memory. CPython doesn't document where a generator has its state, so the address is searched for.
     """
 
     def __init__(self) -> None:
         self._generator: Any = None
         self._address = 0
+        self._python_address = _address_of_python_state()
 
     def marks(self) -> tuple[object, object]:
         """Return a mark of Python's generator and one of numpy's. A draw changes the generator's mark."""
-        _, words, gauss = random.getstate()
-        # words[-1] counts the draws since all words were last replaced. words[0] has few values, so use words[1].
-        return (words[1], words[-1], gauss), self._numpy_state()
+        return self._python_state(), self._numpy_state()
+
+    def _python_state(self) -> object:
+        # The index counts the draws since all words were last replaced. words[0] has few values, so use words[1].
+        if self._python_address is None:
+            _, words, gauss = random.getstate()
+            return words[-1], words[1], gauss
+        return ctypes.string_at(self._python_address, 12), _PYTHON.gauss_next  # the index, and two words
 
     def _numpy_state(self) -> bytes:
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if generator is not self._generator:
             self._generator, self._address = generator, generator.ctypes.state_address
         return ctypes.string_at(self._address, 625 * 4)  # MT19937's 624 words and its position
+
+
+_PYTHON: Any = getattr(random.seed, "__self__", None)
+"""The generator of the functions of Python's `random`."""
+
+
+def _address_of_python_state() -> int | None:
+    """Return the address of the index and, behind it, the words of Python's generator; None if they aren't there."""
+    if type(_PYTHON) is not random.Random:
+        return None
+    *words, index = _PYTHON.getstate()[1]
+    raw = ctypes.string_at(id(_PYTHON), random.Random.__basicsize__)
+    place = raw.find(struct.pack("=i624I", index, *words))
+    return None if place < 0 else id(_PYTHON) + place
 
 
 @dataclass(frozen=True)

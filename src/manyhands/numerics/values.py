@@ -12,7 +12,7 @@ import random
 import re
 import types
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +27,10 @@ MAX_LEAVES = 1000
 """The maximum number of plain values in a container. A container with more values is represented by one hash."""
 
 _NUMBERS = (type(None), bool, int, float, complex, torch.dtype, torch.device, np.generic)
+
+_SCALARS = frozenset((type(None), bool, int, float, complex))
+
+_DICTS = frozenset((dict, OrderedDict))
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
@@ -75,7 +79,22 @@ def plain_values(
     Two texts are equal if and only if the values are equal bit for bit. attributes: a function that returns the
     attributes of an object that are a part of its value. known: the ids of objects to leave out.
     """
+    # Most attributes of modules are of these kinds, and an evaluation reads all of them.
+    if is_scalar(value):
+        return {name: repr(value)}
+    if is_empty_dict(value):
+        return {name: f"empty {type(value).__name__}"}
     return dict(_leaves(name, value, attributes, known, frozenset()))
+
+
+def is_scalar(value: object) -> bool:
+    """Return True for None and for a number of Python's own types."""
+    return type(value) in _SCALARS
+
+
+def is_empty_dict(value: object) -> bool:
+    """Return True for an empty dict of Python's own types."""
+    return type(value) in _DICTS and not value
 
 
 def _leaves(
