@@ -56,7 +56,7 @@ from manyhands.comm.group import Group
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.buffers import names_in_order
 from manyhands.errors import CheckpointError, ManyhandsError
-from manyhands.optim.plain_values import decode_state, encode_state
+from manyhands.optim.plain_values import encode_state, exactly_encoded
 from manyhands.output import say
 from manyhands.storage.atomic import write_atomic
 from manyhands.storage.files import names_in
@@ -443,7 +443,7 @@ def check_schedules(engine: StepEngine) -> None:
 
 
 def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
-    encoded = _exactly_encoded(schedule.state_dict())
+    encoded: dict[str, Any] | None = exactly_encoded(schedule.state_dict())
     if encoded is None:
         raise CheckpointError(
             f"the state of the schedule {type(schedule).__qualname__} can't be saved exactly",
@@ -454,7 +454,7 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
 
 
 def _user_state(engine: StepEngine) -> dict[str, Any]:
-    encoded = _exactly_encoded(engine.extra_state)
+    encoded: dict[str, Any] | None = exactly_encoded(engine.extra_state)
     if encoded is None:
         raise CheckpointError(
             "engine.extra_state can't be saved exactly",
@@ -462,16 +462,6 @@ def _user_state(engine: StepEngine) -> dict[str, Any]:
             got=repr(engine.extra_state)[:200],
         )
     return encoded
-
-
-def _exactly_encoded(state: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the state as JSON values, or None if they would not give the same state again."""
-    try:
-        encoded: dict[str, Any] = encode_state(state)
-        exact = bool(decode_state(json.loads(json.dumps(encoded))) == state)
-    except (TypeError, ValueError):  # JSON can't hold a value, or the comparison of arrays has no single truth value
-        return None
-    return encoded if exact else None
 
 
 def _holds(folder: Location, digest: str) -> bool:

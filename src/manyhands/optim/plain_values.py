@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -51,3 +52,16 @@ def decode_state(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: decode_state(item) for key, item in value.items()}
     return [decode_state(item) for item in value] if isinstance(value, list) else value
+
+
+def exactly_encoded(value: Any) -> Any:
+    """Return `encode_state` of the value, or None if the encoded value would not give the same value again."""
+    try:
+        encoded = encode_state(value)
+        text = json.dumps(encoded)
+        decoded = decode_state(json.loads(text))
+        # The text is equal for NaN, too, which doesn't equal itself.
+        exact = bool(decoded == value) or (is_plain(value) and json.dumps(encode_state(decoded)) == text)
+    except (TypeError, ValueError):  # JSON can't hold a value, or the comparison of arrays has no single truth value
+        return None
+    return encoded if exact else None

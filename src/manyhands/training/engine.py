@@ -34,6 +34,7 @@ from manyhands.optim.amending import apply_changes, check_change
 from manyhands.optim.schedules import advance, advance_by_figure
 from manyhands.storage.location import Location, location_of
 from manyhands.training.evaluating import evaluate
+from manyhands.training.exchanging import Numbers, gathered, mean
 from manyhands.validation import AVERAGED, TRAINED, Validation
 
 
@@ -56,8 +57,8 @@ class Engine(StepEngine):
             metrics = engine.step(batch)
         engine.close()
 
-    The constructor, `step`, `evaluate`, `evaluating`, `save`, `load`, `digest`, `full_state_dict` and `close` are
-    collective.
+    The constructor, `step`, `evaluate`, `evaluating`, `mean`, `all_gather_json`, `save`, `load`, `digest`,
+    `full_state_dict` and `close` are collective.
     group: only for tests that run workers as threads. By default, the launcher's environment determines the group.
     resumes: True if a checkpoint will be loaded before the first step. In that case, only the frozen parameters are
     read from the recipe's initial weights, because the checkpoint lacks them.
@@ -258,6 +259,31 @@ class Engine(StepEngine):
         weights = given.evaluated_weights[0] if weights is None else weights
         self._check_weights(weights)
         return evaluate(self, held_out, metrics, load, given.predict, weights=weights, micro_batches=micro_batches)
+
+    @property
+    def is_first(self) -> bool:
+        """Return True on the first worker, which prints and writes what all workers have."""
+        return self.group.rank == 0
+
+    def mean(self, total: Numbers, weight: Numbers) -> float | None:
+        """Return the sum of all workers' totals divided by the sum of their weights, or None if that is 0. Collective.
+
+        Sums are fp64, and are divided once. total, weight: this worker's, which are added in the order of the workers;
+        or mappings of the indices of parts (samples, micro-batches) to the part's total and weight. Parts are added in
+        the order of their indices, whichever worker has them, so the figure doesn't depend on the number of workers.
+        Raises the same ConfigError on all workers.
+        """
+        self.check_usable()
+        return mean(self.group, total, weight, f"step {self.step_index} / mean")
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        """Return the values of all workers, in the order of the workers. Collective.
+
+        value: None, numbers, texts, and lists, tuples and dicts of them, at most 1 MiB as JSON. It is never pickled.
+        Raises the same ConfigError on all workers.
+        """
+        self.check_usable()
+        return gathered(self.group, value, f"step {self.step_index} / values")
 
     def advance_schedules(self, value: float | None) -> None:
         """Advance the schedules that need a figure (ReduceLROnPlateau) by the figure's value.
