@@ -64,6 +64,7 @@ def test_every_option_is_in_the_toml_table(owner: Any) -> None:
 def test_the_options_of_a_recipe_that_are_plain_values_are_at_the_top_of_a_recipe_file() -> None:
     plain = {"seed", "precision", "device", "clip_norm", "compile", "threads_per_worker", "optimizer_kind"}
     plain |= {"fractional_weights", "buffers", "attributes", "epochs", "epoch_end", "ema", "schedule_on"}
+    plain.add("eval_modules")
     assert set(option_names(mh.Recipe)) == set(OptionTable[mh.Recipe].model_fields) == plain
 
 

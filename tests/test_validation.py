@@ -468,6 +468,8 @@ def test_state_of_the_users_own_is_saved_and_loaded(tmp_path: Path) -> None:
     with mh.Engine(recipe_of()) as engine:
         engine.extra_state = {"seen": 3, "names": ["a", ("b", 2.5)], "best": math.inf}
         saved = engine.save(tmp_path)
+        engine.extra_state = {"best": math.nan}
+        engine.save(tmp_path / "nan")
         engine.extra_state = {"tensor": torch.zeros(1)}
         with pytest.raises(mh.CheckpointError, match=r"engine\.extra_state can't be saved exactly"):
             engine.save(tmp_path / "other")

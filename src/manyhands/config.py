@@ -264,6 +264,11 @@ class Recipe:
         "micro-batches), last (its value after the last micro-batch) or refuse. The first pattern that matches "
         "decides. By default it is the mean, with a warning if it may not be meaningful.",
     )
+    eval_modules: tuple[str, ...] = option(
+        default=(),
+        help='Names of modules, or patterns ("backbone.*"), that stay in evaluation mode while training, with the '
+        "modules in them: their batch norms use and keep their running statistics, and their dropout is off.",
+    )
     clip_norm: float | None = option(
         default=None,
         at_least=0.0,
@@ -325,6 +330,8 @@ class Recipe:
                 expected="a path, or manyhands.Weights(path=...)",
                 got=repr(self.weights),
             )
+        patterns = (self.eval_modules,) if isinstance(self.eval_modules, str) else tuple(self.eval_modules)
+        object.__setattr__(self, "eval_modules", patterns)
         _check_rules("buffers", self.buffers, BUFFER_RULES)
         _check_rules("attributes", self.attributes, ATTRIBUTE_RULES)
         for field in ("compile", "fractional_weights"):

@@ -42,6 +42,8 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
     # rule.
     if restored := [pattern for pattern, rule in recipe.attributes.items() if rule == "restore"]:
         facts["attributes that are restored"] = ", ".join(restored)
+    if recipe.eval_modules:
+        facts["eval_modules"] = ", ".join(sorted(set(recipe.eval_modules)))
     if recipe.epoch_end != "join":
         facts["epoch_end"] = recipe.epoch_end
     # The average decides no bit of the training, but a run with another rule could not go on with the saved average.

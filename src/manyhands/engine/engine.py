@@ -54,6 +54,7 @@ from manyhands.models.attributes import AttributeGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32, mixed_types_explained
 from manyhands.models.building import build_model
 from manyhands.models.compiling import CompiledModules, avoid_compiler_import, compiler_identity
+from manyhands.models.modes import TrainingMode
 from manyhands.models.recompute import checkpoint_activations
 from manyhands.models.reseeding import refusing_seeds
 from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity, preserved_arithmetic
@@ -144,6 +145,7 @@ class StepEngine:
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.epochs = training_samples(recipe).epochs
         self.buffers = Buffers(self.model, recipe.buffers, reports=group.rank == 0)
+        self._training_mode = TrainingMode(self.model, recipe.eval_modules)
         self._attributes = AttributeGuard(self.model, recipe.attributes, recipe.loss)
         self._settings = Settings(self._params, self.optimizer, self.buffers)
         self.trained = slots_in_order([slot for unit in self.units for slot in unit.layout.slots])
@@ -332,8 +334,7 @@ class StepEngine:
         # Generators are seeded for each micro-batch and after each call of a unit, so it doesn't matter which worker
         # computes which of them. They are restored, so the caller's numbers don't depend on what was computed here.
         seed = derive(self.recipe.seed, "compute", step_index, micro_batch)
-        # Code between steps, or the previous micro-batch, may have left some modules in eval mode.
-        self.model.train()
+        self._training_mode.begin()
         with (
             self._param_guard.micro_batch(),
             self._attributes.micro_batch(),

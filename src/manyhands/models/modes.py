@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 from torch import nn
+
+from manyhands.errors import ConfigError
+from manyhands.options import hint_nearest
+
+
+class TrainingMode:
+    """The modes of a model's modules in a training step: training mode, except for those that match a pattern.
+
+    Raises ConfigError for a pattern that matches no module.
+    """
+
+    def __init__(self, model: nn.Module, eval_modules: Sequence[str]) -> None:
+        self._model = model
+        named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        for pattern in eval_modules:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise ConfigError(
+                    "recipe.eval_modules matches no module",
+                    expected="the name of a module of the model, or a pattern",
+                    got=repr(pattern),
+                    hint=hint_nearest(pattern.rstrip("*."), named),
+                )
+        chosen = (module for name, module in named.items() if any(fnmatchcase(name, each) for each in eval_modules))
+        self._evaluated = list(dict.fromkeys(chosen))
+
+    def begin(self) -> None:
+        """Set the modes for a micro-batch. Code between steps, or the previous micro-batch, may have changed them."""
+        self._model.train()
+        for module in self._evaluated:
+            module.eval()
 
 
 def ensure_evaluation_mode(model: nn.Module) -> None:
