@@ -534,13 +534,20 @@ batch = 3
 
 [validations.other]
 data = { path = "parts:data", arguments = { shift = 2.0 } }
-metrics = [{ path = "parts:mean_score", arguments = { times = 2.0 } }]
+metrics = [
+    { path = "parts:mean_score", arguments = { times = 2.0 } },
+    "parts:exact",
+    "parts:Rows",
+    { path = "parts:Rows", arguments = { times = 2 } },
+    "parts:right",
+]
 every = "3 steps"
 """
 
 PARTS = """
 import torch
 from torch import nn
+from manyhands import metrics
 
 def model():
     return nn.Linear(4, 3)
@@ -554,6 +561,45 @@ def data(shift=0.0):
 
 def mean_score(output, batch, times=1.0):
     return output.double().sum() * times, output.numel()
+
+exact = metrics.collected(
+    lambda output, batch: (output.argmax(-1), batch[1]), lambda values: (values[0] == values[1]).mean(), name="exact"
+)
+
+class Rows(metrics.Metric):
+    def __init__(self, times=1):
+        self.name, self.times = f"rows_{times}", times
+
+    def measure(self, measured):
+        return {"rows": len(measured.output) * self.times}
+
+    def figure(self, totals):
+        return float(totals["rows"])
+
+class Right(nn.Module):  # like a metric of torchmetrics
+
+    def __init__(self):
+        super().__init__()
+        self._defaults = {"right": torch.tensor(0)}
+        self._reductions = {"right": dim_zero_sum}
+        self.reset()
+
+    def reset(self):
+        self.right = torch.tensor(0)
+
+    def update(self, scores, labels):
+        self.right = self.right + (scores.argmax(-1) == labels).sum()
+
+    def compute(self):
+        return self.right
+
+    def forward(self, *_):
+        raise AssertionError
+
+def dim_zero_sum(x):
+    return x
+
+right = Right()
 """
 
 
@@ -584,7 +630,9 @@ def test_a_recipe_file_declares_validations(tmp_path: Path) -> None:
         (4, "validation"),
     ]
     assert set(recorded[0]["f1"]) == {"0", "1", "2"}
-    assert recorded[2]["mean_score"] is not None
+    other = recorded[2]
+    assert other["mean_score"] is not None
+    assert (other["rows_1"], other["rows_2"], other["right"] / 10) == (10, 20, other["exact"])
     found = json.loads(again.stdout)
     assert [found["other"], found["validation"]] == recorded[2:]
     evaluated = subprocess.run(
@@ -615,6 +663,8 @@ def test_mistakes_in_the_table_of_a_validation_name_the_line(tmp_path: Path) -> 
             '"parts:mean_scores"]',
             r"validation\.metrics\.2\.path: parts has no mean_scores(.|\n)*:12",
         ),
+        ('"parts:right"', '{ path = "parts:right", arguments = { a = 1 } }', r"which takes no arguments(.|\n)*:18"),
+        ("times = 2 }", "time = 2 }", r"Rows takes no time(.|\n)*did you mean"),
         ('every = "2 steps"', 'every = "2"', r"validation\.every can't be parsed(.|\n)*say which"),
         ('name = "f1"', 'name = "f2"', r"has no f2(.|\n)*did you mean 'f1'"),
         ("batch = 3", "bach = 3", r"bach(.|\n)*did you mean 'batch'"),

@@ -76,12 +76,34 @@ class Binder:
         try:
             function = find_function(str(target.path), self._folder)
         except ConfigError as error:
-            error.what, error.where = f"{dotted(key)}.path: {error.what}", self._document.origin(*key, "path")
-            self.problems.append(error)
+            self._add_problem(error, *key)
             return _unusable
         self.problems.extend(_argument_problems(key, function, target, called_with, self._document))
         bound = functools.partial(function, **target.arguments)
         return _with_note(bound, self._document.origin(*key), str(key[0])) if noted else bound
+
+    def bind_or_make(self, target: Named, called_with: Sequence[str], *key: str | int) -> Any:
+        """Return a function with its arguments bound, an object of the class that the path names, or the object itself.
+
+        Takes the arguments of `bind`. After an error, the result can't be used.
+        """
+        try:
+            found = find_object(str(target.path), self._folder)
+        except ConfigError as error:
+            self._add_problem(error, *key)
+            return _unusable
+        if isinstance(found, type):
+            make, before = self.bind(target, (), *key), len(self.problems)
+            return make() if before == 0 else _unusable
+        if callable(found) and not hasattr(found, "_reductions"):  # an object of torchmetrics is callable
+            return self.bind(target, called_with, *key, noted=False)
+        if target.arguments:
+            self._add_problem(ConfigError(f"{target.path} is an object, which takes no arguments"), *key)
+        return found
+
+    def _add_problem(self, error: ConfigError, *key: str | int) -> None:
+        error.what, error.where = f"{dotted(key)}.path: {error.what}", self._document.origin(*key, "path")
+        self.problems.append(error)
 
 
 def _unusable(*_: object) -> None:
@@ -89,6 +111,14 @@ def _unusable(*_: object) -> None:
 
 
 def find_function(path: str, folder: Path) -> Callable[..., Any]:
+    """Import the function that `module:attribute` names. Raises a ConfigError that does not name the file and line."""
+    found = find_object(path, folder)
+    if not callable(found):
+        raise ConfigError(f"{path} can't be called", expected="a function or a class", got=repr(found))
+    return found  # type: ignore[no-any-return]
+
+
+def find_object(path: str, folder: Path) -> Any:
     """Import the object that `module:attribute` names. Raises a ConfigError that does not name the file and line."""
     module_name, _, attribute = path.partition(":")
     found: Any = _import(module_name, folder)
@@ -98,9 +128,7 @@ def find_function(path: str, folder: Path) -> Callable[..., Any]:
             owner = getattr(found, "__name__", path)
             raise no_attribute(owner, name, path, public)
         found = getattr(found, name)
-    if not callable(found):
-        raise ConfigError(f"{path} can't be called", expected="a function or a class", got=repr(found))
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def no_attribute(owner: str, name: str, path: str, known: Sequence[str]) -> ConfigError:

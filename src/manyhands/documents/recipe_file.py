@@ -72,7 +72,7 @@ class WeightsTable(BuildableTable[Weights]):
 
 
 class MetricTable(Table):
-    """A metric of `manyhands.metrics` by name, or a function by path, with arguments."""
+    """A metric of `manyhands.metrics` by name; or a function, a class or an object by path. With arguments."""
 
     name: str | None = Field(default=None, pattern=r"^\w+$")
     path: str | None = Field(default=None, pattern=IMPORT_PATH)
@@ -86,7 +86,7 @@ class MetricTable(Table):
 
     @property
     def target(self) -> Target:
-        """Return the function that creates the metric, or is the metric."""
+        """Return the function that creates the metric, or what the metric is."""
         return Target(path=self.path or f"manyhands.metrics:{self.name}", arguments=self.arguments)
 
 
@@ -265,11 +265,13 @@ def _bound(table: ValidationTable, binder: Binder, *key: str) -> Callable[[], Va
         if isinstance(metric, str) and ":" not in metric:
             metrics.append(metric)
             continue
-        target = Target(path=metric) if isinstance(metric, str) else metric.target
-        is_ours = isinstance(metric, MetricTable) and metric.name is not None
-        called_with = () if is_ours else CALLED_AS_METRIC
-        function = binder.bind(target, called_with, *key, "metrics", index, noted=False)
-        metrics.append(function() if is_ours and not binder.problems else function)
+        place: tuple[str | int, ...] = (*key, "metrics", index)
+        if isinstance(metric, MetricTable) and metric.name is not None:
+            function = binder.bind(metric.target, (), *place, noted=False)
+            metrics.append(function() if not binder.problems else function)
+        else:
+            target = Target(path=metric) if isinstance(metric, str) else metric.target
+            metrics.append(binder.bind_or_make(target, CALLED_AS_METRIC, *place))
     return lambda: Validation(**table.option_values(), **found | {"data": found["data"](), "metrics": metrics})
 
 
