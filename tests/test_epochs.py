@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import manyhands as mh
+from manyhands.cli.train import describer_of_samples
 from manyhands.comm.group import Group
 from manyhands.data.epochs import Epochs
 from manyhands.data.sample_order import sample_order_of
-from manyhands.errors import ConfigError, DataError
+from manyhands.documents.recipe_file import check_recipe
+from manyhands.errors import CheckpointError, ConfigError, DataError
 from manyhands.listeners.run_directory import RunDirectory
 from support.threads import run_threads
+from test_recipe_file import RECIPE
 
 ROWS = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
 
@@ -97,6 +100,16 @@ def test_errors_name_the_samples_of_short_steps() -> None:
         mh.train(recipe, steps=9, skip_steps=[3], show=False)
 
 
+def test_the_launcher_names_samples_only_if_it_knows_them(tmp_path: Path) -> None:
+    """It doesn't read the data, on whose size the samples of later epochs depend."""
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    described = {
+        end: describer_of_samples(check_recipe(tmp_path / "recipe.toml", [f"epoch_end={end}"]))(5, 1)
+        for end in ("join", "short", "drop")
+    }
+    assert described == {"join": "samples 42 to 43 in the run's order", "short": "", "drop": ""}
+
+
 @pytest.mark.parametrize("sharding", ["ddp", "zero3"])
 def test_short_steps_have_the_same_bits_for_any_workers(sharding: str) -> None:
     """With dropout, batch norm, and micro-batches that are missing or smaller."""
@@ -166,6 +179,19 @@ def test_sequential_and_own_orders() -> None:
         recipe_of(order="shuffled")
 
 
+def test_another_function_is_noticed_when_a_run_goes_on(tmp_path: Path) -> None:
+    def ordered(order: Any) -> mh.Recipe:
+        return recipe_of(order=order)
+
+    with mh.Engine(ordered(lambda seed, epoch, place: (place * 3 + epoch) % 10)) as engine:
+        saved = engine.save(tmp_path)
+    with mh.Engine(ordered(lambda seed, epoch, place: (3 * place + epoch) % 10)) as engine:
+        engine.load(saved)
+    for other in (lambda seed, epoch, place: (place * 7) % 10, "sequential"):
+        with mh.Engine(ordered(other)) as engine, pytest.raises(CheckpointError, match="order"):
+            engine.load(saved)
+
+
 def test_weighted_samples() -> None:
     weights = [0.0, 1.0, 3.0, 0.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     recipe = recipe_of(order=mh.weighted(weights, samples=20_000))
@@ -175,11 +201,11 @@ def test_weighted_samples() -> None:
         assert counts[index] / 20_000 == pytest.approx(share, abs=0.015)
     assert indices_of(recipe, 0) != indices_of(recipe, 1)
     few = recipe_of(order=mh.weighted(weights, samples=6), epoch_end="short")
-    epochs, order = Epochs.of(few)
+    epochs, order = Epochs.of(few), sample_order_of(few)
     assert (epochs.size, epochs.steps(3)) == (6, 6)
     assert order.at(range(12)) == indices_of(few, 0) + indices_of(few, 1)
     with pytest.raises(ConfigError, match="another number of weights"):
-        Epochs.of(recipe_of(order=mh.weighted([1.0])))
+        sample_order_of(recipe_of(order=mh.weighted([1.0])))
     for wrong in ([0.0], [-1.0, 2.0], [float("nan")]):
         with pytest.raises(ConfigError):
             mh.weighted(wrong)
@@ -210,7 +236,7 @@ def test_micro_batches_of_similar_lengths_stay_whole_in_later_epochs(end: str) -
     batch = mh.Batch(global_size=32, micro_size=8)
     order_given = mh.by_length(lengths.tolist())
     recipe = recipe_of(order=order_given, data=list(range(1003)), batch=batch, epoch_end=end)
-    epochs, order = Epochs.of(recipe)
+    epochs, order = Epochs.of(recipe), sample_order_of(recipe)
     for epoch in (1, 2, 3):
         assert sorted(indices_of(recipe, epoch)) == list(range(1003))
     steps = range(epochs.steps(1), epochs.steps(3) - 1)

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,7 +38,7 @@ from manyhands.errors import CheckpointError, ConfigError
 from manyhands.output import say
 
 if TYPE_CHECKING:
-    from manyhands.config import Batch
+    from manyhands.documents.recipe_file import RecipeSchema
     from manyhands.storage.location import Location
 
 
@@ -165,7 +166,7 @@ def train_recipe(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
             start_over(directory, checkpoints)
         stack.enter_context(ending_reported(record, directory, checkpoints, given=arguments.run_dir is not None))
         if arguments.hosts is None:
-            _train_on_this_host(arguments, request, allowed, batch, checkpoints)
+            _train_on_this_host(arguments, request, allowed, describer_of_samples(checked), checkpoints)
             return
         batch.check_workers(allowed.most * arguments.hosts.most)
         rendezvous = first_host(
@@ -215,8 +216,21 @@ def new_directory(path: Path) -> Path:
     return path
 
 
+def describer_of_samples(checked: RecipeSchema) -> Callable[[int, int], str]:
+    """Return a function that describes the samples of (step, micro-batch).
+
+    If epochs end with a short step or drop samples, the samples follow from the size of the data, which only workers
+    know. Then the description is empty.
+    """
+    return checked.batch.build().samples_of if checked.epoch_end == "join" else lambda step, micro_batch: ""
+
+
 def _train_on_this_host(
-    arguments: TrainArguments, request: dict[str, Any], allowed: Bounds, batch: Batch, checkpoints: Location
+    arguments: TrainArguments,
+    request: dict[str, Any],
+    allowed: Bounds,
+    samples_of: Callable[[int, int], str],
+    checkpoints: Location,
 ) -> None:
     """Start the workers, and start them again after failures. Raises WorkerError and Interrupted."""
     from manyhands.launching.failures import run_with_restarts
@@ -233,7 +247,7 @@ def _train_on_this_host(
             saved_step=lambda: max(snapshots.newest_step(), (0, _last_checkpoint(checkpoints))),
             limit=arguments.max_restarts,
             on_restart=lambda restart: record_restart(RunDirectory(directory), restart, allowed.after(restart.number)),
-            samples_of=batch.samples_of,
+            samples_of=samples_of,
         )
 
 

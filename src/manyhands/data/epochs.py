@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 
 from manyhands.config import Batch, Recipe
-from manyhands.data.sample_order import SampleOrder, sample_order_of
+from manyhands.data.sample_order import epoch_size_of
 from manyhands.errors import ConfigError
 
 
@@ -39,10 +39,9 @@ class Epochs:
                 )
 
     @classmethod
-    def of(cls, recipe: Recipe) -> tuple[Epochs, SampleOrder]:
-        """Return the epochs of a recipe, and the order of the samples in them. Raises ConfigError."""
-        order = sample_order_of(recipe)
-        return cls(order.size, recipe.batch, recipe.epoch_end), order
+    def of(cls, recipe: Recipe) -> Epochs:
+        """Return the epochs of a recipe. Raises ConfigError."""
+        return cls(epoch_size_of(recipe), recipe.batch, recipe.epoch_end)
 
     def steps(self, epochs: int) -> int:
         """Return the number of steps in the given number of epochs. With "join", the last one may need more samples."""

@@ -89,6 +89,10 @@ class _FunctionOrder(SampleOrder):
 class OrderOption(ABC):
     """A value of `Recipe.order` that has options."""
 
+    def size(self, recipe: Recipe) -> int:
+        """Return the number of samples in an epoch."""
+        return len(recipe.data)
+
     @abstractmethod
     def of(self, recipe: Recipe) -> SampleOrder:
         """Return the order for the recipe's data. Raises ConfigError."""
@@ -127,7 +131,10 @@ class Weighted(OrderOption):
 
     def of(self, recipe: Recipe) -> SampleOrder:
         _check_length("weights", len(self._weights), recipe)
-        return _WeightedOrder(self._samples or len(self._weights), recipe.seed, self._weights)
+        return _WeightedOrder(self.size(recipe), recipe.seed, self._weights)
+
+    def size(self, recipe: Recipe) -> int:
+        return self._samples or len(recipe.data)
 
     def fact(self) -> str:
         return f"weighted, {self._samples} samples, {hashlib.sha256(self._weights.tobytes()).hexdigest()[:16]}"
@@ -205,6 +212,11 @@ def by_length(lengths: Sequence[int], group: int | None = None) -> ByLength:
     sample. Raises ConfigError.
     """
     return ByLength(lengths, group)
+
+
+def epoch_size_of(recipe: Recipe) -> int:
+    """Return the number of samples in an epoch of a recipe, for which its order isn't built."""
+    return recipe.order.size(recipe) if isinstance(recipe.order, OrderOption) else len(recipe.data)
 
 
 def sample_order_of(recipe: Recipe) -> SampleOrder:

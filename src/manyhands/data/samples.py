@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from manyhands.config import Recipe
 from manyhands.data.epochs import Epochs
 from manyhands.data.permutation import Permutation
+from manyhands.data.sample_order import sample_order_of
 from manyhands.errors import DataError
 from manyhands.intervals import step_number
 from manyhands.numerics.counters import derive
@@ -104,7 +105,7 @@ class TrainingSamples(IndexedSamples):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe.data, recipe.collate)
         self._seed = recipe.seed
-        self.epochs, self._order = Epochs.of(recipe)
+        self.epochs, self._order = Epochs.of(recipe), sample_order_of(recipe)
 
     def indices(self, step: int, micro_batch: int) -> list[int]:
         return self._order.at(self.epochs.positions(step, micro_batch))

@@ -346,6 +346,12 @@ class StreamLog:
         return StreamPosition(self._order, usable)
 
 
+def epochs_of(recipe: Recipe) -> Epochs:
+    """Return the epochs of a recipe, or the steps of its stream. Raises ConfigError."""
+    stream, batch = recipe.stream, recipe.batch
+    return Epochs.of(recipe) if stream is None else StreamSteps(stream.number_of_parts(batch.micro_batches), batch)
+
+
 def training_samples(recipe: Recipe) -> TrainingSamples | StreamSamples:
     """Return the samples of a recipe's steps. Raises ConfigError, DataError."""
     stream = recipe.stream

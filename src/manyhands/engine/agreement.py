@@ -6,6 +6,7 @@ A fact is a name and a value. Both are strings.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import types
 from collections.abc import Collection, Container, Mapping, Sequence
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 from manyhands.comm.agreement import agree, all_gather_json
 from manyhands.comm.group import Group
 from manyhands.config import Recipe
-from manyhands.data.sample_order import order_fact
+from manyhands.data.sample_order import order_fact, sample_order_of
 from manyhands.models.attributes import refuse_differences
 from manyhands.models.building import evict_model
 from manyhands.numerics.digest import digest_of, fingerprint, tensor_hashes, words_of
 from manyhands.numerics.values import no_attributes, plain_values
 from manyhands.offload.allocator import Allocator
 from manyhands.optim.sliced import SlicedOptimizer
+
+ORDER_PLACES = 256
+"""The number of places of the first epoch at which the samples of a user's order are compared."""
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, str]:
@@ -53,7 +57,24 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
         facts |= _facts_of_schedule_on(recipe)
     if recipe.stream is not None:
         return facts | recipe.stream.facts(recipe.batch.micro_batches)
-    return facts | order_fact(recipe.order) | {"len(data)": str(len(recipe.data))}
+    if callable(recipe.order):
+        facts["order"] = f"a function, {_places_of_order(recipe)}"
+    else:
+        facts |= order_fact(recipe.order)
+    return facts | {"len(data)": str(len(recipe.data))}
+
+
+def _places_of_order(recipe: Recipe) -> str:
+    """Return a hash of the samples that a user's function puts at some places of the first epoch.
+
+    Its code is not compared, because it may call other code, and its bytecode depends on the version of Python.
+    """
+    places = sorted({number * 2_654_435_761 % len(recipe.data) for number in range(ORDER_PLACES)})  # spread evenly
+    try:
+        found = sample_order_of(recipe).at(places)
+    except Exception as error:  # loading the first step raises it again, and says where
+        return f"which raises {type(error).__name__}"
+    return f"samples {hashlib.sha256(str(found).encode()).hexdigest()[:16]}"
 
 
 def _facts_of_schedule_on(recipe: Recipe) -> dict[str, str]:
@@ -78,8 +99,8 @@ def function_facts(recipe: Recipe) -> dict[str, str]:
     left out. Text with a slash is left out, too, because paths may differ between hosts.
     """
     facts: dict[str, str] = {}
-    for name in ("model", "loss", "optimizer", "schedule", "collate", "sample"):
-        if getattr(recipe, name) is not None:
+    for name in ("model", "loss", "optimizer", "schedule", "collate", "sample", "order"):
+        if callable(getattr(recipe, name)):
             _add_function(facts, name, getattr(recipe, name), set())
     return facts
 

@@ -18,7 +18,7 @@ from manyhands.comm.agreement import agree
 from manyhands.comm.group import Group
 from manyhands.comm.local import LocalGroup
 from manyhands.config import Recipe, Strategy
-from manyhands.data.stream_samples import training_samples
+from manyhands.data.stream_samples import epochs_of
 from manyhands.engine.agreement import (
     agree_on_attributes,
     agree_on_functions,
@@ -143,7 +143,7 @@ class StepEngine:
         groups = self.optimizer.plain_hyperparameters()  # schedules may have changed these
         self._optimizer_facts |= schedule_facts(self.schedules, groups, self._optimizer_facts)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
-        self.epochs = training_samples(recipe).epochs
+        self.epochs = epochs_of(recipe)
         self.buffers = Buffers(self.model, recipe.buffers, reports=group.rank == 0)
         self._training_mode = TrainingMode(self.model, recipe.eval_modules)
         self._attributes = AttributeGuard(self.model, recipe.attributes, recipe.loss)
