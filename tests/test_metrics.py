@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,10 +37,10 @@ def recipe_of(**changes: Any) -> mh.Recipe:
     return mh.Recipe(**given | changes)  # type: ignore[arg-type]
 
 
-def evaluated(recipe: mh.Recipe, given: Any = (), workers: int = 1, batch: int = 2) -> mh.Evaluation:
+def evaluated(recipe: mh.Recipe, given: Any = (), workers: int = 1, batch: int = 2, data: Any = DATA) -> mh.Evaluation:
     def run(group: Group | None) -> mh.Evaluation:
         with mh.Engine(recipe, group=group) as engine:
-            return engine.evaluate(DATA, given, batch=batch)
+            return engine.evaluate(data, given, batch=batch)
 
     return run_threads(workers, run)[0]
 
@@ -167,6 +170,65 @@ def test_the_size_of_collected_values_is_projected_once_and_then_measured() -> N
     for first, last in (("a" * 900, "a"), ("a", "a" * 4000)):
         with pytest.raises(ConfigError, match="the metric text would collect too much"):
             recorded(first, last, 3000)
+
+
+def test_collected_values_that_grow_are_refused_long_before_the_first_exchange() -> None:
+    picked: list[int] = []
+
+    def pick(output: Any, batch: Any) -> list[str]:
+        picked.append(len(picked))
+        return ["a" * (900 if picked[-1] else 1)] * 2
+
+    metric = metrics.collected(pick, lambda values: float(len(values)), name="text", max_bytes=9000)
+    data = torch.utils.data.TensorDataset(SAMPLES.repeat(6, 1))
+    with pytest.raises(ConfigError, match=r"the metric text would collect too much(.|\n)*before the end"):
+        evaluated(recipe_of(), [metric], data=data)
+    assert len(picked) == 6
+
+
+@pytest.mark.parametrize("rows", [[2, 2, 1], [0, 2, 0], [0, 0, 0]])
+@pytest.mark.parametrize("dtype", [np.bool_, np.float32, np.int16])
+def test_arrays_of_any_kind_are_collected_also_without_rows(dtype: Any, rows: list[int]) -> None:
+    """A micro-batch may have no row that counts."""
+    values = np.arange(24).reshape(4, 3, 2).astype(dtype)
+    seen: list[Any] = []
+
+    def then(collected: Any) -> float:
+        seen.append(collected)
+        return float(collected.sum())
+
+    metric = metrics.collected(lambda output, batch: values[: batch[0]], then, name="x")
+    batches = [metric.rows(metrics.Measured(None, [count], 0.0, 0.0, False, 2)) for count in rows]
+    expected = np.concatenate([values[:count] for count in rows])
+    assert metric.figure(batches) == float(expected.sum())
+    (found,) = seen
+    assert (found.dtype, found.shape, found.tolist()) == (values.dtype, expected.shape, expected.tolist())
+
+
+def test_a_class_that_does_not_exist_is_refused() -> None:
+    for made, given in itertools.product(
+        (metrics.f1, metrics.precision, metrics.recall),
+        ({"positive": -1}, {"positive": 2, "classes": 2}, {"positive": True}, {"positive": 0, "average": "macro"}),
+    ):
+        with pytest.raises(ConfigError, match=r"positive (is not a class|has no effect)"):
+            made(**{"average": "binary", **given})  # type: ignore[arg-type]
+    data = torch.utils.data.TensorDataset(SAMPLES, torch.zeros(10, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"positive is not a class(.|\n)*less than 8(.|\n)*got: 8"):
+        evaluated(recipe_of(), [metrics.f1(average="binary", positive=8)], data=data)
+    assert evaluated(recipe_of(), [metrics.f1(average="binary", positive=7)], data=data).metrics.keys() == {"f1"}
+
+
+def test_the_best_is_kept_by_a_figure_of_a_mapping_that_the_trial_could_not_compute(tmp_path: Path) -> None:
+    def both(values: Any) -> dict[str, float]:
+        return {"first": float(values[5]), "last": float(values[9])}  # the trial has fewer values
+
+    metric = metrics.collected(lambda output, batch: batch[0][:, 0], both)
+    given = mh.Validation(data=DATA, metrics=[metric], patience=2, watch="both.last:max")
+    recipe = recipe_of(validation=given)
+    summary = mh.train(recipe, steps=1, run_dir=tmp_path, keep_best="validation.both.first:max", show=False)
+    assert summary.best["validation.both.first:max"]["value"] == float(SAMPLES[5, 0])
+    with pytest.raises(ConfigError, match=r"there is no figure validation\.both\.fist"):
+        mh.train(recipe, steps=1, run_dir=tmp_path / "other", keep_best="validation.both.fist:max", show=False)
 
 
 def test_collected_values_are_copies() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any

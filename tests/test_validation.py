@@ -422,7 +422,25 @@ def test_patience_that_is_changed_takes_effect_when_a_run_goes_on(tmp_path: Path
         return mh.train(recipe, steps=6, run_dir=tmp_path, show=False).steps
 
     assert [steps(patience) for patience in (1, 3, 2, None)] == [2, 4, 4, 6]
+    texts = [f"{count} validations without a better loss:min by 0" for count in (1, 3, 2)] + ["none"]
+    changed = [each for each in RunDirectory(tmp_path).read_events() if each["event"] == "patience changed"]
+    assert [(each["step"], each["before"], each["after"]) for each in changed] == [
+        (2, texts[0], texts[1]),
+        (4, texts[1], texts[2]),
+        (4, texts[1], texts[3]),  # no step was made, and no checkpoint written, with a patience of 2
+    ]
     assert [step for step, _ in validations_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_validation_of_an_end_does_not_count_for_patience_if_the_run_goes_on(tmp_path: Path) -> None:
+    def steps(run: str, steps: int) -> int:
+        losses = [9.0, 9.0, 1.0, 9.0, 0.9, 2.0, 0.95, 9.0, 0.97, 0.98, 0.99]
+        recipe = scripted(losses, every="2 steps", patience=2)
+        return mh.train(recipe, steps=steps, run_dir=tmp_path / run, show=False).steps
+
+    assert steps("whole", 10) == 8
+    assert [steps("parts", end) for end in (3, 5, 10)] == [3, 5, 8]
+    assert [step for step, _ in validations_of(tmp_path / "parts")] == [2, 3, 4, 5, 6, 8]
 
 
 def test_the_state_before_the_first_step_may_be_the_best(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ def _line(event: dict[str, Any]) -> str:
         return f"started over: {f'the record before is in {earlier}' if earlier else 'there was no record before'}"
     if kind == "amended":
         return f"amended: from step {event.get('step')} on, {event.get('key')} = {event.get('value')}"
+    if kind == "patience changed":
+        return f"the patience of {event.get('set')} changed: {event.get('after')}; before: {event.get('before')}"
     if kind == "skipped":
         return f"step {event.get('step')} was skipped"
     if kind == "failed":

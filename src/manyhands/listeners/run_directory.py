@@ -280,7 +280,7 @@ class RunDirectory:
         """Append an event to events.jsonl, with the time in seconds since the epoch and `facts`. Raises ConfigError.
 
         event: "started over", "started", "saved", "not saved", "not recorded", "amended", "skipped", "failed",
-        "hosts changed", "stopped early", "listener failed", "not sent", "ended" or "stopped".
+        "hosts changed", "patience changed", "stopped early", "listener failed", "not sent", "ended" or "stopped".
         """
         _append(self.path / "events.jsonl", {"seconds": time.time(), "event": event, **facts})
 

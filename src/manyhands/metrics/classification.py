@@ -13,6 +13,7 @@ from torch import Tensor
 from manyhands.errors import ConfigError
 from manyhands.metrics.metric import Figure, Measured, Metric, Totals, ratio
 from manyhands.metrics.predictions import Classes, ClassPicker, Pick, counting, output_and_labels
+from manyhands.options import whole_number
 
 AVERAGES = ("macro", "micro", "weighted", "binary", "none")
 
@@ -95,6 +96,16 @@ def _counts_per_class(of: Classes) -> dict[str, Tensor]:
     return {"hits": count(of.true[of.predicted == of.true]), "predicted": count(of.predicted), "true": count(of.true)}
 
 
+def _check_positive(name: str, positive: int, classes: int | None) -> None:
+    """Raise ConfigError if `positive` is not a class. classes: their number, if it is known."""
+    number = whole_number(positive)
+    if number is None or number < 0 or (classes is not None and number >= classes):
+        last = "" if classes is None else f" and less than {classes}"
+        raise ConfigError(
+            f"{name}: positive is not a class", expected=f"an integer of at least 0{last}", got=repr(positive)
+        )
+
+
 def _averaged(
     name: str,
     average: str,
@@ -105,6 +116,12 @@ def _averaged(
     """Return a metric of numerators and denominators per class. A class without a denominator is absent."""
     if average not in AVERAGES:
         raise ConfigError(f"{name} has an unknown average", expected=f"one of {', '.join(AVERAGES)}", got=repr(average))
+    if average != "binary" and positive != 1:
+        raise ConfigError(
+            f'{name}: positive has no effect without average="binary"',
+            got=f"average={average!r}, positive={positive!r}",
+        )
+    _check_positive(name, positive, picker.classes)
 
     def figure(totals: Totals) -> Figure:
         hits, predicted, true = totals["hits"], totals["predicted"], totals["true"]
@@ -116,6 +133,7 @@ def _averaged(
         if average == "none":
             return {str(number): value for number, value in enumerate(each)}
         if average == "binary":
+            _check_positive(name, positive, len(each))
             return each[positive]
         # A class that is in neither the labels nor the predictions is absent, so that `classes` may be larger than
         # needed. For a class that is in one of them, but has no denominator, the figure is 0.

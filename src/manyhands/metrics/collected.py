@@ -45,18 +45,24 @@ class Collected:
             )
         kind = "mapping" if isinstance(picked, Mapping) else "tuple" if isinstance(picked, tuple) else "single"
         fields = [
-            pa.field(name, array.type, metadata={"array": str(int(not isinstance(column, list)))})
+            pa.field(name, array.type, metadata={"array": "" if isinstance(column, list) else str(column.dtype)})
             for (name, column), array in zip(columns.items(), arrays, strict=True)
         ]
         return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields, metadata={"kind": kind}))
 
-    def check_size(self, num_bytes: int, samples: int) -> None:
-        """Raise ConfigError if the values take too much memory. num_bytes: of all `samples`, projected or collected."""
+    def check_size(self, num_bytes: int, samples: int | None = None) -> None:
+        """Raise ConfigError if the values take too much memory.
+
+        num_bytes: of all `samples`, projected; or of the values that are collected so far.
+        """
         if num_bytes > self._max_bytes:
+            got = "before the end"
+            if samples is not None:
+                got = f"{format_bytes(num_bytes // samples)} for each of {samples:,} samples"
             raise ConfigError(
                 f"the metric {self.name} would collect too much",
                 expected=f"at most {format_bytes(self._max_bytes)}",
-                got=f"{format_bytes(num_bytes)}: {format_bytes(num_bytes // samples)} for each of {samples:,} samples",
+                got=f"{format_bytes(num_bytes)}: {got}",
                 hint="pick less per sample, for example the class with the largest score instead of all scores; or "
                 "raise max_bytes, or use fewer samples",
             )
@@ -84,8 +90,8 @@ class Collected:
         if isinstance(column, np.ndarray):
             if column.ndim == 1:
                 return pa.array(column)
-            if column.ndim > 1 and column.dtype.kind in "iuf" and len(column):
-                return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(column))
+            if column.ndim > 1 and column.dtype.kind in "iufb":
+                return _tensors(column.astype(np.uint8) if column.dtype.kind == "b" else column)
         elif isinstance(column, list):
             try:
                 return pa.array(column)
@@ -137,11 +143,22 @@ def _as_array(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
+def _tensors(array: np.ndarray) -> pa.Array:
+    """Return an array [n, ...] as n tensors. Arrow's own function refuses arrays without rows."""
+    if len(array):
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(array))
+    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(array.dtype), array.shape[1:])
+    return pa.ExtensionArray.from_storage(kind, pa.array([], type=kind.storage_type))
+
+
 def _values(field: pa.Field, column: pa.ChunkedArray) -> Any:
-    if (field.metadata or {}).get(b"array") != b"1":
+    dtype = (field.metadata or {})[b"array"].decode()
+    if not dtype:
         return column.to_pylist()
     if isinstance(field.type, pa.FixedShapeTensorType):
-        return np.concatenate([chunk.to_numpy_ndarray() for chunk in column.chunks])
+        chunks = [chunk.to_numpy_ndarray() for chunk in column.chunks if len(chunk)]
+        empty = np.empty((0, *field.type.shape), dtype=field.type.value_type.to_pandas_dtype())
+        return np.concatenate([empty, *chunks]).astype(dtype, copy=False)
     return column.to_numpy()
 
 

@@ -54,6 +54,7 @@ class Tally:
         self._sums: dict[int, np.ndarray] = {}  # of this worker, by micro-batch, since the last exchange
         self._total, self._counts = np.zeros(0), np.zeros(0, dtype=np.int64)
         self._rows: list[tuple[int, str, pa.RecordBatch]] = []
+        self._bytes = dict.fromkeys(self._collected, 0)  # of the values that this worker stores
         self._all_rows: dict[str, list[pa.RecordBatch]] = {name: [] for name in self._collected}
 
     def add(self, micro_batch: int, measured: Measured, of_loss: Mapping[str, Totals]) -> None:
@@ -76,10 +77,12 @@ class Tally:
         for name, collected in self._collected.items():
             with _explained(name, where):
                 rows = collected.rows(measured)
-                if micro_batch == 0:
-                    # Projected from the first micro-batch only, on whatever worker. `exchange` checks the real size.
+                if micro_batch == 0:  # projected from the first micro-batch only, on whatever worker
                     collected.check_size(rows.nbytes * self._samples // measured.samples, self._samples)
                 self._rows.append((micro_batch, name, rows))
+                # Later micro-batches may be larger than the first one, and there may be many before an exchange.
+                self._bytes[name] += rows.nbytes
+                collected.check_size(self._bytes[name])
         arrays = [
             (name, key, np.asarray(value)) for name in sorted(parts) for key, value in sorted(parts[name].items())
         ]
@@ -109,10 +112,11 @@ class Tally:
                 found = sorted((row for each in received for row in _unpacked(each)), key=lambda row: row[0])
                 for _, name, batch in found:
                     self._all_rows[name].append(batch)
-                for name, collected in self._collected.items():
-                    with _explained(name, self._where):
-                        collected.check_size(sum(batch.nbytes for batch in self._all_rows[name]), self._samples)
             self._rows = []
+            for name, collected in self._collected.items():
+                self._bytes[name] = sum(batch.nbytes for batch in self._all_rows[name])
+                with _explained(name, self._where):
+                    collected.check_size(self._bytes[name])
 
     def figures(self, tag: str) -> tuple[float | None, float, dict[str, Figure]]:
         """Return the mean loss, its weight, and the figures of the metrics. Collective. Raises ConfigError."""

@@ -127,7 +127,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         record.amend(given_amendments)
         record.resume(accept_new_numerics)
         of_best = [keep_best] if isinstance(keep_best, str) else keep_best
-        validations = Validations(engine, last, of_best, record.add_validation, record.report)
+        validations = Validations(engine, last, of_best, record.add_validation, record.report, record.event)
         record.notes += engine.epochs.described(last) + validations.described()
         record.begin(last, show, listeners)
         saver = Saver(record, interval, keep_checkpoints, keep_every)

@@ -53,8 +53,8 @@ class Validations:
     """The validations of a run. All methods are collective.
 
     steps: the number of steps of the run. keep_best: the figures whose best checkpoint is kept. record: called with
-    each evaluation. report: called with messages for people. last: the last evaluation of each set, and of each set
-    with the average of the weights, by name.
+    each evaluation. report: called with messages for people. event: called with the name of an event and its facts.
+    last: the last evaluation of each set, and of each set with the average of the weights, by name.
     """
 
     def __init__(
@@ -64,9 +64,10 @@ class Validations:
         keep_best: Sequence[str],
         record: Callable[[Evaluation], None],
         report: Callable[[str], None],
+        event: Callable[..., None] = lambda event, **facts: None,
     ) -> None:
         self._engine, self._steps, self._record, self._report = engine, steps, record, report
-        self._given = engine.recipe.validations
+        self._event, self._given = event, engine.recipe.validations
         self._keep_best = [Watched.parsed(text, "keep_best") for text in keep_best]
         self._patient = {
             name: (Watched.parsed(f"{name}.{each.watched}", f"{name}.watch"), each.patience)
@@ -108,9 +109,10 @@ class Validations:
         present step is the best, so that its checkpoint is to be kept; it may not be written yet. Raises ConfigError if
         the workers have different data, or if a figure that is watched doesn't exist.
         """
+        self._note_patience()
         if not self._given:
             return False
-        names: list[str] = []
+        values: dict[str, float | None] = {}
         for name, validation in self._given.items():
             agree(
                 self._engine.group,
@@ -120,7 +122,7 @@ class Validations:
             )
             for weights in validation.evaluated_weights:
                 trial = self._engine.validate(name, weights=weights, micro_batches=1)
-                names += trial.numbers
+                values |= trial.numbers
                 for metric, why in trial.not_computed.items():
                     self._report(
                         f"{trial.name}.{metric} can't be computed from the micro-batch that is tried first: {why}"
@@ -128,18 +130,29 @@ class Validations:
         wanted = [watched.name for watched in (*self._keep_best, *(each for each, _ in self._patient.values()))]
         wanted += [] if self._schedule_on is None else [self._schedule_on]
         for figure in wanted:
-            if figure not in names:
-                raise ConfigError(
-                    f"there is no figure {figure}",
-                    expected="the name of a figure of a validation",
-                    got=repr(figure),
-                    hint=nearest(figure, names),
-                )
+            _figure(figure, values)
         step = self._engine.step_index
         if self._engine.progress.get("validated") != step:
             given = self._given.items()
             self._validate({name: each for name, each in given if self._is_due(each, step) and (step or each.at_start)})
         return any(each["step"] == step for each in self.best.values())
+
+    def _note_patience(self) -> None:
+        """Record a patience that has changed since the last checkpoint, because it decides the number of steps."""
+        before = self._engine.progress.get("patience options", {})
+        now = {
+            name: f"{each.patience} validations without a better {each.watched} by {each.min_improvement:g}"
+            for name, each in self._given.items()
+            if each.patience is not None
+        }
+        if self._engine.step_index:
+            for name in dict.fromkeys([*before, *now]):
+                if before.get(name) != now.get(name):
+                    old, new = before.get(name, "none"), now.get(name, "none")
+                    self._event("patience changed", step=self._engine.step_index, set=name, before=old, after=new)
+                    self._report(f"the patience of {name} has changed: {new}; it was: {old}")
+        if before or now:
+            self._engine.progress["patience options"] = now
 
     def after_step(self) -> bool:
         """Make the validations that are due. Return True if the checkpoint of this step is to be kept as the best."""
@@ -170,33 +183,37 @@ class Validations:
         best = progress.setdefault("best", {})
         is_best = False
         for watched in self._keep_best:
-            before = best.get(str(watched))
-            if watched.name in values and watched.is_better(values[watched.name], before and before["value"]):
-                best[str(watched)] = {"step": self._engine.step_index, "value": values[watched.name]}
-                is_best = True
-        self._advance_schedules(values)
+            if watched.name.partition(".")[0] in due:
+                before, value = best.get(str(watched)), _figure(watched.name, values)
+                if watched.is_better(value, before and before["value"]):
+                    best[str(watched)] = {"step": self._engine.step_index, "value": value}
+                    is_best = True
+        if self._engine.recipe.validation_of_schedule in due:
+            self._advance_schedules(values)
         for name, validation in due.items():
-            if validation.patience is not None:
+            # A validation that is made only because the run ends must not count, as for schedules.
+            if validation.patience is not None and self._is_regular(validation, self._engine.step_index):
                 self._count_for_patience(name, validation, values)
         return is_best
 
     def _advance_schedules(self, values: dict[str, float | None]) -> None:
-        """Give the schedules the figure that they need, if it is among the values.
+        """Give the schedules the figure that they need.
 
         A validation that is made only because the run ends must not count: if the run goes on later, it has to have the
         same learning rates as a run that was longer from the start.
         """
-        name, validation = self._schedule_on, self._given.get(self._engine.recipe.validation_of_schedule)
-        if name in values and validation is not None and self._is_regular(validation, self._engine.step_index):
-            self._engine.advance_schedules(values[name])
+        validation = self._given[self._engine.recipe.validation_of_schedule]
+        if self._schedule_on is not None and self._is_regular(validation, self._engine.step_index):
+            self._engine.advance_schedules(_figure(self._schedule_on, values))
 
     def _count_for_patience(self, name: str, validation: Validation, values: dict[str, float | None]) -> None:
         """Count the validations since the watched figure has improved. `stop_reason` compares them with `patience`."""
         watched, _ = self._patient[name]
         states = self._engine.progress.setdefault("patience", {})
         state: dict[str, Any] = states.setdefault(str(watched), {"value": None, "without": 0})
-        if watched.is_better(values[watched.name], state["value"], validation.min_improvement):
-            state |= {"value": values[watched.name], "without": 0}
+        value = _figure(watched.name, values)
+        if watched.is_better(value, state["value"], validation.min_improvement):
+            state |= {"value": value, "without": 0}
         else:
             state["without"] += 1
 
@@ -205,3 +222,21 @@ class Validations:
         """Return the step and the value of the best checkpoint for each figure of keep_best."""
         found: dict[str, dict[str, Any]] = self._engine.progress.get("best", {})
         return {name: found[name] for name in map(str, self._keep_best) if name in found}
+
+
+def _figure(name: str, values: dict[str, float | None]) -> float | None:
+    """Return a figure by its name. Return None if the metric that has it could not be computed.
+
+    values: the numbers of evaluations, by their full names. Raises ConfigError if there is no such figure.
+    """
+    part = name
+    while part:
+        if part in values and (part == name or values[part] is None):
+            return values[part]
+        part = part.rpartition(".")[0]
+    raise ConfigError(
+        f"there is no figure {name}",
+        expected="the name of a figure of a validation",
+        got=repr(name),
+        hint=nearest(name, values),
+    )
