@@ -174,9 +174,9 @@ def test_generators_are_not_seeded_outside_of_steps() -> None:
 )
 def test_draws_from_python_are_detected(draw: Callable[[], object], reads_memory: bool) -> None:
     detector = DrawDetector()
-    assert detector._python_address is not None
+    assert detector._python is not None
     if not reads_memory:
-        detector._python_address = None
+        detector._python = None
     with preserved_generators():
         before = detector.marks()
         assert detector.marks() == before

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhands.numerics.counters import derive
+from manyhands.numerics.counters import derive, deriving
 from manyhands.numerics.seeds import preserved_generators, seed_generators
 
 counters = st.lists(st.one_of(st.integers(), st.text()), max_size=4)
@@ -30,6 +30,7 @@ def test_derived_seeds_never_change() -> None:
     assert derive(0) == 8_831_920_809_871_563_824
     assert derive(7, "compute", 3, 1) == 3_569_116_692_197_316_867
     assert derive(7, "data", 3, 1) != derive(7, "compute", 3, 1)
+    assert deriving("compute", 3, 1)(7) == 3_569_116_692_197_316_867
 
 
 @given(st.integers(), counters, st.integers(), counters)

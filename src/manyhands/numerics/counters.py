@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,14 +27,25 @@ def derive(seed: int, *counters: int | str) -> int:
     number is the same on every machine and in every version of Python, numpy and torch.
     Raises TypeError for a counter that is neither an integer nor a string.
     """
-    encoded = bytearray(_DOMAIN)
-    for counter in (seed, *counters):
+    return deriving(*counters)(operator.index(seed))
+
+
+def deriving(*counters: int | str) -> Callable[[int], int]:
+    """Return a function of the seed that computes `derive(seed, *counters)`, with the counters already encoded."""
+    encoded = bytearray()
+    for counter in counters:
         if isinstance(counter, str):
             text = counter.encode()
             encoded += b"s%d:%b;" % (len(text), text)
         else:
             encoded += b"i%d;" % operator.index(counter)
-    return int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big") >> 1
+    after = bytes(encoded)
+
+    def derived(seed: int) -> int:
+        digest = hashlib.sha256(b"%bi%d;%b" % (_DOMAIN, seed, after)).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+    return derived
 
 
 def words_at(seed: int, purpose: str, partition: int, start: int, count: int) -> NDArray[np.uint64]:

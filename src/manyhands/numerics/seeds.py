@@ -72,26 +72,30 @@ class DrawDetector:
 
     def __init__(self) -> None:
         self._generator: Any = None
-        self._address = 0
-        self._python_address = _address_of_python_state()
+        address = _address_of_python_state()
+        self._python = None if address is None else _Words.from_address(address)  # the index, and the first two words
 
     def marks(self) -> tuple[object, object]:
         """Return a mark of Python's generator and one of numpy's. A draw changes the generator's mark."""
-        return self._python_state(), self._numpy_state()
-
-    def _python_state(self) -> object:
-        # The index counts the draws since all words were last replaced. words[0] has few values, so use words[1].
-        if self._python_address is None:
-            _, words, gauss = random.getstate()
-            return words[-1], words[1], gauss
-        return ctypes.string_at(self._python_address, 12), _PYTHON.gauss_next  # the index, and two words
-
-    def _numpy_state(self) -> bytes:
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if generator is not self._generator:
-            self._generator, self._address = generator, generator.ctypes.state_address
-        return ctypes.string_at(self._address, 625 * 4)  # MT19937's 624 words and its position
+            address = generator.ctypes.state_address  # of MT19937's 624 words, and its position
+            self._generator = generator
+            self._numpy = _Words.from_address(address), ctypes.c_int.from_address(address + 624 * 4)
+        words, position = self._numpy
+        return self._python_mark(), (words.raw, position.value)
 
+    def _python_mark(self) -> object:
+        if self._python is None:
+            _, all_words, gauss = random.getstate()
+            return all_words[-1], all_words[1], gauss
+        return self._python.raw, _PYTHON.gauss_next
+
+
+_Words = ctypes.c_char * 12
+"""Three words of a generator's state. The position counts the draws since all words were last replaced. The first word
+has few values, so a mark needs the second one, too.
+"""
 
 _PYTHON: Any = getattr(random.seed, "__self__", None)
 """The generator of the functions of Python's `random`."""

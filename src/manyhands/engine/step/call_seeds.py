@@ -12,12 +12,12 @@ is followed by the same seed as the original call, and calls don't have to be co
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from manyhands.numerics.counters import derive
+from manyhands.numerics.counters import deriving
 from manyhands.numerics.seeds import DrawDetector, seed_generators, seed_numpy, seed_torch
 
 
@@ -35,6 +35,7 @@ class CallSeeds:
         self._seeded: set[tuple[str, int]] = set()  # the calls of this micro-batch: name, and seed at the start
         self._seed = 0
         self._marks: tuple[object, object] = (None, None)
+        self._deriving: dict[str, Callable[[int], int]] = {}  # functions that derive the seed after a call, by name
 
     @contextmanager
     def micro_batch(self, seed: int) -> Iterator[None]:
@@ -71,7 +72,9 @@ class CallSeeds:
         # If another hook raised an error before the forward, there was no `enter`.
         if not self._in_progress or not self._in_progress.pop():
             return
-        seed = derive(self._seed, "unit call", name)
+        if name not in self._deriving:
+            self._deriving[name] = deriving("unit call", name)
+        seed = self._deriving[name](self._seed)
         seed_torch(seed)
         python, numpy = self._detector.marks()
         if python != self._marks[0]:
