@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 PRECISIONS = ("fp32", "bf16")
-
 DEVICES = ("cpu", "cuda")
-
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 
 OFFLOADS = ("none", "cpu", "disk")
@@ -294,8 +292,7 @@ class Recipe:
         default=None,
         choices=OPTIMIZER_KINDS,
         help="For an optimizer that is not part of torch: elementwise (the update of an element depends on that "
-        "element "
-        "only) or per-parameter (the update of a parameter depends on that parameter only).",
+        "element only) or per-parameter (the update of a parameter depends on that parameter only).",
     )
     name: str = option(default="run", in_toml=False, help="The recipe's name.")
     source: str | None = option(
