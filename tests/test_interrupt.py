@@ -125,6 +125,7 @@ def test_a_run_stopped_during_start_up_reports_that_there_is_no_checkpoint(
     assert ended.returncode == 130
     assert ended.stdout == ""
     assert re.fullmatch(
+        r"starting 2 workers \.\.\.\n"
         rf"the run was stopped by {number.name}; its workers exited\n"
         r"  where: there is no checkpoint: no step was completed\n",
         ended.stderr,
