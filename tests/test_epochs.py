@@ -21,7 +21,7 @@ from manyhands.documents.recipe_file import check_recipe
 from manyhands.errors import CheckpointError, ConfigError, DataError
 from manyhands.listeners.run_directory import RunDirectory
 from support.threads import run_threads
-from test_recipe_file import RECIPE
+from test_recipe_file import MODULE, RECIPE
 
 ROWS = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
 
@@ -103,11 +103,12 @@ def test_errors_name_the_samples_of_short_steps() -> None:
 def test_the_launcher_names_samples_only_if_it_knows_them(tmp_path: Path) -> None:
     """It doesn't read the data, on whose size the samples of later epochs depend."""
     (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "tiny.py").write_text(MODULE)
     described = {
         end: describer_of_samples(check_recipe(tmp_path / "recipe.toml", [f"epoch_end={end}"]))(5, 1)
         for end in ("join", "short", "drop")
     }
-    assert described == {"join": "samples 42 to 43 in the run's order", "short": "", "drop": ""}
+    assert described == {"join": "samples 34 to 35 in the run's order", "short": "", "drop": ""}
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "zero3"])

@@ -32,7 +32,9 @@ from test_faults import PATIENT, SUPPORT
 from test_rendezvous import can_be_reached, wait_until
 
 WITHOUT_PICKLE = """
-import _pickle, pickle, runpy, sys
+import _pickle, contextlib, pickle, runpy, sys
+with contextlib.suppress(ImportError):
+    import dill  # torch imports it if it is installed, and its own import needs an unpickler to derive from
 def refuse(*arguments, **options):
     raise RuntimeError("the launcher unpickled something")
 for module in (pickle, _pickle):

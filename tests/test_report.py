@@ -209,7 +209,7 @@ def test_progress_drops_figures_that_do_not_fit(width: int, metrics: dict[str, f
     console = Console(file=file, force_terminal=True, force_interactive=True, width=width, color_system=None)
     bar = TrainingProgress(console)
     bar.began({"step": 99_990, "steps": 123_456})
-    bar.step(replace(step_metrics(0), step=99_999, metrics=metrics), [])
+    bar.step(replace(step_metrics(1), step=99_999, metrics=metrics), [])
     last = [line for line in file.getvalue().splitlines() if "99999/123456" in line][-1].rpartition("\r")[2]
     bar.ended(summary())
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", last)
@@ -224,7 +224,7 @@ def test_progress_drops_figures_that_do_not_fit(width: int, metrics: dict[str, f
 
 
 def test_the_unit_of_the_throughput_is_the_one_of_the_data() -> None:
-    tokens = step_metrics(0)
+    tokens = step_metrics(1)
     for metrics, unit, rate in (
         (tokens, "tokens", 2000.0),
         (replace(tokens, weighted=False, weight=4.0), "samples", 8.0),
