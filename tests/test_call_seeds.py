@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import manyhands as mh
 from manyhands.engine.step.hooks import around_forward
 from manyhands.engine.units.unit_plan import called_units
+from manyhands.models.modes import silent_in_evaluation
 from manyhands.numerics.seeds import DrawDetector, generators_state, preserved_generators, restore_generators
 from oracle import oracle_run
 from support.models import gpt_recipe, next_token_loss
@@ -282,3 +283,25 @@ def test_the_seed_behind_a_call_never_changes() -> None:
 
     train_with_engine(gpt_recipe(loss=loss), mh.Strategy(), steps=1)
     assert seeds[0] == 6_131_440_145_364_523_271
+
+
+def test_modules_of_torch_draw_nothing_in_evaluation_mode_except_for_some() -> None:
+    """Nothing is seeded after the calls of these modules in evaluations."""
+
+    class Noise(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return value + torch.rand(())
+
+    model = nn.Sequential(
+        nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.ReLU(), Noise()), nn.FractionalMaxPool2d(2, 3)
+    )
+    assert silent_in_evaluation(model) == {"0", "1", "2.0"}
+    quiet = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout2d(), nn.RReLU(), nn.MultiheadAttention(4, 2)
+    )
+    model = quiet.eval()
+    state = torch.get_rng_state()
+    model[:4](torch.zeros(1, 3, 8, 8))
+    model[4](*[torch.zeros(2, 1, 4)] * 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(silent_in_evaluation(model)) == len(dict(model.named_modules()))

@@ -15,7 +15,7 @@ from manyhands.engine.units.unsharding import Unsharder
 from manyhands.models.attributes import AttributeGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32
 from manyhands.models.compiling import CompiledModules
-from manyhands.models.modes import ensure_evaluation_mode, evaluation_mode
+from manyhands.models.modes import ensure_evaluation_mode, evaluation_mode, silent_in_evaluation
 from manyhands.numerics.arithmetic import preserved_arithmetic
 from manyhands.numerics.seeds import preserved_generators
 
@@ -43,6 +43,7 @@ class EvaluationMode:
         self._model, self._group, self._buffers, self._attributes = model, group, buffers, attributes
         self._unsharder, self._call_seeds, self._compiled = unsharder, call_seeds, compiled
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in model.parameters())
+        self._silent = silent_in_evaluation(model)
         self._put_back: Callable[[], bool] | None = None  # sets attributes back; None if forward changes none
         self.is_active = False
         self.failed: BaseException | None = None
@@ -75,7 +76,7 @@ class EvaluationMode:
             yield
         else:
             ensure_evaluation_mode(self._model)  # the previous micro-batch may have left some modules in training mode
-            with preserved_arithmetic(), self._call_seeds.micro_batch(seed), self._compiled.computing():
+            with preserved_arithmetic(), self._call_seeds.micro_batch(seed, self._silent), self._compiled.computing():
                 yield
             if self._put_back is not None and not self._put_back():
                 self._put_back = None  # comparing attributes takes longer than a small forward pass

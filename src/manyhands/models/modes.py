@@ -45,6 +45,17 @@ def ensure_evaluation_mode(model: nn.Module) -> None:
         model.eval()
 
 
+def silent_in_evaluation(model: nn.Module) -> frozenset[str]:
+    """Return the names of the modules that draw no random numbers in evaluation mode: those made of torch's own."""
+    silent = {name for name, module in model.named_modules() if _is_silent(module)}
+    return frozenset(name for name in silent if all(map(_is_silent, model.get_submodule(name).modules())))
+
+
+def _is_silent(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__module__.startswith("torch.nn.modules.") and not kind.__name__.startswith("FractionalMaxPool")
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set all modules to evaluation mode in a context. At its end, the mode of each module is restored."""

@@ -31,6 +31,7 @@ class CallSeeds:
     def __init__(self) -> None:
         self._detector = DrawDetector()
         self._active = False
+        self._silent: frozenset[str] = frozenset()
         self._in_progress: list[bool] = []  # for each call that has begun, whether generators are seeded after it
         self._seeded: set[tuple[str, int]] = set()  # the calls of this micro-batch: name, and seed at the start
         self._seed = 0
@@ -38,10 +39,13 @@ class CallSeeds:
         self._deriving: dict[str, Callable[[int], int]] = {}  # functions that derive the seed after a call, by name
 
     @contextmanager
-    def micro_batch(self, seed: int) -> Iterator[None]:
-        """Seed all generators with `seed`, and seed them after each call in this block."""
+    def micro_batch(self, seed: int, silent: frozenset[str] = frozenset()) -> Iterator[None]:
+        """Seed all generators with `seed`, and seed them after each call in this block.
+
+        silent: names of units that draw no random numbers in this block. Nothing is seeded after their calls.
+        """
         seed_generators(seed)
-        self._active = True
+        self._active, self._silent = True, silent
         try:
             yield
         finally:
@@ -51,7 +55,7 @@ class CallSeeds:
 
     def enter(self, name: str) -> None:
         """Note the start of the forward of the unit of this name."""
-        if not self._active or torch.compiler.is_compiling():
+        if not self._active or name in self._silent or torch.compiler.is_compiling():
             return
         outermost = not self._in_progress  # a unit that another unit calls is a part of that unit
         if outermost:
@@ -67,7 +71,7 @@ class CallSeeds:
 
     def leave(self, name: str, _: object) -> None:
         """Note the end of the forward of the unit of this name, and seed the generators."""
-        if not self._active or torch.compiler.is_compiling():
+        if not self._active or name in self._silent or torch.compiler.is_compiling():
             return
         # If another hook raised an error before the forward, there was no `enter`.
         if not self._in_progress or not self._in_progress.pop():
