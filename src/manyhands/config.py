@@ -49,7 +49,7 @@ TRANSPORTS = ("auto", "shared-memory", "distributed", "hierarchical")
 
 @options
 class Batch:
-    """The division of one step's samples into micro-batches. It decides the bits, and the number of workers doesn't.
+    """The division of one step's samples into micro-batches. It decides the bits; the number of workers does not.
 
     Each virtual worker adds the gradients of `accumulate` micro-batches in order. Then a binary tree adds the sums of
     the virtual workers. Raises ConfigError.
@@ -189,8 +189,8 @@ class Recipe:
     epoch_end: str = option(
         default="join",
         choices=EPOCH_ENDS,
-        help="The end of an epoch. join: a step may take its last samples from the next epoch; short: the last step of "
-        "an epoch has the rest; drop: the rest is left out.",
+        help="The end of an epoch. join: a step may take its last samples from the next epoch; short: the last step "
+        "of an epoch may have fewer samples; drop: the samples that don't fill a step are left out.",
     )
     order: Any = option(
         default="random",
@@ -207,8 +207,8 @@ class Recipe:
     validation: Validation | Mapping[str, Validation] | None = option(
         default=None,
         in_toml=False,
-        help="A manyhands.Validation, or several by name. Figures are called validation.loss, or after the name. It is "
-        "not a part of what a checkpoint must share with a run, because it changes no bit of the training.",
+        help="A manyhands.Validation, or several by name. A single one is named validation, so that its loss is "
+        "validation.loss. A run may resume with other validations, because they change no bit of the training.",
     )
     average: Average | None = option(
         default=None,
@@ -229,7 +229,7 @@ class Recipe:
     )
     schedule_on: str | None = option(
         default=None,
-        help="For ReduceLROnPlateau: a figure, such as validation.loss. The validation is then a part of the recipe.",
+        help="The figure that ReduceLROnPlateau watches, such as validation.loss. Its validation then decides bits.",
     )
     collate: Callable[[list[Any]], Any] | None = option(
         default=None, in_toml=False, help="Makes a batch from a list of samples. None: torch's default_collate."
@@ -248,8 +248,8 @@ class Recipe:
     attributes: Mapping[str, str] = option(
         default_factory=dict,
         help="Patterns of names of modules' attributes that forward changes, and what to do with these attributes: "
-        "restore (before every micro-batch, the value at the start of the step) or keep (no result depends on them). "
-        "Other attributes that carry values between micro-batches are refused.",
+        "restore (every micro-batch begins with the value from the start of the step) or keep (no result depends on "
+        "them). Other attributes that carry values between micro-batches are refused.",
     )
     fractional_weights: bool = option(
         default=False,
@@ -264,8 +264,8 @@ class Recipe:
     )
     eval_modules: tuple[str, ...] = option(
         default=(),
-        help='Names of modules, or patterns ("backbone.*"), that stay in evaluation mode while training, with the '
-        "modules in them: their batch norms use and keep their running statistics, and their dropout is off.",
+        help='Names of modules, or patterns ("backbone.*"), that stay in evaluation mode while training, together '
+        "with their submodules: their batch norms use and keep their running statistics, and their dropout is off.",
     )
     clip_norm: float | None = option(
         default=None,
@@ -280,8 +280,7 @@ class Recipe:
     threads_per_worker: int = option(
         default=1,
         at_least=1,
-        help="The number of torch threads in a worker. Part of the recipe, because it changes the bits of matrix "
-        "products.",
+        help="The number of torch threads in a worker. Part of the recipe, because it changes the bits of products.",
     )
     device: str = option(
         default="cpu",
@@ -338,7 +337,7 @@ class Recipe:
                 )
         if self.compile and self.device != "cpu":
             raise ConfigError(
-                "recipe.compile is supported on the CPU only: on a GPU no test shows that the bits stay the same",
+                "recipe.compile is supported on the CPU only: no test shows yet that the bits stay the same on a GPU",
                 expected="device = cpu, or compile = false",
                 got=f"device = {self.device}",
             )
@@ -378,7 +377,7 @@ class Recipe:
 
     @property
     def stream(self) -> Stream | None:
-        """Return `data` as a stream, or None if they are a map-style data set."""
+        """Return `data` as a stream, or None if it is a map-style data set."""
         return stream_of("recipe.data", self.data)
 
     @property

@@ -16,7 +16,7 @@ FUNCTIONS = {
 
 
 def check_function(field: str, value: object) -> None:
-    """Raise ConfigError if a field of the recipe is an object where a function that makes it is expected."""
+    """Raise ConfigError if a field that expects a function holds something else, such as the model itself."""
     if field == "model" and hasattr(value, "named_parameters") and not isinstance(value, type):
         raise ConfigError(
             "recipe.model is a model, not a function that builds one",

@@ -81,7 +81,7 @@ class Period:
         return cls(steps=int(number)) if in_steps else cls(epochs=number)
 
     def ends_with(self, step: int, epochs_after: Callable[[int], Fraction]) -> bool:
-        """Return True if a period ends in the last of `step` steps.
+        """Return True if a period ends with step `step`.
 
         epochs_after: returns the number of epochs that are complete after a number of steps.
         """

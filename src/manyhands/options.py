@@ -80,7 +80,7 @@ class Option:
 def whole_number(value: object) -> int | None:
     """Return an integer of Python, NumPy or torch as an int; None for anything else, such as True or 2.0."""
     if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-        return None  # True is not meant as a number
+        return None  # Python counts True as an int, but nobody means it as a number
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -160,9 +160,9 @@ def console(*, stderr: bool = True) -> Console:
 def protect_output() -> None:
     """Replace `sys.stdout` and `sys.stderr` by streams that never raise, and that the user's `print` uses, too.
 
-    This is for processes whose program is ours: commands, workers of the train command, workers of data jobs.
-    Descriptors that were closed at the start are opened on /dev/null. Otherwise a file that is opened later, such as a
-    checkpoint, would have such a descriptor, and output would be written to it.
+    Call this only in processes that run a program of Manyhands: commands, workers of the train command, and workers of
+    data jobs. Descriptors that were closed at the start are opened on /dev/null. Otherwise a file that is opened later,
+    such as a checkpoint, would have such a descriptor, and output would be written to it.
     """
     for fd in (0, 1, 2):
         try:

@@ -43,7 +43,7 @@ class Validation:
     samples: int | None = option(
         default=None,
         at_least=1,
-        help="The number of samples to use, drawn once from the seed, at most all. None: all samples.",
+        help="The number of samples to use, drawn once with the seed; all if there are fewer. None: all samples.",
     )
     at_start: bool = option(default=False, help="Also validate before the first step.")
     weights: str = option(
