@@ -132,7 +132,7 @@ def test_weights_in_some_micro_batches_only_are_refused() -> None:
         calls[0] += 1
         return (loss * 2, 2) if calls[0] == 2 else loss
 
-    with pytest.raises(mh.ConfigError, match=r"another form than before(?s:.*)a scalar(?s:.*)\(sum, weight\)"):
+    with pytest.raises(mh.ConfigError, match=r"a different form than before(?s:.*)a scalar(?s:.*)\(sum, weight\)"):
         train_with_engine(with_result(make), mh.Strategy(), steps=1)
     calls[0] = 0
     made = [with_result(lambda loss, batch: loss), with_result(lambda loss, batch: (loss, {"mean": (loss, 1)}))]

@@ -126,8 +126,8 @@ HAPPENS: dict[str, tuple[Callable[[Late], None], str]] = {
     "a frozen parameter is made trainable": (unfreeze, "parameter 'frozen' was frozen when the engine was created"),
     "a buffer comes late": (late_buffer, "buffer 'cache' was registered after the engine was created"),
     "a buffer is removed": (no_buffer, "buffer 'statistics' was removed"),
-    "a buffer has another shape": (longer_buffer, "buffer 'statistics' has another shape or dtype"),
-    "a buffer has another dtype": (double_buffer, "buffer 'statistics' has another shape or dtype"),
+    "a buffer has another shape": (longer_buffer, "buffer 'statistics' has a different shape or dtype"),
+    "a buffer has another dtype": (double_buffer, "buffer 'statistics' has a different shape or dtype"),
 }
 
 

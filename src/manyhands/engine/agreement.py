@@ -26,7 +26,7 @@ from manyhands.offload.allocator import Allocator
 from manyhands.optim.sliced import SlicedOptimizer
 
 ORDER_PLACES = 256
-"""The number of places of the first epoch at which the samples of a user's order are compared."""
+"""The number of positions in the first epoch at which a user's order is compared."""
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, str]:
@@ -50,7 +50,7 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
         facts["eval_modules"] = ", ".join(sorted(set(recipe.eval_modules)))
     if recipe.epoch_end != "join":
         facts["epoch_end"] = recipe.epoch_end
-    # The average decides no bit of the training, but a run with another rule could not go on with the saved average.
+    # The average decides no bit of the training, but a run with another rule could not continue the saved average.
     if recipe.average_of_weights is not None:
         facts["average of the weights"] = str(recipe.average_of_weights)
     if recipe.schedule_on is not None:
@@ -65,14 +65,14 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
 
 
 def _places_of_order(recipe: Recipe) -> str:
-    """Return a hash of the samples that a user's function puts at some places of the first epoch.
+    """Return a hash of the samples that a user's order gives for some positions of the first epoch.
 
-    Its code is not compared, because it may call other code, and its bytecode depends on the version of Python.
+    The order's code is not compared, because it may call other code, and its bytecode depends on the version of Python.
     """
     places = sorted({number * 2_654_435_761 % len(recipe.data) for number in range(ORDER_PLACES)})  # spread evenly
     try:
         found = sample_order_of(recipe).at(places)
-    except Exception as error:  # loading the first step raises it again, and says where
+    except Exception as error:  # loading the first step raises the error again, with its position
         return f"which raises {type(error).__name__}"
     return f"samples {hashlib.sha256(str(found).encode()).hexdigest()[:16]}"
 

@@ -235,8 +235,8 @@ def check_scratch_space(
 ) -> None:
     """Check that the disk has space for what all workers add in the first step. Collective. Raises ConfigError.
 
-    The first step adds the optimizer's state and sums of gradients, and a later step the average of the weights. Master
-    weights and parameters already have files.
+    The first step adds the optimizer's state and sums of gradients, and a later step adds the average of the weights.
+    Master weights and parameters already have files.
     """
     if allocator.scratch is None:
         return

@@ -80,11 +80,12 @@ class StepEngine:
     run's numerics identity. clock: measures the phases of a step on every worker.
     trained: the (name, numel) of each trainable parameter, in the order of the block numbers. digest_names: the name
     and 32-bit words (see `words_of`) of each tensor that the digest covers, in order. data_facts: names and hashes of a
-    part of the data, which are compared before the first step. progress, extra_state: a part of checkpoints: the state
-    of the run's validations; and the user's own numbers, texts, and lists and dicts of them, which must be the same on
-    all workers. stream_position: returns from where this worker can read a stream on; empty without a stream. pending:
-    names of parameters whose values have yet to be loaded from the recipe's files. After loading, the fingerprints of
-    the frozen ones are added to `frozen_facts`. Raises the same ConfigError on all workers.
+    part of the data, which are compared before the first step. progress: the state of the run's validations, for
+    checkpoints. extra_state: the user's own numbers, texts, and lists and dicts of them, for checkpoints; they must be
+    the same on all workers. stream_position: returns the position from which this worker can continue to read a stream;
+    empty without a stream. pending: names of parameters whose values have yet to be loaded from the recipe's files.
+    After loading, the fingerprints of the frozen ones are added to `frozen_facts`. Raises the same ConfigError on all
+    workers.
     """
 
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:

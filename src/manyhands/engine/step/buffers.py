@@ -85,9 +85,9 @@ class Buffers:
 
     @property
     def rules_of_bits(self) -> dict[str, str]:
-        """Return, by buffer, the rules that give other bits than the default.
+        """Return, by buffer, the rules whose result differs from the default's.
 
-        "mean" is the default, and "refuse" gives an error but no other bits. A run can resume after its user has set
+        "mean" is the default, and "refuse" raises an error but changes no bit. A run can resume after its user has set
         or removed such rules.
         """
         return {name: rule for name, rule in self._rules.items() if rule == "last"}
@@ -114,7 +114,7 @@ class Buffers:
             before = self._start[name]
             if (buffer.shape, buffer.dtype) != (before.shape, before.dtype):
                 raise ConfigError(
-                    f"buffer {name!r} has another shape or dtype than at the start of the step",
+                    f"buffer {name!r} has a different shape or dtype than at the start of the step",
                     expected=f"{before.dtype}, shape {tuple(before.shape)}",
                     got=f"{buffer.dtype}, shape {tuple(buffer.shape)}",
                     hint=_HINT,

@@ -64,8 +64,8 @@ class CallSeeds:
             if torch._C._current_graph_task_id() == -1:
                 self._seeded.add(call)
             else:
-                # Backward recomputes a part of the model. The part may lie in a unit and call another unit: no seed
-                # followed that call in forward.
+                # Backward recomputes a part of the model. That part may lie inside a unit and call another unit. In
+                # forward, the generators were not seeded after that call.
                 outermost = call in self._seeded
         self._in_progress.append(outermost)
 

@@ -33,7 +33,7 @@ def on_gradients(
 
 
 def call_last(params: Iterable[nn.Parameter], hooks: Iterable[RemovableHandle]) -> None:
-    """Let the hooks of `on_gradients` be called after a parameter's other hooks, which may change its gradient.
+    """Move the hooks of `on_gradients` behind a parameter's other hooks, which may change its gradient.
 
     hooks: the handles, one for each parameter.
     """

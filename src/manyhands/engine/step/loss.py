@@ -25,7 +25,7 @@ Number = Tensor | float
 _EXPECTED = "a scalar tensor with a gradient, or (sum, weight), or (either of these, {name: (sum, weight)})"
 
 _ROUNDED_ABOVE = {"torch.bfloat16": 256, "torch.float16": 2048}
-"""For each type that can't hold all whole numbers: the number up to which it holds all of them."""
+"""For each dtype of low precision: the number up to which it represents every whole number."""
 
 
 class LossForm(NamedTuple):
@@ -80,7 +80,7 @@ class LossReader:
         form, read = _read(result, self._trains)
         if self._is_known and form != self.form:
             raise ConfigError(
-                "recipe.loss returned another form than before",
+                "recipe.loss returned a different form than before",
                 expected=_described(self.form),
                 got=_described(form),
                 hint="return a result of the same form in every micro-batch: micro-batches with and without weights "
@@ -198,7 +198,7 @@ def _metric(name: object, pair: object) -> tuple[Number, Number]:
         if wrong is None and isinstance(name, str) and name:
             return total, pair[1]
     raise ConfigError(
-        f"recipe.loss returned the metric {name!r} in another form than (sum, weight)",
+        f"recipe.loss returned the metric {name!r} in a form other than (sum, weight)",
         expected="a name and two numbers or scalar tensors, for example {'accuracy': (correct, len(batch))}",
         got=wrong or f"a name of type {type(name).__name__}",
         hint="for a mean over the micro-batch, return (mean * count, count)",

@@ -79,7 +79,9 @@ class StepMetrics:
 
     @property
     def unit(self) -> str:
-        """Return the unit of a step's throughput: "tokens" if the weight is a whole number, but not that of samples."""
+        """Return the unit of a step's throughput: "tokens" if the weight is a whole number other than the number of
+        samples, and otherwise "samples".
+        """
         return "tokens" if self.weighted and self.weight % 1 == 0 and self.weight != self.samples else "samples"
 
     @property
@@ -103,7 +105,7 @@ class PhaseClock:
     """Measures seconds and bytes by phase since `begin`. Phases don't nest.
 
     measured: [1, figures] the seconds by phase and the memory of the previous step; NaN before the first step.
-    of_workers: [workers, figures] the same of every worker, by rank.
+    of_workers: [workers, figures] the same figures for every worker, by rank.
     """
 
     def __init__(self, recorder: Recorder) -> None:

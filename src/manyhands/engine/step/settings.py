@@ -59,7 +59,7 @@ class Settings:
     def end_micro_batch(self) -> None:
         """Set `requires_grad` back, so that the next micro-batch starts with the values at the start of the step.
 
-        Raises ConfigError if forward has changed it in another way than in the step's previous micro-batch.
+        Raises ConfigError if forward has changed it differently than in the step's previous micro-batch.
         """
         pairs = zip(self._params.items(), self._trained, strict=True)
         changed = {name: param.requires_grad for (name, param), before in pairs if param.requires_grad != before}

@@ -21,7 +21,7 @@ It must be a multiple of BLOCK, because block norms are computed per run. Neithe
 PASS = 1 << 16
 """The number of elements that a CPU adds at a time during backward.
 
-Smaller parts than RUN are faster for these sums, which have few operations per element.
+Parts smaller than RUN are faster for these sums, which have few operations per element.
 """
 
 
@@ -46,9 +46,7 @@ class Scratch:
             self._free.append(buffer)
 
     def evict(self) -> None:
-        """Evict the buffers in use from memory to disk, if they are offloaded, because they aren't needed for a
-        while.
-        """
+        """Evict the buffers in use from memory to disk, if they are offloaded, because they will not be needed soon."""
         for buffer in self._in_use.values():
             self._allocator.evict(buffer)
 
@@ -127,7 +125,7 @@ class ShardSum:
         self._passes.run()
 
     def evict(self) -> None:
-        """Evict the partial sums to disk, if they are offloaded, because nothing will be added for a while."""
+        """Evict the partial sums to disk, if they are offloaded, because they will not be needed soon."""
         self._shard_scratch.evict()
 
     def defer(self, piece: Tensor, level: int | None = None) -> None:

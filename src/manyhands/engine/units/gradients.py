@@ -21,7 +21,7 @@ IN_FLIGHT = 2
 """The maximum number of all-to-alls of gradients in flight at a time, if each needs its own buffer."""
 
 RING_SLOTS = IN_FLIGHT + 1
-"""The number of slots: one more than all-to-alls in flight, so that the next unit can collect its gradients
+"""The number of slots: one more than the all-to-alls in flight, so that the next unit can collect its gradients
 meanwhile.
 """
 

@@ -40,7 +40,7 @@ NO_REQUEST = -1
 
 
 def _has_storage(leaf: object) -> TypeGuard[Tensor]:
-    """Return True if the tensor is in memory. torch.vmap passes tensors that aren't."""
+    """Return True if the tensor is in memory. torch.vmap passes tensors that are not."""
     return isinstance(leaf, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
 
 
@@ -324,7 +324,8 @@ class Unsharder:
     def end_evaluation(self) -> None:
         """Finish a round that was not a part of a step. Collective.
 
-        Its requests must not change the plan of the steps, or force the end of the next step to be a collective call.
+        The requests of this round must not change the plan of the steps. They must not make the end of the next step a
+        collective call, either.
         """
         self.end()
         self._plan_failed = False

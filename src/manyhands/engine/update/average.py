@@ -43,7 +43,7 @@ class WeightAverage:
         return None if average is None else average[within.start - unit.held.start : within.end - unit.held.start]
 
     def begin_step(self, step: int) -> None:
-        """Decide what the update of a step does. step: its number, counted from 1."""
+        """Decide whether a step begins or updates the average, and at which rate. step: its number, counted from 1."""
         if self._rule is not None:
             self._begins = not self.count and step > self._rule.start
             self.count += self._begins
@@ -55,7 +55,7 @@ class WeightAverage:
         self._begins, self._rate = False, None
 
     def prefetch(self, unit: Unit, within: Range) -> None:
-        """Announce that this part will be updated soon."""
+        """Start to read this part from disk if this step will update it."""
         average = self.of(unit, within)
         if average is not None and self._rate is not None and not self._begins:
             self._allocator.prefetch(average)
@@ -67,7 +67,10 @@ class WeightAverage:
             average.copy_(master)
 
     def after_update(self, unit: Unit, within: Range, master: Tensor, buffer: Tensor) -> None:
-        """Update the average of a part of a unit, if the step is due. buffer: is overwritten; as long as the part."""
+        """Update the average of a part of a unit, if the step is due.
+
+        buffer: as long as the part; it is overwritten.
+        """
         average = self.of(unit, within)
         if average is not None and self._rate is not None:
             torch.sub(master, average, out=buffer)
@@ -75,7 +78,7 @@ class WeightAverage:
         self.evict(unit, within)
 
     def exchange(self, unit: Unit, within: Range, master: Tensor, buffer: Tensor) -> None:
-        """Exchange the values of master weights and average. buffer: is overwritten; as long as the part."""
+        """Exchange the values of master weights and average. buffer: as long as the part; it is overwritten."""
         average = self.of(unit, within)
         if average is not None:
             buffer.copy_(master)
@@ -84,7 +87,7 @@ class WeightAverage:
         self.evict(unit, within)
 
     def evict(self, unit: Unit, within: Range) -> None:
-        """Evict a part to disk if it is stored there. Before the average has begun, the part was not used."""
+        """Evict a part to disk if it is stored there. Before the average begins, no part is in memory."""
         average = self.of(unit, within)
         if average is not None and self.count and self._allocator.on_disk:
             self._allocator.evict(average)

@@ -36,8 +36,8 @@ class StepHooks:
     def after(self, step_index: int, *, called: bool) -> None:
         """Call the hooks that run after the update of this step. Collective if they are called. Raises ConfigError.
 
-        called: True if any worker has hooks. If there are none, only note that a step was made, because schedules would
-        warn otherwise.
+        called: True if any worker has hooks. If no worker has hooks, only record that a step was made, because
+        schedules would warn otherwise.
         """
         if called:
             self._run(run_post_hooks, step_index)
