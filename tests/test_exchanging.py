@@ -48,8 +48,8 @@ def test_a_mean_has_the_same_bits_for_any_number_of_workers() -> None:
     [
         ("all_gather_json", [torch.zeros(2)], "that JSON can't hold exactly"),
         ("all_gather_json", [{"text": "x" * (1 << 20)}], "that is too large"),
-        ("mean", ["a", 1], "something else than a sum and a weight"),
-        ("mean", [torch.zeros(2), 1], "something else than a sum and a weight"),
+        ("mean", ["a", 1], "something other than a sum and a weight"),
+        ("mean", [torch.zeros(2), 1], "something other than a sum and a weight"),
         ("mean", [{0: 1.0}, {1: 1.0}], "sums and weights of different parts"),
         ("mean", [{0: 1.0}, 1.0], "sums and weights of different parts"),
     ],

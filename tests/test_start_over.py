@@ -99,7 +99,9 @@ def test_a_missing_newest_checkpoint_is_reported_and_a_run_without_any_begins_ag
     train(run, steps=3, checkpoint_every=1)
     shutil.rmtree(run / "checkpoints" / "step-00000003")
     train(run, steps=3)
-    assert "saved a checkpoint of step 3, which is not there" in (run / "logs" / "worker-0.log").read_text()
+    assert (
+        "the checkpoint of step 3, which the run has saved, is missing" in (run / "logs" / "worker-0.log").read_text()
+    )
     killed = tmp_path / "killed"  # before its first checkpoint
     train(killed)
     shutil.rmtree(killed / "checkpoints" / "step-00000002")

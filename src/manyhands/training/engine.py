@@ -62,8 +62,8 @@ class Engine(StepEngine):
     group: only for tests that run workers as threads. By default, the launcher's environment determines the group.
     resumes: True if a checkpoint will be loaded before the first step. In that case, only the frozen parameters are
     read from the recipe's initial weights, because the checkpoint lacks them.
-    weights_read_bytes: bytes of the recipe's initial weights that this worker has read. weights_source: where they come
-    from, with step and digest if it is a checkpoint of another run; None if they were not read.
+    weights_read_bytes: bytes of the recipe's initial weights that this worker has read. weights_source: where these
+    weights come from, with the step and digest if they are a checkpoint of another run; None if no weights were read.
     Raises ConfigError, DataError.
     """
 
@@ -79,7 +79,7 @@ class Engine(StepEngine):
         self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None
         self._stream: Iterator[LoadedBatch] | None = None
-        self._stream_at: StepBatch | None = None  # the step with which the stream goes on
+        self._stream_at: StepBatch | None = None  # the step at which the stream continues
         self._saving: Saving | None = None
         # zero3 shards parameters over all hosts, but a hierarchical group holds every parameter once per host. So
         # "auto" does not choose hierarchical groups for zero3.
@@ -115,19 +115,19 @@ class Engine(StepEngine):
         """Yield the data of each step, from the current step until `steps` steps are complete, or forever."""
         while steps is None or self.step_index < steps:
             if not self.data_facts and self.next_step not in self.amendments.skipped:
-                self._stream = None  # loading ends it
+                self._stream = None  # loading other samples would end it
                 self.data_facts = self._facts(self.step_index)
             yield StepBatch(self.next_step, steps)
 
     def _reading(self, batch: StepBatch) -> Iterator[LoadedBatch]:
         """Return the stream of micro-batches from this step on.
 
-        Its loader processes read ahead, so it goes on from step to step. A new one begins after an evaluation, after a
-        step that failed, and after a checkpoint was loaded.
+        Its loader processes read ahead, so one stream serves several steps. A new stream begins after an evaluation,
+        after a step that failed, and after a checkpoint was loaded.
         """
         if self._stream is None or self._stream_at != batch:
             self._stream = self._new_stream(self.step_index, batch.until)
-        self._stream_at = None  # until the step is complete
+        self._stream_at = None  # set again when the step is complete
         return self._stream
 
     def _new_stream(self, first: int, steps: int | None) -> Iterator[LoadedBatch]:
@@ -211,7 +211,7 @@ class Engine(StepEngine):
     ) -> Evaluation:
         """Evaluate the model on data between two steps, and return the figures, the same on every worker. Collective.
 
-        It leaves no trace in the training. All workers share the micro-batches, which this process loads itself. The
+        The training is not affected. All workers share the micro-batches, which this process loads itself. The
         arguments are those of `Validation`. name: the name of the figures; the random numbers of an evaluation depend
         on the seed, this name and the micro-batch only, so that evaluations after different steps are comparable.
         weights: "trained", or "ema" for the average of the weights. Raises ConfigError, DataError.
@@ -246,13 +246,13 @@ class Engine(StepEngine):
     def validate(self, name: str, *, weights: str | None = None, micro_batches: int | None = None) -> Evaluation:
         """Evaluate the model on one of the recipe's validations, by name. Collective. Raises ConfigError, DataError.
 
-        weights: "trained", or "ema" for the average of the weights; None: those of the validation, and the trained ones
-        if it asks for both. micro_batches: use only this many, for a trial.
+        weights: "trained", or "ema" for the average of the weights; None: the weights that the validation asks for, or
+        the trained ones if it asks for both. micro_batches: use only this many, for a trial.
         """
         loader, given = self._open_loader(), self.recipe.validations[name]
 
         def load(indices: Iterable[int]) -> Iterator[Any]:
-            self._stream = None  # loading ends it
+            self._stream = None  # loading other samples would end it
             return (loaded.batch for loaded in loader.stream(((0, index) for index in indices), name))
 
         held_out, metrics = loader.held_out[name], self._metrics[name]
@@ -268,10 +268,10 @@ class Engine(StepEngine):
     def mean(self, total: Numbers, weight: Numbers) -> float | None:
         """Return the sum of all workers' totals divided by the sum of their weights, or None if that is 0. Collective.
 
-        Sums are fp64, and are divided once. total, weight: this worker's, which are added in the order of the workers;
-        or mappings of the indices of parts (samples, micro-batches) to the part's total and weight. Parts are added in
-        the order of their indices, whichever worker has them, so the figure doesn't depend on the number of workers.
-        Raises the same ConfigError on all workers.
+        Sums are fp64, and are divided once. total, weight: this worker's numbers, which are added in the order of the
+        workers; or mappings from the index of a part (a sample or micro-batch) to the part's total and weight. Parts
+        are added in the order of their indices, whichever worker has them, so the figure doesn't depend on the number
+        of workers. Raises the same ConfigError on all workers.
         """
         self.check_usable()
         return mean(self.group, total, weight, f"step {self.step_index} / mean")
@@ -289,13 +289,16 @@ class Engine(StepEngine):
         """Advance the schedules that need a figure (ReduceLROnPlateau) by the figure's value.
 
         All workers must make the same call. `manyhands.train` makes it after each validation of the recipe's
-        `schedule_on`; in an own loop, make it after `evaluate`.
+        `schedule_on`; in a loop of your own, make it after `evaluate`.
         """
         self.check_usable()
         advance_by_figure(self.schedules, value)
 
     def _skip(self, digest: bool) -> StepMetrics:
-        """Count the next step and advance the schedules, without an update. Its data are not loaded. Collective."""
+        """Count the next step and advance the schedules, without an update.
+
+        The step's data are not loaded. Collective.
+        """
         step, epoch = self.next_step, self.epochs.epoch_of(self.step_index)
         with self.changing():
             requests = [self.stop_requested, self.save_requested]

@@ -53,7 +53,7 @@ def evaluate(
             micro_batch = index * group.size + group.rank
             computes = micro_batch < number_of
             if computes:
-                # The number of the micro-batch is in the text only: the launcher would take it for one of the training.
+                # Only the text names the micro-batch: the launcher would take a number for a training micro-batch.
                 group.status(f"{tag}, micro-batch {micro_batch} / data", engine.step_index)
                 batch = to_device(next(loaded), group.device)
             seed = samples.seed_of_forward(micro_batch) if computes else None
@@ -114,7 +114,10 @@ def _forward(
 
 
 class _NoOutput:
-    """The output of a model that the loss function never called. Metrics that look into it fail with a reason."""
+    """Stands for a model's output if the loss function never called the model.
+
+    A metric that uses it raises an error that says so.
+    """
 
     def __getattr__(self, name: str) -> Any:
         self._refuse()
@@ -154,7 +157,7 @@ def _of_loss(reader: LossReader, result: LossResult, metrics: Mapping[str, Any])
     if taken := [name for name in names if name in RESERVED]:
         raise ConfigError(
             f"the loss function returns a metric with the name {taken[0]!r}, which is the name of another figure",
-            expected=f"another name than {', '.join(RESERVED)}",
+            expected=f"a name other than {', '.join(RESERVED)}",
             hint=f'return it as "my_{taken[0]}", for example',
         )
     if twice := [name for name in names if name in metrics]:

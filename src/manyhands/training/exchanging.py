@@ -1,4 +1,4 @@
-"""Values and figures that an own loop exchanges between all workers."""
+"""Values and figures that all workers exchange in a training loop of the user's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Numbers = float | Tensor | Mapping[int, float | Tensor]
 
 
 class _Refused(NamedTuple):
-    """What the error of a refused argument says."""
+    """The text of the error for a refused argument."""
 
     what: str
     expected: str
@@ -90,7 +90,7 @@ def _parts(rank: int, total: Numbers, weight: Numbers) -> tuple[list[tuple[int, 
         totals, weights = ({int(key): float(number(each)) for key, each in given.items()} for given in by_index)
     except (ConfigError, TypeError, ValueError):
         expected = "numbers or tensors of one element, or mappings of indices to them"
-        return [], _Refused("engine.mean got something else than a sum and a weight", expected, repr((total, weight)))
+        return [], _Refused("engine.mean got something other than a sum and a weight", expected, repr((total, weight)))
     if isinstance(total, Mapping) != isinstance(weight, Mapping) or totals.keys() != weights.keys():
         expected = "two numbers, or two mappings with the same indices"
         return [], _Refused(

@@ -18,7 +18,7 @@ from manyhands.errors import ConfigError
 from manyhands.storage.atomic import write_atomic
 
 CODE_DIFF = "code.diff"
-"""The file in a run directory with the changes of the working tree against the commit."""
+"""The file in a run directory that holds the uncommitted changes of the working tree."""
 
 MOST_DIFF_BYTES, MOST_UNTRACKED, GIT_SECONDS = 1 << 20, 50, 10.0
 
@@ -124,8 +124,8 @@ def package_versions() -> dict[str, str]:
 def data_digests(recipe: Recipe) -> dict[str, str]:
     """Return the digests of prepared data: of the training data as "data", and of validations by name.
 
-    Data have a digest if they are a `TokenFile`, or have an attribute `digest` that is a string. Wrappers such as
-    torch's Subset have those of the data inside.
+    Data have a digest if they are a `TokenFile`, or have an attribute `digest` that is a string. A wrapper such as
+    torch's Subset has the digest of the data that it wraps.
     """
     data = {"data": recipe.data, **{name: each.data for name, each in recipe.validations.items()}}
     found = {name: _digest_of(each) for name, each in data.items()}
@@ -147,7 +147,9 @@ def _digest_of(data: Any, depth: int = 8) -> str | None:
 
 
 def with_earlier_code(code: Mapping[str, Any] | None, manifest: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """Return the manifest's entries about the code, with the code that made the steps before `step` if it differs."""
+    """Return the manifest's entries about the code, and about the code that made the steps before `step` if that
+    differs.
+    """
     before, earlier = manifest.get("code"), manifest.get("earlier_code")
     entries: dict[str, Any] = {} if code is None else {"code": dict(code)}
     kept = list(earlier) if isinstance(earlier, list) else []

@@ -224,7 +224,9 @@ class RunRecord:
                 hint="move them back, or give their new place as checkpoint_dir; to begin the run anew, use "
                 "--start-over (start_over=True), which moves its metrics and events to a subfolder",
             )
-        self.notes.append(f"the run has saved a checkpoint of step {saved[-1]}, which is not there: steps are repeated")
+        self.notes.append(
+            f"the checkpoint of step {saved[-1]}, which the run has saved, is missing: steps are repeated"
+        )
 
     def _record_start(self, source: str | None) -> None:
         """On worker 0, note that the run starts or continues here. source: "snapshot", "checkpoint" or None.

@@ -1,7 +1,8 @@
 """Validates during a run, and decides what follows: the best checkpoint, learning rates, and an early stop.
 
 After a step the order is always the same: update, record, validate, decide, checkpoint. The state of the decisions is
-in `engine.progress`, which checkpoints contain. So a run that was killed decides as an undisturbed run.
+in `engine.progress`, which checkpoints contain. So a run that was killed and resumed makes the same decisions as an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class Validations:
         """Try one micro-batch of each set, and make the validations that are due before the next step.
 
         A validation after the last step may be missing, because the run was stopped before it. Returns True if the
-        present step is the best, so that its checkpoint is to be kept; it may not be written yet. Raises ConfigError if
-        the workers have different data, or if a figure that is watched doesn't exist.
+        present step is the best, so that its checkpoint, which may not be written yet, must be kept. Raises ConfigError
+        if the workers have different data, or if a figure that is watched doesn't exist.
         """
         self._note_patience()
         if not self._given:
@@ -163,7 +164,7 @@ class Validations:
         return step == self._steps or self._is_regular(validation, step)
 
     def _is_regular(self, validation: Validation, step: int) -> bool:
-        """Return True if a validation is made after `step` steps whatever the number of steps of the run."""
+        """Return True if a validation is due after `step` steps, however many steps the run has."""
         return step == 0 or validation.period.ends_with(step, self._engine.epochs.complete_after)
 
     def _validate(self, due: dict[str, Validation]) -> bool:
@@ -199,15 +200,15 @@ class Validations:
     def _advance_schedules(self, values: dict[str, float | None]) -> None:
         """Give the schedules the figure that they need.
 
-        A validation that is made only because the run ends must not count: if the run goes on later, it has to have the
-        same learning rates as a run that was longer from the start.
+        A validation that is made only because the run ends must not count: if the run continues later, its learning
+        rates must be those of a run that was longer from the start.
         """
         validation = self._given[self._engine.recipe.validation_of_schedule]
         if self._schedule_on is not None and self._is_regular(validation, self._engine.step_index):
             self._engine.advance_schedules(_figure(self._schedule_on, values))
 
     def _count_for_patience(self, name: str, validation: Validation, values: dict[str, float | None]) -> None:
-        """Count the validations since the watched figure has improved. `stop_reason` compares them with `patience`."""
+        """Count the validations since the watched figure last improved. `stop_reason` compares them with `patience`."""
         watched, _ = self._patient[name]
         states = self._engine.progress.setdefault("patience", {})
         state: dict[str, Any] = states.setdefault(str(watched), {"value": None, "without": 0})
@@ -225,7 +226,7 @@ class Validations:
 
 
 def _figure(name: str, values: dict[str, float | None]) -> float | None:
-    """Return a figure by its name. Return None if the metric that has it could not be computed.
+    """Return a figure by its name. Return None if its metric could not be computed.
 
     values: the numbers of evaluations, by their full names. Raises ConfigError if there is no such figure.
     """
