@@ -56,7 +56,7 @@ def _file_names(peft: Any, model: nn.Module, adapter: str) -> dict[str, str] | N
         saved = peft.get_peft_model_state_dict(
             model, state_dict=placeholders, adapter_name=adapter, save_embedding_layers=False
         )
-    except Exception:  # methods that compute what they save fail with placeholders, but the checkpoint must not
+    except Exception:  # a method that computes what it saves fails with placeholders; saving a checkpoint must not fail
         return None
     if not saved or not all(isinstance(each, _Placeholder) for each in saved.values()):
         return None
@@ -123,9 +123,9 @@ class _Merging:
         if layer.lora_bias.get(self._adapter):
             yield f"the adapter of {name} has a bias"
         if getattr(base, "groups", 1) != 1:
-            yield f"{name} is a convolution in groups"
+            yield f"{name} is a grouped convolution"
         if self._times[id(base.weight)] != 1:
-            yield f"the weight of {name} is tied to another one"
+            yield f"the weight of {name} is tied to another weight"
 
     def _add(self, name: str, layer: Any) -> None:
         of_embedding = self._adapter in layer.lora_embedding_A

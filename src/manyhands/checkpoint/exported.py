@@ -160,7 +160,10 @@ class _Delta:
 
 
 def exported_form(saved: SavedWeights, *, merge: bool) -> Exported:
-    """Return what an export of the checkpoint writes. Raises ConfigError if it can't be merged, and CheckpointError."""
+    """Return what an export of the checkpoint writes.
+
+    Raises ConfigError if the adapter can't be merged, and CheckpointError.
+    """
     adapter = saved.manifest.adapter
     if not merge:
         return Exported(saved) if adapter is None else _Adapter(saved, adapter)

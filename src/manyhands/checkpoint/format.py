@@ -173,11 +173,11 @@ class Manifest(BaseModel):
     weights: file name -> content. extra_states: what `get_extra_state` of modules returned, see
     `checkpoint.extra_state`. amendments: the amendments of the steps so far, see `engine.step.amendments`. progress:
     the state of the run's validations, see `training.validating`. user_state: `Engine.extra_state`, encoded.
-    stream: from where the workers could read a stream on, see `data.stream_samples.StreamPosition`. averaged: the
-    number of weights in the average of the weights; 0 if there is no average, or if it has not begun. adapter:
-    the adapter of a peft model.
+    stream: the position from which the workers can continue to read a stream, see `data.stream_samples.StreamPosition`.
+    averaged: the number of weights in the average of the weights; 0 if there is no average, or if it has not begun.
+    adapter: the adapter of a peft model.
 
-    Numbers may be infinite or NaN, which JSON in Python has, and which pydantic would write as null by default.
+    Numbers may be infinite or NaN. Python's JSON has such values, but by default pydantic writes them as null.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")

@@ -97,7 +97,8 @@ class _Loader:
                 tensors[record.name].data.copy_(values.view(record.shape))  # .data: autograd must not see the change
 
     def frozen_facts(self) -> dict[str, str]:
-        """Return fingerprints of this worker's share of the frozen parameters, which are read a second time, in parts.
+        """Return fingerprints of this worker's share of the frozen parameters. It is read a second time for this, in
+        parts.
 
         A checkpoint and the run that loads it must have equal fingerprints for any numbers of workers.
         """

@@ -178,7 +178,7 @@ def _hyperparameters(manifest: Manifest, engine: StepEngine, folder: Location) -
 
 
 def _fit(saved: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Return True if `saved` has all entries of `now`, with values of the same kinds. None fits all kinds."""
+    """Return True if `saved` has all entries of `now`, with values of the same kinds. None matches every kind."""
     return now.keys() <= saved.keys() and all(
         None in (value, saved[key]) or _kind(value) == _kind(saved[key]) for key, value in now.items()
     )

@@ -76,7 +76,7 @@ def owner_of(folder: Location) -> Owner | None:
 
 
 def check_owner(folder: Location, run: Owner) -> None:
-    """Raise ConfigError if the checkpoints in `folder` belong to another run than `run`. Raises CheckpointError."""
+    """Raise ConfigError if the checkpoints in `folder` belong to a run other than `run`. Raises CheckpointError."""
     owner = owner_of(folder)
     if owner is None or _is_same(owner, run):
         return

@@ -27,7 +27,7 @@ from manyhands.storage.location import Address, Location, hint_of
 from manyhands.storage.untrusted import open_inside
 
 CACHED_BYTES = 4 << 20
-"""A larger piece is not cached: its next range is read from the file again."""
+"""The size of the largest piece that is cached. Each range of a larger piece is read from the file again."""
 
 
 class TensorPiece(NamedTuple):

@@ -34,9 +34,10 @@ def load_model(
     """Return a torch module with the weights and buffers of a run's checkpoint, in evaluation mode.
 
     run: a run directory, a folder or address of checkpoints, or a checkpoint. model: the run's recipe, a function that
-    builds the model, or a module, which is filled and returned. A run directory names no code, so that loading one from
-    a stranger executes nothing. step: the step of the checkpoint (default: the last). weights: "trained"; "ema" for the
-    average of the weights; or "best", for the checkpoint that `keep_best` kept, and "best:validation.loss:min" if the
+    builds the model, or a module, which is filled and returned. A run directory names no code, so loading one from an
+    untrusted source executes nothing. step: the step of the checkpoint (default: the last). weights: "trained"; "ema"
+    for the average of the weights; or "best", for the checkpoint that `keep_best` kept, and "best:validation.loss:min"
+    if the
     run has kept several. dtype: "fp32" (the master weights, bit for bit) or "bf16"; default: the dtype in which the
     model was trained. Buffers retain their
     dtype. Tensors stay on the model's device.

@@ -57,8 +57,8 @@ class RunWeights:
 
 
 def initial_weights_at(path: str) -> WeightSource:
-    """Return the initial weights at a path: safetensors files, or the last checkpoint of a run directory, of a folder
-    or address of checkpoints, or a checkpoint.
+    """Return the initial weights at a path: safetensors files, one checkpoint, or the last checkpoint of a run
+    directory or of a folder or address of checkpoints.
 
     Raises ConfigError if there are none, and CheckpointError for a file that is missing or broken.
     """

@@ -25,7 +25,7 @@ from manyhands.storage.location import Location
 
 class SavedWeights:
     """The tensors of a checkpoint. entries: under their names in the model's state_dict, in the dtypes to write.
-    records: those of the entries, by name, without extra states.
+    records: the manifest's records of these tensors, by name, without extra states.
 
     cast: the dtype of floating-point parameters; None for the dtypes in which the model was trained. A tied tensor has
     only one entry, under its first name, the one in `named_parameters()`. Loaders tie it again. averaged: True for the

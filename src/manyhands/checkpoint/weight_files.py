@@ -63,7 +63,7 @@ def config_text(content: dict[str, Any], dtype: str) -> str:
 
 
 class WeightSource(Protocol):
-    """A source of initial weights. path: its place. entries: its tensors by name. read_bytes: bytes read so far."""
+    """A source of initial weights. path: its location. entries: its tensors by name. read_bytes: bytes read so far."""
 
     read_bytes: int
 
