@@ -35,7 +35,7 @@ def connect(
 
     kind: "auto", "shared-memory", "distributed" or "hierarchical" (see Strategy.transport).
     stall_seconds: how long a worker may keep its peers waiting before they report that it has stalled.
-    max_hosts: the maximum number of hosts with which workers first add gradients inside each host.
+    max_hosts: the largest number of hosts for which gradients are first added inside each host.
 
     A worker that does not raise a peer's failure within the grace period, for example because it hangs, is killed.
     Raises ConfigError, WorkerError.

@@ -126,9 +126,9 @@ class SharedMemoryGroup(WatchedGroup):
         seconds = 0.0
         for chunk in range(max(1, math.ceil(flat.numel() / MAILBOX_BYTES))):
             part = slice(chunk * MAILBOX_BYTES, min((chunk + 1) * MAILBOX_BYTES, flat.numel()))
-            # Each worker alternates between two boxes. It overwrites a box only after all peers have posted the next
-            # letter, and a peer posts the next letter only after it has read this one. With a single box, a slow reader
-            # could lose a letter.
+            # Each worker alternates between two mailboxes. It overwrites a mailbox only after all peers have posted the
+            # next message, and a peer posts the next message only after it has read this one. With a single mailbox, a
+            # slow reader could lose a message.
             self._num_letters += 1
             offset = self._num_letters % 2 * MAILBOX_BYTES
             box = slice(offset, offset + part.stop - part.start)

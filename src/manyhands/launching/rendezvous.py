@@ -161,7 +161,7 @@ def join_hosts(endpoint: str, fingerprints: Mapping[str, str]) -> Rendezvous:
     if differ:
         names = [printable(key[:80]) for key in differ]
         raise ConfigError(
-            "this host would train another run than the first host",
+            "this host would train a different run than the first host",
             where=f"{host}:{port}",
             expected="the recipe and options of the first host",
             got=f"different: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}",
@@ -313,14 +313,14 @@ class HostsRendezvousHandler(RendezvousHandler):
         except RendezvousClosedError:
             self._note_stop()
             raise
-        except RendezvousGracefulExitError as error:  # after this error torch's launcher would fail with a bare error
+        except RendezvousGracefulExitError as error:  # otherwise torch's launcher would fail with an AttributeError
             self._note_stop()
             raise RendezvousClosedError(str(error)) from error
 
     def _note_stop(self) -> None:
         """Note whether the rendezvous was closed because the first host was requested to stop the run."""
         if not self._stop.stopped_by_first_host:
-            with suppress(DistError):  # the first host is gone, and its reason with it
+            with suppress(DistError):  # the first host is lost, and with it the reason
                 self._stop.stopped_by_first_host = self._store.check([_STOPPED_KEY])
 
     @contextmanager

@@ -32,7 +32,9 @@ _MOST_BYTES = 1 << 20  # a state has about 200 bytes per host
 
 
 def json_handler(store: RemoteStore, parameters: RendezvousParameters) -> tuple[DynamicRendezvousHandler, Clocks]:
-    """Return torch's handler of a rendezvous whose state is in `store`, as JSON, and what it finds about clocks."""
+    """Return torch's handler of a rendezvous whose state is in `store`, as JSON, and the comparison of the hosts'
+    clocks.
+    """
     backend = C10dRendezvousBackend(store, parameters.run_id)
     made = create_handler(store, backend, parameters)  # only its node and settings are used
     holder = _JsonStateHolder(backend, made._settings)
@@ -73,28 +75,29 @@ class _JsonStateHolder(_BackendRendezvousStateHolder):
 class Clocks:
     """Finds by how much the clocks of other hosts differ from this host's clock, from the times in their heartbeats.
 
-    A heartbeat that changed between two looks was sent between these looks. The monotonic clock measures the time since
-    then. So a heartbeat that seems older than the earlier look, or younger than the later one, has the time of another
-    clock.
+    A heartbeat that changed between two reads was sent between these reads. The monotonic clock measures the time since
+    then. So a heartbeat that seems older than the earlier read, or younger than the later one, comes from a clock that
+    differs.
 
     difference: the largest difference that was found in the last minute, in seconds: a lower bound.
     """
 
     def __init__(self) -> None:
         self.difference = 0.0
-        # For each host: its last heartbeat, and the monotonic times of the looks before and after the heartbeat.
+        # For each host: its last heartbeat, and the monotonic times of the reads before and after the heartbeat.
         self._seen: dict[_NodeDesc, tuple[datetime, float, float]] = {}
         self._found_at = self._last_look = -math.inf
 
     def compare(self, heartbeats: Mapping[_NodeDesc, datetime], now: datetime, monotonic_seconds: float) -> None:
-        """Compare the clocks. heartbeats: the last ones, as just read. now, monotonic_seconds: the time on two clocks.
+        """Compare the clocks. heartbeats: each host's last heartbeat, just read. now, monotonic_seconds: the time on
+        two clocks.
 
-        This host's own last heartbeat tells whether the clock of this host has jumped since.
+        This host's own last heartbeat shows whether the clock of this host has jumped since.
         """
         differences = []
         for node, at in heartbeats.items():
             if node not in self._seen or self._seen[node][0] != at:
-                before = self._last_look if node in self._seen else -math.inf  # a new host's may be of any age
+                before = self._last_look if node in self._seen else -math.inf  # a new host's heartbeat may have any age
                 self._seen[node] = at, before, monotonic_seconds
             _, before, after = self._seen[node]
             age = (now - at).total_seconds()

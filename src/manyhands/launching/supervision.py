@@ -63,7 +63,7 @@ class StopRequest:
 
     @property
     def how_clocks_differ(self) -> str:
-        """Return the sentence for people about clocks that differ."""
+        """Return a sentence that tells people how much the clocks differ."""
         return (
             f"the clocks of the hosts differ by {self.clock_difference:.0f} s or more, and a host whose clock differs "
             "by more than 6 s seems lost"
@@ -101,7 +101,7 @@ class StopRequest:
         started = (
             len(started_workers(self._folder)) == self._workers or time.monotonic() - self._started > _START_SECONDS
         )
-        if all_started or started:  # if passed on earlier, a second Ctrl-C would not reach all workers
+        if all_started or started:  # if the signal were passed on earlier, a second Ctrl-C would not reach all workers
             self._passed_on = time.monotonic()
             sent = signal.SIGINT if self.signal is signal.SIGINT else signal.SIGTERM
             raise SignalException(f"asked to stop by {self.signal.name}", sent)
@@ -224,8 +224,8 @@ class WorkerMonitor:
         self._check_unfinished()
 
     def _check_unfinished(self) -> None:
-        """Stop all workers if one has ended with exit code 0 before it had finished. Peers that haven't met it would
-        wait.
+        """Stop all workers if one has ended with exit code 0 before it had finished. Otherwise, peers that have not
+        connected to it yet would wait for it.
 
         torch's launcher reaps workers between two calls, and reports other exit codes. So a worker that was already
         reaped at the last call, and that torch's launcher did not report, has exit code 0.

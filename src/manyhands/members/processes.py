@@ -95,7 +95,7 @@ def has_exited_with_0(pid: int) -> bool:
 
 
 STOPPED_SECONDS = 5.0
-"""A process of ours that has been stopped (SIGSTOP) for this long is killed."""
+"""The time after which a stopped process (SIGSTOP) of a run is killed."""
 
 _ASLEEP_SECONDS = 2.5  # after a longer gap between two checks, this process is assumed to have been stopped, too
 
