@@ -88,7 +88,7 @@ def test_a_function_may_return_an_integer_for_some_micro_batches() -> None:
 
 def test_names_of_figures_do_not_replace_others() -> None:
     for name in ("", 1):
-        with pytest.raises(ConfigError, match="the name of a metric of validation is not a text"):
+        with pytest.raises(ConfigError, match="the name of a metric of validation is not text"):
             evaluated(recipe_of(), {name: lambda output, batch: (1, 1)})
 
     def loss(model: nn.Module, batch: Any) -> Any:

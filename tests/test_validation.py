@@ -196,7 +196,7 @@ def test_a_metric_of_torchmetrics_that_decides_by_batch_is_refused() -> None:
     assert isinstance(metric, metrics.Metric)
     labels = torch.tensor([0, 1])
     metric.measure(metrics.Measured(torch.tensor([0.2, 0.9]), (None, labels), 0.0, 0.0, False, 2))
-    with pytest.raises(ConfigError, match="BinaryAUROC decides for each batch"):
+    with pytest.raises(ConfigError, match="BinaryAUROC decides from the values of each batch"):
         metric.measure(metrics.Measured(torch.tensor([-2.0, 0.9]), (None, labels), 0.0, 0.0, False, 2))
 
 
@@ -514,7 +514,7 @@ def test_what_is_wrong_is_refused_before_the_first_step(tmp_path: Path) -> None:
         ({"metrics": [lambda o, b: (1, 1)]}, {}, "a metric has no name, because it is a lambda"),
         ({"metrics": ["accuracy"]}, {}, "a metric doesn't find the labels in the batch"),
         ({"metrics": [broken]}, {}, r"the metric broken raised AttributeError(.|\n)*validation, micro-batch 0"),
-        ({"metrics": [by_rank]}, {}, r"the metric by_rank returned something else than \(sum, weight\)"),
+        ({"metrics": [by_rank]}, {}, r"the metric by_rank returned something other than \(sum, weight\)"),
         ({"metrics": {"loss": noise}}, {}, "the name of a metric of validation is the name of another figure"),
         ({}, {"keep_best": "validation.acuracy:max"}, r"there is no figure validation\.acuracy"),
         ({}, {"keep_best": "validation.loss"}, "keep_best can't be parsed"),

@@ -41,9 +41,9 @@ def check_listeners(listeners: Sequence[Listener]) -> None:
 class Listeners:
     """The listeners of a run on worker 0; other workers have none.
 
-    The run's `own` listeners write its record, so they are called at once, and events come from several threads. The
-    `given` ones are called by `deliver`, which follows a step's validation and checkpoint, so that they can't delay or
-    prevent them.
+    The run's `own` listeners write the run's record, so they are called at once; several threads may call them for
+    events. `deliver` calls the `given` listeners after a step's validation and checkpoint, so that these listeners
+    can't delay or prevent either.
 
     report: called with messages for people. record: called with events to record.
     """

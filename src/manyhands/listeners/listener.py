@@ -46,8 +46,8 @@ class Listener:
 
         facts: JSON values. "name"; "run_dir", the absolute path, or None; "step", the number of steps made before;
         "steps", the number at the end of the run; "source", from where the run continues ("checkpoint" or "snapshot"),
-        or None; "workers", "sharding", "transport", "precision", "parameters"; "recipe", the recipe as the run
-        directory has it; "host".
+        or None; "workers", "sharding", "transport", "precision", "parameters"; "recipe", the recipe as recorded in the
+        run directory; "host".
         """
 
     def step(self, metrics: StepMetrics, workers: Sequence[WorkerFigures]) -> Stop | None:
@@ -58,7 +58,10 @@ class Listener:
         """
 
     def evaluated(self, evaluation: Evaluation) -> Stop | None:
-        """Receive the figures of a validation, after the call of `step` for the same step. Return values as `step`."""
+        """Receive the figures of a validation, after the call of `step` for the same step.
+
+        Return the same values as `step`.
+        """
 
     def event(self, name: str, facts: Mapping[str, Any]) -> None:
         """Receive an event, such as "saved" or "skipped", with the facts that events.jsonl has."""

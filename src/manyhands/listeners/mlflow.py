@@ -68,7 +68,7 @@ class MLflowListener(Listener):
         self._client.set_terminated(self._run_id, status)
 
     def _log(self, first: str, numbers: Mapping[str, float | None], step: int) -> None:
-        """Log numbers, unless the run has the first one of this step already. MLflow would keep both."""
+        """Log numbers, unless the run already has the first one for this step: MLflow would keep both."""
         from mlflow.entities import Metric
         from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 

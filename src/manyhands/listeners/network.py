@@ -14,10 +14,10 @@ from manyhands.listeners.listener import Listener, Stop, checked, name_of
 from manyhands.listeners.summary import Summary
 
 MOST_CALLS = 4096
-"""The number of calls in the queue from which figures of steps are dropped."""
+"""Figures of steps are dropped while the queue holds at least this many calls."""
 
 SLOW_SECONDS = 60.0
-"""The duration of one call from which it is reported."""
+"""A call that takes more seconds than this is reported."""
 
 
 class _Call(NamedTuple):

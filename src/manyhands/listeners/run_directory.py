@@ -40,7 +40,7 @@ from manyhands.storage.run_lock import LOCK
 from manyhands.storage.untrusted import open_log, read_inside
 
 RUN_FORMAT = "manyhands run 3"
-"""Format 1 had other names of files. Format 2 counted the steps of metrics and amendments from 0."""
+"""Format 1 had other file names. Format 2 counted the steps of metrics and amendments from 0."""
 
 _LAST_SECONDS = 1 << 35
 """The time of a valid event is below this limit, which is in the year 3058."""
@@ -101,7 +101,7 @@ class RunDirectory:
                     "a folder of the run directory is a link",
                     where=str((self.path / folder).absolute()),
                     got=os.readlink(self.path / folder),
-                    hint="what the run writes would go elsewhere: replace the link by a folder, or choose another "
+                    hint="what the run writes would go elsewhere: replace the link with a folder, or choose another "
                     "run_dir",
                 )
         if not os.access(self.path, os.W_OK | os.X_OK):
@@ -265,9 +265,9 @@ class RunDirectory:
         return found
 
     def truncate_validations(self, step: int, *, validated: bool) -> None:
-        """Remove the validations of later steps than `step`, for a run that resumes after `step`.
+        """Remove the validations of steps after `step`, for a run that resumes after `step`.
 
-        validated: False if those of `step` will be made again. Raises DataError and ConfigError.
+        validated: False if the validations of `step` itself will be made again. Raises DataError and ConfigError.
         """
         later = [
             number
@@ -314,7 +314,7 @@ class RunDirectory:
         return [_parse(value, number, self.metrics) for number, value in complete_lines(self.metrics)]
 
     def truncate_metrics(self, step: int) -> None:
-        """Remove the metrics of later steps than `step`, and a partial last line, for a run that resumes after `step`.
+        """Remove the metrics of steps after `step`, and a partial last line, for a run that resumes after `step`.
 
         The file is shortened in place, which needs no space on a full disk. Raises DataError and ConfigError.
         """

@@ -55,7 +55,7 @@ class TensorBoardListener(Listener):
             return
         if self._failed is not None:
             if time.monotonic() - self._failed_at < RETRY_SECONDS:
-                raise self._failed.with_traceback(None)  # or each step would add to its traceback
+                raise self._failed.with_traceback(None)  # otherwise each step would add to the error's traceback
             self._failed, self._purge_step = None, metrics.step
             self._attempt(self._open)
         if self._writer is not None:
@@ -68,7 +68,7 @@ class TensorBoardListener(Listener):
             self._attempt(lambda: self._add_points(points, evaluation.step))
 
     def _add_points(self, points: Mapping[str, float | None], step: int) -> None:
-        # One event with all points takes a tenth of the time of an event for each point, as `add_scalar` writes.
+        # One event with all points takes a tenth of the time of one event per point, as written by `add_scalar`.
         from tensorboard.compat.proto.summary_pb2 import Summary as Event
 
         values = [Event.Value(tag=name, simple_value=value) for name, value in points.items() if value is not None]

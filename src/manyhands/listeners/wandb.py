@@ -40,7 +40,7 @@ class WandbListener(Listener):
         self._run.define_metric("*", step_metric="step")
 
     def step(self, metrics: StepMetrics, workers: Sequence[WorkerFigures]) -> None:
-        """Log the step's numbers. W&B ignores numbers of steps that it has."""
+        """Log the step's numbers. W&B ignores numbers for steps that it already has."""
         self._run.log(metrics.numbers, step=metrics.step)
 
     def evaluated(self, evaluation: Evaluation) -> None:

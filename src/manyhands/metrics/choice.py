@@ -42,7 +42,7 @@ def chosen_metrics(given: Sequence[Any] | Mapping[str, Any], of: str) -> dict[st
     found: dict[str, Metric | Collected] = {}
     for name, value in pairs:
         if isinstance(given, Mapping) and not (isinstance(name, str) and name):
-            raise ConfigError(f"the name of a metric of {of} is not a text", got=repr(name))
+            raise ConfigError(f"the name of a metric of {of} is not text", got=repr(name))
         metric = _metric(value, name)
         if metric.name in found or metric.name in RESERVED:
             taken = "is the name of another figure" if metric.name in RESERVED else "occurs twice"

@@ -46,10 +46,10 @@ def accuracy(
     ignore_index: int | None = -100,
     pick: Pick = output_and_labels,
 ) -> Metric:
-    """The share of labels that are predicted.
+    """The share of labels that are predicted correctly.
 
-    Predictions are scores [n, ..., classes], of which the largest decides; or one score per label with a `threshold`
-    (0.5 for probabilities, 0.0 for logits); or classes, of an integer type, with the number of `classes`.
+    Predictions are scores [n, ..., classes], of which the largest decides; one score per label, with a `threshold` (0.5
+    for probabilities, 0.0 for logits); or integer classes, with their number in `classes`.
     class_dim: the dimension of the classes in scores. ignore_index: labels with this value don't count.
     pick: (output, batch) -> (predictions, labels).
     """
@@ -193,7 +193,7 @@ def recall(
     ignore_index: int | None = -100,
     pick: Pick = output_and_labels,
 ) -> Metric:
-    """The share of labels of a class that are predicted: hits / true. The arguments are those of `f1`."""
+    """The share of labels of a class that are predicted correctly: hits / true. The arguments are those of `f1`."""
     picker = ClassPicker(classes, threshold, class_dim, ignore_index, pick)
     return _averaged("recall", average, positive, picker, lambda hits, predicted, true: (hits, true))
 

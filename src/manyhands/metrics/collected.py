@@ -53,7 +53,7 @@ class Collected:
     def check_size(self, num_bytes: int, samples: int | None = None) -> None:
         """Raise ConfigError if the values take too much memory.
 
-        num_bytes: of all `samples`, projected; or of the values that are collected so far.
+        num_bytes: the projected size of the values of all `samples`, or the size of those collected so far.
         """
         if num_bytes > self._max_bytes:
             got = "before the end"
@@ -139,7 +139,7 @@ def _as_array(value: Any) -> Any:
         array = value.detach().cpu()
         # NumPy has no bf16, and Arrow computes little with fp16.
         value = (array.float() if array.is_floating_point() and array.element_size() < 4 else array).numpy()
-    # A copy: Arrow would keep the memory of the whole output if the value is a view of a part.
+    # Copy the value: if it is a view of a part of the output, Arrow would keep the memory of the whole output.
     return value.copy() if isinstance(value, np.ndarray) else value
 
 

@@ -73,7 +73,7 @@ class FunctionMetric(Metric):
         if not isinstance(pair, tuple) or len(pair) != 2:
             got = type(pair).__name__ if not isinstance(pair, tuple) else f"a tuple of {len(pair)}"
             raise ConfigError(
-                f"the metric {self.name} returned something else than (sum, weight)",
+                f"the metric {self.name} returned something other than (sum, weight)",
                 expected="two numbers or tensors of one element: (correct, len(batch))",
                 got=got,
                 hint="for a mean, return (mean * count, count); for metrics that need all predictions, use "

@@ -78,9 +78,9 @@ class Classes(NamedTuple):
 class ClassPicker:
     """Turns predictions and labels into classes, without ever guessing from their values what they mean.
 
-    classes: the number of classes; needed if predictions are classes already. threshold: for one score per label: the
-    score from which on a label is predicted. class_dim: the dimension of the classes in scores. ignore_index: the label
-    of samples that don't count.
+    classes: the number of classes; needed if predictions are classes already. threshold: with one score per label, the
+    smallest score with which a label is predicted. class_dim: the dimension of the classes in scores. ignore_index: the
+    label of samples that don't count.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ class ClassPicker:
     def _above_threshold(self, scores: Tensor) -> Tensor:
         if self.threshold is None:
             raise ConfigError(
-                "there is one score for each label, but no threshold from which on the label is predicted",
+                "there is one score for each label, but no threshold",
                 expected="threshold=0.5 for probabilities, or threshold=0.0 for logits",
                 got=f"predictions of shape {list(scores.shape)} and type {scores.dtype}",
             )
         return (scores >= self.threshold).long()
 
     def _checked(self, given: Tensor, number: int, what: str) -> Tensor:
-        """Return classes as int64. Raises ConfigError for numbers that are no classes. what: "label", for example."""
+        """Return classes as int64. Raises ConfigError for numbers that are not classes. what: "label", for example."""
         classes = given.long()
         if given.is_floating_point() and not torch.equal(classes.to(given.dtype), given):
             raise ConfigError(f"a {what} is not a whole number", expected=f"classes from 0 to {number - 1}")

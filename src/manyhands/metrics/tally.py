@@ -77,7 +77,7 @@ class Tally:
         for name, collected in self._collected.items():
             with _explained(name, where):
                 rows = collected.rows(measured)
-                if micro_batch == 0:  # projected from the first micro-batch only, on whatever worker
+                if micro_batch == 0:  # projected from the first micro-batch only, whichever worker has it
                     collected.check_size(rows.nbytes * self._samples // measured.samples, self._samples)
                 self._rows.append((micro_batch, name, rows))
                 # Later micro-batches may be larger than the first one, and there may be many before an exchange.
@@ -159,7 +159,7 @@ class Tally:
         for known, now in zip(self._layout, layout, strict=False):
             if known != now:
                 raise ConfigError(
-                    f"the metric {now[0] or known[0]} returned another form than before",
+                    f"the metric {now[0] or known[0]} returned a different form than before",
                     where=where,
                     expected=_described(known),
                     got=_described(now),
@@ -168,7 +168,7 @@ class Tally:
                 )
         if len(self._layout) != len(layout):
             raise ConfigError(
-                "metrics returned other arrays than before",
+                "metrics returned different arrays than before",
                 where=where,
                 expected=", ".join(map(_described, self._layout)),
                 got=", ".join(map(_described, layout)),

@@ -16,7 +16,8 @@ from manyhands.metrics.predictions import Pick, output_and_labels
 
 _SUM, _CAT = "dim_zero_sum", "dim_zero_cat"
 
-_SOFTMAX = ("MulticlassCalibrationError", "MulticlassHingeLoss")  # apply it to scores that aren't probabilities
+# These apply a softmax to scores that aren't probabilities.
+_SOFTMAX = ("MulticlassCalibrationError", "MulticlassHingeLoss")
 
 
 def is_torchmetric(value: object) -> bool:
@@ -40,7 +41,7 @@ class _Summed(Metric):
 
     def figure(self, totals: Totals) -> Figure:
         own = copy.deepcopy(self._metric).cpu()
-        own.sync_on_compute = False  # the states are those of all workers already
+        own.sync_on_compute = False  # the states already include those of all workers
         for state, total in totals.items():
             default = own._defaults[state]
             setattr(own, state, torch.from_numpy(np.array(total)).to(default.dtype).view(default.shape))
@@ -85,8 +86,8 @@ def torchmetric(metric: Any, *, pick: Pick = output_and_labels) -> Metric | Coll
 def refuse_decisions(metric: Any, predictions: Tensor) -> None:
     """Raise ConfigError if the metric would treat these predictions as logits because of their values.
 
-    torchmetrics decides so for each batch alone. A batch of logits that happen to lie between 0 and 1 is then taken for
-    probabilities, and the figure depends on the division of the data (torchmetrics, issue 1989).
+    torchmetrics decides this for each batch separately. A batch of logits that happen to lie between 0 and 1 is then
+    taken for probabilities, and the figure depends on the division of the data (torchmetrics, issue 1989).
     """
     kind = type(metric)
     decides = kind.__module__.startswith("torchmetrics.classification") and (
@@ -99,7 +100,7 @@ def refuse_decisions(metric: Any, predictions: Tensor) -> None:
     low, high = float(predictions.min()), float(predictions.max())
     if not (low >= 0 and high <= 1):
         raise ConfigError(
-            f"{kind.__name__} decides for each batch from its values whether they are logits",
+            f"{kind.__name__} decides from the values of each batch whether they are logits",
             expected="probabilities from 0 to 1",
             got=f"predictions from {low:g} to {high:g}",
             hint="convert them yourself: manyhands.metrics.torchmetric(metric, pick=lambda output, batch: "
