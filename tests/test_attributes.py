@@ -164,36 +164,36 @@ def other_function(net: Any, x: Tensor) -> Tensor:
 
 
 STATES: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any], str]] = {
-    "a counter": (int, count, "'state' of the model to another value"),
-    "a counter in a submodule": (int, in_submodule, "'inner.state' of the model to another value"),
-    "a moving average": (lambda: torch.zeros(WIDTH), rebind, "'state' of the model to another value"),
+    "a counter": (int, count, "'state' of the model to a different value"),
+    "a counter in a submodule": (int, in_submodule, "'inner.state' of the model to a different value"),
+    "a moving average": (lambda: torch.zeros(WIDTH), rebind, "'state' of the model to a different value"),
     "a tensor in place": (lambda: torch.zeros(WIDTH), in_place, "'state' of the model in place"),
     "an array in place": (lambda: np.zeros(3), array_in_place, "'state' of the model in place"),
-    "a list": (list, append, "'state' of the model to another value"),
-    "a queue": (lambda: deque(maxlen=2), append, "'state' of the model to another value"),
-    "a dict of samples": (dict, by_sample, "'state' of the model to another value"),
-    "an object": (lambda: SimpleNamespace(of=[0, {"calls": 1}]), nested, "'state' of the model to another value"),
-    "text": (lambda: "even", switch, "'state' of the model to another value"),
-    "a value of the first batch": (lambda: None, first_batch, "'state' of the model to another value"),
+    "a list": (list, append, "'state' of the model to a different value"),
+    "a queue": (lambda: deque(maxlen=2), append, "'state' of the model to a different value"),
+    "a dict of samples": (dict, by_sample, "'state' of the model to a different value"),
+    "an object": (lambda: SimpleNamespace(of=[0, {"calls": 1}]), nested, "'state' of the model to a different value"),
+    "text": (lambda: "even", switch, "'state' of the model to a different value"),
+    "a value of the first batch": (lambda: None, first_batch, "'state' of the model to a different value"),
     "a module in a list": (lambda: [nn.BatchNorm1d(WIDTH)], hidden_module, "'state' of the model in place"),
     "a teacher in a list": (
         lambda: [nn.Linear(WIDTH, WIDTH).requires_grad_(False)],
         hidden_teacher,
         "'state' of the model in place",
     ),
-    "slots of an object": (Slotted, in_slot, "'state' of the model to another value"),
+    "slots of an object": (Slotted, in_slot, "'state' of the model to a different value"),
     "a counter of itertools": (lambda: itertools.count(1), advance, "'state' of the model in place"),
     "a cycle of itertools": (lambda: itertools.cycle([1, 2, 3]), advance, "'state' of the model in place"),
     "a list's iterator": (lambda: iter(list(range(100))), advance, "'state' of the model in place"),
     "a generator function": (lambda: (number for number in range(100)), advance, "'state' of the model in place"),
-    "a decimal number": (lambda: Decimal(0), add_decimal, "'state' of the model to another value"),
-    "a sparse tensor": (lambda: torch.zeros(WIDTH).to_sparse(), sparse, "'state' of the model to another value"),
+    "a decimal number": (lambda: Decimal(0), add_decimal, "'state' of the model to a different value"),
+    "a sparse tensor": (lambda: torch.zeros(WIDTH).to_sparse(), sparse, "'state' of the model to a different value"),
     "a distribution": (
         lambda: torch.distributions.Normal(torch.zeros(1), 1.0),
         by_distribution,
-        "'state' of the model to another value",
+        "'state' of the model to a different value",
     ),
-    "a function": (lambda: torch.tanh, other_function, "'state' of the model to another value"),
+    "a function": (lambda: torch.tanh, other_function, "'state' of the model to a different value"),
     "a generator of torch": (lambda: torch.Generator().manual_seed(1), draw_torch, "draw from the global generators"),
     "a generator of numpy": (lambda: np.random.default_rng(1), draw_numpy, "draw from the global generators"),
     "a generator of Python": (lambda: random.Random(1), draw_python, "draw from the global generators"),
@@ -294,7 +294,7 @@ def test_an_auxiliary_loss_in_an_attribute_is_restored_and_a_script_may_change_a
             return engine.digest()
 
     made = recipe(WithLossInside, loss=loss)
-    with pytest.raises(mh.ConfigError, match=r"'auxiliary' of the model to another value(?s:.*)'restore'"):
+    with pytest.raises(mh.ConfigError, match=r"'auxiliary' of the model to a different value(?s:.*)'restore'"):
         run_threads(1, train)
     made = recipe(WithLossInside, loss=loss, attributes={"aux*": "restore", "state": "restore"})
     assert len({*run_threads(1, train), *run_threads(3, train)}) == 1

@@ -144,7 +144,7 @@ def test_a_function_that_counts_its_calls_is_refused_and_an_object_is_resumed(tm
         counter = Counter()
         return lr.SequentialLR(optimizer, [lr.LambdaLR(optimizer, lambda step: counter(step))], [])
 
-    with pytest.raises(ConfigError, match=r"a function of recipe\.schedule returned another value"):
+    with pytest.raises(ConfigError, match=r"a function of recipe\.schedule returned a different value"):
         mh.Engine(gpt_recipe(schedule=counting))
     recipe = gpt_recipe(schedule=lambda optimizer: lr.LambdaLR(optimizer, Counter()))
     mh.train(recipe, steps=2, run_dir=tmp_path, show=False)

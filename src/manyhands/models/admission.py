@@ -235,7 +235,7 @@ class ParamGuard:
         mine = {id(param) for param in self._known.values()}
         for leaf in _leaves(loss):
             if isinstance(leaf, nn.Parameter) and id(leaf) not in mine:
-                self.after_backward()  # if the model has the parameter by now, this error names it
+                self.after_backward()  # raises an error that names the parameter if it was added to the model meanwhile
                 raise ConfigError(
                     "the loss depends on a trainable parameter that the model doesn't have, so it would never be "
                     "updated",

@@ -37,8 +37,8 @@ from manyhands.errors import ConfigError
 from manyhands.numerics.values import attributes_of, generator_of, is_empty_dict, is_scalar, plain_values, slots_of
 
 WATCHED = 6
-"""The attributes are compared around this many first micro-batches of each worker, and around the first two
-micro-batches of this many first steps.
+"""The attributes are compared around each worker's first WATCHED micro-batches, and around the first two micro-batches
+of each of the first WATCHED steps.
 """
 
 LOSS = "recipe.loss"
@@ -154,7 +154,7 @@ class AttributeGuard:
         changed = [name for name in changed if self._rule(name) is None]
         for name in changed:
             if name in self._set and self._set[name] != after.get(name):
-                how = "to another value than in the micro-batch before"
+                how = "to a different value than in the previous micro-batch"
                 raise _refusal(name, self._set[name], after.get(name), how)
         self._set_back([name for name in changed if name not in self._set], before, after, saved)
 
@@ -294,7 +294,8 @@ def _restorer(value: Any, contents: bool, seen: dict[int, Callable[[], Any]]) ->
     elif isinstance(value, tuple):
         restore = partial(_call_all, [save(item) for item in value])
     elif isinstance(value, Iterator):
-        return _restorer_of_iterator(value) if contents else partial(_itself, value)  # the next values are contents
+        # The values that an iterator has yet to yield are contents.
+        return _restorer_of_iterator(value) if contents else partial(_itself, value)
     elif _examined(value) is not None:
         restore = _restorer_of_object(value, save)
 
@@ -307,7 +308,8 @@ def _restorer(value: Any, contents: bool, seen: dict[int, Callable[[], Any]]) ->
 
 
 def _restorer_of_iterator(value: Iterator[Any]) -> Callable[[], Any]:
-    """Return a function that returns a copy of an iterator in its present position; itself, if it can't be copied.
+    """Return a function that returns a copy of an iterator at its present position, or the iterator itself if it can't
+    be copied.
 
     Copies of iterators over another iterator (itertools.cycle, zip) would share the other one.
     """
@@ -330,7 +332,7 @@ def _restorer_of_object(value: Any, save: Callable[[Any], Callable[[], Any]]) ->
             attributes()
         for name in slots_of(type(value)):
             if name in slots:
-                object.__setattr__(value, name, slots[name]())  # frozen dataclasses refuse their own
+                object.__setattr__(value, name, slots[name]())  # the __setattr__ of a frozen dataclass raises an error
             elif hasattr(value, name):
                 object.__delattr__(value, name)
 

@@ -2,8 +2,8 @@
 
 On such CPUs torch emulates the instructions. On a Xeon with AVX-512 this takes four times as long as the same product
 in fp32. If oneDNN does not support bf16, torch uses plain loops, which take a hundred times as long. A product of two
-bf16 numbers is exact in fp32, and sums are fp32 either way, so no precision is lost. The results have other bits than
-on a CPU with bf16 instructions, and other bits than with emulation. The numerics identity therefore records the
+bf16 numbers is exact in fp32, and sums are fp32 either way, so no precision is lost. The bits of the results differ
+from those of a CPU with bf16 instructions, and from those of emulation. The numerics identity therefore records the
 instructions.
 
 This is a torch dispatch mode below autograd, so models, losses, backward and optimizers are unchanged.

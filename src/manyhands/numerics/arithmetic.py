@@ -70,11 +70,11 @@ def fix_arithmetic(recipe: Recipe) -> None:
 
 @contextmanager
 def preserved_arithmetic() -> Iterator[None]:
-    """Context for one micro-batch. At its end, set global modes back that its code may have changed.
+    """Context for one micro-batch. At its end, restore the global modes that its code may have changed.
 
     Otherwise the bits would depend on how many micro-batches this worker has computed.
     """
-    # With autocast around the steps, torch would use the weights of the first step again and again.
+    # With autocast around the steps, torch would use its cached casts of the first step's weights in all later steps.
     torch.clear_autocast_cache()
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -59,7 +59,7 @@ def _seed_devices() -> None:
 
 @functools.cache
 def _seed_devices_when_initialized() -> None:
-    """Let torch seed the GPUs' generators with the CPU's seed of that moment when it initializes CUDA."""
+    """When torch initializes CUDA, let it seed the GPUs' generators with the seed that the CPU's generator has then."""
     torch.cuda._lazy_call(_seed_devices)  # type: ignore[no-untyped-call]
 
 
@@ -98,11 +98,11 @@ has few values, so a mark needs the second one, too.
 """
 
 _PYTHON: Any = getattr(random.seed, "__self__", None)
-"""The generator of the functions of Python's `random`."""
+"""The generator that the functions of Python's `random` use."""
 
 
 def _address_of_python_state() -> int | None:
-    """Return the address of the index and, behind it, the words of Python's generator; None if they aren't there."""
+    """Return the address of the index of Python's generator, which its words follow; None if they aren't there."""
     if type(_PYTHON) is not random.Random:
         return None
     *words, index = _PYTHON.getstate()[1]

@@ -50,10 +50,7 @@ def run_post_hooks(fronts: Sequence[torch.optim.Optimizer]) -> None:
 
 
 def note_step(front: torch.optim.Optimizer) -> None:
-    """Note that `step` was called.
-
-    A schedule's wrapper around `step` notes this. Without the note, the schedule warns.
-    """
+    """Record that `step` was called, as a schedule's wrapper around `step` does. Otherwise the schedule would warn."""
     vars(front)["_opt_called"] = True
 
 

@@ -120,7 +120,7 @@ def _facts_of(schedule: LRScheduler, prefix: str, *, is_inner: bool = True) -> d
 
 
 def _refuse_unsaved_functions(schedule: LRScheduler) -> None:
-    """Raise ConfigError if a schedule calls a function that returns another value when it is called again.
+    """Raise ConfigError if a schedule calls a function that returns a different value when it is called again.
 
     A checkpoint has the state of callable objects, but not what a function keeps in variables. (torch's LambdaLR and
     MultiplicativeLR save the __dict__ of their objects.)
@@ -131,8 +131,8 @@ def _refuse_unsaved_functions(schedule: LRScheduler) -> None:
         first, second = function(schedule.last_epoch), function(schedule.last_epoch)
         if repr(first) != repr(second):
             raise ConfigError(
-                "a function of recipe.schedule returned another value when it was called again",
-                expected=f"{first!r} again, for the argument {schedule.last_epoch}",
+                "a function of recipe.schedule returned a different value when it was called again",
+                expected=f"{first!r} in both calls with the argument {schedule.last_epoch}",
                 got=repr(second),
                 hint="checkpoints don't hold what a function counts: let it depend on its argument alone, or pass a"
                 " callable object, whose attributes are saved",

@@ -175,7 +175,10 @@ class _Trial:
         return torch.Size(small if like.dim() else [])
 
     def _start_with_state(self, fake: _Fake) -> None:
-        """Set the state that the constructor made. All elements get the state of the first element of `fake.like`."""
+        """Set the state that the optimizer's constructor made.
+
+        Give all elements the state of the first element of `fake.like`.
+        """
         state = dict(self._front.state[fake.like])
         for key, value in state.items():
             if isinstance(value, Tensor) and value.dim() and value.shape == fake.like.shape:
@@ -236,7 +239,7 @@ class _Trial:
             joined = torch.cat([piece.view(-1) for piece in fake.slices]).view(fake.full.shape)
             if not torch.equal(joined.view(torch.int32), fake.full.detach().view(torch.int32)):
                 raise ConfigError(
-                    f"{name} is not {kind}: parts of parameters got other values than full parameters",
+                    f"{name} is not {kind}: parts of parameters got different values than full parameters",
                     got=f"in a trial with small parameters of {fake.full.dim()} dimensions",
                     hint="set optimizer_kind = 'per-parameter' in the recipe"
                     if self._elementwise

@@ -51,7 +51,7 @@ class WorkingCopy:
         """Update the slices in these param groups; those without a gradient are not changed.
 
         If the shared state is tracked, `groups` are all groups of the optimizer, in order, some of them without slices.
-        Raises ConfigError if the shared state ends with other values than in an earlier call of the same step.
+        Raises ConfigError if the shared state then differs from that after an earlier call of the same step.
         """
         copy = self.optimizer
         if not self.tracks:
