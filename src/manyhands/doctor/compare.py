@@ -157,7 +157,7 @@ def _first_block(one: RunDirectory, other: RunDirectory, differing: list[int]) -
 
 
 def _table(run: RunDirectory, step: int) -> NDArray[np.integer]:
-    """Return the hashes of all blocks after a step, mapped from their file.
+    """Return the hashes of all blocks after a step, as a memory map of their file.
 
     Raises OSError, ValueError and similar errors.
     """

@@ -33,7 +33,7 @@ class Target(Table):
     arguments: Arguments = Field(default_factory=dict)
 
     def further_arguments(self) -> Iterator[tuple[int, Arguments]]:
-        """Yield the arguments of groups, by index, that the same function gets."""
+        """Yield (index, arguments) of each group whose arguments the same function gets."""
         yield from ()
 
 
@@ -49,7 +49,7 @@ class Named(Protocol):
         """Return the arguments by name."""
 
     def further_arguments(self) -> Iterator[tuple[int, Arguments]]:
-        """Yield the arguments of groups, by index, that the same function gets."""
+        """Yield (index, arguments) of each group whose arguments the same function gets."""
 
 
 class Binder:

@@ -23,7 +23,7 @@ _NAMES_AT_RUN_TIME = {"__getattr__", "exec", "eval", "globals", "setattr", "vars
 
 
 def check_imports(document: Document[Any]) -> None:
-    """Raise one ConfigError for all paths `module:attribute` in a file that certainly can't be imported."""
+    """Raise one ConfigError that lists the paths `module:attribute` of a file that are certain to fail."""
     folder, problems = document.path.absolute().parent, []
     for key, path in _import_paths(document.schema.model_dump(exclude={"weights", "strategy"})):
         error = _problem(path, folder)
@@ -34,7 +34,10 @@ def check_imports(document: Document[Any]) -> None:
 
 
 def _import_paths(value: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    """Yield the import paths in the values of a file, with their keys. Arguments are the functions' own affair."""
+    """Yield the import paths in the values of a file, with their keys.
+
+    Arguments are left out, because only the functions know what they mean.
+    """
     if isinstance(value, dict):
         for name, inner in value.items():
             if name != "arguments":
@@ -73,7 +76,7 @@ def _exists(top: str, folder: Path) -> bool:
         return PathFinder.find_spec(top, [str(folder), os.getcwd()]) is not None or (
             importlib.util.find_spec(top) is not None
         )
-    except (ImportError, ValueError, OSError):  # a finder of the user's, or a module without a spec
+    except (ImportError, ValueError, OSError):  # raised by a finder of the user's, or for a module without a spec
         return True
 
 

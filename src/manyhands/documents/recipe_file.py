@@ -72,7 +72,7 @@ class WeightsTable(BuildableTable[Weights]):
 
 
 class MetricTable(Table):
-    """A metric of `manyhands.metrics` by name; or a function, a class or an object by path. With arguments."""
+    """A metric of `manyhands.metrics` by name, or a function, a class or an object by path; and its arguments."""
 
     name: str | None = Field(default=None, pattern=r"^\w+$")
     path: str | None = Field(default=None, pattern=IMPORT_PATH)
@@ -86,7 +86,7 @@ class MetricTable(Table):
 
     @property
     def target(self) -> Target:
-        """Return the function that creates the metric, or what the metric is."""
+        """Return the path of the metric or of the function that creates it, and the arguments."""
         return Target(path=self.path or f"manyhands.metrics:{self.name}", arguments=self.arguments)
 
 

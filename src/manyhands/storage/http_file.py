@@ -128,7 +128,7 @@ class _HttpFile(RawIOBase):
             known.total_bytes,
             known.version,
         ):
-            raise _FinalError(f"{self._url}: the file has changed while it was read")
+            raise _FinalError(f"{self._url}: the file changed while it was being read")
         return answer
 
     def _download(self) -> IO[bytes]:
@@ -145,7 +145,7 @@ class _HttpFile(RawIOBase):
         try:
             answer = self._repeated(attempt)
             if answer.version != self.version or answer.total_bytes not in (None, file.seek(0, SEEK_END)):
-                raise _FinalError(f"{self._url}: the file has changed while it was read")
+                raise _FinalError(f"{self._url}: the file changed while it was being read")
         except BaseException:
             self._complete = None
             file.close()

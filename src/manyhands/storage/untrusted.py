@@ -49,7 +49,7 @@ def open_to_append(path: Path) -> io.FileIO:
 
 
 def open_log(path: Path) -> io.TextIOWrapper:
-    """Open a text file to append to it, as `open_to_append` does."""
+    """Open a text file to append to it. See `open_to_append`."""
     return io.TextIOWrapper(io.BufferedWriter(open_to_append(path)), encoding="utf-8")
 
 
