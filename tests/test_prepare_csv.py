@@ -200,7 +200,7 @@ def test_files_with_other_columns_are_refused_and_another_order_is_kept_apart(tm
     assert [list(row.items()) for row in both] == [[("a", "1"), ("b", "2")], [("a", "3"), ("b", "4")]]
     for header in ("a,c", "a", "a,b,c"):
         (tmp_path / "2.csv").write_text(f"{header}\n1,2\n")
-        with pytest.raises(mh.DataError, match="a CSV file has other columns than the first one") as caught:
+        with pytest.raises(mh.DataError, match="a CSV file has different columns than the first one") as caught:
             mh.Dataset.read(f"{tmp_path}/*.csv")
         assert caught.value.where == str(tmp_path / "2.csv")
 

@@ -161,7 +161,7 @@ def test_files_with_wrong_content_are_reported(tmp_path: Path) -> None:
     assert caught.value.where == str(tmp_path / "*.jsonl")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "1.parquet")
     pq.write_table(pa.table({"a": ["x"]}), tmp_path / "2.parquet")
-    with pytest.raises(mh.DataError, match="a Parquet file has other columns than the first one") as caught:
+    with pytest.raises(mh.DataError, match="a Parquet file has different columns than the first one") as caught:
         mh.Dataset.read(str(tmp_path / "*.parquet"))
     assert caught.value.where == str(tmp_path / "2.parquet")
     assert caught.value.got == "a: string"
@@ -247,7 +247,7 @@ def test_wrong_options_are_refused() -> None:
     for wrong in ({"workers": -1}, {"max_bad_records": 1.5}):
         with pytest.raises(mh.ConfigError, match="is out of range"):
             made.count(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(mh.ConfigError, match="memory is too little for one worker"):
+    with pytest.raises(mh.ConfigError, match="memory is too small for one worker"):
         made.count(memory="10MiB")
     with pytest.raises(mh.ConfigError, match="an amount of memory can't be parsed"):
         made.count(memory="much")

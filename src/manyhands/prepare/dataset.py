@@ -108,8 +108,8 @@ class Dataset:
         partition_bytes: the approximate size of a task's input. It determines how the output is divided into files.
 
         Raises DataError if a path matches no file, or if Parquet or CSV files can't be read or have different columns.
-        The folder of an output without records has no files, and is read as no records.
-        Raises ConfigError if there are no paths, or if an argument is invalid.
+        The folder of an output without records has no files; it is read as an empty Dataset. Raises ConfigError if
+        there are no paths, or if an argument is invalid.
         """
         partition_bytes = checked_partition_bytes(partition_bytes)
         check_types(types)

@@ -133,7 +133,7 @@ class Options:
                 )
         if self.memory is not None and self.total_bytes() < LEAST_BYTES:
             raise ConfigError(
-                "memory is too little for one worker",
+                "memory is too small for one worker",
                 expected=f"at least {format_bytes(LEAST_BYTES)}",
                 got=format_bytes(self.total_bytes()),
             )

@@ -402,7 +402,7 @@ def run_on_host(task: Task, context: ProcessContext, versions: Versions) -> Task
     """
     if versions != Versions.here():
         raise ConfigError(
-            "a worker has other versions than the script",
+            "a worker has different versions than the script",
             expected=_describe(versions),
             got=_describe(Versions.here()),
             hint="install the same versions on all hosts, because the bytes of the output depend on them",

@@ -108,12 +108,12 @@ def _header_too_long(path: str) -> DataError:
 
 
 def check_same_names(first: tuple[str, tuple[str, ...]], path: str, names: tuple[str, ...]) -> None:
-    """Raise DataError if a CSV file has other columns than the first file. first: the path and names of the first
+    """Raise DataError if a CSV file has different columns than the first file. first: the path and names of the first
     file.
     """
     if set(names) != set(first[1]):
         raise DataError(
-            "a CSV file has other columns than the first one",
+            "a CSV file has different columns than the first one",
             where=path,
             expected=f"{', '.join(first[1])} (as in {first[0]})",
             got=", ".join(names),

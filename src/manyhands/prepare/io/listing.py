@@ -376,8 +376,8 @@ def with_common_schema(splits: Sequence[Split], schemas: Mapping[str, Any]) -> l
     The order of columns, nullability and metadata may differ. Types may differ if one of them holds all values of the
     others, because all values are null, or because numbers or text have other widths.
 
-    schemas: the schemas of all Parquet files by path, in the order of the files. Raises DataError if a file has other
-    columns than the first file.
+    schemas: the schemas of all Parquet files by path, in the order of the files. Raises DataError if a file has
+    different columns than the first file.
     """
     first = next(iter(schemas.items()), ("", None))
     common = first[1]
@@ -399,7 +399,7 @@ def _common_schema(first: tuple[str, Any], common: Any, path: str, schema: Any) 
         pass
     expected, got = (", ".join(f"{field.name}: {field.type}" for field in one) for one in (common, schema))
     raise DataError(
-        "a Parquet file has other columns than the first one",
+        "a Parquet file has different columns than the first one",
         where=path,
         expected=f"{expected} (as in {first[0]})",
         got=got,

@@ -280,7 +280,7 @@ def _with_rewritten(result: StageResult, again: StageResult) -> StageResult:
     for old in result.results:
         if old.partition in files and files[old.partition].records != old.records:
             raise InvariantError(
-                "a file has other records than the one that it replaces",
+                "a file has different records than the one that it replaces",
                 where=again.folder,
                 expected=old.records,
                 got=files[old.partition].records,

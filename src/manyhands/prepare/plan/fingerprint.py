@@ -405,7 +405,7 @@ _KINDS: tuple[tuple[Any, Callable[[_Fingerprint, Any], str]], ...] = (
 
 def _is_installed(value: Any) -> bool:
     """Return True if a function or class belongs, under its name, to Python or an installed package."""
-    # The metaclass of Cython's types has a descriptor instead of the name of a module.
+    # Cython's types have a metaclass whose `__module__` is a descriptor instead of a name.
     if isinstance(value, type) and (value.__module__ == "builtins" or not isinstance(value.__module__, str)):
         return True
     if not isinstance(value, (type, types.FunctionType)) or not is_importable(value):

@@ -42,8 +42,8 @@ class _Source(NamedTuple):
 
 
 class _Module(NamedTuple):
-    """A module that is not installed. file: None for a package without `__init__.py`. folders: the folders of a
-    package.
+    """A module that no installed package provides. file: None for a package without `__init__.py`. folders: the folders
+    of a package.
     """
 
     name: str

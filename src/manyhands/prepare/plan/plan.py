@@ -301,7 +301,7 @@ def _source_title(source: Source) -> str:
     if isinstance(source, Read):
         forms = sorted({split.format for split in source.splits})
         noun = "file" if len(source.files) == 1 else "files"
-        # Without splits, there is no format to name, so two spaces would be left.
+        # Without splits, no format is named, which would leave two spaces.
         return f"read {len(source.files)} {'/'.join(forms)} {noun}".replace("  ", " ")
     if isinstance(source, InMemory):
         return "given records"

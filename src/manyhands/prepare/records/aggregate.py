@@ -64,7 +64,8 @@ _FUNCTIONS = {"count": ("count_all",), "sum": ("sum",), "min": ("min",), "max": 
 FEW_GROUPS = 128
 """Tables with fewer rows than this are combined by Python, which takes less time than Arrow takes to start.
 
-Python may return the groups in another order than Arrow. With more groups, `size_bytes` would depend on their order.
+Python may return the groups in a different order than Arrow. With more groups, `size_bytes` would depend on their
+order.
 """
 
 _ROWS = "rows"  # the column of row numbers in a table that Arrow groups
@@ -346,7 +347,7 @@ class Grouping:
     def merge_into(self, states: list[dict[Any, Any]], combined: KeyedLists) -> None:
         """Merge the states of a chunk or a run into `states`, which has a dict from keys to states for each aggregate.
 
-        If a function raises, raises a DataError that names the aggregate and the group.
+        Raises a DataError that names the aggregate and the group if a function raises.
         """
         for (name, aggregate), into, column in zip(self.aggregates.items(), states, combined.columns, strict=True):
             # Shortcuts with the same result: the first states are copied, counts are added without a call, and sums of
@@ -374,7 +375,7 @@ class Grouping:
     def finish(self, groups: KeyedLists) -> list[list[Any]]:
         """Return the results of each aggregate, in the order of the groups.
 
-        If a function raises, raises a DataError that names the aggregate and the group.
+        Raises a DataError that names the aggregate and the group if a function raises.
         """
         # Two aggregates, such as `first` and `collect`, may hold the same record.
         may_share = sum(map(can_change, groups.columns)) > 1
@@ -431,7 +432,7 @@ def _states(grouping: Grouping, name: str, keys: list[Any], records: list[Any]) 
     if aggregate.kind in ("sum", "mean", "variance") and not {str, bytes}.isdisjoint(map(type, values)):
         # Python would join texts. Columns of CSV files are text by default, so a sum of texts is usually a mistake.
         raise BadKey(
-            f"the value to aggregate ({aggregate.kind}) is text: convert it, for CSV files with read(..., types=...)"
+            f"the value to aggregate ({aggregate.kind}) is text: convert it (for CSV files, with read(..., types=...))"
         )
     states: dict[Any, Any] = {}
     start, add = aggregate.start, aggregate.add

@@ -108,7 +108,7 @@ def _kinds(values: Iterable[Any]) -> set[str]:
 def _checked_kind(found: set[str], kind: pa.DataType | None) -> Any:
     """Return the type of the values, or None if unknown.
 
-    Raise ValueError if no type, or not this type, holds these kinds.
+    Raise ValueError if no type, or not the given type, holds these kinds.
     """
     if "sets" in found:  # pyarrow would write them in an order that differs between processes
         raise ValueError("it has sets, whose items have no fixed order: use sorted lists")

@@ -44,7 +44,7 @@ def given_records(records: Iterable[Any]) -> list[Any]:
         return _rows_of_pandas(records, pandas)
     table = _as_table(records)
     if table is None:
-        return list(records)  # it is a Series, whose items are values
+        return list(records)  # a Series, whose items are the records
     _check_names(table.column_names)
     return records_of(table)
 

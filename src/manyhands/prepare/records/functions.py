@@ -18,7 +18,7 @@ ENDS_EARLY = frozenset((map, filter))
 
 
 class BadResult(ValueError):
-    """A result of a user's function that can't be used."""
+    """The error for a result of a user's function that can't be used."""
 
 
 def name_of(function: Any) -> str:

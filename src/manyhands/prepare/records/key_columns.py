@@ -110,7 +110,7 @@ def _rows(columns: list[list[Any]]) -> list[Any]:
 
 
 def key_at(columns: Sequence[Any], index: int) -> Any:
-    """Return the key of one row, as `keys_of_columns` does."""
+    """Return the key of one row. See `keys_of_columns`."""
     keys = [_compared(column.slice(index, 1))[0] for column in columns]
     return keys[0] if len(keys) == 1 else tuple(keys)
 

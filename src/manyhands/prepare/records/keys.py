@@ -179,7 +179,7 @@ class KeyedLists:
         return self.columns[0]
 
     def key_at(self, index: int) -> Any:
-        """Return the key of a record, as it is compared."""
+        """Return the key of a record, in the form in which it is compared."""
         return compared_key(self.keys[index])
 
     def part(self, start: int, stop: int) -> KeyedLists:
@@ -246,7 +246,7 @@ class KeyedTable:
         return self.table
 
     def key_at(self, index: int) -> Any:
-        """Return the key of a row, as it is compared: a value, or a tuple for several columns."""
+        """Return the key of a row, in the form in which it is compared: a value, or a tuple for several columns."""
         from manyhands.prepare.records.key_columns import key_at
 
         return key_at([self.table.column(name) for name in self.by], index)

@@ -261,7 +261,8 @@ class _SecondReading:
     def copies(self, number: int, records: int) -> tuple[Chunk, Chunk]:
         """Return two copies of the chunk of a piece. The numbers must increase from call to call.
 
-        records: the number of records in the chunk. Raises DataError if the chunk now has another number.
+        records: the number of records in the chunk. Raises DataError if the chunk now has a different number of
+        records.
         """
         if self._pieces is None:
             self._pieces = self._open()
@@ -284,7 +285,7 @@ class _SecondReading:
         piece = next(pieces, None)
         if piece is None or num_records(piece.chunk) != records:
             raise DataError(
-                "the input has changed while it was read",
+                "the input changed while it was being read",
                 expected=f"{records} records",
                 got=0 if piece is None else num_records(piece.chunk),
                 where=None if piece is None else piece.where(0),

@@ -206,7 +206,7 @@ def _cast(column: Any, kind: Any) -> Any:
 
 
 def _check_types(before: Any, after: Any) -> None:
-    """Raise ValueError for casts in which Arrow drops fields or shifts datetimes."""
+    """Raise ValueError for casts in which Arrow would drop fields or shift datetimes."""
     if pat.is_timestamp(before) and pat.is_timestamp(after) and (before.tz is None) != (after.tz is None):
         raise ValueError(f"datetimes of type {before} can't be cast to {after}: one has a zone, the other has none")
     if pat.is_struct(before) and pat.is_struct(after):

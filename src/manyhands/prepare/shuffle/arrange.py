@@ -32,7 +32,10 @@ class Arrangement(Protocol):
     """The key by which a shuffle orders records, and the writer of the sorted runs."""
 
     def keyer(self, partition: int) -> Callable[[Chunk], Keyed]:
-        """Return a function that adds keys to the partition's chunks. Call it in their order. It raises BadKey."""
+        """Return a function that adds keys to a chunk.
+
+        Call it for the partition's chunks in order. It raises BadKey.
+        """
         ...
 
     def writer(self, file: RunFileWriter, run_bytes: int) -> RunWriter:
