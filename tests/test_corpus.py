@@ -474,7 +474,7 @@ def test_a_faster_tokenizer_is_used_only_if_it_gives_the_same(monkeypatch: pytes
     assert [ids.tolist() for ids in quick.encode([END_OF_TEXT])] == [list(END_OF_TEXT.encode())]
     module._fast.cache_clear()
     monkeypatch.setitem(sys.modules, "gigatoken", library(lambda texts, parallel: [[1] for _ in texts]))
-    assert faster(encoder, sample) == (encoder, "gigatoken gives other tokens for 'ab abab'")
+    assert faster(encoder, sample) == (encoder, "gigatoken gives different tokens for 'ab abab'")
     module._fast.cache_clear()
     monkeypatch.setitem(sys.modules, "gigatoken", library(lambda texts, parallel: 1 / 0))
     assert "does not support this tokenizer: ZeroDivisionError" in faster(encoder, sample)[1]

@@ -42,28 +42,28 @@ def normalized(text: str, form: str) -> str:
 class Rules:
     """Rules that drop documents. A share is a fraction of the characters, from 0 to 1."""
 
-    min_characters: int = option(default=50, at_least=0, help="The least number of characters in a document.")
-    max_characters: int = option(default=1_000_000, at_least=1, help="The greatest number of characters in a document.")
+    min_characters: int = option(default=50, at_least=0, help="The minimum number of characters in a document.")
+    max_characters: int = option(default=1_000_000, at_least=1, help="The maximum number of characters in a document.")
     min_letters: float = option(
         default=0.5,
         at_least=0.0,
         at_most=1.0,
-        help="The least share of letters, marks and digits among characters that are not white space.",
+        help="The minimum share of letters, marks and digits among characters that are not white space.",
     )
     max_replaced: float = option(
         default=0.001,
         at_least=0.0,
         at_most=1.0,
-        help="The greatest share of U+FFFD, the replacement of undecodable bytes.",
+        help="The maximum share of U+FFFD, the replacement of undecodable bytes.",
     )
     max_repeated_lines: float = option(
         default=0.3,
         at_least=0.0,
         at_most=1.0,
-        help="The greatest share of characters in lines that occurred before in the document "
+        help="The maximum share of characters in lines that occurred before in the document "
         '(Rae et al., "Scaling Language Models", 2021, table A1, use 0.2).',
     )
-    max_line: int = option(default=10_000, at_least=1, help="The greatest mean length of a line, in characters.")
+    max_line: int = option(default=10_000, at_least=1, help="The maximum mean length of a line, in characters.")
 
     def __post_init__(self) -> None:
         check_options(self, "clean.")

@@ -237,7 +237,7 @@ def faster(encoder: TokenizerEncoder, sample: Sequence[str]) -> tuple[TokenizerE
         return encoder, f"{FAST} does not support this tokenizer: {type(error).__name__}: {error}"
     for text, ours, theirs in zip(sample, encoder.encode(list(sample)), found, strict=True):
         if not np.array_equal(ours, theirs):
-            return encoder, f"{FAST} gives other tokens for {text[:40]!r}"
+            return encoder, f"{FAST} gives different tokens for {text[:40]!r}"
     return quick, ""
 
 
