@@ -80,7 +80,7 @@ class Option:
 def whole_number(value: object) -> int | None:
     """Return an integer of Python, NumPy or torch as an int; None for anything else, such as True or 2.0."""
     if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-        return None  # Python counts True as an int, but nobody means it as a number
+        return None  # True is an int in Python, but is not meant as a number
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -175,6 +175,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def hint_nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the hint of `nearest`, or None if it would be empty or too long, such as all names of a module."""
+    """Return the hint of `nearest`, or None if that hint would be empty, or too long because it lists all names of a
+    module.
+    """
     hint = nearest(name, known)
     return hint if len(hint) <= 300 and hint != "known: " else None

@@ -86,7 +86,8 @@ def lay_out(
     layout = builder.layout_of(trainable_plans)
     trainable = list(zip(trainable_plans, layout.units, strict=True))
     units: dict[str, Unit] = {}
-    # Create one buffer per dtype. The dtypes are in construction order, so all workers create the buffers in one order.
+    # Create one buffer per dtype. The dtypes are in construction order, so all workers create the buffers in the same
+    # order.
     for dtype in dict.fromkeys(plan.dtype for plan, _ in trainable):
         units |= builder.units([pair for pair in trainable if pair[0].dtype == dtype])
     frozen: list[ParamUnit] = []

@@ -67,7 +67,7 @@ class AttributeGuard:
         if hasattr(loss, "__dict__") and not isinstance(loss, (FunctionType, MethodType, partial, type)):
             self._modules[LOSS] = loss
         self._watched = 0  # micro-batches
-        self._steps = self._in_step = 0  # begun steps, and micro-batches watched in the present one
+        self._steps = self._in_step = 0  # the number of steps begun, and of micro-batches watched in the current step
         self._to_restore: Values = {}  # positions of iterators with the rule "restore" at the start of the step
         self._sets_anew = False  # True if forward has set an attribute since the last comparison between workers
         self._rule_of: dict[str, str | None] = {}

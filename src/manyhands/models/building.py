@@ -93,8 +93,8 @@ write to a tensor.
 class Unwritten(TorchFunctionMode):
     """A context in which large parameters are not initialised, because weight files supply their values.
 
-    Shapes, types, and values of other tensors are the same as without this context, except random values. Random values
-    differ, because no random numbers are drawn for large parameters.
+    Other random values differ, because no random numbers are drawn for large parameters. Nothing else differs: shapes,
+    types and other values are the same as without this context.
     """
 
     def __init__(self) -> None:

@@ -102,7 +102,7 @@ _PYTHON: Any = getattr(random.seed, "__self__", None)
 
 
 def _address_of_python_state() -> int | None:
-    """Return the address of the index of Python's generator, which its words follow; None if they aren't there."""
+    """Return the address of the state of Python's generator, an index followed by words; None if it isn't there."""
     if type(_PYTHON) is not random.Random:
         return None
     *words, index = _PYTHON.getstate()[1]

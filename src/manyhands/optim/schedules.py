@@ -78,7 +78,10 @@ def advance(schedules: Sequence[LRScheduler]) -> None:
 
 
 def advance_by_figure(schedules: Sequence[LRScheduler], value: float | None) -> None:
-    """Advance the schedules that need the figure of a validation. None, if no sample counts, is as bad as NaN."""
+    """Advance the schedules that need the figure of a validation.
+
+    A figure of None, for which no sample counts, has the effect of NaN.
+    """
     for schedule in schedules:
         if isinstance(schedule, ReduceLROnPlateau):
             schedule.step(math.nan if value is None else value)

@@ -262,7 +262,7 @@ class Engine(StepEngine):
 
     @property
     def is_first(self) -> bool:
-        """Return True on the first worker, which prints and writes what all workers have."""
+        """Return True on the first worker, which is the one that should print and write results."""
         return self.group.rank == 0
 
     def mean(self, total: Numbers, weight: Numbers) -> float | None:

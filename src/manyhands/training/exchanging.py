@@ -73,7 +73,10 @@ def mean(group: Group, total: Numbers, weight: Numbers, tag: str) -> float | Non
 
 
 def _exchanged(group: Group, value: Any, refused: _Refused | None, tag: str) -> list[Any]:
-    """Return all workers' JSON values, by rank. Raises the same ConfigError on all workers if one of them refuses."""
+    """Return all workers' JSON values, by rank.
+
+    Raises the same ConfigError on all workers if one of them refuses its value.
+    """
     all_ranks: list[Any] = all_gather_json(group, (refused, None if refused else value), f"{tag} / control")
     for rank, (found, _) in enumerate(all_ranks):
         if found is not None:

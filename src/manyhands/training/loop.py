@@ -172,7 +172,7 @@ def _make_steps(
         saver.after_step(metrics.digest, last=last, is_best=is_best)
         record.listeners.deliver()
     if validations.stop_reason:
-        if engine.step_index > first:  # otherwise the run has recorded it before
+        if engine.step_index > first:  # otherwise the run has already recorded this event
             record.event("stopped early", step=engine.step_index, why=validations.stop_reason)
         record.report(validations.stop_reason)
     return memory.peak_bytes

@@ -57,7 +57,9 @@ def code_of(recipe: Recipe) -> Code | None:
 
 
 def _folder_of(recipe: Recipe) -> Path:
-    """Return the folder of the recipe file, or else of the loss function or the script, or the working directory."""
+    """Return the first known one of these folders: the recipe file's, the loss function's, the script's, the working
+    directory.
+    """
     of_loss = getattr(getattr(recipe.loss, "__code__", None), "co_filename", None)
     for file in (recipe.source, of_loss, getattr(sys.modules.get("__main__"), "__file__", None)):
         if file and Path(file).is_file():

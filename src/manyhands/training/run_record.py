@@ -83,7 +83,7 @@ class RunRecord:
 
     path: the run directory, or None if nothing is recorded. checkpoints: the folder or address to which checkpoints are
     written, or None. adopt: continue from another run's checkpoints. anew: move the existing record aside, as
-    `start_over` does. stack: ends after the engine is closed; then the listeners receive `summary`, or a summary of the
+    `start_over` does. stack: it is closed after the engine. The listeners then receive `summary`, or a summary of the
     failure.
     """
 
@@ -118,7 +118,7 @@ class RunRecord:
         self._stack = stack
         if self.path is not None and engine.group.rank == 0:
             self._directory = RunDirectory(self.path)
-            if recipe_as_used is None:  # otherwise the command line holds the lock already
+            if recipe_as_used is None:  # otherwise the command line already holds the lock
                 stack.enter_context(run_lock(self.path))
             if anew and self.checkpoints is not None:
                 start_over(self.path, self.checkpoints, launch_id())
@@ -137,7 +137,8 @@ class RunRecord:
             check_schedules(engine)
         if engine.allocator.scratch is not None:
             self.notes.append(scratch_line(engine.allocator.scratch))
-        # The run directory may exist on worker 0's host only. If it names a store for checkpoints, all hosts use that.
+        # The run directory may exist on worker 0's host only. If its manifest names a store for checkpoints, all hosts
+        # use that store.
         all_ranks: list[Any] = all_gather_json(
             engine.group, str(self.checkpoints or ""), "start / run directory / control"
         )

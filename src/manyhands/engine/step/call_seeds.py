@@ -54,7 +54,7 @@ class CallSeeds:
             self._seeded.clear()
 
     def enter(self, name: str) -> None:
-        """Note the start of the forward of the unit of this name."""
+        """Note that the forward of this unit begins."""
         if not self._active or name in self._silent or torch.compiler.is_compiling():
             return
         outermost = not self._in_progress  # a unit that another unit calls is a part of that unit
@@ -70,7 +70,7 @@ class CallSeeds:
         self._in_progress.append(outermost)
 
     def leave(self, name: str, _: object) -> None:
-        """Note the end of the forward of the unit of this name, and seed the generators."""
+        """Note that the forward of this unit has ended, and seed the generators."""
         if not self._active or name in self._silent or torch.compiler.is_compiling():
             return
         # If another hook raised an error before the forward, there was no `enter`.

@@ -206,7 +206,7 @@ def _metric(name: object, pair: object) -> tuple[Number, Number]:
 
 
 def _hint(result: object, loss: object) -> str:
-    """State what to return in place of `result`. loss: the part of it that was taken for the loss."""
+    """State what to return in place of `result`. loss: the part of `result` that was taken for the loss."""
     of_model = result[0] if isinstance(result, (tuple, list)) and result else result
     if isinstance(of_model, Mapping) or hasattr(of_model, "loss"):
         name = ".loss" if hasattr(of_model, "loss") else '["loss"]'

@@ -61,7 +61,7 @@ class StepMetrics:
     def numbers(self) -> dict[str, float]:
         """Return the numbers of the step by their full names, such as "metrics.accuracy" and "seconds.compute".
 
-        A step that was skipped has no loss, so only its number, epoch and learning rates are there.
+        A step that was skipped has no loss, so only its number, epoch and learning rates are returned.
         """
         found: dict[str, float] = {"step": self.step}
         if self.epoch is not None:

@@ -36,7 +36,7 @@ class Gradients(ABC):
     def __init__(self, group: Group, numel: int) -> None:
         self._group, self._numel, self.device = group, numel, group.device
         self._part_numel = numel // group.size
-        self.all_to_all: AllToAll | None = None  # the most recent one, if it may still read the buffer
+        self.all_to_all: AllToAll | None = None  # the most recent, if it may still read the buffer
 
     def begin(self) -> None:
         """Prepare for a micro-batch: if it will overwrite the previous gradients, wait until peers have read them."""
@@ -114,7 +114,7 @@ class Ring:
         self._occupied = [False for _ in self.slots]
 
     def next_send_of(self, position: int) -> int:
-        """Return the number of the next send of the unit at `position` in the round's order of sends."""
+        """Return the number of a unit's next send. position: the unit's position in the round's order of sends."""
         first = self._sends - self._sends % self._units
         return first + position if first + position >= self._sends else first + self._units + position
 

@@ -87,7 +87,7 @@ class Params(ABC):
 
     def _put(self, name: str, data: Tensor) -> None:
         if self._is_lost(name):
-            self._lost.add(name)  # record this before the address that shows it is overwritten below
+            self._lost.add(name)  # the old address, which shows that the data was replaced, is overwritten below
         self._params[name].data = data
         self._addresses[name] = data.data_ptr()
 

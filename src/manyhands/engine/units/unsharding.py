@@ -181,12 +181,12 @@ class Unsharder:
     # - Called while the model computes
 
     def enter(self, unit: ParamUnit) -> None:
-        """Note the start of the forward of a module that uses the unit, and unshard the unit."""
+        """Note that the forward of a module that uses the unit begins, and unshard the unit."""
         self.need(unit)
         self._inside[unit.name] = self._inside.get(unit.name, 0) + 1
 
     def leave(self, unit: ParamUnit, result: object) -> None:
-        """Note the end of the forward of a module that uses the unit. result: the value that the forward returned.
+        """Note that the forward of a module that uses the unit has ended. result: the value that the forward returned.
 
         Raises ConfigError if a tensor in it is a view of the parameters, because the view would read as NaN once the
         parameters are resharded.

@@ -77,7 +77,10 @@ class Allocators(NamedTuple):
 
     @classmethod
     def of(cls, state: Allocator, sharding: Sharding, device: torch.device) -> Allocators:
-        """Return the allocators of an engine. state: as the strategy's offload says. device: the group's."""
+        """Return the allocators of an engine.
+
+        state: the allocator that the strategy's offload requires. device: the group's device.
+        """
         # If the model doesn't fit into memory, the sums of its gradients don't fit either.
         return cls(state, state if state.on_disk and sharding.param is SHARDED else Allocator(device))
 
@@ -224,7 +227,7 @@ class Updater:
         return [] if replicated is None else [self._writers.all_gather(replicated, f"{tag} / {unit.name} / param")]
 
     def _full_start(self, unit: Unit) -> int:
-        """Return the index, in the unit, of the first element of the unit's `_full`."""
+        """Return the index in the unit of the first element that the unit's `_full` holds."""
         return 0 if self._replicated else unit.shard.start
 
     def _total(self, reducer: GradientReducer, unit: Unit, within: Range, weight: float, out: Tensor) -> None:

@@ -14,10 +14,10 @@ from manyhands.shard_layout import Range
 
 
 class WeightAverage:
-    """The average of the weights on this worker: of all elements whose master weights the worker holds.
+    """The average of the weights on this worker. It covers all elements whose master weights the worker holds.
 
-    An update moves the average towards the weights: average += rate * (weights - average). These are a subtraction, a
-    product and a sum, each rounded by itself. torch's `lerp` and `add(alpha=...)` compute some elements with fused
+    An update moves the average towards the weights: average += rate * (weights - average). The subtraction, the product
+    and the sum are each rounded separately. torch's `lerp` and `add(alpha=...)` compute some elements with fused
     operations and others without, so their bits would depend on the sharding.
 
     rule: the recipe's average; None if there is none, in which case all methods do nothing.
@@ -87,7 +87,7 @@ class WeightAverage:
         self.evict(unit, within)
 
     def evict(self, unit: Unit, within: Range) -> None:
-        """Evict a part to disk if it is stored there. Before the average begins, no part is in memory."""
+        """Evict a part to disk if it is stored there. Before the average begins, no part has been used."""
         average = self.of(unit, within)
         if average is not None and self.count and self._allocator.on_disk:
             self._allocator.evict(average)
