@@ -42,12 +42,12 @@ class _IsPart:
 
 
 def bound_of_fraction(fraction: float) -> int:
-    """Return the number below which this fraction of all numbers is drawn."""
+    """Return the limit below which this fraction of all numbers lies."""
     return round(fraction * _DRAWS)
 
 
 def bound_of_number(documents: Dataset, number: int, seed: int, options: JobOptions) -> int:
-    """Return the number below which `number` documents draw, or a few more if some of them are equal."""
+    """Return the limit below which `number` documents lie, or a few more if some documents are equal."""
     return int(documents.map(_Drawn(seed)).sort_by().take(number, **options)[-1]) + 1
 
 

@@ -133,7 +133,7 @@ class CorpusSchema(Table):
     validation: ValidationTable = ValidationTable()
 
     def settings(self) -> dict[str, Any]:
-        """Return the values that decide the corpus. A table [validation] that holds nothing out is left out."""
+        """Return the values that decide the corpus. A table [validation] that holds out no documents is omitted."""
         fields = self.model_dump()
         if not any(fields["validation"].values()):
             del fields["validation"]

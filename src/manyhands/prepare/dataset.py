@@ -255,7 +255,7 @@ class Dataset:
         return self._with_shuffle(ByPosition(seed, f"shuffle with seed {seed}"), Sorted((ORDER_COLUMN,)))
 
     def repartition(self, *, partition_bytes: int | None = None) -> Dataset:
-        """Divide the same records, in the same order, into partitions of equal size.
+        """Divide the same records, in the same order, into partitions of about equal size.
 
         This is useful after a filter that left few records in each partition, and before a slow function if there are
         too few partitions for all workers.

@@ -435,7 +435,7 @@ def _pieces(task: Task, stage: Stage, counts: _ReadCounts, bad: BadRecords) -> I
         file = _input_files(task.plan_path, task.stage)[split.path]
         check_unchanged(file)
         yield from read_split(split, bad, source.columns, source.types)
-        check_unchanged(file)  # the file may have changed while it was read
+        check_unchanged(file)  # the file may have changed while it was being read
     elif isinstance(source, InMemory):
         records = unpack_records(source.partitions[task.partition])
         yield SourcedChunk(records, _placed("given records", task.partition, 0))

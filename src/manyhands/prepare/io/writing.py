@@ -245,7 +245,8 @@ def _check_keys(value: Any) -> None:
 
 
 def _json_value(value: Any) -> bytes:
-    """Encode a value. Values that orjson rejects are encoded here, and the values in them and beside them by orjson.
+    """Encode a value. This function encodes the values that orjson rejects. orjson encodes the values in them and
+    beside them.
 
     The rejected values are integers beyond 64 bits, lone surrogates, named tuples and very deep nesting.
     """

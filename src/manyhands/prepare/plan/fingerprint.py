@@ -25,7 +25,7 @@ from manyhands.prepare.plan.modules import LocalModules, is_importable, is_insta
 from manyhands.prepare.records.pickling import NotPicklable, cant_be_pickled, reduced
 
 _LARGE = 4096
-"""The size in bytes from which a value is hashed without its `repr`, which takes up to four times the memory."""
+"""Values of at least this many bytes are hashed without their `repr`, which takes up to four times the memory."""
 
 _IN_C = (
     types.BuiltinFunctionType,

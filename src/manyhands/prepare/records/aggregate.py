@@ -403,7 +403,7 @@ class Grouping:
 
 
 def _failed(name: str, aggregate: Aggregate, argument: str, key: Any, error: BaseException) -> DataError:
-    """Return the error of an aggregate's function that raised for the states of a group."""
+    """Return the error for an aggregate whose function raised an exception for the states of a group."""
     said = str(error) if isinstance(error, BadResult) else describe_error(error, aggregate.kind)
     return DataError(
         f"{argument} of the aggregate {name!r} failed: {said}",
@@ -441,7 +441,7 @@ def _states(grouping: Grouping, name: str, keys: list[Any], records: list[Any]) 
         if floats is not None:
             return floats
         start, add = faster_functions(aggregate.kind, values) or (start, add)
-    # A state that is the record itself may be changed by `add`, while other aggregates hold the record, too.
+    # `add` may change a state that is the record itself, while other aggregates hold the record, too.
     key = None
     try:
         if aggregate.kind == "custom" and len(grouping.aggregates) > 1:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Chunk: TypeAlias = "list[Any] | pa.Table"
 
-# The size of a chunk of text. It is so large that calls cost little per record, and so small that the parsed records
-# fit in a CPU's cache.
+# The size of a chunk of text. It is large enough that calls cost little per record, and small enough that the parsed
+# records fit in a CPU's cache.
 CHUNK_BYTES = 2**19
 
 TABLE_CHUNK_BYTES = 2**22  # the size of a chunk that is a table

@@ -75,7 +75,7 @@ def plain_choice(kind: str, values: list[Any]) -> Callable[[Any, Any], Any] | No
 
 
 def _compare(one: Any, other: Any) -> int:
-    """Return a number below, equal to or above 0, as `one` is less than, equal to or greater than `other`."""
+    """Return a negative number, zero or a positive number if `one` is less than, equal to or greater than `other`."""
     for kind in (tuple, list):
         if isinstance(one, kind) and isinstance(other, kind):
             for pair in zip(one, other, strict=False):

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 _PLAIN = frozenset({str, int, bytes, bool, date, time, timedelta, Fraction})  # types that are compared unchanged
 
-# Types whose values are written as the equal Python values.
+# Types whose values are written as the Python values that they equal.
 _SAME_IN_FILES = (np.bool_, np.int64, np.float64, np.str_, np.bytes_)
 
 _NANOSECONDS = {"h": 3600 * 10**9, "m": 60 * 10**9, "s": 10**9, "ms": 10**6, "us": 1000, "ns": 1}

@@ -164,7 +164,7 @@ def cut_is_less(cut: Cut, other: Cut) -> bool:
 class KeyedLists:
     """Keys and columns of values, all of the same length.
 
-    Records are one column, which may be the list of keys itself.
+    The records form one column, which may be the list of keys itself.
     """
 
     keys: list[Any]

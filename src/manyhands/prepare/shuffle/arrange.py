@@ -21,7 +21,7 @@ from manyhands.prepare.records.keys import (
 )
 from manyhands.prepare.records.state_tables import merge_states, states_are_small, states_table
 
-_MAX_TABLES = 256  # tables of group states are merged at this number, because even a table with few rows takes some KiB
+_MAX_TABLES = 256  # at this number, tables of group states are merged: even a table with few rows takes some KiB
 
 GROUP_COLUMN = "key"  # the key column in tables of group states
 
