@@ -49,7 +49,8 @@ class Validation:
     weights: str = option(
         default=TRAINED,
         choices=(TRAINED, AVERAGED, "both"),
-        help="The weights to validate. trained: those that the last step left; ema: their average, of any kind; both: "
+        help="The weights to validate. trained: those that the last step left; ema: their average, whatever its "
+        "kind; both: "
         "one after the other. Figures of the average are called validation.ema.loss, for example. "
         "Before the average begins, they are those of the trained weights.",
     )

@@ -20,7 +20,7 @@ from manyhands.checkpoint.weight_files import config_files
 _LORA = "peft.tuners.lora.layer"
 
 _MERGEABLE = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"}
-"""Classes of peft's LoRA layers whose product with the base layer `Product` describes."""
+"""The classes of peft's LoRA layers for which `Product` describes what is added to the base layer."""
 
 
 def adapter_of(model: nn.Module) -> AdapterRecord | None:

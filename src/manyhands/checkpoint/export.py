@@ -98,9 +98,9 @@ def export(
 
     Of a peft model, the adapter alone is written, in a folder that `PeftModel.from_pretrained(base, out)` loads.
 
-    run: a run directory, the folder or address that was passed to `Engine.save`, or a checkpoint. step: the step
-    of the checkpoint (default: the last). weights: "trained"; "ema" for the average of the weights,
-    of any kind, together with the current buffers; or "best", for the checkpoint that `keep_best` kept, and
+    run: a run directory, the folder or address that was passed to `Engine.save`, or a checkpoint. step: the step of the
+    checkpoint (default: the last). weights: "trained"; "ema" for the average of the weights, whatever its kind,
+    together with the current buffers; or "best", for the checkpoint that `keep_best` kept, and
     "best:validation.loss:min" if the run has kept several. dtype: "fp32" (the master weights, bit for bit) or "bf16";
     default: the dtype in which the model was trained. Buffers retain their dtype. max_shard_size: the largest size of a
     file; a larger tensor gets its own file. An adapter is always one file. merge: write the base model of a peft model

@@ -24,7 +24,7 @@ LISTED = 5
 """An error lists at most this many tensors."""
 
 _ROWS = 64
-"""Rows of a product that are computed at once: always the same number, because it decides the bits."""
+"""The number of rows of a product that are computed at a time. It is constant, because it decides the bits."""
 
 
 class Exported:

@@ -97,10 +97,9 @@ class _Loader:
                 tensors[record.name].data.copy_(values.view(record.shape))  # .data: autograd must not see the change
 
     def frozen_facts(self) -> dict[str, str]:
-        """Return fingerprints of this worker's share of the frozen parameters. It is read a second time for this, in
-        parts.
+        """Return fingerprints of this worker's share of the frozen parameters. They are read a second time, in parts.
 
-        A checkpoint and the run that loads it must have equal fingerprints for any numbers of workers.
+        A checkpoint and the run that loads it must have equal fingerprints, whatever their numbers of workers.
         """
         names = [record.name for record in self._found("buffer", "frozen") if record.is_parameter]
         mine = names[self._engine.group.rank :: self._engine.group.size]

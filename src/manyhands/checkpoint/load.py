@@ -101,7 +101,8 @@ def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
                 got=number.value,
                 hint="go back to an earlier checkpoint",
             ) from error
-    # The saved state is empty if it was saved before the parameter's first update. It still replaces the engine's.
+    # The saved state is empty if it was saved before the parameter's first update. It still replaces the engine's
+    # state.
     engine.optimizer.load_state_of(piece, state)
 
 

@@ -189,7 +189,7 @@ class Saving:
 
 
 def _report_of(error: BaseException | None) -> tuple[str, ...]:
-    """Return (what, where, hint) of an error, with which other workers can raise it, or () if there is no error."""
+    """Return (what, where, hint), from which other workers can raise the same error, or () if there is no error."""
     if error is None:
         return ()
     if isinstance(error, ManyhandsError):

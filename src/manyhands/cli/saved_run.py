@@ -28,7 +28,7 @@ ChosenWeights = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help=f"{TRAINED}; {AVERAGED}: the average of the weights, of any kind; or best: the checkpoint that "
+        help=f"{TRAINED}; {AVERAGED}: the average of the weights, whatever its kind; or best: the checkpoint that "
         "--keep-best kept. best:validation.loss:min names one of several.",
     ),
 ]

@@ -153,7 +153,7 @@ def _listen_on_one_address(host: str, port: int) -> TCPStore | None:
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except (ValueError, OSError):  # a name, an address that is forwarded to this host, or a port that is in use
-        return None  # torch uses the server of this process, or listens in its own way, and reports a port in use
+        return None  # torch uses the server of this process, or listens itself and reports a port in use
     return TCPStore(
         host,
         port,

@@ -33,7 +33,7 @@ class Target(Table):
     arguments: Arguments = Field(default_factory=dict)
 
     def further_arguments(self) -> Iterator[tuple[int, Arguments]]:
-        """Yield (index, arguments) of each group whose arguments the same function gets."""
+        """Yield the (index, arguments) of each group whose arguments are passed to the same function."""
         yield from ()
 
 
@@ -49,7 +49,7 @@ class Named(Protocol):
         """Return the arguments by name."""
 
     def further_arguments(self) -> Iterator[tuple[int, Arguments]]:
-        """Yield (index, arguments) of each group whose arguments the same function gets."""
+        """Yield the (index, arguments) of each group whose arguments are passed to the same function."""
 
 
 class Binder:
@@ -71,7 +71,8 @@ class Binder:
         """Return the function with its arguments bound.
 
         called_with: the names of the positional arguments that come before the table's. key: the key of the table.
-        noted: add a note to the function's errors that names the table. After an error, the result can't be used.
+        noted: if True, add a note that names the table to the function's errors. After an error, the result can't be
+        used.
         """
         try:
             function = find_function(str(target.path), self._folder)
@@ -138,7 +139,7 @@ def no_attribute(owner: str, name: str, path: str, known: Sequence[str]) -> Conf
 
 
 def no_module(missing: str, name: str, folder: Path, search: Sequence[str]) -> ConfigError:
-    """Return the error about the module `name`, if `missing`, itself or a parent, isn't there.
+    """Return the error for the module `name` if `missing`, which is this module or a parent of it, doesn't exist.
 
     search: the folders in which similar names are looked for.
     """

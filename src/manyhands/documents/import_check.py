@@ -1,4 +1,4 @@
-"""Looks for the modules and functions that a file names without importing them, so that a wrong name is found at once.
+"""Looks for the modules and functions that a file names, without importing them, to find wrong names immediately.
 
 Workers import torch before they import what the file names, which takes seconds. What can't be decided without an
 import, such as an attribute of an installed module, is left to them.

@@ -152,7 +152,8 @@ class RecipeFile:
 
 
 def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchema:
-    """Read and validate a recipe file. Imports neither torch nor anything that the file names, but looks for it.
+    """Read and validate a recipe file. Imports neither torch nor what the file names, but checks that the named modules
+    and functions exist.
 
     overrides: `key=value` with dotted keys, such as "optimizer.arguments.lr=1e-3".
     Raises one ConfigError that lists all problems, each with file and line.

@@ -1,4 +1,4 @@
-"""Forward passes between two steps, which leave no trace in the training."""
+"""Forward passes between two steps, which do not affect the training."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class EvaluationMode:
     In both kinds of block, all modules are in evaluation mode, and torch records no gradients. At the end of the block,
     the modes of the modules, their attributes, the buffers, the global generators and torch's global modes are as
     before.
-    is_active: True inside such a block. failed: the exception that a block raised. The engine can't be used after it,
-    whatever the number of workers, because peers may have missed a collective call.
+    is_active: True inside such a block. failed: the exception that a block raised. After this exception the engine
+    can't be used, whatever the number of workers, because peers may have missed a collective call.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class EvaluationMode:
         self._unsharder, self._call_seeds, self._compiled = unsharder, call_seeds, compiled
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in model.parameters())
         self._silent = silent_in_evaluation(model)
-        self._put_back: Callable[[], bool] | None = None  # sets attributes back; None if forward changes none
+        self._put_back: Callable[[], bool] | None = None  # restores the attributes; None if forward changes none
         self.is_active = False
         self.failed: BaseException | None = None
 
@@ -67,9 +67,9 @@ class EvaluationMode:
     def round(self, tag: str, seed: int | None) -> Iterator[None]:
         """Context in which each worker computes at most one micro-batch. Collective.
 
-        The micro-batch starts with the same buffers, attributes and modes of modules as every other one, and with
-        generators that are seeded with `seed`. So it doesn't matter which worker computes it. seed: None if this worker
-        has no micro-batch in this round.
+        The micro-batch starts with the same buffers, attributes and modes of modules as every other micro-batch, and
+        with generators that are seeded with `seed`. So it doesn't matter which worker computes it. seed: None if this
+        worker has no micro-batch in this round.
         """
         self._unsharder.begin(tag, computes=seed is not None, backward=False)
         if seed is None:

@@ -320,7 +320,7 @@ class HostsRendezvousHandler(RendezvousHandler):
     def _note_stop(self) -> None:
         """Note whether the rendezvous was closed because the first host was requested to stop the run."""
         if not self._stop.stopped_by_first_host:
-            with suppress(DistError):  # the first host is lost, and with it the reason
+            with suppress(DistError):  # if the first host is lost, the reason is unknown
                 self._stop.stopped_by_first_host = self._store.check([_STOPPED_KEY])
 
     @contextmanager
@@ -346,7 +346,8 @@ class HostsRendezvousHandler(RendezvousHandler):
         """Raise SignalException if a stop was requested, and check this host's workers."""
         # Raise only in the agent's thread, because torch sends the heartbeats of this host from another thread.
         if self._may_stop and threading.get_ident() == self._agent_thread:
-            self._stop.raise_if_requested(all_started=self._has_no_workers)  # without workers, none can miss the signal
+            # Without workers, no worker can miss the signal.
+            self._stop.raise_if_requested(all_started=self._has_no_workers)
             if not self._has_no_workers:
                 self._monitor.check()
 

@@ -124,8 +124,8 @@ class Logs(LogsSpecs):
             # snapshots of the outer run.
             variables.setdefault(SNAPSHOT_MEMORY_VARIABLE, "")
             if self._log_dir is not None and "PYTHONUNBUFFERED" not in os.environ:
-                # With buffering, the output of a killed worker would be lost. Keep it for a shared terminal, where
-                # lines would mix.
+                # With buffering, the output of a killed worker would be lost. Without log files, buffering stays on,
+                # because the workers share a terminal, where their lines would mix.
                 variables.setdefault("PYTHONUNBUFFERED", "1")
             variables[PARENT_REPORTS_VARIABLE] = "1"
             variables[STATUS_FILE_VARIABLE] = str(status_file(self._folder, rank))

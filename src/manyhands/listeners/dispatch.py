@@ -21,7 +21,10 @@ from manyhands.listeners.network import InOwnThread
 from manyhands.listeners.summary import Summary
 
 END_SECONDS, END_SECONDS_AFTER_FAILURE = 10.0, 2.0
-"""The time that network listeners have at the end of a run. After a failure, a launcher waits to start it again."""
+"""The time that network listeners have at the end of a run.
+
+It is shorter after a failure, because the launcher waits to restart the run.
+"""
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 

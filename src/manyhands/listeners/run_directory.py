@@ -219,7 +219,8 @@ class RunDirectory:
         manifest = self.read_manifest() if (self.path / "manifest.json").exists() else None
         try:
             aside.mkdir()
-            for name in names:  # events.jsonl is last: until it is moved, a run without its checkpoints is refused
+            # events.jsonl is last: until it is moved, a run whose checkpoints are missing is refused.
+            for name in names:
                 (self.path / name).rename(aside / name)
             for folder in _FOLDERS:
                 (self.path / folder).mkdir(exist_ok=True)

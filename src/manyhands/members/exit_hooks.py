@@ -53,7 +53,7 @@ class ExitHooks:
         membership.at_close.append(self._remove)
 
     def _remove(self) -> None:
-        membership, self._membership = self._membership, None  # a hook that remains must not keep it in memory
+        membership, self._membership = self._membership, None  # a hook that remains must not keep the group in memory
         atexit.unregister(self._on_exit)
         failed = membership is not None and membership.failure is not None
         # The hook must still report later errors to the launcher.

@@ -179,7 +179,7 @@ class Membership:
             )
         self._status_file = None if self.peers else StatusFile.for_parent(stall_seconds)
         self.all_gather_text("opened")
-        arena.seal()  # only after all peers have opened this board
+        arena.seal()  # now all peers have opened this board
         # The watching thread has its own client, because a client is locked while another thread waits for an answer.
         self._watch_store = store.clone() if hasattr(store, "clone") else store
         self._watcher = threading.Thread(target=self._watch, name="manyhands-watch", daemon=True)
@@ -209,7 +209,7 @@ class Membership:
         return texts
 
     def shorten_lost_limit(self) -> None:
-        """Declare hosts lost after SHORT_LOST_SECONDS from now on. Called when a connection has broken."""
+        """From now on, declare hosts lost after SHORT_LOST_SECONDS. Called when a connection has broken."""
         self._lost_seconds = SHORT_LOST_SECONDS
 
     @property
@@ -403,7 +403,7 @@ class Membership:
         owner = None if self._launcher_has_store else self.peers.get(0)
         if owner is None:
             return WorkerError("the workers' store is lost (did the launcher end?)", detail=str(error))
-        what = "worker 0 exited, and the workers' store with it"
+        what = "worker 0 exited, so the workers' store is lost"
         return WorkerError(what, rank=0, where=owner.where, position=owner.position, detail=str(error))
 
     def _check_peers(self) -> None:

@@ -81,7 +81,8 @@ def has_ended(pid: int) -> bool:
 
 
 def has_exited_with_0(pid: int) -> bool:
-    """Return True if the child process has exited with code 0, also if this process has reaped it with any code.
+    """Return True if the child process has exited with code 0, or if this process has reaped it, whatever its exit
+    code.
 
     While the threads of a killed process end one after the other, it may look like a zombie, but has no exit code yet.
     """

@@ -1,10 +1,10 @@
-"""The files that a worker leaves for its launcher: failure report and status file. Does not import torch.
+"""The files that a worker leaves for its launcher: status file, unfinished file and failure report.
 
 A worker without peers writes its position to a status file. Its launcher watches this file, as peers would watch the
 worker.
 
-A worker that is in a group has an unfinished file. If the file is left when the worker has ended with exit code 0, the
-worker has ended in the middle of its work (os._exit), which is a failure.
+A worker that is in a group has an unfinished file. If this file still exists when the worker has ended with exit code
+0, the worker has ended in the middle of its work (os._exit), which is a failure.
 
 A failed worker writes its error to the file that TORCHELASTIC_ERROR_FILE names. This is a variable of
 torch's elastic launcher, so the report also works under plain torchrun. The launcher reads the files of all workers

@@ -8,10 +8,9 @@ has arrived. So objects are written directly, and the manifest of a folder is wr
 
 There is one exception: files that tasks of a data job leave for each other, and done notes, are not synced. Writing
 10,000 files of 16 KiB one after the other (ext4 on a virtual disk, 2 CPUs, quiet) takes 0.55 s unsynced, 3 s if each
-file is synced, and 4.4 s, which is 8 times as long, if its folder is also synced. Instead, a resumed job verifies the
-files of finished tasks and repeats tasks whose files are torn (`prepare.task.remove_torn`). Verifying a file of 16 KiB
-in the page cache takes
-18 us; a thread verifies 1.6 GB/s with SHA-256 and 5 GB/s with CRC-32. A job that is not interrupted verifies nothing.
+file is synced, and 4.4 s if its folder is also synced. Instead, a resumed job verifies the files of finished tasks and
+repeats tasks whose files are torn (`prepare.task.remove_torn`). Verifying a file of 16 KiB in the page cache takes 18
+us; a thread verifies 1.6 GB/s with SHA-256 and 5 GB/s with CRC-32. A job that is not interrupted verifies nothing.
 Output files are synced by their tasks, and their folder by the job, before their manifest is published.
 """
 

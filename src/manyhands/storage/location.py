@@ -288,7 +288,7 @@ def _hint_for(error: Exception) -> str:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a file. Opening a FIFO, which is no file of tensors, does not wait for a writer."""
+    """Open a file. Opening a FIFO, which is not a file of tensors, does not wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
