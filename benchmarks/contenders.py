@@ -1,7 +1,7 @@
 """Starts contenders, and ends them with all their processes, however the benchmark ends.
 
 torch's launcher starts each worker in a session of its own, so killing the launcher's process group would leave the
-workers running. It ends them itself on SIGTERM.
+workers running. On SIGTERM, the launcher ends them itself.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _descendants(pid: int) -> dict[int, str]:
-    """Return the pids of the processes that a process has started, and they in turn, with their start times."""
+    """Return the pids of all descendants of a process, with their start times."""
     stats = {int(path.name): _stat(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
     found: dict[int, str] = {}
     parents = {pid}

@@ -29,7 +29,7 @@ WORKERS = 2
 
 
 class Limits:
-    """A control group with this limit for each worker: `with Limits(bytes) as folder:`. Of version 1 or 2."""
+    """A control group with this limit for each worker: `with Limits(bytes) as folder:`. It may be of version 1 or 2."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes

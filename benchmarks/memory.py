@@ -68,7 +68,7 @@ def cases(workers: Sequence[int]) -> Iterator[Case]:
 
 class ControlGroup:
     """The kernel's count of the memory of a set of processes: `with ControlGroup() as folder:`. The processes join it
-    themselves. Of version 1 or 2."""
+    themselves. It may be of version 1 or 2."""
 
     def __init__(self) -> None:
         first = Path("/sys/fs/cgroup/memory")

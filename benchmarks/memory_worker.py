@@ -35,7 +35,7 @@ WIDTH, HEADS, LENGTH = 768, 12, 4
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The GPT computes it itself."""
+    """Return the loss, which the GPT computes itself."""
     loss: Tensor = model(tokens)
     return loss
 
@@ -80,7 +80,7 @@ def train(given: dict[str, Any], *shape: int) -> None:
 
 def compute_alone(given: dict[str, Any], *shape: int) -> None:
     """Forward and backward of one micro-batch at a time; gradients are dropped as they arrive."""
-    if given["offload"] == "disk":  # as the engine does then
+    if given["offload"] == "disk":  # as the engine does with this offload
         keep_freed_memory(large=False)
     torch.set_num_threads(1)
     model = GPT(LENGTH, *shape)

@@ -139,7 +139,7 @@ def run(contender: str, task: str, data: Path, workers: int, limit_seconds: floa
                 peak = max(peak, memory_bytes(members(mark)))
                 time.sleep(0.25)
             code = process.poll()
-            for path in members(mark):  # some of Ray's outlive the program
+            for path in members(mark):  # some of Ray's processes outlive the program
                 with suppress(ProcessLookupError):
                     os.kill(int(path.name), signal.SIGKILL)
             process.wait()

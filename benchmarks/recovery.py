@@ -42,7 +42,7 @@ KINDS = {
     "ddp": "DDP, torch.save",
     "ddp-one-store": "the same, torchrun's defaults",
 }
-OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # torchrun's: see above
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # a variable of torchrun, see the module's docstring
 NO_CHANGE_SECONDS = 60.0
 
 

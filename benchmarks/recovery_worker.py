@@ -60,7 +60,7 @@ def train_ddp(folder: Path, steps: int, every: int) -> str:
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The GPT computes it itself."""
+    """Return the loss, which the GPT computes itself."""
     loss: Tensor = model(tokens)
     return loss
 

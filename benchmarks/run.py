@@ -232,8 +232,8 @@ def selected(patterns: list[str]) -> list[tuple[Setting, str]]:
             for setting, kind in pairs
             if any(fnmatch.fnmatch(f"{setting.name}/{kind}", pattern) for pattern in patterns)
         ]
-    if bf16_instructions():
-        pairs = [(setting, kind) for setting, kind in pairs if not kind.endswith(OUR_PRODUCTS)]  # they'd be the same
+    if bf16_instructions():  # with these, the suffix would change nothing
+        pairs = [(setting, kind) for setting, kind in pairs if not kind.endswith(OUR_PRODUCTS)]
     if not importlib.util.find_spec("deepspeed"):
         pairs = [(setting, kind) for setting, kind in pairs if not kind.startswith("deepspeed")]
     return pairs

@@ -19,7 +19,7 @@ UNITS = ("blocks.0", "blocks.1")
 class Mix(nn.Module):
     """A block with what compilers fuse: norms over width and over length, an activation, dropout, a number.
 
-    Code for this length takes another way to the variance over the length than code for any length.
+    Code that is compiled for this length computes the variance over the length differently than code for any length.
     """
 
     def __init__(self) -> None:

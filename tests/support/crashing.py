@@ -30,7 +30,7 @@ from support.tracer import Traced, traced
 
 
 class FrozenStem(ConvNet):
-    """Its first convolution isn't trained: there is a folder of frozen parameters, too."""
+    """A model whose first convolution isn't trained, so that there is also a folder of frozen parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ RECIPE = conv_recipe(model=FrozenStem, batch=mh.Batch(global_size=4, micro_size=
 
 @functools.cache
 def engine_after(steps: int, changed: bool = False) -> mh.Engine:
-    """changed: its weights are others than the recipe's."""
+    """Return an engine after some steps. changed: True to change its weights after these steps."""
     engine = mh.Engine(RECIPE)
     for batch in engine.batches(steps):
         engine.step(batch)
@@ -53,22 +53,22 @@ def engine_after(steps: int, changed: bool = False) -> mh.Engine:
 
 
 def nothing_there(root: Location) -> None:
-    """The first checkpoint."""
+    """Create nothing: the save writes the first checkpoint."""
 
 
 def one_there(root: Location) -> None:
-    """One that the new one takes the place of: only the last one is kept."""
+    """Create a checkpoint that the save replaces, because only the last one is kept."""
     engine_after(1).save(root)
 
 
 def same_step_there(root: Location) -> None:
-    """One of the same step with other weights: it's replaced."""
+    """Create a checkpoint of the same step with other weights, which the save replaces."""
     one_there(root)
     engine_after(2, changed=True).save(root)
 
 
 def leftovers_there(root: Location) -> None:
-    """What others were killed over, and a save that was killed in the middle."""
+    """Create a checkpoint, and what a save leaves that was killed in the middle."""
     one_there(root)
     if isinstance(root, Address):
         (root / "step-00000002" / "0123456789abcdef" / "worker-0.safetensors").write_text("half")
@@ -79,12 +79,12 @@ def leftovers_there(root: Location) -> None:
 
 
 def save(root: Location, said: int) -> None:
-    """What is killed."""
+    """Save a checkpoint of step 2. This is the call that is killed."""
     engine_after(2).save(root, keep=1, published=lambda _: os.write(said, b"published") and None)
 
 
 def save_by_two(root: Location, said: int) -> None:
-    """Likewise by two workers, as threads."""
+    """Save a checkpoint of step 2 with two workers, which are threads."""
 
     def work(group: Any) -> None:
         with mh.Engine(RECIPE, mh.Strategy(sharding="zero2"), group=group) as engine:
@@ -105,14 +105,14 @@ SCENARIOS: dict[str, tuple[Callable[[Location], None], Callable[[Location, int],
 
 
 def files(root: Location) -> Counter[str]:
-    """Names in it, whatever the attempts' are."""
+    """Count the files by name, without the names of the attempts that wrote them."""
     if isinstance(root, Address):
         return Counter(f"{name.partition('/')[0]}/{name.rpartition('/')[2]}" for name in root.files())
     return Counter(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
 def found_in(root: Location, checker: mh.Engine) -> dict[int, str]:
-    """By step the digest of what loads; each must."""
+    """Load all checkpoints. Return their digests by step."""
     digests = {}
     for step, checkpoint in list_checkpoints(root):
         checker.load(checkpoint)
@@ -121,7 +121,7 @@ def found_in(root: Location, checker: mh.Engine) -> dict[int, str]:
 
 
 def check(root: Location, before: dict[int, str], after: dict[int, str], trace: Traced, checker: mh.Engine) -> None:
-    """What a kill may not do. Raises AssertionError or the error of loading."""
+    """Check that a kill has lost, torn and left nothing. Raises AssertionError, or the error of loading."""
     found = found_in(root, checker)
     assert not before or max(found) >= max(before), f"lost: {sorted(before)} before, {sorted(found)} now"
     for step, digest in found.items():

@@ -59,7 +59,10 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 class FrozenStem(ConvNet):
-    """Its first layers aren't trained, nor are two tables, which are too large to be looked after like buffers."""
+    """A model whose first layers and three tables aren't trained.
+
+    The tables are too large to be managed like buffers.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ def why_not() -> str:
 
 
 class FakeClock:
-    """The clock of one host. file: it holds the offset; processes read it whenever they ask for the time."""
+    """The clock of one host. file: holds the offset; processes read this file whenever they ask for the time."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

@@ -62,7 +62,7 @@ class Skips(Odd):
 
 
 class Chooses(Odd):
-    """Uses another order for each micro-batch, and some blocks more than once."""
+    """Uses a different order in each micro-batch, and some blocks more than once."""
 
     def order(self, tokens: Tensor) -> list[int]:
         return [int(token) % 4 for token in tokens[0, :7]]

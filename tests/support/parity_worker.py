@@ -20,7 +20,7 @@ from support.training import train_with_engine
 
 
 def main(folder: Path, group: str, jobs: list[dict[str, Any]]) -> None:
-    """Run the jobs. If PRETEND is set, each two workers take themselves for a separate host."""
+    """Run the jobs. If PRETEND is set, every two workers behave as a separate host."""
     if "PRETEND" in os.environ:
         membership._host = lambda: f"host{int(os.environ['RANK']) // 2}"
     digests = {}

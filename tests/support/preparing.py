@@ -45,7 +45,7 @@ def several_shuffles(folder: Path | str) -> mh.Dataset:
 
 
 def how(text: str) -> dict[str, Any]:
-    """The options that the script's last argument means."""
+    """The options that the script's last argument specifies."""
     if text.startswith("{"):
         return dict(json.loads(text))
     return {"workers": int(text)} if text.isdigit() else {"engine": text, "workers": 2}

@@ -63,7 +63,7 @@ class Kind:
         return True
 
     def shown(self, value: Any) -> Any:
-        """Return the value as Python's, as text that shows its type and every bit."""
+        """Return the value's Python form as text that shows its type and every bit."""
         return flat(None if value is None else self.in_python(value))
 
 

@@ -1,4 +1,4 @@
-"""The recorded digests: cases, how each is run, and the table of what they gave on which machine.
+"""The recorded digests: the cases, how each is run, and the table of their digests by machine.
 
 A refactoring must not change a bit. The oracle can't show that, because it shares code with the engine (the order of
 addition, seeds, the order of samples); the table can. Bits depend on torch and on the kind of CPU, so the table has a

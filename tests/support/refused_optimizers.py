@@ -31,7 +31,7 @@ class AdaptsToAllGradients(Custom):
 
 
 class DecaysMatrices(Custom):
-    """Treats matrices in another way than vectors."""
+    """Treats matrices differently from vectors."""
 
     def update(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         param.sub_(grad, alpha=group["lr"] * (0.5 if param.ndim > 1 else 1.0))

@@ -22,11 +22,11 @@ VARIABLES = {
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     "AWS_MAX_ATTEMPTS": "1",  # of botocore; s3fs has attempts of its own
 }
-"""What a client of the server wants in its environment, beside its AWS_ENDPOINT_URL."""
+"""The environment variables that a client of the server needs besides AWS_ENDPOINT_URL."""
 
 
 def free_port() -> int:
-    """One that nobody listens at."""
+    """Return a port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -34,7 +34,7 @@ def free_port() -> int:
 
 @contextmanager
 def running() -> Iterator[str]:
-    """moto's server, as a process of its own, with an empty bucket; its URL."""
+    """Run moto's server in a process of its own, with an empty bucket. Yield its URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]

@@ -62,7 +62,7 @@ def _generators_of_worker() -> Iterator[None]:
 
 @contextmanager
 def _generators_lent() -> Iterator[None]:
-    """Let the other workers use the generators inside the block; they have their state of before after it."""
+    """Let the other workers use the generators inside the block, and restore the generators' state after it."""
     if not _worker.depth:
         yield
         return

@@ -79,7 +79,7 @@ class Traced:
 
 
 def traced(work: Callable[[int], None], kill_at: int | None = None) -> Traced:
-    """Call `work` in a forked process and kill that at the entry of its call number `kill_at` (from 1)."""
+    """Call `work` in a forked process, and kill the process at the entry of its call number `kill_at` (from 1)."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:

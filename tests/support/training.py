@@ -38,7 +38,8 @@ def train_with_engine(
 ) -> Outcome:
     """Train until `steps` steps have been completed in total.
 
-    load: the checkpoint to go on from. save: where to leave one, after `save_at` steps (default: at the end).
+    load: the checkpoint to continue from. save: where to write a checkpoint, after `save_at` steps (default: at the
+    end).
     """
     losses, norms = [], []
     with mh.Engine(recipe, strategy, group=group) as engine:
