@@ -449,5 +449,5 @@ def test_a_sum_of_gradients_that_overflows_names_the_step_to_skip() -> None:
             engine.step(next(batches))
         assert caught.value.where == "step 2"
         assert str(caught.value.hint).endswith("--skip-step 2")
-        with pytest.raises(mh.InvariantError, match="because it failed after step 1: "):
+        with pytest.raises(mh.ConfigError, match="because it failed after step 1: "):
             engine.digest()
