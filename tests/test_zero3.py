@@ -166,7 +166,7 @@ def requests_of(engine: mh.Engine, monkeypatch: pytest.MonkeyPatch, steps: int) 
     monkeypatch.setattr(group, "all_gather_small", lambda small, tag: (tags.append(tag), gather(small, tag))[1])
     for batch in engine.batches(steps):
         engine.step(batch)
-    return [sum(tag.startswith(f"step {step},") and "request" in tag for tag in tags) for step in range(steps)]
+    return [sum(tag.startswith(f"step {step},") and "request" in tag for tag in tags) for step in range(1, steps + 1)]
 
 
 def test_between_steps_parameters_take_no_memory_and_the_model_can_be_unsharded() -> None:
