@@ -70,7 +70,7 @@ class Stream:
                 expected=f"{known}, as many as there are iterables",
                 got=self.parts,
             )
-        if self.parts is None and self._is_function:
+        if self.parts is None and self.is_function:
             raise ConfigError("a stream from a function needs the number of parts", expected="parts=8, for example")
         shards = self._shards  # raises ConfigError if the data can't be divided
         if self.parts is not None and shards is not None and self.parts > shards:
@@ -106,8 +106,9 @@ class Stream:
         return len(self.data) if isinstance(self.data, (list, tuple)) else None
 
     @property
-    def _is_function(self) -> bool:
-        return callable(self.data) and not hasattr(self.data, "__iter__")
+    def is_function(self) -> bool:
+        """Return True if the data are a function (part, parts) that returns an iterable, or a class."""
+        return callable(self.data) and not _is_iterable(self.data)
 
     @property
     def is_divided_by_its_data(self) -> bool:
@@ -142,19 +143,12 @@ def stream_of(name: str, data: object) -> Stream | None:
     """Return data as a stream, or None for a map-style data set. Raises ConfigError, which calls the data `name`."""
     if isinstance(data, Stream):
         return data
-    classes = {f"{each.__module__}.{each.__name__}" for each in type(data).__mro__}
-    if "torch.utils.data.dataloader.DataLoader" in classes:
-        raise ConfigError(
-            f"{name} is a DataLoader",
-            expected="the data set inside of it",
-            got=type(data).__name__,
-            hint="pass the data set itself: the recipe's batch, seed and collate replace those of a DataLoader",
-        )
+    refuse_data_loader(name, data)
     # An IterableDataset of torch may have a length, and Hugging Face's has __getitem__, which returns columns.
-    is_iterable_only = "torch.utils.data.dataset.IterableDataset" in classes
+    is_iterable_only = "torch.utils.data.dataset.IterableDataset" in _classes_of(data)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not (is_iterable_only or isinstance(data, str)):
         return None
-    if not hasattr(data, "__iter__") or isinstance(data, (str, bytes)):
+    if not _is_iterable(data):
         raise ConfigError(
             f"{name} is not a data set",
             expected="a map-style data set, with __len__ and __getitem__, or an iterable, which is read as a stream",
@@ -163,10 +157,33 @@ def stream_of(name: str, data: object) -> Stream | None:
     return Stream(data)
 
 
+def _is_iterable(data: object) -> bool:
+    return hasattr(data, "__iter__") and not isinstance(data, (str, bytes, type))
+
+
+def _classes_of(data: object) -> set[str]:
+    """Return the names of the classes of data. torch isn't imported, because a recipe file may be read without it."""
+    return {f"{each.__module__}.{each.__name__}" for each in type(data).__mro__}
+
+
+def refuse_data_loader(name: str, data: object) -> None:
+    """Raise ConfigError for a DataLoader of torch, or one with a state."""
+    if {"torch.utils.data.dataloader.DataLoader", "torchdata.stateful_dataloader.StatefulDataLoader"} & _classes_of(
+        data
+    ):
+        raise ConfigError(
+            f"{name} is a DataLoader",
+            expected="the data set inside of it",
+            got=type(data).__name__,
+            hint="pass the data set itself: the recipe's batch, seed and collate replace those of a DataLoader",
+        )
+
+
 def check_stream(name: str, data: object) -> None:
     """Raise ConfigError if data can't be read as a stream."""
     each: Sequence[object] = data if isinstance(data, (list, tuple)) else [data]
     for inner in each or [""]:
+        refuse_data_loader(name, inner)
         if hasattr(inner, "__next__"):
             raise ConfigError(
                 f"{name} can be read only once",
@@ -175,8 +192,7 @@ def check_stream(name: str, data: object) -> None:
                 hint="pass an object whose __iter__ is a generator function, or a function (part, parts) that returns "
                 "the iterator",
             )
-        is_iterable = hasattr(inner, "__iter__") and not isinstance(inner, (str, bytes))
-        if not (is_iterable or (inner is data and callable(inner))):
+        if not (_is_iterable(inner) or (inner is data and callable(inner))):
             raise ConfigError(
                 f"{name} can't be read as a stream",
                 expected="an iterable, a list of iterables, or a function (part, parts) that returns an iterable",
