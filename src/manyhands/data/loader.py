@@ -159,6 +159,8 @@ class MicroBatchLoader:
             if not ahead.is_streaming:  # a process has died, and with it the memory of the batches
                 self._held = {}
             self._held.update(zip(list(issued.last)[len(issued.last) - len(loaded) :], loaded, strict=True))
+        if not ahead.is_streaming and self._stream is not None and self._log is not None:
+            self._stream.restore(self._log.position())  # new processes read on from here, not from the first sample
 
     def _loaded_ahead(
         self, tasks: Iterator[tuple[int, int]]
@@ -353,9 +355,9 @@ def facts_of(samples: Samples, step: int, micro_batch: int) -> dict[str, str]:
                 where=f"{name}; {samples.place(step, micro_batch)}",
                 expected=once,
                 got=again,
-                hint="let a sample depend on its index alone, and on random numbers of the global generators of"
-                " torch, numpy and Python, which are seeded for every micro-batch; don't use a generator that the"
-                " data set owns, a counter, the time, or uninitialized memory (torch.empty)",
+                hint=f"{samples.rule}, and on random numbers of the global generators of torch, numpy and Python, which"
+                " are seeded; don't use a generator that the data set owns, a counter, the time, or uninitialized "
+                "memory (torch.empty)",
             )
     return first
 

@@ -37,6 +37,8 @@ class Samples(ABC):
     name: str
     name_of_collate: str
     collate: Callable[[list[Any]], Any] | None
+    rule: str = "let a sample depend on its index alone"
+    """What the samples must fulfil, for errors."""
     calling: str = ""
     """The call of the user's code that is in progress, for errors."""
 

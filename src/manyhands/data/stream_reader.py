@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import operator
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data._utils import worker as torch_worker
 from manyhands.data.permutation import Permutation
 from manyhands.errors import DataError, ManyhandsError
 from manyhands.numerics.counters import derive
-from manyhands.numerics.seeds import seed_generators
+from manyhands.numerics.seeds import seed_generators_in_use
 from manyhands.numerics.values import plain_values
 from manyhands.streams import Stream, has_shards
 
@@ -27,6 +28,9 @@ _KEPT_MARKS = 16
 
 _MAX_STATE_CHARACTERS = 1 << 20
 """A state of the data that is longer is not kept, because the manifest of a checkpoint has those of all parts."""
+
+_MAX_INNER = 100
+"""A longer list in an attribute of the data is not searched for data sets."""
 
 
 class Mark(NamedTuple):
@@ -156,10 +160,11 @@ class PartReader:
         self._close()
         self.run_pass, self.index, self.taken = mark[:3]
         if mark.state is not None and self._restores_exactly:
-            self._open(mark.state)
-            if self._fill(hashes=True) == mark.sample:
-                return
-            self._restores_exactly = False
+            with suppress(Exception):  # the data can't load their state, or fail at this moment
+                self._open(mark.state)
+                if self._fill(hashes=True) == mark.sample:
+                    return
+                self._restores_exactly = False
             self._close()
         self.index, self.taken = 0, mark.taken - mark.place
         self._pass_over(mark.place)
@@ -169,9 +174,11 @@ class PartReader:
         self._iterator: Any = None
         self._block: deque[Any] = deque()
         self._is_at_end = False
+        self._next_mark = 0  # the index from which on the next mark is due
 
     def _open(self, state: str | None = None) -> None:
         """Begin to iterate over the part: from the beginning of the pass, or from a state."""
+        self._next_mark = self._last_mark().place + MARK_SAMPLES
         with self._as_worker():
             self._data = self._fresh_data()
             if hasattr(self._data, "set_epoch"):
@@ -186,11 +193,10 @@ class PartReader:
         """Return an object whose state belongs to one iteration over the part."""
         data = self._stream.data
         if isinstance(data, (list, tuple)):
-            data = data[self._part]
-            return data.shard(num_shards=1, index=0) if has_shards(data) else copy.copy(data)
+            return _own(data[self._part], {})
         if self._has_shards:
             return data.shard(num_shards=self._parts, index=self._part)
-        return copy.copy(data) if hasattr(data, "__iter__") else data(self._part, self._parts)
+        return _own(data(self._part, self._parts) if self._stream.is_function else data, {})
 
     @contextmanager
     def _as_worker(self) -> Iterator[None]:
@@ -215,7 +221,7 @@ class PartReader:
         """
         if self._iterator is None:
             self._open()
-        is_due = self.index - self._last_mark().place >= MARK_SAMPLES
+        is_due = self.index >= self._next_mark
         try:
             state = _state_of(self._data, self._iterator) if is_due else None
             block = self._read_block()
@@ -225,6 +231,7 @@ class PartReader:
         first = _hash_of(block[0]) if block and (hashes or state is not None) else ""
         if is_due and block:
             self._add_mark(Mark(self.run_pass, self.index, self.taken, state, first))
+            self._next_mark = self.index + MARK_SAMPLES
         if self._stream.shuffle is not None and len(block) > 1:
             seed = derive(self._seed, "stream order", self._part, self.run_pass, self.index)
             block = [block[place] for place in Permutation(len(block), seed).take(np.arange(len(block))).tolist()]
@@ -235,7 +242,7 @@ class PartReader:
         block: list[Any] = []
         with self._as_worker():
             while len(block) < self._block_size:
-                seed_generators(derive(self._seed, "stream", self._part, self.run_pass, self.index + len(block)))
+                seed_generators_in_use(derive(self._seed, "stream", self._part, self.run_pass, self.index + len(block)))
                 try:
                     block.append(next(self._iterator))
                 except StopIteration:
@@ -267,6 +274,41 @@ class PartReader:
             self._new_marks.append(mark)
 
 
+def _own(data: Any, copies: dict[int, Any]) -> Any:
+    """Return a copy of the data, and of the data with a state inside of them, for one iteration over a part.
+
+    A state that is loaded, or that an iteration changes, must not show in another part, nor in the next pass. All other
+    objects are shared, since they may be large. copies: those made so far, by the ids of the originals.
+    """
+    if has_shards(data):
+        return data.shard(num_shards=1, index=0)  # copy.copy of Hugging Face's returns an object with the same state
+    if isinstance(data, np.ndarray) or hasattr(data, "__next__"):
+        return data
+    if id(data) in copies:
+        return copies[id(data)]
+    try:
+        own = copy.copy(data)
+    except Exception:  # objects of libraries that can't be copied, such as an open file
+        return data
+    copies[id(data)] = own
+    if own is not data and type(data).__module__ != "builtins":
+        for name, value in list(getattr(own, "__dict__", {}).items()):
+            if (inner := _own_inner(value, copies)) is not value:
+                own.__dict__[name] = inner
+    return own
+
+
+def _own_inner(value: Any, copies: dict[int, Any]) -> Any:
+    if type(value) in (list, tuple) and len(value) <= _MAX_INNER:
+        found = [_own_inner(each, copies) for each in value]
+        return value if all(map(operator.is_, found, value)) else type(value)(found)
+    if type(value) is dict and len(value) <= _MAX_INNER:
+        found = [_own_inner(each, copies) for each in value.values()]
+        return value if all(map(operator.is_, found, value.values())) else dict(zip(value, found, strict=True))
+    has_state = hasattr(value, "__iter__") and hasattr(value, "load_state_dict") and not isinstance(value, type)
+    return _own(value, copies) if has_state else value
+
+
 def _state_of(data: Any, iterator: Any) -> str | None:
     """Return the state of the data as JSON, or None if they have none from which they continue exactly."""
     holder = next((each for each in (data, iterator) if hasattr(each, "state_dict")), None)
@@ -274,7 +316,7 @@ def _state_of(data: Any, iterator: Any) -> str | None:
         return None
     try:
         state = json.dumps(holder.state_dict())
-    except (TypeError, ValueError):  # tensors, for example
+    except Exception:  # a state with tensors, for example. Without a state, the samples are the same.
         return None
     return state if len(state) <= _MAX_STATE_CHARACTERS else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -12,12 +13,13 @@ from manyhands.data.epochs import Epochs
 from manyhands.data.samples import NamedSample, Samples, TrainingSamples
 from manyhands.data.stream_reader import BEGINNING, Mark, PartReader, StreamError
 from manyhands.errors import CheckpointError, InvariantError
+from manyhands.intervals import step_number
 from manyhands.numerics.counters import derive
-from manyhands.numerics.seeds import seed_generators
+from manyhands.numerics.seeds import seed_generators_in_use
 from manyhands.streams import REPEAT, Stream
 
-_COMPARED = 3
-"""The number of samples of two parts that are compared before the first step."""
+_COMPARED = range(3, 11)
+"""How many samples of two parts are compared before the first step: up to 10, if each part has at least 3."""
 
 _KEPT_STEPS = 16
 """The number of recent steps to whose beginning the order keeps the way back. Loader processes read a few ahead."""
@@ -220,6 +222,7 @@ class StreamSamples(Samples):
     """
 
     name, name_of_collate = "recipe.data", "recipe.collate"
+    rule = "let each new iteration begin anew, and let a sample depend on the part and on its place in it alone"
 
     def __init__(self, stream: Stream, recipe: Recipe) -> None:
         self._stream = stream
@@ -236,6 +239,7 @@ class StreamSamples(Samples):
         self._base = self._order.mark()
         self._marks: dict[int, OrderMark] = {}
         self._new_marks: list[OrderMark] = []
+        self._is_valid = True  # False if the order's state is wrong, because the data raised within a micro-batch
 
     def restore(self, position: StreamPosition) -> None:
         """Begin at a position of a checkpoint."""
@@ -243,33 +247,37 @@ class StreamSamples(Samples):
             reader.restore(position.parts.get(part, BEGINNING))
         self._base, self._marks, self._new_marks = position.order, {}, []
         self._order.restore(position.order)
+        self._is_valid = True
 
     def refuse_equal_parts(self) -> None:
         """Raise StreamError if the first two parts begin with the same samples, because the data ignore the part."""
         if self.parts > 1 and self._stream.is_divided_by_its_data:
-            readers = [PartReader(self._stream, part, self.parts, self._seed) for part in (0, 1)]
-            first, second = (reader.first_hashes(_COMPARED) for reader in readers)
-            if first == second and len(first) == _COMPARED:
+            in_order = replace(self._stream, shuffle=None)  # otherwise the parts would have the same samples shuffled
+            readers = [PartReader(in_order, part, self.parts, self._seed) for part in (0, 1)]
+            first, second = (reader.first_hashes(_COMPARED[-1]) for reader in readers)
+            if first == second and len(first) in _COMPARED:
                 raise StreamError(
                     "two parts of the stream have the same samples",
                     where="recipe.data",
                     expected="data that divide their samples by torch.utils.data.get_worker_info(), or by the "
                     "arguments (part, parts)",
-                    got=f"the same first {_COMPARED} samples in parts 0 and 1 of {self.parts}",
+                    got=f"the same first {len(first)} samples in parts 0 and 1 of {self.parts}",
                     hint="let the data read only the samples of a part, or read them in one: manyhands.Stream(data)",
                 )
 
     def read(self, step: int, micro_batch: int) -> list[NamedSample]:
         number = step * self._micro_batches + micro_batch
-        if number < self._order.before:
+        if number < self._order.before or not self._is_valid:
             before = [mark for mark in (self._base, *self._marks.values()) if mark.before <= number]
             self._order.restore(max(before, key=lambda mark: mark.before, default=OrderMark(0)))
+        self._is_valid = False
         while self._order.before < number:
             self._add_mark()
             self._order.pass_over()
         self._add_mark()
         samples = self._order.read()
-        seed_generators(self.seed(step, micro_batch))  # for collate; reading has seeded them for each sample
+        self._is_valid = True
+        seed_generators_in_use(self.seed(step, micro_batch))  # for collate; reading has seeded them for each sample
         return samples
 
     def _add_mark(self) -> None:
@@ -294,7 +302,7 @@ class StreamSamples(Samples):
         return derive(self._seed, "data", step, micro_batch)
 
     def place(self, step: int, micro_batch: int) -> str:
-        return f"step {step}, micro-batch {micro_batch}"
+        return f"step {step_number(step)}, micro-batch {micro_batch}"
 
     def listed(self, step: int, micro_batch: int) -> str:
         return "samples of a stream"

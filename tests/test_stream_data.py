@@ -1,0 +1,274 @@
+"""Streams of difficult data: states that can't be restored, data that fail for a moment, objects that share a state."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+import manyhands as mh
+from manyhands.data.loader import MicroBatchLoader
+from test_streams import Resumable, all_of, micro_batches, recipe_of
+
+
+class Rows:
+    """The rows, from a position, which stays set until the rows have ended."""
+
+    def __init__(self, rows: list[float]) -> None:
+        self.rows, self.place = rows, 0
+
+    def __iter__(self) -> Iterator[float]:
+        while self.place < len(self.rows):
+            self.place += 1
+            yield self.rows[self.place - 1]
+        self.place = 0
+
+    def state_dict(self) -> Any:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.place = state["place"]
+
+
+class OfIntegers(Rows):
+    """JSON turns the key of the state into text."""
+
+    def state_dict(self) -> Any:
+        return {0: self.place}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.place = state[0]
+
+
+class WithoutState(Rows):
+    def state_dict(self) -> Any:
+        raise NotImplementedError
+
+
+class OfTensors(Rows):
+    def state_dict(self) -> Any:
+        return {"place": torch.tensor(self.place)}
+
+
+class OfNothing(Rows):
+    def state_dict(self) -> Any:
+        return None
+
+
+class Late(Rows):
+    def state_dict(self) -> Any:
+        return {"place": self.place + 1}
+
+
+class Huge(Rows):
+    def state_dict(self) -> Any:
+        return {"place": self.place, "more": "x" * (1 << 21)}
+
+
+class Restarting(Rows):
+    """As Hugging Face's data sets: a state that was loaded is the beginning of all later iterations."""
+
+    def __init__(self, rows: list[float]) -> None:
+        super().__init__(rows)
+        self.start = 0
+
+    def __iter__(self) -> Iterator[float]:
+        for place in range(self.start, len(self.rows)):
+            self.place = place + 1
+            yield self.rows[place]
+
+    def load_state_dict(self, state: Any) -> None:
+        self.start = state["place"]
+
+
+class Wrapped(IterableDataset[float]):
+    """Passes its state on to the data inside."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __iter__(self) -> Iterator[float]:
+        yield from self.inner
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.inner.load_state_dict(state)
+
+
+class WrappedInList(Wrapped):
+    def __init__(self, inner: Any) -> None:
+        self.all = [inner]
+
+    @property
+    def inner(self) -> Any:  # type: ignore[override]
+        return self.all[0]
+
+
+ROWS = [[1000.0 * part + index for index in range(90)] for part in range(5)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Rows,
+        OfIntegers,
+        WithoutState,
+        OfTensors,
+        OfNothing,
+        Late,
+        Huge,
+        Restarting,
+        lambda rows: Wrapped(Rows(rows)),
+        lambda rows: Wrapped(Restarting(rows)),
+        lambda rows: WrappedInList(Restarting(rows)),
+    ],
+)
+def test_states_of_any_kind_continue_with_the_same_samples(kind: Any) -> None:
+    """Across the end of a pass, because a loaded state must not show in the next pass."""
+
+    def recipe() -> mh.Recipe:
+        return recipe_of(mh.Stream([kind(rows) for rows in ROWS]), batch=mh.Batch(global_size=25, micro_size=5))
+
+    with MicroBatchLoader(recipe()) as loader:
+        first = micro_batches(loader, range(15))
+        position = json.loads(json.dumps(loader.position()))
+        first += micro_batches(loader, range(15, 22))
+    with MicroBatchLoader(recipe()) as loader:
+        loader.restore([position])
+        assert micro_batches(loader, range(15, 22)) == first[15:]
+
+
+class Flaky:
+    """Raises once, before the given row."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self.failed = before, [False]
+
+    def __iter__(self) -> Iterator[float]:
+        for value in range(10):
+            if value == self.before and not self.failed[0]:
+                self.failed[0] = True
+                raise OSError("no route to host")
+            yield float(value)
+
+
+@pytest.mark.parametrize("at_end", ["together", "repeat"])
+def test_a_micro_batch_can_be_read_again_after_an_error_in_its_middle(at_end: str) -> None:
+    def recipe(before: float) -> mh.Recipe:
+        return recipe_of(mh.Stream(Flaky(before), at_end=at_end), batch=mh.Batch(global_size=4, micro_size=4))
+
+    with MicroBatchLoader(recipe(-1)) as loader:
+        expected = [loader.load(step, 0).tolist() for step in range(5)]
+    with MicroBatchLoader(recipe(6)) as loader:
+        assert loader.load(0, 0).tolist() == expected[0]
+        with pytest.raises(mh.DataError, match=r"(?s)no route to host.*pass 0, sample 6"):
+            loader.load(1, 0)
+        assert [loader.load(step, 0).tolist() for step in range(1, 5)] == expected[1:]
+
+
+@pytest.mark.parametrize("shuffle", [None, 4])
+def test_parts_with_the_same_samples_are_found_although_they_are_shuffled(shuffle: int | None) -> None:
+    def same(part: int, parts: int) -> list[float]:
+        return [float(value) for value in range(20)]
+
+    with (
+        MicroBatchLoader(recipe_of(mh.Stream(same, parts=5, shuffle=shuffle))) as loader,
+        pytest.raises(mh.DataError, match="two parts of the stream have the same samples"),
+    ):
+        loader.facts(0, 0)
+
+
+def test_parts_may_begin_alike() -> None:
+    """Such as those of labels."""
+
+    def labels(part: int, parts: int) -> list[float]:
+        return [0.0, 0.0, 1.0, float(part)]
+
+    with MicroBatchLoader(recipe_of(mh.Stream(labels, parts=5))) as loader:
+        assert loader.facts(0, 0)
+
+
+def test_data_that_cannot_be_copied_and_classes_are_read() -> None:
+    class Pair:
+        def __init__(self, part: int, parts: int) -> None:
+            self.values = [10.0 * part, 10.0 * part + 1]
+
+        def __iter__(self) -> Iterator[float]:
+            return iter(self.values)
+
+    of_class = all_of(recipe_of(mh.Stream(Pair, parts=5)), 2)
+    views = [{index: 10.0 * part + index for index in range(2)}.values() for part in range(5)]
+    assert (
+        all_of(recipe_of(mh.Stream(views)), 2) == of_class == [[[10.0 * part + i] for part in range(5)] for i in (0, 1)]
+    )
+
+
+def test_data_loaders_inside_of_a_stream_are_refused() -> None:
+    for data in (DataLoader([1.0]), [DataLoader([1.0])]):  # type: ignore[arg-type]
+        with pytest.raises(mh.ConfigError, match=r"is a DataLoader(?s:.*)pass the data set itself"):
+            mh.Stream(data)
+
+
+def test_reading_a_sample_takes_no_slow_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed takes over 100 microseconds if a GPU is not in use, for its traceback."""
+    recipe = recipe_of(Rows(ROWS[0]), batch=mh.Batch(global_size=64, micro_size=64))
+    calls: list[int] = []
+    original = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: calls.append(seed) or original(seed))
+    with MicroBatchLoader(recipe) as loader:
+        loader.load(0, 0)
+    assert len(calls) <= 2
+
+
+def test_new_loader_processes_do_not_begin_with_the_first_sample(tmp_path: Path) -> None:
+    read = tmp_path / "read"
+    recipe = recipe_of(mh.Stream(Resumable(10_000, read), parts=1))
+    expected = all_of(recipe, 101)[100:]
+    with MicroBatchLoader(recipe, loader_workers=1) as loader:
+        micro_batches(loader, range(100))
+        assert loader._ahead is not None
+        process = loader._ahead._processes[0]
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        with pytest.raises(mh.DataError, match="died"):
+            micro_batches(loader, range(100, 101))
+        read.unlink()
+        assert micro_batches(loader, range(100, 101)) == expected
+    numbers = [int(line) for line in read.read_text().splitlines()]
+    assert numbers[0] > 300
+
+
+def test_errors_of_a_stream_count_steps_from_1() -> None:
+    def collate(samples: list[float]) -> float:
+        raise ValueError("no")
+
+    with (
+        MicroBatchLoader(recipe_of(Rows(ROWS[0]), collate=collate)) as loader,
+        pytest.raises(mh.DataError, match="step 1, micro-batch 0"),
+    ):
+        loader.load(0, 0)
+
+
+def test_data_that_differ_in_each_iteration_get_a_hint_about_iterations() -> None:
+    class Counting:
+        count = 0
+
+        def __iter__(self) -> Iterator[float]:
+            Counting.count += 1
+            return iter([float(Counting.count)] * 9)
+
+    with (
+        MicroBatchLoader(recipe_of(Counting())) as loader,
+        pytest.raises(mh.DataError, match=r"not the same when it was loaded again(?s:.*)each new iteration begin anew"),
+    ):
+        loader.facts(0, 0)
