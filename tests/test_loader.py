@@ -115,8 +115,8 @@ def test_batches_have_the_same_bits_in_any_process(loader_workers: int) -> None:
     with MicroBatchLoader(recipe(Augmented()), loader_workers) as loader:
         for tasks in (TASKS, TASKS[::-2], []):
             loaded = list(loader.stream(tasks))
-            assert [(b.step, b.micro_batch) for b in loaded] == tasks
-            assert all(torch.equal(b.batch, expected[b.step, b.micro_batch]) for b in loaded)
+            assert [(b.step_index, b.micro_batch) for b in loaded] == tasks
+            assert all(torch.equal(b.batch, expected[b.step_index, b.micro_batch]) for b in loaded)
     assert state_of_generators() == before
 
 
@@ -242,7 +242,7 @@ def test_processes_serve_the_next_stream_and_the_older_stream_ends() -> None:
         newer = loader.stream(TASKS)
         with pytest.raises(ConfigError, match="one stream at a time"):
             next(older)
-        assert [(b.step, b.micro_batch) for b in newer] == TASKS
+        assert [(b.step_index, b.micro_batch) for b in newer] == TASKS
         assert {p.pid for p in multiprocessing.active_children()} == processes
     loader.close()
 

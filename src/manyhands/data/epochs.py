@@ -20,8 +20,8 @@ class Epochs:
     - "short": the last step of an epoch has the rest, which may be fewer samples, and fewer micro-batches.
     - "drop": the rest is left out. All steps are complete.
 
-    size: the samples in an epoch. steps_per_epoch: None for "join". The methods take the index of a step, counted from
-    0, or a number of steps, which is the index of the step that follows. Raises ConfigError if there would be no step.
+    size: the samples in an epoch. steps_per_epoch: None for "join". step_index: the index of a
+    step, counted from 0. Raises ConfigError if there would be no step.
     """
 
     def __init__(self, size: int, batch: Batch, end: str) -> None:
@@ -61,35 +61,35 @@ class Epochs:
             )
         return lines
 
-    def complete_after(self, step: int) -> Fraction:
+    def complete_after(self, steps: int) -> Fraction:
         """Return how many epochs are complete after `step` steps."""
         if self.steps_per_epoch is not None:
-            return Fraction(step, self.steps_per_epoch)
-        return Fraction(step * self._batch.global_size, self.size)
+            return Fraction(steps, self.steps_per_epoch)
+        return Fraction(steps * self._batch.global_size, self.size)
 
-    def epoch_of(self, step: int) -> int | None:
-        """Return the epoch, counted from 1, of the first sample of the step with index `step`; None for a stream."""
-        return int(self.complete_after(step)) + 1
+    def epoch_of(self, step_index: int) -> int | None:
+        """Return the epoch, counted from 1, of the first sample of the step with this index; None for a stream."""
+        return int(self.complete_after(step_index)) + 1
 
-    def samples(self, step: int) -> int:
-        """Return the number of samples in the step with index `step`. The last step of an epoch may have fewer."""
+    def samples(self, step_index: int) -> int:
+        """Return the number of samples in the step with this index. The last step of an epoch may have fewer."""
         size = self._batch.global_size
-        return size if self.steps_per_epoch is None else min(size, self.size - step % self.steps_per_epoch * size)
+        return size if self.steps_per_epoch is None else min(size, self.size - step_index % self.steps_per_epoch * size)
 
-    def present(self, step: int) -> range:
+    def present(self, step_index: int) -> range:
         """Return the indices of the micro-batches that a step has. Those at the end may be missing."""
-        return range(math.ceil(self.samples(step) / self._batch.micro_size))
+        return range(math.ceil(self.samples(step_index) / self._batch.micro_size))
 
-    def positions(self, step: int, micro_batch: int) -> range:
+    def positions(self, step_index: int, micro_batch: int) -> range:
         """Return the positions of a micro-batch's samples. In the last step of an epoch, there may be none."""
-        start = step * self._batch.global_size
+        start = step_index * self._batch.global_size
         if self.steps_per_epoch is not None:
-            epoch, place = divmod(step, self.steps_per_epoch)
+            epoch, place = divmod(step_index, self.steps_per_epoch)
             start = epoch * self.size + place * self._batch.global_size
         first = micro_batch * self._batch.micro_size
-        last = min(first + self._batch.micro_size, self.samples(step))
+        last = min(first + self._batch.micro_size, self.samples(step_index))
         return range(start + first, start + max(first, last))
 
-    def share(self, step: int, micro_batch: int) -> float:
+    def share(self, step_index: int, micro_batch: int) -> float:
         """Return the micro-batch's number of samples, divided by that of a complete micro-batch."""
-        return len(self.positions(step, micro_batch)) / self._batch.micro_size
+        return len(self.positions(step_index, micro_batch)) / self._batch.micro_size

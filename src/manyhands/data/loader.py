@@ -1,9 +1,9 @@
 """Makes micro-batches, in the worker or in processes that prefetch.
 
-    task (step, micro-batch) -> sample indices -> items -> collated batch
+    task (step index, micro-batch) -> sample indices -> items -> collated batch
 
 A batch has the same bits whether the worker or a loader process makes it, because the random generators are seeded for
-each task, and only one CPU thread is used. The step of a task is its index, counted from 0.
+each task, and only one CPU thread is used. Indices of steps are counted from 0.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ TRAINING = ""
 
 
 class LoadedBatch(NamedTuple):
-    """A loaded micro-batch, with its step and index. marks: positions in a stream, from which it can be read on."""
+    """A loaded micro-batch, with the index of its step and its own index.
 
-    step: int
+    marks: positions in a stream, from which it can be read on.
+    """
+
+    step_index: int
     micro_batch: int
     batch: Any
     marks: StreamMarks | None = None
@@ -56,7 +59,8 @@ class MicroBatchLoader:
     """Loads micro-batches of `recipe.data`, and of its validation data.
 
     With `loader_workers` > 0, `stream` prefetches in that many processes. A batch is a pure function of (recipe, set,
-    step, micro-batch), even if the data set draws random numbers from the global generators of Python, numpy or torch.
+    step index, micro-batch), even if the data set draws random numbers from the global generators of Python, numpy or
+    torch.
     The generators' states are restored afterwards. If the data set has `__getitems__`, it is called once per
     micro-batch. The loader owns its processes until `close()`.
 
@@ -77,9 +81,9 @@ class MicroBatchLoader:
         self._results: Iterator[bytes] = iter(())
         self._held: dict[tuple[int, int], bytes] = {}  # training batches that were loaded ahead, by task
 
-    def load(self, step: int, micro_batch: int) -> Any:
+    def load(self, step_index: int, micro_batch: int) -> Any:
         """Load a micro-batch in this process. Raises DataError, which names the micro-batch and its samples."""
-        loaded = self._tasks.loaded(TRAINING, step, micro_batch)
+        loaded = self._tasks.loaded(TRAINING, step_index, micro_batch)
         self._add_marks(loaded)
         return loaded.batch
 
@@ -107,7 +111,7 @@ class MicroBatchLoader:
         if self._log is not None and loaded.marks is not None:
             self._log.add(loaded.marks)
 
-    def facts(self, step: int, micro_batch: int, of: str = TRAINING) -> dict[str, str]:
+    def facts(self, step_index: int, micro_batch: int, of: str = TRAINING) -> dict[str, str]:
         """Load a micro-batch twice. Return names and hashes of its samples, and of the batch that collate made from
         them.
 
@@ -116,21 +120,21 @@ class MicroBatchLoader:
         load gave other samples or another batch. If the data set raises, the facts include the error.
         """
         if self._ahead is None:
-            return self._tasks.facts(of, step, micro_batch)
+            return self._tasks.facts(of, step_index, micro_batch)
         self._hold(self._ahead)
-        (loaded,) = self._unpacked(self._ahead.stream([(of, step, micro_batch, "facts")]), self._ahead)
+        (loaded,) = self._unpacked(self._ahead.stream([(of, step_index, micro_batch, "facts")]), self._ahead)
         facts: dict[str, str] = loaded.batch
         return facts
 
     def stream(self, tasks: Iterable[tuple[int, int]], of: str = TRAINING) -> Iterator[LoadedBatch]:
-        """Iterate over the micro-batches of `tasks`, in order. Each task is a pair (step, micro-batch).
+        """Iterate over the micro-batches of `tasks`, in order. Each task is a pair (step index, micro-batch).
 
-        of: the name of the set; the micro-batches of a validation have step 0. Loader processes consume tasks some
-        batches in advance. A new stream ends the previous one. Raises DataError as `load` does. If a loader process
-        dies, raises DataError within seconds and ends all loader processes.
+        of: the name of the set; the micro-batches of a validation have step index 0. Loader processes consume
+        tasks some batches in advance. A new stream ends the previous one. Raises DataError as `load` does. If a loader
+        process dies, raises DataError within seconds and ends all loader processes.
         """
         if self._ahead is None:
-            return self._loaded((of, step, micro_batch) for step, micro_batch in tasks)
+            return self._loaded((of, step_index, micro_batch) for step_index, micro_batch in tasks)
         self._hold(self._ahead)
         if of != TRAINING:
             return self._unpacked(self._ahead.stream((of, *task) for task in tasks), self._ahead)
@@ -230,45 +234,45 @@ class _Issued:
 
 
 class _Tasks(Dataset[Any]):
-    """A map from (name of a set, step, micro-batch) to a loaded batch or a failure."""
+    """A map from (name of a set, step index, micro-batch) to a loaded batch or a failure."""
 
     def __init__(self, sets: Mapping[str, Samples]) -> None:
         self._sets = sets
 
-    def loaded(self, of: str, step: int, micro_batch: int) -> LoadedBatch:
+    def loaded(self, of: str, step_index: int, micro_batch: int) -> LoadedBatch:
         """Return the batch of this task. Raises DataError."""
         samples = self._sets[of]
-        batch = load_batch(samples, step, micro_batch)
+        batch = load_batch(samples, step_index, micro_batch)
         marks = samples.new_marks() if isinstance(samples, StreamSamples) else None
-        return LoadedBatch(step, micro_batch, batch, marks)
+        return LoadedBatch(step_index, micro_batch, batch, marks)
 
-    def facts(self, of: str, step: int, micro_batch: int) -> dict[str, str]:
+    def facts(self, of: str, step_index: int, micro_batch: int) -> dict[str, str]:
         """Do the work of `MicroBatchLoader.facts` in this process."""
         samples = self._sets[of]
         if isinstance(samples, StreamSamples):
             with preserved_generators():
                 samples.refuse_equal_parts()
-        return facts_of(samples, step, micro_batch)
+        return facts_of(samples, step_index, micro_batch)
 
     def __getitem__(self, task: tuple[Any, ...]) -> bytes:
         """Load a micro-batch in a loader process and return the pickled LoadedBatch or _Failure.
 
-        task: (set, step, micro-batch), or (set, step, micro-batch, "facts") for its facts instead of the batch.
+        task: (set, step index, micro-batch), or (..., "facts") for its facts instead of the batch.
         This method never raises, because torch would pass on only the text of an error. It pickles the result itself,
         because torch's queue would only print an error of pickling and drop the batch, and the reader would wait
         forever.
         """
-        of, step, micro_batch, *asks_facts = task
+        of, step_index, micro_batch, *asks_facts = task
         try:
             if asks_facts:
-                return _packed(LoadedBatch(step, micro_batch, self.facts(of, step, micro_batch)))
-            return _packed(self.loaded(of, step, micro_batch))
+                return _packed(LoadedBatch(step_index, micro_batch, self.facts(of, step_index, micro_batch)))
+            return _packed(self.loaded(of, step_index, micro_batch))
         except DataError as error:
             return _packed(_failure(error))
         except Exception as error:
             unsendable = DataError(
                 f"a batch can't be sent by a loader process: {type(error).__name__}: {error}",
-                where=self._sets[of].place(step, micro_batch),
+                where=self._sets[of].place(step_index, micro_batch),
                 hint="make the data set and recipe.collate return tensors, numbers, text and containers of them, "
                 "or set strategy.loader_workers = 0",
             )
@@ -278,7 +282,7 @@ class _Tasks(Dataset[Any]):
 
 def load_batch(
     samples: Samples,
-    step: int,
+    step_index: int,
     micro_batch: int,
     look_at: Callable[[list[NamedSample]], None] = lambda read: None,
 ) -> Any:
@@ -286,9 +290,9 @@ def load_batch(
     collate = samples.collate or default_collate
     samples.calling = samples.name
     with preserved_generators(), _one_thread():
-        seed_generators(samples.seed(step, micro_batch))
+        seed_generators(samples.seed(step_index, micro_batch))
         try:
-            read = samples.read(step, micro_batch)
+            read = samples.read(step_index, micro_batch)
             look_at(read)
             items = [each.value for each in read]
             samples.calling = "torch's default_collate" if collate is default_collate else samples.name_of_collate
@@ -299,9 +303,9 @@ def load_batch(
         except Exception as error:
             raise DataError(
                 f"{samples.calling} raised {type(error).__name__}: {error}",
-                where=f"{samples.place(step, micro_batch)}, {samples.listed(step, micro_batch)}",
+                where=f"{samples.place(step_index, micro_batch)}, {samples.listed(step_index, micro_batch)}",
                 hint=f"to reproduce the error, call {samples.calling} yourself; the traceback is above or below this "
-                f"message{samples.remedy(step)}",
+                f"message{samples.remedy(step_index)}",
             ) from error
 
 
@@ -344,15 +348,15 @@ def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
     return memory.as_strided(tensor.size(), tensor.stride(), offset).copy_(tensor)
 
 
-def facts_of(samples: Samples, step: int, micro_batch: int) -> dict[str, str]:
+def facts_of(samples: Samples, step_index: int, micro_batch: int) -> dict[str, str]:
     """Load a micro-batch twice, and return its facts; see `MicroBatchLoader.facts`. Raises DataError."""
-    first, second = _facts(samples, step, micro_batch), _facts(samples, step, micro_batch)
+    first, second = _facts(samples, step_index, micro_batch), _facts(samples, step_index, micro_batch)
     for name in [*first, *second]:
         once, again = first.get(name, "nothing"), second.get(name, "nothing")
         if once != again:
             raise DataError(
                 "a micro-batch was not the same when it was loaded again",
-                where=f"{name}; {samples.place(step, micro_batch)}",
+                where=f"{name}; {samples.place(step_index, micro_batch)}",
                 expected=once,
                 got=again,
                 hint=f"{samples.rule}, and on random numbers of the global generators of torch, numpy and Python, which"
@@ -362,7 +366,7 @@ def facts_of(samples: Samples, step: int, micro_batch: int) -> dict[str, str]:
     return first
 
 
-def _facts(samples: Samples, step: int, micro_batch: int) -> dict[str, str]:
+def _facts(samples: Samples, step_index: int, micro_batch: int) -> dict[str, str]:
     facts: dict[str, str] = {}
 
     def add_samples(read: list[NamedSample]) -> None:
@@ -370,7 +374,7 @@ def _facts(samples: Samples, step: int, micro_batch: int) -> dict[str, str]:
             facts.update(plain_values(name, sample))
 
     try:
-        batch = load_batch(samples, step, micro_batch, add_samples)
+        batch = load_batch(samples, step_index, micro_batch, add_samples)
     except DataError as error:  # the worker that needs this micro-batch reports the error
         return {samples.name: str(error.what)}
     return facts | plain_values("the batch that collate returned", batch)

@@ -30,8 +30,8 @@ class NamedSample(NamedTuple):
 class Samples(ABC):
     """Data, divided into micro-batches.
 
-    name, name_of_collate: what errors call the data set and the collate function. In all methods, `step` is the index
-    of a step, counted from 0.
+    name, name_of_collate: what errors call the data set and the collate function. step_index: the index of a step,
+    counted from 0. Users see the number of a step, counted from 1.
     """
 
     name: str
@@ -43,22 +43,22 @@ class Samples(ABC):
     """The call of the user's code that is in progress, for errors."""
 
     @abstractmethod
-    def read(self, step: int, micro_batch: int) -> list[NamedSample]:
+    def read(self, step_index: int, micro_batch: int) -> list[NamedSample]:
         """Read a micro-batch's samples."""
 
     @abstractmethod
-    def listed(self, step: int, micro_batch: int) -> str:
+    def listed(self, step_index: int, micro_batch: int) -> str:
         """Return a list of the micro-batch's samples, for errors."""
 
     @abstractmethod
-    def seed(self, step: int, micro_batch: int) -> int:
+    def seed(self, step_index: int, micro_batch: int) -> int:
         """Return the seed with which the micro-batch is loaded."""
 
     @abstractmethod
-    def place(self, step: int, micro_batch: int) -> str:
+    def place(self, step_index: int, micro_batch: int) -> str:
         """Return a description of the micro-batch, for errors."""
 
-    def remedy(self, step: int) -> str:
+    def remedy(self, step_index: int) -> str:
         """Return how to continue without the micro-batch, for the end of a hint."""
         return ""
 
@@ -78,11 +78,11 @@ class IndexedSamples(Samples):
             )
 
     @abstractmethod
-    def indices(self, step: int, micro_batch: int) -> list[int]:
+    def indices(self, step_index: int, micro_batch: int) -> list[int]:
         """Return the indices of a micro-batch's samples."""
 
-    def read(self, step: int, micro_batch: int) -> list[NamedSample]:
-        indices = self.indices(step, micro_batch)
+    def read(self, step_index: int, micro_batch: int) -> list[NamedSample]:
+        indices = self.indices(step_index, micro_batch)
         names = [f"{self.name}[{index}]" for index in indices]
         if hasattr(self.data, "__getitems__"):
             self.calling = f"{self.name}.__getitems__"
@@ -93,8 +93,8 @@ class IndexedSamples(Samples):
             samples.append(NamedSample(name, self.data[index]))
         return samples
 
-    def listed(self, step: int, micro_batch: int) -> str:
-        indices = self.indices(step, micro_batch)
+    def listed(self, step_index: int, micro_batch: int) -> str:
+        indices = self.indices(step_index, micro_batch)
         shown, more = ", ".join(map(str, indices[:_SHOWN])), len(indices) - _SHOWN
         return f"samples [{shown}]" if more <= 0 else f"samples [{shown}, ... {more} more]"
 
@@ -109,24 +109,24 @@ class TrainingSamples(IndexedSamples):
         self._seed = recipe.seed
         self.epochs, self._order = Epochs.of(recipe), sample_order_of(recipe)
 
-    def indices(self, step: int, micro_batch: int) -> list[int]:
-        return self._order.at(self.epochs.positions(step, micro_batch))
+    def indices(self, step_index: int, micro_batch: int) -> list[int]:
+        return self._order.at(self.epochs.positions(step_index, micro_batch))
 
-    def seed(self, step: int, micro_batch: int) -> int:
-        return derive(self._seed, "data", step, micro_batch)
+    def seed(self, step_index: int, micro_batch: int) -> int:
+        return derive(self._seed, "data", step_index, micro_batch)
 
-    def place(self, step: int, micro_batch: int) -> str:
-        return f"step {step_number(step)}, micro-batch {micro_batch}"
+    def place(self, step_index: int, micro_batch: int) -> str:
+        return f"step {step_number(step_index)}, micro-batch {micro_batch}"
 
-    def described(self, step: int, micro_batch: int) -> str:
+    def described(self, step_index: int, micro_batch: int) -> str:
         """Return a description of a micro-batch's samples, for errors in the step."""
-        positions, found = self.epochs.positions(step, micro_batch), self.indices(step, micro_batch)
+        positions, found = self.epochs.positions(step_index, micro_batch), self.indices(step_index, micro_batch)
         indices = ", ".join(map(str, found[:_SHOWN]))
         more = ", ..." if len(found) > _SHOWN else ""
         return f"samples {positions[0]} to {positions[-1]} in the run's order (in recipe.data: {indices}{more})"
 
-    def remedy(self, step: int) -> str:
-        number = step_number(step)
+    def remedy(self, step_index: int) -> str:
+        number = step_number(step_index)
         return f"; to continue without this step: --skip-step {number} (skip_steps=[{number}])"
 
 
@@ -151,17 +151,17 @@ class HeldOutSamples(IndexedSamples):
         """Return the number of micro-batches."""
         return math.ceil(self.num_samples / self.micro_size)
 
-    def indices(self, step: int, micro_batch: int) -> list[int]:
+    def indices(self, step_index: int, micro_batch: int) -> list[int]:
         first = micro_batch * self.micro_size
         places = range(first, min(first + self.micro_size, self.num_samples))
         return list(places) if self._drawn is None else [self._drawn[place] for place in places]
 
-    def seed(self, step: int, micro_batch: int) -> int:
+    def seed(self, step_index: int, micro_batch: int) -> int:
         return derive(self._seed, "validation data", self.set_name, micro_batch)
 
     def seed_of_forward(self, micro_batch: int) -> int:
         """Return the seed with which the model computes the micro-batch."""
         return derive(self._seed, "validation", self.set_name, micro_batch)
 
-    def place(self, step: int, micro_batch: int) -> str:
+    def place(self, step_index: int, micro_batch: int) -> str:
         return f"micro-batch {micro_batch} of {self.set_name}"

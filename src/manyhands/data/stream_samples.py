@@ -207,10 +207,10 @@ class StreamSteps(Epochs):
         parts = f"{self._parts} part{'' if self._parts == 1 else 's'}"
         return [f"{steps:,} steps, {self._batch.global_size:,} samples of a stream in {parts} in a step"]
 
-    def complete_after(self, step: int) -> Fraction:
+    def complete_after(self, steps: int) -> Fraction:
         raise InvariantError("a stream has no epochs")  # the recipe has refused all options that need them
 
-    def epoch_of(self, step: int) -> None:
+    def epoch_of(self, step_index: int) -> None:
         return None
 
 
@@ -265,8 +265,8 @@ class StreamSamples(Samples):
                     hint="let the data read only the samples of a part, or read them in one: manyhands.Stream(data)",
                 )
 
-    def read(self, step: int, micro_batch: int) -> list[NamedSample]:
-        number = step * self._micro_batches + micro_batch
+    def read(self, step_index: int, micro_batch: int) -> list[NamedSample]:
+        number = step_index * self._micro_batches + micro_batch
         if number < self._order.before or not self._is_valid:
             before = [mark for mark in (self._base, *self._marks.values()) if mark.before <= number]
             self._order.restore(max(before, key=lambda mark: mark.before, default=OrderMark(0)))
@@ -277,7 +277,9 @@ class StreamSamples(Samples):
         self._add_mark()
         samples = self._order.read()
         self._is_valid = True
-        seed_generators_in_use(self.seed(step, micro_batch))  # for collate; reading has seeded them for each sample
+        seed_generators_in_use(
+            self.seed(step_index, micro_batch)
+        )  # for collate; reading has seeded them for each sample
         return samples
 
     def _add_mark(self) -> None:
@@ -298,16 +300,16 @@ class StreamSamples(Samples):
         """Return True if a mark of a part is not later than a mark of the order."""
         return self._order.allows(mark, part, of_part)
 
-    def seed(self, step: int, micro_batch: int) -> int:
-        return derive(self._seed, "data", step, micro_batch)
+    def seed(self, step_index: int, micro_batch: int) -> int:
+        return derive(self._seed, "data", step_index, micro_batch)
 
-    def place(self, step: int, micro_batch: int) -> str:
-        return f"step {step_number(step)}, micro-batch {micro_batch}"
+    def place(self, step_index: int, micro_batch: int) -> str:
+        return f"step {step_number(step_index)}, micro-batch {micro_batch}"
 
-    def listed(self, step: int, micro_batch: int) -> str:
+    def listed(self, step_index: int, micro_batch: int) -> str:
         return "samples of a stream"
 
-    def described(self, step: int, micro_batch: int) -> str:
+    def described(self, step_index: int, micro_batch: int) -> str:
         """Return a description of a micro-batch's samples, for errors in the step."""
         return f"micro-batch {micro_batch}, from a stream"
 
