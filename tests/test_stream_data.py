@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
 import manyhands as mh
+from manyhands.checkpoint.format import read_manifest
+from manyhands.comm.group import Group
 from manyhands.data.loader import MicroBatchLoader
+from support.threads import run_threads
 from test_streams import Resumable, all_of, micro_batches, recipe_of
 
 
@@ -272,3 +277,59 @@ def test_data_that_differ_in_each_iteration_get_a_hint_about_iterations() -> Non
         pytest.raises(mh.DataError, match=r"not the same when it was loaded again(?s:.*)each new iteration begin anew"),
     ):
         loader.facts(0, 0)
+
+
+def test_a_checkpoint_has_equal_positions_of_workers_once(tmp_path: Path) -> None:
+    recipe = recipe_of(mh.Stream([Rows(rows) for rows in ROWS]))
+
+    def run(group: Group | None) -> int:
+        with mh.Engine(recipe, group=group) as engine:
+            for batch in engine.batches(2):
+                engine.step(batch)
+            return len(read_manifest(engine.save(tmp_path)).stream)
+
+    assert run_threads(3, run) == [1] * 3
+
+
+def expected_order(parts: list[list[float]], count: int, size: int, at_end: str) -> list[list[float]]:
+    """The first `count` micro-batches, computed from the description in docs/streams.md."""
+    taken, found = [0] * len(parts), []
+    for number in range(count):
+        found.append([])
+        for _ in range(size):
+            order = [(number + offset) % len(parts) for offset in range(len(parts))]
+            if at_end == "together" and all(taken[part] == len(parts[part]) for part in order):
+                taken = [0] * len(parts)
+            part = order[0] if at_end == "repeat" else next(part for part in order if taken[part] < len(parts[part]))
+            found[-1].append(parts[part][taken[part] % len(parts[part])])
+            taken[part] += 1
+    return found
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_lengths_stops_and_workers_give_the_described_order(draws: st.DataObject) -> None:
+    draw = draws.draw
+    at_end = draw(st.sampled_from(["together", "repeat"]))
+    lengths = draw(st.lists(st.integers(int(at_end == "repeat"), 200), min_size=1, max_size=5).filter(any))
+    parts = [[1000.0 * part + index for index in range(length)] for part, length in enumerate(lengths)]
+    kind = draw(st.sampled_from([Rows, OfIntegers, WithoutState, Late, Restarting, list]))
+    known = draw(st.sampled_from([None, lengths]))
+    stream = mh.Stream([kind(rows) for rows in parts], at_end=at_end, lengths=known)
+    number, size, steps = draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    recipe = recipe_of(stream, batch=mh.Batch(global_size=number * size, micro_size=size))
+    expected = expected_order(parts, number * steps, size, at_end)
+    first, positions = 0, []
+    while first < steps:
+        stop, workers = draw(st.integers(first + 1, steps)), draw(st.integers(1, 4))
+        saved = []
+        for rank in range(workers):
+            with MicroBatchLoader(recipe) as loader:
+                loader.restore(positions)
+                for step_index in [first, *range(first, stop)]:  # the first one twice, as the check of the data does
+                    for micro_batch in range(rank, number, workers):
+                        found = loader.load(step_index, micro_batch).tolist()
+                        assert found == expected[step_index * number + micro_batch]
+                saved.append(json.loads(json.dumps(loader.position())))
+        first, positions = stop, saved

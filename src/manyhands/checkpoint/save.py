@@ -291,13 +291,18 @@ def part_of(records: Sequence[PieceRecord], scalars: Scalars, position: Mapping[
 
 
 def with_pieces(manifest: Manifest, parts: list[dict[str, Any]]) -> Manifest:
-    """Return the manifest with the pieces, scalars and positions in a stream of all workers."""
+    """Return the manifest with the pieces, scalars and positions in a stream of all workers. Equal positions are kept
+    once, because they may hold the states of many parts.
+    """
     scalars = {
         name: {kind: Scalar(**number) for kind, number in numbers.items()}
         for part in parts
         for name, numbers in part["scalars"].items()
     }
-    stream = [part["stream"] for part in parts if part["stream"]]
+    stream: list[dict[str, Any]] = []
+    for part in parts:
+        if part["stream"] and part["stream"] not in stream:
+            stream.append(part["stream"])
     return manifest.model_copy(update={"scalars": scalars, "pieces": _pieces_in(parts), "stream": stream})
 
 
