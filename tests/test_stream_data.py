@@ -333,3 +333,26 @@ def test_any_lengths_stops_and_workers_give_the_described_order(draws: st.DataOb
                         assert found == expected[step_index * number + micro_batch]
                 saved.append(json.loads(json.dumps(loader.position())))
         first, positions = stop, saved
+
+
+def missing(part: int, parts: int) -> Any:
+    return open(f"/no/such/file-{part}")
+
+
+def no_iterable(part: int, parts: int) -> Any:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mh.Stream(missing, parts=5), r"(?s)raised FileNotFoundError.*part 0, pass 0, sample 0"),
+        (lambda: mh.Stream(no_iterable, parts=5), r"(?s)raised TypeError: 'NoneType'.*part 0, pass 0, sample 0"),
+        (lambda: mh.Stream([[], [1.0]], at_end="repeat"), r'(?s)too few samples.*use at_end="together"'),
+        (lambda: mh.Stream([[], [1.0]], at_end="repeat", lengths=[0, 1]), r"(?s)invalid length.*at least 1 for each"),
+        (lambda: mh.Stream([[1.0]], lengths=1), "invalid length"),  # type: ignore[arg-type]
+    ],
+)
+def test_errors_name_the_part_and_what_to_do(make: Any, message: str) -> None:
+    with pytest.raises((mh.DataError, mh.ConfigError), match=message):
+        all_of(recipe_of(make()), 1)

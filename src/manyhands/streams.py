@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from manyhands.errors import ConfigError
@@ -84,11 +84,12 @@ class Stream:
             self._check_lengths(self.lengths)
 
     def _check_lengths(self, lengths: Sequence[int]) -> None:
-        checked = [whole_number(length) for length in lengths]
-        if any(length is None or length < 0 for length in checked) or not any(checked):
+        least = 1 if self.at_end == REPEAT else 0
+        checked = [whole_number(length) for length in lengths] if isinstance(lengths, Iterable) else [None]
+        if any(length is None or length < least for length in checked) or not any(checked):
             raise ConfigError(
                 "stream.lengths has an invalid length",
-                expected="an integer of at least 0 for each part, not all 0",
+                expected=f"an integer of at least {least} for each part, not all 0",
                 got=repr(lengths)[:200],
             )
         if self.parts is None and self._known_parts is None:

@@ -147,12 +147,15 @@ class PartReader:
             self.take()
 
     def _ended_before(self, index: int) -> StreamError:
+        hint = "every iteration over the data must give the same samples; stream.lengths, if set, must be right"
+        if not self.index and not self.run_pass and not self._length:
+            hint = 'a part without samples can\'t repeat: use at_end="together", or give each part samples'
         return StreamError(
             "a part of the stream has too few samples",
             where=f"part {self._part}, pass {self.run_pass}",
             expected=f"at least {self._length or index}",
             got=self.index,
-            hint="every iteration over the data must give the same samples; stream.lengths, if set, must be right",
+            hint=hint,
         )
 
     def _start(self, mark: Mark) -> None:
@@ -220,7 +223,11 @@ class PartReader:
         hashes: return the hash of the block's first sample, before the block is shuffled.
         """
         if self._iterator is None:
-            self._open()
+            try:
+                self._open()
+            except Exception as error:
+                self._close()
+                raise self._raised(error, self.index) from error
         is_due = self.index >= self._next_mark
         try:
             state = _state_of(self._data, self._iterator) if is_due else None
