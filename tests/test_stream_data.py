@@ -291,6 +291,13 @@ def test_a_checkpoint_has_equal_positions_of_workers_once(tmp_path: Path) -> Non
     assert run_threads(3, run) == [1] * 3
 
 
+def test_the_first_sample_of_a_pass_has_one_name() -> None:
+    """However it is reached. Otherwise the check before the first step of a resumed run would find a difference."""
+    with MicroBatchLoader(recipe_of(mh.Stream([list(range(5))], at_end="repeat"))) as loader:
+        micro_batches(loader, range(1))
+        assert "recipe.data (part 0, pass 1, sample 0)" in loader.facts(1, 0)
+
+
 def expected_order(parts: list[list[float]], count: int, size: int, at_end: str) -> list[list[float]]:
     """The first `count` micro-batches, computed from the description in docs/streams.md."""
     taken, found = [0] * len(parts), []
@@ -327,6 +334,8 @@ def test_any_lengths_stops_and_workers_give_the_described_order(draws: st.DataOb
         for rank in range(workers):
             with MicroBatchLoader(recipe) as loader:
                 loader.restore(positions)
+                if draw(st.booleans()):
+                    loader.facts(first, 0)
                 for step_index in [first, *range(first, stop)]:  # the first one twice, as the check of the data does
                     for micro_batch in range(rank, number, workers):
                         found = loader.load(step_index, micro_batch).tolist()

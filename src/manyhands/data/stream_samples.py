@@ -108,8 +108,8 @@ class _Order(ABC):
 
     def _named(self, part: int, take: Callable[[PartReader], Any]) -> NamedSample:
         reader = self._readers[part]
-        place = f"recipe.data (part {part}, pass {reader.run_pass}, sample {reader.index})"
-        return NamedSample(place, take(reader))
+        value = take(reader)  # may begin a pass
+        return NamedSample(f"recipe.data (part {part}, pass {reader.run_pass}, sample {reader.index - 1})", value)
 
 
 class _Together(_Order):
