@@ -19,8 +19,9 @@ class Stream:
     number of workers reads the same samples. A plain iterable as `Recipe.data` is read as `Stream(data)`.
 
     If the data have `state_dict` and `load_state_dict`, a run that is resumed continues from a recent state. Otherwise
-    it reads the current pass again from its beginning, without using the samples. The samples are the same. If the data
-    have `set_epoch(pass)`, it is called before each pass with the number of the pass, counted from 0.
+    it reads the current pass again from its beginning, and skips the samples that the run has used. The run gets the
+    same samples in both cases. If the data have `set_epoch(pass)`, it is called before each pass with the number of the
+    pass, counted from 0.
 
     Raises ConfigError.
     """

@@ -17,8 +17,8 @@ class Epochs:
     end of an epoch depends on `end`:
 
     - "join": a step may take its last samples from the next epoch. All steps are complete.
-    - "short": the last step of an epoch has the rest, which may be fewer samples, and fewer micro-batches.
-    - "drop": the rest is left out. All steps are complete.
+    - "short": the last step of an epoch has the remaining samples, so it may have fewer samples and micro-batches.
+    - "drop": the remaining samples are left out. All steps are complete.
 
     size: the samples in an epoch. steps_per_epoch: None for "join". step_index: the index of a
     step, counted from 0. Raises ConfigError if there would be no step.

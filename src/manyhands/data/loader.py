@@ -39,7 +39,7 @@ TRAINING = ""
 class LoadedBatch(NamedTuple):
     """A loaded micro-batch, with the index of its step and its own index.
 
-    marks: positions in a stream, from which it can be read on.
+    marks: positions in a stream from which reading can continue.
     """
 
     step_index: int
@@ -88,8 +88,8 @@ class MicroBatchLoader:
         return loaded.batch
 
     def position(self) -> dict[str, Any]:
-        """Return the position from which the stream can be read on after the batches that this object has returned, as
-        JSON values. It is empty for map-style data.
+        """Return the position from which reading of the stream can continue after the batches that this object has
+        returned, as JSON values. It is empty for map-style data.
         """
         return {} if self._log is None else self._log.position().as_json()
 
@@ -154,7 +154,7 @@ class MicroBatchLoader:
     def _hold(self, ahead: PrefetchProcesses) -> None:
         """End the stream of training data, if any. Keep the batches that it has loaded ahead for the next one.
 
-        Without this, each validation would let them be loaded twice, and let a stream of samples go back.
+        Otherwise, each validation would cause them to be loaded again, and a stream of samples to go back.
         """
         if self._issued is not None:
             issued, self._issued = self._issued, None

@@ -154,7 +154,7 @@ class _LengthOrder(SampleOrder):
         super().__init__(len(lengths))
         self._seed, self._lengths, self._micro_size, self._group = seed, lengths, micro_size, group
         self._joins = joins
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # of the last epoch that was asked for
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # of the last epoch that was requested
 
     def indices(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         if epoch != self._epoch:

@@ -27,7 +27,7 @@ MARK_SAMPLES = 64
 _KEPT_MARKS = 16
 
 _MAX_STATE_CHARACTERS = 1 << 20
-"""A state of the data that is longer is not kept, because the manifest of a checkpoint has those of all parts."""
+"""A longer state of the data is not kept, because the manifest of a checkpoint has those of all parts."""
 
 _MAX_INNER = 100
 """A longer list in an attribute of the data is not searched for data sets."""
@@ -233,7 +233,7 @@ class PartReader:
             state = _state_of(self._data, self._iterator) if is_due else None
             block = self._read_block()
         except BaseException:
-            self._close()  # Python ends a generator that has raised, which must not look like the end of the part
+            self._close()  # a generator ends when it raises an error, which must not look like the end of the part
             raise
         first = _hash_of(block[0]) if block and (hashes or state is not None) else ""
         if is_due and block:

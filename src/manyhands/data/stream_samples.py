@@ -16,13 +16,13 @@ from manyhands.errors import CheckpointError, InvariantError
 from manyhands.intervals import step_number
 from manyhands.numerics.counters import derive
 from manyhands.numerics.seeds import seed_generators_in_use
-from manyhands.streams import REPEAT, Stream
+from manyhands.streams import REPEAT, TOGETHER, Stream
 
 _COMPARED = range(3, 11)
 """How many samples of two parts are compared before the first step: up to 10, if each part has at least 3."""
 
 _KEPT_STEPS = 16
-"""The number of recent steps to whose beginning the order keeps the way back. Loader processes read a few ahead."""
+"""The number of recent steps to whose beginning the order can go back. Loader processes read a few steps ahead."""
 
 
 class OrderMark(NamedTuple):
@@ -37,7 +37,9 @@ class OrderMark(NamedTuple):
 
 
 class StreamPosition(NamedTuple):
-    """From where a run can read on: a mark of the order, and one of each part that this worker has read, not later."""
+    """The position from which a run can continue to read: a mark of the order, and a mark of each part that this worker
+    has read. Marks of parts are not later than the mark of the order.
+    """
 
     order: OrderMark
     parts: dict[int, Mark]
@@ -199,13 +201,18 @@ class _Repeat(_Order):
 class StreamSteps(Epochs):
     """The steps of a stream. They have no epochs, because the number of samples is not known."""
 
-    def __init__(self, parts: int, batch: Batch) -> None:
+    def __init__(self, stream: Stream, batch: Batch) -> None:
         super().__init__(0, batch, "join")
-        self._parts = parts
+        self._stream, self._parts = stream, stream.number_of_parts(batch.micro_batches)
 
     def described(self, steps: int) -> list[str]:
-        parts = f"{self._parts} part{'' if self._parts == 1 else 's'}"
-        return [f"{steps:,} steps, {self._batch.global_size:,} samples of a stream in {parts} in a step"]
+        text = (
+            f"{steps:,} step{'' if steps == 1 else 's'}, {self._batch.global_size:,} samples in a step, from a stream"
+        )
+        if self._parts == 1:
+            return [text]
+        reads_all = self._stream.at_end == TOGETHER and self._stream.lengths is None
+        return [f"{text} in {self._parts} parts{', all of which each worker reads' if reads_all else ''}"]
 
     def complete_after(self, steps: int) -> Fraction:
         raise InvariantError("a stream has no epochs")  # the recipe has refused all options that need them
@@ -228,7 +235,7 @@ class StreamSamples(Samples):
         self._stream = stream
         self.collate, self._seed, self._micro_batches = recipe.collate, recipe.seed, recipe.batch.micro_batches
         self.parts = stream.number_of_parts(self._micro_batches)
-        self.epochs = StreamSteps(self.parts, recipe.batch)
+        self.epochs = StreamSteps(stream, recipe.batch)
         self._readers = [PartReader(stream, part, self.parts, recipe.seed) for part in range(self.parts)]
         micro_size = recipe.batch.micro_size
         self._order: _Order = (
@@ -359,7 +366,7 @@ class StreamLog:
 def epochs_of(recipe: Recipe) -> Epochs:
     """Return the epochs of a recipe, or the steps of its stream. Raises ConfigError."""
     stream, batch = recipe.stream, recipe.batch
-    return Epochs.of(recipe) if stream is None else StreamSteps(stream.number_of_parts(batch.micro_batches), batch)
+    return Epochs.of(recipe) if stream is None else StreamSteps(stream, batch)
 
 
 def training_samples(recipe: Recipe) -> TrainingSamples | StreamSamples:

@@ -86,7 +86,7 @@ class Shard:
             file = next(file for file in source.files if file.path == split.path)
             check_unchanged(file)
             yield from read_split(split, bad, source.columns, source.types)
-            check_unchanged(file)  # the file may have changed while it was read
+            check_unchanged(file)  # the file may have changed while it was being read
         else:
             records = unpack_records(source.partitions[partition])
             yield SourcedChunk(records, lambda index: f"given records, partition {partition}, record {index + 1}")
