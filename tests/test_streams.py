@@ -19,7 +19,7 @@ import manyhands as mh
 from manyhands.comm.group import Group
 from manyhands.data.loader import MicroBatchLoader
 from manyhands.data.stream_reader import MARK_SAMPLES
-from manyhands.data.stream_samples import StreamPosition
+from manyhands.data.stream_samples import StreamPosition, epochs_of
 from support.threads import run_threads
 
 LENGTHS = (7, 3, 9, 1, 5)
@@ -192,6 +192,17 @@ def test_a_worker_reads_only_its_own_parts_if_it_can(at_end: str) -> None:
     with MicroBatchLoader(recipe_of(mh.Stream(part_of, parts=5, at_end=at_end, lengths=lengths))) as loader:
         micro_batches(loader, range(8), range(1, 3))
     assert opened == {1, 2}
+
+
+def test_the_first_line_of_a_run_states_the_parts_and_who_reads_them() -> None:
+    for stream, text in (
+        (mh.Stream(PARTS), "in 5 parts, all of which each worker reads"),
+        (mh.Stream(PARTS, lengths=LENGTHS), "in 5 parts"),
+        (mh.Stream(PARTS, at_end="repeat"), "in 5 parts"),
+        (mh.Stream(Numbers(9)), ""),
+    ):
+        described = epochs_of(recipe_of(stream)).described(1200)
+        assert described == [f"1,200 steps, 5 samples in a step, from a stream {text}".strip()]
 
 
 def train_on(stream: Any, run: str, folder: str, steps: int) -> str:

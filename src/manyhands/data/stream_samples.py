@@ -206,9 +206,8 @@ class StreamSteps(Epochs):
         self._stream, self._parts = stream, stream.number_of_parts(batch.micro_batches)
 
     def described(self, steps: int) -> list[str]:
-        text = (
-            f"{steps:,} step{'' if steps == 1 else 's'}, {self._batch.global_size:,} samples in a step, from a stream"
-        )
+        number, samples = f"{steps:,} step{'' if steps == 1 else 's'}", f"{self._batch.global_size:,} samples"
+        text = f"{number}, {samples} in a step, from a stream"
         if self._parts == 1:
             return [text]
         reads_all = self._stream.at_end == TOGETHER and self._stream.lengths is None
