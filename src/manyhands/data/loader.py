@@ -12,7 +12,7 @@ import pickle
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, default_collate
 
 from manyhands.config import Recipe
 from manyhands.data.prefetch import PER_PROCESS, PrefetchProcesses, ended_stream
-from manyhands.data.samples import HeldOutSamples, NamedSample, Samples
+from manyhands.data.samples import HeldOutSamples, Samples
 from manyhands.data.stream_reader import StreamError
 from manyhands.data.stream_samples import StreamLog, StreamMarks, StreamPosition, StreamSamples, training_samples
 from manyhands.errors import DataError
@@ -242,7 +242,7 @@ class _Tasks(Dataset[Any]):
     def loaded(self, of: str, step_index: int, micro_batch: int) -> LoadedBatch:
         """Return the batch of this task. Raises DataError."""
         samples = self._sets[of]
-        batch = load_batch(samples, step_index, micro_batch)
+        batch = load_batch(samples, step_index, micro_batch, preserves=of == TRAINING)
         marks = samples.new_marks() if isinstance(samples, StreamSamples) else None
         return LoadedBatch(step_index, micro_batch, batch, marks)
 
@@ -284,17 +284,21 @@ def load_batch(
     samples: Samples,
     step_index: int,
     micro_batch: int,
-    look_at: Callable[[list[NamedSample]], None] = lambda read: None,
+    look_at: Callable[[list[Any]], None] = lambda samples: None,
+    *,
+    preserves: bool = True,
 ) -> Any:
-    """Load a micro-batch, and call `look_at` with its samples before they are collated. Raises DataError."""
+    """Load a micro-batch, and call `look_at` with its samples before they are collated. Raises DataError.
+
+    preserves: whether to restore the global generators. An evaluation restores them itself, once for all micro-batches.
+    """
     collate = samples.collate or default_collate
     samples.calling = samples.name
-    with preserved_generators(), _one_thread():
+    with preserved_generators() if preserves else nullcontext(), _one_thread():
         seed_generators(samples.seed(step_index, micro_batch))
         try:
-            read = samples.read(step_index, micro_batch)
-            look_at(read)
-            items = [each.value for each in read]
+            items = samples.read(step_index, micro_batch)
+            look_at(items)
             samples.calling = "torch's default_collate" if collate is default_collate else samples.name_of_collate
             batch = collate(items)
             return batch if collate is default_collate else _with_own_memory(batch, items)
@@ -369,8 +373,8 @@ def facts_of(samples: Samples, step_index: int, micro_batch: int) -> dict[str, s
 def _facts(samples: Samples, step_index: int, micro_batch: int) -> dict[str, str]:
     facts: dict[str, str] = {}
 
-    def add_samples(read: list[NamedSample]) -> None:
-        for name, sample in read:
+    def add_samples(read: list[Any]) -> None:
+        for name, sample in zip(samples.names(step_index, micro_batch), read, strict=False):
             facts.update(plain_values(name, sample))
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from manyhands.config import Recipe
 from manyhands.data.epochs import Epochs
@@ -18,13 +18,6 @@ from manyhands.validation import Validation
 
 _SHOWN = 16
 """The number of samples that an error lists."""
-
-
-class NamedSample(NamedTuple):
-    """A sample, with what errors call it."""
-
-    name: str
-    value: Any
 
 
 class Samples(ABC):
@@ -43,8 +36,12 @@ class Samples(ABC):
     """The call of the user's code that is in progress, for errors."""
 
     @abstractmethod
-    def read(self, step_index: int, micro_batch: int) -> list[NamedSample]:
+    def read(self, step_index: int, micro_batch: int) -> list[Any]:
         """Read a micro-batch's samples."""
+
+    @abstractmethod
+    def names(self, step_index: int, micro_batch: int) -> list[str]:
+        """Return what errors call the samples of the micro-batch that was read last."""
 
     @abstractmethod
     def listed(self, step_index: int, micro_batch: int) -> str:
@@ -81,17 +78,23 @@ class IndexedSamples(Samples):
     def indices(self, step_index: int, micro_batch: int) -> list[int]:
         """Return the indices of a micro-batch's samples."""
 
-    def read(self, step_index: int, micro_batch: int) -> list[NamedSample]:
+    def read(self, step_index: int, micro_batch: int) -> list[Any]:
         indices = self.indices(step_index, micro_batch)
-        names = [f"{self.name}[{index}]" for index in indices]
         if hasattr(self.data, "__getitems__"):
             self.calling = f"{self.name}.__getitems__"
-            return [NamedSample(*each) for each in zip(names, self.data.__getitems__(indices), strict=False)]
+            samples: list[Any] = self.data.__getitems__(indices)
+            return samples
         samples = []
-        for name, index in zip(names, indices, strict=True):
-            self.calling = name
-            samples.append(NamedSample(name, self.data[index]))
+        try:
+            for index in indices:
+                samples.append(self.data[index])
+        except Exception:
+            self.calling = f"{self.name}[{indices[len(samples)]}]"
+            raise
         return samples
+
+    def names(self, step_index: int, micro_batch: int) -> list[str]:
+        return [f"{self.name}[{index}]" for index in self.indices(step_index, micro_batch)]
 
     def listed(self, step_index: int, micro_batch: int) -> str:
         indices = self.indices(step_index, micro_batch)

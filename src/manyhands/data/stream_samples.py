@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from manyhands.config import Batch, Recipe
 from manyhands.data.epochs import Epochs
-from manyhands.data.samples import NamedSample, Samples, TrainingSamples
+from manyhands.data.samples import Samples, TrainingSamples
 from manyhands.data.stream_reader import BEGINNING, Mark, PartReader, StreamError
 from manyhands.errors import CheckpointError, InvariantError
 from manyhands.intervals import step_number
@@ -81,12 +81,14 @@ def _mark_of(run_pass: int, place: int, taken: int, state: str | None, sample: s
 class _Order(ABC):
     """The order in which a run's micro-batches take samples from the parts.
 
-    before: the number of micro-batches that have been passed.
+    before: the number of micro-batches that have been passed. places: the part, pass and index of each sample of the
+    micro-batch that was read last.
     """
 
     def __init__(self, readers: Sequence[PartReader], micro_size: int) -> None:
         self._readers, self._micro_size = readers, micro_size
         self.before = 0
+        self.places: list[tuple[int, int, int]] = []
 
     @abstractmethod
     def mark(self) -> OrderMark:
@@ -101,17 +103,18 @@ class _Order(ABC):
         """Return True if a mark of a part is not later than a mark of the order."""
 
     @abstractmethod
-    def read(self) -> list[NamedSample]:
+    def read(self) -> list[Any]:
         """Return the samples of the next micro-batch."""
 
     @abstractmethod
     def pass_over(self) -> None:
         """Go to the micro-batch after the next one."""
 
-    def _named(self, part: int, take: Callable[[PartReader], Any]) -> NamedSample:
+    def _taken_from(self, part: int, take: Callable[[PartReader], Any]) -> Any:
         reader = self._readers[part]
         value = take(reader)  # may begin a pass
-        return NamedSample(f"recipe.data (part {part}, pass {reader.run_pass}, sample {reader.index - 1})", value)
+        self.places.append((part, reader.run_pass, reader.index - 1))
+        return value
 
 
 class _Together(_Order):
@@ -138,12 +141,12 @@ class _Together(_Order):
         taken = mark.taken[part] if mark.taken else 0
         return (of_part.run_pass, of_part.place) <= (mark.run_pass, taken)
 
-    def read(self) -> list[NamedSample]:
-        samples = []
+    def read(self) -> list[Any]:
+        samples, self.places = [], []
         for _ in range(self._micro_size):
             part = self._next_part()
             self._readers[part].seek(self._pass, self._taken[part])
-            samples.append(self._named(part, PartReader.take))
+            samples.append(self._taken_from(part, PartReader.take))
             self._taken[part] += 1
         self.before += 1
         return samples
@@ -188,11 +191,12 @@ class _Repeat(_Order):
         count = len(range(part, mark.before, len(self._readers)))
         return of_part.taken <= count * self._micro_size
 
-    def read(self) -> list[NamedSample]:
+    def read(self) -> list[Any]:
         turn, part = divmod(self.before, len(self._readers))
+        self.places = []
         self._readers[part].seek_taken(turn * self._micro_size)
         self.before += 1
-        return [self._named(part, PartReader.take_or_repeat) for _ in range(self._micro_size)]
+        return [self._taken_from(part, PartReader.take_or_repeat) for _ in range(self._micro_size)]
 
     def pass_over(self) -> None:
         self.before += 1
@@ -271,7 +275,12 @@ class StreamSamples(Samples):
                     hint="let the data read only the samples of a part, or read them in one: manyhands.Stream(data)",
                 )
 
-    def read(self, step_index: int, micro_batch: int) -> list[NamedSample]:
+    def names(self, step_index: int, micro_batch: int) -> list[str]:
+        return [
+            f"recipe.data (part {part}, pass {number}, sample {index})" for part, number, index in self._order.places
+        ]
+
+    def read(self, step_index: int, micro_batch: int) -> list[Any]:
         number = step_index * self._micro_batches + micro_batch
         if number < self._order.before or not self._is_valid:
             before = [mark for mark in (self._base, *self._marks.values()) if mark.before <= number]
@@ -283,9 +292,7 @@ class StreamSamples(Samples):
         self._add_mark()
         samples = self._order.read()
         self._is_valid = True
-        seed_generators_in_use(
-            self.seed(step_index, micro_batch)
-        )  # for collate; reading has seeded them for each sample
+        seed_generators_in_use(self.seed(step_index, micro_batch))  # for collate; reading has seeded them
         return samples
 
     def _add_mark(self) -> None:

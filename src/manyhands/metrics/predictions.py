@@ -138,12 +138,15 @@ class ClassPicker:
         classes = given.long()
         if given.is_floating_point() and not torch.equal(classes.to(given.dtype), given):
             raise ConfigError(f"a {what} is not a whole number", expected=f"classes from 0 to {number - 1}")
-        if classes.numel() and not (int(classes.min()) >= 0 and int(classes.max()) < number):
+        if not classes.numel():
+            return classes
+        lowest, highest = map(int, classes.aminmax())
+        if lowest < 0 or highest >= number:
             ignored = f", or {self.ignore_index} for samples that don't count" if what == "label" else ""
             raise ConfigError(
                 f"a {what} is out of range",
                 expected=f"0 to {number - 1}{ignored}",
-                got=f"classes from {int(classes.min())} to {int(classes.max())}",
+                got=f"classes from {lowest} to {highest}",
             )
         return classes
 

@@ -222,7 +222,7 @@ class Engine(StepEngine):
         chosen = chosen_metrics(given.metrics, name)
 
         def load(indices: Iterable[int]) -> Iterator[Any]:
-            return (load_batch(held_out, 0, micro_batch) for micro_batch in indices)
+            return (load_batch(held_out, 0, micro_batch, preserves=False) for micro_batch in indices)
 
         return evaluate(self, held_out, chosen, load, predict, weights=weights)
 
