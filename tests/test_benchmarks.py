@@ -33,7 +33,9 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_stopped_benchmark_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "pids").mkdir()

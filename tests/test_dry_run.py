@@ -96,6 +96,7 @@ def test_the_command_prints_what_a_run_costs_and_keeps_nothing(folder: Path) -> 
     assert not files_in(folder)
 
 
+@pytest.mark.slow
 def test_killed_workers_leave_nothing(folder: Path) -> None:
     (folder / "dry_parts.py").write_text(PARTS + KILLED)
     found = run(folder, "--workers", "2")

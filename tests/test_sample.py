@@ -55,12 +55,9 @@ def test_the_sample_command_prints_what_the_run_shows(tmp_path: Path) -> None:
     texts = [mh.train(recipe, steps=steps, run_dir=tmp_path / "run", show=False).sample for steps in (1, 2)]
     assert texts[0] != texts[1]
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for step, workers in ((None, "1"), ("1", "3")):
-        found = run(
-            tmp_path, "--workers", workers, *(["--step", step, "--set", "strategy.sharding=zero3"] if step else [])
-        )
-        assert found.returncode == 0, found.stderr
-        assert found.stdout == f"{texts[0 if step else 1]}\n"
+    found = run(tmp_path, "--workers", "3", "--step", "1", "--set", "strategy.sharding=zero3")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == f"{texts[0]}\n"
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     (tmp_path / "recipe.toml").write_text(RECIPE.partition("[sample]")[0])
     found = run(tmp_path, "--workers", "1")
