@@ -239,3 +239,9 @@ def test_a_run_is_resumed_with_other_numerics_only_if_accepted(tmp_path: Path) -
     assert "--accept-new-numerics" in str(caught.value.hint)
     summary = mh.train(recipe(), steps=6, run_dir=tmp_path / "run", show=False, accept_new_numerics=True)
     assert summary.digest == mh.train(recipe(), steps=6, show=False).digest
+
+
+def test_a_recipe_file_is_not_a_script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output = run_command(capsys, monkeypatch, "run", "-n", "2", RECIPE)
+    assert code == 2
+    assert f"manyhands train {RECIPE} --workers N" in output.replace("\n", ""), output

@@ -176,8 +176,9 @@ def test_sequential_and_own_orders() -> None:
     assert indices_of(recipe_of(order=lambda seed, epoch, place: (place + epoch) % 10), 1) == [*range(1, 10), 0]
     with pytest.raises(DataError, match=r"recipe\.order returned no valid index"):
         indices_of(recipe_of(order=lambda seed, epoch, place: 10), 0)
-    with pytest.raises(ConfigError, match=r"recipe\.order is not an order"):
-        recipe_of(order="shuffled")
+    for wrong in ("shuffled", [3, 1, 2], True, None):
+        with pytest.raises(ConfigError, match=r"recipe\.order is not an order"):
+            recipe_of(order=wrong)
 
 
 def test_another_function_is_noticed_when_a_run_goes_on(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_wrong_export_options_are_refused(run_dir: Path, tmp_path: Path) -> None
     out = tmp_path / "out"
     with pytest.raises(mh.ConfigError, match="no checkpoint of step 7") as caught:
         mh.export(run_dir, out, step=7)
-    assert caught.value.expected == "1, 2, 3"
+    assert caught.value.expected == "one of 1, 2, 3"
     with pytest.raises(mh.ConfigError, match="no checkpoint of step 2"):
         mh.export(run_dir / "checkpoints" / "step-00000001", out, step=2)
     for nothing in (tmp_path / "absent", tmp_path):

@@ -133,6 +133,9 @@ def test_what_is_not_a_listener_is_refused() -> None:
     for wrong in (Counts, print, None):
         with pytest.raises(ConfigError, match="is not a listener"):
             mh.train(recipe_of(), steps=1, listeners=[wrong], show=False)  # type: ignore[list-item]
+    for single in (mh.Listener(), "csv", None):
+        with pytest.raises(ConfigError, match="listeners is not a list"):
+            mh.train(recipe_of(), steps=1, listeners=single, show=False)  # type: ignore[arg-type]
 
 
 def stopping_run(folder: str, network: bool) -> list[Any]:

@@ -1,5 +1,6 @@
 """Mistakes that people make who port a training script of their own: each is refused with what to write instead."""
 
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,19 @@ def test_classes_are_functions_too() -> None:
             super().__init__(4, 1)
 
     assert mh.train(recipe(model=Net), steps=1, show=False).digest
+
+
+def test_a_recipe_of_another_type_is_refused(tmp_path: Path) -> None:
+    uses: list[Callable[[Any], Any]] = [
+        lambda given: mh.train(given, steps=1),
+        lambda given: mh.dry_run(given, steps=1),
+        lambda given: mh.evaluate(given, tmp_path),
+        mh.Engine,
+    ]
+    for use in uses:
+        for given, hint in (("recipe.toml", "load_recipe"), (types.SimpleNamespace(recipe=recipe()), "recipe, and")):
+            with pytest.raises(mh.ConfigError, match=rf"the recipe has the wrong type(?s:.*){hint}"):
+                use(given)
 
 
 @pytest.mark.parametrize("use", [lambda strategy: mh.train(recipe(), steps=1, strategy=strategy), mh.Engine])

@@ -464,7 +464,9 @@ def test_a_missing_file_is_reported_with_recipes_nearby(recipe: Path) -> None:
     assert "did you mean 'recipe.toml'?" in text
     assert "known: recipe.toml" in str(problem(recipe.with_name("zzz")))
     assert "pyproject" not in str(problem(recipe.with_name("project.toml")))
-    assert "known: recipe.toml" in str(problem(recipe.parent))
+    assert f"recipes in this folder: {recipe}" in str(problem(recipe.parent))
+    (recipe.parent / "manifest.json").write_text("{}")
+    assert "a run directory, and the recipe comes first" in str(problem(recipe.parent))
     assert "there is no recipe" in str(problem(recipe.parent / "nowhere" / "recipe.toml"))
 
 

@@ -339,12 +339,24 @@ def test_an_error_of_the_data_names_the_sample_and_can_be_read_again() -> None:
                 micro_batches(loader, range(2))
 
 
+class NotIterable:
+    """A map-style data set."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> float:
+        return 1.0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: recipe_of(iter([1.0])), r"can be read only once(?s:.*)list_iterator"),
         (lambda: recipe_of(mh.Stream([iter([1.0])])), "can be read only once"),
         (lambda: recipe_of(mh.Stream([PARTS, 3])), r"can't be read as a stream(?s:.*)got: 3"),
+        (lambda: recipe_of(mh.Stream(NotIterable())), r"can't be read(?s:.*)map-style data set as recipe\.data"),
+        (lambda: recipe_of(mh.Stream("*.jsonl")), r"can't be read(?s:.*)manyhands\.Dataset\.read"),
         (lambda: recipe_of(3), "recipe.data is not a data set"),
         (lambda: recipe_of("text.jsonl"), "recipe.data is not a data set"),
         (lambda: recipe_of(Numbers(9), order="sequential"), r"order can't be used with a stream"),

@@ -518,7 +518,8 @@ def test_what_is_wrong_is_refused_before_the_first_step(tmp_path: Path) -> None:
         ({"metrics": {"loss": noise}}, {}, "the name of a metric of validation is the name of another figure"),
         ({}, {"keep_best": "validation.acuracy:max"}, r"there is no figure validation\.acuracy"),
         ({}, {"keep_best": "validation.loss"}, "keep_best can't be parsed"),
-        ({"patience": 2, "watch": "los:min"}, {}, r"there is no figure validation\.los(.|\n)*did you mean"),
+        ({"patience": 2, "watch": "los:min"}, {}, r"there is no figure validation\.los(.|\n)*did you mean 'loss'"),
+        ({"patience": 2, "watch": "validation.loss:min"}, {}, r"without 'validation\.'(.|\n)*did you mean 'loss'"),
     ):
         recipe = recipe_of(validation=Validation(data=data, **given))  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=message):

@@ -66,12 +66,13 @@ class Batch:
     def __post_init__(self) -> None:
         check_options(self)
         if self.global_size % self.micro_size:
-            lower = self.global_size - self.global_size % self.micro_size
+            upper = self.global_size - self.global_size % self.micro_size + self.micro_size
+            sizes = f"{upper - self.micro_size} or {upper}" if self.global_size > self.micro_size else str(upper)
             raise ConfigError(
                 "batch.global_size can't be divided into micro-batches of batch.micro_size samples",
                 expected=f"a multiple of {self.micro_size}",
                 got=self.global_size,
-                hint=f"use global_size = {lower or self.micro_size} or {lower + self.micro_size}, or change micro_size",
+                hint=f"use global_size = {sizes}, or change micro_size",
             )
         if self.virtual_workers == 0:
             object.__setattr__(self, "virtual_workers", self.micro_batches)
@@ -305,11 +306,12 @@ class Recipe:
             check_function(field, getattr(self, field))
         if not isinstance(self.batch, Batch):
             raise ConfigError("recipe.batch has the wrong type", expected="manyhands.Batch(...)", got=repr(self.batch))
-        if isinstance(self.order, str) and self.order not in ORDERS:
+        has_options = hasattr(self.order, "fact")  # an OrderOption, which this module can't import
+        if self.order not in ORDERS if isinstance(self.order, str) else not (has_options or callable(self.order)):
             raise ConfigError(
                 "recipe.order is not an order",
                 expected=f"{' or '.join(ORDERS)}, manyhands.weighted(...), manyhands.by_length(...), or a function",
-                got=repr(self.order),
+                got=repr(self.order)[:80],
             )
         check_options(self)
         check_average(self.average, self.ema)

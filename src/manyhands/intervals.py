@@ -99,11 +99,11 @@ def check_length(steps: int | None, epochs: int | None, where: str | None = None
             where=where,
             expected="one of them",
             got=f"steps = {steps}, epochs = {epochs}",
-            hint="for a short trial of a recipe with epochs, use --set epochs=1",
+            hint="for a short trial of a recipe with epochs, use --set epochs=1 (in Python: dataclasses.replace)",
         )
     if steps is None and epochs is None:
         raise ConfigError(
             "the number of steps is not set",
             where=where,
-            hint="use --steps N, or steps = N or epochs = N in the recipe",
+            hint="set steps (--steps N, or steps=N in Python), or set steps or epochs in the recipe",
         )

@@ -199,7 +199,15 @@ def check_stream(name: str, data: object) -> None:
                 f"{name} can't be read as a stream",
                 expected="an iterable, a list of iterables, or a function (part, parts) that returns an iterable",
                 got=repr(inner)[:80],
+                hint=_instead_of(inner),
             )
+
+
+def _instead_of(data: object) -> str | None:
+    """Return what to pass to a recipe instead of data that can't be read as a stream."""
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes)):
+        return "pass a map-style data set as recipe.data, without manyhands.Stream"
+    return "to read files, pass manyhands.Dataset.read(paths)" if isinstance(data, str) else None
 
 
 def refuse_indexed(options: Mapping[str, object]) -> None:

@@ -43,7 +43,12 @@ def find_checkpoint(run: Location, step: int | None = None, weights: str = TRAIN
         if number == step:
             return folder
     steps = ", ".join(str(number) for number, _ in found)
-    raise ConfigError(f"the run has no checkpoint of step {step}", where=str(run.absolute()), expected=steps, got=step)
+    raise ConfigError(
+        f"the run has no checkpoint of step {step}",
+        where=str(run.absolute()),
+        expected=f"one of {steps}" if len(found) > 1 else steps,
+        got=step,
+    )
 
 
 def _checkpoints_at(run: Location) -> list[tuple[int, Location]]:

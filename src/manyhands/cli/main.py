@@ -137,7 +137,7 @@ def run_command(
         raise ConfigError(
             "this is not a Python script",
             where=str(script.absolute()),
-            hint=f"train a recipe file: manyhands train {script} --workers {workers}",
+            hint=f"train a recipe file: manyhands train {script} --workers N",
         )
     from manyhands.launching.failures import run_with_restarts
 

@@ -115,7 +115,12 @@ def find_function(path: str, folder: Path) -> Callable[..., Any]:
     """Import the function that `module:attribute` names. Raises a ConfigError that does not name the file and line."""
     found = find_object(path, folder)
     if not callable(found):
-        raise ConfigError(f"{path} can't be called", expected="a function or a class", got=repr(found))
+        raise ConfigError(
+            f"{path} can't be called",
+            expected="a function or a class",
+            got=f"an object of the class {type(found).__name__}",
+            hint="write a function that returns this object, and name the function",
+        )
     return found  # type: ignore[no-any-return]
 
 

@@ -230,6 +230,16 @@ def _read_text(path: Path) -> str:
         folder = path if path.is_dir() else path.parent
         files = (*folder.glob("*.toml"), *folder.glob("*/*.toml"))
         near = sorted(str(file.relative_to(folder)) for file in files if file.name not in FOREIGN_FILES)
+        if path.is_dir():
+            run = "; this is a run directory, and the recipe comes first" if (path / "manifest.json").exists() else ""
+            found = f"; recipes in this folder: {', '.join(str(path / file) for file in near[:5])}" if near else ""
+            raise ConfigError(
+                f"the recipe {path} can't be read",
+                where=str(path.absolute()),
+                expected="a TOML file",
+                got="a folder",
+                hint=f"name the file of the recipe{run}{found}",
+            ) from None
         what = f"there is no recipe {path}" if not path.exists() else f"the recipe {path} can't be read"
         hint = hint_nearest(path.name, near) or (f"files in {folder}: {', '.join(near[:5])}, ..." if near else None)
         raise ConfigError(what, where=str(path.absolute()), got=error.strerror, hint=hint) from None

@@ -31,6 +31,10 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 def check_listeners(listeners: Sequence[Listener]) -> None:
     """Raise ConfigError if an object is not a listener."""
+    if not isinstance(listeners, Sequence) or isinstance(listeners, str):
+        raise ConfigError(
+            "listeners is not a list", expected="a list of listeners: listeners=[...]", got=repr(listeners)[:80]
+        )
     for listener in listeners:
         if not isinstance(listener, Listener):
             raise ConfigError(

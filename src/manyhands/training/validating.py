@@ -98,7 +98,9 @@ class Validations:
         """Describe in one line when validations are made, and what follows from them."""
         found = []
         for name, each in self._given.items():
-            stops = f", {each.patience} without a better {each.watched} end the run" if each.patience else ""
+            watched = None if each.patience is None else self._patient[name][0]
+            plural = "" if each.patience == 1 else "s"
+            stops = f" until {watched.name} has not improved for {each.patience} validation{plural}" if watched else ""
             found.append(f"{name} every {each.every.strip()} and at the end{stops}")
         found += [f"the checkpoint with the best {watched.name} is kept" for watched in self._keep_best]
         return ["; ".join(found)] if found else []
@@ -128,10 +130,10 @@ class Validations:
                     self._report(
                         f"{trial.name}.{metric} can't be computed from the micro-batch that is tried first: {why}"
                     )
-        wanted = [watched.name for watched in (*self._keep_best, *(each for each, _ in self._patient.values()))]
-        wanted += [] if self._schedule_on is None else [self._schedule_on]
-        for figure in wanted:
+        for figure in (*(each.name for each in self._keep_best), *filter(None, [self._schedule_on])):
             _figure(figure, values)
+        for name, (watched, _) in self._patient.items():
+            _figure(watched.name, values, watched_in=name)
         step = self._engine.step_index
         if self._engine.progress.get("validated") != step:
             given = self._given.items()
@@ -225,16 +227,27 @@ class Validations:
         return {name: found[name] for name in map(str, self._keep_best) if name in found}
 
 
-def _figure(name: str, values: dict[str, float | None]) -> float | None:
+def _figure(name: str, values: dict[str, float | None], *, watched_in: str = "") -> float | None:
     """Return a figure by its name. Return None if its metric could not be computed.
 
-    values: the numbers of evaluations, by their full names. Raises ConfigError if there is no such figure.
+    values: the numbers of evaluations, by their full names. watched_in: the validation whose `watch` names the figure.
+    `watch` leaves out the name of its validation. Raises ConfigError if there is no such figure.
     """
     part = name
     while part:
         if part in values and (part == name or values[part] is None):
             return values[part]
         part = part.rpartition(".")[0]
+    if watched_in:
+        prefix = f"{watched_in}."
+        given = name.removeprefix(prefix)
+        known = [each.removeprefix(prefix) for each in values if each.startswith(prefix)]
+        raise ConfigError(
+            f"there is no figure {name}",
+            expected=f"in {prefix}watch, the name of a figure of this validation, without {prefix!r}",
+            got=repr(given),
+            hint=nearest(given.removeprefix(prefix), known),
+        )
     raise ConfigError(
         f"there is no figure {name}",
         expected="the name of a figure of a validation",
