@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -128,6 +129,22 @@ def test_an_existing_destination_is_not_changed(run_dir: Path, tmp_path: Path, t
         mh.export(run_dir, tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out").is_file() or os.listdir(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_two_exports_to_one_folder_do_not_mix(run_dir: Path, tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "of-another-process").write_text("")
+    other = os.open(partial, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(mh.ConfigError, match=r"another process is exporting(?s:.*)RANK"):
+        mh.export(run_dir, out)
+    assert os.listdir(tmp_path) == [".out.partial"]
+    assert os.listdir(partial) == ["of-another-process"]
+    os.close(other)  # as when that process is killed
+    mh.export(run_dir, out)
+    assert os.listdir(tmp_path) == ["out"]
+    assert "of-another-process" not in os.listdir(out)
 
 
 def test_wrong_export_options_are_refused(run_dir: Path, tmp_path: Path) -> None:

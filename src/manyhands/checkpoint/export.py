@@ -20,7 +20,9 @@ digest.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import time
@@ -108,10 +110,11 @@ def export(
     progress: called with the bytes of weights written so far, and the bytes of all weights. out: a new path, or an
     empty folder.
 
-    `export` runs in one process. It needs memory for one piece of a parameter (some MiB) or one complete buffer, for
-    the checkpoint's list of pieces, and 8 bytes per 1,024 elements for the digest. Optimizer state is not read. Raises
-    ConfigError, also if `merge` is given and there is no LoRA adapter, and CheckpointError for missing or damaged
-    files. After an error, nothing is left at `out`.
+    `export` is not collective: it runs in one process, so a script with several workers calls it on one of them.
+    It needs memory for one piece of a parameter (some MiB) or one complete buffer, for the checkpoint's list of pieces,
+    and 8 bytes per 1,024 elements for the digest. Optimizer state is not read. Raises ConfigError, also if `merge` is
+    given and there is no LoRA adapter, and CheckpointError for missing or damaged files. After an error, nothing is
+    left at `out`.
     """
     started = time.monotonic()
     target, max_bytes = Path(out), parse_size(max_shard_size)
@@ -212,7 +215,7 @@ def _refuse_taken(out: Path) -> None:
                 where=str(out.absolute()),
                 expected="a new path, or an empty folder",
                 got="a file" if entries is None else f"a folder with {', '.join(entries[:5])}",
-                hint="choose another path; nothing was written",
+                hint="choose another path; nothing was written. In a script with several workers, export on one worker",
             )
 
 
@@ -231,22 +234,52 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _published(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder next to `out`.
+    """Yield a hidden folder next to `out`, which no other process uses.
 
     If the block ends without an error, the folder is renamed to `out`. Otherwise, it is deleted.
     """
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # an export that was killed may have left it
-        partial.mkdir(parents=True)
-        yield partial
-        publish_folder(partial, out, None, replace=False)
+        with _owned(partial, out):
+            try:
+                yield partial
+                publish_folder(partial, out, None, replace=False)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
             f"the export can't be written: {error.strerror or error}",
             where=str(error.filename or partial),
             hint="choose a folder that you may write to, on a disk with enough free space",
         ) from error
+
+
+@contextmanager
+def _owned(folder: Path, out: Path) -> Iterator[None]:
+    """Create `folder`, or empty it if an export that was killed has left it, and lock it for the duration of the block.
+
+    Raises ConfigError if another process is exporting to `out`, such as another worker of the same script.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        is_free = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_free = False
+        except OSError:  # the file system has no locks
+            pass
+        if not (is_free and folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())):
+            raise ConfigError(
+                "another process is exporting to the same folder",
+                where=str(out),
+                hint="if a script with several workers exports, export on one of them: "
+                'if os.environ.get("RANK", "0") == "0"',
+            )
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
