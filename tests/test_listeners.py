@@ -19,6 +19,7 @@ import pytest
 from torch import nn
 
 import manyhands as mh
+from manyhands.doctor.runs import run_history
 from manyhands.engine.step.figures import Evaluation
 from manyhands.errors import ConfigError, Interrupted
 from manyhands.listeners import CSVListener, dispatch, network
@@ -176,6 +177,8 @@ def test_a_listener_stops_the_run_on_all_workers(network: bool, tmp_path: Path) 
     assert found == [["a listener stopped the run after step 3: the loss is good enough", "step-00000003"]] * workers
     event = RunDirectory(tmp_path / "run").read_events()[-1]
     assert (event["event"], event["step"], event["why"]) == ("stopped", 3, "the loss is good enough")
+    told = [text for _, text in run_history(RunDirectory(tmp_path / "run")).lines]
+    assert told[-1] == "stopped after step 3: the loss is good enough"
     assert [call[1] for call in seen_in(tmp_path) if call[0] in ("step", "ended")] == [1, 2, 3, "interrupted"]
     assert mh.train(recipe_of(), steps=STEPS, run_dir=tmp_path / "run", show=False).digest == digest_without_listeners()
 

@@ -146,3 +146,10 @@ def test_a_folder_of_checkpoints_is_refused_with_the_newest_in_it(tmp_path: Path
             engine.save(tmp_path)
         with pytest.raises(mh.CheckpointError, match=r"holds checkpoints(?s:.*)step-00000002"):
             engine.load(tmp_path)
+
+
+def test_samples_of_different_shapes_need_a_collate_function() -> None:
+    ragged = [torch.zeros(1 + index % 3) for index in range(16)]
+    given = recipe(data=ragged)
+    with pytest.raises(mh.DataError, match=r"default_collate raised RuntimeError(?s:.*)set recipe\.collate"):
+        mh.train(given, steps=1, show=False)

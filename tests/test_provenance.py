@@ -83,7 +83,7 @@ def manifest(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_run_is_reproduced_or_the_difference_is_named(project: Path) -> None:
+def test_a_run_is_reproduced_or_the_difference_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = mh.load_recipe(project / "recipe.toml")
     given = {"recipe_as_used": loaded.settings, "skip_steps": [2], "show": False}
     mh.train(loaded.recipe, steps=3, run_dir=project / "runs" / "first", **given)  # type: ignore[arg-type]
@@ -110,6 +110,10 @@ def test_a_run_is_reproduced_or_the_difference_is_named(project: Path) -> None:
     for arguments in ([first, "--run-dir", first], [str(project / "runs")]):
         refused = CliRunner().invoke(app, ["reproduce", str(project / "recipe.toml"), *arguments])
         assert isinstance(refused.exception, mh.ConfigError)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = CliRunner().invoke(app, ["reproduce", str(project / "recipe.toml"), first])
+    assert isinstance(refused.exception, mh.ConfigError)
+    assert (refused.exception.got, refused.exception.where) == ("WORLD_SIZE=2", None)
 
 
 def test_a_resumed_run_keeps_the_code_of_earlier_steps(project: Path) -> None:

@@ -87,7 +87,9 @@ def test_a_root_cause_on_another_host_is_named_from_reports_of_peers() -> None:
 
 def test_workers_that_all_stopped_on_request_have_not_failed() -> None:
     stopped = Failure.from_error(Interrupted("stopped after step 3, as requested"), rank=0, pid=1)
-    assert isinstance(explain_failure([WorkerEnd(rank=0, exit_code=1, seconds=5.0, failure=stopped)]), Interrupted)
+    found = explain_failure([WorkerEnd(rank=0, exit_code=1, seconds=5.0, failure=stopped)])
+    assert isinstance(found, Interrupted)
+    assert found.what == "stopped after step 3, as requested"
 
 
 def ended_with(*errors: Exception) -> list[WorkerEnd]:

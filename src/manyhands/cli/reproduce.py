@@ -59,12 +59,18 @@ def reproduce_command(arguments: ReproduceArguments) -> None:
     checked = check_recipe(arguments.recipe, arguments.set_ or ())
     run = RunDirectory.open_existing(arguments.run)
     metrics = run.read_metrics()
-    if not metrics or "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            "the run can't be reproduced",
+            expected="no other launcher, because reproduce starts the workers itself",
+            got=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+        )
+    if not metrics:
         raise ConfigError(
             "the run can't be reproduced",
             where=str(arguments.run.absolute()),
-            expected="a run that has made a step, and no other launcher: reproduce starts the workers itself",
-            got=f"{len(metrics)} steps, WORLD_SIZE={os.environ.get('WORLD_SIZE', '')}",
+            expected="a run that has made at least one step",
+            got="no steps",
         )
     steps = [each.step for each in metrics if each.digest is not None]
     name = f"{checked.name}-again-{datetime.now():%Y%m%d-%H%M%S}"

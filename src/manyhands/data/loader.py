@@ -32,6 +32,8 @@ from manyhands.numerics.alignment import ALIGNMENT
 from manyhands.numerics.seeds import preserved_generators, seed_generators
 from manyhands.numerics.values import plain_values
 
+DEFAULT_COLLATE = "torch's default_collate"
+
 TRAINING = ""
 """The name of the recipe's own data among the sets from which a loader loads."""
 
@@ -299,17 +301,18 @@ def load_batch(
         try:
             items = samples.read(step_index, micro_batch)
             look_at(items)
-            samples.calling = "torch's default_collate" if collate is default_collate else samples.name_of_collate
+            samples.calling = DEFAULT_COLLATE if collate is default_collate else samples.name_of_collate
             batch = collate(items)
             return batch if collate is default_collate else _with_own_memory(batch, items)
         except StreamError:
             raise
         except Exception as error:
+            own_collate = "if the samples differ in shape, set recipe.collate to a function that pads them; "
             raise DataError(
                 f"{samples.calling} raised {type(error).__name__}: {error}",
                 where=f"{samples.place(step_index, micro_batch)}, {samples.listed(step_index, micro_batch)}",
-                hint=f"to reproduce the error, call {samples.calling} yourself; the traceback is above or below this "
-                f"message{samples.remedy(step_index)}",
+                hint=f"{own_collate if samples.calling == DEFAULT_COLLATE else ''}to reproduce the error, call "
+                f"{samples.calling} yourself; the traceback is above or below this message{samples.remedy(step_index)}",
             ) from error
 
 

@@ -179,7 +179,8 @@ def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
         "there are no prepared tokens here",
         where=str(Path(path).absolute()),
         expected=f"a folder with {FOLDER}/{MANIFEST} or {MANIFEST} (written when the preparation is complete)",
-        hint="prepare them first: manyhands prepare RECIPE.toml --out FOLDER",
+        hint="prepare them first: manyhands prepare RECIPE.toml --out FOLDER"
+        + ("" if Path(path).is_absolute() else "; a relative path is relative to the working directory"),
     )
 
 

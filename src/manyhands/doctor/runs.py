@@ -133,7 +133,8 @@ def _line(event: dict[str, Any]) -> str:
             str(event.get("source")), ""
         )
         again = f", {event['repeats']} steps repeated" if event.get("repeats") else ""
-        workers = f"{event.get('workers')} workers, {event.get('sharding')}"
+        plural = "" if event.get("workers") == 1 else "s"
+        workers = f"{event.get('workers')} worker{plural}, {event.get('sharding')}"
         after = f" after step {event['step']}" if event.get("step") else ""
         return f"started{after}{source}: {workers}{again}"
     if kind == "started over":
@@ -157,7 +158,8 @@ def _line(event: dict[str, Any]) -> str:
         return f"a checkpoint could not be written: {event.get('why')} ({event.get('where')})"
     if kind == "ended":
         return f"ended after step {event.get('step')}, digest {event.get('digest')}"
-    return f"{kind}" + (f" after step {event['step']}" if "step" in event else "")
+    why = f": {event['why']}" if event.get("why") else ""
+    return f"{kind}" + (f" after step {event['step']}" if "step" in event else "") + why
 
 
 def _advice(run: RunDirectory, outcome: str, failed: list[dict[str, Any]]) -> str:

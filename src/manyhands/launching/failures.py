@@ -43,7 +43,10 @@ def explain_failure(ends: Sequence[WorkerEnd]) -> WorkerError | Interrupted:
     codes = {_stopped_code(end) for end in ends}
     stopped = {0, *STOPPED_CODES, -signal.SIGINT, -signal.SIGTERM}
     if codes <= stopped and codes & set(STOPPED_CODES) and all(failure.notice for failure in failures):
-        return Interrupted("the workers stopped on request")
+        told = next((failure for failure in failures if failure.kind == "Interrupted" and failure.what), None)
+        if told is None or told.what is None:
+            return Interrupted("the workers stopped on request")
+        return Interrupted(told.what, where=told.where, hint=told.hint)
     notices = sorted(
         (failure for failure in failures if failure.notice and failure.root_cause is not None),
         key=lambda failure: failure.seconds,
