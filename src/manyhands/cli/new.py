@@ -90,7 +90,7 @@ def made_up_data(count, seed):
 README = """\
 Train: `manyhands train recipe.toml --run-dir runs/first --keep-best validation.loss:min`. The same command resumes.
 Replace the parts in `parts.py` and the settings in `recipe.toml`. `manyhands train recipe.toml --dry-run` tries them.
-Use the weights: `manyhands export runs/first exported`, or in Python `mh.load_model("runs/first", recipe)`.
+Weights: `manyhands export runs/first exported`, or `mh.load_model("runs/first", mh.load_recipe("recipe.toml").recipe)`.
 """
 
 
