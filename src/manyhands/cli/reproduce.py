@@ -45,8 +45,9 @@ class ReproduceArguments:
 def reproduce_command(arguments: ReproduceArguments) -> None:
     """Train a run again in a new directory, and compare the digests.
 
-    The new run makes as many steps as RUN has made, with the same skipped steps and changed settings. The number of
-    workers and the sharding don't matter. RUN contains no code, so name its recipe, too.
+    The new run makes as many steps as RUN has made, with the same skipped steps and changed settings. If the recipe
+    sets epochs, the new run completes them, even if RUN was stopped before. The number of workers and the sharding
+    don't matter. RUN contains no code, so name its recipe, too.
 
     The exit code is 0 if the runs are equal, 1 if they differ.
 
