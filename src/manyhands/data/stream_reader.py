@@ -17,7 +17,7 @@ from torch.utils.data._utils import worker as torch_worker
 from manyhands.data.permutation import Permutation
 from manyhands.errors import DataError, ManyhandsError
 from manyhands.numerics.counters import derive
-from manyhands.numerics.seeds import seed_generators_in_use
+from manyhands.numerics.seeds import seed_generators
 from manyhands.numerics.values import plain_values
 from manyhands.streams import Stream, has_shards
 
@@ -249,7 +249,7 @@ class PartReader:
         block: list[Any] = []
         with self._as_worker():
             while len(block) < self._block_size:
-                seed_generators_in_use(derive(self._seed, "stream", self._part, self.run_pass, self.index + len(block)))
+                seed_generators(derive(self._seed, "stream", self._part, self.run_pass, self.index + len(block)))
                 try:
                     block.append(next(self._iterator))
                 except StopIteration:

@@ -15,7 +15,7 @@ from manyhands.data.stream_reader import BEGINNING, Mark, PartReader, StreamErro
 from manyhands.errors import CheckpointError, InvariantError
 from manyhands.intervals import step_number
 from manyhands.numerics.counters import derive
-from manyhands.numerics.seeds import seed_generators_in_use
+from manyhands.numerics.seeds import seed_generators
 from manyhands.streams import REPEAT, TOGETHER, Stream
 
 _COMPARED = range(3, 11)
@@ -292,7 +292,7 @@ class StreamSamples(Samples):
         self._add_mark()
         samples = self._order.read()
         self._is_valid = True
-        seed_generators_in_use(self.seed(step_index, micro_batch))  # for collate; reading has seeded them
+        seed_generators(self.seed(step_index, micro_batch))  # for collate; reading has seeded them
         return samples
 
     def _add_mark(self) -> None:

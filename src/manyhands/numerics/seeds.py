@@ -63,16 +63,6 @@ def _seed_devices_when_initialized() -> None:
     torch.cuda._lazy_call(_seed_devices)  # type: ignore[no-untyped-call]
 
 
-def seed_generators_in_use(value: int) -> None:
-    """Seed the generators for one sample of a stream. This takes about 10 microseconds, `seed_generators` 200.
-
-    Unlike `seed_generators`, it seeds no device that is not in use, and numpy's generator with only 32 bits of `value`.
-    """
-    random.seed(value)
-    np.random.seed((value ^ value >> 32) & 0xFFFFFFFF)
-    seed_torch(value)
-
-
 class DrawDetector:
     """Detects draws from Python's `random` and from numpy's global generator.
 
