@@ -15,7 +15,7 @@ from manyhands.engine.units.unsharding import Unsharder
 from manyhands.models.attributes import AttributeGuard
 from manyhands.models.bf16_products import bf16_products_in_fp32
 from manyhands.models.compiling import CompiledModules
-from manyhands.models.modes import ensure_evaluation_mode, evaluation_mode, silent_in_evaluation
+from manyhands.models.modes import evaluation_mode, silent_in_evaluation
 from manyhands.numerics.arithmetic import preserved_arithmetic
 from manyhands.numerics.seeds import preserved_generators
 
@@ -44,6 +44,7 @@ class EvaluationMode:
         self._unsharder, self._call_seeds, self._compiled = unsharder, call_seeds, compiled
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in model.parameters())
         self._silent = silent_in_evaluation(model)
+        self._modules: list[nn.Module] = []
         self._put_back: Callable[[], bool] | None = None  # restores the attributes; None if forward changes none
         self.is_active = False
         self.failed: BaseException | None = None
@@ -61,6 +62,7 @@ class EvaluationMode:
         # torch compiles nothing under the dispatch mode that bf16 products need.
         with self._failing_peers(), self._untouched(self._has_bf16 and not self._compiled.names) as put_back:
             self._put_back = put_back
+            self._modules = list(self._model.modules())  # walking the model takes as long as a small layer
             yield
 
     @contextmanager
@@ -75,7 +77,9 @@ class EvaluationMode:
         if seed is None:
             yield
         else:
-            ensure_evaluation_mode(self._model)  # the previous micro-batch may have left some modules in training mode
+            # The previous micro-batch may have left some modules in training mode.
+            if any(module.training for module in self._modules):
+                self._model.eval()
             with preserved_arithmetic(), self._call_seeds.micro_batch(seed, self._silent), self._compiled.computing():
                 yield
             if self._put_back is not None and not self._put_back():

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from manyhands.errors import ConfigError
 from manyhands.metrics.metric import Figure, Measured, Metric, Totals, ratio
@@ -25,14 +24,13 @@ class _OfClasses(Metric):
         self,
         name: str,
         picker: ClassPicker,
-        count: Callable[[Classes], dict[str, Tensor]],
+        count: Callable[[Classes], Totals],
         figure: Callable[[Totals], Figure],
     ) -> None:
         self.name, self._picker, self._count, self._figure = name, picker, count, figure
 
     def measure(self, measured: Measured) -> Totals:
-        counts = self._count(self._picker.classes_of(measured.output, measured.batch))
-        return {name: value.cpu().numpy().astype(np.int64) for name, value in counts.items()}
+        return self._count(self._picker.classes_of(measured.output, measured.batch))
 
     def figure(self, totals: Totals) -> Figure:
         return self._figure(totals)
@@ -54,8 +52,8 @@ def accuracy(
     pick: (output, batch) -> (predictions, labels).
     """
 
-    def count(of: Classes) -> dict[str, Tensor]:
-        return {"correct": (of.predicted == of.true).sum(), "labels": torch.tensor(of.true.numel())}
+    def count(of: Classes) -> Totals:
+        return {"correct": np.array(np.count_nonzero(of.predicted == of.true)), "labels": np.array(of.true.size)}
 
     picker = ClassPicker(classes, threshold, class_dim, ignore_index, pick)
     return _OfClasses("accuracy", picker, count, lambda totals: ratio(totals["correct"], totals["labels"]))
@@ -89,9 +87,9 @@ def top_k(k: int, *, class_dim: int = -1, ignore_index: int | None = -100, pick:
     return _TopK(k, ClassPicker(None, None, class_dim, ignore_index, pick))
 
 
-def _counts_per_class(of: Classes) -> dict[str, Tensor]:
-    def count(classes: Tensor) -> Tensor:
-        return torch.bincount(classes.reshape(-1), minlength=of.number)
+def _counts_per_class(of: Classes) -> Totals:
+    def count(classes: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.bincount(classes, minlength=of.number)
 
     return {"hits": count(of.true[of.predicted == of.true]), "predicted": count(of.predicted), "true": count(of.true)}
 
@@ -210,9 +208,9 @@ def confusion(
     `accuracy`.
     """
 
-    def count(of: Classes) -> dict[str, Tensor]:
-        cells = torch.bincount(of.true * of.number + of.predicted, minlength=of.number**2)
-        return {"cells": cells.view(of.number, of.number)}
+    def count(of: Classes) -> Totals:
+        cells = np.bincount(of.true * of.number + of.predicted, minlength=of.number**2)
+        return {"cells": cells.reshape(of.number, of.number)}
 
     picker = ClassPicker(classes, threshold, class_dim, ignore_index, pick)
     return _OfClasses(

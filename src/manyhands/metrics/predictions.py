@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from manyhands.errors import ConfigError
@@ -68,10 +70,13 @@ def _described(value: Any) -> str:
 
 
 class Classes(NamedTuple):
-    """Predicted and true classes of the samples that count, each [n] int64; number: how many classes there are."""
+    """Predicted and true classes of the samples that count, each [n] int64; number: how many classes there are.
 
-    predicted: Tensor
-    true: Tensor
+    They are arrays of numpy, because counting a micro-batch's classes takes torch several times as long.
+    """
+
+    predicted: NDArray[np.int64]
+    true: NDArray[np.int64]
     number: int
 
 
@@ -92,7 +97,7 @@ class ClassPicker:
     def classes_of(self, output: Any, batch: Any) -> Classes:
         """Return the classes of a micro-batch. Raises ConfigError."""
         predictions, labels = self.pick(output, batch)
-        number = self.classes
+        number, are_indices = self.classes, False
         if predictions.shape == labels.shape:
             if predictions.is_floating_point():
                 predictions, number = self._above_threshold(predictions), number or 2
@@ -105,9 +110,14 @@ class ClassPicker:
         else:
             scores = self.scores_of(predictions, labels)
             number, predictions = number or scores.shape[-1], scores.argmax(-1)
-        counts = counting(labels, self.ignore_index)
-        predicted = self._checked(predictions[counts], number, "predicted class")
-        return Classes(predicted, self._checked(labels[counts], number, "label"), number)
+            are_indices = number >= scores.shape[-1]
+        predicted, true = _as_array(predictions), _as_array(labels)
+        if self.ignore_index is not None:
+            counts = true != self.ignore_index
+            predicted, true = predicted[counts], true[counts]
+        if not are_indices:
+            predicted = self._checked(predicted, number, "predicted class")
+        return Classes(predicted.ravel(), self._checked(true, number, "label").ravel(), number)
 
     def scores_of(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Return the scores with the classes as their last dimension: [*labels.shape, classes]. Raises ConfigError."""
@@ -133,14 +143,14 @@ class ClassPicker:
             )
         return (scores >= self.threshold).long()
 
-    def _checked(self, given: Tensor, number: int, what: str) -> Tensor:
+    def _checked(self, given: NDArray[Any], number: int, what: str) -> NDArray[np.int64]:
         """Return classes as int64. Raises ConfigError for numbers that are not classes. what: "label", for example."""
-        classes = given.long()
-        if given.is_floating_point() and not torch.equal(classes.to(given.dtype), given):
+        if given.dtype.kind == "f" and not (np.isfinite(given) & (given == np.trunc(given))).all():
             raise ConfigError(f"a {what} is not a whole number", expected=f"classes from 0 to {number - 1}")
-        if not classes.numel():
+        classes = given.astype(np.int64, copy=False)
+        if not classes.size:
             return classes
-        lowest, highest = map(int, classes.aminmax())
+        lowest, highest = int(classes.min()), int(classes.max())
         if lowest < 0 or highest >= number:
             ignored = f", or {self.ignore_index} for samples that don't count" if what == "label" else ""
             raise ConfigError(
@@ -149,6 +159,11 @@ class ClassPicker:
                 got=f"classes from {lowest} to {highest}",
             )
         return classes
+
+
+def _as_array(classes: Tensor) -> NDArray[Any]:
+    """Return classes as an array of numpy. Numbers of any floating-point type become fp64."""
+    return (classes.double() if classes.is_floating_point() else classes).numpy(force=True)
 
 
 def counting(labels: Tensor, ignore_index: int | None) -> Tensor:

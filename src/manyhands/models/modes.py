@@ -39,12 +39,6 @@ class TrainingMode:
             module.eval()
 
 
-def ensure_evaluation_mode(model: nn.Module) -> None:
-    """Set all modules to evaluation mode, unless they are already."""
-    if any(module.training for module in model.modules()):
-        model.eval()
-
-
 def silent_in_evaluation(model: nn.Module) -> frozenset[str]:
     """Return the names of the modules that draw no random numbers in evaluation mode: those made of torch's own."""
     silent = {name for name, module in model.named_modules() if _is_silent(module)}
