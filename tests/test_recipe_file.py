@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from manyhands.config import Strategy, Weights
+from manyhands.config import Strategy
 from manyhands.documents.recipe_file import check_recipe, load_recipe
 from manyhands.errors import ConfigError, DataError
+from manyhands.weights import Weights
 
 RECIPE = """\
 name = "small"
@@ -47,6 +48,7 @@ MODULE = """\
 import torch
 from torch import nn
 from manyhands.errors import DataError
+from manyhands.weights import Weights
 
 NUMBER = 3
 

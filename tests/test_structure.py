@@ -32,7 +32,7 @@ WITHIN = {  # the layers inside of a package, from the bottom up; files of one e
         "arguments",
         "dataset",
     ),
-    "engine": (("sharding", "agreement"), "units", "step", "update", "assembly", "evaluation", "engine"),
+    "engine": (("sharding", "agreement"), "units", "step", "update", "assembly", ("evaluation", "full_state"), "engine"),
 }
 PURE = {"errors", "formatting", "options", "config", "shard_layout", "numerics"}
 NOT_PURE = {"socket", "subprocess", "time", "threading", "multiprocessing"}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from manyhands.average import Average
     from manyhands.checkpoint.export import ExportSummary, export
     from manyhands.checkpoint.plain_model import load_model
-    from manyhands.config import Batch, Recipe, Strategy, Weights
+    from manyhands.config import Batch, Recipe, Strategy
     from manyhands.data.sample_order import by_length, weighted
     from manyhands.data.token_file import TokenFile
     from manyhands.documents.recipe_file import load_recipe
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from manyhands.training.finished import evaluate
     from manyhands.training.loop import train
     from manyhands.validation import Validation
+    from manyhands.weights import Weights
 
 __version__ = "0.1.0"
 
@@ -70,7 +71,7 @@ _WHERE = {
     "Summary": "listeners.summary",
     "TokenFile": "data.token_file",
     "Validation": "validation",
-    "Weights": "config",
+    "Weights": "weights",
     "WorkerError": "errors",
     "by_length": "data.sample_order",
     "digest_of_tensors": "numerics.digest",

@@ -1,7 +1,7 @@
-"""Recipe, Batch, Weights and Strategy, checked when they are created.
+"""Recipe, Batch and Strategy, checked when they are created.
 
-`Recipe`, `Batch` and `Weights` define the computation, and `Strategy` defines the resources. A recipe decides every bit
-of the result. A strategy decides only time and memory. All these classes are frozen and keyword-only.
+`Recipe` and `Batch` define the computation, and `Strategy` defines the resources. A recipe decides every bit of the
+result. A strategy decides only time and memory. All these classes are frozen and keyword-only.
 
 Recipe files and the command line take the options from these classes: to add an option, add a field (see `options.py`).
 """
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,11 @@ from manyhands.average import Average, check_average
 from manyhands.errors import ConfigError
 from manyhands.given_objects import FUNCTIONS, check_function
 from manyhands.intervals import index_of_step
+from manyhands.islands import Islands
 from manyhands.options import check_options, option, options
 from manyhands.streams import Stream, refuse_indexed, stream_of
 from manyhands.validation import TRAINED, Validation
+from manyhands.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -112,55 +113,6 @@ class Batch:
 
 
 @options
-class Weights:
-    """Initial weights from safetensors files or another run. Each worker reads only the parts that it stores.
-
-    Raises ConfigError.
-    """
-
-    path: str | os.PathLike[str] = option(
-        help="A folder in Hugging Face's layout (model.safetensors, or several files with "
-        "model.safetensors.index.json), an index file, or one safetensors file; or another run: its directory, its "
-        "folder or address of checkpoints, or one checkpoint. Of several checkpoints, the last is used. The tensors "
-        "have the same names as in the model's state_dict."
-    )
-    rename: Mapping[str, str] = option(
-        default_factory=dict,
-        help="Regular expressions and their replacements. All are applied, in order, to each name in the files.",
-    )
-    allow_missing: Sequence[str] = option(
-        default=(),
-        help='Patterns ("classifier.*") of names that the files may lack. These tensors keep the values that they were '
-        "built with.",
-    )
-    ignore: Sequence[str] = option(
-        default=(), help="Patterns of names in the files, after renaming, that the model may lack."
-    )
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.path, (str, os.PathLike)) or not str(self.path):
-            raise ConfigError("weights.path is not a path", expected="a folder or a file", got=repr(self.path))
-        object.__setattr__(self, "path", str(self.path))
-        for name in ("allow_missing", "ignore"):
-            if isinstance(getattr(self, name), str):
-                raise ConfigError(f"weights.{name} is a string", expected="a list of patterns", got=repr(self))
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "rename", dict(self.rename))
-        for pattern, replacement in self.rename.items():
-            try:
-                re.sub(pattern, replacement, "")
-            except re.error as error:
-                raise ConfigError(
-                    f"weights.rename has an invalid pattern or replacement: {error}",
-                    got=f"{pattern!r} and {replacement!r}",
-                ) from None
-
-    def may_lack(self, names: Iterable[str]) -> bool:
-        """Return True if the files may lack the tensor that the model's state_dict has under these names."""
-        return any(fnmatchcase(name, pattern) for name in names for pattern in self.allow_missing)
-
-
-@options
 class Recipe:
     """Everything that decides the bits of the result, and nothing else. Raises ConfigError."""
 
@@ -221,6 +173,12 @@ class Recipe:
         at_least=0.0,
         at_most=1.0,
         help="ema = 0.999 is short for average = Average(decay=0.999).",
+    )
+    islands: Islands | None = option(
+        default=None,
+        in_toml=False,
+        help="A manyhands.Islands: replicas of the model that synchronize their weights every few steps. "
+        "None: one model.",
     )
     schedule: Callable[[Optimizer], LRScheduler] | None = option(
         default=None,
@@ -316,6 +274,7 @@ class Recipe:
         check_options(self)
         check_average(self.average, self.ema)
         self._check_validations()
+        self._check_islands()
         if self.stream is not None:
             by_epochs = {f"{name}.every": each.every for name, each in self.validations.items() if each.period.epochs}
             order, end = (None if self.order == "random" else self.order), (self.epoch_end != "join") or None
@@ -343,6 +302,29 @@ class Recipe:
                 expected="device = cpu, or compile = false",
                 got=f"device = {self.device}",
             )
+
+    def _check_islands(self) -> None:
+        if not isinstance(self.islands, (Islands, NoneType)):
+            raise ConfigError(
+                "recipe.islands has the wrong type", expected="manyhands.Islands(...)", got=repr(self.islands)
+            )
+        if self.islands is None:
+            return
+        patience = next((f"{name}.patience" for name, each in self.validations.items() if each.patience), None)
+        refused = {
+            "a stream as data": self.stream is not None,
+            "an average of the weights (ema, average)": self.average_of_weights is not None,
+            "schedule_on": self.schedule_on is not None,
+            str(patience): patience is not None,
+        }
+        for what in (name for name, is_set in refused.items() if is_set):
+            raise ConfigError(
+                f"islands don't support {what}",
+                expected="a recipe without it, or without islands",
+                got=f"islands = {self.islands}",
+            )
+        if self.weights is None:
+            self.islands.momentum_start(pretrained=False)
 
     def _check_validations(self) -> None:
         if not isinstance(self.validation, (Validation, Mapping, NoneType)):
@@ -381,6 +363,19 @@ class Recipe:
     def stream(self) -> Stream | None:
         """Return `data` as a stream, or None if it is a map-style data set."""
         return stream_of("recipe.data", self.data)
+
+    @property
+    def num_islands(self) -> int:
+        """Return the number of islands; 1 without islands."""
+        return 1 if self.islands is None else self.islands.count
+
+    def batch_index(self, step_index: int, island: int) -> int:
+        """Return the index, counted from 0 over all islands, of the batch of a step of an island.
+
+        The islands take batches in turn, so in n steps they have the samples that one model has in n steps of batches
+        that are `num_islands` times as large.
+        """
+        return step_index * self.num_islands + island
 
     @property
     def average_of_weights(self) -> Average | None:

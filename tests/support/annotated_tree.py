@@ -17,7 +17,7 @@ BLOCK = re.compile(r"(?<=^```text\n)src/manyhands/\n.*?(?=^```$)", re.MULTILINE 
 LAYERS = (
     ("errors", "formatting"),
     ("options", "output", "intervals", "given_objects"),
-    ("average", "streams"),
+    ("average", "islands", "streams", "weights"),
     ("validation",),
     ("config", "shard_layout", "surroundings", "storage", "offload", "members"),
     ("numerics", "documents"),

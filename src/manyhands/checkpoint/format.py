@@ -175,7 +175,7 @@ class Manifest(BaseModel):
     the state of the run's validations, see `training.validating`. user_state: `Engine.extra_state`, encoded.
     stream: the position from which the workers can continue to read a stream, see `data.stream_samples.StreamPosition`.
     averaged: the number of weights in the average of the weights; 0 if there is no average, or if it has not begun.
-    adapter: the adapter of a peft model.
+    adapter: the adapter of a peft model. island: the island whose optimizer state the checkpoint has.
 
     Numbers may be infinite or NaN. Python's JSON has such values, but by default pydantic writes them as null.
     """
@@ -205,6 +205,7 @@ class Manifest(BaseModel):
     stream: list[dict[str, Any]] = Field(default_factory=list)
     averaged: Count = 0
     adapter: AdapterRecord | None = None
+    island: Count = 0
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -218,6 +219,7 @@ class Manifest(BaseModel):
             "stream",
             "averaged",
             "adapter",
+            "island",
         }
         fields: dict[str, Any] = serialize(self)
         return {key: value for key, value in fields.items() if value or key not in optional}

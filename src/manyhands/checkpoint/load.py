@@ -13,6 +13,7 @@ from manyhands.checkpoint.pieces import PieceReader
 from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.amendments import Amendments
+from manyhands.engine.update.companions import KINDS as COMPANIONS
 from manyhands.errors import CheckpointError, NumericsError
 from manyhands.optim.plain_values import decode_state, is_plain
 from manyhands.optim.shared_state import is_shared
@@ -67,7 +68,7 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
                 buffers[name].copy_(value)
         _load_schedules(manifest, engine, folder)
         load_extra_states(engine.model, manifest.extra_states, reader)
-        engine.step_index, engine.amendments = manifest.step, amendments
+        engine.step_index, engine.island, engine.amendments = manifest.step, manifest.island, amendments
         engine.progress, engine.extra_state = decode_state(manifest.progress), decode_state(manifest.user_state)
         found = engine.digest() if manifest.digest else ""
         if found != manifest.digest:
@@ -82,12 +83,16 @@ def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics
 
 
 def _fill(piece: Slice, engine: StepEngine, reader: CheckpointReader) -> None:
-    """Fill a slice's master weights, average and optimizer state from the checkpoint."""
+    """Fill a slice's master weights, average, companions and optimizer state from the checkpoint."""
     piece.master.copy_(_read_like(piece, "master", reader))
     if piece.average is not None and reader.manifest.averaged:
         piece.average.copy_(reader.read(AVERAGE, piece.name, piece.start, piece.average.numel()))
+    kinds = [kind for kind in reader.kinds_of(piece.name) if kind not in ("master", AVERAGE)]
+    for kind, tensor in piece.companions.items():
+        if kind in kinds:  # a checkpoint of an island at rest leaves out what all islands share
+            tensor.copy_(reader.read(kind, piece.name, piece.start, tensor.numel()))
     state: dict[str, Tensor | float | int | bool | str | None] = {
-        kind: _read_like(piece, kind, reader) for kind in reader.kinds_of(piece.name) if kind not in ("master", AVERAGE)
+        kind: _read_like(piece, kind, reader) for kind in kinds if kind not in COMPANIONS
     }
     for kind, number in reader.manifest.scalars.get(piece.name, {}).items():
         # torch's optimizers update a step count in place if it is a tensor, so it must be on the right device.

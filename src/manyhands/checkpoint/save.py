@@ -211,14 +211,15 @@ def start_checkpoint(
     keep: int | None = None,
     keep_every: int | None = None,
     best: Collection[int] = (),
+    without: Collection[str] = (),
     published: Callable[[Location], None] | None = None,
 ) -> Saving | None:
     """Start to write the engine's current state to a new folder in `root`. Collective.
 
     Returns None if `root` already has a checkpoint of this step with the same weights. A checkpoint with other weights
     is replaced. keep, keep_every: `root` keeps the last `keep` checkpoints (None: all), and those of every
-    `keep_every`-th step. best: it also keeps the checkpoints of these steps. published: called on worker 0 with the
-    folder as soon as it exists, in the thread that writes.
+    `keep_every`-th step. best: it also keeps the checkpoints of these steps. without: the kinds of tensors to leave
+    out. published: called on worker 0 with the folder as soon as it exists, in the thread that writes.
 
     This function returns only after two parts are written: frozen parameters, which are written once, next to the first
     checkpoint, and state that is offloaded to disk, because it is not copied to memory. A failure leaves published
@@ -234,7 +235,8 @@ def start_checkpoint(
         return None
     manifest = manifest_of(engine, digest, _save_frozen(engine, root))
     scalars: Scalars = {}
-    pieces, position = list(owned_pieces(engine, scalars)), engine.stream_position()
+    pieces = [piece for piece in owned_pieces(engine, scalars) if piece.kind not in without]
+    position = engine.stream_position()
     if not engine.allocator.on_disk:
         pieces = [piece._replace(tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
 
@@ -282,6 +284,7 @@ def manifest_of(engine: StepEngine, digest: str, frozen: str | None) -> Manifest
         user_state=_user_state(engine),
         averaged=engine.updater.average.count,
         adapter=adapter_of(engine.model),
+        island=engine.island,
     )
 
 
@@ -339,6 +342,8 @@ def owned_pieces(engine: StepEngine, scalars: Scalars) -> Iterator[TensorPiece]:
         yield TensorPiece("master", piece.name, start, piece.master.view(-1)[part])
         if piece.average is not None and engine.updater.average.has_begun:
             yield TensorPiece(AVERAGE, piece.name, start, piece.average[part])
+        for kind, tensor in piece.companions.items():
+            yield TensorPiece(kind, piece.name, start, tensor[part])
         for kind, value in engine.optimizer.state_of(piece).items():
             if isinstance(value, Tensor) and value.dim() and value.shape == piece.master.shape:
                 yield TensorPiece(kind, piece.name, start, value.reshape(-1)[part])

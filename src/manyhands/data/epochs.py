@@ -20,12 +20,14 @@ class Epochs:
     - "short": the last step of an epoch has the remaining samples, so it may have fewer samples and micro-batches.
     - "drop": the remaining samples are left out. All steps are complete.
 
-    size: the samples in an epoch. steps_per_epoch: None for "join". step_index: the index of a
-    step, counted from 0. Raises ConfigError if there would be no step.
+    size: the samples in an epoch. islands: the number of islands, whose batches follow each other in the order of the
+    samples. steps_per_epoch: the number of batches in an epoch; None for "join". step_index: the index of a step,
+    counted from 0; with islands, the index of a batch, see `Recipe.batch_index`. Raises ConfigError if there would be
+    no step.
     """
 
-    def __init__(self, size: int, batch: Batch, end: str) -> None:
-        self.size, self._batch = size, batch
+    def __init__(self, size: int, batch: Batch, end: str, islands: int = 1) -> None:
+        self.size, self._batch, self._islands = size, batch, islands
         self.steps_per_epoch: int | None = None
         if end == "short":
             self.steps_per_epoch = math.ceil(size / batch.global_size)
@@ -41,19 +43,20 @@ class Epochs:
     @classmethod
     def of(cls, recipe: Recipe) -> Epochs:
         """Return the epochs of a recipe. Raises ConfigError."""
-        return cls(epoch_size_of(recipe), recipe.batch, recipe.epoch_end)
+        return cls(epoch_size_of(recipe), recipe.batch, recipe.epoch_end, recipe.num_islands)
 
     def steps(self, epochs: int) -> int:
         """Return the number of steps in the given number of epochs. With "join", the last one may need more samples."""
         if self.steps_per_epoch is not None:
-            return epochs * self.steps_per_epoch
-        return math.ceil(epochs * self.size / self._batch.global_size)
+            return math.ceil(epochs * self.steps_per_epoch / self._islands)
+        return math.ceil(epochs * self.size / (self._batch.global_size * self._islands))
 
     def described(self, steps: int) -> list[str]:
         """Describe a run of `steps` steps in one line, and warn if a step has a sample twice."""
-        epochs, size = float(self.complete_after(steps)), self._batch.global_size
+        epochs, size = float(self.complete_after(steps)), self._batch.global_size * self._islands
         passes = f"{epochs:.4g} epoch{'' if epochs == 1 else 's'} of {self.size:,} samples"
-        lines = [f"{steps:,} step{'' if steps == 1 else 's'} = {passes}, {size:,} in a step"]
+        of_islands = f" of {self._islands} islands" if self._islands > 1 else ""
+        lines = [f"{steps:,} step{'' if steps == 1 else 's'} = {passes}, {size:,} in a step{of_islands}"]
         if self.steps_per_epoch is None and size > self.size:
             lines.append(
                 f"warning: a step takes {size:,} samples, and an epoch has only {self.size:,}: some samples occur "
@@ -62,14 +65,17 @@ class Epochs:
         return lines
 
     def complete_after(self, steps: int) -> Fraction:
-        """Return how many epochs are complete after `step` steps."""
+        """Return how many epochs are complete after `steps` steps, of all islands if there are several."""
+        return self._complete_after_batches(steps * self._islands)
+
+    def _complete_after_batches(self, batches: int) -> Fraction:
         if self.steps_per_epoch is not None:
-            return Fraction(steps, self.steps_per_epoch)
-        return Fraction(steps * self._batch.global_size, self.size)
+            return Fraction(batches, self.steps_per_epoch)
+        return Fraction(batches * self._batch.global_size, self.size)
 
     def epoch_of(self, step_index: int) -> int | None:
         """Return the epoch, counted from 1, of the first sample of the step with this index; None for a stream."""
-        return int(self.complete_after(step_index)) + 1
+        return int(self._complete_after_batches(step_index)) + 1
 
     def samples(self, step_index: int) -> int:
         """Return the number of samples in the step with this index. The last step of an epoch may have fewer."""

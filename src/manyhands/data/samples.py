@@ -24,7 +24,7 @@ class Samples(ABC):
     """Data, divided into micro-batches.
 
     name, name_of_collate: what errors call the data set and the collate function. step_index: the index of a step,
-    counted from 0. Users see the number of a step, counted from 1.
+    counted from 0; with islands, of a batch, see `Recipe.batch_index`. Users see the number of a step, counted from 1.
     """
 
     name: str
@@ -110,7 +110,7 @@ class TrainingSamples(IndexedSamples):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe.data, recipe.collate)
         self._seed = recipe.seed
-        self.epochs, self._order = Epochs.of(recipe), sample_order_of(recipe)
+        self.epochs, self._order, self._islands = Epochs.of(recipe), sample_order_of(recipe), recipe.num_islands
 
     def indices(self, step_index: int, micro_batch: int) -> list[int]:
         return self._order.at(self.epochs.positions(step_index, micro_batch))
@@ -119,7 +119,9 @@ class TrainingSamples(IndexedSamples):
         return derive(self._seed, "data", step_index, micro_batch)
 
     def place(self, step_index: int, micro_batch: int) -> str:
-        return f"step {step_number(step_index)}, micro-batch {micro_batch}"
+        step_index, island = divmod(step_index, self._islands)
+        of_island = f" of island {island}" if self._islands > 1 else ""
+        return f"step {step_number(step_index)}{of_island}, micro-batch {micro_batch}"
 
     def described(self, step_index: int, micro_batch: int) -> str:
         """Return a description of a micro-batch's samples, for errors in the step."""
@@ -129,7 +131,7 @@ class TrainingSamples(IndexedSamples):
         return f"samples {positions[0]} to {positions[-1]} in the run's order (in recipe.data: {indices}{more})"
 
     def remedy(self, step_index: int) -> str:
-        number = step_number(step_index)
+        number = step_number(step_index // self._islands)
         return f"; to continue without this step: --skip-step {number} (skip_steps=[{number}])"
 
 

@@ -20,16 +20,18 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from manyhands.average import Average
-from manyhands.config import Batch, Recipe, Strategy, Weights
+from manyhands.config import Batch, Recipe, Strategy
 from manyhands.documents.functions import IMPORT_PATH, Arguments, Binder, Target
 from manyhands.documents.import_check import check_imports
 from manyhands.documents.listener_tables import ListenerTable, bind_listeners, check_packages
 from manyhands.documents.option_table import BuildableTable, OptionTable
 from manyhands.documents.toml import Document, Table, raise_all, read_document
 from manyhands.errors import ConfigError
+from manyhands.islands import Islands
 from manyhands.options import hint_nearest
 from manyhands.storage.location import is_local
 from manyhands.validation import Validation
+from manyhands.weights import Weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,6 +101,12 @@ class ValidationTable(OptionTable[Validation]):
     predict: Target | None = None
 
 
+class IslandsTable(BuildableTable[Islands]):
+    """The options of `manyhands.Islands`."""
+
+    outer: str | dict[str, float] = "auto"
+
+
 class RecipeSchema(OptionTable[Recipe]):
     """The tables of a recipe file, with defaults. The objects that they name are not imported."""
 
@@ -117,6 +125,7 @@ class RecipeSchema(OptionTable[Recipe]):
     validations: dict[str, ValidationTable] = {}
     listeners: list[ListenerTable] = []
     average: BuildableTable[Average] | None = None
+    islands: IslandsTable | None = None
     batch: BuildableTable[Batch]
     strategy: BuildableTable[Strategy] = BuildableTable[Strategy]()
 
@@ -181,6 +190,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
             **schema.option_values(),
             weights=weights,
             average=None if schema.average is None else schema.average.build(),
+            islands=None if schema.islands is None else schema.islands.build(),
             batch=schema.batch.build(),
             name=schema.name,
             source=str(document.path),

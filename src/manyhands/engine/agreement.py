@@ -53,6 +53,8 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
     # The average decides no bit of the training, but a run with another rule could not continue the saved average.
     if recipe.average_of_weights is not None:
         facts["average of the weights"] = str(recipe.average_of_weights)
+    if recipe.islands is not None:
+        facts["islands"] = str(recipe.islands)
     if recipe.schedule_on is not None:
         facts |= _facts_of_schedule_on(recipe)
     if recipe.stream is not None:

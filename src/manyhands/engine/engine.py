@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from manyhands.engine.agreement import (
 )
 from manyhands.engine.assembly import Storage, check_scratch_space, lay_out
 from manyhands.engine.evaluation import EvaluationMode
+from manyhands.engine.full_state import full_params, full_state_dict
 from manyhands.engine.sharding import sharding_named
 from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.step.buffers import Buffers, names_in_order
@@ -46,6 +46,7 @@ from manyhands.engine.units.unit import ParamUnit
 from manyhands.engine.units.unit_plan import called_units, repeated_children
 from manyhands.engine.units.unsharding import Unsharder
 from manyhands.engine.update.apply import Allocators, Updater
+from manyhands.engine.update.companions import kinds_for
 from manyhands.engine.update.step_hooks import StepHooks
 from manyhands.errors import ConfigError, NumericsError
 from manyhands.intervals import step_number
@@ -76,16 +77,16 @@ class StepEngine:
     """A recipe's model on this worker, and the training steps on it. The constructor is collective.
 
     model: this worker's model as it was built, but its parameters are views of flat buffers.
-    step_index: the number of steps made so far, which is the index, counted from 0, of the next step. identity: the
-    run's numerics identity. clock: measures the phases of a step on every worker.
-    trained: the (name, numel) of each trainable parameter, in the order of the block numbers. digest_names: the name
-    and 32-bit words (see `words_of`) of each tensor that the digest covers, in order. data_facts: names and hashes of a
-    part of the data, which are compared before the first step. progress: the state of the run's validations, for
-    checkpoints. extra_state: the user's own numbers, texts, and lists and dicts of them, for checkpoints; they must be
-    the same on all workers. stream_position: returns the position from which this worker can continue to read a stream;
-    empty without a stream. pending: names of parameters whose values have yet to be loaded from the recipe's files.
-    After loading, the fingerprints of the frozen ones are added to `frozen_facts`. Raises the same ConfigError on all
-    workers.
+    step_index: the number of steps made so far, which is the index, counted from 0, of the next step. island: the
+    island whose weights and state the engine holds; 0 without islands. identity: the run's numerics identity. clock:
+    measures the phases of a step on every worker. trained: the (name, numel) of each trainable parameter, in the order
+    of the block numbers. digest_names: the name and 32-bit words (see `words_of`) of each tensor that the digest
+    covers, in order. data_facts: names and hashes of a part of the data, which are compared before the first step.
+    progress: the state of the run's validations, for checkpoints. extra_state: the user's own numbers, texts, and lists
+    and dicts of them, for checkpoints; they must be the same on all workers. stream_position: returns the position from
+    which this worker can continue to read a stream; empty without a stream. pending: names of parameters whose values
+    have yet to be loaded from the recipe's files; after loading, the fingerprints of the frozen ones are added to
+    `frozen_facts`. Raises the same ConfigError on all workers.
     """
 
     def __init__(self, recipe: Recipe, strategy: Strategy, group: Group) -> None:
@@ -138,10 +139,10 @@ class StepEngine:
         self.layout, self.units, self.frozen_units = storage.layout, storage.units, storage.frozen
         self._params = dict(storage.named_params)
         self._param_names = list(self._params)
-        # Record these facts now, because schedules change the hyperparameters that the recipe has set.
+        # Record these facts now, because schedules change hyperparameters.
         self._optimizer_facts = optimizer_facts(self.optimizer)
         self.schedules = build_schedules(recipe.schedule, self.optimizer.fronts, recipe.schedule_on)
-        groups = self.optimizer.plain_hyperparameters()  # schedules may have changed these
+        groups = self.optimizer.plain_hyperparameters()
         self._optimizer_facts |= schedule_facts(self.schedules, groups, self._optimizer_facts)
         agree(group, "optimizer", self._optimizer_facts, hint=_HINT_SAME_RECIPE)
         self.epochs = epochs_of(recipe)
@@ -155,7 +156,14 @@ class StepEngine:
         allocators = Allocators.of(self.allocator, sharding, group.device)
         self._reducer = GradientReducer(group, self.units, recipe.batch, sharding, allocators.sums)
         self.updater = Updater(
-            group, self.units, self.layout, sharding, self.optimizer, allocators, recipe.average_of_weights
+            group,
+            self.units,
+            self.layout,
+            sharding,
+            self.optimizer,
+            allocators,
+            recipe.average_of_weights,
+            kinds_for(recipe.islands, pretrained=recipe.weights is not None),
         )
         self._has_bf16 = any(param.dtype == torch.bfloat16 for param in self.model.parameters())
         self._compiled = CompiledModules(self.model, repeated_children(self.model) if recipe.compile else None)
@@ -173,7 +181,7 @@ class StepEngine:
         self._call_seeds, self._loss_reader = CallSeeds(), LossReader()
         self._module_hooks = [*self._unshard_around_forwards(on_demand), *self._seed_behind_calls()]
         self.clock = PhaseClock(group.recorder)
-        self.step_index, self.amendments = 0, Amendments()
+        self.step_index, self.island, self.amendments = 0, 0, Amendments()
         self.last_hashes: np.ndarray | None = None
         # A signal or a timer may set these on any one worker. The next step's control values set them on all workers.
         self.stop_requested = self.save_requested = False
@@ -208,9 +216,14 @@ class StepEngine:
         """Return the number of the next step, or of the step in progress. See `step_number`."""
         return step_number(self.step_index)
 
-    def my_micro_batches(self, step_index: int) -> list[int]:
+    @property
+    def batch_index(self) -> int:
+        """Return the index of the next step's batch, see `Recipe.batch_index`. Seeds and samples depend on it."""
+        return self.recipe.batch_index(self.step_index, self.island)
+
+    def my_micro_batches(self, batch_index: int) -> list[int]:
         """Return the indices of the micro-batches that this worker computes in a step, in order."""
-        present = self.epochs.present(step_index)
+        present = self.epochs.present(batch_index)
         return [each for this in self._reducer.rounds if (each := this.micro_batch) is not None and each in present]
 
     def run_step(self, load: Callable[[int], Any], *, digest: bool = False) -> StepMetrics:
@@ -256,7 +269,7 @@ class StepEngine:
             raise
 
     def _step(self, load: Callable[[int], Any], digest: bool) -> StepMetrics:
-        step_index, step, tag = self.step_index, self.next_step, f"step {self.next_step}"
+        batch_index, step, tag = self.batch_index, self.next_step, f"step {self.next_step}"
         self.clock.begin()
         self._param_guard.before_step()
         self.buffers.begin_step()
@@ -265,7 +278,7 @@ class StepEngine:
         if not self._loss_reader.is_agreed:  # in the first step
             agree_on_start(self.buffers.named(), self.data_facts, self.group)
         self._reducer.begin_step(step)
-        results = self._compute_rounds(load, step_index, tag)
+        results = self._compute_rounds(load, batch_index, tag)
         self._param_guard.after_backward()
         self._attributes.restore()
         with self.clock.phase("communication"):
@@ -288,8 +301,9 @@ class StepEngine:
             step=step,
             loss=added_in_order(control.losses) / weight,
             weight=weight,
-            samples=self.epochs.samples(step_index),
-            epoch=self.epochs.epoch_of(step_index),
+            samples=self.epochs.samples(batch_index),
+            epoch=self.epochs.epoch_of(batch_index),
+            island=None if self.recipe.islands is None else self.island,
             weighted=self._loss_reader.form.weighted,
             metrics=self._loss_reader.metrics(control),
             gradient_norm=norm,
@@ -300,9 +314,9 @@ class StepEngine:
             digest=digest_text,
         )
 
-    def _compute_rounds(self, load: Callable[[int], Any], step_index: int, tag: str) -> dict[int, LossResult]:
+    def _compute_rounds(self, load: Callable[[int], Any], batch_index: int, tag: str) -> dict[int, LossResult]:
         """Compute this worker's micro-batches, exchange gradients, and return the results. Collective."""
-        results, mine = {}, self.my_micro_batches(step_index)
+        results, mine = {}, self.my_micro_batches(batch_index)
         for index, this in enumerate(self._reducer.rounds):
             # A step at the end of an epoch may lack micro-batches, which contribute zeros.
             micro_batch = this.micro_batch if this.micro_batch in mine else None
@@ -315,7 +329,7 @@ class StepEngine:
                 self._unsharder.begin(f"{tag}, round {index}", computes=micro_batch is not None)
             with self.clock.phase("compute"):
                 if micro_batch is not None:
-                    results[micro_batch] = self._compute(step_index, micro_batch, batch)
+                    results[micro_batch] = self._compute(batch_index, micro_batch, batch)
                     batch = None  # free its memory before this worker communicates
             with self.clock.phase("communication"):
                 self._publish_status("communication")
@@ -328,13 +342,13 @@ class StepEngine:
         part = "" if micro_batch is None else f", micro-batch {micro_batch}"
         self.group.status(f"step {self.next_step}{part} / {activity}", self.next_step, micro_batch)
 
-    def _compute(self, step_index: int, micro_batch: int, batch: Any) -> LossResult:
+    def _compute(self, batch_index: int, micro_batch: int, batch: Any) -> LossResult:
         """Run forward and backward of one micro-batch. Return its loss, weight and metrics."""
         self._publish_status("forward and backward", micro_batch)
         bf16 = self._has_bf16 and not self.recipe.compile  # torch compiles nothing under a dispatch mode
         # Generators are seeded for each micro-batch and after each call of a unit, so it doesn't matter which worker
         # computes which of them. They are restored, so the caller's numbers don't depend on what was computed here.
-        seed = derive(self.recipe.seed, "compute", step_index, micro_batch)
+        seed = derive(self.recipe.seed, "compute", batch_index, micro_batch)
         self._training_mode.begin()
         with (
             self._param_guard.micro_batch(),
@@ -351,7 +365,7 @@ class StepEngine:
                 refusing_seeds(not self.recipe.compile),
             ):
                 result = self._loss_reader.read(self.recipe.loss(self.model, batch))
-                result = result.of_samples(self.epochs.share(step_index, micro_batch), self._loss_reader.form)
+                result = result.of_samples(self.epochs.share(batch_index, micro_batch), self._loss_reader.form)
             self._param_guard.before_backward(result.loss)
             self._unsharder.begin_backward()
             call_last(self._params.values(), self._hooks)
@@ -391,7 +405,7 @@ class StepEngine:
         self.buffers.refuse_changes(list(control.changed_buffers))
         form, step = self._loss_reader.form, self.next_step
         refuse_weights(control, form, fractional=self.recipe.fractional_weights, tag=f"step {step}")
-        error = not_finite(control, self._param_names, self.recipe, self.step_index, self._unsharder.not_finite_hint)
+        error = not_finite(control, self._param_names, self.recipe, self.batch_index, self._unsharder.not_finite_hint)
         if error is not None:
             # All workers raise this error and leave no collective call unmatched, so the engine stays usable.
             self._reducer.discard()
@@ -405,12 +419,12 @@ class StepEngine:
         self.clock.of_workers = control.measured
         unused = {name for name, got in zip(self._param_names, control.got_gradient, strict=True) if not got}
         self._publish_status("update")
-        present, mine = self.epochs.present(self.step_index), self.my_micro_batches(self.step_index)
+        present, mine = self.epochs.present(self.batch_index), self.my_micro_batches(self.batch_index)
         self.buffers.merge(list(control.changed_buffers), present, mine, self.group, f"{tag} / buffers")
-        before = partial(self._step_hooks.before, self.step_index) if control.has_hooks else None
+        before = partial(self._step_hooks.before, self.batch_index) if control.has_hooks else None
         clip_norm = self.amendments.clip_norm(self.next_step, self.recipe.clip_norm)
         norm = self.updater.update(self._reducer, weight, clip_norm, unused, self.next_step, before)
-        self._step_hooks.after(self.step_index, called=control.has_hooks)
+        self._step_hooks.after(self.batch_index, called=control.has_hooks)
         advance(self.schedules)
         return norm
 
@@ -456,16 +470,8 @@ class StepEngine:
     def full_params(self) -> dict[str, Tensor]:
         """Return the complete master weights of every trainable parameter by name, fp32 on the CPU. Collective."""
         self.check_usable()
-        full = {}
-        for unit in self.units:
-            mine = torch.zeros(unit.layout.shard_numel)
-            start = unit.shard.start - unit.held.start
-            mine[: unit.shard.numel] = unit.master[start : start + unit.shard.numel]
-            unsharded = torch.cat(self.group.all_gather_small(mine, f"step {self.step_index} / {unit.name} / full"))
-            for slot in unit.layout.slots:
-                values = unsharded[slot.range.start : slot.range.end]
-                full[slot.name] = values.view(self._params[slot.name].shape).clone()
-        return full
+        shapes = {name: param.shape for name, param in self._params.items()}
+        return full_params(self.units, shapes, self.group, f"step {self.step_index}")
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return the complete state_dict on every worker, on the CPU. Collective.
@@ -474,14 +480,8 @@ class StepEngine:
         dtypes. Tied parameters appear under all of their names. Extra states are as `get_extra_state` returns them.
         """
         full = self.full_params()
-        names, state = {id(param): name for name, param in self._params.items()}, {}
         with self._unsharder.unsharded(self.frozen_units):
-            for key, value in self.model.state_dict(keep_vars=True).items():
-                if id(value) in names:
-                    state[key] = full[names[id(value)]]
-                else:
-                    state[key] = value.detach().cpu().clone() if isinstance(value, Tensor) else deepcopy(value)
-        return state
+            return full_state_dict(self.model, {id(param): full[name] for name, param in self._params.items()})
 
     def facts(self) -> dict[str, str]:
         """Return the facts that a checkpoint must share with this engine. They describe the recipe as text."""

@@ -15,8 +15,8 @@ state are kept equal for all runs and all workers (`shared_state.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,13 +53,15 @@ ParamGroups = list[list[dict[str, Any]]]
 class Slice:
     """A parameter's elements [start, start + numel) as its optimizer sees them: a view of the master weights.
 
-    average: the elements' average over the steps, [numel]; None if the recipe has no average.
+    average: the elements' average over the steps, [numel]; None if the recipe has no average. companions: what islands
+    store beside the weights, each [numel], by kind.
     """
 
     name: str
     start: int
     master: Tensor  # fp32, of shape [numel] or the parameter's own shape; its .grad is a view of the run's gradient
     average: Tensor | None = None
+    companions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class SlicedOptimizer:

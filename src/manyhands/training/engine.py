@@ -19,7 +19,7 @@ from manyhands.checkpoint.snapshot import SnapshotMemory, load_snapshot
 from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.connect import connect
 from manyhands.comm.group import Group
-from manyhands.config import Recipe, Strategy, Weights, strategy_or_default
+from manyhands.config import Recipe, Strategy, strategy_or_default
 from manyhands.data.loader import TRAINING, LoadedBatch, MicroBatchLoader, load_batch
 from manyhands.data.samples import HeldOutSamples
 from manyhands.engine.engine import StepEngine
@@ -37,6 +37,7 @@ from manyhands.training.evaluating import evaluate
 from manyhands.training.exchanging import Numbers, gathered, mean
 from manyhands.training.given_recipe import check_recipe
 from manyhands.validation import AVERAGED, TRAINED, Validation
+from manyhands.weights import Weights
 
 
 class StepBatch(NamedTuple):
@@ -118,7 +119,7 @@ class Engine(StepEngine):
         while steps is None or self.step_index < steps:
             if not self.data_facts and self.next_step not in self.amendments.skipped:
                 self._stream = None  # loading other samples would end it
-                self.data_facts = self._facts(self.step_index)
+                self.data_facts = self._facts(self.batch_index)
             yield StepBatch(self.next_step, steps)
 
     def _reading(self, batch: StepBatch) -> Iterator[LoadedBatch]:
@@ -137,10 +138,11 @@ class Engine(StepEngine):
         indices = count(first) if steps is None else range(first, steps)
         skipped = frozenset(self.amendments.skipped)
         return loader.stream(
-            (step_index, micro_batch)
+            (batch_index, micro_batch)
             for step_index in indices
             if step_number(step_index) not in skipped
-            for micro_batch in self.my_micro_batches(step_index)
+            for batch_index in [self.recipe.batch_index(step_index, self.island)]
+            for micro_batch in self.my_micro_batches(batch_index)
         )
 
     def _facts(self, step_index: int, of: str = TRAINING) -> dict[str, str]:
@@ -301,7 +303,7 @@ class Engine(StepEngine):
 
         The step's data are not loaded. Collective.
         """
-        step, epoch = self.next_step, self.epochs.epoch_of(self.step_index)
+        step, epoch = self.next_step, self.epochs.epoch_of(self.batch_index)
         with self.changing():
             requests = [self.stop_requested, self.save_requested]
             all_ranks: list[Any] = all_gather_json(self.group, requests, f"step {step} / skipped / control")

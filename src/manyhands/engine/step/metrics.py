@@ -28,6 +28,7 @@ class StepMetrics:
     """The metrics of one step.
 
     step: the number of steps made, including this one: 1 for the first step.
+    island: the island that made the step; None without islands.
     epoch: the epoch of the step's first sample, counted from 1; None for a stream.
     skipped: True if an amendment skipped the step: there is no loss, no gradient and no weight.
     loss: the weighted mean loss of the global batch.
@@ -43,6 +44,7 @@ class StepMetrics:
     """
 
     step: int
+    island: int | None = None
     epoch: int | None = 1
     skipped: bool = False
     loss: float
@@ -64,6 +66,8 @@ class StepMetrics:
         A step that was skipped has no loss, so only its number, epoch and learning rates are returned.
         """
         found: dict[str, float] = {"step": self.step}
+        if self.island is not None:
+            found["island"] = self.island
         if self.epoch is not None:
             found["epoch"] = self.epoch
         if not self.skipped:

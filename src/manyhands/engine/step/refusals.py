@@ -18,13 +18,13 @@ _A_COUNT = "the number of samples or tokens that the sum was taken over"
 
 
 def not_finite(
-    control: Control, param_names: Sequence[str], recipe: Recipe, step_index: int, hint: str
+    control: Control, param_names: Sequence[str], recipe: Recipe, batch_index: int, hint: str
 ) -> NumericsError | None:
     """Return the error if a loss, gradient or weight is not finite, or if there is no weight, and otherwise None.
 
     `control` is the same on all workers, so all of them get the same error.
     """
-    step, bad_losses = step_number(step_index), np.flatnonzero(~np.isfinite(control.losses))
+    step, bad_losses = step_number(batch_index // recipe.num_islands), np.flatnonzero(~np.isfinite(control.losses))
     tag = f"step {step}"
     skip = f"; to continue without this step: --skip-step {step} (skip_steps=[{step}])"
     # A bad loss causes bad gradients, so the loss is reported unless an earlier micro-batch has a bad gradient.
@@ -32,13 +32,13 @@ def not_finite(
         loss = control.losses[control.bad[0]]
         return NumericsError(
             f"the gradient of {param_names[control.bad[1]]!r} is not finite in micro-batch {control.bad[0]}",
-            where=f"{tag}, {training_samples(recipe).described(step_index, control.bad[0])}; the loss is {loss:g}",
+            where=f"{tag}, {training_samples(recipe).described(batch_index, control.bad[0])}; the loss is {loss:g}",
             hint=f"lower the learning rate, set clip_norm, or inspect those samples; no weight has been changed{skip}",
         )
     if len(bad_losses):
         return NumericsError(
             f"the loss of micro-batch {bad_losses[0]} is {control.losses[bad_losses[0]]:g}",
-            where=f"{tag}, {training_samples(recipe).described(step_index, int(bad_losses[0]))}",
+            where=f"{tag}, {training_samples(recipe).described(batch_index, int(bad_losses[0]))}",
             hint=f"inspect those samples, or lower the learning rate; no weight has been changed{hint}{skip}",
         )
     return _weight_error(control, tag, skip)

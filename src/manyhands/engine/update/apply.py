@@ -12,7 +12,7 @@ can't be unsharded before the sums are complete.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from manyhands.engine.step.sums import RUN
 from manyhands.engine.units.params import ReplicatedParams
 from manyhands.engine.units.unit import Unit
 from manyhands.engine.update.average import WeightAverage
+from manyhands.engine.update.companions import Companions
 from manyhands.errors import NumericsError
 from manyhands.numerics.digest import block_hashes, block_norms, total_norm
 from manyhands.offload.allocator import Allocator
@@ -66,6 +67,18 @@ class Run:
     evictable: list[Tensor]  # tensors that are evicted to disk after an update
 
 
+class Part(NamedTuple):
+    """A part of a parameter: its elements [start, start + numel), which begin with a block.
+
+    master: the master weights, [numel]. companions: what islands store beside them, each [numel], by kind.
+    """
+
+    name: str
+    start: int
+    master: Tensor
+    companions: Mapping[str, Tensor]
+
+
 class Allocators(NamedTuple):
     """Allocators of the state that outlives an update, and of sums of gradients.
 
@@ -88,7 +101,8 @@ class Allocators(NamedTuple):
 class Updater:
     """Updates this worker's weights from the sums of a step's gradients, as the module's docstring describes.
 
-    average: the average of the weights, which each update also updates if the recipe has one.
+    average: the average of the weights, which each update also updates if the recipe has one. companions: what islands
+    store beside the weights.
     """
 
     def __init__(
@@ -100,6 +114,7 @@ class Updater:
         optimizer: SlicedOptimizer,
         allocators: Allocators,
         average: Average | None = None,
+        companions: Sequence[str] = (),
     ) -> None:
         self._group, self._units, self._layout, self._optimizer = group, units, layout, optimizer
         self._allocator, self._sums_allocator = allocators
@@ -118,6 +133,7 @@ class Updater:
         self._grads = [pinned.empty(longest, torch.float32) for _ in range(2)] if is_copied else [self._summed]
         self._arrived: deque[torch.cuda.Event | None] = deque()
         self.average = WeightAverage(average, units, self._allocator)
+        self.companions = Companions(companions, units, self._allocator)
         self._runs: dict[str, list[Run]] = {}
         numbers = count()
         for unit in units:
@@ -138,7 +154,8 @@ class Updater:
             shape = self._optimizer.shape_of(piece.slot.name, piece.in_unit.numel)
             master = unit.master[start : start + piece.in_unit.numel].view(shape)
             average = self.average.of(unit, piece.in_unit)
-            slices.append(Slice(piece.slot.name, piece.in_param.start, master, average))
+            beside = self.companions.of(unit, piece.in_unit)
+            slices.append(Slice(piece.slot.name, piece.in_param.start, master, average, beside))
             grads.append(grad[grad_start : grad_start + piece.in_unit.numel].view(shape))
         groups = self._optimizer.runs(slices)
         return Run(unit, within, tuple(slices), tuple(grads), groups, grad, self._evictable_weights(unit, within))
@@ -308,6 +325,7 @@ class Updater:
                 for piece in run.slices:
                     fill(piece)
                 self.average.evict(run.unit, run.range)
+                self.companions.evict(run.unit, run.range)
                 self._finish(run)
         self._all_gather_all("start")
 
@@ -317,16 +335,49 @@ class Updater:
         A second call restores both, bit for bit, because values are only copied. No step, save or load may come in
         between. alone: True if the peers don't take part, because the group has failed.
         """
+        self._change(
+            lambda run, master: self.average.exchange(run.unit, run.range, master, run.grad),
+            f"{tag} / average",
+            alone=alone,
+        )
+
+    def exchange_with(self, kind: str, tag: str) -> None:
+        """Exchange the weights and their companions of a kind. Collective. See `exchange_with_average`."""
+
+        def exchange(run: Run, master: Tensor) -> None:
+            self.companions.exchange(kind, run.unit, run.range, master, run.grad)
+
+        self._change(exchange, f"{tag} / {kind}")
+
+    def change_weights(self, change: Callable[[Tensor, Mapping[str, Tensor]], None], tag: str) -> None:
+        """Call `change(master weights, companions)` for each part that this worker holds, then update the parameters.
+        Collective.
+
+        `change` may also change the companions. Each part and companion is [numel], padding included.
+        """
+        self._change(lambda run, master: change(master, self.companions.of(run.unit, run.range)), tag)
+
+    def _change(self, change: Callable[[Run, Tensor], None], tag: str, *, alone: bool = False) -> None:
         if not alone:
-            self._group.barrier(f"{tag} / average / control")  # a peer may still read the parameters
+            self._group.barrier(f"{tag} / control")  # a peer may still read the parameters
         for runs in self._runs.values():
             for run in runs:
-                self.average.exchange(run.unit, run.range, _master_of(run.unit, run.range), run.grad)
+                change(run, _master_of(run.unit, run.range))
                 self._write(run)
+                self.companions.evict(run.unit, run.range)
                 for tensor in self._evictable_weights(run.unit, run.range):
                     self._allocator.evict(tensor)
         if not alone:
-            self._all_gather_all(f"{tag} / average")
+            self._all_gather_all(tag)
+
+    def parts(self, *, owned: bool) -> Iterator[Part]:
+        """Yield the parameters' parts on this worker, unit by unit: all that it holds, or only those that it owns."""
+        for unit in self._units:
+            within = unit.shard.overlap(unit.held) if owned else unit.held
+            for piece in unit.layout.pieces(within):
+                companions = self.companions.of(unit, piece.in_unit)
+                yield Part(piece.slot.name, piece.in_param.start, _master_of(unit, piece.in_unit), companions)
+            self.companions.evict(unit, within)
 
     def _all_gather_all(self, tag: str) -> None:
         for unit in self._units:

@@ -29,23 +29,23 @@ class StepHooks:
         """Return True if any hook is registered on this worker."""
         return have_step_hooks(self._fronts)
 
-    def before(self, step_index: int) -> None:
+    def before(self, batch_index: int) -> None:
         """Call the hooks that run before the update of this step. Collective. Raises ConfigError."""
-        self._run(run_pre_hooks, step_index)
+        self._run(run_pre_hooks, batch_index)
 
-    def after(self, step_index: int, *, called: bool) -> None:
+    def after(self, batch_index: int, *, called: bool) -> None:
         """Call the hooks that run after the update of this step. Collective if they are called. Raises ConfigError.
 
         called: True if any worker has hooks. If no worker has hooks, only record that a step was made, because
         schedules would warn otherwise.
         """
         if called:
-            self._run(run_post_hooks, step_index)
+            self._run(run_post_hooks, batch_index)
         for front in self._fronts:
             note_step(front)
 
-    def _run(self, run: Callable[[Sequence[torch.optim.Optimizer]], None], step_index: int) -> None:
+    def _run(self, run: Callable[[Sequence[torch.optim.Optimizer]], None], batch_index: int) -> None:
         with self._unsharder.unsharded(), preserved_generators():
-            seed_generators(derive(self._seed, "hooks", step_index))
+            seed_generators(derive(self._seed, "hooks", batch_index))
             run(self._fronts)
             self._guard.after_backward()  # a change of a parameter would be lost, or differ between workers
