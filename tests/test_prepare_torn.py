@@ -132,7 +132,7 @@ def test_a_job_that_was_only_killed_repeats_no_task(interrupted: Path, digest: s
 def test_temporary_files_of_a_killed_job_are_deleted(interrupted: Path, digest: str) -> None:
     stage = next((interrupted / ".manyhands").glob("*/*.done")).parent
     for folder in (interrupted, interrupted / ".manyhands", stage):
-        (folder / atomic._temporary_name("_manifest.json")).write_text("half")
+        atomic.temporary_path(folder / "_manifest.json").write_text("half")
     assert write(interrupted).digest == digest
     assert not list(interrupted.rglob("*.tmp"))
 

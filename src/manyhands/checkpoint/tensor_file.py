@@ -87,6 +87,21 @@ def once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def header_of(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None, alignment: int = 8) -> bytes:
+    """Return the bytes before the tensors, which have these entries in this order.
+
+    alignment: the number of bytes is a multiple of it.
+    """
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.nbytes
+        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    return len(text).to_bytes(8, "little") + text
+
+
 def bytes_of(part: Tensor) -> memoryview:
     """Return the bytes of a CPU tensor."""
     flat = part.detach().contiguous().flatten()
@@ -102,21 +117,11 @@ class TensorFileWriter:
     def __init__(
         self, path: Location, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None
     ) -> None:
-        header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
-        end = 0
-        for entry in entries:
-            start, end = end, end + entry.nbytes
-            header[entry.name] = {
-                "dtype": CODES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._path, self._left = path, end
+        header = header_of(entries, metadata)
+        self._path, self._left = path, sum(entry.nbytes for entry in entries)
         self._end = ExitStack()
-        self._file = self._end.enter_context(open_durable(path, 8 + len(text) + end))
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file = self._end.enter_context(open_durable(path, len(header) + self._left))
+        self._file.write(header)
 
     def write(self, part: Tensor) -> int:
         """Write the next elements. Return the number of bytes written. part: a CPU tensor of the entry's dtype."""

@@ -32,7 +32,7 @@ from manyhands.storage.location import Address, Location, address_or_path
 TEMPORARY = ".tmp"
 
 _TEMPORARY_NAME = re.compile(r"\..+\.\d+-[0-9a-f]{12}\.tmp")
-"""Matches the names that `_temporary_name` returns. Other hidden files are never deleted."""
+"""Matches the names of the paths that `temporary_path` returns. Other hidden files are never deleted."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux's renameat2
 
@@ -97,7 +97,7 @@ def open_durable(location: Location, size: int) -> Iterator[IO[bytes]]:
 def _replacing(
     path: Path, *, first_wins: bool, durable: bool, skip_empty: bool = False, private: bool = False
 ) -> Iterator[IO[bytes]]:
-    temporary = path.with_name(_temporary_name(path.name))
+    temporary = temporary_path(path)
     try:
         with open(temporary, "xb", opener=_private_opener if private else None) as file:
             yield file
@@ -106,29 +106,38 @@ def _replacing(
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        if first_wins:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                pass  # the first writer has won; its content is the same
-            except OSError:  # the file system has no hard links
-                os.replace(temporary, path)
-        else:
-            os.replace(temporary, path)
-        if durable:
-            sync(path.parent)
+        publish_file(temporary, path, first_wins=first_wins, durable=durable)
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def publish_file(temporary: Path, path: Path, *, first_wins: bool, durable: bool = True) -> None:
+    """Give the file `temporary` the name `path`, atomically. Its data must be synced already.
+
+    If `first_wins` and `path` exists, keep that file. Then, and on most file systems also otherwise, `temporary` is
+    still there, and the caller removes it. durable: if True, sync the folder. Raises OSError.
+    """
+    if first_wins:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass  # the first writer has won; its content is the same
+        except OSError:  # the file system has no hard links
+            os.replace(temporary, path)
+    else:
+        os.replace(temporary, path)
+    if durable:
+        sync(path.parent)
 
 
 def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _temporary_name(name: str) -> str:
-    """Return a name that no other process uses, on any host that sees the folder."""
-    return f".{name}.{os.getpid()}-{os.urandom(6).hex()}{TEMPORARY}"
+def temporary_path(path: Path) -> Path:
+    """Return a hidden path next to `path` that no other process uses, on any host that sees the folder."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(6).hex()}{TEMPORARY}")
 
 
 def is_temporary(name: str) -> bool:
