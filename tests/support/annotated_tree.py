@@ -21,7 +21,7 @@ LAYERS = (
     ("validation",),
     ("config", "shard_layout", "surroundings", "storage", "offload", "members"),
     ("numerics", "documents"),
-    ("comm", "data", "models"),
+    ("comm", "data", "models", "rounds"),
     ("optim", "prepare", "metrics"),
     ("engine", "corpus"),
     ("checkpoint", "listeners", "planner"),
