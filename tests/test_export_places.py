@@ -15,7 +15,7 @@ import torch
 import manyhands as mh
 from manyhands.checkpoint.export import parse_size, plan_shards
 from manyhands.checkpoint.format import seal
-from manyhands.checkpoint.tensor_file import TensorEntry
+from manyhands.storage.tensor_file import TensorEntry
 from support.command import run_command
 from support.exporting import FrozenStem, Trained, assert_same, contents, weights
 from support.models import conv_recipe, gpt_recipe

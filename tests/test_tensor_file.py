@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from manyhands.checkpoint.tensor_file import CODES, TensorEntry, TensorFile, TensorFileWriter, in_file_order
 from manyhands.errors import InvariantError
+from manyhands.storage.tensor_file import CODES, TensorEntry, TensorFile, TensorFileWriter, in_file_order
 
 SHAPES = [(), (1,), (7,), (3, 5), (0,), (2, 0, 3)]
 

@@ -36,11 +36,11 @@ import torch
 from manyhands.checkpoint.exported import Exported, Form, exported_form
 from manyhands.checkpoint.find import find_checkpoint
 from manyhands.checkpoint.saved_weights import SavedWeights, precision_dtype
-from manyhands.checkpoint.tensor_file import TensorEntry, TensorFileWriter, dtype_name, in_file_order
 from manyhands.checkpoint.weight_files import CONFIG, INDEX, SINGLE
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.storage.atomic import publish_folder, sync
 from manyhands.storage.location import location_of
+from manyhands.storage.tensor_file import TensorEntry, TensorFileWriter, dtype_name, in_file_order
 from manyhands.validation import AVERAGED, TRAINED
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)

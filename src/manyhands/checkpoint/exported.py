@@ -12,9 +12,9 @@ from torch import Tensor
 
 from manyhands.checkpoint.format import AdapterRecord, Product, TensorRecord
 from manyhands.checkpoint.saved_weights import SavedWeights
-from manyhands.checkpoint.tensor_file import TensorEntry, dtype_name
 from manyhands.checkpoint.weight_files import config_text
 from manyhands.errors import CheckpointError, ConfigError
+from manyhands.storage.tensor_file import TensorEntry, dtype_name
 
 Form = Literal["model", "adapter", "merged"]
 

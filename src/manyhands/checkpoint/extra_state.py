@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.checkpoint.pieces import PieceReader, TensorPiece
-from manyhands.checkpoint.tensor_file import CODES, bytes_of, dtype_name, dtype_named
 from manyhands.comm.agreement import agree
 from manyhands.comm.group import Group
 from manyhands.errors import CheckpointError, ConfigError
+from manyhands.storage.tensor_file import CODES, bytes_of, dtype_name, dtype_named
 
 KIND = "extra"
 

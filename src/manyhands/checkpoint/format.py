@@ -36,10 +36,10 @@ from pydantic import (
     model_validator,
 )
 
-from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.storage.files import names_in
 from manyhands.storage.location import Address, Location, hint_of, is_local, location_of
+from manyhands.storage.tensor_file import dtype_named
 from manyhands.storage.untrusted import read_inside
 
 CHECKPOINT_FORMAT = 5

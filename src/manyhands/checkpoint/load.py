@@ -10,7 +10,6 @@ from torch import Tensor
 from manyhands.checkpoint.extra_state import load_extra_states
 from manyhands.checkpoint.format import AVERAGE, Manifest, Scalar, read_manifest
 from manyhands.checkpoint.pieces import PieceReader
-from manyhands.checkpoint.tensor_file import dtype_named
 from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.amendments import Amendments
 from manyhands.engine.update.companions import KINDS as COMPANIONS
@@ -19,6 +18,7 @@ from manyhands.optim.plain_values import decode_state, is_plain
 from manyhands.optim.shared_state import is_shared
 from manyhands.optim.sliced import Slice
 from manyhands.storage.location import Location
+from manyhands.storage.tensor_file import dtype_named
 
 
 class CheckpointReader(PieceReader):

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from manyhands.checkpoint.format import PieceRecord
-from manyhands.checkpoint.tensor_file import (
+from manyhands.errors import CheckpointError
+from manyhands.shard_layout import Range
+from manyhands.storage.location import Address, Location, hint_of
+from manyhands.storage.tensor_file import (
     CODES,
     TensorEntry,
     TensorFile,
@@ -21,9 +24,6 @@ from manyhands.checkpoint.tensor_file import (
     dtype_name,
     in_file_order,
 )
-from manyhands.errors import CheckpointError
-from manyhands.shard_layout import Range
-from manyhands.storage.location import Address, Location, hint_of
 from manyhands.storage.untrusted import open_inside
 
 CACHED_BYTES = 4 << 20

@@ -11,9 +11,9 @@ from torch import Tensor
 from manyhands.checkpoint.find import find_checkpoint
 from manyhands.checkpoint.format import MANIFEST, list_checkpoints
 from manyhands.checkpoint.saved_weights import SavedWeights
-from manyhands.checkpoint.tensor_file import TensorEntry
 from manyhands.checkpoint.weight_files import INDEX, SINGLE, WeightFiles, WeightSource
 from manyhands.storage.location import Location, location_of
+from manyhands.storage.tensor_file import TensorEntry
 
 
 class RunWeights:

@@ -49,7 +49,6 @@ from manyhands.checkpoint.publish import (
     publish_folder,
     remove_checkpoint,
 )
-from manyhands.checkpoint.tensor_file import dtype_name
 from manyhands.checkpoint.weight_files import config_files
 from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.group import Group
@@ -61,6 +60,7 @@ from manyhands.output import say
 from manyhands.storage.atomic import write_atomic
 from manyhands.storage.files import names_in
 from manyhands.storage.location import Location
+from manyhands.storage.tensor_file import dtype_name
 
 MAX_POLL_SECONDS = 1.0
 """The longest pause between two checks for the other workers' parts.

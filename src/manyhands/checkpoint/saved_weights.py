@@ -14,13 +14,13 @@ from manyhands.checkpoint.extra_state import KIND as EXTRA
 from manyhands.checkpoint.extra_state import exported
 from manyhands.checkpoint.format import AVERAGE, Manifest, TensorRecord, read_frozen_manifest, read_manifest
 from manyhands.checkpoint.pieces import PieceReader, TensorPiece
-from manyhands.checkpoint.tensor_file import TensorEntry, dtype_named
 from manyhands.config import PRECISIONS
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.numerics.digest import block_hashes, digest_of, tensor_hashes, words_of
 from manyhands.options import nearest
 from manyhands.shard_layout import BLOCK, blocks_of
 from manyhands.storage.location import Location
+from manyhands.storage.tensor_file import TensorEntry, dtype_named
 
 
 class SavedWeights:

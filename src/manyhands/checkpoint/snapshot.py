@@ -25,10 +25,10 @@ from manyhands.checkpoint.format import CHECKPOINT_FORMAT, Manifest, PieceRecord
 from manyhands.checkpoint.load import CheckpointReader, restore
 from manyhands.checkpoint.pieces import PieceReader, TensorPiece
 from manyhands.checkpoint.save import Scalars, manifest_of, owned_pieces, part_of, with_pieces
-from manyhands.checkpoint.tensor_file import bytes_of, dtype_name, dtype_named
 from manyhands.comm.agreement import all_gather_json
 from manyhands.engine.engine import StepEngine
 from manyhands.errors import InvariantError
+from manyhands.storage.tensor_file import bytes_of, dtype_name, dtype_named
 
 SNAPSHOT_MEMORY_VARIABLE = "MANYHANDS_SNAPSHOT_MEMORY"
 """The environment variable with the address of the parent's snapshot memory; "" if the parent has none."""

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.checkpoint.format import TensorRecord
-from manyhands.checkpoint.tensor_file import TensorEntry, TensorFile, bytes_of, once_each
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.options import hint_nearest
 from manyhands.shard_layout import BLOCK
 from manyhands.storage.location import Location
+from manyhands.storage.tensor_file import TensorEntry, TensorFile, bytes_of, once_each
 from manyhands.weights import Weights
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
