@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from manyhands.errors import ConfigError, Interrupted, Position, WorkerError
-from manyhands.launching.failures import explain_failure
 from manyhands.launching.function import launch
 from manyhands.launching.launcher import run_workers
+from manyhands.launching.root_cause import explain_failure
 from manyhands.launching.supervision import StopRequest, started_workers
 from manyhands.members.processes import has_exited_with_0, process_start, process_state
 from manyhands.members.reports import Failure, StatusFile, WorkerEnd, read_failure, read_status, write_failure

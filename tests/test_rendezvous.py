@@ -30,7 +30,6 @@ from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStore
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
 from manyhands.launching import remote_store, rendezvous
-from manyhands.launching.failures import explain_failure
 from manyhands.launching.launcher import explain_rendezvous_failure, run_workers
 from manyhands.launching.remote_store import RemoteStore
 from manyhands.launching.rendezvous import (
@@ -42,6 +41,7 @@ from manyhands.launching.rendezvous import (
     parse_endpoint,
 )
 from manyhands.launching.rendezvous_state import Clocks
+from manyhands.launching.root_cause import explain_failure
 from manyhands.launching.supervision import StopRequest
 from manyhands.members.reports import Failure, WorkerEnd
 from support.hosts import Host, hosts

@@ -15,7 +15,7 @@ from manyhands.cli.workers import Bounds, bounds, workers_for
 from manyhands.comm.local import LocalGroup
 from manyhands.config import Batch
 from manyhands.errors import DataError, Position, WorkerError
-from manyhands.launching.failures import Restart, run_with_restarts
+from manyhands.launching.restarts import Restart, run_with_restarts
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.members.reports import StatusFile, read_status
 from test_faults import SUPPORT, Run, stall_seconds, training

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from manyhands.errors import WorkerError
-from manyhands.launching.failures import explain_failure
+from manyhands.launching.root_cause import explain_failure
 from manyhands.members.reports import ERROR_FILE_VARIABLE, Failure, WorkerEnd, read_failure
 from support.shared_runs import folder_of_all_processes, made_once
 

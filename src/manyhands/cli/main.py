@@ -139,7 +139,7 @@ def run_command(
             where=str(script.absolute()),
             hint=f"train a recipe file: manyhands train {script} --workers N",
         )
-    from manyhands.launching.failures import run_with_restarts
+    from manyhands.launching.restarts import run_with_restarts
 
     program = ["-m", str(script)] if module else [str(script)]
     command, allowed = [sys.executable, *program, *context.args], workers_for(workers, 1, None)

@@ -233,7 +233,7 @@ def _train_on_this_host(
     checkpoints: Location,
 ) -> None:
     """Start the workers, and start them again after failures. Raises WorkerError and Interrupted."""
-    from manyhands.launching.failures import run_with_restarts
+    from manyhands.launching.restarts import run_with_restarts
     from manyhands.listeners.run_directory import RunDirectory
 
     command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]

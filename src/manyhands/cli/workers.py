@@ -20,8 +20,8 @@ from manyhands.output import say
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.snapshot import SnapshotMemory
-    from manyhands.launching.failures import Restart
     from manyhands.launching.rendezvous import Rendezvous
+    from manyhands.launching.restarts import Restart
     from manyhands.listeners.run_directory import RunDirectory
     from manyhands.storage.location import Location
 

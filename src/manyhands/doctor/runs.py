@@ -1,6 +1,6 @@
 """Reports what happened to a run, from its directory.
 
-It reports the cause of a failure as the launcher recorded it when the failure happened (see `launching/failures.py`).
+It reports the cause of a failure as the launcher recorded it when the failure happened (see `launching/root_cause.py`).
 """
 
 from __future__ import annotations

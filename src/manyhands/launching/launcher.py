@@ -1,4 +1,8 @@
-"""Starts N workers on this host.
+"""Starts N workers on this host and waits until they end (`run_workers`). For restarts, see restarts.py.
+
+On one host, `run_workers` raises an error after the first failure. Then `run_with_restarts` (restarts.py) calls it
+again. On several hosts, `run_workers` runs torch's elastic agent. The agent restarts the workers itself, together with
+the agents of the other hosts, which it meets at the rendezvous (rendezvous.py).
 
 torch's elastic launcher starts the processes, sets their variables (RANK, WORLD_SIZE, MASTER_ADDR and others), watches
 them, and ends all of them when one fails. This module replaces three parts of the launcher, each through an interface
@@ -41,8 +45,8 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from manyhands.errors import ConfigError, Interrupted, WorkerError
-from manyhands.launching.failures import explain_failure
 from manyhands.launching.rendezvous import Rendezvous
+from manyhands.launching.root_cause import explain_failure
 from manyhands.launching.supervision import StopRequest, WorkerMonitor, kill_all
 from manyhands.launching.worker_files import Logs, shared_folder
 from manyhands.members.reports import WorkerEnd
@@ -131,9 +135,8 @@ def explain_rendezvous_failure(
     failed (perhaps too often), Interrupted if the first host was requested to stop the run, and otherwise `error`, or
     an error which says that this host has left the run.
 
-    A worker also reports that it was requested to stop if a launcher, on this host or on another one, has stopped its
-    workers because a host joined or seemed lost: all workers stop after the same step. Such a report doesn't explain
-    the failure.
+    When a host joins or seems lost, a launcher stops its workers, and then all workers of the run stop after the same
+    step. Each worker reports that it was requested to stop. Such a report doesn't explain why the rendezvous failed.
     """
     failed = [end for end in ends if end.failure is not None]
     stopped = [end for end in failed if end.failure and end.failure.kind in ("Interrupted", "KeyboardInterrupt")]

@@ -1,4 +1,7 @@
-"""Handles stop signals and hung or stopped workers, and ends leftover processes.
+"""Watches the workers of one host: passes stop signals on to them, and kills workers that hang. Restarts nothing.
+
+After a failure on one host, `run_with_restarts` (restarts.py) restarts the workers. On several hosts, torch's elastic
+agents restart them through the rendezvous (rendezvous.py).
 
 `StopRequest` records stop signals to the launcher, passes them on to the workers, and kills processes that the workers
 leave running. `WorkerMonitor` works without reports from peers: it detects stopped processes, even before the workers
@@ -20,7 +23,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from manyhands.errors import NO_POSITION, Interrupted, WorkerError
-from manyhands.launching.failures import explain_failure
+from manyhands.launching.root_cause import explain_failure
 from manyhands.members.processes import STOPPED_SECONDS, ask_for_stack, has_exited_with_0, process_start, process_state
 from manyhands.members.reports import Failure, WorkerEnd, read_status, write_failure
 from manyhands.surroundings import to_handle

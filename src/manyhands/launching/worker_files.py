@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest
 
 from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE
 from manyhands.errors import NO_POSITION, Interrupted, WorkerError
-from manyhands.launching.failures import explain_failure
+from manyhands.launching.root_cause import explain_failure
 from manyhands.launching.supervision import report_unfinished, status_file, unfinished_file, unfinished_ranks
 from manyhands.members.reports import (
     ERROR_FILE_VARIABLE,

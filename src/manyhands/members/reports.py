@@ -8,7 +8,7 @@ A worker that is in a group has an unfinished file. If this file still exists wh
 
 A failed worker writes its error to the file that TORCHELASTIC_ERROR_FILE names. This is a variable of
 torch's elastic launcher, so the report also works under plain torchrun. The launcher reads the files of all workers
-(launching/failures.py).
+(launching/root_cause.py).
 
 This module does not import torch, because every worker loads it before it knows whether it needs torch.
 """

@@ -1,17 +1,11 @@
-"""Finds the root cause among several failed workers, and decides whether to restart.
-
-After a failure all workers are restarted from the last snapshot or checkpoint, as long as a restart can succeed. A step
-depends only on the state before it, so lost steps give the same bits when they are computed again. For the same reason,
-an exception that occurs twice in the same micro-batch would occur every time.
-"""
+"""Finds the root cause among several failed workers, and describes it in the error that the launcher raises."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from manyhands.errors import Interrupted, ManyhandsError, Position, WorkerError
+from manyhands.errors import Interrupted, WorkerError
 from manyhands.members.reports import Failure, WorkerEnd
 from manyhands.surroundings import STOP_SIGNALS
 
@@ -181,86 +175,3 @@ def _describe_exit(exit_code: int) -> str:
         return f"was killed by {signal.Signals(-exit_code).name}"
     except ValueError:
         return f"was killed by signal {-exit_code}"
-
-
-@dataclass(frozen=True)
-class Restart:
-    """A restart that is about to happen. number: the number of restarts without progress, from 1. limit: its
-    maximum.
-    """
-
-    cause: WorkerError
-    number: int
-    limit: int
-
-
-def run_with_restarts(
-    run: Callable[[int], None],
-    *,
-    saved_step: Callable[[], tuple[int, int]],
-    limit: int,
-    on_restart: Callable[[Restart], None],
-    samples_of: Callable[[int, int], str] = lambda step, micro_batch: "",
-) -> None:
-    """Call `run`, which starts the workers and waits for them, until it succeeds.
-
-    run: called with the number of failures since the last progress. saved_step: returns the point from which `run`
-    would continue: the number of the training within the script, from 0, and the step of its last snapshot or
-    checkpoint. limit: the maximum number of restarts without progress. A later `saved_step` is progress.
-    on_restart: called before each restart. samples_of: describes the samples of (step, micro-batch).
-
-    Raises the last WorkerError if the limit is exceeded or an exception has occurred twice at the same position. Errors
-    that a restart cannot fix, and Interrupted, are raised immediately.
-    """
-    since, number = saved_step(), 0
-    last_fault: tuple[Position, str] | None = None
-    while True:
-        try:
-            return run(number)
-        except WorkerError as error:
-            if not _is_accident(error):
-                raise
-            if saved_step() > since:
-                since, number, last_fault = saved_step(), 0, None
-            number += 1
-            fault = _fault_of(error)
-            if fault is not None and fault == last_fault:
-                why = "the previous attempt failed at the same position"
-                raise _not_restarted(error, why, samples_of) from error.__cause__
-            if number > limit:
-                why = f"this is failure {number} without progress since step {since[1]}" if limit else ""
-                raise _not_restarted(error, why, samples_of) from error.__cause__
-            last_fault = fault
-            on_restart(Restart(error, number, limit))
-
-
-def _is_accident(error: WorkerError) -> bool:
-    """Return False if a restart can't succeed, because the error must be fixed by a person or was raised before the
-    worker's first step.
-    """
-    if error.raised and error.position.step is None:
-        return False
-    return not isinstance(error.__cause__, ManyhandsError) or isinstance(error.__cause__, WorkerError)
-
-
-def _fault_of(error: WorkerError) -> tuple[Position, str] | None:
-    """Return a worker's exception and its position. Return None for a kill or a stall, because these may not recur."""
-    return (error.position._replace(activity=""), error.raised) if error.raised else None
-
-
-def _not_restarted(error: WorkerError, why: str, samples_of: Callable[[int, int], str]) -> WorkerError:
-    """Return a copy of the error that also states why the run is not restarted, and the samples of the micro-batch."""
-    _, step, micro_batch = error.position
-    samples = "" if step is None or micro_batch is None else samples_of(step, micro_batch)
-    final = WorkerError(
-        error.what,
-        rank=error.rank,
-        position=error.position,
-        where=", ".join(filter(None, [error.where, samples])) or None,
-        hint=": ".join(filter(None, ["the run is not restarted", why])) if why else error.hint,
-        detail=error.detail,
-    )
-    final.raised = error.raised
-    if why and error.hint:
-        final.hint = f"{final.hint}; {error.hint}"
-    return final
