@@ -17,7 +17,7 @@ from manyhands.cli.train import describer_of_samples
 from manyhands.comm.group import Group
 from manyhands.data.epochs import Epochs
 from manyhands.data.sample_order import sample_order_of
-from manyhands.documents.recipe_file import check_recipe
+from manyhands.documents.recipe_file import check_recipe_file
 from manyhands.errors import CheckpointError, ConfigError, DataError
 from manyhands.listeners.run_directory import RunDirectory
 from support.threads import run_threads
@@ -105,7 +105,7 @@ def test_the_launcher_names_samples_only_if_it_knows_them(tmp_path: Path) -> Non
     (tmp_path / "recipe.toml").write_text(RECIPE)
     (tmp_path / "tiny.py").write_text(MODULE)
     described = {
-        end: describer_of_samples(check_recipe(tmp_path / "recipe.toml", [f"epoch_end={end}"]))(5, 1)
+        end: describer_of_samples(check_recipe_file(tmp_path / "recipe.toml", [f"epoch_end={end}"]))(5, 1)
         for end in ("join", "short", "drop")
     }
     assert described == {"join": "samples 34 to 35 in the run's order", "short": "", "drop": ""}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from manyhands.documents.recipe_file import check_recipe, load_recipe
+from manyhands.documents.recipe_file import check_recipe_file, load_recipe
 from manyhands.errors import ConfigError
 from manyhands.listeners import TensorBoardListener
 
@@ -88,7 +88,7 @@ def test_only_another_folder_needs_another_listener_for_tensorboard(recipe: Path
 )
 def test_wrong_listeners_are_refused_before_workers_start(recipe: Path, listeners: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        check_recipe(recipe, [f"listeners={listeners}"])
+        check_recipe_file(recipe, [f"listeners={listeners}"])
     assert "--set listeners" in str(caught.value)
 
 

@@ -17,7 +17,7 @@ import manyhands as mh
 from manyhands.cli.main import app
 from manyhands.cli.parameters import with_parameters
 from manyhands.documents.option_table import BuildableTable, OptionTable, option_names
-from manyhands.documents.recipe_file import check_recipe
+from manyhands.documents.recipe_file import check_recipe_file
 from manyhands.documents.toml import apply_override, override_of
 from manyhands.errors import ConfigError
 from manyhands.options import check_options, declared, option, options
@@ -140,7 +140,7 @@ def test_an_override_keeps_its_value(value: str | float) -> None:
 def test_flags_of_a_strategy_override_the_recipe(tmp_path: Path) -> None:
     recipe = Path(__file__).parent / "support" / "started.toml"
     overrides = ["strategy.loader_workers=1", override_of("strategy.scratch", str(tmp_path / "1"))]
-    built = check_recipe(recipe, overrides).strategy.build()
+    built = check_recipe_file(recipe, overrides).strategy.build()
     assert built == mh.Strategy(loader_workers=1, scratch=str(tmp_path / "1"))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from manyhands.config import Strategy
-from manyhands.documents.recipe_file import check_recipe, load_recipe
+from manyhands.documents.recipe_file import check_recipe_file, load_recipe
 from manyhands.errors import ConfigError, DataError
 from manyhands.weights import Weights
 
@@ -114,7 +114,7 @@ def edit(recipe: Path, old: str, new: str) -> Path:
 
 def problem(recipe: Path, *overrides: str, check_only: bool = False) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        (check_recipe if check_only else load_recipe)(recipe, overrides)
+        (check_recipe_file if check_only else load_recipe)(recipe, overrides)
     return caught.value
 
 
@@ -282,8 +282,8 @@ def test_check_imports_neither_torch_nor_the_users_modules(recipe: Path) -> None
     tiny = recipe.with_name("tiny.py")
     tiny.write_text(f"raise SystemExit('imported')\n{tiny.read_text()}".replace("from __future__", "# from __future__"))
     code = (
-        "import sys; from manyhands.documents.recipe_file import check_recipe; "
-        f"schema = check_recipe({str(recipe)!r}, ['strategy.sharding=zero1']); "
+        "import sys; from manyhands.documents.recipe_file import check_recipe_file; "
+        f"schema = check_recipe_file({str(recipe)!r}, ['strategy.sharding=zero1']); "
         "sys.exit('torch' in sys.modules or 'tiny' in sys.modules or schema.strategy.build().sharding != 'zero1')"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
@@ -320,12 +320,12 @@ def test_overrides_change_values(recipe: Path) -> None:
     [(".5", 0.5), ("true", True), ("True", True), ("1_000", 1000), ("[1, 2]", [1, 2]), ("{a = 1}", {"a": 1}), ("", "")],
 )
 def test_an_override_is_a_toml_value_or_a_string(recipe: Path, written: str, value: object) -> None:
-    assert check_recipe(recipe, [f"model.arguments.x={written}"]).model.arguments["x"] == value
+    assert check_recipe_file(recipe, [f"model.arguments.x={written}"]).model.arguments["x"] == value
 
 
 def test_an_override_can_change_a_group(recipe: Path) -> None:
     edit(recipe, "[batch]", '[[optimizer.groups]]\nmatch = ["*"]\n[batch]')
-    checked = check_recipe(recipe, ["optimizer.groups.0.arguments.lr=1"])
+    checked = check_recipe_file(recipe, ["optimizer.groups.0.arguments.lr=1"])
     assert checked.optimizer.groups[0].arguments == {"lr": 1}
     assert "there is no optimizer.groups.1.match" in str(problem(recipe, "optimizer.groups.1.match=[]"))
 
@@ -516,7 +516,7 @@ def test_a_wrong_name_is_reported_with_its_line(recipe: Path, old: str, new: str
     if (old, new) in [each[:2] for each in WRONG_NAMES[:3]]:  # these are found without importing anything
         assert missing_parts(str(problem(recipe, check_only=True)), expected) == []
     else:
-        check_recipe(recipe)
+        check_recipe_file(recipe)
     text = str(problem(recipe))
     assert missing_parts(text, expected) == []
 
@@ -543,11 +543,11 @@ def test_names_are_looked_for_without_importing_the_module(recipe: Path) -> None
     recipe.with_name("folder").mkdir()
     recipe.with_name("folder").joinpath("__init__.py").write_text("raise SystemExit('imported')")
     for known in ("paths", "tiny", "Other", "A", "B", "C", "C.x", "D", "E", "F", "G", "H", "__name__"):
-        check_recipe(recipe, [f"model.path=written:{known}"])
+        check_recipe_file(recipe, [f"model.path=written:{known}"])
     for path in ("folder:anything", "folder.part:x", "tests_of_nobody_else:x.y", "torch.no_such_part:x"):
         if path.startswith("tests_of"):
             recipe.with_name("tests_of_nobody_else.py").write_text("def __getattr__(name): ...")
-        check_recipe(recipe, [f"model.path={path}"])
+        check_recipe_file(recipe, [f"model.path={path}"])
     for wrong, message in (
         ("written:Missing", "model.path: written has no Missing"),
         ("written:path", "did you mean 'paths'?"),
@@ -555,11 +555,11 @@ def test_names_are_looked_for_without_importing_the_module(recipe: Path) -> None
         ("nowhere.at.all:A", "there is no module nowhere"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)) as caught:
-            check_recipe(recipe, [f"model.path={wrong}"])
+            check_recipe_file(recipe, [f"model.path={wrong}"])
         assert "--set model.path" in str(caught.value)
     recipe.with_name("unfinished.py").write_text("def half(:\n")
     with pytest.raises(ConfigError, match=r"module unfinished can't be imported[\s\S]*unfinished.py, line 1"):
-        check_recipe(recipe, ["model.path=unfinished:half"])
+        check_recipe_file(recipe, ["model.path=unfinished:half"])
 
 
 def test_a_wrong_name_is_reported_by_the_command_before_torch_is_imported(recipe: Path) -> None:

@@ -53,7 +53,7 @@ def create_partial(partial: Location, root: Location) -> None:
         partial.mkdir(parents=True)
 
 
-def publish_folder(partial: Location, final: Location, manifest: BaseModel) -> None:
+def publish_checkpoint(partial: Location, final: Location, manifest: BaseModel) -> None:
     """Publish the folder `partial`, whose files are synced, as the folder `final`. Replaces an existing `final`."""
     atomic.publish_folder(partial, final, (MANIFEST, seal(manifest.model_dump(mode="json"))), replace=True)
     if isinstance(final, Address):

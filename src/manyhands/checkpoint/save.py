@@ -46,7 +46,7 @@ from manyhands.checkpoint.publish import (
     as_checkpoint_error,
     create_partial,
     partial_folder,
-    publish_folder,
+    publish_checkpoint,
     remove_checkpoint,
 )
 from manyhands.checkpoint.weight_files import config_files
@@ -170,7 +170,7 @@ class Saving:
                 parts = [json.loads(file.read_text()) for file in files]
                 for file in files:
                     file.unlink()
-                publish_folder(self._partial, self.final, self._contents.manifest_of(parts))
+                publish_checkpoint(self._partial, self.final, self._contents.manifest_of(parts))
                 self._contents.published()
 
     def _have_all_written(self) -> bool:

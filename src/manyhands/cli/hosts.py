@@ -88,11 +88,11 @@ def join_command(arguments: JoinArguments, strategy: dict[str, Any]) -> None:
 
     Example: `manyhands join first-host:29400 recipe.toml --run-dir /shared/runs/first --workers 4`
     """
-    from manyhands.documents.recipe_file import check_recipe
+    from manyhands.documents.recipe_file import check_recipe_file
     from manyhands.launching.rendezvous import join_hosts
 
     overrides = arguments.overrides(strategy)
-    checked = check_recipe(arguments.recipe, overrides)
+    checked = check_recipe_file(arguments.recipe, overrides)
     batch = checked.batch.build()
     if arguments.run_dir is None:
         raise ConfigError(

@@ -54,10 +54,10 @@ def reproduce_command(arguments: ReproduceArguments) -> None:
     Example: `manyhands reproduce recipe.toml runs/first`
     """
     from manyhands.doctor.compare import compare_runs, explain_comparison
-    from manyhands.documents.recipe_file import check_recipe
+    from manyhands.documents.recipe_file import check_recipe_file
     from manyhands.listeners.run_directory import RunDirectory
 
-    checked = check_recipe(arguments.recipe, arguments.set_ or ())
+    checked = check_recipe_file(arguments.recipe, arguments.set_ or ())
     run = RunDirectory.open_existing(arguments.run)
     metrics = run.read_metrics()
     if "WORLD_SIZE" in os.environ:

@@ -57,9 +57,9 @@ class CheckpointArguments:
 
         request: entries of the request that each worker gets, besides the recipe. Raises ConfigError, WorkerError.
         """
-        from manyhands.documents.recipe_file import check_recipe
+        from manyhands.documents.recipe_file import check_recipe_file
 
-        checked = check_recipe(self.recipe, self.set_ or ())
+        checked = check_recipe_file(self.recipe, self.set_ or ())
         allowed = workers_for(self.workers, checked.threads_per_worker, checked.batch.build().micro_batches)
         request |= {"recipe": str(self.recipe.absolute()), "overrides": self.set_ or []}
         command = [sys.executable, "-m", "manyhands.cli.worker", json.dumps(request)]

@@ -1,4 +1,8 @@
-"""The train command."""
+"""The train command: turns its options into overrides of the recipe file, and starts the workers.
+
+The workers build the `Recipe` and the `Strategy` from the file and the overrides (see cli/run_arguments.py). The
+command itself only validates the file (`check_recipe_file`), and does not import what the file names.
+"""
 
 from __future__ import annotations
 
@@ -132,10 +136,10 @@ def train_command(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
 
 def train_recipe(arguments: TrainArguments, strategy: dict[str, Any]) -> None:
     """Train a recipe with the arguments of the train command. Raises the errors of `manyhands.train`."""
-    from manyhands.documents.recipe_file import check_recipe
+    from manyhands.documents.recipe_file import check_recipe_file
 
     overrides = arguments.overrides(strategy)
-    checked = check_recipe(arguments.recipe, overrides)
+    checked = check_recipe_file(arguments.recipe, overrides)
     batch = checked.batch.build()
     launched = _launched_workers(arguments)
     allowed = workers_for(arguments.workers, checked.threads_per_worker, batch.micro_batches)

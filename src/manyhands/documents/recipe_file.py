@@ -1,12 +1,12 @@
-"""Recipe files: tables, imports and checks of arguments.
+"""Recipe files: `load_recipe` builds a Recipe and a Strategy from a file and the overrides of the command line.
 
-    [model]
+[model]
     path = "gpt:GPT"              # module:attribute; the file's own folder is searched first
     arguments = { depth = 4 }
 
-`check_recipe` validates a file; it imports neither the user's code nor torch. `load_recipe` also imports the objects
-that the paths name, and checks the arguments against the signatures of these objects. So errors are reported with file
-and line before anything is built.
+`check_recipe_file` validates a file; it imports neither the user's code nor torch. `load_recipe` also imports the
+objects that the paths name, and checks the arguments against the signatures of these objects. So errors are reported
+with file and line before anything is built.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class RecipeFile:
     listeners: list[Callable[[Path], Any]] = field(default_factory=list)
 
 
-def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchema:
+def check_recipe_file(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSchema:
     """Read and validate a recipe file. Imports neither torch nor what the file names, but checks that the named modules
     and functions exist.
 

@@ -19,7 +19,7 @@ from manyhands.intervals import check_length
 from manyhands.offload.process_memory import PeakMemory
 from manyhands.output import say
 from manyhands.training.engine import Engine
-from manyhands.training.given_recipe import check_recipe
+from manyhands.training.given_recipe import check_given_recipe
 
 STEPS = 2
 """The number of steps. The first one also allocates and compiles, so the time of the last one is the estimate."""
@@ -88,7 +88,7 @@ def dry_run(
     print the results on worker 0. Returns the same results on every worker. Raises ConfigError, DataError,
     NumericsError, CheckpointError.
     """
-    check_recipe(recipe)
+    check_given_recipe(recipe)
     check_length(steps, recipe.epochs)
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
         raise ConfigError(

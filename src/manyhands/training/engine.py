@@ -35,7 +35,7 @@ from manyhands.optim.schedules import advance, advance_by_figure
 from manyhands.storage.location import Location, location_of
 from manyhands.training.evaluating import evaluate
 from manyhands.training.exchanging import Numbers, gathered, mean
-from manyhands.training.given_recipe import check_recipe
+from manyhands.training.given_recipe import check_given_recipe
 from manyhands.validation import AVERAGED, TRAINED, Validation
 from manyhands.weights import Weights
 
@@ -77,7 +77,7 @@ class Engine(StepEngine):
         *,
         resumes: bool = False,
     ) -> None:
-        check_recipe(recipe)
+        check_given_recipe(recipe)
         strategy = strategy_or_default(strategy)
         self._awaits_checkpoint = resumes
         self._loader: MicroBatchLoader | None = None

@@ -13,7 +13,7 @@ from manyhands.options import nearest
 from manyhands.output import say
 from manyhands.storage.location import location_of
 from manyhands.training.engine import Engine
-from manyhands.training.given_recipe import check_recipe
+from manyhands.training.given_recipe import check_given_recipe
 from manyhands.training.sampling import sample_text
 from manyhands.validation import AVERAGED, TRAINED
 
@@ -40,7 +40,7 @@ def evaluate(
     figures may then differ. show: print the figures on worker 0.
     Raises ConfigError, CheckpointError, DataError, NumericsError.
     """
-    check_recipe(recipe)
+    check_given_recipe(recipe)
     known = recipe.validations
     if not known:
         raise ConfigError(

@@ -8,7 +8,7 @@ from manyhands.config import Recipe
 from manyhands.errors import ConfigError
 
 
-def check_recipe(recipe: object) -> None:
+def check_given_recipe(recipe: object) -> None:
     """Raise ConfigError unless `recipe` is a Recipe. The path of a recipe file, for example, is not."""
     if isinstance(recipe, Recipe):
         return

@@ -23,7 +23,7 @@ from manyhands.options import whole_number
 from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
-from manyhands.training.given_recipe import check_recipe
+from manyhands.training.given_recipe import check_given_recipe
 from manyhands.training.run_record import RunRecord, has_started_over, will_resume
 from manyhands.training.sampling import sample_text
 from manyhands.training.saver import Saver
@@ -87,7 +87,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     Returns the run's summary: `summary.digest`, `summary.last_loss`, ... Raises ConfigError, DataError, NumericsError,
     CheckpointError, WorkerError, and Interrupted after Ctrl-C.
     """
-    check_recipe(recipe)
+    check_given_recipe(recipe)
     check_length(steps, recipe.epochs)
     given = (1 if steps is None else steps, digest_every, keep_checkpoints, 1 if keep_every is None else keep_every)
     checked_steps, digest_every, keep_checkpoints, kept = (whole_number(number) or 0 for number in given)
