@@ -1,4 +1,17 @@
-"""The parameters that the train and join commands share, and fingerprints by which hosts compare their values."""
+"""Options of train and join. They become overrides of the recipe file, from which Recipe and Strategy are built.
+
+The way from a command-line option to a `Recipe` and a `Strategy`:
+
+1. In the command, `RunArguments.overrides` turns --set, --listener and the options of the strategy, such as --sharding,
+   into overrides of the recipe file: texts such as "seed=1" or "strategy.sharding=zero2".
+2. `RunArguments.request` puts the recipe's path, the overrides and the other options into one JSON value. The launcher
+   passes this request to every worker process.
+3. In each worker process, `cli/worker.py` calls `load_recipe` (documents/recipe_file.py) with the path and the
+   overrides. It returns the `Recipe` and the `Strategy`, which the worker passes to `manyhands.train`.
+
+Launchers of several hosts compare fingerprints of these values (`run_fingerprints`), so that all hosts train the same
+run.
+"""
 
 from __future__ import annotations
 

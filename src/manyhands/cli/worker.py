@@ -1,4 +1,7 @@
-"""One worker of the train, evaluate or sample command."""
+"""One worker process of train, evaluate or sample: builds Recipe and Strategy with load_recipe, and runs them.
+
+The request comes from the command (see cli/run_arguments.py).
+"""
 
 from __future__ import annotations
 
