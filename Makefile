@@ -101,7 +101,7 @@ $(ZOO_VENV)/.ready: $(READY)
 zoo: $(ZOO_VENV)/.ready
 	PYTHONPATH=tests $(ZOO_VENV)/bin/python -m zoo.run $(ARGS)
 
-# What the documents derive from the source: docs/cli.md, and the annotated tree in docs/design.md.
+# What the documents derive from the source: docs/cli.md, and the layers and the annotated tree in docs/design.md.
 tree: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.generated_pages
 

@@ -13,6 +13,7 @@ import manyhands as mh
 from manyhands.cli.main import app
 from manyhands.options import declared
 from support.annotated_tree import BLOCK, annotated_tree
+from support.layers import DIAGRAM, layer_diagram
 from zoo.case import CASES
 from zoo.catalogue import load_cases
 
@@ -51,6 +52,12 @@ def test_the_annotated_tree_is_the_source() -> None:
     tree = BLOCK.search(text_of("docs/design.md"))
     assert tree, "docs/design.md has no annotated tree"
     assert tree[0] == annotated_tree(), "run `make docs`"
+
+
+def test_the_diagram_shows_the_layers() -> None:
+    diagram = DIAGRAM.search(text_of("docs/design.md"))
+    assert diagram, "docs/design.md has no diagram of the layers"
+    assert diagram[0] == layer_diagram(), "run `make docs`"
 
 
 def test_the_command_line_page_has_every_option() -> None:

@@ -11,29 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from support.annotated_tree import LAYERS
+from support.layers import INNER_LAYERS, LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "manyhands"
 FILES = {str(path.relative_to(SOURCE)): path for path in sorted(SOURCE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-WITHIN = {  # the layers inside of a package, from the bottom up; files of one entry may import each other
-    "prepare": (
-        "records",
-        "io",
-        "shuffle",
-        "plan",
-        "task",
-        "shards",
-        "engines",
-        "options",
-        "job",
-        "arguments",
-        "dataset",
-    ),
-    "engine": (("sharding", "agreement"), "units", "step", "update", "assembly", ("evaluation", "full_state"), "engine"),
-}
 PURE = {"errors", "formatting", "options", "config", "shard_layout", "numerics"}
 NOT_PURE = {"socket", "subprocess", "time", "threading", "multiprocessing"}
 KNOW_TORCHS_LAUNCHER = {
@@ -94,12 +78,12 @@ def num_lines(name: str) -> int:
 
 
 def test_every_file_has_a_layer() -> None:
-    assert {top(name) for name in FILES} - {"__init__"} == {package for layer in LAYERS for package in layer}
+    assert {top(name) for name in FILES} - {"__init__"} == {package for layer in LAYERS.values() for package in layer}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "__init__.py"])
 def test_imports_go_down_only(name: str) -> None:
-    level = {package: index for index, layer in enumerate(LAYERS) for package in layer}
+    level = {package: index for index, layer in enumerate(LAYERS.values()) for package in layer}
     mine = top(name)
     for imported in imports(TREES[name]):
         if not is_module(imported, "manyhands") or imported == "manyhands.__version__":
@@ -110,10 +94,9 @@ def test_imports_go_down_only(name: str) -> None:
         assert allowed, f"{name} imports {imported}: {mine} may not know {other}"
 
 
-@pytest.mark.parametrize("package", WITHIN)
+@pytest.mark.parametrize("package", INNER_LAYERS)
 def test_imports_inside_a_package_go_down_only(package: str) -> None:
-    layers = [(entry,) if isinstance(entry, str) else entry for entry in WITHIN[package]]
-    level = {part: index for index, layer in enumerate(layers) for part in layer}
+    level = {part: index for index, layer in enumerate(INNER_LAYERS[package]) for part in layer}
     for name in FILES:
         if top(name) != package or name.endswith("__init__.py"):
             continue

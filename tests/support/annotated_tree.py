@@ -1,7 +1,4 @@
-"""Writes the annotated tree of the source into docs/design.md, from the first line of each file's docstring.
-
-python tests/support/annotated_tree.py
-"""
+"""The annotated tree of the source in docs/design.md, from the first line of each file's docstring."""
 
 from __future__ import annotations
 
@@ -10,26 +7,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from support.layers import LAYERS
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "manyhands"
-PAGE = ROOT / "docs" / "design.md"
 BLOCK = re.compile(r"(?<=^```text\n)src/manyhands/\n.*?(?=^```$)", re.MULTILINE | re.DOTALL)
-LAYERS = (
-    ("errors", "formatting"),
-    ("options", "output", "intervals", "given_objects"),
-    ("average", "islands", "streams", "weights"),
-    ("validation",),
-    ("config", "shard_layout", "surroundings", "storage", "offload", "members"),
-    ("numerics", "documents"),
-    ("comm", "data", "models", "rounds"),
-    ("optim", "prepare", "metrics"),
-    ("engine", "corpus"),
-    ("checkpoint", "listeners", "planner"),
-    ("training", "launching", "doctor"),
-    ("cli",),
-    ("__main__",),
-)
-"""Packages, and modules at the top, from the bottom up. A file imports lower layers and its own package only."""
 
 
 def purpose(path: Path) -> str:
@@ -41,7 +23,7 @@ def purpose(path: Path) -> str:
 def annotated_tree() -> str:
     """The tree as docs/design.md shows it, packages in the order of the layers."""
     rows = [("  __init__.py", purpose(SOURCE / "__init__.py"))]
-    for layer in LAYERS:
+    for layer in LAYERS.values():
         for name in layer:
             rows += _rows(SOURCE / name if (SOURCE / name).is_dir() else SOURCE / f"{name}.py", depth=1)
     width = max(len(name) for name, _ in rows) + 2
@@ -57,9 +39,3 @@ def _rows(path: Path, depth: int) -> Iterator[tuple[str, str]]:
     entries = [entry for entry in path.iterdir() if entry.name not in ("__init__.py", "__pycache__")]
     for entry in sorted(entries, key=lambda entry: (entry.is_dir(), entry.name)):
         yield from _rows(entry, depth + 1)
-
-
-def write_tree() -> None:
-    """Replace the tree in docs/design.md."""
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(BLOCK.sub(lambda _: annotated_tree(), page, count=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Writes what the documents derive from the source: docs/cli.md, and the annotated tree in docs/design.md.
+"""Writes what documents derive from the source: docs/cli.md, and the layers and the annotated tree in docs/design.md.
 
 PYTHONPATH=tests python -m support.generated_pages
 """
@@ -12,9 +12,12 @@ import typer
 from typer.cli import get_docs_for_click
 
 from manyhands.cli.main import app
-from support.annotated_tree import write_tree
+from support.annotated_tree import BLOCK, annotated_tree
+from support.layers import DIAGRAM, layer_diagram
 
-CLI_PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+CLI_PAGE = DOCS / "cli.md"
+DESIGN_PAGE = DOCS / "design.md"
 
 
 def command_line_page() -> str:
@@ -28,6 +31,13 @@ def command_line_page() -> str:
     return page
 
 
+def design_page() -> str:
+    """docs/design.md with the current layers and the current annotated tree."""
+    page = DESIGN_PAGE.read_text(encoding="utf-8")
+    page = DIAGRAM.sub(lambda _: layer_diagram(), page, count=1)
+    return BLOCK.sub(lambda _: annotated_tree(), page, count=1)
+
+
 if __name__ == "__main__":
-    write_tree()
+    DESIGN_PAGE.write_text(design_page(), encoding="utf-8")
     CLI_PAGE.write_text(command_line_page(), encoding="utf-8")
