@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from manyhands.config import Batch
 from manyhands.engine.step.reduce import plan_rounds
-from manyhands.numerics.order import (
+from manyhands.numerics.ordered_sum import (
     OrderedSum,
     maximal_subtrees,
     micro_batch_of_round,

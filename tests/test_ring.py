@@ -17,7 +17,7 @@ from torch import Tensor
 
 import manyhands as mh
 from manyhands.comm.group import AllToAll, Group
-from manyhands.engine.units.gradients import IN_FLIGHT, Ring, RingGradients
+from manyhands.engine.units.gradient_buffers import IN_FLIGHT, Ring, RingGradients
 from manyhands.shard_layout import BLOCK, build_layout
 from oracle import oracle_run
 from support.models import GPT_UNITS, gpt_recipe
@@ -81,7 +81,7 @@ class Worker:
                 expected[:given] = value(self.turn, number, rank)
                 assert torch.equal(piece, expected)
             exchange.release()
-            self.gradients[number].sent()
+            self.gradients[number].mark_read()
 
 
 @pytest.mark.parametrize(

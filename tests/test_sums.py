@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyhands.engine.step.sums import Adder, Scratch, ShardSum
-from manyhands.numerics.order import OrderedSum
+from manyhands.engine.step.gradient_sums import Adder, ShardSum, SumBuffers
+from manyhands.numerics.ordered_sum import OrderedSum
 from manyhands.offload.allocator import Allocator
 from manyhands.shard_layout import Range
 
@@ -28,14 +28,14 @@ def reference_sum(pieces: list[Tensor], accumulate: int) -> Tensor:
 def test_a_shards_sum_is_the_defined_one_and_does_not_change_its_pieces(
     virtual_workers: int, accumulate: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manyhands.engine.step.sums.PASS", 20)
+    monkeypatch.setattr("manyhands.engine.step.gradient_sums.PASS", 20)
     generator = torch.Generator().manual_seed(virtual_workers)
     pieces = [torch.randn(NUMEL, generator=generator).to(dtype) for _ in range(virtual_workers * accumulate)]
     allocator = Allocator(torch.device("cpu"))
     for early in range(len(pieces) + 1):  # pieces that are added in earlier rounds; the others are added in the update
         given = [piece.clone() for piece in pieces]
-        run = Scratch(RUN, allocator)
-        sums = ShardSum(accumulate, Adder(allocator.device), Scratch(NUMEL, allocator), run)
+        run = SumBuffers(RUN, allocator)
+        sums = ShardSum(accumulate, Adder(allocator.device), SumBuffers(NUMEL, allocator), run)
         for workers in (given[: early // 2], given[early // 2 : early]):
             sums.add(workers)
         for piece in given[early:]:
@@ -50,8 +50,8 @@ def test_a_shards_sum_is_the_defined_one_and_does_not_change_its_pieces(
 
 def test_the_output_buffer_is_reused_for_later_partial_sums() -> None:
     allocator = Allocator(torch.device("cpu"))
-    run = Scratch(RUN, allocator)
-    sums = ShardSum(1, Adder(allocator.device), Scratch(RUN, allocator), run)
+    run = SumBuffers(RUN, allocator)
+    sums = ShardSum(1, Adder(allocator.device), SumBuffers(RUN, allocator), run)
     for number in range(10):  # two rounds of five workers; the sum of 7 and 8 is added to the sum of the pieces before
         piece = torch.full((RUN,), float(number), dtype=torch.bfloat16)
         sums.add([piece]) if number < 5 else sums.defer(piece)
@@ -63,8 +63,8 @@ def test_the_output_buffer_is_reused_for_later_partial_sums() -> None:
 def test_pieces_of_fp32_are_read_in_place_and_two_are_added_in_the_output_buffer() -> None:
     allocator = Allocator(torch.device("cpu"))
     for count, buffers in ((1, 0), (2, 0), (3, 0), (4, 1), (8, 2)):
-        run = Scratch(RUN, allocator)
-        sums = ShardSum(1, Adder(allocator.device), Scratch(NUMEL, allocator), run)
+        run = SumBuffers(RUN, allocator)
+        sums = ShardSum(1, Adder(allocator.device), SumBuffers(NUMEL, allocator), run)
         for _ in range(count):
             sums.defer(torch.ones(RUN))
         sums.total(Range(0, RUN), 1.0, torch.empty(RUN))

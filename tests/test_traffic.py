@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import manyhands as mh
 from manyhands.comm.group import Group
 from manyhands.engine.units.params import ReplicatedParams
-from manyhands.numerics.order import num_rounds
+from manyhands.numerics.ordered_sum import num_rounds
 from manyhands.shard_layout import Range
 from support.models import GPT_UNITS, gpt_recipe
 from support.threads import run_threads
@@ -25,7 +25,7 @@ def one_step(group: Group, recipe: mh.Recipe, sharding: str) -> tuple[mh.StepMet
             metrics = engine.step(batch)
         padded = sum(unit.layout.padded_numel for unit in engine.units)
         shard = sum(unit.layout.shard_numel for unit in engine.units)
-        return metrics, padded, shard, engine._reducer.scratch_bytes
+        return metrics, padded, shard, engine._reducer.num_buffer_bytes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -49,8 +49,8 @@ def test_gradients_move_once_to_their_owners_and_parameters_not_at_all_on_one_ho
 def test_partial_sums_take_the_memory_of_a_few_shards(workers: int) -> None:
     recipe = gpt_recipe("bf16")
     most = recipe.batch.virtual_workers.bit_length() + 1  # partial sums of the tree, and the one being added to
-    for _, _, shard, scratch_bytes in run_threads(workers, lambda group: one_step(group, recipe, "zero2")):
-        runs = scratch_bytes - 4 * shard * most
+    for _, _, shard, num_buffer_bytes in run_threads(workers, lambda group: one_step(group, recipe, "zero2")):
+        runs = num_buffer_bytes - 4 * shard * most
         assert runs <= 4 * (1 << 18) * (most + 1)
 
 

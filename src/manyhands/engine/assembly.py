@@ -22,7 +22,13 @@ from manyhands.config import Recipe, Strategy
 from manyhands.engine.sharding import REPLICATED, SHARDED, Sharding, sharding_named
 from manyhands.engine.step.buffers import may_change
 from manyhands.engine.step.reduce import levels_of
-from manyhands.engine.units.gradients import Gradients, PersistentGradients, Ring, RingGradients, TransientGradients
+from manyhands.engine.units.gradient_buffers import (
+    Gradients,
+    PersistentGradients,
+    Ring,
+    RingGradients,
+    TransientGradients,
+)
 from manyhands.engine.units.params import OffloadedParams, OnDemandParams, Params, ReplicatedParams, ShardedParams
 from manyhands.engine.units.unit import ParamUnit, Unit
 from manyhands.engine.units.unit_plan import UnitPlan, plan_units, storage_dtype

@@ -14,10 +14,10 @@ from torch import nn
 from manyhands.comm.shared_memory import MAILBOX_BYTES
 from manyhands.config import Batch, Recipe, Strategy
 from manyhands.engine.sharding import REPLICATED, SHARDED, sharding_named
-from manyhands.engine.step.sums import RUN
-from manyhands.engine.units.gradients import IN_FLIGHT, RING_SLOTS
+from manyhands.engine.step.gradient_sums import RUN
+from manyhands.engine.units.gradient_buffers import IN_FLIGHT, RING_SLOTS
 from manyhands.engine.units.unit_plan import plan_units
-from manyhands.numerics.order import OrderedSum, Subtree, maximal_subtrees, num_rounds, run_of_virtual_workers
+from manyhands.numerics.ordered_sum import OrderedSum, Subtree, maximal_subtrees, num_rounds, run_of_virtual_workers
 from manyhands.offload.allocator import BEHIND_BYTES
 from manyhands.shard_layout import build_layout
 

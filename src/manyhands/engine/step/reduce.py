@@ -26,10 +26,16 @@ from torch import nn
 from manyhands.comm.group import AllToAll, Contribution, Group, Recorder
 from manyhands.config import Batch
 from manyhands.engine.sharding import SHARDED, Sharding
-from manyhands.engine.step.sums import RUN, Adder, LocalSums, Scratch, ShardSum
-from manyhands.engine.units.gradients import IN_FLIGHT
+from manyhands.engine.step.gradient_sums import RUN, Adder, LocalSums, ShardSum, SumBuffers
+from manyhands.engine.units.gradient_buffers import IN_FLIGHT
 from manyhands.engine.units.unit import Event, Unit
-from manyhands.numerics.order import Subtree, maximal_subtrees, micro_batch_of_round, num_rounds, run_of_virtual_workers
+from manyhands.numerics.ordered_sum import (
+    Subtree,
+    maximal_subtrees,
+    micro_batch_of_round,
+    num_rounds,
+    run_of_virtual_workers,
+)
 from manyhands.offload.allocator import Allocator
 
 MAX_WAIT_SECONDS = 1.0
@@ -139,21 +145,21 @@ class GradientReducer:
         self.rounds = plan_rounds(batch, mine, intra_host.rank, intra_host.size)
         self._last = len(self.rounds) - 1
         memory = Allocator(group.device)
-        adder, run = Adder(group.device), Scratch(RUN, memory)
+        adder, run = Adder(group.device), SumBuffers(RUN, memory)
         self.sums: dict[str, ShardSum] = {}
         self._local: dict[str, LocalSums] = {}
         self._unit_of: dict[str, Unit] = {}
-        self._scratches = [run]
+        self._sum_buffers = [run]
         for unit in units:
-            shard_scratch = Scratch(unit.layout.shard_numel, allocator)
-            self._scratches.append(shard_scratch)
-            self.sums[unit.name] = ShardSum(batch.accumulate, adder, shard_scratch, run)
+            shard_buffers = SumBuffers(unit.layout.shard_numel, allocator)
+            self._sum_buffers.append(shard_buffers)
+            self.sums[unit.name] = ShardSum(batch.accumulate, adder, shard_buffers, run)
             self._unit_of.update({slot.name: unit for slot in unit.layout.slots})
             if self._inter_host is not None:
-                scratch = Scratch(unit.layout.padded_numel // intra_host.size, memory)
-                self._scratches.append(scratch)
+                buffers = SumBuffers(unit.layout.padded_numel // intra_host.size, memory)
+                self._sum_buffers.append(buffers)
                 self._local[unit.name] = LocalSums(
-                    maximal_subtrees(mine.start, mine.stop), batch.accumulate, adder, scratch
+                    maximal_subtrees(mine.start, mine.stop), batch.accumulate, adder, buffers
                 )
         self.begin_step(0)
 
@@ -231,7 +237,7 @@ class GradientReducer:
         into.add(all_to_all.pieces())
         self.sums[unit.name].evict()
         all_to_all.release()
-        unit.sent()
+        unit.mark_reduced()
 
     def close_rounds(self) -> None:
         """Finish the rounds of a step: exchange the local sums, if there are any. Collective in that case."""
@@ -284,7 +290,7 @@ class GradientReducer:
         # Release in the order of creation, because groups count releases; see `AllToAll`.
         for unit, all_to_all in self._last_round:
             all_to_all.release()
-            unit.sent()
+            unit.mark_reduced()
         for all_to_all in self._subtrees:
             all_to_all.release()
         self._last_round, self._subtrees = [], []
@@ -295,9 +301,9 @@ class GradientReducer:
         self.release()
 
     @property
-    def scratch_bytes(self) -> int:
+    def num_buffer_bytes(self) -> int:
         """Return the size of the partial sums' buffers in bytes."""
-        return sum(scratch.num_bytes for scratch in self._scratches)
+        return sum(buffers.num_bytes for buffers in self._sum_buffers)
 
 
 def _runs(inter_host: Group, batch: Batch) -> list[range]:

@@ -10,7 +10,7 @@ unit's history.
     REDUCING    gradients are complete and in transit    as stored           being sent to their owners
 
 A unit consists of parameters that travel together, and of their buffers. `params` and `master` exist as long as the
-engine. gradients.py decides where gradients are stored, and params.py where parameters are stored.
+engine. gradient_buffers.py decides where gradients are stored, and params.py where parameters are stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.comm.group import AllToAll, Group
-from manyhands.engine.units.gradients import Gradients
+from manyhands.engine.units.gradient_buffers import Gradients
 from manyhands.engine.units.params import OnDemandParams, Params
 from manyhands.errors import ConfigError, InvariantError
 from manyhands.shard_layout import ParamSlot, Range, UnitLayout
@@ -226,10 +226,10 @@ class Unit(ParamUnit):
             self.params.reshard()
         return self.gradients.send(contributors, tag)
 
-    def sent(self) -> None:
-        """Note that this worker has added and released the all-to-all's pieces."""
+    def mark_reduced(self) -> None:
+        """Record that this worker has added all pieces that it received in the all-to-all, and has released them."""
         self.life.on(Event.REDUCED)
-        self.gradients.sent()
+        self.gradients.mark_read()
 
     def first_not_finite(self) -> str | None:
         """Return the first parameter, in order of arrival, whose gradient has an element that is not finite."""

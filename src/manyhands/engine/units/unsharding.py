@@ -15,7 +15,8 @@ waits for a collective call that another worker doesn't make.
 Unshards have their own sequence of collective calls (`Group.sibling`). So a worker waits only for its peers to reach
 the same point of the plan, and never for their gradients.
 
-A unit is resharded when the model has left it and needs another unit, or at the latest when its gradients are sent.
+A unit stays unsharded when the model has left it. It is resharded when the model needs another unit, and at the latest
+when the unit's gradients are sent.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from manyhands.average import Average
 from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.group import Group
 from manyhands.engine.sharding import REPLICATED, SHARDED, Sharding
+from manyhands.engine.step.gradient_sums import RUN
 from manyhands.engine.step.reduce import GradientReducer
-from manyhands.engine.step.sums import RUN
 from manyhands.engine.units.params import ReplicatedParams
 from manyhands.engine.units.unit import Unit
 from manyhands.engine.update.average import WeightAverage

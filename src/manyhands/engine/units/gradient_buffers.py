@@ -1,4 +1,4 @@
-"""The buffers in which a unit's gradients are collected and from which they are sent.
+"""The buffers in which a unit's gradients are collected and sent. step/gradient_sums.py adds received gradients.
 
 - *Persistent*: one buffer that exists as long as the engine. In shared memory, peers read it in place.
 - *Transient*: a buffer that exists from the unit's first gradient until all of its gradients have been sent. Peers get
@@ -27,7 +27,7 @@ meanwhile.
 
 
 class Gradients(ABC):
-    """A unit's gradients of a micro-batch. Call `begin`, then `buffer` any number of times, then `send`, then `sent`.
+    """A unit's gradients of a micro-batch. Call `begin`, `buffer` any number of times, `send`, then `mark_read`.
 
     group: the workers whose gradients are added in each round.
     numel: the unit's padded_numel.
@@ -52,8 +52,8 @@ class Gradients(ABC):
     def send(self, contributors: range, tag: str) -> AllToAll:
         """Start the all-to-all of the gradients. Collective."""
 
-    def sent(self) -> None:  # noqa: B027  (optional: a persistent buffer isn't freed)
-        """Note that this worker has read and released the all-to-all's pieces."""
+    def mark_read(self) -> None:  # noqa: B027  (optional: a persistent buffer isn't freed)
+        """Record that this worker has read all pieces that it received in the all-to-all, and has released them."""
 
 
 class PersistentGradients(Gradients):
@@ -91,7 +91,7 @@ class TransientGradients(Gradients):
         self.all_to_all = self._group.all_to_all(self._mine(), 0, self._part_numel, contributors, tag)
         return self.all_to_all
 
-    def sent(self) -> None:
+    def mark_read(self) -> None:
         self.begin()
         self._mine().free()
         self._contribution = None
@@ -194,5 +194,5 @@ class RingGradients(Gradients):
         self._buffer = None
         return self.all_to_all
 
-    def sent(self) -> None:
+    def mark_read(self) -> None:
         self._ring.mark_read(self._number)

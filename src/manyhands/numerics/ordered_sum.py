@@ -1,4 +1,4 @@
-"""The one order in which the gradients of a step are added.
+"""The one order in which the gradients of a step are added, and `OrderedSum`, which adds values in this order.
 
 A step has `V` virtual workers with `accumulate` micro-batches each. Micro-batch `i = v * accumulate + a` is the `a`-th
 micro-batch of virtual worker `v`. The sum is *defined* as follows. In each virtual worker, micro-batches are added in
@@ -32,10 +32,10 @@ class Subtree(NamedTuple):
 
 
 def maximal_subtrees(start: int, end: int) -> tuple[Subtree, ...]:
-    """Return the fewest complete subtrees that cover virtual workers [start, end), in order.
+    """Divide virtual workers [start, end) into as few complete subtrees as possible. Return the subtrees in order.
 
-    There is one subtree if the length of the run is a power of two that divides `start`. There are at most 2 * log2(end
-    - start) + 1 subtrees.
+    If the number of virtual workers is a power of two and divides `start`, there is one subtree. There are at most 2 *
+    log2(end - start) + 1 subtrees.
     """
     subtrees = []
     while start < end:

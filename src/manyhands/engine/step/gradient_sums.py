@@ -1,4 +1,4 @@
-"""Ordered sums of tensors, and their scratch buffers."""
+"""Adds the gradients of micro-batches in their one order (numerics/ordered_sum.py), in reusable buffers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from manyhands.numerics.order import OrderedSum, Subtree
+from manyhands.numerics.ordered_sum import OrderedSum, Subtree
 from manyhands.offload.allocator import Allocator
 from manyhands.shard_layout import Range
 
@@ -25,7 +25,7 @@ Parts smaller than RUN are faster for these sums, which have few operations per 
 """
 
 
-class Scratch:
+class SumBuffers:
     """Reusable fp32 buffers of `numel` elements from an allocator. A new buffer would cost page faults."""
 
     def __init__(self, numel: int, allocator: Allocator) -> None:
@@ -40,7 +40,7 @@ class Scratch:
         return buffer[:numel]
 
     def free(self, value: Tensor) -> None:
-        """Take a buffer back. Does nothing if `value` isn't one of this scratch's buffers."""
+        """Take a buffer back. Does nothing if `value` isn't one of these buffers."""
         buffer = self._in_use.pop(value.data_ptr(), None)
         if buffer is not None:
             self._free.append(buffer)
@@ -75,17 +75,17 @@ class Passes:
     If several pieces are added at a time, the sum passes through memory only once for all of them.
     """
 
-    def __init__(self, adder: Adder, scratch: Scratch) -> None:
-        self._adder, self._scratch = adder, scratch
+    def __init__(self, adder: Adder, buffers: SumBuffers) -> None:
+        self._adder, self._buffers = adder, buffers
         self._recorded: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = []
 
     def sum(self, accumulate: int) -> OrderedSum[Tensor]:
-        """Return a sum in buffers of `scratch`. Its values are valid after `run`."""
+        """Return a sum in `buffers`. Its values are valid after `run`."""
         return OrderedSum(
             accumulate,
-            own=lambda value: self._record(Tensor.copy_, self._scratch.take(value.numel()), value),
+            own=lambda value: self._record(Tensor.copy_, self._buffers.take(value.numel()), value),
             add=partial(self._record, self._adder),
-            free=self._scratch.free,
+            free=self._buffers.free,
         )
 
     def _record(self, operation: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
@@ -107,14 +107,15 @@ class ShardSum:
     """The sum of a step's gradients over one shard, [shard_numel].
 
     The pieces belong to the caller and are never overwritten. Pieces of all rounds but the last are added immediately
-    (`add`). Pieces of the last round are deferred (`defer`): `total` adds them run by run, so they are never copied on
-    one host.
-    shard_scratch: buffers of a shard's length for partial sums. run_scratch: buffers of RUN elements for `total`.
+    (`add`). Pieces of the last round are only recorded (`defer`). `total` adds them later, a run of at most RUN
+    elements at a time, and reads fp32 pieces where they are. So workers that share memory never copy these pieces.
+
+    shard_buffers: buffers of a shard's length for partial sums. run_buffers: buffers of RUN elements for `total`.
     """
 
-    def __init__(self, accumulate: int, adder: Adder, shard_scratch: Scratch, run_scratch: Scratch) -> None:
-        self._adder, self._shard_scratch, self._run_scratch = adder, shard_scratch, run_scratch
-        self._passes = Passes(adder, shard_scratch)
+    def __init__(self, accumulate: int, adder: Adder, shard_buffers: SumBuffers, run_buffers: SumBuffers) -> None:
+        self._adder, self._shard_buffers, self._run_buffers = adder, shard_buffers, run_buffers
+        self._passes = Passes(adder, shard_buffers)
         self._sum = self._passes.sum(accumulate)
         self._deferred: list[tuple[int | None, Tensor]] = []  # level (None: a micro-batch) and piece
 
@@ -126,7 +127,7 @@ class ShardSum:
 
     def evict(self) -> None:
         """Evict the partial sums to disk, if they are offloaded, because they will not be needed soon."""
-        self._shard_scratch.evict()
+        self._shard_buffers.evict()
 
     def defer(self, piece: Tensor, level: int | None = None) -> None:
         """Keep a piece that `total` will add: the next micro-batch's piece or, if `level` is given, the next complete
@@ -147,7 +148,7 @@ class ShardSum:
         unused_out = [out]
 
         def buffer() -> Tensor:
-            return unused_out.pop() if unused_out else self._run_scratch.take(out.numel())
+            return unused_out.pop() if unused_out else self._run_buffers.take(out.numel())
 
         def own(value: Tensor) -> Tensor:
             return value if value.data_ptr() in in_place else buffer().copy_(value)
@@ -156,14 +157,14 @@ class ShardSum:
             return torch.add(left, right, out=buffer()) if left.data_ptr() in in_place else self._adder(left, right)
 
         def free(value: Tensor) -> None:
-            unused_out.append(out) if value is out else self._run_scratch.free(value)
+            unused_out.append(out) if value is out else self._run_buffers.free(value)
 
         part = self._sum.part(lambda value: value[elements], own=own, add=add, free=free)
         for level, piece in deferred:
             part.add_micro_batch(piece) if level is None else part.push(piece, level)
         total = part.fold()
         torch.div(total, divisor, out=out)
-        self._run_scratch.free(total)
+        self._run_buffers.free(total)
 
     def clear(self) -> None:
         """Discard everything. Call it after all totals were computed, or on abort."""
@@ -178,10 +179,10 @@ class LocalSums:
     values: each subtree's sum over this worker's part of a unit; complete once all micro-batches have been added.
     """
 
-    def __init__(self, subtrees: Sequence[Subtree], accumulate: int, adder: Adder, scratch: Scratch) -> None:
+    def __init__(self, subtrees: Sequence[Subtree], accumulate: int, adder: Adder, buffers: SumBuffers) -> None:
         self._subtrees, self._accumulate = subtrees, accumulate
-        self._scratch, self._added = scratch, 0
-        self._passes = Passes(adder, scratch)
+        self._buffers, self._added = buffers, 0
+        self._passes = Passes(adder, buffers)
         self._sum = self._passes.sum(accumulate)  # the sum of the subtree in progress
         self.values: list[Tensor] = []
 
@@ -196,9 +197,9 @@ class LocalSums:
         self._passes.run()
 
     def clear(self) -> None:
-        """Return all buffers to the scratch."""
+        """Discard all values, and give their buffers back."""
         for value in self.values:
-            self._scratch.free(value)
+            self._buffers.free(value)
         self._sum.clear()
         self.values.clear()
         self._added = 0
