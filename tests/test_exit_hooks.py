@@ -14,7 +14,7 @@ import gc, os, sys
 from torch.distributed import HashStore
 from manyhands.members.exit_hooks import ExitHooks
 from manyhands.members.membership import Membership
-from manyhands.offload.scratch import ProcessArena
+from manyhands.comm.process_arena import ProcessArena
 
 first = sys.excepthook
 for _ in range(20):

@@ -15,12 +15,12 @@ from manyhands.comm.distributed import DistributedGroup
 from manyhands.comm.group import Group
 from manyhands.comm.hierarchical import HierarchicalGroup, workers_by_host
 from manyhands.comm.local import LocalGroup
+from manyhands.comm.process_arena import ProcessArena
 from manyhands.comm.shared_memory import SharedMemoryGroup
 from manyhands.errors import ConfigError
 from manyhands.members.exit_hooks import ExitHooks, end_process
 from manyhands.members.membership import JOIN_SECONDS, Membership
 from manyhands.members.reports import StatusFile, begin_work, end_work, forget_failure
-from manyhands.offload.scratch import ProcessArena
 from manyhands.surroundings import environment_rank_and_size
 
 

@@ -15,8 +15,8 @@ A channel is a sequence of collective calls that all workers make in the same or
 interleave differently on different workers. Counters that change often are 64 bytes apart, so that writing one counter
 does not invalidate the cache line of another.
 
-The module also defines two protocols: the shared memory, which offload/scratch.py implements, and the key-value store
-that a membership uses.
+The module also defines two protocols: the shared memory, which comm/process_arena.py implements, and the key-value
+store that a membership uses.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Stores state between its uses, and measures memory."""
+"""Keeps weights and optimizer state in RAM or on disk between their uses, and measures memory."""

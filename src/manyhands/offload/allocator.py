@@ -1,4 +1,7 @@
-"""Allocators of buffers on the device, in host memory or in mapped files; buffer pools.
+"""Keeps weights and optimizer state on the device, in RAM (offload = "cpu") or on disk ("disk"); buffer pools.
+
+- `Allocator` keeps buffers in the memory of a device. With offload = "cpu", this is host memory.
+- `DiskAllocator` keeps buffers in mapped files of the scratch folder, for offload = "disk".
 
 Offload decides only where a buffer is stored. Code that uses a buffer calls `prefetch` before and `evict` after its
 use, and the bits are the same with every allocator. `BufferPool` reuses buffers, because new memory costs page faults.

@@ -1,8 +1,7 @@
-"""The scratch folder, and anonymous memory that processes share.
+"""The scratch folder: creates, checks and measures the files in which offload = "disk" keeps weights and state.
 
-Shared memory is an anonymous file: a process creates a memfd and passes its address, `pid:fd:bytes`, to other
-processes, which open the file through /proc. The file has no name in any file system, so a killed process leaves
-nothing behind, and the limit of /dev/shm does not apply. The kernel frees the memory when no process maps it any more.
+The files have no names, so a killed process leaves nothing behind. `DiskAllocator` (allocator.py) divides them into
+buffers.
 """
 
 from __future__ import annotations
@@ -135,37 +134,3 @@ def scratch_line(folder: Path) -> str:
         f"state is stored in {folder} ({file_system_of(folder)}, {stat.f_bavail * stat.f_frsize / GIB:,.0f} GiB free, "
         f"writes {written:.1f} GB/s, reads {read:.1f} GB/s)"
     )
-
-
-class ProcessArena:
-    """An arena of memory that processes of one user on one host share."""
-
-    def __init__(self) -> None:
-        self._created: list[int] = []
-
-    def create(self, num_bytes: int, scratch: Path | None = None) -> tuple[Tensor, str]:
-        if scratch is not None:
-            fd = open_unnamed(scratch, num_bytes)
-        else:
-            fd = os.memfd_create("manyhands", os.MFD_CLOEXEC)
-            os.ftruncate(fd, num_bytes)
-        self._created.append(fd)
-        return _map(fd, num_bytes), f"{os.getpid()}:{fd}:{num_bytes}"
-
-    def open(self, address: str) -> Tensor:
-        pid, number, num_bytes = (int(part) for part in address.split(":"))
-        if pid == os.getpid():
-            return _map(number, num_bytes)
-        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
-        try:
-            return _map(fd, num_bytes)
-        finally:
-            os.close(fd)  # the mapping keeps the memory alive
-
-    def seal(self) -> None:
-        while self._created:
-            os.close(self._created.pop())
-
-
-def _map(fd: int, num_bytes: int) -> Tensor:
-    return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
