@@ -57,7 +57,7 @@ from manyhands.models.building import build_model
 from manyhands.models.compiling import CompiledModules, avoid_compiler_import, compiler_identity
 from manyhands.models.modes import TrainingMode
 from manyhands.models.recompute import checkpoint_activations
-from manyhands.models.reseeding import refusing_seeds
+from manyhands.models.seed_guard import refusing_seeds
 from manyhands.numerics.arithmetic import fix_arithmetic, numerics_identity, preserved_arithmetic
 from manyhands.numerics.counters import derive
 from manyhands.numerics.digest import digest_of, slots_in_order, tensor_hashes, words_of

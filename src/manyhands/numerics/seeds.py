@@ -1,4 +1,4 @@
-"""Seeds from (run seed, purpose, step index, micro-batch), and the global generators that they seed.
+"""Seeds the global generators, from which dropout draws, by (run seed, purpose, step index, micro-batch).
 
 Random numbers never come from a stream that other code may have advanced. So it doesn't matter which worker computes a
 micro-batch, which process loads it, or whether the run was interrupted in between.

@@ -1,4 +1,4 @@
-"""Seeds random generators after every call of a unit.
+"""Seeds the generators, from which dropout draws, again after every call of a unit in a micro-batch.
 
 So the numbers that a part of the model draws don't depend on how many numbers earlier parts drew. A worker that
 computes only some of the units draws the same numbers as a worker that computes all units.
@@ -7,6 +7,8 @@ The seed is derived from the seed that was in effect when the call began, and fr
 micro-batch thus form a chain, which starts with a seed derived from (run seed, step index, micro-batch). torch's
 generator knows its own seed, and activation checkpointing restores it before it calls units again. So a recomputed call
 is followed by the same seed as the original call, and calls don't have to be counted.
+
+numerics/seeds.py has the functions that seed the generators, also before each micro-batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Refuses a model that seeds the global random generators in forward.
+"""Refuses a model whose forward seeds the global random generators, which the engine seeds.
 
-The engine seeds them before every micro-batch. If forward seeds them with a constant, all micro-batches draw the same
-numbers; if forward lets the system choose the seed, two runs differ.
+The engine seeds them before every micro-batch (numerics/seeds.py) and after calls of units (engine/step/call_seeds.py).
+If forward seeds them with a constant, all micro-batches draw the same numbers; if forward lets the system choose the
+seed, two runs differ.
 """
 
 from __future__ import annotations
