@@ -105,7 +105,7 @@ def test_the_update_makes_one_pass_and_a_second_one_only_where_needed(
     workers: int, sharding: str, clip_norm: float | None, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clipping needs the norm first, and replicated optimizer state all sums. The sums are read once in either case."""
-    monkeypatch.setattr("manyhands.engine.update.apply.RUN", 4096)
+    monkeypatch.setattr("manyhands.engine.update.updater.RUN", 4096)
 
     def work(group: Group) -> None:
         events: list[tuple[str, Range] | None] = []  # of a step: elements of a sum that are read; None: an update

@@ -42,7 +42,7 @@ A file imports only from lower layers and from its own package.
 INNER_LAYERS: dict[str, list[list[str]]] = {
     package: [layer.split() for layer in order.split(" < ")]
     for package, order in (
-        ("engine", "sharding agreement < units < step < update < assembly < evaluation full_state < engine"),
+        ("engine", "sharding agreement < units < step < update < assembly < evaluation full_state < step_engine"),
         ("prepare", "records < io < shuffle < plan < task < shards < engines < options < job < arguments < dataset"),
     )
 }

@@ -16,7 +16,7 @@ from manyhands.checkpoint.run_weights import initial_weights_at
 from manyhands.checkpoint.save import FROZEN_PIECE_NUMEL, tensor_records
 from manyhands.checkpoint.weight_files import fit
 from manyhands.comm.agreement import agree, all_gather_json
-from manyhands.engine.engine import StepEngine
+from manyhands.engine.step_engine import StepEngine
 from manyhands.errors import ConfigError
 from manyhands.models.building import evict_model
 from manyhands.numerics.digest import fingerprint_of_parts

@@ -10,8 +10,8 @@ from torch import Tensor
 from manyhands.checkpoint.extra_state import load_extra_states
 from manyhands.checkpoint.format import AVERAGE, Manifest, Scalar, read_manifest
 from manyhands.checkpoint.pieces import PieceReader
-from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.amendments import Amendments
+from manyhands.engine.step_engine import StepEngine
 from manyhands.engine.update.companions import KINDS as COMPANIONS
 from manyhands.errors import CheckpointError, NumericsError
 from manyhands.optim.plain_values import decode_state, is_plain

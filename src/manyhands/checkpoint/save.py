@@ -52,8 +52,8 @@ from manyhands.checkpoint.publish import (
 from manyhands.checkpoint.weight_files import config_files
 from manyhands.comm.agreement import all_gather_json
 from manyhands.comm.group import Group
-from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.buffers import names_in_order
+from manyhands.engine.step_engine import StepEngine
 from manyhands.errors import CheckpointError, ManyhandsError
 from manyhands.optim.plain_values import encode_state, exactly_encoded
 from manyhands.output import say

@@ -26,7 +26,7 @@ from manyhands.checkpoint.load import CheckpointReader, restore
 from manyhands.checkpoint.pieces import PieceReader, TensorPiece
 from manyhands.checkpoint.save import Scalars, manifest_of, owned_pieces, part_of, with_pieces
 from manyhands.comm.agreement import all_gather_json
-from manyhands.engine.engine import StepEngine
+from manyhands.engine.step_engine import StepEngine
 from manyhands.errors import InvariantError
 from manyhands.storage.tensor_file import bytes_of, dtype_name, dtype_named
 

@@ -189,7 +189,7 @@ class _UnitBuilder:
         """Return the master weights of `held`, [held.numel] fp32. They are an alias of fp32 parameters if possible."""
         # fp32 parameters are their own master weights, since a copy would cost 4 bytes per parameter. A copy is needed
         # if each worker has all master weights while the workers share one copy of the parameters: without it, several
-        # workers would update the shared copy. The updater recognizes an alias by its address (apply.py:_is_alias).
+        # workers would update the shared copy. The updater recognizes an alias by its address (updater.py:_is_alias).
         if params.dtype == torch.float32 and (self._sharding.optim is SHARDED or not self._group.shares_memory):
             stored = params.stored(held)
             if stored.device == self._allocator.device:

@@ -1,4 +1,4 @@
-"""Builds the recipe's LR schedules, and describes them so that a change of the recipe is noticed."""
+"""Builds and advances the recipe's LR schedules, and describes them so that a change of the recipe is noticed."""
 
 from __future__ import annotations
 

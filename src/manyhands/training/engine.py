@@ -1,4 +1,4 @@
-"""Engine: the public interface to train one step at a time."""
+"""Engine: the public interface to train one step at a time. The step itself is in engine/step_engine.py."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from manyhands.comm.group import Group
 from manyhands.config import Recipe, Strategy, strategy_or_default
 from manyhands.data.loader import TRAINING, LoadedBatch, MicroBatchLoader, load_batch
 from manyhands.data.samples import HeldOutSamples
-from manyhands.engine.engine import StepEngine
 from manyhands.engine.sharding import SHARDED, sharding_named
 from manyhands.engine.step.amendments import CLIP_NORM, Amendments
 from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.metrics import StepMetrics
+from manyhands.engine.step_engine import StepEngine
 from manyhands.errors import CheckpointError, ConfigError, Interrupted
 from manyhands.intervals import step_number
 from manyhands.metrics.choice import chosen_metrics

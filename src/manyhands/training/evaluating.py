@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from manyhands.data.samples import HeldOutSamples
-from manyhands.engine.engine import StepEngine
 from manyhands.engine.step.figures import Evaluation
 from manyhands.engine.step.hooks import last_output, to_device
 from manyhands.engine.step.loss import LossReader, LossResult
+from manyhands.engine.step_engine import StepEngine
 from manyhands.errors import ConfigError
 from manyhands.metrics.choice import RESERVED
 from manyhands.metrics.metric import Measured, Totals, number

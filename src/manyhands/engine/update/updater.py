@@ -1,4 +1,6 @@
-"""Clips gradients, applies the optimizer run by run, and all-gathers the new parameters.
+"""The update: the gradient's norm, clipping, the optimizer's step, and the all-gather of the new parameters.
+
+After it, engine/step_engine.py (`StepEngine._update`) advances the learning-rate schedules (optim/schedules.py).
 
 The update makes one pass over runs of elements that stay in a core's cache. For each run of the shard, it reads and
 adds the pieces of the gradients, divides and clips the sum, applies the optimizer, and writes the parameters. An

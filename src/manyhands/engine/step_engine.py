@@ -1,4 +1,4 @@
-"""The step that all workers run together."""
+"""StepEngine: one training step, from loading micro-batches to new weights and advanced schedules."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ from manyhands.engine.step.settings import Settings
 from manyhands.engine.units.unit import ParamUnit
 from manyhands.engine.units.unit_plan import called_units, repeated_children
 from manyhands.engine.units.unsharding import Unsharder
-from manyhands.engine.update.apply import Allocators, Updater
 from manyhands.engine.update.companions import kinds_for
 from manyhands.engine.update.step_hooks import StepHooks
+from manyhands.engine.update.updater import Allocators, Updater
 from manyhands.errors import ConfigError, NumericsError
 from manyhands.intervals import step_number
 from manyhands.models.admission import ParamGuard
