@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 import manyhands as mh
 from manyhands.comm.group import Group
 from manyhands.data.loader import MicroBatchLoader
-from manyhands.data.stream_reader import MARK_SAMPLES
+from manyhands.data.stream_part import MARK_SAMPLES
 from manyhands.data.stream_samples import StreamPosition, epochs_of
 from support.threads import run_threads
 

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, default_collate
 from manyhands.config import Recipe
 from manyhands.data.prefetch import PER_PROCESS, PrefetchProcesses, ended_stream
 from manyhands.data.samples import HeldOutSamples, Samples
-from manyhands.data.stream_reader import StreamError
+from manyhands.data.stream_part import StreamError
 from manyhands.data.stream_samples import StreamLog, StreamMarks, StreamPosition, StreamSamples, training_samples
 from manyhands.errors import DataError
 from manyhands.numerics.alignment import ALIGNMENT

@@ -1,4 +1,4 @@
-"""Divides a stream into micro-batches, and keeps the positions from which a run can continue."""
+"""Assigns the samples of a stream to micro-batches, and keeps the positions from which a run can continue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from manyhands.config import Batch, Recipe
 from manyhands.data.epochs import Epochs
 from manyhands.data.samples import Samples, TrainingSamples
-from manyhands.data.stream_reader import BEGINNING, Mark, PartReader, StreamError
+from manyhands.data.stream_part import BEGINNING, Mark, PartReader, StreamError
 from manyhands.errors import CheckpointError, InvariantError
 from manyhands.intervals import step_number
 from manyhands.numerics.counters import derive
@@ -26,8 +26,13 @@ _KEPT_STEPS = 16
 
 
 class OrderMark(NamedTuple):
-    """The state of the order at the beginning of a step: the number of micro-batches before it, the pass, and for each
-    part the number of samples taken in this pass and whether the part has ended. The lists are empty for "repeat".
+    """The state of the order at the beginning of a step.
+
+    before: the number of micro-batches before the step.
+    run_pass: the current pass.
+    taken: for each part, the number of samples that were taken from it in this pass.
+    ended: for each part, whether it has ended in this pass.
+    With at_end="repeat", parts begin their passes independently, so `run_pass` is 0 and the lists are empty.
     """
 
     before: int
@@ -37,8 +42,9 @@ class OrderMark(NamedTuple):
 
 
 class StreamPosition(NamedTuple):
-    """The position from which a run can continue to read: a mark of the order, and a mark of each part that this worker
-    has read. Marks of parts are not later than the mark of the order.
+    """The position from which a run can continue to read.
+
+    order: the state of the order. parts: a mark for each part that this worker has read, not later than `order`.
     """
 
     order: OrderMark

@@ -1,4 +1,4 @@
-"""Reads one part of a stream: sample by sample, in passes, from any state that the data can restore."""
+"""PartReader: reads one part of a stream, sample by sample, in passes, from any state that the data can restore."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ _MAX_INNER = 100
 class Mark(NamedTuple):
     """A position in a part, from which reading can continue.
 
-    run_pass: the pass, counted from 0. place: the number of samples before the position in this pass. taken: the same
-    for all passes together. state: the state of the data at the position, as JSON; None if they have none. sample: the
-    hash of the sample at the position, which shows whether the data restore their state exactly.
+    run_pass: the pass, counted from 0.
+    place: the number of samples of this pass that lie before the position.
+    taken: the number of samples of all passes together that lie before the position.
+    state: the state of the data at the position, as JSON; None if the data have no state.
+    sample: the hash of the sample at the position. It shows whether the data restore their state exactly.
     """
 
     run_pass: int
@@ -61,7 +63,8 @@ class PartReader:
     A sample is a function of (part, pass, index): the global random generators are seeded before it is read. With
     `stream.shuffle`, samples are read in blocks, and each block is permuted.
 
-    run_pass, index, taken: the pass of the next sample, its place in the pass, and in all passes together.
+    run_pass: the pass of the next sample. index: the number of samples of this pass before it. taken: the number of
+    samples of all passes together before it.
     """
 
     def __init__(self, stream: Stream, part: int, parts: int, seed: int) -> None:
