@@ -17,7 +17,7 @@ from manyhands.prepare.records import aggregate
 from manyhands.prepare.records.aggregate import FEW_GROUPS, Aggregate, Grouping
 from manyhands.prepare.records.keys import Keyed, KeyedTable
 from manyhands.prepare.records.state_tables import FEW_ROWS, SAFE, SMALL
-from manyhands.prepare.shuffle.arrange import CombiningWriter
+from manyhands.prepare.shuffle.sort_runs import CombiningWriter
 
 COUNTS_AND_SUMS = {"n": Aggregate.count(), "sum": Aggregate.sum("whole"), "small": Aggregate.sum("byte")}
 

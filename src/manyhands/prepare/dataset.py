@@ -51,8 +51,8 @@ from manyhands.prepare.records.keys import (
 )
 from manyhands.prepare.records.operations import Filter, FlatMap, KeyBy, Map, MapBatches, Operation, Sample
 from manyhands.prepare.shards import Shard
-from manyhands.prepare.shuffle.arrange import Arrangement, ByGroup, ByJoinKey, ByKey, ByPosition
 from manyhands.prepare.shuffle.reduce import Grouped, Joined, Sorted
+from manyhands.prepare.shuffle.sort_runs import Arrangement, ByGroup, ByJoinKey, ByKey, ByPosition
 
 if TYPE_CHECKING:
     import pyarrow as pa

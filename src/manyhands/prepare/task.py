@@ -109,7 +109,7 @@ def run_task(task: Task) -> TaskResult:
     stage = load_plan(task.plan_path).stages[task.stage]
     bad = BadRecords(task.max_bad_records)
     counts = _ReadCounts()
-    end = _END_OF.get(type(stage.end), _arrange) if task.schema is None else _rewrite
+    end = _END_OF.get(type(stage.end), _sort_runs) if task.schema is None else _rewrite
     try:
         made = end(task, stage, bad, counts)
     except DataError as error:
@@ -311,7 +311,7 @@ class _Discarded(Exception):
     """Raised when an output file must be written again with a wider schema."""
 
 
-def _arrange(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
+def _sort_runs(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
     arrangement: Any = stage.end
     records_in = expected = 0
     path = runs_path(task.folder, task.partition)

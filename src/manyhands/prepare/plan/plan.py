@@ -20,8 +20,8 @@ from manyhands.prepare.plan.fingerprint import fingerprint_code
 from manyhands.prepare.records.copies import unpack_records
 from manyhands.prepare.records.operations import Operation
 from manyhands.prepare.records.schemas import schema_digest, schema_from_text
-from manyhands.prepare.shuffle.arrange import Arrangement
 from manyhands.prepare.shuffle.reduce import Reduction
+from manyhands.prepare.shuffle.sort_runs import Arrangement
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,1 +1,1 @@
-"""Shuffles: one stage writes sorted runs of records, and the next stage reads ranges of keys."""
+"""Shuffles: one stage sorts records into runs (map side), the next stage merges ranges of keys (reduce side)."""

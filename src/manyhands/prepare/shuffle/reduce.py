@@ -1,4 +1,4 @@
-"""The start of a stage after a shuffle, which merges the runs of a range of keys.
+"""The reduce side of a shuffle, at the start of the next stage: merges the sorted runs of a range of keys.
 
 A range is processed in parts that fit into memory. Each part is loaded, sorted and released. The division into parts
 does not affect the output.
@@ -35,7 +35,7 @@ from manyhands.prepare.records.keys import (
     cut_is_less,
 )
 from manyhands.prepare.records.state_tables import merge_states
-from manyhands.prepare.shuffle.arrange import GROUP_COLUMN, in_key_order, states_of
+from manyhands.prepare.shuffle.sort_runs import GROUP_COLUMN, in_key_order, states_of
 
 
 class KeyRange(NamedTuple):

@@ -1,4 +1,4 @@
-"""The end of a stage before a shuffle: sorts records into runs."""
+"""The map side of a shuffle, at the end of a stage: sorts records by key and spills them to a file as sorted runs."""
 
 from __future__ import annotations
 
