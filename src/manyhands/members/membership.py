@@ -244,8 +244,9 @@ class Membership:
     def check_wait(self, started: float, tag: str, behind: list[Peer], left: set[int]) -> None:
         """Raise the failure, or declare a peer stalled, while this worker waits in `tag` for the peers `behind`.
 
-        started: the monotonic time when the wait started. left: the ranks that had left before the caller last found
-        the wait incomplete. A peer that left later may have completed the call first, so it is not reported.
+        started: the monotonic time when the wait started.
+        left: the ranks of the peers that have left. The caller must first find these peers, and then find that the wait
+        is still incomplete. Otherwise a peer may be reported that completed the call before it left.
         """
         self.check()
         self._report_left([peer for peer in behind if peer.rank in left], tag)

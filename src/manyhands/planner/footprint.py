@@ -107,9 +107,10 @@ class Ways:
 
 
 def sizes_of(model: nn.Module, recipe: Recipe, strategy: Strategy, workers: int) -> list[UnitSize]:
-    """Return the sizes of a model's units, as if no parameter were unsplittable. The model may be on the meta device.
+    """Return the sizes of a model's units for an elementwise optimizer. The model may be on the meta device.
 
-    Raises ConfigError.
+    A per-parameter optimizer may need somewhat larger shards, because each of its parameters lies in one shard. This
+    function ignores that. Raises ConfigError.
     """
     unshards = Ways(strategy, workers, recipe.batch.virtual_workers).unshards
     plans = plan_units(model, recipe.precision, strategy.units, workers=workers, on_demand=unshards)
