@@ -25,7 +25,7 @@ from manyhands.errors import ConfigError, Interrupted
 from manyhands.listeners import CSVListener, dispatch, network
 from manyhands.listeners.network import InOwnThread
 from manyhands.listeners.run_directory import RunDirectory
-from manyhands.training.saving import SNAPSHOT_EVERY_VARIABLE
+from manyhands.training.snapshotting import SNAPSHOT_EVERY_VARIABLE
 from support.full_disk import run_on_small_disk
 from support.listening import STEPS, Counts, recipe_of
 from test_report import step_metrics, summary

@@ -21,7 +21,7 @@ from manyhands.comm.group import Group
 from manyhands.launching.launcher import run_workers
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.offload.process_memory import free_memory_bytes
-from manyhands.training import saving as snapshots
+from manyhands.training import snapshotting as snapshots
 from support.models import conv_recipe, gpt_recipe
 from support.optimizers import keeping_recipe
 from support.threads import run_threads

@@ -98,7 +98,7 @@ class SnapshotStore:
 
     def __init__(self, memory: SnapshotMemory | None, every: int | None) -> None:
         from manyhands.checkpoint.snapshot import SNAPSHOT_MEMORY_VARIABLE
-        from manyhands.training.saving import SNAPSHOT_EVERY_VARIABLE
+        from manyhands.training.snapshotting import SNAPSHOT_EVERY_VARIABLE
 
         self._memory = memory
         self.variables = {} if memory is None else {SNAPSHOT_MEMORY_VARIABLE: memory.address()}

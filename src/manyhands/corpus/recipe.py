@@ -105,14 +105,14 @@ class TokenizerTable(Table):
         return self
 
 
-class ValidationTable(Table):
+class HeldOutTable(Table):
     """The share or the number of documents that are held out. By default, none are."""
 
     fraction: float | None = Field(default=None, gt=0, lt=1)
     documents: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
-    def _one_way(self) -> ValidationTable:
+    def _one_way(self) -> HeldOutTable:
         if self.fraction is not None and self.documents is not None:
             raise ConfigError(
                 "validation.fraction can't be used together with documents",
@@ -130,7 +130,7 @@ class CorpusSchema(Table):
     clean: CleanTable = CleanTable()
     duplicates: DuplicatesTable = DuplicatesTable()
     tokenizer: TokenizerTable = TokenizerTable()
-    validation: ValidationTable = ValidationTable()
+    validation: HeldOutTable = HeldOutTable()
 
     def settings(self) -> dict[str, Any]:
         """Return the values that decide the corpus. A table [validation] that holds out no documents is omitted."""

@@ -49,7 +49,7 @@ class SharedState:
 def shared_state_of(optimizer: torch.optim.Optimizer) -> SharedState:
     """Return a copy of an optimizer's shared state."""
     return SharedState(
-        attributes_of(optimizer),
+        plain_attributes_of(optimizer),
         [entries_of(group) for group in optimizer.param_groups],
         [any(param.grad is not None for param in group["params"]) for group in optimizer.param_groups],
     )
@@ -106,7 +106,7 @@ def is_shared(name: str, value: object) -> bool:
     return name not in _NOT_SHARED and is_plain(value)
 
 
-def attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def plain_attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return a copy of the plain attributes, without most attributes of torch's base class."""
     return {name: copied(value) for name, value in vars(optimizer).items() if is_shared(name, value)}
 

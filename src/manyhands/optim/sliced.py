@@ -26,7 +26,7 @@ from manyhands.errors import ConfigError
 from manyhands.offload.allocator import Allocator
 from manyhands.optim.fronts import hide_state
 from manyhands.optim.plain_values import decode_state, encode_state, is_plain
-from manyhands.optim.shared_state import SharedState, attributes_of, restore_shared_state, shared_state_of
+from manyhands.optim.shared_state import SharedState, plain_attributes_of, restore_shared_state, shared_state_of
 from manyhands.optim.trial import initial_state, try_out
 from manyhands.optim.working_copy import WorkingCopy, agreed, class_name
 
@@ -98,7 +98,7 @@ class SlicedOptimizer:
         self._copies = [self._tried(index, device) for index in range(len(self.fronts))]
         # The state that the constructors made, until all slices have their own state.
         self._initial = self._initial_states(named_params)
-        self._first_attributes = [attributes_of(front) for front in self.fronts]
+        self._first_attributes = [plain_attributes_of(front) for front in self.fronts]
         for front in self.fronts:
             hide_state(front)
         # The state tensors in the allocator's buffers, by parameter, first element and key. Used only with offload
@@ -262,7 +262,7 @@ class SlicedOptimizer:
     def attributes(self) -> list[dict[str, Any]]:
         """Return the plain attributes of each front that isn't torch's own."""
         pairs = zip(self.fronts, self._copies, strict=True)
-        return [attributes_of(front) if copy.tracks else {} for front, copy in pairs]
+        return [plain_attributes_of(front) if copy.tracks else {} for front, copy in pairs]
 
     def changed_attributes(self) -> list[dict[str, Any]]:
         """Return the attributes of each front that steps have changed."""

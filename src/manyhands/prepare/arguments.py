@@ -12,14 +12,14 @@ import pyarrow as pa
 
 from manyhands.errors import ConfigError
 from manyhands.options import whole_number
-from manyhands.prepare.records.functions import check_function
+from manyhands.prepare.records.functions import check_job_function
 from manyhands.prepare.records.keys import Key, key_from
 
 
 def checked_key(key: Any, method: str) -> Key:
     """Return the internal form of a key: a function, the name of a column, a list or tuple of names, or None."""
     if callable(key):
-        check_function(key, f"the key of {method}")
+        check_job_function(key, f"the key of {method}")
         return key_from(key)
     names = [key] if isinstance(key, str) else key
     if key is not None and not (

@@ -38,7 +38,7 @@ from manyhands.prepare.records.aggregate import Aggregate, Grouping
 from manyhands.prepare.records.chunks import size_bytes
 from manyhands.prepare.records.copies import pack_records
 from manyhands.prepare.records.data_frames import given_records
-from manyhands.prepare.records.functions import ENDS_EARLY, check_function, complete
+from manyhands.prepare.records.functions import ENDS_EARLY, check_job_function, complete
 from manyhands.prepare.records.keys import (
     ORDER_COLUMN,
     Key,
@@ -146,17 +146,17 @@ class Dataset:
 
     def map(self, function: Callable[[Any], Any]) -> Dataset:
         """Replace each record by `function(record)`."""
-        check_function(function, "the function of map")
+        check_job_function(function, "the function of map")
         return self._with_step(Map(function))
 
     def flat_map(self, function: Callable[[Any], Iterable[Any]]) -> Dataset:
         """Replace each record by all the records that `function(record)` returns or yields."""
-        check_function(function, "the function of flat_map", may_generate=True)
+        check_job_function(function, "the function of flat_map", may_generate=True)
         return self._with_step(FlatMap(function))
 
     def filter(self, function: Callable[[Any], object]) -> Dataset:
         """Select the records for which `function(record)` is true."""
-        check_function(function, "the function of filter")
+        check_job_function(function, "the function of filter")
         return self._with_step(Filter(function))
 
     def map_batches(self, function: Callable[[Any], Any], *, form: str = "arrow") -> Dataset:
@@ -170,12 +170,12 @@ class Dataset:
         """
         if form not in ("arrow", "numpy"):
             raise ConfigError("unknown form of batches", expected="arrow, numpy", got=repr(form))
-        check_function(function, "the function of map_batches")
+        check_job_function(function, "the function of map_batches")
         return self._with_step(MapBatches(function, form))
 
     def key_by(self, key: Callable[[Any], Any]) -> Dataset:
         """Replace each record by the pair `(key(record), record)`."""
-        check_function(key, "the key of key_by")
+        check_job_function(key, "the key of key_by")
         return self._with_step(KeyBy(key))
 
     def sample(self, fraction: float, *, seed: int = 0) -> Dataset:
@@ -418,7 +418,7 @@ class GroupedDataset:
             for argument in ("start", "add", "merge", "finish", "of"):
                 function = getattr(aggregate, argument)
                 if not (function is None and argument in ("finish", "of")) and not isinstance(function, str):
-                    check_function(function, f"the function `{argument}` of aggregate {name}")
+                    check_job_function(function, f"the function `{argument}` of aggregate {name}")
         grouping = Grouping(self._key, aggregates)
         what = f"group by {key_name(self._key)}: {', '.join(aggregates)}"
         return Dataset(Arranged((self._node,), (ByGroup(grouping, what),), Grouped(grouping, names)))

@@ -33,7 +33,7 @@ from manyhands.metrics.choice import chosen_metrics
 from manyhands.optim.amending import apply_changes, check_change
 from manyhands.optim.schedules import advance, advance_by_figure
 from manyhands.storage.location import Location, location_of
-from manyhands.training.evaluating import evaluate
+from manyhands.training.evaluating import evaluate_engine
 from manyhands.training.exchanging import Numbers, gathered, mean
 from manyhands.training.given_recipe import check_given_recipe
 from manyhands.validation import AVERAGED, TRAINED, Validation
@@ -228,7 +228,7 @@ class Engine(StepEngine):
         def load(indices: Iterable[int]) -> Iterator[Any]:
             return (load_batch(held_out, 0, micro_batch, preserves=False) for micro_batch in indices)
 
-        return evaluate(self, held_out, chosen, load, predict, weights=weights)
+        return evaluate_engine(self, held_out, chosen, load, predict, weights=weights)
 
     def _check_weights(self, weights: str) -> None:
         if weights not in (TRAINED, AVERAGED):
@@ -262,7 +262,9 @@ class Engine(StepEngine):
         held_out, metrics = loader.held_out[name], self._metrics[name]
         weights = given.evaluated_weights[0] if weights is None else weights
         self._check_weights(weights)
-        return evaluate(self, held_out, metrics, load, given.predict, weights=weights, micro_batches=micro_batches)
+        return evaluate_engine(
+            self, held_out, metrics, load, given.predict, weights=weights, micro_batches=micro_batches
+        )
 
     @property
     def is_first(self) -> bool:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from manyhands.metrics.metric import Metric
 
 
-def evaluate(
+def evaluate_engine(
     engine: StepEngine,
     samples: HeldOutSamples,
     metrics: Mapping[str, Metric | Collected],

@@ -50,7 +50,7 @@ from manyhands.storage.run_lock import run_lock
 from manyhands.surroundings import is_restart, launch_id, progress_descriptor
 from manyhands.training.engine import Engine
 from manyhands.training.provenance import code_of, data_digests, package_versions, with_earlier_code, write_diff
-from manyhands.training.saving import Snapshots
+from manyhands.training.snapshotting import Snapshots
 
 
 def will_resume(run_dir: str | Path | None, checkpoint_dir: str | Location | None) -> bool:

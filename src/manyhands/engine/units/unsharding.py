@@ -15,8 +15,8 @@ waits for a collective call that another worker doesn't make.
 Unshards have their own sequence of collective calls (`Group.sibling`). So a worker waits only for its peers to reach
 the same point of the plan, and never for their gradients.
 
-A unit stays unsharded when the model has left it. It is resharded when the model needs another unit, and at the latest
-when the unit's gradients are sent.
+A unit stays unsharded after the model has left it, until the model needs another unit. At the latest, the unit is
+resharded when its gradients are sent.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def shown(value: Any, most_characters: int = 200) -> str:
         return f"a {type(value).__name__}"
 
 
-def check_function(function: Any, argument: str, *, may_generate: bool = False) -> None:
+def check_job_function(function: Any, argument: str, *, may_generate: bool = False) -> None:
     """Raise ConfigError unless `function` is a plain function, which returns its result when it is called.
 
     argument: the argument that the caller passed, for messages. may_generate: True if generator functions are allowed.
