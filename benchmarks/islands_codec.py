@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/islands_codec.py [--values 69400000] [--rounds 5]
 
 For 8, 4 and 2 bits, with one and two threads, in turns: encode one tensor of normal values, encode it with error
-feedback, and decode it and add it to a total, as is done with the file of each island. Prints the medians.
+feedback, and decode it and add it to a total, as is done with the file of each island. Prints the medians. With two
+threads, each operation waits for both of them, so other work on the machine slows it down many times.
 """
 
 from __future__ import annotations

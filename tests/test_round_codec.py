@@ -342,6 +342,14 @@ def test_blocks_of_zeros_change_nothing() -> None:
             assert codes.tolist() == [{8: 0x80, 4: 0x88, 2: 0xAA}[bits]] * codes.numel()
 
 
+def test_parameters_may_be_encoded_and_added_to() -> None:
+    weights = torch.nn.Parameter(sample(300, 1))
+    codes, scales = encoded(weights, 4, torch.zeros(300))
+    decode_add(weights, codes, scales, 4)
+    assert weights.requires_grad
+    assert weights.grad_fn is None
+
+
 def test_tensors_in_the_wrong_form_are_refused() -> None:
     values, codes, scales = torch.zeros(300), torch.empty(256, dtype=torch.uint8), torch.empty(2, dtype=torch.bfloat16)
     encode(values, 4, codes, scales)

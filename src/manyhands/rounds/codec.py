@@ -40,7 +40,8 @@ CODEC_BITS = (8, 4, 2)
 TINY = 2.0**-100
 """A block whose largest absolute value is below this is encoded as zeros."""
 
-# The intermediate results of this many blocks fit into a core's caches, so encoding is several times faster.
+# The intermediate results of this many blocks fit into a core's caches. Fewer blocks would take longer because of the
+# time of each call of torch, and more blocks would be hardly faster.
 _BLOCKS_AT_ONCE = 1024
 
 
@@ -65,6 +66,7 @@ def codes_bytes(numel: int, bits: int) -> int:
     return num_blocks(numel) * CODEC_BLOCK * bits // 8
 
 
+@torch.no_grad()
 def encode(values: Tensor, bits: int, codes: Tensor, scales: Tensor, residual: Tensor | None = None) -> None:
     """Write the codes and scales of a tensor, or of a part of it.
 
@@ -102,6 +104,7 @@ def encode(values: Tensor, bits: int, codes: Tensor, scales: Tensor, residual: T
             torch.sub(blocks.view(-1)[: end - start], q.view(-1)[: end - start], out=error)
 
 
+@torch.no_grad()
 def decode_add(total: Tensor, codes: Tensor, scales: Tensor, bits: int, first: int = 0) -> None:
     """Add decoded values to `total`, with one rounding each: `total[k] += value of element first + k`.
 

@@ -27,7 +27,7 @@ NO_DIGEST = "0" * 64
 class RoundIdentity(NamedTuple):
     """What distinguishes a round file from others with the same layout.
 
-    fingerprint: identifies the recipe. round, island: counted from 0.
+    fingerprint: identifies the recipe. round, island: their numbers.
     """
 
     fingerprint: str
