@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from manyhands.rounds.compression import compress, decompress
 from manyhands.rounds.layout import RoundIdentity, RoundLayout
 from manyhands.rounds.round_file import RoundFile, RoundFileWriter
 from manyhands.storage.atomic import remove_temporary_files
+from support.full_disk import run_on_small_disk
 from support.processes import started
 
 PARAMS = [("embed.weight", 1000), ("layers.0.bias", 3), ("häd", 257), ("none", 0)]
@@ -172,15 +172,26 @@ def test_a_published_file_can_not_be_changed_or_published_again(tmp_path: Path) 
             writer.publish()
 
 
+FULL_DISK = """
+import sys
+from pathlib import Path
+import test_round_file as tests
+large = tests.RoundLayout([("weight", 3 << 20)], [], 32)
+try:
+    with tests.RoundFileWriter(Path(sys.argv[1], "file"), large, tests.IDENTITY) as writer:
+        writer.values("weight").fill_(1)
+except OSError as error:
+    print(error)
+print(list(Path(sys.argv[1]).iterdir()))
+"""
+
+
 def test_a_full_disk_raises_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as if the disk had room for 1,000 bytes more
-    try:
-        with pytest.raises(OSError, match="too large"):
-            RoundFileWriter(tmp_path / "file", layout(), IDENTITY)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list(tmp_path.iterdir())
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "disk")]
+    done = run_on_small_disk(tmp_path / "disk", command, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[Errno 28] No space left on device\n[]\n"
 
 
 KILLED = """
@@ -267,6 +278,10 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "zeros": (lambda raw: bytes(len(raw)), "is damaged(?s:.)*header of a safetensors file"),
     "text": (lambda raw: b"<html>no such file</html>" * 100, "is damaged(?s:.)*header of [0-9]+ bytes"),
     "long header": (lambda raw: (1 << 60).to_bytes(8, "little") + raw[8:], "is damaged(?s:.)*header of [0-9]+ bytes"),
+    "long header of a large file": (
+        lambda raw: (2 << 20).to_bytes(8, "little") + raw[8:] + b" " * (3 << 20),
+        "is damaged(?s:.)*header of 2097152 bytes",
+    ),
     "nested": (lambda raw: (400).to_bytes(8, "little") + b"[" * 400 + raw, "is damaged(?s:.)*header of a saf"),
     "no metadata": (with_header(lambda header: header.pop("__metadata__") and None), "another format(?s:.)*got: None"),
     "metadata of another kind": (with_header(lambda header: header | {"__metadata__": 1}), "is damaged"),
