@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import manyhands as mh
-from manyhands.checkpoint.format import seal
+from manyhands.storage.sealed import seal
 from support.command import run_command
 from test_bad_input import RECIPE, SUPPORT, recipe
 

@@ -13,9 +13,10 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
 import manyhands as mh
-from manyhands.checkpoint.format import list_checkpoints, read_manifest, seal
+from manyhands.checkpoint.format import list_checkpoints, read_manifest
 from manyhands.checkpoint.load import load_checkpoint
 from manyhands.errors import CheckpointError, ConfigError, NumericsError, WorkerError
+from manyhands.storage.sealed import seal
 from support.models import OWNED, OptimizerFactory, Wide, conv_recipe, gpt_recipe, grouped, partly_used_recipe
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine

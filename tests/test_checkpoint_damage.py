@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import manyhands as mh
-from manyhands.checkpoint.format import seal
 from manyhands.errors import CheckpointError, NumericsError
+from manyhands.storage.sealed import seal
 from support.models import ConvNet, conv_recipe
 from support.threads import run_threads
 

@@ -20,7 +20,7 @@ from manyhands.comm.group import Group
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.storage import location as addresses
-from manyhands.storage.location import Address, location_of
+from manyhands.storage.location import Address, StoreError, location_of
 from manyhands.training.run_record import RunRecord
 from support.models import PartlyUsed, gpt_recipe
 from support.s3 import BUCKET, VARIABLES, Network, free_port, running
@@ -220,6 +220,15 @@ def test_a_missing_bucket_is_reported_before_training(folder: str, tmp_path: Pat
         mh.export("s3://nowhere/run", tmp_path / "out")
     with pytest.raises(ConfigError, match="there is no checkpoint here"):
         mh.export(folder, tmp_path / "out")
+
+
+def test_a_missing_object_is_not_a_missing_bucket(folder: str) -> None:
+    missing = Address(f"{folder}/missing")
+    for read in (missing.read_bytes, missing.size, missing.open_to_read, lambda: missing.read_range(0, 10)):
+        with pytest.raises(FileNotFoundError):
+            read()
+    with pytest.raises(StoreError, match="bucket does not exist"):
+        Address("s3://nowhere/missing").read_range(0, 10)
 
 
 def test_missing_credentials_are_reported(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 
 import manyhands as mh
 from manyhands.checkpoint.export import parse_size, plan_shards
-from manyhands.checkpoint.format import seal
+from manyhands.storage.sealed import seal
 from manyhands.storage.tensor_file import TensorEntry
 from support.command import run_command
 from support.exporting import FrozenStem, Trained, assert_same, contents, weights

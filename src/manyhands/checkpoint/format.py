@@ -16,7 +16,6 @@ them, and the manifest is written last. A folder without a manifest is not a che
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -39,6 +38,7 @@ from pydantic import (
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.storage.files import names_in
 from manyhands.storage.location import Address, Location, hint_of, is_local, location_of
+from manyhands.storage.sealed import unseal
 from manyhands.storage.tensor_file import dtype_named
 from manyhands.storage.untrusted import read_inside
 
@@ -344,25 +344,13 @@ def read_frozen_manifest(folder: Location) -> FrozenManifest:
     return _read(folder, FrozenManifest)
 
 
-def seal(fields: dict[str, Any]) -> str:
-    """Return the text of a manifest with a checksum over all its fields."""
-    return json.dumps({**fields, "checksum": _checksum(fields)})
-
-
-def _checksum(fields: dict[str, Any]) -> str:
-    text = json.dumps({key: value for key, value in fields.items() if key != "checksum"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _read(folder: Location, kind: type[_M], check: Callable[[_M], None] = lambda manifest: None) -> _M:
     path = folder / MANIFEST
     try:
         fields = json.loads(read_inside(path))
         found = fields.get("format") if isinstance(fields, dict) else None
         if not isinstance(found, int) or found == CHECKPOINT_FORMAT:
-            if isinstance(fields, dict) and fields.pop("checksum", None) != _checksum(fields):
-                raise ValueError("its checksum does not match its contents")
-            manifest = kind.model_validate(fields)
+            manifest = kind.model_validate(unseal(fields) if isinstance(fields, dict) else fields)
             check(manifest)
             return manifest
     except OSError as error:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from manyhands.checkpoint.format import MANIFEST, seal
+from manyhands.checkpoint.format import MANIFEST
 from manyhands.errors import CheckpointError
 from manyhands.storage import atomic
 from manyhands.storage.location import Address, Location, hint_of
+from manyhands.storage.sealed import seal
 
 _ATTEMPT_FILE = re.compile(
     r"(step-\d{8,}|frozen-[0-9a-f]{16})/([0-9a-f]{16})/(worker-\d+\.safetensors|part-\d+\.json|failed-\d+)"

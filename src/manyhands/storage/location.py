@@ -222,8 +222,8 @@ class Address:
         try:
             yield
         except Exception as error:
-            if isinstance(error, FileNotFoundError) and error.__cause__ is None:
-                raise  # the object does not exist; if the error has a cause, the bucket does not exist
+            if isinstance(error, FileNotFoundError) and _is_missing_object(error):
+                raise
             raise StoreError(f"{self._text}: {_text_of(error)}", _hint_for(error)) from error
 
 
@@ -269,6 +269,12 @@ def address_or_path(location: str | Location) -> Location:
 def hint_of(error: OSError, default: str) -> str:
     """Return a hint about an error: the hint of a StoreError, or else `default`."""
     return error.hint if isinstance(error, StoreError) else default
+
+
+def _is_missing_object(error: FileNotFoundError) -> bool:
+    """Return False if the bucket or an upload does not exist, for which s3fs also raises FileNotFoundError."""
+    answer = getattr(error.__cause__, "response", None)
+    return not isinstance(answer, dict) or answer.get("Error", {}).get("Code") in ("NoSuchKey", "404")
 
 
 def _text_of(error: Exception) -> str:
