@@ -55,9 +55,17 @@ def running() -> Iterator[str]:
 
 
 class Network:
-    """Forwards connections to a server, until it is `cut`, and again when it is `mended`. A context manager."""
+    """Forwards connections to a server, until it is `cut`, and again when it is `mended`. A context manager.
+
+    delay: seconds that each 64 KiB take. After `freeze` connections stay open, but nothing gets through until `thaw`;
+    `freeze` holds for connections that are open, and for new ones until `thaw` or `thaw_new`.
+    """
 
     def __init__(self, url: str) -> None:
+        self.delay = 0.0
+        self._allowance, self.is_frozen = float("inf"), threading.Event()
+        self._flows: list[threading.Event] = []
+        self.thaw_new()
         host, port = url.removeprefix("http://").split(":")
         self._server = (host, int(port))
         self._port, self._is_cut = free_port(), True
@@ -79,6 +87,30 @@ class Network:
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
 
+    def freeze(self, after_bytes: float = 0) -> None:
+        """Let so many more bytes through, and then no more. `is_frozen` is set when the first byte is held back."""
+        self._allowance = after_bytes
+        self.is_frozen.clear()
+        self._flows[-1].clear()
+
+    def thaw_new(self) -> None:
+        """Let everything through on new connections."""
+        self._flows.append(threading.Event())
+        self._flows[-1].set()
+
+    def thaw(self) -> None:
+        """Let everything through again."""
+        for each in self._flows:
+            each.set()
+
+    def _pass(self, size: int, flows: threading.Event) -> None:
+        time.sleep(self.delay)
+        if not flows.is_set():
+            self._allowance -= size
+            if self._allowance < 0:
+                self.is_frozen.set()
+                flows.wait()
+
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):
             while True:
@@ -86,11 +118,12 @@ class Network:
                 server = socket.create_connection(self._server)
                 self._sockets += [client, server]
                 for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self._forward, args=pair, daemon=True).start()
+                    threading.Thread(target=self._forward, args=(*pair, self._flows[-1]), daemon=True).start()
 
-    def _forward(self, source: socket.socket, target: socket.socket) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket, flows: threading.Event) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
+                self._pass(len(data), flows)
                 target.sendall(data)
         for one in (source, target):
             one.close()
@@ -100,4 +133,5 @@ class Network:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.thaw()
         self.cut()

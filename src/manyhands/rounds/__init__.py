@@ -1,1 +1,1 @@
-"""The files that islands exchange once per round, and the codec of the values in them."""
+"""Islands that meet in a folder or an object store: files of rounds and their codec, leases, outages of the store."""
