@@ -1,16 +1,23 @@
 """Stores of rounds for tests, and a process that uses one.
 
-python -m support.rounds publish ADDRESS ROUND ISLAND PATH
+    python -m support.rounds publish ADDRESS ROUND ISLAND PATH
+    python -m support.rounds share ADDRESS CLUSTER COUNT FIXED
+
+The second one takes and releases leases until it reads a line, and prints the islands that it holds as JSON. FIXED: a
+JSON list of islands, or null.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from manyhands.rounds.leases import Leases
 from manyhands.rounds.store import RoundStore
 from manyhands.storage.location import location_of
 from support.s3 import VARIABLES
@@ -41,9 +48,36 @@ def s3_variables(url: str) -> Iterator[None]:
         s3fs.S3FileSystem.clear_instance_cache()
 
 
+BEAT, LOST_AFTER, SETTLE = 0.1, 2.0, 0.05
+"""Seconds; short, but long enough for a busy machine."""
+
+
+def share(leases: Leases) -> set[int]:
+    """Take and release what should be taken and released now. Return what is held."""
+    for island in leases.held() - leases.wanted():
+        leases.release(island)
+    for island in sorted(leases.wanted() - leases.held()):
+        leases.take(island)
+    return leases.held()
+
+
 def main() -> None:
-    address, round, island, path = sys.argv[2:]
-    opened(address).publish(int(round), int(island), Path(path))
+    if sys.argv[1] == "publish":
+        address, round, island, path = sys.argv[2:]
+        opened(address).publish(int(round), int(island), Path(path))
+        return
+    address, cluster, count, fixed = sys.argv[2:]
+    ended, store = threading.Event(), opened(address, count=int(count))
+    threading.Thread(target=lambda: (sys.stdin.readline(), ended.set()), daemon=True).start()
+    times = {"beat": BEAT, "lost_after": LOST_AFTER, "settle": SETTLE}
+    with Leases(store, cluster, int(count), fixed=json.loads(fixed), **times) as leases:
+        before = None
+        while not ended.wait(BEAT / 2):
+            held = share(leases)
+            if held != before:
+                sys.stdout.write(f"{json.dumps(sorted(held))}\n")
+                sys.stdout.flush()
+                before = held
 
 
 if __name__ == "__main__":
