@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +25,7 @@ from manyhands.errors import ConfigError
 from manyhands.rounds import leases as leases_module
 from manyhands.rounds.leases import Leases, Observer, new_cluster_id
 from manyhands.rounds.sharing import Sightings, share_out
+from manyhands.rounds.store import RoundStore
 from support.processes import started, suspend
 from support.rounds import BEAT, LOST_AFTER, SETTLE, opened, s3_variables, share
 from support.s3 import BUCKET, running
@@ -270,6 +272,34 @@ def test_damaged_and_foreign_files_are_replaced_or_ignored(tmp_path: Path, monke
         assert leases.held() == {0, 1, 2, 3}
     assert sum("clusters/notes.txt" in text for text in said) == 1
     assert Path("/etc/passwd").exists()
+
+
+class Overtaken(RoundStore):
+    """A store in which cluster 1 writes each lease just after another cluster has written it."""
+
+    def steady(self, what: str, call: Callable[[], Any]) -> Any:
+        found = super().steady(what, call)
+        if what.startswith("take leases/"):
+            leases_module._write(self, what.removeprefix("take "), {"cluster": CLUSTERS[1], "taking": 7})
+        return found
+
+
+def test_the_last_writer_of_a_lease_wins(tmp_path: Path) -> None:
+    said: list[str] = []
+    with (
+        Leases(opened(tmp_path), CLUSTERS[1], 4, **TIMES) as winner,
+        Leases(Overtaken(tmp_path, said.append), CLUSTERS[0], 4, **TIMES) as loser,
+    ):
+        assert winner.wait_observed(120)
+        assert loser.wait_observed(120)
+        assert not loser.take(0)
+        assert loser.held() == set()
+        assert winner.take(0)
+        with loser._lock:
+            loser._held.add(0)  # as if it had read its lease back before the other one wrote
+        until(lambda: loser.held() == set())
+        until(lambda: any("island 0 was taken by cluster 11111111 on" in text for text in said))
+        assert winner.held() == {0}
 
 
 def test_a_restart_is_the_same_cluster_and_a_copy_of_its_directory_is_told(tmp_path: Path) -> None:

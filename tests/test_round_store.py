@@ -222,6 +222,17 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_no_object(server: str, bucket:
         assert store.fetch(1, 0, tmp_path).read_bytes() == path.read_bytes()
 
 
+@needs_s3
+def test_a_large_file_is_sent_in_parts(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manyhands.rounds.store._MOST_IN_MEMORY_BYTES", 1 << 20)
+    monkeypatch.setattr("manyhands.storage.location._PART_BYTES", 5 << 20)  # S3's least
+    path, store = result(tmp_path, random.Random(0).randbytes(11 << 20)), opened(bucket)
+    store.publish(1, 0, path)
+    assert store.fetch(1, 0, tmp_path).read_bytes() == path.read_bytes()
+    file = Address(f"{bucket}/rounds/00000001/island-0.safetensors")
+    assert file._system.info(file._inner)["ETag"].endswith('-2"')  # so many parts
+
+
 class Talk:
     """Takes reports. Reports are complete at once, so a test can wait for one."""
 

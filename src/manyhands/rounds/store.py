@@ -45,6 +45,9 @@ _ISLAND = re.compile(r"island-(0|[1-9]\d{0,5})\.safetensors(\.zst)?")
 _MOST_SMALL_BYTES = 1 << 20
 """The maximum size of a small JSON file that is read."""
 
+_MOST_IN_MEMORY_BYTES = 64 << 20
+"""The maximum size of a file that is sent as one request. A larger file is sent in parts."""
+
 _MOST_FOREIGN_REPORTS = 5
 
 _PRUNED = "check whether other programs delete or change files there"
@@ -356,8 +359,17 @@ def _upload(path: Path, to: Address) -> bool:
     """Create an object from a file, unless it is there. Return whether it was created."""
     if to.is_file():
         return False
-    _in_bucket(lambda: to.upload(str(path)))
+    _in_bucket(lambda: _send(path, to))
     return True
+
+
+def _send(path: Path, to: Address) -> None:
+    size = path.stat().st_size
+    if size <= _MOST_IN_MEMORY_BYTES:
+        to.upload(str(path))
+        return
+    with path.open("rb") as source, to.written(size) as file:  # `upload` would keep 500 MiB in memory
+        shutil.copyfileobj(source, file, AHEAD_BYTES)
 
 
 def _in_bucket(write: Callable[[], None]) -> None:
