@@ -305,6 +305,15 @@ def test_the_last_writer_of_a_lease_wins(tmp_path: Path) -> None:
 def test_a_restart_is_the_same_cluster_and_a_copy_of_its_directory_is_told(tmp_path: Path) -> None:
     said: list[str] = []
     cluster = new_cluster_id()
+    for island in range(4):  # a killed process of this cluster held all islands
+        leases_module._write(opened(tmp_path), f"leases/island-{island}.json", {"cluster": cluster, "taking": 1})
+    with Leases(opened(tmp_path), CLUSTERS[1], 4, **TIMES) as other:
+        assert other.wait_observed(120)
+        with Leases(opened(tmp_path), cluster, 4, **TIMES) as again:
+            # It releases two leases that this process has never taken.
+            until(lambda: (again.wanted(), other.wanted()) == ({0, 1}, {2, 3}))
+            until(lambda: (share(again), share(other)) == ({0, 1}, {2, 3}))
+    assert os.listdir(tmp_path / "leases") == []
     with Leases(opened(tmp_path), cluster, 2, **TIMES) as leases:
         until(lambda: share(leases) == {0, 1})
         with Leases(opened(tmp_path, said.append), cluster, 2, **TIMES):

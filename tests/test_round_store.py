@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from manyhands.errors import ConfigError, DataError, Interrupted, InvariantError
@@ -291,6 +292,7 @@ def test_a_request_that_hangs_is_reported_repeated_and_interrupted(
     server: str, bucket: str, tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outages, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 3600}})  # s3fs itself would wait
     talk, stop = Talk(), threading.Event()
     with ThreadPoolExecutor(1) as pool, Network(server) as network, s3_variables(network.url):
         store = opened(bucket, talk)
