@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         NumericsError,
         WorkerError,
     )
+    from manyhands.islands import Averaging, Islands, Nesterov
     from manyhands.launching.function import launch
     from manyhands.listeners.listener import Listener, stop
     from manyhands.listeners.summary import Summary
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Aggregate": "prepare.records.aggregate",
     "Average": "average",
+    "Averaging": "islands",
     "Batch": "config",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -60,8 +62,10 @@ _WHERE = {
     "ExportSummary": "checkpoint.export",
     "Interrupted": "errors",
     "InvariantError": "errors",
+    "Islands": "islands",
     "Listener": "listeners.listener",
     "ManyhandsError": "errors",
+    "Nesterov": "islands",
     "NumericsError": "errors",
     "PrepareSummary": "prepare.job.output",
     "Recipe": "config",
@@ -91,6 +95,7 @@ _WHERE = {
 __all__ = [
     "Aggregate",
     "Average",
+    "Averaging",
     "Batch",
     "CheckpointError",
     "ConfigError",
@@ -102,8 +107,10 @@ __all__ = [
     "ExportSummary",
     "Interrupted",
     "InvariantError",
+    "Islands",
     "Listener",
     "ManyhandsError",
+    "Nesterov",
     "NumericsError",
     "PrepareSummary",
     "Recipe",

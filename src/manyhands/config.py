@@ -308,23 +308,15 @@ class Recipe:
             raise ConfigError(
                 "recipe.islands has the wrong type", expected="manyhands.Islands(...)", got=repr(self.islands)
             )
-        if self.islands is None:
-            return
-        patience = next((f"{name}.patience" for name, each in self.validations.items() if each.patience), None)
-        refused = {
-            "a stream as data": self.stream is not None,
-            "an average of the weights (ema, average)": self.average_of_weights is not None,
-            "schedule_on": self.schedule_on is not None,
-            str(patience): patience is not None,
-        }
-        for what in (name for name, is_set in refused.items() if is_set):
-            raise ConfigError(
-                f"islands don't support {what}",
-                expected="a recipe without it, or without islands",
-                got=f"islands = {self.islands}",
-            )
-        if self.weights is None:
-            self.islands.momentum_start(pretrained=False)
+        if self.islands is not None:
+            patience = next((f"{name}.patience" for name, each in self.validations.items() if each.patience), None)
+            unsupported = {
+                "a stream as data": self.stream is not None,
+                "an average of the weights (ema, average)": self.average_of_weights is not None,
+                "schedule_on": self.schedule_on is not None,
+                str(patience): patience is not None,
+            }
+            self.islands.check_recipe(unsupported, pretrained=self.weights is not None)
 
     def _check_validations(self) -> None:
         if not isinstance(self.validation, (Validation, Mapping, NoneType)):
@@ -470,6 +462,17 @@ class Strategy:
         flag_type=int,
         metavar="N",
         help="Additional processes of each worker that read data ahead. 0: the worker reads the data itself.",
+    )
+    islands_state_every: int = option(
+        default=10,
+        at_least=1,
+        help="With islands, the number of rounds between two states of an island in the place where clusters meet. "
+        "Another cluster continues a lost island from the last one.",
+    )
+    islands_lost_after: float = option(
+        default=60.0,
+        at_least=1.0,
+        help="With islands, the seconds after which other clusters take over the islands of a silent cluster.",
     )
     stall_seconds: float = option(
         default=600.0,

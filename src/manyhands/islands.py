@@ -60,7 +60,8 @@ class Round:
     """A round of the islands. Steps are counted as complete: a round from step 30 to step 60 makes steps 31 to 60.
 
     number: counted from 1. start, end: the number of complete steps at its start and its end. applied: the number of
-    complete steps after which an island's weights take in the result. outer: the outer optimizer.
+    complete steps after which an island's weights take in the result; this is before the end of the next round. outer:
+    the outer optimizer.
     """
 
     number: int
@@ -188,6 +189,19 @@ class Islands:
             )
         return None
 
+    def check_recipe(self, unsupported: Mapping[str, bool], *, pretrained: bool) -> None:
+        """Raise ConfigError if a recipe can't have islands. unsupported: whether it has these options.
+
+        pretrained: as in `momentum_start`.
+        """
+        for what in (name for name, is_set in unsupported.items() if is_set):
+            raise ConfigError(
+                f"islands don't support {what}",
+                expected="a recipe without it, or without islands",
+                got=f"islands = {self}",
+            )
+        self.momentum_start(pretrained=pretrained)
+
     def has_momentum(self, *, pretrained: bool) -> bool:
         """Return True if some rounds of a long run have outer momentum."""
         return self.momentum_start(pretrained=pretrained) is not None
@@ -210,7 +224,7 @@ class Islands:
             is_last = end == steps
             has_momentum = momentum_start is not None and end > momentum_start and not is_last
             outer: OuterOptimizer = momentum if has_momentum else Averaging()
-            applied = min(end + self.delay, following)
+            applied = end if is_last else max(end, min(end + self.delay, following - 1))
             found.append(Round(len(found) + 1, start, end, applied, outer, is_last))
             start = end
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,20 +38,33 @@ class CheckpointReader(PieceReader):
         }
 
 
-def load_checkpoint(engine: StepEngine, folder: Location, *, accept_new_numerics: bool = False) -> Manifest:
+def load_checkpoint(
+    engine: StepEngine,
+    folder: Location,
+    *,
+    accept_new_numerics: bool = False,
+    other_facts: Mapping[str, str | None] | None = None,
+) -> Manifest:
     """Load the checkpoint in `folder` into the engine. Collective.
 
     Raises CheckpointError if the checkpoint is missing, damaged or of another recipe, and NumericsError if it was saved
     under another numerics identity. accept_new_numerics: if True, load the checkpoint nevertheless. The bits of later
-    steps may then differ from those of the run that saved it.
+    steps may then differ from those of the run that saved it. other_facts: facts in which the checkpoint must differ
+    from the engine; None for a fact that it must lack.
     """
-    return restore(engine, CheckpointReader(folder), accept_new_numerics=accept_new_numerics)
+    return restore(engine, CheckpointReader(folder), accept_new_numerics=accept_new_numerics, other_facts=other_facts)
 
 
-def restore(engine: StepEngine, reader: CheckpointReader, *, accept_new_numerics: bool = False) -> Manifest:
+def restore(
+    engine: StepEngine,
+    reader: CheckpointReader,
+    *,
+    accept_new_numerics: bool = False,
+    other_facts: Mapping[str, str | None] | None = None,
+) -> Manifest:
     """Load the state that `reader` provides into the engine, as `load_checkpoint` does. Collective."""
     manifest, folder = reader.manifest, reader.folder
-    _check_facts(manifest, engine, folder)
+    _check_facts(manifest, engine.facts() | dict(other_facts or {}), folder)
     amendments = _with_past(manifest, engine.amendments, folder)
     hyperparameters = _hyperparameters(manifest, engine, folder)
     attributes = _attributes(manifest, engine, folder)
@@ -129,10 +143,9 @@ def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:
     return reader.read(kind, piece.name, piece.start, piece.master.numel()).view(piece.master.shape)
 
 
-def _check_facts(manifest: Manifest, engine: StepEngine, folder: Location) -> None:
-    facts = engine.facts()
+def _check_facts(manifest: Manifest, facts: Mapping[str, str | None], folder: Location) -> None:
     for name in [*facts, *manifest.facts]:
-        saved, now = manifest.facts.get(name, "nothing"), facts.get(name, "nothing")
+        saved, now = manifest.facts.get(name, "nothing"), facts.get(name) or "nothing"
         if saved != now:
             raise CheckpointError(
                 f"the checkpoint belongs to another recipe: {name} differs",

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from manyhands.engine.step.amendments import Amendments
 
 
+_PLACES = ("checkpoint_dir", "islands_at")
+"""The options that name a folder or an address."""
+
+
 @dataclass(frozen=True)
 class RunArguments:
     """The parameters that determine a run. They must be equal on all hosts, except for the number of workers."""
@@ -115,6 +119,24 @@ class RunArguments:
             "number of threads).",
         ),
     ] = False
+    islands_at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Where the islands of a recipe with [islands] meet: a folder that all clusters see, or an address "
+            "such as s3://bucket/folder. Without it, this command computes all islands.",
+            show_default=False,
+        ),
+    ] = None
+    islands: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="The islands that this cluster computes, such as 0,2; or auto, the default: clusters share the "
+            "islands, and take over those of a cluster that is lost.",
+            show_default=False,
+        ),
+    ] = None
     skip_step: Annotated[
         list[int] | None,
         typer.Option(
@@ -173,6 +195,19 @@ class RunArguments:
         settings = dict(parse_override("--amend", text) for text in self.amend or ())
         return amendments_of(self.skip_step or (), {} if self.from_step is None else {self.from_step: settings})
 
+    def list_of_islands(self) -> list[int] | str | None:
+        """Return the islands of --islands. Raises ConfigError."""
+        if self.islands is None or self.islands == "auto":
+            return self.islands
+        parts = [part.strip() for part in self.islands.split(",")]
+        if not all(part.isdecimal() for part in parts):
+            raise ConfigError(
+                "--islands is not a list of islands",
+                expected="numbers from 0, such as 0,2; or auto",
+                got=repr(self.islands),
+            )
+        return [int(part) for part in parts]
+
     def request(self, overrides: list[str], steps: int | None, run_dir: Path) -> dict[str, Any]:
         """Describe the training for the workers, as JSON values.
 
@@ -192,6 +227,8 @@ class RunArguments:
                 "keep_best": self.keep_best or [],
                 "digest_every": self.digest_every,
                 "accept_new_numerics": self.accept_new_numerics,
+                "islands_at": self.islands_at,
+                "islands": self.list_of_islands(),
                 "amendments": self.amendments().as_json(),
             },
         }
@@ -203,7 +240,7 @@ class RunArguments:
             written += ["--set", override]
         for field in fields(RunArguments):
             value = getattr(self, field.name)
-            if field.name == "checkpoint_dir":
+            if field.name in _PLACES:
                 value = _absolute(value)
             if field.name not in ("recipe", "workers", "set_", "listener", "run_dir") and value != field.default:
                 flag = f"--{field.name.replace('_', '-')}"
@@ -214,7 +251,7 @@ class RunArguments:
 
 def with_absolute_paths(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the request with absolute folders, which mean the same on hosts with different working directories."""
-    training = {**request["training"], "checkpoint_dir": _absolute(request["training"]["checkpoint_dir"])}
+    training = {**request["training"], **{name: _absolute(request["training"][name]) for name in _PLACES}}
     return {**request, "run_dir": _absolute(request["run_dir"]), "training": training}
 
 

@@ -47,11 +47,14 @@ _LAST_SECONDS = 1 << 35
 
 _FOLDERS = ("logs", "checkpoints", "digests", "tensorboard")
 
+ISLANDS = "islands"
+"""The folder with the states and files of islands, and the run of their warm steps."""
+
 AMENDMENTS, IDS = "amendments.json", "listeners.json"
 
 _RECORDS = ("metrics.jsonl", "validations.jsonl", IDS, "events.jsonl")
 
-_BEFORE_MANIFEST = (*_FOLDERS, "scratch", "recipe.json", AMENDMENTS, *_RECORDS, LOCK)
+_BEFORE_MANIFEST = (*_FOLDERS, ISLANDS, "scratch", "recipe.json", AMENDMENTS, *_RECORDS, LOCK)
 """The names of the files and folders that a run may write before its manifest."""
 
 MOST_TABLES, LEAST_TABLES, MOST_TABLE_BYTES = 128, 16, 1 << 30
@@ -211,7 +214,7 @@ class RunDirectory:
         The manifest is copied, because the run keeps its id and the location of its checkpoints. A link to a folder of
         checkpoints stays. The caller holds the run's lock. Raises ConfigError.
         """
-        names = list(filter(self._is_recorded, (*_FOLDERS, "recipe.json", "code.diff", AMENDMENTS, *_RECORDS)))
+        names = list(filter(self._is_recorded, (*_FOLDERS, ISLANDS, "recipe.json", "code.diff", AMENDMENTS, *_RECORDS)))
         if not names:
             return None
         numbers = [int(path.name.partition("-")[2]) for path in self.path.glob("earlier-*") if path.name[8:].isdigit()]

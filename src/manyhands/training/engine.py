@@ -239,6 +239,11 @@ class Engine(StepEngine):
                 expected="a recipe with ema=0.999 or average=manyhands.Average(...)",
             )
 
+    def facts_of_data(self) -> dict[str, str]:
+        """Return facts about the first micro-batch of the run."""
+        self._stream = None
+        return self._facts(0)
+
     def facts_of_validation(self, name: str) -> dict[str, str]:
         """Return facts about a validation, to be compared between workers. This ends a stream in progress."""
         self._stream = None
@@ -359,18 +364,26 @@ class Engine(StepEngine):
         keep: int | None = None,
         keep_every: int | None = None,
         best: Collection[int] = (),
+        without: Collection[str] = (),
         published: Callable[[Location], None] | None = None,
     ) -> None:
         """Start to write a copy of the current state as a checkpoint. Training may continue meanwhile. Collective.
 
-        Takes the arguments of `save`. First waits for the previous checkpoint, as `finish_save` does.
+        Takes the arguments of `save`. First waits for the previous checkpoint, as `finish_save` does. without: kinds of
+        tensors that the checkpoint leaves out.
         """
         self.check_usable()
         self._refuse_without_checkpoint()
         self.finish_save()
         try:
             self._saving = start_checkpoint(
-                self, location_of(folder), keep=keep, keep_every=keep_every, best=best, published=published
+                self,
+                location_of(folder),
+                keep=keep,
+                keep_every=keep_every,
+                best=best,
+                without=without,
+                published=published,
             )
         except CheckpointError:
             raise  # all workers raise it
@@ -392,13 +405,22 @@ class Engine(StepEngine):
         """Return True while this worker writes the checkpoint of `begin_save`, or waits for its publication."""
         return self._saving is not None and not self._saving.is_done
 
-    def load(self, checkpoint: str | Location, *, accept_new_numerics: bool = False) -> Manifest:
+    def load(
+        self,
+        checkpoint: str | Location,
+        *,
+        accept_new_numerics: bool = False,
+        other_facts: Mapping[str, str | None] | None = None,
+    ) -> Manifest:
         """Load a checkpoint that any number of workers saved with any sharding. Collective.
 
-        Raises CheckpointError, NumericsError.
+        other_facts: facts about the recipe in which the checkpoint must differ; see `load_checkpoint`. Raises
+        CheckpointError, NumericsError.
         """
         location = location_of(checkpoint)
-        return self._restored(lambda: load_checkpoint(self, location, accept_new_numerics=accept_new_numerics))
+        return self._restored(
+            lambda: load_checkpoint(self, location, accept_new_numerics=accept_new_numerics, other_facts=other_facts)
+        )
 
     def load_snapshot(self, memory: SnapshotMemory) -> Manifest:
         """Load the newest snapshot in `memory`. Collective."""
@@ -415,6 +437,11 @@ class Engine(StepEngine):
         self._open_loader().restore(manifest.stream)
         self._param_guard.after_load()
         return manifest
+
+    def weights_changed(self) -> None:
+        """Note that the weights were changed outside of a step. Without this, the next step would refuse the change."""
+        self._param_guard.after_load()
+        self._stream = None  # samples that were read ahead may be those of another island
 
     def _refuse_without_checkpoint(self) -> None:
         if self._awaits_checkpoint:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
 from manyhands.training.given_recipe import check_given_recipe
+from manyhands.training.island_rounds import Meeting, make_rounds, meeting_of
 from manyhands.training.run_record import RunRecord, has_started_over, will_resume
 from manyhands.training.sampling import sample_text
 from manyhands.training.saver import Saver
 from manyhands.training.validating import Validations
+from manyhands.training.warm_up import warm_up
 
 MEASURED_STEPS = 3
 """The number of steps at the start in which memory is measured. Measuring takes time, so later steps are not measured.
@@ -51,6 +54,8 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     accept_new_numerics: bool = False,
     adopt: bool = False,
     start_over: bool = False,
+    islands_at: str | Location | None = None,
+    islands: Sequence[int] | str | None = None,
     skip_steps: Sequence[int] = (),
     amendments: Mapping[int, Mapping[str, Any]] | None = None,
     show: bool = True,
@@ -77,6 +82,10 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     adopt: continue from checkpoints that belong to another run. Then only this run may write to their folder.
     start_over: begin the run in run_dir anew. Its metrics, events, digests and checkpoints are moved to a subfolder.
         After a restart of the program, a run that had already started over continues instead.
+    islands_at: where the islands of a recipe meet: a folder that all clusters see, or an address (s3://bucket/folder).
+        Without it, this program computes all islands itself.
+    islands: the numbers of the islands, from 0, that this program computes; or "auto", the default: programs on several
+        clusters share the islands, and take over those of a cluster that is lost.
     skip_steps: steps to skip, counted from 1: their data are passed over, and schedules advance.
     amendments: settings that change from a step on, such as {500: {"optimizer.lr": 1e-4, "clip_norm": 0.5}}. The run
         directory records both, and they apply again whenever the run is resumed.
@@ -89,17 +98,12 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     """
     check_given_recipe(recipe)
     check_length(steps, recipe.epochs)
-    given = (1 if steps is None else steps, digest_every, keep_checkpoints, 1 if keep_every is None else keep_every)
-    checked_steps, digest_every, keep_checkpoints, kept = (whole_number(number) or 0 for number in given)
-    keep_every = None if keep_every is None else kept
-    if min(checked_steps, digest_every, keep_checkpoints, kept) < 1:
-        raise ConfigError(
-            "steps, digest_every, keep_checkpoints and keep_every must be at least 1",
-            expected="integers",
-            got=", ".join(map("{} = {!r}".format, ("steps", "digest_every", "keep_checkpoints", "keep_every"), given)),
-        )
+    checked_steps, digest_every, keep_checkpoints, keep_every = _checked_numbers(
+        1 if steps is None else steps, digest_every, keep_checkpoints, keep_every
+    )
     check_listeners(listeners)
     given_amendments = amendments_of(skip_steps, amendments or {})
+    meeting = meeting_of(recipe, islands_at, islands)
     interval = Every() if checkpoint_every is None else every(checkpoint_every)
     started = time.monotonic()
     with ExitStack() as around, ExitStack() as stack:
@@ -107,6 +111,9 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         strategy = _with_scratch(strategy_or_default(strategy), run_dir)
         anew = start_over and not has_started_over(run_dir)
         resumes = not anew and will_resume(run_dir, checkpoint_dir)
+        if meeting is not None and not resumes:
+            options = partial(train, checkpoint_every=checkpoint_every, digest_every=digest_every)
+            meeting = _warmed(meeting, recipe, run_dir, partial(options, strategy=strategy, show=show, stop=signals))
         engine = stack.enter_context(Engine(recipe, strategy, resumes=resumes))
         _agree_on_arguments(  # except for `adopt`: only worker 0 uses it, and a host that joins later has no --adopt
             engine.group,
@@ -120,6 +127,8 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             digest_every=digest_every,
             accept_new_numerics=accept_new_numerics,
             start_over=start_over,
+            islands_at=islands_at,
+            islands=islands,
             amendments=given_amendments.described(),
         )
         last = engine.epochs.steps(recipe.epochs) if recipe.epochs is not None else checked_steps
@@ -136,7 +145,10 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         if validations.begin():
             saver.save_best()
         signals.training_started()
-        peak_bytes = _make_steps(engine, record, validations, saver, signals, last, digest_every)
+        if meeting is None:
+            peak_bytes = _make_steps(engine, record, validations, saver, signals, last, digest_every)
+        else:
+            peak_bytes = make_rounds(engine, record, validations, saver, signals, last, digest_every, meeting)
         saver.finish()
         summary = _summary(engine, record, validations, peak_bytes, time.monotonic() - started)
         record.summary = summary
@@ -178,6 +190,27 @@ def _make_steps(
             record.event("stopped early", step=engine.step_index, why=validations.stop_reason)
         record.report(validations.stop_reason)
     return memory.peak_bytes
+
+
+def _checked_numbers(
+    steps: object, digest_every: object, keep_checkpoints: object, keep_every: object
+) -> tuple[int, int, int, int | None]:
+    """Return the numbers as Python's own integers. Raises ConfigError."""
+    given = {"steps": steps, "digest_every": digest_every, "keep_checkpoints": keep_checkpoints}
+    given |= {} if keep_every is None else {"keep_every": keep_every}
+    found = {name: whole_number(number) or 0 for name, number in given.items()}
+    if min(found.values()) < 1:
+        raise ConfigError(
+            "steps, digest_every, keep_checkpoints and keep_every must be at least 1",
+            expected="integers",
+            got=", ".join(f"{name} = {number!r}" for name, number in given.items()),
+        )
+    return found["steps"], found["digest_every"], found["keep_checkpoints"], found.get("keep_every")
+
+
+def _warmed(meeting: Meeting, recipe: Recipe, run_dir: str | Path | None, train: Callable[..., object]) -> Meeting:
+    """Make the warm steps of a recipe with islands, if this cluster is to make them. Collective."""
+    return replace(meeting, warm=warm_up(recipe, run_dir, train)) if meeting.makes_warm_steps(recipe) else meeting
 
 
 def _agree_on_arguments(group: Group, **arguments: Any) -> None:

@@ -243,7 +243,8 @@ class RunRecord:
         if engine.amendments != directory.read_amendments():
             directory.write_amendments(engine.amendments)
         repeats = sum(metrics.step > engine.step_index for metrics in directory.read_metrics())
-        directory.truncate_metrics(engine.step_index)
+        if engine.recipe.islands is None:  # islands don't repeat all steps, see `last_steps`
+            directory.truncate_metrics(engine.step_index)
         directory.truncate_validations(
             engine.step_index, validated=engine.progress.get("validated") == engine.step_index
         )
@@ -404,6 +405,19 @@ class RunRecord:
     def read_events(self) -> list[dict[str, Any]]:
         """Return all events of the run so far on worker 0, and an empty list on other workers."""
         return [] if self._directory is None else self._directory.read_events()
+
+    @property
+    def run_id(self) -> str:
+        """Return the run's id on worker 0."""
+        return self._run.id
+
+    def last_steps(self) -> dict[int, int]:
+        """Return the last recorded step of each island on worker 0, and an empty dict on other workers."""
+        recorded = [] if self._directory is None else self._directory.read_metrics()
+        last: dict[int, int] = {}
+        for metrics in recorded:
+            last[metrics.island or 0] = max(metrics.step, last.get(metrics.island or 0, 0))
+        return last
 
     def last_validations(self) -> dict[str, dict[str, Any]]:
         """Return the last recorded validation of each set on worker 0, and an empty dict on other workers."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from manyhands.checkpoint.save import check_schedules
+from manyhands.comm.agreement import all_gather_json
 from manyhands.errors import CheckpointError
 from manyhands.intervals import Every
 from manyhands.storage.location import Location
@@ -52,6 +54,19 @@ class Saver:
         if self._engine.save_requested:
             self._last = time.monotonic()
         self._begin_save()
+
+    def after_round(self, steps: range, *, last: bool, is_best: bool) -> None:
+        """Start a checkpoint if one was due after one of the steps of a round of islands, or if the round's result is
+        the best so far. Collective. After the last round, `finish` writes the checkpoint.
+        """
+        due = self._interval.steps is not None and any(step % self._interval.steps == 0 for step in steps)
+        if self._interval.seconds is not None:
+            mine = time.monotonic() - self._last >= self._interval.seconds
+            all_ranks: list[Any] = all_gather_json(self._engine.group, mine, f"step {steps[-1]} / save / control")
+            due = all_ranks[0]  # worker 0's clock decides
+        if (due or is_best) and not last:
+            self._last = time.monotonic()
+            self._begin_save()
 
     def save_best(self) -> None:
         """Start a checkpoint of the state before the next step, unless it has been written already. Collective."""

@@ -53,7 +53,8 @@ class Snapshots:
         one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         self._memory: SnapshotMemory | None = None
         mine = Training(next(_trainings), "" if run_dir is None else str(run_dir.absolute()))
-        if address and one_host and not engine.allocator.on_disk:
+        # The state of islands is saved after their turns instead.
+        if address and one_host and not engine.allocator.on_disk and engine.recipe.islands is None:
             # Use worker 0's value: all workers must find the same snapshots, even if their paths to the run directory
             # differ.
             all_ranks: list[Any] = all_gather_json(engine.group, mine, "start / snapshots / control")

@@ -160,7 +160,15 @@ class Validations:
     def after_step(self) -> bool:
         """Make the validations that are due. Return True if the checkpoint of this step is to be kept as the best."""
         step = self._engine.step_index
-        return self._validate({name: each for name, each in self._given.items() if self._is_due(each, step)})
+        return self.after_steps(range(step, step + 1))
+
+    def after_steps(self, steps: range) -> bool:
+        """Make the validations that were due after one of these steps, the last of which was just made.
+
+        Return True if the checkpoint of the last step is to be kept as the best.
+        """
+        given = self._given.items()
+        return self._validate({name: each for name, each in given if any(self._is_due(each, step) for step in steps)})
 
     def _is_due(self, validation: Validation, step: int) -> bool:
         return step == self._steps or self._is_regular(validation, step)

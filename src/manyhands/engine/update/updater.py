@@ -72,11 +72,13 @@ class Run:
 class Part(NamedTuple):
     """A part of a parameter: its elements [start, start + numel), which begin with a block.
 
-    master: the master weights, [numel]. companions: what islands store beside them, each [numel], by kind.
+    in_unit: the elements in the unit. master: the master weights, [numel]. companions: what islands store beside them,
+    each [numel], by kind.
     """
 
     name: str
     start: int
+    in_unit: Range
     master: Tensor
     companions: Mapping[str, Tensor]
 
@@ -372,14 +374,14 @@ class Updater:
         if not alone:
             self._all_gather_all(tag)
 
-    def parts(self, *, owned: bool) -> Iterator[Part]:
-        """Yield the parameters' parts on this worker, unit by unit: all that it holds, or only those that it owns."""
-        for unit in self._units:
-            within = unit.shard.overlap(unit.held) if owned else unit.held
-            for piece in unit.layout.pieces(within):
-                companions = self.companions.of(unit, piece.in_unit)
-                yield Part(piece.slot.name, piece.in_param.start, _master_of(unit, piece.in_unit), companions)
-            self.companions.evict(unit, within)
+    def parts(self, unit: Unit, within: Range) -> Iterator[Part]:
+        """Yield the parameters' parts in a range of a unit that this worker holds. At the end, evict the companions."""
+        for piece in unit.layout.pieces(within):
+            companions = self.companions.of(unit, piece.in_unit)
+            yield Part(
+                piece.slot.name, piece.in_param.start, piece.in_unit, _master_of(unit, piece.in_unit), companions
+            )
+        self.companions.evict(unit, within)
 
     def _all_gather_all(self, tag: str) -> None:
         for unit in self._units:
@@ -400,7 +402,7 @@ class Updater:
     def _all_gather_norm(self, tag: str) -> float:
         """Return the norm of the step's gradient. Collective. Raises NumericsError if it isn't finite."""
         norms = [self._norms[unit.name] for unit in self._units]
-        norm = total_norm(self._in_block_order(norms, f"{tag} / norm / control"))
+        norm = total_norm(self.in_block_order(norms, f"{tag} / norm / control"))
         if not norm < float("inf"):  # also true if it is NaN
             raise NumericsError(
                 f"the sum of the step's gradients is not finite (norm {norm}), although every micro-batch's gradients "
@@ -419,9 +421,9 @@ class Updater:
                 mine.append(block_hashes(_master_of(unit, run)).cpu())
                 for tensor in self._evictable_weights(unit, run):
                     self._allocator.evict(tensor)
-        return self._in_block_order(mine, f"{tag} / digest / control")
+        return self.in_block_order(mine, f"{tag} / digest / control")
 
-    def _in_block_order(self, mine: Sequence[Tensor], tag: str) -> Tensor:
+    def in_block_order(self, mine: Sequence[Tensor], tag: str) -> Tensor:
         """Return the values of all blocks of the model, ordered by block number, on the CPU. Collective.
 
         mine: the values of the blocks in this worker's shards, unit by unit.

@@ -1,0 +1,258 @@
+"""The rounds of a run with islands, on one cluster: which islands it computes, and what follows from a round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from manyhands.comm.agreement import all_gather_json
+from manyhands.config import Recipe
+from manyhands.engine.agreement import recipe_facts
+from manyhands.errors import ConfigError, Interrupted, InvariantError
+from manyhands.islands import Round
+from manyhands.listeners.run_directory import ISLANDS
+from manyhands.offload.process_memory import PeakMemory
+from manyhands.options import whole_number
+from manyhands.rounds.leases import Leases
+from manyhands.rounds.store import RoundStore
+from manyhands.storage.location import Location, location_of
+from manyhands.surroundings import StopSignals
+from manyhands.training.engine import Engine
+from manyhands.training.on_first import FirstWorker
+from manyhands.training.run_record import RunRecord
+from manyhands.training.saver import Saver
+from manyhands.training.turns import Cluster, Turns
+from manyhands.training.validating import Validations
+
+AUTO = "auto"
+
+MEASURED_STEPS = 3
+"""The number of steps at the start in which memory is measured, as in `training.loop`."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where islands meet, and which of them this cluster computes.
+
+    at: the folder or the address; None: a folder of the run, for a run whose islands all are on this cluster. islands:
+    the islands of this cluster; None: its share of them. warm: the checkpoint of the warm steps, if this cluster has
+    made them.
+    """
+
+    at: Location | None
+    islands: tuple[int, ...] | None
+    warm: Location | None = None
+
+    def makes_warm_steps(self, recipe: Recipe) -> bool:
+        """Return True if this cluster makes the warm steps of the recipe: the one that is to compute island 0 does."""
+        return recipe.islands is not None and recipe.islands.warm_steps > 0 and 0 in (self.islands or ())
+
+
+def meeting_of(
+    recipe: Recipe, islands_at: str | Location | None, islands: Sequence[int] | str | None
+) -> Meeting | None:
+    """Return the meeting that the arguments of `train` describe, or None for a recipe without islands.
+
+    Raises ConfigError.
+    """
+    if recipe.islands is None:
+        for name, value in (("islands_at", islands_at), ("islands", islands)):
+            if value is not None:
+                raise ConfigError(
+                    f"{name} has no effect, because the recipe has no islands",
+                    expected="a recipe with islands=manyhands.Islands(...)",
+                    got=f"{name} = {value!r}",
+                )
+        return None
+    count, at = recipe.islands.count, None if islands_at is None else location_of(islands_at)
+    if islands is None or islands == AUTO:
+        return Meeting(at, tuple(range(count)) if at is None else None)
+    given = [] if isinstance(islands, str) else list(islands)
+    numbers = sorted({number for island in given if (number := whole_number(island)) is not None})
+    if len(numbers) != len(given) or not numbers or numbers[0] < 0 or numbers[-1] >= count:
+        raise ConfigError(
+            "islands is not a list of islands", expected=f"auto, or numbers from 0 to {count - 1}", got=islands
+        )
+    if at is None and len(numbers) < count:
+        raise ConfigError(
+            "the other islands can't be reached",
+            expected="islands_at, the place where all clusters meet",
+            got=f"islands {', '.join(map(str, numbers))} of {count}",
+        )
+    return Meeting(at, tuple(numbers))
+
+
+def make_rounds(
+    engine: Engine,
+    record: RunRecord,
+    validations: Validations,
+    saver: Saver,
+    signals: StopSignals,
+    steps: int,
+    digest_every: int,
+    meeting: Meeting,
+) -> int:
+    """Make the rounds of a run, with validations and checkpoints of the weights that all islands share. Collective.
+
+    Return the peak memory in bytes.
+    """
+    given = engine.recipe.islands
+    if given is None:
+        raise InvariantError("the recipe has no islands")
+    with ExitStack() as stack:
+        folder = record.path / ISLANDS if record.path else Path(stack.enter_context(_shared_folder(engine)))
+        first = FirstWorker(engine.group, lambda: signals.requested)
+        stack.callback(first.close)
+        store = RoundStore(meeting.at or folder / "store", record.report, stopped=lambda: first.is_stopping)
+        all_ranks: list[Any] = all_gather_json(engine.group, record.run_id or token_hex(8), "start / cluster / control")
+        cluster = Cluster(folder, all_ranks[0], engine.strategy.islands_state_every)
+        turns = Turns(engine, record, store, first, cluster, steps)
+        facts = recipe_facts(engine.recipe) | {"steps": str(steps)}
+        first.call(lambda: store.open(turns.fingerprint, facts, given.count), "opening the islands' store")
+        turns.begin(meeting.warm)
+        leases = None
+        if meeting.at is not None and engine.group.rank == 0:
+            lost_after = engine.strategy.islands_lost_after
+            leases = stack.enter_context(
+                Leases(
+                    store,
+                    cluster.id,
+                    given.count,
+                    fixed=meeting.islands,
+                    beat=min(5.0, lost_after / 6),
+                    lost_after=lost_after,
+                )
+            )
+        share = _Share(turns, first, meeting, leases, _Steps(engine, record, signals, leases))
+        record.listeners.deliver()
+        while turns.collected < len(turns.rounds):
+            of = turns.rounds[turns.collected]
+            share.compute(of)
+            turns.collect(of, lambda of=of: share.compute_more(of))  # type: ignore[misc]
+            if turns.collected == of.number:
+                _after_round(engine, turns, of, record, validations, saver, digest_every)
+            share.hand_over()
+        turns.end()
+    return share.steps.memory.peak_bytes
+
+
+class _Share:
+    """The islands that this cluster computes. All methods are collective.
+
+    leases: on the first worker, if there may be other clusters.
+    """
+
+    def __init__(
+        self, turns: Turns, first: FirstWorker, meeting: Meeting, leases: Leases | None, steps: _Steps
+    ) -> None:
+        self._turns, self._first, self._meeting, self._leases = turns, first, meeting, leases
+        self.steps, self._is_shared = steps, meeting.at is not None and meeting.islands is None
+
+    def compute(self, of: Round) -> None:
+        """Make the turns of this cluster's islands in a round."""
+        for island in self._mine():
+            self._turns.bring(island, of.number, self.steps.make)
+
+    def compute_more(self, of: Round) -> None:
+        """Make the turns of islands that this cluster has taken over since the round began."""
+        if self._is_shared:
+            self.compute(of)
+
+    def hand_over(self) -> None:
+        """Leave islands to clusters that have joined. Publish their states first, which saves the others work."""
+        if not self._is_shared:
+            return
+        for island in self._first.call(self._surplus, "sharing the islands"):
+            self._turns.publish_state_of(island)
+            self._first.call(lambda island=island: self._release(island), f"releasing island {island}")  # type: ignore[misc]
+
+    def _mine(self) -> list[int]:
+        if self._meeting.islands is not None:
+            return list(self._meeting.islands)
+        found: list[int] = self._first.call(self._take, "sharing the islands")
+        return found
+
+    def _take(self) -> list[int]:
+        if self._leases is None:
+            raise InvariantError("the first worker has no leases")
+        self._leases.wait_observed(1.0)
+        for island in sorted(self._leases.wanted() - self._leases.held()):
+            self._leases.take(island)
+        return sorted(self._leases.held())
+
+    def _surplus(self) -> list[int]:
+        return [] if self._leases is None else sorted(self._leases.held() - self._leases.wanted())
+
+    def _release(self, island: int) -> None:
+        if self._leases is not None:
+            self._leases.release(island)
+
+
+class _Steps:
+    """Makes steps, and records those that were not recorded before.
+
+    memory: measures the first steps.
+    """
+
+    def __init__(self, engine: Engine, record: RunRecord, signals: StopSignals, leases: Leases | None) -> None:
+        self._engine, self._record, self._signals, self._leases = engine, record, signals, leases
+        self.memory, self._made = PeakMemory(), 0
+        self._recorded = record.last_steps()
+
+    def make(self, until: int) -> None:
+        """Make the engine's next step. until: the number of steps for which loader processes read ahead."""
+        engine, record = self._engine, self._record
+        if self._leases is not None:
+            self._leases.describe(f"island {engine.island}, step {engine.next_step}")
+        batch = next(engine.batches(until))
+        with ExitStack() as watched:
+            if self._made < MEASURED_STEPS:
+                watched.enter_context(self.memory)
+            engine.stop_requested = self._signals.requested or record.listeners.stop_reason is not None
+            metrics = engine.step(batch)
+        self._made += 1
+        if self._made == 1 and (changed := engine.buffers.report()) is not None:
+            record.report(changed)
+        if metrics.step > self._recorded.get(engine.island, 0):
+            self._recorded[engine.island] = metrics.step
+            record.add(metrics)
+        record.listeners.deliver()
+        if engine.stop_requested:
+            record.event("stopped", step=metrics.step, island=engine.island)
+            raise Interrupted(
+                f"stopped after step {metrics.step} of island {engine.island}, as requested",
+                hint="to continue, start the run again with the same run directory; it repeats the steps of this round",
+            )
+
+
+def _after_round(
+    engine: Engine,
+    turns: Turns,
+    of: Round,
+    record: RunRecord,
+    validations: Validations,
+    saver: Saver,
+    digest_every: int,
+) -> None:
+    """Validate and save the weights that all islands share after a round, if that is due. Collective."""
+    with turns.outer.shared(of.end):
+        made = range(of.start + 1, of.end + 1)
+        if of.is_last or any(step % digest_every == 0 for step in made):
+            record.event("digest", step=of.end, round=of.number, digest=engine.digest())
+        is_best = validations.after_steps(made)
+        saver.after_round(made, last=of.is_last, is_best=is_best)
+    record.listeners.deliver()
+
+
+@contextmanager
+def _shared_folder(engine: Engine) -> Iterator[str]:
+    """Yield a temporary folder that all workers of this host use, and delete it at the end."""
+    with TemporaryDirectory(prefix="manyhands-islands-") if engine.group.rank == 0 else nullcontext("") as mine:
+        all_ranks: list[Any] = all_gather_json(engine.group, mine, "start / folder of islands / control")
+        yield all_ranks[0]
+        engine.group.barrier("end / folder of islands / control")

@@ -1,0 +1,394 @@
+"""The turns of islands on one cluster, and the outer steps between them.
+
+A cluster computes some of the islands, one after the other, each with all of its workers. A *turn* is a round of an
+island: take in the result of the round before, make the steps, publish a file, and with a delay make some more steps.
+When the files of all islands are there, every cluster makes the same outer step from them. So the weights that all
+islands share are the same on all clusters, whoever has computed which island, and how often.
+
+The engine holds the state of one island. The states of the others are on the disk: *at rest*, after their last turn.
+A state that is published is *complete*: it also has what all islands share after a round. From there, any cluster can
+repeat the turns of later rounds, whose files are kept for as long as they may be needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from manyhands.engine.update.companions import OUTER, VELOCITY
+from manyhands.errors import CheckpointError, InvariantError, NumericsError
+from manyhands.islands import Islands, Round
+from manyhands.rounds.compression import SUFFIX, compress, decompress
+from manyhands.rounds.round_file import RoundFile
+from manyhands.rounds.store import RoundStore
+from manyhands.storage.atomic import remove_temporary_files
+from manyhands.storage.location import Location
+from manyhands.training.engine import Engine
+from manyhands.training.island_states import IslandStates, State
+from manyhands.training.on_first import FirstWorker
+from manyhands.training.outer_step import OuterStep
+from manyhands.training.run_record import RunRecord
+from manyhands.training.warm_up import facts_of_warm_steps
+
+POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 3.0
+"""The shortest and the longest pause between two looks at the store for the files of other clusters."""
+
+REPORT_SECONDS = 10.0
+"""The time for which a cluster waits for others before it reports this."""
+
+RETRY_SECONDS = 5.0
+
+
+class Cluster(NamedTuple):
+    """What one cluster does in a run with islands.
+
+    folder: for states at rest, and for the files of rounds. id: of the cluster's run. state_every: the number of rounds
+    between two complete states that it publishes.
+    """
+
+    folder: Path
+    id: str
+    state_every: int
+
+
+class Turns:
+    """The turns of islands on this cluster, and the outer steps. All methods are collective.
+
+    rounds: the rounds of the run. fingerprint: the recipe's, for files. outer: the outer steps. collected: the number
+    of the last round whose result the engine has in the weights that all islands share.
+    """
+
+    def __init__(
+        self, engine: Engine, record: RunRecord, store: RoundStore, first: FirstWorker, cluster: Cluster, steps: int
+    ) -> None:
+        self._engine, self._record, self._store, self._first = engine, record, store, first
+        self._cluster, self._folder = cluster, cluster.folder
+        given = engine.recipe.islands
+        if given is None:
+            raise InvariantError("the recipe has no islands")
+        self._given: Islands = given
+        self.rounds = given.rounds(steps, pretrained=engine.recipe.weights is not None)
+        if not self.rounds:
+            raise InvariantError("the run has no round")
+        self.fingerprint = fingerprint_of(engine, steps)
+        self.outer = OuterStep(engine, given, self.fingerprint)
+        self.collected = 0
+        self._states = IslandStates(
+            cluster.folder, store, first, self.rounds, cluster.id, shares_start=given.warm_steps > 0
+        )
+        self._done = dict.fromkeys(range(given.count), 0)  # the last turn of each island that this cluster knows of
+        self._held = 0  # the number of the last turn of the engine's island
+        self._is_saved = True  # False if the engine's island has made a turn that is not on the disk
+        self._own: set[tuple[int, int]] = set()  # rounds and islands whose files this cluster has written
+        self._uploads: dict[int, list[Future[Any] | None]] = {}  # uploads that were started, by round
+        self._reported = 0  # the last round that was recorded
+
+    # Begin and end
+
+    def begin(self, warm: Location | None) -> None:
+        """Continue from the checkpoint that the engine has loaded, or begin. warm: the checkpoint of the warm steps."""
+        engine = self._engine
+        self._own.update(map(tuple, self._first.call(self._upload_leftovers, "uploading rounds")))
+        newest = self._states.newest_complete(self._given.count)
+        is_resumed = engine.step_index > 0
+        if is_resumed:
+            self._loaded_complete()
+            self._reported = self.collected
+        if newest is not None and newest.number > self.collected:  # other clusters are ahead
+            self._load(newest)
+        elif is_resumed:
+            return
+        elif warm is None and self._given.warm_steps:
+            self._record.report(f"waiting for the {self._given.warm_steps} warm steps of the cluster with island 0")
+            self._load(self._states.wait_for_start())
+        else:
+            if warm is not None:
+                engine.load(warm, other_facts=facts_of_warm_steps(engine.recipe))
+            self.outer.begin()
+            self._save_start()
+
+    def _save_start(self) -> None:
+        """Save the state before the first round, unless it is there already. Try again until the store answers."""
+        while True:
+            try:
+                self._engine.save(self._states.start)
+                return
+            except CheckpointError as error:
+                self._record.report(f"trying again in {RETRY_SECONDS:g} seconds: {error}")
+                self._first.call(partial(time.sleep, RETRY_SECONDS), "waiting for the store")
+
+    def _upload_leftovers(self) -> list[tuple[int, int]]:
+        """Upload the files that an interrupted run has written. Return their rounds and islands."""
+        found = []
+        for folder in sorted((self._folder / "rounds").glob("[0-9]*")):
+            remove_temporary_files(folder)
+            for path in sorted(folder.glob("island-*.safetensors")):
+                number, island = int(folder.name), int(path.stem.removeprefix("island-"))
+                if (folder / f"{path.name}.own").exists():
+                    self._upload(number, island)
+                    found.append((number, island))
+        return found
+
+    def end(self) -> None:
+        """Give the engine the weights that all islands share after the last round."""
+        self._wait_for_uploads(len(self.rounds))
+        self.outer.exchange(self.rounds[-1].end)
+
+    def _load(self, state: State) -> None:
+        self._engine.finish_save()
+        self._engine.load(self._states.on_disk(state))
+        if state.is_complete:
+            self._loaded_complete()
+        else:
+            self._held = state.number
+        self._is_saved = True
+
+    def _loaded_complete(self) -> None:
+        """Note the round of a complete state that the engine has loaded, and restore the island's own weights."""
+        engine, start = self._engine, self.rounds[0].start
+        found = next((each for each in self.rounds if each.end == engine.step_index), None)
+        if found is None and engine.step_index != start:
+            raise CheckpointError(
+                "the checkpoint isn't at the end of a round",
+                where=f"step {engine.step_index}",
+                hint="resume with the recipe and the number of steps with which the run began",
+            )
+        self.collected = self._held = 0 if found is None else found.number
+        self.outer.buffers = {name: buffer.clone() for name, buffer in engine.buffers.named().items()}
+        self.outer.exchange(start if found is None else found.applied)
+        self._done[engine.island] = max(self._done[engine.island], self._held)
+
+    # Turns
+
+    def bring(self, island: int, number: int, step: Callable[[int], None]) -> None:
+        """Make the turns of an island up to this round, unless they are made.
+
+        step: makes the engine's next step. It takes the number of steps after the last one of the turn.
+        """
+        if self._done[island] >= number:
+            return
+        if self._engine.island != island or self._held != self.collected:
+            states = self._states.of(island)
+            rested = max((each.number for each in states if not each.is_complete), default=0)
+            if rested >= number:  # this cluster was interrupted after the turn
+                self._done[island] = rested
+                return
+            self._switch(island, states)
+        while self._held < number:
+            self.collect_until(self._held)
+            self._turn(self.rounds[self._held], step)
+
+    def _switch(self, island: int, states: list[State]) -> None:
+        """Load the newest state of an island from which its next turns can be made."""
+        self.rest()
+        rested = [each for each in states if not each.is_complete and each.number == self.collected]
+        complete = [each for each in states if each.is_complete and each.number <= self.collected]
+        chosen = rested[0] if rested else max(complete, default=None, key=lambda each: each.number)
+        if chosen is None:
+            raise CheckpointError(
+                f"there is no state of island {island} from which its rounds can be computed",
+                where=str(self._folder),
+                hint="start the run anew in another folder",
+            )
+        self._load(chosen)
+        self._engine.island = island  # the state before the first round is the same for all islands
+
+    def rest(self) -> None:
+        """Save the engine's island, so that the engine can load another one."""
+        if not self._is_saved:
+            root = self._states.at_rest(self._engine.island)
+            self._engine.begin_save(root, keep=1, without=(OUTER, VELOCITY))
+            self._engine.finish_save()
+            self._is_saved = True
+
+    def _turn(self, of: Round, step: Callable[[int], None]) -> None:
+        engine = self._engine
+        if of.number > 1:
+            if (of.number - 1) % self._cluster.state_every == 0:
+                self.publish_state()
+            self.outer.take_in()
+        while engine.step_index < of.end:
+            step(of.applied)
+        self._publish(of)
+        while engine.step_index < of.applied:
+            step(of.applied)
+        self._held = self._done[engine.island] = of.number
+        self._is_saved = False
+
+    def publish_state_of(self, island: int) -> None:
+        """Publish a complete state of an island that this cluster computes, after the last round."""
+        if self._engine.island != island:
+            self._switch(island, self._states.of(island))
+        if self._held == self.collected:
+            self.publish_state()
+
+    def publish_state(self) -> None:
+        """Publish a complete state of the engine's island, after the last round. The run goes on if that fails."""
+        of, root = self.rounds[self.collected - 1], self._states.published(self._engine.island)
+        with self.outer.shared(of.end):
+            try:
+                self._engine.begin_save(root, keep=2)
+                self._engine.finish_save()
+                self._first.call(self._prune, "deleting old rounds")
+            except CheckpointError as error:
+                self._record.report(f"the state after round {of.number} was not published: {error}")
+
+    def _prune(self) -> None:
+        """Delete the rounds that no cluster needs any more. A cluster that is late may need the latest of them."""
+        self._store.prune(self._states.oldest_needed(self._given.count) - self._cluster.state_every)
+
+    def _publish(self, of: Round) -> None:
+        island, path = self._engine.island, self._path(of.number, self._engine.island)
+        if self._engine.group.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # another cluster's file, with which this one is compared
+            path.with_name(f"{path.name}.own").touch()
+        self.outer.publish(of, path)
+        self._own.add((of.number, island))
+        upload = self._first.start(partial(self._upload, of.number, island))
+        self._uploads.setdefault(of.number, []).append(upload)
+
+    def _upload(self, number: int, island: int) -> None:
+        """Publish a file. If another cluster was first, compare the two. Raises NumericsError."""
+        path = self._path(number, island)
+        if island in self._store.present(number):
+            self._compare(number, island, path)
+            return
+        sent = path
+        if self._given.compress:
+            sent = path.with_name(path.name + SUFFIX)
+            compress(path, sent)
+        self._store.publish(number, island, sent)
+
+    def _compare(self, number: int, island: int, path: Path) -> None:
+        layout, identity = self.outer.layout(self.rounds[number - 1]), self.outer.identity(number, island)
+        try:
+            other = self._plain(number, island, path.with_name(f"other-{path.name}"))
+        except FileNotFoundError:
+            return
+        mine, theirs = (RoundFile(each, layout, identity, verify=False).sha256 for each in (path, other))
+        if mine != theirs:
+            raise NumericsError(
+                f"island {island} was computed twice, with different results",
+                where=f"round {number}",
+                expected=f"{theirs} (published first)",
+                got=f"{mine} (here)",
+                hint="use the same version of torch and the same kind of CPU (and GPU) on all clusters that may take "
+                "over each other's islands, and data that don't change",
+            )
+
+    def _wait_for_uploads(self, until: int) -> None:
+        """Wait until the files of this cluster are in the store, up to this round."""
+        for number in [number for number in self._uploads if number <= until]:
+            for upload in self._uploads.pop(number):
+                self._first.result(upload, f"uploading round {number}")
+
+    # Outer steps
+
+    def collect_until(self, number: int) -> None:
+        """Make the outer steps up to this round, whose files are there or will be."""
+        while self.collected < number:
+            self.collect(self.rounds[self.collected], lambda: None)
+
+    def collect(self, of: Round, while_waiting: Callable[[], None]) -> None:
+        """Wait for the files of a round, and make the outer step.
+
+        while_waiting: called from time to time. If it makes turns of other islands, it ends with the same round
+        collected. If the round's files were deleted, because all other clusters are far ahead, load a later state.
+        """
+        started = time.monotonic()
+        if not self._wait_for_files(of, while_waiting):
+            return
+        layout, verify = self.outer.layout(of), self._engine.group.rank == 0
+        files = [
+            RoundFile(self._path(of.number, island), layout, self.outer.identity(of.number, island), verify=verify)
+            for island in range(self._given.count)
+        ]
+        waited = time.monotonic() - started
+        agreement = self.outer.collect(of, files)
+        self.collected = of.number
+        if of.number > self._reported:
+            self._reported = of.number
+            self._record.event(
+                "round",
+                step=of.end,
+                round=of.number,
+                agreement=agreement,
+                seconds_waited=round(waited, 3),
+                bytes_up=self._store.bytes_up,
+                bytes_down=self._store.bytes_down,
+            )
+        self._wait_for_uploads(of.number - 1)
+        if self._engine.group.rank == 0:
+            shutil.rmtree(self._folder / "rounds" / f"{of.number - 1:08}", ignore_errors=True)
+
+    def _wait_for_files(self, of: Round, while_waiting: Callable[[], None]) -> bool:
+        """Wait until all files of a round are on this cluster. Return False if a later state was loaded instead."""
+        pause, since, reported = POLL_SECONDS, time.monotonic(), REPORT_SECONDS
+        while True:
+            missing: list[int] = self._first.call(partial(self._fetch_missing, of.number), f"round {of.number}")
+            if not missing:
+                return True
+            is_late = pause >= MAX_POLL_SECONDS
+            newest = self._states.newest_complete(self._given.count) if is_late else None
+            if newest is not None and newest.number > of.number and self._is_gone(of):
+                self._record.report(f"round {of.number} is over for all: this cluster continues after {newest.number}")
+                self.rest()
+                self._load(newest)
+                return False
+            if time.monotonic() - since > reported:
+                reported *= 2
+                names = ", ".join(map(str, missing))
+                self._record.report(f"round {of.number} waits for the island{'s' * (len(missing) > 1)} {names}")
+            while_waiting()
+            self._first.call(partial(time.sleep, pause), f"waiting for round {of.number}")
+            pause = min(MAX_POLL_SECONDS, 1.5 * pause)
+
+    def _is_gone(self, of: Round) -> bool:
+        """Return True if the files of a round were deleted."""
+
+        def gone() -> bool:
+            rounds = self._store.rounds()
+            return bool(rounds) and rounds[0] > of.number
+
+        return bool(self._first.call(gone, "listing rounds"))
+
+    def _fetch_missing(self, number: int) -> list[int]:
+        """Copy the files of other clusters to this one. Return the islands whose files are not in the store yet."""
+        missing = [island for island in range(self._given.count) if not self._path(number, island).exists()]
+        present = self._store.present(number) if missing else set()
+        for island in missing:
+            if island in present:
+                path = self._path(number, island)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._plain(number, island, path)
+        return [island for island in missing if island not in present]
+
+    def _plain(self, number: int, island: int, path: Path) -> Path:
+        """Copy a file of the store to `path`, uncompressed."""
+        folder = path.parent / "fetched"
+        folder.mkdir(parents=True, exist_ok=True)
+        fetched = self._store.fetch(number, island, folder)
+        if fetched.name.endswith(SUFFIX):
+            layout = self.outer.layout(self.rounds[number - 1])
+            decompress(fetched, path, layout.file_bytes(self.outer.identity(number, island)))
+            fetched.unlink()
+        else:
+            fetched.rename(path)
+        return path
+
+    def _path(self, number: int, island: int) -> Path:
+        return self._folder / "rounds" / f"{number:08}" / f"island-{island}.safetensors"
+
+
+def fingerprint_of(engine: Engine, steps: int) -> str:
+    """Return a hash of all that decides the rounds of a recipe, as far as facts can tell it."""
+    facts = engine.facts() | engine.facts_of_data() | {"steps": str(steps)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
