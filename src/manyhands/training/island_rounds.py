@@ -223,9 +223,14 @@ class _Steps:
             record.add(metrics)
         record.listeners.deliver()
         if engine.stop_requested:
-            record.event("stopped", step=metrics.step, island=engine.island)
+            # Only the first worker has listeners. All workers raise the same error.
+            all_ranks: list[Any] = all_gather_json(
+                engine.group, record.listeners.stop_reason, "stop / reason / control"
+            )
+            reason, where = all_ranks[0], f"step {metrics.step} of island {engine.island}"
+            record.event("stopped", step=metrics.step, island=engine.island, **({"why": reason} if reason else {}))
             raise Interrupted(
-                f"stopped after step {metrics.step} of island {engine.island}, as requested",
+                f"a listener stopped the run after {where}: {reason}" if reason else f"stopped after {where}",
                 hint="to continue, start the run again with the same run directory; it repeats the steps of this round",
             )
 
