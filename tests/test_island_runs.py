@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import manyhands as mh
+from manyhands.doctor.islands import described, islands_report
 from support.island_runs import CASES, STEPS, digest_of, digests_of_cases, muon_and_adamw, of_clusters, recipe
 
 
@@ -116,7 +117,7 @@ def test_a_stopped_cluster_repeats_the_round(tmp_path: Path) -> None:
         def step(self, metrics: mh.StepMetrics, workers: object) -> Any:
             return mh.stop("enough") if metrics.step == 6 else None
 
-    with pytest.raises(mh.Interrupted, match="of island .: enough"):
+    with pytest.raises(mh.Interrupted, match=r"of island .: enough"):
         digest_of(islands, tmp_path / "run", listeners=[Stop()])
     assert digest_of(islands, tmp_path / "run") == expected("momentum and delay")
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -132,3 +133,7 @@ def test_another_recipe_at_the_same_place_is_refused(tmp_path: Path) -> None:
         digest_of(islands | {"bits": 8}, tmp_path / "two", islands_at=store)
     with pytest.raises(mh.ConfigError):
         digest_of(islands, tmp_path / "three", steps=STEPS + 5, islands_at=store)
+    report = islands_report(Path(store), print, seconds=0)
+    assert (report.round, report.is_complete) == (3, True)
+    assert report.summary == "all 1 islands have published round 3"
+    assert [described(each) for each in report.islands] == [("0", "published", "step 10", "nobody")]

@@ -26,8 +26,13 @@ _MARKS = {"good": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/
 
 def doctor_command(
     run: Annotated[
-        Path | None,
-        typer.Argument(metavar="RUN", help="A run directory: explain what happened to the run.", show_default=False),
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A run directory: explain what happened to the run. Or the folder or address where the islands of a "
+            "run meet (--islands-at): report how far they are, and whom they wait for.",
+            show_default=False,
+        ),
     ] = None,
     folder: Annotated[
         Path,
@@ -38,6 +43,7 @@ def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Check this machine before a run. With a run directory, explain what happened to the run, and what to do.
+    With the place where islands meet, report how far they are, and who computes them.
 
     If a launcher starts the command on several machines, it also compares the properties that must be the same on all
     of them, and measures the speed of the network: `torchrun --nnodes 2 … -m manyhands.cli.main doctor`.
@@ -47,11 +53,14 @@ def doctor_command(
     Example: `manyhands doctor runs/first`
     """
     console = stdout_console(stderr=False)
+    if run is not None and _is_meeting(run):
+        _report_islands(run, console, as_json=as_json)
+        return
     if run is not None:
         from manyhands.doctor.runs import run_history
         from manyhands.listeners.run_directory import RunDirectory
 
-        history = run_history(RunDirectory.open_existing(run))
+        history = run_history(RunDirectory.open_existing(Path(run)))
         if as_json:
             say(json.dumps(asdict(history)), to_stdout=True)
         else:
@@ -66,6 +75,37 @@ def doctor_command(
     if prints and as_json:
         say(json.dumps({"findings": [asdict(finding) for finding in found]}), to_stdout=True)
     raise typer.Exit(1 if any(finding.verdict == "bad" for finding in found) else 0)
+
+
+def _is_meeting(place: str) -> bool:
+    from manyhands.rounds.store import ISLANDS
+    from manyhands.storage.location import is_local
+
+    return not is_local(place) or (Path(place) / ISLANDS).is_file()
+
+
+def _report_islands(place: str, console: Console, *, as_json: bool) -> None:
+    from rich import markup
+    from rich.table import Table
+
+    from manyhands.doctor.islands import WATCHED_SECONDS, described, islands_report
+    from manyhands.storage.location import location_of
+
+    if not as_json:
+        say(f"observing the clusters for {WATCHED_SECONDS:.0f} seconds ...")
+    report = islands_report(location_of(place), say)
+    if as_json:
+        say(json.dumps({**asdict(report), "summary": report.summary, "advice": report.advice}), to_stdout=True)
+        return
+    console.print(markup.escape(printable(report.summary)))
+    table = Table.grid(padding=(0, 2))
+    for title in ("island", f"round {report.round}", "newest state", "computed by"):
+        table.add_column(title)
+    table.add_row("island", f"round {report.round}", "newest state", "computed by", style="dim")
+    for island in report.islands:
+        table.add_row(*(markup.escape(printable(text)) for text in described(island)))
+    console.print(table)
+    console.print(f"what to do: {markup.escape(printable(report.advice))}")
 
 
 def _check(folder: Path, found: list[Finding]) -> Iterable[Finding]:

@@ -23,7 +23,10 @@ from manyhands.storage.untrusted import last_bytes
 
 _TAIL_LINES, _TAIL_BYTES = 8, 1 << 16
 
-_DURING_STEPS = ("saved", "not saved", "amended", "skipped")
+_OF_ROUNDS = ("round", "digest")
+"""Events of runs with islands, of which there are too many to list."""
+
+_DURING_STEPS = ("saved", "not saved", "amended", "skipped", *_OF_ROUNDS)
 """Events that don't say how a run ended."""
 
 _QUIET_STEPS = 20
@@ -128,6 +131,8 @@ def _outcome(events: list[dict[str, Any]], run: RunDirectory, median: float) -> 
 
 def _line(event: dict[str, Any]) -> str:
     kind = event["event"]
+    if kind in _OF_ROUNDS:
+        return ""
     if kind == "started":
         source = {"snapshot": " from a snapshot in memory", "checkpoint": " from a checkpoint"}.get(
             str(event.get("source")), ""

@@ -55,7 +55,8 @@ class MLflowListener(Listener):
     def step(self, metrics: StepMetrics, workers: Sequence[WorkerFigures]) -> None:
         """Log the step's numbers."""
         if not metrics.skipped:
-            self._log("loss", metrics.numbers, metrics.step)
+            named = {f"{metrics.prefix}{name}": value for name, value in metrics.numbers.items()}
+            self._log(f"{metrics.prefix}loss", named, metrics.step)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Log the figures of a validation."""

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from manyhands.engine.step.metrics import PHASES, StepMetrics
 from manyhands.errors import Interrupted
-from manyhands.formatting import GIB, MIB, format_count, format_seconds
+from manyhands.formatting import GIB, MIB, format_bytes, format_count, format_seconds
 from manyhands.storage.json_lines import numbers
 
 _BAR_CELLS = 46
@@ -48,6 +48,22 @@ class Figures(NamedTuple):
     seconds_by_phase: dict[str, float]
 
 
+class IslandFigures(NamedTuple):
+    """Figures of a run with islands.
+
+    rounds: the number of rounds. bytes_up, bytes_down: the bytes of rounds' files that this program sent and received.
+    agreement: |mean of the islands' changes|^2 / mean of |change|^2 in the last round: 1 if all islands change the
+    weights equally, 1 / islands if their changes are unrelated. None if it isn't known. seconds_waited: the time in
+    which this program waited for the files of other clusters.
+    """
+
+    rounds: int
+    bytes_up: int
+    bytes_down: int
+    agreement: float | None
+    seconds_waited: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """The result of a run.
@@ -62,6 +78,7 @@ class Summary:
     failures, lost_seconds, repeated_steps: as in `Failures`.
     validations: the figures of the last validation of each set. best: the step and the value of the best checkpoint
     for each figure of keep_best.
+    islands: with islands, what this program sent and received, and how much the islands agreed in the last round.
     outcome: "completed"; a listener may also receive the summary of a run that was "interrupted" or that "failed".
     error: the error that ended the run. Such a summary has no digest and no peak memory.
     """
@@ -90,6 +107,7 @@ class Summary:
     repeated_steps: int = 0
     validations: dict[str, dict[str, Any]] = field(default_factory=dict)
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
+    islands: IslandFigures | None = None
     outcome: str = "completed"
     error: str | None = None
 
@@ -203,6 +221,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "sample": summary.sample,
         "validations": numbers(summary.validations),
         "best": numbers(summary.best),
+        "islands": None if summary.islands is None else summary.islands._asdict(),
     }
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in named.items()
@@ -219,6 +238,8 @@ def render(summary: Summary) -> RenderableType:
         facts.add_row(name, Text(_figures(figures)))
     for name, best in summary.best.items():
         facts.add_row("best checkpoint", Text(f"step {best['step']}   {name.rpartition(':')[0]} {best['value']:.4f}"))
+    if summary.islands is not None:
+        facts.add_row("islands", Text(_islands(summary.islands)))
     facts.add_row("speed", _speed(summary))
     facts.add_row("step time", _time_split(summary.seconds_by_phase))
     facts.add_row("peak memory", _memory(summary.peak_memory_bytes_per_worker))
@@ -255,6 +276,13 @@ def _strategy(summary: Summary) -> Text:
         " · ".join((workers, summary.sharding, summary.transport, summary.device, summary.precision, parameters)),
         style="dim",
     )
+
+
+def _islands(figures: IslandFigures) -> str:
+    agreement = "" if figures.agreement is None else f"   agreement {figures.agreement:.2f}"
+    exchanged = f"{format_bytes(figures.bytes_up)} up   {format_bytes(figures.bytes_down)} down"
+    waited = f"   {format_seconds(figures.seconds_waited)} waited" if figures.seconds_waited >= 1 else ""
+    return f"{figures.rounds:,} rounds   {exchanged}{agreement}{waited}"
 
 
 def _failures(summary: Summary) -> str:

@@ -97,7 +97,8 @@ class TensorBoardListener(Listener):
         if metrics.step_seconds > 0:
             points[f"throughput/{metrics.unit}_per_second"] = metrics.amount / metrics.step_seconds
         points |= {f"seconds/{phase}": seconds for phase, seconds in metrics.seconds.items()}
-        self._add_points(points, metrics.step)
+        group = metrics.prefix.replace(".", "/")
+        self._add_points({f"{group}{name}": value for name, value in points.items()}, metrics.step)
 
     def ended(self, summary: Summary) -> None:
         """Write pending points, unless they can't be written."""

@@ -40,6 +40,7 @@ class TrainingProgress(Listener):
         self._console = console or output.console()
         self._recent: deque[StepMetrics] = deque(maxlen=_RECENT_STEPS)
         self._shown_at = float("-inf")
+        self._islands: set[int] = set()  # those that this program computes in turn
 
     def began(self, facts: Mapping[str, Any]) -> None:
         """Show the bar."""
@@ -84,6 +85,8 @@ class TrainingProgress(Listener):
         self._recent.append(metrics)
         now = time.monotonic()
         wait = _REDRAW_SECONDS if self._console.is_interactive else self._line_seconds
+        if metrics.island is not None:
+            self._islands.add(metrics.island)
         if now - self._shown_at >= wait or metrics.step == self._total_steps:
             self._show(now)
 
@@ -110,10 +113,11 @@ class TrainingProgress(Listener):
         step_seconds = median(metrics.step_seconds for metrics in self._recent)
         seconds = sum(metrics.step_seconds for metrics in self._recent)
         per_second = sum(metrics.amount for metrics in self._recent) / seconds if seconds > 0 else float("nan")
-        left = (self._total_steps - done) * step_seconds
+        left = (self._total_steps - done) * step_seconds * max(1, len(self._islands))
         metrics = [f"{name} {value:.4f}" for name, value in self._recent[-1].metrics.items()]
+        last = self._recent[-1]
         shown = [
-            f"loss {self._recent[-1].loss:.4f}",
+            f"loss {last.loss:.4f}" if last.island is None else f"island {last.island}  loss {last.loss:.4f}",
             *metrics,
             f"{format_count(per_second)} {self._recent[-1].unit}/s",
             f"{format_seconds(step_seconds)}/step",

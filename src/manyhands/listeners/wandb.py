@@ -26,6 +26,7 @@ class WandbListener(Listener):
     def __init__(self, **options: Any) -> None:
         self._options = options
         self._run: Any = None
+        self._has_islands = False
 
     def began(self, facts: Mapping[str, Any]) -> None:
         """Start the run, or continue it."""
@@ -40,12 +41,20 @@ class WandbListener(Listener):
         self._run.define_metric("*", step_metric="step")
 
     def step(self, metrics: StepMetrics, workers: Sequence[WorkerFigures]) -> None:
-        """Log the step's numbers. W&B ignores numbers for steps that it already has."""
-        self._run.log(metrics.numbers, step=metrics.step)
+        """Log the step's numbers. W&B ignores numbers for steps that it already has.
+
+        Islands make the same steps one after the other, so their numbers have names and rows of their own.
+        """
+        self._has_islands = metrics.island is not None
+        named = {f"{metrics.prefix}{name}": value for name, value in metrics.numbers.items()}
+        self._log(named | {"step": metrics.step}, metrics.step)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Log the figures of a validation, in the same row as the step."""
-        self._run.log({**evaluation.numbers, "step": evaluation.step}, step=evaluation.step)
+        self._log({**evaluation.numbers, "step": evaluation.step}, evaluation.step)
+
+    def _log(self, numbers: Mapping[str, Any], step: int) -> None:
+        self._run.log(numbers, step=None if self._has_islands else step)
 
     def ended(self, summary: Summary) -> None:
         """Finish the run."""

@@ -16,6 +16,7 @@ from manyhands.engine.agreement import recipe_facts
 from manyhands.errors import ConfigError, Interrupted, InvariantError
 from manyhands.islands import Round
 from manyhands.listeners.run_directory import ISLANDS
+from manyhands.listeners.summary import IslandFigures
 from manyhands.offload.process_memory import PeakMemory
 from manyhands.options import whole_number
 from manyhands.rounds.leases import Leases
@@ -96,16 +97,17 @@ def make_rounds(
     steps: int,
     digest_every: int,
     meeting: Meeting,
-) -> int:
+) -> tuple[int, IslandFigures]:
     """Make the rounds of a run, with validations and checkpoints of the weights that all islands share. Collective.
 
-    Return the peak memory in bytes.
+    Return the peak memory in bytes, and the figures of the first worker.
     """
     given = engine.recipe.islands
     if given is None:
         raise InvariantError("the recipe has no islands")
     with ExitStack() as stack:
         folder = record.path / ISLANDS if record.path else Path(stack.enter_context(_shared_folder(engine)))
+        _refuse_hidden_folder(engine, folder)
         first = FirstWorker(engine.group, lambda: signals.requested)
         stack.callback(first.close)
         store = RoundStore(meeting.at or folder / "store", record.report, stopped=lambda: first.is_stopping)
@@ -114,6 +116,7 @@ def make_rounds(
         turns = Turns(engine, record, store, first, cluster, steps)
         facts = recipe_facts(engine.recipe) | {"steps": str(steps)}
         first.call(lambda: store.open(turns.fingerprint, facts, given.count), "opening the islands' store")
+        record.report(given.described(turns.rounds))
         turns.begin(meeting.warm)
         leases = None
         if meeting.at is not None and engine.group.rank == 0:
@@ -138,7 +141,8 @@ def make_rounds(
                 _after_round(engine, turns, of, record, validations, saver, digest_every)
             share.hand_over()
         turns.end()
-    return share.steps.memory.peak_bytes
+        figures: list[Any] = all_gather_json(engine.group, turns.figures(), "end / islands / control")
+    return share.steps.memory.peak_bytes, IslandFigures(*figures[0])
 
 
 class _Share:
@@ -231,6 +235,7 @@ class _Steps:
             record.event("stopped", step=metrics.step, island=engine.island, **({"why": reason} if reason else {}))
             raise Interrupted(
                 f"a listener stopped the run after {where}: {reason}" if reason else f"stopped after {where}",
+                where="the states of this cluster's islands are in its run directory",
                 hint="to continue, start the run again with the same run directory; it repeats the steps of this round",
             )
 
@@ -252,6 +257,22 @@ def _after_round(
         is_best = validations.after_steps(made)
         saver.after_round(made, last=of.is_last, is_best=is_best)
     record.listeners.deliver()
+
+
+def _refuse_hidden_folder(engine: Engine, folder: Path) -> None:
+    """Create the folder. Raise ConfigError on all workers if one of them doesn't see it. Collective."""
+    if engine.group.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    engine.group.barrier("start / folder of islands / control")
+    all_ranks: list[Any] = all_gather_json(engine.group, folder.is_dir(), "start / folder of islands / control")
+    if not all(all_ranks):
+        raise ConfigError(
+            "the workers of this cluster don't all see its run directory",
+            where=str(folder),
+            expected="a run directory on a file system that all hosts of the cluster share: the states of its islands "
+            "are there",
+            got=f"workers {', '.join(str(rank) for rank, sees in enumerate(all_ranks) if not sees)} don't see it",
+        )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from manyhands.errors import ConfigError, Interrupted
 from manyhands.intervals import Every, check_length, every
 from manyhands.listeners.dispatch import check_listeners
 from manyhands.listeners.listener import Listener
-from manyhands.listeners.summary import Summary, failures_among
+from manyhands.listeners.summary import IslandFigures, Summary, failures_among
 from manyhands.offload.process_memory import PeakMemory
 from manyhands.options import whole_number
 from manyhands.storage.location import Location
@@ -145,12 +145,13 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         if validations.begin():
             saver.save_best()
         signals.training_started()
-        if meeting is None:
-            peak_bytes = _make_steps(engine, record, validations, saver, signals, last, digest_every)
-        else:
-            peak_bytes = make_rounds(engine, record, validations, saver, signals, last, digest_every, meeting)
+        peak_bytes, of_islands = (
+            (_make_steps(engine, record, validations, saver, signals, last, digest_every), None)
+            if meeting is None
+            else make_rounds(engine, record, validations, saver, signals, last, digest_every, meeting)
+        )
         saver.finish()
-        summary = _summary(engine, record, validations, peak_bytes, time.monotonic() - started)
+        summary = _summary(engine, record, validations, peak_bytes, time.monotonic() - started, of_islands)
         record.summary = summary
     return summary
 
@@ -260,7 +261,12 @@ def _interrupted(engine: Engine, record: RunRecord, saver: Saver) -> Interrupted
 
 
 def _summary(
-    engine: Engine, record: RunRecord, validations: Validations, peak_bytes: int, wall_seconds: float
+    engine: Engine,
+    record: RunRecord,
+    validations: Validations,
+    peak_bytes: int,
+    wall_seconds: float,
+    islands: IslandFigures | None,
 ) -> Summary:
     group = engine.group
     group.status("end / summary")
@@ -279,4 +285,5 @@ def _summary(
         digest=digest,
         wall_seconds=wall_seconds,
         best=validations.best,
+        islands=islands,
     )

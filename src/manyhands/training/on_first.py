@@ -56,7 +56,11 @@ class FirstWorker:
             if outcome is not None:
                 return _value_of(outcome, future)
             if self.is_stopping:
-                raise Interrupted(f"stopped while waiting: {tag}")
+                raise Interrupted(
+                    f"stopped while waiting: {tag}",
+                    where="the states of this cluster's islands are in its run directory",
+                    hint="to continue, start the run again with the same run directory",
+                )
 
     def close(self) -> None:
         """Wait for the call in progress. Calls that have not begun are not made."""

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from manyhands.engine.update.companions import OUTER, VELOCITY
 from manyhands.errors import CheckpointError, InvariantError, NumericsError
 from manyhands.islands import Islands, Round
+from manyhands.listeners.summary import IslandFigures
 from manyhands.rounds.compression import SUFFIX, compress, decompress
 from manyhands.rounds.round_file import RoundFile
 from manyhands.rounds.store import RoundStore
@@ -89,6 +90,8 @@ class Turns:
         self._own: set[tuple[int, int]] = set()  # rounds and islands whose files this cluster has written
         self._uploads: dict[int, list[Future[Any] | None]] = {}  # uploads that were started, by round
         self._reported = 0  # the last round that was recorded
+        self._agreement: float | None = None
+        self._seconds_waited = 0.0
 
     # Begin and end
 
@@ -140,6 +143,11 @@ class Turns:
         """Give the engine the weights that all islands share after the last round."""
         self._wait_for_uploads(len(self.rounds))
         self.outer.exchange(self.rounds[-1].end)
+
+    def figures(self) -> IslandFigures:
+        """Return the figures of this program, on the first worker."""
+        store = self._store
+        return IslandFigures(len(self.rounds), store.bytes_up, store.bytes_down, self._agreement, self._seconds_waited)
 
     def _load(self, state: State) -> None:
         self._engine.finish_save()
@@ -312,15 +320,16 @@ class Turns:
             for island in range(self._given.count)
         ]
         waited = time.monotonic() - started
-        agreement = self.outer.collect(of, files)
+        self._agreement = self.outer.collect(of, files)
         self.collected = of.number
+        self._seconds_waited += waited
         if of.number > self._reported:
             self._reported = of.number
             self._record.event(
                 "round",
                 step=of.end,
                 round=of.number,
-                agreement=agreement,
+                agreement=self._agreement,
                 seconds_waited=round(waited, 3),
                 bytes_up=self._store.bytes_up,
                 bytes_down=self._store.bytes_down,

@@ -82,6 +82,11 @@ class StepMetrics:
         return found
 
     @property
+    def prefix(self) -> str:
+        """Return the prefix of names for listeners that have one series for each name: "island-2." or nothing."""
+        return "" if self.island is None else f"island-{self.island}."
+
+    @property
     def unit(self) -> str:
         """Return the unit of a step's throughput: "tokens" if the weight is a whole number other than the number of
         samples, and otherwise "samples".
