@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryDirectory
@@ -41,12 +42,14 @@ class Meeting:
     """Where islands meet, and which of them this cluster computes.
 
     at: the folder or the address; None: a folder of the run, for a run whose islands all are on this cluster. islands:
-    the islands of this cluster; None: its share of them. warm: the checkpoint of the warm steps, if this cluster has
+    the islands of this cluster; None: its share of them. accepts_other_numerics: whether this cluster may compute with
+    another kind of CPU, for example, than the others. warm: the checkpoint of the warm steps, if this cluster has
     made them.
     """
 
     at: Location | None
     islands: tuple[int, ...] | None
+    accepts_other_numerics: bool = False
     warm: Location | None = None
 
     def makes_warm_steps(self, recipe: Recipe) -> bool:
@@ -55,7 +58,11 @@ class Meeting:
 
 
 def meeting_of(
-    recipe: Recipe, islands_at: str | Location | None, islands: Sequence[int] | str | None
+    recipe: Recipe,
+    islands_at: str | Location | None,
+    islands: Sequence[int] | str | None,
+    *,
+    accepts_other_numerics: bool = False,
 ) -> Meeting | None:
     """Return the meeting that the arguments of `train` describe, or None for a recipe without islands.
 
@@ -72,7 +79,7 @@ def meeting_of(
         return None
     count, at = recipe.islands.count, None if islands_at is None else location_of(islands_at)
     if islands is None or islands == AUTO:
-        return Meeting(at, tuple(range(count)) if at is None else None)
+        return Meeting(at, tuple(range(count)) if at is None else None, accepts_other_numerics)
     given = [] if isinstance(islands, str) else list(islands)
     numbers = sorted({number for island in given if (number := whole_number(island)) is not None})
     if len(numbers) != len(given) or not numbers or numbers[0] < 0 or numbers[-1] >= count:
@@ -85,7 +92,7 @@ def meeting_of(
             expected="islands_at, the place where all clusters meet",
             got=f"islands {', '.join(map(str, numbers))} of {count}",
         )
-    return Meeting(at, tuple(numbers))
+    return Meeting(at, tuple(numbers), accepts_other_numerics)
 
 
 def make_rounds(
@@ -114,8 +121,8 @@ def make_rounds(
         all_ranks: list[Any] = all_gather_json(engine.group, record.run_id or token_hex(8), "start / cluster / control")
         cluster = Cluster(folder, all_ranks[0], engine.strategy.islands_state_every)
         turns = Turns(engine, record, store, first, cluster, steps)
-        facts = recipe_facts(engine.recipe) | {"steps": str(steps)}
-        first.call(lambda: store.open(turns.fingerprint, facts, given.count), "opening the islands' store")
+        stack.callback(turns.abandon)
+        first.call(partial(_open, store, turns, engine, meeting, steps), "opening the islands' store")
         record.report(given.described(turns.rounds))
         turns.begin(meeting.warm)
         leases = None
@@ -145,6 +152,16 @@ def make_rounds(
     return share.steps.memory.peak_bytes, IslandFigures(*figures[0])
 
 
+def _open(store: RoundStore, turns: Turns, engine: Engine, meeting: Meeting, steps: int) -> None:
+    """Create or compare the record of the run in the store. On the first worker. Raises ConfigError."""
+    facts = {"steps": str(steps), **recipe_facts(engine.recipe)}
+    numerics = {f"numerics: {name}": value for name, value in engine.identity.items()}
+    record = store.read_record() if meeting.accepts_other_numerics else None
+    if record is not None:
+        numerics = {name: value for name, value in record.facts.items() if name.startswith("numerics: ")}
+    store.open(turns.fingerprint, facts | numerics, engine.recipe.num_islands)
+
+
 class _Share:
     """The islands that this cluster computes. All methods are collective.
 
@@ -159,7 +176,8 @@ class _Share:
 
     def compute(self, of: Round) -> None:
         """Make the turns of this cluster's islands in a round."""
-        for island in self._mine():
+        # The island that the engine holds comes first, because loading another one takes time.
+        for island in sorted(self._mine(), key=lambda island: (island != self._turns.island, island)):
             self._turns.bring(island, of.number, self.steps.make)
 
     def compute_more(self, of: Round) -> None:

@@ -56,11 +56,11 @@ class IslandStates:
         """Return the folder for the complete states of an island that this cluster publishes."""
         return self._store.state_root(island) / self._cluster
 
-    def of(self, island: int) -> list[State]:
-        """Return the states of an island."""
+    def of(self, island: int, like: int) -> list[State]:
+        """Return the states of an island. like: the island whose complete states serve it."""
 
         def found() -> list[tuple[int, str, bool]]:
-            roots = [self.start, *self._roots(island)]
+            roots = [self.start, *self._roots(like)]
             at_rest = self._listed(self.at_rest(island), self._by_applied)
             complete = [each for root in roots for each in self._listed(root, self._by_end)]
             return [(number, str(path), False) for number, path in at_rest] + [

@@ -103,7 +103,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
     )
     check_listeners(listeners)
     given_amendments = amendments_of(skip_steps, amendments or {})
-    meeting = meeting_of(recipe, islands_at, islands)
+    meeting = meeting_of(recipe, islands_at, islands, accepts_other_numerics=accept_new_numerics)
     interval = Every() if checkpoint_every is None else every(checkpoint_every)
     started = time.monotonic()
     with ExitStack() as around, ExitStack() as stack:

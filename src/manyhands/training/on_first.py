@@ -28,11 +28,17 @@ class FirstWorker:
     def __init__(self, group: Group, stop: Callable[[], bool]) -> None:
         self._group, self._stop = group, stop
         self.is_stopping = False  # True once any worker was requested to stop; threads may read it
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="manyhands-store") if group.rank == 0 else None
+        is_first = group.rank == 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="manyhands-store") if is_first else None
+        self._uploader = ThreadPoolExecutor(1, thread_name_prefix="manyhands-upload") if is_first else None
 
-    def start(self, work: Callable[[], Any]) -> Future[Any] | None:
-        """Start a call on the first worker, and return without waiting. Calls are made one after the other."""
-        return None if self._pool is None else self._pool.submit(work)
+    def start(self, work: Callable[[], Any], *, uploads: bool = False) -> Future[Any] | None:
+        """Start a call on the first worker, and return without waiting. Calls are made one after the other.
+
+        uploads: make the call beside the others, after earlier ones of its kind.
+        """
+        pool = self._uploader if uploads else self._pool
+        return None if pool is None else pool.submit(work)
 
     def call(self, work: Callable[[], Any], tag: str) -> Any:
         """Make a call on the first worker, and return its value, which must be a JSON value, on all workers.
@@ -63,10 +69,10 @@ class FirstWorker:
                 )
 
     def close(self) -> None:
-        """Wait for the call in progress. Calls that have not begun are not made."""
+        """Wait for the calls in progress. Calls that have not begun are not made."""
         self.is_stopping = True
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        for pool in filter(None, (self._pool, self._uploader)):
+            pool.shutdown(cancel_futures=True)
 
 
 def _outcome(future: Future[Any]) -> list[Any]:

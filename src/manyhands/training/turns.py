@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from manyhands.checkpoint.save import Saving, start_checkpoint
 from manyhands.engine.update.companions import OUTER, VELOCITY
 from manyhands.errors import CheckpointError, InvariantError, NumericsError
 from manyhands.islands import Islands, Round
@@ -45,6 +46,9 @@ REPORT_SECONDS = 10.0
 """The time for which a cluster waits for others before it reports this."""
 
 RETRY_SECONDS = 5.0
+
+FETCH_SECONDS = 1.0
+"""The shortest time between two looks for other clusters' files while this cluster makes steps."""
 
 
 class Cluster(NamedTuple):
@@ -90,8 +94,16 @@ class Turns:
         self._own: set[tuple[int, int]] = set()  # rounds and islands whose files this cluster has written
         self._uploads: dict[int, list[Future[Any] | None]] = {}  # uploads that were started, by round
         self._reported = 0  # the last round that was recorded
+        self._ahead: Future[Any] | None = None  # copying files in the background
+        self._ahead_since = 0.0
+        self._publishing: Saving | None = None  # a complete state that is being published
         self._agreement: float | None = None
         self._seconds_waited = 0.0
+
+    @property
+    def island(self) -> int:
+        """Return the island that the engine holds."""
+        return self._engine.island
 
     # Begin and end
 
@@ -130,18 +142,23 @@ class Turns:
     def _upload_leftovers(self) -> list[tuple[int, int]]:
         """Upload the files that an interrupted run has written. Return their rounds and islands."""
         found = []
+        oldest = min(self._store.rounds(), default=0)
         for folder in sorted((self._folder / "rounds").glob("[0-9]*")):
             remove_temporary_files(folder)
+            number = int(folder.name)
+            present = self._store.present(number)
             for path in sorted(folder.glob("island-*.safetensors")):
-                number, island = int(folder.name), int(path.stem.removeprefix("island-"))
+                island = int(path.stem.removeprefix("island-"))
                 if (folder / f"{path.name}.own").exists():
-                    self._upload(number, island)
+                    if island not in present and number >= oldest:
+                        self._upload(number, island)
                     found.append((number, island))
         return found
 
     def end(self) -> None:
         """Give the engine the weights that all islands share after the last round."""
         self._wait_for_uploads(len(self.rounds))
+        self._finish_publishing()
         self.outer.exchange(self.rounds[-1].end)
 
     def figures(self) -> IslandFigures:
@@ -183,7 +200,7 @@ class Turns:
         if self._done[island] >= number:
             return
         if self._engine.island != island or self._held != self.collected:
-            states = self._states.of(island)
+            states = self._states.of(island, like=0 if self._is_forgetful else island)
             rested = max((each.number for each in states if not each.is_complete), default=0)
             if rested >= number:  # this cluster was interrupted after the turn
                 self._done[island] = rested
@@ -226,6 +243,7 @@ class Turns:
             step(of.applied)
         self._publish(of)
         while engine.step_index < of.applied:
+            self._fetch_ahead(of.number)
             step(of.applied)
         self._held = self._done[engine.island] = of.number
         self._is_saved = False
@@ -233,24 +251,43 @@ class Turns:
     def publish_state_of(self, island: int) -> None:
         """Publish a complete state of an island that this cluster computes, after the last round."""
         if self._engine.island != island:
-            self._switch(island, self._states.of(island))
+            self._switch(island, self._states.of(island, like=island))
         if self._held == self.collected:
             self.publish_state()
 
     def publish_state(self) -> None:
         """Publish a complete state of the engine's island, after the last round. The run goes on if that fails."""
-        of, root = self.rounds[self.collected - 1], self._states.published(self._engine.island)
+        of, island = self.rounds[self.collected - 1], self._engine.island
+        if self._is_forgetful and island != 0:
+            return  # nothing in the state belongs to this island alone
+        self._finish_publishing()
         with self.outer.shared(of.end):
             try:
-                self._engine.begin_save(root, keep=2)
-                self._engine.finish_save()
-                self._first.call(self._prune, "deleting old rounds")
+                self._publishing = start_checkpoint(self._engine, self._states.published(island), keep=2)
             except CheckpointError as error:
                 self._record.report(f"the state after round {of.number} was not published: {error}")
 
+    def _finish_publishing(self) -> None:
+        """Wait until the last complete state is published. Then delete the rounds that came before it."""
+        publishing, self._publishing = self._publishing, None
+        if publishing is None:
+            return
+        try:
+            publishing.wait()
+        except CheckpointError as error:
+            self._record.report(f"a state was not published: {error}")
+        else:
+            self._first.call(self._prune, "deleting old rounds")
+
+    @property
+    def _is_forgetful(self) -> bool:
+        """Return True if an island keeps nothing of its own after a round, so that one state serves all islands."""
+        return self._given.inner_state == "reset" and not self._given.has_error_feedback and not self._given.delay
+
     def _prune(self) -> None:
         """Delete the rounds that no cluster needs any more. A cluster that is late may need the latest of them."""
-        self._store.prune(self._states.oldest_needed(self._given.count) - self._cluster.state_every)
+        count = 1 if self._is_forgetful else self._given.count
+        self._store.prune(self._states.oldest_needed(count) - self._cluster.state_every)
 
     def _publish(self, of: Round) -> None:
         island, path = self._engine.island, self._path(of.number, self._engine.island)
@@ -260,7 +297,7 @@ class Turns:
             path.with_name(f"{path.name}.own").touch()
         self.outer.publish(of, path)
         self._own.add((of.number, island))
-        upload = self._first.start(partial(self._upload, of.number, island))
+        upload = self._first.start(partial(self._upload, of.number, island), uploads=True)
         self._uploads.setdefault(of.number, []).append(upload)
 
     def _upload(self, number: int, island: int) -> None:
@@ -291,6 +328,11 @@ class Turns:
                 hint="use the same version of torch and the same kind of CPU (and GPU) on all clusters that may take "
                 "over each other's islands, and data that don't change",
             )
+
+    def abandon(self) -> None:
+        """Stop waiting for a state that is being published, because the run ends."""
+        if self._publishing is not None:
+            self._publishing.abandon()
 
     def _wait_for_uploads(self, until: int) -> None:
         """Wait until the files of this cluster are in the store, up to this round."""
@@ -336,7 +378,9 @@ class Turns:
             )
         self._wait_for_uploads(of.number - 1)
         if self._engine.group.rank == 0:
-            shutil.rmtree(self._folder / "rounds" / f"{of.number - 1:08}", ignore_errors=True)
+            # An island that is taken over may need the files of the rounds since its last state.
+            old = of.number - 1 - 2 * self._cluster.state_every
+            shutil.rmtree(self._folder / "rounds" / f"{old:08}", ignore_errors=True)
 
     def _wait_for_files(self, of: Round, while_waiting: Callable[[], None]) -> bool:
         """Wait until all files of a round are on this cluster. Return False if a later state was loaded instead."""
@@ -380,6 +424,12 @@ class Turns:
                 self._plain(number, island, path)
         return [island for island in missing if island not in present]
 
+    def _fetch_ahead(self, number: int) -> None:
+        """Start to copy the files of other clusters, beside the steps that a delay allows."""
+        if self._ahead is None or (self._ahead.done() and time.monotonic() - self._ahead_since > FETCH_SECONDS):
+            self._ahead_since = time.monotonic()
+            self._ahead = self._first.start(partial(self._fetch_missing, number))
+
     def _plain(self, number: int, island: int, path: Path) -> Path:
         """Copy a file of the store to `path`, uncompressed."""
         folder = path.parent / "fetched"
@@ -399,5 +449,6 @@ class Turns:
 
 def fingerprint_of(engine: Engine, steps: int) -> str:
     """Return a hash of all that decides the rounds of a recipe, as far as facts can tell it."""
-    facts = engine.facts() | engine.facts_of_data() | {"steps": str(steps)}
+    facts: dict[str, object] = {**engine.facts(), **engine.facts_of_data(), "steps": steps}
+    facts["amendments"] = engine.amendments.as_json()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
