@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all digests faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation bench-islands-codec zoo docs tree clean
+.PHONY: demo test test-all digests faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation bench-islands-codec islands-simulation zoo docs tree clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -83,6 +83,11 @@ bench-validation: $(READY)
 # Encoding and decoding the values that islands exchange; use a quiet machine.
 bench-islands-codec: $(READY)
 	$(BIN)/python benchmarks/islands_codec.py $(ARGS)
+
+# A simulation of islands with losses and slow links, written to docs/islands.md and docs/islands.svg. Takes some minutes.
+islands-simulation: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
+	$(BIN)/python benchmarks/islands_simulation_report.py $(ARGS)
 
 # The memory of workers compared with the formula, written to docs/memory.md; as root, for the control group.
 bench-memory: $(READY)

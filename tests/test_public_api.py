@@ -216,6 +216,7 @@ def test_public_methods_are_documented() -> None:
         "prepare.md",
         "validation.md",
         "streams.md",
+        "islands.md",
         "listeners.md",
     ],
 )
