@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from support.recorded import CASES, WAYS, machine, read_table, run_case
+from support.recorded import CASES, WAYS, machine, of_islands, read_table, run_case
 
 QUICK_WAYS = [("ddp", 1), ("zero3", 3)]
 NEEDS_EXTRA = not all(map(importlib.util.find_spec, ("torchvision", "transformers", "peft")))
@@ -32,3 +32,10 @@ def test_a_case_has_its_recorded_digests(name: str, ways: list[tuple[str, int]])
     if recorded is None:
         pytest.skip(f"no digests are recorded for {machine()}: `make digests` at a commit that is known to be right")
     assert first == recorded
+
+
+def test_islands_have_their_recorded_digests() -> None:
+    recorded = {name: digests for name, digests in read_table().get(machine(), {}).items() if "islands" in name}
+    if not recorded:
+        pytest.skip(f"no digests are recorded for {machine()}")
+    assert of_islands() == recorded

@@ -19,7 +19,7 @@ import torch
 
 import manyhands as mh
 from manyhands.numerics.arithmetic import numerics_identity
-from support import real_models
+from support import island_runs, real_models
 from support.models import GPT, GPT_UNITS, OWNED, conv_recipe, gpt_recipe, padded_recipe
 from support.threads import run_threads
 from support.training import Outcome, train_with_engine
@@ -92,6 +92,12 @@ def run_case(name: str, ways: Sequence[tuple[str, int]] = WAYS) -> Iterator[tupl
             yield f"{sharding}, worker {rank} of {workers}", digests_of(outcome)
 
 
+def of_islands() -> dict[str, Digests]:
+    """The digests of runs with islands, which cover weights and buffers together."""
+    digests = island_runs.digests_of_cases("zero2")
+    return {f"islands, {name}": {"weights": digest, "buffers": None} for name, digest in digests.items()}
+
+
 def read_table() -> dict[str, dict[str, Digests]]:
     """By machine, then by case."""
     table: dict[str, dict[str, Digests]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
@@ -105,7 +111,7 @@ def record() -> None:
         if len({json.dumps(digests) for digests in ways.values()}) > 1:
             raise SystemExit(f"{name}: the digests depend on the workers: {ways}")
     mine = {name: next(iter(ways.values())) for name, ways in found.items()}
-    table = {**read_table(), machine(): mine}
+    table = {**read_table(), machine(): mine | of_islands()}
     TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=2) + "\n")
 
 

@@ -104,6 +104,7 @@ class ValidationTable(OptionTable[Validation]):
 class IslandsTable(BuildableTable[Islands]):
     """The options of `manyhands.Islands`."""
 
+    every: int | str | dict[str, int] = "auto"
     outer: str | dict[str, float] = "auto"
 
 
