@@ -73,7 +73,7 @@ def reproduce_command(arguments: ReproduceArguments) -> None:
             expected="a run that has made at least one step",
             got="no steps",
         )
-    steps = [each.step for each in metrics if each.digest is not None]
+    steps = sorted(run.read_step_digests())
     name = f"{checked.name}-again-{datetime.now():%Y%m%d-%H%M%S}"
     again = arguments.run_dir or new_directory(Path("runs") / name)
     if again.resolve() == arguments.run.resolve():

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from manyhands.engine.step.metrics import StepMetrics
 from manyhands.errors import ConfigError, DataError
 from manyhands.listeners.run_directory import RunDirectory, table_name
 from manyhands.shard_layout import BLOCK, blocks_of
@@ -50,7 +49,7 @@ class Comparison:
 def compare_runs(one: str | Path, other: str | Path) -> Comparison:
     """Compare two run directories. Raises ConfigError if there is no run or no step to compare, and DataError."""
     runs = RunDirectory.open_existing(one), RunDirectory.open_existing(other)
-    first, second = (_digests(run.read_metrics()) for run in runs)
+    first, second = (run.read_step_digests() for run in runs)
     common = sorted(first.keys() & second.keys())
     differences = _differences(*runs)
     if not common:
@@ -96,10 +95,6 @@ def explain_comparison(comparison: Comparison, one: str, other: str) -> str:
                 lines.append(f"  found after step {comparison.located_step}, because older tables are deleted")
     lines += [f"  {difference}" for difference in comparison.differences]
     return "\n".join(lines)
-
-
-def _digests(metrics: list[StepMetrics]) -> dict[int, str]:
-    return {entry.step: entry.digest for entry in metrics if entry.digest is not None}
 
 
 def _listed(digests: dict[int, str]) -> str:

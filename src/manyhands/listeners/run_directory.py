@@ -317,6 +317,19 @@ class RunDirectory:
         """
         return [_parse(value, number, self.metrics) for number, value in complete_lines(self.metrics)]
 
+    def read_step_digests(self) -> dict[int, str]:
+        """Return the digest after each step that has one: of a step's metrics, or of the result of a round of islands.
+
+        Raises DataError for a line that does not hold the metrics of a step.
+        """
+        of_steps = {each.step: each.digest for each in self.read_metrics() if each.digest is not None}
+        of_rounds = {
+            event["step"]: event["digest"]
+            for event in self.read_events()
+            if event["event"] == "digest" and type(event.get("step")) is int and isinstance(event.get("digest"), str)
+        }
+        return of_steps | of_rounds
+
     def truncate_metrics(self, step: int) -> None:
         """Remove the metrics of steps after `step`, and a partial last line, for a run that resumes after `step`.
 

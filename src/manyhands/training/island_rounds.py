@@ -271,7 +271,7 @@ def _after_round(
     with turns.outer.shared(of.end):
         made = range(of.start + 1, of.end + 1)
         if of.is_last or any(step % digest_every == 0 for step in made):
-            record.event("digest", step=of.end, round=of.number, digest=engine.digest())
+            record.add_digest(of.end, engine.digest())
         is_best = validations.after_steps(made)
         saver.after_round(made, last=of.is_last, is_best=is_best)
     record.listeners.deliver()

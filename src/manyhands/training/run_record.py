@@ -439,6 +439,13 @@ class RunRecord:
             self.report(f"step {metrics.step} was skipped")
         self.listeners.step(metrics, self.engine.clock.workers)
 
+    def add_digest(self, step: int, digest: str) -> None:
+        """Record the digest of the weights that all islands share after a round, which `Engine.digest` has returned."""
+        self.event("digest", step=step, digest=digest)
+        if self._directory is not None:
+            write = partial(self._directory.write_digests, step, self.engine.last_hashes)
+            self._gaps.attempt("digests", write)
+
     def add_validation(self, evaluation: Evaluation) -> None:
         """Record a validation."""
         if self.engine.group.rank == 0:
