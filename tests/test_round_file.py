@@ -21,7 +21,7 @@ from torch import Tensor
 
 from manyhands.errors import CheckpointError, InvariantError
 from manyhands.rounds.codec import decode, encode
-from manyhands.rounds.compression import compress, decompress
+from manyhands.rounds.file_compression import compress, decompress
 from manyhands.rounds.layout import RoundIdentity, RoundLayout
 from manyhands.rounds.round_file import RoundFile, RoundFileWriter
 from manyhands.storage.atomic import remove_temporary_files

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from manyhands.errors import ConfigError
 from manyhands.rounds import leases as leases_module
+from manyhands.rounds.assignment import Sightings, share_out
 from manyhands.rounds.leases import Leases, Observer, new_cluster_id
-from manyhands.rounds.sharing import Sightings, share_out
 from manyhands.rounds.store import RoundStore
 from support.processes import started, suspend
 from support.rounds import BEAT, LOST_AFTER, SETTLE, opened, s3_variables, share

@@ -2,9 +2,8 @@
 
 A step has `V` virtual workers with `accumulate` micro-batches each. Micro-batch `i = v * accumulate + a` is the `a`-th
 micro-batch of virtual worker `v`. The sum is *defined* as follows. In each virtual worker, micro-batches are added in
-order of
-`a`. Then the sums of the virtual workers are added by a binary-counter tree: equal-sized neighbours are added as left +
-right, and the remaining subtrees are added from the right.
+the order of `a`. Then the sums of the virtual workers are added by a binary-counter tree: equal-sized neighbours are
+added as left + right, and the remaining subtrees are added from the right.
 
     V = 6:   ((0+1)+(2+3)) + (4+5)            V = 7:   ((0+1)+(2+3)) + ((4+5)+6)
 

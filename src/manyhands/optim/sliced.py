@@ -53,8 +53,8 @@ ParamGroups = list[list[dict[str, Any]]]
 class Slice:
     """A parameter's elements [start, start + numel) as its optimizer sees them: a view of the master weights.
 
-    average: the elements' average over the steps, [numel]; None if the recipe has no average. companions: what islands
-    store beside the weights, each [numel], by kind.
+    average: the elements' average over the steps, [numel]; None if the recipe has no average. companions: for a recipe
+    with islands, the tensors of `engine.update.companions`, each [numel], by kind.
     """
 
     name: str
@@ -176,7 +176,8 @@ class SlicedOptimizer:
                 copy.step(groups)
 
     def end_step(self, all_gather: Callable[[object], Sequence[Any]]) -> None:
-        """Give the fronts the shared state that the step's calls left. Collective if any front isn't torch's own.
+        """Copy the state that a step changes once for all parameters to the fronts. Collective if any front isn't
+        torch's own.
 
         all_gather: returns the values of all workers, by rank. Raises ConfigError if the values differ.
         """

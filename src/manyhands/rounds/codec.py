@@ -1,4 +1,4 @@
-"""The codec of the values that islands exchange: blocks of 256 values with 8, 4 or 2 bits each and one bf16 scale.
+"""Quantizes the values that islands exchange: blocks of 256 values with 8, 4 or 2 bits each and one bf16 scale.
 
 An island publishes the difference between the weights before and after its steps (DiLoCo, arXiv 2311.08105), with a few
 bits per value (Streaming DiLoCo, arXiv 2501.18512, uses 4). All clusters decode the same bytes, so the bits of every

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from manyhands.errors import ManyhandsError
 from manyhands.formatting import printable
-from manyhands.rounds.sharing import Fixed, Sightings, share_out
+from manyhands.rounds.assignment import Fixed, Sightings, share_out
 from manyhands.rounds.store import RoundStore, read_small
 from manyhands.storage.atomic import is_temporary, write_atomic
 from manyhands.storage.files import make_folder, names_in

@@ -50,7 +50,10 @@ class OuterStep:
         return RoundIdentity(fingerprint=self._fingerprint, round=number, island=island)
 
     def layout(self, of: Round) -> RoundLayout:
-        """Return the layout of a round's files. Averaging without a codec publishes weights; else it is changes."""
+        """Return the layout of a round's files.
+
+        They hold weights if the round is averaged without a codec, and otherwise changes of weights.
+        """
         is_mean_of_weights = self._islands.bits == 32 and isinstance(of.outer, Averaging)
         buffers = [(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]
         return RoundLayout(
@@ -236,8 +239,8 @@ class OuterStep:
     def exchange(self, step: int) -> None:
         """Exchange the island's weights and buffers with those that all islands share. Set the step.
 
-        A second call restores both, bit for bit. After a checkpoint that was saved in `shared` was loaded, one call
-        restores the state outside of it.
+        A second call restores both, bit for bit. A checkpoint that was saved in `shared` holds the exchanged state, so
+        loading it must be followed by one call.
         """
         engine = self._engine
         with engine.changing():

@@ -27,7 +27,7 @@ from manyhands.engine.update.companions import OUTER, VELOCITY
 from manyhands.errors import CheckpointError, InvariantError, NumericsError
 from manyhands.islands import Islands, Round
 from manyhands.listeners.summary import IslandFigures
-from manyhands.rounds.compression import SUFFIX, compress, decompress
+from manyhands.rounds.file_compression import SUFFIX, compress, decompress
 from manyhands.rounds.round_file import RoundFile
 from manyhands.rounds.store import RoundStore
 from manyhands.storage.atomic import remove_temporary_files

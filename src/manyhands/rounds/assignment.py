@@ -17,7 +17,7 @@ def share_out(live: Mapping[str, Fixed], holders: Mapping[int, str], count: int)
     each gets the same number, or one more. As few islands as possible move. If all clusters are fixed, nobody gets the
     other islands.
 
-    The result depends on the arguments only, and if it has come true, it stays the same.
+    The result depends on the arguments only. When all clusters hold what it says, the next call returns the same.
     """
     shares = {}
     for name in sorted(live, reverse=True):
