@@ -95,6 +95,17 @@ def meeting_of(
     return Meeting(at, tuple(numbers), accepts_other_numerics)
 
 
+def refuse_start_over(meeting: Meeting | None, *, anew: bool) -> None:
+    """Raise ConfigError if a run that has met other clusters is to start over. anew: whether it is to start over."""
+    if anew and meeting is not None and meeting.at is not None:
+        raise ConfigError(
+            "a run can't start over where its islands meet other clusters",
+            where=str(meeting.at),
+            expected="another place to meet, and another run directory",
+            hint="the rounds and states there belong to all clusters of the run: name a new place with islands_at",
+        )
+
+
 def make_rounds(
     engine: Engine,
     record: RunRecord,
@@ -119,7 +130,8 @@ def make_rounds(
         stack.callback(first.close)
         store = RoundStore(meeting.at or folder / "store", record.report, stopped=lambda: first.is_stopping)
         all_ranks: list[Any] = all_gather_json(engine.group, record.run_id or token_hex(8), "start / cluster / control")
-        cluster = Cluster(folder, all_ranks[0], engine.strategy.islands_state_every)
+        every, accepts = engine.strategy.islands_state_every, meeting.accepts_other_numerics
+        cluster = Cluster(folder, all_ranks[0], every, accepts)
         turns = Turns(engine, record, store, first, cluster, steps)
         stack.callback(turns.abandon)
         first.call(partial(_open, store, turns, engine, meeting, steps), "opening the islands' store")

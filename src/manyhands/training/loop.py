@@ -25,7 +25,7 @@ from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
 from manyhands.training.given_recipe import check_given_recipe
-from manyhands.training.island_rounds import Meeting, make_rounds, meeting_of
+from manyhands.training.island_rounds import Meeting, make_rounds, meeting_of, refuse_start_over
 from manyhands.training.run_record import RunRecord, has_started_over, will_resume
 from manyhands.training.sampling import sample_text
 from manyhands.training.saver import Saver
@@ -111,6 +111,7 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         strategy = _with_scratch(strategy_or_default(strategy), run_dir)
         anew = start_over and not has_started_over(run_dir)
         resumes = not anew and will_resume(run_dir, checkpoint_dir)
+        refuse_start_over(meeting, anew=anew)
         if meeting is not None and not resumes:
             options = partial(train, checkpoint_every=checkpoint_every, digest_every=digest_every)
             meeting = _warmed(meeting, recipe, run_dir, partial(options, strategy=strategy, show=show, stop=signals))

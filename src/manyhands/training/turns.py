@@ -55,12 +55,14 @@ class Cluster(NamedTuple):
     """What one cluster does in a run with islands.
 
     folder: for states at rest, and for the files of rounds. id: of the cluster's run. state_every: the number of rounds
-    between two complete states that it publishes.
+    between two complete states that it publishes. accepts_other_numerics: whether it may continue states of clusters
+    that compute with another kind of CPU, for example.
     """
 
     folder: Path
     id: str
     state_every: int
+    accepts_other_numerics: bool
 
 
 class Turns:
@@ -93,6 +95,7 @@ class Turns:
         self._is_saved = True  # False if the engine's island has made a turn that is not on the disk
         self._own: set[tuple[int, int]] = set()  # rounds and islands whose files this cluster has written
         self._uploads: dict[int, list[Future[Any] | None]] = {}  # uploads that were started, by round
+        self._has_begun = False
         self._reported = 0  # the last round that was recorded
         self._ahead: Future[Any] | None = None  # copying files in the background
         self._ahead_since = 0.0
@@ -111,23 +114,26 @@ class Turns:
         """Continue from the checkpoint that the engine has loaded, or begin. warm: the checkpoint of the warm steps."""
         engine = self._engine
         self._own.update(map(tuple, self._first.call(self._upload_leftovers, "uploading rounds")))
-        newest = self._states.newest_complete(self._given.count)
-        is_resumed = engine.step_index > 0
-        if is_resumed:
+        if engine.step_index:
             self._loaded_complete()
             self._reported = self.collected
+        newest = self._states.newest_complete(self._given.count)
         if newest is not None and newest.number > self.collected:  # other clusters are ahead
             self._load(newest)
-        elif is_resumed:
-            return
-        elif warm is None and self._given.warm_steps:
+        elif not engine.step_index:
+            self._start_anew(warm)
+        self._has_begun = True
+
+    def _start_anew(self, warm: Location | None) -> None:
+        """Begin with the weights of the recipe, or after the warm steps."""
+        if warm is None and self._given.warm_steps:
             self._record.report(f"waiting for the {self._given.warm_steps} warm steps of the cluster with island 0")
             self._load(self._states.wait_for_start())
-        else:
-            if warm is not None:
-                engine.load(warm, other_facts=facts_of_warm_steps(engine.recipe))
-            self.outer.begin()
-            self._save_start()
+            return
+        if warm is not None:
+            self._engine.load(warm, other_facts=facts_of_warm_steps(self._engine.recipe))
+        self.outer.begin()
+        self._save_start()
 
     def _save_start(self) -> None:
         """Save the state before the first round, unless it is there already. Try again until the store answers."""
@@ -167,8 +173,11 @@ class Turns:
         return IslandFigures(len(self.rounds), store.bytes_up, store.bytes_down, self._agreement, self._seconds_waited)
 
     def _load(self, state: State) -> None:
-        self._engine.finish_save()
-        self._engine.load(self._states.on_disk(state))
+        engine, progress = self._engine, self._engine.progress
+        engine.finish_save()
+        engine.load(self._states.on_disk(state), accept_new_numerics=self._cluster.accepts_other_numerics)
+        if self._has_begun:  # the state may be older than the validations that this cluster has made
+            engine.progress = progress
         if state.is_complete:
             self._loaded_complete()
         else:
@@ -282,7 +291,10 @@ class Turns:
     @property
     def _is_forgetful(self) -> bool:
         """Return True if an island keeps nothing of its own after a round, so that one state serves all islands."""
-        return self._given.inner_state == "reset" and not self._given.has_error_feedback and not self._given.delay
+        given, fronts = self._given, self._engine.optimizer.fronts
+        # Optimizers of other packages may have state in param groups or attributes, which a reset leaves.
+        resets_all = given.inner_state == "reset" and all(type(each).__module__.startswith("torch.") for each in fronts)
+        return resets_all and not given.has_error_feedback and not given.delay
 
     def _prune(self) -> None:
         """Delete the rounds that no cluster needs any more. A cluster that is late may need the latest of them."""
