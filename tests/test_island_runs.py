@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import manyhands as mh
 from manyhands.doctor.islands import described, islands_report
@@ -137,3 +140,53 @@ def test_another_recipe_at_the_same_place_is_refused(tmp_path: Path) -> None:
     assert (report.round, report.is_complete) == (3, True)
     assert report.summary == "all 1 islands have published round 3"
     assert [described(each) for each in report.islands] == [("0", "published", "step 10", "nobody")]
+
+
+class Counting(nn.Module):
+    """Has a buffer whose last value counts, and one whose values differ between islands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(10, 5)
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The scores of five classes."""
+        if self.training:
+            self.seen.copy_((inputs.abs() * 1000).long()[0, :2])
+            self.largest.copy_(inputs.max())
+        scores: torch.Tensor = self.layer(inputs)
+        return scores
+
+
+def test_buffers_follow_their_rules(tmp_path: Path) -> None:
+    islands = {"count": 2, "every": 4, "delay": 1}
+    changes = {"model": Counting, "buffers": {"seen": "last", "largest": "last"}}
+    alone = digest_of(islands, tmp_path / "alone", changes=changes)
+    found = of_clusters(tmp_path, islands, {"islands": [0], "changes": changes}, {"islands": [1], "changes": changes})
+    assert found == [alone] * 2
+
+
+class Remembering(nn.Linear):
+    """A module with a state of its own."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Return a state."""
+        return {"calls": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Take a state."""
+
+
+def test_modules_with_a_state_of_their_own_are_refused() -> None:
+    with pytest.raises(mh.ConfigError, match="islands don't support modules with a state of their own"):
+        digest_of({"count": 2}, changes={"model": lambda: Remembering(10, 5)})
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_a_weight_that_is_not_finite_is_refused_by_name(bits: int) -> None:
+    islands = {"count": 2, "every": 1, "bits": bits, "outer": "averaging"}
+    with pytest.raises(mh.NumericsError, match=r"the change of '\S+' in a round is not finite") as error:
+        digest_of(islands, changes={"optimizer": lambda params: torch.optim.SGD(params, lr=math.inf)}, steps=3)
+    assert "island 0, round 1" in str(error.value.where)

@@ -148,18 +148,22 @@ class Islands:
                 expected="outer = auto or nesterov",
                 got=f"outer = averaging, momentum_from = {self.momentum_from}",
             )
-        shortest = _shortest(self.every)
+        if self.every != "auto":
+            self._check_delay(_shortest(self.every))
+        if self.error_feedback is True and self.bits == 32:
+            raise ConfigError(
+                "islands.error_feedback has no effect, because 32 bits lose nothing",
+                expected="bits = 8, 4 or 2, or no error_feedback",
+            )
+
+    def _check_delay(self, shortest: int) -> None:
+        """Raise ConfigError if the delay is as long as the shortest round."""
         if self.delay >= shortest:
             raise ConfigError(
                 "islands.delay is as long as a round, so a round would begin before the result of the one before the "
                 "last is applied",
                 expected=f"less than {shortest}, the number of steps in a round",
                 got=self.delay,
-            )
-        if self.error_feedback is True and self.bits == 32:
-            raise ConfigError(
-                "islands.error_feedback has no effect, because 32 bits lose nothing",
-                expected="bits = 8, 4 or 2, or no error_feedback",
             )
 
     @property
@@ -201,7 +205,7 @@ class Islands:
                 expected="a recipe without it, or without islands",
                 got=f"islands = {self}",
             )
-        self.momentum_start(pretrained=pretrained)
+        self._check_delay(_shortest(self.every, momentum_start=self.momentum_start(pretrained=pretrained)))
 
     def has_momentum(self, *, pretrained: bool) -> bool:
         """Return True if some rounds of a long run have outer momentum."""
@@ -252,11 +256,13 @@ class Islands:
         )
 
 
-def _shortest(every: int | str | Mapping[int, int]) -> int:
-    """Return the number of steps in the shortest round of a long run."""
+def _shortest(every: int | str | Mapping[int, int], momentum_start: int | None = None) -> int:
+    """Return the number of steps in the shortest round of a long run. momentum_start: as in `Islands`."""
     if isinstance(every, Mapping):
         return min(every.values())
-    return every if isinstance(every, int) else EVERY
+    if isinstance(every, int):
+        return every
+    return EVERY if momentum_start == 0 else EVERY_BEFORE_MOMENTUM
 
 
 def _checked_every(every: object) -> int | str | dict[int, int]:

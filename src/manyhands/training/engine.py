@@ -325,6 +325,7 @@ class Engine(StepEngine):
             return StepMetrics(
                 step=step,
                 epoch=epoch,
+                island=None if self.recipe.islands is None else self.island,
                 skipped=True,
                 loss=math.nan,
                 weight=0.0,

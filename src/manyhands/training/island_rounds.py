@@ -95,8 +95,14 @@ def meeting_of(
     return Meeting(at, tuple(numbers), accepts_other_numerics)
 
 
-def refuse_start_over(meeting: Meeting | None, *, anew: bool) -> None:
+def refuse_start_over(meeting: Meeting | None, recipe: Recipe, *, anew: bool) -> None:
     """Raise ConfigError if a run that has met other clusters is to start over. anew: whether it is to start over."""
+    if anew and recipe.islands is not None and recipe.islands.warm_steps:
+        raise ConfigError(
+            "a run with warm steps can't start over",
+            expected="another run directory",
+            hint="the warm steps are a run of their own in the run directory",
+        )
     if anew and meeting is not None and meeting.at is not None:
         raise ConfigError(
             "a run can't start over where its islands meet other clusters",

@@ -111,10 +111,12 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         strategy = _with_scratch(strategy_or_default(strategy), run_dir)
         anew = start_over and not has_started_over(run_dir)
         resumes = not anew and will_resume(run_dir, checkpoint_dir)
-        refuse_start_over(meeting, anew=anew)
+        refuse_start_over(meeting, recipe, anew=anew)
         if meeting is not None and not resumes:
             options = partial(train, checkpoint_every=checkpoint_every, digest_every=digest_every)
-            meeting = _warmed(meeting, recipe, run_dir, partial(options, strategy=strategy, show=show, stop=signals))
+            options = partial(options, skip_steps=skip_steps, amendments=amendments, strategy=strategy)
+            options = partial(options, accept_new_numerics=accept_new_numerics, show=show, stop=signals)
+            meeting = _warmed(meeting, recipe, run_dir, options)
         engine = stack.enter_context(Engine(recipe, strategy, resumes=resumes))
         _agree_on_arguments(  # except for `adopt`: only worker 0 uses it, and a host that joins later has no --adopt
             engine.group,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from manyhands.checkpoint.extra_state import modules_with_state
 from manyhands.engine.units.unit import Unit
 from manyhands.engine.update.companions import OUTER, PUBLISHED, RESIDUAL, VELOCITY
 from manyhands.engine.update.updater import Part
@@ -32,10 +33,12 @@ CHUNK = 256 * BLOCK
 class OuterStep:
     """The outer steps of an engine. All methods are collective.
 
-    fingerprint: the recipe's, which every file of a round has. buffers: the model's buffers, as all islands share them.
+    Raises ConfigError for a model with state that islands can't synchronize. fingerprint: the recipe's, which every
+    file of a round has. buffers: the model's buffers, as all islands share them.
     """
 
     def __init__(self, engine: Engine, islands: Islands, fingerprint: str) -> None:
+        refuse_unsupported(engine)
         self._engine, self._islands, self._fingerprint = engine, islands, fingerprint
         self.buffers = {name: buffer.clone() for name, buffer in engine.buffers.named().items()}
 
@@ -92,12 +95,15 @@ class OuterStep:
     def _encoded(self, part: Part, layout: RoundLayout, of: Round) -> Tensor:
         """Return what this worker publishes of a part, as bytes: codes and then scales, or values."""
         if layout.kind == "weights":
-            return _as_bytes(part.master.cpu())
+            weights = part.master.cpu()
+            self._check_finite(weights, part, 0, of)
+            return _as_bytes(weights)
         encoded = []
         for start in range(0, part.master.numel(), CHUNK):
             chunk = slice(start, start + CHUNK)
             delta = torch.sub(part.companions[OUTER][chunk], part.master[chunk]).cpu()
             if layout.bits == 32:
+                self._check_finite(delta, part, start, of)
                 encoded.append(_as_bytes(delta))
                 continue
             codes = torch.empty(codes_bytes(delta.numel(), layout.bits), dtype=torch.uint8)
@@ -107,16 +113,25 @@ class OuterStep:
             try:
                 encode(delta, layout.bits, codes, scales, mine)
             except NotFiniteError as error:
-                raise NumericsError(
-                    f"the change of {part.name!r} in a round is not finite, or too large",
-                    where=f"island {self._engine.island}, round {of.number} (steps {of.start + 1} to {of.end}), "
-                    f"element {part.start + start + error.index}",
-                    hint="lower the learning rate, or set clip_norm",
-                ) from error
+                raise self._not_finite(part, start + error.index, of) from error
             if residual is not None and mine is not None and mine is not residual[chunk]:
                 residual[chunk].copy_(mine)
             encoded += [codes, _as_bytes(scales)]
         return torch.cat(encoded)
+
+    def _check_finite(self, values: Tensor, part: Part, start: int, of: Round) -> None:
+        wrong = torch.nonzero(~values.isfinite())
+        if len(wrong):
+            raise self._not_finite(part, start + int(wrong[0]), of)
+
+    def _not_finite(self, part: Part, index: int, of: Round) -> NumericsError:
+        """Return the error for an element of a part that can't be published."""
+        return NumericsError(
+            f"the change of {part.name!r} in a round is not finite, or too large",
+            where=f"island {self._engine.island}, round {of.number} (steps {of.start + 1} to {of.end}), "
+            f"element {part.start + index}",
+            hint="lower the learning rate, or set clip_norm",
+        )
 
     def _encoded_bytes(self, unit: Unit, rank: int, layout: RoundLayout) -> int:
         pieces = unit.layout.pieces(unit.layout.shard(rank))
@@ -164,7 +179,8 @@ class OuterStep:
         tag = f"round {of.number} / agreement / control"
         squares = [float(engine.updater.in_block_order(mine, tag).double().square().sum()) for mine in norms]
         for name in self.buffers:
-            self.buffers[name] = engine.buffers.result(name, [file.buffer(name).clone() for file in files])
+            merged = engine.buffers.merged(name, [file.buffer(name) for file in files])
+            self.buffers[name] = merged.to(self.buffers[name].device)
         return len(files) * squares[0] / sum(squares[1:]) if any(squares[1:]) else None
 
     def _outer_step(self, of: Round, part: Part, start: int, files: Sequence[RoundFile], layout: RoundLayout) -> Tensor:
@@ -259,8 +275,6 @@ class OuterStep:
 
 def refuse_unsupported(engine: Engine) -> None:
     """Raise ConfigError if the islands could not synchronize all state of the model."""
-    from manyhands.checkpoint.extra_state import modules_with_state
-
     if names := [name for name, _ in modules_with_state(engine.model)]:
         raise ConfigError(
             "islands don't support modules with a state of their own (get_extra_state)",

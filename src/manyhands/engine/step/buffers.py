@@ -213,13 +213,20 @@ class Buffers:
             computed_by = torch.stack(group.all_gather_small(computed, tag))
             all_values = group.all_gather_small(values.cpu(), tag)
             owners = computed_by.argmax(0).tolist()
-            self._start[name] = self.result(name, [all_values[rank][i] for i, rank in enumerate(owners)]).to(start)
+            self._start[name] = self._result(name, [all_values[rank][i] for i, rank in enumerate(owners)]).to(start)
             self._put(name, self._start[name])
 
-    def result(self, name: str, values: list[Tensor]) -> Tensor:
-        """Return the result of a buffer's values after the micro-batches that its rule uses, in index order.
+    def merged(self, name: str, values: list[Tensor]) -> Tensor:
+        """Return the result of a buffer's values on all islands after a round, in the order of the islands.
 
-        The values of islands after a round are merged in the same way.
+        The rule for micro-batches applies.
+        """
+        used = values[-1:] if self._rules[name] == "last" else values
+        return self._result(name, used).to(values[0].dtype).clone()
+
+    def _result(self, name: str, values: list[Tensor]) -> Tensor:
+        """Return the step's result from the buffer's values after the micro-batches that its rule uses, in index
+        order.
         """
         agree = all(_same_bits(value, values[0]) for value in values)
         is_integer = not (values[0].is_floating_point() or values[0].is_complex())
