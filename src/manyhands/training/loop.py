@@ -111,12 +111,9 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         strategy = _with_scratch(strategy_or_default(strategy), run_dir)
         anew = start_over and not has_started_over(run_dir)
         resumes = not anew and will_resume(run_dir, checkpoint_dir)
-        refuse_start_over(meeting, recipe, anew=anew)
-        if meeting is not None and not resumes:
-            options = partial(train, checkpoint_every=checkpoint_every, digest_every=digest_every)
-            options = partial(options, skip_steps=skip_steps, amendments=amendments, strategy=strategy)
-            options = partial(options, accept_new_numerics=accept_new_numerics, show=show, stop=signals)
-            meeting = _warmed(meeting, recipe, run_dir, options)
+        alike = partial(train, checkpoint_every=checkpoint_every, accept_new_numerics=accept_new_numerics, show=show)
+        alike = partial(alike, strategy=strategy, skip_steps=skip_steps, amendments=amendments, stop=signals)
+        meeting = _warmed(meeting, recipe, run_dir, alike, anew=anew, resumes=resumes)
         engine = stack.enter_context(Engine(recipe, strategy, resumes=resumes))
         _agree_on_arguments(  # except for `adopt`: only worker 0 uses it, and a host that joins later has no --adopt
             engine.group,
@@ -136,12 +133,10 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
         )
         last = engine.epochs.steps(recipe.epochs) if recipe.epochs is not None else checked_steps
         record = RunRecord(engine, run_dir, checkpoint_dir, recipe_as_used, around, adopt=adopt, anew=anew)
-        if record.checkpoints is None:
-            _refuse_without_place(checkpoint_every=checkpoint_every, keep_every=keep_every, keep_best=keep_best)
+        _refuse_without_place(record, checkpoint_every=checkpoint_every, keep_every=keep_every, keep_best=keep_best)
         record.amend(given_amendments)
         record.resume(accept_new_numerics)
-        of_best = [keep_best] if isinstance(keep_best, str) else keep_best
-        validations = Validations(engine, last, of_best, record.add_validation, record.report, record.event)
+        validations = Validations(engine, last, keep_best, record.add_validation, record.report, record.event)
         record.notes += engine.epochs.described(last) + validations.described()
         record.begin(last, show, listeners)
         saver = Saver(record, interval, keep_checkpoints, keep_every)
@@ -212,9 +207,24 @@ def _checked_numbers(
     return found["steps"], found["digest_every"], found["keep_checkpoints"], found.get("keep_every")
 
 
-def _warmed(meeting: Meeting, recipe: Recipe, run_dir: str | Path | None, train: Callable[..., object]) -> Meeting:
-    """Make the warm steps of a recipe with islands, if this cluster is to make them. Collective."""
-    return replace(meeting, warm=warm_up(recipe, run_dir, train)) if meeting.makes_warm_steps(recipe) else meeting
+def _warmed(
+    meeting: Meeting | None,
+    recipe: Recipe,
+    run_dir: str | Path | None,
+    train: Callable[..., object],
+    *,
+    anew: bool,
+    resumes: bool,
+) -> Meeting | None:
+    """Make the warm steps of a recipe with islands, if this cluster is to make them and has not begun. Collective.
+
+    train: `manyhands.train` with the options that the warm steps share with the run. Raises ConfigError for a run that
+    can't start over.
+    """
+    refuse_start_over(meeting, recipe, anew=anew)
+    if meeting is None or resumes or not meeting.makes_warm_steps(recipe):
+        return meeting
+    return replace(meeting, warm=warm_up(recipe, run_dir, train))
 
 
 def _agree_on_arguments(group: Group, **arguments: Any) -> None:
@@ -228,10 +238,10 @@ def _agree_on_arguments(group: Group, **arguments: Any) -> None:
     )
 
 
-def _refuse_without_place(**options: Any) -> None:
+def _refuse_without_place(record: RunRecord, **options: Any) -> None:
     """Raise ConfigError for an option that would have no effect, because there is no place for checkpoints."""
     for name, value in options.items():
-        if value:
+        if value and record.checkpoints is None:
             raise ConfigError(
                 f"{name} has no effect, because the run has no place for checkpoints",
                 expected="run_dir=... or checkpoint_dir=...",

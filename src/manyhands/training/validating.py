@@ -62,13 +62,14 @@ class Validations:
         self,
         engine: Engine,
         steps: int,
-        keep_best: Sequence[str],
+        keep_best: str | Sequence[str],
         record: Callable[[Evaluation], None],
         report: Callable[[str], None],
         event: Callable[..., None] = lambda event, **facts: None,
     ) -> None:
         self._engine, self._steps, self._record, self._report = engine, steps, record, report
         self._event, self._given = event, engine.recipe.validations
+        keep_best = [keep_best] if isinstance(keep_best, str) else keep_best
         self._keep_best = [Watched.parsed(text, "keep_best") for text in keep_best]
         self._patient = {
             name: (Watched.parsed(f"{name}.{each.watched}", f"{name}.watch"), each.patience)
