@@ -175,7 +175,8 @@ class Manifest(BaseModel):
     the state of the run's validations, see `training.validating`. user_state: `Engine.extra_state`, encoded.
     stream: the position from which the workers can continue to read a stream, see `data.stream_samples.StreamPosition`.
     averaged: the number of weights in the average of the weights; 0 if there is no average, or if it has not begun.
-    adapter: the adapter of a peft model. island: the island whose optimizer state the checkpoint has.
+    adapter: the adapter of a peft model. island: the island whose optimizer state the checkpoint has, see
+    `training.island_states.NO_ISLAND`.
 
     Numbers may be infinite or NaN. Python's JSON has such values, but by default pydantic writes them as null.
     """

@@ -47,7 +47,7 @@ def decompress(path: Path, to: Path, limit: int) -> None:
             where=str(path),
             expected=f"{limit} bytes, compressed with zstd",
             got=got,
-            hint="remove the file: the cluster of the island writes it again",
+            hint="remove the file, and start the cluster of the island again",
         )
 
     written = 0

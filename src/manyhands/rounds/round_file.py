@@ -37,8 +37,8 @@ _FIELDS = {
 
 _HINTS = {
     "format": "use the same version of Manyhands on all clusters",
-    "round": "the file was renamed or copied: remove it, and the cluster of the island writes it again",
-    "island": "the file was renamed or copied: remove it, and the cluster of the island writes it again",
+    "round": "the file was renamed or copied: remove it, and start the cluster of the island again",
+    "island": "the file was renamed or copied: remove it, and start the cluster of the island again",
 }
 
 _OTHER_RECIPE = "train the same recipe on all clusters, and share the folder with no other run"
@@ -240,7 +240,7 @@ class RoundFile(_Mapped):
             where=str(self._path),
             expected=expected,
             got=got,
-            hint=f"remove the file: the cluster of island {self._identity.island} writes it again",
+            hint=f"remove the file, and start the cluster of island {self._identity.island} again",
         )
 
 

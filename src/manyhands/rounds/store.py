@@ -66,8 +66,9 @@ class IslandsRecord:
 class RoundStore:
     """The rounds at a location. One thread and one background thread that uploads may use it at a time.
 
-    report: takes a line for people, from any of these threads. patience, stopped: see `Outages`. bytes_up, bytes_down:
-    the bytes of rounds' files that were sent and received; a shared folder counts like a store.
+    report: takes a line for people, from any of these threads. patience, stopped: see `Outages`. bytes_up: the bytes of
+    rounds' files that were sent. bytes_down: those of rounds' files and states that were received. A shared folder
+    counts like a store.
 
     Every method repeats its operation while the store is out of reach, and raises ConfigError if the store can't be
     used, DataError if `patience` ends, and Interrupted if `stopped` becomes True.
@@ -174,18 +175,21 @@ class RoundStore:
         """
         name = self._name(round, island)
         source, target = self.location / "rounds" / _round_name(round) / name, to / name
-        what = f"give the file of island {island} in round {round}"
-        size: int = self._outages.steady(what, lambda: _size(source))
+        self.copy(source, target, f"give the file of island {island} in round {round}")
+        return target
+
+    def copy(self, source: Location, target: Path, what: str) -> None:
+        """Copy a file of the store to `target`, as `fetch` does. what: the operation, for people."""
+        size = self.steady(what, lambda: _size(source))
         with open_atomic(target) as file:
             for start in range(0, size, AHEAD_BYTES):
                 end = min(start + AHEAD_BYTES, size)
-                part = self._outages.steady(what, lambda start=start, end=end: _range(source, start, end), end - start)  # type: ignore[misc]
+                part = self.steady(what, lambda start=start, end=end: _range(source, start, end), end - start)  # type: ignore[misc]
                 file.write(part)
                 with self._lock:
                     self.bytes_down += len(part)
         if not size:  # open_atomic creates no empty file
             write_atomic(target, b"")
-        return target
 
     def state_root(self, island: int) -> Location:
         """Return the folder of the checkpoints of an island's state."""
@@ -206,9 +210,21 @@ class RoundStore:
         else:
             self._outages.steady("delete old rounds", lambda: self._prune_folder(root, before))
 
-    def steady(self, what: str, call: Callable[[], _T]) -> _T:
-        """Return the result of a short operation on the location, as `Outages.steady` does."""
-        return self._outages.steady(what, call)
+    def steady(self, what: str, call: Callable[[], _T], size: int = 0) -> _T:
+        """Return the result of an operation on the location, as `Outages.steady` does.
+
+        A missing file counts only if the location itself is there. A missing folder may look like an empty one, so a
+        `call` that lists files ends with `check_mounted`.
+        """
+
+        def checked() -> _T:
+            try:
+                return call()
+            except FileNotFoundError:
+                self.check_mounted()
+                raise
+
+        return self._outages.steady(what, checked, size)
 
     def read_small(self, name: str) -> bytes | None:
         """Return the content of a small file, or None if there is none."""

@@ -286,7 +286,7 @@ def _after_round(
     digest_every: int,
 ) -> None:
     """Validate and save the weights that all islands share after a round, if that is due. Collective."""
-    with turns.outer.shared(of.end):
+    with turns.result(of):
         made = range(of.start + 1, of.end + 1)
         if of.is_last or any(step % digest_every == 0 for step in made):
             record.add_digest(of.end, engine.digest())

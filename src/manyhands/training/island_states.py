@@ -9,13 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from manyhands.checkpoint.format import list_checkpoints
+from manyhands.checkpoint.format import MANIFEST, list_checkpoints
+from manyhands.checkpoint.publish import remove_partial
 from manyhands.errors import CheckpointError
 from manyhands.islands import Round
 from manyhands.rounds.store import RoundStore
-from manyhands.storage.files import names_in, read_bytes
+from manyhands.storage.files import names_in
 from manyhands.storage.location import Address, Location, StoreError, location_of
 from manyhands.training.on_first import FirstWorker
+
+NO_ISLAND = (1 << 62) - 1
+"""The island of a checkpoint that has the state of none."""
 
 
 class State(NamedTuple):
@@ -69,6 +73,22 @@ class IslandStates:
 
         return self._looked(found, f"states of island {island}")
 
+    def to_continue(self, island: int, states: Sequence[State], collected: int) -> State:
+        """Return that of an island's states from which the fewest turns lead to the one after round `collected`.
+
+        Raises CheckpointError if there is none.
+        """
+        rested = [each for each in states if not each.is_complete and each.number == collected]
+        complete = [each for each in states if each.is_complete and each.number <= collected]
+        chosen = rested[0] if rested else max(complete, default=None, key=lambda each: each.number)
+        if chosen is None:
+            raise CheckpointError(
+                f"there is no state of island {island} from which its rounds can be computed",
+                where=str(self._folder),
+                hint="start the run anew in another folder",
+            )
+        return chosen
+
     def newest_complete(self, count: int) -> State | None:
         """Return the newest complete state of any of `count` islands in the store, or None."""
 
@@ -86,11 +106,23 @@ class IslandStates:
 
     def oldest_needed(self, count: int) -> int:
         """Return the number of the oldest round from which all islands have a complete state. On the first worker."""
-        newest = [
-            max((number for root in self._roots(island) for number, _ in self._listed(root, self._by_end)), default=0)
-            for island in range(count)
-        ]
-        return min(newest)
+
+        def newest(island: int) -> int:
+            roots = self._roots(island)
+            found = [number for root in roots for number, _ in self._listed(root, self._by_end)]
+            self._store.check_mounted()
+            return max(found, default=0)
+
+        return min(self._store.steady("list states", partial(newest, island)) for island in range(count))
+
+    def remove_leftovers(self, count: int) -> None:
+        """Delete copies, and what interrupted saves of this cluster left, of any of `count` islands. On the first
+        worker, and while no state is being saved.
+        """
+        shutil.rmtree(self._folder / "fetched", ignore_errors=True)
+        for island in range(count):
+            remove_partial(self.at_rest(island))
+            self._store.steady("delete partial states", partial(remove_partial, self.published(island)))
 
     def wait_for_start(self) -> State:
         """Wait until another cluster has published the state before the first round."""
@@ -102,28 +134,47 @@ class IslandStates:
             self._first.call(partial(time.sleep, 1.0), "waiting for the warm steps")
         return states[0]
 
-    def on_disk(self, state: State) -> Location:
-        """Return where the state is on a disk, after copying it from an object store if it is there."""
-        if not isinstance(state.path, Address):
+    def on_disk(self, state: State) -> Location | None:
+        """Return where the state is on this cluster, after copying it if it is in the store.
+
+        Return None if another cluster has deleted it meanwhile.
+        """
+        if not state.is_complete or state.path.parent == self._folder / "start":
             return state.path
-        folder, source = self._folder / "fetched", state.path
+        folder, root, name = self._folder / "fetched", state.path.parent, state.path.name
 
-        def fetch() -> str:
+        def fetch() -> str | None:
             shutil.rmtree(folder, ignore_errors=True)
-            root = source.parent
-            names = self._store.steady("list a state", root.files)
-            for name in names:
-                if name.startswith((f"{source.name}/", "frozen-")):
-                    path = folder / name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    content = self._store.steady("give a state", partial(read_bytes, str(root / name)))
-                    path.write_bytes(content)
-            return str(folder / source.name)
+            try:
+                self._copy(root, name, folder)
+            except FileNotFoundError:
+                return None
+            return str(folder / name)
 
-        return location_of(self._first.call(fetch, f"fetching the state after round {state.number}"))
+        found: str | None = self._first.call(fetch, f"fetching the state after round {state.number}")
+        return None if found is None else location_of(found)
+
+    def _copy(self, root: Location, name: str, folder: Path) -> None:
+        """Copy a checkpoint in `root`, and the frozen parameters beside it. Raises FileNotFoundError if it is gone."""
+
+        def listed() -> list[str]:
+            names = root.files() if isinstance(root, Address) else _files_below(root)
+            self._store.check_mounted()
+            return [each for each in names if each.startswith((f"{name}/", "frozen-"))]
+
+        for each in self._store.steady("list a state", listed):
+            (folder / each).parent.mkdir(parents=True, exist_ok=True)
+            self._store.copy(root / each, folder / each, "give a state")
+        if not (folder / name / MANIFEST).exists():
+            raise FileNotFoundError(str(root / name))
 
     def _looked(self, found: Callable[[], list[tuple[int, str, bool]]], what: str) -> list[State]:
-        listed = self._first.call(lambda: self._store.steady(what, found), what)
+        def checked() -> list[tuple[int, str, bool]]:
+            states = found()
+            self._store.check_mounted()
+            return states
+
+        listed = self._first.call(lambda: self._store.steady(what, checked), what)
         return [State(number, location_of(path), is_complete) for number, path, is_complete in listed]
 
     def _roots(self, island: int) -> list[Location]:
@@ -137,3 +188,8 @@ class IslandStates:
         except CheckpointError as error:
             raise StoreError(str(error), error.hint or "") from error
         return [(numbers[step], path) for step, path in listed if step in numbers]
+
+
+def _files_below(root: Path) -> list[str]:
+    """Return the paths of all files in the folder, relative to it."""
+    return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]

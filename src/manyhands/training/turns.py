@@ -14,28 +14,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from manyhands.checkpoint.save import Saving, start_checkpoint
 from manyhands.engine.update.companions import OUTER, VELOCITY
-from manyhands.errors import CheckpointError, InvariantError, NumericsError
+from manyhands.errors import CheckpointError, InvariantError
 from manyhands.islands import Islands, Round
 from manyhands.listeners.summary import IslandFigures
-from manyhands.rounds.file_compression import SUFFIX, compress, decompress
 from manyhands.rounds.round_file import RoundFile
 from manyhands.rounds.store import RoundStore
-from manyhands.storage.atomic import remove_temporary_files
 from manyhands.storage.location import Location
 from manyhands.training.engine import Engine
-from manyhands.training.island_states import IslandStates, State
+from manyhands.training.island_states import NO_ISLAND, IslandStates, State
 from manyhands.training.on_first import FirstWorker
 from manyhands.training.outer_step import OuterStep
+from manyhands.training.round_files import RoundFiles
 from manyhands.training.run_record import RunRecord
 from manyhands.training.warm_up import facts_of_warm_steps
 
@@ -86,6 +85,7 @@ class Turns:
             raise InvariantError("the run has no round")
         self.fingerprint = fingerprint_of(engine, steps)
         self.outer = OuterStep(engine, given, self.fingerprint)
+        self._files = RoundFiles(cluster.folder / "rounds", store, self.outer, self.rounds, given)
         self.collected = 0
         self._states = IslandStates(
             cluster.folder, store, first, self.rounds, cluster.id, shares_start=given.warm_steps > 0
@@ -113,14 +113,12 @@ class Turns:
     def begin(self, warm: Location | None) -> None:
         """Continue from the checkpoint that the engine has loaded, or begin. warm: the checkpoint of the warm steps."""
         engine = self._engine
-        self._own.update(map(tuple, self._first.call(self._upload_leftovers, "uploading rounds")))
+        self._own.update(map(tuple, self._first.call(self._files.upload_leftovers, "uploading rounds")))
+        self._first.call(partial(self._states.remove_leftovers, self._given.count), "deleting leftovers")
         if engine.step_index:
             self._loaded_complete()
             self._reported = self.collected
-        newest = self._states.newest_complete(self._given.count)
-        if newest is not None and newest.number > self.collected:  # other clusters are ahead
-            self._load(newest)
-        elif not engine.step_index:
+        if not self._load_newest(self.collected + 1) and not engine.step_index:  # other clusters may be ahead
             self._start_anew(warm)
         self._has_begun = True
 
@@ -138,6 +136,7 @@ class Turns:
     def _save_start(self) -> None:
         """Save the state before the first round, unless it is there already. Try again until the store answers."""
         while True:
+            self._first.call(self._wait_for_store, "waiting for the store")
             try:
                 self._engine.save(self._states.start)
                 return
@@ -145,26 +144,17 @@ class Turns:
                 self._record.report(f"trying again in {RETRY_SECONDS:g} seconds: {error}")
                 self._first.call(partial(time.sleep, RETRY_SECONDS), "waiting for the store")
 
-    def _upload_leftovers(self) -> list[tuple[int, int]]:
-        """Upload the files that an interrupted run has written. Return their rounds and islands."""
-        found = []
-        oldest = min(self._store.rounds(), default=0)
-        for folder in sorted((self._folder / "rounds").glob("[0-9]*")):
-            remove_temporary_files(folder)
-            number = int(folder.name)
-            present = self._store.present(number)
-            for path in sorted(folder.glob("island-*.safetensors")):
-                island = int(path.stem.removeprefix("island-"))
-                if (folder / f"{path.name}.own").exists():
-                    if island not in present and number >= oldest:
-                        self._upload(number, island)
-                    found.append((number, island))
-        return found
+    def _wait_for_store(self) -> None:
+        """Wait until a shared folder is mounted. A checkpoint would else be written to its mount point."""
+        self._store.steady("take a state", self._store.check_mounted)
 
     def end(self) -> None:
         """Give the engine the weights that all islands share after the last round."""
         self._wait_for_uploads(len(self.rounds))
         self._finish_publishing()
+        self._first.call(partial(self._states.remove_leftovers, self._given.count), "deleting leftovers")
+        if self._engine.group.rank == 0:
+            self._files.remove()
         self.outer.exchange(self.rounds[-1].end)
 
     def figures(self) -> IslandFigures:
@@ -172,10 +162,14 @@ class Turns:
         store = self._store
         return IslandFigures(len(self.rounds), store.bytes_up, store.bytes_down, self._agreement, self._seconds_waited)
 
-    def _load(self, state: State) -> None:
+    def _load(self, state: State) -> bool:
+        """Load a state. Return False if another cluster has deleted it meanwhile, after publishing later ones."""
         engine, progress = self._engine, self._engine.progress
         engine.finish_save()
-        engine.load(self._states.on_disk(state), accept_new_numerics=self._cluster.accepts_other_numerics)
+        found = self._states.on_disk(state)
+        if found is None:
+            return False
+        engine.load(found, accept_new_numerics=self._cluster.accepts_other_numerics)
         if self._has_begun:  # the state may be older than the validations that this cluster has made
             engine.progress = progress
         if state.is_complete:
@@ -183,6 +177,16 @@ class Turns:
         else:
             self._held = state.number
         self._is_saved = True
+        return True
+
+    def _load_newest(self, least: int) -> bool:
+        """Load the newest complete state of any island. Return False if there is none of round `least` or later."""
+        while True:
+            newest = self._states.newest_complete(self._given.count)
+            if newest is None or newest.number < least:
+                return False
+            if self._load(newest):
+                return True
 
     def _loaded_complete(self) -> None:
         """Note the round of a complete state that the engine has loaded, and restore the island's own weights."""
@@ -197,19 +201,33 @@ class Turns:
         self.collected = self._held = 0 if found is None else found.number
         self.outer.buffers = {name: buffer.clone() for name, buffer in engine.buffers.named().items()}
         self.outer.exchange(start if found is None else found.applied)
-        self._done[engine.island] = max(self._done[engine.island], self._held)
+        if engine.island in self._done:
+            self._done[engine.island] = max(self._done[engine.island], self._held)
+
+    @contextmanager
+    def result(self, of: Round) -> Iterator[None]:
+        """Context in which the engine has the weights and buffers that all islands share after a round.
+
+        If the engine's island has not made the turn of this round, a checkpoint that is saved here has no island.
+        """
+        island = self._engine.island
+        with self.outer.shared(of.end):
+            if self._held != of.number:
+                self._engine.island = NO_ISLAND
+            yield
+            self._engine.island = island
 
     # Turns
 
     def bring(self, island: int, number: int, step: Callable[[int], None]) -> None:
-        """Make the turns of an island up to this round, unless they are made.
+        """Make the turns of an island up to this round, unless they are made, or all clusters are ahead of this one.
 
         step: makes the engine's next step. It takes the number of steps after the last one of the turn.
         """
         if self._done[island] >= number:
             return
         if self._engine.island != island or self._held != self.collected:
-            states = self._states.of(island, like=0 if self._is_forgetful else island)
+            states = self._states_of(island)
             rested = max((each.number for each in states if not each.is_complete), default=0)
             if rested >= number:  # this cluster was interrupted after the turn
                 self._done[island] = rested
@@ -217,22 +235,19 @@ class Turns:
             self._switch(island, states)
         while self._held < number:
             self.collect_until(self._held)
+            if self._engine.island != island:  # it was late, and has loaded a later state of another island
+                return
             self._turn(self.rounds[self._held], step)
 
     def _switch(self, island: int, states: list[State]) -> None:
         """Load the newest state of an island from which its next turns can be made."""
         self.rest()
-        rested = [each for each in states if not each.is_complete and each.number == self.collected]
-        complete = [each for each in states if each.is_complete and each.number <= self.collected]
-        chosen = rested[0] if rested else max(complete, default=None, key=lambda each: each.number)
-        if chosen is None:
-            raise CheckpointError(
-                f"there is no state of island {island} from which its rounds can be computed",
-                where=str(self._folder),
-                hint="start the run anew in another folder",
-            )
-        self._load(chosen)
+        while not self._load(self._states.to_continue(island, states, self.collected)):
+            states = self._states_of(island)
         self._engine.island = island  # the state before the first round is the same for all islands
+
+    def _states_of(self, island: int) -> list[State]:
+        return self._states.of(island, like=0 if self._is_forgetful else island)
 
     def rest(self) -> None:
         """Save the engine's island, so that the engine can load another one."""
@@ -258,11 +273,13 @@ class Turns:
         self._is_saved = False
 
     def publish_state_of(self, island: int) -> None:
-        """Publish a complete state of an island that this cluster computes, after the last round."""
-        if self._engine.island != island:
-            self._switch(island, self._states.of(island, like=island))
-        if self._held == self.collected:
-            self.publish_state()
+        """Publish a complete state of an island after the last round, if this cluster has made its turn."""
+        if self._engine.island != island or self._held != self.collected:
+            states = self._states_of(island)
+            if not any(not each.is_complete and each.number == self.collected for each in states):
+                return
+            self._switch(island, states)
+        self.publish_state()
 
     def publish_state(self) -> None:
         """Publish a complete state of the engine's island, after the last round. The run goes on if that fails."""
@@ -270,6 +287,7 @@ class Turns:
         if self._is_forgetful and island != 0:
             return  # nothing in the state belongs to this island alone
         self._finish_publishing()
+        self._first.call(self._wait_for_store, "waiting for the store")
         with self.outer.shared(of.end):
             try:
                 self._publishing = start_checkpoint(self._engine, self._states.published(island), keep=2)
@@ -302,44 +320,13 @@ class Turns:
         self._store.prune(self._states.oldest_needed(count) - self._cluster.state_every)
 
     def _publish(self, of: Round) -> None:
-        island, path = self._engine.island, self._path(of.number, self._engine.island)
+        island, path = self._engine.island, self._files.path(of.number, self._engine.island)
         if self._engine.group.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)  # another cluster's file, with which this one is compared
-            path.with_name(f"{path.name}.own").touch()
+            self._files.prepare(of.number, island)
         self.outer.publish(of, path)
         self._own.add((of.number, island))
-        upload = self._first.start(partial(self._upload, of.number, island), uploads=True)
+        upload = self._first.start(partial(self._files.upload, of.number, island), uploads=True)
         self._uploads.setdefault(of.number, []).append(upload)
-
-    def _upload(self, number: int, island: int) -> None:
-        """Publish a file. If another cluster was first, compare the two. Raises NumericsError."""
-        path = self._path(number, island)
-        if island in self._store.present(number):
-            self._compare(number, island, path)
-            return
-        sent = path
-        if self._given.compress:
-            sent = path.with_name(path.name + SUFFIX)
-            compress(path, sent)
-        self._store.publish(number, island, sent)
-
-    def _compare(self, number: int, island: int, path: Path) -> None:
-        layout, identity = self.outer.layout(self.rounds[number - 1]), self.outer.identity(number, island)
-        try:
-            other = self._plain(number, island, path.with_name(f"other-{path.name}"))
-        except FileNotFoundError:
-            return
-        mine, theirs = (RoundFile(each, layout, identity, verify=False).sha256 for each in (path, other))
-        if mine != theirs:
-            raise NumericsError(
-                f"island {island} was computed twice, with different results",
-                where=f"round {number}",
-                expected=f"{theirs} (published first)",
-                got=f"{mine} (here)",
-                hint="use the same version of torch and the same kind of CPU (and GPU) on all clusters that may take "
-                "over each other's islands, and data that don't change",
-            )
 
     def abandon(self) -> None:
         """Stop waiting for a state that is being published, because the run ends."""
@@ -362,15 +349,17 @@ class Turns:
     def collect(self, of: Round, while_waiting: Callable[[], None]) -> None:
         """Wait for the files of a round, and make the outer step.
 
-        while_waiting: called from time to time. If it makes turns of other islands, it ends with the same round
-        collected. If the round's files were deleted, because all other clusters are far ahead, load a later state.
+        while_waiting: called from time to time, to make turns of other islands. If the round's files were deleted,
+        because all other clusters are far ahead, load a later state instead. If this has happened before, do nothing.
         """
         started = time.monotonic()
-        if not self._wait_for_files(of, while_waiting):
+        if self.collected != of.number - 1 or not self._wait_for_files(of, while_waiting):
             return
         layout, verify = self.outer.layout(of), self._engine.group.rank == 0
         files = [
-            RoundFile(self._path(of.number, island), layout, self.outer.identity(of.number, island), verify=verify)
+            RoundFile(
+                self._files.path(of.number, island), layout, self.outer.identity(of.number, island), verify=verify
+            )
             for island in range(self._given.count)
         ]
         waited = time.monotonic() - started
@@ -391,72 +380,43 @@ class Turns:
         self._wait_for_uploads(of.number - 1)
         if self._engine.group.rank == 0:
             # An island that is taken over may need the files of the rounds since its last state.
-            old = of.number - 1 - 2 * self._cluster.state_every
-            shutil.rmtree(self._folder / "rounds" / f"{old:08}", ignore_errors=True)
+            oldest = of.number - 2 * self._cluster.state_every
+            self._files.remove(before=oldest)
 
     def _wait_for_files(self, of: Round, while_waiting: Callable[[], None]) -> bool:
         """Wait until all files of a round are on this cluster. Return False if a later state was loaded instead."""
         pause, since, reported = POLL_SECONDS, time.monotonic(), REPORT_SECONDS
         while True:
-            missing: list[int] = self._first.call(partial(self._fetch_missing, of.number), f"round {of.number}")
+            missing: list[int] = self._first.call(partial(self._look_for_files, of.number), f"round {of.number}")
             if not missing:
                 return True
-            is_late = pause >= MAX_POLL_SECONDS
-            newest = self._states.newest_complete(self._given.count) if is_late else None
-            if newest is not None and newest.number > of.number and self._is_gone(of):
-                self._record.report(f"round {of.number} is over for all: this cluster continues after {newest.number}")
+            if pause >= MAX_POLL_SECONDS:
                 self.rest()
-                self._load(newest)
-                return False
+                if self._load_newest(of.number):  # another cluster has collected the round, so its files were deleted
+                    self._record.report(f"round {of.number} is over: this cluster continues after {self.collected}")
+                    return False
             if time.monotonic() - since > reported:
                 reported *= 2
                 names = ", ".join(map(str, missing))
                 self._record.report(f"round {of.number} waits for the island{'s' * (len(missing) > 1)} {names}")
             while_waiting()
+            if self.collected != of.number - 1:  # the turns of other islands have loaded a later state
+                return False
             self._first.call(partial(time.sleep, pause), f"waiting for round {of.number}")
             pause = min(MAX_POLL_SECONDS, 1.5 * pause)
 
-    def _is_gone(self, of: Round) -> bool:
-        """Return True if the files of a round were deleted."""
-
-        def gone() -> bool:
-            rounds = self._store.rounds()
-            return bool(rounds) and rounds[0] > of.number
-
-        return bool(self._first.call(gone, "listing rounds"))
-
-    def _fetch_missing(self, number: int) -> list[int]:
-        """Copy the files of other clusters to this one. Return the islands whose files are not in the store yet."""
-        missing = [island for island in range(self._given.count) if not self._path(number, island).exists()]
-        present = self._store.present(number) if missing else set()
-        for island in missing:
-            if island in present:
-                path = self._path(number, island)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._plain(number, island, path)
-        return [island for island in missing if island not in present]
+    def _look_for_files(self, number: int) -> list[int]:
+        """Do as `RoundFiles.fetch_missing`. Raises the error of a failed upload, because others wait for that file."""
+        for upload in (upload for uploads in self._uploads.values() for upload in uploads):
+            if upload is not None and upload.done():
+                upload.result()
+        return self._files.fetch_missing(number)
 
     def _fetch_ahead(self, number: int) -> None:
         """Start to copy the files of other clusters, beside the steps that a delay allows."""
         if self._ahead is None or (self._ahead.done() and time.monotonic() - self._ahead_since > FETCH_SECONDS):
             self._ahead_since = time.monotonic()
-            self._ahead = self._first.start(partial(self._fetch_missing, number))
-
-    def _plain(self, number: int, island: int, path: Path) -> Path:
-        """Copy a file of the store to `path`, uncompressed."""
-        folder = path.parent / "fetched"
-        folder.mkdir(parents=True, exist_ok=True)
-        fetched = self._store.fetch(number, island, folder)
-        if fetched.name.endswith(SUFFIX):
-            layout = self.outer.layout(self.rounds[number - 1])
-            decompress(fetched, path, layout.file_bytes(self.outer.identity(number, island)))
-            fetched.unlink()
-        else:
-            fetched.rename(path)
-        return path
-
-    def _path(self, number: int, island: int) -> Path:
-        return self._folder / "rounds" / f"{number:08}" / f"island-{island}.safetensors"
+            self._ahead = self._first.start(partial(self._files.fetch_missing, number))
 
 
 def fingerprint_of(engine: Engine, steps: int) -> str:
