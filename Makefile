@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all digests faults faults-prepare check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation bench-islands-codec islands-simulation zoo docs tree clean
+.PHONY: demo test test-all digests faults faults-prepare faults-islands check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation bench-islands-codec islands-simulation zoo docs tree clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -39,6 +39,11 @@ faults: $(READY)
 # The same for data jobs. make faults-prepare ARGS='--faults 100 --seed 0'; make faults-prepare ARGS='--only 7'
 faults-prepare: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/faults_prepare.py $(ARGS)
+
+# The same for runs with islands on several clusters, which meet in a folder or an object store.
+# make faults-islands ARGS='--runs 5 --seed 7'; make faults-islands ARGS='--only 7'
+faults-islands: $(READY)
+	PYTHONPATH=tests $(BIN)/python tests/faults_islands.py $(ARGS)
 
 # Our training step compared with the peers'; use a quiet machine. make bench ARGS='--rounds 5 --only "2-bf16/*"'
 BENCH_VENV ?= .venv-bench

@@ -36,7 +36,7 @@ def recipe(islands: mh.Islands | None, **changes: Any) -> mh.Recipe:
     data = TensorDataset(torch.randn(256, 10, generator=generator), torch.randint(0, 5, (256,), generator=generator))
     options: dict[str, Any] = {
         "model": _model,
-        "loss": _loss,
+        "loss": loss,
         "optimizer": _adamw,
         "data": data,
         "batch": mh.Batch(global_size=8, micro_size=4),
@@ -49,7 +49,7 @@ def _model() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 130), nn.BatchNorm1d(130), nn.ReLU(), nn.Dropout(0.1), nn.Linear(130, 5))
 
 
-def _loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
     inputs = batch[0].to(next(model.parameters()).dtype)
     return nn.functional.cross_entropy(model(inputs), batch[1])
 

@@ -1,0 +1,101 @@
+"""Clusters of runs with islands, as forks of one process that has imported what they need, so that they start at once.
+
+`serve` reads requests, one JSON object a line, and answers each with the process id of a new cluster. A cluster is a
+session of its own: with more than one worker it also has the processes that `manyhands.launch` starts.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import manyhands as mh
+from support import island_runs
+
+STEPS = 32
+
+
+def slow_loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    """The loss, after $STEP_SECONDS. Without a pause, a run would end before something can happen to it."""
+    time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+    return island_runs.loss(model, batch)
+
+
+def train(spec: dict[str, Any]) -> str:
+    """Train what `spec` describes, and return the digest. SIGUSR1 prints the stacks of all threads.
+
+    spec: islands, options (of `mh.train`), strategy, and muon (True to train with Muon and bf16).
+    """
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    changes: dict[str, Any] = {"loss": slow_loss}
+    if spec.get("muon"):
+        changes |= {"optimizer": island_runs.muon_and_adamw, "precision": "bf16"}
+    recipe = island_runs.recipe(mh.Islands(**spec["islands"]), **changes)
+    strategy = mh.Strategy(**spec.get("strategy", {}))
+    return mh.train(recipe, steps=STEPS, strategy=strategy, show=True, **spec["options"]).digest
+
+
+def _run(spec: dict[str, Any]) -> int:
+    """Train as one cluster, write its digest to the file `result`, and return the exit code."""
+    os.setsid()
+    with open(spec["output"], "ab", buffering=0) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ.update(spec["environment"])
+    faulthandler.enable()
+    try:
+        workers = spec["workers"]
+        digest = train(spec) if workers == 1 else mh.launch(train, spec, workers=workers)[0]
+    except (mh.Interrupted, KeyboardInterrupt) as error:  # the latter while it starts, as the command line does
+        sys.stderr.write(f"{error}\n")
+        return 130
+    except mh.ManyhandsError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 1
+    Path(spec["result"]).write_text(digest)
+    return 0
+
+
+def serve() -> None:
+    """Start clusters as requested on stdin, until it is closed. Says on stdout which have started and ended."""
+    requests = os.fdopen(os.dup(0), "rb", buffering=0)
+    pending = b""
+    while True:
+        if select.select([requests], [], [], 0.02)[0]:
+            data = requests.read(1 << 16)
+            if not data:
+                return
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                pid = os.fork()
+                if not pid:
+                    requests.close()
+                    sys.exit(_run(json.loads(line)))
+                _say("started", pid, 0)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            _say("ended", pid, os.waitstatus_to_exitcode(status))
+
+
+def _say(what: str, pid: int, code: int) -> None:
+    os.write(1, f"{what} {pid} {code}\n".encode())
+
+
+if __name__ == "__main__":
+    from support import island_clusters  # under its own name, which workers import
+
+    island_clusters.serve()
