@@ -297,8 +297,10 @@ def _store_norms(changes: Tensor, blocks: Range, shard: Range, found: Sequence[T
     mine = blocks.overlap(shard)
     if not mine.numel:
         return
-    padded = torch.zeros(len(changes), blocks.numel)
-    padded[:, : changes.shape[1]] = changes
+    padded = changes
+    if changes.shape[1] < blocks.numel:  # the last block of a parameter is incomplete
+        padded = torch.zeros(len(changes), blocks.numel)
+        padded[:, : changes.shape[1]] = changes
     for each, out in zip(padded, found, strict=True):
         norms = block_norms(each[mine.start - blocks.start : mine.end - blocks.start])
         out[(mine.start - shard.start) // BLOCK : (mine.end - shard.start) // BLOCK] = norms
