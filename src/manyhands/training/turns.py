@@ -41,6 +41,9 @@ from manyhands.training.warm_up import facts_of_warm_steps
 POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 3.0
 """The shortest and the longest pause between two looks at the store for the files of other clusters."""
 
+POLL_GROWTH = 1.15
+"""Each pause is so many times as long as the one before. So a file is found late by about 15 % of the wait at most."""
+
 REPORT_SECONDS = 10.0
 """The time for which a cluster waits for others before it reports this."""
 
@@ -403,7 +406,7 @@ class Turns:
             if self.collected != of.number - 1:  # the turns of other islands have loaded a later state
                 return False
             self._first.call(partial(time.sleep, pause), f"waiting for round {of.number}")
-            pause = min(MAX_POLL_SECONDS, 1.5 * pause)
+            pause = min(MAX_POLL_SECONDS, POLL_GROWTH * pause)
 
     def _look_for_files(self, number: int) -> list[int]:
         """Do as `RoundFiles.fetch_missing`. Raises the error of a failed upload, because others wait for that file."""
