@@ -18,6 +18,7 @@ import manyhands as mh
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.rounds.leases import _Announcement, _write
 from manyhands.rounds.store import RoundStore
+from manyhands.training.island_states import _FILE
 from support.island_runs import CASES, digest_of
 from support.processes import suspend
 
@@ -154,3 +155,19 @@ def test_a_folder_that_is_gone_for_a_while_is_waited_for(finished: Path, tmp_pat
     (tmp_path / "away").rename(root)
     thread.join(60)
     assert [path.name for path in found] == ["island-1.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-00000010/../../../evil.py",
+        "step-00000010/0123456789abcdef/../../evil.py",
+        "frozen-0123456789abcdef/../evil.py",
+        "step-00000010/parts.py",
+        "step-00000010/worker-0.safetensors\n",
+        "../step-00000010/manifest.json",
+    ],
+)
+def test_files_of_others_cannot_lead_out_of_a_clusters_folder(name: str) -> None:
+    assert _FILE.fullmatch(name) is None
+    assert _FILE.fullmatch("step-00000010/0123456789abcdef/worker-0.safetensors") is not None

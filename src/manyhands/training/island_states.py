@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,11 @@ from manyhands.rounds.store import RoundStore
 from manyhands.storage.files import names_in
 from manyhands.storage.location import Address, Location, StoreError, location_of
 from manyhands.training.on_first import FirstWorker
+
+_FILE = re.compile(
+    r"(step-\d{8,}|frozen-[0-9a-f]{16})/([0-9a-f]{16}/)?(manifest\.json|worker-\d+\.safetensors)", re.ASCII
+)
+"""The names of a state's files. Other names, which others may have written, could lead out of this cluster's folder."""
 
 NO_ISLAND = (1 << 62) - 1
 """The island of a checkpoint that has the state of none."""
@@ -160,7 +166,7 @@ class IslandStates:
         def listed() -> list[str]:
             names = root.files() if isinstance(root, Address) else _files_below(root)
             self._store.check_mounted()
-            return [each for each in names if each.startswith((f"{name}/", "frozen-"))]
+            return [each for each in names if _FILE.fullmatch(each) and each.startswith((f"{name}/", "frozen-"))]
 
         for each in self._store.steady("list a state", listed):
             (folder / each).parent.mkdir(parents=True, exist_ok=True)

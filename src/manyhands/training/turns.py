@@ -289,6 +289,7 @@ class Turns:
         of, island = self.rounds[self.collected - 1], self._engine.island
         if self._is_forgetful and island != 0:
             return  # nothing in the state belongs to this island alone
+        self._wait_for_uploads(of.number)  # whoever continues from the state does not make this turn again
         self._finish_publishing()
         self._first.call(self._wait_for_store, "waiting for the store")
         with self.outer.shared(of.end):
