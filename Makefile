@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all digests faults faults-prepare faults-islands check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation bench-islands-codec islands-simulation zoo docs tree clean
+.PHONY: demo test test-all digests faults faults-prepare faults-islands check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation bench-islands-codec islands-simulation islands-loss zoo docs tree clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -93,6 +93,12 @@ bench-islands-codec: $(READY)
 islands-simulation: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	$(BIN)/python benchmarks/islands_simulation_report.py $(ARGS)
+
+# The loss of islands compared with a synchronous run, written to docs/islands-loss.md. Takes half an hour on two quiet
+# cores. An interrupted run continues. make islands-loss ARGS='--only "warm H=30" --no-report'
+islands-loss: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
+	$(BIN)/python benchmarks/islands_loss.py $(ARGS)
 
 # The memory of workers compared with the formula, written to docs/memory.md; as root, for the control group.
 bench-memory: $(READY)
