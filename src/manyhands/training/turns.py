@@ -128,7 +128,10 @@ class Turns:
     def _start_anew(self, warm: Location | None) -> None:
         """Begin with the weights of the recipe, or after the warm steps."""
         if warm is None and self._given.warm_steps:
-            self._record.report(f"waiting for the {self._given.warm_steps} warm steps of the cluster with island 0")
+            self._record.report(
+                f"waiting for the {self._given.warm_steps} warm steps: the cluster that is started with island 0 in "
+                "--islands makes them"
+            )
             self._load(self._states.wait_for_start())
             return
         if warm is not None:
