@@ -44,6 +44,12 @@ def train(spec: dict[str, Any]) -> str:
     return mh.train(recipe, steps=STEPS, strategy=strategy, show=True, **spec["options"]).digest
 
 
+def digest_of(spec: dict[str, Any]) -> str:
+    """Train as one cluster, with as many workers as `spec` says, and return the digest."""
+    digest: str = train(spec) if spec["workers"] == 1 else mh.launch(train, spec, workers=spec["workers"])[0]
+    return digest
+
+
 def _run(spec: dict[str, Any]) -> int:
     """Train as one cluster, write its digest to the file `result`, and return the exit code."""
     os.setsid()
@@ -53,8 +59,7 @@ def _run(spec: dict[str, Any]) -> int:
     os.environ.update(spec["environment"])
     faulthandler.enable()
     try:
-        workers = spec["workers"]
-        digest = train(spec) if workers == 1 else mh.launch(train, spec, workers=workers)[0]
+        digest = digest_of(spec)
     except (mh.Interrupted, KeyboardInterrupt) as error:  # the latter while it starts, as the command line does
         sys.stderr.write(f"{error}\n")
         return 130

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,18 +33,31 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def create_bucket(url: str) -> None:
+    """Create the bucket, or raise OSError if there is no server. The bucket may exist."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"), timeout=60).close()
+    except urllib.error.HTTPError as error:
+        if error.code != 409:
+            raise
+
+
+def server_command(host: str, port: int) -> list[str]:
+    """Return the command of moto's server."""
+    return [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", host, "-p", str(port)]
+
+
 @contextmanager
 def running() -> Iterator[str]:
     """Run moto's server in a process of its own, with an empty bucket. Yield its URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(server_command("127.0.0.1", port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 240
         while True:
             with suppress(OSError):
-                urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"), timeout=60).close()
+                create_bucket(url)
                 break
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("moto's server doesn't start")
