@@ -175,6 +175,18 @@ class Cluster:
             self.signal(signal.SIGKILL)
             time.sleep(0.01)
 
+    def left(self) -> list[int]:
+        """Return the processes that are left some time after its end."""
+        deadline = time.monotonic() + 10
+        while (found := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
+    @property
+    def has_met(self) -> bool:
+        """Return True once the cluster has opened the store."""
+        return (self.folder / "run" / "islands" / "place").exists()
+
     @property
     def output(self) -> str:
         path = self.folder / "output"
@@ -323,8 +335,8 @@ class Run:
             self._add(end, partial(free, self._disk))
         elif kind == "vanish":
             away = store.with_name("away")
-            if not store.exists():
-                return
+            if not store.exists() or not all(each.is_lost or each.has_met for each in self.clusters):
+                return  # a cluster that has never been there would take a missing folder for a new place
             store.rename(away)
             self._add(end, partial(_back, away, store))
         for network in [each.network for each in victims if each.network is not None]:
@@ -394,7 +406,7 @@ class Run:
             return True
         if code not in cluster.allowed or (code == 1 and not any(text in cluster.output for text in NO_SPACE)):
             raise Failed(f"{cluster.folder.name} ended with {code}:\n{cluster.output[-4000:]}")
-        if left := cluster.processes():
+        if left := cluster.left():
             raise Failed(f"{cluster.folder.name} ended with {code}, and left processes {left}")
         self._restart(cluster)
         return False
@@ -415,7 +427,7 @@ class Run:
             found = (cluster.folder / "digest").read_text()
             if found != expected:
                 raise Failed(f"the digest of {cluster.folder.name} is {found}, not {expected}")
-            if processes := cluster.processes():
+            if processes := cluster.left():
                 raise Failed(f"{cluster.folder.name} has left processes: {processes}")
         while self._events:  # give the folder back
             self._events.pop(0)[1]()

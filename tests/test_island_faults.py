@@ -171,3 +171,27 @@ def test_a_folder_that_is_gone_for_a_while_is_waited_for(finished: Path, tmp_pat
 def test_files_of_others_cannot_lead_out_of_a_clusters_folder(name: str) -> None:
     assert _FILE.fullmatch(name) is None
     assert _FILE.fullmatch("step-00000010/0123456789abcdef/worker-0.safetensors") is not None
+
+
+def test_a_restarted_cluster_waits_for_a_folder_that_is_not_mounted(finished: Path, tmp_path: Path) -> None:
+    store, away = Path(copied(finished, tmp_path)), tmp_path / "away"
+    assert digest_of(CASES[CASE], tmp_path / "run", islands_at=str(store), islands=[0]) == expected()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "events.jsonl").unlink()
+    store.rename(away)
+    store.mkdir()  # the mount point
+    again = command(tmp_path / "run", str(store), islands="[0]")
+    with subprocess.Popen(again, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as run:
+        try:
+            while not (tmp_path / "run" / "events.jsonl").exists():  # it opens the place right after this
+                assert run.poll() is None
+                time.sleep(0.05)
+            with pytest.raises(subprocess.TimeoutExpired):
+                run.wait(3)
+            assert os.listdir(store) == []
+            store.rmdir()
+            away.rename(store)
+            output, _ = run.communicate(timeout=120)
+        finally:
+            run.kill()
+    assert output.strip() == expected()

@@ -88,12 +88,17 @@ class RoundStore:
         self._foreign: set[str] = set()
         self.bytes_up = self.bytes_down = 0
 
-    def open(self, fingerprint: str, facts: Mapping[str, str], count: int) -> None:
+    def open(self, fingerprint: str, facts: Mapping[str, str], count: int, *, is_known: bool = False) -> None:
         """Create the record of these islands, or compare it with the one that is there.
+
+        is_known: True if this cluster has opened the place before. A folder without a record is then not mounted, and
+        is waited for.
 
         Raises ConfigError if the location belongs to another recipe or to something else, or if its record is damaged.
         """
         mine = IslandsRecord(ISLANDS_FORMAT, fingerprint, dict(sorted(facts.items())), count)
+        if is_known:
+            self._outages.steady("give islands.json", self.check_mounted)
         found = self.read_record()
         if found is None:
             self._refuse_other_files()

@@ -22,6 +22,7 @@ from manyhands.offload.process_memory import PeakMemory
 from manyhands.options import whole_number
 from manyhands.rounds.leases import Leases
 from manyhands.rounds.store import RoundStore
+from manyhands.storage.atomic import write_atomic
 from manyhands.storage.location import Location, location_of
 from manyhands.surroundings import StopSignals
 from manyhands.training.engine import Engine
@@ -140,7 +141,7 @@ def make_rounds(
         cluster = Cluster(folder, all_ranks[0], every, accepts)
         turns = Turns(engine, record, store, first, cluster, steps)
         stack.callback(turns.abandon)
-        first.call(partial(_open, store, turns, engine, meeting, steps), "opening the islands' store")
+        first.call(partial(_open, store, turns, engine, meeting, steps, folder), "opening the islands' store")
         record.report(given.described(turns.rounds))
         turns.begin(meeting.warm)
         leases = None
@@ -170,14 +171,20 @@ def make_rounds(
     return share.steps.memory.peak_bytes, IslandFigures(*figures[0])
 
 
-def _open(store: RoundStore, turns: Turns, engine: Engine, meeting: Meeting, steps: int) -> None:
-    """Create or compare the record of the run in the store. On the first worker. Raises ConfigError."""
+def _open(store: RoundStore, turns: Turns, engine: Engine, meeting: Meeting, steps: int, folder: Path) -> None:
+    """Create or compare the record of the run in the store. On the first worker. Raises ConfigError.
+
+    folder: of this cluster, which remembers the place.
+    """
     facts = {"steps": str(steps), **recipe_facts(engine.recipe)}
     numerics = {f"numerics: {name}": value for name, value in engine.identity.items()}
     record = store.read_record() if meeting.accepts_other_numerics else None
     if record is not None:
         numerics = {name: value for name, value in record.facts.items() if name.startswith("numerics: ")}
-    store.open(turns.fingerprint, facts | numerics, engine.recipe.num_islands)
+    known, place = folder / "place", str(meeting.at)
+    is_known = meeting.at is not None and known.exists() and known.read_text() == place
+    store.open(turns.fingerprint, facts | numerics, engine.recipe.num_islands, is_known=is_known)
+    write_atomic(known, place)
 
 
 class _Share:
