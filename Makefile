@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all digests faults faults-prepare faults-islands check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation bench-islands-codec islands-simulation islands-loss zoo docs tree clean
+.PHONY: demo test test-all digests faults faults-prepare faults-islands check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation bench-islands bench-islands-codec islands-simulation islands-loss zoo docs tree clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -84,6 +84,11 @@ bench-prepare: $(READY)
 # A validation compared with the forward passes that it needs; use a quiet machine.
 bench-validation: $(READY)
 	$(BIN)/python benchmarks/validation.py $(ARGS)
+
+# Islands on links of 100 Mbit/s, beside DDP, ZeRO and torchft's DiLoCo; as root, on a quiet machine. Takes about 25 minutes.
+# make bench-islands ARGS='--torchft PYTHON', the Python of an environment with torchft
+bench-islands: $(READY)
+	$(BIN)/python -W ignore benchmarks/islands_bandwidth.py $(ARGS)
 
 # Encoding and decoding the values that islands exchange; use a quiet machine.
 bench-islands-codec: $(READY)

@@ -78,9 +78,13 @@ class Host:
         for device in ("lo", "eth0"):
             _call("ip", "-n", self._namespace, "link", "set", device, "up")
         if mbit_per_second is not None:
-            limit = ["root", "tbf", "rate", f"{mbit_per_second}mbit", "burst", "128kb", "latency", "100ms"]
-            _call("tc", "-n", self._namespace, "qdisc", "add", "dev", "eth0", *limit)
-            _call("tc", "-n", self._hub, "qdisc", "add", "dev", self._port, *limit)
+            self.limit(mbit_per_second)
+
+    def limit(self, mbit_per_second: float) -> None:
+        """Give its link, which has no limit yet, that rate in each direction."""
+        limit = ["root", "tbf", "rate", f"{mbit_per_second}mbit", "burst", "128kb", "latency", "100ms"]
+        _call("tc", "-n", self._namespace, "qdisc", "add", "dev", "eth0", *limit)
+        _call("tc", "-n", self._hub, "qdisc", "add", "dev", self._port, *limit)
 
     def add_address(self, address: str) -> None:
         """Give the host another address, which the other hosts can reach, too."""
@@ -119,8 +123,16 @@ class Host:
     @property
     def bytes_received(self) -> int:
         """Bytes received over its link so far, including headers."""
+        return self._bytes("rx")
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes sent over its link so far, including headers."""
+        return self._bytes("tx")
+
+    def _bytes(self, direction: str) -> int:
         (link,) = json.loads(_call("ip", "-n", self._namespace, "-s", "-j", "link", "show", "eth0"))
-        return int(link["stats64"]["rx"]["bytes"])
+        return int(link["stats64"][direction]["bytes"])
 
     def processes(self) -> list[int]:
         """Return the pids of its processes, as seen from this machine."""
