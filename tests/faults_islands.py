@@ -26,10 +26,8 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,6 +45,7 @@ from manyhands.storage.location import Address
 from support import s3
 from support.disturbances import NO_SPACE, SHARED_MEMORY, free, separate, small_disk, unmount_below
 from support.full_disk import fill
+from support.island_clusters import Forks
 
 LOST_AFTER, STEP_SECONDS = 2.0, 0.02
 SECONDS = 9.0  # within which most faults happen
@@ -56,48 +55,6 @@ SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 
 class Failed(Exception):
     """A run that broke a guarantee."""
-
-
-class Forks:
-    """Starts clusters as forks of one process, see `support.island_clusters`."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, **s3.VARIABLES, "STEP_SECONDS": str(STEP_SECONDS)}
-        command = [sys.executable, "-m", "support.island_clusters"]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, bufsize=0)
-        self._codes: dict[int, int] = {}
-        self._lock, self._started = threading.Condition(), list[int]()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self._process.stdout or ():
-            what, pid, code = line.split()
-            with self._lock:
-                if what == b"started":
-                    self._started.append(int(pid))
-                else:
-                    self._codes[int(pid)] = int(code)
-                self._lock.notify_all()
-
-    def start(self, spec: dict[str, Any]) -> int:
-        """Start a cluster, and return its process id."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(spec).encode() + b"\n")
-        with self._lock:
-            if not self._lock.wait_for(lambda: bool(self._started), 60):
-                raise RuntimeError("no cluster starts")
-            return self._started.pop()
-
-    def code(self, pid: int) -> int | None:
-        """Return the exit code of a cluster, or None if it is running."""
-        with self._lock:
-            return self._codes.get(pid)
-
-    def close(self) -> None:
-        """End the process from which clusters are forked."""
-        self._process.kill()
-        self._process.wait()
 
 
 def random_islands(chance: random.Random) -> dict[str, Any]:
@@ -501,7 +458,7 @@ def main() -> None:
     total, bad = Counter[str](), []
     seeds = range(options.seed, options.seed + options.runs) if options.only is None else [options.only]
     with ExitStack() as stack:
-        server, forks = stack.enter_context(_server()), Forks()
+        server, forks = stack.enter_context(_server()), Forks(STEP_SECONDS)
         stack.callback(forks.close)
         for seed in seeds:
             folder, started = scratch / str(seed), time.monotonic()

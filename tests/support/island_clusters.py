@@ -11,7 +11,9 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import manyhands as mh
-from support import island_runs
+from support import island_runs, s3
 
 STEPS = 32
 
@@ -98,6 +100,48 @@ def serve() -> None:
 
 def _say(what: str, pid: int, code: int) -> None:
     os.write(1, f"{what} {pid} {code}\n".encode())
+
+
+class Forks:
+    """Starts clusters as forks of one process, see `serve`."""
+
+    def __init__(self, step_seconds: float) -> None:
+        environment = {**os.environ, **s3.VARIABLES, "STEP_SECONDS": str(step_seconds)}
+        command = [sys.executable, "-m", "support.island_clusters"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, bufsize=0)
+        self._codes: dict[int, int] = {}
+        self._lock, self._started = threading.Condition(), list[int]()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout or ():
+            what, pid, code = line.split()
+            with self._lock:
+                if what == b"started":
+                    self._started.append(int(pid))
+                else:
+                    self._codes[int(pid)] = int(code)
+                self._lock.notify_all()
+
+    def start(self, spec: dict[str, Any]) -> int:
+        """Start a cluster, and return its process id."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(spec).encode() + b"\n")
+        with self._lock:
+            if not self._lock.wait_for(lambda: bool(self._started), 60):
+                raise RuntimeError("no cluster starts")
+            return self._started.pop()
+
+    def code(self, pid: int) -> int | None:
+        """Return the exit code of a cluster, or None if it is running."""
+        with self._lock:
+            return self._codes.get(pid)
+
+    def close(self) -> None:
+        """End the process from which clusters are forked."""
+        self._process.kill()
+        self._process.wait()
 
 
 if __name__ == "__main__":
