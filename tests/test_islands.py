@@ -130,7 +130,7 @@ steps = 20
 path = "torch.nn:Linear"
 arguments = { in_features = 1, out_features = 1 }
 [loss]
-path = "support.island_runs:_loss"
+path = "support.island_runs:loss"
 [data]
 path = "builtins:list"
 arguments = { }

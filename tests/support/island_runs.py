@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,20 @@ def digest_of(
 
 
 def of_clusters(folder: Path, islands: dict[str, Any], *clusters: dict[str, Any]) -> list[str]:
-    """Run several clusters at once, and return their digests. clusters: workers, and arguments of `digest_of`."""
+    """Run several clusters at once, each in a process of its own, and return their digests.
 
-    def run(number: int) -> str:
-        options = {"islands_at": str(folder / "store"), **clusters[number]}
-        workers = options.pop("workers", 1)
-        found: list[str] = mh.launch(digest_of, islands, folder / f"cluster-{number}", workers=workers, **options)
-        return found[0]
+    clusters: workers, and arguments of `digest_of`.
+    """
+    with ProcessPoolExecutor(len(clusters), mp_context=get_context("spawn")) as pool:
+        runs = [pool.submit(_cluster, folder, number, islands, options) for number, options in enumerate(clusters)]
+        return [run.result() for run in runs]
 
-    with ThreadPoolExecutor(len(clusters)) as pool:
-        return list(pool.map(run, range(len(clusters))))
+
+def _cluster(folder: Path, number: int, islands: dict[str, Any], given: dict[str, Any]) -> str:
+    options = {"islands_at": str(folder / "store"), **given}
+    workers = options.pop("workers", 1)
+    found: list[str] = mh.launch(digest_of, islands, folder / f"cluster-{number}", workers=workers, **options)
+    return found[0]
 
 
 def digests_of_cases(sharding: str) -> dict[str, str]:

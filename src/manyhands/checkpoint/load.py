@@ -145,7 +145,8 @@ def _read_like(piece: Slice, kind: str, reader: CheckpointReader) -> Tensor:
 
 def _check_facts(manifest: Manifest, facts: Mapping[str, str | None], folder: Location) -> None:
     for name in [*facts, *manifest.facts]:
-        saved, now = manifest.facts.get(name, "nothing"), facts.get(name) or "nothing"
+        expected = facts.get(name)
+        saved, now = manifest.facts.get(name, "nothing"), "nothing" if expected is None else expected
         if saved != now:
             raise CheckpointError(
                 f"the checkpoint belongs to another recipe: {name} differs",
