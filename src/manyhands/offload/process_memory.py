@@ -92,6 +92,13 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
+MEASURED_STEPS = 3
+"""The number of steps at the start in which memory is measured. Measuring takes time, so later steps are not measured.
+
+The first step allocates the optimizer's state, so the peak is in these steps.
+"""
+
+
 class PeakMemory:
     """A context manager that measures the largest `memory_bytes` while it is active. It may be entered repeatedly."""
 

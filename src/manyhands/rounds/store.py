@@ -2,7 +2,7 @@
 
     islands.json                            whose rounds these are: the recipe and the number of islands
     rounds/00000012/island-3.safetensors    the result of an island in a round; .safetensors.zst if it is compressed
-    states/island-3/, outer/                checkpoints of islands and of the outer state
+    states/island-3/                        checkpoints of islands
     clusters/, leases/                      who is at work, see `rounds.leases`
 
 A round's file is a pure function of recipe, round and island. So it does not matter who writes it: in a folder the
@@ -164,15 +164,6 @@ class RoundStore:
             with self._lock:
                 self.bytes_up += size
 
-    def local_path(self, round: int, island: int) -> Path | None:
-        """Return the path of a file of a round, if the store is a folder. Otherwise return None.
-
-        Raises FileNotFoundError if there is no such file.
-        """
-        if isinstance(self.location, Address):
-            return None
-        return self.location / "rounds" / _round_name(round) / self._name(round, island)
-
     def fetch(self, round: int, island: int, to: Path) -> Path:
         """Copy a file of a round into the folder `to`, under its own name, and return its path.
 
@@ -199,10 +190,6 @@ class RoundStore:
     def state_root(self, island: int) -> Location:
         """Return the folder of the checkpoints of an island's state."""
         return self.location / "states" / f"island-{island}"
-
-    def outer_root(self) -> Location:
-        """Return the folder of the checkpoints of the outer state."""
-        return self.location / "outer"
 
     def prune(self, before: int) -> None:
         """Delete the files of all rounds with a number below `before`, and what killed writers left in later rounds."""

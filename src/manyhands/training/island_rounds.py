@@ -18,7 +18,7 @@ from manyhands.errors import ConfigError, Interrupted, InvariantError
 from manyhands.islands import Round
 from manyhands.listeners.run_directory import ISLANDS
 from manyhands.listeners.summary import IslandFigures
-from manyhands.offload.process_memory import PeakMemory
+from manyhands.offload.process_memory import MEASURED_STEPS, PeakMemory
 from manyhands.options import whole_number
 from manyhands.rounds.leases import Leases
 from manyhands.rounds.store import RoundStore
@@ -33,9 +33,6 @@ from manyhands.training.turns import Cluster, Turns
 from manyhands.training.validating import Validations
 
 AUTO = "auto"
-
-MEASURED_STEPS = 3
-"""The number of steps at the start in which memory is measured, as in `training.loop`."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +276,8 @@ class _Steps:
             raise Interrupted(
                 f"a listener stopped the run after {where}: {reason}" if reason else f"stopped after {where}",
                 where="the states of this cluster's islands are in its run directory",
-                hint="to continue, start the run again with the same run directory; it repeats the steps of this round",
+                hint="to continue, start the run again with the same run directory; it repeats the steps since the "
+                "island's last state",
             )
 
 

@@ -19,7 +19,7 @@ from manyhands.intervals import Every, check_length, every
 from manyhands.listeners.dispatch import check_listeners
 from manyhands.listeners.listener import Listener
 from manyhands.listeners.summary import IslandFigures, Summary, failures_among
-from manyhands.offload.process_memory import PeakMemory
+from manyhands.offload.process_memory import MEASURED_STEPS, PeakMemory
 from manyhands.options import whole_number
 from manyhands.storage.location import Location
 from manyhands.surroundings import StopSignals
@@ -31,12 +31,6 @@ from manyhands.training.sampling import sample_text
 from manyhands.training.saver import Saver
 from manyhands.training.validating import Validations
 from manyhands.training.warm_up import warm_up
-
-MEASURED_STEPS = 3
-"""The number of steps at the start in which memory is measured. Measuring takes time, so later steps are not measured.
-
-The first step allocates the optimizer's state, so the peak is in these steps.
-"""
 
 
 def train(  # noqa: PLR0913  (one argument for each option of a run)

@@ -41,9 +41,8 @@ class RoundFiles:
             if before is None or int(folder.name) < before:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def upload_leftovers(self) -> list[tuple[int, int]]:
-        """Upload the files that an interrupted run has written. Return their rounds and islands."""
-        found = []
+    def upload_leftovers(self) -> None:
+        """Upload the files that an interrupted run has written."""
         oldest = min(self._store.rounds(), default=0)
         for folder in sorted(self._folder.glob("[0-9]*")):
             remove_temporary_files(folder)
@@ -51,11 +50,9 @@ class RoundFiles:
             present = self._store.present(number)
             for path in sorted(folder.glob("island-*.safetensors")):
                 island = int(path.stem.removeprefix("island-"))
-                if (folder / f"{path.name}.own").exists():
-                    if island not in present and number >= oldest:
-                        self.upload(number, island)
-                    found.append((number, island))
-        return found
+                is_own = (folder / f"{path.name}.own").exists()
+                if is_own and island not in present and number >= oldest:
+                    self.upload(number, island)
 
     def upload(self, number: int, island: int) -> None:
         """Publish a file. If another cluster was first, compare the two. Raises NumericsError."""

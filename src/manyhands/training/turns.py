@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from manyhands.checkpoint.save import Saving, start_checkpoint
 from manyhands.engine.update.companions import OUTER, VELOCITY
-from manyhands.errors import CheckpointError, InvariantError
+from manyhands.errors import CheckpointError, ConfigError, InvariantError
 from manyhands.islands import Islands, Round
 from manyhands.listeners.summary import IslandFigures
 from manyhands.rounds.round_file import RoundFile
@@ -36,6 +36,7 @@ from manyhands.training.on_first import FirstWorker
 from manyhands.training.outer_step import OuterStep
 from manyhands.training.round_files import RoundFiles
 from manyhands.training.run_record import RunRecord
+from manyhands.training.saver import RETRY_SECONDS
 from manyhands.training.warm_up import facts_of_warm_steps
 
 POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 3.0
@@ -46,8 +47,6 @@ POLL_GROWTH = 1.15
 
 REPORT_SECONDS = 10.0
 """The time for which a cluster waits for others before it reports this."""
-
-RETRY_SECONDS = 5.0
 
 FETCH_SECONDS = 1.0
 """The shortest time between two looks for other clusters' files while this cluster makes steps."""
@@ -78,14 +77,18 @@ class Turns:
         self, engine: Engine, record: RunRecord, store: RoundStore, first: FirstWorker, cluster: Cluster, steps: int
     ) -> None:
         self._engine, self._record, self._store, self._first = engine, record, store, first
-        self._cluster, self._folder = cluster, cluster.folder
+        self._cluster = cluster
         given = engine.recipe.islands
         if given is None:
             raise InvariantError("the recipe has no islands")
         self._given: Islands = given
         self.rounds = given.rounds(steps, pretrained=engine.recipe.weights is not None)
         if not self.rounds:
-            raise InvariantError("the run has no round")
+            raise ConfigError(
+                "the run has no step that islands make",
+                expected=f"more steps than the {given.warm_steps} warm steps",
+                got=f"{steps} steps",
+            )
         self.fingerprint = fingerprint_of(engine, steps)
         self.outer = OuterStep(engine, given, self.fingerprint)
         self._files = RoundFiles(cluster.folder / "rounds", store, self.outer, self.rounds, given)
@@ -96,7 +99,6 @@ class Turns:
         self._done = dict.fromkeys(range(given.count), 0)  # the last turn of each island that this cluster knows of
         self._held = 0  # the number of the last turn of the engine's island
         self._is_saved = True  # False if the engine's island has made a turn that is not on the disk
-        self._own: set[tuple[int, int]] = set()  # rounds and islands whose files this cluster has written
         self._uploads: dict[int, list[Future[Any] | None]] = {}  # uploads that were started, by round
         self._has_begun = False
         self._reported = 0  # the last round that was recorded
@@ -116,7 +118,7 @@ class Turns:
     def begin(self, warm: Location | None) -> None:
         """Continue from the checkpoint that the engine has loaded, or begin. warm: the checkpoint of the warm steps."""
         engine = self._engine
-        self._own.update(map(tuple, self._first.call(self._files.upload_leftovers, "uploading rounds")))
+        self._first.call(self._files.upload_leftovers, "uploading rounds")
         self._first.call(partial(self._states.remove_leftovers, self._given.count), "deleting leftovers")
         if engine.step_index:
             self._loaded_complete()
@@ -147,7 +149,7 @@ class Turns:
                 self._engine.save(self._states.start)
                 return
             except CheckpointError as error:
-                self._record.report(f"trying again in {RETRY_SECONDS:g} seconds: {error}")
+                self._record.report(f"trying again in {RETRY_SECONDS} seconds: {error}")
                 self._first.call(partial(time.sleep, RETRY_SECONDS), "waiting for the store")
 
     def _wait_for_store(self) -> None:
@@ -331,7 +333,6 @@ class Turns:
         if self._engine.group.rank == 0:
             self._files.prepare(of.number, island)
         self.outer.publish(of, path)
-        self._own.add((of.number, island))
         upload = self._first.start(partial(self._files.upload, of.number, island), uploads=True)
         self._uploads.setdefault(of.number, []).append(upload)
 
