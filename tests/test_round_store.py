@@ -45,7 +45,11 @@ def bucket(server: str, tmp_path: Path) -> Iterator[str]:
         yield f"s3://{BUCKET}/{tmp_path.parent.name}/{tmp_path.name}"
 
 
-@pytest.fixture(params=["folder", "memory", pytest.param("s3", marks=needs_s3)])
+SHARED = ["folder", pytest.param("s3", marks=needs_s3)]
+"""Places that several processes can use. memory:// belongs to one process, and shows files that are being written."""
+
+
+@pytest.fixture(params=[*SHARED, "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         return str(request.getfixturevalue("bucket"))
@@ -165,6 +169,7 @@ def test_links_in_a_shared_folder_are_not_followed(tmp_path: Path) -> None:
     assert os.listdir(outside) == ["island-0.safetensors"]
 
 
+@pytest.mark.parametrize("place", SHARED, indirect=True)
 def test_concurrent_creators_and_publishers_leave_one_complete_file(place: str, tmp_path: Path) -> None:
     content = random.Random(0).randbytes(300_000)
     path = result(tmp_path, content)

@@ -83,15 +83,16 @@ class Tally:
                 # Later micro-batches may be larger than the first one, and there may be many before an exchange.
                 self._bytes[name] += rows.nbytes
                 collected.check_size(self._bytes[name])
-        arrays = [
-            (name, key, np.asarray(value)) for name in sorted(parts) for key, value in sorted(parts[name].items())
-        ]
-        layout: Layout = [
-            (name, key, "count" if array.dtype.kind == "i" else "sum", list(array.shape)) for name, key, array in arrays
-        ]
+        layout: Layout = []
+        sums: list[np.ndarray] = []
+        counts: list[np.ndarray] = []
+        for name in sorted(parts):
+            for key, value in sorted(parts[name].items()):
+                array = np.asarray(value)
+                is_count = array.dtype.kind == "i"
+                layout.append((name, key, "count" if is_count else "sum", list(array.shape)))
+                (counts if is_count else sums).append(array.ravel())
         self._check_layout(layout, where)
-        sums = [array.ravel() for _, _, array in arrays if array.dtype.kind == "f"]
-        counts = [array.ravel() for _, _, array in arrays if array.dtype.kind == "i"]
         self._sums[micro_batch] = np.concatenate(sums)
         self._counts = self._counts + np.concatenate(counts)
 
@@ -156,6 +157,8 @@ class Tally:
         if self._layout is None:
             self._layout = layout
             self._begin_counts()
+        if layout == self._layout:
+            return
         for known, now in zip(self._layout, layout, strict=False):
             if known != now:
                 raise ConfigError(
