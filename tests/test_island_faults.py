@@ -9,16 +9,20 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import manyhands as mh
+from manyhands.comm.local import LocalGroup
 from manyhands.listeners.run_directory import RunDirectory
 from manyhands.rounds.leases import _Announcement, _write
 from manyhands.rounds.store import RoundStore
-from manyhands.training.island_states import _FILE
+from manyhands.training.island_states import _FILE, IslandStates
+from manyhands.training.on_first import FirstWorker
 from support.island_runs import CASES, digest_of
 from support.processes import suspend
 
@@ -110,6 +114,23 @@ def test_a_cluster_whose_rounds_were_deleted_continues_after_a_later_one(tmp_pat
         finally:
             late.kill()
     assert output.strip() == expected(steps)
+
+
+def test_states_of_gone_clusters_are_deleted_with_the_rounds_they_need(finished: Path, tmp_path: Path) -> None:
+    location = Path(copied(finished, tmp_path))
+    given = CASES[CASE]
+    roots = [location / "states" / f"island-{island}" for island in range(3)]
+    for root in roots:
+        (newest,) = root.glob("*/step-00000008")
+        shutil.copytree(newest, root / "gone" / "step-00000004")
+    rounds = mh.Islands(**given).rounds(14, pretrained=False)
+    with closing(FirstWorker(LocalGroup(torch.device("cpu")), lambda: False)) as first:
+        states = IslandStates(tmp_path, RoundStore(location, print), first, rounds, "mine", shares_start=False)
+        states.prune(3, before=2)
+        assert all((root / "gone" / "step-00000004").exists() for root in roots)
+        states.prune(3, before=3)
+    left = [path.name for root in roots for path in root.glob("*/*step-*")]
+    assert left == ["step-00000008"] * 3
 
 
 def test_a_failed_upload_ends_a_run_that_waits_for_others(finished: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,18 @@ def test_warm_steps_are_a_plain_run_and_the_others_join(tmp_path: Path) -> None:
     assert found == [alone] * 2
 
 
+def test_a_run_that_was_killed_right_after_the_warm_steps_continues(tmp_path: Path) -> None:
+    warm, run = CASES["warm steps"], tmp_path / "run"
+    held_out = mh.Validation(data=recipe(None).data, samples=8, at_start=True, every="100 steps")
+    options = {"changes": {"validation": held_out}, "keep_best": "validation.loss:min"}
+    alone = digest_of(warm, run, **options)
+    # At that moment, there are the run of the warm steps and the checkpoint before step 1.
+    for path in [*run.glob("islands/[!w]*"), *run.glob("checkpoints/step-*[1-9]*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-00000000"]
+    assert digest_of(warm, run, **options) == alone
+
+
 def test_clusters_share_islands_and_take_over_those_of_a_lost_one(tmp_path: Path) -> None:
     case, steps = "momentum and delay", 34
     store = str(tmp_path / "store")
@@ -108,6 +121,9 @@ def test_a_killed_run_continues_to_the_same_bits(case: str, tmp_path: Path) -> N
             while run.poll() is None and len(list(at_rest.glob("*/step-*/manifest.json"))) < min(rests, 2):
                 time.sleep(0.005)
             run.kill()
+    assert digest_of(CASES[case], tmp_path / "killed") == alone
+    left = {path.name for path in (tmp_path / "killed" / "islands").iterdir()}
+    assert left <= {"place", "rounds", "warm"}, "a complete run needs no states"
     assert digest_of(CASES[case], tmp_path / "killed") == alone
     leftovers = [path for path in (tmp_path / "killed").rglob("*") if path.name.endswith((".tmp", ".partial"))]
     assert not leftovers

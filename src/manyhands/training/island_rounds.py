@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -164,8 +165,16 @@ def make_rounds(
                 _after_round(engine, turns, of, record, validations, saver, digest_every)
             share.hand_over()
         turns.end()
+        if saver.finish() is not None and engine.group.rank == 0:
+            _remove_states(folder, meeting)
         figures: list[Any] = all_gather_json(engine.group, turns.figures(), "end / islands / control")
     return share.steps.memory.peak_bytes, IslandFigures(*figures[0])
+
+
+def _remove_states(folder: Path, meeting: Meeting) -> None:
+    """Delete what only an unfinished run needs. The last checkpoint has all that is left of the islands."""
+    for name in ("at-rest", "start", *(["store"] if meeting.at is None else [])):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _open(store: RoundStore, turns: Turns, engine: Engine, meeting: Meeting, steps: int, folder: Path) -> None:

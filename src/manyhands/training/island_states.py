@@ -6,12 +6,13 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from manyhands.checkpoint.format import MANIFEST, list_checkpoints
-from manyhands.checkpoint.publish import remove_partial
+from manyhands.checkpoint.publish import remove_checkpoint, remove_partial
 from manyhands.errors import CheckpointError
 from manyhands.islands import Round
 from manyhands.rounds.store import RoundStore
@@ -120,6 +121,18 @@ class IslandStates:
             return max(found, default=0)
 
         return min(self._store.steady("list states", partial(newest, island)) for island in range(count))
+
+    def prune(self, count: int, before: int) -> None:
+        """Delete the states, also of clusters that are gone, that need files of rounds with a number below `before`.
+
+        On the first worker. These files were deleted, so that nothing can be computed from such a state.
+        """
+        for island in range(count):
+            for root in self._roots(island):
+                for number, path in self._listed(root, self._by_end):
+                    if number + 1 < before:
+                        with suppress(FileNotFoundError):  # another cluster was first
+                            remove_checkpoint(path)
 
     def remove_leftovers(self, count: int) -> None:
         """Delete copies, and what interrupted saves of this cluster left, of any of `count` islands. On the first

@@ -30,7 +30,7 @@ from manyhands.training.run_record import RunRecord, has_started_over, will_resu
 from manyhands.training.sampling import sample_text
 from manyhands.training.saver import Saver
 from manyhands.training.validating import Validations
-from manyhands.training.warm_up import warm_up
+from manyhands.training.warm_up import warm_steps_in, warm_up
 
 
 def train(  # noqa: PLR0913  (one argument for each option of a run)
@@ -142,7 +142,6 @@ def train(  # noqa: PLR0913  (one argument for each option of a run)
             if meeting is None
             else make_rounds(engine, record, validations, saver, signals, last, digest_every, meeting)
         )
-        saver.finish()
         summary = _summary(engine, record, validations, peak_bytes, time.monotonic() - started, of_islands)
         record.summary = summary
     return summary
@@ -182,6 +181,7 @@ def _make_steps(
         if engine.step_index > first:  # otherwise the run has already recorded this event
             record.event("stopped early", step=engine.step_index, why=validations.stop_reason)
         record.report(validations.stop_reason)
+    saver.finish()
     return memory.peak_bytes
 
 
@@ -210,15 +210,18 @@ def _warmed(
     anew: bool,
     resumes: bool,
 ) -> Meeting | None:
-    """Make the warm steps of a recipe with islands, if this cluster is to make them and has not begun. Collective.
+    """Make the warm steps of a recipe with islands, if this cluster is to make them, unless they are made. Collective.
 
     train: `manyhands.train` with the options that the warm steps share with the run. Raises ConfigError for a run that
     can't start over.
     """
     refuse_start_over(meeting, recipe, anew=anew)
-    if meeting is None or resumes or not meeting.makes_warm_steps(recipe):
+    if meeting is None or not meeting.makes_warm_steps(recipe):
         return meeting
-    return replace(meeting, warm=warm_up(recipe, run_dir, train))
+    made = warm_steps_in(recipe, run_dir)
+    if made is None and not resumes:
+        made = warm_up(recipe, run_dir, train)
+    return replace(meeting, warm=made)
 
 
 def _agree_on_arguments(group: Group, **arguments: Any) -> None:

@@ -324,9 +324,11 @@ class Turns:
         return resets_all and not given.has_error_feedback and not given.delay
 
     def _prune(self) -> None:
-        """Delete the rounds that no cluster needs any more. A cluster that is late may need the latest of them."""
+        """Delete the rounds and states that no cluster needs any more. A cluster that is late may need later ones."""
         count = 1 if self._is_forgetful else self._given.count
-        self._store.prune(self._states.oldest_needed(count) - self._cluster.state_every)
+        oldest = self._states.oldest_needed(count) - self._cluster.state_every
+        self._store.prune(oldest)
+        self._store.steady("delete old states", partial(self._states.prune, count, oldest))
 
     def _publish(self, of: Round) -> None:
         island, path = self._engine.island, self._files.path(of.number, self._engine.island)

@@ -34,8 +34,16 @@ def facts_of_warm_steps(recipe: Recipe) -> dict[str, str | None]:
     return {name: warm.get(name) for name in own if own[name] != warm.get(name)}
 
 
+def warm_steps_in(recipe: Recipe, run_dir: str | Path | None) -> Location | None:
+    """Return the checkpoint after the warm steps of a recipe, or None if the run directory has none."""
+    if recipe.islands is None or run_dir is None:
+        return None
+    made = dict(list_checkpoints(Path(run_dir) / ISLANDS / FOLDER / "checkpoints"))
+    return made.get(recipe.islands.warm_steps)
+
+
 def warm_up(recipe: Recipe, run_dir: str | Path | None, train: Callable[..., object]) -> Location:
-    """Make the warm steps of a recipe, unless they are made already. Return their last checkpoint. Collective.
+    """Make the warm steps of a recipe. Return the checkpoint after them. Collective.
 
     train: `manyhands.train` with the options that both runs share. Raises ConfigError without a run directory.
     """
@@ -46,6 +54,8 @@ def warm_up(recipe: Recipe, run_dir: str | Path | None, train: Callable[..., obj
             "warm steps need a run directory",
             expected="run_dir=..., because the islands begin with a checkpoint of the warm steps",
         )
-    folder = Path(run_dir) / ISLANDS / FOLDER
-    train(synchronous(recipe), steps=recipe.islands.warm_steps, run_dir=folder)
-    return list_checkpoints(folder / "checkpoints")[-1][1]
+    train(synchronous(recipe), steps=recipe.islands.warm_steps, run_dir=Path(run_dir) / ISLANDS / FOLDER)
+    made = warm_steps_in(recipe, run_dir)
+    if made is None:
+        raise InvariantError("the warm steps have left no checkpoint", where=str(run_dir))
+    return made
