@@ -84,6 +84,7 @@ class Buffers:
         self._reports = reports
         self._tensors: dict[str, Tensor] = {}  # the model's own tensor objects; other objects may refer to them
         self._start: dict[str, Tensor] = {}  # copies of the values before the step
+        self._addresses: dict[str, int] = {}  # of tensors in plain memory, inside `preserved`
         self._changed_between_steps: set[str] = set()
         self._after: dict[str, dict[int, Tensor]] = {}  # changed values, by name and micro-batch
 
@@ -173,8 +174,16 @@ class Buffers:
 
     def abort(self) -> None:
         """Restore the values that `begin_step` has copied."""
-        for name in self._start:
-            self._put(name, self._start[name])
+        for name, start in self._start.items():
+            tensor = self._tensors[name]
+            # An evaluation comes here after each micro-batch, and a model may have hundreds of small buffers. So look
+            # at the same memory first, without checking what kind of tensor it is.
+            address = self._addresses.get(name)
+            if address is None or tensor.data_ptr() != address or _memcmp(address, start.data_ptr(), start.nbytes):
+                self._put(name, start)
+            elif name not in self.frozen:
+                owner, attribute = self._owners[name]
+                owner._buffers[attribute] = tensor
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -183,11 +192,14 @@ class Buffers:
         Raises ConfigError in the same cases as `end_micro_batch`.
         """
         self.begin_step()
+        both = ((name, self._tensors[name], start) for name, start in self._start.items())
+        self._addresses = {name: now.data_ptr() for name, now, start in both if _is_plain(now) and _is_plain(start)}
         try:
             yield
             self._refuse_other_buffers()
         finally:
             self.abort()
+            self._addresses = {}
 
     def changed(self) -> list[bool]:
         """Return for each of `names` whether a micro-batch of this worker changed it."""
