@@ -55,14 +55,15 @@ def digest_seconds(engine: mh.Engine) -> float:
 def record_seconds(engine: mh.Engine, metrics: mh.StepMetrics) -> float:
     """The seconds that a step's records take: metrics, TensorBoard if installed, and every 10th step the hashes."""
     from manyhands.listeners.run_directory import RunDirectory  # imported here, because a bare engine doesn't load them
-    from manyhands.listeners.tensorboard import TensorBoardLog
+    from manyhands.listeners.tensorboard import TensorBoardListener
 
     with tempfile.TemporaryDirectory() as folder:
-        directory, board = RunDirectory(folder), TensorBoardLog(folder)
+        directory, board = RunDirectory(folder), TensorBoardListener(folder)
+        board.began({"step": 0})
         began = time.perf_counter()
         for step in range(TIMES):
             directory.append_metrics(metrics)
-            board.write(metrics)
+            board.step(metrics, ())
             if step % DIGEST_EVERY == 0:
                 np.save(directory.digests / f"step-{step}.npy", engine.last_hashes)
         seconds = (time.perf_counter() - began) / TIMES

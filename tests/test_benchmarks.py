@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -30,6 +33,25 @@ from pathlib import Path
 Path(sys.argv[1], f"{os.getpid()}-{os.getppid()}").touch()
 time.sleep(600)
 """
+
+
+def test_benchmarks_and_examples_import_names_that_exist() -> None:
+    paths = [path for folder in ("benchmarks", "examples") for path in (BENCHMARKS.parent / folder).rglob("*.py")]
+    imports = [
+        (path.name, node.module, name.name)
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("manyhands")
+        for name in node.names
+    ]
+    assert len(imports) > 20
+    missing = [
+        each
+        for each in imports
+        if not hasattr(importlib.import_module(each[1] or ""), each[2])
+        and importlib.util.find_spec(f"{each[1]}.{each[2]}") is None
+    ]
+    assert not missing
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

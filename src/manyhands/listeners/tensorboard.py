@@ -79,10 +79,10 @@ class TensorBoardListener(Listener):
             write()
         except OSError as error:
             self._failed, self._failed_at = error, time.monotonic()
-            self._abandon()
+            self.close()
             raise
 
-    def _abandon(self) -> None:
+    def close(self) -> None:
         """Close the writer without the points that it could not write."""
         with suppress(OSError):
             if self._writer is not None:
@@ -102,4 +102,4 @@ class TensorBoardListener(Listener):
 
     def ended(self, summary: Summary) -> None:
         """Write pending points, unless they can't be written."""
-        self._abandon()
+        self.close()
