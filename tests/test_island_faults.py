@@ -98,6 +98,7 @@ def test_a_checkpoint_of_a_cluster_without_islands_has_the_state_of_none(finishe
     assert not list((run / "islands" / "rounds").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_cluster_whose_rounds_were_deleted_continues_after_a_later_one(tmp_path: Path) -> None:
     store, steps = str(tmp_path / "store"), 34
     pipes = {"stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}

@@ -33,13 +33,13 @@ def test_one_island_that_averages_after_every_step_is_a_plain_run() -> None:
     assert digest_of({"count": 1, "every": 1, "bits": 32, "outer": "averaging"}) == digest_of(None)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "zero3"])
+@pytest.mark.parametrize("sharding", [pytest.param("ddp", marks=pytest.mark.slow), "zero3"])
 def test_workers_and_sharding_change_no_bit(sharding: str) -> None:
     alone = {name: expected(name) for name, case in CASES.items() if "warm_steps" not in case}
     assert mh.launch(digests_of_cases, sharding, workers=2) == [alone] * 2
 
 
-@pytest.mark.parametrize("case", ["momentum and delay", "two bits, reset"])
+@pytest.mark.parametrize("case", ["momentum and delay", pytest.param("two bits, reset", marks=pytest.mark.slow)])
 def test_clusters_change_no_bit(case: str, tmp_path: Path) -> None:
     found = of_clusters(
         tmp_path,
@@ -110,7 +110,7 @@ def test_clusters_share_islands_and_take_over_those_of_a_lost_one(tmp_path: Path
     assert digest_of(CASES[case], tmp_path / "lost", steps=steps, islands_at=store) == alone
 
 
-@pytest.mark.parametrize("case", ["momentum and delay", "warm steps"])
+@pytest.mark.parametrize("case", ["momentum and delay", pytest.param("warm steps", marks=pytest.mark.slow)])
 def test_a_killed_run_continues_to_the_same_bits(case: str, tmp_path: Path) -> None:
     alone = digest_of(CASES[case], tmp_path / "alone")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -139,7 +139,13 @@ sys.exit(not is_restart())
 """
 
 
-@pytest.mark.parametrize("launcher", [[*MANYHANDS, "run", "--workers", "1"], [*TORCHRUN, "--nproc-per-node", "1"]])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [*MANYHANDS, "run", "--workers", "1"],
+        pytest.param([*TORCHRUN, "--nproc-per-node", "1"], marks=pytest.mark.slow),
+    ],
+)
 def test_restarts_of_a_script_have_one_launch_id_and_other_launches_another(
     tmp_path: Path, launcher: list[str]
 ) -> None:
