@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import manyhands as mh
+from manyhands.cli.main import _error_to_show
 from support import island_runs, s3
 
 STEPS = 32
@@ -66,7 +67,8 @@ def _run(spec: dict[str, Any]) -> int:
         sys.stderr.write(f"{error}\n")
         return 130
     except mh.ManyhandsError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        shown = _error_to_show(error)  # as the command line, without the traceback of a worker that refused something
+        sys.stderr.write(f"{type(shown).__name__}: {shown}\n")
         return 1
     Path(spec["result"]).write_text(digest)
     return 0
