@@ -17,6 +17,7 @@ import orjson
 
 from manyhands.errors import DataError
 from manyhands.prepare.io.compression import COMPRESSIONS
+from manyhands.prepare.io.json_arrays import MARK, DamagedArray, with_arrays
 from manyhands.prepare.io.listing import Split
 from manyhands.prepare.records.chunks import CHUNK_BYTES, TABLE_CHUNK_BYTES, Chunk
 from manyhands.prepare.records.columns import without_views
@@ -135,12 +136,14 @@ def _json(lines: list[bytes], where: Callable[[int], str], bad: BadRecords) -> t
 
     Return the values and the indices of their lines, or None for all lines.
     """
+    block = b"\n".join(lines)
+    parse = _loads_with_arrays if MARK in block else _loads
     try:
-        if _LONG_NUMBER in b"\n".join(lines).translate(_ZEROS_FOR_DIGITS):  # orjson would round them to floats
-            return list(map(_loads, lines)), None
-        return list(map(orjson.loads, lines)), None
+        if parse is _loads and _LONG_NUMBER not in block.translate(_ZEROS_FOR_DIGITS):
+            return list(map(orjson.loads, lines)), None
+        return list(map(parse, lines)), None
     except ValueError:
-        return _each(lines, _loads, where, bad, skip_empty=True)
+        return _each(lines, parse, where, bad, skip_empty=True)
 
 
 def _json_columns(
@@ -169,6 +172,10 @@ def _loads(line: bytes) -> Any:
     return json.loads(line.decode())
 
 
+def _loads_with_arrays(line: bytes) -> Any:
+    return with_arrays(_loads(line))
+
+
 def _each(
     lines: list[bytes],
     parse: Callable[[bytes], Any],
@@ -189,7 +196,8 @@ def _each(
             shown = line.decode(errors="backslashreplace")
             bad.add(where(index), f"the line is not UTF-8 text: {error.reason} at byte {error.start + 1}", shown, error)
         except ValueError as error:
-            bad.add(where(index), f"the line is not JSON: {error}", line.decode(errors="backslashreplace"), error)
+            what = str(error) if isinstance(error, DamagedArray) else f"the line is not JSON: {error}"
+            bad.add(where(index), what, line.decode(errors="backslashreplace"), error)
     return records, valid
 
 

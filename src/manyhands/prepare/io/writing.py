@@ -20,7 +20,9 @@ import pyarrow.compute as pc
 
 from manyhands.data.token_format import padding, tail, token_type
 from manyhands.errors import DataError
+from manyhands.prepare.io.json_arrays import array_to_json
 from manyhands.prepare.io.run_file import RunFileWriter
+from manyhands.prepare.records.array_columns import is_tensor, shape_of
 from manyhands.prepare.records.chunks import (
     CHUNK_BYTES,
     BadColumn,
@@ -176,11 +178,13 @@ _JSON_KEYS = _VALUES | orjson.OPT_NON_STR_KEYS
 
 
 def _known(value: Any) -> Any:
-    """Return the JSON of NumPy's values, and the fields of a dataclass.
+    """Return the JSON forms of NumPy's values, and the fields of a dataclass.
 
     Raises TypeError for other types that orjson does not know, and for times that it would change.
     """
-    if isinstance(value, (np.generic, np.ndarray)):
+    if isinstance(value, np.ndarray):
+        return array_to_json(value)
+    if isinstance(value, np.generic):
         if value.dtype.kind == "M" and not _has_microseconds(value):
             raise TypeError("a NumPy time is missing or finer than a microsecond: convert it to text first")
         return orjson.Fragment(orjson.dumps(value, None, orjson.OPT_SERIALIZE_NUMPY))
@@ -353,19 +357,29 @@ class ParquetWriter(Writer):
     def _write(self) -> None:
         pending, count = self._pending, self._count
         self._pending, self._count, self._bytes = [], 0, 0
+        table: Any = None
         try:
-            table = self._fitted(self._table(pending))
+            table = self._table(pending)
+            _check_elements(table)
+            table = self._fitted(table)
             # Join the arrays of each column, because Parquet pages would otherwise end at the ends of the chunks'
             # arrays.
             self._write_table(table.combine_chunks())
         except (Unfit, pa.ArrowException) as error:
             raise DataError(
                 f"the records can't be put into columns: {error}",
-                where=f"{self._name}, records {self._before + 1} to {self._before + count}",
+                where=self._place(error, table, count),
                 expected=f"the types of the earlier records: {_described(self.schema)}" if self._before else None,
                 hint="use values of one type in a column, or set the types with write(schema=...)",
             ) from error
         self._before += count
+
+    def _place(self, error: Exception, table: Any, count: int) -> str:
+        """Return the location of the records that caused an error: one record if arrays have another shape or type."""
+        column = table.column(error.column) if isinstance(error, Unfit) and table is not None else None
+        if column is None or not is_tensor(column.type):
+            return f"{self._name}, records {self._before + 1} to {self._before + count}"
+        return f"{self._name}, record {self._before + 1 + pc.index(column.is_valid(), True).as_py()}"
 
     def _table(self, chunks: list[Chunk]) -> pa.Table:
         """Return the records as one table.
@@ -424,6 +438,16 @@ def rewrite_parquet(path: str, file: IO[bytes], schema: pa.Schema, name: str) ->
     except BaseException:
         writer.abandon()
         raise
+
+
+def _check_elements(table: pa.Table) -> None:
+    """Raise Unfit for a column of arrays without elements, which Parquet writes but can't read."""
+    for field in table.schema:
+        if is_tensor(field.type) and 0 in field.type.shape:
+            shape = list(shape_of(field.type))
+            raise Unfit(
+                field.name, f"it has arrays of shape {shape}, which have no elements, so Parquet can't hold them"
+            )
 
 
 def _distinct_names(table: pa.Table) -> pa.Table:

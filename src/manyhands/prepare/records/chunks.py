@@ -6,10 +6,13 @@ table with a column per key. A list of other objects becomes a table with one co
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
 
 from manyhands.errors import DataError, InvariantError
 from manyhands.prepare.records.pickling import pickle_any
@@ -196,6 +199,8 @@ def _array_bytes(array: pa.Array) -> int:
         return 4 * len(array) + _array_bytes(array.flatten())
     if pa.types.is_struct(kind):
         return sum(map(_array_bytes, array.flatten()))
+    if isinstance(array, pa.FixedShapeTensorArray):
+        return len(array) * int(math.prod(kind.shape)) * max(1, int(kind.value_type.bit_width) // 8)
     if pa.types.is_string(kind) or pa.types.is_binary(kind):
         ends = memoryview(array.buffers()[1]).cast("i")
         return 4 * len(array) + ends[array.offset + len(array)] - ends[array.offset] if len(array) else 0
@@ -209,6 +214,8 @@ def _value_bytes(value: Any) -> int:
         return 16 + sum(_value_bytes(key) + _value_bytes(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return 16 + sum(map(_value_bytes, value))
+    if isinstance(value, np.ndarray):
+        return 16 + int(value.nbytes)
     return 8
 
 

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pat
 
 from manyhands.errors import DataError
+from manyhands.prepare.records.array_columns import arrays_of, is_array_column, is_tensor, tensors_of
 
 _NAMES: tuple[tuple[type | tuple[type, ...], str], ...] = (  # the first matching entry is used
     (type(None), "null"),
@@ -41,6 +42,8 @@ _NAMES: tuple[tuple[type | tuple[type, ...], str], ...] = (  # the first matchin
     ((set, frozenset), "sets"),
     ((list, tuple, np.ndarray), "lists"),
 )
+
+_FORMS = "times in whole microseconds, in the years 1 to 9999"
 
 _MIXED = ({"whole numbers", "floats"}, {"whole numbers", "decimals"})  # Arrow refuses values that it can't hold exactly
 
@@ -80,8 +83,16 @@ _HOLD: dict[str, tuple[Callable[[Any], bool], ...]] = {
 def array_of(values: list[Any], kind: pa.DataType | None = None) -> pa.Array:
     """Return values as an Arrow array of this type, or of the type that pyarrow infers.
 
+    NumPy arrays become a tensor column, unless the type is a type of lists.
     Raises ValueError, TypeError, OverflowError or ArrowException if the array would not hold the same values.
     """
+    if is_tensor(kind) or (kind is None and is_array_column(values)):
+        return tensors_of(values, kind)
+    return lists_of(values, kind)
+
+
+def lists_of(values: list[Any], kind: pa.DataType | None = None) -> pa.Array:
+    """Do the same as `array_of`, but treat NumPy arrays of one dimension as lists."""
     _check(values, kind)
     return pa.array(values, kind)
 
@@ -257,7 +268,10 @@ def rows_of(table: pa.Table) -> list[Any]:
     Raises DataError for a value that Python can't hold, such as a time with odd nanoseconds or a year beyond 9999.
     """
     try:
-        return list(_plain(table).to_pylist())
+        if not any(is_tensor(kind) for kind in table.schema.types):
+            return list(_plain(table).to_pylist())
+        columns = [_values(pa.table({name: table.column(name)})) for name in table.column_names]
+        return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
     except (pa.ArrowException, ValueError, ArithmeticError, TypeError, NotImplementedError):
         for name, column in zip(table.column_names, table.columns, strict=True):
             values_of_column(column, name)
@@ -267,17 +281,23 @@ def rows_of(table: pa.Table) -> list[Any]:
 def values_of_column(column: Any, name: str) -> list[Any]:
     """Return the values of one column as Python values, as `rows_of` does. name: the column's name, for errors."""
     try:
-        return list(_plain(pa.table({name: column})).column(0).to_pylist())
+        return _values(pa.table({name: column}))
     except (pa.ArrowException, ValueError, ArithmeticError, TypeError, NotImplementedError) as error:
-        row = first_failing(len(column), lambda count: _plain(pa.table({name: column.slice(0, count)})).to_pylist())
+        row = first_failing(len(column), lambda count: _values(pa.table({name: column.slice(0, count)})))
         raise DataError(
             f"a value of column {name!r} has no Python form",
-            expected="times in whole microseconds, in the years 1 to 9999",
+            expected="arrays without missing elements" if is_tensor(column.type) else _FORMS,
             got=f"{_shown(column, row)} ({column.type})",
             where=f"row {row + 1} of the batch",
             hint="leave the column out with read(columns=...), or convert it with map_batches, whose function gets "
             "Arrow tables",
         ) from error
+
+
+def _values(table: pa.Table) -> list[Any]:
+    """Return the values of the only column of a table as Python values. Raises the errors of pyarrow."""
+    column = table.column(0)
+    return arrays_of(column) if is_tensor(column.type) else list(_plain(table).column(0).to_pylist())
 
 
 def check_rows(table: pa.Table) -> None:
@@ -320,7 +340,7 @@ def _value_or_text(column: Any, index: int) -> Any:
     """Return a value as a Python value, or as Arrow's text for it."""
     part = column.slice(index, 1)
     try:
-        return _plain(pa.table({"": part})).column(0).to_pylist()[0]
+        return _values(pa.table({"": part}))[0]
     except (pa.ArrowException, ValueError, ArithmeticError, TypeError, NotImplementedError):
         return part.cast(pa.string()).to_pylist()[0]
 

@@ -13,6 +13,7 @@ from uuid import UUID
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from manyhands.prepare.records.array_columns import is_tensor
 from manyhands.prepare.records.columns import with_unit
 from manyhands.prepare.records.key_order import (
     DATE,
@@ -63,6 +64,11 @@ def sortable(column: Any, name: str) -> Any:
     decoded = takeable(column)
     if decoded is not column:
         return sortable(decoded, name)
+    if is_tensor(kind):
+        raise BadKey(
+            f"the key column {name!r} has arrays, which have no order: use a function as the key, for example "
+            f"lambda row: row[{name!r}].tobytes()"
+        )
     if types.is_nested(kind) or types.is_interval(kind) or isinstance(kind, pa.BaseExtensionType):
         raise BadKey(
             f"the key column {name!r} has the type {kind}, which has no order: use a function as the key, for example "

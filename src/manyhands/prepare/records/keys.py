@@ -19,6 +19,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import orjson
 
 from manyhands.prepare.records.chunks import Chunk, concatenate, records_of, size_bytes
@@ -111,6 +112,10 @@ def _tagged(value: Any) -> Any:
         return {"\0bytes": value.hex()}
     if isinstance(value, (set, frozenset)):
         return {"\0set": sorted(orjson.dumps(item, _tagged).decode() for item in value)}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufMm":
+        plain = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+        digest = hashlib.blake2b(plain.tobytes(), digest_size=16).hexdigest()
+        return {"\0array": [str(plain.dtype), list(value.shape), digest]}
     if isinstance(value, int) or type(value).__module__ in ("datetime", "decimal", "uuid"):
         return {f"\0{type(value).__name__}": repr(value)}
     raise TypeError(f"type {type(value).__name__} has no canonical form")

@@ -24,8 +24,9 @@ def numpy_columns(table: pa.Table) -> dict[str, Any]:
     """Return the columns as NumPy arrays.
 
     Numbers and truth values without nulls keep their types. Integers with nulls become floats, and nulls in columns of
-    floats become NaN. Time stamps become `datetime64`, in UTC if they have a zone, with NaT for nulls. All other
-    columns become arrays of objects, with None for nulls. Raises DataError if this would change a value.
+    floats become NaN. Time stamps become `datetime64`, in UTC if they have a zone, with NaT for nulls. A column of
+    arrays becomes one array [rows, ...]; with nulls it is a masked array. All other columns become arrays of objects,
+    with None for nulls. Raises DataError if this would change a value.
     """
     return {name: _numpy_column(name, table.column(name)) for name in table.column_names}
 
@@ -34,7 +35,11 @@ def _numpy_column(name: str, column: pa.ChunkedArray) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    from manyhands.prepare.records.array_columns import is_tensor, stack_of
+
     try:
+        if is_tensor(column.type):
+            return stack_of(column)
         if pa.types.is_run_end_encoded(column.type):
             column = pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks], column.type.value_type)
         if pa.types.is_dictionary(column.type):  # Arrow would replace nulls by other values of the dictionary
@@ -108,13 +113,21 @@ def table_of_columns(columns: Mapping[str, Any]) -> pa.Table:
 def _arrow_column(name: str, column: Any) -> Any:
     import pyarrow as pa
 
-    from manyhands.prepare.records.columns import array_of
+    from manyhands.prepare.records.array_columns import tensors_of_stack
+    from manyhands.prepare.records.columns import array_of, lists_of
 
-    is_objects = type(column) is np.ndarray and column.dtype == object and column.ndim == 1
-    if not is_objects and not isinstance(column, (list, tuple)):
-        return column
+    is_array = isinstance(column, np.ndarray)
+    is_objects = is_array and column.dtype == object and column.ndim == 1
     try:
-        return array_of(list(column))
+        if is_objects and all(getattr(value, "ndim", 1) == 1 for value in column):
+            return lists_of(list(column))  # `numpy_columns` returns lists as such a column
+        if is_objects or isinstance(column, (list, tuple)):
+            return array_of(list(column))
+        if is_array and column.ndim > 1:
+            return tensors_of_stack(column)
+        if is_array and not column.dtype.isnative:
+            return column.astype(column.dtype.newbyteorder("="))
+        return column
     except (pa.ArrowException, ValueError, TypeError, ArithmeticError) as error:
         reason = f"{error}, in column {name!r}"
         raise DataError(

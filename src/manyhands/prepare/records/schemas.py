@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pat
 
+from manyhands.prepare.records.array_columns import cast_tensors, common_tensor, is_tensor
 from manyhands.prepare.records.columns import cast_safely, first_failing
 
 _LISTS = (pat.is_list, pat.is_large_list, pat.is_fixed_size_list)
@@ -65,6 +66,8 @@ def common_type(one: Any, other: Any, *, strict: bool = False) -> Any:
         return one
     if pat.is_null(one):
         return other
+    if is_tensor(one) or is_tensor(other):
+        return common_tensor(one, other)
     if pat.is_dictionary(one) or pat.is_dictionary(other):
         return _common_dictionary(one, other, strict)
     for common in (_common_number, _common_decimal, _common_time, _common_bytes):
@@ -197,6 +200,8 @@ def _cast(column: Any, kind: Any) -> Any:
         return _cast(column.cast(column.type.value_type), kind)
     if pat.is_dictionary(kind):
         return _cast(column, kind.value_type).cast(kind)
+    if is_tensor(column.type) and is_tensor(kind):
+        return cast_tensors(column, kind)
     _check_types(column.type, kind)
     cast = cast_safely(column, kind)
     if not _are_safe(column.type, kind):
