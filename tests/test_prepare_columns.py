@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import manyhands as mh
-from manyhands.prepare.io.writing import rewrite_parquet
+from manyhands.prepare.io.writing import ParquetWriter, parquet_tables, rewrite
 from manyhands.prepare.records import schemas
 from manyhands.prepare.records.columns import without_views
 from manyhands.prepare.records.schemas import common_type, conformed
@@ -103,7 +103,9 @@ def test_a_file_that_cannot_be_written_again_leaves_no_open_writer(
     monkeypatch.setattr(schemas, "_check_same", lambda before, after: None)  # so that the first row group is written
     with io.BytesIO() as file:
         with pytest.raises(mh.DataError):
-            rewrite_parquet(f"{tmp_path}/in.parquet", file, pa.schema([("x", pa.int64())]), "part-0")
+            rewrite(
+                parquet_tables(f"{tmp_path}/in.parquet"), ParquetWriter(file, pa.schema([("x", pa.int64())]), "part-0")
+            )
         assert file.tell() > 4
     gc.collect()
     assert not ignored

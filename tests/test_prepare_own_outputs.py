@@ -87,7 +87,7 @@ def test_files_whose_columns_hold_other_kinds_of_values_are_refused(
     tmp_path: Path, one: pa.Array, other: pa.Array
 ) -> None:
     folder = files(tmp_path / "in", pa.table({"x": one}), pa.table({"x": other}))
-    with pytest.raises(mh.DataError, match="a Parquet file has different columns than the first one") as caught:
+    with pytest.raises(mh.DataError, match="a file has different columns than the first one") as caught:
         mh.Dataset.read(folder)
     assert str(caught.value.where).endswith("1.parquet")
 

@@ -26,7 +26,7 @@ import manyhands as mh
 from manyhands.data.token_file import TokenFile
 from manyhands.prepare.engines.engine import InProcess
 from manyhands.prepare.io import reading, writing
-from manyhands.prepare.io.writing import token_schema
+from manyhands.prepare.io.token_writing import token_schema
 from manyhands.prepare.job import output as job_output
 from manyhands.prepare.records.chunks import BadColumn, table_of
 from manyhands.prepare.task import Task, TaskResult

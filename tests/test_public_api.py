@@ -24,6 +24,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 NAMES = [
     "Aggregate",
+    "ArrayFile",
     "Average",
     "Averaging",
     "Batch",
@@ -197,7 +198,7 @@ def test_a_public_name_is_documented(name: str) -> None:
 
 
 def test_public_methods_are_documented() -> None:
-    for kind in (mh.Engine, mh.Batch, mh.Dataset, mh.Aggregate, mh.TokenFile, mh.Listener):
+    for kind in (mh.Engine, mh.Batch, mh.Dataset, mh.Aggregate, mh.ArrayFile, mh.TokenFile, mh.Listener):
         for base in kind.__mro__[:-1]:
             for name, value in vars(base).items():
                 if not name.startswith("_") and (callable(value) or isinstance(value, property)):

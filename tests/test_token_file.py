@@ -20,7 +20,7 @@ import manyhands as mh
 from manyhands.data.loader import MicroBatchLoader
 from manyhands.data.permutation import Mixture
 from manyhands.data.token_format import tail
-from manyhands.prepare.io.writing import token_schema
+from manyhands.prepare.io.token_writing import token_schema
 from support.positions import sample_indices
 
 TINY = 256  # bytes a partition: a few documents

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from manyhands.checkpoint.export import ExportSummary, export
     from manyhands.checkpoint.plain_model import load_model
     from manyhands.config import Batch, Recipe, Strategy
+    from manyhands.data.array_file import ArrayFile
     from manyhands.data.sample_order import by_length, weighted
     from manyhands.data.token_file import TokenFile
     from manyhands.documents.recipe_file import load_recipe
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Aggregate": "prepare.records.aggregate",
+    "ArrayFile": "data.array_file",
     "Average": "average",
     "Averaging": "islands",
     "Batch": "config",
@@ -94,6 +96,7 @@ _WHERE = {
 
 __all__ = [
     "Aggregate",
+    "ArrayFile",
     "Average",
     "Averaging",
     "Batch",

@@ -44,7 +44,7 @@ from manyhands.documents.toml import Document
 from manyhands.errors import ConfigError, DataError
 from manyhands.output import say
 from manyhands.prepare.dataset import Dataset
-from manyhands.prepare.io.writing import token_schema
+from manyhands.prepare.io.token_writing import token_schema
 from manyhands.prepare.job.output import BAD_RECORDS, PrepareSummary
 from manyhands.prepare.options import Options
 from manyhands.prepare.plan.fingerprint import fingerprint_code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import operator
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from manyhands.data.output_files import OutputFiles, find_output
 from manyhands.data.permutation import Mixture
 from manyhands.data.token_format import FOLDER, MANIFEST, TOKENIZER, MappedTokens, map_tokens
 from manyhands.errors import ConfigError, DataError
 from manyhands.options import whole_number
-from manyhands.storage.files import is_plain_name
 from manyhands.storage.location import is_local
-from manyhands.storage.untrusted import open_inside, read_inside
+from manyhands.storage.untrusted import read_inside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,15 +49,16 @@ class TokenFile(Dataset[Any]):
         if whole is None or whole < 1:
             raise ConfigError("length is not an integer of at least 1", got=repr(length))
         self.path, self.length, self.boundaries = str(path), whole, boundaries
-        self._folder, self._listed = _manifest(self.path)
-        self._files = [_opened(self._folder / file["name"], file["bytes"]) for file in self._listed]
+        self._output = _output(self.path)
+        folder = self._output.folder
+        self._files = [_opened(folder / file["name"], file["bytes"]) for file in self._output.listed]
         self._starts = list(accumulate((len(file.tokens) for file in self._files), initial=0))
         self.tokens, self.documents = self._starts[-1], sum(len(file.ends) for file in self._files)
         self.vocabulary = max((file.vocabulary for file in self._files), default=0)
         if len(self) < 1:
             raise DataError(
                 "there are too few tokens for one item",
-                where=str(self._folder),
+                where=str(folder),
                 expected=f"at least {length + 1}",
                 got=self.tokens,
                 hint="use a smaller length, or prepare more data",
@@ -108,22 +108,19 @@ class TokenFile(Dataset[Any]):
     @property
     def digest(self) -> str:
         """Return a hash of the checksums that the files had when they were prepared. Runs record it."""
-        return hashlib.sha256(" ".join(str(file.get("sha256")) for file in self._listed).encode()).hexdigest()
+        return self._output.digest
 
     def verify(self) -> None:
         """Read all files and check their SHA-256 checksums. Raises DataError, which names a file that has changed."""
-        for listed in self._listed:
-            path = self._folder / listed["name"]
-            with open_inside(path.parent, path.name) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != listed["sha256"]:
-                raise DataError(
-                    "a token file has changed since it was prepared",
-                    where=str(path),
-                    expected=f"SHA-256 {listed['sha256']}",
-                    got=found,
-                    hint="prepare the data again",
-                )
+        changed = self._output.changed()
+        if changed is not None:
+            raise DataError(
+                "a token file has changed since it was prepared",
+                where=str(changed[0]),
+                expected=f"SHA-256 {changed[1]}",
+                got=changed[2],
+                hint="prepare the data again",
+            )
 
     def __reduce__(self) -> tuple[object, ...]:
         # Pickling a memory map would copy all tokens, so a loader process opens the files itself.
@@ -156,32 +153,28 @@ def _document_numbers(pieces: list[tuple[MappedTokens, int, int]]) -> list[NDArr
     return numbers
 
 
-def _manifest(path: str) -> tuple[Path, list[dict[str, Any]]]:
-    """Return the folder of token files and the entries of its manifest. Raises DataError."""
+def _output(path: str) -> OutputFiles:
+    """Return the token files of a corpus. Raises DataError."""
     if not is_local(path):
         raise DataError(
             "token files are mapped into memory, so they must be on a disk", where=path, hint="copy them to a disk"
         )
-    for folder in (Path(path, FOLDER), Path(path)):
-        try:
-            files: list[dict[str, Any]] = json.loads(read_inside(folder / MANIFEST))["files"]
-            valid = all(is_plain_name(file["name"]) and type(file["bytes"]) is int for file in files)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-        if not valid:
-            raise DataError(
-                "the manifest of a corpus names something that is not a file of its folder",
-                where=str(folder / MANIFEST),
-                hint="prepare the data again; don't use a corpus that you do not trust",
-            )
-        return folder, files
-    raise DataError(
-        "there are no prepared tokens here",
-        where=str(Path(path).absolute()),
-        expected=f"a folder with {FOLDER}/{MANIFEST} or {MANIFEST} (written when the preparation is complete)",
-        hint="prepare them first: manyhands prepare RECIPE.toml --out FOLDER"
-        + ("" if Path(path).is_absolute() else "; a relative path is relative to the working directory"),
-    )
+    found = find_output([Path(path, FOLDER), Path(path)], MANIFEST)
+    if found is None:
+        raise DataError(
+            "there are no prepared tokens here",
+            where=str(Path(path).absolute()),
+            expected=f"a folder with {FOLDER}/{MANIFEST} or {MANIFEST} (written when the preparation is complete)",
+            hint="prepare them first: manyhands prepare RECIPE.toml --out FOLDER"
+            + ("" if Path(path).is_absolute() else "; a relative path is relative to the working directory"),
+        )
+    if not found.are_plain:
+        raise DataError(
+            "the manifest of a corpus names something that is not a file of its folder",
+            where=str(found.folder / MANIFEST),
+            hint="prepare the data again; don't use a corpus that you do not trust",
+        )
+    return found
 
 
 def _kind_of_tokens(path: str, vocabulary: int) -> str:

@@ -100,10 +100,10 @@ class Dataset:
 
         paths: files, folders and globs, as local paths or as addresses that fsspec supports (`s3://...`). They are
             resolved when `read` is called.
-        format: `text` (one record per line), `jsonl`, `parquet` or `csv`. By default, the suffix of each file
-            determines it. Files may be compressed by gzip or zstd (`.gz`, `.zst`), except Parquet.
-        columns: the columns to read from Parquet, CSV and JSON lines (default: all). A column that a JSON object lacks
-            is None.
+        format: `text` (one record per line), `jsonl`, `csv`, `parquet`, `npz` or `arrays`. By default, the suffix of
+            each file determines it. The first three may be compressed by gzip or zstd (`.gz`, `.zst`). The records of
+            an npz file are the first axis of its arrays.
+        columns: the columns to read (default: all), except from text. A column that a JSON object lacks is None.
         types: the types of CSV columns, such as {"age": "int64"}; all other columns are text.
         partition_bytes: the approximate size of a task's input. It determines how the output is divided into files.
 
@@ -162,8 +162,9 @@ class Dataset:
     def map_batches(self, function: Callable[[Any], Any], *, form: str = "arrow") -> Dataset:
         """Replace each batch of records by `function(batch)`.
 
-        function: takes an Arrow table, or a dict of NumPy arrays if form="numpy". It returns a table, a dict of columns
-        or a list of records. The boundaries of batches depend only on the data, not on the workers or the memory.
+        function: takes an Arrow table, or a dict of NumPy arrays [rows, ...] if form="numpy". It returns a
+            table, a dict of columns or a list of records. The boundaries of batches depend only on the data, not on the
+            workers or the memory.
 
         The job ends with a DataError if NumPy can't hold a value, such as an integer beyond 2**53 beside a null. Raises
         ConfigError if `form` is unknown.
@@ -291,9 +292,12 @@ class Dataset:
         """Run the job and write its records into a folder, one file per partition. Return a summary.
 
         folder: the output folder. `_manifest.json` is written last: if it exists, the output is complete.
-        format: `jsonl` or `text` (also compressed: `jsonl.gz`, `jsonl.zst`, `text.gz`, `text.zst`), `parquet`, or
-            `tokens`. Each record of a `tokens` output must have a list named `tokens`; `mh.TokenFile` reads the files.
-        schema: the columns of Parquet files (default: inferred from all records). Values are never changed to fit it.
+        format: `jsonl` or `text` (also compressed: `jsonl.gz`, `jsonl.zst`, `text.gz`, `text.zst`), `parquet`,
+            `tokens`, `arrays` or `npz`. Each record of a `tokens` output must have a list named `tokens`;
+            `mh.TokenFile` reads the files. The records of `arrays` and `npz` have numbers, times and arrays of these;
+            `mh.ArrayFile` reads `arrays`, and `numpy.load` reads `npz`.
+        schema: the columns of Parquet, `arrays` and `npz` files (default: inferred from all records). Values are never
+            changed to fit it.
         overwrite: if True, replace the output of another job. Other files are never replaced.
         job_options: workers, memory and the other `JobOptions`.
 

@@ -20,10 +20,10 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
-from manyhands.prepare.io.formats import CHUNKS, is_of_lines, open_writer, output_file_name, read_split
+from manyhands.prepare.io.formats import CHUNKS, is_of_lines, open_writer, output_file_name, read_split, rewrite_file
 from manyhands.prepare.io.listing import InputFile, check_unchanged
 from manyhands.prepare.io.run_file import RunFileWriter, is_intact, read_blocks, read_index
-from manyhands.prepare.io.writing import Writer, rewrite_parquet
+from manyhands.prepare.io.writing import Writer
 from manyhands.prepare.plan.plan import CachedFiles, Counting, InMemory, Output, Plan, Read, Stage
 from manyhands.prepare.records.chunks import Chunk, num_records, records_of
 from manyhands.prepare.records.copies import unpack_records
@@ -390,11 +390,13 @@ def _write_output(task: Task, stage: Stage, bad: BadRecords, found: _SchemaFound
 
 def _rewrite(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
     """Write the records of another task's output file with a schema that holds the records of all files."""
+    output: Any = stage.end
     source = str(task.rewrites)
     name = _name_in(source)
     with open_atomic(join_path(task.folder, name), first_wins=True, durable=False) as opened:
         file: Any = HashedFile(opened)
-        records = rewrite_parquet(source, file, schema_from_text(str(task.schema)), f"{name}, {task.name}")
+        schema = schema_from_text(str(task.schema))
+        records = rewrite_file(output.form, source, file, schema, f"{name}, {task.name}")
         file.sync()
     return _Written(records, records, file.tell(), name, file.hexdigest(), task.schema)
 

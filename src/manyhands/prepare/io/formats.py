@@ -13,6 +13,8 @@ from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 from manyhands.errors import ConfigError, InvariantError
+from manyhands.prepare.io.array_files import array_tables, read_arrays, split_arrays
+from manyhands.prepare.io.array_writing import ArraysWriter, NpzWriter
 from manyhands.prepare.io.compression import COMPRESSIONS
 from manyhands.prepare.io.csv_files import check_same_names, is_csv_type, read_csv, split_csv
 from manyhands.prepare.io.listing import (
@@ -22,14 +24,17 @@ from manyhands.prepare.io.listing import (
     split_lines,
     with_common_schema,
 )
+from manyhands.prepare.io.npz_files import npz_tables, read_npz, split_npz
 from manyhands.prepare.io.reading import read_json_lines, read_parquet, read_text
+from manyhands.prepare.io.token_writing import TokensWriter
 from manyhands.prepare.io.writing import (
     ChunksWriter,
     LinesWriter,
     ParquetWriter,
-    TokensWriter,
     Writer,
     json_lines,
+    parquet_tables,
+    rewrite,
     text_lines,
 )
 
@@ -69,9 +74,14 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """The function that writes files of a format. is_compressible: True if they may be compressed, as in `jsonl.gz`."""
+    """The function that writes files of a format.
+
+    is_compressible: True if they may be compressed, as in `jsonl.gz`. tables: returns the records of a file as tables,
+    if the records determine the schema of a file, so that it may be written again with the schema of all files.
+    """
 
     write: WriterFactory
+    tables: Callable[[str], Iterator[pa.Table]] | None = None
     is_compressible: bool = False
 
 
@@ -99,7 +109,17 @@ FORMATS = {
     "parquet": FileFormat(
         suffixes=(".parquet", ".pq"),
         input=Input(split=split_into_row_groups, read=read_parquet),
-        output=Output(write=ParquetWriter),
+        output=Output(write=ParquetWriter, tables=parquet_tables),
+    ),
+    "arrays": FileFormat(
+        suffixes=(".arrays",),
+        input=Input(split=split_arrays, read=read_arrays),
+        output=Output(write=ArraysWriter, tables=array_tables),
+    ),
+    "npz": FileFormat(
+        suffixes=(".npz",),
+        input=Input(split=split_npz, read=read_npz),
+        output=Output(write=NpzWriter, tables=npz_tables),
     ),
     "jsonl": FileFormat(
         suffixes=(".jsonl", ".ndjson"),
@@ -282,6 +302,17 @@ def open_writer(form: str, file: IO[bytes], schema: pa.Schema | None, name: str)
     compression = next(each for each in COMPRESSIONS.values() if each.suffixes[0] == dot + suffix)
     stream = compression.writer(file)
     return _CompressedWriter(stream, output.write(stream, schema, name))
+
+
+def rewrite_file(form: str, path: str, file: IO[bytes], schema: pa.Schema, name: str) -> int:
+    """Write the records of a file into another file with this schema. Return the number of records.
+
+    Raises DataError if a value can't have its column's type.
+    """
+    output = FORMATS[form].output
+    if output is None or output.tables is None:
+        raise InvariantError("a file was written again whose format has no schema", got=form)
+    return rewrite(output.tables(path), output.write(file, schema, name))
 
 
 class _CompressedWriter(Writer):

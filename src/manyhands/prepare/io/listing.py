@@ -17,7 +17,8 @@ from typing import Any
 from manyhands.errors import ConfigError, DataError, ManyhandsError
 from manyhands.prepare.io.manifest import read_output_manifest
 from manyhands.prepare.records.data_frames import is_foreign_table
-from manyhands.prepare.records.schemas import Unfit, common_schema, schema_to_text
+from manyhands.prepare.records.schemas import common_schema, schema_to_text
+from manyhands.prepare.records.unfit import Unfit
 from manyhands.storage.files import join_path, names_in, open_to_read
 from manyhands.storage.http_file import http_info, is_http
 from manyhands.storage.location import file_system, is_local, location_of
@@ -371,12 +372,12 @@ def split_into_row_groups(
 
 
 def with_common_schema(splits: Sequence[Split], schemas: Mapping[str, Any]) -> list[Split]:
-    """Return the splits, with the common schema for each split whose Parquet file has another schema.
+    """Return the splits, with the common schema for each split whose file has another schema.
 
     The order of columns, nullability and metadata may differ. Types may differ if one of them holds all values of the
     others, because all values are null, or because numbers or text have other widths.
 
-    schemas: the schemas of all Parquet files by path, in the order of the files. Raises DataError if a file has
+    schemas: the schemas of all files by path, in the order of the files. Raises DataError if a file has
     different columns than the first file.
     """
     first = next(iter(schemas.items()), ("", None))
@@ -399,7 +400,7 @@ def _common_schema(first: tuple[str, Any], common: Any, path: str, schema: Any) 
         pass
     expected, got = (", ".join(f"{field.name}: {field.type}" for field in one) for one in (common, schema))
     raise DataError(
-        "a Parquet file has different columns than the first one",
+        "a file has different columns than the first one",
         where=path,
         expected=f"{expected} (as in {first[0]})",
         got=got,

@@ -22,7 +22,8 @@ from manyhands.prepare.io.listing import Split
 from manyhands.prepare.records.chunks import CHUNK_BYTES, TABLE_CHUNK_BYTES, Chunk
 from manyhands.prepare.records.columns import without_views
 from manyhands.prepare.records.pipeline import BadRecords, SourcedChunk
-from manyhands.prepare.records.schemas import Unfit, conformed, schema_from_text
+from manyhands.prepare.records.schemas import conformed, schema_from_text
+from manyhands.prepare.records.unfit import Unfit
 from manyhands.storage.files import open_to_read
 
 # Numbers that may exceed 64 bits are found by translating each digit to "0" and all other bytes to spaces.
@@ -222,10 +223,10 @@ def read_parquet(
             before = sum(reader.metadata.row_group(index).num_rows for index in range(split.row_groups[0]))
             names = None if columns is None else list(columns)
             if names is not None:
-                _check_names(names, reader.schema_arrow.names, split.path)
+                check_names(names, reader.schema_arrow.names, split.path)
             for batch in reader.iter_batches(batch_rows, list(split.row_groups), names, use_threads=False):
                 first = before + seen + 1
-                yield SourcedChunk(_table(batch, split, names), _row_locator(split.path, first))
+                yield SourcedChunk(_table(batch, split, names), row_locator(split.path, first))
                 seen += batch.num_rows
     except (pa.ArrowException, OSError, Unfit) as error:
         raise DataError(f"a Parquet file can't be read: {error}", where=split.path) from error
@@ -234,8 +235,8 @@ def read_parquet(
         raise
 
 
-def _check_names(names: list[str], known: list[str], path: str) -> None:
-    """Raise DataError if a Parquet file lacks a column."""
+def check_names(names: list[str], known: list[str], path: str) -> None:
+    """Raise DataError if a file lacks a column."""
     unknown = set(names).difference(known)
     if unknown:
         first = next(name for name in names if name in unknown)
@@ -248,7 +249,13 @@ def _table(batch: Any, split: Split, names: list[str] | None) -> Chunk:
     """Return a batch of a Parquet file as a table, with the types that all files of the input share."""
     import pyarrow as pa
 
-    table = pa.Table.from_batches([batch]).replace_schema_metadata()
+    return shared_types(pa.Table.from_batches([batch]).replace_schema_metadata(), split, names)
+
+
+def shared_types(table: Any, split: Split, names: list[str] | None) -> Chunk:
+    """Return a table with the types that all files of the input share. names: the columns that are read, or None."""
+    import pyarrow as pa
+
     if split.schema is not None:
         shared = schema_from_text(split.schema)
         table = conformed(table, shared if names is None else pa.schema([shared.field(name) for name in names]))
@@ -259,5 +266,6 @@ def _selected(where: Callable[[int], str], indices: list[int]) -> Callable[[int]
     return lambda index: where(indices[index])
 
 
-def _row_locator(path: str, first: int) -> Callable[[int], str]:
+def row_locator(path: str, first: int) -> Callable[[int], str]:
+    """Return a function that returns the location of the i-th row from row `first` on, which counts from 1."""
     return lambda index: f"{path}, row {first + index}"

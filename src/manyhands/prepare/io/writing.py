@@ -1,7 +1,6 @@
-"""Writes output files: Parquet, JSON lines, text, tokens.
+"""Writes output files: Parquet, JSON lines, text. `token_writing` and `array_writing` write files for training.
 
-JSON lines and text may be compressed by gzip or zstd. Token files hold the tokens of all documents in sequence and the
-positions where documents end (see `manyhands.data.token_format`). The bytes of a file depend only on its records.
+JSON lines and text may be compressed by gzip or zstd. The bytes of a file depend only on its records.
 """
 
 from __future__ import annotations
@@ -9,16 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from manyhands.data.token_format import padding, tail, token_type
 from manyhands.errors import DataError
 from manyhands.prepare.io.json_arrays import array_to_json
 from manyhands.prepare.io.run_file import RunFileWriter
@@ -36,25 +34,9 @@ from manyhands.prepare.records.chunks import (
 )
 from manyhands.prepare.records.functions import shown
 from manyhands.prepare.records.keys import KeyedLists, KeyedTable
-from manyhands.prepare.records.schemas import Unfit, combined, common_schema, conformed
+from manyhands.prepare.records.schemas import combined, common_schema, conformed
+from manyhands.prepare.records.unfit import Unfit
 from manyhands.storage.files import open_to_read
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_COLUMN = "tokens"
-
-_VOCABULARY = b"vocabulary"
-
-
-def token_schema(vocabulary: int) -> pa.Schema:
-    """Return the schema of documents as lists of tokens.
-
-    vocabulary: the number of different tokens, or 0 if unknown. A token takes two bytes if the number is known and at
-    most 65,536, and four bytes otherwise.
-    """
-    kind = pa.list_(pa.from_numpy_dtype(token_type(vocabulary)))
-    return pa.schema([(_COLUMN, kind)], metadata={_VOCABULARY: str(vocabulary)})
 
 
 class Writer(Protocol):
@@ -78,54 +60,6 @@ class Writer(Protocol):
     def abandon(self) -> None:
         """Release the file after an error. The content of the file is then not valid."""
         return
-
-
-class TokensWriter(Writer):
-    """Writes the column `tokens`, one list per document, as a token file. Without a schema, tokens take four bytes."""
-
-    def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:
-        self._file, self._name, self._schema = file, name, schema or token_schema(0)
-        self._vocabulary = int((self._schema.metadata or {}).get(_VOCABULARY, 0))
-        self._type = token_type(self._vocabulary)
-        self._lengths: list[NDArray[np.uint64]] = []
-        self._written = 0
-
-    def add(self, chunk: Chunk) -> None:
-        """Write the documents of a chunk. Raises DataError if a record has no list of tokens in `tokens`."""
-        if not num_records(chunk):
-            return
-        try:
-            column = table_of(chunk, self._schema).column(_COLUMN)
-        except (DataError, KeyError) as error:
-            reason = self._invalid(str(error.what if isinstance(error, DataError) else error))
-            if isinstance(error, DataError):
-                reason.where, reason.got = _record(self._name, sum(map(len, self._lengths)), error), error.got
-            raise reason from error
-        for part in column.chunks:
-            tokens = part.flatten()
-            if part.null_count or tokens.null_count:
-                raise self._invalid("a document or a token is missing (null)")
-            values = tokens.to_numpy(zero_copy_only=False)
-            if self._vocabulary and len(values) and int(values.max()) >= self._vocabulary:
-                raise self._invalid(f"token {values.max()} is outside the vocabulary of {self._vocabulary} tokens")
-            self._file.write(values.astype(self._type, copy=False).tobytes())
-            self._lengths.append(pc.list_value_length(part).to_numpy(zero_copy_only=False).astype(np.uint64))
-            self._written += len(values)
-
-    def close(self) -> None:
-        """Write the ends of the documents and the tail. The file stays open."""
-        ends = np.cumsum(np.concatenate(self._lengths), dtype=np.uint64) if self._lengths else np.empty(0, np.uint64)
-        self._file.write(bytes(padding(self._written * self._type.itemsize)))
-        self._file.write(ends.astype("<u8").tobytes())
-        self._file.write(tail(self._written, len(ends), self._vocabulary, self._type.itemsize))
-
-    def _invalid(self, reason: Any) -> DataError:
-        return DataError(
-            f"records can't be written as tokens: {reason}",
-            where=self._name,
-            expected="a column `tokens` of lists of integers",
-            hint="map the records to {'tokens': [...]}, one record per document",
-        )
 
 
 # A Parquet row group ends when it has this many rows or bytes, whichever comes first.
@@ -321,50 +255,55 @@ def _unrepresentable(kind: str, error: BaseException, record: Any, name: str) ->
     )
 
 
-class ParquetWriter(Writer):
-    """Writes Parquet files. Without a schema, the records determine it.
+class TableWriter(Writer):
+    """Collects records into tables with one schema. Without a schema, the records determine it.
 
-    The first row group determines the columns. If a later row group needs wider types or further columns, the writer
-    stops writing, and only finds the schema that holds all records. Then `schema` differs from the file's schema, and
-    the caller must discard the file and write all records again with `schema`.
+    The first table determines the columns. If a later table needs wider types or further columns, the writer stops
+    writing, and only finds the schema that holds all records. Then `schema` differs from the file's schema, and the
+    caller must discard the file and write all records again with `schema`.
     """
 
     def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:
         self._file, self._given, self._name = file, schema, name
         self.schema = schema
         self.is_discarded = False
-        self._writer: Any = None
         self._pending: list[Chunk] = []
         self._count = self._bytes = self._before = 0
+
+    def check(self, table: pa.Table) -> None:
+        """Raise Unfit for a column that the format can't hold."""
+
+    def write(self, table: pa.Table) -> None:
+        """Write a table with the schema of the file."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Write the end of the format."""
 
     def add(self, chunk: Chunk) -> None:
         self._pending.append(chunk)
         self._count += num_records(chunk)
         self._bytes += size_bytes(chunk)
         if self._count >= _ROW_GROUP_ROWS or self._bytes >= _ROW_GROUP_BYTES:
-            self._write()
+            self._flush()
 
     def close(self) -> None:
         if self._pending:
-            self._write()
-        if self._writer is not None:
-            self._writer.close()
+            self._flush()
+        if not self.is_discarded:
+            self.end()
 
-    def abandon(self) -> None:
-        if self._writer is not None:
-            self._writer.close()  # otherwise pyarrow would write into the file after it has been closed
-
-    def _write(self) -> None:
+    def _flush(self) -> None:
         pending, count = self._pending, self._count
         self._pending, self._count, self._bytes = [], 0, 0
         table: Any = None
         try:
             table = self._table(pending)
-            _check_elements(table)
+            self.check(table)
             table = self._fitted(table)
-            # Join the arrays of each column, because Parquet pages would otherwise end at the ends of the chunks'
-            # arrays.
-            self._write_table(table.combine_chunks())
+            if not self.is_discarded:
+                # Join the arrays of each column, so that the bytes don't depend on the ends of the chunks' arrays.
+                self.write(table.combine_chunks())
         except (Unfit, pa.ArrowException) as error:
             raise DataError(
                 f"the records can't be put into columns: {error}",
@@ -376,6 +315,8 @@ class ParquetWriter(Writer):
 
     def _place(self, error: Exception, table: Any, count: int) -> str:
         """Return the location of the records that caused an error: one record if arrays have another shape or type."""
+        if isinstance(error, Unfit) and error.index is not None:
+            return f"{self._name}, record {self._before + error.index + 1}"
         column = table.column(error.column) if isinstance(error, Unfit) and table is not None else None
         if column is None or not is_tensor(column.type):
             return f"{self._name}, records {self._before + 1} to {self._before + count}"
@@ -393,7 +334,7 @@ class ParquetWriter(Writer):
                 try:
                     tables.append(_distinct_names(table_of(chunk, self._given)))
                 except DataError as error:
-                    error.where = _record(self._name, before, error)
+                    error.where = record_place(self._name, before, error)
                     raise
                 before += num_records(chunk)
         return combined(tables)
@@ -407,11 +348,25 @@ class ParquetWriter(Writer):
         self.schema = wider
         return table if self.is_discarded else conformed(table, wider)
 
-    def _write_table(self, table: pa.Table) -> None:
+
+class ParquetWriter(TableWriter):
+    """Writes Parquet files. Each table is a row group."""
+
+    def __init__(self, file: IO[bytes], schema: pa.Schema | None, name: str) -> None:
+        super().__init__(file, schema, name)
+        self._writer: Any = None
+
+    def check(self, table: pa.Table) -> None:
+        """Raise Unfit for a column of arrays without elements, which Parquet writes but can't read."""
+        for field in table.schema:
+            if is_tensor(field.type) and 0 in field.type.shape:
+                why = f"it has arrays of shape {list(shape_of(field.type))}, which have no elements"
+                raise Unfit(field.name, f"{why}, so Parquet can't hold them")
+
+    def write(self, table: pa.Table) -> None:
+        """Write a row group."""
         import pyarrow.parquet as pq
 
-        if self.is_discarded:
-            return
         if self._writer is None:
             repeating = [name for name in table.column_names if _repeats(table.column(name))]
             self._writer = pq.ParquetWriter(
@@ -419,35 +374,41 @@ class ParquetWriter(Writer):
             )
         self._writer.write_table(table, row_group_size=max(1, len(table)))
 
+    def end(self) -> None:
+        """Write the footer."""
+        if self._writer is not None:
+            self._writer.close()
 
-def rewrite_parquet(path: str, file: IO[bytes], schema: pa.Schema, name: str) -> int:
-    """Write the records of a Parquet file into another file with this schema. Return the number of records.
+    def abandon(self) -> None:
+        if self._writer is not None:
+            self._writer.close()  # otherwise pyarrow would write into the file after it has been closed
+
+
+def parquet_tables(path: str) -> Iterator[pa.Table]:
+    """Yield the row groups of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    with open_to_read(path) as raw:
+        reader = pq.ParquetFile(raw)
+        for index in range(reader.num_row_groups):
+            yield reader.read_row_group(index, use_threads=False)
+
+
+def rewrite(tables: Iterable[pa.Table], writer: Writer) -> int:
+    """Write the records of a file into another file. Return the number of records.
 
     Raises DataError if a value can't have its column's type.
     """
-    import pyarrow.parquet as pq
-
-    writer = ParquetWriter(file, schema, name)
+    records = 0
     try:
-        with open_to_read(path) as raw:
-            reader = pq.ParquetFile(raw)
-            for index in range(reader.num_row_groups):
-                writer.add(reader.read_row_group(index, use_threads=False))
-            writer.close()
-            return int(reader.metadata.num_rows)
+        for table in tables:
+            writer.add(table)
+            records += len(table)
+        writer.close()
+        return records
     except BaseException:
         writer.abandon()
         raise
-
-
-def _check_elements(table: pa.Table) -> None:
-    """Raise Unfit for a column of arrays without elements, which Parquet writes but can't read."""
-    for field in table.schema:
-        if is_tensor(field.type) and 0 in field.type.shape:
-            shape = list(shape_of(field.type))
-            raise Unfit(
-                field.name, f"it has arrays of shape {shape}, which have no elements, so Parquet can't hold them"
-            )
 
 
 def _distinct_names(table: pa.Table) -> pa.Table:
@@ -457,7 +418,7 @@ def _distinct_names(table: pa.Table) -> pa.Table:
     return table
 
 
-def _record(name: str, before: int, error: DataError) -> str:
+def record_place(name: str, before: int, error: DataError) -> str:
     """Return the location of the record that caused an error: `name`, and the record's number if the error has its
     index.
     """

@@ -16,13 +16,13 @@ from typing import Any
 from manyhands.errors import DataError
 from manyhands.prepare.plan.plan import Stage
 from manyhands.prepare.records.schemas import (
-    Unfit,
     common_schema,
     common_type,
     schema_digest,
     schema_from_text,
     schema_to_text,
 )
+from manyhands.prepare.records.unfit import Unfit
 from manyhands.prepare.task import Task, TaskResult
 from manyhands.storage.files import join_path
 

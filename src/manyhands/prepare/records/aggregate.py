@@ -17,18 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manyhands.errors import DataError, InvariantError
-from manyhands.prepare.records.chunks import Chunk, records_of
-from manyhands.prepare.records.copies import can_change, own_copies, own_copy
-from manyhands.prepare.records.exact_arrays import (
-    NUMBER_KINDS,
-    combined_floats,
-    faster_functions,
-    float_states,
-    floats_in,
-    merged_floats,
-    row_codes,
-)
-from manyhands.prepare.records.exact_sums import (
+from manyhands.numerics.exact_sums import (
     add_sums,
     add_to_mean,
     add_to_variance,
@@ -42,6 +31,17 @@ from manyhands.prepare.records.exact_sums import (
     start_mean,
     start_variance,
     total_of,
+)
+from manyhands.prepare.records.chunks import Chunk, records_of
+from manyhands.prepare.records.copies import can_change, own_copies, own_copy
+from manyhands.prepare.records.exact_arrays import (
+    NUMBER_KINDS,
+    combined_floats,
+    faster_functions,
+    float_states,
+    floats_in,
+    merged_floats,
+    row_codes,
 )
 from manyhands.prepare.records.extremes import add_greatest, add_least, comparable, greatest, least
 from manyhands.prepare.records.functions import BadResult, check_results, describe_error, is_for_user

@@ -7,12 +7,15 @@ the values of a tensor as a flat list, and cannot convert tensors of booleans, s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pat
+
+from manyhands.prepare.records.unfit import Unfit
 
 _NUMBERS = "booleans, integers, floats, datetimes or time differences of NumPy"
 
@@ -136,11 +139,16 @@ def _converted(array: Any, dtype: np.dtype[Any]) -> Any:
 def dtype_of(kind: Any) -> np.dtype[Any]:
     """Return the NumPy type of the arrays in a column of this type. Raises ValueError if NumPy has no such type."""
     value = kind.value_type
-    is_held = pat.is_boolean(value) or pat.is_integer(value) or pat.is_floating(value) or pat.is_duration(value)
-    if not is_held and not pat.is_date32(value) and not (pat.is_timestamp(value) and value.tz is None):
-        raise ValueError(f"its arrays have elements of type {value}, and arrays of records hold {_NUMBERS}")
+    check_elements(value)
     dtype: np.dtype[Any] = pa.array([], value).to_numpy(zero_copy_only=False).dtype
     return dtype
+
+
+def check_elements(value: Any) -> None:
+    """Raise ValueError if arrays can't have elements of this Arrow type."""
+    is_held = pat.is_boolean(value) or pat.is_integer(value) or pat.is_floating(value) or pat.is_duration(value)
+    if not is_held and not pat.is_date32(value) and not (pat.is_timestamp(value) and value.tz is None):
+        raise ValueError(f"it has values of type {value}, and arrays hold {_NUMBERS}")
 
 
 def tensors_of_stack(stack: Any) -> pa.Array:
@@ -227,3 +235,36 @@ def cast_tensors(column: pa.ChunkedArray, kind: Any) -> pa.ChunkedArray:
         raise ValueError(f"arrays of type {column.type} can't become {kind}")
     found = [_tensors(np.ascontiguousarray(rows), valid, kind) for rows, valid in map(_stack, column.chunks)]
     return pa.chunked_array(found, kind)
+
+
+def stacks_of(table: pa.Table) -> dict[str, Any]:
+    """Return every column of a table as an array [rows, ...]. Raises Unfit for a column with a null or other values.
+
+    Numbers, booleans, datetimes and time differences have one element in each row. Times with a zone are in UTC.
+    """
+    found = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if column.null_count:
+            row = pc.index(column.is_null(), True).as_py()
+            raise Unfit(name, "a value is missing (null): fill it, for example with NaN, or drop the record", row)
+        try:
+            if not is_tensor(column.type):
+                check_elements(without_zone(column.type))
+                found[name] = np.asarray(column.to_numpy())
+            else:
+                found[name] = stack_of(column)
+        except ValueError as error:
+            raise Unfit(name, error) from error
+    return found
+
+
+def table_of_stacks(stacks: Mapping[str, Any]) -> pa.Table:
+    """Return arrays [rows, ...] as the columns of a table."""
+    return pa.table(
+        {name: pa.array(each) if each.ndim == 1 else tensors_of_stack(each) for name, each in stacks.items()}
+    )
+
+
+def without_zone(kind: Any) -> Any:
+    """Return the type of the same instants in UTC without a zone, if it is the type of datetimes with a zone."""
+    return pa.timestamp(kind.unit) if pat.is_timestamp(kind) and kind.tz is not None else kind

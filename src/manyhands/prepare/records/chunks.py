@@ -16,6 +16,7 @@ import numpy as np
 
 from manyhands.errors import DataError, InvariantError
 from manyhands.prepare.records.pickling import pickle_any
+from manyhands.prepare.records.unfit import Unfit
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,7 +74,7 @@ def table_of(chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
     """
     import pyarrow as pa
 
-    from manyhands.prepare.records.schemas import Unfit, conformed
+    from manyhands.prepare.records.schemas import conformed
 
     try:
         if not isinstance(chunk, list):
@@ -105,7 +106,6 @@ def _array_of(name: str, values: list[Any], kind: pa.DataType | None) -> pa.Arra
     import pyarrow as pa
 
     from manyhands.prepare.records.columns import array_of, first_failing
-    from manyhands.prepare.records.schemas import Unfit
 
     try:
         return array_of(values, kind)

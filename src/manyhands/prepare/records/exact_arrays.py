@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from manyhands.prepare.records.exact_sums import (
+from manyhands.numerics.exact_sums import (
     LARGE,
     LARGE_ROOT,
     SMALL_ROOT,

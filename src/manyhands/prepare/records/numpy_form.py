@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from manyhands.errors import DataError
-from manyhands.prepare.records.exact_sums import WHOLE
+from manyhands.numerics.exact_sums import WHOLE
 
 if TYPE_CHECKING:
     import pyarrow as pa

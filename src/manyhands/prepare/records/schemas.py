@@ -18,6 +18,7 @@ import pyarrow.types as pat
 
 from manyhands.prepare.records.array_columns import cast_tensors, common_tensor, is_tensor
 from manyhands.prepare.records.columns import cast_safely, first_failing
+from manyhands.prepare.records.unfit import Unfit
 
 _LISTS = (pat.is_list, pat.is_large_list, pat.is_fixed_size_list)
 
@@ -26,14 +27,6 @@ _TEXTS = (pat.is_string, pat.is_large_string)
 _BYTES = (pat.is_binary, pat.is_large_binary, pat.is_fixed_size_binary)
 
 _UNITS = ("s", "ms", "us", "ns")
-
-
-class Unfit(ValueError):
-    """The error for values that can't have the type of their column. index: the first record with such a value."""
-
-    def __init__(self, column: str, why: object, index: int | None = None) -> None:
-        super().__init__(f"column {column!r}: {why}")
-        self.column, self.index = column, index
 
 
 def common_schema(first: pa.Schema, other: pa.Schema, *, strict: bool = False) -> pa.Schema:
