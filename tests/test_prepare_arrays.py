@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import manyhands as mh
 from manyhands.prepare.io import reading, writing
+from manyhands.prepare.records import pipeline
 from manyhands.prepare.records.array_columns import stack_of
 from manyhands.prepare.records.chunks import pack, size_bytes, table_of, unpack
 from manyhands.prepare.records.columns import rows_of
@@ -329,3 +331,33 @@ def test_the_size_of_arrays_is_measured() -> None:
     assert 20_000 < size_bytes(records) // 2 < 20_100
     assert size_bytes(table_of(records)) == 80_000
     assert size_bytes(table_of(records).slice(1)) == 40_000
+
+
+def test_large_results_are_not_in_memory_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records after each other, with a bad one, and with what `map_batches` gets."""
+    monkeypatch.setattr(pipeline, "_MOST_RESULT_BYTES", 1_000)
+    sizes: list[int] = []
+    flush = writing.ParquetWriter.add
+    monkeypatch.setattr(
+        writing.ParquetWriter, "add", lambda self, chunk: (sizes.append(len(chunk)), flush(self, chunk))
+    )
+
+    def large(n: int) -> dict[str, Any]:
+        if n == 7:
+            raise ValueError("seven")
+        return {"n": n, "r": random.random(), "x": np.full(25, n, "f8")}
+
+    made = mh.Dataset.from_records(range(20)).map(large)
+    with pytest.raises(mh.DataError, match="seven") as caught:
+        made.count(**ALONE)
+    assert caught.value.where == "given records, partition 0, record 8"
+    written = made.write(tmp_path / "out", format="parquet", max_bad_records=1, **ALONE)
+    assert (written.records, written.bad_records, sum(sizes), max(sizes)) == (19, 1, 19, 3)
+    rows = mh.Dataset.read(tmp_path / "out").take(20, **ALONE)
+    assert [row["n"] for row in rows] == [n for n in range(20) if n != 7]
+    assert len({row["r"] for row in rows}) == 19
+    good = mh.Dataset.from_records(range(20)).filter(lambda n: n != 7).map(large)
+    batches = good.map_batches(lambda columns: {"count": [len(columns["n"])]}, form="numpy").take(20, **ALONE)
+    assert [batch["count"] for batch in batches] == [3, 3, 4, 3, 3, 3]  # the record that is left out counts
+    small = mh.Dataset.from_records(range(20)).map(lambda n: {"n": n})
+    assert small.map_batches(lambda table: [len(table)]).take(9, **ALONE) == [20]

@@ -149,7 +149,7 @@ def _users_frame(trace: types.TracebackType | None) -> types.TracebackType | Non
         file = trace.tb_frame.f_code.co_filename
         module = str(trace.tb_frame.f_globals.get("__name__"))
         # Frames of compiled libraries name source files, such as table.pxi, that users don't have.
-        if not module.startswith("manyhands.prepare.") and file.endswith((".py", ">")):
+        if not module.startswith(("manyhands.prepare.", "manyhands.numerics.")) and file.endswith((".py", ">")):
             if not ("site-packages" in file or "/lib/python" in file):
                 return trace
             library = library or trace

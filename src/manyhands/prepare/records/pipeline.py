@@ -23,11 +23,16 @@ from manyhands.prepare.records.chunks import (
     pack,
     part_of,
     shown_record,
+    size_bytes,
     unpack,
     with_contiguous_columns,
 )
 from manyhands.prepare.records.functions import BadResult, describe_error, is_for_user, shown
-from manyhands.prepare.records.operations import Operation
+from manyhands.prepare.records.operations import FlatMap, Map, Operation
+
+# If the results of functions are larger than this, a chunk is processed in several parts, so that its results need not
+# be in memory together.
+_MOST_RESULT_BYTES = 2**25
 
 _MAX_RECORD_CHARACTERS = 65_536  # the maximum number of characters of a bad record that are stored
 
@@ -112,10 +117,11 @@ class Pipeline(Generic[T]):
     make_last: returns the last function. This function may count the records of the chunks that it converts, so it gets
     every chunk once, and the search for bad records uses another instance. last_name: the function's name in errors.
 
-    All records of a chunk are processed together. If this raises, the records are processed one by one, to find those
-    that fail and their locations in the source. The failing records are set aside, and the other records are processed
-    together again. So the result is the same as for a chunk without the bad records. An error in a step that processes
-    records together (map_batches), or in any step after it, can't be attributed to a record, so it ends the task.
+    All records of a chunk are processed together, unless their results are large. If this raises, the records are
+    processed one by one, to find those that fail and their locations in the source. The failing records are set aside,
+    and the other records are processed together again. So the result is the same as for a chunk without the bad
+    records. An error in a step that processes records together (map_batches), or in any step after it, can't be
+    attributed to a record, so it ends the task.
     """
 
     def __init__(
@@ -131,6 +137,8 @@ class Pipeline(Generic[T]):
         self._seen = [0] * len(operations)  # for each operation, the number of records that reached it
         batched = [index for index, operation in enumerate(operations) if operation.batched]
         self._first_batched = batched[0] if batched else len(operations)
+        self._may_grow = any(isinstance(each, (Map, FlatMap)) for each in operations[: self._first_batched])
+        self._reached = 0  # the end of the records of the current chunk that were processed, or are being processed
         self._step: Operation | None = None  # the operation that runs, or None for the last function
         self.records_in = 0
 
@@ -138,28 +146,59 @@ class Pipeline(Generic[T]):
         """Yield the result of each piece. Raises DataError if there are too many bad records."""
         again = _SecondReading(read)
         for number, piece in enumerate(read(self._bad)):
-            self.records_in += num_records(piece.chunk)
-            yield self._process(piece, number, again)
+            total = num_records(piece.chunk)
+            self.records_in += total
+            copies: tuple[Chunk, Chunk] | None = None
+            self._reached = 0
+            while True:
+                start, seen, drawn = self._reached, list(self._seen), random.getstate()
+                try:
+                    result = self._process(piece.chunk, start)
+                except BaseException as error:
+                    if not is_for_user(error):
+                        raise
+                    copies = copies or again.copies(number, total)
+                    pristine, other = (part_of(chunk, start, self._reached) for chunk in copies)
+                    result = self._process_again(pristine, other, _shifted(piece.where, start), seen, drawn)
+                yield result
+                if self._reached >= total:
+                    break
 
-    def _process(self, piece: SourcedChunk, number: int, again: _SecondReading) -> T:
-        seen, drawn = list(self._seen), random.getstate()
-        try:
-            return self._to_end(self._apply(piece.chunk, 0, len(self._operations)), self._last)
-        except BaseException as error:
-            if not is_for_user(error):
-                raise
-        total = num_records(piece.chunk)
-        pristine, other = again.copies(number, total)
-        failed = self._find_failing(pristine, other, piece.where, seen, drawn)
+    def _process(self, chunk: Chunk, start: int) -> T:
+        """Process records of a chunk from `start` on. Set `self._reached` to the end of the processed records.
+
+        If the results are large, not all records are processed. This depends only on the sizes of the results.
+        """
+        total = num_records(chunk)
+        parts: list[Chunk] = []
+        count = total if not self._may_grow else 1
+        while not parts or (self._reached < total and count):
+            first, self._reached = self._reached, min(total, self._reached + max(1, count))
+            part = chunk if (first, self._reached) == (0, total) else part_of(chunk, first, self._reached)
+            parts.append(self._apply(part, 0, self._first_batched))
+            each = max(1, sum(map(size_bytes, parts)) // max(1, self._reached - start))
+            room = _MOST_RESULT_BYTES // each - (self._reached - start)
+            count = max(0, room if room >= total - self._reached else min(room, 4 * (self._reached - first)))
+        joined = parts[0] if len(parts) == 1 else with_contiguous_columns(concatenate(parts))
+        return self._to_end(self._apply(joined, self._first_batched, len(self._operations)), self._last)
+
+    def _process_again(
+        self, pristine: Chunk, other: Chunk, where: Callable[[int], str], seen: list[int], drawn: Any
+    ) -> T:
+        """Process records that have failed, without those that fail alone.
+
+        pristine, other: two copies of the records. seen, drawn: the state from before the records.
+        """
+        failed = self._find_failing(pristine, other, where, seen, drawn)
         self._restart(seen, drawn)
         try:
             return self._without(failed, other)
         except BaseException as error:
             if isinstance(error, DataError):
-                error.where = error.where or _batch(piece.where, total)
+                error.where = error.where or _batch(where, num_records(other))
             if not is_for_user(error) or isinstance(error, DataError):
                 raise
-            raise self._failed_together(error, piece.where, total) from error
+            raise self._failed_together(error, where, num_records(other)) from error
 
     def _restart(self, seen: list[int], drawn: Any) -> None:
         """Restore the numbers of records, and the state of `random`, from before the chunk."""
@@ -292,6 +331,10 @@ class _SecondReading:
                 hint="run the job again when nothing writes to its input",
             )
         return piece.chunk
+
+
+def _shifted(where: Callable[[int], str], start: int) -> Callable[[int], str]:
+    return lambda index: where(start + index)
 
 
 def _batch(where: Callable[[int], str], total: int) -> str:
