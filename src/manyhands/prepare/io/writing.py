@@ -290,7 +290,9 @@ class TableWriter(Writer):
     def close(self) -> None:
         if self._pending:
             self._flush()
-        if not self.is_discarded:
+        if self.is_discarded:
+            self.abandon()
+        else:
             self.end()
 
     def _flush(self) -> None:
