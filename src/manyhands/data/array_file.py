@@ -94,6 +94,9 @@ class ArrayFile(Dataset[Any]):
 
     def __post_init__(self) -> None:
         self.path = str(self.path)
+        # Recipe files have lists, and the digest must be that of tuples.
+        self.columns = tuple(self.columns) if isinstance(self.columns, list) else self.columns
+        self.rows = (self.rows[0], self.rows[1]) if isinstance(self.rows, list) and len(self.rows) == 2 else self.rows
         _check_arguments(self)
         self._output = _output(self.path)
         self._files = [_mapped(self._output.folder / file["name"], file["bytes"]) for file in self._output.listed]
@@ -181,10 +184,13 @@ class ArrayFile(Dataset[Any]):
             raise DataError("a column has no numbers", where=str(self.path), got=f"{column}: {kind.kind}")
         kept = tuple(kind.shape[each] for each in axes)
         found = ExactStatistics(math.prod(kept))
-        order = [*(each for each in range(len(kind.shape)) if each not in axes), *axes]
+        before, after = _other_axes(axes, len(kind.shape))
+        order = [0, *(1 + each for each in (*before, *axes, *after))]
+        inner = math.prod(kind.shape[each] for each in after)
         for start, stop in self._ranges:
             for rows in self._parts(column, start, stop, _STATISTICS_BYTES // max(1, kind.row_bytes)):
-                found.add(rows.transpose(0, *(1 + each for each in order)).reshape(-1, math.prod(kept)))
+                if rows.size:
+                    found.add(rows.transpose(order).reshape(-1, math.prod(kept), inner))
         means, deviations = found.results()
         shaped = [
             each.reshape(kept) if kept else each[0].item() for each in (means, deviations, found.count, found.missing)
@@ -427,6 +433,16 @@ def _axes_of(axis: int | Sequence[int] | None, dimensions: int) -> tuple[int, ..
     return found
 
 
+def _other_axes(axes: tuple[int, ...], dimensions: int) -> tuple[list[int], list[int]]:
+    """Return the other axes, those before and those after `axes`. If all axes stay in order, nothing is copied."""
+    others = [each for each in range(dimensions) if each not in axes]
+    if not axes:
+        return [], others
+    if list(axes) != list(range(axes[0], axes[-1] + 1)):
+        return others, []
+    return [each for each in others if each < axes[0]], [each for each in others if each > axes[0]]
+
+
 def _range_of(rows: Any, total: int) -> tuple[int, int]:
     """Return the rows that are used. Raises ConfigError."""
     try:
@@ -456,6 +472,8 @@ def _step_of(step: Any, times: np.dtype[Any]) -> Any:
             is_positive = found > np.timedelta64(0, "s")
         else:
             found = times.type(step)
+            if found != step:
+                raise ValueError("the times are whole numbers")
             is_positive = found > 0
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"the step of the times can't be used: {error}", got=repr(step)) from error

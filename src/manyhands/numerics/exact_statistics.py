@@ -43,8 +43,13 @@ class ExactStatistics:
         self._infinite = np.zeros((2, channels), bool)  # by sign
 
     def add(self, values: NDArray[Any]) -> None:
-        """Add numbers, [numbers, channels]."""
-        step = max(1, _PIECE // max(1, values.shape[1]))
+        """Add numbers, [numbers, channels, more numbers]."""
+        if values.shape[1] == 1:
+            flat = values.reshape(1, 1, -1)
+            for start in range(0, flat.shape[2], _PIECE):
+                self._add(flat[:, :, start : start + _PIECE])
+            return
+        step = max(1, _PIECE // max(1, values.shape[1] * values.shape[2]))
         for start in range(0, len(values), step):
             self._add(values[start : start + step])
 
@@ -55,8 +60,8 @@ class ExactStatistics:
         if values.dtype.kind == "f":
             unknown = np.isnan(numbers)
             if unknown.any():
-                self.missing += unknown.sum(axis=0)
-                self.count -= unknown.sum(axis=0)
+                self.missing += unknown.sum(axis=(0, 2))
+                self.count -= unknown.sum(axis=(0, 2))
                 numbers[unknown] = 0.0
             if values.dtype.itemsize == 8:
                 sizes = np.abs(numbers)
@@ -65,7 +70,7 @@ class ExactStatistics:
                 is_rare = np.isinf(numbers)
         elif values.dtype.itemsize == 8:
             is_rare = np.abs(numbers) > WHOLE
-        self.count += len(values)
+        self.count += values.shape[0] * values.shape[2]
         if is_rare.any():
             self._add_rare(values, is_rare)
             numbers[is_rare] = 0.0
@@ -77,8 +82,8 @@ class ExactStatistics:
 
     def _add_rare(self, values: NDArray[Any], is_rare: NDArray[np.bool_]) -> None:
         """Add infinities, and numbers whose squares floats can't hold exactly."""
-        for row, channel in np.argwhere(is_rare).tolist():
-            value = values[row, channel].item()
+        for row, channel, inner in np.argwhere(is_rare).tolist():
+            value = values[row, channel, inner].item()
             if isinstance(value, float) and math.isinf(value):
                 self._infinite[int(value > 0), channel] = True
             else:
@@ -110,10 +115,13 @@ class _Sums:
         self._rare: dict[int, Any] = {}
 
     def add(self, values: NDArray[np.float64]) -> None:
-        """Add finite numbers, [numbers, channels]."""
+        """Add finite numbers, [numbers, channels, more numbers]."""
         self._columns += _partial_sums(values)
         if len(self._columns) > _MOST_COLUMNS:
-            self._columns = _partial_sums(np.array(self._columns))
+            self._columns = self._joined()
+
+    def _joined(self) -> list[NDArray[np.float64]]:
+        return _partial_sums(np.array(self._columns)[:, :, np.newaxis])
 
     def add_state(self, channel: int, state: Any) -> None:
         """Add a number to one channel."""
@@ -121,8 +129,7 @@ class _Sums:
 
     def states(self) -> list[Any]:
         """Return the state of each channel's sum."""
-        columns = np.array(_partial_sums(np.array(self._columns))) if self._columns else np.zeros((1, self._channels))
-        columns = columns if len(columns) else np.zeros((1, self._channels))
+        columns = np.array((self._joined() if self._columns else []) or [np.zeros(self._channels)])
         found = [exact_state(parts) for parts in columns.T.tolist()]
         for channel, state in self._rare.items():
             found[channel] = add_sums(found[channel], state)
@@ -130,15 +137,16 @@ class _Sums:
 
 
 def _partial_sums(values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Return columns of floats, [channels], whose exact sum is the exact sum of the rows."""
+    """Return columns of floats, [channels], whose exact sum is that of `values`, [numbers, channels, more numbers]."""
     columns = []
+    added = values.shape[0] * values.shape[2]
     while largest := max(float(values.max()), -float(values.min())) if values.size else 0.0:
-        # |values| < 2**exponent, and a sum of the rows has `(rows - 1).bit_length()` more bits. Subnormal numbers are
-        # multiples of 2**-1074.
-        exponent = math.frexp(largest)[1] + max(1, (len(values) - 1).bit_length() - 1)
+        # |values| < 2**exponent, and a sum of `added` values has `(added - 1).bit_length()` more bits. Subnormal
+        # numbers are multiples of 2**-1074.
+        exponent = math.frexp(largest)[1] + max(1, (added - 1).bit_length() - 1)
         anchor = math.ldexp(1.5, max(exponent, -1022))
         multiples = values + anchor
         multiples -= anchor
         values = values - multiples
-        columns.append(multiples.sum(axis=0))
+        columns.append(multiples.sum(axis=(0, 2)))
     return columns
