@@ -299,6 +299,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "half a step": ({"time": "t", "step": 1.5}, "the step of the times can't be used: the times are whole numbers"),
     "a share": ({"share": (0, 0.5)}, "a share of the groups can't be chosen"),
     "rows": ({"rows": (3, 99)}, "the rows are not in the data"),
+    "no columns": ({"columns": []}, "columns can't be selected"),
     "a column": ({"columns": ["y"]}, "there is no column 'y'"),
     "a time": ({"time": "x"}, "a column has no numbers or times, one in each row"),
     "windows": ({"length": 31}, "there are too few rows for one window"),

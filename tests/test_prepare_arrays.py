@@ -234,6 +234,11 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "structured": ([np.zeros(2), np.zeros(2, "i4,f4")], "an array of type .*: use one column for each field"),
     "text": ([np.zeros((1, 1)), np.array([["a"]])], "an array of type <U1"),
     "hours": ([np.zeros(2), np.zeros(2, "M8[h]")], r"an array of type datetime64\[h\]"),
+    "days": (
+        [np.zeros(1, "M8[D]"), np.array(["200000000-01-01"], "M8[D]")],
+        "a date that a column of dates can't hold",
+    ),
+    "inside": ([{"y": [np.zeros(2)]}, {"y": [np.zeros((2, 2))]}], ".*arrays inside of lists or dicts"),
     "masked": ([np.zeros(2), np.ma.array([1.0, 2.0], mask=[0, 1])], "an array with masked elements"),
 }
 
@@ -242,7 +247,9 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
 def test_arrays_that_do_not_fit_are_refused_with_file_and_record(name: str, tmp_path: Path) -> None:
     values, message = REFUSED[name]
     made = mh.Dataset.from_records([{"x": value} for value in values])
-    with pytest.raises(mh.DataError, match=f"the records can't be put into columns: column 'x': it has {message}") as e:
+    with pytest.raises(
+        mh.DataError, match=f"the records can't be put into columns: column 'x': (it has )?{message}"
+    ) as e:
         made.write(tmp_path / "out", format="parquet", **ALONE)
     assert e.value.where == "part-00000.parquet, stage 0, partition 0, record 2"
     with pytest.raises(mh.DataError, match=message):

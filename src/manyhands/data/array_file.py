@@ -419,6 +419,8 @@ def _index_of(name: Any, layout: Layout, path: str) -> int:
 
 def _selected(columns: str | Sequence[str] | None, layout: Layout, path: str) -> list[str]:
     names = [columns] if isinstance(columns, str) else columns
+    if names is not None and not len(names):
+        raise ConfigError("columns can't be selected", expected="at least one column", got=repr(columns))
     if names is None:
         return [column.name for column in layout.columns]
     return [layout.columns[_index_of(name, layout, path)].name for name in names]

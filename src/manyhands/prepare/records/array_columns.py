@@ -171,10 +171,19 @@ def _tensors(rows: Any, valid: Any, kind: Any) -> pa.Array:
     """Return the column of a C-contiguous array [rows, ...] in which only the rows of `valid` are not null."""
     if kind.permutation is not None:
         rows = np.ascontiguousarray(rows.transpose(0, *(1 + np.argsort(kind.permutation))))
-    elements = pa.array(rows.reshape(-1), kind.value_type)
+    elements = pa.array(with_short_days(rows.reshape(-1)), kind.value_type)
     nulls = None if valid.all() else pa.array(valid).buffers()[1]
     storage = pa.Array.from_buffers(kind.storage_type, len(rows), [nulls], children=[elements])
     return pa.ExtensionArray.from_storage(kind, storage)
+
+
+def with_short_days(array: Any) -> Any:
+    """Return an array of NumPy. Raises ValueError for a date that Arrow's 32 bits would silently change."""
+    if array.dtype == "M8[D]":
+        days = array.astype(np.int64)
+        if (((days < -(2**31)) | (days >= 2**31)) & ~np.isnat(array)).any():
+            raise ValueError("it has a date that a column of dates can't hold: its year is beyond 5 million")
+    return array
 
 
 def _stack(column: Any) -> tuple[Any, Any]:
@@ -261,7 +270,10 @@ def stacks_of(table: pa.Table) -> dict[str, Any]:
 def table_of_stacks(stacks: Mapping[str, Any]) -> pa.Table:
     """Return arrays [rows, ...] as the columns of a table."""
     return pa.table(
-        {name: pa.array(each) if each.ndim == 1 else tensors_of_stack(each) for name, each in stacks.items()}
+        {
+            name: pa.array(with_short_days(each)) if each.ndim == 1 else tensors_of_stack(each)
+            for name, each in stacks.items()
+        }
     )
 
 

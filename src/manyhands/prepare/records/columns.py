@@ -164,7 +164,10 @@ def _check_values(found: set[str], values: Sequence[Any], kind: Any) -> None:
 
 
 def _check_lists(lists: list[Any], kind: Any) -> None:
-    if any(isinstance(each, np.ndarray) for each in lists):
+    arrays = [each for each in lists if isinstance(each, np.ndarray)]
+    if any(array.ndim != 1 for array in arrays):
+        raise ValueError("it has arrays inside of lists or dicts, or in a column of lists: use a column for each array")
+    if arrays:
         is_integer = kind is None or (not pat.is_map(kind) and pat.is_integer(kind.value_type))
         lists = [_listed(each, is_integer) if isinstance(each, np.ndarray) else each for each in lists]
     if kind is not None and pat.is_map(kind):

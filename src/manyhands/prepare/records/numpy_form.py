@@ -113,7 +113,7 @@ def table_of_columns(columns: Mapping[str, Any]) -> pa.Table:
 def _arrow_column(name: str, column: Any) -> Any:
     import pyarrow as pa
 
-    from manyhands.prepare.records.array_columns import tensors_of_stack
+    from manyhands.prepare.records.array_columns import tensors_of_stack, with_short_days
     from manyhands.prepare.records.columns import array_of, lists_of
 
     is_array = isinstance(column, np.ndarray)
@@ -127,7 +127,7 @@ def _arrow_column(name: str, column: Any) -> Any:
             return tensors_of_stack(column)
         if is_array and not column.dtype.isnative:
             return column.astype(column.dtype.newbyteorder("="))
-        return column
+        return with_short_days(column) if type(column) is np.ndarray else column
     except (pa.ArrowException, ValueError, TypeError, ArithmeticError) as error:
         reason = f"{error}, in column {name!r}"
         raise DataError(
