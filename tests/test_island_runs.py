@@ -154,7 +154,7 @@ def test_another_recipe_at_the_same_place_is_refused(tmp_path: Path) -> None:
         digest_of(islands, tmp_path / "three", steps=STEPS + 5, islands_at=store)
     report = islands_report(Path(store), print, seconds=0)
     assert (report.round, report.is_complete) == (3, True)
-    assert report.summary == "all 1 islands have published round 3"
+    assert report.summary == "the run is complete: every island has published the last round, 3"
     assert [described(each) for each in report.islands] == [("0", "published", "step 10", "nobody")]
 
 

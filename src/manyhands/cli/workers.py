@@ -209,12 +209,15 @@ def record_run_failure(directory: RunDirectory, error: WorkerError | None, resta
 def _with_resume_hint(error: Interrupted, directory: Path, checkpoints: Location, *, given: bool) -> Interrupted:
     """Add the last checkpoint and the command that continues from it to the error."""
     from manyhands.checkpoint.format import list_checkpoints
+    from manyhands.listeners.run_directory import ISLANDS
 
     found = list_checkpoints(checkpoints)
+    has_islands = (directory / ISLANDS).is_dir()
+    last = f"its last checkpoint is {found[-1][1]}" if found else "there is no checkpoint: no step was completed"
     again = shlex.join(["manyhands", *sys.argv[1:], *([] if given else ["--run-dir", str(directory)])])
     return Interrupted(
         error.what,
-        where=f"its last checkpoint is {found[-1][1]}" if found else "there is no checkpoint: no step was completed",
-        hint=f"to continue: {again}" if found else None,
+        where=error.where if has_islands else last,
+        hint=f"to continue: {again}" if found or has_islands else None,
         detail=error.detail,
     )

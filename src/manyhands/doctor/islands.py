@@ -40,28 +40,38 @@ class IslandReport:
 class RoundsReport:
     """How far the islands of a run are.
 
-    round: the number of the newest round of which there is a file; 0 before the first one. is_complete: True if all of
-    its files are there. facts: the recipe, for people.
+    round: the number of the newest round of which there is a file; 0 before the first one. last: the number of the last
+    round; 0 if the record lacks it. is_complete: True if all files of the newest round are there. facts: the recipe, for people.
     """
 
     round: int
+    last: int
     is_complete: bool
     islands: tuple[IslandReport, ...]
     facts: dict[str, str]
+
+    @property
+    def is_over(self) -> bool:
+        """Return True if all files of the last round are there."""
+        return self.is_complete and self.round == self.last
 
     @property
     def summary(self) -> str:
         """Describe the state of the run in one sentence."""
         if not self.round:
             return "no island has published a round yet"
+        if self.is_over:
+            return f"the run is complete: every island has published the last round, {self.round}"
         if self.is_complete:
-            return f"all {len(self.islands)} islands have published round {self.round}"
+            return f"all {len(self.islands)} islands have published round {self.round} of {self.last}"
         missing = [str(each.island) for each in self.islands if not each.is_here]
-        return f"round {self.round} waits for the island{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        return f"round {self.round} of {self.last} waits for the island{'s' * (len(missing) > 1)} {', '.join(missing)}"
 
     @property
     def advice(self) -> str:
         """Say what to do."""
+        if self.is_over:
+            return "nothing to do: the last checkpoint in a cluster's run directory has the result"
         alone = [str(each.island) for each in self.islands if each.holder is None]
         silent = [each for each in self.islands if each.is_silent and each.holder is not None]
         if silent:
@@ -93,22 +103,23 @@ def islands_report(
             expected="the folder or address that --islands-at names, with islands.json",
         )
     observer = Observer(store, record.count, lost_after=SILENT_SECONDS)
+    last = int(rounds) if (rounds := record.facts.get("rounds", "")).isdecimal() else 0
     ends = time.monotonic() + seconds
     while True:
         observer.observe()
-        if time.monotonic() >= ends:
+        newest = max(store.rounds(), default=0)
+        present = store.present(newest) if newest else set()
+        is_complete = len(present) == record.count
+        if time.monotonic() >= ends or (is_complete and newest == last):
             break
         pause(BEAT_SECONDS / 4)
-    rounds = store.rounds()
-    newest = rounds[-1] if rounds else 0
-    present = store.present(newest) if newest else set()
     islands = []
     for island, holder in observer.holders().items():
         root = store.state_root(island)
         steps = [step for cluster in names_in(root) for step, _ in list_checkpoints(root / cluster)]
         is_silent = holder is not None and holder.is_lost
         islands.append(IslandReport(island, holder, is_silent, island in present, max(steps, default=None)))
-    return RoundsReport(newest, len(present) == record.count, tuple(islands), record.facts)
+    return RoundsReport(newest, last, is_complete, tuple(islands), record.facts)
 
 
 def described(report: IslandReport) -> tuple[str, str, str, str]:

@@ -182,7 +182,7 @@ def _open(store: RoundStore, turns: Turns, engine: Engine, meeting: Meeting, ste
 
     folder: of this cluster, which remembers the place.
     """
-    facts = {"steps": str(steps), **recipe_facts(engine.recipe)}
+    facts = {"steps": str(steps), "rounds": str(len(turns.rounds)), **recipe_facts(engine.recipe)}
     numerics = {f"numerics: {name}": value for name, value in engine.identity.items()}
     record = store.read_record() if meeting.accepts_other_numerics else None
     if record is not None:

@@ -149,8 +149,8 @@ class IslandStates:
         def found() -> list[tuple[int, str, bool]]:
             return [(number, str(path), True) for number, path in self._listed(self.start, self._by_end)]
 
-        while not (states := self._looked(found, "waiting for the warm steps")):
-            self._first.call(partial(time.sleep, 1.0), "waiting for the warm steps")
+        while not (states := self._looked(found, "the warm steps")):
+            self._first.call(partial(time.sleep, 1.0), "the warm steps")
         return states[0]
 
     def on_disk(self, state: State) -> Location | None:

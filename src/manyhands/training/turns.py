@@ -412,7 +412,7 @@ class Turns:
             while_waiting()
             if self.collected != of.number - 1:  # the turns of other islands have loaded a later state
                 return False
-            self._first.call(partial(time.sleep, pause), f"waiting for round {of.number}")
+            self._first.call(partial(time.sleep, pause), f"round {of.number}")
             pause = min(MAX_POLL_SECONDS, POLL_GROWTH * pause)
 
     def _look_for_files(self, number: int) -> list[int]:
