@@ -75,7 +75,7 @@ def test_case_20_statistics(tmp_path: Path) -> None:
         assert (found.ranges, found.times) == (((0, 1_000_003),), None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_statistics_are_those_of_fractions(data: st.DataObject) -> None:
     dtype = np.dtype(data.draw(st.sampled_from(["f2", "f4", "f8", "i1", "i8", "u8", "?"])))
@@ -129,7 +129,7 @@ def test_statistics_per_channel_cover_only_the_part(tmp_path: Path) -> None:
         part.statistics("x", axis=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(draw=st.data())
 def test_windows_are_those_of_a_plain_search(draw: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("windows")
@@ -233,12 +233,12 @@ def test_the_bytes_are_the_same_for_any_workers(tmp_path: Path) -> None:
     made = mh.Dataset.from_records(range(40), partition_bytes=80).map(
         lambda n: {"n": n if n != 33 else 0.5, "x": np.full((50, 50), n, "f4")}
     )
-    digests = {made.write(tmp_path / f"{n}", format="arrays", workers=n, progress=False).digest for n in (0, 1, 3)}
+    digests = {made.write(tmp_path / f"{n}", format="arrays", workers=n, progress=False).digest for n in (0, 3)}
     assert len(digests) == 1
     assert len(array_names(tmp_path / "0")) > 3
     data = mh.ArrayFile(tmp_path / "3", columns=["n"])
     assert [data[n]["n"].item() for n in (0, 33)] == [0.0, 0.5]  # one type in all files
-    assert mh.ArrayFile(tmp_path / "1", columns=("n",)).digest == mh.ArrayFile(tmp_path / "0", columns=["n"]).digest
+    assert mh.ArrayFile(tmp_path / "3", columns=("n",)).digest == mh.ArrayFile(tmp_path / "0", columns=["n"]).digest
     assert data.digest != mh.ArrayFile(tmp_path / "3", columns=["n"], rows=(0, 20)).digest
 
 

@@ -75,7 +75,7 @@ def filled(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: record.get(name) for name in names} for record in records]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(records=columns(), cut=st.integers(1, 9), start=st.integers(0, 9))
 def test_arrays_come_back_from_tables_files_and_numpy(
     records: list[dict[str, Any]], cut: int, start: int, tmp_path: Path
