@@ -47,7 +47,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr("manyhands.prepare.job.output._publish", stop)
+        patch.setattr("manyhands.prepare.job.output.publish", stop)
         with pytest.raises(Stopped):
             write(tmp_path / "out")
     return tmp_path / "out"

@@ -27,7 +27,7 @@ from manyhands.data.token_file import TokenFile
 from manyhands.prepare.engines.engine import InProcess
 from manyhands.prepare.io import reading, writing
 from manyhands.prepare.io.token_writing import token_schema
-from manyhands.prepare.job import output as job_output
+from manyhands.prepare.job import publishing
 from manyhands.prepare.records.chunks import BadColumn, table_of
 from manyhands.prepare.task import Task, TaskResult
 
@@ -186,7 +186,7 @@ def test_a_job_that_is_stopped_while_files_get_one_schema_resumes(
         moved.append(to)
         os.replace(source, to)
 
-    monkeypatch.setattr(job_output, "move", move)
+    monkeypatch.setattr(publishing, "move", move)
     for _ in range(2):  # between two renames
         with pytest.raises(mh.Interrupted):
             differing().write(f"{tmp_path}/out", format="parquet", **ALONE)
@@ -215,15 +215,15 @@ def test_two_ranks_give_all_files_one_schema(tmp_path: Path) -> None:
 SCRIPT = """
 import sys, os, signal
 import manyhands as mh
-from manyhands.prepare.job import output
+from manyhands.prepare.job import publishing
 if sys.argv[2] != "-":
     moves = iter(range(int(sys.argv[2])))
-    move = output.move
+    move = publishing.move
     def killed(source, to):
         if next(moves, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
         move(source, to)
-    output.move = killed
+    publishing.move = killed
 made = mh.Dataset.from_records([{"x": index // 18 or None} for index in range(20)], partition_bytes=1)
 print(made.write(sys.argv[1], format="parquet", workers=0, progress=False).digest)
 """

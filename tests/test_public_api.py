@@ -53,6 +53,7 @@ NAMES = [
     "Validation",
     "Weights",
     "WorkerError",
+    "ZarrLayout",
     "by_length",
     "digest_of_tensors",
     "dry_run",
@@ -215,6 +216,7 @@ def test_public_methods_are_documented() -> None:
         "recipe-files.md",
         "models.md",
         "prepare.md",
+        "zarr.md",
         "validation.md",
         "streams.md",
         "islands.md",
@@ -226,6 +228,8 @@ def test_the_examples_run(
 ) -> None:
     if page == "models.md" and not all(map(importlib.util.find_spec, ("transformers", "peft", "keras"))):
         pytest.skip("the extra `models` isn't installed")
+    if page == "zarr.md" and not all(map(importlib.util.find_spec, ("zarr", "xarray", "netCDF4"))):
+        pytest.skip("the extra `arrays` isn't installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from manyhands.listeners.summary import Summary
     from manyhands.numerics.digest import digest_of_tensors
     from manyhands.prepare.dataset import Dataset
+    from manyhands.prepare.gridded.layout import ZarrLayout
     from manyhands.prepare.job.output import PrepareSummary
     from manyhands.prepare.records.aggregate import Aggregate
     from manyhands.streams import Stream
@@ -79,6 +80,7 @@ _WHERE = {
     "Validation": "validation",
     "Weights": "weights",
     "WorkerError": "errors",
+    "ZarrLayout": "prepare.gridded.layout",
     "by_length": "data.sample_order",
     "digest_of_tensors": "numerics.digest",
     "dry_run": "training.dry_run",
@@ -125,6 +127,7 @@ __all__ = [
     "Validation",
     "Weights",
     "WorkerError",
+    "ZarrLayout",
     "by_length",
     "digest_of_tensors",
     "dry_run",

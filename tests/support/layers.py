@@ -43,7 +43,10 @@ INNER_LAYERS: dict[str, list[list[str]]] = {
     package: [layer.split() for layer in order.split(" < ")]
     for package, order in (
         ("engine", "sharding agreement < units < step < update < assembly < evaluation full_state < step_engine"),
-        ("prepare", "records < io < shuffle < plan < task < shards < engines < options < job < arguments < dataset"),
+        (
+            "prepare",
+            "records < gridded < io < shuffle < plan < task < shards < engines < options < job < arguments < dataset",
+        ),
     )
 }
 """The layers inside of a package, from the bottom up. Its files import only from lower layers and from their own."""

@@ -45,7 +45,8 @@ from manyhands.errors import ConfigError, DataError
 from manyhands.output import say
 from manyhands.prepare.dataset import Dataset
 from manyhands.prepare.io.token_writing import token_schema
-from manyhands.prepare.job.output import BAD_RECORDS, PrepareSummary
+from manyhands.prepare.job.output import PrepareSummary
+from manyhands.prepare.job.publishing import BAD_RECORDS
 from manyhands.prepare.options import Options
 from manyhands.prepare.plan.fingerprint import fingerprint_code
 from manyhands.prepare.records.aggregate import Aggregate

@@ -10,7 +10,7 @@ from typing import Any
 from manyhands.output import say
 from manyhands.prepare.dataset import Dataset
 from manyhands.prepare.io.manifest import read_output_manifest
-from manyhands.prepare.job.output import BAD_RECORDS
+from manyhands.prepare.job.publishing import BAD_RECORDS
 from manyhands.prepare.options import JobOptions
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from manyhands.errors import ConfigError
 from manyhands.options import whole_number
+from manyhands.prepare.gridded.layout import ZarrLayout
 from manyhands.prepare.records.functions import check_job_function
 from manyhands.prepare.records.keys import Key, key_from
 
@@ -71,3 +72,16 @@ def check_types(types: Any) -> None:
     ):
         expected = 'a dict from names of columns to types, such as {"age": "int64"}'
         raise ConfigError("types can't be used", expected=expected, got=repr(types)[:200])
+
+
+def check_layout(form: str, layout: Any, schema: Any) -> None:
+    """Raise ConfigError unless there is a layout for the format zarr, and none for any other format."""
+    if form != "zarr" and layout is not None:
+        raise ConfigError("only the format 'zarr' has a layout", got=repr(form), hint="use write(..., format='zarr')")
+    if form == "zarr" and (schema is not None or not isinstance(layout, ZarrLayout)):
+        raise ConfigError(
+            "the format 'zarr' needs a layout, and no schema",
+            expected="layout=mh.ZarrLayout(...)",
+            got=repr(layout if schema is None else schema)[:200],
+            hint="the layout has the variables with their dimensions: dims={'z': ('time', 'lat', 'lon')}",
+        )

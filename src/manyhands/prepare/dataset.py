@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 from manyhands.errors import ConfigError
 from manyhands.prepare.arguments import (
     check_fraction,
+    check_layout,
     check_schema,
     check_types,
     checked_key,
@@ -18,6 +19,15 @@ from manyhands.prepare.arguments import (
     checked_seed,
 )
 from manyhands.prepare.io.formats import check_output_format, check_selection, find_input, split_files
+from manyhands.prepare.io.gridded_input import (
+    ArrayOptions,
+    check_no_options,
+    checked_options,
+    is_netcdf,
+    plan_arrays,
+    zarr_stores,
+)
+from manyhands.prepare.io.gridded_layout import layout_of
 from manyhands.prepare.io.listing import find_files, folder_of, patterns_of
 from manyhands.prepare.job.output import PrepareSummary
 from manyhands.prepare.options import JobOptions, options_of
@@ -33,6 +43,7 @@ from manyhands.prepare.plan.plan import (
     Read,
     Step,
     make_plan,
+    store_output,
 )
 from manyhands.prepare.records.aggregate import Aggregate, Grouping
 from manyhands.prepare.records.chunks import size_bytes
@@ -56,6 +67,8 @@ from manyhands.prepare.shuffle.sort_runs import Arrangement, ByGroup, ByJoinKey,
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from manyhands.prepare.gridded.layout import ZarrLayout
 
 _JOINS = ("inner", "left", "right", "outer")
 
@@ -95,17 +108,22 @@ class Dataset:
         columns: Sequence[str] | None = None,
         types: Mapping[str, str] | None = None,
         partition_bytes: int = PARTITION_BYTES,
+        **array_options: Unpack[ArrayOptions],
     ) -> Dataset:
         """Read the records of files.
 
         paths: files, folders and globs, as local paths or as addresses that fsspec supports (`s3://...`). They are
             resolved when `read` is called.
-        format: `text` (one record per line), `jsonl`, `csv`, `parquet`, `npz` or `arrays`. By default, the suffix of
-            each file determines it. The first three may be compressed by gzip or zstd (`.gz`, `.zst`). The records of
-            an npz file are the first axis of its arrays.
+        format: `text` (one record per line), `jsonl`, `csv`, `parquet`, `npz`, `arrays`, `zarr` or `netcdf`. By
+            default, the suffix of each file determines it, and a folder with a zarr store is recognised. The first
+            three may be compressed by gzip or zstd (`.gz`, `.zst`). The records of an npz file are the first axis of
+            its arrays.
         columns: the columns to read (default: all), except from text. A column that a JSON object lacks is None.
         types: the types of CSV columns, such as {"age": "int64"}; all other columns are text.
         partition_bytes: the approximate size of a task's input. It determines how the output is divided into files.
+        array_options: for zarr and netCDF: `record`, `tolerance`, `absent`, `fill_value` and `integers`, as
+            `ArrayOptions` describes them. Each step along the dimension `record` is a record with its coordinate and
+            the arrays of the variables.
 
         Raises DataError if a path matches no file, or if Parquet or CSV files can't be read or have different columns.
         The folder of an output without records has no files; it is read as an empty Dataset. Raises ConfigError if
@@ -115,7 +133,18 @@ class Dataset:
         check_types(types)
         if format is not None:
             find_input(format)  # raises ConfigError if it is unknown
-        files = find_files(patterns_of(paths))
+        patterns = patterns_of(paths)
+        stores = zarr_stores(patterns, format)
+        files = [] if stores else find_files(patterns)
+        is_arrays = stores or format == "netcdf" or (not format and files and all(is_netcdf(f.path) for f in files))
+        if is_arrays:
+            form = "zarr" if stores else "netcdf"
+            check_selection({form}, columns, types)
+            find_input(form)  # raises ConfigError if its package is not installed
+            sources = stores or [file.path for file in files]
+            found = plan_arrays(sources, form, columns, partition_bytes, checked_options(array_options))
+            return cls(Read(tuple(found[0]), tuple(found[1]), found[2], {}, partition_bytes))
+        check_no_options(array_options)
         splits, common_columns = split_files(files, format, partition_bytes)
         columns = check_selection({split.format for split in splits}, columns, types) or common_columns
         return cls(
@@ -286,6 +315,7 @@ class Dataset:
         *,
         format: str = "jsonl",
         schema: pa.Schema | None = None,
+        layout: ZarrLayout | None = None,
         overwrite: bool = False,
         **job_options: Unpack[JobOptions],
     ) -> PrepareSummary:
@@ -293,11 +323,12 @@ class Dataset:
 
         folder: the output folder. `_manifest.json` is written last: if it exists, the output is complete.
         format: `jsonl` or `text` (also compressed: `jsonl.gz`, `jsonl.zst`, `text.gz`, `text.zst`), `parquet`,
-            `tokens`, `arrays` or `npz`. Each record of a `tokens` output must have a list named `tokens`;
+            `tokens`, `arrays`, `npz` or `zarr`. Each record of a `tokens` output must have a list named `tokens`;
             `mh.TokenFile` reads the files. The records of `arrays` and `npz` have numbers, times and arrays of these;
-            `mh.ArrayFile` reads `arrays`, and `numpy.load` reads `npz`.
+            `mh.ArrayFile` reads `arrays`, and `numpy.load` reads `npz`. `zarr` writes one store.
         schema: the columns of Parquet, `arrays` and `npz` files (default: inferred from all records). Values are never
             changed to fit it.
+        layout: the variables, dimensions, coordinates and chunks of a zarr store.
         overwrite: if True, replace the output of another job. Other files are never replaced.
         job_options: workers, memory and the other `JobOptions`.
 
@@ -307,11 +338,13 @@ class Dataset:
         Raises DataError if the data can't be read, processed or written. Raises ConfigError if an option is invalid or
         the folder holds other files. Raises WorkerError if a task crashes its worker at every attempt.
         """
-        from manyhands.prepare.job.output import write_output
+        from manyhands.prepare.job.output import with_caches, write_output
 
         options = options_of(job_options)
         check_schema(schema)
-        plan = self._plan(Output(check_output_format(format), schema), job_options)
+        check_layout(format, layout, schema)
+        node = with_caches(self._node, options_of(job_options))
+        plan = make_plan(*_ended(node, check_output_format(format), schema, layout))
         return write_output(plan, folder_of(folder), options, overwrite=overwrite)
 
     def count(self, **job_options: Unpack[JobOptions]) -> int:
@@ -320,7 +353,7 @@ class Dataset:
         from manyhands.prepare.job.stages import run_stages
 
         options = options_of(job_options).alone()
-        plan = self._plan(Counting(), job_options)
+        plan = self._plan(job_options)
         return int(
             run_temporarily(
                 plan, options, lambda job, progress: run_stages(plan, plan.stages, job, options, progress)[-1].records
@@ -342,7 +375,7 @@ class Dataset:
                 hint="use a positive number; for the last records, sort them in the other order",
             )
         options = options_of(job_options).alone()
-        plan = self._plan(Counting(), job_options)
+        plan = self._plan(job_options)
         return first_records(plan, count.__index__(), options)
 
     def __iter__(self) -> Iterator[Any]:
@@ -369,22 +402,46 @@ class Dataset:
     def _as_shard(self) -> Shard:
         return Shard.whole(make_plan(_without_caches(self._node), Counting()))
 
-    def explain(self, *, format: str = "jsonl") -> str:
+    def explain(self, *, format: str = "jsonl", layout: ZarrLayout | None = None) -> str:
         """Return a description of the plan that `write` would run for this format: stages, steps and partitions.
 
-        Caches are ignored: the plan shows how their records are computed. Raises ConfigError if the format is unknown.
+        Caches are ignored: the plan shows how their records are computed. Raises ConfigError if the format is unknown,
+        or if `layout` does not fit it.
         """
-        return make_plan(_without_caches(self._node), Output(check_output_format(format), None)).explain()
+        check_layout(format, layout, None)
+        node = _without_caches(self._node)
+        return make_plan(*_ended(node, check_output_format(format), None, layout)).explain()
+
+    def layout(self, **changes: Any) -> ZarrLayout:
+        """Return the layout of the zarr stores or netCDF files that this Dataset reads, for `write(format="zarr")`.
+
+        It has the same variables, dimensions, coordinates and attributes, and the types of decoded values; packing is
+        not kept. Variables without the dimension of records are left out.
+
+        changes: arguments of `ZarrLayout`, which replace those of the input; `coords` and `attrs` replace or add only
+            the names that they have.
+
+        Raises ConfigError if the Dataset reads no arrays, or an argument is invalid.
+        """
+        node = self._node
+        while isinstance(node, (Step, Cached)):
+            node = node.parent
+        if not isinstance(node, Read) or not any(split.arrays for split in node.splits):
+            hint = "describe the output with mh.ZarrLayout(dims=..., coords=...)"
+            raise ConfigError(
+                "only a Dataset that reads zarr or netCDF has a layout", got=type(node).__name__, hint=hint
+            )
+        return layout_of(node.splits, node.columns or (), changes)
 
     @property
     def identity(self) -> str:
         """Return a hash (64 hex digits) that changes if the input files, the functions or their options change."""
         return make_plan(_without_caches(self._node), Counting()).identity
 
-    def _plan(self, end: Output | Counting, job_options: JobOptions) -> Plan:
+    def _plan(self, job_options: JobOptions) -> Plan:
         from manyhands.prepare.job.output import with_caches
 
-        return make_plan(with_caches(self._node, options_of(job_options)), end)
+        return make_plan(with_caches(self._node, options_of(job_options)), Counting())
 
     def _with_step(self, operation: Operation) -> Dataset:
         return Dataset(Step(self._node, operation))
@@ -426,6 +483,11 @@ class GroupedDataset:
         grouping = Grouping(self._key, aggregates)
         what = f"group by {key_name(self._key)}: {', '.join(aggregates)}"
         return Dataset(Arranged((self._node,), (ByGroup(grouping, what),), Grouped(grouping, names)))
+
+
+def _ended(node: Node, form: str, schema: pa.Schema | None, layout: ZarrLayout | None) -> tuple[Node, Output]:
+    """Return the node and the end of a plan that writes records in this format."""
+    return (node, Output(form, schema)) if layout is None else store_output(node, layout)
 
 
 def _without_caches(node: Node) -> Node:

@@ -20,11 +20,13 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from manyhands.errors import DataError
 from manyhands.numerics.counters import derive
+from manyhands.prepare.gridded.store_files import FileAssembler, all_owners
 from manyhands.prepare.io.formats import CHUNKS, is_of_lines, open_writer, output_file_name, read_split, rewrite_file
 from manyhands.prepare.io.listing import InputFile, check_unchanged
 from manyhands.prepare.io.run_file import RunFileWriter, is_intact, read_blocks, read_index
+from manyhands.prepare.io.store_parts import LISTING, STORE, PartWriter, is_part_intact, owners_in
 from manyhands.prepare.io.writing import Writer
-from manyhands.prepare.plan.plan import CachedFiles, Counting, InMemory, Output, Plan, Read, Stage
+from manyhands.prepare.plan.plan import CachedFiles, Counting, InMemory, Output, Plan, Read, Stage, StoreOutput
 from manyhands.prepare.records.chunks import Chunk, num_records, records_of
 from manyhands.prepare.records.copies import unpack_records
 from manyhands.prepare.records.pipeline import BadRecords, Pipeline, SourcedChunk, unchanged
@@ -85,6 +87,7 @@ class TaskResult:
 
     schema: the schema of a Parquet file (see `schema_to_text`), if the records determined the schema.
     records_read: the number of records that a task after a shuffle read from each stage before it; otherwise empty.
+    absent_chunks: the number of chunks that were absent from the zarr stores that the task read.
     """
 
     stage: int
@@ -98,6 +101,7 @@ class TaskResult:
     schema: str | None
     seconds: float
     records_read: tuple[int, ...]
+    absent_chunks: int = 0
 
 
 def run_task(task: Task) -> TaskResult:
@@ -135,6 +139,7 @@ def run_task(task: Task) -> TaskResult:
         schema=made.schema,
         seconds=time.monotonic() - started,
         records_read=counts.records,
+        absent_chunks=bad.absent_chunks,
     )
     note = json.dumps(vars(result))
     # Neither the note nor the run file of a task before a shuffle is synced. `remove_torn` checks both files after a
@@ -194,7 +199,12 @@ def _intact_files(folder: str, output_folder: str | None, note: str) -> list[str
     if result.bad_records:
         # This file is synced before it is renamed into place, so it is either complete or absent.
         files.append(_name_in(bad_path(folder, partition)))
-    if result.file is not None:
+    if result.file is not None and result.file.endswith(LISTING):
+        places = [join_path(folder, STORE), *([] if output_folder is None else [output_folder])]
+        if not is_part_intact(join_path(folder, result.file), result.sha256, places):
+            return []
+        files.append(result.file)
+    elif result.file is not None:
         candidates = [join_path(place, result.file) for place in (folder, output_folder) if place is not None]
         if not any(_has_hash(path, result.bytes_out, result.sha256) for path in candidates):
             return []
@@ -340,6 +350,7 @@ def _output(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _
         return _write_output(task, stage, bad, found, counts)
     except _Discarded:
         bad.found.clear()
+        bad.absent_chunks = 0
         return _write_output(task, stage, bad, found, counts)
 
 
@@ -388,6 +399,20 @@ def _write_output(task: Task, stage: Stage, bad: BadRecords, found: _SchemaFound
     return _Written(pipeline.records_in, records, file.tell(), name, file.hexdigest(), inferred)
 
 
+def _write_store(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
+    """Write the files of a zarr store whose numbers are in the task's range of keys."""
+    output: Any = stage.end
+    (task,) = _parts(task, stage)
+    part = PartWriter(task.folder, task.partition)
+    assembler = FileAssembler(output.layout, owners_in(*task.key_range, all_owners(output.layout)), part.write)
+    pipeline: Pipeline[Chunk] = Pipeline(stage.operations, task.partition, bad, lambda: records_of)
+    for chunk in pipeline.run(partial(_pieces, task, stage, counts)):
+        assembler.add(records_of(chunk))
+    assembler.close()
+    sha256 = part.close()
+    return _Written(pipeline.records_in, assembler.records, part.bytes, part.name, sha256)
+
+
 def _rewrite(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _Written:
     """Write the records of another task's output file with a schema that holds the records of all files."""
     output: Any = stage.end
@@ -412,6 +437,7 @@ def _count(task: Task, stage: Stage, bad: BadRecords, counts: _ReadCounts) -> _W
 
 _END_OF: dict[type, Callable[[Task, Stage, BadRecords, _ReadCounts], _Written]] = {
     Output: _output,
+    StoreOutput: _write_store,
     Counting: _count,
 }
 

@@ -17,6 +17,7 @@ from manyhands.prepare.io.array_files import array_tables, read_arrays, split_ar
 from manyhands.prepare.io.array_writing import ArraysWriter, NpzWriter
 from manyhands.prepare.io.compression import COMPRESSIONS
 from manyhands.prepare.io.csv_files import check_same_names, is_csv_type, read_csv, split_csv
+from manyhands.prepare.io.gridded_reading import read_gridded
 from manyhands.prepare.io.listing import (
     InputFile,
     Split,
@@ -103,6 +104,20 @@ class FileFormat:
     extra: str | None = None
 
 
+def no_splitter(file: InputFile, form: str, compression: str | None, partition_bytes: int) -> tuple[list[Split], Any]:
+    """Raise ConfigError: stores and netCDF files are divided together, by `plan_arrays`."""
+    raise ConfigError(
+        f"files of format {form} can't be read together with other files",
+        where=file.path,
+        hint="read them separately, uncompressed, and give the folder of a zarr store instead of its files",
+    )
+
+
+def no_writer(file: IO[bytes], schema: pa.Schema | None, name: str) -> Writer:
+    """Raise InvariantError: the tasks of a zarr store write many files (see `store_parts`)."""
+    raise InvariantError("a zarr store was opened as a file", got=name)
+
+
 CHUNKS = "chunks"  # the internal format of cache(), which holds any records
 
 FORMATS = {
@@ -134,6 +149,19 @@ FORMATS = {
     "csv": FileFormat(
         suffixes=(".csv",),
         input=Input(split=split_csv, read=read_csv, check_same=check_same_names),
+    ),
+    "zarr": FileFormat(
+        suffixes=(".zarr",),
+        input=Input(split=no_splitter, read=read_gridded),
+        output=Output(write=no_writer),
+        needs="zarr",
+        extra="arrays",
+    ),
+    "netcdf": FileFormat(
+        suffixes=(".nc", ".nc4", ".cdf"),
+        input=Input(split=no_splitter, read=read_gridded),
+        needs="netCDF4",
+        extra="arrays",
     ),
     "tokens": FileFormat(suffixes=(".tokens",), output=Output(write=TokensWriter)),
     CHUNKS: FileFormat(suffixes=(".chunks",), output=Output(write=ChunksWriter), is_internal=True),

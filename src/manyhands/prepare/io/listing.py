@@ -25,11 +25,34 @@ from manyhands.storage.location import file_system, is_local, location_of
 
 
 @dataclass(frozen=True, kw_only=True)
+class ArrayRead:
+    """How a split of a zarr store or a netCDF file is read. `Split.start` and `end` are steps along `record`.
+
+    before: the number of steps in earlier files. unit: the number of steps that are read together, because chunks hold
+    them. step_bytes: the size of a step. version: see `slab_version`. types: the types of columns whose types differ
+    between files. text_times: True if times are text, because NumPy has no type for their calendar. absent, fill_value,
+    integers: see `ArrayOptions`.
+    """
+
+    record: str
+    before: int
+    unit: int
+    step_bytes: int
+    version: str
+    types: tuple[tuple[str, str], ...] = ()
+    text_times: bool = False
+    absent: str
+    fill_value: str | None
+    integers: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Split:
     """The input of one task: bytes `start` to `end` of a file, or some of its row groups. If `end` is None, the split
     extends to the end of the file.
 
-    schema: the columns to read, if the columns of the file have other types (see `schema_to_text`).
+    schema: the columns to read, if the columns of the file have other types (see `schema_to_text`). arrays: how arrays
+    are read.
     """
 
     path: str
@@ -40,6 +63,7 @@ class Split:
     size_bytes: int
     row_groups: tuple[int, ...] = ()
     schema: str | None = None
+    arrays: ArrayRead | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +195,22 @@ def _matching_paths(pattern: str) -> list[str]:
         ) from error
 
 
+def matching_folders(pattern: str) -> list[str]:
+    """Return the local folders that a glob matches, sorted."""
+    return [path for path in _matching_paths(pattern) if os.path.isdir(path)]
+
+
+def files_below(address: str) -> list[InputFile]:
+    """Return all objects below an address of a store, at any depth, sorted. Raises DataError."""
+    system, inner = file_system(address)
+    try:
+        system.invalidate_cache()
+        found = system.find(inner, detail=True)
+    except Exception as error:  # the packages of stores raise their own exceptions
+        raise _not_listed(address, error) from error
+    return [InputFile(path, int(info.get("size") or 0), _version(info)) for path, info in sorted(found.items())]
+
+
 def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
     """Yield the paths below a folder ("" is the working directory) that match the parts of a glob."""
     first, rest = parts[0], parts[1:]
@@ -245,11 +285,15 @@ def _remote_files(pattern: str) -> list[InputFile]:
     except ManyhandsError:
         raise
     except Exception as error:  # the packages of stores raise their own exceptions
-        raise DataError(
-            f"the address can't be listed: {error or type(error).__name__}",
-            where=pattern,
-            hint="check the address, the network, and the credentials for the store",
-        ) from error
+        raise _not_listed(pattern, error) from error
+
+
+def _not_listed(address: str, error: Exception) -> DataError:
+    return DataError(
+        f"the address can't be listed: {error or type(error).__name__}",
+        where=address,
+        hint="check the address, the network, and the credentials for the store",
+    )
 
 
 def _listed(pattern: str) -> list[InputFile]:

@@ -8,28 +8,27 @@ parsing. `take` computes the first records without writing output.
 from __future__ import annotations
 
 import atexit
-import hashlib
-import json
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from manyhands.data.token_format import MANIFEST
-from manyhands.errors import ConfigError, DataError, Interrupted, ManyhandsError
+from manyhands.errors import ConfigError, Interrupted, ManyhandsError
 from manyhands.formatting import format_bytes, format_count, format_seconds
 from manyhands.output import is_terminal, say
 from manyhands.prepare.io.formats import CHUNKS
-from manyhands.prepare.io.manifest import FORMAT, read_output_manifest
+from manyhands.prepare.io.manifest import read_output_manifest
 from manyhands.prepare.job.progress import EVENTS, JobEvents, JobProgress
-from manyhands.prepare.job.stages import JobFolder, StageResult, cached_bad_records, check_counts, run_stages, tasks_of
+from manyhands.prepare.job.publishing import BAD_RECORDS, JOB, own_names, publish
+from manyhands.prepare.job.stages import JobFolder, StageResult, check_counts, run_stages, tasks_of
 from manyhands.prepare.job.stopping import stopping_on_request
 from manyhands.prepare.options import Options, patience_seconds, rank_of
 from manyhands.prepare.plan.plan import (
@@ -44,10 +43,9 @@ from manyhands.prepare.plan.plan import (
     make_plan,
 )
 from manyhands.prepare.records.chunks import records_of
-from manyhands.prepare.shuffle.reduce import lost_records
 from manyhands.prepare.task import chunks_of
-from manyhands.storage.atomic import is_temporary, sync, write_atomic
-from manyhands.storage.files import exists, join_path, move, names_in, path_below, remove
+from manyhands.storage.atomic import is_temporary
+from manyhands.storage.files import exists, join_path, names_in, path_below
 from manyhands.storage.location import is_local
 from manyhands.storage.private import make_private_folder
 
@@ -70,7 +68,8 @@ class PrepareSummary:
     path, files: the output folder, and the names of its files in order. records, bytes: totals of all files.
     bad_records: the number of records that were set aside in `_bad_records.jsonl`. digest: the SHA-256 over all files,
     which is the same for any workers, memory and engine. seconds: the duration of this call. stages: the figures of
-    each stage; empty if the output existed already.
+    each stage; empty if the output existed already. absent_chunks: the number of chunks that were never written, in
+    the zarr stores that the job read. Their cells have the fill value of their array.
     """
 
     path: str
@@ -81,11 +80,13 @@ class PrepareSummary:
     digest: str
     seconds: float
     stages: tuple[StageFigures, ...]
+    absent_chunks: int = 0
 
     def __str__(self) -> str:
         """Return a summary for people, in a few lines."""
         bad = f", {format_count(self.bad_records)} bad records set aside" if self.bad_records else ""
         files = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
+        bad += f", {format_count(self.absent_chunks)} chunks absent from the input" if self.absent_chunks else ""
         lines = [
             f"{format_count(self.records)} records in {files}, {format_bytes(self.bytes)}{bad}: {self.path}",
             *(
@@ -106,21 +107,7 @@ def show(summary: PrepareSummary, *, progress: bool) -> None:
         say(str(summary))
 
 
-BAD_RECORDS = "_bad_records.jsonl"
-
-JOB = ".manyhands"
-
 _POLL_SECONDS = 0.3
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """A file of the output, as the manifest lists it."""
-
-    name: str
-    bytes: int
-    records: int
-    sha256: str
 
 
 @contextmanager
@@ -198,7 +185,7 @@ def _run(
             if manifest is not None:
                 return stages, manifest
             time.sleep(_POLL_SECONDS)
-    return stages, _publish(plan, folder, stages, existing)
+    return stages, publish(plan, folder, stages, existing)
 
 
 def _of_other_ranks(plan: Plan, folder: str, options: Options) -> dict[str, Any] | None:
@@ -254,73 +241,6 @@ def _run_temporarily(plan: Plan, options: Options, use: Any) -> Any:
         job.close(delete=True)
 
 
-def _publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[str, Any] | None) -> dict[str, Any]:
-    """Move the files to the output folder, and write the manifest last.
-
-    If the process is killed, the next run continues.
-    """
-    last = stages[-1]
-    files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
-    bad = b"".join(line for stage in stages for line in stage.bad_records)
-    _check_totals(stages, sum(file.records for file in files), bad.count(b"\n"))
-    bad = b"".join(cached_bad_records(plan)) + bad
-    if before is not None:
-        remove(join_path(folder, MANIFEST))
-        if is_local(folder):
-            sync(Path(folder))  # after a power loss, the old manifest must not exist next to new files
-    keep = {file.name for file in files}
-    for name in names_in(folder):
-        if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
-            remove(join_path(folder, name))
-    sources = {str(result.file): last.path_of(result) for result in last.results if result.file is not None}
-    # List each folder once, because checking every file would take as long as moving it.
-    folders = {last.folder, last.rewritten_folder} - {""}
-    written = {join_path(place, name) for place in folders for name in names_in(place)}
-    for name, source in sources.items():
-        if source in written:
-            with suppress(FileNotFoundError):  # another rank moves it at the same time
-                move(source, join_path(folder, name))
-    gone = keep.difference(names_in(folder))
-    if gone:
-        raise DataError(
-            "a file that was written is gone",
-            where=sources[min(gone)],
-            hint=f"remove {join_path(folder, JOB)}, and run again",
-        )
-    if is_local(folder):
-        sync(Path(folder))  # the tasks have synced the files, but their names must become durable before the manifest
-    if bad:
-        write_atomic(join_path(folder, BAD_RECORDS), bad)
-    manifest = {
-        "format": FORMAT,
-        "identity": plan.identity,
-        "digest": _digest(files, bad),
-        "records": last.records,
-        "bad_records": bad.count(b"\n"),
-        "files": [vars(file) for file in files],
-    }
-    write_atomic(join_path(folder, MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
-    return manifest
-
-
-def _check_totals(stages: list[StageResult], records: int, bad_records: int) -> None:
-    """Compare the counts of the manifest with the counts of the tasks. Raises DataError if they differ."""
-    if records != stages[-1].records:
-        raise lost_records("the files of the last stage", stages[-1].records, records)
-    found = sum(result.bad_records for stage in stages for result in stage.results)
-    if bad_records != found:
-        raise lost_records("the bad records of all stages", found, bad_records)
-
-
-def _digest(files: list[OutputFile], bad: bytes) -> str:
-    """Return the SHA-256 over the names and hashes of all output files."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {file.bytes} {file.sha256}\n".encode())
-    digest.update(hashlib.sha256(bad).digest() if bad else b"")
-    return digest.hexdigest()
-
-
 def _refuse_foreign(folder: str, existing: dict[str, Any] | None, plan: Plan, *, overwrite: bool) -> None:
     """Raise ConfigError unless the folder is empty, may be overwritten, or holds this plan's output or a partial
     job.
@@ -332,7 +252,8 @@ def _refuse_foreign(folder: str, existing: dict[str, Any] | None, plan: Plan, *,
             where=folder,
             hint="the functions, the input or the format have changed: write to a new folder, or use overwrite=True",
         )
-    ours = (JOB, MANIFEST, BAD_RECORDS)
+    listed = [] if existing is None else [file["name"] for file in existing["files"]]
+    ours = {JOB, MANIFEST, BAD_RECORDS, *own_names(plan), *listed}
     foreign = [name for name in names if not (name in ours or name.startswith("part-"))]
     if foreign or (names and existing is None and JOB not in names):
         raise ConfigError(
@@ -372,6 +293,7 @@ def _summary(manifest: dict[str, Any], folder: str, stages: list[StageResult], s
         bad_records=manifest["bad_records"],
         digest=manifest["digest"],
         seconds=seconds,
+        absent_chunks=manifest.get("absent_chunks", 0),
         stages=tuple(
             StageFigures(
                 title=stage.title,

@@ -26,7 +26,7 @@ from manyhands.prepare.io.run_file import cuts_by_size, read_index
 from manyhands.prepare.job.one_schema import is_rewritten_folder, one_schema_tasks, renamed
 from manyhands.prepare.job.progress import JobProgress
 from manyhands.prepare.options import Options, rank_of
-from manyhands.prepare.plan.plan import CachedFiles, Plan, Read, Shuffled, Stage
+from manyhands.prepare.plan.plan import CachedFiles, Plan, Read, Shuffled, Stage, StoreOutput
 from manyhands.prepare.records.pickling import pickled
 from manyhands.prepare.records.pipeline import BadRecord, too_many_bad_records
 from manyhands.prepare.shuffle.reduce import ALL_KEYS, KeyRange, lost_records
@@ -305,6 +305,8 @@ def tasks_of(
     ranges = [ALL_KEYS] * (stage.tasks or 0)
     if isinstance(stage.source, Shuffled):
         ranges = _ranges(inputs, stage.reduce_bytes, descending=stage.source.reducer.descending)
+        if isinstance(stage.end, StoreOutput):
+            ranges = ranges or [ALL_KEYS]  # without records, a store still has its metadata
     return [
         Task(
             plan_path=plan_path,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from manyhands import __version__
@@ -20,11 +21,13 @@ from manyhands.prepare.plan.fingerprint import fingerprint_code
 from manyhands.prepare.records.copies import unpack_records
 from manyhands.prepare.records.operations import Operation
 from manyhands.prepare.records.schemas import schema_digest, schema_from_text
-from manyhands.prepare.shuffle.reduce import Reduction
-from manyhands.prepare.shuffle.sort_runs import Arrangement
+from manyhands.prepare.shuffle.reduce import Reduction, Sorted
+from manyhands.prepare.shuffle.sort_runs import Arrangement, ByKey
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from manyhands.prepare.gridded.layout import ZarrLayout
 
 _PACKING = (256, 64)
 """The minimum number of tasks, and the maximum number of partitions in a task, if small partitions are packed.
@@ -120,6 +123,22 @@ class Output:
 
     form: str
     schema: pa.Schema | None
+
+
+@dataclass(frozen=True)
+class StoreOutput(Output):
+    """The end of a plan that writes the files of one zarr store. Its records are pieces, sorted by their owners."""
+
+    layout: ZarrLayout
+
+
+def store_output(node: Node, layout: ZarrLayout) -> tuple[Node, StoreOutput]:
+    """Return the node that brings the pieces of a node's records to the task that writes their file, and its end."""
+    from manyhands.prepare.gridded.pieces import CutIntoPieces
+
+    by_owner = ByKey(itemgetter(0), "bring to their files")
+    pieces = Step(node, CutIntoPieces(layout))
+    return Arranged((pieces,), (by_owner,), Sorted(())), StoreOutput("zarr", None, layout)
 
 
 @dataclass(frozen=True)
@@ -300,7 +319,7 @@ def _identifying(value: Any) -> Any:
 def _source_title(source: Source) -> str:
     if isinstance(source, Read):
         forms = sorted({split.format for split in source.splits})
-        noun = "file" if len(source.files) == 1 else "files"
+        noun = ("store" if forms == ["zarr"] else "file") + ("" if len(source.files) == 1 else "s")
         # Without splits, no format is named, which would leave two spaces.
         return f"read {len(source.files)} {'/'.join(forms)} {noun}".replace("  ", " ")
     if isinstance(source, InMemory):

@@ -50,10 +50,14 @@ class BadRecord:
 
 
 class BadRecords:
-    """The bad records of one task. More than `limit` of them end the task with a DataError."""
+    """The bad records of one task. More than `limit` of them end the task with a DataError.
+
+    absent_chunks: the number of chunks of arrays that the task found to be absent from a zarr store.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self.absent_chunks = 0
         self.found: list[BadRecord] = []
 
     def add(self, where: str, what: str, record: Any, cause: BaseException | None = None) -> None:

@@ -1,0 +1,1 @@
+"""Arrays on a grid of named dimensions, as zarr stores and netCDF files hold them."""
