@@ -29,8 +29,8 @@ INK = "#333333"
 def draw(verified: Verified, path: str, mountains: NDArray[Any] | None = None) -> None:
     """Draw the picture. mountains: heights in km [latitude, longitude], which the maps show as contours."""
     plt.rcParams.update({"font.size": 9, "axes.edgecolor": "#999999", "text.color": INK, "axes.labelcolor": INK})
-    figure = plt.figure(figsize=(11.5, 7.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+    figure = plt.figure(figsize=(11.5, 7.2), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.3))
     draw_maps(above, verified, mountains)
     draw_scores(below, verified.table)
     figure.savefig(path, dpi=130, facecolor="white")
@@ -51,31 +51,29 @@ def draw_maps(figure: Any, verified: Verified, mountains: NDArray[Any] | None) -
     """Draw truth, forecast and error side by side, in equal-area projection."""
     truth, forecast, trajectory, start = day_three(verified)
     error = forecast - truth
-    spread = np.ceil(np.abs(error).max() / 20) * 20
-    heights = np.linspace(np.floor(truth.min() / 100) * 100, np.floor(truth.max() / 100) * 100, 19)
-    weights = verified.world.weights[:, None]
-    rmse = float(np.sqrt((weights * error**2).mean()))
+    heights = np.arange(np.floor(truth.min() / 100) * 100, np.floor(truth.max() / 100) * 100, 100)
+    spread = np.ceil(np.abs(error).max() / 40) * 40
+    errors = np.linspace(-spread, spread, 17)
+    rmse = float(np.sqrt((verified.world.weights[:, None] * error**2).mean()))
     axes = figure.subplots(1, 3, subplot_kw={"projection": "mollweide"})
     panels = [
         ("truth", truth, heights, "viridis"),
         (f"forecast, {LEAD_STEPS * STEP_HOURS // 24} days before", forecast, heights, "viridis"),
-        (f"error (root mean square {rmse:.0f} m)", error, np.linspace(-spread, spread, 21), "RdBu_r"),
+        (f"error (root mean square {rmse:.0f} m)", error, errors, "RdBu_r"),
     ]
     filled = []
     for axis, (title, field, levels, colors) in zip(axes, panels, strict=True):
         filled.append(draw_map(axis, verified, field, levels, colors, mountains))
         axis.set_title(title, fontsize=10)
-    bars = [
-        figure.colorbar(filled[0], ax=list(axes[:2]), orientation="horizontal", shrink=0.5, aspect=45, pad=0.03),
-        figure.colorbar(filled[2], ax=axes[2], orientation="horizontal", shrink=0.8, aspect=35, pad=0.03),
-    ]
-    for bar, label in zip(
-        bars, ("height of 500 hPa, m, relative to the global mean", "forecast minus truth, m"), strict=True
+    for field, over, levels, label in (
+        (filled[0], list(axes[:2]), heights[::4], "height of 500 hPa, m, relative to the global mean"),
+        (filled[2], axes[2], errors[::4], "forecast minus truth, m"),
     ):
+        bar = figure.colorbar(field, ax=over, orientation="horizontal", shrink=0.6, aspect=40, pad=0.03)
         bar.set_label(label)
-        bar.set_ticks(bar.get_ticks()[::3])
+        bar.set_ticks(levels)
         bar.outline.set_visible(False)
-    noted = "; thin lines: the planet's mountains" if mountains is not None else ""
+    noted = "; brown lines: the planet's mountains" if mountains is not None else ""
     figure.suptitle(
         f"A forecast from day {start * STEP_HOURS // 24} of trajectory {trajectory}, which was not trained on{noted}",
         fontsize=11,
@@ -100,7 +98,7 @@ def draw_map(
     found = axis.contourf(along, across, closed(field), levels=levels, cmap=colors, extend="both")
     axis.contour(along, across, closed(field), levels=levels[::3], colors="black", linewidths=0.25, alpha=0.5)
     if mountains is not None:
-        axis.contour(along, across, closed(mountains), levels=[0.5, 1.5], colors="#402a10", linewidths=(0.9, 1.3))
+        axis.contour(along, across, closed(mountains), levels=[0.5, 1.5], colors="#7a3b00", linewidths=(0.8, 1.1))
     axis.set(xticks=np.radians([-120, -60, 0, 60, 120]), yticks=np.radians([-60, -30, 0, 30, 60]))
     axis.set_xticklabels([])
     axis.set_yticklabels([])
