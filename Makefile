@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo driving driving-without-noise test test-all digests faults faults-prepare faults-islands check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation bench-islands bench-islands-codec islands-simulation islands-loss zoo docs tree clean
+.PHONY: demo weather driving driving-without-noise test test-all digests faults faults-prepare faults-islands check bench bench-limit bench-gpu bench-hosts bench-checkpoint bench-recovery bench-memory bench-prepare bench-validation bench-islands bench-islands-codec islands-simulation islands-loss zoo docs tree clean
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -17,12 +17,16 @@ demo: $(READY)
 # A network learns to drive by camera, and is judged on 20 tracks that it has never seen. Takes less than ten minutes.
 # make driving ARGS='--tracks 100'
 driving: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	$(BIN)/python examples/driving/driving.py --workers 2 --out runs/driving $(ARGS)
 
 # The same without noise on the expert's steering.
 driving-without-noise: $(READY)
 	$(BIN)/python examples/driving/driving.py --workers 2 --out runs/driving-without-noise --noise 0 --no-pictures --beside runs/driving/result.json $(ARGS)
+
+# A network learns to forecast the weather of a simulated planet, and is verified as WeatherBench does. Takes about ten
+# minutes on two cores at most. make weather ARGS='--steps 60 --rollout-steps 40'
+weather: $(READY)
+	$(BIN)/python examples/weather/weather.py --workers 2 --out runs/weather $(ARGS)
 
 test: check
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
@@ -106,18 +110,15 @@ bench-islands-codec: $(READY)
 
 # A simulation of islands with losses and slow links, written to docs/islands.md and docs/islands.svg. Takes some minutes.
 islands-simulation: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	$(BIN)/python benchmarks/islands_simulation_report.py $(ARGS)
 
 # The loss of islands compared with a synchronous run, written to docs/islands-loss.md. Takes half an hour on two quiet
 # cores. An interrupted run continues. make islands-loss ARGS='--only "warm H=30" --no-report'
 islands-loss: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	$(BIN)/python benchmarks/islands_loss.py $(ARGS)
 
 # The memory of workers compared with the formula, written to docs/memory.md; as root, for the control group.
 bench-memory: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	$(BIN)/python -W ignore benchmarks/memory.py $(ARGS)
 
 # Models of many packages, each trained in several ways and in plain PyTorch, into docs/zoo.md. Takes about half an hour.
