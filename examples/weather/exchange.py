@@ -1,6 +1,6 @@
 """Zarr stores of others' programs: reads ERA5 as WeatherBench 2 publishes it, and writes forecasts as it expects them.
 
-WeatherBench 2: S. Rasp et al. (2024), J. Adv. Model. Earth Syst. 16. Needs: pip install 'manyhands[zarr]'
+WeatherBench 2: S. Rasp et al. (2024), J. Adv. Model. Earth Syst. 16. Needs: pip install 'manyhands[arrays]'
 """
 
 from __future__ import annotations

@@ -76,15 +76,18 @@ def _parts(columns: Fields) -> list[Fields]:
     return np.split(columns, range(MOST_COLUMNS, columns.shape[2], MOST_COLUMNS), axis=2)
 
 
+def aligned(array: Fields) -> torch.Tensor:
+    """Return a copy at a multiple of 64 bytes, because the bits of a product may depend on addresses."""
+    return torch.from_numpy(array).clone()
+
+
 def fit_linear(trajectories: Sequence[Fields]) -> NDArray[np.float64]:
     """Fit the matrix that turns the coefficients of a normalised state into those of the next one: ridge regression.
 
     trajectories: normalised states [states, 3, latitude, longitude] each. A linear inverse model in spectral space.
     """
     rows = [to_coefficients(states) for states in trajectories]
-    before, after = (
-        torch.from_numpy(np.concatenate(parts)) for parts in ([r[:-1] for r in rows], [r[1:] for r in rows])
-    )
+    before, after = (aligned(np.concatenate(parts)) for parts in ([r[:-1] for r in rows], [r[1:] for r in rows]))
     with one_thread():
         products = before.T @ before
         ridge = RIDGE * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
@@ -93,8 +96,8 @@ def fit_linear(trajectories: Sequence[Fields]) -> NDArray[np.float64]:
 
 def linear_forecasts(matrix: Fields, starts: Fields, steps: int) -> Iterator[NDArray[np.float64]]:
     """Yield the normalised states [starts, 3, latitude, longitude] after 1, 2, ... steps of the linear model."""
-    rows = torch.from_numpy(to_coefficients(starts))
+    rows, step = aligned(to_coefficients(starts)), aligned(matrix)
     with one_thread():
         for _ in range(steps):
-            rows = rows @ torch.from_numpy(matrix)
+            rows = rows @ step
             yield to_states(rows.numpy())
