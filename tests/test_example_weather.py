@@ -240,7 +240,6 @@ def era5_store(path: Path, *, southward: bool = False) -> None:
     ).to_zarr(path, zarr_format=2)
 
 
-@pytest.mark.skipif(not hasattr(mh, "ZarrLayout"), reason="this version of Manyhands can't read zarr")
 @pytest.mark.parametrize("southward", [False, True])
 def test_a_store_in_weatherbench_2_s_layout_is_read(example: SimpleNamespace, tmp_path: Path, southward: bool) -> None:
     era5_store(tmp_path / "era5.zarr", southward=southward)
@@ -255,7 +254,6 @@ def test_a_store_in_weatherbench_2_s_layout_is_read(example: SimpleNamespace, tm
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(mh, "ZarrLayout"), reason="this version of Manyhands can't write zarr")
 def test_forecasts_are_written_in_weatherbench_2_s_layout(example: SimpleNamespace, tmp_path: Path) -> None:
     era5_store(tmp_path / "era5.zarr")
     xarray, exchange = importlib.import_module("xarray"), importlib.import_module("exchange")

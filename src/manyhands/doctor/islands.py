@@ -41,8 +41,8 @@ class RoundsReport:
     """How far the islands of a run are.
 
     round: the number of the newest round of which there is a file; 0 before the first one. last: the number of the last
-    round; 0 if the record lacks it. is_complete: True if all files of the newest round are there. facts: the recipe, for
-    people.
+    round; 0 if the record lacks it. is_complete: True if all files of the newest round are there. facts: the recipe,
+    for people.
     """
 
     round: int
