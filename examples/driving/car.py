@@ -165,9 +165,8 @@ class Car:
         """Return the present picture `PICTURE` in grey. Raises DataError if it is blank."""
         rows, columns = PICTURE
         red, green, blue = np.moveaxis(self.env.frame()[: 2 * rows].astype(np.uint32), 2, 0)
-        grey = (
-            77 * red + 150 * green + 29 * blue
-        )  # Rec. 601, times 256; in integers, so that no order of adding matters
+        # The weights of Rec. 601, times 256: in integers, so that no order of additions matters.
+        grey = 77 * red + 150 * green + 29 * blue
         grey = grey.reshape(rows, 2, columns, 2).sum(axis=(1, 3)) // (4 * 256)
         found = len(np.unique(grey))
         if found < FEWEST_GREYS:
@@ -206,8 +205,8 @@ def car() -> Car:
 class Expert:
     """Pure pursuit of a point on the middle line, at a speed that the curvature of the next tiles allows.
 
-    It looks no further ahead than the picture shows (`tiles`), so that a network can learn the same from the picture.
-    Pure pursuit: R. C. Coulter, "Implementation of the Pure Pursuit Path Tracking Algorithm", CMU-RI-TR-92-01, 1992.
+    It looks about as far ahead as the picture shows (`tiles`), so that a network can learn the same from the picture.
+    The steering follows R. C. Coulter, "Implementation of the Pure Pursuit Path Tracking Algorithm", CMU-RI-TR-92-01.
     Lengths in metres, speeds in m/s.
     """
 
