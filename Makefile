@@ -29,11 +29,11 @@ weather: $(READY)
 	$(BIN)/python examples/weather/weather.py --workers 2 --out runs/weather $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
 
 # Also the slow cases, which make test leaves out. Takes about twice as long.
 test-all: check
-	$(BIN)/python -m pytest -q -n 2 -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow or not slow" $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -113,7 +113,7 @@ def our_tokens(folder: Path, workers: int, how: dict[str, Any], *, fast: bool = 
     """What `manyhands prepare RECIPE.toml` does after cleaning: encode, shuffle, write."""
     import manyhands as mh
     from manyhands.corpus.tokenizing import encoder_of, faster
-    from manyhands.prepare.io.writing import token_schema
+    from manyhands.prepare.io.token_writing import token_schema
 
     path = folder / "tokenizer.json"
     encoder = encoder_of(path.read_text(encoding="utf-8"), "<|endoftext|>", str(path))

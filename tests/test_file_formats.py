@@ -28,9 +28,9 @@ WORDS = FileFormat(suffixes=(".words",), input=Input(split=undivided, read=read_
 
 
 def test_the_formats_are_these() -> None:
-    assert input_formats() == ["parquet", "jsonl", "text", "csv"]
-    plain = ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "text", "text.gz", "text.zst", "tokens"]
-    assert output_formats() == plain
+    assert input_formats() == ["parquet", "arrays", "npz", "jsonl", "text", "csv", "zarr", "netcdf"]
+    of_lines = [name + suffix for name in ("jsonl", "text") for suffix in ("", ".gz", ".zst")]
+    assert output_formats() == ["parquet", "arrays", "npz", *of_lines, "zarr", "tokens"]
     suffixes = [suffix for each in FORMATS.values() for suffix in each.suffixes]
     assert len(suffixes) == len(set(suffixes))
 

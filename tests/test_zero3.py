@@ -38,6 +38,9 @@ from support.shared_runs import folder_of_all_processes, made_once
 from support.training import train_with_engine
 from support.zero3_worker import OPTIMIZERS, ORDERED, STEPS, jobs
 
+# With `--dist loadgroup`, one process runs all tests of this file. Two would wait for the same results.
+pytestmark = pytest.mark.xdist_group("zero3")
+
 WORKER = Path(__file__).parent / "support" / "zero3_worker.py"
 
 
