@@ -23,8 +23,8 @@ driving: $(READY)
 driving-without-noise: $(READY)
 	$(BIN)/python examples/driving/driving.py --workers 2 --out runs/driving-without-noise --noise 0 --no-pictures --beside runs/driving/result.json $(ARGS)
 
-# A network learns to forecast the weather of a simulated planet, and is verified as WeatherBench does. Takes about ten
-# minutes on two cores at most. make weather ARGS='--steps 60 --rollout-steps 40'
+# A network learns to forecast the weather of a simulated planet, and is verified as WeatherBench 2 does. Takes at
+# most about ten minutes on two cores. make weather ARGS='--steps 60 --rollout-steps 40'
 weather: $(READY)
 	$(BIN)/python examples/weather/weather.py --workers 2 --out runs/weather $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Zarr stores of others' programs: reads ERA5 as WeatherBench 2 publishes it, and writes forecasts as it expects them.
+"""Zarr stores of others' programs: reads ERA5 as WeatherBench 2 publishes it, and writes forecasts.
 
 WeatherBench 2: S. Rasp et al. (2024), J. Adv. Model. Earth Syst. 16. Needs: pip install 'manyhands[arrays]'
 """
@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 from emulator import forecasts
-from qg import GRAVITY
 from sphere import sphere
 from verification import STARTS_TOGETHER, Models, loaded
 from world import STEP_HOURS, World
 
 import manyhands as mh
 
-LEVELS = (200, 500, 850)
-"""hPa, of ERA5; the second one is verified."""
+GRAVITY = 9.80665
+"""The gravity in m/s2 by which geopotential heights are defined."""
+
+ERA5_LEVELS = (200, 500, 850)
+"""In hPa; the second one is verified."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Era5:
 
     A state holds heights in metres at 00 and 12 UTC. A calendar year is a trajectory. Fields are interpolated to the
     Gaussian latitudes, which are between those of the store. axes: the positions of level, latitude and longitude in a
-    record's array. levels: the positions of LEVELS. below, share: the position of the next latitude to the south, and
-    how far the Gaussian latitude is from there to the next one. latitudes, longitudes: the store's order.
+    record's array. levels: the positions of ERA5_LEVELS. below, share: the position of the next latitude to the south,
+    and how far the Gaussian latitude is from there to the next one. latitudes, longitudes: the store's order.
     """
 
     axes: tuple[int, int, int]
@@ -60,11 +62,11 @@ def era5_reader(layout: mh.ZarrLayout) -> Era5:
         expected = "geopotential over time, level, latitude, longitude"
         raise mh.DataError("the store is not in WeatherBench 2's layout", expected=expected, got=str(dims))
     levels, latitudes, longitudes = (layout.coords[name].values for name in ("level", "latitude", "longitude"))
-    missing = sorted(set(LEVELS) - set(levels.tolist()))
+    missing = sorted(set(ERA5_LEVELS) - set(levels.tolist()))
     if missing or (len(longitudes), len(latitudes)) != (64, 32):
         raise mh.DataError(
             "the store is not in WeatherBench 2's layout",
-            expected=f"64 longitudes, 32 latitudes, and the levels {LEVELS} hPa",
+            expected=f"64 longitudes, 32 latitudes, and the levels {ERA5_LEVELS} hPa",
             got=f"{len(longitudes)} longitudes, {len(latitudes)} latitudes; missing levels: {missing}",
         )
     ordered, gaussian = np.sort(latitudes), np.degrees(sphere().latitudes)
@@ -73,7 +75,7 @@ def era5_reader(layout: mh.ZarrLayout) -> Era5:
     inside = [name for name in dims if name != "time"]
     return Era5(
         tuple(inside.index(name) for name in ("level", "latitude", "longitude")),
-        tuple(levels.tolist().index(level) for level in LEVELS),
+        tuple(levels.tolist().index(level) for level in ERA5_LEVELS),
         tuple(np.argsort(latitudes).tolist()),
         tuple(np.argsort(np.asarray(longitudes) % 360, kind="stable").tolist()),
         tuple(below.tolist()),
@@ -87,7 +89,8 @@ def era5(path: str, folder: str, *, held_out: int, tested: int, **how: Any) -> W
     summary = read.flat_map(era5_reader(read.layout())).write(folder, format="arrays", overwrite=True, **how)
     grid = sphere()
     latitudes, longitudes = (tuple(np.degrees(each).tolist()) for each in (grid.latitudes, grid.longitudes))
-    return World(folder, summary.digest, latitudes, longitudes, (1.0,) * len(latitudes), held_out, tested)
+    metres = (1.0,) * len(latitudes)
+    return World(folder, summary.digest, latitudes, longitudes, metres, held_out, tested, first_time="1970-01-01")
 
 
 @dataclass(frozen=True)

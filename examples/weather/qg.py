@@ -21,8 +21,6 @@ RADIUS = 6.371e6
 OMEGA = 7.292e-5
 GRAVITY = 9.81
 DAY = 86400.0
-LEVELS = (200, 500, 800)
-"""hPa"""
 STEP_SECONDS = 3600.0
 """Stable up to about 4300 s. Over two days, heights differ by 0.13 m (root mean square) from those with short steps."""
 

@@ -1,7 +1,7 @@
-"""Scores of forecasts as WeatherBench defines them, and the linear model that the network must beat.
+"""Scores of forecasts as WeatherBench 2 defines them, and the linear model that the network must beat.
 
-Source: S. Rasp et al. (2020), "WeatherBench: A Benchmark Data Set for Data-Driven Weather Forecasting", J. Adv. Model.
-Earth Syst. 12. The weights of latitudes are those of `sphere.latitude_weights`.
+Source: S. Rasp et al. (2024), "WeatherBench 2: A Benchmark for the Next Generation of Data-Driven Global Weather
+Models", J. Adv. Model. Earth Syst. 16. The weights of latitudes are those of `sphere.latitude_weights`.
 """
 
 from __future__ import annotations

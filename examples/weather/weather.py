@@ -1,4 +1,4 @@
-"""A network learns to forecast the weather of a simulated planet, and is verified as WeatherBench does.
+"""A network learns to forecast the weather of a simulated planet, and is verified as WeatherBench 2 does.
 
     python examples/weather/weather.py --workers 2                        # all stages, about ten minutes on two cores
     python examples/weather/weather.py --era5 FILE.zarr --out runs/era5   # on a file in WeatherBench 2's layout

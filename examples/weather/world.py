@@ -51,6 +51,7 @@ class World:
 
     digest: of the folder's content. latitudes, longitudes: degrees. metres: the factor at each latitude that turns a
     state of the level 500 hPa into a height. held_out, tested: the numbers of trajectories for validation and scores.
+    first_time: the time of step 0.
     """
 
     folder: str
@@ -60,6 +61,7 @@ class World:
     metres: tuple[float, ...]
     held_out: int
     tested: int
+    first_time: str
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -107,11 +109,12 @@ class World:
         return self.windows(range(position, position + 1), length)[0].numpy()
 
     def times(self, position: int) -> NDArray[np.datetime64]:
-        """Return the times of a trajectory's states. A simulated planet has no calendar: day 0 is 2000-01-01."""
+        """Return the times of a trajectory's states."""
         starts = borders(self.folder, self.digest)
         steps = mh.ArrayFile(self.folder, columns="step", rows=(starts[position], starts[position + 1]))
-        first = np.datetime64("2000-01-01T00", "h") if steps[0] == 0 else np.datetime64(0, "h")
-        return first + np.array([int(step) for step in steps]) * np.timedelta64(STEP_HOURS, "h")
+        return np.datetime64(self.first_time, "h") + np.array([int(step) for step in steps]) * np.timedelta64(
+            STEP_HOURS, "h"
+        )
 
 
 @cache
@@ -136,4 +139,5 @@ def simulated(folder: str, nature: Nature, *, trajectories: int, held_out: int, 
         tuple((qg.HEIGHT_FACTOR * grid.mu * 1e-5).tolist()),
         held_out,
         tested,
+        first_time="2000-01-01",  # a simulated planet has no calendar
     )
