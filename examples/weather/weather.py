@@ -104,23 +104,20 @@ def train_stage(world: World, model: Any, length: int, steps: int, start: str | 
     mh.train(used, steps=steps, strategy=strategy, run_dir=run_dir, checkpoint_every="20s")
 
 
-def report(table: Table) -> bool:
-    """Print the scores of 500 hPa beside the targets, and return whether all targets are reached."""
+def report(table: Table) -> None:
+    """Print the scores of 500 hPa beside the targets."""
     print(f"height of 500 hPa, {table.starts} forecasts; {table.left_out} starts left out: their truth ends too early")
     print(f"{'lead':>6}" + "".join(f"{name:>27}" for name in table.methods) + "  (RMSE in m / ACC [95 % interval])")
     for lead, hours in enumerate(table.hours):
         if hours in (12, 24) or hours % 24 == 0:
             cells = [table.cell(method, lead) for method in table.methods]
             print(f"{hours:>4} h" + "".join(f"{cell:>27}" for cell in cells))
-    met = True
     for hours, least in TARGETS.items():
         if hours in table.hours:
             found = table.mean("acc", "network", table.hours.index(hours))
-            met &= found >= least
             print(f"ACC at {hours} h: {found:.3f}, target {least}: {'reached' if found >= least else 'missed'}")
     better = table.better_than("linear")
     print(f"better than the linear model (ACC and RMSE) at {sum(better)} of {len(better)} lead times")
-    return met and all(better)
 
 
 def staged(name: str, began: float) -> None:
