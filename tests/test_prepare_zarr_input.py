@@ -203,6 +203,46 @@ def test_missing_values(tmp_path: Path) -> None:
         assert np.array_equal(some, [1, np.nan, 3], equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "marked", "expected"),
+    [
+        (("i2", "i4"), (True, True), "f8"),
+        (("i2", "i2"), (True, False), "f4"),
+        (("i2", "i4"), (False, True), "f8"),
+        (("i2", "f4"), (False, False), "f4"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
+def test_missing_integers_of_several_files_share_a_float_type(
+    suffix: str, kinds: tuple[str, str], marked: tuple[bool, bool], expected: str, tmp_path: Path
+) -> None:
+    paths = []
+    for name, kind, has_missing in zip("ab", kinds, marked, strict=True):
+        values = np.array([[7, -1 if has_missing else 5]], kind)
+        attributes = {"missing_value": np.dtype(kind).type(-1)} if has_missing else {}
+        variable = xr.Variable(("t", "x"), values, attributes)
+        paths.append(save(xr.Dataset({"v": variable}), tmp_path / f"{name}{suffix}"))
+    data = mh.Dataset.read(paths, integers="float")
+    found = [record["v"] for record in data]
+    assert [each.dtype for each in found] == [np.dtype(expected)] * 2
+    wanted = [[7, np.nan if each else 5] for each in marked]
+    assert np.array_equal(found, wanted, equal_nan=True)
+    assert data.layout().dtypes == {"v": np.dtype(expected).str}
+    if suffix == ".zarr" and kinds == ("i2", "i2"):  # the fill value decides the type, too
+        group = zarr.create_group(tmp_path / "c", zarr_format=2)
+        array_in(group, "v", values, ("t", "x"), fill_value=5)[...] = values
+        data = mh.Dataset.read(tmp_path / "c", integers="float", fill_value="missing")
+        assert np.array_equal([record["v"] for record in data], [[7, np.nan]], equal_nan=True)
+        assert data.layout().dtypes == {"v": "<f4"}
+
+
+def test_an_integer_that_no_float_holds_ends_the_job(tmp_path: Path) -> None:
+    save(xr.Dataset({"v": ("t", np.array([2**63 - 1]))}), tmp_path / "a.nc")
+    save(xr.Dataset({"v": ("t", np.array([0.5]))}), tmp_path / "b.nc")
+    with pytest.raises(mh.DataError, match="the integer 9223372036854775807 is not exact as a float"):
+        records([tmp_path / "a.nc", tmp_path / "b.nc"], integers="float")
+
+
 def columns_of(found: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [record[name] for record in found] for name in found[0]}
 

@@ -22,7 +22,7 @@ _ENCODING = ("_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsi
 
 
 class MissingIntegers(ValueError):
-    """The error for missing values among integers, which have no value for them."""
+    """The error for missing values among integers, which have no value for them, and for integers that no float holds."""
 
 
 def plain_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,6 +51,36 @@ def _plain(value: Any) -> Any:
 def descriptive(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes that also apply to decoded values, such as units and names."""
     return {name: value for name, value in attributes.items() if name not in _ENCODING}
+
+
+def reading_attributes(
+    attributes: Mapping[str, Any], dtype: np.dtype[Any], fill: Any, meaning: str | None
+) -> Mapping[str, Any]:
+    """Return the attributes by which values are decoded: with the fill value of the array, if it means "missing".
+
+    fill: the fill value of the array, or None. meaning: the option `fill_value` of `ArrayOptions`.
+    """
+    if meaning != "missing" or fill is None or missing_values(dtype, attributes):
+        return attributes
+    return {**attributes, "_FillValue": fill}
+
+
+def as_common_type(values: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
+    """Return the values in the type that several files share. Raises MissingIntegers for an integer that changes."""
+    found = values.astype(kind)
+    if kind.kind == "f" and values.dtype.kind in "iu":
+        _check_exact(values, found, np.ones(values.shape, bool))
+    return found
+
+
+def _check_exact(integers: NDArray[Any], floats: NDArray[Any], checked: NDArray[Any]) -> None:
+    """Raise MissingIntegers if a checked integer has changed."""
+    with np.errstate(all="ignore"):
+        # The largest integers round to a float beyond their type, whose conversion back is undefined.
+        wrong = (floats >= float(np.iinfo(integers.dtype).max) + 1) | (floats.astype(integers.dtype) != integers)
+    wrong &= checked
+    if wrong.any():
+        raise MissingIntegers(f"the integer {integers[wrong][0]} is not exact as a float")
 
 
 def missing_values(dtype: np.dtype[Any], attributes: Mapping[str, Any]) -> list[Any]:
@@ -141,8 +171,6 @@ def _unpacked(values: NDArray[Any], attributes: Mapping[str, Any], missing: list
 
 def _as_floats(values: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
     floats = values.astype("f4" if values.dtype.itemsize <= 2 else "f8")
-    wrong = (floats.astype(values.dtype) != values) & ~mask
-    if wrong.any():
-        raise MissingIntegers(f"the integer {values[wrong][0]} is not exact as a float")
+    _check_exact(values, floats, ~mask)
     floats[mask] = np.nan
     return floats

@@ -14,7 +14,7 @@ import numpy as np
 
 from manyhands.errors import DataError
 from manyhands.prepare.gridded.coordinates import STANDARD_CALENDARS, calendar_of, decode_coordinate
-from manyhands.prepare.gridded.decoding import decoded
+from manyhands.prepare.gridded.decoding import decoded, reading_attributes
 from manyhands.prepare.gridded.sources import Source, Variable
 
 if TYPE_CHECKING:
@@ -51,11 +51,19 @@ def slab_of(variable: Variable, record: str, start: int, end: int) -> tuple[slic
     )
 
 
-def describe(source: Source, columns: Sequence[str] | None, record: str | None) -> Described:
+def describe(
+    source: Source,
+    columns: Sequence[str] | None,
+    record: str | None,
+    *,
+    fill_value: str | None = None,
+    integers: str = "keep",
+) -> Described:
     """Describe the columns of a source.
 
     columns: their names, or None for all variables with the dimension of records that are no coordinates. record: the
-    dimension of records, or None to choose it. Raises DataError.
+    dimension of records, or None to choose it. fill_value, integers: see `ArrayOptions`; they decide the types.
+    Raises DataError.
     """
     names = _chosen(source, columns)
     record = _record(source, names, record)
@@ -66,7 +74,7 @@ def describe(source: Source, columns: Sequence[str] | None, record: str | None) 
     sizes = {size for each in found for dim, size in zip(each.dims, each.shape, strict=True) if dim == record}
     if len(sizes) > 1:
         raise DataError(f"variables have different sizes along {record!r}", where=source.path, got=str(sorted(sizes)))
-    types = {each.name: _type_of(each, source) for each in found}
+    types = {each.name: _type_of(each, fill_value, integers) for each in found}
     inner = sorted({dim for each in found for dim in each.dims if dim != record})
     units = [1]
     for each in found:
@@ -154,12 +162,13 @@ def _inner_shape(variable: Variable, record: str) -> list[int]:
     return [size for dim, size in zip(variable.dims, variable.shape, strict=True) if dim != record]
 
 
-def _type_of(variable: Variable, source: Source) -> np.dtype[Any]:
+def _type_of(variable: Variable, fill_value: str | None, integers: str) -> np.dtype[Any]:
     """Return the type of a variable's decoded values."""
     if variable.dtype.kind not in "biuf":
         return variable.dtype
-    native = variable.dtype.newbyteorder("=")
-    return decoded(np.empty((0,), native), variable.attributes).dtype
+    none = np.empty((0,), variable.dtype.newbyteorder("="))
+    attributes = reading_attributes(variable.attributes, none.dtype, variable.fill, fill_value)
+    return decoded(none, attributes, integers_as_floats=integers == "float").dtype
 
 
 def _values(source: Source, dim: str) -> NDArray[Any]:
@@ -255,10 +264,11 @@ def _differs(what: str, name: str, first: Described, other: Described, values: t
     )
 
 
-def common_types(described: Sequence[Described]) -> tuple[tuple[str, str], ...]:
+def common_types(described: Sequence[Described], integers: str) -> tuple[tuple[str, str], ...]:
     """Return the types of the columns whose types differ between sources: the widest of floats, or of integers.
 
-    Raises DataError for a column of floats in one file and integers in another.
+    integers: "float" if integers become floats where another file has floats. Otherwise, a column of floats in one file
+    and integers in another raises DataError.
     """
     found = []
     for name in described[0].columns:
@@ -266,7 +276,8 @@ def common_types(described: Sequence[Described]) -> tuple[tuple[str, str], ...]:
         if all(kind == kinds[0] for kind in kinds):
             continue
         other = next((each for each in described if each.types[name].kind != kinds[0].kind), None)
-        if other is not None:
+        mixed = integers == "float" and any(kind.kind == "f" for kind in kinds)
+        if other is not None and not (mixed and all(kind.kind in "iuf" for kind in kinds)):
             raise _differs("types of", name, described[0], other, (str(kinds[0]), str(other.types[name])))
         found.append((name, np.result_type(*kinds).str))
     return tuple(found)

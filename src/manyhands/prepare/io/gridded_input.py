@@ -117,13 +117,21 @@ def plan_arrays(
         with open_source(path, form) as source:
             columns = columns if not described else described[0].columns
             record = options.get("record") if not described else described[0].record
-            described.append(describe(source, columns, record))
+            described.append(
+                describe(
+                    source,
+                    columns,
+                    record,
+                    fill_value=options.get("fill_value"),
+                    integers=options["integers"],
+                )
+            )
             check_same(described[0], described[-1], options["tolerance"])
             files.append(_identifying(source, form, described[-1]))
             splits += _splits(
                 source, form, described[-1], partition_bytes, options, sum(each.size for each in described[:-1])
             )
-    types = common_types(described)
+    types = common_types(described, options["integers"])
     text_times = any(each.has_text_times for each in described)
     settled = [
         replace(split, arrays=replace(split.arrays, types=types, text_times=text_times))

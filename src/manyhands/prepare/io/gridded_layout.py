@@ -22,13 +22,14 @@ def layout_of(splits: Sequence[Split], columns: Sequence[str], changes: Mapping[
     """
     record, *names = columns
     forms = {split.path: split.format for split in splits}
+    fill_value, integers = next((split.arrays.fill_value, split.arrays.integers) for split in splits if split.arrays)
     described: list[Described] = []
     steps: list[Any] = []
     coords: dict[str, Any] = {}
     attributes: dict[str, dict[str, Any]] = {}
     for path, form in forms.items():
         with open_source(path.rpartition("/")[0] if form == "zarr" else path, form) as source:
-            described.append(describe(source, names, record))
+            described.append(describe(source, names, record, fill_value=fill_value, integers=integers))
             if record in source.variables:
                 steps.append(_objects(source, record))
             if len(described) == 1:
@@ -41,7 +42,7 @@ def layout_of(splits: Sequence[Split], columns: Sequence[str], changes: Mapping[
         values = np.concatenate(steps)
         coords[record] = Coordinate((record,), *encode_coordinate(record, values, kept))
     first = described[0]
-    types = {name: kind.str for name, kind in first.types.items()} | dict(common_types(described))
+    types = {name: kind.str for name, kind in first.types.items()} | dict(common_types(described, integers))
     arguments: dict[str, Any] = {
         "dims": {name: first.variables[name].dims for name in names},
         "sizes": _sizes(described, record),

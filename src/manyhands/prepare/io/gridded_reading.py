@@ -10,7 +10,13 @@ import numpy as np
 
 from manyhands.errors import DataError
 from manyhands.prepare.gridded.coordinates import calendar_of, decode_coordinate
-from manyhands.prepare.gridded.decoding import MissingIntegers, decoded, missing_values
+from manyhands.prepare.gridded.decoding import (
+    MissingIntegers,
+    as_common_type,
+    decoded,
+    missing_values,
+    reading_attributes,
+)
 from manyhands.prepare.gridded.description import slab_of
 from manyhands.prepare.gridded.sources import Source, Variable, open_source
 from manyhands.prepare.io.gridded_input import slab_version
@@ -100,7 +106,10 @@ class _Block:
         if variable.dims == (record,) and calendar_of(variable.attributes) is not None:
             return self._times(variable, values)
         wide = dict(self.read.types).get(name)
-        return np.ascontiguousarray(values if wide is None else values.astype(wide))
+        try:
+            return np.ascontiguousarray(values if wide is None else as_common_type(values, np.dtype(wide)))
+        except MissingIntegers as error:
+            raise self._integers(name, str(error)) from error
 
     def _times(self, variable: Variable, values: NDArray[Any]) -> NDArray[Any]:
         try:
@@ -139,20 +148,24 @@ class _Block:
         return cells
 
     def _decoded(self, variable: Variable, stored: NDArray[Any], absent_cells: int) -> NDArray[Any]:
-        attributes = dict(variable.attributes)
-        if not missing_values(stored.dtype, attributes) and variable.fill is not None:
-            if self.read.fill_value == "missing":
-                attributes["_FillValue"] = variable.fill
-            elif self.read.fill_value is None and variable.fill and variable.fill == variable.fill:
-                self._refuse_ambiguous(variable, stored, absent_cells)
+        attributes = reading_attributes(variable.attributes, stored.dtype, variable.fill, self.read.fill_value)
+        # A fill value of 0 or NaN is not ambiguous.
+        ambiguous = self.read.fill_value is None and variable.fill and variable.fill == variable.fill
+        if ambiguous and not missing_values(stored.dtype, attributes):
+            self._refuse_ambiguous(variable, stored, absent_cells)
         try:
             return decoded(stored, attributes, integers_as_floats=self.read.integers == "float")
         except MissingIntegers as error:
-            raise DataError(
-                f"variable {variable.name!r} has integers, and {error}",
-                where=self.source.path,
-                hint="read it with integers='float', which gives floats with NaN, or leave it out with columns=[...]",
-            ) from error
+            raise self._integers(variable.name, str(error)) from error
+
+    def _integers(self, name: str, what: str) -> DataError:
+        return DataError(
+            f"variable {name!r} has integers, and {what}",
+            where=self.source.path,
+            hint="leave it out with columns=[...]"
+            if self.read.integers == "float"
+            else "read it with integers='float', which gives floats with NaN, or leave it out with columns=[...]",
+        )
 
     def _refuse_ambiguous(self, variable: Variable, stored: NDArray[Any], absent_cells: int) -> None:
         found = int((stored == variable.fill).sum())
