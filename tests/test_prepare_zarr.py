@@ -192,6 +192,25 @@ def test_empty_chunks_are_written(tmp_path: Path) -> None:
     assert np.isnan(found[1:]).all()
 
 
+@pytest.mark.parametrize("form", [2, 3])
+@pytest.mark.parametrize(("kind", "fill"), [("f4", -999.1), ("f8", 1e20), ("i2", -9), ("f2", float("inf"))])
+def test_a_given_fill_value_is_missing_for_all_readers(form: int, kind: str, fill: float, tmp_path: Path) -> None:
+    layout = mh.ZarrLayout(
+        dims={"z": ("t",)},
+        sizes={"t": 3},
+        dtypes=kind,
+        gaps="fill",
+        attrs={"z": {"_FillValue": fill}},
+        format=form,
+    )
+    write([{"t": 1, "z": 5}], tmp_path / "store", layout)
+    expected = [np.nan, 5, np.nan]
+    assert np.array_equal(xr.open_zarr(tmp_path / "store", chunks=None).z, expected, equal_nan=True)
+    found = mh.Dataset.read(tmp_path / "store", integers="float").take(3, workers=0)
+    assert np.array_equal([record["z"] for record in found], expected, equal_nan=True)
+    assert zarr.open_group(tmp_path / "store", mode="r")["z"][0] == np.dtype(kind).type(fill)
+
+
 def test_true_zeros_stay_zeros_for_xarray(tmp_path: Path) -> None:
     layout = mh.ZarrLayout(dims={"n": ("t",)}, sizes={"t": 3}, dtypes="int32", chunks={"t": 2})
     for form in (2, 3):
@@ -244,6 +263,7 @@ def test_packing_that_cannot_hold_a_value_is_an_error(tmp_path: Path) -> None:
         ({"time": "2000-01-01T00:35", "z": np.full((2, 3, 4), 1e300)}, r"the value 1e\+300 can't be held"),
         ({"time": "2000-01-01T00:35", "z": np.full((2, 3, 4), 2**53 + 1)}, "the value 9007199254740993 can't be held"),
         ({"time": "2000-01-01T00:35", "z": np.zeros((2, 3, 4)), "q": 1}, "'q' of the record is neither a variable"),
+        ({"time": "2000-01-01T00:35", "z": np.ma.masked_equal(np.zeros((2, 3, 4)), 0)}, "'z' of the record has masked"),
         ({"time": "2000-01-01T00:35"}, "the record has values of no variable"),
         (7, "a record of a zarr store is a dict"),
     ],
@@ -276,6 +296,7 @@ def test_a_record_that_does_not_fit_is_named(record: Any, message: str, tmp_path
         {"dtypes": "int16", "gaps": "fill"},
         {"sizes": {"lat": 7}},
         {"coords": {"time": [1, 2]}},
+        {"coords": {"lead": np.ma.masked_equal([6, 12], 6)}},
     ],
 )
 def test_a_layout_that_cannot_be_used_is_refused(changes: dict[str, Any]) -> None:

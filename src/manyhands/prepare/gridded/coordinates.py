@@ -60,6 +60,8 @@ def encode_coordinate(name: str, values: Any, attributes: Mapping[str, Any]) -> 
 def _as_array(name: str, values: Any) -> NDArray[Any]:
     if isinstance(values, (list, tuple)) and any(isinstance(each, dt.datetime) and each.tzinfo for each in values):
         values = [each.astimezone(dt.UTC).replace(tzinfo=None) for each in values]
+    if np.ma.is_masked(values):
+        raise ConfigError(f"coordinate {name!r} can't be written", expected="values", got="masked values")
     try:
         array = np.asarray(values)
     except ValueError as error:

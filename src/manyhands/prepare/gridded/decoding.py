@@ -22,7 +22,7 @@ _ENCODING = ("_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsi
 
 
 class MissingIntegers(ValueError):
-    """The error for missing values among integers, which have no value for them, and for integers that no float holds."""
+    """The error for missing values among integers, which have no value for them, and for integers no float holds."""
 
 
 def plain_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:

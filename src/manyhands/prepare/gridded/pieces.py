@@ -96,6 +96,10 @@ def _position(dim: str, record: dict[Any, Any], grid: Grid) -> int:
 
 def _block(name: str, value: Any, layout: ZarrLayout) -> NDArray[Any]:
     """Return a variable's value of a record, with all dimensions of the variable, in the type of the store."""
+    if np.ma.is_masked(value):
+        raise BadResult(
+            f"{name!r} of the record has masked values, which would be lost; fill them, for example with NaN"
+        )
     try:
         array = np.asarray(value)
         stored = stored_values(array, np.dtype(layout.dtypes[name]), layout.packing.get(name))  # type: ignore[index]

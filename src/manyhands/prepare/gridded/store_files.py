@@ -87,8 +87,8 @@ def _create(group: Any, layout: ZarrLayout, name: str) -> Any:
     attributes = {key: value for key, value in layout.attrs.get(name, {}).items() if key != "_FillValue"}
     if name in layout.packing:
         attributes |= {key: layout.packing[name][key] for key in ("scale_factor", "add_offset")}
-    if (fill is not None and kind.kind != "f") or (fill is not None and layout.format == 2 and not np.isnan(fill)):
-        attributes["_FillValue"] = fill
+    if fill is not None and not (kind.kind == "f" and np.isnan(fill)):
+        attributes["_FillValue"] = _fill_attribute(layout, kind, fill)
     chunks = tuple(layout.chunks[dim] for dim in layout.dims[name])
     shards = tuple(layout.shards[dim] for dim in layout.dims[name]) if layout.shards else None
     # In format 2, readers take a fill value of 0 for "missing". All chunks are written, so none is needed.
@@ -98,6 +98,16 @@ def _create(group: Any, layout: ZarrLayout, name: str) -> Any:
         shape=layout.shape(name), chunks=chunks, shards=shards, dtype=kind,
         fill_value=default if fill is None else kind.type(fill).item(),
     )  # fmt: skip
+
+
+def _fill_attribute(layout: ZarrLayout, kind: np.dtype[Any], fill: Any) -> Any:
+    """Return the attribute `_FillValue` in the form of xarray, which is base64 text for floats in format 3."""
+    value = kind.type(fill)
+    if layout.format == 2 or kind.kind != "f":
+        return value.item()
+    from xarray.backends.zarr import FillValueCoder
+
+    return FillValueCoder.encode(value, kind)
 
 
 def _create_coordinate(group: Any, layout: ZarrLayout, name: str) -> Any:
