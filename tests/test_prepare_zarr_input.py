@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,17 +128,73 @@ def test_only_not_found_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from manyhands.prepare.gridded import zarr_store
 
     save(winds(), tmp_path / "a.zarr")
-    read = zarr_store.read_bytes
+    opened = zarr_store.open_file
 
-    def denied(path: str) -> bytes:
-        if path.endswith("u/0.0.0"):
+    def denied(root: str, key: str) -> Any:
+        if key == "u/0.0.0":
             raise PermissionError(13, "Permission denied")
-        return read(path)
+        return opened(root, key)
 
-    monkeypatch.setattr(zarr_store, "read_bytes", denied)
+    monkeypatch.setattr(zarr_store, "open_file", denied)
     with pytest.raises(mh.DataError, match="Permission denied") as caught:
         records(tmp_path / "a.zarr")
     assert caught.value.where == str(tmp_path / "a.zarr/u/0.0.0")
+
+
+def edit(file: Path, change: Any) -> None:
+    metadata = json.loads(file.read_text())
+    change(metadata)
+    file.write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize("place", ["compressor", "filters", "codecs", "shards", "coordinate"])
+def test_codecs_that_execute_code_are_refused(place: str, tmp_path: Path) -> None:
+    """numcodecs has a codec "pickle", which anyone who writes the metadata of an array can name."""
+    form = 3 if place in ("codecs", "shards") else 2
+    group = zarr.create_group(tmp_path / "a", zarr_format=form)
+    shards = {"shards": (2,)} if place == "shards" else {}
+    array_in(group, "v", np.zeros(4), ("x",), chunks=(1,), **shards)[...] = 1
+    array_in(group, "x", np.arange(4.0), ("x",))[...] = np.arange(4.0)
+    evil: Any = {"id": "pickle", "protocol": 5} if form == 2 else {"name": "numcodecs.pickle", "configuration": {}}
+    file = tmp_path / "a" / ("x" if place == "coordinate" else "v") / (".zarray" if form == 2 else "zarr.json")
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(ran),)
+
+    def change(metadata: dict[str, Any]) -> None:
+        if place == "codecs":
+            metadata["codecs"].append(evil)
+        elif place == "shards":
+            metadata["codecs"][0]["configuration"]["codecs"].append(evil)
+        else:
+            metadata |= {"filters": [evil], "compressor": None} if place == "filters" else {"compressor": evil}
+
+    edit(file, change)
+    for chunk in [path for path in file.parent.rglob("*") if path.name[0].isdigit() and path.is_file()]:
+        chunk.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(mh.DataError, match="uses a codec that is not supported") as caught:
+        records(tmp_path / "a")
+    assert caught.value.where == str(file)
+    assert "pickle" in str(caught.value)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "FIFO", "metadata"])
+def test_only_regular_files_inside_a_store_are_read(kind: str, tmp_path: Path) -> None:
+    save(winds(), tmp_path / "a.zarr")
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "a.zarr")
+    assert len(records(tmp_path / "link.zarr")) == 10
+    file = tmp_path / "a.zarr" / ("u/.zarray" if kind == "metadata" else "u/0.0.0")
+    outside = file.rename(tmp_path / "outside")
+    if kind == "FIFO":
+        os.mkfifo(file)
+    else:
+        file.symlink_to(file.parent / "missing" if kind == "broken link" else outside)
+    with pytest.raises(mh.DataError, match="a file of a zarr store can't be read") as caught:
+        records(tmp_path / "a.zarr")
+    assert caught.value.where == str(file)
 
 
 @pytest.mark.parametrize("codec", ["blosc", "zstd", "zlib", "none"])

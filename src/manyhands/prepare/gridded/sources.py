@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from manyhands.errors import DataError, ManyhandsError
+from manyhands.prepare.gridded.codecs import check_codecs
 from manyhands.prepare.gridded.decoding import plain_attributes
 from manyhands.storage.files import exists, join_path, names_in
 
@@ -117,13 +118,17 @@ class ZarrSource:
             if name[0] in "._" or name == "zarr.json":
                 continue
             if self._format == 2:
-                is_array = self._store.read(f"{name}/.zarray") is not None
+                file = f"{name}/.zarray"
+                metadata = self._store.read(file)
+                is_array = metadata is not None
                 is_group = not is_array and self._store.read(f"{name}/.zgroup") is not None
             else:
-                metadata = self._store.read(f"{name}/zarr.json")
+                file = f"{name}/zarr.json"
+                metadata = self._store.read(file)
                 kind = None if metadata is None else json.loads(metadata).get("node_type")
                 is_array, is_group = kind == "array", kind == "group"
-            if is_array:
+            if is_array and metadata is not None:
+                check_codecs(metadata, join_path(self.path, file))
                 array = zarr.open_array(self._store, path=name, mode="r", zarr_format=self._format)
                 if array.shards is None and any("blosc" in type(codec).__name__.lower() for codec in array.compressors):
                     self._store.with_blosc.add(name)

@@ -5,14 +5,17 @@ Only "not found" means that a chunk was never written. Any other error ends the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 
 from manyhands.errors import DataError
-from manyhands.storage.files import join_path, names_in, open_to_read, read_bytes
-from manyhands.storage.location import hint_of
+from manyhands.storage.files import join_path, names_in, open_to_read
+from manyhands.storage.location import hint_of, is_local
+from manyhands.storage.untrusted import open_inside
 
 METADATA = (".zarray", ".zgroup", ".zattrs", ".zmetadata", "zarr.json")
 
@@ -55,8 +58,12 @@ class ReadingStore(Store):  # type: ignore[misc]
         """Return the content of a file, or of a range of it, or None if the file does not exist."""
         path = join_path(self._root, key)
         try:
-            data = read_bytes(path) if byte_range is None else _read_range(path, byte_range)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            with open_file(self._root, key) as file:
+                data = file.read() if byte_range is None else _read_range(file, byte_range)
+        except (FileNotFoundError, NotADirectoryError):
+            if is_local(path) and os.path.islink(path):
+                hint = "a link to a missing file is not a chunk that was never written; restore the file"
+                raise DataError("a file of a zarr store can't be read: broken link", where=path, hint=hint) from None
             if key.rpartition("/")[2] not in METADATA:
                 self.absent.add(key)
             return None
@@ -101,16 +108,20 @@ class ReadingStore(Store):  # type: ignore[misc]
             yield name
 
 
-def _read_range(path: str, byte_range: Any) -> bytes:
-    with open_to_read(path) as file:
-        if isinstance(byte_range, SuffixByteRequest):
-            end = file.seek(0, 2)
-            file.seek(max(0, end - byte_range.suffix))
-            return file.read()
-        if isinstance(byte_range, OffsetByteRequest):
-            file.seek(byte_range.offset)
-            return file.read()
-        if not isinstance(byte_range, RangeByteRequest):
-            raise TypeError(f"an unknown kind of range: {byte_range!r}")
-        file.seek(byte_range.start)
-        return file.read(byte_range.end - byte_range.start)
+def open_file(root: str, key: str) -> IO[bytes]:
+    """Open a file of a store. On a disk, it must be a regular file inside the folder, also behind links."""
+    return open_inside(Path(root), key) if is_local(root) else open_to_read(join_path(root, key))
+
+
+def _read_range(file: IO[bytes], byte_range: Any) -> bytes:
+    if isinstance(byte_range, SuffixByteRequest):
+        end = file.seek(0, 2)
+        file.seek(max(0, end - byte_range.suffix))
+        return file.read()
+    if isinstance(byte_range, OffsetByteRequest):
+        file.seek(byte_range.offset)
+        return file.read()
+    if not isinstance(byte_range, RangeByteRequest):
+        raise TypeError(f"an unknown kind of range: {byte_range!r}")
+    file.seek(byte_range.start)
+    return file.read(byte_range.end - byte_range.start)
