@@ -124,6 +124,41 @@ def test_absent_chunks_are_counted_or_an_error(form: int, tmp_path: Path) -> Non
     assert caught.value.where == str(store / key)
 
 
+@pytest.mark.parametrize("chunks", [(2,), (1,)])
+@pytest.mark.parametrize("form", [2, 3])
+def test_coordinates_that_were_never_written_are_an_error(form: int, chunks: tuple[int], tmp_path: Path) -> None:
+    """They would all be equal to the fill value. A single value that is equal to it is not stored by xarray."""
+    data = xr.Dataset({"v": (("t", "x"), np.ones((4, 2)))}, {"t": np.arange(4), "x": np.arange(2)})
+    encoding = {"t": {"chunks": chunks}, "x": {"chunks": chunks}}
+    data.to_zarr(tmp_path / "a", zarr_format=form, encoding=encoding)
+    assert [record["t"] for record in records(tmp_path / "a")] == [0, 1, 2, 3]
+    assert mh.Dataset.read(tmp_path / "a").layout().coords["x"].values.tolist() == [0, 1]
+    name = "{}/c/{}" if form == 3 else "{}/{}"
+    last = {"x": 0 if chunks == (2,) else 1, "t": 1 if chunks == (2,) else 3}
+    for dim in ("t", "x"):
+        shutil.copytree(tmp_path / "a", tmp_path / dim)
+        (tmp_path / dim / name.format(dim, last[dim])).unlink()
+        with pytest.raises(mh.DataError, match=f"values of the coordinate '{dim}' were never written"):
+            records(tmp_path / dim)
+        with pytest.raises(mh.DataError, match=f"values of the coordinate '{dim}' were never written"):
+            mh.Dataset.read(tmp_path / dim).layout()
+
+
+@pytest.mark.parametrize("chunk", [1, 10**13])
+def test_sizes_beyond_memory_end_with_an_error(chunk: int, tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "a", zarr_format=2)
+    array_in(group, "v", np.zeros((2, 3), "f4"), ("t", "x"))[...] = 1
+    array_in(group, "x", np.zeros(3), ("x",))[...] = np.arange(3)
+    edit(tmp_path / "a/x/.zarray", lambda metadata: metadata.update(shape=[10**13], chunks=[chunk]))
+    with pytest.raises(mh.DataError, match="coordinate 'x' has too many values"):
+        mh.Dataset.read(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a/x")
+    edit(tmp_path / "a/v/.zarray", lambda metadata: metadata.update(shape=[2, 10**15], chunks=[1, chunk]))
+    what = "has too many chunks" if chunk == 1 else "of a zarr store does not fit in memory"
+    with pytest.raises(mh.DataError, match=f"variable 'v' {what}"):
+        records(tmp_path / "a", partition_bytes=1)
+
+
 def test_only_not_found_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from manyhands.prepare.gridded import zarr_store
 

@@ -16,9 +16,16 @@ from manyhands.errors import DataError
 from manyhands.prepare.gridded.coordinates import STANDARD_CALENDARS, calendar_of, decode_coordinate
 from manyhands.prepare.gridded.decoding import decoded, reading_attributes
 from manyhands.prepare.gridded.sources import Source, Variable
+from manyhands.storage.files import join_path
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+MOST_COORDINATES = 1 << 27
+"""The maximum number of values of a coordinate that is read as a whole: 1 GiB of float64."""
+
+MOST_CHUNKS = 1 << 28
+"""The maximum number of chunks of a variable. Planning takes a time proportional to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +156,15 @@ def _check_columns(variables: Sequence[Variable], record: str, source: Source) -
                 got=", ".join(each.dims) or "no dimension",
                 hint="leave it out with columns=[...], or choose another dimension with record='...'",
             )
+        chunks = prod(-(-size // unit) for size, unit in zip(each.shape, each.units or each.shape, strict=True) if size)
+        if chunks > MOST_CHUNKS:
+            raise DataError(
+                f"variable {each.name!r} has too many chunks",
+                where=source.path,
+                expected=f"at most {MOST_CHUNKS:,}",
+                got=f"the shape {each.shape}, in chunks of {each.units}",
+                hint="the metadata may be damaged; leave the variable out with columns=[...]",
+            )
         if each.dtype.kind not in "biuf" and each.dims != (record,):
             raise DataError(
                 f"variable {each.name!r} holds no numbers",
@@ -171,12 +187,47 @@ def _type_of(variable: Variable, fill_value: str | None, integers: str) -> np.dt
     return decoded(none, attributes, integers_as_floats=integers == "float").dtype
 
 
+def coordinate_numbers(source: Source, name: str) -> NDArray[Any]:
+    """Return all values of a coordinate, with missing values decoded, but times still as numbers.
+
+    Raises DataError for a coordinate with too many values, and for values along a dimension that were never written.
+    """
+    variable = source.variables[name]
+    if prod(variable.shape) > MOST_COORDINATES:
+        raise DataError(
+            f"coordinate {name!r} has too many values",
+            where=source.path,
+            expected=f"at most {MOST_COORDINATES:,}",
+            got=f"the shape {variable.shape}",
+            hint="the metadata may be damaged; leave out variables with this dimension with columns=[...]",
+        )
+    cells = tuple(slice(0, size) for size in variable.shape)
+    source.absent.clear()
+    values = source.read(name, cells)
+    if variable.dims == (name,):
+        _check_written(source, variable, cells)
+    return decoded(values, variable.attributes) if values.dtype.kind in "iuf" else values
+
+
+def _check_written(source: Source, variable: Variable, cells: tuple[slice, ...]) -> None:
+    """Raise DataError if two or more values along a dimension were never written.
+
+    A single one may be equal to the fill value. Writers don't store such a chunk, for example of the coordinate [0].
+    """
+    absent = [(key, start) for key, start in source.chunk_keys(variable.name, cells) if key in source.absent]
+    unit, size = (variable.units or (1,))[0], variable.shape[0]
+    if sum(min(unit, size - start) for _, (start,) in absent) > 1:
+        raise DataError(
+            f"values of the coordinate {variable.name!r} were never written",
+            where=join_path(source.path, absent[0][0]),
+            expected="a file for each chunk of a coordinate, because its values differ",
+            hint="write the coordinate again, or restore the file from a copy of the store",
+        )
+
+
 def _values(source: Source, dim: str) -> NDArray[Any]:
     """Return the values along a dimension."""
-    variable = source.variables[dim]
-    values = source.read(dim, tuple(slice(0, size) for size in variable.shape))
-    numbers = decoded(values, variable.attributes) if values.dtype.kind in "iuf" else values
-    return decode_coordinate(numbers, variable.attributes)
+    return decode_coordinate(coordinate_numbers(source, dim), source.variables[dim].attributes)
 
 
 def _has_text_times(source: Source, record: str, calendar: str | None) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -143,6 +144,15 @@ class ZarrSource:
             return self._read(name, slab)
         except ManyhandsError:
             raise
+        except MemoryError as error:
+            size = prod(each.stop - each.start for each in slab) * self.variables[name].dtype.itemsize
+            raise DataError(
+                f"variable {name!r} of a zarr store does not fit in memory",
+                where=self.path,
+                got=f"{size:,} bytes of the shape {self.variables[name].shape}, "
+                f"in chunks of {self.variables[name].units}",
+                hint="leave it out with columns=[...], or write it again with smaller chunks",
+            ) from error
         except Exception as error:
             key = self._damaged(name, slab)
             raise DataError(

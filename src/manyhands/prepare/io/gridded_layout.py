@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from manyhands.prepare.gridded.coordinates import encode_coordinate, objects_of
-from manyhands.prepare.gridded.decoding import decoded, descriptive
-from manyhands.prepare.gridded.description import Described, common_types, describe
+from manyhands.prepare.gridded.decoding import descriptive
+from manyhands.prepare.gridded.description import Described, common_types, coordinate_numbers, describe
 from manyhands.prepare.gridded.layout import Coordinate, ZarrLayout
 from manyhands.prepare.gridded.sources import Source, open_source
 from manyhands.prepare.io.listing import Split
@@ -57,11 +57,7 @@ def layout_of(splits: Sequence[Split], columns: Sequence[str], changes: Mapping[
 
 
 def _objects(source: Source, name: str) -> Any:
-    variable = source.variables[name]
-    stored = source.read(name, tuple(slice(0, size) for size in variable.shape))
-    return objects_of(
-        decoded(stored, variable.attributes) if stored.dtype.kind in "iuf" else stored, variable.attributes
-    )
+    return objects_of(coordinate_numbers(source, name), source.variables[name].attributes)
 
 
 def _coordinates(source: Source, described: Described) -> dict[str, Any]:

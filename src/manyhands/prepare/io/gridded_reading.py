@@ -17,7 +17,7 @@ from manyhands.prepare.gridded.decoding import (
     missing_values,
     reading_attributes,
 )
-from manyhands.prepare.gridded.description import slab_of
+from manyhands.prepare.gridded.description import coordinate_numbers, slab_of
 from manyhands.prepare.gridded.sources import Source, Variable, open_source
 from manyhands.prepare.io.gridded_input import slab_version
 from manyhands.prepare.io.listing import ArrayRead, Split
@@ -99,6 +99,8 @@ class _Block:
         self.source.absent.clear()
         stored = self.source.read(name, slab)
         absent_cells = self._note_absent(variable, slab)
+        if absent_cells and name == record:
+            coordinate_numbers(self.source, name)  # raises DataError unless the value may be equal to the fill value
         axis = variable.dims.index(record)
         if variable.dtype.kind not in "biuf":
             return np.array(decode_coordinate(stored, variable.attributes).tolist(), dtype=object)
